@@ -1,0 +1,1 @@
+"""From webdataset shards to batches: a pure function of (seed, manifest, step)."""

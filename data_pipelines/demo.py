@@ -1,0 +1,223 @@
+"""A generated data set of real files: JPEG pictures and H.264 clips of coloured shapes that move.
+
+Every sample has a colour, a shape and a few further attributes, which its captions and hashtags
+name. Some colour-shape pairs never occur in training: they are what the evaluation asks about.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 40, 40),
+    "orange": (242, 140, 40),
+    "yellow": (244, 211, 66),
+    "green": (56, 160, 72),
+    "blue": (45, 98, 214),
+    "purple": (128, 62, 170),
+    "pink": (240, 130, 180),
+    "brown": (122, 78, 44),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+GROUNDS = {"white": (245, 245, 245), "gray": (150, 150, 150), "black": (22, 22, 22)}
+SIZES = {"small": 0.17, "large": 0.30}  # half width, as a share of the picture
+PLACES = {
+    "in the middle": (0.5, 0.5),
+    "at the top": (0.5, 0.33),
+    "at the bottom": (0.5, 0.67),
+    "on the left": (0.33, 0.5),
+    "on the right": (0.67, 0.5),
+}
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+CLASSES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+
+
+@dataclass
+class DemoConfig:
+    """Sizes of the generated sets."""
+
+    photos: int = 2400
+    clips: int = 400
+    heldout: int = 180  # photos of pairs that training never shows; the gallery gets the rest
+    per_shard: int = 600
+    side: int = 64  # pixels
+    frames: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture or clip shows."""
+
+    color: str
+    shape: str
+    ground: str
+    size: str
+    place: str
+    motion: str = ""
+
+    @property
+    def label(self) -> int:
+        return CLASSES.index(f"{self.color} {self.shape}")
+
+    def captions(self) -> list[str]:
+        thing, moves = f"{self.color} {self.shape}", f" moving {self.motion}" if self.motion else ""
+        kind = "clip" if self.motion else "picture"
+        return [
+            f"a {self.size} {thing}{moves} {self.place} on a {self.ground} background",
+            f"a {kind} of a {self.size} {thing}{moves}, {self.place}, background {self.ground}",
+            f"{self.ground} background with a {self.size} {thing} {self.place}{moves}",
+        ]
+
+    def hashtags(self) -> list[str]:
+        tags = [self.color, self.shape, self.size, f"{self.ground}background"]
+        tags += [f"moving{self.motion}"] if self.motion else []
+        return [f"#{tag}" for tag in tags]
+
+
+def held_out(color: str, shape: str) -> bool:
+    """A quarter of the pairs, spread so that every colour and every shape is seen in training."""
+    return (list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 4 == 0
+
+
+def make_demo(root: Path, config: DemoConfig) -> None:
+    """Write all sets below root; a half-written root is begun again, a whole one is left alone."""
+    if (root / "demo.json").is_file():
+        return
+    temporary = root.with_name(root.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rng = np.random.default_rng(config.seed)
+    pairs = list(itertools.product(COLORS, SHAPES))
+    seen = [pair for pair in pairs if not held_out(*pair)]
+    unseen = [pair for pair in pairs if held_out(*pair)]
+    for name, count, motion in (("photos", config.photos, False), ("clips", config.clips, True)):
+        scenes = [_random_scene(rng, seen, motion) for _ in range(count)]
+        _write(temporary / name, scenes, config, rng)
+    options = list(itertools.product(unseen, GROUNDS, SIZES, PLACES))
+    scenes = [Scene(*options[i][0], *options[i][1:]) for i in rng.permutation(len(options))]
+    _write(temporary / "heldout", scenes[: config.heldout], config, rng)
+    _write(temporary / "gallery", scenes[config.heldout :], config, rng)
+    (temporary / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    facts = {"config": vars(config), "held_out": [" ".join(pair) for pair in unseen]}
+    (temporary / "demo.json").write_text(json.dumps(facts, indent=1))
+    if root.is_dir():
+        shutil.rmtree(root)
+    os.replace(temporary, root)
+
+
+def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion: bool) -> Scene:
+    def pick(options: Any) -> str:
+        return list(options)[rng.integers(len(options))]
+
+    color, shape = pairs[rng.integers(len(pairs))]
+    moves = pick(MOTIONS) if motion else ""
+    place = "in the middle" if motion else pick(PLACES)
+    return Scene(color, shape, pick(GROUNDS), pick(SIZES), place, moves)
+
+
+def _write(
+    folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random.Generator
+) -> None:
+    """Shards as img2dataset and video2dataset lay them out."""
+    folder.mkdir(parents=True)
+    for start in range(0, len(scenes), config.per_shard):
+        shard = start // config.per_shard
+        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0.0) as sink:
+            for number, scene in enumerate(scenes[start : start + config.per_shard]):
+                captions = scene.captions()
+                media = _clip(scene, config, rng) if scene.motion else _photo(scene, config, rng)
+                meta = {
+                    "caption": captions[0],
+                    "captions": captions,
+                    "hashtags": scene.hashtags(),
+                    "label": scene.label,
+                    "key": f"{shard:05d}{number:04d}",
+                }
+                sink.write(
+                    {
+                        "__key__": meta["key"],
+                        ("mp4" if scene.motion else "jpg"): media,
+                        "txt": captions[0],
+                        "json": meta,
+                        "cls": scene.label,
+                    }
+                )
+
+
+def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:
+    jitter = rng.uniform(-0.04, 0.04, 2)
+    place = np.array(PLACES[scene.place]) + jitter
+    buffer = io.BytesIO()
+    image = _draw(scene, place, config.side, rng.uniform(0.9, 1.1), rng)
+    image.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _clip(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:
+    import av
+
+    start = np.array([0.5, 0.5]) - 0.2 * np.array(MOTIONS[scene.motion])
+    start = start + rng.uniform(-0.05, 0.05, 2)
+    scale = rng.uniform(0.9, 1.1)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=12, options={"crf": "20"})
+        stream.width = stream.height = config.side
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number in range(config.frames):
+            share = number / (config.frames - 1)
+            place = start + 0.4 * share * np.array(MOTIONS[scene.motion])
+            image = _draw(scene, place, config.side, scale, rng)
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _draw(
+    scene: Scene, place: np.ndarray, side: int, scale: float, rng: np.random.Generator
+) -> Image.Image:
+    """Draw at four times the size, shrink, and add a little noise."""
+    big = 4 * side
+    image = Image.new("RGB", (big, big), GROUNDS[scene.ground])
+    canvas = ImageDraw.Draw(image)
+    x, y = (place * big).tolist()
+    r = SIZES[scene.size] * scale * big
+    fill = COLORS[scene.color]
+    if scene.shape in ("circle", "ring"):
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        if scene.shape == "ring":
+            h = 0.55 * r
+            canvas.ellipse((x - h, y - h, x + h, y + h), fill=GROUNDS[scene.ground])
+    elif scene.shape == "cross":
+        w = 0.33 * r
+        canvas.rectangle((x - r, y - w, x + r, y + w), fill=fill)
+        canvas.rectangle((x - w, y - r, x + w, y + r), fill=fill)
+    else:
+        canvas.polygon(_corners(scene.shape, x, y, r), fill=fill)
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    noisy = pixels + rng.normal(0, 4, pixels.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def _corners(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
+    if shape == "square":
+        angles, radii = np.arange(4) * np.pi / 2 + np.pi / 4, [r * 1.25] * 4
+    elif shape == "triangle":
+        angles, radii = np.arange(3) * 2 * np.pi / 3 - np.pi / 2, [r * 1.15] * 3
+    else:  # star
+        angles, radii = np.arange(10) * np.pi / 5 - np.pi / 2, [r * 1.15, r * 0.5] * 5
+    return [
+        (x + q * np.cos(a), y + q * np.sin(a)) for a, q in zip(angles, radii, strict=True)
+    ]

@@ -1,0 +1,156 @@
+"""The loader: refs to batches in worker processes that hold no state."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipelines.decode import BadSample
+from data_pipelines.sampling import SamplePlan, SampleRef, StepSampler
+from data_pipelines.shards import Sample, Source
+from xray.config import DataConfig
+from xray.errors import DataError
+
+Fields = dict[str, Tensor]
+ATTEMPTS = 20  # stand-ins tried for a bad sample before the run stops
+
+warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
+
+
+Transform = Callable[[Sample, np.random.Generator | None], Fields]
+Collate = Callable[[Sequence[Fields]], Fields]
+
+
+@dataclass
+class Loaded:
+    """A micro-batch and the samples that had to be replaced in it."""
+
+    batch: Fields
+    bad: list[tuple[str, str, str]] = field(default_factory=list)  # cause, shard, key
+    failure: str = ""  # why there is no batch; an exception would lose its text in the worker
+
+
+class StreamDataset(Dataset):
+    """Map-style access by SampleRef; fetches a whole micro-batch at a time."""
+
+    def __init__(
+        self, plans: dict[str, SamplePlan], transform: Transform, collate: Collate, seed: int
+    ) -> None:
+        self.plans = plans
+        self.transform = transform
+        self.collate = collate
+        self.seed = seed
+
+    def __getitems__(self, refs: list[SampleRef]) -> Loaded:
+        bad: list[tuple[str, str, str]] = []
+        try:
+            return Loaded(self.collate([self._load(ref, bad) for ref in refs]), bad)
+        except DataError as error:
+            return Loaded({}, bad, str(error))
+
+    def _load(self, ref: SampleRef, bad: list[tuple[str, str, str]]) -> Fields:
+        """The sample, or the first of its deterministic stand-ins that can be used."""
+        plan = self.plans[ref.source]
+        place = (ref.shard, ref.member)
+        for attempt in range(ATTEMPTS):
+            shard, member = place
+            index = plan.source.shards[shard]
+            rng = np.random.default_rng(
+                [self.seed, zlib.crc32(ref.source.encode()), ref.position, attempt]
+            )
+            key = str(index.keys[member])
+            sample = Sample(
+                index.read(member), ref.source, plan.source.modality, key, ref.resolution, ref.frames
+            )
+            try:
+                return self.transform(sample, rng)
+            except BadSample as error:
+                bad.append((error.cause, str(index.path), key))
+            place = plan.replacement(ref.position, attempt)
+        cause, path, key = bad[-1]
+        raise DataError(
+            f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
+            f"the last is {key!r} of {path} ({cause})"
+        )
+
+
+def _identity(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+def iterate_steps(
+    sampler: StepSampler, transform: Transform, collate: Collate, seed: int, pin: bool
+) -> Iterator[list[Loaded]]:
+    """The micro-batches of each step of the sampler, in order; raises DataError."""
+    dataset = StreamDataset(sampler.plans, transform, collate, seed)
+    workers = sampler.data.workers
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    batches = iter(loader)
+    for _ in sampler.steps:
+        loaded = [next(batches) for _ in sampler.micro]
+        for item in loaded:
+            if item.failure:
+                raise DataError(item.failure)
+        yield loaded
+
+
+class SequentialDataset(Dataset):
+    """Every sample of a source once, in shard order, without randomness."""
+
+    def __init__(self, source: Source, transform: Transform, data: DataConfig) -> None:
+        self.source = source
+        self.transform = transform
+        self.data = data
+        self.places = [
+            (s, int(m)) for s, members in enumerate(source.slots) for m in members.tolist()
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, item: int) -> Fields | str:
+        """The sample, or why it cannot be used."""
+        shard, member = self.places[item]
+        index = self.source.shards[shard]
+        key = str(index.keys[member])
+        source, data = self.source, self.data
+        try:
+            files = index.read(member)
+            sample = Sample(
+                files, source.name, source.modality, key, data.resolution, data.frames
+            )
+            return self.transform(sample, None)
+        except DataError as error:
+            return f"sample {key!r} of {index.path} cannot be used: {error}"
+
+
+def iterate_source(
+    source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
+) -> Iterator[Fields]:
+    """Batches of a whole source in order, for evaluation; raises DataError for a bad sample."""
+
+    def collate_or_fail(rows: list[Fields | str]) -> Fields | str:
+        failures = [row for row in rows if isinstance(row, str)]
+        return failures[0] if failures else collate(rows)  # type: ignore[arg-type]
+
+    dataset = SequentialDataset(source, transform, data)
+    loader = DataLoader(
+        dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield batch

@@ -1,0 +1,29 @@
+"""The stages, in the order they run. A new stage is its file, its yaml and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from xray.config import nearest
+from xray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stages.base import Stage
+
+STAGES = {
+    "mae": "stages.mae:MaeStage",
+    "hashtag": "stages.hashtag:HashtagStage",
+    "text": "stages.text:TextStage",
+    "clip": "stages.clip:ClipStage",
+}
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The class of a stage by name; raises ConfigError for an unknown one."""
+    if name not in STAGES:
+        raise ConfigError(
+            f"unknown stage {name!r}: there are {', '.join(STAGES)}{nearest(name, STAGES)}"
+        )
+    module, attribute = STAGES[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,174 @@
+"""The narrow waist: what a stage is to the trainer.
+
+Batch keys, all with the micro-batch B first:
+    pixels          [B, T, 3, S, S] uint8; T = 1 for images
+    mask_noise      [B, h*w] float, uniform: the MAE masks, drawn on the data side
+    tags            [B, K] long, ids of the vocabulary, padded with -1
+    input_ids       [B, C, L] long, C captions per sample, padded
+    attention_mask  [B, C, L] long
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.shards import Sample, Source
+from xray.config import RunConfig
+from xray.errors import ConfigError
+from xray.models.backbone import VisionBackbone, load_adapted
+from xray.models.heads import Normalize
+from xray.models.reduce import rate_at
+
+if TYPE_CHECKING:
+    from xray.artifact import Artifact
+
+Batch = dict[str, Tensor]
+State = dict[str, Tensor]
+Task = Literal["loss", "features"]
+
+
+@dataclass
+class StepOutput:
+    """loss: scalar, the mean over the local micro-batch. metrics: detached scalars."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class StageModule(nn.Module, ABC):
+    """What the engine wraps: everything trainable, and the loss. `forward` is its only entry.
+
+    `progress` in [0, 1] is the only schedule input; the module knows no rank and no step.
+    """
+
+    towers: nn.ModuleDict  # "vision" and/or "text"
+
+    def forward(
+        self, batch: Batch, progress: float, task: Task = "loss"
+    ) -> StepOutput | dict[str, Tensor]:
+        features = self.features(batch, progress)
+        return features if task == "features" else self.loss_from_features(features)
+
+    def keep_rate(self, progress: float) -> float:
+        """The token reduction's rate at this progress; 1 where nothing is reduced."""
+        return 1.0
+
+    @abstractmethod
+    def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """What the loss is computed from."""
+
+    @abstractmethod
+    def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
+        """The loss and its metrics."""
+
+
+class VisionModule(StageModule):
+    """A stage module around the shared backbone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.model_config = config.model
+        self.towers = nn.ModuleDict({"vision": make_backbone(config)})
+        self.normalize = Normalize(config.data.mean, config.data.std)
+
+    @property
+    def vision(self) -> VisionBackbone:
+        return self.towers["vision"]  # type: ignore[return-value]
+
+    def keep_rate(self, progress: float) -> float:
+        model = self.model_config
+        if model.reduce == "none":
+            return 1.0
+        return rate_at(progress, model.keep_rate, model.keep_rate_levels, model.keep_rate_span)
+
+
+@dataclass
+class Parents:
+    """What a stage starts from; None means from scratch."""
+
+    vision: Artifact | None = None
+    text: Artifact | None = None
+
+
+class Stage(ABC):
+    """What to learn: builds the module, turns samples into batches, exports the artifact."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[RunConfig]]
+    accepts: ClassVar[tuple[str, ...]]  # stages whose artifacts it may start from
+    spans_batch: ClassVar[bool] = False  # the loss compares samples of the whole block
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
+        """Look at data and parents before anything is built; may narrow the sources' slots."""
+        return sources
+
+    @abstractmethod
+    def build(self, parents: Parents) -> StageModule:
+        """The module, with the parents' weights in it."""
+
+    @abstractmethod
+    def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
+        """One sample to tensors, in a loader worker; raises BadSample."""
+
+    def collate(self, rows: Sequence[Batch]) -> Batch:
+        """Stack the samples of a micro-batch."""
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def after_step(self, engine: Any, module: Any) -> None:  # noqa: B027 - most stages need none
+        """Act on parameters after an optimizer step, through the engine's fp32 master."""
+
+    @abstractmethod
+    def export(self, module: Any, state: State) -> dict[str, State]:
+        """The full state dict -> the artifact's parts, e.g. {"backbone": ..., "head": ...}."""
+
+    def export_files(self) -> dict[str, Any]:
+        """Other files of the artifact: name -> a path to copy or an object with `save(path)`."""
+        return {}
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the run depends on besides config, data and parents."""
+        return {}
+
+
+def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
+    """Sort artifacts into vision and text parents; raises ConfigError for what cannot be used."""
+    parents = Parents()
+    for artifact in artifacts:
+        kind = artifact.stage
+        if kind not in stage.accepts:
+            can = ", ".join(stage.accepts) or "nothing"
+            raise ConfigError(
+                f"stage {stage.name} cannot start from {artifact.path}, an artifact of stage "
+                f"{kind}; it starts from: {can}"
+            )
+        slot = "text" if kind == "text" else "vision"
+        if getattr(parents, slot) is not None:
+            raise ConfigError(f"--init-from names two {slot} artifacts: give one")
+        setattr(parents, slot, artifact)
+    return parents
+
+
+def make_backbone(config: RunConfig) -> VisionBackbone:
+    """The backbone of a run, its position table as large as the stage's largest input."""
+    return VisionBackbone(config.model, config.data.resolution, config.data.frames)
+
+
+def load_vision(module: VisionModule, parent: Artifact | None) -> None:
+    """Start the backbone from a parent's."""
+    if parent is not None:
+        load_adapted(module.vision, parent.load("backbone"), str(parent.path))
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

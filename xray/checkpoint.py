@@ -1,0 +1,88 @@
+"""Resume checkpoints: written under a temporary name, renamed last, complete or not there.
+
+    checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  COMPLETE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from xray import dist
+from xray.artifact import sync_tree
+from xray.engine import Engine
+from xray.errors import ArtifactError, ConfigError
+
+
+@dataclass
+class TrainState:
+    """What a run needs besides the engine's state: the data stream and the randomness follow."""
+
+    step: int = 0  # optimizer steps done
+    samples: int = 0
+    seconds: float = 0.0  # spent training
+    bad: dict[str, int] = field(default_factory=dict)  # samples replaced, by cause
+    world: int = 1
+    zero_stage: int = 0
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; rank 0 looks and tells the others."""
+    found = None
+    if dist.is_main() and folder.is_dir():
+        for stale in folder.glob("tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        complete = [p for p in folder.glob("step_*") if (p / "COMPLETE").is_file()]
+        found = str(max(complete)) if complete else None
+    found = dist.broadcast_object(found)
+    return Path(found) if found else None
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    try:
+        return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{checkpoint}/state.json cannot be read: {error}") from error
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
+    """Restore the engine; raises ConfigError for another world size or ZeRO stage."""
+    state = read_state(checkpoint)
+    world = dist.world_size()
+    if state.world != world:
+        raise ConfigError(
+            f"{checkpoint} was saved by {state.world} processes, this run has {world}: start it "
+            f"with {state.world}, or choose another out="
+        )
+    if state.zero_stage != engine.stage:
+        raise ConfigError(
+            f"{checkpoint} was saved with zero.stage={state.zero_stage}, this run has "
+            f"{engine.stage}: set zero.stage={state.zero_stage}, or choose another out="
+        )
+    engine.load(checkpoint)
+    return state
+
+
+def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) -> Path:
+    """Write, then rename; prune to the newest `keep`. Collective."""
+    target = folder / f"step_{state.step:08d}"
+    temporary = folder / f"tmp-{target.name}"
+    if dist.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    engine.save(temporary)
+    dist.barrier()
+    if dist.is_main():
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        (temporary / "COMPLETE").write_text("")
+        sync_tree(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for old in sorted(folder.glob("step_*"))[: -max(1, keep)]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return target

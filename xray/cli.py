@@ -1,0 +1,343 @@
+"""The command line. Torch and all that needs it is imported inside commands: help stays fast."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xray import __version__
+from xray.errors import ConfigError, Preempted, TrainingError, XrayError
+
+if TYPE_CHECKING:
+    from xray.artifact import Artifact
+    from xray.recipe import Recipe
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    name="xray",
+    help="One vision backbone through MAE, hashtags and CLIP with an LLM, on DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make and inspect data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion")
+]
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+
+
+def main() -> None:
+    """Run a command; a user's mistake ends in one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("xray").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    app()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Print an XrayError as one line; rank 0 speaks for all ranks that fail alike."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except XrayError as error:
+            if _rank() == 0:
+                print(f"xray: {' '.join(str(error).split())}", file=sys.stderr)
+            code = {Preempted: EXIT_PREEMPTED, TrainingError: 1}.get(type(error), 2)
+            raise SystemExit(code) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return run
+
+
+@app.command()
+@guarded
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a .yaml file")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, then stop")] = False,
+) -> None:
+    """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report."""
+    from xray.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if _rank() == 0:
+        _print_plan(loaded)
+    if plan:
+        return
+    from xray import dist
+    from xray.recipe import run_recipe
+
+    artifacts = run_recipe(loaded)
+    if dist.is_main():
+        _finish(loaded, artifacts)
+    dist.barrier()
+
+
+@app.command()
+@guarded
+def train(
+    stage: Annotated[str, typer.Argument(help="mae, hashtag, text or clip")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE.yaml|KEY=VALUE]...", help="Config files and settings"),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
+    model: Annotated[str, typer.Option(help="A shipped model, as model=NAME")] = "",
+    init_from: Annotated[list[str] | None, typer.Option(help="An earlier stage's artifact")] = None,
+    out: Annotated[str, typer.Option(help="The run's folder [runs/STAGE]")] = "",
+    resume: Annotated[str, typer.Option(help="Go on with a run's folder, with its config")] = "",
+) -> None:
+    """Train one stage; the same command again goes on where it stopped."""
+    from stages import stage_class
+    from xray import config as cfg
+
+    stage_type = stage_class(stage)
+    items = settings or []
+    files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
+    values = [item for item in items if item not in files]
+    overrides = cfg.parse_overrides(([f"model={model}"] if model else []) + values)
+    if resume:
+        files = [str(Path(resume) / "config.yaml"), *files]
+        out = out or resume
+    layers: list[Any] = []
+    loaded = None
+    if recipe:
+        from xray.recipe import load_recipe, stage_from_recipe
+
+        loaded = load_recipe(recipe, [f"stages=[{stage}]"])
+        layers.append(stage_from_recipe(stage, recipe, values))
+    config = cfg.load_config(stage_type.Config, stage, *layers, *map(cfg.read_yaml, files), overrides)
+    config.out = out or config.out or f"runs/{stage}"
+    config.init_from = init_from or config.init_from
+    from xray import dist
+
+    config.validate()
+    device = dist.choose_device(config.train.device)
+    from xray.engine import init_distributed
+    from xray.recipe import prepare
+    from xray.trainer import Trainer
+
+    init_distributed(device)
+    if loaded is not None:
+        prepare(loaded)
+    trainer = Trainer(stage_type, config, device)
+    artifact = trainer.finished() or trainer.fit()
+    if dist.is_main():
+        print(f"artifact: {artifact.path}")
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    overrides: Overrides = None,
+    suite: Annotated[str, typer.Option(help="zero_shot,retrieval,knn [all that have data]")] = "",
+    recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
+    out: Annotated[str, typer.Option(help="Write the results to this .json file")] = "",
+) -> None:
+    """Evaluate ARTIFACT: zero-shot, retrieval and kNN, each beside chance."""
+    from xray.artifact import open_artifact
+    from xray.config import build, parse_overrides
+    from xray.evaluation.suite import EvalConfig, result_table
+
+    given = parse_overrides(overrides or [])
+    unknown = [key for key in given if key not in ("eval", "data")]
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY= or data.root=")
+    root, config, workers = "", build(EvalConfig, given.get("eval", {})), 2
+    if recipe:
+        from xray.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        root, config, workers = loaded.root, loaded.eval, loaded.workers
+    root = given.get("data", {}).get("root", root)
+    results = _evaluate(
+        open_artifact(artifact), config, root, workers, suite.split(",") if suite else None
+    )
+    result_table(results).print()
+    if out:
+        Path(out).write_text(json.dumps(results, indent=1))
+
+
+@app.command()
+@guarded
+def lineage(
+    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Show what ARTIFACT was made from; every file of the chain is verified."""
+    from xray.artifact import lineage as walk
+    from xray.artifact import open_artifact
+
+    rows = list(walk(open_artifact(artifact)))
+    if as_json:
+        keys = ("stage", "config_hash", "data_digest", "samples", "versions", "git_commit")
+        facts = [
+            {"depth": depth, "path": path, **{k: m[k] for k in keys if m is not None}}
+            for depth, path, m in rows
+        ]
+        print(json.dumps(facts, indent=1))
+    for depth, path, manifest in rows if not as_json else []:
+        indent = "   " * depth
+        if manifest is None:
+            print(f"{indent}BROKEN  {path}")
+        else:
+            print(
+                f"{indent}{manifest['stage']:8} {path}\n{indent}         "
+                f"{manifest['samples']:,} samples, config {manifest['config_hash'][:12]}, "
+                f"data {manifest['data_digest'][:12]}, xray {manifest['versions']['xray']}"
+            )
+    if any(manifest is None for _, _, manifest in rows):
+        raise SystemExit(1)
+
+
+@app.command("config")
+@guarded
+def show_config(
+    name: Annotated[str, typer.Argument(help="A recipe, or a stage")],
+    overrides: Overrides = None,
+) -> None:
+    """Print the resolved config of a stage, or of every stage of a recipe."""
+    from omegaconf import OmegaConf
+
+    from stages import STAGES, stage_class
+    from xray import config as cfg
+
+    if name in STAGES:
+        schema = stage_class(name).Config
+        configs = [cfg.load_config(schema, name, cfg.parse_overrides(overrides or []))]
+    else:
+        from xray.recipe import load_recipe
+
+        configs = load_recipe(name, overrides or []).runs
+    for config in configs:
+        print(OmegaConf.to_yaml(OmegaConf.create({config.stage: cfg.to_dict(config)})), end="")
+
+
+@data_app.command("demo")
+@guarded
+def data_demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write it")],
+    overrides: Overrides = None,
+) -> None:
+    """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
+    from data_pipelines.demo import DemoConfig, make_demo
+    from xray.config import build, parse_overrides
+
+    make_demo(folder, build(DemoConfig, parse_overrides(overrides or [])))
+    print(f"demo data in {folder}")
+
+
+@data_app.command("index")
+@guarded
+def data_index(
+    shards: Annotated[list[str], typer.Argument(help="Folders, globs or {000..123} patterns")],
+) -> None:
+    """Index tar shards, so that the first run need not; a broken shard is named."""
+    from rich.progress import track
+
+    from data_pipelines.shards import find_shards, index_shard
+
+    paths = [path for pattern in shards for path in find_shards(pattern)]
+    samples = 0
+    for path in track(paths, "indexing", disable=not sys.stderr.isatty()):
+        samples += len(index_shard(path))
+    print(f"{samples:,} samples in {len(paths):,} shards")
+
+
+@data_app.command("tiny-llm")
+@guarded
+def data_tiny_llm(
+    folder: Annotated[str, typer.Argument(help="Where to write it")],
+    captions: Annotated[str, typer.Option(help="Shards whose captions train the tokenizer")],
+    overrides: Overrides = None,
+) -> None:
+    """Make a small random LLM and a tokenizer, for machines without a pretrained one."""
+    from xray.config import build, parse_overrides
+    from xray.recipe import LlmConfig, make_llm
+
+    given = {**parse_overrides(overrides or []), "path": folder, "captions": captions}
+    make_llm(build(LlmConfig, given), "")
+    print(f"LLM in {folder}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _print_plan(recipe: Recipe) -> None:
+    from xray.report import ResultTable
+
+    table = ResultTable(
+        f"{recipe.name} -> {recipe.out}",
+        ("stage", "starts from", "samples", "batch", "steps", "peak lr", "state"),
+    )
+    for config in recipe.runs:
+        done = (Path(config.out) / "artifact" / "manifest.json").is_file()
+        begun = (Path(config.out) / "run.json").is_file()
+        parents = [str(Path(p).parent.name if p.endswith("artifact") else p) for p in config.init_from]
+        table.rows.append(
+            (
+                config.stage,
+                " + ".join(parents) or "scratch",
+                f"{config.steps * config.global_batch:,}",
+                " + ".join(f"{b.samples} {b.source}" for b in config.blocks),
+                f"{config.steps:,}",
+                f"{config.optim.base_lr * config.global_batch / 256:.2g}",
+                "finished" if done else "continues" if begun else "new",
+            )
+        )
+    table.print()
+
+
+def _evaluate(
+    artifact: Artifact, config: Any, root: str, workers: int, suites: list[str] | None
+) -> dict[str, dict[str, float]]:
+    from xray.evaluation.suite import SUITES, Suite
+    from xray.restore import Encoder
+
+    for name in suites or []:
+        if name not in SUITES:
+            raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
+    encoder = Encoder(artifact)
+    possible = [s for s in config.configured() if encoder.is_joint or s == "knn"]
+    if not (suites or possible):
+        raise ConfigError("no evaluation data: give --recipe, or eval.retrieval.shards= and the like")
+    return Suite(encoder, config, root, workers).run(suites or possible)
+
+
+def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
+    """Evaluate the last vision artifact, print the table, write results.json and report.html."""
+    from xray.evaluation.suite import result_table
+    from xray.report import ResultTable
+    from xray.run_report import write_run_report
+
+    table: ResultTable | None = None
+    vision = [artifact for artifact in artifacts if artifact.stage != "text"]
+    if vision and recipe.eval.configured():
+        results = _evaluate(vision[-1], recipe.eval, recipe.root, recipe.workers, None)
+        table = result_table(results)
+        (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
+        table.print()
+    path = write_run_report(recipe, artifacts, table)
+    print(f"report: {path}")

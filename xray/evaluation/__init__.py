@@ -1,0 +1,1 @@
+"""Evaluations of artifacts, each a function from features to numbers beside chance."""

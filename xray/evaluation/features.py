@@ -1,0 +1,72 @@
+"""Features, captions and labels of an evaluation source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.captions import captions_of, metadata_of
+from data_pipelines.loader import Fields, iterate_source
+from data_pipelines.shards import Sample, Source
+from data_pipelines.transforms import load_pixels
+from xray.config import DataConfig
+from xray.errors import DataError
+
+
+@dataclass
+class Features:
+    """rows: [N, D] normalised. labels: [N] long, -1 where a sample has none. captions: per row."""
+
+    rows: Tensor
+    labels: Tensor
+    captions: list[list[str]]
+
+
+def _label_of(files: dict[str, bytes]) -> int:
+    """The class number: the cls file, else an integer json field `label`."""
+    if "cls" in files:
+        try:
+            return int(files["cls"])
+        except ValueError as error:
+            raise DataError(f"cls file holds {files['cls'][:20]!r}, not a number") from error
+    label = metadata_of(files).get("label")
+    return label if isinstance(label, int) else -1
+
+
+def extract(
+    source: Source,
+    encode: Callable[[Tensor], Tensor],
+    data: DataConfig,
+    batch_size: int = 64,
+) -> Features:
+    """Encode a whole source in order; data gives resolution, frames and workers."""
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
+        return {
+            "pixels": load_pixels(sample, data, rng),
+            "label": torch.tensor(_label_of(sample.files)),
+        }
+
+    def collate(rows: list[Fields]) -> Fields:
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    rows, labels = [], []
+    for batch in iterate_source(source, transform, collate, data, batch_size):  # type: ignore[arg-type]
+        rows.append(encode(batch["pixels"]))
+        labels.append(batch["label"])
+    return Features(torch.cat(rows), torch.cat(labels), _captions(source))
+
+
+def _captions(source: Source) -> list[list[str]]:
+    result = []
+    for shard, members in zip(source.shards, source.slots, strict=True):
+        for member in members.tolist():
+            try:
+                result.append(captions_of(shard.read(member, ("json", "txt"))))
+            except DataError:
+                result.append([])
+    return result

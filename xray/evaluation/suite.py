@@ -1,0 +1,155 @@
+"""An evaluation suite from a config: which sets, which names, and the table of results."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_pipelines.shards import Source, open_source
+from xray.config import DataConfig
+from xray.errors import ConfigError, DataError
+from xray.evaluation.features import extract
+from xray.evaluation.knn import knn
+from xray.evaluation.retrieval import retrieval
+from xray.evaluation.zero_shot import class_weights, zero_shot
+from xray.report import ResultTable
+from xray.restore import Encoder
+
+SUITES = ("zero_shot", "retrieval", "knn")
+
+
+@dataclass
+class RetrievalConfig:
+    """Pictures or clips with captions."""
+
+    shards: str = ""
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass
+class ZeroShotConfig:
+    """Labelled samples and class names, one per line."""
+
+    shards: str = ""
+    classes: str = ""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass
+class KnnConfig:
+    """Labelled samples to vote, and to classify."""
+
+    train: str = ""
+    test: str = ""
+    k: int = 20
+    temperature: float = 0.07
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass
+class EvalConfig:
+    """The sets of each suite; a suite without shards is left out."""
+
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    batch_size: int = 64
+
+    def configured(self) -> list[str]:
+        """The suites that have data."""
+        given = {
+            "zero_shot": self.zero_shot.shards,
+            "retrieval": self.retrieval.shards,
+            "knn": self.knn.train and self.knn.test,
+        }
+        return [name for name in SUITES if given[name]]
+
+
+class Suite:
+    """Runs suites on one encoder."""
+
+    def __init__(self, encoder: Encoder, config: EvalConfig, root: str, workers: int) -> None:
+        self.encoder = encoder
+        self.config = config
+        section = encoder.artifact.manifest["config"]["data"]
+        names = {item.name for item in dataclasses.fields(DataConfig)}
+        plain = {k: v for k, v in section.items() if k in names and k not in ("sources", "blocks")}
+        self.data = dataclasses.replace(
+            DataConfig(**{**plain, "validation": []}), root=root, workers=workers
+        )
+
+    def run(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """The results of each named suite; raises ConfigError for one that has no data."""
+        results = {}
+        for name in names:
+            if name not in self.config.configured():
+                raise ConfigError(f"suite {name} has no data: set eval.{name}'s shards")
+            results[name] = getattr(self, f"_{name}")()
+        return results
+
+    def _open(self, name: str, pattern: str, modality: str) -> Source:
+        return open_source(f"eval.{name}", pattern, modality, self.data.root)
+
+    def _extract(self, source: Source, joint: bool) -> Any:
+        encode = self.encoder.encode_pixels if joint else self.encoder.features
+        return extract(source, encode, self.data, self.config.batch_size)
+
+    def _zero_shot(self) -> dict[str, float]:
+        config = self.config.zero_shot
+        path = Path(self.data.root) / config.classes
+        if not config.classes or not path.is_file():
+            raise ConfigError(f"eval.zero_shot.classes={path}: no such file of class names")
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if len(names) < 2:
+            raise ConfigError(f"{path} names {len(names)} class: zero-shot needs at least two")
+        found = self._extract(self._open("zero_shot", config.shards, config.modality), joint=True)
+        weights = class_weights(self.encoder.encode_text, names, config.templates)
+        return zero_shot(found.rows, found.labels, weights)
+
+    def _retrieval(self) -> dict[str, float]:
+        config = self.config.retrieval
+        found = self._extract(self._open("retrieval", config.shards, config.modality), joint=True)
+        if not all(found.captions):
+            empty = sum(not captions for captions in found.captions)
+            raise DataError(f"eval.retrieval.shards: {empty} samples have no caption")
+        flat = [caption for captions in found.captions for caption in captions]
+        owner = torch.tensor([i for i, own in enumerate(found.captions) for _ in own])
+        return retrieval(found.rows, self.encoder.encode_text(flat), owner)
+
+    def _knn(self) -> dict[str, float]:
+        config = self.config.knn
+        train = self._extract(self._open("knn", config.train, config.modality), joint=False)
+        test = self._extract(self._open("knn", config.test, config.modality), joint=False)
+        return knn(
+            train.rows, train.labels, test.rows, test.labels, config.k, config.temperature
+        )
+
+
+def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
+    """Each measure beside chance, in percent."""
+    table = ResultTable("Results", ("measure", "result %", "chance %", "over"))
+
+    def row(name: str, value: float, chance: float, over: str) -> None:
+        table.rows.append((name, f"{100 * value:.1f}", f"{100 * chance:.2f}", over))
+
+    if "zero_shot" in results:
+        r = results["zero_shot"]
+        over = f"{r['samples']:.0f} samples, {r['classes']:.0f} classes"
+        for k in ("top1", "top5"):
+            row(f"zero-shot {k}", r[k], r[f"chance_{k}"], over)
+    if "retrieval" in results:
+        r = results["retrieval"]
+        over = f"{r['images']:.0f} pictures, {r['texts']:.0f} captions"
+        for way in ("text_to_image", "image_to_text"):
+            for k in (1, 5, 10):
+                name = f"{way}_R@{k}"
+                row(name.replace("_", " "), r[name], r[f"chance_{name}"], over)
+    if "knn" in results:
+        r = results["knn"]
+        row("kNN top1", r["top1"], r["chance_top1"], f"{r['samples']:.0f} samples")
+    return table

@@ -1,0 +1,38 @@
+"""Small heads on top of the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """uint8 pixels in [0, 255] to normalised floats, by fixed channel statistics."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] uint8 -> float."""
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+
+
+class Projection(nn.Linear):
+    """A bias-free map into the joint space."""
+
+    def __init__(self, width: int, joint: int) -> None:
+        super().__init__(width, joint, bias=False)
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+
+class TagHead(nn.Linear):
+    """CLS features to one logit per tag."""
+
+    def __init__(self, width: int, tags: int) -> None:
+        super().__init__(width, tags)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)

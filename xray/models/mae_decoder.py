@@ -1,0 +1,115 @@
+"""Masked auto-encoding around the backbone: masks, patch targets and the light decoder.
+
+Conventions. mask: 1 is removed, 0 is kept. ids_restore undoes the shuffle: visible tokens followed
+by mask tokens, gathered by ids_restore, lie in the order of the patches. A patch is a tubelet of
+`tubelet x p x p` pixels in (frame, row, column, channel) order; an image is its repeated frame.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def visible_tokens(tokens: int, mask_ratio: float) -> int:
+    """tokens - floor(mask_ratio * tokens): 49 of 196 at .75, 20 at .9; at least one."""
+    return max(1, tokens - math.floor(mask_ratio * tokens + 1e-6))
+
+
+def make_mask(noise: Tensor, slots: int, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks from per-sample noise: random for images, the same in every time slot for clips.
+
+    Args:
+        noise: [B, h*w] uniform.
+        slots: time slots t; 1 for images.
+
+    Returns visible [B, m] (patch numbers, ascending in time), mask [B, n], ids_restore [B, n].
+    """
+    B, spatial = noise.shape
+    shuffle = noise.argsort(dim=1, stable=True)
+    kept = visible_tokens(spatial, mask_ratio)
+    offsets = torch.arange(slots, device=noise.device)[None, :, None] * spatial
+    visible = (shuffle[:, None, :kept] + offsets).flatten(1)  # tubes: the same place in each slot
+    removed = (shuffle[:, None, kept:] + offsets).flatten(1)
+    ids_restore = torch.cat([visible, removed], dim=1).argsort(dim=1)
+    mask = torch.ones(B, slots * spatial, device=noise.device)
+    return visible, mask.scatter(1, visible, 0.0), ids_restore
+
+
+def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
+    """[B, T, 3, H, W] -> [B, n, tubelet*p*p*3], patches t-major; an image is repeated in time."""
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, tubelet, -1, -1, -1)
+    B, T, C, H, W = pixels.shape
+    (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
+    x = pixels.reshape(B, t, tubelet, C, h, p, w, r)
+    return x.permute(0, 1, 4, 6, 2, 5, 7, 3).reshape(B, t * h * w, tubelet * p * r * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int]) -> Tensor:
+    """The inverse of patchify for a clip: [B, n, tubelet*p*p*3] -> [B, T, 3, H, W]."""
+    (t, h, w), (p, r) = grid, patch
+    B, _, size = patches.shape
+    tubelet = size // (3 * p * r)
+    x = patches.reshape(B, t, h, w, tubelet, p, r, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)
+    return x.reshape(B, t * tubelet, 3, h * p, w * r)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """MAE's target: zero mean and unit (unbiased) variance over all values of each patch."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """[N] -> [N, width] sines then cosines with frequencies 10000^(-i / (width/2))."""
+    rates = 10000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width / 2))
+    angles = positions[:, None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(grid: tuple[int, int, int], width: int) -> Tensor:
+    """Fixed positions of a decoder, [t*h*w, width]: half for rows, half for columns, plus time.
+
+    Time is added and is zero in the first slot, so that an image and a clip agree there.
+    """
+    t, h, w = grid
+    rows = sincos(torch.arange(h), width // 2).repeat_interleave(w, dim=0)
+    columns = sincos(torch.arange(w), width // 2).repeat(h, 1)
+    time = sincos(torch.arange(t), width) - sincos(torch.zeros(1), width)
+    return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)
+
+
+class MaeDecoder(nn.Module):
+    """Predicts every patch from the visible tokens (MAE, 2111.06377; tubes as in VideoMAE)."""
+
+    def __init__(self, width: int, outputs: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predict = nn.Linear(dim, outputs)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, cls: Tensor, visible: Tensor, ids_restore: Tensor, grid: tuple[int, int, int]
+    ) -> Tensor:
+        """cls [B, D], visible [B, m, D] -> predictions [B, n, outputs]."""
+        x = self.embed(visible)
+        B, m, dim = x.shape
+        hidden = self.mask_token.expand(B, ids_restore.shape[1] - m, -1).to(x.dtype)
+        x = torch.cat([x, hidden], dim=1).gather(1, ids_restore[..., None].expand(-1, -1, dim))
+        x = x + sincos_positions(grid, dim).to(x)
+        x = torch.cat([self.embed(cls)[:, None], x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x[:, 1:]))

@@ -1,0 +1,239 @@
+"""Run the enabled stages in order: plan what starts from what, skip what is finished, evaluate.
+
+A recipe is a yaml: shared sections for all stages, a section per stage, and `eval`. A stage's
+section takes the run's sections (optim, train, ...) and the stage's own options side by side:
+
+    base: quickstart                # start from another recipe
+    stages: [mae, hashtag, text, clip]
+    data: {...}                     # shared
+    clip: {embed_dim: 128, optim: {base_lr: 1e-3}}
+    eval: {retrieval: {shards: heldout}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from stages import STAGES, stage_class
+from xray import config as cfg
+from xray import dist
+from xray.config import PRESETS, RunConfig, nearest
+from xray.errors import ConfigError
+from xray.evaluation.suite import EvalConfig
+
+if TYPE_CHECKING:
+    from xray.artifact import Artifact
+
+OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
+SHARED = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "stage")
+
+
+@dataclass
+class LlmConfig:
+    """A tiny random LLM with a tokenizer of the captions, where no pretrained one is at hand."""
+
+    path: str = ""
+    captions: str = ""  # shards under data.root
+    vocab_size: int = 2048
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+
+
+@dataclass
+class PrepareConfig:
+    """What a recipe makes before its first stage, once."""
+
+    demo: dict[str, Any] | None = None  # sizes of the generated data set at data.root
+    llm: LlmConfig | None = None
+
+
+@dataclass
+class Recipe:
+    """A resolved recipe: the stages' configs in order, and the evaluation."""
+
+    name: str
+    out: Path
+    runs: list[Any] = field(default_factory=list)  # a checked config per enabled stage
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    root: str = ""
+    workers: int = 0
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or a yaml file, with `key=value` overrides on top.
+
+    Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
+    """
+    command_line = cfg.parse_overrides(overrides)
+    layers = _layers(name, command_line.pop("base", None))
+    for layer in (*layers, command_line):
+        _check_keys(layer)
+    merged = _resolve(cfg.merge(*layers, command_line))
+    stages = merged.get("stages") or list(STAGES)
+    if not isinstance(stages, list):
+        raise ConfigError(f"stages={stages} must be a list such as [mae,clip]")
+    for stage in stages:
+        stage_class(str(stage))  # raises for an unknown one
+    recipe = Recipe(
+        name=str(merged.get("name") or Path(name).stem),
+        out=Path(str(merged.get("out") or f"runs/{Path(name).stem}")),
+        prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}),
+        eval=cfg.build(EvalConfig, merged.get("eval") or {}),
+    )
+    ordered = [stage for stage in STAGES if stage in stages]
+    # a later layer wins over every section of an earlier one, shared or not
+    sections = [_resolve_in(layer, merged) for layer in (*layers, command_line)]
+    for stage in ordered:
+        recipe.runs.append(_stage_config(stage, sections, recipe.out))
+    _link(recipe)
+    shared = recipe.runs[0].data
+    recipe.root, recipe.workers = shared.root, shared.workers
+    return recipe
+
+
+def stage_from_recipe(stage: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe's settings for one stage as a config layer, for `xray train --recipe`."""
+    layers = _layers(name, None)
+    for layer in layers:
+        _check_keys(layer)
+    merged = _resolve(cfg.merge(*layers, cfg.parse_overrides(overrides)))
+    return cfg.merge(*_sections(stage, merged))
+
+
+def _layers(name: str, base: str | None) -> list[dict[str, Any]]:
+    """The recipe's yaml behind those it is based on."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = cfg.config_path(f"recipe/{name}")
+        if not path.is_file():
+            names = cfg.shipped("recipe")
+            raise ConfigError(
+                f"unknown recipe {name!r}: there are {', '.join(names)}, or give a .yaml file"
+                f"{nearest(name, names)}"
+            )
+    content = cfg.read_yaml(path)
+    under = base or content.pop("base", None)
+    content.pop("base", None)
+    content.setdefault("name", path.stem)
+    content.setdefault("out", f"runs/{content['name']}")
+    return [*(_layers(str(under), None) if under else []), content]
+
+
+def _check_keys(layer: Mapping[str, Any]) -> None:
+    valid = [*OWN_KEYS, *SHARED, *STAGES]
+    for key in layer:
+        if key not in valid:
+            raise ConfigError(
+                f"unknown key {key!r} in the recipe{nearest(key, valid) or f': {sorted(valid)}'}"
+            )
+
+
+def _resolve(content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # type: ignore
+    except Exception as error:
+        raise ConfigError(f"the recipe does not resolve: {error}") from error
+
+
+def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """Interpolations of one layer, with the values of the whole recipe."""
+    scope = {key: value for key, value in merged.items() if key not in layer}
+    whole = OmegaConf.create({**layer, **scope})
+    result: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore
+    return {key: result[key] for key in layer}
+
+
+def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A layer's shared part and its part for a stage, in the shape of the stage's config."""
+    schema = stage_class(stage).Config
+    names = {item.name for item in dataclasses.fields(schema)}
+    shared = {key: layer[key] for key in SHARED if key in layer and key not in ("out", "init_from")}
+    own, options = {}, {}
+    for key, value in (layer.get(stage) or {}).items():
+        nested = key in names and (key != stage or isinstance(value, Mapping))
+        (own if nested or key in PRESETS else options)[key] = value
+    return [shared, own, {stage: options} if options else {}]
+
+
+def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> Any:
+    parts = [part for layer in layers for part in _sections(stage, layer)]
+    config = cfg.load_config(stage_class(stage).Config, stage, *parts)
+    config.out = config.out or str(out / stage)
+    config.validate()
+    return config
+
+
+def _link(recipe: Recipe) -> None:
+    """Let each stage start from the last enabled one that hands on what it accepts."""
+    last: dict[str, Any] = {}
+    for config in recipe.runs:
+        accepts = stage_class(config.stage).accepts
+        for slot in ("vision", "text"):
+            parent = last.get(slot)
+            if parent is not None and parent.stage in accepts:
+                config.init_from = [*config.init_from, str(Path(parent.out) / "artifact")]
+        last["text" if config.stage == "text" else "vision"] = config
+
+
+def prepare(recipe: Recipe) -> None:
+    """Make the demo data and the tiny LLM that a recipe asks for, on rank 0."""
+    if dist.is_main():
+        wanted = recipe.prepare
+        if wanted.demo is not None:
+            from data_pipelines.demo import DemoConfig, make_demo
+
+            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+        if wanted.llm is not None:
+            make_llm(wanted.llm, recipe.root)
+    dist.barrier()
+
+
+def make_llm(config: LlmConfig, root: str) -> None:
+    """Build the tiny LLM once; a half-written folder is begun again."""
+    import os
+    import shutil
+
+    from data_pipelines.captions import TEXT_FILES, captions_of
+    from data_pipelines.shards import find_shards, index_shard
+    from xray.models.text import build_tiny_llm
+
+    folder = Path(config.path)
+    if folder.is_dir():
+        return
+    captions = [
+        caption
+        for path in find_shards(config.captions, root)
+        for index in [index_shard(path)]
+        for member in range(len(index))
+        for caption in captions_of(index.read(member, TEXT_FILES))
+    ]
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    build_tiny_llm(
+        captions, temporary, config.vocab_size, config.width, config.depth, config.heads
+    )
+    os.replace(temporary, folder)
+
+
+def run_recipe(recipe: Recipe) -> list[Artifact]:
+    """Train every stage that is not finished, in order; returns the artifacts."""
+    device = dist.choose_device(recipe.runs[0].train.device)
+    from xray.engine import init_distributed
+    from xray.trainer import Trainer
+
+    init_distributed(device)
+    prepare(recipe)
+    artifacts = []
+    for config in recipe.runs:
+        trainer = Trainer(stage_class(config.stage), config, device)
+        artifacts.append(trainer.finished() or trainer.fit())
+    return artifacts

@@ -1,0 +1,221 @@
+"""Where metrics go: metrics.jsonl, tensorboard and the terminal; and the HTML report of a run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from xray import dist
+from xray.checkpoint import TrainState
+from xray.config import RunConfig
+
+console = Console(stderr=True, highlight=False)
+LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
+
+
+class Sinks:
+    """A run's metrics on rank 0: jsonl, tensorboard, and a progress bar (lines without a tty)."""
+
+    def __init__(self, out: Path, name: str, config: RunConfig, step: int) -> None:
+        self.last: dict[str, float] = {}
+        self.name = name
+        self.steps = config.steps
+        self.main = dist.is_main()
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = out / "metrics.jsonl"
+        kept = _lines_up_to(path, step)
+        path.write_text("".join(kept))
+        if kept:
+            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(out / "tb"), purge_step=step + 1)
+        self.resumed_at, self.started, self.printed = step, time.monotonic(), 0.0
+        self.progress = Progress(
+            TextColumn("[bold]{task.description:>8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(name, total=self.steps, completed=step, note="")
+
+    def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
+        """Show a step, and record it where it is due."""
+        if not self.main:
+            return
+        elapsed = time.monotonic() - self.started
+        done = state.step - self.resumed_at
+        rate = state.samples / state.step * done / elapsed
+        note = f"loss {values['loss']:.4f}  {rate:,.0f} samples/s"
+        self.progress.update(self.task, completed=state.step, note=note)
+        if not console.is_terminal and (
+            time.monotonic() - self.printed > LINE_SECONDS or state.step == self.steps
+        ):
+            self.printed = time.monotonic()
+            eta = (self.steps - state.step) * elapsed / done
+            line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {eta:.0f} s"
+            print(line, file=sys.stderr, flush=True)
+        if not logged:
+            return
+        self.last = dict(values)
+        facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
+        self.file.write(json.dumps({**facts, **values}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(key, value, state.samples)
+
+    def close(self) -> None:
+        if self.main:
+            self.progress.stop()
+            self.file.close()
+            self.board.close()
+
+
+_STATE = ("step", "samples", "seconds")
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Whole metric lines of steps that a resumed run will not do again."""
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if row["step"] <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, [] where there is none."""
+    return [json.loads(line) for line in _lines_up_to(path, sys.maxsize)]
+
+
+@dataclass
+class ResultTable:
+    """Rows of text under headings; the first column names the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def print(self) -> None:
+        table = Table(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        Console(highlight=False).print(table)
+
+    def html(self) -> str:
+        cells = ["".join(f"<th>{html.escape(c)}</th>" for c in self.columns)]
+        cells += ["".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in self.rows]
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<h2>{html.escape(self.title)}</h2><div class=wide><table>{body}</table></div>"
+
+
+@dataclass
+class Picture:
+    """An RGB array with a caption for the report."""
+
+    title: str
+    caption: str
+    pixels: np.ndarray  # [H, W, 3] uint8
+
+    def html(self) -> str:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format="PNG")
+        return _figure(self.title, self.caption, buffer.getvalue())
+
+
+def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """One panel per stage, one line per block, over samples seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {name: rows for name, rows in metrics.items() if rows}
+    if not shown:
+        return ""
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], shown.items(), strict=True):
+        for key in [k for k in rows[0] if k.endswith("/loss") and not k.startswith("val/")]:
+            points = [(row["samples"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), label=key.removesuffix("/loss"), linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("samples seen", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return _figure("Training loss", "Each stage's loss by block, over samples.", buffer.getvalue())
+
+
+def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
+    """A self-contained HTML page; `parts` are HTML."""
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
+        "color:#1b1f24}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}"
+        "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
+        "text-align:right}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}"
+        "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
+        "figure{margin:0}code{font-size:.85rem}"
+    )
+    head = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    )
+    body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
+    path.write_text(
+        f"{head}<title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>"
+    )
+
+
+def paragraph(text: Any) -> str:
+    return f"<p class=note>{html.escape(str(text))}</p>"
+
+
+def _figure(title: str, caption: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<h2>{html.escape(title)}</h2><figure><img alt="{html.escape(title)}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption>'
+        "</figure>"
+    )

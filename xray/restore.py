@@ -1,0 +1,154 @@
+"""Models from artifacts: what evaluation, and a stage that starts from another's, build on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xray.artifact import Artifact
+from xray.config import ModelConfig, TextConfig
+from xray.errors import ArtifactError
+from xray.models.backbone import VisionBackbone, load_adapted
+from xray.models.heads import Normalize, Projection
+from xray.models.mae_decoder import MaeDecoder
+from xray.models.text import (
+    TextAdapter,
+    TextTower,
+    find_llm,
+    llm_digest,
+    load_tokenizer,
+    tokenize,
+)
+
+
+def restore_vision(artifact: Artifact) -> VisionBackbone:
+    """The backbone of a vision artifact, in eval mode; its weights need no download."""
+    config = artifact.manifest["config"]
+    model = dataclasses.replace(ModelConfig(**config["model"]), pretrained="")
+    backbone = VisionBackbone(model, config["data"]["resolution"], config["data"]["frames"])
+    load_adapted(backbone, artifact.load("backbone"), str(artifact.path))
+    return backbone.eval()
+
+
+def text_config(artifact: Artifact) -> TextConfig:
+    """The structure of an artifact's text tower."""
+    section = artifact.manifest["config"].get("text")
+    if section is None:
+        raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
+    names = {item.name for item in dataclasses.fields(TextConfig)}
+    config = TextConfig(**{key: value for key, value in section.items() if key in names})
+    # A tower that was tuned whole has no LoRA, whatever is trained of it later.
+    has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
+    return config if has_lora else dataclasses.replace(config, lora_rank=0)
+
+
+def restore_text(artifact: Artifact, config: TextConfig, folder: Path) -> TextTower:
+    """The text tower of an artifact, its structure and what is trained given by config."""
+    tower = TextTower(config, folder, weights=_needs_base(artifact))
+    tower.load_changes(artifact.load("text"), str(artifact.path))
+    return tower
+
+
+def llm_folder(artifact: Artifact, override: str = "") -> Path:
+    """Where the artifact's LLM config and tokenizer are, and its weights unless it holds them.
+
+    Raises ArtifactError when the base LLM is not the one it was trained with.
+    """
+    if not _needs_base(artifact):
+        return artifact.path / "llm"
+    folder = find_llm(override or artifact.manifest["config"]["text"]["llm"])
+    if llm_digest(folder) != artifact.manifest["inputs"]["llm"]:
+        raise ArtifactError(
+            f"the LLM in {folder} is not the one that {artifact.path} was trained with: its "
+            "files' hash differs; set text.llm to the original folder"
+        )
+    return folder
+
+
+def _needs_base(artifact: Artifact) -> bool:
+    """Whether the artifact holds only changes to a base LLM, not all its weights."""
+    return all(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
+
+
+class Encoder(nn.Module):
+    """An artifact ready to encode: the backbone, and for a clip artifact the joint space.
+
+    Pixels are [B, T, 3, H, W] uint8; features are float32, and joint ones normalised.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self.artifact = artifact
+        config = artifact.manifest["config"]
+        self.keep_rate: float = artifact.manifest["keep_rate"]
+        self.vision = restore_vision(artifact)
+        self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+        self.tokenizer: Any = None
+        if artifact.stage == "clip":
+            self._build_joint(config["clip"])
+        self.eval()
+
+    def _build_joint(self, options: dict[str, Any]) -> None:
+        artifact = self.artifact
+        text = dataclasses.replace(text_config(artifact), tune="none")
+        folder = llm_folder(artifact)
+        self.text = restore_text(artifact, text, folder)
+        self.max_length = text.max_length
+        self.tokenizer = load_tokenizer(folder)
+        joint = options["embed_dim"]
+        self.vision_projection = Projection(self.vision.embed_dim, joint)
+        self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
+        head = artifact.load("head")
+        head.pop("logit_scale")
+        wrong = self.load_state_dict(head, strict=False).unexpected_keys
+        if wrong:
+            raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
+
+    @property
+    def is_joint(self) -> bool:
+        return self.tokenizer is not None
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised."""
+        return F.normalize(self.vision(self.normalize(pixels), self.keep_rate).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, E] in the joint space."""
+        self._require_joint()
+        cls = self.vision(self.normalize(pixels), self.keep_rate)
+        return F.normalize(self.vision_projection(cls).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """N captions -> [N, E] in the joint space."""
+        self._require_joint()
+        rows = []
+        for start in range(0, len(captions), 256):
+            tokens = tokenize(self.tokenizer, captions[start : start + 256], self.max_length)
+            rows.append(self.text_adapter(self.text(**tokens)).float())
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def _require_joint(self) -> None:
+        if not self.is_joint:
+            raise ArtifactError(
+                f"{self.artifact.path} is of stage {self.artifact.stage}: only a clip artifact "
+                "compares pictures with text"
+            )
+
+
+def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
+    """The decoder of a mae artifact, in eval mode."""
+    options = artifact.manifest["config"]["mae"]
+    outputs = vision.tubelet * vision.patch_size[0] * vision.patch_size[1] * 3
+    sizes = (options["decoder_dim"], options["decoder_depth"], options["decoder_heads"])
+    decoder = MaeDecoder(vision.embed_dim, outputs, *sizes)
+    decoder.load_state_dict(artifact.load("decoder"))
+    return decoder.eval()

@@ -1,0 +1,106 @@
+"""The report of a recipe's run: results, curves, lineage and pictures of real samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines.loader import iterate_source
+from data_pipelines.shards import open_source
+from data_pipelines.transforms import load_pixels
+from xray.artifact import Artifact
+from xray.config import DataConfig
+from xray.pictures import kept_tokens, reconstructions
+from xray.recipe import Recipe
+from xray.report import Picture, ResultTable, loss_curves, paragraph, read_metrics, write_report
+from xray.restore import Encoder
+
+SHOWN = 6  # samples per picture sheet
+
+
+def write_run_report(
+    recipe: Recipe, artifacts: Sequence[Artifact], results: ResultTable | None
+) -> Path:
+    """Write `report.html` into the recipe's folder and return its path."""
+    parts = [results.html()] if results is not None else []
+    metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
+    parts.append(loss_curves(metrics))
+    by_stage = {artifact.stage: artifact for artifact in artifacts}
+    for run in recipe.runs:
+        if run.stage == "mae":
+            parts += [p.html() for p in _reconstruction_pictures(by_stage["mae"], run.data)]
+    vision = [run for run in recipe.runs if run.stage in ("hashtag", "clip")]
+    if vision:
+        last = vision[-1]
+        parts += [p.html() for p in _kept_pictures(by_stage[last.stage], last.data)]
+    parts.append(_stage_table(artifacts).html())
+    parts.append(paragraph(f"xray {artifacts[-1].manifest['versions']['xray']}, {recipe.name}"))
+    path = recipe.out / "report.html"
+    write_report(path, f"xray: {recipe.name}", parts)
+    return path
+
+
+def _reconstruction_pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
+    return [
+        Picture(
+            f"MAE reconstructions, {modality}s",
+            "Masked, reconstructed, original"
+            + (" (middle frame)." if modality == "video" else ".")
+            + " Each patch's mean and variance are taken from the original.",
+            reconstructions(artifact, pixels),
+        )
+        for modality, pixels in _samples(data)
+    ]
+
+
+def _kept_pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
+    encoder = Encoder(artifact)
+    return [
+        Picture(
+            f"Kept tokens, {modality}s ({artifact.stage})",
+            "Input, then the tokens that are still their own after the last reducing block; "
+            "darkened ones were fused.",
+            kept_tokens(encoder, pixels),
+        )
+        for modality, pixels in _samples(data)
+    ]
+
+
+def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
+    """The first samples of each modality's first source, centre-cropped."""
+    found: dict[str, Tensor] = {}
+    for block in data.blocks:
+        config = data.sources[block.source]
+        if config.modality in found or config.modality not in data.modalities:
+            continue
+        source = open_source(block.source, config.shards, config.modality, data.root)
+        few = source.with_slots([members[:SHOWN] for members in source.slots])
+        batches = iterate_source(
+            few,
+            lambda sample, rng: {"pixels": load_pixels(sample, data, rng)},
+            lambda rows: {"pixels": torch.stack([row["pixels"] for row in rows])},
+            data,
+            SHOWN,
+        )
+        found[config.modality] = next(iter(batches))["pixels"]
+    return list(found.items())
+
+
+def _stage_table(artifacts: Sequence[Artifact]) -> ResultTable:
+    table = ResultTable("Stages", ("stage", "samples", "seconds", "final loss", "artifact"))
+    for artifact in artifacts:
+        m = artifact.manifest
+        loss = m["metrics"].get("loss")
+        table.rows.append(
+            (
+                artifact.stage,
+                f"{m['samples']:,}",
+                f"{m['seconds']:.0f}",
+                "" if loss is None else f"{loss:.3f}",
+                artifact.digest[:12],
+            )
+        )
+    return table

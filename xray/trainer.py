@@ -1,0 +1,348 @@
+"""The training loop: one for all stages, on one process or many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.loader import Loaded, iterate_steps
+from data_pipelines.sampling import MicroBatch, StepSampler, make_plans, micro_batches
+from data_pipelines.shards import open_sources
+from stages.base import Batch, Parents, Stage, StepOutput, split_parents
+from xray import checkpoint, dist
+from xray.artifact import Artifact, open_artifact, write_artifact
+from xray.checkpoint import TrainState
+from xray.config import RunConfig, config_hash, differences, dump, hash_json, identity, to_dict
+from xray.engine import Engine
+from xray.errors import ConfigError, DataError, Preempted, TrainingError
+from xray.optim import lr_at
+from xray.report import Sinks
+
+log = logging.getLogger("xray")
+GRACE = 1000  # samples; data.max_bad_fraction is taken of at least this many
+
+
+class Trainer:
+    """A stage's run in a folder: restored from its own checkpoint, else started from its parents.
+
+    Raises ConfigError, ArtifactError or DataError before training where the cause can be known.
+    """
+
+    def __init__(self, stage_class: type[Stage], config: Any, device: torch.device) -> None:
+        config.validate()
+        self.config: RunConfig = config
+        self.device = device
+        self.out = Path(config.out)
+        self.micro = self._cut(config.blocks, stage_class)
+        parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
+        self.parents = {
+            slot: artifact
+            for slot, artifact in (("vision", parents.vision), ("text", parents.text))
+            if artifact is not None
+        }
+        self.stage = stage_class(config)
+        names = [block.source for block in [*config.blocks, *config.validation]]
+        self.sources = self.stage.prepare(open_sources(config.data, names), parents)
+        self.plans = make_plans(config.blocks, self.sources, config.data, config.seed)
+        self.record = self._record()
+        check_same_run(self.out, self.record)
+        self._start_from = parents
+
+    def finished(self) -> Artifact | None:
+        """The artifact of this run, verified, if it ran to its end before."""
+        path = self.out / "artifact"
+        if not path.exists():
+            return None
+        log.info("stage %s is finished: %s", self.stage.name, path)
+        return open_artifact(path)
+
+    def _build(self) -> None:
+        """Module, engine and state: from the run's own checkpoint, else its parents, else new."""
+        config = self.config
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.module = self.stage.build(self._start_from)
+        self.engine = Engine(self.module, config, len(self.micro))
+        self.state = TrainState(world=dist.world_size(), zero_stage=config.zero.stage)
+        if dist.is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            dump(config, self.out / "config.yaml")
+            (self.out / "run.json").write_text(json.dumps(self.record, indent=1))
+        found = checkpoint.find_checkpoint(self.out / "checkpoints")
+        if found is not None:
+            self.state = checkpoint.load_checkpoint(self.engine, found)
+            log.info("continues from %s, step %d of %d", found, self.state.step, config.steps)
+        elif self.parents:
+            log.info("starts from %s", ", ".join(str(a.path) for a in self.parents.values()))
+        else:
+            log.info("starts from scratch")
+        self.preempted = False
+
+    def _cut(self, blocks: list[Any], stage_class: type[Stage]) -> list[MicroBatch]:
+        micro_batch, world = self.config.train.micro_batch, dist.world_size()
+        cut = micro_batches(blocks, micro_batch, dist.rank(), world)
+        if stage_class.spans_batch:
+            for micro in cut:
+                block = blocks[micro.block]
+                if (micro.stop - micro.start) * world != block.samples:
+                    raise ConfigError(
+                        f"stage {stage_class.name} compares all {block.samples} samples of block "
+                        f"{block.source!r}: train.micro_batch={micro_batch} x {world} processes "
+                        f"must reach {block.samples}; set train.micro_batch=0 or use a smaller "
+                        "block"
+                    )
+        return cut
+
+    def _record(self) -> dict[str, Any]:
+        """What a run is: compared when it is resumed."""
+        return {
+            "stage": self.stage.name,
+            "config": identity(self.config),
+            "data": {name: source.digest for name, source in sorted(self.sources.items())},
+            "parents": {slot: artifact.digest for slot, artifact in self.parents.items()},
+            "inputs": self.stage.inputs(),
+        }
+
+    # the loop ---------------------------------------------------------------------------------
+
+    def fit(self) -> Artifact:
+        """Train to the end and write the artifact.
+
+        Raises Preempted after saving, DataError past `data.max_bad_fraction`, TrainingError for a
+        loss that is not finite (before the optimizer sees it).
+        """
+        self._build()
+        config, state = self.config, self.state
+        sinks = Sinks(self.out, self.stage.name, config, state.step)
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            self._loop(sinks)
+            metrics = {**sinks.last, **self._validate(1.0)}
+            artifact = self._export(metrics)
+        finally:
+            sinks.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.engine.destroy()
+        return artifact
+
+    def _loop(self, sinks: Sinks) -> None:
+        config, state = self.config, self.state
+        stream = self._stream(range(state.step, config.steps))
+        pending, failure = self._fetch(stream)
+        self._reduce({}, failure)
+        started = time.monotonic() - state.seconds
+        for step in range(state.step, config.steps):
+            progress = (step + 0.5) / config.steps
+            loaded, pending = pending, []
+            values = self._accumulate(step, progress, loaded)
+            if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
+                pending, failure = self._fetch(stream)
+            values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
+            self._count_bad(values, loaded)
+            if not math.isfinite(values["loss"]):
+                raise TrainingError(self._bundle(step, values["loss"]))
+            lr = lr_at(progress, config.optim, config.global_batch)
+            self.engine.set_lr(lr)
+            self.engine.step()
+            self.stage.after_step(self.engine, self.module)
+            state.step, state.samples = step + 1, state.samples + config.global_batch
+            state.seconds = time.monotonic() - started
+            preempted = values.pop("preempted") > 0
+            values |= {"lr": lr, "keep_rate": self.module.keep_rate(progress)}
+            values["grad_norm"] = self.engine.grad_norm
+            if _every(state.step, config.train.validate_every) and state.step < config.steps:
+                values |= self._validate(progress)
+            last = state.step == config.steps
+            sinks.write(state, values, _every(state.step, config.train.log_every) or last)
+            if (_every(state.step, config.train.save_every) and not last) or preempted:
+                self._save()
+            if preempted:
+                raise Preempted(f"stopped by a signal at step {state.step}; the same command goes on")
+
+    def _accumulate(self, step: int, progress: float, loaded: list[Loaded]) -> dict[str, float]:
+        """Forward and backward of every micro-batch, all but the last counted by the engine."""
+        self.engine.train()
+        sums: dict[str, Tensor] = {}
+        for number, (micro, item) in enumerate(zip(self.micro, loaded, strict=True)):
+            torch.manual_seed(self._seed(step, number))
+            output: StepOutput = self.engine(self._to_device(item.batch), progress)
+            self.engine.backward(output.loss * micro.scale)
+            if number + 1 < len(self.micro):
+                self.engine.step()
+            self._add(sums, micro, self.micro, output)
+        return _to_host(sums)
+
+    def _add(
+        self, sums: dict[str, Tensor], micro: MicroBatch, cut: list[MicroBatch], output: StepOutput
+    ) -> None:
+        """Means over a block's micro-batches, and the blocks' weighted loss."""
+        count = sum(other.block == micro.block for other in cut)
+        parts = {f"{micro.source}/loss": output.loss.detach() / count}
+        parts |= {f"{micro.source}/{k}": v.float() / count for k, v in output.metrics.items()}
+        parts["loss"] = output.loss.detach() * micro.scale / len(cut)
+        for name, value in parts.items():
+            sums[name] = sums[name] + value if name in sums else value
+
+    @torch.no_grad()
+    def _validate(self, progress: float) -> dict[str, float]:
+        """Means over the fixed validation samples, as `val/...`."""
+        blocks, data = self.config.validation, self.config.data
+        if not blocks:
+            return {}
+        cut = self._cut(blocks, type(self.stage))
+        plans = make_plans(blocks, self.sources, data, self.config.seed)
+        sampler = StepSampler(blocks, plans, data, cut, range(1))
+        stage = self.stage
+        loaded = next(iterate_steps(sampler, stage.transform, stage.collate, 0, pin=False))
+        self.engine.train(False)
+        sums: dict[str, Tensor] = {}
+        for micro, item in zip(cut, loaded, strict=True):
+            self._add(sums, micro, cut, self.engine(self._to_device(item.batch), progress))
+        values = self._reduce(_to_host(sums), None)
+        return {f"val/{name}": values[name] for name in sums}
+
+    # helpers ----------------------------------------------------------------------------------
+
+    def _stream(self, steps: range) -> Iterator[list[Loaded]]:
+        config, stage = self.config, self.stage
+        sampler = StepSampler(config.blocks, self.plans, config.data, self.micro, steps)
+        pin = self.device.type == "cuda"
+        return iterate_steps(sampler, stage.transform, stage.collate, config.seed, pin)
+
+    def _fetch(self, stream: Iterator[list[Loaded]]) -> tuple[list[Loaded], str | None]:
+        try:
+            return next(stream), None
+        except DataError as error:
+            return [], str(error)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _seed(self, step: int, micro: int) -> int:
+        words = [self.config.seed, step, micro, dist.rank()]
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+    def _reduce(
+        self, values: dict[str, float], failure: str | None, bad: int = 0
+    ) -> dict[str, float]:
+        """The step's one small all-reduce: metrics as means, flags as sums, agreed by all ranks."""
+        flags = [float(self.preempted), float(failure is not None), float(bad)]
+        names = sorted(values)
+        vector = torch.tensor([*flags, *(values[n] for n in names)], dtype=torch.float64)
+        vector = dist.sum_over_ranks(vector.to(self.device)).cpu()
+        if vector[1]:
+            reasons = [text for text in dist.gather_objects(failure) if text]
+            raise DataError(reasons[0])
+        means = (vector[3:] / dist.world_size()).tolist()
+        result = dict(zip(names, means, strict=True))
+        return result | {"preempted": float(vector[0]), "bad": float(vector[2])}
+
+    def _count_bad(self, values: dict[str, float], loaded: list[Loaded]) -> None:
+        """Add up replaced samples by cause; raise DataError when there are too many."""
+        if not values.pop("bad"):
+            return
+        mine = [entry for item in loaded for entry in item.bad]
+        everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]
+        bad = self.state.bad
+        for cause, shard, key in everyone:
+            bad[cause] = bad.get(cause, 0) + 1
+            log.warning("replaced sample %r of %s: %s", key, shard, cause)
+        read = self.state.samples + self.config.global_batch
+        limit = self.config.data.max_bad_fraction
+        if sum(bad.values()) > limit * max(read, GRACE):
+            shards = Counter(shard for _, shard, _ in everyone).most_common(3)
+            causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(bad.items()))
+            names = ", ".join(f"{shard} ({count})" for shard, count in shards)
+            raise DataError(
+                f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
+                f"data.max_bad_fraction={limit}; last in {names}"
+            )
+
+    def _bundle(self, step: int, loss: float) -> str:
+        """Write down what a step was made of and return the message about it."""
+        path = self.out / f"nonfinite_step_{step + 1:08d}.json"
+        if dist.is_main():
+            blocks = {
+                block.source: self.plans[block.source].positions(step, block.samples).tolist()
+                for block in self.config.blocks
+            }
+            facts = {"step": step, "seed": self.config.seed, "loss": str(loss), "positions": blocks}
+            path.write_text(json.dumps(facts))
+        return (
+            f"the loss of step {step + 1} is {loss}: stopped before the optimizer step; its samples "
+            f"are in {path}; lower optim.base_lr or set optim.clip_grad, the last checkpoint is kept"
+        )
+
+    def _save(self) -> None:
+        if not math.isfinite(self.engine.grad_norm):
+            raise TrainingError(
+                f"the gradient of step {self.state.step} is not finite: stopped before saving; "
+                "lower optim.base_lr or set optim.clip_grad, the last checkpoint is kept"
+            )
+        folder, keep = self.out / "checkpoints", self.config.train.keep_checkpoints
+        checkpoint.save_checkpoint(self.engine, folder, self.state, keep)
+
+    def _export(self, metrics: dict[str, float]) -> Artifact:
+        state_dict = self.engine.state_dict()  # collective
+        path = self.out / "artifact"
+        if dist.is_main():
+            facts = {
+                "stage": self.stage.name,
+                "config": to_dict(self.config),
+                "config_hash": config_hash(self.config),
+                "data_digest": hash_json(self.record["data"]),
+                "inputs": self.record["inputs"],
+                "keep_rate": self.module.keep_rate(1.0),
+                "samples": self.state.samples,
+                "seconds": round(self.state.seconds, 1),
+                "bad_samples": self.state.bad,
+                "metrics": metrics,
+            }
+            parts = self.stage.export(self.module, state_dict)
+            write_artifact(path, parts, self.stage.export_files(), facts, self.parents)
+        dist.barrier()
+        return open_artifact(path)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.preempted = True
+
+
+def check_same_run(out: Path, record: dict[str, Any]) -> None:
+    """Raise ConfigError when a folder holds a run that differs in what makes its result."""
+    try:
+        old = json.loads((out / "run.json").read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    changed = differences(old, json.loads(json.dumps(record)))
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{out} holds another run: {changed[0]}{more}; choose another out=, "
+            "or delete that folder"
+        )
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _to_host(sums: dict[str, Tensor]) -> dict[str, float]:
+    """All scalars in one transfer."""
+    names = list(sums)
+    values = torch.stack([sums[name].reshape(()).float() for name in names]).tolist()
+    return dict(zip(names, values, strict=True))
+
