@@ -16,8 +16,15 @@ from xray.models.text import TextTower, find_llm, llm_digest, load_tokenizer, to
 from xray.restore import llm_folder, restore_text, text_config
 
 
+# What a text artifact decides for those that start from it.
+STRUCTURE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "max_length")
+
+
 class Language:
-    """The LLM that a run's captions go through, and where it comes from."""
+    """The LLM that a run's captions go through: a folder, or what a text artifact holds.
+
+    `config` is the text section with the artifact's structure in it.
+    """
 
     def __init__(self, config: TextConfig, parent: Artifact | None) -> None:
         self.parent = parent
@@ -26,7 +33,9 @@ class Language:
             self.folder = find_llm(config.llm)
             self.digest = llm_digest(self.folder)
         else:
-            self.config = dataclasses.replace(text_config(parent), tune=config.tune)
+            theirs = text_config(parent)
+            structure = {name: getattr(theirs, name) for name in STRUCTURE}
+            self.config = dataclasses.replace(config, llm=config.llm or theirs.llm, **structure)
             self.digest = parent.manifest["inputs"]["llm"]
             self.folder = llm_folder(parent, config.llm)
         self.tokenizer = load_tokenizer(self.folder)

@@ -68,6 +68,7 @@ class TextStage(Stage):
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
+        self.config.text = self.language.config
         return sources
 
     def build(self, parents: Parents) -> TextModule:

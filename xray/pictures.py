@@ -18,7 +18,7 @@ GAP = 4
 
 @torch.no_grad()
 def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.ndarray:
-    """Rows of masked input, reconstruction, original; [B, T, 3, S, S] uint8 -> [H, W, 3] uint8.
+    """A column per sample: masked, reconstructed, original; [B, T, 3, S, S] uint8 -> [H, W, 3].
 
     Under norm_pix_loss a patch is predicted up to its mean and variance; these are taken from the
     original to show it. Visible patches are shown as they are. A clip shows its middle frame.
@@ -50,12 +50,12 @@ def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.nda
     hidden = unpatchify(removed.expand_as(target), (slots, h, w), vision.patch_size)
     middle = hidden[:, (hidden.shape[1] - 1) // 2]
     shown[0] = shown[0] * (1 - middle) + 128 * middle
-    return _sheet(torch.stack(shown, dim=1))
+    return _sheet(torch.stack(shown))
 
 
 @torch.no_grad()
 def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
-    """Rows of each picture and, darkened, what is fused away at the end; a clip by its tubelets."""
+    """A column per sample: the picture, then darkened what is fused away; a clip by tubelets."""
     vision = encoder.vision
     B, T, _, H, W = pixels.shape
     x = encoder.normalize(pixels)
@@ -63,12 +63,12 @@ def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
     h, w = H // vision.patch_size[0], W // vision.patch_size[1]
     slots = max(1, T // vision.tubelet)
     assert tokens.assign is not None
-    fused = tokens.patches.shape[1] - 1
-    kept = (tokens.assign < fused).float() if encoder.keep_rate < 1 else torch.ones(B, slots * h * w)
+    inputs = torch.zeros(B, slots * h * w).scatter_add(1, tokens.assign, torch.ones(B, slots * h * w))
+    kept = (inputs.gather(1, tokens.assign) == 1).float()  # its token holds nothing else
     mask = F.interpolate(kept.reshape(B, slots, h, w), size=(H, W), mode="nearest")
     frames = pixels[:, :: vision.tubelet][:, :slots].float()
     shaded = frames * (0.25 + 0.75 * mask[:, :, None])
-    return _sheet(torch.cat([frames, shaded], dim=1))
+    return _sheet(torch.stack([frames, shaded], dim=1).flatten(1, 2).transpose(0, 1))
 
 
 def _sheet(pictures: Tensor) -> np.ndarray:

@@ -1,0 +1,42 @@
+"""Shared fixtures: a small demo data set, a tiny LLM, and a process group per worker count."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated shards, small: 96 photos, 24 clips, 24 held-out photos, and a tiny LLM."""
+    from data_pipelines.demo import DemoConfig, make_demo
+    from xray.recipe import LlmConfig, make_llm
+
+    root = tmp_path_factory.mktemp("demo") / "data"
+    make_demo(root, DemoConfig(photos=96, clips=24, heldout=24, per_shard=32, side=32, frames=8))
+    make_llm(LlmConfig(str(root / "llm"), "photos", 300, 32, 2, 4), str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real photos and clips; tests that need them are skipped where there are none."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the real data set beside the checkout (../shared/data)")
+    return SHARED

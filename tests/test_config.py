@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.mae import MaeConfig
+from xray import config as cfg
+from xray.errors import ConfigError
+
+
+def mae(*overrides: str) -> MaeConfig:
+    return cfg.load_config(MaeConfig, "mae", cfg.parse_overrides(overrides))
+
+
+def test_layers_win_in_order() -> None:
+    config = mae("optim.base_lr=0.5", "model=vit_b16", "model.keep_rate=0.5")
+    assert config.optim.base_lr == 0.5  # over configs/stage/mae.yaml
+    assert config.optim.betas == [0.9, 0.95]  # from it
+    assert config.model.name == "vit_base_patch16_224"
+    assert config.model.keep_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.base_lrr=1", "did you mean 'base_lr'"),
+        ("optm.base_lr=1", "did you mean 'optim'"),
+        ("train.samples=many", "train.samples"),
+        ("optim.name=sgd", "optim.name"),
+        ("model=vit_b17", "did you mean 'vit_b16'"),
+        ("samples", "key=value"),
+    ],
+)
+def test_mistakes_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mae(override)
+
+
+def test_runtime_fields_are_not_hashed() -> None:
+    base = cfg.config_hash(mae())
+    assert cfg.config_hash(mae("data.workers=7", "train.micro_batch=2", "zero=2")) == base
+    assert cfg.config_hash(mae("mae.mask_ratio=0.6")) != base
+
+
+def test_dump_can_be_given_back(tmp_path: Path) -> None:
+    config = mae("model=vit_s16", "data.sources.a.shards=x", "train.samples=5")
+    cfg.dump(config, tmp_path / "config.yaml")
+    again = cfg.load_config(MaeConfig, "mae", cfg.read_yaml(tmp_path / "config.yaml"))
+    assert again == config
+
+
+def test_every_shipped_yaml_is_valid() -> None:
+    from stages import STAGES, stage_class
+    from xray.recipe import load_recipe
+
+    for stage in STAGES:
+        cfg.load_config(stage_class(stage).Config, stage)
+    for name in cfg.shipped("recipe"):
+        recipe = load_recipe(name)
+        assert recipe.runs, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "data.blocks"),
+        (["data.blocks=[{source: a, samples: 4}]"], "data.sources"),
+        (
+            ["data.sources.a.shards=x", "data.blocks=[{source: b, samples: 4}]"],
+            "did you mean|data.sources has",
+        ),
+        (["data.sources.a.shards=x", "data.blocks=[{source: a, samples: 4}]"], "train.samples"),
+    ],
+)
+def test_rules_across_fields(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mae(*overrides).validate()

@@ -1,0 +1,86 @@
+"""Who may import whom, read from the source; and what must be imported in one place only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAF = {"xray", "xray.config", "xray.dist", "xray.errors"}
+MODELS = {"xray.models", "xray.losses", "xray.optim"}
+DATA = {"data_pipelines"}
+STAGE_USES = LEAF | MODELS | DATA | {"xray.artifact", "xray.restore", "stages.base"}
+RULES: dict[str, set[str]] = {
+    "xray/errors.py": set(),
+    "xray/config.py": {"xray.errors"},
+    "xray/dist.py": {"xray.errors"},
+    "xray/optim.py": LEAF,
+    "xray/losses.py": {"xray.dist"},
+    "xray/models": {"xray.config", "xray.errors", "xray.models"},
+    "xray/artifact.py": {"xray", "xray.errors"},
+    "xray/restore.py": LEAF | MODELS | {"xray.artifact"},
+    "xray/pictures.py": LEAF | MODELS | {"xray.artifact", "xray.restore"},
+    "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
+    "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
+    "xray/checkpoint.py": LEAF | {"xray.artifact", "xray.engine"},
+    "xray/report.py": LEAF | {"xray.checkpoint"},
+    "xray/trainer.py": LEAF
+    | DATA
+    | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
+    | {"xray.optim"},
+    "data_pipelines": {"data_pipelines", "xray.config", "xray.dist", "xray.errors"},
+    "stages/base.py": STAGE_USES,
+    "stages/language.py": STAGE_USES,
+    "stages/mae.py": STAGE_USES,
+    "stages/hashtag.py": STAGE_USES,
+    "stages/text.py": STAGE_USES | {"stages.language"},
+    "stages/clip.py": STAGE_USES | {"stages.language"},
+}
+ONE_PLACE = {
+    "deepspeed": "xray/engine.py",
+    "peft": "xray/models/text.py",
+    "decord": "data_pipelines/decode.py",
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def files(place: str) -> list[Path]:
+    path = ROOT / place
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+@pytest.mark.parametrize("place", RULES)
+def test_imports_point_one_way(place: str) -> None:
+    allowed = RULES[place]
+    for path in files(place):
+        modules = {m for m in imports(path) if m.split(".")[0] in ("xray", "stages", "data_pipelines")}
+        for module in modules:
+            known = any(module == a or module.startswith(f"{a}.") for a in allowed - {"xray"})
+            assert known or (module == "xray" and "xray.dist" in allowed | {"xray.dist"}) or (
+                module == "xray.__version__"
+            ), f"{path.relative_to(ROOT)} may not import {module}"
+
+
+@pytest.mark.parametrize("library", ONE_PLACE)
+def test_imported_in_one_file(library: str) -> None:
+    for folder in ("xray", "stages", "data_pipelines"):
+        for path in files(folder):
+            if path != ROOT / ONE_PLACE[library]:
+                assert library not in {m.split(".")[0] for m in imports(path)}, path
+
+
+def test_rank_is_read_in_one_place() -> None:
+    for folder in ("stages", "data_pipelines", "xray/models", "xray/evaluation"):
+        for path in files(folder):
+            assert "WORLD_SIZE" not in path.read_text(), path

@@ -1,0 +1,153 @@
+"""The contract every stage keeps: it builds small, its loss falls, the next one takes its export."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import settings, train
+
+from stages import STAGES, stage_class
+from xray.errors import ArtifactError, ConfigError
+from xray.report import read_metrics
+
+CHAIN = {"mae": [], "hashtag": ["mae"], "text": [], "clip": ["hashtag", "text"]}
+
+
+@pytest.fixture(scope="module")
+def chain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All stages, each from its parents, with enough steps for the loss to fall."""
+    root = tmp_path_factory.mktemp("chain")
+    for stage, parents in CHAIN.items():
+        start = [root / parent / "artifact" for parent in parents]
+        train(stage, demo, root / stage, "train.samples=240", init_from=start)
+    return {stage: root / stage for stage in CHAIN}
+
+
+def test_every_stage_is_covered() -> None:
+    assert set(CHAIN) == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", CHAIN)
+def test_loss_falls(chain: dict[str, Path], stage: str) -> None:
+    losses = [row["loss"] for row in read_metrics(chain[stage] / "metrics.jsonl")]
+    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
+
+
+def test_children_hold_their_parents_hash(chain: dict[str, Path]) -> None:
+    from xray.artifact import lineage, open_artifact
+
+    clip = open_artifact(chain["clip"])
+    rows = list(lineage(clip))
+    assert [m["stage"] for _, _, m in rows if m] == ["clip", "hashtag", "mae", "text"]
+    parent = open_artifact(chain["hashtag"])
+    assert clip.manifest["parents"]["vision"]["manifest"] == parent.digest
+
+
+def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
+    rows = read_metrics(chain["hashtag"] / "metrics.jsonl")
+    assert rows[0]["keep_rate"] == 1 and rows[-1]["keep_rate"] == 0.7
+    assert {row["keep_rate"] for row in read_metrics(chain["mae"] / "metrics.jsonl")} == {1}
+
+
+def test_frozen_text_tower_is_not_changed(chain: dict[str, Path]) -> None:
+    from xray.artifact import open_artifact
+
+    before = open_artifact(chain["text"]).load("text")
+    after = open_artifact(chain["clip"]).load("text")
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: Path) -> None:
+    from stages.base import split_parents
+    from xray.artifact import open_artifact
+    from xray.restore import Encoder
+
+    artifact = open_artifact(chain["clip"])
+    encoder = Encoder(artifact)
+    pixels = torch.randint(0, 256, (3, 1, 3, 32, 32), dtype=torch.uint8)
+    captions = ["a red circle", "a star", "small blue ring on the left"]
+    image, text = encoder.encode_pixels(pixels), encoder.encode_text(captions)
+    assert torch.allclose(image.norm(dim=-1), torch.ones(3), atol=1e-5)
+
+    config = settings("clip", demo, chain["clip"])
+    stage = stage_class("clip")(config)
+    parents = split_parents(stage_class("clip"), [open_artifact(chain[s]) for s in CHAIN["clip"]])
+    stage.prepare({}, parents)
+    module = stage.build(parents).eval()
+    tower = artifact.load("text")
+    module.towers["text"].load_state_dict(tower, strict=False)
+    module.towers["vision"].load_state_dict(artifact.load("backbone"))
+    module.load_state_dict(artifact.load("head"), strict=False)
+    batch = {"pixels": pixels, **stage.language.collate([stage.language.tokens([c]) for c in captions])}
+    with torch.no_grad():
+        features = module(batch, 1.0, "features")
+    assert torch.allclose(features["image"], image, atol=1e-5)
+    assert torch.allclose(features["text"], text, atol=1e-5)
+
+
+def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stage mae cannot start from .* of stage text"):
+        train("mae", demo, tmp_path / "a", init_from=[chain["text"]])
+    with pytest.raises(ConfigError, match="two vision artifacts"):
+        train("hashtag", demo, tmp_path / "b", init_from=[chain["mae"], chain["hashtag"]])
+    with pytest.raises(ArtifactError, match="of another model"):
+        train("hashtag", demo, tmp_path / "c", "model.kwargs.depth=3", init_from=[chain["mae"]])
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        train("hashtag", demo, tmp_path / "d", init_from=[tmp_path / "nothing"])
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_vocabulary_must_match_the_head(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not match the head"):
+        train("hashtag", demo, tmp_path / "x", "hashtag.max_size=5", init_from=[chain["hashtag"]])
+
+
+def test_another_llm_is_refused(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    from xray.recipe import LlmConfig, make_llm
+
+    make_llm(LlmConfig(str(tmp_path / "llm"), "photos", 300, 32, 2, 2), str(demo))
+    with pytest.raises(ArtifactError, match="is not the one that"):
+        train(
+            "clip",
+            demo,
+            tmp_path / "x",
+            f"text.llm={tmp_path / 'llm'}",
+            init_from=[chain["text"]],
+        )
+
+
+def test_contrastive_stages_need_the_whole_block(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compares all 8 samples of block 'photos'"):
+        train("clip", demo, tmp_path / "x", "train.micro_batch=4")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: int) -> None:
+    """Pushed over its ceiling before each clamp, the fp32 master and the export come back down."""
+    from xray.engine import Engine
+
+    seen = []
+    clamp = Engine.clamp
+
+    def record(self: Engine, parameter: torch.Tensor, low: float, high: float) -> None:
+        clamp(self, parameter, high + 0.5, high + 1)  # the push, as a wild optimizer step would
+        free = float(self.full_parameter(parameter))
+        clamp(self, parameter, low, high)
+        seen.append((free, float(self.full_parameter(parameter)), high))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "clamp", record)
+        artifact = train(
+            "clip",
+            demo,
+            tmp_path / "run",
+            f"zero.stage={zero}",
+            "clip.logit_scale_max=20",
+        )
+    assert len(seen) == 6 and all(free > high + 0.4 for free, _, high in seen)
+    assert all(after <= high + 1e-6 for _, after, high in seen)
+    assert float(artifact.load("head")["logit_scale"].exp()) <= 20.0001
