@@ -40,7 +40,9 @@ PLACES = {
     "on the right": (0.67, 0.5),
 }
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-CLASSES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
+# Eight of the 48: each colour misses one shape, each shape one or two colours.
+HELD_OUT = tuple(zip(COLORS, itertools.cycle(SHAPES), strict=False))
 
 
 @dataclass
@@ -69,7 +71,9 @@ class Scene:
 
     @property
     def label(self) -> int:
-        return CLASSES.index(f"{self.color} {self.shape}")
+        """The class among the held-out pairs; -1 for a pair that training shows."""
+        pair = (self.color, self.shape)
+        return HELD_OUT.index(pair) if pair in HELD_OUT else -1
 
     def captions(self) -> list[str]:
         thing, moves = f"{self.color} {self.shape}", f" moving {self.motion}" if self.motion else ""
@@ -86,11 +90,6 @@ class Scene:
         return [f"#{tag}" for tag in tags]
 
 
-def held_out(color: str, shape: str) -> bool:
-    """Eight of the 48 pairs: each colour misses one shape, each shape one or two colours."""
-    return SHAPES.index(shape) == list(COLORS).index(color) % len(SHAPES)
-
-
 def make_demo(root: Path, config: DemoConfig) -> None:
     """Write all sets below root; a half-written root is begun again, a whole one is left alone."""
     if (root / "demo.json").is_file():
@@ -98,19 +97,17 @@ def make_demo(root: Path, config: DemoConfig) -> None:
     temporary = root.with_name(root.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     rng = np.random.default_rng(config.seed)
-    pairs = list(itertools.product(COLORS, SHAPES))
-    seen = [pair for pair in pairs if not held_out(*pair)]
-    unseen = [pair for pair in pairs if held_out(*pair)]
+    seen = [pair for pair in PAIRS if pair not in HELD_OUT]
     for name, count, motion in (("photos", config.photos, False), ("clips", config.clips, True)):
         scenes = [_random_scene(rng, seen, motion) for _ in range(count)]
         _write(temporary / name, scenes, config, rng)
-    options = list(itertools.product(unseen, GROUNDS, SIZES, PLACES))
+    options = list(itertools.product(HELD_OUT, GROUNDS, SIZES, PLACES))
     scenes = [Scene(*options[i][0], *options[i][1:]) for i in rng.permutation(len(options))]
     _write(temporary / "heldout", scenes[: config.heldout], config, rng)
     _write(temporary / "gallery", scenes[config.heldout :], config, rng)
-    (temporary / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    facts = {"config": vars(config), "held_out": [" ".join(pair) for pair in unseen]}
-    (temporary / "demo.json").write_text(json.dumps(facts, indent=1))
+    names = [" ".join(pair) for pair in HELD_OUT]
+    (temporary / "classes.txt").write_text("\n".join(names) + "\n")
+    (temporary / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1))
     if root.is_dir():
         shutil.rmtree(root)
     os.replace(temporary, root)
@@ -126,9 +123,7 @@ def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion
     return Scene(color, shape, pick(GROUNDS), pick(SIZES), place, moves)
 
 
-def _write(
-    folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random.Generator
-) -> None:
+def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random.Generator) -> None:
     """Shards as img2dataset and video2dataset lay them out."""
     folder.mkdir(parents=True)
     for start in range(0, len(scenes), config.per_shard):
@@ -144,15 +139,12 @@ def _write(
                     "label": scene.label,
                     "key": f"{shard:05d}{number:04d}",
                 }
-                sink.write(
-                    {
-                        "__key__": meta["key"],
-                        ("mp4" if scene.motion else "jpg"): media,
-                        "txt": captions[0],
-                        "json": meta,
-                        "cls": scene.label,
-                    }
-                )
+                files = {
+                    "txt": captions[0],
+                    "json": meta,
+                    ("mp4" if scene.motion else "jpg"): media,
+                }
+                sink.write({"__key__": meta["key"], **files})
 
 
 def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:
@@ -218,6 +210,4 @@ def _corners(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         angles, radii = np.arange(3) * 2 * np.pi / 3 - np.pi / 2, [r * 1.15] * 3
     else:  # star
         angles, radii = np.arange(10) * np.pi / 5 - np.pi / 2, [r * 1.15, r * 0.5] * 5
-    return [
-        (x + q * np.cos(a), y + q * np.sin(a)) for a, q in zip(angles, radii, strict=True)
-    ]
+    return [(x + q * np.cos(a), y + q * np.sin(a)) for a, q in zip(angles, radii, strict=True)]

@@ -24,17 +24,18 @@ from xray.config import hash_json
 from xray.errors import ArtifactError, DataError
 
 # English words that say nothing a picture could show; caption words only.
-STOP_WORDS = frozenset(
-    """a about above across after against all along also among an and another any are around as at
-    away back be been before behind being below beside between both but by can close coming down
-    during each few for from front get gets getting go goes going had has have having he her him
-    his in inside into is it its itself just left like look looking looks many more most near next
-    no not of off on one onto or other out outside over own past right set several she side small
-    some something stand standing stands such that the their them there these they this three
-    through to together top towards toward two under up very was way wearing wears what when where
-    which while who with within without four five using his herself himself big large little new
-    area part another taking take takes made make makes making""".split()
-)
+_STOP = """
+a about above across after against all along also among an and another any are around as at away
+back be been before behind being below beside between both but by can close coming down during each
+few five for four from front get gets getting go goes going had has have having he her herself him
+himself his in inside into is it its itself just large left like little look looking looks made make
+makes making many more most near new next no not of off on one onto or other out outside over own
+part past right set several she side small some something stand standing stands such take taken
+takes taking that the their them there these they this those three through to together top towards
+toward two under up using very was way wearing wears what when where which while who with within
+without area big
+"""
+STOP_WORDS = frozenset(_STOP.split())
 WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 
 
@@ -120,8 +121,8 @@ def build_vocabulary(
     kept = [(tag, count) for tag, count in ranked if count >= min_count]
     if not kept:
         raise DataError(
-            f"no tag occurs {min_count} times in {', '.join(tags)}: lower hashtag.min_count, or set "
-            "data.sources.NAME.tags to hashtags or caption_words"
+            f"no tag occurs {min_count} times in {', '.join(tags)}: lower hashtag.min_count, or "
+            "set data.sources.NAME.tags to hashtags or caption_words"
         )
     return Vocabulary(tuple(t for t, _ in kept), tuple(c for _, c in kept))
 

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -66,7 +67,12 @@ class StreamDataset(Dataset):
             )
             key = str(index.keys[member])
             sample = Sample(
-                index.read(member), ref.source, plan.source.modality, key, ref.resolution, ref.frames
+                index.read(member),
+                ref.source,
+                plan.source.modality,
+                key,
+                ref.resolution,
+                ref.frames,
             )
             try:
                 return self.transform(sample, rng)
@@ -80,8 +86,8 @@ class StreamDataset(Dataset):
         )
 
 
-def _identity(loaded: Loaded) -> Loaded:
-    return loaded
+def _identity(loaded: Any) -> Any:
+    return loaded  # `__getitems__` has collated already
 
 
 def iterate_steps(
@@ -92,7 +98,7 @@ def iterate_steps(
     workers = sampler.data.workers
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_identity,
         pin_memory=pin,
@@ -129,9 +135,7 @@ class SequentialDataset(Dataset):
         source, data = self.source, self.data
         try:
             files = index.read(member)
-            sample = Sample(
-                files, source.name, source.modality, key, data.resolution, data.frames
-            )
+            sample = Sample(files, source.name, source.modality, key, data.resolution, data.frames)
             return self.transform(sample, None)
         except DataError as error:
             return f"sample {key!r} of {index.path} cannot be used: {error}"
@@ -147,9 +151,7 @@ def iterate_source(
         return failures[0] if failures else collate(rows)  # type: ignore[arg-type]
 
     dataset = SequentialDataset(source, transform, data)
-    loader = DataLoader(
-        dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail
-    )
+    loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail)
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)

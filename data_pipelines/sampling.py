@@ -73,7 +73,7 @@ class SamplePlan:
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, member) at a virtual position."""
         epoch, place = divmod(position, self.total)
-        order, starts = self._epoch(epoch)
+        _, starts = self._epoch(epoch)
         group = int(np.searchsorted(starts, place, side="right")) - 1
         shards, slots, bounds = self._slots(epoch, group)
         slot = int(slots[place - starts[group]])

@@ -15,7 +15,6 @@ from xray.config import TextConfig
 from xray.models.text import TextTower, find_llm, llm_digest, load_tokenizer, tokenize
 from xray.restore import llm_folder, restore_text, text_config
 
-
 # What a text artifact decides for those that start from it.
 STRUCTURE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "max_length")
 

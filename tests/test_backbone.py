@@ -112,7 +112,9 @@ def test_evit_equals_a_plain_implementation(frames: int, rate: float) -> None:
         ours.zero_grad()
         out = run()
         out.square().sum().backward()
-        grads.append((out.detach(), [p.grad.clone() for p in ours.parameters() if p.grad is not None]))
+        grads.append(
+            (out.detach(), [p.grad.clone() for p in ours.parameters() if p.grad is not None])
+        )
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-10)
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
         assert torch.allclose(a, b, atol=1e-8)
@@ -137,9 +139,7 @@ def test_cls_attention_equals_explicit_attention() -> None:
         (1568, 0.5, [785, 394, 198]),
     ],
 )
-def test_token_counts_of_the_published_table(
-    tokens: int, rate: float, expected: list[int]
-) -> None:
+def test_token_counts_of_the_published_table(tokens: int, rate: float, expected: list[int]) -> None:
     counts, n = [], tokens
     for _ in range(3):
         n = kept_tokens(n, rate) + 1
@@ -216,6 +216,9 @@ def test_resized_tables_are_loaded() -> None:
     load_adapted(large, small.state_dict(), "small")
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
     expected = F.interpolate(
-        F.pad(small.pos_temporal, (0, 0, 1, 0)).transpose(1, 2), 4, mode="linear", align_corners=True
+        F.pad(small.pos_temporal, (0, 0, 1, 0)).transpose(1, 2),
+        4,
+        mode="linear",
+        align_corners=True,
     )
     assert torch.allclose(large.pos_temporal, expected.transpose(1, 2)[:, 1:])

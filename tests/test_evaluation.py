@@ -13,7 +13,9 @@ from xray.evaluation.zero_shot import class_weights, zero_shot
 
 
 def unit(*shape: int) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))), dim=-1
+    )
 
 
 def test_retrieval_equals_brute_force() -> None:
@@ -37,7 +39,9 @@ def test_chance_of_retrieval_is_what_random_features_reach() -> None:
     owner = torch.arange(40).repeat_interleave(3)
     runs = [
         retrieval(
-            F.normalize(torch.randn(40, 16), dim=-1), F.normalize(torch.randn(120, 16), dim=-1), owner
+            F.normalize(torch.randn(40, 16), dim=-1),
+            F.normalize(torch.randn(120, 16), dim=-1),
+            owner,
         )
         for _ in range(150)
     ]
@@ -71,7 +75,12 @@ def test_knn_equals_brute_force() -> None:
 
 
 def test_zero_shot_averages_normalised_prompts() -> None:
-    prompts = {"a cat": [3.0, 0.0], "the cat": [0.0, 1.0], "a dog": [0.0, -2.0], "the dog": [-1.0, 0.0]}
+    prompts = {
+        "a cat": [3.0, 0.0],
+        "the cat": [0.0, 1.0],
+        "a dog": [0.0, -2.0],
+        "the dog": [-1.0, 0.0],
+    }
 
     def encode(texts: list[str]) -> torch.Tensor:
         return torch.tensor([prompts[text] for text in texts])

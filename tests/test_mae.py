@@ -30,7 +30,9 @@ def test_masks_restore_and_tubes() -> None:
     removed = torch.arange(48).expand(5, -1)[mask.bool()].reshape(5, 36)
     place = restore[:, :].gather(1, visible)
     assert torch.equal(place, torch.arange(12).expand(5, -1))
-    assert torch.equal(restore.gather(1, removed).sort(1).values, torch.arange(12, 48).expand(5, -1))
+    assert torch.equal(
+        restore.gather(1, removed).sort(1).values, torch.arange(12, 48).expand(5, -1)
+    )
 
 
 def test_mask_depends_on_its_own_noise_only() -> None:
@@ -48,7 +50,9 @@ def test_patchify_by_hand_and_back() -> None:
     assert torch.equal(patches[1, 6 + 3 + 2], by_hand)
     assert torch.equal(unpatchify(patches, (2, 2, 3), (8, 8)), clip)
     image = clip[:, :1]
-    assert torch.equal(patchify(image, (8, 8), 2), patchify(image.expand(-1, 2, -1, -1, -1), (8, 8), 2))
+    assert torch.equal(
+        patchify(image, (8, 8), 2), patchify(image.expand(-1, 2, -1, -1, -1), (8, 8), 2)
+    )
 
 
 def test_targets_have_zero_mean_and_unit_variance() -> None:
@@ -75,5 +79,7 @@ def test_decoder_sees_only_what_is_visible() -> None:
     inverse = order.argsort()
     moved = torch.where(restore < 4, inverse[restore.clamp(max=3)], restore)
     cls = torch.randn(2, 8)
-    a, b = (decoder(cls, t, r, (1, 4, 4)) for t, r in ((tokens, restore), (tokens[:, order], moved)))
+    a, b = (
+        decoder(cls, t, r, (1, 4, 4)) for t, r in ((tokens, restore), (tokens[:, order], moved))
+    )
     assert torch.allclose(a, b, atol=1e-6)

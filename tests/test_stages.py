@@ -1,4 +1,4 @@
-"""The contract every stage keeps: it builds small, its loss falls, the next one takes its export."""
+"""The contract of every stage: it builds small, its loss falls, the next takes its export."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: 
     module.towers["text"].load_state_dict(tower, strict=False)
     module.towers["vision"].load_state_dict(artifact.load("backbone"))
     module.load_state_dict(artifact.load("head"), strict=False)
-    batch = {"pixels": pixels, **stage.language.collate([stage.language.tokens([c]) for c in captions])}
+    batch = {
+        "pixels": pixels,
+        **stage.language.collate([stage.language.tokens([c]) for c in captions]),
+    }
     with torch.no_grad():
         features = module(batch, 1.0, "features")
     assert torch.allclose(features["image"], image, atol=1e-5)
@@ -90,7 +93,7 @@ def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: 
 
 
 def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stage mae cannot start from .* of stage text"):
+    with pytest.raises(ConfigError, match=r"stage mae cannot start from .* of stage text"):
         train("mae", demo, tmp_path / "a", init_from=[chain["text"]])
     with pytest.raises(ConfigError, match="two vision artifacts"):
         train("hashtag", demo, tmp_path / "b", init_from=[chain["mae"], chain["hashtag"]])

@@ -1,6 +1,6 @@
 """Resume checkpoints: written under a temporary name, renamed last, complete or not there.
 
-    checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  COMPLETE
+checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  COMPLETE
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ data_app = typer.Typer(help="Make and inspect data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion"),
 ]
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -124,7 +125,9 @@ def train(
 
         loaded = load_recipe(recipe, [f"stages=[{stage}]"])
         layers.append(stage_from_recipe(stage, recipe, values))
-    config = cfg.load_config(stage_type.Config, stage, *layers, *map(cfg.read_yaml, files), overrides)
+    config = cfg.load_config(
+        stage_type.Config, stage, *layers, *map(cfg.read_yaml, files), overrides
+    )
     config.out = out or config.out or f"runs/{stage}"
     config.init_from = init_from or config.init_from
     from xray import dist
@@ -295,7 +298,9 @@ def _print_plan(recipe: Recipe) -> None:
     for config in recipe.runs:
         done = (Path(config.out) / "artifact" / "manifest.json").is_file()
         begun = (Path(config.out) / "run.json").is_file()
-        parents = [str(Path(p).parent.name if p.endswith("artifact") else p) for p in config.init_from]
+        parents = [
+            str(Path(p).parent.name if p.endswith("artifact") else p) for p in config.init_from
+        ]
         table.rows.append(
             (
                 config.stage,
@@ -322,7 +327,9 @@ def _evaluate(
     encoder = Encoder(artifact)
     possible = [s for s in config.configured() if encoder.is_joint or s == "knn"]
     if not (suites or possible):
-        raise ConfigError("no evaluation data: give --recipe, or eval.retrieval.shards= and the like")
+        raise ConfigError(
+            "no evaluation data: give --recipe, or eval.retrieval.shards= and the like"
+        )
     return Suite(encoder, config, root, workers).run(suites or possible)
 
 

@@ -23,6 +23,8 @@ from xray.errors import ConfigError
 
 # Sections whose value may be the name of a shipped yaml: `model=vit_b16`, `zero=2`.
 PRESETS = ("model", "zero")
+# The linear layers of Llama-style decoders, where LoRA goes by default.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
@@ -95,10 +97,7 @@ class TextConfig:
     lora_rank: int = 16  # 0 = no LoRA
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
-        + ["gate_proj", "up_proj", "down_proj"]
-    )
+    lora_targets: list[str] = field(default_factory=lambda: list(LINEAR_LAYERS))
     max_length: int = 64  # tokens; longer captions are cut
 
 
@@ -203,8 +202,8 @@ def _validate_data(data: DataConfig) -> None:
     for block in [*data.blocks, *data.validation]:
         if block.source not in data.sources:
             raise ConfigError(
-                f"data.blocks or data.validation names source {block.source!r}, but data.sources has "
-                f"{sorted(data.sources)}{nearest(block.source, data.sources)}"
+                f"data.blocks or data.validation names source {block.source!r}, but data.sources "
+                f"has {sorted(data.sources)}{nearest(block.source, data.sources)}"
             )
         if block.samples < 1:
             raise ConfigError(f"data.blocks: samples of {block.source!r} must be at least 1")
@@ -371,7 +370,7 @@ def _fields_beside(schema: type, path: list[str]) -> list[str]:
     """The valid names at the place of a key that does not exist."""
     node: Any = OmegaConf.structured(schema)
     for part in path[:-1]:
-        node = node[part] if part in node else {}
+        node = node.get(part, {})
     return [str(key) for key in node]
 
 

@@ -16,24 +16,24 @@ from typing import Any
 # Read when torch.load runs: DeepSpeed asks for full unpickling, this refuses it.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param  # noqa: E402
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
-from torch import Tensor  # noqa: E402
+import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 
-from stages.base import StageModule  # noqa: E402
-from xray import dist  # noqa: E402
-from xray.config import RunConfig  # noqa: E402
-from xray.errors import ArtifactError, ConfigError  # noqa: E402
-from xray.optim import make_optimizer, parameter_groups, set_lr  # noqa: E402
+from stages.base import StageModule
+from xray import dist
+from xray.config import RunConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.optim import make_optimizer, parameter_groups, set_lr
 
 deepspeed_logger.setLevel(logging.ERROR)
 torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, fragment_address])

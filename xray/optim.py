@@ -52,10 +52,8 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 def _layer_scale(name: str, depth: int, config: OptimConfig) -> float:
     match = re.match(r"blocks\.(\d+)\.", name)
-    if match:
-        layer = int(match.group(1)) + 1
-    else:
-        layer = depth + 1 if name.startswith("norm.") else 0
+    top = depth + 1 if name.startswith("norm.") else 0
+    layer = int(match.group(1)) + 1 if match else top
     return config.layer_decay ** (depth + 1 - layer)
 
 

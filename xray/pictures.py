@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xray.artifact import Artifact
 from xray.models.heads import Normalize
-from xray.models.mae_decoder import make_mask, normalize_patches, patchify, unpatchify
+from xray.models.mae_decoder import make_mask, patchify, unpatchify
 from xray.restore import Encoder, restore_decoder, restore_vision
 
 SCALE = 96  # pixels per shown picture
@@ -63,7 +63,9 @@ def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
     h, w = H // vision.patch_size[0], W // vision.patch_size[1]
     slots = max(1, T // vision.tubelet)
     assert tokens.assign is not None
-    inputs = torch.zeros(B, slots * h * w).scatter_add(1, tokens.assign, torch.ones(B, slots * h * w))
+    inputs = torch.zeros(B, slots * h * w).scatter_add(
+        1, tokens.assign, torch.ones(B, slots * h * w)
+    )
     kept = (inputs.gather(1, tokens.assign) == 1).float()  # its token holds nothing else
     mask = F.interpolate(kept.reshape(B, slots, h, w), size=(H, W), mode="nearest")
     frames = pixels[:, :: vision.tubelet][:, :slots].float()

@@ -156,7 +156,8 @@ def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
     schema = stage_class(stage).Config
     names = {item.name for item in dataclasses.fields(schema)}
     shared = {key: layer[key] for key in SHARED if key in layer and key not in ("out", "init_from")}
-    own, options = {}, {}
+    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in (layer.get(stage) or {}).items():
         nested = key in names and (key != stage or isinstance(value, Mapping))
         (own if nested or key in PRESETS else options)[key] = value
@@ -218,9 +219,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    build_tiny_llm(
-        captions, temporary, config.vocab_size, config.width, config.depth, config.heads
-    )
+    build_tiny_llm(captions, temporary, config.vocab_size, config.width, config.depth, config.heads)
     os.replace(temporary, folder)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipelines.loader import Loaded, iterate_steps
 from data_pipelines.sampling import MicroBatch, StepSampler, make_plans, micro_batches
 from data_pipelines.shards import open_sources
-from stages.base import Batch, Parents, Stage, StepOutput, split_parents
+from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, write_artifact
 from xray.checkpoint import TrainState
@@ -169,7 +169,9 @@ class Trainer:
             if (_every(state.step, config.train.save_every) and not last) or preempted:
                 self._save()
             if preempted:
-                raise Preempted(f"stopped by a signal at step {state.step}; the same command goes on")
+                raise Preempted(
+                    f"stopped by a signal at step {state.step}; the same command goes on"
+                )
 
     def _accumulate(self, step: int, progress: float, loaded: list[Loaded]) -> dict[str, float]:
         """Forward and backward of every micro-batch, all but the last counted by the engine."""
@@ -281,8 +283,9 @@ class Trainer:
             facts = {"step": step, "seed": self.config.seed, "loss": str(loss), "positions": blocks}
             path.write_text(json.dumps(facts))
         return (
-            f"the loss of step {step + 1} is {loss}: stopped before the optimizer step; its samples "
-            f"are in {path}; lower optim.base_lr or set optim.clip_grad, the last checkpoint is kept"
+            f"the loss of step {step + 1} is {loss}: stopped before the optimizer step; its "
+            f"samples are in {path}; lower optim.base_lr or set optim.clip_grad, the last "
+            "checkpoint is kept"
         )
 
     def _save(self) -> None:
@@ -345,4 +348,3 @@ def _to_host(sums: dict[str, Tensor]) -> dict[str, float]:
     names = list(sums)
     values = torch.stack([sums[name].reshape(()).float() for name in names]).tolist()
     return dict(zip(names, values, strict=True))
-

@@ -125,9 +125,7 @@ class Suite:
         config = self.config.knn
         train = self._extract(self._open("knn", config.train, config.modality), joint=False)
         test = self._extract(self._open("knn", config.test, config.modality), joint=False)
-        return knn(
-            train.rows, train.labels, test.rows, test.labels, config.k, config.temperature
-        )
+        return knn(train.rows, train.labels, test.rows, test.labels, config.k, config.temperature)
 
 
 def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
@@ -146,8 +144,8 @@ def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
         r = results["retrieval"]
         over = f"{r['images']:.0f} pictures, {r['texts']:.0f} captions"
         for way in ("text_to_image", "image_to_text"):
-            for k in (1, 5, 10):
-                name = f"{way}_R@{k}"
+            for rank in (1, 5, 10):
+                name = f"{way}_R@{rank}"
                 row(name.replace("_", " "), r[name], r[f"chance_{name}"], over)
     if "knn" in results:
         r = results["knn"]

@@ -40,5 +40,3 @@ def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, fl
         "samples": float(len(labels)),
         "classes": float(classes),
     }
-
-

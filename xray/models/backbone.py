@@ -94,6 +94,7 @@ class VisionBackbone(nn.Module):
         self.no_embed_class: bool = vit.no_embed_class
         self.grad_checkpointing = config.grad_checkpointing
 
+        assert vit.cls_token is not None
         self.cls_token = vit.cls_token
         self.reg_token = vit.reg_token
         self.pos_embed = vit.pos_embed
@@ -108,7 +109,7 @@ class VisionBackbone(nn.Module):
         self.norm = vit.norm
         inflated = inflate(vit.patch_embed.proj.weight.data, config.tubelet)
         self.patch_embed.proj.weight.data.copy_(inflated)
-        if vit.patch_embed.proj.bias is not None:
+        if self.patch_embed.proj.bias is not None:
             self.patch_embed.proj.bias.data.copy_(vit.patch_embed.proj.bias.data)
 
         self.reduce = REDUCTIONS.get(config.reduce)
@@ -150,7 +151,8 @@ class VisionBackbone(nn.Module):
         assign = None
         if track:
             assign = torch.arange(x.shape[1] - P, device=x.device).expand(x.shape[0], -1)
-        for number, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for number, block in enumerate(blocks):
             reducing = self.reduce is not None and keep_rate < 1 and number in self.reduce_at
             step = self._reduce_block if reducing else _plain_block
             if self.grad_checkpointing and self.training:
@@ -208,7 +210,8 @@ class VisionBackbone(nn.Module):
         self, block: Block, x: Tensor, assign: Tensor | None, keep_rate: float
     ) -> tuple[Tensor, Tensor | None]:
         assert self.reduce is not None
-        attended, q, k = attend(block.attn, block.norm1(x))
+        attention: Any = block.attn
+        attended, q, k = attend(attention, block.norm1(x))
         x = x + block.drop_path1(block.ls1(attended))
         x, assign = self.reduce(x, q, k, keep_rate, self.num_prefix_tokens, assign)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), assign
@@ -247,7 +250,7 @@ def attend(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inflate(kernel: Tensor, tubelet: int) -> Tensor:
-    """[D, 3, p, p] -> [D, 3, tubelet, p, p] by averaging: a still clip gives what an image gives."""
+    """[D, 3, p, p] -> [D, 3, tubelet, p, p] by averaging: a still clip gives what an image does."""
     return (kernel / tubelet)[:, :, None].expand(-1, -1, tubelet, -1, -1).contiguous()
 
 
@@ -256,7 +259,9 @@ def load_timm_file(backbone: VisionBackbone, path: Path) -> None:
     try:
         state = load_file(path)
     except Exception as error:
-        raise ArtifactError(f"model.pretrained={path} is no readable safetensors: {error}") from error
+        raise ArtifactError(
+            f"model.pretrained={path} is no readable safetensors: {error}"
+        ) from error
     stem = state.get("patch_embed.proj.weight")
     if stem is not None and stem.ndim == 4:
         state["patch_embed.proj.weight"] = inflate(stem, backbone.tubelet)
@@ -325,6 +330,6 @@ def _create_timm(config: ModelConfig, resolution: int) -> VisionTransformer:
         if type(block) is not Block or type(block.attn) is not Attention or gated:
             raise ConfigError(
                 f"model.name={config.name} has blocks of kind {type(block).__name__} / "
-                f"{type(block.attn).__name__}: only timm's standard Block and Attention are supported"
+                f"{type(block.attn).__name__}: only timm's standard Block and Attention will do"
             )
     return vit

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """uint8 pixels in [0, 255] to normalised floats, by fixed channel statistics."""
 
+    mean: Tensor  # [3, 1, 1], of 255
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)

@@ -15,9 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Reduce = Callable[
-    [Tensor, Tensor, Tensor, float, int, Tensor | None], tuple[Tensor, Tensor | None]
-]
+Reduce = Callable[[Tensor, Tensor, Tensor, float, int, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def kept_tokens(tokens: int, rate: float) -> int:

@@ -122,7 +122,8 @@ class TextTower(nn.Module):
         super().__init__()
         self.llm = load_llm(folder, weights)
         check_bidirectional(self.llm)
-        self.width: int = self.llm.config.hidden_size
+        settings: Any = self.llm.config
+        self.width = int(settings.hidden_size)
         self.own_weights = config.tune == "full"
         if config.lora_rank and config.tune != "full":
             _add_lora(self.llm, config)
