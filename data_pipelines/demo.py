@@ -139,11 +139,8 @@ def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random
                     "label": scene.label,
                     "key": f"{shard:05d}{number:04d}",
                 }
-                files = {
-                    "txt": captions[0],
-                    "json": meta,
-                    ("mp4" if scene.motion else "jpg"): media,
-                }
+                ending = "mp4" if scene.motion else "jpg"
+                files = {"txt": captions[0], "json": meta, ending: media}
                 sink.write({"__key__": meta["key"], **files})
 
 

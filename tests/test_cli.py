@@ -1,0 +1,97 @@
+"""What a user sees: help, plans, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_data import jpeg, write_tar
+from test_resume import RECIPE, xray
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    code = "import sys, xray.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = xray("--help")
+        times.append(time.monotonic() - start)
+        assert done.returncode == 0 and "run" in done.stdout
+    assert min(times) < 1.0
+
+
+def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
+    done = xray("run", RECIPE, "--plan", f"data.root={demo}", f"out={tmp_path / 'run'}")
+    assert done.returncode == 0 and not (tmp_path / "run").exists()
+    assert "hashtag + text" in done.stdout
+    only = xray("run", RECIPE, "--plan", f"data.root={demo}", "stages=[mae,clip]")
+    assert "hashtag" not in only.stdout and "mae" in only.stdout
+
+
+def test_config_can_be_given_back(tmp_path: Path) -> None:
+    done = xray("config", "mae", "model=vit_s16")
+    assert done.returncode == 0 and "vit_small_patch16_224" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstrat"], "did you mean 'quickstart'"),
+        (["run", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["run", "quickstart", "stages=[mae,clipp]"], "unknown stage 'clipp'"),
+        (["run", "quickstart", "stages=[mae,clipp]"], "did you mean 'clip'"),
+        (["run", "quickstart", "clip.optim.bse_lr=1"], "did you mean 'base_lr'"),
+        (["run", "quickstart", "modle.keep_rate=1"], "did you mean 'model'"),
+        (["run", "quickstart", "mae.train.samples=lots"], "train.samples"),
+        (["run", "quickstart", "model.keep_rate=1.5"], "model.keep_rate=1.5 must be in (0, 1]"),
+        (["train", "hashtags"], "did you mean 'hashtag'"),
+        (["train", "mae"], "data.blocks"),
+        (["run", "real_small"], "data.root"),
+        (["eval", "nothing"], "nothing is no artifact"),
+        (["lineage", "nothing"], "nothing is no artifact"),
+        (["data", "index", "nothing"], "nothing does not exist"),
+    ],
+)
+def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:
+    done = xray(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
+    out = f"out={tmp_path / 'run'}"
+    missing = xray("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
+    assert missing.returncode == 2 and "photos" in missing.stderr
+    write_tar(tmp_path / "bad.tar", {f"{i}.jpg": jpeg() for i in range(20)})
+    whole = (tmp_path / "bad.tar").read_bytes()
+    (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2])
+    cut = xray(
+        "run", RECIPE, "stages=[mae]", f"data.root={demo}", out,
+        f"data.sources.photos.shards={tmp_path / 'bad.tar'}",
+    )  # fmt: skip
+    assert cut.returncode == 2 and "bad.tar is truncated" in cut.stderr
+    assert not (tmp_path / "run" / "mae").exists()
+
+
+def test_bad_samples_are_replaced_counted_and_limited(demo: Path, tmp_path: Path) -> None:
+    files = {}
+    for i in range(40):
+        files[f"{i:03d}.jpg"] = b"broken" if i in (3, 17) else jpeg((5 * i, 90, 200 - 4 * i))
+        files[f"{i:03d}.txt"] = b"" if i == 20 else b"a picture"
+    write_tar(tmp_path / "some.tar", files)
+    settings = [
+        "run", RECIPE, "stages=[clip]", f"data.root={demo}", "data.modalities=[image]",
+        f"data.sources.photos.shards={tmp_path / 'some.tar'}", "clip.train.samples=80",
+    ]  # fmt: skip
+    stop = xray(*settings, f"out={tmp_path / 'a'}", "data.max_bad_fraction=0.001")
+    assert stop.returncode == 2 and "cannot be used" in stop.stderr and "some.tar" in stop.stderr
+    go = xray(*settings, f"out={tmp_path / 'b'}", "data.max_bad_fraction=0.2")
+    assert go.returncode == 0, go.stderr
+    manifest = (tmp_path / "b" / "clip" / "artifact" / "manifest.json").read_text()
+    assert '"undecodable image": 4' in manifest and '"no caption": 2' in manifest

@@ -1,0 +1,88 @@
+"""Two gloo processes against one: same losses, same gradients, same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_resume import HERE, RECIPE, xray
+from tiny import train
+from two_process import ZERO
+
+from xray.report import read_metrics
+
+# Sums in another order: fp32 losses of the same step agree to this, relatively.
+TOLERANCE = 1e-4
+
+
+def torchrun(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_losses(one: Path, two: Path, expected: int) -> None:
+    a, b = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(a) == len(b) == expected
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=TOLERANCE)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=100 * TOLERANCE)
+
+
+def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={demo}", "train.samples=48"]
+    one = xray("run", RECIPE, *settings, f"out={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    torchrun("-m", "xray", "run", RECIPE, *settings, f"out={tmp_path / 'two'}")
+    for stage in ("mae", "hashtag", "text", "clip"):
+        assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
+    a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn"}
+
+
+@pytest.fixture(scope="module")
+def cells(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cells")
+    torchrun(str(HERE / "two_process.py"), str(demo), str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain")
+    for stage in ("mae", "clip"):
+        train(stage, demo, out / stage)
+    return out
+
+
+@pytest.mark.parametrize(("stage", "zero"), ZERO)
+def test_zero_stages_agree_with_one_plain_process(
+    cells: Path, plain: Path, stage: str, zero: int
+) -> None:
+    assert_same_losses(plain / stage, cells / f"{stage}-{zero}", 6)
+
+
+def test_contrastive_gradients_are_those_of_the_whole_batch(cells: Path) -> None:
+    torch.manual_seed(0)
+    images, texts = torch.randn(2, 6, 5, dtype=torch.float64)
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    a, b = F.normalize(images @ weight, dim=-1), F.normalize(texts @ weight.t(), dim=-1)
+    logits = scale.exp() * a @ b.t()
+    labels = torch.arange(6)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+    whole = [loss, *torch.autograd.grad(loss, [weight, scale])]
+    found = json.loads((cells / "gradients.json").read_text())
+    for expected, value in zip(whole, found, strict=True):
+        assert torch.allclose(expected, torch.tensor(value, dtype=torch.float64), atol=1e-9)

@@ -1,0 +1,124 @@
+"""Killed runs, bad folders and changed artifacts, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+RECIPE = str(HERE / "tiny_recipe.yaml")
+
+
+def xray(*arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["-m", "xray"] if not killed_at else [str(HERE / "kill_helper.py"), killed_at]
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+
+
+def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
+    settings = [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
+    return xray("run", RECIPE, *settings, killed_at=killed_at)
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    for stage in ("mae", "clip"):
+        files = sorted((one / stage / "artifact").glob("*.safetensors"))
+        assert files
+        for file in files:
+            a, b = load_file(file), load_file(two / stage / "artifact" / file.name)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[k], b[k]) for k in a), file
+        rows = [
+            [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
+            for folder in (one, two)
+        ]
+        for row in (*rows[0], *rows[1]):
+            row.pop("seconds")
+        assert rows[0] == rows[1]
+    assert (one / "results.json").read_text() == (two / "results.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unkilled") / "run"
+    done = run(demo, out)
+    assert done.returncode == 0, done.stderr
+    assert "Results" in done.stdout and (out / "report.html").is_file()
+    return out
+
+
+@pytest.mark.parametrize("moment", ["step:5", "save:2", "artifact:mae"])
+def test_killed_runs_end_like_unkilled_ones(
+    demo: Path, tmp_path: Path, unkilled: Path, moment: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, killed_at=moment).returncode == -signal.SIGKILL
+    again = run(demo, out)
+    assert again.returncode == 0, again.stderr
+    expected = "stage mae is finished" if moment.startswith("artifact") else "continues from"
+    assert expected in again.stderr
+    assert_equal_runs(unkilled, out)
+
+
+def test_a_finished_run_is_not_repeated(demo: Path, unkilled: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
+    again = run(demo, unkilled)
+    assert again.returncode == 0 and "stage clip is finished" in again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
+
+
+def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
+    again = run(demo, unkilled, "mae.mask_ratio=0.5")
+    assert again.returncode == 2
+    assert "config.mae.mask_ratio: 0.75 -> 0.5" in again.stderr
+    assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, "stages=[mae]").returncode == 0
+    file = out / "mae" / "artifact" / "backbone.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    done = run(demo, out)
+    assert done.returncode == 2 and "backbone.safetensors was changed" in done.stderr
+    alone = xray(
+        "train", "clip", "--recipe", RECIPE, "--init-from", str(out / "mae" / "artifact"),
+        "--out", str(tmp_path / "clip"), f"data.root={demo}",
+    )  # fmt: skip
+    assert alone.returncode == 2 and "backbone.safetensors was changed" in alone.stderr
+    assert not (tmp_path / "clip").exists()
+
+
+def test_sigterm_saves_and_asks_to_be_run_again(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xray", "run", RECIPE, *settings, "train.save_every=100000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = out / "mae" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by a signal at step" in stderr
+    assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1

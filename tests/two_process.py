@@ -1,0 +1,48 @@
+"""Cells run one after another by each of two processes, in one process group.
+
+usage: torchrun --nproc_per_node 2 two_process.py DEMO OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tiny import train
+
+from xray import dist
+from xray.losses import gather_rows, info_nce
+
+ZERO = [("mae", 0), ("mae", 3), ("clip", 0), ("clip", 1), ("clip", 2), ("clip", 3)]
+
+
+def contrastive_gradients(out: Path) -> None:
+    """Own-rows InfoNCE in float64: what each rank's gradient is after the engine's mean."""
+    torch.manual_seed(0)
+    images, texts = torch.randn(2, 6, 5, dtype=torch.float64)
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    world, rank = dist.world_size(), dist.rank()
+    own = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    a = F.normalize(images[own] @ weight, dim=-1)
+    b = F.normalize(texts[own] @ weight.t(), dim=-1)
+    loss = info_nce(a, b, scale.exp())
+    grads = torch.autograd.grad(loss, [weight, scale])
+    facts = [dist.sum_over_ranks(x.detach().clone()) / world for x in (loss, *grads)]
+    assert len(gather_rows(a)) == 6
+    if dist.is_main():
+        out.write_text(json.dumps([fact.tolist() for fact in facts]))
+
+
+def main() -> None:
+    demo, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for stage, zero in ZERO:
+        train(stage, demo, out / f"{stage}-{zero}", f"zero.stage={zero}")
+    contrastive_gradients(out / "gradients.json")
+
+
+if __name__ == "__main__":
+    main()
