@@ -223,6 +223,8 @@ def find_shards(pattern: str, root: str = "") -> list[Path]:
         paths = sorted(glob.glob(full))
     else:
         paths = webdataset.shardlists.expand_urls(full)
+        if not full.endswith(".tar") and not os.path.exists(paths[0]):
+            raise DataError(f"{full} is neither a folder of .tar shards nor a .tar")
     if not paths:
         raise DataError(f"no .tar shards at {full}")
     return [Path(path) for path in paths]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +34,11 @@ State = dict[str, Tensor]
 Task = Literal["loss", "features"]
 
 
-@dataclass
-class StepOutput:
-    """loss: scalar, the mean over the local micro-batch. metrics: detached scalars."""
+class StepOutput(NamedTuple):
+    """A step's loss and what else is worth a line in the log."""
 
-    loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor  # scalar, the mean over the local micro-batch
+    metrics: dict[str, Tensor]  # detached scalars
 
 
 class StageModule(nn.Module, ABC):

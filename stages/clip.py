@@ -62,7 +62,7 @@ class ClipModule(VisionModule):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale)]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress))
+        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress)).cls
         image = F.normalize(self.vision_projection(cls).float(), dim=-1)
         tower: Any = self.towers["text"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):

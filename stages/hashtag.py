@@ -59,7 +59,7 @@ class HashtagModule(VisionModule):
         self.head = TagHead(self.vision.embed_dim, tags)
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress))
+        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress)).cls
         return {"logits": self.head(cls), "tags": batch["tags"]}
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:

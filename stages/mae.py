@@ -82,7 +82,7 @@ class MaeModule(VisionModule):
         grid = (slots, H // vision.patch_size[0], W // vision.patch_size[1])
         ratio = self.options.video_mask_ratio if T > 1 else self.options.mask_ratio
         visible, mask, ids_restore = make_mask(batch["mask_noise"], slots, ratio)
-        tokens = vision.forward_features(pixels, visible=visible)
+        tokens = vision(pixels, visible=visible)
         predictions = self.decoder(tokens.cls, tokens.patches, ids_restore, grid)
         targets = patchify(pixels, vision.patch_size, vision.tubelet)
         if self.options.norm_pix_loss:
@@ -90,7 +90,7 @@ class MaeModule(VisionModule):
         return {"predictions": predictions, "targets": targets, "mask": mask}
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        return StepOutput(masked_patch_mse(**features))
+        return StepOutput(masked_patch_mse(**features), {})
 
 
 class MaeStage(Stage):

@@ -54,7 +54,7 @@ def test_config_can_be_given_back(tmp_path: Path) -> None:
         (["run", "real_small"], "data.root"),
         (["eval", "nothing"], "nothing is no artifact"),
         (["lineage", "nothing"], "nothing is no artifact"),
-        (["data", "index", "nothing"], "nothing does not exist"),
+        (["data", "index", "nothing"], "nothing is neither a folder"),
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import HERE, RECIPE, xray
+from test_resume import HERE, RECIPE, clean_environment, xray
 from tiny import train
 from two_process import ZERO
 
@@ -27,7 +26,7 @@ def torchrun(*arguments: str) -> None:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env=clean_environment(PYTHONPATH=str(HERE)),
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

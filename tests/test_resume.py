@@ -25,8 +25,14 @@ def xray(*arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env=clean_environment(OMP_NUM_THREADS="2"),
     )
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Without the process group that tests in this process may have joined."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in group} | more
 
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
@@ -113,6 +119,7 @@ def test_sigterm_saves_and_asks_to_be_run_again(demo: Path, tmp_path: Path) -> N
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        env=clean_environment(),
     )
     metrics = out / "mae" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -121,10 +121,10 @@ def train(
     layers: list[Any] = []
     loaded = None
     if recipe:
-        from xray.recipe import load_recipe, stage_from_recipe
+        from xray.recipe import stage_from_recipe
 
-        loaded = load_recipe(recipe, [f"stages=[{stage}]"])
-        layers.append(stage_from_recipe(stage, recipe, values))
+        layer, loaded = stage_from_recipe(stage, recipe, values)
+        layers.append(layer)
     config = cfg.load_config(
         stage_type.Config, stage, *layers, *map(cfg.read_yaml, files), overrides
     )

@@ -25,7 +25,12 @@ import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
@@ -49,6 +54,9 @@ def init_distributed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if dist.world_size() == 1:  # no port to find, none to collide on
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with contextlib.redirect_stdout(None):
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
@@ -134,8 +142,11 @@ class Engine:
     @torch.no_grad()
     def clamp(self, parameter: Tensor, low: float, high: float) -> None:
         """Clamp a parameter and its fp32 master."""
-        master = safe_get_full_fp32_param(parameter)
-        if master is not None:
+        if self.stage == 3:  # by partition: the full setter fails on fewer elements than ranks
+            local = safe_get_local_fp32_param(parameter)
+            safe_set_local_fp32_param(parameter, local.clamp(low, high))
+        elif self.stage > 0:
+            master = safe_get_full_fp32_param(parameter)
             safe_set_full_fp32_param(parameter, master.clamp(low, high))
         with self._gathered([parameter]):
             parameter.clamp_(low, high)

@@ -33,7 +33,7 @@ def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.nda
     ratio = config["mae"]["video_mask_ratio" if T > 1 else "mask_ratio"]
     noise = torch.rand(B, h * w, generator=torch.Generator().manual_seed(seed))
     visible, mask, restore = make_mask(noise, slots, ratio)
-    tokens = vision.forward_features(x, visible=visible)
+    tokens = vision(x, visible=visible)
     predicted = decoder(tokens.cls, tokens.patches, restore, (slots, h, w))
     target = patchify(x, vision.patch_size, vision.tubelet)
     if config["mae"]["norm_pix_loss"]:
@@ -59,7 +59,7 @@ def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
     vision = encoder.vision
     B, T, _, H, W = pixels.shape
     x = encoder.normalize(pixels)
-    tokens = vision.forward_features(x, encoder.keep_rate, track=True)
+    tokens = vision(x, encoder.keep_rate, track=True)
     h, w = H // vision.patch_size[0], W // vision.patch_size[1]
     slots = max(1, T // vision.tubelet)
     assert tokens.assign is not None

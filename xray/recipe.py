@@ -76,7 +76,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     layers = _layers(name, command_line.pop("base", None))
     for layer in (*layers, command_line):
         _check_keys(layer)
-    merged = _resolve(cfg.merge(*layers, command_line))
+    merged = _resolve_whole(cfg.merge(*layers, command_line))
     stages = merged.get("stages") or list(STAGES)
     if not isinstance(stages, list):
         raise ConfigError(f"stages={stages} must be a list such as [mae,clip]")
@@ -99,13 +99,20 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def stage_from_recipe(stage: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A recipe's settings for one stage as a config layer, for `xray train --recipe`."""
+def stage_from_recipe(
+    stage: str, name: str, overrides: Sequence[str]
+) -> tuple[dict[str, Any], Recipe]:
+    """A recipe's settings for one stage as a config layer, and the recipe to prepare.
+
+    Of the overrides only those of the data matter here: paths are built on them.
+    """
     layers = _layers(name, None)
     for layer in layers:
         _check_keys(layer)
-    merged = _resolve(cfg.merge(*layers, cfg.parse_overrides(overrides)))
-    return cfg.merge(*_sections(stage, merged))
+    data = [item for item in overrides if item.startswith("data.")]
+    merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data)))
+    parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
+    return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
 
 
 def _layers(name: str, base: str | None) -> list[dict[str, Any]]:
@@ -143,12 +150,17 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the recipe does not resolve: {error}") from error
 
 
+def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values; raises ConfigError for one that is still `???`."""
+    missing = sorted(OmegaConf.missing_keys(OmegaConf.create(content)))
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=...")
+    return _resolve(content)
+
+
 def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
-    """Interpolations of one layer, with the values of the whole recipe."""
-    scope = {key: value for key, value in merged.items() if key not in layer}
-    whole = OmegaConf.create({**layer, **scope})
-    result: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore
-    return {key: result[key] for key in layer}
+    """One layer's values, its interpolations looked up in the whole recipe."""
+    return _resolve({**merged, "this layer": layer})["this layer"]
 
 
 def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -117,13 +117,14 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised."""
-        return F.normalize(self.vision(self.normalize(pixels), self.keep_rate).float(), dim=-1)
+        cls = self.vision(self.normalize(pixels), self.keep_rate).cls
+        return F.normalize(cls.float(), dim=-1)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space."""
         self._require_joint()
-        cls = self.vision(self.normalize(pixels), self.keep_rate)
+        cls = self.vision(self.normalize(pixels), self.keep_rate).cls
         return F.normalize(self.vision_projection(cls).float(), dim=-1)
 
     @torch.no_grad()

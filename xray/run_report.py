@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipelines.loader import iterate_source
-from data_pipelines.shards import open_source
+from data_pipelines.decode import BadSample
+from data_pipelines.shards import Sample, Source, open_source
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
@@ -77,16 +79,19 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
         if config.modality in found or config.modality not in data.modalities:
             continue
         source = open_source(block.source, config.shards, config.modality, data.root)
-        few = source.with_slots([members[:SHOWN] for members in source.slots])
-        batches = iterate_source(
-            few,
-            lambda sample, rng: {"pixels": load_pixels(sample, data, rng)},
-            lambda rows: {"pixels": torch.stack([row["pixels"] for row in rows])},
-            data,
-            SHOWN,
-        )
-        found[config.modality] = next(iter(batches))["pixels"]
+        pixels = list(itertools.islice(_usable(source, data), SHOWN))
+        if pixels:
+            found[config.modality] = torch.stack(pixels)
     return list(found.items())
+
+
+def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
+    for shard, members in zip(source.shards, source.slots, strict=True):
+        for member in members.tolist():
+            files, key = shard.read(member), str(shard.keys[member])
+            sample = Sample(files, source.name, source.modality, key, data.resolution, data.frames)
+            with contextlib.suppress(BadSample):
+                yield load_pixels(sample, data, None)
 
 
 def _stage_table(artifacts: Sequence[Artifact]) -> ResultTable:

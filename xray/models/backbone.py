@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -57,13 +56,12 @@ class TubeletEmbed(nn.Module):
         return self.proj(pixels)
 
 
-@dataclass
-class Tokens:
-    """The backbone's output. cls: [B, D]. patches: [B, m, D]. assign: [B, n] or None."""
+class Tokens(NamedTuple):
+    """The backbone's output: a tuple, which ZeRO-3 looks into. assign: input token -> patch."""
 
-    cls: Tensor
-    patches: Tensor
-    assign: Tensor | None = None
+    cls: Tensor  # [B, D]
+    patches: Tensor  # [B, m, D]
+    assign: Tensor | None = None  # [B, n]
 
 
 class VisionBackbone(nn.Module):
@@ -121,11 +119,7 @@ class VisionBackbone(nn.Module):
         if config.pretrained and config.pretrained != "timm":
             load_timm_file(self, Path(config.pretrained))
 
-    def forward(self, pixels: Tensor, keep_rate: float = 1.0) -> Tensor:
-        """[B, T, 3, H, W] normalised pixels -> [B, D] CLS features."""
-        return self.forward_features(pixels, keep_rate).cls
-
-    def forward_features(
+    def forward(
         self,
         pixels: Tensor,
         keep_rate: float = 1.0,
@@ -217,6 +211,11 @@ class VisionBackbone(nn.Module):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), assign
 
     # timm's surface ---------------------------------------------------------------------------
+
+    def forward_features(self, pixels: Tensor, keep_rate: float = 1.0) -> Tensor:
+        """[B, T, 3, H, W] -> [B, 1 + m, D], CLS first."""
+        tokens = self(pixels, keep_rate)
+        return torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone."""
