@@ -27,7 +27,9 @@ def captions_of(files: dict[str, bytes]) -> list[str]:
     found = meta.get("captions") or meta.get("caption") or files.get("txt", b"")
     if isinstance(found, bytes):
         found = found.decode("utf-8", errors="replace")
-    lines = [found] if isinstance(found, str) else [str(line) for line in found]
+    lines = [found] if isinstance(found, str) else found
+    if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+        raise BadSample("broken caption", "neither text nor a list of texts")
     captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise BadSample("no caption")

@@ -48,6 +48,9 @@ def tags_of(files: dict[str, bytes], origin: str) -> list[str]:
     """The sample's tags in order of appearance, each once."""
     if origin == "hashtags":
         found = metadata_of(files).get("hashtags") or []
+        found = found.split() if isinstance(found, str) else found
+        if not isinstance(found, list):
+            raise BadSample("broken hashtags", f"{type(found).__name__}, not a list")
         tags = [canonical(str(tag)) for tag in found]
     else:
         words = [word for caption in captions_of(files) for word in WORD.findall(caption)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +37,24 @@ class Loaded:
     bad: list[tuple[str, str, str]] = field(default_factory=list)  # cause, shard, key
     failure: str = ""  # why there is no batch; an exception would lose its text in the worker
 
+    def pin_memory(self) -> Loaded:
+        """What the DataLoader calls where batches go to a GPU."""
+        self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
+        return self
+
 
 class StreamDataset(Dataset):
-    """Map-style access by SampleRef; fetches a whole micro-batch at a time."""
+    """Map-style access by SampleRef; fetches a whole micro-batch at a time.
+
+    Without a seed nothing is random: centre crops, middle frames, first captions.
+    """
 
     def __init__(
-        self, plans: dict[str, SamplePlan], transform: Transform, collate: Collate, seed: int
+        self,
+        plans: dict[str, SamplePlan],
+        transform: Transform,
+        collate: Collate,
+        seed: int | None,
     ) -> None:
         self.plans = plans
         self.transform = transform
@@ -52,8 +65,14 @@ class StreamDataset(Dataset):
         bad: list[tuple[str, str, str]] = []
         try:
             return Loaded(self.collate([self._load(ref, bad) for ref in refs]), bad)
-        except DataError as error:
+        except (DataError, OSError) as error:
             return Loaded({}, bad, str(error))
+
+    def _rng(self, ref: SampleRef, attempt: int) -> np.random.Generator | None:
+        if self.seed is None:
+            return None
+        source = zlib.crc32(ref.source.encode())
+        return np.random.default_rng([self.seed, source, ref.position, attempt])
 
     def _load(self, ref: SampleRef, bad: list[tuple[str, str, str]]) -> Fields:
         """The sample, or the first of its deterministic stand-ins that can be used."""
@@ -62,9 +81,7 @@ class StreamDataset(Dataset):
         for attempt in range(ATTEMPTS):
             shard, member = place
             index = plan.source.shards[shard]
-            rng = np.random.default_rng(
-                [self.seed, zlib.crc32(ref.source.encode()), ref.position, attempt]
-            )
+            rng = self._rng(ref, attempt)
             key = str(index.keys[member])
             sample = Sample(
                 index.read(member),
@@ -86,12 +103,18 @@ class StreamDataset(Dataset):
         )
 
 
+def _ignore_signals(worker: int) -> None:
+    """Leave the end of a run to its main process, which still needs batches to save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _identity(loaded: Any) -> Any:
     return loaded  # `__getitems__` has collated already
 
 
 def iterate_steps(
-    sampler: StepSampler, transform: Transform, collate: Collate, seed: int, pin: bool
+    sampler: StepSampler, transform: Transform, collate: Collate, seed: int | None, pin: bool
 ) -> Iterator[list[Loaded]]:
     """The micro-batches of each step of the sampler, in order; raises DataError."""
     dataset = StreamDataset(sampler.plans, transform, collate, seed)
@@ -103,6 +126,7 @@ def iterate_steps(
         collate_fn=_identity,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
     )
     batches = iter(loader)
     for _ in sampler.steps:

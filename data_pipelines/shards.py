@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import webdataset
@@ -52,7 +53,7 @@ class ShardIndex:
 
     def read(self, member: int, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
         """The files of one sample by ending: all of them, or those asked for."""
-        handle = _open(str(self.path))
+        handle = _open(str(self.path)).fileno()
         files = {}
         for column, extension in enumerate(self.extensions):
             size = int(self.sizes[member, column])
@@ -65,8 +66,8 @@ class ShardIndex:
 
 
 @functools.lru_cache(maxsize=256)
-def _open(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
+def _open(path: str) -> BinaryIO:
+    return cast(BinaryIO, open(path, "rb", buffering=0))
 
 
 def index_shard(path: Path) -> ShardIndex:
@@ -78,6 +79,8 @@ def index_shard(path: Path) -> ShardIndex:
         status = path.stat()
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist") from error
+    if not os.access(path, os.R_OK):
+        raise DataError(f"shard {path} cannot be read: permission denied")
     stamp = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
     cached = _cache_path(path)
     index = _load_index(path, cached, stamp)
@@ -248,21 +251,15 @@ def open_source(name: str, pattern: str, modality: str, root: str = "") -> Sourc
 
 def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
     """The sources that a run's blocks use; rank 0 indexes first, the others read its cache."""
-    failure = None
     sources: dict[str, Source] = {}
-    for turn in (True, False):
-        if dist.is_main() is turn and failure is None:
+    for mine in (dist.is_main(), not dist.is_main()):
+        failure = None
+        if mine:
             try:
-                sources = {
-                    name: open_source(
-                        name, data.sources[name].shards, data.sources[name].modality, data.root
-                    )
-                    for name in names
-                }
+                for name in names:
+                    config = data.sources[name]
+                    sources[name] = open_source(name, config.shards, config.modality, data.root)
             except DataError as error:
-                failure = str(error)
-        if turn:
-            failure = dist.broadcast_object(failure)
-    if failure is not None:
-        raise DataError(failure)
+                failure = error
+        dist.agree(failure)
     return sources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from stages.base import Batch
 from xray.artifact import Artifact
 from xray.config import TextConfig
+from xray.errors import ConfigError
 from xray.models.text import TextTower, find_llm, llm_digest, load_tokenizer, tokenize
 from xray.restore import llm_folder, restore_text, text_config
 
 # What a text artifact decides for those that start from it.
-STRUCTURE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "max_length")
+STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 class Language:
@@ -31,12 +33,22 @@ class Language:
         if parent is None:
             self.folder = find_llm(config.llm)
             self.digest = llm_digest(self.folder)
+            if config.tune == "none":  # LoRA that is never trained would be dead weight
+                self.config = dataclasses.replace(config, lora_rank=0)
         else:
             theirs = text_config(parent)
+            has = "lora" if theirs.lora_rank else "full"
+            if config.tune not in ("none", has):
+                raise ConfigError(
+                    f"text.tune={config.tune} cannot go on from {parent.path}, which was tuned "
+                    f"with {has}: use none or {has}"
+                )
             structure = {name: getattr(theirs, name) for name in STRUCTURE}
             self.config = dataclasses.replace(config, llm=config.llm or theirs.llm, **structure)
             self.digest = parent.manifest["inputs"]["llm"]
             self.folder = llm_folder(parent, config.llm)
+        if Path(self.config.llm).is_dir():  # what is recorded must be found from any folder
+            self.config = dataclasses.replace(self.config, llm=str(Path(self.config.llm).resolve()))
         self.tokenizer = load_tokenizer(self.folder)
 
     def build(self) -> TextTower:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
     assert "hashtag" not in only.stdout and "mae" in only.stdout
 
 
-def test_config_can_be_given_back(tmp_path: Path) -> None:
+def test_config_prints_what_is_resolved() -> None:
     done = xray("config", "mae", "model=vit_s16")
     assert done.returncode == 0 and "vit_small_patch16_224" in done.stdout
 
@@ -53,6 +54,9 @@ def test_config_can_be_given_back(tmp_path: Path) -> None:
         (["train", "mae"], "data.blocks"),
         (["run", "real_small"], "data.root"),
         (["eval", "nothing"], "nothing is no artifact"),
+        (["run", "quickstart", "stages=[mae,"], "cannot be read"),
+        (["run", "quickstart", "mae=5"], "mae=5 must be a section of keys"),
+        (["run", "quickstart", "model.tubelet=0"], "at least 1"),
         (["lineage", "nothing"], "nothing is no artifact"),
         (["data", "index", "nothing"], "nothing is neither a folder"),
     ],
@@ -95,3 +99,60 @@ def test_bad_samples_are_replaced_counted_and_limited(demo: Path, tmp_path: Path
     assert go.returncode == 0, go.stderr
     manifest = (tmp_path / "b" / "clip" / "artifact" / "manifest.json").read_text()
     assert '"undecodable image": 4' in manifest and '"no caption": 2' in manifest
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("no_mae", ["hashtag", "text", "clip"]),
+        ("no_hashtag", ["mae", "text", "clip"]),
+        ("clip_only", ["clip"]),
+        ("no_reorganize", ["mae", "hashtag", "text", "clip"]),
+        ("image_only", ["mae", "hashtag", "text", "clip"]),
+    ],
+)
+def test_ablations_run_over_any_recipe(
+    demo: Path, tmp_path: Path, recipe: str, stages: list[str]
+) -> None:
+    out = tmp_path / "run"
+    done = xray(
+        "run", recipe, f"base={RECIPE}", f"data.root={demo}", f"out={out}", "train.samples=24"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.parent.name for p in out.glob("*/artifact")) == sorted(stages)
+    manifest = json.loads((out / "clip" / "artifact" / "manifest.json").read_text())
+    assert manifest["keep_rate"] == (1.0 if recipe == "no_reorganize" else 0.7)
+    metrics = (out / "clip" / "metrics.jsonl").read_text()
+    assert ("clips/loss" in metrics) == (recipe != "image_only")
+
+
+def test_each_stage_alone(demo: Path, tmp_path: Path) -> None:
+    common = ["--recipe", RECIPE, f"data.root={demo}", "train.samples=24"]
+    for stage, parents in (("mae", []), ("hashtag", ["mae"]), ("text", []), ("clip", ["hashtag"])):
+        start = [x for p in parents for x in ("--init-from", str(tmp_path / p / "artifact"))]
+        done = xray("train", stage, *common, *start, "--out", str(tmp_path / stage))
+        assert done.returncode == 0, done.stderr
+    again = xray("train", "clip", "--resume", str(tmp_path / "clip"))
+    assert again.returncode == 0 and "stage clip is finished" in again.stderr
+    result = tmp_path / "results.json"
+    done = xray(
+        "eval", str(tmp_path / "clip"), "--recipe", RECIPE, f"data.root={demo}",
+        "--suite", "retrieval", "--out", str(result),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(result.read_text())) == ["retrieval"]
+    chain = xray("lineage", str(tmp_path / "clip" / "artifact"), "--json")
+    assert [row["stage"] for row in json.loads(chain.stdout)] == ["clip", "hashtag", "mae"]
+
+
+def test_real_photos_and_clips(shared_data: Path, tmp_path: Path) -> None:
+    """The shipped recipe for real data, a few steps of each stage."""
+    small = ["data.blocks=[{source: photos, samples: 12}, {source: actions, samples: 4}]"]
+    done = xray(
+        "run", "real_small", f"data.root={shared_data}", f"out={tmp_path / 'run'}", *small,
+        "data.resolution=32", "train.samples=32",
+        "text.data.blocks=[{source: photos, samples: 16}]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["retrieval"]["images"] == 1000 and results["zero_shot"]["classes"] == 100

@@ -37,6 +37,15 @@ def test_mistakes_name_the_key(override: str, message: str) -> None:
         mae(override)
 
 
+def test_naming_a_model_drops_the_kwargs_of_another() -> None:
+    from xray.recipe import load_recipe
+
+    (run,) = load_recipe("quickstart", ["stages=[mae]", "model=vit_s16"]).runs
+    assert run.model.name == "vit_small_patch16_224" and run.model.kwargs == {}
+    (run,) = load_recipe("quickstart", ["stages=[mae]", "model.kwargs.depth=2"]).runs
+    assert run.model.kwargs["depth"] == 2 and run.model.kwargs["embed_dim"] == 96
+
+
 def test_runtime_fields_are_not_hashed() -> None:
     base = cfg.config_hash(mae())
     assert cfg.config_hash(mae("data.workers=7", "train.micro_batch=2", "zero=2")) == base
@@ -57,7 +66,7 @@ def test_every_shipped_yaml_is_valid() -> None:
     for stage in STAGES:
         cfg.load_config(stage_class(stage).Config, stage)
     for name in cfg.shipped("recipe"):
-        recipe = load_recipe(name)
+        recipe = load_recipe(name, ["data.root=somewhere"])
         assert recipe.runs, name
 
 

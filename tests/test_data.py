@@ -153,6 +153,10 @@ def test_captions_and_tags() -> None:
         "run",
         "grass",
     ]
+    spaced = {"json": b'{"hashtags": "#cat #dog", "caption": 5}'}
+    assert hashtags.tags_of(spaced, "hashtags") == ["cat", "dog"]
+    with pytest.raises(BadSample, match="broken caption"):
+        captions_of(spaced)
     with pytest.raises(BadSample, match="no caption"):
         captions_of({"txt": b"  "})
     with pytest.raises(BadSample, match="broken json"):

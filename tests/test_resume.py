@@ -120,12 +120,24 @@ def test_sigterm_saves_and_asks_to_be_run_again(demo: Path, tmp_path: Path) -> N
         stdout=subprocess.DEVNULL,
         text=True,
         env=clean_environment(),
+        start_new_session=True,
     )
     metrics = out / "mae" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: loader workers get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by a signal at step" in stderr
     assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_what_a_checkpoint_cannot_be_resumed_with_is_refused(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, killed_at="step:5").returncode == -signal.SIGKILL
+    zero = run(demo, out, "zero=1")
+    assert zero.returncode == 2 and "was saved with zero.stage=0" in zero.stderr
+    (state,) = (out / "mae" / "checkpoints").glob("step_00000004/state.json")
+    state.write_text(state.read_text().replace('"world": 1', '"world": 2'))
+    world = run(demo, out)
+    assert world.returncode == 2 and "was saved by 2 processes, this run has 1" in world.stderr

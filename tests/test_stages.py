@@ -154,3 +154,30 @@ def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: in
     assert len(seen) == 6 and all(free > high + 0.4 for free, _, high in seen)
     assert all(after <= high + 1e-6 for _, after, high in seen)
     assert float(artifact.load("head")["logit_scale"].exp()) <= 20.0001
+
+
+def test_validation_is_the_same_each_time_and_checked_first(demo: Path, tmp_path: Path) -> None:
+    source = "data.sources.val={shards: heldout, modality: image}"
+    val = [source, "data.validation=[{source: val, samples: 8}]"]
+    three = ["train.micro_batch=3", "data.blocks=[{source: photos, samples: 3}]"]
+    with pytest.raises(ConfigError, match=r"train.micro_batch=3 does not divide the 8"):
+        train("mae", demo, tmp_path / "a", *val, *three)
+    artifact = train("mae", demo, tmp_path / "b", *val, "train.validate_every=1", "optim.base_lr=0")
+    losses = [r["val/loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")[:-1]]
+    assert len(losses) == 5 and len({*losses, artifact.manifest["metrics"]["val/loss"]}) == 1
+
+
+def test_a_run_killed_before_its_export_goes_on(demo: Path, tmp_path: Path) -> None:
+    from xray.trainer import Trainer
+
+    def fail(self: Trainer, metrics: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_export", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train("mae", demo, tmp_path / "run")
+    artifact = train("mae", demo, tmp_path / "run")
+    assert artifact.manifest["samples"] == 72 and math.isfinite(
+        artifact.manifest["metrics"]["loss"]
+    )

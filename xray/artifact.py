@@ -146,6 +146,13 @@ def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"shape": piece.get_shape(), "dtype": piece.get_dtype()}
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def sync_tree(folder: Path) -> None:
     """fsync every file below a folder, so that a rename that follows cannot outrun its content."""
     for file in folder.rglob("*"):
@@ -167,10 +174,11 @@ def git_commit() -> str:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
-    result = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
 
 
 def lineage(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, str, dict[str, Any] | None]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xray import __version__
+from xray import __version__, dist
 from xray.errors import ConfigError, Preempted, TrainingError, XrayError
 
 if TYPE_CHECKING:
@@ -36,32 +36,30 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion"),
 ]
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+# 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
+EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
 
 
 def main() -> None:
     """Run a command; a user's mistake ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("xray").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    dist.setup_environment()
+    logging.getLogger("xray").setLevel(logging.INFO if dist.is_main() else logging.ERROR)
     app()
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Print an XrayError as one line; rank 0 speaks for all ranks that fail alike."""
+    """Print a user's error as one line; rank 0 speaks for ranks that agreed on it."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except XrayError as error:
-            if _rank() == 0:
-                print(f"xray: {' '.join(str(error).split())}", file=sys.stderr)
-            code = {Preempted: EXIT_PREEMPTED, TrainingError: 1}.get(type(error), 2)
-            raise SystemExit(code) from None
+        except (XrayError, OSError) as error:
+            if dist.is_main() or not getattr(error, "agreed", False):
+                who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
+                print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(EXIT_CODES.get(type(error), 2)) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -79,11 +77,10 @@ def run(
     from xray.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if _rank() == 0:
+    if dist.is_main():
         _print_plan(loaded)
     if plan:
         return
-    from xray import dist
     from xray.recipe import run_recipe
 
     artifacts = run_recipe(loaded)
@@ -130,8 +127,6 @@ def train(
     )
     config.out = out or config.out or f"runs/{stage}"
     config.init_from = init_from or config.init_from
-    from xray import dist
-
     config.validate()
     device = dist.choose_device(config.train.device)
     from xray.engine import init_distributed
@@ -324,7 +319,7 @@ def _evaluate(
     for name in suites or []:
         if name not in SUITES:
             raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
-    encoder = Encoder(artifact)
+    encoder = Encoder(artifact).to(dist.choose_device("auto"))
     possible = [s for s in config.configured() if encoder.is_joint or s == "knn"]
     if not (suites or possible):
         raise ConfigError(

@@ -83,7 +83,7 @@ class DataConfig:
     flip: bool = True
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    max_bad_fraction: float = 0.01  # of samples read; beyond it the run stops
+    max_bad_fraction: float = runtime(0.01)  # of samples read; beyond it the run stops
     root: str = runtime("")
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
 
@@ -183,14 +183,24 @@ class RunConfig:
             )
         if self.train.samples < 1:
             raise ConfigError("train.samples is not set: give the samples to see in this stage")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be 0 or more")
         model = self.model
         if not 0 < model.keep_rate <= 1:
             raise ConfigError(f"model.keep_rate={model.keep_rate} must be in (0, 1]")
+        if model.tubelet < 1 or model.keep_rate_levels < 1:
+            raise ConfigError("model.tubelet and model.keep_rate_levels must be at least 1")
+        if len(model.keep_rate_span) != 2 or not 0 <= min(model.keep_rate_span) <= 1:
+            raise ConfigError(f"model.keep_rate_span={model.keep_rate_span} must be [start, end]")
         if self.data.frames % model.tubelet:
             raise ConfigError(
                 f"data.frames={self.data.frames} is not a multiple of model.tubelet="
                 f"{model.tubelet}: change data.frames to a multiple"
             )
+        if len(self.optim.betas) != 2:
+            raise ConfigError(f"optim.betas={self.optim.betas} must be two numbers")
+        if self.train.micro_batch < 0 or self.data.workers < 0:
+            raise ConfigError("train.micro_batch and data.workers must be 0 or more")
         if self.optim.clip_grad < 0:
             raise ConfigError(f"optim.clip_grad={self.optim.clip_grad} must be >= 0 (0 = off)")
         if not 0 <= self.optim.warmup < 1:
@@ -207,6 +217,8 @@ def _validate_data(data: DataConfig) -> None:
             )
         if block.samples < 1:
             raise ConfigError(f"data.blocks: samples of {block.source!r} must be at least 1")
+        if block.weight is not None and block.weight <= 0:
+            raise ConfigError(f"data.blocks: weight of {block.source!r} must be above 0")
         if names.count(block.source) > 1:
             raise ConfigError(
                 f"source {block.source!r} appears twice in data.blocks and data.validation: "
@@ -259,13 +271,14 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r} is not an override: write key=value")
-    presets = [item for item in items if item.split("=", 1)[0] in PRESETS]
-    nested: dict[str, Any] = {}
-    for item in presets:
-        key, value = item.split("=", 1)
-        nested[key] = load_preset(key, value)
-    details = OmegaConf.from_dotlist([item for item in items if item not in presets])
-    return merge(nested, OmegaConf.to_container(details))  # type: ignore[arg-type]
+    layers: list[Layer] = []
+    for item in sorted(items, key=lambda item: item.split("=", 1)[0] not in PRESETS):
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+        except Exception as error:  # yaml and omegaconf have several parser errors
+            raise ConfigError(f"{item!r} cannot be read: {_first_line(error)}") from error
+        layers.append(parsed)  # type: ignore[arg-type]
+    return merge(*layers)
 
 
 def load_preset(group: str, name: str) -> dict[str, Any]:
@@ -280,12 +293,19 @@ def load_preset(group: str, name: str) -> dict[str, Any]:
 
 
 def merge(*layers: Layer) -> dict[str, Any]:
-    """Merge nested mappings, later ones winning; lists and presets replace."""
+    """Merge nested mappings, later ones winning; lists replace.
+
+    A section of PRESETS may be a preset's name. Naming a model drops what an earlier layer gave
+    as its `kwargs`: they belong to the name.
+    """
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             if key in PRESETS and isinstance(value, str | int):
                 value = load_preset(key, str(value))
+            if key in PRESETS and isinstance(value, Mapping) and "name" in value:
+                kept = result.get(key, {})
+                result[key] = {name: kept[name] for name in kept if name != "kwargs"}
             if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
                 result[key] = merge(result[key], value)
             else:

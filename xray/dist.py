@@ -1,27 +1,33 @@
-"""The only reader of RANK and WORLD_SIZE: a small facade over torch.distributed."""
+"""The only reader of RANK and WORLD_SIZE: a small facade over torch.distributed.
+
+Torch is imported inside: the command line asks for its rank before it needs torch.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as torch_dist
+from xray.errors import ConfigError, XrayError
 
-from xray.errors import ConfigError
+if TYPE_CHECKING:
+    import torch
 
 
 def setup_environment() -> None:
-    """Fill in what a launcher would have set, so that a plain `python` run is a world of one."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", ""))
+    """Fill in what a launcher would have set; without one, a plain run is a world of one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        if "SLURM_NTASKS_PER_NODE" in env:
+            env.setdefault("LOCAL_WORLD_SIZE", env["SLURM_NTASKS_PER_NODE"])
+        if "SLURM_LAUNCH_NODE_IPADDR" in env:
+            env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        env.setdefault(name, value)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -29,6 +35,9 @@ def choose_device(wanted: str) -> torch.device:
 
     Raises ConfigError when CUDA is asked for and missing.
     """
+    import torch
+
+    setup_environment()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but torch sees no CUDA device: use cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -60,14 +69,18 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    if torch_dist.is_initialized():
-        torch_dist.barrier()
+    if world_size() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """All-reduce a tensor in place (sum) and return it."""
     if world_size() > 1:
-        torch_dist.all_reduce(values)
+        import torch.distributed
+
+        torch.distributed.all_reduce(values)
     return values
 
 
@@ -75,8 +88,10 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
+    import torch.distributed
+
     box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -84,6 +99,16 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, on every rank."""
     if world_size() == 1:
         return [value]
+    import torch.distributed
+
     boxes: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(boxes, value)
+    torch.distributed.all_gather_object(boxes, value)
     return boxes
+
+
+def agree(error: XrayError | None) -> None:
+    """Raise on every rank what any rank ran into: none goes on into a collective alone."""
+    for found in gather_objects(error):
+        if found is not None:
+            found.agreed = True
+            raise found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,16 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Count a micro-batch; the step's last one updates the parameters."""
+        """Count a micro-batch; the step's last one updates the parameters.
+
+        A gradient that is not finite updates nothing, in any ZeRO stage; `grad_norm` tells.
+        """
         ends = self._engine.is_gradient_accumulation_boundary()
-        if ends and self.stage == 0:  # DeepSpeed keeps no norm here
+        if ends and self.stage == 0:  # DeepSpeed keeps no norm here, and checks nothing
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(self._norm):
+                return
         self._engine.step()
         if ends and self.stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())

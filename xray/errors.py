@@ -4,6 +4,8 @@
 class XrayError(Exception):
     """The base of every error meant for the user."""
 
+    agreed = False  # raised on every rank alike, so that one may speak for all
+
 
 class ConfigError(XrayError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""

@@ -13,6 +13,8 @@ section takes the run's sections (optim, train, ...) and the stage's own options
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +25,15 @@ from omegaconf import OmegaConf
 from stages import STAGES, stage_class
 from xray import config as cfg
 from xray import dist
-from xray.config import PRESETS, RunConfig, nearest
-from xray.errors import ConfigError
+from xray.config import PRESETS, nearest
+from xray.errors import ConfigError, XrayError
 from xray.evaluation.suite import EvalConfig
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
 
 OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
-SHARED = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "stage")
+SHARED = ("seed", "model", "data", "optim", "train", "zero")
 
 
 @dataclass
@@ -115,8 +117,10 @@ def stage_from_recipe(
     return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
 
 
-def _layers(name: str, base: str | None) -> list[dict[str, Any]]:
-    """The recipe's yaml behind those it is based on."""
+def _layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe's yaml behind those it is based on; `base` replaces the one it names."""
+    if name in above:
+        raise ConfigError(f"recipe {name} is based on itself: {' -> '.join([*above, name])}")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = cfg.config_path(f"recipe/{name}")
@@ -129,14 +133,17 @@ def _layers(name: str, base: str | None) -> list[dict[str, Any]]:
     content = cfg.read_yaml(path)
     under = base or content.pop("base", None)
     content.pop("base", None)
-    content.setdefault("name", path.stem)
+    content.setdefault("name", f"{path.stem}_{Path(base).stem}" if base else path.stem)
     content.setdefault("out", f"runs/{content['name']}")
-    return [*(_layers(str(under), None) if under else []), content]
+    return [*(_layers(str(under), None, (*above, name)) if under else []), content]
 
 
 def _check_keys(layer: Mapping[str, Any]) -> None:
     valid = [*OWN_KEYS, *SHARED, *STAGES]
-    for key in layer:
+    for key, value in layer.items():
+        section = key in STAGES or key in ("prepare", "eval")
+        if section and not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value} must be a section of keys: write {key}.KEY=VALUE")
         if key not in valid:
             raise ConfigError(
                 f"unknown key {key!r} in the recipe{nearest(key, valid) or f': {sorted(valid)}'}"
@@ -167,7 +174,7 @@ def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A layer's shared part and its part for a stage, in the shape of the stage's config."""
     schema = stage_class(stage).Config
     names = {item.name for item in dataclasses.fields(schema)}
-    shared = {key: layer[key] for key in SHARED if key in layer and key not in ("out", "init_from")}
+    shared = {key: layer[key] for key in SHARED if key in layer}
     own: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for key, value in (layer.get(stage) or {}).items():
@@ -198,22 +205,23 @@ def _link(recipe: Recipe) -> None:
 
 def prepare(recipe: Recipe) -> None:
     """Make the demo data and the tiny LLM that a recipe asks for, on rank 0."""
+    failure = None
     if dist.is_main():
         wanted = recipe.prepare
-        if wanted.demo is not None:
-            from data_pipelines.demo import DemoConfig, make_demo
+        try:
+            if wanted.demo is not None:
+                from data_pipelines.demo import DemoConfig, make_demo
 
-            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
-        if wanted.llm is not None:
-            make_llm(wanted.llm, recipe.root)
-    dist.barrier()
+                make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+            if wanted.llm is not None:
+                make_llm(wanted.llm, recipe.root)
+        except XrayError as error:
+            failure = error
+    dist.agree(failure)
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
     """Build the tiny LLM once; a half-written folder is begun again."""
-    import os
-    import shutil
-
     from data_pipelines.captions import TEXT_FILES, captions_of
     from data_pipelines.shards import find_shards, index_shard
     from xray.models.text import build_tiny_llm

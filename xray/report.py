@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from xray import dist
+from xray.artifact import write_text
 from xray.checkpoint import TrainState
 from xray.config import RunConfig
 
@@ -36,9 +37,10 @@ LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw
 class Sinks:
     """A run's metrics on rank 0: jsonl, tensorboard, and a progress bar (lines without a tty)."""
 
-    def __init__(self, out: Path, name: str, config: RunConfig, step: int) -> None:
+    def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
         self.last: dict[str, float] = {}
         self.name = name
+        step, samples = state.step, state.samples
         self.steps = config.steps
         self.main = dist.is_main()
         if not self.main:
@@ -47,11 +49,11 @@ class Sinks:
 
         path = out / "metrics.jsonl"
         kept = _lines_up_to(path, step)
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
         if kept:
             self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out / "tb"), purge_step=step + 1)
+        self.board = SummaryWriter(str(out / "tb"), purge_step=samples + 1)
         self.resumed_at, self.started, self.printed = step, time.monotonic(), 0.0
         self.progress = Progress(
             TextColumn("[bold]{task.description:>8}"),

@@ -116,26 +116,29 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised."""
-        cls = self.vision(self.normalize(pixels), self.keep_rate).cls
-        return F.normalize(cls.float(), dim=-1)
+        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
+        return F.normalize(self._cls(pixels).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, E] in the joint space."""
+        """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
         self._require_joint()
-        cls = self.vision(self.normalize(pixels), self.keep_rate).cls
-        return F.normalize(self.vision_projection(cls).float(), dim=-1)
+        return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """N captions -> [N, E] in the joint space."""
+        """N captions -> [N, E] in the joint space, on CPU."""
         self._require_joint()
         rows = []
         for start in range(0, len(captions), 256):
             tokens = tokenize(self.tokenizer, captions[start : start + 256], self.max_length)
-            rows.append(self.text_adapter(self.text(**tokens)).float())
+            tokens = {key: value.to(self.normalize.mean.device) for key, value in tokens.items()}
+            rows.append(self.text_adapter(self.text(**tokens)).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)
+
+    def _cls(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.normalize.mean.device)
+        return self.vision(self.normalize(pixels), self.keep_rate).cls
 
     def _require_joint(self) -> None:
         if not self.is_joint:

@@ -22,7 +22,7 @@ from data_pipelines.sampling import MicroBatch, StepSampler, make_plans, micro_b
 from data_pipelines.shards import open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
-from xray.artifact import Artifact, open_artifact, write_artifact
+from xray.artifact import Artifact, open_artifact, sha256_file, write_artifact, write_text
 from xray.checkpoint import TrainState
 from xray.config import RunConfig, config_hash, differences, dump, hash_json, identity, to_dict
 from xray.engine import Engine
@@ -46,6 +46,7 @@ class Trainer:
         self.device = device
         self.out = Path(config.out)
         self.micro = self._cut(config.blocks, stage_class)
+        self.validation = self._cut(config.validation, stage_class)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         self.parents = {
             slot: artifact
@@ -78,7 +79,8 @@ class Trainer:
         if dist.is_main():
             self.out.mkdir(parents=True, exist_ok=True)
             dump(config, self.out / "config.yaml")
-            (self.out / "run.json").write_text(json.dumps(self.record, indent=1))
+            if not (self.out / "run.json").exists():
+                write_text(self.out / "run.json", json.dumps(self.record, indent=1))
         found = checkpoint.find_checkpoint(self.out / "checkpoints")
         if found is not None:
             self.state = checkpoint.load_checkpoint(self.engine, found)
@@ -111,8 +113,13 @@ class Trainer:
             "config": identity(self.config),
             "data": {name: source.digest for name, source in sorted(self.sources.items())},
             "parents": {slot: artifact.digest for slot, artifact in self.parents.items()},
-            "inputs": self.stage.inputs(),
+            "inputs": {**self.stage.inputs(), **self._pretrained()},
         }
+
+    def _pretrained(self) -> dict[str, str]:
+        """The hash of the weights a backbone starts from, if they are a file."""
+        path = Path(self.config.model.pretrained)
+        return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
     # the loop ---------------------------------------------------------------------------------
 
@@ -124,12 +131,14 @@ class Trainer:
         """
         self._build()
         config, state = self.config, self.state
-        sinks = Sinks(self.out, self.stage.name, config, state.step)
+        sinks = Sinks(self.out, self.stage.name, config, state)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             self._loop(sinks)
             metrics = {**sinks.last, **self._validate(1.0)}
             artifact = self._export(metrics)
+            if self._reduce({}, None)["preempted"]:
+                raise Preempted(f"stage {self.stage.name} is finished; run it again to go on")
         finally:
             sinks.close()
             for number, handler in previous.items():
@@ -139,6 +148,8 @@ class Trainer:
 
     def _loop(self, sinks: Sinks) -> None:
         config, state = self.config, self.state
+        if state.step >= config.steps:  # killed between the last save and the export
+            return
         stream = self._stream(range(state.step, config.steps))
         pending, failure = self._fetch(stream)
         self._reduce({}, failure)
@@ -152,10 +163,12 @@ class Trainer:
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
             self._count_bad(values, loaded)
             if not math.isfinite(values["loss"]):
-                raise TrainingError(self._bundle(step, values["loss"]))
+                raise TrainingError(self._bundle(step, "loss", values["loss"]))
             lr = lr_at(progress, config.optim, config.global_batch)
             self.engine.set_lr(lr)
             self.engine.step()
+            if not math.isfinite(self.engine.grad_norm):
+                raise TrainingError(self._bundle(step, "gradient norm", self.engine.grad_norm))
             self.stage.after_step(self.engine, self.module)
             state.step, state.samples = step + 1, state.samples + config.global_batch
             state.seconds = time.monotonic() - started
@@ -166,8 +179,11 @@ class Trainer:
                 values |= self._validate(progress)
             last = state.step == config.steps
             sinks.write(state, values, _every(state.step, config.train.log_every) or last)
-            if (_every(state.step, config.train.save_every) and not last) or preempted:
-                self._save()
+            if _every(state.step, config.train.save_every) or last or preempted:
+                folder = self.out / "checkpoints"
+                checkpoint.save_checkpoint(
+                    self.engine, folder, state, config.train.keep_checkpoints
+                )
             if preempted:
                 raise Preempted(
                     f"stopped by a signal at step {state.step}; the same command goes on"
@@ -200,18 +216,19 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, progress: float) -> dict[str, float]:
         """Means over the fixed validation samples, as `val/...`."""
-        blocks, data = self.config.validation, self.config.data
+        blocks, data, stage = self.config.validation, self.config.data, self.stage
         if not blocks:
             return {}
-        cut = self._cut(blocks, type(self.stage))
         plans = make_plans(blocks, self.sources, data, self.config.seed)
-        sampler = StepSampler(blocks, plans, data, cut, range(1))
-        stage = self.stage
-        loaded = next(iterate_steps(sampler, stage.transform, stage.collate, 0, pin=False))
+        sampler = StepSampler(blocks, plans, data, self.validation, range(1))
+        stream = iterate_steps(sampler, stage.transform, stage.collate, None, pin=False)
+        loaded, failure = self._fetch(stream)
+        self._reduce({}, failure)
         self.engine.train(False)
         sums: dict[str, Tensor] = {}
-        for micro, item in zip(cut, loaded, strict=True):
-            self._add(sums, micro, cut, self.engine(self._to_device(item.batch), progress))
+        for micro, item in zip(self.validation, loaded, strict=True):
+            output = self.engine(self._to_device(item.batch), progress)
+            self._add(sums, micro, self.validation, output)
         values = self._reduce(_to_host(sums), None)
         return {f"val/{name}": values[name] for name in sums}
 
@@ -272,7 +289,7 @@ class Trainer:
                 f"data.max_bad_fraction={limit}; last in {names}"
             )
 
-    def _bundle(self, step: int, loss: float) -> str:
+    def _bundle(self, step: int, what: str, value: float) -> str:
         """Write down what a step was made of and return the message about it."""
         path = self.out / f"nonfinite_step_{step + 1:08d}.json"
         if dist.is_main():
@@ -280,22 +297,13 @@ class Trainer:
                 block.source: self.plans[block.source].positions(step, block.samples).tolist()
                 for block in self.config.blocks
             }
-            facts = {"step": step, "seed": self.config.seed, "loss": str(loss), "positions": blocks}
+            facts = {"step": step, "seed": self.config.seed, what: str(value), "positions": blocks}
             path.write_text(json.dumps(facts))
         return (
-            f"the loss of step {step + 1} is {loss}: stopped before the optimizer step; its "
-            f"samples are in {path}; lower optim.base_lr or set optim.clip_grad, the last "
-            "checkpoint is kept"
+            f"the {what} of step {step + 1} is {value}: stopped before the weights changed; its "
+            f"samples are in {path}; start again in another out= with a lower optim.base_lr or "
+            "with optim.clip_grad; the checkpoints are kept"
         )
-
-    def _save(self) -> None:
-        if not math.isfinite(self.engine.grad_norm):
-            raise TrainingError(
-                f"the gradient of step {self.state.step} is not finite: stopped before saving; "
-                "lower optim.base_lr or set optim.clip_grad, the last checkpoint is kept"
-            )
-        folder, keep = self.out / "checkpoints", self.config.train.keep_checkpoints
-        checkpoint.save_checkpoint(self.engine, folder, self.state, keep)
 
     def _export(self, metrics: dict[str, float]) -> Artifact:
         state_dict = self.engine.state_dict()  # collective

@@ -74,10 +74,8 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> dict[s
 def load_llm(folder: Path, weights: bool = True) -> nn.Module:
     """The folder's decoder with bidirectional attention; without `weights` only its structure."""
     from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    _quiet_transformers()
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         settings.is_causal = False
@@ -88,6 +86,14 @@ def load_llm(folder: Path, weights: bool = True) -> nn.Module:
         return AutoModel.from_config(settings, dtype=torch.float32)
     except Exception as error:
         raise ConfigError(f"transformers cannot load the LLM in {folder}: {error}") from error
+
+
+def _quiet_transformers() -> None:
+    """Keep its bars and notes out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @torch.no_grad()
@@ -228,6 +234,7 @@ def build_tiny_llm(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import AutoModel, PreTrainedTokenizerFast, Qwen3Config
 
+    _quiet_transformers()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -1,0 +1,24 @@
+"""Print a run's results as the Markdown table that README and docs show.
+
+usage: python tools/results_table.py runs/quickstart/results.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from xray.evaluation.suite import result_table
+
+
+def main() -> None:
+    table = result_table(json.loads(Path(sys.argv[1]).read_text()))
+    print("| " + " | ".join(table.columns) + " |")
+    print("|---|" + "---:|" * (len(table.columns) - 1))
+    for row in table.rows:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
