@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,12 @@ from test_data import jpeg, write_tar
 from test_resume import RECIPE, xray
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
-    code = "import sys, xray.cli; print('torch' in sys.modules)"
+def test_help_needs_no_torch() -> None:
+    """What makes `xray --help` answer at once: nothing heavy is imported before a command."""
+    code = "import sys, xray.cli; print({'torch', 'transformers', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = xray("--help")
-        times.append(time.monotonic() - start)
-        assert done.returncode == 0 and "run" in done.stdout
-    assert min(times) < 1.0
+    assert done.stdout.strip() == "set()", done.stderr
+    assert "Train the stages of RECIPE" in xray("--help").stdout
 
 
 def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:

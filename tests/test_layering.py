@@ -25,7 +25,7 @@ RULES: dict[str, set[str]] = {
     "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
     "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
     "xray/checkpoint.py": LEAF | {"xray.artifact", "xray.engine"},
-    "xray/report.py": LEAF | {"xray.checkpoint"},
+    "xray/report.py": LEAF | {"xray.artifact", "xray.checkpoint"},
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
