@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from test_data import jpeg, write_tar
 from test_resume import RECIPE, xray
+from typer.testing import CliRunner
+
+from xray.cli import app
 
 
 def test_help_needs_no_torch() -> None:
@@ -56,10 +59,15 @@ def test_config_prints_what_is_resolved() -> None:
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:
-    done = xray(*arguments)
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
     assert message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_mistake_ends_the_process_with_2() -> None:
+    done = xray("run", "quickstrat")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
