@@ -80,21 +80,11 @@ class StreamDataset(Dataset):
         place = (ref.shard, ref.member)
         for attempt in range(ATTEMPTS):
             shard, member = place
-            index = plan.source.shards[shard]
-            rng = self._rng(ref, attempt)
-            key = str(index.keys[member])
-            sample = Sample(
-                index.read(member),
-                ref.source,
-                plan.source.modality,
-                key,
-                ref.resolution,
-                ref.frames,
-            )
+            sample = plan.source.sample(shard, member, ref.resolution, ref.frames)
             try:
-                return self.transform(sample, rng)
+                return self.transform(sample, self._rng(ref, attempt))
             except BadSample as error:
-                bad.append((error.cause, str(index.path), key))
+                bad.append((error.cause, str(plan.source.shards[shard].path), sample.key))
             place = plan.replacement(ref.position, attempt)
         cause, path, key = bad[-1]
         raise DataError(
@@ -154,15 +144,12 @@ class SequentialDataset(Dataset):
     def __getitem__(self, item: int) -> Fields | str:
         """The sample, or why it cannot be used."""
         shard, member = self.places[item]
-        index = self.source.shards[shard]
-        key = str(index.keys[member])
-        source, data = self.source, self.data
         try:
-            files = index.read(member)
-            sample = Sample(files, source.name, source.modality, key, data.resolution, data.frames)
+            sample = self.source.sample(shard, member, self.data.resolution, self.data.frames)
             return self.transform(sample, None)
         except DataError as error:
-            return f"sample {key!r} of {index.path} cannot be used: {error}"
+            index = self.source.shards[shard]
+            return f"sample {str(index.keys[member])!r} of {index.path} cannot be used: {error}"
 
 
 def iterate_source(

@@ -206,6 +206,12 @@ class Source:
         """The same shards with another slot map."""
         return Source(self.name, self.modality, self.shards, tuple(slots))
 
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample:
+        """Read one member of one shard, all its files."""
+        index = self.shards[shard]
+        files, key = index.read(member), str(index.keys[member])
+        return Sample(files, self.name, self.modality, key, resolution, frames)
+
     @functools.cached_property
     def digest(self) -> str:
         """sha256 over what the samples are: keys, sizes and the slot map, not their folder."""

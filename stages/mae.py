@@ -61,11 +61,10 @@ class MaeModule(VisionModule):
         super().__init__(config)
         self.options = config.mae
         vision = self.vision
-        outputs = vision.tubelet * vision.patch_size[0] * vision.patch_size[1] * 3
         options = self.options
         self.decoder = MaeDecoder(
             vision.embed_dim,
-            outputs,
+            vision.patch_values,
             options.decoder_dim,
             options.decoder_depth,
             options.decoder_heads,
@@ -77,11 +76,10 @@ class MaeModule(VisionModule):
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         vision = self.vision
         pixels = self.normalize(batch["pixels"])
-        _, T, _, H, W = pixels.shape
-        slots = T // vision.tubelet if T > 1 else 1
-        grid = (slots, H // vision.patch_size[0], W // vision.patch_size[1])
-        ratio = self.options.video_mask_ratio if T > 1 else self.options.mask_ratio
-        visible, mask, ids_restore = make_mask(batch["mask_noise"], slots, ratio)
+        grid = vision.token_grid(pixels)
+        is_clip = pixels.shape[1] > 1
+        ratio = self.options.video_mask_ratio if is_clip else self.options.mask_ratio
+        visible, mask, ids_restore = make_mask(batch["mask_noise"], grid[0], ratio)
         tokens = vision(pixels, visible=visible)
         predictions = self.decoder(tokens.cls, tokens.patches, ids_restore, grid)
         targets = patchify(pixels, vision.patch_size, vision.tubelet)

@@ -102,7 +102,7 @@ def write_artifact(
     files: Mapping[str, Any],
     facts: Mapping[str, Any],
     parents: Mapping[str, Artifact],
-) -> Artifact:
+) -> None:
     """Write an artifact under a temporary name and rename it; never overwrites one."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +136,6 @@ def write_artifact(
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     sync_tree(temporary)
     os.replace(temporary, path)
-    return open_artifact(path)
 
 
 def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -107,10 +107,6 @@ class Engine:
     def module(self) -> Any:
         return self._engine.module
 
-    @property
-    def device(self) -> torch.device:
-        return self._engine.device
-
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 

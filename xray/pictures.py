@@ -26,10 +26,10 @@ def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.nda
     config = artifact.manifest["config"]
     vision = restore_vision(artifact)
     decoder = restore_decoder(artifact, vision)
-    x = Normalize(config["data"]["mean"], config["data"]["std"])(pixels)
-    B, T, _, H, W = x.shape
-    slots = max(1, T // vision.tubelet)
-    h, w = H // vision.patch_size[0], W // vision.patch_size[1]
+    normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+    x = normalize(pixels)
+    B, T = x.shape[:2]
+    slots, h, w = vision.token_grid(x)
     ratio = config["mae"]["video_mask_ratio" if T > 1 else "mask_ratio"]
     noise = torch.rand(B, h * w, generator=torch.Generator().manual_seed(seed))
     visible, mask, restore = make_mask(noise, slots, ratio)
@@ -41,7 +41,6 @@ def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.nda
         predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
     removed = mask[..., None]
     rows = [target * (1 - removed), target * (1 - removed) + predicted * removed, target]
-    normalize = Normalize(config["data"]["mean"], config["data"]["std"])
     shown = []
     for patches in rows:
         frames = unpatchify(patches, (slots, h, w), vision.patch_size)
@@ -57,11 +56,10 @@ def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.nda
 def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
     """A column per sample: the picture, then darkened what is fused away; a clip by tubelets."""
     vision = encoder.vision
-    B, T, _, H, W = pixels.shape
+    B, H, W = len(pixels), *pixels.shape[-2:]
     x = encoder.normalize(pixels)
     tokens = vision(x, encoder.keep_rate, track=True)
-    h, w = H // vision.patch_size[0], W // vision.patch_size[1]
-    slots = max(1, T // vision.tubelet)
+    slots, h, w = vision.token_grid(x)
     assert tokens.assign is not None
     inputs = torch.zeros(B, slots * h * w).scatter_add(
         1, tokens.assign, torch.ones(B, slots * h * w)

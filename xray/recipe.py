@@ -85,8 +85,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for stage in stages:
         stage_class(str(stage))  # raises for an unknown one
     recipe = Recipe(
-        name=str(merged.get("name") or Path(name).stem),
-        out=Path(str(merged.get("out") or f"runs/{Path(name).stem}")),
+        name=str(merged["name"]),
+        out=Path(str(merged["out"])),
         prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}),
         eval=cfg.build(EvalConfig, merged.get("eval") or {}),
     )

@@ -151,8 +151,7 @@ class Encoder(nn.Module):
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
     """The decoder of a mae artifact, in eval mode."""
     options = artifact.manifest["config"]["mae"]
-    outputs = vision.tubelet * vision.patch_size[0] * vision.patch_size[1] * 3
     sizes = (options["decoder_dim"], options["decoder_depth"], options["decoder_heads"])
-    decoder = MaeDecoder(vision.embed_dim, outputs, *sizes)
+    decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
     decoder.load_state_dict(artifact.load("decoder"))
     return decoder.eval()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode import BadSample
-from data_pipelines.shards import Sample, Source, open_source
+from data_pipelines.shards import Source, open_source
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
@@ -86,10 +86,9 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
 
 
 def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
-    for shard, members in zip(source.shards, source.slots, strict=True):
+    for shard, members in enumerate(source.slots):
         for member in members.tolist():
-            files, key = shard.read(member), str(shard.keys[member])
-            sample = Sample(files, source.name, source.modality, key, data.resolution, data.frames)
+            sample = source.sample(shard, member, data.resolution, data.frames)
             with contextlib.suppress(BadSample):
                 yield load_pixels(sample, data, None)
 

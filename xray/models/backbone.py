@@ -156,15 +156,24 @@ class VisionBackbone(nn.Module):
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, P:], assign)
 
+    @property
+    def patch_values(self) -> int:
+        """Pixel values of one token: tubelet * p * p * 3."""
+        return self.tubelet * self.patch_size[0] * self.patch_size[1] * 3
+
+    def token_grid(self, pixels: Tensor) -> tuple[int, int, int]:
+        """(t, h, w) of the patch tokens of [B, T, 3, H, W]; t = 1 for an image."""
+        T, H, W = pixels.shape[1], *pixels.shape[-2:]
+        return max(1, T // self.tubelet), H // self.patch_size[0], W // self.patch_size[1]
+
     def embed(self, pixels: Tensor) -> Tensor:
         """Stem, positions and prefix tokens: [B, P + n, D], patch tokens t-major."""
-        B, T, _, H, W = pixels.shape
+        B, T = pixels.shape[:2]
         if T > 1 and T % self.tubelet:
             raise ConfigError(f"{T} frames are not a multiple of the tubelet's {self.tubelet}")
         x = self.patch_embed(pixels)
-        grid = (H // self.patch_size[0], W // self.patch_size[1])
-        prefix, spatial = self._spatial_positions(grid)
-        slots = T // self.tubelet if T > 1 else 1
+        slots, *grid = self.token_grid(pixels)
+        prefix, spatial = self._spatial_positions((grid[0], grid[1]))
         if slots > 1:
             positions = spatial[:, None] + self._temporal_positions(slots)[:, :, None]
             x = x + positions.flatten(1, 2)
