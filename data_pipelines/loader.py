@@ -18,6 +18,7 @@ from data_pipelines.sampling import SamplePlan, SampleRef, StepSampler
 from data_pipelines.shards import Sample, Source
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.schedule import value_at
 
 Fields = dict[str, Tensor]
 ATTEMPTS = 20  # stand-ins tried for a bad sample before the run stops
@@ -104,11 +105,15 @@ def _identity(loaded: Any) -> Any:
 
 
 def iterate_steps(
-    sampler: StepSampler, transform: Transform, collate: Collate, seed: int | None, pin: bool
+    sampler: StepSampler,
+    transform: Transform,
+    collate: Collate,
+    seed: int | None,
+    workers: int,
+    pin: bool,
 ) -> Iterator[list[Loaded]]:
     """The micro-batches of each step of the sampler, in order; raises DataError."""
     dataset = StreamDataset(sampler.plans, transform, collate, seed)
-    workers = sampler.data.workers
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -119,8 +124,8 @@ def iterate_steps(
         worker_init_fn=_ignore_signals,
     )
     batches = iter(loader)
-    for _ in sampler.steps:
-        loaded = [next(batches) for _ in sampler.micro]
+    for step in sampler.steps:
+        loaded = [next(batches) for _ in sampler.shape(step).micro]
         for item in loaded:
             if item.failure:
                 raise DataError(item.failure)
@@ -133,7 +138,7 @@ class SequentialDataset(Dataset):
     def __init__(self, source: Source, transform: Transform, data: DataConfig) -> None:
         self.source = source
         self.transform = transform
-        self.data = data
+        self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
         self.places = [
             (s, int(m)) for s, members in enumerate(source.slots) for m in members.tolist()
         ]
@@ -145,7 +150,7 @@ class SequentialDataset(Dataset):
         """The sample, or why it cannot be used."""
         shard, member = self.places[item]
         try:
-            sample = self.source.sample(shard, member, self.data.resolution, self.data.frames)
+            sample = self.source.sample(shard, member, *self.size)
             return self.transform(sample, None)
         except DataError as error:
             index = self.source.shards[shard]

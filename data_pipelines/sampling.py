@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,15 @@ class MicroBatch:
     start: int  # within the block
     stop: int
     scale: float  # the loss's factor, so that the step's gradient is the weighted mean of blocks
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How large a step's samples are, and how the step is cut into forwards on one rank."""
+
+    resolution: int
+    frames: int
+    micro: list[MicroBatch]
 
 
 class SamplePlan:
@@ -155,28 +164,25 @@ class StepSampler:
         self,
         blocks: Sequence[BlockConfig],
         plans: dict[str, SamplePlan],
-        data: DataConfig,
-        micro: list[MicroBatch],
+        shape: Callable[[int], StepShape],
         steps: range,
     ) -> None:
         self.blocks = blocks
         self.plans = plans
-        self.data = data
-        self.micro = micro
+        self.shape = shape
         self.steps = steps
 
     def __len__(self) -> int:
-        return len(self.steps) * len(self.micro)
+        return sum(len(self.shape(step).micro) for step in self.steps)
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         for step in self.steps:
-            for micro in self.micro:
+            shape = self.shape(step)
+            for micro in shape.micro:
                 plan = self.plans[micro.source]
                 block = plan.positions(step, self.blocks[micro.block].samples)
                 yield [
-                    SampleRef(
-                        micro.source, *plan.locate(p), p, self.data.resolution, self.data.frames
-                    )
+                    SampleRef(micro.source, *plan.locate(p), p, shape.resolution, shape.frames)
                     for p in block[micro.start : micro.stop].tolist()
                 ]
 

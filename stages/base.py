@@ -2,7 +2,7 @@
 
 Batch keys, all with the micro-batch B first:
     pixels          [B, T, 3, S, S] uint8; T = 1 for images
-    mask_noise      [B, h*w] float, uniform: the MAE masks, drawn on the data side
+    mask_noise      [B, h*w or t*h*w] float, uniform: the MAE masks, drawn on the data side
     tags            [B, K] long, ids of the vocabulary, padded with -1
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
@@ -10,6 +10,7 @@ Batch keys, all with the micro-batch B first:
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 from data_pipelines.shards import Sample, Source
 from xray.config import RunConfig
 from xray.errors import ConfigError
-from xray.models.backbone import VisionBackbone, load_adapted
+from xray.models.backbone import VisionBackbone
+from xray.models.flops import vision_macs
 from xray.models.heads import Normalize
-from xray.models.reduce import rate_at
+from xray.models.reduce import KeepRate, keep_rate_at
+from xray.models.weights import load_adapted
+from xray.schedule import largest, steps_of, value_at
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
@@ -55,8 +59,8 @@ class StageModule(nn.Module, ABC):
         features = self.features(batch, progress)
         return features if task == "features" else self.loss_from_features(features)
 
-    def keep_rate(self, progress: float) -> float:
-        """The token reduction's rate at this progress; 1 where nothing is reduced."""
+    def keep_rate(self, progress: float) -> KeepRate:
+        """The token reduction's rate at this progress, or one per block; 1 = nothing is reduced."""
         return 1.0
 
     @abstractmethod
@@ -81,11 +85,8 @@ class VisionModule(StageModule):
     def vision(self) -> VisionBackbone:
         return self.towers["vision"]  # type: ignore[return-value]
 
-    def keep_rate(self, progress: float) -> float:
-        model = self.model_config
-        if model.reduce == "none":
-            return 1.0
-        return rate_at(progress, model.keep_rate, model.keep_rate_levels, model.keep_rate_span)
+    def keep_rate(self, progress: float) -> KeepRate:
+        return keep_rate_at(self.model_config, progress)
 
 
 @dataclass
@@ -134,6 +135,14 @@ class Stage(ABC):
         """Other files of the artifact: name -> a path to copy or an object with `save(path)`."""
         return {}
 
+    def macs(self, frames: int) -> int:
+        """Multiply-adds of a forward of one image (frames = 1) or clip, at the stage's final sizes;
+        0 where nothing is seen."""
+        keep_rate = keep_rate_at(self.config.model, 1.0)
+        return vision_macs(
+            sketch(self.config), frames, value_at(self.config.data.resolution, 1.0), keep_rate
+        )
+
     def inputs(self) -> dict[str, str]:
         """Hashes of what the run depends on besides config, data and parents."""
         return {}
@@ -159,7 +168,18 @@ def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
 
 def make_backbone(config: RunConfig) -> VisionBackbone:
     """The backbone of a run, its position table as large as the stage's largest input."""
-    return VisionBackbone(config.model, config.data.resolution, config.data.frames)
+    data = config.data
+    backbone = VisionBackbone(config.model, largest(data.resolution), largest(data.frames))
+    for _, side in steps_of(data.resolution):
+        backbone.check_pixels(side, side, "data.resolution: ")
+    return backbone
+
+
+def sketch(config: RunConfig) -> VisionBackbone:
+    """The backbone without memory or weights, to be counted."""
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=""))
+    with torch.device("meta"):
+        return make_backbone(plain)
 
 
 def load_vision(module: VisionModule, parent: Artifact | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +21,16 @@ from stages.base import (
     VisionModule,
     load_vision,
     part,
+    sketch,
 )
 from xray.config import RunConfig
 from xray.errors import ConfigError
 from xray.losses import masked_patch_mse
-from xray.models.mae_decoder import MaeDecoder, make_mask, normalize_patches, patchify
+from xray.models.backbone import VisionBackbone
+from xray.models.flops import decoder_macs, vision_macs
+from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches, patchify
+from xray.models.reduce import KeepRate
+from xray.schedule import value_at
 
 
 @dataclass
@@ -31,7 +38,8 @@ class MaeOptions:
     """Masks and decoder."""
 
     mask_ratio: float = 0.75  # images
-    video_mask_ratio: float = 0.9  # clips, the same places in every time slot
+    video_mask_ratio: float = 0.9  # clips
+    video_mask: Literal["tube", "random"] = "tube"  # the same places in every time slot, or any
     norm_pix_loss: bool = True
     decoder_dim: int = 512
     decoder_depth: int = 4
@@ -47,6 +55,11 @@ class MaeConfig(RunConfig):
         for name in ("mask_ratio", "video_mask_ratio"):
             if not 0 < getattr(self.mae, name) < 1:
                 raise ConfigError(f"mae.{name}={getattr(self.mae, name)} must be in (0, 1)")
+        if self.mae.video_mask == "random" and self.model.video == "frames":
+            raise ConfigError(
+                "mae.video_mask=random leaves frames with unequal numbers of tokens, which "
+                "model.video=frames cannot encode: set mae.video_mask=tube"
+            )
         if self.mae.decoder_dim % (4 * self.mae.decoder_heads):
             raise ConfigError(
                 f"mae.decoder_dim={self.mae.decoder_dim} must be a multiple of 4 x "
@@ -54,36 +67,37 @@ class MaeConfig(RunConfig):
             )
 
 
+def masking(options: MaeOptions) -> Masking:
+    return Masking(options.mask_ratio, options.video_mask_ratio, options.video_mask)
+
+
+def make_decoder(options: MaeOptions, vision: VisionBackbone) -> MaeDecoder:
+    sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
+    return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
+
+
 class MaeModule(VisionModule):
     """Backbone over visible tokens, decoder over all."""
 
     def __init__(self, config: MaeConfig) -> None:
         super().__init__(config)
-        self.options = config.mae
-        vision = self.vision
-        options = self.options
-        self.decoder = MaeDecoder(
-            vision.embed_dim,
-            vision.patch_values,
-            options.decoder_dim,
-            options.decoder_depth,
-            options.decoder_heads,
-        )
+        vision, options = self.vision, config.mae
+        self.masking = masking(options)
+        self.norm_pix_loss = options.norm_pix_loss
+        self.decoder = make_decoder(options, vision)
 
-    def keep_rate(self, progress: float) -> float:
+    def keep_rate(self, progress: float) -> KeepRate:
         return 1.0  # the decoder puts every visible token back in its place
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         vision = self.vision
         pixels = self.normalize(batch["pixels"])
         grid = vision.token_grid(pixels)
-        is_clip = pixels.shape[1] > 1
-        ratio = self.options.video_mask_ratio if is_clip else self.options.mask_ratio
-        visible, mask, ids_restore = make_mask(batch["mask_noise"], grid[0], ratio)
+        visible, mask, ids_restore = self.masking.draw(batch["mask_noise"], grid, pixels.shape[1])
         tokens = vision(pixels, visible=visible)
         predictions = self.decoder(tokens.cls, tokens.patches, ids_restore, grid)
-        targets = patchify(pixels, vision.patch_size, vision.tubelet)
-        if self.options.norm_pix_loss:
+        targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
+        if self.norm_pix_loss:
             targets = normalize_patches(targets)
         return {"predictions": predictions, "targets": targets, "mask": mask}
 
@@ -99,17 +113,28 @@ class MaeStage(Stage):
     def build(self, parents: Parents) -> MaeModule:
         module = MaeModule(self.config)
         load_vision(module, parents.vision)
-        self.patch_size = module.vision.patch_size  # the masks are drawn on the data side
+        self.token_grid = module.vision.token_grid  # the masks are drawn on the data side
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         pixels = load_pixels(sample, self.config.data, rng)
-        patches = pixels.shape[-2] // self.patch_size[0] * (pixels.shape[-1] // self.patch_size[1])
+        size = masking(self.config.mae).noise_size(self.token_grid(pixels[None]))
         draw = rng if rng is not None else np.random.default_rng(0)
         return {
             "pixels": pixels,
-            "mask_noise": torch.from_numpy(draw.random(patches, dtype=np.float32)),
+            "mask_noise": torch.from_numpy(draw.random(size, dtype=np.float32)),
         }
+
+    def macs(self, frames: int) -> int:
+        """Encoder over the visible tokens and decoder over all."""
+        options, vision = self.config.mae, sketch(self.config)
+        side = value_at(self.config.data.resolution, 1.0)
+        grid = vision.token_grid(torch.empty(1, frames, 3, side, side, device="meta"))
+        noise = torch.empty(1, masking(options).noise_size(grid))
+        visible = masking(options).draw(noise, grid, frames)[0].shape[1]
+        decoder = make_decoder(options, vision)
+        encoder = vision_macs(vision, frames, side, visible=visible)
+        return encoder + decoder_macs(decoder, math.prod(grid), visible)
 
     def export(self, module: MaeModule, state: State) -> dict[str, State]:
         return {"backbone": part(state, "towers.vision."), "decoder": part(state, "decoder.")}

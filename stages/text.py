@@ -85,6 +85,9 @@ class TextStage(Stage):
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return self.language.collate(rows)
 
+    def macs(self, frames: int) -> int:
+        return 0
+
     def export(self, module: TextModule, state: State) -> dict[str, State]:
         tower: Any = module.towers["text"]
         return {"text": tower.changes(part(state, "towers.text."))}

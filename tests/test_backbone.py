@@ -1,4 +1,4 @@
-"""The backbone against timm and against an independent, plain EViT."""
+"""The backbone against timm: weights, sizes, clips. Token reduction has its own tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from xray.config import ModelConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models import VisionBackbone
-from xray.models.backbone import inflate, load_adapted
-from xray.models.reduce import cls_attention, kept_tokens, rate_at
+from xray.models.reduce import kept_tokens, rate_at
+from xray.models.weights import load_adapted
+
+# How timm itself can give a model without a CLS token one: what ours must come to.
+CLS = {"class_token": True, "no_embed_class": True}
 
 
 def pair(name: str, size: int, **kwargs: object) -> tuple[torch.nn.Module, VisionBackbone]:
@@ -24,9 +26,9 @@ def pair(name: str, size: int, **kwargs: object) -> tuple[torch.nn.Module, Visio
     vit = timm.create_model(name, num_classes=0, img_size=size, **kwargs).eval()
     for parameter in vit.parameters():  # zero-initialised tables would hide mistakes
         parameter.data += 0.02 * torch.randn_like(parameter)
-    ours = VisionBackbone(ModelConfig(name=name, kwargs=dict(kwargs)), size, 4).eval()
-    state = dict(vit.state_dict())
-    state["patch_embed.proj.weight"] = inflate(state["patch_embed.proj.weight"], 2)
+    own = {key: value for key, value in kwargs.items() if key not in CLS}
+    ours = VisionBackbone(ModelConfig(name=name, kwargs=own), size, 4).eval()
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("attn_pool.")}
     state["pos_temporal"] = torch.randn_like(ours.pos_temporal)
     load_adapted(ours, state, "timm")
     return vit, ours
@@ -40,6 +42,12 @@ def pair(name: str, size: int, **kwargs: object) -> tuple[torch.nn.Module, Visio
         ("vit_small_patch14_reg4_dinov2", 56, {}),
         ("vit_base_patch32_clip_224", 64, {"depth": 3}),
         ("deit3_small_patch16_224", 48, {"depth": 3}),
+        ("vit_base_patch8_224", 32, {"depth": 2}),
+        ("vit_giant_patch14_reg4_dinov2", 28, {"depth": 2}),  # SwiGLU
+        ("vit_so400m_patch14_siglip_378", 42, {"depth": 2} | CLS),
+        ("vit_base_patch16_siglip_256", 32, {"depth": 2} | CLS),
+        ("vit_medium_patch16_reg4_gap_256", 32, {"depth": 2} | CLS),
+        ("eva_large_patch14_196", 28, {"depth": 2}),  # its final norm is fc_norm
     ],
 )
 @torch.no_grad()
@@ -47,7 +55,7 @@ def test_keep_rate_1_is_timm_bit_for_bit(name: str, size: int, kwargs: dict) -> 
     vit, ours = pair(name, size, **kwargs)
     image = torch.randn(2, 3, size, size)
     tokens = ours(image[:, None])
-    theirs = vit.forward_features(image)
+    theirs = vit.fc_norm(vit.forward_features(image))
     assert torch.equal(tokens.cls, theirs[:, 0])
     assert torch.equal(tokens.patches, theirs[:, ours.num_prefix_tokens :])
 
@@ -80,90 +88,44 @@ def test_other_sizes_interpolate_positions() -> None:
         ours.forward_features(image[:, None]), dynamic.forward_features(image), atol=1e-5
     )
     assert ours(torch.randn(1, 8, 3, 64, 64)).patches.shape[1] == 4 * 16
-
-
-def plain_evit(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
-    """EViT written out: explicit attention everywhere, boolean masks, one sample at a time."""
-    rows = []
-    P = ours.num_prefix_tokens
-    for x in ours.embed(pixels):
-        for number, block in enumerate(ours.blocks):
-            attn, y = block.attn, block.norm1(x)
-            N, D = y.shape
-            q, k, v = attn.qkv(y).reshape(N, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
-            weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-            x = x + attn.proj((weights @ v).transpose(0, 1).reshape(N, D))
-            if number in ours.reduce_at:
-                score = weights[:, 0, P:].mean(0)
-                keep = torch.zeros(N - P, dtype=torch.bool)
-                keep[score.argsort(descending=True)[: math.ceil(rate * (N - P) - 1e-6)]] = True
-                fused = (score[~keep, None] * x[P:][~keep]).sum(0, keepdim=True)
-                x = torch.cat([x[:P], x[P:][keep], fused])
-            x = x + block.mlp(block.norm2(x))
-        rows.append(ours.norm(x)[0])
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("frames", [1, 4])
-@pytest.mark.parametrize("rate", [0.7, 0.5])
-def test_evit_equals_a_plain_implementation(frames: int, rate: float) -> None:
-    _, ours = pair("vit_tiny_patch16_224", 64, depth=8)
-    ours = ours.double()
-    pixels = torch.randn(3, frames, 3, 64, 64, dtype=torch.float64)
-    grads = []
-    for run in (lambda: ours(pixels, rate).cls, lambda: plain_evit(ours, pixels, rate)):
-        ours.zero_grad()
-        out = run()
-        out.square().sum().backward()
-        grads.append(
-            (out.detach(), [p.grad.clone() for p in ours.parameters() if p.grad is not None])
-        )
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-10)
-    for a, b in zip(grads[0][1], grads[1][1], strict=True):
-        assert torch.allclose(a, b, atol=1e-8)
+    with pytest.raises(ConfigError, match=r"50 pixels are not a multiple of the patch size 16"):
+        ours(torch.randn(1, 1, 3, 64, 50))
 
 
 @torch.no_grad()
-def test_cls_attention_equals_explicit_attention() -> None:
-    q, k = torch.randn(2, 2, 3, 17, 8, dtype=torch.float64)
-    full = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(-1)[:, :, 0, 1:].mean(1)
-    assert (cls_attention(q, k, 1) - full).abs().max() < 1e-12
+def test_a_table_that_is_not_square() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(64, 32), depth=2)
+    ours = VisionBackbone(ModelConfig(kwargs={"depth": 2}), (64, 32), 1).eval()
+    load_adapted(ours, vit.state_dict(), "timm")
+    image = torch.randn(1, 3, 64, 32)
+    assert torch.equal(ours.forward_features(image[:, None]), vit.eval().forward_features(image))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rate", "expected"),
-    [
-        (196, 0.9, [178, 162, 147]),
-        (196, 0.8, [158, 128, 104]),
-        (196, 0.7, [139, 99, 71]),
-        (196, 0.6, [119, 73, 45]),
-        (196, 0.5, [99, 51, 27]),
-        (1568, 0.7, [1099, 771, 541]),
-        (1568, 0.5, [785, 394, 198]),
-    ],
-)
-def test_token_counts_of_the_published_table(tokens: int, rate: float, expected: list[int]) -> None:
-    counts, n = [], tokens
-    for _ in range(3):
-        n = kept_tokens(n, rate) + 1
-        counts.append(n)
-    assert counts == expected
+@torch.no_grad()
+def test_an_odd_frame_out_is_repeated() -> None:
+    _, ours = pair("vit_tiny_patch16_224", 64)
+    clip = torch.randn(1, 5, 3, 64, 64)
+    assert torch.equal(ours(clip).cls, ours(torch.cat([clip, clip[:, -1:]], 1)).cls)
+    assert ours.token_grid(clip) == (3, 4, 4)
+    assert torch.equal(ours.tubelets(clip)[:, 5], clip[:, 4])
+
+
+@torch.no_grad()
+def test_registers_with_positions_keep_theirs_when_a_cls_is_added() -> None:
+    name = "vit_little_patch16_reg1_gap_256"
+    vit = timm.create_model(name, img_size=64, no_embed_class=False, depth=1).eval()
+    config = ModelConfig(name=name, kwargs={"no_embed_class": False, "depth": 1})
+    ours = VisionBackbone(config, 64, 1).eval()
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("head.")}
+    load_adapted(ours, state, "timm")
+    image = torch.randn(1, 3, 64, 64)
+    theirs = vit._pos_embed(vit.patch_embed(image))
+    assert torch.equal(ours.embed(image[:, None])[:, 1:], theirs)
+    assert torch.equal(ours.embed(image[:, None])[:, 0], ours.cls_token[0])
 
 
 def test_kept_tokens_is_safe_against_rounding() -> None:
     assert math.ceil(0.55 * 100) == 56 and kept_tokens(100, 0.55) == 55
-
-
-@torch.no_grad()
-def test_assign_says_where_each_token_went() -> None:
-    _, ours = pair("vit_tiny_patch16_224", 64, depth=8)
-    tokens = ours(torch.randn(2, 1, 3, 64, 64), 0.7, track=True)
-    assert tokens.assign is not None and tokens.assign.shape == (2, 16)
-    for row in tokens.assign:  # every token at the end has inputs, and every input a token
-        counts = torch.bincount(row, minlength=tokens.patches.shape[1])
-        assert len(counts) == tokens.patches.shape[1] and (counts >= 1).all()
-        fused = sum(counts > 1)
-        assert 1 <= fused <= len(ours.reduce_at)  # a fused token may be kept by a later block
 
 
 def test_keep_rate_steps_to_its_target() -> None:
@@ -172,32 +134,116 @@ def test_keep_rate_steps_to_its_target() -> None:
     assert sorted(rates, reverse=True) == rates and len(set(rates)) == 9
 
 
-def test_checkpointing_and_drop_path_do_not_change_gradients() -> None:
-    config = ModelConfig(kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2}, drop_path=0.3)
-    torch.manual_seed(0)
-    ours = VisionBackbone(config, 32, 4).train()
-    pixels, grads = torch.randn(3, 4, 3, 32, 32), []
-    for checkpointing in (False, True):
-        ours.set_grad_checkpointing(checkpointing)
-        ours.zero_grad()
-        torch.manual_seed(1)
-        ours(pixels, 0.7).cls.square().sum().backward()
-        grads.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+UNUSABLE = {
+    "resnet18": "cannot build|not its VisionTransformer",
+    "vit_tiny_patch61": "cannot build",
+    "vit_small_patch16_dinov3": "it is timm's Eva",
+    "vit_small_patch16_18x2_224": "its blocks are ParallelThingsBlock",
+    "vit_base_patch16_rpn_224": "its blocks are ResPostBlock",
+    "vit_dwee_patch16_reg1_gap_256": "its attention is DiffAttention",
+    "vit_tiny_r_s16_p8_224": "not its VisionTransformer|its stem is",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("vit_tiny_patch61", "cannot build"),
-        ("resnet18", "cannot build|no plain ViT"),
-        ("vit_base_patch16_siglip_224", "no CLS token"),
-    ],
-)
-def test_models_that_cannot_be_used(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_models_that_cannot_be_used_say_why(name: str) -> None:
+    with pytest.raises(ConfigError, match=UNUSABLE[name]):
         VisionBackbone(ModelConfig(name=name), 32, 4)
+    with pytest.raises(ConfigError, match=r"kwargs.img_size is not .*: set data.resolution"):
+        VisionBackbone(ModelConfig(kwargs={"img_size": 32}), 32, 4)
+
+
+@pytest.mark.slow
+def test_every_vision_transformer_of_timm_is_built_or_refused_with_a_reason() -> None:
+    refused = {}
+    for name in timm.list_models(module="vision_transformer"):
+        try:
+            with torch.device("meta"):
+                VisionBackbone(ModelConfig(name=name), 224 // 14 * 16 * 14, 4)
+        except ConfigError as error:
+            refused[name] = str(error)
+    assert all("its blocks are" in r or "its attention is" in r for r in refused.values()), refused
+    assert len(refused) == 10
+
+
+# clips frame by frame ---------------------------------------------------------------------------
+
+
+def by_frames(pool: str, **kwargs: object) -> VisionBackbone:
+    torch.manual_seed(0)
+    config = ModelConfig(kwargs={"depth": 4}, video="frames", frame_pool=pool, **kwargs)  # type: ignore[arg-type]
+    return VisionBackbone(config, 64, 4).eval()
+
+
+@torch.no_grad()
+def test_frames_are_encoded_alone_and_averaged() -> None:
+    ours = by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    each = torch.stack([ours(clip[:, i : i + 1]).cls for i in range(3)])
+    assert torch.allclose(ours(clip).cls, each.mean(0), atol=1e-6)
+    assert ours(clip).patches.shape == (2, 3 * 16, 192) and ours.token_grid(clip) == (3, 4, 4)
+    image = clip[:, :1]
+    assert torch.allclose(ours(image).cls, ours(image.expand(-1, 8, -1, -1, -1)).cls, atol=1e-6)
+
+
+def test_attention_pooling_starts_as_the_mean_and_learns() -> None:
+    ours, mean = by_frames("attention"), by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    assert torch.allclose(ours(clip).cls, mean(clip).cls, atol=1e-6)
+    query = torch.randn(192)
+    ours.frame_query.data = query.clone()
+    each = torch.stack([ours(clip[:, i : i + 1]).cls for i in range(3)], dim=1)
+    weights = (each @ query / math.sqrt(192)).softmax(1)
+    assert torch.allclose(ours(clip).cls, (weights[..., None] * each).sum(1), atol=1e-5)
+    ours(clip).cls.sum().backward()
+    assert ours.frame_query.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_frames_reduce_and_mask_like_images() -> None:
+    ours = by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    tokens = ours(clip, 0.5, track=True)
+    frame = ours(clip[:, 1:2], 0.5, track=True)
+    m = frame.patches.shape[1]
+    assert torch.equal(tokens.assign[-1][:, 16:32], frame.assign[-1] + m)
+    assert torch.allclose(tokens.dense()[:, 16:32], frame.dense(), atol=1e-6)
+    visible = torch.tensor([[0, 3, 18, 17, 47, 40]]).expand(2, -1)
+    masked = ours(clip, visible=visible)
+    alone = ours(clip[:, 1:2], visible=torch.tensor([[2, 1]]).expand(2, -1))
+    assert torch.allclose(masked.patches[:, 2:4], alone.patches, atol=1e-6)
+
+
+# weights ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_frames_and_joint_fit_each_other() -> None:
+    joint = VisionBackbone(ModelConfig(kwargs={"depth": 1}), 64, 4)
+    frames = by_frames("attention")
+    frames.blocks = frames.blocks[:1]
+    load_adapted(frames, joint.state_dict(), "joint")
+    assert frames.frame_query.abs().max() == 0
+    load_adapted(joint, frames.state_dict(), "frames")
+    assert joint.pos_temporal.abs().max() == 0
+
+
+def test_pretrained_folder_of_timm(tmp_path: object) -> None:
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1).eval()
+    save_for_hf(vit, f"{tmp_path}", safe_serialization=True)
+    config = ModelConfig(
+        name="vit_base_patch16_siglip_224", kwargs={"depth": 1}, pretrained=f"local-dir:{tmp_path}"
+    )
+    ours = VisionBackbone(config, 64, 1).eval()
+    assert torch.equal(ours.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+    config.pretrained = "local-dir:nowhere"
+    with pytest.raises(ConfigError, match=r"timm finds no weights for model.pretrained=local-dir"):
+        VisionBackbone(config, 64, 1)
+    config.pretrained = "missing.safetensors"
+    with pytest.raises(ConfigError, match=r"missing.safetensors is no file"):
+        VisionBackbone(config, 64, 1)
 
 
 def test_pretrained_file(tmp_path: object) -> None:

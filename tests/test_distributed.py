@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_resume import HERE, RECIPE, clean_environment, xray
 from tiny import train
-from two_process import ZERO
+from two_process import CHANGES, ZERO
 
 from xray.report import read_metrics
 
@@ -60,8 +60,8 @@ def cells(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plain")
-    for stage in ("mae", "clip"):
-        train(stage, demo, out / stage)
+    for stage, changes in CHANGES.items():
+        train(stage, demo, out / stage, *changes)
     return out
 
 

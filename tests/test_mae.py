@@ -1,9 +1,17 @@
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import pytest
+import torch
+from tiny import settings
+
+from stages.base import Parents
+from stages.mae import MaeStage
+from xray.errors import ConfigError
 from xray.models.mae_decoder import (
     MaeDecoder,
+    Masking,
     make_mask,
     normalize_patches,
     patchify,
@@ -15,13 +23,14 @@ from xray.models.mae_decoder import (
 
 def test_visible_counts_of_the_papers() -> None:
     assert visible_tokens(196, 0.75) == 49  # MAE
-    assert 8 * visible_tokens(196, 0.9) == 160  # VideoMAE, 8 time slots
-    assert visible_tokens(4, 0.9) == 1
+    assert 8 * visible_tokens(196, 0.9, tube=True) == 160  # VideoMAE, 8 time slots
+    assert visible_tokens(1568, 0.9) == 156  # random over all tokens
+    assert visible_tokens(4, 0.9) == visible_tokens(4, 0.9, tube=True) == 1
 
 
 def test_masks_restore_and_tubes() -> None:
     noise = torch.rand(5, 16)
-    visible, mask, restore = make_mask(noise, 3, 0.75)
+    visible, mask, restore = make_mask(noise, 4, slots=3)
     assert visible.shape == (5, 12) and mask.sum(1).eq(36).all()
     assert mask.gather(1, visible).eq(0).all()
     tubes = mask.reshape(5, 3, 16)
@@ -35,10 +44,47 @@ def test_masks_restore_and_tubes() -> None:
     )
 
 
+def test_masking_of_images_and_clips() -> None:
+    tube, free = Masking(0.75, 0.9, "tube"), Masking(0.75, 0.9, "random")
+    grid = (8, 14, 14)
+    assert tube.noise_size(grid) == 196 and free.noise_size(grid) == 1568
+    image = torch.rand(2, 196)
+    for masking in (tube, free):
+        assert masking.draw(image, (1, 14, 14), 1)[0].shape == (2, 49)
+    assert tube.draw(image, grid, 16)[0].shape == (2, 160)
+    visible, mask, restore = free.draw(torch.rand(2, 1568), grid, 16)
+    assert visible.shape == (2, 156) and mask.sum() == 2 * (1568 - 156)
+    assert len({int(m.sum()) for m in mask[0].reshape(8, 196)}) > 1  # not the same in each slot
+    order = torch.cat([visible, torch.full((2, 1568 - 156), -1)], dim=1)
+    assert torch.equal(order.gather(1, restore) < 0, mask.bool())
+
+
+@pytest.mark.parametrize("video", ["joint", "frames"])
+def test_a_step_learns_frame_by_frame_and_jointly(video: str) -> None:
+    """The loss of odd clips: predictions and targets agree in shape, gradients reach all."""
+    config = settings("mae", Path("."), Path("."), f"model.video={video}")
+    module = MaeStage(config).build(Parents())
+    batch = {
+        "pixels": torch.randint(0, 255, (2, 3, 3, 32, 32), dtype=torch.uint8),
+        "mask_noise": torch.rand(2, 16),
+    }
+    features = module.features(batch, 0.0)
+    slots = 3 if video == "frames" else 2
+    assert features["predictions"].shape == features["targets"].shape == (2, slots * 16, 384)
+    module(batch, 0.0).loss.backward()
+    without = {name for name, p in module.named_parameters() if p.grad is None}
+    assert not without
+
+
+def test_random_masks_need_joint_attention() -> None:
+    with pytest.raises(ConfigError, match=r"set mae.video_mask=tube"):
+        settings("mae", Path("."), Path("."), "model.video=frames", "mae.video_mask=random")
+
+
 def test_mask_depends_on_its_own_noise_only() -> None:
     noise = torch.rand(4, 16)
-    whole = make_mask(noise, 2, 0.75)
-    alone = make_mask(noise[2:3], 2, 0.75)
+    whole = make_mask(noise, 4, 2)
+    alone = make_mask(noise[2:3], 4, 2)
     assert all(torch.equal(a[2:3], b) for a, b in zip(whole, alone, strict=True))
 
 
@@ -49,10 +95,6 @@ def test_patchify_by_hand_and_back() -> None:
     by_hand = clip[1, 2:4, :, 8:16, 16:24].permute(0, 2, 3, 1).reshape(-1)
     assert torch.equal(patches[1, 6 + 3 + 2], by_hand)
     assert torch.equal(unpatchify(patches, (2, 2, 3), (8, 8)), clip)
-    image = clip[:, :1]
-    assert torch.equal(
-        patchify(image, (8, 8), 2), patchify(image.expand(-1, 2, -1, -1, -1), (8, 8), 2)
-    )
 
 
 def test_targets_have_zero_mean_and_unit_variance() -> None:
@@ -70,7 +112,7 @@ def test_decoder_positions_agree_for_image_and_first_slot() -> None:
 def test_decoder_sees_only_what_is_visible() -> None:
     torch.manual_seed(0)
     decoder = MaeDecoder(8, 24, 16, 1, 2).eval()
-    visible, _, restore = make_mask(torch.rand(2, 16), 1, 0.75)
+    visible, _, restore = make_mask(torch.rand(2, 16), 4)
     tokens = torch.randn(2, 4, 8)
     out = decoder(torch.randn(2, 8), tokens, restore, (1, 4, 4))
     assert out.shape == (2, 16, 24) and visible.shape == (2, 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import stage_class
-from xray import config as cfg
+from xray import config_files as cfg
 
 SMALL: dict[str, Any] = {
     "model": {

@@ -16,7 +16,17 @@ from tiny import train
 from xray import dist
 from xray.losses import gather_rows, info_nce
 
-ZERO = [("mae", 0), ("mae", 3), ("clip", 0), ("clip", 1), ("clip", 2), ("clip", 3)]
+ZERO = [
+    *(("mae", zero) for zero in (0, 1, 2, 3)),
+    ("hashtag", 3),
+    *(("clip", zero) for zero in (0, 1, 2, 3)),
+]
+# The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
+CHANGES = {
+    "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
+    "hashtag": ["model.reduce=tome"],
+    "clip": [],
+}
 
 
 def contrastive_gradients(out: Path) -> None:
@@ -40,7 +50,7 @@ def contrastive_gradients(out: Path) -> None:
 def main() -> None:
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     for stage, zero in ZERO:
-        train(stage, demo, out / f"{stage}-{zero}", f"zero.stage={zero}")
+        train(stage, demo, out / f"{stage}-{zero}", f"zero.stage={zero}", *CHANGES[stage])
     contrastive_gradients(out / "gradients.json")
 
 

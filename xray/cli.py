@@ -74,11 +74,12 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Print what would run, then stop")] = False,
 ) -> None:
     """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report."""
+    from xray.plan import plan_table
     from xray.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if dist.is_main():
-        _print_plan(loaded)
+        plan_table(loaded).print()
     if plan:
         return
     from xray.recipe import run_recipe
@@ -105,7 +106,7 @@ def train(
 ) -> None:
     """Train one stage; the same command again goes on where it stopped."""
     from stages import stage_class
-    from xray import config as cfg
+    from xray import config_files as cfg
 
     stage_type = stage_class(stage)
     items = settings or []
@@ -153,7 +154,7 @@ def evaluate(
 ) -> None:
     """Evaluate ARTIFACT: zero-shot, retrieval and kNN, each beside chance."""
     from xray.artifact import open_artifact
-    from xray.config import build, parse_overrides
+    from xray.config_files import build, parse_overrides
     from xray.evaluation.suite import EvalConfig, result_table
 
     given = parse_overrides(overrides or [])
@@ -173,6 +174,24 @@ def evaluate(
     result_table(results).print()
     if out:
         Path(out).write_text(json.dumps(results, indent=1))
+
+
+@app.command()
+@guarded
+def show(
+    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    files: Annotated[list[Path], typer.Argument(help="Pictures and clips")],
+    out: Annotated[Path, typer.Option(help="Where to write: .png or .html")] = Path("show.png"),
+    keep_rate: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Instead of the artifact's own")
+    ] = None,
+) -> None:
+    """Draw what ARTIFACT sees: tokens kept at each reducing block, MAE reconstructions."""
+    from xray.artifact import open_artifact
+    from xray.show import show as write
+
+    write(open_artifact(artifact), files, out, keep_rate)
+    print(f"written: {out}")
 
 
 @app.command()
@@ -217,7 +236,8 @@ def show_config(
     from omegaconf import OmegaConf
 
     from stages import STAGES, stage_class
-    from xray import config as cfg
+    from xray import config_files as cfg
+    from xray.config import to_dict
 
     if name in STAGES:
         schema = stage_class(name).Config
@@ -227,7 +247,7 @@ def show_config(
 
         configs = load_recipe(name, overrides or []).runs
     for config in configs:
-        print(OmegaConf.to_yaml(OmegaConf.create({config.stage: cfg.to_dict(config)})), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create({config.stage: to_dict(config)})), end="")
 
 
 @data_app.command("demo")
@@ -238,7 +258,7 @@ def data_demo(
 ) -> None:
     """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
     from data_pipelines.demo import DemoConfig, make_demo
-    from xray.config import build, parse_overrides
+    from xray.config_files import build, parse_overrides
 
     make_demo(folder, build(DemoConfig, parse_overrides(overrides or [])))
     print(f"demo data in {folder}")
@@ -269,7 +289,7 @@ def data_tiny_llm(
     overrides: Overrides = None,
 ) -> None:
     """Make a small random LLM and a tokenizer, for machines without a pretrained one."""
-    from xray.config import build, parse_overrides
+    from xray.config_files import build, parse_overrides
     from xray.recipe import LlmConfig, make_llm
 
     given = {**parse_overrides(overrides or []), "path": folder, "captions": captions}
@@ -281,33 +301,6 @@ def data_tiny_llm(
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-def _print_plan(recipe: Recipe) -> None:
-    from xray.report import ResultTable
-
-    table = ResultTable(
-        f"{recipe.name} -> {recipe.out}",
-        ("stage", "starts from", "samples", "batch", "steps", "peak lr", "state"),
-    )
-    for config in recipe.runs:
-        done = (Path(config.out) / "artifact" / "manifest.json").is_file()
-        begun = (Path(config.out) / "run.json").is_file()
-        parents = [
-            str(Path(p).parent.name if p.endswith("artifact") else p) for p in config.init_from
-        ]
-        table.rows.append(
-            (
-                config.stage,
-                " + ".join(parents) or "scratch",
-                f"{config.steps * config.global_batch:,}",
-                " + ".join(f"{b.samples} {b.source}" for b in config.blocks),
-                f"{config.steps:,}",
-                f"{config.optim.base_lr * config.global_batch / 256:.2g}",
-                "finished" if done else "continues" if begun else "new",
-            )
-        )
-    table.print()
 
 
 def _evaluate(

@@ -9,20 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from xray import schedule
 from xray.errors import ConfigError
 
-# Sections whose value may be the name of a shipped yaml: `model=vit_b16`, `zero=2`.
-PRESETS = ("model", "zero")
 # The linear layers of Llama-style decoders, where LoRA goes by default.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -39,14 +36,39 @@ class ModelConfig:
     name: str = "vit_tiny_patch16_224"  # any standard timm VisionTransformer
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm (embed_dim, depth, ...)
     tubelet: int = 2  # frames per video token
-    reduce: Literal["none", "evit"] = "evit"
+    video: Literal["joint", "frames"] = "joint"  # attention over space and time, or frame by frame
+    frame_pool: Literal["mean", "attention"] = "mean"  # of the frames' CLS tokens (video: frames)
+    reduce: Literal["none", "evit", "tome", "random"] = "evit"
     reduce_at: list[int] | None = None  # zero-based blocks; None = depth/4, 2/4, 3/4
+    fuse: bool = True  # evit, random: the other tokens become one instead of nothing
     keep_rate: float = 1.0  # share of patch tokens kept at each reducing block, at the end
+    keep_rates: list[float] | None = None  # instead of keep_rate: one per reducing block
     keep_rate_levels: int = 8  # steps from 1 to keep_rate
     keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])  # of the stage
     drop_path: float = 0.0
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
     grad_checkpointing: bool = runtime(False)
+
+    @property
+    def final_rates(self) -> list[float]:
+        """The keep rates at the end: one for all reducing blocks, or one for each."""
+        return [self.keep_rate] if self.keep_rates is None else self.keep_rates
+
+    def validate(self) -> None:
+        """Check rules that span fields; raises ConfigError naming the key to change."""
+        key = "keep_rate" if self.keep_rates is None else "keep_rates"
+        for rate in self.final_rates:
+            if not 0 < rate <= 1:
+                raise ConfigError(f"model.{key}={rate} must be in (0, 1]")
+            if self.reduce == "tome" and rate < 0.5:
+                raise ConfigError(
+                    f"model.{key}={rate} must be at least 0.5 with model.reduce=tome, which merges "
+                    "pairs: raise it, or add blocks to model.reduce_at"
+                )
+        if self.tubelet < 1 or self.keep_rate_levels < 1:
+            raise ConfigError("model.tubelet and model.keep_rate_levels must be at least 1")
+        if len(self.keep_rate_span) != 2 or not 0 <= min(self.keep_rate_span) <= 1:
+            raise ConfigError(f"model.keep_rate_span={self.keep_rate_span} must be [start, end]")
 
 
 @dataclass
@@ -77,8 +99,9 @@ class DataConfig:
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, never trained on
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
     shuffle_shards: int = 8  # shards whose samples are shuffled together
-    resolution: int = 224  # pixels, square
-    frames: int = 8  # per clip
+    # a number, or steps over the stage's progress: [[0.0, 96], [0.6, 160], [0.9, 224]]
+    resolution: Any = 224  # pixels, square
+    frames: Any = 8  # per clip
     crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])  # area of the random crop
     flip: bool = True
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -130,7 +153,8 @@ class TrainConfig:
 
     samples: int = 0  # samples seen in this stage, all blocks together
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
-    micro_batch: int = runtime(0)  # samples per device and forward; 0 = the rank's whole block
+    # samples per device and forward; 0 = the rank's whole block; may be steps as data.resolution
+    micro_batch: Any = runtime(0)
     log_every: int = runtime(10)  # steps
     save_every: int = runtime(200)  # steps
     keep_checkpoints: int = runtime(2)
@@ -173,6 +197,10 @@ class RunConfig:
     def steps(self) -> int:
         return max(1, round(self.train.samples / self.global_batch))
 
+    def progress(self, step: int) -> float:
+        """Where a step lies in the stage, in (0, 1): what every schedule is a function of."""
+        return (step + 0.5) / self.steps
+
     def validate(self) -> None:
         """Check rules that span fields; raises ConfigError naming the key to change."""
         _validate_data(self.data)
@@ -185,22 +213,12 @@ class RunConfig:
             raise ConfigError("train.samples is not set: give the samples to see in this stage")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must be 0 or more")
-        model = self.model
-        if not 0 < model.keep_rate <= 1:
-            raise ConfigError(f"model.keep_rate={model.keep_rate} must be in (0, 1]")
-        if model.tubelet < 1 or model.keep_rate_levels < 1:
-            raise ConfigError("model.tubelet and model.keep_rate_levels must be at least 1")
-        if len(model.keep_rate_span) != 2 or not 0 <= min(model.keep_rate_span) <= 1:
-            raise ConfigError(f"model.keep_rate_span={model.keep_rate_span} must be [start, end]")
-        if self.data.frames % model.tubelet:
-            raise ConfigError(
-                f"data.frames={self.data.frames} is not a multiple of model.tubelet="
-                f"{model.tubelet}: change data.frames to a multiple"
-            )
+        self.model.validate()
         if len(self.optim.betas) != 2:
             raise ConfigError(f"optim.betas={self.optim.betas} must be two numbers")
-        if self.train.micro_batch < 0 or self.data.workers < 0:
-            raise ConfigError("train.micro_batch and data.workers must be 0 or more")
+        schedule.check(self.train.micro_batch, "train.micro_batch", least=0)
+        if self.data.workers < 0:
+            raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
         if self.optim.clip_grad < 0:
             raise ConfigError(f"optim.clip_grad={self.optim.clip_grad} must be >= 0 (0 = off)")
         if not 0 <= self.optim.warmup < 1:
@@ -224,6 +242,8 @@ def _validate_data(data: DataConfig) -> None:
                 f"source {block.source!r} appears twice in data.blocks and data.validation: "
                 "merge the blocks, or give validation a source of its own"
             )
+    schedule.check(data.resolution, "data.resolution")
+    schedule.check(data.frames, "data.frames")
     for modality in data.modalities:
         if modality not in ("image", "video"):
             raise ConfigError(f"data.modalities: {modality!r} is neither 'image' nor 'video'")
@@ -231,107 +251,10 @@ def _validate_data(data: DataConfig) -> None:
         raise ConfigError(f"data.crop_scale={data.crop_scale} must be [low, high] within (0, 1]")
 
 
-C = TypeVar("C")
-Layer = Mapping[str, Any]
-
-
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint like "; did you mean 'x'?", or nothing."""
     match = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def config_path(name: str) -> Path:
-    """A shipped yaml such as `stage/mae`, from a checkout or an installed wheel."""
-    spec = importlib.util.find_spec("configs")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / f"{name}.yaml"
-
-
-def shipped(group: str) -> list[str]:
-    """Names of the shipped yaml files of a group (`model`, `zero`, `recipe`, ...)."""
-    return sorted(p.stem for p in config_path(f"{group}/x").parent.glob("*.yaml"))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a yaml mapping; raises ConfigError when it is missing or is no mapping."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
-    except Exception as error:  # yaml has several parser errors of its own
-        raise ConfigError(f"{path} is not valid yaml: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines")
-    return {str(key): value for key, value in content.items()}
-
-
-def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=1", "a.c=x"]` -> nested dict; raises ConfigError for anything else."""
-    for item in items:
-        if "=" not in item or item.startswith("="):
-            raise ConfigError(f"{item!r} is not an override: write key=value")
-    layers: list[Layer] = []
-    for item in sorted(items, key=lambda item: item.split("=", 1)[0] not in PRESETS):
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
-        except Exception as error:  # yaml and omegaconf have several parser errors
-            raise ConfigError(f"{item!r} cannot be read: {_first_line(error)}") from error
-        layers.append(parsed)  # type: ignore[arg-type]
-    return merge(*layers)
-
-
-def load_preset(group: str, name: str) -> dict[str, Any]:
-    """The section that `configs/GROUP/NAME.yaml` holds."""
-    path = config_path(f"{group}/{name}")
-    if not path.is_file():
-        names = shipped(group)
-        raise ConfigError(
-            f"unknown {group} {name!r}: there are {', '.join(names)}{nearest(name, names)}"
-        )
-    return read_yaml(path)
-
-
-def merge(*layers: Layer) -> dict[str, Any]:
-    """Merge nested mappings, later ones winning; lists replace.
-
-    A section of PRESETS may be a preset's name. Naming a model drops what an earlier layer gave
-    as its `kwargs`: they belong to the name.
-    """
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if key in PRESETS and isinstance(value, str | int):
-                value = load_preset(key, str(value))
-            if key in PRESETS and isinstance(value, Mapping) and "name" in value:
-                kept = result.get(key, {})
-                result[key] = {name: kept[name] for name in kept if name != "kwargs"}
-            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-                result[key] = merge(result[key], value)
-            else:
-                result[key] = merge(value) if isinstance(value, Mapping) else value
-    return result
-
-
-def build(schema: type[C], *layers: Layer) -> C:
-    """Check layers against a dataclass; raises ConfigError for unknown keys and wrong types."""
-    merged = merge(*layers)
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(merged))
-        return OmegaConf.to_object(typed)  # type: ignore[return-value]
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        where = _fields_beside(schema, key.split("."))
-        hint = nearest(key.split(".")[-1], where)
-        raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
-
-
-def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
-    """base.yaml <- stage/STAGE.yaml <- layers, as one checked dataclass."""
-    shipped_layers = (read_yaml(config_path("base")), read_yaml(config_path(f"stage/{stage}")))
-    return build(schema, *shipped_layers, *layers, {"stage": stage})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -384,15 +307,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), path)
         return lines
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
-
-
-def _fields_beside(schema: type, path: list[str]) -> list[str]:
-    """The valid names at the place of a key that does not exist."""
-    node: Any = OmegaConf.structured(schema)
-    for part in path[:-1]:
-        node = node.get(part, {})
-    return [str(key) for key in node]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -62,7 +62,7 @@ def init_distributed(device: torch.device) -> None:
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """The typed config in DeepSpeed's terms."""
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload:
@@ -74,7 +74,7 @@ def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
     return {
         # Blocks differ in micro-batch; DeepSpeed only multiplies this out, it cuts nothing.
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": 1,  # see Engine.begin
         "gradient_clipping": float(config.optim.clip_grad),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -90,7 +90,7 @@ def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
 class Engine:
     """One stage's module under DeepSpeed."""
 
-    def __init__(self, module: StageModule, config: RunConfig, accumulation: int) -> None:
+    def __init__(self, module: StageModule, config: RunConfig) -> None:
         groups = parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")
@@ -99,7 +99,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(groups, config.optim),
-            config=deepspeed_config(config, accumulation),
+            config=deepspeed_config(config),
             dist_init_required=False,
         )
 
@@ -112,6 +112,19 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+
+    def begin(self, number: int, total: int) -> None:
+        """Announce micro-batch `number` of the step's `total`, which may differ between steps.
+
+        The end of a step is said outright: DeepSpeed would find it by counting all micro-batches so
+        far, which is wrong once their number per step has changed.
+        """
+        engine = self._engine
+        if engine.gradient_accumulation_steps() != total:
+            engine.set_train_batch_size(total * dist.world_size())
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # a copy that ZeRO keeps
+                engine.optimizer.gradient_accumulation_steps = total
+        engine.set_gradient_accumulation_boundary(number + 1 == total)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of micro-batches."""

@@ -2,79 +2,159 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from xray.artifact import Artifact
 from xray.models.heads import Normalize
-from xray.models.mae_decoder import make_mask, patchify, unpatchify
+from xray.models.mae_decoder import Masking, patchify, unpatchify
+from xray.models.reduce import KeepRate
 from xray.restore import Encoder, restore_decoder, restore_vision
 
-SCALE = 96  # pixels per shown picture
+SIDE = 144  # pixels per shown picture, at least
 GAP = 4
+MARGIN = 104  # pixels for the rows' names
+TEXT = 13
+
+
+@dataclass
+class Sheet:
+    """Rows of pictures: cells [R, C, 3, H, W] in 0..255, a name per row and per column."""
+
+    rows: list[str]
+    columns: list[str]
+    cells: Tensor
+
+    def draw(self) -> np.ndarray:
+        """One [H', W', 3] uint8 picture."""
+        R, C, _, H, W = self.cells.shape
+        zoom = max(1, round(SIDE / max(H, W)))
+        cells = self.cells.round().clamp(0, 255).byte()
+        cells = cells.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+        h, w = H * zoom + GAP, W * zoom + GAP
+        top = TEXT + 2 * GAP if any(self.columns) else 0
+        canvas = Image.new("RGB", (MARGIN + C * w, top + R * h), "white")
+        draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
+        for c, name in enumerate(self.columns):
+            short = name if font.getlength(name) < w else name[: max(1, w // 8 - 1)] + "…"
+            draw.text((MARGIN + c * w, GAP), short, fill="black", font=font)
+        for r, name in enumerate(self.rows):
+            draw.multiline_text((GAP, top + r * h + GAP), name, fill="black", font=font)
+            for c in range(C):
+                cell = Image.fromarray(cells[r, c].permute(1, 2, 0).numpy())
+                canvas.paste(cell, (MARGIN + c * w, top + r * h))
+        return np.array(canvas)
 
 
 @torch.no_grad()
-def reconstructions(artifact: Artifact, pixels: Tensor, seed: int = 0) -> np.ndarray:
-    """A column per sample: masked, reconstructed, original; [B, T, 3, S, S] uint8 -> [H, W, 3].
+def reconstructions(
+    artifact: Artifact, pixels: Tensor, names: Sequence[str] = (), seed: int = 0
+) -> Sheet:
+    """Masked, reconstructed and original pictures of [B, T, 3, S, S] uint8; a clip by tubelets.
 
     Under norm_pix_loss a patch is predicted up to its mean and variance; these are taken from the
-    original to show it. Visible patches are shown as they are. A clip shows its middle frame.
+    original to show it. Visible patches are shown as they are.
     """
     config = artifact.manifest["config"]
+    options = config["mae"]
     vision = restore_vision(artifact)
     decoder = restore_decoder(artifact, vision)
     normalize = Normalize(config["data"]["mean"], config["data"]["std"])
     x = normalize(pixels)
-    B, T = x.shape[:2]
-    slots, h, w = vision.token_grid(x)
-    ratio = config["mae"]["video_mask_ratio" if T > 1 else "mask_ratio"]
-    noise = torch.rand(B, h * w, generator=torch.Generator().manual_seed(seed))
-    visible, mask, restore = make_mask(noise, slots, ratio)
+    grid = vision.token_grid(x)
+    masking = Masking(
+        options["mask_ratio"], options["video_mask_ratio"], options.get("video_mask", "tube")
+    )
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(x), masking.noise_size(grid), generator=generator)
+    visible, mask, restore = masking.draw(noise, grid, x.shape[1])
     tokens = vision(x, visible=visible)
-    predicted = decoder(tokens.cls, tokens.patches, restore, (slots, h, w))
-    target = patchify(x, vision.patch_size, vision.tubelet)
-    if config["mae"]["norm_pix_loss"]:
+    predicted = decoder(tokens.cls, tokens.patches, restore, grid)
+    target = patchify(vision.tubelets(x), vision.patch_size, vision.tubelet)
+    if options["norm_pix_loss"]:
         deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
     removed = mask[..., None]
-    rows = [target * (1 - removed), target * (1 - removed) + predicted * removed, target]
-    shown = []
-    for patches in rows:
-        frames = unpatchify(patches, (slots, h, w), vision.patch_size)
-        frame = frames[:, (frames.shape[1] - 1) // 2] * normalize.std + normalize.mean
-        shown.append(frame)
-    hidden = unpatchify(removed.expand_as(target), (slots, h, w), vision.patch_size)
-    middle = hidden[:, (hidden.shape[1] - 1) // 2]
-    shown[0] = shown[0] * (1 - middle) + 128 * middle
-    return _sheet(torch.stack(shown))
+
+    def frames(patches: Tensor) -> Tensor:
+        """The first frame of each tubelet: [B * t, 3, H, W]."""
+        whole = unpatchify(patches, grid, vision.patch_size)[:, :: vision.tubelet]
+        return whole.flatten(0, 1)
+
+    original, filled = frames(target), frames(target * (1 - removed) + predicted * removed)
+    original, filled = (y * normalize.std + normalize.mean for y in (original, filled))
+    hidden = frames(removed.expand_as(target))
+    cells = torch.stack([original * (1 - hidden) + 128 * hidden, filled, original])
+    share = f"{mask.mean():.0%}"
+    return Sheet(
+        [f"masked\n{share}", "reconstructed", "original"], _columns(names, len(x), grid[0]), cells
+    )
 
 
 @torch.no_grad()
-def kept_tokens(encoder: Encoder, pixels: Tensor) -> np.ndarray:
-    """A column per sample: the picture, then darkened what is fused away; a clip by tubelets."""
+def kept_tokens(
+    encoder: Encoder,
+    pixels: Tensor,
+    names: Sequence[str] = (),
+    keep_rate: KeepRate | None = None,
+) -> Sheet:
+    """The picture, then what is left of it after each reducing block; a clip by tubelets.
+
+    Tokens that were fused or dropped are darkened; tokens that ToMe merged show their mean colour.
+    """
     vision = encoder.vision
-    B, H, W = len(pixels), *pixels.shape[-2:]
     x = encoder.normalize(pixels)
-    tokens = vision(x, encoder.keep_rate, track=True)
-    slots, h, w = vision.token_grid(x)
-    assert tokens.assign is not None
-    inputs = torch.zeros(B, slots * h * w).scatter_add(
-        1, tokens.assign, torch.ones(B, slots * h * w)
-    )
-    kept = (inputs.gather(1, tokens.assign) == 1).float()  # its token holds nothing else
-    mask = F.interpolate(kept.reshape(B, slots, h, w), size=(H, W), mode="nearest")
-    frames = pixels[:, :: vision.tubelet][:, :slots].float()
-    shaded = frames * (0.25 + 0.75 * mask[:, :, None])
-    return _sheet(torch.stack([frames, shaded], dim=1).flatten(1, 2).transpose(0, 1))
+    rate = encoder.keep_rate if keep_rate is None else keep_rate
+    tokens = vision(x, rate, track=True)
+    t, h, w = vision.token_grid(x)
+    frames = vision.tubelets(pixels)[:, :: vision.tubelet].flatten(0, 1).float()
+    per_frame = t if vision.video == "frames" else 1  # its counts are stated per picture
+    rows, shown = [f"input\n{t * h * w // per_frame} tokens"], [frames]
+    for block, assign in zip(vision.rates(rate), tokens.assign, strict=True):
+        left = (int(assign.max()) + 1) // per_frame
+        rows.append(f"block {block}\n{left} tokens")
+        if vision.reduction == "tome":
+            shown.append(_merged(frames, assign, (h, w)))
+        else:
+            kept = (_group_sizes(assign) == 1) & (assign >= 0)
+            mask = F.interpolate(kept.float().reshape(-1, 1, h, w), size=frames.shape[-2:])
+            shown.append(frames * (0.2 + 0.8 * mask))
+    return Sheet(rows, _columns(names, len(x), t), torch.stack(shown))
 
 
-def _sheet(pictures: Tensor) -> np.ndarray:
-    """[rows, columns, 3, H, W] -> one [H', W', 3] uint8 picture with gaps."""
-    R, C = pictures.shape[:2]
-    cells = F.interpolate(pictures.flatten(0, 1).float(), size=(SCALE, SCALE), mode="nearest")
-    cells = F.pad(cells, (0, GAP, 0, GAP), value=255).reshape(R, C, 3, SCALE + GAP, SCALE + GAP)
-    sheet = cells.permute(0, 3, 1, 4, 2).reshape(R * (SCALE + GAP), C * (SCALE + GAP), 3)
-    return sheet.round().clamp(0, 255).byte().numpy()
+def _group_sizes(assign: Tensor) -> Tensor:
+    """[B, n] -> [B, n]: how many input tokens share each input token's token."""
+    place = assign.clamp(min=0)
+    count = torch.zeros(len(assign), int(assign.max()) + 1)
+    return count.scatter_add(1, place, torch.ones_like(place, dtype=count.dtype)).gather(1, place)
+
+
+def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
+    """frames [B * t, 3, H, W] with every merged token in the mean colour of what it holds."""
+    B, n = assign.shape
+    colour = F.adaptive_avg_pool2d(frames, grid).flatten(2)  # [B * t, 3, h * w]
+    colour = colour.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, 3, n)
+    place = assign[:, None].expand(-1, 3, -1)
+    groups = torch.zeros(B, 3, int(assign.max()) + 1)
+    sizes = _group_sizes(assign)
+    mean = groups.scatter_add(2, place, colour).gather(2, place) / sizes[:, None]
+
+    def spread(values: Tensor) -> Tensor:
+        """[B, c, n] -> [B * t, c, H, W]"""
+        pictures = values.unflatten(2, (-1, *grid)).transpose(1, 2).flatten(0, 1)
+        return F.interpolate(pictures, size=frames.shape[-2:])
+
+    alone = spread((sizes == 1).float()[:, None])
+    return frames * alone + spread(mean) * (1 - alone)
+
+
+def _columns(names: Sequence[str], samples: int, slots: int) -> list[str]:
+    """A name over the first picture of each sample."""
+    given = list(names) or [""] * samples
+    return [name if slot == 0 else "" for name in given for slot in range(slots)]

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
-from xray import config as cfg
+from xray import config_files as cfg
 from xray import dist
-from xray.config import PRESETS, nearest
+from xray.config import nearest
+from xray.config_files import PRESETS
 from xray.errors import ConfigError, XrayError
 from xray.evaluation.suite import EvalConfig
 

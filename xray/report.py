@@ -134,7 +134,8 @@ class ResultTable:
     def print(self) -> None:
         table = Table(title=self.title, title_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
+            justify: Any = "left" if number == 0 else "right"
+            table.add_column(column, justify=justify, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         Console(highlight=False).print(table)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from xray.artifact import Artifact
 from xray.config import ModelConfig, TextConfig
 from xray.errors import ArtifactError
-from xray.models.backbone import VisionBackbone, load_adapted
+from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection
 from xray.models.mae_decoder import MaeDecoder
+from xray.models.reduce import KeepRate
 from xray.models.text import (
     TextAdapter,
     TextTower,
@@ -25,13 +26,16 @@ from xray.models.text import (
     load_tokenizer,
     tokenize,
 )
+from xray.models.weights import load_adapted
+from xray.schedule import largest
 
 
 def restore_vision(artifact: Artifact) -> VisionBackbone:
     """The backbone of a vision artifact, in eval mode; its weights need no download."""
     config = artifact.manifest["config"]
     model = dataclasses.replace(ModelConfig(**config["model"]), pretrained="")
-    backbone = VisionBackbone(model, config["data"]["resolution"], config["data"]["frames"])
+    data = config["data"]
+    backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
     load_adapted(backbone, artifact.load("backbone"), str(artifact.path))
     return backbone.eval()
 
@@ -86,7 +90,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.artifact = artifact
         config = artifact.manifest["config"]
-        self.keep_rate: float = artifact.manifest["keep_rate"]
+        self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
         self.vision = restore_vision(artifact)
         self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
         self.tokenizer: Any = None

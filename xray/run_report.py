@@ -15,12 +15,13 @@ from data_pipelines.shards import Source, open_source
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
-from xray.pictures import kept_tokens, reconstructions
 from xray.recipe import Recipe
 from xray.report import Picture, ResultTable, loss_curves, paragraph, read_metrics, write_report
-from xray.restore import Encoder
+from xray.schedule import value_at
+from xray.show import explain
 
-SHOWN = 6  # samples per picture sheet
+SHOWN = 6  # images per sheet
+CLIPS = 2  # each on a sheet of its own
 
 
 def write_run_report(
@@ -31,13 +32,9 @@ def write_run_report(
     metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts.append(loss_curves(metrics))
     by_stage = {artifact.stage: artifact for artifact in artifacts}
-    for run in recipe.runs:
-        if run.stage == "mae":
-            parts += [p.html() for p in _reconstruction_pictures(by_stage["mae"], run.data)]
     vision = [run for run in recipe.runs if run.stage in ("hashtag", "clip")]
-    if vision:
-        last = vision[-1]
-        parts += [p.html() for p in _kept_pictures(by_stage[last.stage], last.data)]
+    for run in [run for run in recipe.runs if run.stage == "mae"] + vision[-1:]:
+        parts += [picture.html() for picture in _pictures(by_stage[run.stage], run.data)]
     parts.append(_stage_table(artifacts).html())
     parts.append(paragraph(f"xray {artifacts[-1].manifest['versions']['xray']}, {recipe.name}"))
     path = recipe.out / "report.html"
@@ -45,30 +42,13 @@ def write_run_report(
     return path
 
 
-def _reconstruction_pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
-    return [
-        Picture(
-            f"MAE reconstructions, {modality}s",
-            "Masked, reconstructed, original"
-            + (" (middle frame)." if modality == "video" else ".")
-            + " Each patch's mean and variance are taken from the original.",
-            reconstructions(artifact, pixels),
-        )
-        for modality, pixels in _samples(data)
-    ]
-
-
-def _kept_pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
-    encoder = Encoder(artifact)
-    return [
-        Picture(
-            f"Kept tokens, {modality}s ({artifact.stage})",
-            "Input, then the tokens that are still their own after the last reducing block; "
-            "darkened ones were fused.",
-            kept_tokens(encoder, pixels),
-        )
-        for modality, pixels in _samples(data)
-    ]
+def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
+    """What the artifact makes of its first images and of its first clips."""
+    found = []
+    for modality, pixels in _samples(data):
+        groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
+        found += [picture for group in groups for picture in explain(artifact, group)]
+    return found
 
 
 def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
@@ -88,7 +68,8 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
 def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
     for shard, members in enumerate(source.slots):
         for member in members.tolist():
-            sample = source.sample(shard, member, data.resolution, data.frames)
+            size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+            sample = source.sample(shard, member, *size)
             with contextlib.suppress(BadSample):
                 yield load_pixels(sample, data, None)
 

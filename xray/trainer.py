@@ -18,17 +18,33 @@ import torch
 from torch import Tensor
 
 from data_pipelines.loader import Loaded, iterate_steps
-from data_pipelines.sampling import MicroBatch, StepSampler, make_plans, micro_batches
+from data_pipelines.sampling import (
+    MicroBatch,
+    StepSampler,
+    StepShape,
+    make_plans,
+    micro_batches,
+)
 from data_pipelines.shards import open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, sha256_file, write_artifact, write_text
 from xray.checkpoint import TrainState
-from xray.config import RunConfig, config_hash, differences, dump, hash_json, identity, to_dict
+from xray.config import (
+    BlockConfig,
+    RunConfig,
+    config_hash,
+    differences,
+    dump,
+    hash_json,
+    identity,
+    to_dict,
+)
 from xray.engine import Engine
 from xray.errors import ConfigError, DataError, Preempted, TrainingError
 from xray.optim import lr_at
 from xray.report import Sinks
+from xray.schedule import steps_of, value_at
 
 log = logging.getLogger("xray")
 GRACE = 1000  # samples; data.max_bad_fraction is taken of at least this many
@@ -45,8 +61,7 @@ class Trainer:
         self.config: RunConfig = config
         self.device = device
         self.out = Path(config.out)
-        self.micro = self._cut(config.blocks, stage_class)
-        self.validation = self._cut(config.validation, stage_class)
+        self._check_batches(stage_class)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         self.parents = {
             slot: artifact
@@ -74,7 +89,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.module = self.stage.build(self._start_from)
-        self.engine = Engine(self.module, config, len(self.micro))
+        self.engine = Engine(self.module, config)
         self.state = TrainState(world=dist.world_size(), zero_stage=config.zero.stage)
         if dist.is_main():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -91,20 +106,27 @@ class Trainer:
             log.info("starts from scratch")
         self.preempted = False
 
-    def _cut(self, blocks: list[Any], stage_class: type[Stage]) -> list[MicroBatch]:
-        micro_batch, world = self.config.train.micro_batch, dist.world_size()
-        cut = micro_batches(blocks, micro_batch, dist.rank(), world)
-        if stage_class.spans_batch:
-            for micro in cut:
-                block = blocks[micro.block]
-                if (micro.stop - micro.start) * world != block.samples:
-                    raise ConfigError(
-                        f"stage {stage_class.name} compares all {block.samples} samples of block "
-                        f"{block.source!r}: train.micro_batch={micro_batch} x {world} processes "
-                        f"must reach {block.samples}; set train.micro_batch=0 or use a smaller "
-                        "block"
-                    )
-        return cut
+    def _shape(self, blocks: list[BlockConfig], progress: float) -> StepShape:
+        """Sizes and micro-batches of a step of these blocks at a progress."""
+        data, micro_batch = self.config.data, value_at(self.config.train.micro_batch, progress)
+        cut = micro_batches(blocks, micro_batch, dist.rank(), dist.world_size())
+        return StepShape(value_at(data.resolution, progress), value_at(data.frames, progress), cut)
+
+    def _check_batches(self, stage_class: type[Stage]) -> None:
+        """Raise ConfigError for blocks that cannot be cut as asked, at any progress."""
+        world = dist.world_size()
+        for blocks in (self.config.blocks, self.config.validation):
+            for start, size in steps_of(self.config.train.micro_batch):
+                for micro in self._shape(blocks, start).micro:
+                    block = blocks[micro.block]
+                    whole = (micro.stop - micro.start) * world == block.samples
+                    if stage_class.spans_batch and not whole:
+                        raise ConfigError(
+                            f"stage {stage_class.name} compares all {block.samples} samples of "
+                            f"block {block.source!r}: train.micro_batch={size} x {world} processes "
+                            f"must reach {block.samples}; set train.micro_batch=0 or use a smaller "
+                            "block"
+                        )
 
     def _record(self) -> dict[str, Any]:
         """What a run is: compared when it is resumed."""
@@ -155,9 +177,10 @@ class Trainer:
         self._reduce({}, failure)
         started = time.monotonic() - state.seconds
         for step in range(state.step, config.steps):
-            progress = (step + 0.5) / config.steps
+            progress = config.progress(step)
+            shape = self._shape(config.blocks, progress)
             loaded, pending = pending, []
-            values = self._accumulate(step, progress, loaded)
+            values = self._accumulate(step, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
                 pending, failure = self._fetch(stream)
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
@@ -173,8 +196,7 @@ class Trainer:
             state.step, state.samples = step + 1, state.samples + config.global_batch
             state.seconds = time.monotonic() - started
             preempted = values.pop("preempted") > 0
-            values |= {"lr": lr, "keep_rate": self.module.keep_rate(progress)}
-            values["grad_norm"] = self.engine.grad_norm
+            values |= {"lr": lr, "grad_norm": self.engine.grad_norm, **self._sizes(progress)}
             if _every(state.step, config.train.validate_every) and state.step < config.steps:
                 values |= self._validate(progress)
             last = state.step == config.steps
@@ -189,18 +211,35 @@ class Trainer:
                     f"stopped by a signal at step {state.step}; the same command goes on"
                 )
 
-    def _accumulate(self, step: int, progress: float, loaded: list[Loaded]) -> dict[str, float]:
+    def _accumulate(
+        self, step: int, cut: list[MicroBatch], loaded: list[Loaded]
+    ) -> dict[str, float]:
         """Forward and backward of every micro-batch, all but the last counted by the engine."""
         self.engine.train()
+        progress = self.config.progress(step)
         sums: dict[str, Tensor] = {}
-        for number, (micro, item) in enumerate(zip(self.micro, loaded, strict=True)):
+        for number, (micro, item) in enumerate(zip(cut, loaded, strict=True)):
             torch.manual_seed(self._seed(step, number))
+            self.engine.begin(number, len(cut))
             output: StepOutput = self.engine(self._to_device(item.batch), progress)
             self.engine.backward(output.loss * micro.scale)
-            if number + 1 < len(self.micro):
+            if number + 1 < len(cut):
                 self.engine.step()
-            self._add(sums, micro, self.micro, output)
+            self._add(sums, micro, cut, output)
         return _to_host(sums)
+
+    def _sizes(self, progress: float) -> dict[str, float]:
+        """What schedules have come to: the keep rate (or each block's), resolution and frames."""
+        rate = self.module.keep_rate(progress)
+        if isinstance(rate, float | int):
+            values = {"keep_rate": float(rate)}
+        else:
+            values = {f"keep_rate/{number}": value for number, value in enumerate(rate)}
+        for name in ("resolution", "frames"):
+            steps = getattr(self.config.data, name)
+            if len(steps_of(steps)) > 1:
+                values[name] = float(value_at(steps, progress))
+        return values
 
     def _add(
         self, sums: dict[str, Tensor], micro: MicroBatch, cut: list[MicroBatch], output: StepOutput
@@ -215,30 +254,45 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, progress: float) -> dict[str, float]:
-        """Means over the fixed validation samples, as `val/...`."""
+        """Means over the fixed validation samples at the current sizes, as `val/...`."""
         blocks, data, stage = self.config.validation, self.config.data, self.stage
         if not blocks:
             return {}
         plans = make_plans(blocks, self.sources, data, self.config.seed)
-        sampler = StepSampler(blocks, plans, data, self.validation, range(1))
-        stream = iterate_steps(sampler, stage.transform, stage.collate, None, pin=False)
+        shape = self._shape(blocks, progress)
+        sampler = StepSampler(blocks, plans, lambda step: shape, range(1))
+        stream = iterate_steps(
+            sampler, stage.transform, stage.collate, None, data.workers, pin=False
+        )
         loaded, failure = self._fetch(stream)
         self._reduce({}, failure)
         self.engine.train(False)
         sums: dict[str, Tensor] = {}
-        for micro, item in zip(self.validation, loaded, strict=True):
+        for micro, item in zip(shape.micro, loaded, strict=True):
             output = self.engine(self._to_device(item.batch), progress)
-            self._add(sums, micro, self.validation, output)
+            self._add(sums, micro, shape.micro, output)
         values = self._reduce(_to_host(sums), None)
-        return {f"val/{name}": values[name] for name in sums}
+        found = {name: values[name] for name in sums} | self._sizes(progress)
+        return {f"val/{name}": value for name, value in found.items()}
 
     # helpers ----------------------------------------------------------------------------------
 
     def _stream(self, steps: range) -> Iterator[list[Loaded]]:
         config, stage = self.config, self.stage
-        sampler = StepSampler(config.blocks, self.plans, config.data, self.micro, steps)
-        pin = self.device.type == "cuda"
-        return iterate_steps(sampler, stage.transform, stage.collate, config.seed, pin)
+        sampler = StepSampler(
+            config.blocks,
+            self.plans,
+            lambda step: self._shape(config.blocks, config.progress(step)),
+            steps,
+        )
+        return iterate_steps(
+            sampler,
+            stage.transform,
+            stage.collate,
+            config.seed,
+            config.data.workers,
+            pin=self.device.type == "cuda",
+        )
 
     def _fetch(self, stream: Iterator[list[Loaded]]) -> tuple[list[Loaded], str | None]:
         try:

@@ -1,5 +1,6 @@
 """Models: plain modules that know no rank and no stage."""
 
-from xray.models.backbone import VisionBackbone
+from xray.config import ModelConfig
+from xray.models.backbone import Tokens, VisionBackbone
 
-__all__ = ["VisionBackbone"]
+__all__ = ["ModelConfig", "Tokens", "VisionBackbone"]

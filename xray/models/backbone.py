@@ -1,343 +1,299 @@
 """The shared vision backbone: timm's VisionTransformer for images and clips, with token reduction.
 
-Parameter names are timm's. Two things are added: the stem is a Conv3d over tubelets (an image takes
-its temporal sum), and `pos_temporal` holds the clip positions after the first.
+Parameter names are timm's. Added are: the stem over tubelets (an image takes its temporal sum),
+`pos_temporal` (clip positions after the first), a CLS token where timm's model has none, and
+`frame_query` (attention pooling over frames).
 
-B batch, T frames, t tubelets, h x w patch grid, n = t*h*w patch tokens, P prefix tokens, D width.
+B batch, T frames, t time slots, h x w patch grid, n = t*h*w patch tokens, P prefix tokens, D width.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import Attention, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
-from xray.errors import ArtifactError, ConfigError
-from xray.models.reduce import REDUCTIONS
-
-log = logging.getLogger("xray")
-
-
-class TubeletConv(nn.Conv3d):
-    """The stem. [B, T, 3, H, W] -> [B, n, D]; an image (T = 1) is its own repeated frame.
-
-    A repeated frame meets the sum of the temporal kernels, so an image costs one 2-d convolution,
-    and with kernels inflated by averaging gives exactly what timm's stem gives.
-    """
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1] == 1:
-            folded = self.weight.sum(dim=2)
-            patches = F.conv2d(pixels[:, 0], folded, self.bias, self.stride[1:])
-            return patches.flatten(2).transpose(1, 2)
-        return super().forward(pixels.transpose(1, 2)).flatten(2).transpose(1, 2)
-
-
-class TubeletEmbed(nn.Module):
-    """timm's `patch_embed` with a tubelet stem."""
-
-    def __init__(self, width: int, tubelet: int, patch: tuple[int, int], bias: bool) -> None:
-        super().__init__()
-        size = (tubelet, *patch)
-        self.proj = TubeletConv(3, width, kernel_size=size, stride=size, bias=bias)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels)
+from xray.errors import ConfigError
+from xray.models.reduce import REDUCTIONS, KeepRate, Spec, TokenState, kept_tokens, size_bias
+from xray.models.stem import TubeletEmbed, whole_tubelets
+from xray.models.timm_vit import create_timm
+from xray.models.weights import load_pretrained, resample_time
 
 
 class Tokens(NamedTuple):
-    """The backbone's output: a tuple, which ZeRO-3 looks into. assign: input token -> patch."""
+    """The backbone's output: a tuple, which ZeRO-3 looks into.
 
-    cls: Tensor  # [B, D]
-    patches: Tensor  # [B, m, D]
-    assign: Tensor | None = None  # [B, n]
+    cls [B, D]; patches [B, m, D]; assign, after each block that reduced: the patch token that each
+    of the n input tokens lies in, [B, n] long, -1 if it was dropped.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    assign: tuple[Tensor, ...] = ()
+
+    def dense(self) -> Tensor:
+        """A feature for every input token, [B, n, D]: its token's; zero if it was dropped."""
+        if not self.assign:
+            return self.patches
+        place = self.assign[-1][..., None].expand(-1, -1, self.patches.shape[-1])
+        return self.patches.gather(1, place.clamp(min=0)) * (place >= 0)
 
 
 class VisionBackbone(nn.Module):
-    """A timm VisionTransformer for images and clips with a CLS token.
+    """A timm VisionTransformer for images and clips, with a CLS token.
 
     Args:
-        config: the model section.
-        resolution: side of the position table's picture, in pixels.
+        config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough.
+        resolution: side or (height, width) of the position table's picture, in pixels.
         frames: frames of the position table's clip.
 
-    Raises ConfigError for a timm model that is not a standard VisionTransformer with a CLS token.
+    Other sizes are met by interpolation. Raises ConfigError for a model of other blocks.
     """
 
-    def __init__(self, config: ModelConfig, resolution: int, frames: int) -> None:
+    def __init__(
+        self, config: ModelConfig, resolution: int | tuple[int, int] = 224, frames: int = 16
+    ) -> None:
         super().__init__()
-        vit = _create_timm(config, resolution)
-        patch = vit.patch_embed.patch_size
-        if resolution % patch[0] or resolution % patch[1]:
-            raise ConfigError(
-                f"data.resolution={resolution} is not a multiple of the patch size {patch[0]}: "
-                f"use {max(1, resolution // patch[0]) * patch[0]}"
-            )
+        config.validate()
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        vit = create_timm(config, size)
         self.embed_dim: int = vit.embed_dim
-        self.patch_size: tuple[int, int] = patch
+        self.patch_size: tuple[int, int] = vit.patch_embed.patch_size
+        self.check_pixels(*size, key="data.resolution=")
         self.tubelet = config.tubelet
+        self.video = config.video
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
-        self.num_prefix_tokens: int = vit.num_prefix_tokens
-        self.no_embed_class: bool = vit.no_embed_class
+        self.cls_added = vit.cls_token is None
+        # positions cover none of the prefix tokens, or all that timm's model has
+        self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
         self.grad_checkpointing = config.grad_checkpointing
 
-        assert vit.cls_token is not None
-        self.cls_token = vit.cls_token
+        self.cls_token: nn.Parameter = (
+            nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim))
+            if vit.cls_token is None
+            else vit.cls_token
+        )
         self.reg_token = vit.reg_token
         self.pos_embed = vit.pos_embed
-        self.patch_embed = TubeletEmbed(
-            vit.embed_dim, config.tubelet, patch, vit.patch_embed.proj.bias is not None
-        )
-        slots = max(1, frames // config.tubelet)
-        self.pos_temporal = nn.Parameter(torch.zeros(1, slots - 1, vit.embed_dim))
-        nn.init.trunc_normal_(self.pos_temporal, std=0.02)
+        self.pos_drop = vit.pos_drop
+        self.patch_embed = TubeletEmbed(vit.patch_embed.proj, vit.patch_embed.norm, config.tubelet)
+        slots = -(-frames // config.tubelet) if self.video == "joint" else 1
+        self.pos_temporal = self.frame_query = None
+        if slots > 1:
+            self.pos_temporal = nn.Parameter(torch.empty(1, slots - 1, vit.embed_dim))
+            nn.init.trunc_normal_(self.pos_temporal, std=0.02)
+        if self.video == "frames" and config.frame_pool == "attention":
+            self.frame_query = nn.Parameter(torch.zeros(vit.embed_dim))  # starts as the mean
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
         self.norm = vit.norm
-        inflated = inflate(vit.patch_embed.proj.weight.data, config.tubelet)
-        self.patch_embed.proj.weight.data.copy_(inflated)
-        if self.patch_embed.proj.bias is not None:
-            self.patch_embed.proj.bias.data.copy_(vit.patch_embed.proj.bias.data)
+        self.fc_norm = vit.fc_norm  # timm's name for the final norm of models that pool first
 
-        self.reduce = REDUCTIONS.get(config.reduce)
+        self.reduction = config.reduce
+        self.fuse = config.fuse
         depth = len(self.blocks)
         default = [depth // 4, depth // 2, 3 * depth // 4]
         self.reduce_at = sorted(set(default if config.reduce_at is None else config.reduce_at))
         if any(not 0 <= i < depth for i in self.reduce_at):
             raise ConfigError(f"model.reduce_at={self.reduce_at} must be blocks 0 to {depth - 1}")
-        if config.pretrained and config.pretrained != "timm":
-            load_timm_file(self, Path(config.pretrained))
+        if config.keep_rates is not None:
+            self.rates(config.keep_rates)  # as many as blocks
+        load_pretrained(self, config)
 
     def forward(
         self,
         pixels: Tensor,
-        keep_rate: float = 1.0,
+        keep_rate: KeepRate = 1.0,
         visible: Tensor | None = None,
         track: bool = False,
     ) -> Tokens:
         """All tokens after the final norm.
 
         Args:
-            pixels: [B, T, 3, H, W], normalised; T = 1 for images.
-            keep_rate: share of patch tokens kept at each block of `reduce_at`.
-            visible: [B, m] patch tokens to encode (masked auto-encoding), or None for all.
+            pixels: [B, T, 3, H, W], normalised; T = 1 for images. An odd frame out is repeated to
+                fill its tubelet.
+            keep_rate: share of patch tokens kept at each block of `reduce_at`, or one per block.
+            visible: [B, m] patch tokens to encode (masked auto-encoding), or None for all. With
+                `video: frames` the same number of each frame, frame by frame.
             track: also return `assign`.
+
+        With `video: frames` the CLS tokens of the frames are pooled and their patch tokens follow
+        each other, as do their places in `assign`.
         """
-        x = self.embed(pixels)
+        if self.video == "joint":
+            return self._encode(pixels, keep_rate, visible, track)
+        B, T = pixels.shape[:2]
+        frames = pixels.flatten(0, 1)[:, None]
         if visible is not None:
-            kept = x[:, self.num_prefix_tokens :].gather(
-                1, visible[..., None].expand(-1, -1, x.shape[-1])
-            )
-            x = torch.cat([x[:, : self.num_prefix_tokens], kept], dim=1)
-        x = self.norm_pre(x)
+            _, h, w = self.token_grid(frames)
+            visible = visible.reshape(B * T, -1) % (h * w)
+        cls, patches, assign = self._encode(frames, keep_rate, visible, track)
+        m = patches.shape[1]
+        offset = m * torch.arange(T, device=pixels.device).repeat(B)[:, None]
+        assign = tuple((a + offset * (a >= 0)).reshape(B, -1) for a in assign)
+        return Tokens(self._pool(cls.unflatten(0, (B, T))), patches.reshape(B, T * m, -1), assign)
+
+    def _encode(
+        self, pixels: Tensor, keep_rate: KeepRate, visible: Tensor | None, track: bool
+    ) -> Tokens:
+        x = self.embed(pixels)
         P = self.num_prefix_tokens
-        assign = None
-        if track:
-            assign = torch.arange(x.shape[1] - P, device=x.device).expand(x.shape[0], -1)
+        if visible is not None:
+            kept = x[:, P:].gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat([x[:, :P], kept], dim=1)
+        x = self.norm_pre(x)
+        rates = self.rates(keep_rate)
+        state = TokenState(assign=() if track else None)
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
-            reducing = self.reduce is not None and keep_rate < 1 and number in self.reduce_at
-            step = self._reduce_block if reducing else _plain_block
+            rate = rates.get(number, 1.0)
             if self.grad_checkpointing and self.training:
-                x, assign = checkpoint(step, block, x, assign, keep_rate, use_reentrant=False)
+                x, state = checkpoint(self._block, block, x, state, rate, use_reentrant=False)
             else:
-                x, assign = step(block, x, assign, keep_rate)
-        x = self.norm(x)
-        return Tokens(x[:, 0], x[:, P:], assign)
+                x, state = self._block(block, x, state, rate)
+        x = self.fc_norm(self.norm(x))
+        return Tokens(x[:, 0], x[:, P:], state.assign or ())
+
+    def rates(self, keep_rate: KeepRate) -> dict[int, float]:
+        """Block number -> the keep rate below 1 there."""
+        if self.reduction == "none":
+            return {}
+        rates = (
+            [keep_rate] * len(self.reduce_at) if isinstance(keep_rate, float | int) else keep_rate
+        )
+        if len(rates) != len(self.reduce_at):
+            raise ConfigError(
+                f"{len(rates)} keep rates for {len(self.reduce_at)} reducing blocks "
+                f"{self.reduce_at}: give model.keep_rates one per block of model.reduce_at"
+            )
+        return {at: rate for at, rate in zip(self.reduce_at, rates, strict=True) if rate < 1}
+
+    def _block(
+        self, block: Block, x: Tensor, state: TokenState, rate: float
+    ) -> tuple[Tensor, TokenState]:
+        """timm's block; below rate 1 the tokens are reduced between attention and MLP."""
+        if rate == 1 and state.sizes is None:
+            return block(x), state
+        attention: Any = block.attn
+        attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
+        x = x + block.drop_path1(block.ls1(attended))
+        n = x.shape[1] - self.num_prefix_tokens
+        kept = kept_tokens(n, rate)
+        if kept < n:
+            spec = Spec(kept, self.fuse, self.num_prefix_tokens, self.training)
+            x, state = REDUCTIONS[self.reduction](x, q, k, state, spec)
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
+
+    def _pool(self, cls: Tensor) -> Tensor:
+        """The frames' CLS tokens, [B, T, D] -> [B, D]: their mean, or weighted by attention."""
+        if self.frame_query is None:
+            return cls.mean(dim=1)
+        weights = ((cls * self.frame_query).sum(-1) * cls.shape[-1] ** -0.5).softmax(dim=1)
+        return (weights[..., None] * cls).sum(dim=1)
+
+    # the geometry of tokens -------------------------------------------------------------------
 
     @property
     def patch_values(self) -> int:
         """Pixel values of one token: tubelet * p * p * 3."""
         return self.tubelet * self.patch_size[0] * self.patch_size[1] * 3
 
+    def tubelets(self, pixels: Tensor) -> Tensor:
+        """The frames the tokens stand for, [B, T, 3, H, W] -> [B, t*tubelet, 3, H, W]."""
+        if self.video == "frames":
+            return pixels.repeat_interleave(self.tubelet, dim=1)
+        return whole_tubelets(pixels, self.tubelet)
+
     def token_grid(self, pixels: Tensor) -> tuple[int, int, int]:
-        """(t, h, w) of the patch tokens of [B, T, 3, H, W]; t = 1 for an image."""
+        """(t, h, w) of the patch tokens of [B, T, 3, H, W]; t = 1 for an image.
+
+        Raises ConfigError for sides that are not whole patches.
+        """
         T, H, W = pixels.shape[1], *pixels.shape[-2:]
-        return max(1, T // self.tubelet), H // self.patch_size[0], W // self.patch_size[1]
+        self.check_pixels(H, W)
+        slots = T if self.video == "frames" else -(-T // self.tubelet)
+        return slots, H // self.patch_size[0], W // self.patch_size[1]
+
+    def check_pixels(self, height: int, width: int, key: str = "") -> None:
+        """Raise ConfigError for sides that are not whole patches; key: what the message names."""
+        for side, patch in ((height, self.patch_size[0]), (width, self.patch_size[1])):
+            if side % patch:
+                raise ConfigError(
+                    f"{key}{side} pixels are not a multiple of the patch size {patch}: use "
+                    f"{max(1, side // patch) * patch}"
+                )
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Stem, positions and prefix tokens: [B, P + n, D], patch tokens t-major."""
-        B, T = pixels.shape[:2]
-        if T > 1 and T % self.tubelet:
-            raise ConfigError(f"{T} frames are not a multiple of the tubelet's {self.tubelet}")
+        slots, h, w = self.token_grid(pixels)
+        if pixels.shape[1] > 1:
+            pixels = whole_tubelets(pixels, self.tubelet)
+        table = resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=[h, w],
+            old_size=list(self.grid),
+            num_prefix_tokens=self.position_prefix,
+        )
+        spatial = table[:, self.position_prefix :]
         x = self.patch_embed(pixels)
-        slots, *grid = self.token_grid(pixels)
-        prefix, spatial = self._spatial_positions((grid[0], grid[1]))
-        if slots > 1:
-            positions = spatial[:, None] + self._temporal_positions(slots)[:, :, None]
-            x = x + positions.flatten(1, 2)
+        if slots > 1 and self.pos_temporal is not None:
+            time = resample_time(self.pos_temporal, slots)
+            x = x + (spatial[:, None] + time[:, :, None]).flatten(1, 2)
         else:
-            x = x + spatial
-        heads = [self.cls_token.expand(B, -1, -1)]
-        if self.reg_token is not None:
-            heads.append(self.reg_token.expand(B, -1, -1))
-        tokens = torch.cat(heads, dim=1)
-        if prefix is not None:
-            tokens = tokens + prefix
-        if slots == 1 and self.training and self.pos_temporal.numel():
+            x = x + spatial.repeat(1, slots, 1)
+        prefix = (
+            self.cls_token
+            if self.reg_token is None
+            else torch.cat([self.cls_token, self.reg_token], dim=1)
+        )
+        if self.position_prefix:  # an added CLS has no row, and comes first
+            rows = F.pad(table[:, : self.position_prefix], (0, 0, int(self.cls_added), 0))
+            prefix = prefix + rows
+        if slots == 1 and self.training and self.pos_temporal is not None:
             # ZeRO reduces only the gradients of the micro-batch that ends a step: an image must
             # touch what a clip before it touched. Adding 0 is exact.
-            tokens = tokens + 0 * self.pos_temporal.sum()
-        return torch.cat([tokens, x], dim=1)
-
-    def _spatial_positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-        """(positions of the prefix tokens or None, [1, h*w, D] of the patches)."""
-        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        table = resample_abs_pos_embed(
-            self.pos_embed, new_size=list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
-        )
-        return (table[:, :prefix] if prefix else None), table[:, prefix:]
-
-    def _temporal_positions(self, slots: int) -> Tensor:
-        """[1, t, D]; the first is zero, so that an image and a clip's first tubelet agree."""
-        table = F.pad(self.pos_temporal, (0, 0, 1, 0))
-        if slots == table.shape[1]:
-            return table
-        resized = F.interpolate(
-            table.transpose(1, 2), size=slots, mode="linear", align_corners=True
-        )
-        return resized.transpose(1, 2)
-
-    def _reduce_block(
-        self, block: Block, x: Tensor, assign: Tensor | None, keep_rate: float
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self.reduce is not None
-        attention: Any = block.attn
-        attended, q, k = attend(attention, block.norm1(x))
-        x = x + block.drop_path1(block.ls1(attended))
-        x, assign = self.reduce(x, q, k, keep_rate, self.num_prefix_tokens, assign)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), assign
+            prefix = prefix + 0 * self.pos_temporal.sum()
+        return self.pos_drop(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
 
     # timm's surface ---------------------------------------------------------------------------
 
-    def forward_features(self, pixels: Tensor, keep_rate: float = 1.0) -> Tensor:
+    def forward_features(self, pixels: Tensor, keep_rate: KeepRate = 1.0) -> Tensor:
         """[B, T, 3, H, W] -> [B, 1 + m, D], CLS first."""
         tokens = self(pixels, keep_rate)
         return torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone."""
-        return {"cls_token", "reg_token", "pos_embed", "pos_temporal"}
+        return {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups: the stem, then each block, then the final norm."""
         stem = r"^cls_token|^reg_token|^pos_embed|^pos_temporal|^patch_embed|^norm_pre"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        top = r"^norm|^fc_norm|^frame_query"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (top, (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
 
-def _plain_block(
-    block: Block, x: Tensor, assign: Tensor | None, keep_rate: float
-) -> tuple[Tensor, Tensor | None]:
-    return block(x), assign
+def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's attention by SDPA, with its queries and keys: [B, N, D], 2 x [B, H, N, d].
 
-
-def attend(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """timm's attention by SDPA, with its queries and keys: [B, N, D], 2 x [B, H, N, d]."""
+    bias: added to the logits, [B, 1, 1, N], or None.
+    """
     B, N, _ = x.shape
     qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, N, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     out = attn.norm(out.transpose(1, 2).reshape(B, N, -1))
     return attn.proj_drop(attn.proj(out)), q, k
-
-
-def inflate(kernel: Tensor, tubelet: int) -> Tensor:
-    """[D, 3, p, p] -> [D, 3, tubelet, p, p] by averaging: a still clip gives what an image does."""
-    return (kernel / tubelet)[:, :, None].expand(-1, -1, tubelet, -1, -1).contiguous()
-
-
-def load_timm_file(backbone: VisionBackbone, path: Path) -> None:
-    """Load plain timm weights (safetensors), adapting stem and position table."""
-    try:
-        state = load_file(path)
-    except Exception as error:
-        raise ArtifactError(
-            f"model.pretrained={path} is no readable safetensors: {error}"
-        ) from error
-    stem = state.get("patch_embed.proj.weight")
-    if stem is not None and stem.ndim == 4:
-        state["patch_embed.proj.weight"] = inflate(stem, backbone.tubelet)
-    state = {key: value for key, value in state.items() if not key.startswith(("head", "fc_norm"))}
-    state.setdefault("pos_temporal", torch.zeros_like(backbone.pos_temporal))
-    load_adapted(backbone, state, str(path))
-
-
-def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load a backbone's weights strictly by name, resizing only the position tables.
-
-    Raises ArtifactError naming what differs.
-    """
-    state = dict(state)
-    own = backbone.state_dict()
-    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
-    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], new_size=list(backbone.grid), num_prefix_tokens=prefix
-        )
-        log.info("%s: position embedding resized to %s", origin, backbone.grid)
-    if "pos_temporal" in state and state["pos_temporal"].shape != own["pos_temporal"].shape:
-        table = F.pad(state["pos_temporal"], (0, 0, 1, 0)).transpose(1, 2)
-        slots = own["pos_temporal"].shape[1] + 1
-        resized = F.interpolate(table, size=slots, mode="linear", align_corners=True)
-        state["pos_temporal"] = resized.transpose(1, 2)[:, 1:]
-        log.info("%s: temporal positions resized to %d", origin, slots)
-    problems = [f"lacks {key}" for key in own if key not in state]
-    problems += [f"has an unknown {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {list(state[key].shape)}, the model's {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ArtifactError(
-            f"{origin} is of another model: {problems[0]}{more}; "
-            "set model.name and model.kwargs to what it was trained with"
-        )
-    backbone.load_state_dict(state)
-
-
-def _create_timm(config: ModelConfig, resolution: int) -> VisionTransformer:
-    try:
-        vit = timm.create_model(
-            config.name,
-            pretrained=config.pretrained == "timm",
-            num_classes=0,
-            img_size=resolution,
-            drop_path_rate=config.drop_path,
-            **config.kwargs,
-        )
-    except Exception as error:  # timm raises many kinds for a bad name or keyword
-        raise ConfigError(
-            f"timm cannot build model.name={config.name} with model.kwargs={config.kwargs}: {error}"
-        ) from error
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.name={config.name} is a {type(vit).__name__}, no plain ViT")
-    if vit.cls_token is None:
-        raise ConfigError(f"model.name={config.name} has no CLS token, which token reduction needs")
-    if vit.pos_embed is None:
-        raise ConfigError(f"model.name={config.name} has no learned position table")
-    for block in vit.blocks:
-        gated = getattr(block.attn, "gate", None) is not None
-        if type(block) is not Block or type(block.attn) is not Attention or gated:
-            raise ConfigError(
-                f"model.name={config.name} has blocks of kind {type(block).__name__} / "
-                f"{type(block.attn).__name__}: only timm's standard Block and Attention will do"
-            )
-    return vit

@@ -8,29 +8,57 @@ by mask tokens, gathered by ids_restore, lie in the order of the patches. A patc
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 
-def visible_tokens(tokens: int, mask_ratio: float) -> int:
-    """tokens - floor(mask_ratio * tokens): 49 of 196 at .75, 20 at .9; at least one."""
-    return max(1, tokens - math.floor(mask_ratio * tokens + 1e-6))
+def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
+    """How many stay visible, at least one: 49 of 196 at .75 and 156 of 1568 at .9, as in MAE.
+
+    In a tube mask the removed are rounded down instead, as in VideoMAE: 20 of 196 at .9.
+    """
+    if tube:
+        return max(1, tokens - math.floor(mask_ratio * tokens + 1e-6))
+    return max(1, math.floor((1 - mask_ratio) * tokens + 1e-6))
 
 
-def make_mask(noise: Tensor, slots: int, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks from per-sample noise: random for images, the same in every time slot for clips.
+class Masking(NamedTuple):
+    """Which tokens are masked: at random in an image; in a clip in tubes, or at random."""
+
+    mask_ratio: float
+    video_mask_ratio: float
+    video_mask: str  # "tube": the same places in every time slot; "random": over all tokens
+
+    def noise_size(self, grid: tuple[int, int, int]) -> int:
+        """Random numbers per sample that `draw` takes."""
+        t, h, w = grid
+        return h * w if self.video_mask == "tube" else t * h * w
+
+    def draw(
+        self, noise: Tensor, grid: tuple[int, int, int], frames: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks of images (frames = 1) or clips from noise [B, noise_size]; see make_mask."""
+        clip = frames > 1
+        tube = clip and self.video_mask == "tube"
+        ratio = self.video_mask_ratio if clip else self.mask_ratio
+        kept = visible_tokens(noise.shape[1], ratio, tube)
+        return make_mask(noise, kept, grid[0] if tube else 1)
+
+
+def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks from per-sample noise: the `kept` places of least noise stay visible in every slot.
 
     Args:
-        noise: [B, h*w] uniform.
-        slots: time slots t; 1 for images.
+        noise: [B, places] uniform.
+        slots: time slots that share the mask (tubes); 1 where the places are all tokens.
 
-    Returns visible [B, m] (patch numbers, ascending in time), mask [B, n], ids_restore [B, n].
+    Returns visible [B, m] (patch numbers, slot by slot), mask [B, n], ids_restore [B, n].
     """
     B, spatial = noise.shape
     shuffle = noise.argsort(dim=1, stable=True)
-    kept = visible_tokens(spatial, mask_ratio)
     offsets = torch.arange(slots, device=noise.device)[None, :, None] * spatial
     visible = (shuffle[:, None, :kept] + offsets).flatten(1)  # tubes: the same place in each slot
     removed = (shuffle[:, None, kept:] + offsets).flatten(1)
@@ -40,9 +68,7 @@ def make_mask(noise: Tensor, slots: int, mask_ratio: float) -> tuple[Tensor, Ten
 
 
 def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
-    """[B, T, 3, H, W] -> [B, n, tubelet*p*p*3], patches t-major; an image is repeated in time."""
-    if pixels.shape[1] == 1:
-        pixels = pixels.expand(-1, tubelet, -1, -1, -1)
+    """[B, T, 3, H, W] in whole tubelets -> [B, n, tubelet*p*p*3], patches t-major."""
     B, T, C, H, W = pixels.shape
     (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
     x = pixels.reshape(B, t, tubelet, C, h, p, w, r)

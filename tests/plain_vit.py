@@ -1,0 +1,78 @@
+"""Token reduction written out a second time: explicit attention, masks, one sample at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xray.models import VisionBackbone
+
+
+def explicit_attention(attn: torch.nn.Module, y: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """([N, D] output, [H, N, N] weights, [H, N, d] keys); bias: [N], added to the logits."""
+    N, D = y.shape
+    q, k, v = attn.qkv(y).reshape(N, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    return attn.proj((weights @ v).transpose(0, 1).reshape(N, D)), weights, k
+
+
+def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: bool) -> Tensor:
+    """CLS features [B, D]."""
+    rows = []
+    P = ours.num_prefix_tokens
+    for x in ours.embed(pixels):
+        todo = dict(zip(ours.reduce_at, rates, strict=True))
+        for number, block in enumerate(ours.blocks):
+            out, weights, _ = explicit_attention(block.attn, block.norm1(x), x.new_zeros(()))
+            x = x + out
+            if number in todo:
+                score = weights[:, 0, P:].mean(0)
+                n = len(score)
+                keep = torch.zeros(n, dtype=torch.bool)
+                keep[score.argsort(descending=True)[: math.ceil(todo[number] * n - 1e-6)]] = True
+                fused = (score[~keep, None] * x[P:][~keep]).sum(0, keepdim=True)
+                x = torch.cat([x[:P], x[P:][keep], fused[: int(fuse)]])
+            x = x + block.mlp(block.norm2(x))
+        rows.append(ours.norm(x)[0])
+    return torch.stack(rows)
+
+
+def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
+    """CLS features [B, D]; tokens are lists of (vector, size), merged pair by pair."""
+    rows = []
+    P = ours.num_prefix_tokens
+    for x in ours.embed(pixels):
+        sizes = torch.ones(len(x), dtype=x.dtype)
+        for number, block in enumerate(ours.blocks):
+            out, _, k = explicit_attention(block.attn, block.norm1(x), sizes.log())
+            x = x + out
+            if number in ours.reduce_at:
+                x, sizes = _merge(x, sizes, k.mean(0), P, rate)
+            x = x + block.mlp(block.norm2(x))
+        rows.append(ours.norm(x)[0])
+    return torch.stack(rows)
+
+
+def _merge(
+    x: Tensor, sizes: Tensor, keys: Tensor, prefix: int, rate: float
+) -> tuple[Tensor, Tensor]:
+    n = len(x) - prefix
+    merges = n - (math.ceil(rate * n - 1e-6) + 1)
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    seeking = [i for i in range(prefix, len(x)) if i % 2 == 0]
+    waiting = [i for i in range(prefix, len(x)) if i % 2 == 1]
+    pairs = []
+    for i in seeking:
+        cosines = [(unit[i] @ unit[j]).item() for j in waiting]
+        best = max(range(len(waiting)), key=lambda j: cosines[j])
+        pairs.append((cosines[best], i, waiting[best]))
+    chosen = {i: j for _, i, j in sorted(pairs, reverse=True)[:merges]}
+    tokens, counts = [], []
+    for place in [*range(prefix), *(i for i in seeking if i not in chosen), *waiting]:
+        group = [place, *(i for i, j in chosen.items() if j == place)]
+        total = sizes[group].sum()
+        tokens.append((x[group] * sizes[group, None]).sum(0) / total)
+        counts.append(total)
+    return torch.stack(tokens), torch.stack(counts)

@@ -1,0 +1,250 @@
+"""The backbone's speed and memory: against timm, across keep rates, against explicit attention.
+
+All alternatives of a table take turns in one run; a ratio is the median over the rounds. The bound
+of a keep rate is the ratio of multiply-adds. On CUDA everything runs in bf16 autocast, with and
+without torch.compile, and TFLOP/s stand beside those of a large matrix product.
+
+    python tools/bench_backbone.py [--device cuda] [--rounds 5] [--sizes s16 b16] [--tables a b c d]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+from timing import hardware, interleaved, speedup
+from torch import Tensor, nn
+
+from xray.models import ModelConfig, VisionBackbone
+from xray.models.flops import decoder_macs, vision_macs
+from xray.models.mae_decoder import MaeDecoder, make_mask
+
+SIZES = {"s16": "vit_small_patch16_224", "b16": "vit_base_patch16_224"}
+LARGE = "vit_large_patch16_224"
+CLIP_FRAMES = 16
+BATCH = {"cpu": {1: {"s16": 8, "b16": 4}, 16: {"s16": 1, "b16": 1}}}
+BATCH["cuda"] = {1: {"s16": 256, "b16": 128}, 16: {"s16": 32, "b16": 16}}
+WAYS = ("forward", "forward+backward")
+
+
+class Bench:
+    """Models, inputs and timed calls on one device."""
+
+    def __init__(self, device: str, rounds: int, compiled: bool) -> None:
+        self.device, self.rounds, self.compiled = device, rounds, compiled
+
+    def backbone(self, size: str, explicit: bool = False) -> VisionBackbone:
+        torch.manual_seed(0)
+        config = ModelConfig(name=SIZES.get(size, size))
+        model = VisionBackbone(config, 224, CLIP_FRAMES).to(self.device).eval()
+        for block in model.blocks if explicit else ():
+            block.attn.fused_attn = False  # timm's own: softmax(q k^T) in memory
+        return model
+
+    def pixels(self, size: str, frames: int) -> Tensor:
+        batch = BATCH[self.device][frames][size]
+        return torch.randn(batch, frames, 3, 224, 224, device=self.device)
+
+    def call(self, module: nn.Module, way: str, *inputs: object) -> Callable[[], None]:
+        """A closure that runs a forward, or a forward and backward, of module(*inputs)."""
+        compiled = torch.compile(module) if self.compiled else module
+
+        def forward() -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+                out = compiled(*inputs)
+            return out if isinstance(out, Tensor) else out[0]
+
+        def run() -> None:
+            if way == "forward":
+                with torch.no_grad():
+                    forward()
+            else:
+                forward().float().square().mean().backward()
+                module.zero_grad(set_to_none=True)
+
+        return run
+
+
+def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def against_timm(bench: Bench, sizes: list[str]) -> None:
+    """(a) keep 1 against timm's own model on images."""
+    rows = []
+    for size in sizes:
+        ours = bench.backbone(size)
+        theirs = timm.create_model(SIZES[size], num_classes=0).to(bench.device).eval()
+        pixels = bench.pixels(size, 1)
+        for way in WAYS:
+            runs = {
+                "timm": bench.call(theirs, way, pixels[:, 0]),
+                "ours": bench.call(ours, way, pixels),
+            }
+            ratio = speedup(interleaved(runs, 2 * bench.rounds), "ours", "timm")
+            rows.append([size, way, f"{ratio:.2f}x"])
+    table("(a) Keep rate 1 against timm, 224 px image", ["model", "", "ours / timm"], rows)
+
+
+def keep_rates(bench: Bench, sizes: list[str]) -> None:
+    """(b) keep .7 and .5 against keep 1 and against their bound."""
+    rows = []
+    for size in sizes:
+        model = bench.backbone(size)
+        for frames in (1, CLIP_FRAMES):
+            pixels = bench.pixels(size, frames)
+            full = vision_macs(model, frames)
+            for way in WAYS:
+                runs = {str(r): bench.call(model, way, pixels, r) for r in (1.0, 0.7, 0.5)}
+                seconds = interleaved(runs, bench.rounds)
+                passes = 1 if way == "forward" else 3
+                rate = 2 * passes * full * len(pixels) / min(seconds["1.0"])
+                for keep in (0.7, 0.5):
+                    bound = full / vision_macs(model, frames, keep_rate=keep)
+                    ratio = speedup(seconds, str(keep), "1.0")
+                    what = f"{frames}x224" if frames > 1 else "224"
+                    found = [f"{ratio:.2f}x", f"{bound:.2f}x", f"{ratio / bound:.0%}"]
+                    rows.append([size, what, way, str(keep), *found, f"{rate / 1e12:.2f}"])
+    heads = ["model", "input", "", "keep", "speed-up", "bound", "of bound", "TFLOP/s at keep 1"]
+    table("(b) Keep rates against keep rate 1, reduced at blocks 3, 6, 9", heads, rows)
+
+
+def against_explicit(bench: Bench, sizes: list[str]) -> None:
+    """(c) SDPA and one softmax row against attention matrices in every block, 1,568 tokens."""
+    rows = []
+    for size in sizes:
+        ours, explicit = bench.backbone(size), bench.backbone(size, explicit=True)
+        pixels = bench.pixels(size, CLIP_FRAMES)
+        for keep in (1.0, 0.7):
+            runs = {
+                "explicit": bench.call(explicit, "forward", pixels, keep),
+                "ours": bench.call(ours, "forward", pixels, keep),
+            }
+            ratio = speedup(interleaved(runs, bench.rounds), "ours", "explicit")
+            rows.append([size, str(keep), f"{ratio:.2f}x"])
+    title = "(c) Against explicit attention, 16x224 clip (1,568 tokens), forward"
+    table(title, ["model", "keep", "ours / explicit"], rows)
+
+
+def peak(device: str, size: str, frames: int, way: str, keep: float, explicit: bool) -> float:
+    """MiB above the model and its input; on a CPU in a process of its own."""
+    bench = Bench(device, 1, compiled=False)
+    model, pixels = bench.backbone(size, explicit), bench.pixels(size, frames)
+    run = bench.call(model, way, pixels, keep)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _resident()
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def memory(bench: Bench, sizes: list[str]) -> None:
+    """(d) peak memory of the variants of (b) and (c) on the clip."""
+    rows = []
+    for size in sizes:
+        for way in WAYS:
+            cells = []
+            for keep, explicit in ((1.0, True), (1.0, False), (0.7, False), (0.5, False)):
+                arguments = [bench.device, size, CLIP_FRAMES, way, keep, explicit]
+                command = [sys.executable, __file__, "--peak", json.dumps(arguments)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                cells.append(f"{float(done.stdout):,.0f}")
+            rows.append([size, way, *cells])
+    heads = ["model", "", "explicit attention", "keep 1", "keep .7", "keep .5"]
+    table("(d) Peak memory above weights and input, MiB, 16x224 clip", heads, rows)
+
+
+class MaeStep(nn.Module):
+    """What a MAE step computes per micro-batch, without the loss's few operations."""
+
+    def __init__(self, vision: VisionBackbone) -> None:
+        super().__init__()
+        self.vision = vision
+        self.decoder = MaeDecoder(vision.embed_dim, vision.patch_values, 512, 8, 16)
+
+    def forward(self, pixels: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
+        tokens = self.vision(pixels, visible=visible)
+        return self.decoder(tokens.cls, tokens.patches, restore, (1, 14, 14))
+
+
+def steps(bench: Bench, large: str) -> None:
+    """(e) TFLOP/s of a MAE step and of a CLIP step's vision tower against a matrix product."""
+    ceiling = _ceiling(bench)
+    vision = bench.backbone(large)
+    batch = 256 if bench.device == "cuda" else 2
+    pixels = torch.randn(batch, 1, 3, 224, 224, device=bench.device)
+    visible, _, restore = make_mask(torch.rand(batch, 196, device=bench.device), 49)
+    mae = MaeStep(vision).to(bench.device)
+    cases: list[tuple[str, Callable[[], None], int]] = [
+        (
+            "MAE, encoder and decoder of 8 x 512",
+            bench.call(mae, WAYS[1], pixels, visible, restore),
+            vision_macs(vision, visible=49) + decoder_macs(mae.decoder, 196, 49),
+        )
+    ]
+    for keep in (1.0, 0.7):
+        run = bench.call(vision, WAYS[1], pixels, keep)
+        cases.append((f"CLIP, vision tower at keep {keep}", run, vision_macs(vision, 1, 224, keep)))
+    rows = []
+    for name, run, macs in cases:
+        seconds = min(interleaved({name: run}, bench.rounds)[name])
+        rate = 6 * macs * batch / seconds / 1e12
+        rows.append([name, f"{batch / seconds:,.0f}", f"{rate:.2f}", f"{rate / ceiling:.0%}"])
+    heads = [f"step of {large}", "images/s", "TFLOP/s", f"of {ceiling:.2f} TFLOP/s"]
+    table("(e) Training steps against a large matrix product", heads, rows)
+
+
+def _ceiling(bench: Bench) -> float:
+    """TFLOP/s of the best large matrix product, in bf16 on CUDA."""
+    size, dtype = (8192, torch.bfloat16) if bench.device == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=bench.device, dtype=dtype)
+    seconds = interleaved({"product": partial(torch.mm, a, b)}, 10)["product"]
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+TABLES = {"a": against_timm, "b": keep_rates, "c": against_explicit, "d": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES, "e"], default=[*TABLES, "e"])
+    parser.add_argument("--large", default=LARGE, help="the model of table e")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a new process
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(*json.loads(options.peak)))
+        return
+    print(hardware(options.device), flush=True)
+    for compiled in (False, True) if options.device == "cuda" else (False,):
+        if options.device == "cuda":
+            print(f"\n## bf16, {'torch.compile' if compiled else 'eager'}")
+        bench = Bench(options.device, options.rounds, compiled)
+        for name in options.tables:
+            if name == "e":
+                steps(bench, options.large)
+            elif not (name == "d" and compiled):
+                TABLES[name](bench, options.sizes)
+
+
+if __name__ == "__main__":
+    main()

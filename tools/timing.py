@@ -1,0 +1,46 @@
+"""Timing of alternatives that take turns, so that a noisy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def speedup(seconds: Mapping[str, list[float]], of: str, over: str) -> float:
+    """The median over rounds of how many times faster `of` is than `over`."""
+    pairs = zip(seconds[over], seconds[of], strict=True)
+    return statistics.median(slow / fast for slow, fast in pairs)
+
+
+def hardware(device: str) -> str:
+    """What the figures were measured on."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}"

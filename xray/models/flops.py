@@ -1,0 +1,82 @@
+"""Multiply-adds of a forward pass, counted from the modules: 1 MAC = 2 FLOPs.
+
+Counted are the stem, the linear layers, attention and token reduction; norms, activations and
+additions are not, as in the published tables. A training step costs three forwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from xray.models.backbone import VisionBackbone
+from xray.models.mae_decoder import MaeDecoder
+from xray.models.reduce import KeepRate, kept_tokens
+
+
+def token_counts(backbone: VisionBackbone, tokens: int, keep_rate: KeepRate = 1.0) -> list[int]:
+    """Patch tokens that leave each block, for `tokens` that enter the first."""
+    counts, rates = [], backbone.rates(keep_rate)
+    for number in range(len(backbone.blocks)):
+        kept = kept_tokens(tokens, rates.get(number, 1.0))
+        if kept < tokens:
+            tokens = kept + backbone.fuse
+        counts.append(tokens)
+    return counts
+
+
+def vision_macs(
+    backbone: VisionBackbone,
+    frames: int = 1,
+    resolution: int | tuple[int, int] = 224,
+    keep_rate: KeepRate = 1.0,
+    visible: int | None = None,
+) -> int:
+    """MACs of one image (frames = 1) or clip; visible: tokens that a masked encoder sees."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    p, r = backbone.patch_size
+    h, w = height // p, width // r
+    passes, slots = 1, -(-frames // backbone.tubelet)
+    if backbone.video == "frames":
+        passes, slots = frames, 1
+    image = backbone.video == "frames" or frames == 1
+    tokens = slots * h * w
+    depth = 1 if image else backbone.tubelet  # an image meets the summed kernels
+    total = tokens * backbone.embed_dim * 3 * p * r * depth
+    n = tokens if visible is None else visible // passes
+    counts = token_counts(backbone, n, keep_rate)
+    for block, after in zip(backbone.blocks, counts, strict=True):
+        total += _block_macs(backbone, block, n, after)
+        n = after
+    return passes * total
+
+
+def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int:
+    """A block that n patch tokens enter and `after` leave."""
+    attn, P = block.attn, backbone.num_prefix_tokens
+    width = attn.num_heads * attn.head_dim
+    N = P + n
+    total = N * _linear(attn) + 2 * N * N * width + (P + after) * _linear(block.mlp)
+    if after < n:
+        pairs = (n + P % 2) // 2
+        cls_row = N * width + n * backbone.embed_dim * backbone.fuse
+        total += pairs * (n - pairs) * attn.head_dim if backbone.reduction == "tome" else cls_row
+    return total
+
+
+def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
+    """MACs of the MAE decoder over `tokens` patches, `visible` of them encoded."""
+    total = (visible + 1) * _linear(decoder.embed) + tokens * _linear(decoder.predict)
+    N = tokens + 1
+    blocks: Any = decoder.blocks
+    for block in blocks:
+        attn = block.attn
+        total += N * _linear(block) + 2 * N * N * attn.num_heads * attn.head_dim
+    return total
+
+
+def _linear(module: nn.Module) -> int:
+    """MACs per token of a module's linear layers."""
+    weights: list[Tensor] = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(weight.numel() for weight in weights)
