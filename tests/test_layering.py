@@ -31,7 +31,8 @@ RULES: dict[str, set[str]] = {
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
-    | {"xray.optim"},
+    | {"xray.feed", "xray.optim"},
+    "xray/feed.py": LEAF | DATA | {"stages.base"},
     "xray/show.py": LEAF
     | MODELS
     | DATA

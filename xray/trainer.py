@@ -17,21 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.loader import Loaded, iterate_steps
-from data_pipelines.sampling import (
-    MicroBatch,
-    StepSampler,
-    StepShape,
-    make_plans,
-    micro_batches,
-)
+from data_pipelines.loader import Loaded
+from data_pipelines.sampling import MicroBatch, make_plans
 from data_pipelines.shards import open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, sha256_file, write_artifact, write_text
 from xray.checkpoint import TrainState
 from xray.config import (
-    BlockConfig,
     RunConfig,
     config_hash,
     differences,
@@ -42,6 +35,7 @@ from xray.config import (
 )
 from xray.engine import Engine
 from xray.errors import ConfigError, DataError, Preempted, TrainingError
+from xray.feed import check_batches, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
 from xray.report import Sinks
 from xray.schedule import steps_of, value_at
@@ -61,7 +55,7 @@ class Trainer:
         self.config: RunConfig = config
         self.device = device
         self.out = Path(config.out)
-        self._check_batches(stage_class)
+        check_batches(stage_class, config)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         self.parents = {
             slot: artifact
@@ -105,28 +99,6 @@ class Trainer:
         else:
             log.info("starts from scratch")
         self.preempted = False
-
-    def _shape(self, blocks: list[BlockConfig], progress: float) -> StepShape:
-        """Sizes and micro-batches of a step of these blocks at a progress."""
-        data, micro_batch = self.config.data, value_at(self.config.train.micro_batch, progress)
-        cut = micro_batches(blocks, micro_batch, dist.rank(), dist.world_size())
-        return StepShape(value_at(data.resolution, progress), value_at(data.frames, progress), cut)
-
-    def _check_batches(self, stage_class: type[Stage]) -> None:
-        """Raise ConfigError for blocks that cannot be cut as asked, at any progress."""
-        world = dist.world_size()
-        for blocks in (self.config.blocks, self.config.validation):
-            for start, size in steps_of(self.config.train.micro_batch):
-                for micro in self._shape(blocks, start).micro:
-                    block = blocks[micro.block]
-                    whole = (micro.stop - micro.start) * world == block.samples
-                    if stage_class.spans_batch and not whole:
-                        raise ConfigError(
-                            f"stage {stage_class.name} compares all {block.samples} samples of "
-                            f"block {block.source!r}: train.micro_batch={size} x {world} processes "
-                            f"must reach {block.samples}; set train.micro_batch=0 or use a smaller "
-                            "block"
-                        )
 
     def _record(self) -> dict[str, Any]:
         """What a run is: compared when it is resumed."""
@@ -172,13 +144,15 @@ class Trainer:
         config, state = self.config, self.state
         if state.step >= config.steps:  # killed between the last save and the export
             return
-        stream = self._stream(range(state.step, config.steps))
+        pin = self.device.type == "cuda"
+        remaining = range(state.step, config.steps)
+        stream = training_stream(self.stage, config, self.plans, remaining, pin)
         pending, failure = self._fetch(stream)
         self._reduce({}, failure)
         started = time.monotonic() - state.seconds
         for step in range(state.step, config.steps):
             progress = config.progress(step)
-            shape = self._shape(config.blocks, progress)
+            shape = step_shape(config, config.blocks, progress)
             loaded, pending = pending, []
             values = self._accumulate(step, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
@@ -255,15 +229,11 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, progress: float) -> dict[str, float]:
         """Means over the fixed validation samples at the current sizes, as `val/...`."""
-        blocks, data, stage = self.config.validation, self.config.data, self.stage
-        if not blocks:
+        config = self.config
+        if not config.validation:
             return {}
-        plans = make_plans(blocks, self.sources, data, self.config.seed)
-        shape = self._shape(blocks, progress)
-        sampler = StepSampler(blocks, plans, lambda step: shape, range(1))
-        stream = iterate_steps(
-            sampler, stage.transform, stage.collate, None, data.workers, pin=False
-        )
+        shape = step_shape(config, config.validation, progress)
+        stream = validation_stream(self.stage, config, self.sources, shape)
         loaded, failure = self._fetch(stream)
         self._reduce({}, failure)
         self.engine.train(False)
@@ -276,23 +246,6 @@ class Trainer:
         return {f"val/{name}": value for name, value in found.items()}
 
     # helpers ----------------------------------------------------------------------------------
-
-    def _stream(self, steps: range) -> Iterator[list[Loaded]]:
-        config, stage = self.config, self.stage
-        sampler = StepSampler(
-            config.blocks,
-            self.plans,
-            lambda step: self._shape(config.blocks, config.progress(step)),
-            steps,
-        )
-        return iterate_steps(
-            sampler,
-            stage.transform,
-            stage.collate,
-            config.seed,
-            config.data.workers,
-            pin=self.device.type == "cuda",
-        )
 
     def _fetch(self, stream: Iterator[list[Loaded]]) -> tuple[list[Loaded], str | None]:
         try:
