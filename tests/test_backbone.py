@@ -205,8 +205,9 @@ def test_frames_reduce_and_mask_like_images() -> None:
     clip = torch.randn(2, 3, 3, 64, 64)
     tokens = ours(clip, 0.5, track=True)
     frame = ours(clip[:, 1:2], 0.5, track=True)
-    m = frame.patches.shape[1]
-    assert torch.equal(tokens.assign[-1][:, 16:32], frame.assign[-1] + m)
+    for depth in range(3):
+        left = ours.token_counts(16, 0.5)[ours.reduce_at[depth]]
+        assert torch.equal(tokens.assign[depth][:, 16:32], frame.assign[depth] + left)
     assert torch.allclose(tokens.dense()[:, 16:32], frame.dense(), atol=1e-6)
     visible = torch.tensor([[0, 3, 18, 17, 47, 40]]).expand(2, -1)
     masked = ours(clip, visible=visible)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xray.config import ModelConfig
 from xray.errors import ConfigError
 from xray.models import VisionBackbone
-from xray.models.flops import decoder_macs, token_counts, vision_macs
+from xray.models.flops import decoder_macs, vision_macs
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import cls_attention
 
@@ -113,7 +113,7 @@ def on_meta(name: str, resolution: int = 224, frames: int = 16, **more: object) 
 def test_counts_and_macs_of_the_published_table(rate: float, fuse: bool) -> None:
     counts, gmacs = TABLE[rate, fuse]
     model = on_meta("vit_small_patch16_224", fuse=fuse)
-    assert [token_counts(model, 196, rate)[i] for i in (3, 6, 9)] == counts
+    assert [model.token_counts(196, rate)[i] for i in (3, 6, 9)] == counts
     assert round(vision_macs(model, 1, 224, rate) / 1e9, 2) == gmacs
     assert round(vision_macs(model) / 1e9, 2) == 4.60
 
@@ -136,7 +136,7 @@ def test_shares_of_macs_at_other_layers(
     for frames, share in ((1, image), (16, video)):
         ratio = vision_macs(model, frames, 224, rate) / vision_macs(model, frames)
         assert ratio == pytest.approx(share, abs=6e-4)
-    assert token_counts(model, 1568, 0.7)[-1] == 541 and token_counts(model, 1568, 0.5)[-1] == 198
+    assert model.token_counts(1568, 0.7)[-1] == 541 and model.token_counts(1568, 0.5)[-1] == 198
 
 
 @pytest.mark.parametrize("reduce", [*REDUCTIONS, "none"])
@@ -187,7 +187,7 @@ def test_tome_and_random_leave_as_many_tokens_as_evit(fuse: bool) -> None:
             ]
             for reduce in REDUCTIONS
         }
-        kept = [token_counts(backbone("evit", fuse=fuse), 32, rate)[i] for i in (2, 4, 6)]
+        kept = [backbone("evit", fuse=fuse).token_counts(32, rate)[i] for i in (2, 4, 6)]
         assert left["tome"] == kept
         if fuse:
             assert left["evit"] == left["random"] == kept
@@ -202,7 +202,7 @@ def test_assign_says_where_each_token_went_at_each_depth(reduce: str) -> None:
     ours = backbone(reduce)
     tokens = ours(torch.randn(2, 1, 3, 64, 64), 0.7, track=True)
     assert len(tokens.assign) == 3 and all(a.shape == (2, 16) for a in tokens.assign)
-    for depth, left in enumerate(token_counts(ours, 16, 0.7)[2:7:2]):
+    for depth, left in enumerate(ours.token_counts(16, 0.7)[2:7:2]):
         for row in tokens.assign[depth]:  # every token has inputs, and every input a token
             assert torch.equal(torch.bincount(row, minlength=left) > 0, torch.ones(left).bool())
     for early, late in zip(tokens.assign, tokens.assign[1:], strict=False):
@@ -212,6 +212,20 @@ def test_assign_says_where_each_token_went_at_each_depth(reduce: str) -> None:
     dense = tokens.dense()
     assert torch.equal(dense[1, 5], tokens.patches[1, tokens.assign[-1][1, 5]])
     assert ours(torch.randn(1, 1, 3, 64, 64)).dense().shape == (1, 16, 64)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("video", ["joint", "frames"])
+@torch.no_grad()
+def test_a_rate_that_changes_nothing_is_tracked_too(reduce: str, video: str) -> None:
+    """.95 of 20 tokens is 19, and one fused; .99 of 20 is 20."""
+    ours = backbone(reduce, video=video)
+    clip = torch.randn(1, 2 if video == "frames" else 1, 3, 64, 80)
+    for rate in (0.95, 0.99):
+        tokens = ours(clip, rate, track=True)
+        assert len(tokens.assign) == 3
+        assert tokens.patches.shape[1] == len(clip[0]) * 20
+        assert torch.equal(tokens.assign[0].sort(1).values[0], torch.arange(len(clip[0]) * 20))
 
 
 @torch.no_grad()

@@ -13,9 +13,8 @@ from tiny import train
 
 from data_pipelines.shards import index_shard
 from xray.artifact import Artifact
-from xray.models.flops import token_counts
 from xray.pictures import SIDE, kept_tokens, reconstructions
-from xray.restore import Encoder
+from xray.restore import VisionEncoder
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +53,11 @@ def same_patches(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("reduction", ["evit", "random", "tome"])
 def test_what_is_bright_was_kept(hashtag: Artifact, reduction: str, frames: int) -> None:
-    encoder = Encoder(hashtag)
+    encoder = VisionEncoder(hashtag)
     encoder.vision.reduction = reduction
     sheet = kept_tokens(encoder, noise(3, frames, 3, 32, 32), keep_rate=0.6)
     tokens = 16 * max(1, frames // 2)
-    counts = [token_counts(encoder.vision, tokens, 0.6)[at] for at in encoder.vision.reduce_at]
+    counts = [encoder.vision.token_counts(tokens, 0.6)[at] for at in encoder.vision.reduce_at]
     assert sheet.rows == [f"input\n{tokens} tokens"] + [
         f"block {at}\n{left} tokens"
         for at, left in zip(encoder.vision.reduce_at, counts, strict=True)

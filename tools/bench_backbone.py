@@ -1,8 +1,8 @@
 """The backbone's speed and memory: against timm, across keep rates, against explicit attention.
 
-All alternatives of a table take turns in one run; a ratio is the median over the rounds. The bound
-of a keep rate is the ratio of multiply-adds. On CUDA everything runs in bf16 autocast, with and
-without torch.compile, and TFLOP/s stand beside those of a large matrix product.
+All alternatives of a table take turns in one run; a ratio compares the best round of each. The
+bound of a keep rate is the ratio of multiply-adds. On CUDA everything runs in bf16 autocast, with
+and without torch.compile, and TFLOP/s stand beside those of a large matrix product.
 
     python tools/bench_backbone.py [--device cuda] [--rounds 5] [--sizes s16 b16] [--tables a b c d]
 """
@@ -221,7 +221,7 @@ def steps(bench: Bench, large: str) -> None:
     for name, run, macs in cases:
         seconds = min(interleaved({name: run}, bench.rounds)[name])
         rate = 6 * macs * batch / seconds / 1e12
-        rows.append([name, f"{batch / seconds:,.0f}", f"{rate:.2f}", f"{rate / ceiling:.0%}"])
+        rows.append([name, f"{batch / seconds:.3g}", f"{rate:.2f}", f"{rate / ceiling:.0%}"])
     heads = [f"step of {large}", "images/s", "TFLOP/s", f"of {ceiling:.2f} TFLOP/s"]
     table("(e) Training steps against a large matrix product", heads, rows)
 

@@ -29,7 +29,7 @@ from xray.evaluation.features import label_of
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import linear_probe
 from xray.models.flops import vision_macs
-from xray.restore import Encoder
+from xray.restore import VisionEncoder
 from xray.schedule import value_at
 
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -54,14 +54,14 @@ def load(root: str, shards: str, resolution: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([b[key] for b in batches]) for key in ("pixels", "label"))  # type: ignore[return-value]
 
 
-def extract(encoder: Encoder, pixels: Tensor) -> Tensor:
+def extract(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.features(batch) for batch in pixels.split(128)])
 
 
 def compare(path: str, root: str, rounds: int) -> dict[str, Any]:
     """The measures of every reduction and keep rate."""
     artifact = open_artifact(path)
-    encoder = Encoder(artifact)
+    encoder = VisionEncoder(artifact)
     vision = encoder.vision
     resolution = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)
     train = load(root, "classes_val/probe_train", resolution)

@@ -52,7 +52,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 def _layer_scale(name: str, depth: int, config: OptimConfig) -> float:
     match = re.match(r"blocks\.(\d+)\.", name)
-    top = depth + 1 if name.startswith("norm.") else 0
+    top = depth + 1 if name.startswith(("norm.", "fc_norm.", "frame_query")) else 0
     layer = int(match.group(1)) + 1 if match else top
     return config.layer_decay ** (depth + 1 - layer)
 

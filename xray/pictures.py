@@ -15,12 +15,13 @@ from xray.artifact import Artifact
 from xray.models.heads import Normalize
 from xray.models.mae_decoder import Masking, patchify, unpatchify
 from xray.models.reduce import KeepRate
-from xray.restore import Encoder, restore_decoder, restore_vision
+from xray.restore import VisionEncoder, restore_decoder, restore_vision
 
 SIDE = 144  # pixels per shown picture, at least
 GAP = 4
 MARGIN = 104  # pixels for the rows' names
 TEXT = 13
+VEIL = (64.0, 96.0, 176.0)  # over tokens that are gone: no background is this blue
 
 
 @dataclass
@@ -99,14 +100,14 @@ def reconstructions(
 
 @torch.no_grad()
 def kept_tokens(
-    encoder: Encoder,
+    encoder: VisionEncoder,
     pixels: Tensor,
     names: Sequence[str] = (),
     keep_rate: KeepRate | None = None,
 ) -> Sheet:
     """The picture, then what is left of it after each reducing block; a clip by tubelets.
 
-    Tokens that were fused or dropped are darkened; tokens that ToMe merged show their mean colour.
+    Tokens that were fused or dropped are veiled in blue; what ToMe merged shows its mean colour.
     """
     vision = encoder.vision
     x = encoder.normalize(pixels)
@@ -114,17 +115,18 @@ def kept_tokens(
     tokens = vision(x, rate, track=True)
     t, h, w = vision.token_grid(x)
     frames = vision.tubelets(pixels)[:, :: vision.tubelet].flatten(0, 1).float()
-    per_frame = t if vision.video == "frames" else 1  # its counts are stated per picture
-    rows, shown = [f"input\n{t * h * w // per_frame} tokens"], [frames]
+    n = h * w if vision.video == "frames" else t * h * w  # that attend to each other
+    left = vision.token_counts(n, rate)
+    rows, shown = [f"input\n{n} tokens"], [frames]
     for block, assign in zip(vision.rates(rate), tokens.assign, strict=True):
-        left = (int(assign.max()) + 1) // per_frame
-        rows.append(f"block {block}\n{left} tokens")
+        rows.append(f"block {block}\n{left[block]} tokens")
         if vision.reduction == "tome":
             shown.append(_merged(frames, assign, (h, w)))
         else:
             kept = (_group_sizes(assign) == 1) & (assign >= 0)
             mask = F.interpolate(kept.float().reshape(-1, 1, h, w), size=frames.shape[-2:])
-            shown.append(frames * (0.2 + 0.8 * mask))
+            veiled = 0.25 * frames + 0.75 * torch.tensor(VEIL)[:, None, None]
+            shown.append(frames * mask + veiled * (1 - mask))
     return Sheet(rows, _columns(names, len(x), t), torch.stack(shown))
 
 

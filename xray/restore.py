@@ -80,11 +80,8 @@ def _needs_base(artifact: Artifact) -> bool:
     return all(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
 
 
-class Encoder(nn.Module):
-    """An artifact ready to encode: the backbone, and for a clip artifact the joint space.
-
-    Pixels are [B, T, 3, H, W] uint8; features are float32, and joint ones normalised.
-    """
+class VisionEncoder(nn.Module):
+    """An artifact's backbone ready to encode [B, T, 3, H, W] uint8 pixels."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
@@ -93,9 +90,29 @@ class Encoder(nn.Module):
         self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
         self.vision = restore_vision(artifact)
         self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+        self.eval()
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
+        return F.normalize(self._cls(pixels).float(), dim=-1).cpu()
+
+    def _cls(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.normalize.mean.device)
+        return self.vision(self.normalize(pixels), self.keep_rate).cls
+
+
+class Encoder(VisionEncoder):
+    """The backbone, and for a clip artifact the joint space with its text tower.
+
+    Features are float32, and joint ones normalised.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
         self.tokenizer: Any = None
         if artifact.stage == "clip":
-            self._build_joint(config["clip"])
+            self._build_joint(artifact.manifest["config"]["clip"])
         self.eval()
 
     def _build_joint(self, options: dict[str, Any]) -> None:
@@ -119,11 +136,6 @@ class Encoder(nn.Module):
         return self.tokenizer is not None
 
     @torch.no_grad()
-    def features(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
-        return F.normalize(self._cls(pixels).float(), dim=-1).cpu()
-
-    @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
         self._require_joint()
@@ -139,10 +151,6 @@ class Encoder(nn.Module):
             tokens = {key: value.to(self.normalize.mean.device) for key, value in tokens.items()}
             rows.append(self.text_adapter(self.text(**tokens)).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)
-
-    def _cls(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.normalize.mean.device)
-        return self.vision(self.normalize(pixels), self.keep_rate).cls
 
     def _require_joint(self) -> None:
         if not self.is_joint:

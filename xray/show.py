@@ -19,7 +19,7 @@ from xray.errors import ConfigError, DataError
 from xray.models.reduce import KeepRate
 from xray.pictures import Sheet, kept_tokens, reconstructions
 from xray.report import Picture, paragraph, write_report
-from xray.restore import Encoder
+from xray.restore import VisionEncoder
 from xray.schedule import value_at
 
 FORMATS = (".png", ".html")
@@ -28,7 +28,7 @@ RECONSTRUCTED = (
     "a clip shows the first frame of each tubelet."
 )
 KEPT = (
-    "The input, then the tokens left after each block that reduces them. Darkened ones were fused "
+    "The input, then the tokens left after each block that reduces them. Blue ones were fused "
     "(merged ones of ToMe show their mean colour); a clip shows the first frame of each tubelet."
 )
 
@@ -71,7 +71,7 @@ def explain(
     if artifact.stage == "mae":
         sheet = reconstructions(artifact, pixels, names)
         found.append(("MAE reconstructions", RECONSTRUCTED, sheet))
-    encoder = Encoder(artifact)
+    encoder = VisionEncoder(artifact)
     rate = encoder.keep_rate if keep_rate is None else keep_rate
     if keep_rate is not None and encoder.vision.reduction == "none":
         raise ConfigError(f"{artifact.path} was trained with model.reduce=none: leave --keep-rate")

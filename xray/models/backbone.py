@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
-from xray.models.reduce import REDUCTIONS, KeepRate, Spec, TokenState, kept_tokens, size_bias
+from xray.models.reduce import KeepRate, Spec, TokenState, kept_tokens, reduce_tokens, size_bias
 from xray.models.stem import TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
 from xray.models.weights import load_pretrained, resample_time
@@ -135,10 +135,15 @@ class VisionBackbone(nn.Module):
             _, h, w = self.token_grid(frames)
             visible = visible.reshape(B * T, -1) % (h * w)
         cls, patches, assign = self._encode(frames, keep_rate, visible, track)
-        m = patches.shape[1]
-        offset = m * torch.arange(T, device=pixels.device).repeat(B)[:, None]
-        assign = tuple((a + offset * (a >= 0)).reshape(B, -1) for a in assign)
-        return Tokens(self._pool(cls.unflatten(0, (B, T))), patches.reshape(B, T * m, -1), assign)
+        if assign:
+            frame = torch.arange(T, device=pixels.device).repeat(B)[:, None]
+            counts = self.token_counts(assign[0].shape[1], keep_rate)
+            left = [counts[at] for at in self.rates(keep_rate)]
+            assign = tuple(
+                (a + frame * n * (a >= 0)).reshape(B, -1) for a, n in zip(assign, left, strict=True)
+            )
+        patches = patches.reshape(B, -1, self.embed_dim)
+        return Tokens(self._pool(cls.unflatten(0, (B, T))), patches, assign)
 
     def _encode(
         self, pixels: Tensor, keep_rate: KeepRate, visible: Tensor | None, track: bool
@@ -173,7 +178,19 @@ class VisionBackbone(nn.Module):
                 f"{len(rates)} keep rates for {len(self.reduce_at)} reducing blocks "
                 f"{self.reduce_at}: give model.keep_rates one per block of model.reduce_at"
             )
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ConfigError(f"keep rates {list(rates)} must be in (0, 1]")
         return {at: rate for at, rate in zip(self.reduce_at, rates, strict=True) if rate < 1}
+
+    def token_counts(self, tokens: int, keep_rate: KeepRate = 1.0) -> list[int]:
+        """Patch tokens that leave each block, for `tokens` that enter the first."""
+        counts, rates = [], self.rates(keep_rate)
+        for number in range(len(self.blocks)):
+            kept = kept_tokens(tokens, rates.get(number, 1.0))
+            if kept < tokens:
+                tokens = kept + self.fuse
+            counts.append(tokens)
+        return counts
 
     def _block(
         self, block: Block, x: Tensor, state: TokenState, rate: float
@@ -184,11 +201,10 @@ class VisionBackbone(nn.Module):
         attention: Any = block.attn
         attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
         x = x + block.drop_path1(block.ls1(attended))
-        n = x.shape[1] - self.num_prefix_tokens
-        kept = kept_tokens(n, rate)
-        if kept < n:
+        if rate < 1:
+            kept = kept_tokens(x.shape[1] - self.num_prefix_tokens, rate)
             spec = Spec(kept, self.fuse, self.num_prefix_tokens, self.training)
-            x, state = REDUCTIONS[self.reduction](x, q, k, state, spec)
+            x, state = reduce_tokens(self.reduction, x, q, k, state, spec)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
 
     def _pool(self, cls: Tensor) -> Tensor:

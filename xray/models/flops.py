@@ -12,18 +12,7 @@ from torch import Tensor, nn
 
 from xray.models.backbone import VisionBackbone
 from xray.models.mae_decoder import MaeDecoder
-from xray.models.reduce import KeepRate, kept_tokens
-
-
-def token_counts(backbone: VisionBackbone, tokens: int, keep_rate: KeepRate = 1.0) -> list[int]:
-    """Patch tokens that leave each block, for `tokens` that enter the first."""
-    counts, rates = [], backbone.rates(keep_rate)
-    for number in range(len(backbone.blocks)):
-        kept = kept_tokens(tokens, rates.get(number, 1.0))
-        if kept < tokens:
-            tokens = kept + backbone.fuse
-        counts.append(tokens)
-    return counts
+from xray.models.reduce import KeepRate
 
 
 def vision_macs(
@@ -45,7 +34,7 @@ def vision_macs(
     depth = 1 if image else backbone.tubelet  # an image meets the summed kernels
     total = tokens * backbone.embed_dim * 3 * p * r * depth
     n = tokens if visible is None else visible // passes
-    counts = token_counts(backbone, n, keep_rate)
+    counts = backbone.token_counts(n, keep_rate)
     for block, after in zip(backbone.blocks, counts, strict=True):
         total += _block_macs(backbone, block, n, after)
         n = after

@@ -79,6 +79,18 @@ def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
     return row.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)
 
 
+def reduce_tokens(
+    kind: str, x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
+) -> tuple[Tensor, TokenState]:
+    """One reduction of `kind`; where no token would go, only `assign` is continued."""
+    B, n = x.shape[0], x.shape[1] - spec.prefix
+    if spec.kept < n and not (kind == "tome" and spec.kept + spec.fuse >= n):
+        return REDUCTIONS[kind](x, q, k, state, spec)
+    if state.assign is not None:
+        state = _moved(state, torch.arange(n, device=x.device).expand(B, -1))
+    return x, state
+
+
 def evit(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
@@ -134,8 +146,6 @@ def tome(
     """
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     merges = n - (spec.kept + spec.fuse)
-    if merges <= 0:
-        return x, state
     even = P % 2  # the first patch token at an even place of the whole sequence
     metric = F.normalize(k.mean(dim=1)[:, P:], dim=-1)
     similarity = metric[:, even::2] @ metric[:, 1 - even :: 2].transpose(1, 2)  # [B, a, b]
