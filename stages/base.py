@@ -171,7 +171,7 @@ def make_backbone(config: RunConfig) -> VisionBackbone:
     data = config.data
     backbone = VisionBackbone(config.model, largest(data.resolution), largest(data.frames))
     for _, side in steps_of(data.resolution):
-        backbone.check_pixels(side, side, "data.resolution: ")
+        backbone.geometry.grid(1, side, side)  # raises for a side that does not fit
     return backbone
 
 

@@ -113,12 +113,14 @@ class MaeStage(Stage):
     def build(self, parents: Parents) -> MaeModule:
         module = MaeModule(self.config)
         load_vision(module, parents.vision)
-        self.token_grid = module.vision.token_grid  # the masks are drawn on the data side
+        self.geometry = module.vision.geometry  # the masks are drawn on the data side
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         pixels = load_pixels(sample, self.config.data, rng)
-        size = masking(self.config.mae).noise_size(self.token_grid(pixels[None]))
+        size = masking(self.config.mae).noise_size(
+            self.geometry.grid(len(pixels), *pixels.shape[-2:])
+        )
         draw = rng if rng is not None else np.random.default_rng(0)
         return {
             "pixels": pixels,
@@ -129,7 +131,7 @@ class MaeStage(Stage):
         """Encoder over the visible tokens and decoder over all."""
         options, vision = self.config.mae, sketch(self.config)
         side = value_at(self.config.data.resolution, 1.0)
-        grid = vision.token_grid(torch.empty(1, frames, 3, side, side, device="meta"))
+        grid = vision.geometry.grid(frames, side, side)
         noise = torch.empty(1, masking(options).noise_size(grid))
         visible = masking(options).draw(noise, grid, frames)[0].shape[1]
         decoder = make_decoder(options, vision)

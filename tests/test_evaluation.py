@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from xray.errors import DataError
 from xray.evaluation.knn import knn
+from xray.evaluation.linear_probe import STRENGTHS, linear_probe
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.zero_shot import class_weights, zero_shot
 
@@ -92,3 +93,17 @@ def test_zero_shot_averages_normalised_prompts() -> None:
     assert result["top1"] == 0.5 and result["chance_top1"] == 0.5
     with pytest.raises(DataError, match="a class for every sample"):
         zero_shot(torch.ones(1, 2), torch.tensor([-1]), weights)
+
+
+def test_linear_probe_separates_what_can_be_separated() -> None:
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(5, 16)
+    labels = torch.arange(200) % 5
+    train, test = (centres[labels] + torch.randn(200, 16) for _ in range(2))
+    found = linear_probe(train, labels, test, labels)
+    nearest = (torch.cdist(test, centres).argmin(1) == labels).float().mean()  # Bayes, nearly
+    assert found["top1"] >= nearest - 0.03 and found["l2"] in STRENGTHS
+    noise = linear_probe(torch.randn(200, 16), labels, torch.randn(200, 16), labels)
+    assert noise["top1"] < 0.35
+    with pytest.raises(DataError, match="needs a class for every sample"):
+        linear_probe(train, labels - 1, test, labels)

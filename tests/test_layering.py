@@ -23,7 +23,7 @@ RULES: dict[str, set[str]] = {
     "xray/models": {"xray.config", "xray.errors", "xray.models"},
     "xray/artifact.py": {"xray", "xray.errors"},
     "xray/restore.py": LEAF | MODELS | {"xray.artifact"},
-    "xray/pictures.py": LEAF | MODELS | {"xray.artifact", "xray.restore"},
+    "xray/pictures.py": LEAF | MODELS | {"xray.restore"},
     "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
     "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
     "xray/checkpoint.py": LEAF | {"xray.artifact", "xray.engine"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -144,12 +145,11 @@ def test_shares_of_macs_at_other_layers(
 @pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 4, "qk_norm": True}])
 @torch.no_grad()
 def test_macs_are_what_torch_counts(reduce: str, frames: int, kwargs: dict) -> None:
-    ours = backbone(reduce, kwargs=kwargs)
+    ours, rate = backbone(reduce, kwargs=kwargs), 1.0 if reduce == "none" else 0.6
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        ours(torch.randn(1, frames, 3, 64, 64), 0.6)
-    # an image's folded stem is counted by torch as by us; the bilinear tables are not matmuls
-    assert counter.get_total_flops() == 2 * vision_macs(ours, frames, 64, 0.6)
+        ours(torch.randn(1, frames, 3, 64, 64), rate)
+    assert counter.get_total_flops() == 2 * vision_macs(ours, frames, 64, rate)
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def test_assign_says_where_each_token_went_at_each_depth(reduce: str) -> None:
                 assert len(b[a == token].unique()) == 1
     dense = tokens.dense()
     assert torch.equal(dense[1, 5], tokens.patches[1, tokens.assign[-1][1, 5]])
-    assert ours(torch.randn(1, 1, 3, 64, 64)).dense().shape == (1, 16, 64)
+    assert ours(torch.randn(1, 1, 3, 64, 64), track=True).dense().shape == (1, 16, 64)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -226,6 +226,21 @@ def test_a_rate_that_changes_nothing_is_tracked_too(reduce: str, video: str) -> 
         assert len(tokens.assign) == 3
         assert tokens.patches.shape[1] == len(clip[0]) * 20
         assert torch.equal(tokens.assign[0].sort(1).values[0], torch.arange(len(clip[0]) * 20))
+
+
+def test_tome_keeps_to_fused_attention_in_training() -> None:
+    """A mask with a gradient would take SDPA from its fused kernels."""
+    ours, seen = backbone("tome"), []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Tensor, attn_mask: Tensor | None = None, **more: float) -> Tensor:
+        seen.append(attn_mask)
+        return fused(*args, attn_mask=attn_mask, **more)
+
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
+        ours(torch.randn(1, 1, 3, 64, 64), 0.7).cls.sum().backward()
+    masks = [mask for mask in seen if mask is not None]
+    assert len(masks) == 5 and not any(mask.requires_grad for mask in masks)
 
 
 @torch.no_grad()
@@ -269,12 +284,13 @@ def test_bf16_autocast(reduce: str) -> None:
 def test_it_compiles_whole(reduce: str) -> None:
     """No graph break; aot_eager traces forward and backward without a C++ compiler."""
     torch._dynamo.reset()
-    ours = backbone(reduce)
+    ours = backbone(reduce, kwargs={"depth": 4})
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=False)
     pixels = torch.randn(2, 1, 3, 64, 64)
-    expected, found = ours(pixels, 0.7).cls, compiled(pixels, 0.7).cls
-    assert torch.allclose(expected, found, atol=1e-5)
-    found.sum().backward()
+    for rate in (0.85, 0.7):  # a schedule steps through rates: a graph for each
+        expected, found = ours(pixels, rate).cls, compiled(pixels, rate).cls
+        assert torch.allclose(expected, found, atol=1e-5)
+        found.sum().backward()
 
 
 def test_rates_that_cannot_be() -> None:
@@ -284,5 +300,14 @@ def test_rates_that_cannot_be() -> None:
         backbone("evit", keep_rates=[0.7, 0.5])
     with pytest.raises(ConfigError, match="must be blocks 0 to 7"):
         backbone("evit", reduce_at=[3, 8])
+    with pytest.raises(ConfigError, match="must rise"):
+        backbone("evit", reduce_at=[5, 3])
+    pixels = torch.randn(1, 1, 3, 64, 64)
+    with pytest.raises(ConfigError, match=r"must be in \(0, 1\]"):
+        backbone("evit")(pixels, 0.0)
+    with pytest.raises(ConfigError, match="reduce=none keeps every token"):
+        backbone("none")(pixels, 0.7)
+    with pytest.raises(ValueError, match="track=True"):
+        backbone("evit")(pixels, 0.7).dense()
     with pytest.raises(ConfigError, match="cannot merge"):
         backbone("tome")(torch.randn(1, 1, 3, 64, 64), 0.3)

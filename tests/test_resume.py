@@ -94,6 +94,16 @@ def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
     assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
 
 
+def test_a_run_of_an_older_version_is_known_by_its_settings(demo: Path, unkilled: Path) -> None:
+    file = unkilled / "mae" / "run.json"
+    record = json.loads(file.read_text())
+    for section, key in (("model", "video"), ("mae", "video_mask"), ("model", "keep_rates")):
+        del record["config"][section][key]
+    file.write_text(json.dumps(record))
+    again = run(demo, unkilled)
+    assert again.returncode == 0 and "stage mae is finished" in again.stderr
+
+
 def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(demo, out, "stages=[mae]").returncode == 0

@@ -83,7 +83,7 @@ def test_a_stage_grows_and_hands_on_its_final_size(demo: Path, tmp_path: Path) -
 
 
 def test_every_size_must_fit_the_patches(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.resolution: 20 pixels are not a multiple"):
+    with pytest.raises(ConfigError, match=r"20 pixels \(data.resolution\) are not"):
         train("mae", demo, tmp_path, "data.resolution=[[0.0,20],[0.5,32]]")
     with pytest.raises(ConfigError, match=r"train.micro_batch=3 does not divide"):
         train("mae", demo, tmp_path, "train.micro_batch=[[0.0,0],[0.5,3]]")

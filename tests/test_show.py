@@ -14,7 +14,7 @@ from tiny import train
 from data_pipelines.shards import index_shard
 from xray.artifact import Artifact
 from xray.pictures import SIDE, kept_tokens, reconstructions
-from xray.restore import VisionEncoder
+from xray.restore import VisionEncoder, restore_decoder
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,15 @@ def same_patches(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("frames", [1, 4])
-@pytest.mark.parametrize("reduction", ["evit", "random", "tome"])
-def test_what_is_bright_was_kept(hashtag: Artifact, reduction: str, frames: int) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "fuse"),
+    [("evit", True), ("evit", False), ("random", True), ("random", False), ("tome", True)],
+)
+def test_what_is_bright_was_kept(
+    hashtag: Artifact, reduction: str, fuse: bool, frames: int
+) -> None:
     encoder = VisionEncoder(hashtag)
-    encoder.vision.reduction = reduction
+    encoder.vision.reduction, encoder.vision.fuse = reduction, fuse
     sheet = kept_tokens(encoder, noise(3, frames, 3, 32, 32), keep_rate=0.6)
     tokens = 16 * max(1, frames // 2)
     counts = [encoder.vision.token_counts(tokens, 0.6)[at] for at in encoder.vision.reduce_at]
@@ -66,13 +71,17 @@ def test_what_is_bright_was_kept(hashtag: Artifact, reduction: str, frames: int)
         bright = same_patches(cells, sheet.cells[0]).reshape(3, tokens).sum(1)
         if reduction == "tome":  # the merged ones show a mean
             assert (bright < left).all()
+        elif not fuse:
+            assert (bright == left).all()
         else:  # all but the fused one, if that was kept with others
             assert (bright <= left - 1).all() and (bright >= left - 3).all()
 
 
 def test_visible_patches_are_shown_as_they_are(mae: Artifact) -> None:
     pixels = noise(2, 4, 3, 32, 32)
-    masked, filled, original = reconstructions(mae, pixels).cells
+    encoder = VisionEncoder(mae)
+    decoder, options = restore_decoder(mae, encoder.vision), mae.manifest["config"]["mae"]
+    masked, filled, original = reconstructions(encoder, decoder, options, pixels).cells
     assert torch.equal(original.round().byte(), pixels[:, ::2].flatten(0, 1))
     seen = same_patches(masked, original)
     assert (seen.sum(1) == 2).all()  # tubes of .9 over 16 places

@@ -24,7 +24,7 @@ ZERO = [
 # The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
-    "hashtag": ["model.reduce=tome"],
+    "hashtag": ["model.reduce=tome", "model.video=frames", "model.frame_pool=attention"],
     "clip": [],
 }
 
@@ -50,7 +50,8 @@ def contrastive_gradients(out: Path) -> None:
 def main() -> None:
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     for stage, zero in ZERO:
-        train(stage, demo, out / f"{stage}-{zero}", f"zero.stage={zero}", *CHANGES[stage])
+        more = [f"zero.stage={zero}", f"model.grad_checkpointing={zero == 3}"]
+        train(stage, demo, out / f"{stage}-{zero}", *more, *CHANGES[stage])
     contrastive_gradients(out / "gradients.json")
 
 

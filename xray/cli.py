@@ -78,8 +78,9 @@ def run(
     from xray.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    table = plan_table(loaded)  # on every rank: it raises for what cannot be built
     if dist.is_main():
-        plan_table(loaded).print()
+        table.print()
     if plan:
         return
     from xray.recipe import run_recipe

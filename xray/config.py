@@ -298,6 +298,14 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def filled(values: Any, defaults: Any) -> Any:
+    """Nested containers with what they lack taken from defaults: for records of older versions."""
+    if not (isinstance(values, Mapping) and isinstance(defaults, Mapping)):
+        return values
+    own = {key: filled(value, defaults.get(key)) for key, value in values.items()}
+    return {**defaults, **own}
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Lines `key: old -> new` for two nested containers."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -15,6 +15,7 @@ from xray.errors import ConfigError
 
 # Sections whose value may be the name of a shipped yaml: `model=vit_b16`, `zero=2`.
 PRESETS = ("model", "zero")
+OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")  # what only the model they were given for has
 
 C = TypeVar("C")
 Layer = Mapping[str, Any]
@@ -75,7 +76,7 @@ def merge(*layers: Layer) -> dict[str, Any]:
     """Merge nested mappings, later ones winning; lists replace.
 
     A section of PRESETS may be a preset's name. Naming a model drops what an earlier layer gave
-    as its `kwargs`: they belong to the name.
+    as its `kwargs` and reducing blocks: they belong to the name.
     """
     result: dict[str, Any] = {}
     for layer in layers:
@@ -84,7 +85,7 @@ def merge(*layers: Layer) -> dict[str, Any]:
                 value = load_preset(key, str(value))
             if key in PRESETS and isinstance(value, Mapping) and "name" in value:
                 kept = result.get(key, {})
-                result[key] = {name: kept[name] for name in kept if name != "kwargs"}
+                result[key] = {name: kept[name] for name in kept if name not in OF_THE_NAME}
             if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
                 result[key] = merge(result[key], value)
             else:

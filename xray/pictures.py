@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from xray.artifact import Artifact
-from xray.models.heads import Normalize
-from xray.models.mae_decoder import Masking, patchify, unpatchify
+from xray.models.mae_decoder import MaeDecoder, Masking, patchify, unpatchify
 from xray.models.reduce import KeepRate
-from xray.restore import VisionEncoder, restore_decoder, restore_vision
+from xray.restore import VisionEncoder
 
 SIDE = 144  # pixels per shown picture, at least
 GAP = 4
@@ -55,18 +54,19 @@ class Sheet:
 
 @torch.no_grad()
 def reconstructions(
-    artifact: Artifact, pixels: Tensor, names: Sequence[str] = (), seed: int = 0
+    encoder: VisionEncoder,
+    decoder: MaeDecoder,
+    options: Mapping[str, Any],
+    pixels: Tensor,
+    names: Sequence[str] = (),
+    seed: int = 0,
 ) -> Sheet:
     """Masked, reconstructed and original pictures of [B, T, 3, S, S] uint8; a clip by tubelets.
 
-    Under norm_pix_loss a patch is predicted up to its mean and variance; these are taken from the
-    original to show it. Visible patches are shown as they are.
+    options: the artifact's mae section. Under norm_pix_loss a patch is predicted up to its mean and
+    variance; these are taken from the original to show it. Visible patches are shown as they are.
     """
-    config = artifact.manifest["config"]
-    options = config["mae"]
-    vision = restore_vision(artifact)
-    decoder = restore_decoder(artifact, vision)
-    normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+    vision, normalize = encoder.vision, encoder.normalize
     x = normalize(pixels)
     grid = vision.token_grid(x)
     masking = Masking(
@@ -131,10 +131,10 @@ def kept_tokens(
 
 
 def _group_sizes(assign: Tensor) -> Tensor:
-    """[B, n] -> [B, n]: how many input tokens share each input token's token."""
+    """[B, n] -> [B, n]: how many input tokens share each input token's token; dropped: any."""
     place = assign.clamp(min=0)
     count = torch.zeros(len(assign), int(assign.max()) + 1)
-    return count.scatter_add(1, place, torch.ones_like(place, dtype=count.dtype)).gather(1, place)
+    return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
 
 
 def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ from xray.config import DataConfig
 from xray.recipe import Recipe
 from xray.report import Picture, ResultTable, loss_curves, paragraph, read_metrics, write_report
 from xray.schedule import value_at
-from xray.show import explain
+from xray.show import Explainer
 
 SHOWN = 6  # images per sheet
 CLIPS = 2  # each on a sheet of its own
@@ -44,10 +44,10 @@ def write_run_report(
 
 def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
     """What the artifact makes of its first images and of its first clips."""
-    found = []
+    found, explainer = [], Explainer(artifact)
     for modality, pixels in _samples(data):
         groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
-        found += [picture for group in groups for picture in explain(artifact, group)]
+        found += [picture for group in groups for picture in explainer(group)]
     return found
 
 

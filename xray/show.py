@@ -19,18 +19,10 @@ from xray.errors import ConfigError, DataError
 from xray.models.reduce import KeepRate
 from xray.pictures import Sheet, kept_tokens, reconstructions
 from xray.report import Picture, paragraph, write_report
-from xray.restore import VisionEncoder
+from xray.restore import VisionEncoder, restore_decoder
 from xray.schedule import value_at
 
 FORMATS = (".png", ".html")
-RECONSTRUCTED = (
-    "Masked, reconstructed, original. Each patch's mean and variance are taken from the original; "
-    "a clip shows the first frame of each tubelet."
-)
-KEPT = (
-    "The input, then the tokens left after each block that reduces them. Blue ones were fused "
-    "(merged ones of ToMe show their mean colour); a clip shows the first frame of each tubelet."
-)
 
 
 def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float | None) -> None:
@@ -43,15 +35,16 @@ def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float 
         raise ConfigError(f"--out {out} must end in {' or '.join(FORMATS)}")
     data = artifact.manifest["config"]["data"]
     size = value_at(data["resolution"], 1.0), value_at(data["frames"], 1.0)
-    groups = group(files, [read_media(path, *size) for path in files])
-    pictures = []
-    for names, pixels in groups:
-        pictures += explain(artifact, pixels, names, keep_rate)
-    if not pictures:
+    media = [read_media(path, *size) for path in files]
+    explainer = Explainer(artifact, keep_rate)
+    if not explainer.kinds:
+        remedy = "show" if explainer.reduction == "none" else "give --keep-rate, or show"
         raise ConfigError(
-            f"{artifact.path} has no decoder and keeps all tokens (keep rate 1): give --keep-rate, "
-            "or show an artifact of stage mae"
+            f"{artifact.path} has no decoder and keeps all tokens: {remedy} another artifact"
         )
+    pictures = [
+        picture for names, pixels in group(files, media) for picture in explainer(pixels, names)
+    ]
     if out.suffix == ".html":
         note = paragraph(f"{artifact.path}, stage {artifact.stage}")
         write_report(out, "xray show", [note, *(picture.html() for picture in pictures)])
@@ -59,29 +52,57 @@ def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float 
         Image.fromarray(stack([picture.pixels for picture in pictures])).save(out)
 
 
-def explain(
-    artifact: Artifact,
-    pixels: Tensor,
-    names: Sequence[str] = (),
-    keep_rate: KeepRate | None = None,
-) -> list[Picture]:
-    """The pictures an artifact can give of [B, T, 3, S, S] uint8 images or one clip."""
-    what = "images" if pixels.shape[1] == 1 else "clip"
-    found: list[tuple[str, str, Sheet]] = []
-    if artifact.stage == "mae":
-        sheet = reconstructions(artifact, pixels, names)
-        found.append(("MAE reconstructions", RECONSTRUCTED, sheet))
-    encoder = VisionEncoder(artifact)
-    rate = encoder.keep_rate if keep_rate is None else keep_rate
-    if keep_rate is not None and encoder.vision.reduction == "none":
-        raise ConfigError(f"{artifact.path} was trained with model.reduce=none: leave --keep-rate")
-    if encoder.vision.rates(rate):
-        sheet = kept_tokens(encoder, pixels, names, rate)
-        found.append((f"Kept tokens ({encoder.vision.reduction}, keep rate {rate})", KEPT, sheet))
-    return [
-        Picture(f"{title}, {what} ({artifact.stage})", caption, sheet.draw())
-        for title, caption, sheet in found
-    ]
+class Explainer:
+    """An artifact restored to show what it sees; `kinds` names what it can show.
+
+    Raises ConfigError for a keep rate where the model reduces nothing.
+    """
+
+    def __init__(self, artifact: Artifact, keep_rate: KeepRate | None = None) -> None:
+        self.artifact = artifact
+        self.encoder = VisionEncoder(artifact)
+        self.reduction = self.encoder.vision.reduction
+        if keep_rate is not None and self.reduction == "none":
+            raise ConfigError(f"{artifact.path} has model.reduce=none: leave out --keep-rate")
+        self.keep_rate = self.encoder.keep_rate if keep_rate is None else keep_rate
+        self.kinds = []
+        if artifact.stage == "mae":
+            self.decoder = restore_decoder(artifact, self.encoder.vision)
+            self.kinds.append(self._reconstructed)
+        if self.encoder.vision.rates(self.keep_rate):
+            self.kinds.append(self._kept)
+
+    def __call__(self, pixels: Tensor, names: Sequence[str] = ()) -> list[Picture]:
+        """A picture of each kind of [B, T, 3, S, S] uint8 images or one clip."""
+        return [kind(pixels, names) for kind in self.kinds]
+
+    def _reconstructed(self, pixels: Tensor, names: Sequence[str]) -> Picture:
+        options = self.artifact.manifest["config"]["mae"]
+        sheet = reconstructions(self.encoder, self.decoder, options, pixels, names)
+        caption = "Masked, reconstructed, original."
+        if options["norm_pix_loss"]:
+            caption += " Each patch's mean and variance are taken from the original."
+        return self._picture("MAE reconstructions", caption, sheet, pixels)
+
+    def _kept(self, pixels: Tensor, names: Sequence[str]) -> Picture:
+        sheet = kept_tokens(self.encoder, pixels, names, self.keep_rate)
+        gone = {
+            "tome": "Tokens that were merged show their mean colour.",
+            "fused": "Blue ones were fused into one.",
+            "dropped": "Blue ones were dropped.",
+        }
+        fate = "fused" if self.encoder.vision.fuse else "dropped"
+        caption = "The input, then the tokens left after each block that reduces them. "
+        caption += gone["tome" if self.reduction == "tome" else fate]
+        title = f"Kept tokens ({self.reduction}, keep rate {self.keep_rate})"
+        return self._picture(title, caption, sheet, pixels)
+
+    def _picture(self, title: str, caption: str, sheet: Sheet, pixels: Tensor) -> Picture:
+        clip = pixels.shape[1] > 1
+        if clip:
+            caption += " A clip shows the first frame of each tubelet."
+        title = f"{title}, {'clip' if clip else 'images'} ({self.artifact.stage})"
+        return Picture(title, caption, sheet.draw())
 
 
 def read_media(path: Path, resolution: int, frames: int) -> Tensor:

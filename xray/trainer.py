@@ -29,6 +29,7 @@ from xray.config import (
     config_hash,
     differences,
     dump,
+    filled,
     hash_json,
     identity,
     to_dict,
@@ -67,7 +68,7 @@ class Trainer:
         self.sources = self.stage.prepare(open_sources(config.data, names), parents)
         self.plans = make_plans(config.blocks, self.sources, config.data, config.seed)
         self.record = self._record()
-        check_same_run(self.out, self.record)
+        check_same_run(self.out, self.record, identity(type(config)()))
         self._start_from = parents
 
     def finished(self) -> Artifact | None:
@@ -337,14 +338,18 @@ class Trainer:
         self.preempted = True
 
 
-def check_same_run(out: Path, record: dict[str, Any]) -> None:
-    """Raise ConfigError when a folder holds a run that differs in what makes its result."""
+def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ConfigError when a folder holds a run that differs in what makes its result.
+
+    defaults: of settings that a run begun by an older version did not know.
+    """
     try:
         old = json.loads((out / "run.json").read_text())
     except FileNotFoundError:
         return
     except ValueError as error:
         raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    old["config"] = filled(old.get("config", {}), defaults)
     changed = differences(old, json.loads(json.dumps(record)))
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

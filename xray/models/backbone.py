@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from xray.config import ModelConfig
 from xray.errors import ConfigError
 from xray.models.reduce import KeepRate, Spec, TokenState, kept_tokens, reduce_tokens, size_bias
-from xray.models.stem import TubeletEmbed, whole_tubelets
+from xray.models.stem import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
 from xray.models.weights import load_pretrained, resample_time
 
@@ -30,15 +30,20 @@ class Tokens(NamedTuple):
     """The backbone's output: a tuple, which ZeRO-3 looks into.
 
     cls [B, D]; patches [B, m, D]; assign, after each block that reduced: the patch token that each
-    of the n input tokens lies in, [B, n] long, -1 if it was dropped.
+    of the n input tokens lies in, [B, n] long, -1 if it was dropped; None unless tracked.
     """
 
     cls: Tensor
     patches: Tensor
-    assign: tuple[Tensor, ...] = ()
+    assign: tuple[Tensor, ...] | None = None
 
     def dense(self) -> Tensor:
-        """A feature for every input token, [B, n, D]: its token's; zero if it was dropped."""
+        """A feature for every input token, [B, n, D]: its token's; zero if it was dropped.
+
+        Raises ValueError when the call was not made with `track=True`.
+        """
+        if self.assign is None:
+            raise ValueError("dense() needs to know where tokens went: call with track=True")
         if not self.assign:
             return self.patches
         place = self.assign[-1][..., None].expand(-1, -1, self.patches.shape[-1])
@@ -65,9 +70,10 @@ class VisionBackbone(nn.Module):
         vit = create_timm(config, size)
         self.embed_dim: int = vit.embed_dim
         self.patch_size: tuple[int, int] = vit.patch_embed.patch_size
-        self.check_pixels(*size, key="data.resolution=")
         self.tubelet = config.tubelet
         self.video = config.video
+        self.geometry = Geometry(self.patch_size, 1 if config.video == "frames" else config.tubelet)
+        self.geometry.grid(1, *size)  # raises for sides that do not fit
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.cls_added = vit.cls_token is None
         # positions cover none of the prefix tokens, or all that timm's model has
@@ -100,10 +106,12 @@ class VisionBackbone(nn.Module):
         self.fuse = config.fuse
         depth = len(self.blocks)
         default = [depth // 4, depth // 2, 3 * depth // 4]
-        self.reduce_at = sorted(set(default if config.reduce_at is None else config.reduce_at))
+        self.reduce_at = sorted(set(default)) if config.reduce_at is None else config.reduce_at
         if any(not 0 <= i < depth for i in self.reduce_at):
             raise ConfigError(f"model.reduce_at={self.reduce_at} must be blocks 0 to {depth - 1}")
-        if config.keep_rates is not None:
+        if sorted(set(self.reduce_at)) != self.reduce_at:
+            raise ConfigError(f"model.reduce_at={self.reduce_at} must rise: keep_rates follow it")
+        if config.keep_rates is not None and self.reduction != "none":
             self.rates(config.keep_rates)  # as many as blocks
         load_pretrained(self, config)
 
@@ -120,6 +128,7 @@ class VisionBackbone(nn.Module):
             pixels: [B, T, 3, H, W], normalised; T = 1 for images. An odd frame out is repeated to
                 fill its tubelet.
             keep_rate: share of patch tokens kept at each block of `reduce_at`, or one per block.
+                It is the call's: `config.keep_rate` is what a stage's schedule ends at.
             visible: [B, m] patch tokens to encode (masked auto-encoding), or None for all. With
                 `video: frames` the same number of each frame, frame by frame.
             track: also return `assign`.
@@ -164,12 +173,10 @@ class VisionBackbone(nn.Module):
             else:
                 x, state = self._block(block, x, state, rate)
         x = self.fc_norm(self.norm(x))
-        return Tokens(x[:, 0], x[:, P:], state.assign or ())
+        return Tokens(x[:, 0], x[:, P:], state.assign)
 
     def rates(self, keep_rate: KeepRate) -> dict[int, float]:
-        """Block number -> the keep rate below 1 there."""
-        if self.reduction == "none":
-            return {}
+        """Block number -> the keep rate below 1 there; raises ConfigError for impossible ones."""
         rates = (
             [keep_rate] * len(self.reduce_at) if isinstance(keep_rate, float | int) else keep_rate
         )
@@ -180,6 +187,8 @@ class VisionBackbone(nn.Module):
             )
         if not all(0 < rate <= 1 for rate in rates):
             raise ConfigError(f"keep rates {list(rates)} must be in (0, 1]")
+        if self.reduction == "none" and any(rate < 1 for rate in rates):
+            raise ConfigError("model.reduce=none keeps every token: set it to evit, or keep_rate 1")
         return {at: rate for at, rate in zip(self.reduce_at, rates, strict=True) if rate < 1}
 
     def token_counts(self, tokens: int, keep_rate: KeepRate = 1.0) -> list[int]:
@@ -232,19 +241,7 @@ class VisionBackbone(nn.Module):
 
         Raises ConfigError for sides that are not whole patches.
         """
-        T, H, W = pixels.shape[1], *pixels.shape[-2:]
-        self.check_pixels(H, W)
-        slots = T if self.video == "frames" else -(-T // self.tubelet)
-        return slots, H // self.patch_size[0], W // self.patch_size[1]
-
-    def check_pixels(self, height: int, width: int, key: str = "") -> None:
-        """Raise ConfigError for sides that are not whole patches; key: what the message names."""
-        for side, patch in ((height, self.patch_size[0]), (width, self.patch_size[1])):
-            if side % patch:
-                raise ConfigError(
-                    f"{key}{side} pixels are not a multiple of the patch size {patch}: use "
-                    f"{max(1, side // patch) * patch}"
-                )
+        return self.geometry.grid(pixels.shape[1], *pixels.shape[-2:])
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Stem, positions and prefix tokens: [B, P + n, D], patch tokens t-major."""

@@ -93,20 +93,24 @@ def normalize_patches(patches: Tensor) -> Tensor:
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """[N] -> [N, width] sines then cosines with frequencies 10000^(-i / (width/2))."""
-    rates = 10000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width / 2))
+    rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
+    rates = 10000 ** (-rates / (width / 2))
     angles = positions[:, None].float() * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_positions(grid: tuple[int, int, int], width: int) -> Tensor:
+def sincos_positions(
+    grid: tuple[int, int, int], width: int, device: torch.device | None = None
+) -> Tensor:
     """Fixed positions of a decoder, [t*h*w, width]: half for rows, half for columns, plus time.
 
     Time is added and is zero in the first slot, so that an image and a clip agree there.
     """
     t, h, w = grid
-    rows = sincos(torch.arange(h), width // 2).repeat_interleave(w, dim=0)
-    columns = sincos(torch.arange(w), width // 2).repeat(h, 1)
-    time = sincos(torch.arange(t), width) - sincos(torch.zeros(1), width)
+    ticks = torch.arange(max(grid), device=device)
+    rows = sincos(ticks[:h], width // 2).repeat_interleave(w, dim=0)
+    columns = sincos(ticks[:w], width // 2).repeat(h, 1)
+    time = sincos(ticks[:t], width) - sincos(ticks[:1], width)
     return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)
 
 
@@ -134,7 +138,7 @@ class MaeDecoder(nn.Module):
         B, m, dim = x.shape
         hidden = self.mask_token.expand(B, ids_restore.shape[1] - m, -1).to(x.dtype)
         x = torch.cat([x, hidden], dim=1).gather(1, ids_restore[..., None].expand(-1, -1, dim))
-        x = x + sincos_positions(grid, dim).to(x)
+        x = x + sincos_positions(grid, dim, x.device).to(x.dtype)
         x = torch.cat([self.embed(cls)[:, None], x], dim=1)
         for block in self.blocks:
             x = block(x)

@@ -126,7 +126,8 @@ def _keep(
     parts = [x[:, :P], patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))]
     if spec.fuse:
         weights = attention.scatter(1, index, 0.0).to(x.dtype)
-        parts.append((weights[:, None] @ patches).to(x.dtype))  # [B, 1, D]
+        with torch.autocast(x.device.type, enabled=False):
+            parts.append(weights[:, None] @ patches)  # [B, 1, D]
     if state.assign is not None:
         rest = spec.kept if spec.fuse else -1
         place = torch.full((B, n), rest, dtype=torch.long, device=x.device)
@@ -147,8 +148,10 @@ def tome(
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     merges = n - (spec.kept + spec.fuse)
     even = P % 2  # the first patch token at an even place of the whole sequence
-    metric = F.normalize(k.mean(dim=1)[:, P:], dim=-1)
-    similarity = metric[:, even::2] @ metric[:, 1 - even :: 2].transpose(1, 2)  # [B, a, b]
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):  # close cosines must stay apart
+        metric = F.normalize(k.to(dtype).mean(dim=1)[:, P:], dim=-1)
+        similarity = metric[:, even::2] @ metric[:, 1 - even :: 2].transpose(1, 2)  # [B, a, b]
     if merges > similarity.shape[1]:
         raise ConfigError(f"reduce=tome cannot merge {merges} of {n} tokens: keep_rate must be .5+")
     best, partner = similarity.max(dim=2)
@@ -158,7 +161,6 @@ def tome(
 
     sizes = state.sizes
     if sizes is None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
         sizes = torch.ones(B, P + n, dtype=dtype, device=x.device)
     scale = sizes[:, P:, None].to(x.dtype)
     weighted = torch.cat([x[:, P:] * scale, scale], dim=2)  # the size travels as a last channel
@@ -170,7 +172,8 @@ def tome(
     into = target[..., None].expand(-1, -1, weighted.shape[-1])
     joined = torch.cat([pick(stay), targets.scatter_add(1, into, pick(merged))], dim=1)
     x = torch.cat([x[:, :P], joined[..., :-1] / joined[..., -1:]], dim=1)
-    sizes = torch.cat([sizes[:, :P], joined[..., -1].to(sizes.dtype)], dim=1)
+    # without its gradient, which is zero but would keep attention from its fused kernels
+    sizes = torch.cat([sizes[:, :P], joined[..., -1].detach().to(sizes.dtype)], dim=1)
     if state.assign is not None:
         first = stay.shape[1]  # of the targets, which follow those that stay
         place = torch.empty(B, n, dtype=torch.long, device=x.device)

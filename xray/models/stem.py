@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xray.errors import ConfigError
+
+
+class Geometry(NamedTuple):
+    """How pixels are cut into tokens: patch (height, width), and frames per time slot."""
+
+    patch: tuple[int, int]
+    frames: int
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) tokens; raises ConfigError for sides that are not whole patches."""
+        for side, patch in zip((height, width), self.patch, strict=True):
+            if side % patch:
+                raise ConfigError(
+                    f"{side} pixels (data.resolution) are not a multiple of the patch size "
+                    f"{patch}: use {max(1, side // patch) * patch}"
+                )
+        return -(-frames // self.frames), height // self.patch[0], width // self.patch[1]
 
 
 class TubeletConv(nn.Conv3d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -40,10 +42,10 @@ def _instead(key: str) -> str:
     return f": set {own[key]}" if key in own else ""
 
 
-def _why_not(vit: object) -> str:
+def _why_not(vit: Any) -> str:
     """What differs from a VisionTransformer of standard blocks, or nothing."""
-    if not isinstance(vit, VisionTransformer):
-        kind = type(vit)
+    kind = type(vit)
+    if kind is not VisionTransformer:  # a subclass has tokens or positions of its own
         return f"it is timm's {kind.__name__} ({kind.__module__}), not its VisionTransformer"
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its stem is {type(vit.patch_embed).__name__}, not one convolution over patches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,12 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
         state["patch_embed.proj.weight"] = inflate(stem, backbone.tubelet)
     table = state.get("pos_embed")
     if table is not None and table.shape != own["pos_embed"].shape:
+        places = table.shape[1] - backbone.position_prefix
+        if math.isqrt(max(0, places)) ** 2 != places:
+            raise ArtifactError(
+                f"{origin}: its {places} positions are no square grid: give VisionBackbone the "
+                "resolution it was made with"
+            )
         state["pos_embed"] = resample_abs_pos_embed(
             table, new_size=list(backbone.grid), num_prefix_tokens=backbone.position_prefix
         )
