@@ -73,11 +73,17 @@ def test_a_stage_grows_and_hands_on_its_final_size(demo: Path, tmp_path: Path) -
     grown = train(
         "hashtag", demo, tmp_path / "run", "data.resolution=[[0.0,16],[0.5,32]]",
         "data.frames=[[0.0,2],[0.7,4]]", "train.micro_batch=[[0.0,0],[0.5,2]]",
-        "data.validation=[]", "model.keep_rates=[0.9,0.7,0.5]",
+        "data.sources.val={shards: heldout, modality: image}",
+        "data.validation=[{source: val, samples: 8}]", "train.validate_every=2",
+        "model.keep_rates=[0.9,0.7,0.5]",
     )  # fmt: skip
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["resolution"] for row in rows] == [16] * 3 + [32] * 3
     assert [row["frames"] for row in rows] == [2] * 4 + [4] * 2
+    for row in rows[1:5:2]:  # validation has the sizes and rates of its moment
+        assert row["val/resolution"] == row["resolution"]
+        assert row["val/keep_rate/2"] == row["keep_rate/2"]
+    assert grown.manifest["metrics"]["val/keep_rate/2"] == 0.5
     assert rows[-1]["keep_rate/2"] == 0.5 and grown.manifest["keep_rate"] == [0.9, 0.7, 0.5]
     assert grown.load("backbone")["pos_embed"].shape == (1, 17, 32)  # 32 px: the largest grid
 

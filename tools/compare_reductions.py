@@ -1,10 +1,10 @@
-"""EViT, ToMe and random reduction of one artifact's backbone at equal keep rates, on a probe.
+"""EViT, ToMe and random reduction of artifacts' backbones at equal keep rates, on a probe.
 
 Linear probe and kNN on classes_val (labelled photos) without retraining, multiply-adds, and the
-measured speed against keep rate 1. Writes a JSON; --plot draws accuracy over speed from JSONs.
+measured speed against keep rate 1 (of the first artifact: they share a model). Prints tables, and
+writes a JSON and a plot of accuracy over speed.
 
-    python tools/compare_reductions.py runs/real_small/clip/artifact --root DATA --out clip.json
-    python tools/compare_reductions.py --plot reductions.png mae.json clip.json
+    python tools/compare_reductions.py runs/real_small/{mae,hashtag,clip}/artifact --root DATA
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from xray.schedule import value_at
 
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 REDUCTIONS = ("evit", "tome", "random")
+Data = tuple[Tensor, Tensor]  # pixels, labels
+Row = dict[str, Any]
 COLOURS = {"evit": "tab:blue", "tome": "tab:orange", "random": "tab:gray"}
 
 
-def load(root: str, shards: str, resolution: int) -> tuple[Tensor, Tensor]:
+def load(root: str, shards: str, resolution: int) -> Data:
     """All pictures of a source, [N, 1, 3, S, S] uint8, and their labels."""
     data = DataConfig(resolution=resolution, workers=2)
 
@@ -58,45 +60,63 @@ def extract(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.features(batch) for batch in pixels.split(128)])
 
 
-def compare(path: str, root: str, rounds: int) -> dict[str, Any]:
-    """The measures of every reduction and keep rate."""
-    artifact = open_artifact(path)
-    encoder = VisionEncoder(artifact)
-    vision = encoder.vision
-    resolution = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)
+Variant = tuple[str, float]  # reduction, keep rate
+VARIANTS: list[Variant] = [("none", 1.0), *((r, k) for r in REDUCTIONS for k in RATES)]
+
+
+def select(encoder: VisionEncoder, variant: Variant) -> None:
+    encoder.vision.reduction, encoder.keep_rate = variant
+
+
+def speeds(encoder: VisionEncoder, pixels: Tensor, rounds: int) -> dict[Variant, float]:
+    """How many times faster than keep rate 1 each variant encodes the pixels."""
+
+    def run(variant: Variant) -> None:
+        select(encoder, variant)
+        encoder.features(pixels)
+
+    names = {variant: json.dumps(variant) for variant in VARIANTS}
+    runs = {names[variant]: partial(run, variant) for variant in VARIANTS}
+    seconds = interleaved(runs, rounds)
+    return {v: speedup(seconds, names[v], names["none", 1.0]) for v in VARIANTS}
+
+
+def probe(
+    encoder: VisionEncoder, train: Data, test: Data, speed: dict[Variant, float]
+) -> list[Row]:
+    """A row of measures per variant."""
+    rows, resolution = [], train[0].shape[-1]
+    for variant in VARIANTS:
+        select(encoder, variant)
+        features, tested = extract(encoder, train[0]), extract(encoder, test[0])
+        reduction, rate = variant
+        row = {"reduce": reduction, "keep_rate": rate, "speed": speed[variant]}
+        row["mmacs"] = vision_macs(encoder.vision, 1, resolution, rate) / 1e6
+        row["linear"] = linear_probe(features, train[1], tested, test[1])["top1"]
+        row["knn"] = knn(features, train[1], tested, test[1])["top1"]
+        rows.append(row)
+        print(_line(row), flush=True)
+    return rows
+
+
+def compare(paths: list[str], root: str, rounds: int) -> dict[str, Any]:
+    """All measures of all artifacts."""
+    artifacts = [open_artifact(path) for path in paths]
+    resolution = value_at(artifacts[0].manifest["config"]["data"]["resolution"], 1.0)
     train = load(root, "classes_val/probe_train", resolution)
     test = load(root, "classes_val/val", resolution)
-
-    def run(reduction: str, rate: float) -> None:
-        vision.reduction, encoder.keep_rate = reduction, rate
-        encoder.features(test[0][:128])
-
-    variants = {("none", 1.0): partial(run, "none", 1.0)}
-    variants |= {(r, k): partial(run, r, k) for r in REDUCTIONS for k in RATES}
-    seconds = interleaved({json.dumps(key): call for key, call in variants.items()}, rounds)
-    rows = []
-    for (reduction, rate), call in variants.items():
-        call()  # sets the encoder
-        features, tested = extract(encoder, train[0]), extract(encoder, test[0])
-        rows.append(
-            {
-                "reduce": reduction,
-                "keep_rate": rate,
-                "mmacs": vision_macs(vision, 1, resolution, rate) / 1e6,
-                "speed": speedup(seconds, json.dumps((reduction, rate)), json.dumps(("none", 1.0))),
-                "linear": linear_probe(features, train[1], tested, test[1])["top1"],
-                "knn": knn(features, train[1], tested, test[1])["top1"],
-            }
-        )
-        print(_line(rows[-1]), flush=True)
-    trained = {"reduce": artifact.manifest["config"]["model"]["reduce"]}
-    trained["keep_rate"] = artifact.manifest["keep_rate"]
+    measured = speeds(VisionEncoder(artifacts[0]), test[0][:128], rounds)
+    found = []
+    for artifact in artifacts:
+        print(f"\n{artifact.stage}\n\n| reduce | keep | MMACs | speed | linear probe % | kNN % |")
+        print("|---|---:|---:|---:|---:|---:|", flush=True)
+        rows = probe(VisionEncoder(artifact), train, test, measured)
+        trained = artifact.manifest["config"]["model"]["reduce"], artifact.manifest["keep_rate"]
+        found.append({"stage": artifact.stage, "trained": trained, "rows": rows})
     return {
-        "stage": artifact.stage,
-        "trained": trained,
         "hardware": hardware("cpu"),
         "images": [len(train[0]), len(test[0])],
-        "rows": rows,
+        "artifacts": found,
     }
 
 
@@ -134,21 +154,18 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", help="an artifact; with --plot, JSONs written before")
+    parser.add_argument("inputs", nargs="+", help="artifacts, or a JSON written before: its plot")
     parser.add_argument("--root", default="", help="the folder that holds classes_val")
     parser.add_argument("--out", type=Path, default=Path("reductions.json"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--plot", type=Path, help="draw the JSONs given as inputs")
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    if options.plot:
-        plot([json.loads(Path(name).read_text()) for name in options.inputs], options.plot)
-        return
-    print(
-        "| reduce | keep | MMACs | speed | linear probe % | kNN % |\n|---|---:|---:|---:|---:|---:|"
-    )
-    result = compare(options.inputs[0], options.root, options.rounds)
-    options.out.write_text(json.dumps(result, indent=1))
-    print(f"{result['hardware']}; {result['images']} images")
+    if options.inputs[0].endswith(".json"):
+        result, out = json.loads(Path(options.inputs[0]).read_text()), Path(options.inputs[0])
+    else:
+        result, out = compare(options.inputs, options.root, options.rounds), options.out
+        out.write_text(json.dumps(result, indent=1))
+    plot(result["artifacts"], out.with_suffix(".png"))
+    print(f"\n{result['hardware']}; {result['images']} images to fit and to test")
 
 
 if __name__ == "__main__":
