@@ -18,9 +18,10 @@ def test_python_of_the_readme_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
-    assert names["cls"].shape == (1, 384) and names["patches"].shape == (1, 497, 384)
-    assert [a.shape for a in names["assign"]] == [(1, 1440)] * 3
-    assert names["features"].shape == (1, 1440, 384)
+    tokens = names["tokens"]
+    assert tokens.cls.shape == (1, 384) and tokens.patches.shape == (1, 497, 384)
+    assert [a.shape for a in tokens.assign] == [(1, 1440)] * 3
+    assert tokens.dense().shape == (1, 1440, 384) and names["vit"].reduce_at == [3, 6, 9]
 
 
 def test_files_the_readme_names_exist() -> None:
