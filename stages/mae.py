@@ -132,8 +132,7 @@ class MaeStage(Stage):
         options, vision = self.config.mae, sketch(self.config)
         side = value_at(self.config.data.resolution, 1.0)
         grid = vision.geometry.grid(frames, side, side)
-        noise = torch.empty(1, masking(options).noise_size(grid))
-        visible = masking(options).draw(noise, grid, frames)[0].shape[1]
+        visible = math.prod(masking(options).kept(grid, frames))
         decoder = make_decoder(options, vision)
         encoder = vision_macs(vision, frames, side, visible=visible)
         return encoder + decoder_macs(decoder, math.prod(grid), visible)

@@ -31,8 +31,9 @@ RULES: dict[str, set[str]] = {
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
-    | {"xray.feed", "xray.optim"},
+    | {"xray.feed", "xray.optim", "xray.run_record"},
     "xray/feed.py": LEAF | DATA | {"stages.base"},
+    "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact"},
     "xray/show.py": LEAF
     | MODELS
     | DATA

@@ -4,7 +4,7 @@ All alternatives of a table take turns in one run; a ratio compares the best rou
 bound of a keep rate is the ratio of multiply-adds. On CUDA everything runs in bf16 autocast, with
 and without torch.compile, and TFLOP/s stand beside those of a large matrix product.
 
-    python tools/bench_backbone.py [--device cuda] [--rounds 5] [--sizes s16 b16] [--tables a b c d]
+    python tools/bench_backbone.py [--device cuda] [--rounds 5] [--sizes s16 b16] [--tables a b]
 """
 
 from __future__ import annotations
@@ -238,10 +238,26 @@ def steps(bench: Bench, large: str) -> None:
     for name, run, macs in cases:
         seconds = min(interleaved({name: run}, bench.rounds)[name])
         rate = 6 * macs * batch / seconds / 1e12
-        rows.append([name, f"{_short(batch / seconds)}", f"{rate:.2f}", f"{rate / ceiling:.0%}"])
+        rows.append([name, _short(batch / seconds), f"{rate:.2f}", f"{rate / ceiling:.0%}"])
     heads = [large, "images/s", "TFLOP/s", f"of {ceiling:.2f} TFLOP/s"]
     title = "(e) Forward and backward, without the optimizer, against a large matrix product"
     table(title, heads, rows)
+
+
+def multiply_adds(bench: Bench, _: str) -> None:
+    """(f) tokens and multiply-adds of DeiT-S at 224 px; nothing is timed."""
+    rows = []
+    with torch.device("meta"):
+        fused, dropped = (
+            VisionBackbone(ModelConfig(name=SIZES["s16"], fuse=fuse)) for fuse in (True, False)
+        )
+    for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        counts = fused.token_counts(196, keep)
+        tokens = " / ".join(str(counts[at]) for at in fused.reduce_at)
+        macs = [f"{vision_macs(m, 1, 224, keep) / 1e9:.2f}" for m in (fused, dropped)]
+        rows.append([str(keep), tokens, *macs])
+    heads = ["keep", "patch tokens after 3 / 6 / 9", "GMACs", "GMACs, others dropped"]
+    table("(f) Multiply-adds of DeiT-S, 224 px, reduced at blocks 3, 6 and 9", heads, rows)
 
 
 def _ceiling(bench: Bench) -> float:
@@ -253,6 +269,7 @@ def _ceiling(bench: Bench) -> float:
 
 
 TABLES = {"a": against_timm, "b": keep_rates, "c": against_explicit, "d": memory}
+OTHERS = {"e": steps, "f": multiply_adds}  # of one model, whatever the sizes
 
 
 def main() -> None:
@@ -260,7 +277,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--tables", nargs="+", choices=[*TABLES, "e"], default=[*TABLES, "e"])
+    parser.add_argument(
+        "--tables", nargs="+", choices=[*TABLES, *OTHERS], default=[*TABLES, *OTHERS]
+    )
     parser.add_argument("--large", default=LARGE, help="the model of table e")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a new process
     options = parser.parse_args()
@@ -278,9 +297,11 @@ def main() -> None:
             print(f"\n## bf16, {'torch.compile' if compiled else 'eager'}")
         bench = Bench(options.device, options.rounds, compiled)
         for name in options.tables:
-            if name == "e":
-                steps(bench, options.large)
-            elif not (name in "cd" and compiled):
+            if compiled and name in "cdf":  # where compiling changes nothing of interest
+                continue
+            if name in OTHERS:
+                OTHERS[name](bench, options.large)
+            else:
                 TABLES[name](bench, options.sizes)
 
 

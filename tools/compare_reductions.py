@@ -15,17 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timing import hardware, interleaved, speedup
 from torch import Tensor
 
-from data_pipelines.loader import iterate_source
-from data_pipelines.shards import Sample, open_source
-from data_pipelines.transforms import load_pixels
+from data_pipelines.shards import open_source
 from xray.artifact import open_artifact
 from xray.config import DataConfig
-from xray.evaluation.features import label_of
+from xray.evaluation.features import extract
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import linear_probe
 from xray.models.flops import vision_macs
@@ -41,22 +38,12 @@ COLOURS = {"evit": "tab:blue", "tome": "tab:orange", "random": "tab:gray"}
 
 def load(root: str, shards: str, resolution: int) -> Data:
     """All pictures of a source, [N, 1, 3, S, S] uint8, and their labels."""
-    data = DataConfig(resolution=resolution, workers=2)
-
-    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
-        label = torch.tensor(label_of(sample.files))
-        return {"pixels": load_pixels(sample, data, rng), "label": label}
-
-    def collate(rows: Any) -> dict[str, Tensor]:
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-    batches = list(
-        iterate_source(open_source(shards, shards, "image", root), transform, collate, data, 64)
-    )
-    return tuple(torch.cat([b[key] for b in batches]) for key in ("pixels", "label"))  # type: ignore[return-value]
+    source = open_source(shards, shards, "image", root)
+    found = extract(source, lambda pixels: pixels, DataConfig(resolution=resolution))
+    return found.rows, found.labels
 
 
-def extract(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+def encode(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.features(batch) for batch in pixels.split(128)])
 
 
@@ -88,7 +75,7 @@ def probe(
     rows, resolution = [], train[0].shape[-1]
     for variant in VARIANTS:
         select(encoder, variant)
-        features, tested = extract(encoder, train[0]), extract(encoder, test[0])
+        features, tested = encode(encoder, train[0]), encode(encoder, test[0])
         reduction, rate = variant
         row = {"reduce": reduction, "keep_rate": rate, "speed": speed[variant]}
         row["mmacs"] = vision_macs(encoder.vision, 1, resolution, rate) / 1e6

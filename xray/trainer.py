@@ -22,23 +22,15 @@ from data_pipelines.sampling import MicroBatch, make_plans
 from data_pipelines.shards import open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
-from xray.artifact import Artifact, open_artifact, sha256_file, write_artifact, write_text
+from xray.artifact import Artifact, open_artifact, write_artifact, write_text
 from xray.checkpoint import TrainState
-from xray.config import (
-    RunConfig,
-    config_hash,
-    differences,
-    dump,
-    filled,
-    hash_json,
-    identity,
-    to_dict,
-)
+from xray.config import RunConfig, config_hash, dump, hash_json, identity, to_dict
 from xray.engine import Engine
-from xray.errors import ConfigError, DataError, Preempted, TrainingError
+from xray.errors import DataError, Preempted, TrainingError
 from xray.feed import check_batches, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
 from xray.report import Sinks
+from xray.run_record import check_same_run, run_record
 from xray.schedule import steps_of, value_at
 
 log = logging.getLogger("xray")
@@ -67,7 +59,7 @@ class Trainer:
         names = [block.source for block in [*config.blocks, *config.validation]]
         self.sources = self.stage.prepare(open_sources(config.data, names), parents)
         self.plans = make_plans(config.blocks, self.sources, config.data, config.seed)
-        self.record = self._record()
+        self.record = run_record(self.stage, config, self.sources, self.parents)
         check_same_run(self.out, self.record, identity(type(config)()))
         self._start_from = parents
 
@@ -100,21 +92,6 @@ class Trainer:
         else:
             log.info("starts from scratch")
         self.preempted = False
-
-    def _record(self) -> dict[str, Any]:
-        """What a run is: compared when it is resumed."""
-        return {
-            "stage": self.stage.name,
-            "config": identity(self.config),
-            "data": {name: source.digest for name, source in sorted(self.sources.items())},
-            "parents": {slot: artifact.digest for slot, artifact in self.parents.items()},
-            "inputs": {**self.stage.inputs(), **self._pretrained()},
-        }
-
-    def _pretrained(self) -> dict[str, str]:
-        """The hash of the weights a backbone starts from, if they are a file."""
-        path = Path(self.config.model.pretrained)
-        return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
     # the loop ---------------------------------------------------------------------------------
 
@@ -151,11 +128,11 @@ class Trainer:
         pending, failure = self._fetch(stream)
         self._reduce({}, failure)
         started = time.monotonic() - state.seconds
-        for step in range(state.step, config.steps):
+        for step in remaining:
             progress = config.progress(step)
             shape = step_shape(config, config.blocks, progress)
             loaded, pending = pending, []
-            values = self._accumulate(step, shape.micro, loaded)
+            values = self._accumulate(step, progress, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
                 pending, failure = self._fetch(stream)
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
@@ -187,11 +164,10 @@ class Trainer:
                 )
 
     def _accumulate(
-        self, step: int, cut: list[MicroBatch], loaded: list[Loaded]
+        self, step: int, progress: float, cut: list[MicroBatch], loaded: list[Loaded]
     ) -> dict[str, float]:
         """Forward and backward of every micro-batch, all but the last counted by the engine."""
         self.engine.train()
-        progress = self.config.progress(step)
         sums: dict[str, Tensor] = {}
         for number, (micro, item) in enumerate(zip(cut, loaded, strict=True)):
             torch.manual_seed(self._seed(step, number))
@@ -336,27 +312,6 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.preempted = True
-
-
-def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ConfigError when a folder holds a run that differs in what makes its result.
-
-    defaults: of settings that a run begun by an older version did not know.
-    """
-    try:
-        old = json.loads((out / "run.json").read_text())
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
-    old["config"] = filled(old.get("config", {}), defaults)
-    changed = differences(old, json.loads(json.dumps(record)))
-    if changed:
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"{out} holds another run: {changed[0]}{more}; choose another out=, "
-            "or delete that folder"
-        )
 
 
 def _every(step: int, interval: int) -> bool:

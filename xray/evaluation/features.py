@@ -26,7 +26,7 @@ class Features:
     captions: list[list[str]]
 
 
-def label_of(files: dict[str, bytes]) -> int:
+def _label_of(files: dict[str, bytes]) -> int:
     """The class number: the cls file, else an integer json field `label`."""
     if "cls" in files:
         try:
@@ -48,7 +48,7 @@ def extract(
     def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
         return {
             "pixels": load_pixels(sample, data, rng),
-            "label": torch.tensor(label_of(sample.files)),
+            "label": torch.tensor(_label_of(sample.files)),
         }
 
     def collate(rows: list[Fields]) -> Fields:

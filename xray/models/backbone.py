@@ -73,7 +73,7 @@ class VisionBackbone(nn.Module):
         self.tubelet = config.tubelet
         self.video = config.video
         self.geometry = Geometry(self.patch_size, 1 if config.video == "frames" else config.tubelet)
-        self.geometry.grid(1, *size)  # raises for sides that do not fit
+        slots, *_ = self.geometry.grid(frames, *size)  # raises for sides that do not fit
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.cls_added = vit.cls_token is None
         # positions cover none of the prefix tokens, or all that timm's model has
@@ -90,9 +90,8 @@ class VisionBackbone(nn.Module):
         self.pos_embed = vit.pos_embed
         self.pos_drop = vit.pos_drop
         self.patch_embed = TubeletEmbed(vit.patch_embed.proj, vit.patch_embed.norm, config.tubelet)
-        slots = -(-frames // config.tubelet) if self.video == "joint" else 1
         self.pos_temporal = self.frame_query = None
-        if slots > 1:
+        if self.video == "joint" and slots > 1:
             self.pos_temporal = nn.Parameter(torch.empty(1, slots - 1, vit.embed_dim))
             nn.init.trunc_normal_(self.pos_temporal, std=0.02)
         if self.video == "frames" and config.frame_pool == "attention":

@@ -25,12 +25,10 @@ def vision_macs(
     """MACs of one image (frames = 1) or clip; visible: tokens that a masked encoder sees."""
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     p, r = backbone.patch_size
-    h, w = height // p, width // r
-    passes, slots = 1, -(-frames // backbone.tubelet)
-    if backbone.video == "frames":
-        passes, slots = frames, 1
+    slots, h, w = backbone.geometry.grid(frames, height, width)
+    passes = slots if backbone.video == "frames" else 1
     image = backbone.video == "frames" or frames == 1
-    tokens = slots * h * w
+    tokens = slots * h * w // passes
     depth = 1 if image else backbone.tubelet  # an image meets the summed kernels
     total = tokens * backbone.embed_dim * 3 * p * r * depth
     n = tokens if visible is None else visible // passes

@@ -41,11 +41,14 @@ class Masking(NamedTuple):
         self, noise: Tensor, grid: tuple[int, int, int], frames: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Masks of images (frames = 1) or clips from noise [B, noise_size]; see make_mask."""
+        return make_mask(noise, *self.kept(grid, frames))
+
+    def kept(self, grid: tuple[int, int, int], frames: int) -> tuple[int, int]:
+        """(places that stay visible, time slots in which they do)."""
         clip = frames > 1
         tube = clip and self.video_mask == "tube"
         ratio = self.video_mask_ratio if clip else self.mask_ratio
-        kept = visible_tokens(noise.shape[1], ratio, tube)
-        return make_mask(noise, kept, grid[0] if tube else 1)
+        return visible_tokens(self.noise_size(grid), ratio, tube), grid[0] if tube else 1
 
 
 def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor, Tensor]:

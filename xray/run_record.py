@@ -1,0 +1,57 @@
+"""What a run is, written down when it begins and compared when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.shards import Source
+from stages.base import Stage
+from xray.artifact import Artifact, sha256_file
+from xray.config import RunConfig, differences, filled, identity
+from xray.errors import ConfigError
+
+
+def run_record(
+    stage: Stage,
+    config: RunConfig,
+    sources: Mapping[str, Source],
+    parents: Mapping[str, Artifact],
+) -> dict[str, Any]:
+    """Everything that makes a run's result."""
+    return {
+        "stage": stage.name,
+        "config": identity(config),
+        "data": {name: source.digest for name, source in sorted(sources.items())},
+        "parents": {slot: artifact.digest for slot, artifact in parents.items()},
+        "inputs": {**stage.inputs(), **_pretrained(config)},
+    }
+
+
+def _pretrained(config: RunConfig) -> dict[str, str]:
+    """The hash of the weights a backbone starts from, if they are a file."""
+    path = Path(config.model.pretrained)
+    return {"pretrained": sha256_file(path)} if path.is_file() else {}
+
+
+def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ConfigError when a folder holds a run that differs in what makes its result.
+
+    defaults: of settings that a run begun by an older version did not know.
+    """
+    try:
+        old = json.loads((out / "run.json").read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    old["config"] = filled(old.get("config", {}), defaults)
+    changed = differences(old, json.loads(json.dumps(record)))
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{out} holds another run: {changed[0]}{more}; choose another out=, "
+            "or delete that folder"
+        )
