@@ -1,13 +1,26 @@
-"""Captions of a sample, from its json or its txt file."""
+"""Captions of a sample, from its json or its txt file, with weights and languages."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from data_pipelines.decode import BadSample
 
 TEXT_FILES = ("json", "txt")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One text about a sample; it is drawn in proportion to its weight."""
+
+    text: str
+    weight: float = 1.0
+    language: str = ""  # as the data calls it
 
 
 def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
@@ -21,16 +34,54 @@ def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def captions_of(files: dict[str, bytes]) -> list[str]:
-    """All captions of a sample: json `captions`, else json `caption`, else the txt file."""
+def read_captions(
+    files: dict[str, bytes], fields: Mapping[str, float] | None = None
+) -> list[Caption]:
+    """All captions of a sample.
+
+    fields: json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file.
+    A field's weight is shared by its texts. Without fields: json `captions`, else `caption`, else
+    the txt file. A text is a string or {text, weight, language}. Raises BadSample.
+    """
     meta = metadata_of(files)
-    found = meta.get("captions") or meta.get("caption") or files.get("txt", b"")
-    if isinstance(found, bytes):
-        found = found.decode("utf-8", errors="replace")
-    lines = [found] if isinstance(found, str) else found
-    if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
-        raise BadSample("broken caption", "neither text nor a list of texts")
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
+    language = str(meta.get("language") or meta.get("lang") or "")
+    if not fields:
+        first = next((name for name in ("captions", "caption") if meta.get(name)), "txt")
+        fields = {first: 1.0}
+    found = []
+    for name, weight in fields.items():
+        value = (
+            files.get("txt", b"").decode("utf-8", "replace") if name == "txt" else meta.get(name)
+        )
+        entries = value if isinstance(value, list) else [value]
+        captions = [_caption(entry, language) for entry in entries if entry]
+        captions = [caption for caption in captions if caption.text]
+        whole = sum(caption.weight for caption in captions)
+        found += [Caption(c.text, weight * c.weight / whole, c.language) for c in captions]
+    if not found:
         raise BadSample("no caption")
-    return captions
+    return found
+
+
+def _caption(entry: Any, language: str) -> Caption:
+    if isinstance(entry, str):
+        return Caption(entry.strip(), 1.0, language)
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, (int, float)) and weight > 0:
+            own = str(entry.get("language") or language)
+            return Caption(entry["text"].strip(), float(weight), own)
+    raise BadSample("broken caption", "neither text nor {text, weight, language}")
+
+
+def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = None) -> list[str]:
+    """The texts of all captions of a sample."""
+    return [caption.text for caption in read_captions(files, fields)]
+
+
+def choose_caption(captions: Sequence[Caption], rng: np.random.Generator | None) -> Caption:
+    """A caption drawn by weight; without `rng` the first."""
+    if rng is None or len(captions) == 1:
+        return captions[0]
+    weights = np.array([caption.weight for caption in captions])
+    return captions[int(rng.choice(len(captions), p=weights / weights.sum()))]

@@ -1,20 +1,22 @@
-"""Bytes to RGB: images by Pillow, clips by decord with PyAV behind it."""
+"""Bytes to RGB: pictures here and now, clips as readers that know their length before they decode.
+
+This module is what the decode process imports: it must not import torch.
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 import warnings
-from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipelines.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import DataError
 
 MAX_PIXELS = 64_000_000  # refuse before decoding: a decompression bomb, not a photo
-
-PickFrames = Callable[[int], np.ndarray]  # frames in the clip -> indices to decode
+ORIENTATION = 274  # the EXIF tag; 5 to 8 turn the picture on its side
 
 
 class BadSample(DataError):  # noqa: N818 - it is reported and replaced, not raised to the user
@@ -23,38 +25,63 @@ class BadSample(DataError):  # noqa: N818 - it is reported and replaced, not rai
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+        self.detail = detail
 
 
-def media_of(files: dict[str, bytes], modality: str) -> bytes:
-    """The picture or clip of a sample."""
-    for extension in IMAGE_EXTENSIONS if modality == "image" else VIDEO_EXTENSIONS:
-        if extension in files:
-            return files[extension]
-    raise BadSample(f"no {modality}")
+# pictures -------------------------------------------------------------------------------------
 
 
-def decode_image(data: bytes, least: int = 0) -> Image.Image:
-    """An RGB picture, upright; a JPEG may be decoded at a reduced scale of at least `least` px.
-
-    Raises BadSample for anything that is not a whole picture.
-    """
+def open_image(data: bytes) -> Image.Image:
+    """Read a picture's header, no pixels; raises BadSample for what is none or far too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSample("image too large", f"{image.width} x {image.height}")
-            if least:
-                image.draft("RGB", (least, least))
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except BadSample:
-        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
-        raise BadSample("undecodable image", str(error)) from error
+        raise BadSample("undecodable image", brief(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample("image too large", f"{image.width} x {image.height}")
+    return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit: scale, do not wrap
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of a picture once its EXIF orientation is applied."""
+    width, height = image.size
+    return (height, width) if turned(image) > 4 else (width, height)
+
+
+def turned(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 = upright, also where the EXIF block is broken."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken block says nothing about the pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """An RGB picture, upright.
+
+    at_least: (width, height) that will do; a JPEG is then decoded at the smallest scale of 1/2,
+    1/4, 1/8 (by its DCT) that is no smaller. Raises BadSample for anything that is not whole.
+    """
+    image = open_image(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if at_least is not None:
+                side = turned(image) > 4
+                image.draft("RGB", at_least[::-1] if side else at_least)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise BadSample("undecodable image", brief(error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 and 32 bit are scaled, alpha is laid on white."""
+    if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, np.float32)
         high = 65535.0 if pixels.max(initial=0) > 255 else 255.0
         image = Image.fromarray((pixels / high * 255).clip(0, 255).astype(np.uint8))
@@ -64,36 +91,154 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_clip(data: bytes, pick: PickFrames) -> np.ndarray:
-    """The picked frames of a clip, [T, H, W, 3] uint8.
+# clips ----------------------------------------------------------------------------------------
 
-    decord first; PyAV where it fails (AV1 in some builds, FFV1, tiny pictures). Readers are made
-    per sample, inside the worker: a decord reader does not survive a fork.
-    """
+
+class Clip(Protocol):
+    """A clip that is open: its sizes are known, its frames are not decoded yet."""
+
+    total: int  # frames
+    fps: float
+    width: int  # upright
+    height: int
+
+    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        """The frames at ascending indices, [T, H, W, 3] uint8, at (width, height) if given."""
+
+
+def import_decord() -> Any:
+    """decord without the CUDA libraries its import loads from the `nvidia` packages: 600 MB of
+    memory in each decode process, which is to decode on the CPU."""
+    modules: dict[str, Any] = sys.modules  # None there says that a module cannot be found
+    hidden = modules.get("nvidia")
+    modules["nvidia"] = None
     try:
-        frames = _decode_decord(data, pick)
-    except Exception as first:  # decord raises RuntimeError, DECORDError and IndexError alike
+        import decord
+    finally:
+        del modules["nvidia"]
+        if hidden is not None:
+            modules["nvidia"] = hidden
+    return decord
+
+
+class DecordClip:
+    """decord: fast access by frame number; applies a rotation of the container."""
+
+    def __init__(self, data: bytes) -> None:
+        decord = import_decord()
+        self._open = lambda **size: decord.VideoReader(io.BytesIO(data), num_threads=1, **size)
+        self._reader = self._open()
+        self.total = len(self._reader)
+        self.fps = float(self._reader.get_avg_fps())
+        self.height, self.width = self._reader[0].shape[:2]
+
+    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        if size is not None:
+            self._reader = self._open(width=size[0], height=size[1])
+        return self._reader.get_batch(indices).asnumpy()
+
+
+class AvClip:
+    """PyAV: what decord cannot read, or would number wrongly.
+
+    Frames are decoded in order from the first, those that are not asked for without conversion to
+    RGB: after a seek, times are not reliable in just the containers that come here.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        import av
+
+        self._open = lambda: av.open(io.BytesIO(data))
+        with self._open() as container:
+            if not container.streams.video:
+                raise ValueError("no video stream")
+            stream = container.streams.video[0]
+            self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            self.total = sum(not packet.is_discard for packet in packets) or len(packets)
+        with self._open() as container:
+            first = next(container.decode(video=0))
+        self._turns = round(first.rotation / 90) % 4
+        self.width, self.height = first.width, first.height
+        if self._turns % 2:
+            self.width, self.height = self.height, self.width
+
+    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        wanted, found = set(indices.tolist()), {}
+        with self._open() as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                last = frame
+                if number in wanted:
+                    found[number] = self._pixels(frame, size)
+                if number >= indices[-1]:
+                    break
+            for index in sorted(wanted - found.keys()):  # the stream ends early: its last frame
+                found[index] = self._pixels(last, size)
+        return np.stack([found[index] for index in indices.tolist()])
+
+    def _pixels(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+        width, height = size or (self.width, self.height)
+        if self._turns % 2:
+            width, height = height, width
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        return np.rot90(pixels, self._turns)
+
+
+class Animation:
+    """GIF and animated WebP, by Pillow."""
+
+    def __init__(self, data: bytes) -> None:
+        self._image = open_image(data)
+        self.total = int(getattr(self._image, "n_frames", 1))
+        self._image.load()  # WebP tells its timing with its first frame
+        self.fps = 1000 / (self._image.info.get("duration") or 100)
+        self.width, self.height = self._image.size
+
+    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        frames = []
+        for index in indices.tolist():
+            self._image.seek(index)
+            frame = to_rgb(self._image.copy())
+            frames.append(np.asarray(frame.resize(size) if size else frame))
+        return np.stack(frames)
+
+
+def open_clip(data: bytes) -> Clip:
+    """The first reader that can decode a clip's first frame; raises BadSample."""
+    if data[:4] == b"GIF8" or data[8:12] == b"WEBP":
+        readers: tuple[type[Any], ...] = (Animation,)
+    else:
+        # decord seeks to wrong frames in AVI, whose index has no times.
+        readers = (AvClip, DecordClip) if data[8:12] == b"AVI " else (DecordClip, AvClip)
+    reasons = []
+    for reader in readers:
         try:
-            frames = _decode_av(data, pick)
+            clip = reader(data)
+        except Exception as error:  # each library raises types of its own
+            reasons.append(brief(error))
+            continue
+        if clip.width * clip.height > MAX_PIXELS:
+            raise BadSample("video too large", f"{clip.width} x {clip.height}")
+        if clip.total > 0:
+            return clip
+    raise BadSample("undecodable video", "; ".join(reasons))
+
+
+def read_clip(
+    clip: Clip, data: bytes, indices: np.ndarray, size: tuple[int, int] | None
+) -> np.ndarray:
+    """Decode frames; PyAV takes over where decord opens a clip and fails later on."""
+    try:
+        return clip.read(indices, size)
+    except Exception as first:
+        try:
+            if isinstance(clip, DecordClip):
+                return AvClip(data).read(indices, size)
         except Exception as second:
-            raise BadSample("undecodable video", f"{_brief(first)}; {_brief(second)}") from second
-    return frames
+            raise BadSample("undecodable video", f"{brief(first)}; {brief(second)}") from second
+        raise BadSample("undecodable video", brief(first)) from first
 
 
-def _decode_decord(data: bytes, pick: PickFrames) -> np.ndarray:
-    import decord
-
-    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-    return reader.get_batch(pick(len(reader))).asnumpy()
-
-
-def _decode_av(data: bytes, pick: PickFrames) -> np.ndarray:
-    import av
-
-    with av.open(io.BytesIO(data)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack([frames[i] for i in pick(len(frames))])
-
-
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The first line of an error's text, not too long for a log."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipelines.captions import TEXT_FILES, captions_of, metadata_of
 from data_pipelines.decode import BadSample
-from data_pipelines.shards import Source
+from data_pipelines.sources import Source
 from xray.config import hash_json
 from xray.errors import ArtifactError, DataError
 
@@ -104,11 +104,11 @@ class Vocabulary:
 def read_tags(source: Source, origin: str) -> list[list[list[str]]]:
     """Tags of every slot of a source, by shard; a sample that has none counts as untagged."""
     result = []
-    for shard, members in zip(source.shards, source.slots, strict=True):
+    for shard in range(len(source.manifest)):
         rows = []
-        for member in members:
+        for member in source.members(shard).tolist():
             try:
-                rows.append(tags_of(shard.read(int(member), TEXT_FILES), origin))
+                rows.append(tags_of(source.read(shard, member, TEXT_FILES), origin))
             except BadSample:
                 rows.append([])
         result.append(rows)
@@ -133,9 +133,9 @@ def build_vocabulary(
 def keep_tagged(source: Source, tags: list[list[list[str]]], vocabulary: Vocabulary) -> Source:
     """The source without the samples that have no tag of the vocabulary."""
     slots = []
-    for members, rows in zip(source.slots, tags, strict=True):
+    for shard, rows in enumerate(tags):
         tagged = np.array([bool(vocabulary.encode(row)) for row in rows], bool)
-        slots.append(members[tagged])
+        slots.append(source.members(shard)[tagged])
     kept = source.with_slots(slots)
     if not len(kept):
         raise DataError(f"source {source.name!r} has no sample with a tag of the vocabulary")

@@ -13,15 +13,17 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipelines import meter
 from data_pipelines.decode import BadSample
-from data_pipelines.sampling import SamplePlan, SampleRef, StepSampler
-from data_pipelines.shards import Sample, Source
+from data_pipelines.meter import Reading
+from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler
+from data_pipelines.sandbox import Killed
+from data_pipelines.sources import Sample, Source
 from xray.config import DataConfig
 from xray.errors import DataError
 from xray.schedule import value_at
 
 Fields = dict[str, Tensor]
-ATTEMPTS = 20  # stand-ins tried for a bad sample before the run stops
 
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 
@@ -30,12 +32,24 @@ Transform = Callable[[Sample, np.random.Generator | None], Fields]
 Collate = Callable[[Sequence[Fields]], Fields]
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """A sample that could not be used."""
+
+    cause: str
+    source: str
+    shard: str  # its name in the manifest
+    key: str
+    quarantine: bool  # not to be tried again
+
+
 @dataclass
 class Loaded:
     """A micro-batch and the samples that had to be replaced in it."""
 
     batch: Fields
-    bad: list[tuple[str, str, str]] = field(default_factory=list)  # cause, shard, key
+    bad: list[Replaced] = field(default_factory=list)
+    reading: Reading = field(default_factory=dict)  # decoding and the cache, in the worker
     failure: str = ""  # why there is no batch; an exception would lose its text in the worker
 
     def pin_memory(self) -> Loaded:
@@ -63,11 +77,12 @@ class StreamDataset(Dataset):
         self.seed = seed
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
-        bad: list[tuple[str, str, str]] = []
+        bad: list[Replaced] = []
         try:
-            return Loaded(self.collate([self._load(ref, bad) for ref in refs]), bad)
+            batch = self.collate([self._load(ref, bad) for ref in refs])
+            return Loaded(batch, bad, meter.take())
         except (DataError, OSError) as error:
-            return Loaded({}, bad, str(error))
+            return Loaded({}, bad, failure=str(error))
 
     def _rng(self, ref: SampleRef, attempt: int) -> np.random.Generator | None:
         if self.seed is None:
@@ -75,23 +90,34 @@ class StreamDataset(Dataset):
         source = zlib.crc32(ref.source.encode())
         return np.random.default_rng([self.seed, source, ref.position, attempt])
 
-    def _load(self, ref: SampleRef, bad: list[tuple[str, str, str]]) -> Fields:
+    def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
         """The sample, or the first of its deterministic stand-ins that can be used."""
         plan = self.plans[ref.source]
-        place = (ref.shard, ref.member)
         for attempt in range(ATTEMPTS):
-            shard, member = place
-            sample = plan.source.sample(shard, member, ref.resolution, ref.frames)
+            place = (ref.shard, ref.slot)
+            if attempt != ref.attempt:
+                place = plan.candidate(ref.position, attempt)
+            member = plan.source.member(*place)
+            if attempt < ref.attempt or member in plan.quarantine.get(place[0], ()):
+                bad.append(_replaced(plan.source, place[0], member, BadSample("in quarantine")))
+                continue
+            sample = plan.source.sample(place[0], member, ref.resolution, ref.frames)
             try:
                 return self.transform(sample, self._rng(ref, attempt))
             except BadSample as error:
-                bad.append((error.cause, str(plan.source.shards[shard].path), sample.key))
-            place = plan.replacement(ref.position, attempt)
-        cause, path, key = bad[-1]
+                bad.append(_replaced(plan.source, place[0], member, error))
+                if isinstance(error, Killed):
+                    plan.quarantine.setdefault(place[0], set()).add(member)
+        last = bad[-1]
         raise DataError(
             f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
-            f"the last is {key!r} of {path} ({cause})"
+            f"the last is {last.key!r} of {last.shard} ({last.cause})"
         )
+
+
+def _replaced(source: Source, shard: int, member: int, error: BadSample) -> Replaced:
+    key, name = source.index(shard).key(member), source.manifest.name(shard)
+    return Replaced(error.cause, source.name, name, key, isinstance(error, Killed))
 
 
 def _ignore_signals(worker: int) -> None:
@@ -139,9 +165,7 @@ class SequentialDataset(Dataset):
         self.source = source
         self.transform = transform
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
-        self.places = [
-            (s, int(m)) for s, members in enumerate(source.slots) for m in members.tolist()
-        ]
+        self.places = list(source.places())
 
     def __len__(self) -> int:
         return len(self.places)
@@ -153,8 +177,8 @@ class SequentialDataset(Dataset):
             sample = self.source.sample(shard, member, *self.size)
             return self.transform(sample, None)
         except DataError as error:
-            index = self.source.shards[shard]
-            return f"sample {str(index.keys[member])!r} of {index.path} cannot be used: {error}"
+            index = self.source.index(shard)
+            return f"sample {index.key(member)!r} of {index.path} cannot be used: {error}"
 
 
 def iterate_source(

@@ -6,6 +6,9 @@ group. With N slots per epoch and A lanes, round e takes the virtual positions
 [A*c(e), A*c(e+1)) with c(e) = floor(e*N/A), and lane j the j-th of its A equal runs; what does not
 divide is carried into the next round. After m samples lane j has given floor((m + j)/A): these sum
 to m exactly, for every m. Nothing depends on ranks or workers.
+
+Slots are permuted by a keyed bijection (`shuffle.py`), so nothing is ever as long as the data: an
+epoch costs two columns over the shards.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.shards import Source
+from data_pipelines.shuffle import keys_of, permuted
+from data_pipelines.sources import Source
 from xray.config import BlockConfig, DataConfig
 from xray.errors import ConfigError
+
+ATTEMPTS = 20  # stand-ins tried for a bad sample before the run stops
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class SampleRef:
 
     source: str
     shard: int
-    member: int
+    slot: int
     position: int  # in the source's endless sequence
     resolution: int
     frames: int
+    attempt: int = 0  # stand-ins passed over because the quarantine names what they replace
 
 
 @dataclass(frozen=True)
@@ -54,60 +61,110 @@ class StepShape:
     micro: list[MicroBatch]
 
 
+# What a stream of random numbers is for: no two uses share one.
+PURPOSE = {"shards": 1, "slots": 2, "stand-in": 3}
+
+
 class SamplePlan:
     """The endless sequence of one source, cut into lanes."""
 
     def __init__(self, source: Source, lanes: int, shuffle_shards: int, seed: int) -> None:
         self.source = source
         self.counts = source.counts
-        self.total = int(self.counts.sum())
+        self.total = int(self.counts.sum(dtype=np.int64))
         self.lanes = lanes
         self.group = max(1, shuffle_shards)
         self.entropy = [seed, zlib.crc32(source.name.encode())]
-        self._epoch = functools.lru_cache(maxsize=4)(self._permute_shards)
-        self._slots = functools.lru_cache(maxsize=8)(self._permute_group)
+        self.quarantine: dict[int, set[int]] = {}  # shard -> members not to be tried
+        # A step's lanes may be in two rounds, and a round may begin in the epoch before its own.
+        self._epoch = functools.lru_cache(maxsize=3)(self._permute_shards)
 
-    def positions(self, step: int, samples: int) -> np.ndarray:
-        """Virtual positions of a step's block, laid out lane by lane: [samples]."""
-        before = (step * samples + np.arange(self.lanes)) // self.lanes
-        after = ((step + 1) * samples + np.arange(self.lanes)) // self.lanes
-        lane = np.repeat(np.arange(self.lanes), after - before)
-        first = np.repeat(np.cumsum(after - before) - (after - before), after - before)
-        turn = np.repeat(before, after - before) + np.arange(samples) - first
+    def positions(
+        self, step: int, samples: int, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """Virtual positions [start, stop) of a step's block, which is laid out lane by lane."""
+        lanes = np.arange(self.lanes)
+        before = (step * samples + lanes) // self.lanes
+        after = ((step + 1) * samples + lanes) // self.lanes
+        ends = np.cumsum(after - before)
+        place = np.arange(start, samples if stop is None else stop)
+        lane = np.searchsorted(ends, place, side="right")
+        turn = after[lane] - ends[lane] + place  # of this lane since the beginning
         round_ = ((turn + 1) * self.lanes - 1) // self.total
-        start = round_ * self.total // self.lanes
-        length = (round_ + 1) * self.total // self.lanes - start
-        return self.lanes * start + lane * length + (turn - start)
+        first = round_ * self.total // self.lanes
+        length = (round_ + 1) * self.total // self.lanes - first
+        return self.lanes * first + lane * length + (turn - first)
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """(shard, member) at a virtual position."""
-        epoch, place = divmod(position, self.total)
-        _, starts = self._epoch(epoch)
-        group = int(np.searchsorted(starts, place, side="right")) - 1
-        shards, slots, bounds = self._slots(epoch, group)
-        slot = int(slots[place - starts[group]])
-        which = int(np.searchsorted(bounds, slot, side="right")) - 1
-        shard = int(shards[which])
-        return shard, int(self.source.slots[shard][slot - bounds[which]])
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, slots) at virtual positions."""
+        epochs, places = np.divmod(np.asarray(positions, np.int64), self.total)
+        shards, slots = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            shards[here], slots[here] = self._locate(epoch, places[here])
+        return shards, slots
+
+    def _locate(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order, ends = self._epoch(epoch)
+        groups, first, size = self._groups(ends, places)
+        keys = keys_of([*self.entropy, PURPOSE["slots"], epoch], groups)
+        moved = first + permuted(places - first, size, keys)
+        which = np.searchsorted(ends, moved, side="right")
+        shards = order[which].astype(np.int64)
+        return shards, moved - (ends[which] - self.counts[shards])
+
+    def _groups(
+        self, ends: np.ndarray, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(group, its first place, its number of places) of each place of an epoch."""
+        groups = np.searchsorted(ends, places, side="right") // self.group
+        last = np.minimum((groups + 1) * self.group, len(ends)) - 1
+        first = np.where(groups > 0, ends[groups * self.group - 1], 0)
+        return groups, first, ends[last] - first
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """A deterministic stand-in for a bad sample at this position."""
-        rng = np.random.default_rng([*self.entropy, position, attempt])
-        return self.locate(int(rng.integers(self.total)))
+        """A deterministic stand-in for a bad sample: at first from its own group of shards, whose
+        tars are at hand, then from anywhere."""
+        epoch, place = divmod(position, self.total)
+        _, first, size = (
+            int(values[0]) for values in self._groups(self._epoch(epoch)[1], np.array([place]))
+        )
+        if attempt >= ATTEMPTS // 2:
+            first, size = 0, self.total
+        draw = keys_of([*self.entropy, PURPOSE["stand-in"], attempt], np.array([position]))
+        stand_in = epoch * self.total + first + int(draw[0] % np.uint64(size))
+        shards, slots = self.locate(np.array([stand_in]))
+        return int(shards[0]), int(slots[0])
+
+    def candidate(self, position: int, attempt: int) -> tuple[int, int]:
+        """(shard, slot) of the sample at a position, or of its stand-in number `attempt`."""
+        if attempt:
+            return self.replacement(position, attempt - 1)
+        shards, slots = self.locate(np.array([position]))
+        return int(shards[0]), int(slots[0])
+
+    def quarantined(self, shard: int, slot: int) -> bool:
+        members = self.quarantine.get(shard)
+        return members is not None and self.source.member(shard, slot) in members
+
+    def shards_ahead(self, positions: np.ndarray) -> np.ndarray:
+        """The shards of the groups at these positions and half a group after them."""
+        found = []
+        for epoch in np.unique(positions // self.total).tolist():
+            places = positions[positions // self.total == epoch] - epoch * self.total
+            order, ends = self._epoch(epoch)
+            groups, _, size = self._groups(ends, places)
+            ahead = np.minimum(places + size // 2, self.total - 1)
+            both = np.unique(np.concatenate([groups, self._groups(ends, ahead)[0]]))
+            for group in both.tolist():
+                found.append(order[group * self.group : (group + 1) * self.group])
+        return np.unique(np.concatenate(found))
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shard order, first slot of each group) of an epoch."""
-        order = np.random.default_rng([*self.entropy, epoch]).permutation(len(self.counts))
-        ends = np.cumsum(self.counts[order])
-        return order, np.concatenate([[0], ends[self.group - 1 : -1 : self.group]])
-
-    def _permute_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shards, permuted slots, first slot of each shard) of a group."""
-        order, _ = self._epoch(epoch)
-        shards = order[group * self.group : (group + 1) * self.group]
-        bounds = np.concatenate([[0], np.cumsum(self.counts[shards])])
-        rng = np.random.default_rng([*self.entropy, epoch, group])
-        return shards, rng.permutation(int(bounds[-1])), bounds[:-1]
+        """(shard order, where each shard of that order ends) of an epoch."""
+        rng = np.random.default_rng([*self.entropy, PURPOSE["shards"], epoch])
+        order = rng.permutation(len(self.counts)).astype(np.int32)
+        return order, np.cumsum(self.counts[order], dtype=np.int64)
 
 
 def default_lanes(samples: int) -> int:
@@ -116,24 +173,17 @@ def default_lanes(samples: int) -> int:
 
 
 def micro_batches(
-    blocks: Sequence[BlockConfig], micro_batch: int, rank: int, world: int
+    blocks: Sequence[BlockConfig], sizes: Sequence[int], rank: int, world: int
 ) -> list[MicroBatch]:
-    """How a rank's share of a step is cut into forwards; micro_batch 0 = one forward per block.
+    """How a rank's share of a step is cut into forwards of sizes[block] samples; 0 = one forward.
 
-    Raises ConfigError when a block does not divide over the ranks or the micro-batch.
+    Raises ConfigError when a block does not divide over the ranks or its size.
     """
     shares = _block_weights(blocks)
     cut: list[tuple[int, int, int]] = []  # block, size, count
-    for number, block in enumerate(blocks):
-        if block.samples % world:
-            lower = block.samples // world * world
-            better = f"{lower} or {lower + world}" if lower else str(world)
-            raise ConfigError(
-                f"data.blocks: {block.samples} samples of {block.source!r} do not divide over "
-                f"{world} processes: use {better}"
-            )
-        local = block.samples // world
-        size = min(micro_batch or local, local)
+    for number, (block, wanted) in enumerate(zip(blocks, sizes, strict=True)):
+        local = local_samples(block, world)
+        size = min(wanted or local, local)
         if local % size:
             raise ConfigError(
                 f"train.micro_batch={size} does not divide the {local} samples of "
@@ -149,6 +199,25 @@ def micro_batches(
             scale = shares[number] * total / count
             result.append(MicroBatch(number, blocks[number].source, low, low + size, scale))
     return result
+
+
+def local_samples(block: BlockConfig, world: int) -> int:
+    """A rank's share of a block; raises ConfigError when it does not divide."""
+    if block.samples % world:
+        lower = block.samples // world * world
+        better = f"{lower} or {lower + world}" if lower else str(world)
+        raise ConfigError(
+            f"data.blocks: {block.samples} samples of {block.source!r} do not divide over "
+            f"{world} processes: use {better}"
+        )
+    return block.samples // world
+
+
+def within_budget(block: BlockConfig, world: int, tokens: int, budget: int) -> int:
+    """The largest forward of a block that divides its share and stays within a token budget."""
+    local = local_samples(block, world)
+    most = max(1, budget // tokens)
+    return max(size for size in range(1, local + 1) if local % size == 0 and size <= most)
 
 
 def _block_weights(blocks: Sequence[BlockConfig]) -> list[float]:
@@ -171,6 +240,7 @@ class StepSampler:
         self.plans = plans
         self.shape = shape
         self.steps = steps
+        self._asked: dict[int, set[int]] = {}  # block -> shards that were to be fetched last
 
     def __len__(self) -> int:
         return sum(len(self.shape(step).micro) for step in self.steps)
@@ -178,13 +248,38 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[SampleRef]]:
         for step in self.steps:
             shape = self.shape(step)
+            self._prefetch(step, shape)
             for micro in shape.micro:
-                plan = self.plans[micro.source]
-                block = plan.positions(step, self.blocks[micro.block].samples)
-                yield [
-                    SampleRef(micro.source, *plan.locate(p), p, shape.resolution, shape.frames)
-                    for p in block[micro.start : micro.stop].tolist()
-                ]
+                yield self._refs(step, micro, shape)
+
+    def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
+        plan = self.plans[micro.source]
+        samples = self.blocks[micro.block].samples
+        positions = plan.positions(step, samples, micro.start, micro.stop)
+        shards, slots = plan.locate(positions)
+        refs = []
+        for place in zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True):
+            shard, slot, position = place
+            attempt = 0
+            while plan.quarantined(shard, slot) and attempt < ATTEMPTS:
+                attempt += 1
+                shard, slot = plan.candidate(position, attempt)
+            size = shape.resolution, shape.frames
+            refs.append(SampleRef(micro.source, shard, slot, position, *size, attempt))
+        return refs
+
+    def _prefetch(self, step: int, shape: StepShape) -> None:
+        """Have the remote shards fetched that this rank's lanes come to next."""
+        for number, block in enumerate(self.blocks):
+            plan = self.plans[block.source]
+            mine = [micro for micro in shape.micro if micro.block == number]
+            if plan.source.cache is None or not mine:
+                continue
+            positions = plan.positions(step, block.samples, mine[0].start, mine[-1].stop)
+            ahead = set(plan.shards_ahead(positions).tolist())
+            for shard in sorted(ahead - self._asked.get(number, set())):
+                plan.source.prefetch(shard)
+            self._asked[number] = ahead
 
 
 def make_plans(

@@ -1,22 +1,137 @@
-"""Decoded media to `[T, 3, S, S]` uint8 tensors, with randomness handed in by the caller."""
+"""Bytes to `[T, 3, S, S]` uint8 tensors, with randomness handed in by the caller."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from data_pipelines.decode import decode_clip, decode_image, media_of
-from data_pipelines.shards import Sample
+from data_pipelines.augment import augment
+from data_pipelines.decode import (
+    BadSample,
+    decode_image,
+    open_image,
+    upright_size,
+)
+from data_pipelines.meter import metered
+from data_pipelines.sandbox import ClipInfo, clip_decoder
+from data_pipelines.shards import media_extensions
+from data_pipelines.sources import Sample
 from xray.config import DataConfig
 
+# It goes to torchcodec one day, whose wheels need FFmpeg's shared libraries on the machine.
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
 ASPECT = (3 / 4, 4 / 3)  # of the random crop, as in Inception and every recipe since
 Box = tuple[int, int, int, int]  # left, top, width, height
+Crop = Callable[[int, int], Box]  # of a picture's width and height
+
+
+def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
+    """Decode, crop, resize and augment one sample to [T, 3, S, S] uint8; T = 1 for an image.
+
+    Without `rng` the centre crop and the middle frames are taken, as in evaluation. Raises
+    BadSample for what cannot be decoded.
+    """
+    media = media_of(sample)
+
+    def crop(width: int, height: int) -> Box:
+        if rng is None:
+            return center_crop(width, height)
+        return random_crop(width, height, data.crop_scale, rng)
+
+    with metered(sample.modality):
+        if sample.modality == "image":
+            pixels = load_image(media, crop, sample.resolution)
+        else:
+            pixels = load_clip(media, crop, sample, data, rng)
+    return pixels if rng is None else augment(pixels, data, rng).contiguous()
+
+
+def media_of(sample: Sample) -> bytes:
+    """The picture or clip of a sample."""
+    for extension in media_extensions(sample.modality, sample.animations):
+        if extension in sample.files:
+            return sample.files[extension]
+    raise BadSample(f"no {sample.modality}")
+
+
+def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
+    """A picture's crop at size x size, [1, 3, S, S] uint8.
+
+    A JPEG is decoded at the smallest DCT scale at which the crop is not enlarged.
+    """
+    header = open_image(media)
+    width, height = upright_size(header)
+    box = crop(width, height)
+    scale = _scale(box, size)
+    pixels = None
+    if scale > 0.5 and header.format == "JPEG" and header.mode in ("RGB", "L"):
+        pixels = _decode_jpeg(media)
+    if pixels is None:
+        image = decode_image(media, (math.ceil(width * scale), math.ceil(height * scale)))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _resize(pixels[None], _scaled(box, (width, height), pixels), size)
+
+
+def _decode_jpeg(media: bytes) -> Tensor | None:
+    """[3, H, W] at full size, upright; None where Pillow is to have the last word."""
+    encoded = torch.frombuffer(bytearray(media), dtype=torch.uint8)
+    try:
+        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        return None
+
+
+def load_clip(
+    media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
+) -> Tensor:
+    """A crop of some frames of a clip, [T, 3, S, S] uint8; large frames are shrunk as they are
+    decoded."""
+    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+    info = decoder.open(media)
+    box = crop(info.width, info.height)
+    indices = pick_frames(info, sample.frames, data, rng)
+    scale = _scale(box, sample.resolution)
+    size = None
+    if scale <= 0.5:  # worth another opening
+        size = math.ceil(info.width * scale), math.ceil(info.height * scale)
+    frames = torch.from_numpy(decoder.read(indices, size)).permute(0, 3, 1, 2)  # [T, 3, H, W]
+    return _resize(frames, _scaled(box, (info.width, info.height), frames), sample.resolution)
+
+
+def pick_frames(
+    info: ClipInfo, frames: int, data: DataConfig, rng: np.random.Generator | None
+) -> np.ndarray:
+    """`frames` ascending frame numbers of a clip, by `data.frame_sampling`.
+
+    uniform: one per equal part of the clip, its middle or a random place. strided: at
+    `data.frame_rate` from a random start. segment: uniform over a random stretch of
+    `data.segment_seconds`. Without `rng` the middle is taken; a short clip repeats its last frame.
+    """
+    if data.frame_sampling == "strided":
+        stride = info.fps / data.frame_rate
+        start = _start(info.total, frames * stride, rng)
+        places = start + stride * np.arange(frames)
+    else:
+        length = float(info.total)
+        if data.frame_sampling == "segment":
+            length = min(length, max(1.0, data.segment_seconds * info.fps))
+        start = _start(info.total, length, rng)
+        offset = rng.random(frames) if rng is not None else np.full(frames, 0.5)
+        places = start + (np.arange(frames) + offset) * length / frames
+    return places.astype(np.int64).clip(0, info.total - 1)
+
+
+def _start(total: int, length: float, rng: np.random.Generator | None) -> float:
+    room = max(0.0, total - length)
+    return room * (0.5 if rng is None else rng.random())
 
 
 def random_crop(width: int, height: int, scale: list[float], rng: np.random.Generator) -> Box:
@@ -37,45 +152,27 @@ def center_crop(width: int, height: int) -> Box:
     return (width - side) // 2, (height - side) // 2, side, side
 
 
-def pick_frames(total: int, frames: int, rng: np.random.Generator | None) -> np.ndarray:
-    """`frames` indices spread over a clip: one per equal segment, its middle or a random place."""
-    offset = rng.random(frames) if rng is not None else np.full(frames, 0.5)
-    return ((np.arange(frames) + offset) * total / frames).astype(np.int64).clip(0, total - 1)
+def _scale(box: Box, size: int) -> float:
+    """The smallest scale of decoding at which a crop has all the pixels that it is to have."""
+    return min(1.0, max(size / box[2], size / box[3]))
 
 
-def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
-    """Decode, crop, resize and flip one sample to [T, 3, S, S] uint8; T = 1 for an image.
-
-    Without `rng` the centre crop and the middle frames are taken, as in evaluation.
-    """
-    media = media_of(sample.files, sample.modality)
-    size = sample.resolution
-    if sample.modality == "image":
-        image = decode_image(media, least=size if rng is None else 2 * size)
-        box = _box(image.width, image.height, data, rng)
-        pixels = resize_image(image, box, size)
-    else:
-        clip = decode_clip(media, lambda total: pick_frames(total, sample.frames, rng))
-        left, top, w, h = _box(clip.shape[2], clip.shape[1], data, rng)
-        frames = torch.from_numpy(clip).permute(0, 3, 1, 2)  # [T, 3, H, W]
-        pixels = tv.resized_crop(
-            frames, top, left, h, w, [size, size], InterpolationMode.BICUBIC, antialias=True
-        )
-    if rng is not None and data.flip and rng.random() < 0.5:
-        pixels = pixels.flip(-1)
-    return pixels.contiguous()
+def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
+    """A box of the full picture in a picture that was decoded smaller."""
+    height, width = pixels.shape[-2:]
+    if (width, height) == full:
+        return box
+    across, down = width / full[0], height / full[1]
+    left, top = min(round(box[0] * across), width - 1), min(round(box[1] * down), height - 1)
+    w, h = max(1, round(box[2] * across)), max(1, round(box[3] * down))
+    return left, top, min(w, width - left), min(h, height - top)
 
 
-def resize_image(image: Image.Image, box: Box, size: int) -> Tensor:
-    """Crop and resize in one bicubic pass: [1, 3, size, size] uint8."""
+def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
+    """Crop and resize [T, 3, H, W] in one bicubic pass; the result owns its memory."""
     left, top, w, h = box
-    resized = image.resize(
-        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)
-    )
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
-
-
-def _box(width: int, height: int, data: DataConfig, rng: np.random.Generator | None) -> Box:
-    if rng is None:
-        return center_crop(width, height)
-    return random_crop(width, height, data.crop_scale, rng)
+    cropped = tv.crop(frames, top, left, h, w)
+    if (h, w) == (size, size):
+        return cropped.clone(memory_format=torch.contiguous_format)
+    bicubic = InterpolationMode.BICUBIC
+    return tv.resize(cropped, [size, size], bicubic, antialias=True).contiguous()

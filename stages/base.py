@@ -11,6 +11,8 @@ Batch keys, all with the micro-batch B first:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.shards import Sample, Source
+from data_pipelines.sources import Sample, Source
 from xray.config import RunConfig
 from xray.errors import ConfigError
 from xray.models.backbone import VisionBackbone
@@ -142,6 +144,14 @@ class Stage(ABC):
         return vision_macs(
             sketch(self.config), frames, value_at(self.config.data.resolution, 1.0), keep_rate
         )
+
+    def tokens(self, frames: int, resolution: int) -> int:
+        """Tokens of an image (frames = 1) or clip before any is masked or reduced."""
+        return math.prod(self._sketch.geometry.grid(frames, resolution, resolution))
+
+    @functools.cached_property
+    def _sketch(self) -> VisionBackbone:
+        return sketch(self.config)
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what the run depends on besides config, data and parents."""

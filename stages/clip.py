@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import captions_of
-from data_pipelines.shards import Sample, Source
+from data_pipelines.captions import choose_caption, read_captions
+from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
 from stages.language import Language
@@ -100,9 +100,9 @@ class ClipStage(Stage):
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        captions = captions_of(sample.files)
-        pick = 0 if rng is None else int(rng.integers(len(captions)))
-        tokens = self.language.tokens([captions[pick]])
+        fields = self.config.data.sources[sample.source].captions
+        caption = choose_caption(read_captions(sample.files, fields), rng)
+        tokens = self.language.tokens([caption.text])
         return {"pixels": load_pixels(sample, self.config.data, rng), **tokens}
 
     def collate(self, rows: Sequence[Batch]) -> Batch:

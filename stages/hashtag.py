@@ -19,7 +19,7 @@ from data_pipelines.hashtags import (
     read_tags,
     tags_of,
 )
-from data_pipelines.shards import Sample, Source
+from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from stages.base import (
     Batch,
@@ -32,9 +32,10 @@ from stages.base import (
     part,
 )
 from xray.config import RunConfig
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, ConfigError
 from xray.losses import soft_cross_entropy, tag_entropy
 from xray.models.heads import TagHead
+from xray.models.mixing import mix
 
 
 @dataclass
@@ -44,11 +45,20 @@ class HashtagOptions:
     vocabulary: str = ""  # a vocabulary.json; "" = build it
     min_count: int = 5
     max_size: int = 100_000
+    # Beta(a, a) of the mixing within a micro-batch; 0 = off; with both, one is drawn for each
+    mixup: float = 0.0  # the pictures are blended
+    cutmix: float = 0.0  # a rectangle is taken from the other picture
 
 
 @dataclass
 class HashtagConfig(RunConfig):
     hashtag: HashtagOptions = field(default_factory=HashtagOptions)
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("mixup", "cutmix"):
+            if getattr(self.hashtag, name) < 0:
+                raise ConfigError(f"hashtag.{name}={getattr(self.hashtag, name)} must be >= 0")
 
 
 class HashtagModule(VisionModule):
@@ -57,14 +67,21 @@ class HashtagModule(VisionModule):
     def __init__(self, config: HashtagConfig, tags: int) -> None:
         super().__init__(config)
         self.head = TagHead(self.vision.embed_dim, tags)
+        self.mix = config.hashtag.mixup, config.hashtag.cutmix
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress)).cls
-        return {"logits": self.head(cls), "tags": batch["tags"]}
+        pixels, share = self.normalize(batch["pixels"]), None
+        if self.training and any(self.mix):
+            pixels, share = mix(pixels, *self.mix)
+        features = {"logits": self.head(self.vision(pixels, self.keep_rate(progress)).cls)}
+        return features | {"tags": batch["tags"]} | ({} if share is None else {"share": share})
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         logits, tags = features["logits"], features["tags"]
         loss = soft_cross_entropy(logits, tags)
+        if "share" in features:  # linear in the target: the mixed target's loss is the losses' mix
+            share = features["share"]
+            loss = share * loss + (1 - share) * soft_cross_entropy(logits, tags.roll(1, 0))
         top = logits.argmax(dim=1, keepdim=True)
         metrics = {
             "excess": loss.detach() - tag_entropy(tags),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.shards import Sample
+from data_pipelines.sources import Sample
 from data_pipelines.transforms import load_pixels
 from stages.base import (
     Batch,

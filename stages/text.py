@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipelines.captions import captions_of
 from data_pipelines.decode import BadSample
-from data_pipelines.shards import Sample, Source
+from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
 from stages.language import Language
 from xray.config import RunConfig, TextConfig
@@ -75,7 +75,8 @@ class TextStage(Stage):
         return TextModule(self.language.build(), self.config.text.temperature)
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        captions = captions_of(sample.files)
+        fields = self.config.data.sources[sample.source].captions
+        captions = captions_of(sample.files, fields)
         if len(captions) < 2:
             raise BadSample("only one caption")
         draw = rng if rng is not None else np.random.default_rng(0)

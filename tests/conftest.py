@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,20 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real data set beside the checkout (../shared/data)")
     return SHARED
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """A folder served over HTTP: (its URL, the folder, the requests seen)."""
+    folder, seen = tmp_path / "served", list[str]()
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            seen.append(f"{self.command} {self.path}")
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", folder, seen
+        running.shutdown()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data import jpeg, write_tar
+from shards import jpeg, write_tar
 from test_resume import RECIPE, xray
 from typer.testing import CliRunner
 

@@ -26,12 +26,14 @@ RULES: dict[str, set[str]] = {
     "xray/pictures.py": LEAF | MODELS | {"xray.restore"},
     "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
     "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
-    "xray/checkpoint.py": LEAF | {"xray.artifact", "xray.engine"},
+    "xray/checkpoint.py": LEAF | DATA | {"xray.artifact", "xray.engine"},
+    "xray/bad_samples.py": LEAF | DATA | {"xray.checkpoint"},
     "xray/report.py": LEAF | {"xray.artifact", "xray.checkpoint"},
+    "xray/data_report.py": LEAF | DATA | {"xray.report"},
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
-    | {"xray.feed", "xray.optim", "xray.run_record"},
+    | {"xray.bad_samples", "xray.feed", "xray.optim", "xray.run_record"},
     "xray/feed.py": LEAF | DATA | {"stages.base"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact"},
     "xray/show.py": LEAF

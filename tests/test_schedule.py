@@ -9,7 +9,7 @@ import pytest
 from tiny import settings, train
 
 from data_pipelines.sampling import StepSampler, StepShape, make_plans, micro_batches
-from data_pipelines.shards import open_sources
+from data_pipelines.sources import open_sources
 from xray.errors import ConfigError
 from xray.report import read_metrics
 from xray.schedule import check, largest, value_at
@@ -50,7 +50,7 @@ def test_the_samples_do_not_depend_on_the_schedule(demo: Path, tmp_path: Path) -
     def refs(sizes: list[tuple[int, int, int]]) -> list[list[Any]]:
         def shape(step: int) -> StepShape:
             resolution, frames, micro = sizes[step]
-            return StepShape(resolution, frames, micro_batches(config.blocks, micro, 0, 1))
+            return StepShape(resolution, frames, micro_batches(config.blocks, [micro, micro], 0, 1))
 
         sampler = StepSampler(config.blocks, plans, shape, range(2))
         batches = list(sampler)
@@ -62,8 +62,8 @@ def test_the_samples_do_not_depend_on_the_schedule(demo: Path, tmp_path: Path) -
 
     plain, changed = refs([(32, 4, 0), (32, 4, 0)]), refs([(16, 2, 0), (32, 4, 2)])
     for a, b in zip(plain, changed, strict=True):
-        assert [(r.source, r.shard, r.member, r.position) for r in a] == [
-            (r.source, r.shard, r.member, r.position) for r in b
+        assert [(r.source, r.shard, r.slot, r.position) for r in a] == [
+            (r.source, r.shard, r.slot, r.position) for r in b
         ]
     assert {(r.resolution, r.frames) for r in changed[0]} == {(16, 2)}
     assert {(r.resolution, r.frames) for r in changed[1]} == {(32, 4)}

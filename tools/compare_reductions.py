@@ -19,7 +19,7 @@ import torch
 from timing import hardware, interleaved, speedup
 from torch import Tensor
 
-from data_pipelines.shards import open_source
+from data_pipelines.sources import open_source
 from xray.artifact import open_artifact
 from xray.config import DataConfig
 from xray.evaluation.features import extract

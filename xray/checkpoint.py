@@ -1,6 +1,6 @@
 """Resume checkpoints: written under a temporary name, renamed last, complete or not there.
 
-checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  COMPLETE
+checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  quarantine.jsonl  COMPLETE
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from data_pipelines import quarantine
+from data_pipelines.quarantine import Entry
 from xray import dist
 from xray.artifact import sync_tree
 from xray.engine import Engine
@@ -25,6 +27,7 @@ class TrainState:
     samples: int = 0
     seconds: float = 0.0  # spent training
     bad: dict[str, int] = field(default_factory=dict)  # samples replaced, by cause
+    quarantine: list[Entry] = field(default_factory=list)  # samples not to be tried again
     world: int = 1
     zero_stage: int = 0
 
@@ -43,7 +46,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> TrainState:
     try:
-        return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+        facts = json.loads((checkpoint / "state.json").read_text())
+        return TrainState(**facts, quarantine=quarantine.load(checkpoint / "quarantine.jsonl"))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{checkpoint}/state.json cannot be read: {error}") from error
 
@@ -77,7 +81,9 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
     engine.save(temporary)
     dist.barrier()
     if dist.is_main():
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        facts = {key: value for key, value in asdict(state).items() if key != "quarantine"}
+        (temporary / "state.json").write_text(json.dumps(facts, indent=1))
+        quarantine.save(state.quarantine, temporary / "quarantine.jsonl")
         (temporary / "COMPLETE").write_text("")
         sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)

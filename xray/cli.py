@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xray import __version__, dist
-from xray.errors import ConfigError, Preempted, TrainingError, XrayError
+from xray.command import Overrides, guarded
+from xray.data_cli import data_app
+from xray.errors import ConfigError
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
@@ -29,15 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make and inspect data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion"),
-]
-# 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
-EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
 
 
 def main() -> None:
@@ -46,24 +37,6 @@ def main() -> None:
     dist.setup_environment()
     logging.getLogger("xray").setLevel(logging.INFO if dist.is_main() else logging.ERROR)
     app()
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Print a user's error as one line; rank 0 speaks for ranks that agreed on it."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (XrayError, OSError) as error:
-            if dist.is_main() or not getattr(error, "agreed", False):
-                who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
-                print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(EXIT_CODES.get(type(error), 2)) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-
-    return run
 
 
 @app.command()
@@ -249,53 +222,6 @@ def show_config(
         configs = load_recipe(name, overrides or []).runs
     for config in configs:
         print(OmegaConf.to_yaml(OmegaConf.create({config.stage: to_dict(config)})), end="")
-
-
-@data_app.command("demo")
-@guarded
-def data_demo(
-    folder: Annotated[Path, typer.Argument(help="Where to write it")],
-    overrides: Overrides = None,
-) -> None:
-    """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
-    from data_pipelines.demo import DemoConfig, make_demo
-    from xray.config_files import build, parse_overrides
-
-    make_demo(folder, build(DemoConfig, parse_overrides(overrides or [])))
-    print(f"demo data in {folder}")
-
-
-@data_app.command("index")
-@guarded
-def data_index(
-    shards: Annotated[list[str], typer.Argument(help="Folders, globs or {000..123} patterns")],
-) -> None:
-    """Index tar shards, so that the first run need not; a broken shard is named."""
-    from rich.progress import track
-
-    from data_pipelines.shards import find_shards, index_shard
-
-    paths = [path for pattern in shards for path in find_shards(pattern)]
-    samples = 0
-    for path in track(paths, "indexing", disable=not sys.stderr.isatty()):
-        samples += len(index_shard(path))
-    print(f"{samples:,} samples in {len(paths):,} shards")
-
-
-@data_app.command("tiny-llm")
-@guarded
-def data_tiny_llm(
-    folder: Annotated[str, typer.Argument(help="Where to write it")],
-    captions: Annotated[str, typer.Option(help="Shards whose captions train the tokenizer")],
-    overrides: Overrides = None,
-) -> None:
-    """Make a small random LLM and a tokenizer, for machines without a pretrained one."""
-    from xray.config_files import build, parse_overrides
-    from xray.recipe import LlmConfig, make_llm
-
-    given = {**parse_overrides(overrides or []), "path": folder, "captions": captions}
-    make_llm(build(LlmConfig, given), "")
-    print(f"LLM in {folder}")
 
 
 @app.command()

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 from data_pipelines.loader import Loaded, iterate_steps
+from data_pipelines.meter import Reading, add
 from data_pipelines.sampling import (
     SamplePlan,
     StepSampler,
     StepShape,
     make_plans,
     micro_batches,
+    within_budget,
 )
-from data_pipelines.shards import Source
+from data_pipelines.sources import Source
 from stages.base import Stage
 from xray import dist
 from xray.config import BlockConfig, RunConfig
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
 from xray.schedule import steps_of, value_at
 
 
-def step_shape(config: RunConfig, blocks: list[BlockConfig], progress: float) -> StepShape:
+def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> StepShape:
     """Sizes and micro-batches of a step of these blocks at a progress."""
-    data, micro_batch = config.data, value_at(config.train.micro_batch, progress)
-    cut = micro_batches(blocks, micro_batch, dist.rank(), dist.world_size())
-    return StepShape(value_at(data.resolution, progress), value_at(data.frames, progress), cut)
+    data, world = stage.config.data, dist.world_size()
+    resolution, frames = value_at(data.resolution, progress), value_at(data.frames, progress)
+    sizes = [value_at(stage.config.train.micro_batch, progress)] * len(blocks)
+    if data.tokens_per_batch:
+        kinds = [data.sources[block.source].modality for block in blocks]
+        tokens = [stage.tokens(1 if kind == "image" else frames, resolution) for kind in kinds]
+        budget = data.tokens_per_batch
+        sizes = [
+            within_budget(block, world, each, budget)
+            for block, each in zip(blocks, tokens, strict=True)
+        ]
+    return StepShape(resolution, frames, micro_batches(blocks, sizes, dist.rank(), world))
 
 
-def check_batches(stage: type[Stage], config: RunConfig) -> None:
+def check_batches(stage: Stage, config: RunConfig) -> None:
     """Raise ConfigError for blocks that cannot be cut as asked, at any progress."""
     world = dist.world_size()
+    schedules = config.train.micro_batch, config.data.resolution, config.data.frames
+    starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
     for blocks in (config.blocks, config.validation):
-        for start, size in steps_of(config.train.micro_batch):
-            for micro in step_shape(config, blocks, start).micro:
-                block = blocks[micro.block]
-                whole = (micro.stop - micro.start) * world == block.samples
-                if stage.spans_batch and not whole:
+        for start in starts:
+            for micro in step_shape(stage, blocks, start).micro:
+                block, size = blocks[micro.block], micro.stop - micro.start
+                if stage.spans_batch and size * world != block.samples:
                     raise ConfigError(
                         f"stage {stage.name} compares all {block.samples} samples of block "
-                        f"{block.source!r}: train.micro_batch={size} x {world} processes must "
-                        f"reach {block.samples}; set train.micro_batch=0 or use a smaller block"
+                        f"{block.source!r}: a forward of {size} x {world} processes must reach "
+                        f"{block.samples}; set train.micro_batch=0 and data.tokens_per_batch=0, "
+                        "or use a smaller block"
                     )
+
+
+class Feed:
+    """A stream of steps, with an account of how long it was waited for."""
+
+    def __init__(self, stream: Iterator[list[Loaded]]) -> None:
+        self._stream = stream
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def next(self) -> tuple[list[Loaded], str | None]:
+        """The next step's micro-batches, or why there are none."""
+        start = time.perf_counter()
+        try:
+            return next(self._stream), None
+        except DataError as error:
+            return [], str(error)
+        finally:
+            self._waited += time.perf_counter() - start
+
+    def waited(self) -> dict[str, float]:
+        """The share of the time since the last call that went into waiting for data."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return {"data/wait": min(share, 1.0)}
+
+    def readings(self, loaded: list[Loaded]) -> dict[str, float]:
+        """Decoding in ms per sample by modality, and the cache's share of hits, on this rank."""
+        total: Reading = {}
+        for item in loaded:
+            add(total, item.reading)
+        values = {
+            f"data/{name}_ms": 1e3 * seconds / times
+            for name, (times, seconds) in total.items()
+            if name in ("image", "video")
+        }
+        hits, misses = (total.get(name, (0, 0.0))[0] for name in ("hit", "miss"))
+        return values | ({"data/cache_hits": hits / (hits + misses)} if hits + misses else {})
 
 
 def training_stream(
@@ -49,7 +101,7 @@ def training_stream(
     """The micro-batches of each step, in order."""
 
     def shape(step: int) -> StepShape:
-        return step_shape(config, config.blocks, config.progress(step))
+        return step_shape(stage, config.blocks, config.progress(step))
 
     sampler = StepSampler(config.blocks, plans, shape, steps)
     workers = config.data.workers

@@ -224,7 +224,8 @@ def prepare(recipe: Recipe) -> None:
 def make_llm(config: LlmConfig, root: str) -> None:
     """Build the tiny LLM once; a half-written folder is begun again."""
     from data_pipelines.captions import TEXT_FILES, captions_of
-    from data_pipelines.shards import find_shards, index_shard
+    from data_pipelines.manifest import find_shards, resolve
+    from data_pipelines.shards import index_shard
     from xray.models.text import build_tiny_llm
 
     folder = Path(config.path)
@@ -232,7 +233,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
         return
     captions = [
         caption
-        for path in find_shards(config.captions, root)
+        for path in find_shards(resolve(config.captions, root))
         for index in [index_shard(path)]
         for member in range(len(index))
         for caption in captions_of(index.read(member, TEXT_FILES))

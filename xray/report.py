@@ -77,6 +77,7 @@ class Sinks:
         done = state.step - self.resumed_at
         rate = state.samples / state.step * done / elapsed
         note = f"loss {values['loss']:.4f}  {rate:,.0f} samples/s"
+        note += f"  data wait {values['data/wait']:.0%}"
         self.progress.update(self.task, completed=state.step, note=note)
         if not console.is_terminal and (
             time.monotonic() - self.printed > LINE_SECONDS or state.step == self.steps

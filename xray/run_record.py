@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.shards import Source
+from data_pipelines.sources import Source
 from stages.base import Stage
 from xray.artifact import Artifact, sha256_file
 from xray.config import RunConfig, differences, filled, identity

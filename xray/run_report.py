@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode import BadSample
-from data_pipelines.shards import Source, open_source
+from data_pipelines.sources import Source, open_source
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
@@ -58,7 +58,9 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
         config = data.sources[block.source]
         if config.modality in found or config.modality not in data.modalities:
             continue
-        source = open_source(block.source, config.shards, config.modality, data.root)
+        source = open_source(
+            block.source, config.shards, config.modality, data.root, config.animations
+        )
         pixels = list(itertools.islice(_usable(source, data), SHOWN))
         if pixels:
             found[config.modality] = torch.stack(pixels)
@@ -66,12 +68,10 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
 
 
 def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
-    for shard, members in enumerate(source.slots):
-        for member in members.tolist():
-            size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
-            sample = source.sample(shard, member, *size)
-            with contextlib.suppress(BadSample):
-                yield load_pixels(sample, data, None)
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    for place in source.places():
+        with contextlib.suppress(BadSample):
+            yield load_pixels(source.sample(*place, *size), data, None)
 
 
 def _stage_table(artifacts: Sequence[Artifact]) -> ResultTable:

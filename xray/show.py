@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.decode import BadSample
-from data_pipelines.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
+from data_pipelines.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality
+from data_pipelines.sources import Sample
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
@@ -114,7 +115,7 @@ def read_media(path: Path, resolution: int, frames: int) -> Tensor:
     if ending not in endings:
         known = ", ".join(f".{name}" for name in endings)
         raise DataError(f"{path} is neither a picture nor a clip: it must end in one of {known}")
-    modality = "image" if ending in IMAGE_EXTENSIONS else "video"
+    modality: Modality = "image" if ending in IMAGE_EXTENSIONS else "video"
     sample = Sample({ending: path.read_bytes()}, "show", modality, path.stem, resolution, frames)
     try:
         return load_pixels(sample, DataConfig(), None)

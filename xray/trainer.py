@@ -7,8 +7,6 @@ import logging
 import math
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,22 +17,22 @@ from torch import Tensor
 
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch, make_plans
-from data_pipelines.shards import open_sources
+from data_pipelines.sources import open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
+from xray.bad_samples import BadSamples
 from xray.checkpoint import TrainState
 from xray.config import RunConfig, config_hash, dump, hash_json, identity, to_dict
 from xray.engine import Engine
 from xray.errors import DataError, Preempted, TrainingError
-from xray.feed import check_batches, step_shape, training_stream, validation_stream
+from xray.feed import Feed, check_batches, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
 from xray.report import Sinks
 from xray.run_record import check_same_run, run_record
 from xray.schedule import steps_of, value_at
 
 log = logging.getLogger("xray")
-GRACE = 1000  # samples; data.max_bad_fraction is taken of at least this many
 
 
 class Trainer:
@@ -48,7 +46,6 @@ class Trainer:
         self.config: RunConfig = config
         self.device = device
         self.out = Path(config.out)
-        check_batches(stage_class, config)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         self.parents = {
             slot: artifact
@@ -56,6 +53,7 @@ class Trainer:
             if artifact is not None
         }
         self.stage = stage_class(config)
+        check_batches(self.stage, config)
         names = [block.source for block in [*config.blocks, *config.validation]]
         self.sources = self.stage.prepare(open_sources(config.data, names), parents)
         self.plans = make_plans(config.blocks, self.sources, config.data, config.seed)
@@ -124,19 +122,24 @@ class Trainer:
             return
         pin = self.device.type == "cuda"
         remaining = range(state.step, config.steps)
-        stream = training_stream(self.stage, config, self.plans, remaining, pin)
-        pending, failure = self._fetch(stream)
+        bad = BadSamples(self.out, state, self.plans)
+        feed = Feed(training_stream(self.stage, config, self.plans, remaining, pin))
+        pending, failure = feed.next()
         self._reduce({}, failure)
         started = time.monotonic() - state.seconds
         for step in remaining:
             progress = config.progress(step)
-            shape = step_shape(config, config.blocks, progress)
+            shape = step_shape(self.stage, config.blocks, progress)
             loaded, pending = pending, []
             values = self._accumulate(step, progress, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
-                pending, failure = self._fetch(stream)
+                pending, failure = feed.next()
+            values |= feed.waited()
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
-            self._count_bad(values, loaded)
+            if values.pop("bad"):
+                read = state.samples + config.global_batch
+                bad.account(loaded, read, config.data.max_bad_fraction)
+            values |= feed.readings(loaded) | self._epochs()
             if not math.isfinite(values["loss"]):
                 raise TrainingError(self._bundle(step, "loss", values["loss"]))
             lr = lr_at(progress, config.optim, config.global_batch)
@@ -179,6 +182,15 @@ class Trainer:
             self._add(sums, micro, cut, output)
         return _to_host(sums)
 
+    def _epochs(self) -> dict[str, float]:
+        """How often each source has been gone through, once this step is done."""
+        return {
+            f"{block.source}/epochs": (self.state.step + 1)
+            * block.samples
+            / self.plans[block.source].total
+            for block in self.config.blocks
+        }
+
     def _sizes(self, progress: float) -> dict[str, float]:
         """What schedules have come to: the keep rate (or each block's), resolution and frames."""
         rate = self.module.keep_rate(progress)
@@ -209,9 +221,9 @@ class Trainer:
         config = self.config
         if not config.validation:
             return {}
-        shape = step_shape(config, config.validation, progress)
-        stream = validation_stream(self.stage, config, self.sources, shape)
-        loaded, failure = self._fetch(stream)
+        shape = step_shape(self.stage, config.validation, progress)
+        feed = Feed(validation_stream(self.stage, config, self.sources, shape))
+        loaded, failure = feed.next()
         self._reduce({}, failure)
         self.engine.train(False)
         sums: dict[str, Tensor] = {}
@@ -223,12 +235,6 @@ class Trainer:
         return {f"val/{name}": value for name, value in found.items()}
 
     # helpers ----------------------------------------------------------------------------------
-
-    def _fetch(self, stream: Iterator[list[Loaded]]) -> tuple[list[Loaded], str | None]:
-        try:
-            return next(stream), None
-        except DataError as error:
-            return [], str(error)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
@@ -251,27 +257,6 @@ class Trainer:
         means = (vector[3:] / dist.world_size()).tolist()
         result = dict(zip(names, means, strict=True))
         return result | {"preempted": float(vector[0]), "bad": float(vector[2])}
-
-    def _count_bad(self, values: dict[str, float], loaded: list[Loaded]) -> None:
-        """Add up replaced samples by cause; raise DataError when there are too many."""
-        if not values.pop("bad"):
-            return
-        mine = [entry for item in loaded for entry in item.bad]
-        everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]
-        bad = self.state.bad
-        for cause, shard, key in everyone:
-            bad[cause] = bad.get(cause, 0) + 1
-            log.warning("replaced sample %r of %s: %s", key, shard, cause)
-        read = self.state.samples + self.config.global_batch
-        limit = self.config.data.max_bad_fraction
-        if sum(bad.values()) > limit * max(read, GRACE):
-            shards = Counter(shard for _, shard, _ in everyone).most_common(3)
-            causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(bad.items()))
-            names = ", ".join(f"{shard} ({count})" for shard, count in shards)
-            raise DataError(
-                f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
-                f"data.max_bad_fraction={limit}; last in {names}"
-            )
 
     def _bundle(self, step: int, what: str, value: float) -> str:
         """Write down what a step was made of and return the message about it."""

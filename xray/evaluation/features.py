@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.captions import captions_of, metadata_of
+from data_pipelines.captions import TEXT_FILES, captions_of, metadata_of
 from data_pipelines.loader import Fields, iterate_source
-from data_pipelines.shards import Sample, Source
+from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from xray.config import DataConfig
 from xray.errors import DataError
@@ -63,10 +63,9 @@ def extract(
 
 def _captions(source: Source) -> list[list[str]]:
     result = []
-    for shard, members in zip(source.shards, source.slots, strict=True):
-        for member in members.tolist():
-            try:
-                result.append(captions_of(shard.read(member, ("json", "txt"))))
-            except DataError:
-                result.append([])
+    for shard, member in source.places():
+        try:
+            result.append(captions_of(source.read(shard, member, TEXT_FILES)))
+        except DataError:
+            result.append([])
     return result

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from data_pipelines.shards import Source, open_source
+from data_pipelines.shards import Modality
+from data_pipelines.sources import Source, open_source
 from xray.config import DataConfig
 from xray.errors import ConfigError, DataError
 from xray.evaluation.features import extract
@@ -92,7 +93,7 @@ class Suite:
             results[name] = getattr(self, f"_{name}")()
         return results
 
-    def _open(self, name: str, pattern: str, modality: str) -> Source:
+    def _open(self, name: str, pattern: str, modality: Modality) -> Source:
         return open_source(f"eval.{name}", pattern, modality, self.data.root)
 
     def _extract(self, source: Source, joint: bool) -> Any:

@@ -1,0 +1,64 @@
+"""Tables of columns in one file, memory-mapped: what indexes and manifests are kept in.
+
+The format is safetensors: a json header, then the columns. Texts are stored as one column of
+UTF-8 bytes and one of where each text ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
+Columns = dict[str, np.ndarray]
+
+
+def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Write columns (int64, int32 or uint8) and facts (json) in one rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+    os.replace(temporary, path)
+
+
+def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
+    """Map the columns of a file, reading none of them; raises OSError, ValueError or KeyError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is not a table of columns")
+        header = json.loads(file.read(length))
+    facts = json.loads(header.pop("__metadata__")["facts"])
+    body = np.memmap(path, np.uint8, "r", offset=8 + length) if header else np.empty(0, np.uint8)
+    columns = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        columns[name] = np.asarray(body[begin:end]).view(DTYPES[entry["dtype"]])
+        columns[name] = columns[name].reshape(entry["shape"])
+    return columns, facts
+
+
+def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as (bytes [total] uint8, ends [n] int64)."""
+    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def text_at(blob: np.ndarray, ends: np.ndarray, number: int) -> str:
+    """One of the packed texts."""
+    start = int(ends[number - 1]) if number else 0
+    return blob[start : int(ends[number])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def unpack_texts(blob: np.ndarray, ends: np.ndarray) -> list[str]:
+    """All of the packed texts."""
+    whole, bounds = blob.tobytes(), [0, *ends.tolist()]
+    return [whole[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,73 @@
+"""The process that decodes clips: it may be killed at any moment, and then only one clip is lost.
+
+Run by `sandbox.ClipDecoder` as `python -m data_pipelines.decode_process SOCKET INPUT OUTPUT`: an
+inherited socket for requests and two inherited memory files, for the clip's bytes and its frames.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.decode import BadSample, Clip, open_clip, read_clip
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve requests until the other side is gone."""
+    socket, source, target = (int(number) for number in sys.argv[1:4])
+    _end_with(int(sys.argv[4]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the owner ends it
+    serve(Connection(socket), source, target)
+
+
+def serve(connection: Connection, source: int, target: int) -> None:
+    """Answer ("open", bytes) and ("read", indices, size) with ("ok", ...) or ("bad", ...)."""
+    clip: Clip | None = None
+    data = b""
+    connection.send(("ok",))
+    while True:
+        try:
+            request: Any = connection.recv()
+        except EOFError:
+            return
+        try:
+            if request[0] == "open":
+                clip = None  # its memory goes before the next clip's comes
+                data = os.pread(source, request[1], 0)
+                clip = open_clip(data)
+                connection.send(("ok", clip.total, clip.fps, clip.width, clip.height))
+            else:
+                assert clip is not None
+                frames = read_clip(clip, data, *request[1:])
+                _hand_over(target, frames)
+                connection.send(("ok", frames.shape))
+        except BadSample as error:
+            connection.send(("bad", error.cause, error.detail))
+
+
+def _hand_over(target: int, frames: np.ndarray) -> None:
+    if os.fstat(target).st_size < frames.nbytes:
+        os.ftruncate(target, frames.nbytes)
+    with mmap.mmap(target, frames.nbytes) as memory:
+        np.copyto(np.frombuffer(memory, np.uint8, frames.size).reshape(frames.shape), frames)
+
+
+def _end_with(parent: int) -> None:
+    """Die when the parent does, also in the middle of a decode that never returns."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""A data source: a manifest, and which samples of its shards take part."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines import meter
+from data_pipelines.manifest import Manifest, open_manifest, remote_index, resolve
+from data_pipelines.remote import ShardCache, is_remote
+from data_pipelines.shards import (
+    Modality,
+    ShardIndex,
+    cache_path,
+    index_shard,
+    load_index,
+    media_extensions,
+    user_cache,
+)
+from xray import dist
+from xray.config import DataConfig
+from xray.errors import DataError
+
+OPEN_INDEXES = 256  # kept mapped per process
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a stage's transform gets: the files by ending, and what the plan says about them."""
+
+    files: dict[str, bytes]
+    source: str
+    modality: Modality
+    key: str
+    resolution: int
+    frames: int
+    animations: Modality = "image"  # what GIF and WebP count as
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of one modality and, per shard, the members that its slots stand for.
+
+    A slot is a place in the epoch. By default the slots of a shard are its members of the
+    modality; `selected[s][i]` is the member at slot i of shard s where a stage narrows that.
+    """
+
+    name: str
+    modality: Modality
+    animations: Modality
+    manifest: Manifest
+    cache: ShardCache | None = None
+    selected: tuple[np.ndarray, ...] | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Slots per shard, [S]."""
+        if self.selected is not None:
+            return np.array([len(members) for members in self.selected], np.int64)
+        return self.manifest.counts(self.modality, self.animations)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum(dtype=np.int64))
+
+    def with_slots(self, slots: Sequence[np.ndarray]) -> Source:
+        """The same shards with another slot map."""
+        return replace(self, selected=tuple(slots))
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._opened(shard)[0]
+
+    @functools.cached_property
+    def _opened(self) -> functools._lru_cache_wrapper[tuple[ShardIndex, np.ndarray]]:
+        return functools.lru_cache(maxsize=OPEN_INDEXES)(self._open)
+
+    def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
+        path = self.manifest.path(shard)
+        size = int(self.manifest.columns["sizes"][shard])
+        if self.cache is not None:
+            index = remote_index(path, self.cache, size, self.manifest.checksum(shard))
+        else:  # not looked at again: the manifest was compared with the tars when it was opened
+            local = Path(path)
+            found = load_index(path, cache_path(local.with_name(local.name + ".index")))
+            index = found or index_shard(path)
+        if index.facts["digest"] != self.manifest.columns["digests"][shard].tobytes().hex():
+            raise DataError(f"shard {path} changed since it was indexed: restart the run")
+        return index, index.members_with(media_extensions(self.modality, self.animations))
+
+    def member(self, shard: int, slot: int) -> int:
+        """The member that a slot stands for."""
+        members = self._opened(shard)[1] if self.selected is None else self.selected[shard]
+        return int(members[slot])
+
+    def members(self, shard: int) -> np.ndarray:
+        """The members of all slots of a shard."""
+        return self._opened(shard)[1] if self.selected is None else self.selected[shard]
+
+    def read(
+        self, shard: int, member: int, extensions: Sequence[str] | None = None
+    ) -> dict[str, bytes]:
+        """The files of one member; a remote tar is fetched first. Raises DataError."""
+        index = self.index(shard)
+        try:
+            return index.read(member, extensions, self._local(shard))
+        except FileNotFoundError:
+            if self.cache is None:
+                raise DataError(f"shard {index.path} does not exist any more") from None
+            return index.read(member, extensions, self._local(shard))  # evicted in between
+
+    def _local(self, shard: int) -> str:
+        """Where the tar can be read: a remote one's copy, fetched if need be."""
+        if self.cache is None:
+            return ""
+        size = int(self.manifest.columns["sizes"][shard])
+        misses = self.cache.misses
+        local = self.cache.fetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+        meter.count("miss" if self.cache.misses > misses else "hit", 1)
+        return str(local)
+
+    def prefetch(self, shard: int) -> None:
+        """Begin to fetch a remote tar; nothing for a local one."""
+        if self.cache is not None:
+            size = int(self.manifest.columns["sizes"][shard])
+            self.cache.prefetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample:
+        """Read one member of one shard, all its files."""
+        files, key = self.read(shard, member), self.index(shard).key(member)
+        sizes = resolution, frames
+        return Sample(files, self.name, self.modality, key, *sizes, self.animations)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(shard, member) of every slot, in order."""
+        for shard in range(len(self.manifest)):
+            for member in self.members(shard).tolist():
+                yield shard, member
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 over what the samples are: keys, sizes and the slot map, not their folder."""
+        kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
+        state = hashlib.sha256(kind.encode())
+        for members in self.selected or ():
+            state.update(np.ascontiguousarray(members, np.int64).tobytes())
+            state.update(b"\0")
+        return state.hexdigest()
+
+
+def open_source(
+    name: str,
+    pattern: str,
+    modality: Modality,
+    root: str = "",
+    animations: Modality = "image",
+    cache: ShardCache | None = None,
+    verify: bool = True,
+) -> Source:
+    """Open a source's manifest; raises DataError for shards that cannot be used."""
+    where = resolve(pattern, root)
+    if is_remote(where):
+        cache = cache or make_cache(DataConfig())
+    manifest = open_manifest(where, cache, verify)
+    source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)
+    empty = np.flatnonzero(source.counts == 0)
+    if len(empty):
+        index = source.index(int(empty[0]))
+        raise DataError(
+            f"shard {index.path} of source {name!r} has no {modality} files, only "
+            f"{', '.join(index.extensions)}: correct data.sources.{name}"
+        )
+    return source
+
+
+def make_cache(data: DataConfig) -> ShardCache:
+    """The cache of remote shards that a config asks for."""
+    folder = Path(data.cache) if data.cache else user_cache("shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
+
+
+def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
+    """The sources that a run's blocks use; rank 0 indexes first, the others open its manifest."""
+    remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
+    cache = make_cache(data) if remote else None
+    sources: dict[str, Source] = {}
+    for mine in (dist.is_main(), not dist.is_main()):
+        failure = None
+        if mine:
+            try:
+                for name in names:
+                    config = data.sources[name]
+                    sources[name] = open_source(
+                        name,
+                        config.shards,
+                        config.modality,
+                        data.root,
+                        config.animations,
+                        cache,
+                        verify=dist.is_main(),
+                    )
+            except DataError as error:
+                failure = error
+        dist.agree(failure)
+    return sources

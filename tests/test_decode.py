@@ -1,0 +1,197 @@
+"""Pictures and clips, awkward ones too, and the limits on decoding."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import hostile_decoder
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from shards import jpeg, photo
+
+from data_pipelines import decode
+from data_pipelines import demo as demo_data
+from data_pipelines.decode import AvClip, BadSample, DecordClip
+from data_pipelines.sandbox import ClipDecoder, Killed
+
+HOSTILE = (sys.executable, hostile_decoder.__file__)
+
+
+def clip(side: int = 64, frames: int = 12) -> bytes:
+    scene = demo_data.Scene("red", "star", "white", "large", "in the middle", "up")
+    config = demo_data.DemoConfig(side=side, frames=frames)
+    return demo_data._clip(scene, config, np.random.default_rng(0))
+
+
+def test_image_modes_become_rgb() -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16", "1", "LA"):
+        buffer = io.BytesIO()
+        form = "JPEG" if mode == "CMYK" else "PNG"
+        Image.new(mode, (8, 6)).save(buffer, format=form)
+        image = decode.decode_image(buffer.getvalue())
+        assert image.mode == "RGB" and image.size == (8, 6)
+    with pytest.raises(BadSample, match="undecodable image"):
+        decode.decode_image(jpeg()[:200])
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:
+    data = photo(0, (400, 304))
+    full = decode.decode_image(data)
+    for least, size in (((400, 304), (400, 304)), ((200, 152), (200, 152)), ((99, 70), (100, 76))):
+        small = decode.decode_image(data, least)
+        assert small.size == size
+        difference = np.asarray(small, int) - np.asarray(full.resize(size, Image.Resampling.BOX))
+        assert np.abs(difference).mean() < 2
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, format="PNG")
+    with pytest.raises(BadSample, match="image too large: 9000 x 9000"):
+        decode.decode_image(buffer.getvalue())
+
+
+@pytest.mark.parametrize("size", [None, (64, 64)])
+def test_decord_and_pyav_agree(size: tuple[int, int] | None) -> None:
+    data, indices = clip(128), np.array([0, 3, 3, 11])
+    first, second = (reader(data) for reader in (DecordClip, AvClip))
+    facts = {(c.total, c.width, c.height, round(c.fps)) for c in (first, second)}
+    assert facts == {(12, 128, 128, 12)}
+    a, b = first.read(indices, size), second.read(indices, size)
+    assert a.shape == b.shape == (4, *((size or (128, 128))[::-1]), 3)
+    assert np.abs(a.astype(int) - b.astype(int)).mean() <= (2 if size else 0.5)
+
+
+def test_animations_are_clips() -> None:
+    frames = [Image.new("RGB", (10, 8), (40 * i, 0, 0)) for i in range(5)]
+    for form in ("GIF", "WEBP"):
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer, form, save_all=True, append_images=frames[1:], duration=50, lossless=True
+        )
+        found = decode.open_clip(buffer.getvalue())
+        assert (found.total, found.width, found.height, found.fps) == (5, 10, 8, 20)
+        pixels = found.read(np.array([1, 4]), None)
+        assert pixels.shape == (2, 8, 10, 3)
+        assert np.abs(pixels[:, 0, 0, 0].astype(int) - [40, 160]).max() <= 2
+
+
+def test_frames_of_avi_are_the_right_ones(shared_data: Path) -> None:
+    """decord seeks to wrong frames in this container, so PyAV reads it."""
+    for name in ("msvd.avi", "mmaction_test.avi", "mjpeg.avi"):
+        data = (shared_data / "awkward" / "videos" / name).read_bytes()
+        with av.open(io.BytesIO(data)) as container:
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        indices = np.array([5, len(frames) // 2, len(frames) - 1])
+        found = decode.open_clip(data)
+        assert found.total == len(frames)
+        assert np.array_equal(found.read(indices, None), np.stack([frames[i] for i in indices]))
+
+
+def test_awkward_real_files(shared_data: Path) -> None:
+    """What the manifest says decodes, decodes; what it says is to be rejected is a BadSample."""
+    decoder = ClipDecoder(60, 2)
+    outcomes = {"decodes": 0, "must be rejected": 0}
+    for row in csv.DictReader((shared_data / "awkward" / "MANIFEST.csv").open()):
+        content = (shared_data / "awkward" / row["file"]).read_bytes()
+        try:
+            if row["file"].startswith("images/"):
+                image = decode.decode_image(content)
+                assert image.mode == "RGB" and min(image.size) > 0
+            else:
+                info = decoder.open(content)
+                indices = np.linspace(0, info.total - 1, 4).astype(int)
+                assert decoder.read(indices).shape == (4, info.height, info.width, 3)
+            outcome = "decodes"
+        except BadSample as error:
+            assert not isinstance(error, Killed), row["file"]
+            outcome = "must be rejected"
+        if row["expected"] in outcomes:
+            assert outcome == row["expected"], row["file"]
+            outcomes[outcome] += 1
+    decoder.close()
+    assert min(outcomes.values()) > 10
+
+
+def test_rotated_clips_come_upright_at_any_size(shared_data: Path) -> None:
+    for name in ("rot90.mov", "rot180.mov", "rotated_metadata.mp4"):
+        data = (shared_data / "awkward" / "videos" / name).read_bytes()
+        a, b = DecordClip(data), AvClip(data)
+        assert (a.width, a.height) == (b.width, b.height)
+        assert np.array_equal(a.read(np.array([1]), None), b.read(np.array([1]), None))
+        size = a.width // 2, a.height // 2
+        small = [c.read(np.array([1]), size)[0].astype(int) for c in (a, b)]
+        assert np.abs(small[0] - small[1]).mean() < 4
+
+
+def test_the_decode_process_gives_what_decoding_here_gives() -> None:
+    decoder = ClipDecoder(60, 2)
+    for side, indices in ((64, [0, 5]), (128, [1, 2, 11]), (32, [3])):  # the memory grows
+        data = clip(side)
+        info = decoder.open(data)
+        here = decode.open_clip(data)
+        assert (info.total, info.fps, info.width) == (here.total, here.fps, here.width)
+        frames = decoder.read(np.array(indices))
+        assert np.array_equal(frames, decode.read_clip(here, data, np.array(indices), None))
+    with pytest.raises(BadSample, match="undecodable video"):
+        decoder.open(b"junk" * 100)
+    assert decoder.open(clip()).total == 12  # a bad clip does not end it
+    decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("marker", "cause"),
+    [
+        (hostile_decoder.HANG, "timed out"),
+        (hostile_decoder.BLOAT, "too much memory"),
+        (hostile_decoder.CRASH, "crashed"),
+    ],
+)
+def test_a_hostile_clip_costs_only_itself(marker: bytes, cause: str) -> None:
+    decoder = ClipDecoder(2 if marker == hostile_decoder.HANG else 60, 0.4, HOSTILE)
+    assert decoder.open(clip()).total == 12
+    before = decoder._process.pid if decoder._process else 0
+    start = time.monotonic()
+    with pytest.raises(Killed, match=cause):
+        decoder.open(marker)
+    assert time.monotonic() - start < 30
+    assert not psutil.pid_exists(before)
+    assert decoder.open(clip()).total == 12
+    assert np.array_equal(decoder.read(np.array([4])), DecordClip(clip()).read(np.array([4]), None))
+    decoder.close()
+
+
+def test_the_decode_process_dies_with_its_owner(tmp_path: Path) -> None:
+    """Also when the owner is killed outright while a clip hangs."""
+    code = (
+        "import sys; from data_pipelines.sandbox import ClipDecoder\n"
+        f"d = ClipDecoder(1000, 2, {HOSTILE!r}); d._start(); print(d._process.pid, flush=True)\n"
+        "d.open(b'HANG')\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    time.sleep(0.5)
+    assert psutil.pid_exists(child)
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the decode process outlives its owner")
+
+
+def test_the_decode_process_does_not_load_torch() -> None:
+    code = "import sys, data_pipelines.decode_process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

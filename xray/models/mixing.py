@@ -1,0 +1,29 @@
+"""mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) within a batch of images or clips."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def mix(pixels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Mix each sample with the one before it in the batch, the same way for all its frames.
+
+    pixels: [B, T, 3, H, W] float. mixup, cutmix: the a of Beta(a, a), 0 = off; with both, one of
+    them is drawn. Returns the mixed pixels and the share [] that is each sample's own. Randomness
+    is torch's on the CPU, which the trainer seeds for each micro-batch.
+    """
+    cut = cutmix > 0 and (mixup == 0 or bool(torch.rand(()) < 0.5))
+    alpha = cutmix if cut else mixup
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    other = pixels.roll(1, 0)
+    if not cut:
+        return share * pixels + (1 - share) * other, pixels.new_tensor(share)
+    height, width = pixels.shape[-2:]
+    h, w = (round(side * math.sqrt(1 - share)) for side in (height, width))
+    top, left = (int(torch.randint(n, ())) for n in (height - h + 1, width - w + 1))
+    mixed = pixels.clone()
+    mixed[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
+    return mixed, pixels.new_tensor(1 - h * w / (height * width))
