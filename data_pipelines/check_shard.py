@@ -270,7 +270,7 @@ class _ShardReader:
         decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
         info = decoder.open(data)
         frames = decoder.read(np.unique(np.linspace(0, info.total - 1, FRAMES).astype(np.int64)))
-        self.count_size(info.width, info.height)
+        self.count_size(frames.shape[2], frames.shape[1])
         seconds = info.total / info.fps if info.fps > 0 else 0.0
         self.row.seconds += seconds
         self.stats.number("seconds", round(seconds, 1))

@@ -6,6 +6,7 @@ This module is what the decode process imports: it must not import torch.
 from __future__ import annotations
 
 import io
+import math
 import sys
 import warnings
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from xray.errors import DataError
 
 MAX_PIXELS = 64_000_000  # refuse before decoding: a decompression bomb, not a photo
+LARGE = 100_000_000  # bytes of a clip's frames that are worth another opening to shrink
 ORIENTATION = 274  # the EXIF tag; 5 to 8 turn the picture on its side
 
 
@@ -95,15 +97,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Clip(Protocol):
-    """A clip that is open: its sizes are known, its frames are not decoded yet."""
+    """A clip that is open: its length is known, its frames are not decoded yet."""
 
     total: int  # frames
     fps: float
-    width: int  # upright
-    height: int
 
-    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-        """The frames at ascending indices, [T, H, W, 3] uint8, at (width, height) if given."""
+    def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
+        """The frames at ascending, distinct indices, each [H, W, 3] uint8 and upright.
+
+        least: a short side that will do, 0 = full size; see `shrunk`.
+        """
+
+
+def shrunk(width: int, height: int, frames: int, least: int) -> tuple[int, int] | None:
+    """The size to decode frames at, None = their own; raises BadSample for absurd sizes.
+
+    Only frames that fill much memory are shrunk by the decoder: others are resized faster later.
+    """
+    if width * height > MAX_PIXELS:
+        raise BadSample("video too large", f"{width} x {height}")
+    scale = least / min(width, height)
+    if 0 < scale <= 0.5 and 3 * width * height * frames > LARGE:
+        return math.ceil(width * scale), math.ceil(height * scale)
+    return None
 
 
 def import_decord() -> Any:
@@ -130,12 +146,14 @@ class DecordClip:
         self._reader = self._open()
         self.total = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())
-        self.height, self.width = self._reader[0].shape[:2]
 
-    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
+        first = self._reader[int(indices[0])].asnumpy()
+        size = shrunk(first.shape[1], first.shape[0], len(indices), least)
         if size is not None:
-            self._reader = self._open(width=size[0], height=size[1])
-        return self._reader.get_batch(indices).asnumpy()
+            return list(self._open(width=size[0], height=size[1]).get_batch(indices).asnumpy())
+        rest = self._reader.get_batch(indices[1:]).asnumpy() if len(indices) > 1 else ()
+        return [first, *rest]
 
 
 class AvClip:
@@ -156,32 +174,24 @@ class AvClip:
             self.fps = float(stream.average_rate or stream.guessed_rate or 25)
             packets = [packet for packet in container.demux(stream) if packet.size]
             self.total = sum(not packet.is_discard for packet in packets) or len(packets)
-        with self._open() as container:
-            first = next(container.decode(video=0))
-        self._turns = round(first.rotation / 90) % 4
-        self.width, self.height = first.width, first.height
-        if self._turns % 2:
-            self.width, self.height = self.height, self.width
 
-    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         wanted, found = set(indices.tolist()), {}
         with self._open() as container:
             for number, frame in enumerate(container.decode(video=0)):
                 last = frame
                 if number in wanted:
-                    found[number] = self._pixels(frame, size)
+                    found[number] = self._pixels(frame, len(wanted), least)
                 if number >= indices[-1]:
                     break
             for index in sorted(wanted - found.keys()):  # the stream ends early: its last frame
-                found[index] = self._pixels(last, size)
-        return np.stack([found[index] for index in indices.tolist()])
+                found[index] = self._pixels(last, len(wanted), least)
+        return [found[index] for index in indices.tolist()]
 
-    def _pixels(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
-        width, height = size or (self.width, self.height)
-        if self._turns % 2:
-            width, height = height, width
+    def _pixels(self, frame: Any, frames: int, least: int) -> np.ndarray:
+        width, height = shrunk(frame.width, frame.height, frames, least) or (None, None)
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        return np.rot90(pixels, self._turns)
+        return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
 class Animation:
@@ -192,19 +202,19 @@ class Animation:
         self.total = int(getattr(self._image, "n_frames", 1))
         self._image.load()  # WebP tells its timing with its first frame
         self.fps = 1000 / (self._image.info.get("duration") or 100)
-        self.width, self.height = self._image.size
 
-    def read(self, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
+        size = shrunk(*self._image.size, len(indices), least)
         frames = []
         for index in indices.tolist():
             self._image.seek(index)
             frame = to_rgb(self._image.copy())
             frames.append(np.asarray(frame.resize(size) if size else frame))
-        return np.stack(frames)
+        return frames
 
 
 def open_clip(data: bytes) -> Clip:
-    """The first reader that can decode a clip's first frame; raises BadSample."""
+    """The first reader that can open a clip; raises BadSample."""
     if data[:4] == b"GIF8" or data[8:12] == b"WEBP":
         readers: tuple[type[Any], ...] = (Animation,)
     else:
@@ -217,26 +227,31 @@ def open_clip(data: bytes) -> Clip:
         except Exception as error:  # each library raises types of its own
             reasons.append(brief(error))
             continue
-        if clip.width * clip.height > MAX_PIXELS:
-            raise BadSample("video too large", f"{clip.width} x {clip.height}")
         if clip.total > 0:
             return clip
     raise BadSample("undecodable video", "; ".join(reasons))
 
 
-def read_clip(
-    clip: Clip, data: bytes, indices: np.ndarray, size: tuple[int, int] | None
-) -> np.ndarray:
-    """Decode frames; PyAV takes over where decord opens a clip and fails later on."""
+def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> list[np.ndarray]:
+    """The frames at ascending indices; PyAV takes over where decord opens a clip and fails later.
+
+    Raises BadSample.
+    """
+    distinct, places = np.unique(indices, return_inverse=True)
     try:
-        return clip.read(indices, size)
+        frames = clip.read(distinct, least)
+    except BadSample:
+        raise
     except Exception as first:
+        if not isinstance(clip, DecordClip):
+            raise BadSample("undecodable video", brief(first)) from first
         try:
-            if isinstance(clip, DecordClip):
-                return AvClip(data).read(indices, size)
+            frames = AvClip(data).read(distinct, least)
+        except BadSample:
+            raise
         except Exception as second:
             raise BadSample("undecodable video", f"{brief(first)}; {brief(second)}") from second
-        raise BadSample("undecodable video", brief(first)) from first
+    return [frames[place] for place in places.tolist()]
 
 
 def brief(error: Exception) -> str:

@@ -31,7 +31,8 @@ def main() -> None:
 
 
 def serve(connection: Connection, source: int, target: int) -> None:
-    """Answer ("open", bytes) and ("read", indices, size) with ("ok", ...) or ("bad", ...)."""
+    """Answer ("open", bytes) and ("read", indices, least) with ("ok", ...) or ("bad", ...)."""
+    memory = Memory(target)
     clip: Clip | None = None
     data = b""
     connection.send(("ok",))
@@ -45,21 +46,33 @@ def serve(connection: Connection, source: int, target: int) -> None:
                 clip = None  # its memory goes before the next clip's comes
                 data = os.pread(source, request[1], 0)
                 clip = open_clip(data)
-                connection.send(("ok", clip.total, clip.fps, clip.width, clip.height))
+                connection.send(("ok", clip.total, clip.fps))
             else:
                 assert clip is not None
                 frames = read_clip(clip, data, *request[1:])
-                _hand_over(target, frames)
-                connection.send(("ok", frames.shape))
+                memory.hold(frames)
+                connection.send(("ok", (len(frames), *frames[0].shape)))
         except BadSample as error:
             connection.send(("bad", error.cause, error.detail))
 
 
-def _hand_over(target: int, frames: np.ndarray) -> None:
-    if os.fstat(target).st_size < frames.nbytes:
-        os.ftruncate(target, frames.nbytes)
-    with mmap.mmap(target, frames.nbytes) as memory:
-        np.copyto(np.frombuffer(memory, np.uint8, frames.size).reshape(frames.shape), frames)
+class Memory:
+    """The memory file that frames are handed over in; it grows with the largest clip."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._map: mmap.mmap | None = None
+
+    def hold(self, frames: list[np.ndarray]) -> None:
+        """Put frames of one shape behind each other."""
+        size = sum(frame.nbytes for frame in frames)
+        if self._map is None or len(self._map) < size:
+            if os.fstat(self._file).st_size < size:
+                os.ftruncate(self._file, size)
+            self._map = mmap.mmap(self._file, size)
+        target = np.frombuffer(self._map, np.uint8, size).reshape(len(frames), *frames[0].shape)
+        for place, frame in zip(target, frames, strict=True):
+            np.copyto(place, frame)
 
 
 def _end_with(parent: int) -> None:

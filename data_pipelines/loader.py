@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines import meter
 from data_pipelines.decode import BadSample
 from data_pipelines.meter import Reading
-from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler
+from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler, turned
 from data_pipelines.sandbox import Killed
 from data_pipelines.sources import Sample, Source
 from xray.config import DataConfig
@@ -151,7 +151,9 @@ def iterate_steps(
     )
     batches = iter(loader)
     for step in sampler.steps:
-        loaded = [next(batches) for _ in sampler.shape(step).micro]
+        order = turned(len(sampler.shape(step).micro), step)
+        came = {number: next(batches) for number in order}
+        loaded = [came[number] for number in sorted(order)]
         for item in loaded:
             if item.failure:
                 raise DataError(item.failure)

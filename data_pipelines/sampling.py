@@ -249,8 +249,8 @@ class StepSampler:
         for step in self.steps:
             shape = self.shape(step)
             self._prefetch(step, shape)
-            for micro in shape.micro:
-                yield self._refs(step, micro, shape)
+            for number in turned(len(shape.micro), step):
+                yield self._refs(step, shape.micro[number], shape)
 
     def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
         plan = self.plans[micro.source]
@@ -280,6 +280,14 @@ class StepSampler:
             for shard in sorted(ahead - self._asked.get(number, set())):
                 plan.source.prefetch(shard)
             self._asked[number] = ahead
+
+
+def turned(count: int, step: int) -> list[int]:
+    """The order in which a step's micro-batches go to the workers.
+
+    Workers take them in turn: in the same order every time, one worker would get all the clips.
+    """
+    return [(number + step) % count for number in range(count)]
 
 
 def make_plans(

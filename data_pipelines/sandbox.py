@@ -34,12 +34,10 @@ class Killed(BadSample):
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What is known of a clip before its frames are decoded; sizes are upright."""
+    """What is known of a clip before its frames are decoded."""
 
-    total: int
+    total: int  # frames
     fps: float
-    width: int
-    height: int
 
 
 class ClipDecoder:
@@ -67,10 +65,13 @@ class ClipDecoder:
         self._deadline = time.monotonic() + self.seconds
         return ClipInfo(*self._ask("open", len(data)))
 
-    def read(self, indices: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Frames of the open clip at ascending indices, [T, H, W, 3] uint8, resized to (width,
-        height) if given. The array is shared memory: it lasts until the next call."""
-        (shape,) = self._ask("read", indices, size)
+    def read(self, indices: np.ndarray, least: int = 0) -> np.ndarray:
+        """Frames of the open clip at ascending indices, [T, H, W, 3] uint8.
+
+        least: a short side that will do, where full frames would fill much memory. The array is
+        shared memory: it lasts until the next call.
+        """
+        (shape,) = self._ask("read", indices, least)
         needed = int(np.prod(shape))
         if self._memory is None or len(self._memory) < needed:
             self._memory = mmap.mmap(self._target, needed)

@@ -92,18 +92,15 @@ def _decode_jpeg(media: bytes) -> Tensor | None:
 def load_clip(
     media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
 ) -> Tensor:
-    """A crop of some frames of a clip, [T, 3, S, S] uint8; large frames are shrunk as they are
-    decoded."""
+    """A crop of some frames of a clip, [T, 3, S, S] uint8; very large frames are shrunk as they
+    are decoded."""
     decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    info = decoder.open(media)
-    box = crop(info.width, info.height)
-    indices = pick_frames(info, sample.frames, data, rng)
-    scale = _scale(box, sample.resolution)
-    size = None
-    if scale <= 0.5:  # worth another opening
-        size = math.ceil(info.width * scale), math.ceil(info.height * scale)
-    frames = torch.from_numpy(decoder.read(indices, size)).permute(0, 3, 1, 2)  # [T, 3, H, W]
-    return _resize(frames, _scaled(box, (info.width, info.height), frames), sample.resolution)
+    indices = pick_frames(decoder.open(media), sample.frames, data, rng)
+    # The smallest crop there can be: its area is at least crop_scale[0], its aspect within ASPECT.
+    smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
+    frames = decoder.read(indices, math.ceil(sample.resolution / smallest))
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
+    return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
 
 
 def pick_frames(

@@ -14,6 +14,7 @@ from data_pipelines.sampling import (
     StepShape,
     default_lanes,
     micro_batches,
+    turned,
     within_budget,
 )
 from data_pipelines.shuffle import keys_of, permuted
@@ -166,3 +167,14 @@ def test_a_token_budget_sets_the_forward_of_each_modality() -> None:
 
 def test_default_lanes() -> None:
     assert [default_lanes(n) for n in (1, 2, 3, 96, 256, 10_000)] == [1, 2, 2, 64, 256, 256]
+
+
+def test_workers_get_every_modality() -> None:
+    """Two micro-batches per step and two workers: neither worker has only the clips."""
+    for count, workers in ((2, 2), (4, 2), (3, 3), (4, 4), (1, 2)):
+        flat = [number for step in range(60) for number in turned(count, step)]
+        assert [sorted(flat[i : i + count]) for i in range(0, len(flat), count)] == [
+            list(range(count))
+        ] * 60
+        for worker in range(workers):
+            assert set(flat[worker::workers]) == set(range(count))

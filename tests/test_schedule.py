@@ -56,8 +56,10 @@ def test_the_samples_do_not_depend_on_the_schedule(demo: Path, tmp_path: Path) -
         batches = list(sampler)
         assert len(sampler) == len(batches)
         first = len(shape(0).micro)
+        steps = batches[:first], batches[first:]
         return [
-            [ref for batch in step for ref in batch] for step in (batches[:first], batches[first:])
+            sorted((ref for batch in step for ref in batch), key=lambda r: (r.source, r.position))
+            for step in steps
         ]
 
     plain, changed = refs([(32, 4, 0), (32, 4, 0)]), refs([(16, 2, 0), (32, 4, 2)])

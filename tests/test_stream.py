@@ -78,9 +78,7 @@ def test_killed_and_resumed_with_other_ranks_and_workers(demo: Path, tmp_path: P
     assert len(set(keys)) == len(keys)  # repeats of a sample differ by their augmentation
 
 
-def keys(
-    root: Path, plan: SamplePlan, data: DataConfig, steps: range, workers: int
-) -> list[Loaded]:
+def keys(plan: SamplePlan, data: DataConfig, steps: range, workers: int) -> list[Loaded]:
     """One source's stream, batches of 4: each sample's key as a number."""
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class Normalize(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] uint8 -> float."""
-        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+        return pixels.to(self.mean.dtype).sub_(self.mean).div_(self.std)  # one temporary, not 3
 
 
 class Projection(nn.Linear):
