@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from data_pipelines.captions import Caption, read_captions
-from data_pipelines.decode import BadSample, decode_image
+from data_pipelines.decode import BadSample, FrameChoice, decode_image
 from data_pipelines.hashtags import tags_of
 from data_pipelines.manifest import remote_index
 from data_pipelines.remote import ShardCache, is_remote
@@ -37,6 +36,7 @@ from xray.config import DataConfig
 from xray.errors import DataError
 
 FRAMES = 5  # read of each clip, first, middle and last among them
+FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their places in its fifths
 BAD_KEPT = 1000  # findings listed per shard; all are counted
 NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags: cut to the one above the other
 THUMBNAILS, SIDE = 48, 128  # of the sheet, and their longer side in pixels
@@ -268,14 +268,13 @@ class _ShardReader:
     def read_clip(self, data: bytes) -> Image.Image:
         """Decode some frames, from the first to the last; returns the middle one."""
         decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
-        info = decoder.open(data)
-        frames = decoder.read(np.unique(np.linspace(0, info.total - 1, FRAMES).astype(np.int64)))
-        self.count_size(frames.shape[2], frames.shape[1])
-        seconds = info.total / info.fps if info.fps > 0 else 0.0
+        clip = decoder.decode(data, FrameChoice(FRAMES, offsets=FIRST_TO_LAST))
+        self.count_size(clip.pixels.shape[2], clip.pixels.shape[1])
+        seconds = clip.total / clip.fps if clip.fps > 0 else 0.0
         self.row.seconds += seconds
         self.stats.number("seconds", round(seconds, 1))
-        self.stats.number("frames", info.total)
-        return Image.fromarray(frames[len(frames) // 2])
+        self.stats.number("frames", clip.total)
+        return Image.fromarray(clip.pixels[FRAMES // 2])
 
     def count_size(self, width: int, height: int) -> None:
         self.stats.number("width", width)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
@@ -22,9 +24,12 @@ Columns = dict[str, np.ndarray]
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write columns (int64, int32 or uint8) and facts (json) in one rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
-    save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+    try:
+        save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     os.replace(temporary, path)
 
 

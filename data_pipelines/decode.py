@@ -9,6 +9,7 @@ import io
 import math
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,6 +95,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 # clips ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a clip to take, once its length is known.
+
+    uniform: one per equal part of the clip. strided: `rate` per second from a start. segment:
+    uniform over a stretch of `seconds`. `start` and `offsets` are in [0, 1): where a stretch
+    begins in the room there is, and which place of each part is taken. A clip that is too short
+    repeats its last frame.
+    """
+
+    frames: int
+    sampling: str = "uniform"
+    rate: float = 8.0
+    seconds: float = 2.0
+    start: float = 0.5
+    offsets: tuple[float, ...] = ()  # () = the middle of each part
+
+    def indices(self, total: int, fps: float) -> np.ndarray:
+        """`frames` ascending frame numbers, [T] int64."""
+        steps = np.arange(self.frames)
+        if self.sampling == "strided":
+            stride = fps / self.rate
+            places = max(0.0, total - self.frames * stride) * self.start + stride * steps
+        else:
+            length = float(total)
+            if self.sampling == "segment":
+                length = min(length, max(1.0, self.seconds * fps))
+            offsets = np.array(self.offsets) if self.offsets else 0.5
+            places = (total - length) * self.start + (steps + offsets) * length / self.frames
+        return places.astype(np.int64).clip(0, total - 1)
 
 
 class Clip(Protocol):

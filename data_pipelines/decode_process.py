@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decode import BadSample, Clip, open_clip, read_clip
+from data_pipelines.decode import BadSample, open_clip, read_clip
 
 PR_SET_PDEATHSIG = 1
 
@@ -31,29 +31,24 @@ def main() -> None:
 
 
 def serve(connection: Connection, source: int, target: int) -> None:
-    """Answer ("open", bytes) and ("read", indices, least) with ("ok", ...) or ("bad", ...)."""
+    """Answer (size, choice, least) with ("ok", total, fps, shape) or ("bad", cause, detail)."""
     memory = Memory(target)
-    clip: Clip | None = None
-    data = b""
     connection.send(("ok",))
     while True:
         try:
-            request: Any = connection.recv()
+            size, choice, least = connection.recv()
         except EOFError:
             return
         try:
-            if request[0] == "open":
-                clip = None  # its memory goes before the next clip's comes
-                data = os.pread(source, request[1], 0)
-                clip = open_clip(data)
-                connection.send(("ok", clip.total, clip.fps))
-            else:
-                assert clip is not None
-                frames = read_clip(clip, data, *request[1:])
-                memory.hold(frames)
-                connection.send(("ok", (len(frames), *frames[0].shape)))
+            data = os.pread(source, size, 0)
+            clip = open_clip(data)
+            frames = read_clip(clip, data, choice.indices(clip.total, clip.fps), least)
+            memory.hold(frames)
+            answer: Any = ("ok", clip.total, clip.fps, (len(frames), *frames[0].shape))
+            del clip, frames, data  # their memory goes before the next clip's comes
         except BadSample as error:
-            connection.send(("bad", error.cause, error.detail))
+            answer = ("bad", error.cause, error.detail)
+        connection.send(answer)
 
 
 class Memory:

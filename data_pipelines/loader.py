@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines import meter
-from data_pipelines.decode import BadSample
+from data_pipelines.decode import BadSample, brief
 from data_pipelines.meter import Reading
 from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler, turned
 from data_pipelines.sandbox import Killed
@@ -101,10 +101,11 @@ class StreamDataset(Dataset):
             if attempt < ref.attempt or member in plan.quarantine.get(place[0], ()):
                 bad.append(_replaced(plan.source, place[0], member, BadSample("in quarantine")))
                 continue
-            sample = plan.source.sample(place[0], member, ref.resolution, ref.frames)
             try:
+                sample = plan.source.sample(place[0], member, ref.resolution, ref.frames)
                 return self.transform(sample, self._rng(ref, attempt))
-            except BadSample as error:
+            except (BadSample, ValueError, OverflowError, RecursionError, UnicodeError) as problem:
+                error = problem if isinstance(problem, BadSample) else _unusable(problem)
                 bad.append(_replaced(plan.source, place[0], member, error))
                 if isinstance(error, Killed):
                     plan.quarantine.setdefault(place[0], set()).add(member)
@@ -113,6 +114,11 @@ class StreamDataset(Dataset):
             f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
             f"the last is {last.key!r} of {last.shard} ({last.cause})"
         )
+
+
+def _unusable(problem: Exception) -> BadSample:
+    """Odd content that a transform did not foresee: it counts, and too much of it ends the run."""
+    return BadSample("unusable sample", f"{type(problem).__name__}: {brief(problem)}")
 
 
 def _replaced(source: Source, shard: int, member: int, error: BadSample) -> Replaced:
@@ -149,10 +155,28 @@ def iterate_steps(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )
-    batches = iter(loader)
+    batches: Any = iter(loader)
+    try:
+        yield from _by_step(batches, sampler)
+    finally:
+        # They ignore SIGTERM, which is how the loader would end them: one that waits for a shard
+        # or hangs in a picture would keep this process from its end.
+        for worker in getattr(batches, "_workers", ()):
+            worker.kill()
+
+
+def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:
     for step in sampler.steps:
         order = turned(len(sampler.shape(step).micro), step)
-        came = {number: next(batches) for number in order}
+        try:
+            came = {number: next(batches) for number in order}
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):  # torch's words for a worker that is gone
+                raise
+            raise DataError(
+                f"a loader process ended at step {step + 1}: killed for memory, or by a picture "
+                f"that crashes its decoder; lower data.workers, or run `xray data check` ({error})"
+            ) from error
         loaded = [came[number] for number in sorted(order)]
         for item in loaded:
             if item.failure:

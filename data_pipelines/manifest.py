@@ -11,6 +11,7 @@ import glob
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
     DataError for shards that cannot be used.
     """
     if is_remote(pattern):
-        return _open_remote(pattern, _needed(cache))
+        return _open_remote(pattern, _needed(cache), verify)
     folder, cached = _place(pattern)
     known = _load(folder, cached)
     if known is not None and not verify:
@@ -277,14 +278,14 @@ def _is_folder(pattern: str) -> bool:
     return _remote_folder(pattern) == pattern.rstrip("/")
 
 
-def _open_remote(pattern: str, cache: ShardCache) -> Manifest:
+def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     """A manifest that lies with the shards, or one written here before, or a new one.
 
     Remote tars are taken to be final: their sizes are not asked for; `fetch` compares them.
     """
     folder, cached = _remote_folder(pattern), _remote_manifest(pattern, cache)
     known = _load(folder, cached)
-    if known is None and _is_folder(pattern):
+    if (verify or known is None) and _is_folder(pattern):
         content = fetch_small(f"{folder}/shards.manifest", cache.patience)
         if content is not None:
             _write(cached, content)
@@ -294,7 +295,7 @@ def _open_remote(pattern: str, cache: ShardCache) -> Manifest:
 
 def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manifest:
     folder, urls = _remote_folder(pattern), find_shards(pattern)
-    indexes = progress((remote_index(url, cache) for url in urls), len(urls))
+    indexes = progress((remote_index(url, cache, anew=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
     return _save(folder, _remote_manifest(pattern, cache), names, indexes)
 
@@ -304,17 +305,23 @@ def _remote_manifest(pattern: str, cache: ShardCache) -> Path:
 
 
 def remote_index(
-    url: str, cache: ShardCache, size: int | None = None, sha256: str | None = None
+    url: str,
+    cache: ShardCache,
+    size: int | None = None,
+    sha256: str | None = None,
+    anew: bool = False,
 ) -> ShardIndex:
-    """The index of a remote tar: kept here, or lying beside it, or built from the whole tar."""
+    """The index of a remote tar: kept here (not `anew`), lying beside it, or built from the tar."""
     kept = cache.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.index"
-    index = load_index(url, kept)
+    index = None if anew else load_index(url, kept)
     if index is None:
         content = fetch_small(f"{url}.index", cache.patience)
         if content is not None:
             _write(kept, content)
             index = load_index(url, kept)
     if index is None:
+        if anew:
+            cache.forget(url)
         built = build_index(cache.fetch(url, size, sha256), checksum=True)
         save_columns(kept, built.columns, built.facts)
         index = ShardIndex(url, built.columns, built.facts)
@@ -322,6 +329,6 @@ def remote_index(
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -23,12 +23,16 @@ class Entry:
 
 def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
     """Have the plans pass over these samples; a name that is not there any more is ignored."""
+    entries = list(entries)
+    numbers = {
+        name: {text: number for number, text in enumerate(plans[name].source.manifest.names)}
+        for name in {entry.source for entry in entries} & plans.keys()
+    }
     for entry in entries:
-        plan = plans.get(entry.source)
-        names = plan.source.manifest.names if plan is not None else []
-        if plan is None or entry.shard not in names:
+        shard = numbers.get(entry.source, {}).get(entry.shard)
+        if shard is None:
             continue
-        shard = names.index(entry.shard)
+        plan = plans[entry.source]
         keys = plan.source.index(shard).keys
         if entry.key in keys:
             plan.quarantine.setdefault(shard, set()).add(keys.index(entry.key))

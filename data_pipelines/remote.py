@@ -115,6 +115,10 @@ class ShardCache:
         self.misses += not found
         return self._path(url)
 
+    def forget(self, url: str) -> None:
+        """Drop a shard that may have changed, so that the next fetch downloads it."""
+        self._path(url).unlink(missing_ok=True)
+
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> None:
         """Fetch a shard in a background thread; a failure is left for fetch to meet."""
         if url not in self._ahead:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decode import BadSample
+from data_pipelines.decode import BadSample, FrameChoice
 from xray.errors import DataError
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode_process")
@@ -33,10 +33,14 @@ class Killed(BadSample):
 
 
 @dataclass(frozen=True)
-class ClipInfo:
-    """What is known of a clip before its frames are decoded."""
+class Frames:
+    """Some frames of a clip, [T, H, W, 3] uint8, and what is known of all of it.
 
-    total: int  # frames
+    The pixels are shared memory: they last until the next clip is decoded.
+    """
+
+    pixels: np.ndarray
+    total: int  # frames of the clip
     fps: float
 
 
@@ -51,10 +55,13 @@ class ClipDecoder:
         self._memory: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Any = None
-        self._deadline = 0.0
 
-    def open(self, data: bytes) -> ClipInfo:
-        """Hand a clip over; raises BadSample where it cannot be decoded, Killed past a limit."""
+    def decode(self, data: bytes, choice: FrameChoice, least: int = 0) -> Frames:
+        """The chosen frames of a clip.
+
+        least: a short side that will do, where full frames would fill much memory. Raises BadSample
+        for a clip that cannot be decoded, Killed for one that took too long or too much memory.
+        """
         if self._process is None:
             self._start()
         elif self._resident() > self.limit // 2:  # a leak of many clips is no one clip's fault
@@ -62,20 +69,11 @@ class ClipDecoder:
             self._start()
         os.ftruncate(self._source, len(data))
         os.pwrite(self._source, data, 0)
-        self._deadline = time.monotonic() + self.seconds
-        return ClipInfo(*self._ask("open", len(data)))
-
-    def read(self, indices: np.ndarray, least: int = 0) -> np.ndarray:
-        """Frames of the open clip at ascending indices, [T, H, W, 3] uint8.
-
-        least: a short side that will do, where full frames would fill much memory. The array is
-        shared memory: it lasts until the next call.
-        """
-        (shape,) = self._ask("read", indices, least)
-        needed = int(np.prod(shape))
-        if self._memory is None or len(self._memory) < needed:
-            self._memory = mmap.mmap(self._target, needed)
-        return np.frombuffer(self._memory, np.uint8, needed).reshape(shape)
+        total, fps, shape = self._ask(len(data), choice, least)
+        size = int(np.prod(shape))
+        if self._memory is None or len(self._memory) < size:
+            self._memory = mmap.mmap(self._target, size)
+        return Frames(np.frombuffer(self._memory, np.uint8, size).reshape(shape), total, fps)
 
     def close(self) -> None:
         """End the process."""
@@ -114,10 +112,11 @@ class ClipDecoder:
 
     def _ask(self, *request: Any) -> tuple[Any, ...]:
         """Send a request and wait for its answer; raises what the answer says, or Killed."""
+        deadline = time.monotonic() + self.seconds
         try:
             self._connection.send(request)
             while not self._connection.poll(LOOK_SECONDS):
-                self._check_limits()
+                self._check_limits(deadline)
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._stop()
@@ -126,8 +125,8 @@ class ClipDecoder:
             raise BadSample(*answer[1:])
         return answer[1:]
 
-    def _check_limits(self) -> None:
-        if time.monotonic() > self._deadline:
+    def _check_limits(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
             self._stop()
             raise Killed("video decode timed out", f"data.decode_seconds={self.seconds:g}")
         if self._resident() > self.limit:

@@ -26,13 +26,17 @@ from data_pipelines.columns import (
     text_at,
     unpack_texts,
 )
+from data_pipelines.decode import BadSample
 from xray.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg")
 ANIMATIONS = ("gif", "webp")
 INDEX_VERSION = 2
+OPEN_TARS = 64  # kept open per process; a cached tar that was evicted keeps its space until then
+MOST_ENDINGS = 64  # of file names in one shard
 CHUNK = 1 << 22
+LARGEST = 1 << 30  # bytes of one file of a sample
 
 Modality = Literal["image", "video"]
 
@@ -94,13 +98,15 @@ class ShardIndex:
         for extension, size, offset in zip(self.extensions, sizes, offsets, strict=True):
             if size < 0 or (extensions is not None and extension not in extensions):
                 continue
+            if size > LARGEST:
+                raise BadSample("file too large", f"{size / 1e9:.1f} GB")
             files[extension] = os.pread(handle, size, offset)
             if len(files[extension]) != size:
                 raise DataError(f"shard {self.path} changed while it was read: restart the run")
         return files
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=OPEN_TARS)
 def _open(path: str) -> BinaryIO:
     return cast(BinaryIO, open(path, "rb", buffering=0))
 
@@ -166,6 +172,12 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
     if not keys:
         raise DataError(f"shard {path} holds no samples: re-create it or leave it out")
     extensions = sorted({extension for row in rows for extension in row})
+    if len(extensions) > MOST_ENDINGS:
+        raise DataError(
+            f"shard {path} has {len(extensions):,} kinds of file endings, such as "
+            f"{extensions[0]!r}: a sample's key ends at the first dot of its file names, so leave "
+            "dots out of keys"
+        )
     table = np.full((2, len(rows), len(extensions)), -1, np.int64)
     for i, row in enumerate(rows):
         for extension, (offset, length) in row.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from xray import dist
 from xray.config import DataConfig
 from xray.errors import DataError
 
-OPEN_INDEXES = 256  # kept mapped per process
+OPEN_INDEXES = 128  # kept mapped per source and process
+EVICTIONS = 5  # of one shard, between its fetch and its opening, before the run gives up
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,16 @@ class Source:
     ) -> dict[str, bytes]:
         """The files of one member; a remote tar is fetched first. Raises DataError."""
         index = self.index(shard)
-        try:
-            return index.read(member, extensions, self._local(shard))
-        except FileNotFoundError:
-            if self.cache is None:
-                raise DataError(f"shard {index.path} does not exist any more") from None
-            return index.read(member, extensions, self._local(shard))  # evicted in between
+        for _ in range(EVICTIONS):
+            try:
+                return index.read(member, extensions, self._local(shard))
+            except FileNotFoundError as error:  # a remote tar: evicted in between
+                if self.cache is None:
+                    raise DataError(f"shard {index.path} does not exist any more") from error
+        raise DataError(
+            f"shard {index.path} is evicted before it can be read: raise data.cache_gb, or lower "
+            "data.lanes or data.shuffle_shards"
+        )
 
     def _local(self, shard: int) -> str:
         """Where the tar can be read: a remote one's copy, fetched if need be."""
@@ -166,6 +171,8 @@ def open_source(
         cache = cache or make_cache(DataConfig())
     manifest = open_manifest(where, cache, verify)
     source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)
+    if source.cache is not None and len(manifest):
+        _check_cache_holds(source)
     empty = np.flatnonzero(source.counts == 0)
     if len(empty):
         index = source.index(int(empty[0]))
@@ -174,6 +181,16 @@ def open_source(
             f"{', '.join(index.extensions)}: correct data.sources.{name}"
         )
     return source
+
+
+def _check_cache_holds(source: Source) -> None:
+    assert source.cache is not None
+    largest = int(source.manifest.columns["sizes"].max())
+    if largest > source.cache.limit:
+        raise DataError(
+            f"a shard of source {source.name!r} has {largest / 1e9:.1f} GB, more than the whole "
+            f"cache: raise data.cache_gb above {source.cache.limit / 1e9:g}"
+        )
 
 
 def make_cache(data: DataConfig) -> ShardCache:
@@ -203,7 +220,20 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
                         cache,
                         verify=dist.is_main(),
                     )
-            except DataError as error:
-                failure = error
+            except (DataError, OSError) as error:
+                failure = DataError(str(error))
         dist.agree(failure)
+    _check_same_on_all_ranks(sources)
     return sources
+
+
+def _check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
+    """Raise DataError where hosts see other shards: their plans would differ without a word."""
+    everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})
+    for name, source in sources.items():
+        ranks = [rank for rank, digests in enumerate(everyone) if digests[name] != source.digest]
+        if any(digests[name] != everyone[0][name] for digests in everyone):
+            raise DataError(
+                f"source {name!r} is not the same on all hosts (ranks {ranks[:4]} see other shards "
+                f"than rank {dist.rank()}): make their copies of {source.manifest.folder} equal"
+            )

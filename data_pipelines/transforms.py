@@ -16,12 +16,13 @@ from torchvision.transforms.v2 import functional as tv
 from data_pipelines.augment import augment
 from data_pipelines.decode import (
     BadSample,
+    FrameChoice,
     decode_image,
     open_image,
     upright_size,
 )
 from data_pipelines.meter import metered
-from data_pipelines.sandbox import ClipInfo, clip_decoder
+from data_pipelines.sandbox import clip_decoder
 from data_pipelines.shards import media_extensions
 from data_pipelines.sources import Sample
 from xray.config import DataConfig
@@ -94,41 +95,21 @@ def load_clip(
 ) -> Tensor:
     """A crop of some frames of a clip, [T, 3, S, S] uint8; very large frames are shrunk as they
     are decoded."""
-    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    indices = pick_frames(decoder.open(media), sample.frames, data, rng)
     # The smallest crop there can be: its area is at least crop_scale[0], its aspect within ASPECT.
     smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
-    frames = decoder.read(indices, math.ceil(sample.resolution / smallest))
+    least = math.ceil(sample.resolution / smallest)
+    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+    frames = decoder.decode(media, choose_frames(sample.frames, data, rng), least).pixels
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
     return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
 
 
-def pick_frames(
-    info: ClipInfo, frames: int, data: DataConfig, rng: np.random.Generator | None
-) -> np.ndarray:
-    """`frames` ascending frame numbers of a clip, by `data.frame_sampling`.
-
-    uniform: one per equal part of the clip, its middle or a random place. strided: at
-    `data.frame_rate` from a random start. segment: uniform over a random stretch of
-    `data.segment_seconds`. Without `rng` the middle is taken; a short clip repeats its last frame.
-    """
-    if data.frame_sampling == "strided":
-        stride = info.fps / data.frame_rate
-        start = _start(info.total, frames * stride, rng)
-        places = start + stride * np.arange(frames)
-    else:
-        length = float(info.total)
-        if data.frame_sampling == "segment":
-            length = min(length, max(1.0, data.segment_seconds * info.fps))
-        start = _start(info.total, length, rng)
-        offset = rng.random(frames) if rng is not None else np.full(frames, 0.5)
-        places = start + (np.arange(frames) + offset) * length / frames
-    return places.astype(np.int64).clip(0, info.total - 1)
-
-
-def _start(total: int, length: float, rng: np.random.Generator | None) -> float:
-    room = max(0.0, total - length)
-    return room * (0.5 if rng is None else rng.random())
+def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None) -> FrameChoice:
+    """The frames that a config asks for, in random places; without `rng` in the middle."""
+    settings = frames, data.frame_sampling, data.frame_rate, data.segment_seconds
+    if rng is None:
+        return FrameChoice(*settings)
+    return FrameChoice(*settings, start=rng.random(), offsets=tuple(rng.random(frames)))
 
 
 def random_crop(width: int, height: int, scale: list[float], rng: np.random.Generator) -> Box:

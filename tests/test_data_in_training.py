@@ -48,8 +48,8 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     shutil.rmtree(tmp_path / "run" / "artifact")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
     opened: list[bytes] = []
-    real = decoder.open
-    monkeypatch.setattr(decoder, "open", lambda data: opened.append(data[:4]) or real(data))
+    real = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda d, *how: opened.append(d[:4]) or real(d, *how))
     again = train("mae", demo, tmp_path / "run", *config)
     assert len(opened) > 10 and hostile_decoder.HANG not in opened
     assert again.manifest["bad_samples"] == artifact.manifest["bad_samples"]

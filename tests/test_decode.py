@@ -21,7 +21,7 @@ from shards import jpeg, photo
 
 from data_pipelines import decode
 from data_pipelines import demo as demo_data
-from data_pipelines.decode import AvClip, BadSample, DecordClip
+from data_pipelines.decode import AvClip, BadSample, DecordClip, FrameChoice
 from data_pipelines.sandbox import ClipDecoder, Killed
 
 HOSTILE = (sys.executable, hostile_decoder.__file__)
@@ -123,9 +123,7 @@ def test_awkward_real_files(shared_data: Path) -> None:
                 image = decode.decode_image(content)
                 assert image.mode == "RGB" and min(image.size) > 0
             else:
-                info = decoder.open(content)
-                indices = np.linspace(0, info.total - 1, 4).astype(int)
-                frames = decoder.read(indices)
+                frames = decoder.decode(content, FrameChoice(4)).pixels
                 assert len(frames) == 4 and frames.shape[3] == 3 and min(frames.shape) > 0
             outcome = "decodes"
         except BadSample as error:
@@ -156,16 +154,16 @@ def test_rotated_clips_come_upright_at_any_size(
 
 def test_the_decode_process_gives_what_decoding_here_gives() -> None:
     decoder = ClipDecoder(60, 2)
-    for side, indices in ((64, [0, 5]), (128, [1, 2, 11]), (32, [3])):  # the memory grows
-        data = clip(side)
-        info = decoder.open(data)
+    for side, count in ((64, 2), (128, 5), (32, 1)):  # the memory grows
+        data, choice = clip(side), FrameChoice(count)
+        found = decoder.decode(data, choice)
         here = decode.open_clip(data)
-        assert (info.total, info.fps) == (here.total, here.fps)
-        frames = decoder.read(np.array(indices))
-        assert np.array_equal(frames, decode.read_clip(here, data, np.array(indices)))
+        assert (found.total, found.fps) == (here.total, here.fps) == (12, 12)
+        frames = decode.read_clip(here, data, choice.indices(12, 12.0))
+        assert np.array_equal(found.pixels, np.stack(frames))
     with pytest.raises(BadSample, match="undecodable video"):
-        decoder.open(b"junk" * 100)
-    assert decoder.open(clip()).total == 12  # a bad clip does not end it
+        decoder.decode(b"junk" * 100, FrameChoice(2))
+    assert decoder.decode(clip(), FrameChoice(2)).total == 12  # a bad clip does not end it
     decoder.close()
 
 
@@ -179,24 +177,24 @@ def test_the_decode_process_gives_what_decoding_here_gives() -> None:
 )
 def test_a_hostile_clip_costs_only_itself(marker: bytes, cause: str) -> None:
     decoder = ClipDecoder(2 if marker == hostile_decoder.HANG else 60, 0.4, HOSTILE)
-    assert decoder.open(clip()).total == 12
+    expected = decoder.decode(clip(), FrameChoice(2)).pixels.copy()
     before = decoder._process.pid if decoder._process else 0
     start = time.monotonic()
     with pytest.raises(Killed, match=cause):
-        decoder.open(marker)
+        decoder.decode(marker, FrameChoice(2))
     assert time.monotonic() - start < 30
     assert not psutil.pid_exists(before)
-    assert decoder.open(clip()).total == 12
-    assert np.array_equal(decoder.read(np.array([4])), DecordClip(clip()).read(np.array([4]), 0))
+    assert np.array_equal(decoder.decode(clip(), FrameChoice(2)).pixels, expected)
     decoder.close()
 
 
 def test_the_decode_process_dies_with_its_owner(tmp_path: Path) -> None:
     """Also when the owner is killed outright while a clip hangs."""
     code = (
-        "import sys; from data_pipelines.sandbox import ClipDecoder\n"
+        "from data_pipelines.sandbox import ClipDecoder\n"
+        "from data_pipelines.decode import FrameChoice\n"
         f"d = ClipDecoder(1000, 2, {HOSTILE!r}); d._start(); print(d._process.pid, flush=True)\n"
-        "d.open(b'HANG')\n"
+        "d.decode(b'HANG', FrameChoice(1))\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert owner.stdout is not None

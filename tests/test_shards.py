@@ -15,7 +15,9 @@ from data_pipelines.columns import open_columns, pack_texts, save_columns, unpac
 from data_pipelines.manifest import find_shards, open_manifest, write_manifest
 from data_pipelines.remote import ShardCache
 from data_pipelines.shards import index_shard, sha256_of
-from data_pipelines.sources import open_source
+from data_pipelines.sources import open_source, open_sources
+from xray import dist
+from xray.config import DataConfig, SourceConfig
 from xray.errors import DataError
 
 
@@ -220,3 +222,37 @@ def test_evicted_between_fetch_and_open(
 
     monkeypatch.setattr(cache, "fetch", fetch_and_lose)
     assert source.sample(0, 1, 8, 1).key == "01" and len(calls) == 2
+
+
+def test_hosts_that_see_other_shards_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(sources={"s": SourceConfig(str(make(tmp_path / "a")), "image")})
+    assert len(open_sources(config, ["s"])["s"]) == 12
+    other = open_source("s", str(make(tmp_path / "b", samples=5)), "image").digest
+    monkeypatch.setattr(
+        dist, "gather_objects", lambda mine: [mine, *([{"s": other}] if type(mine) is dict else [])]
+    )
+    with pytest.raises(DataError, match=r"source 's' is not the same on all hosts .ranks \[1\]"):
+        open_sources(config, ["s"])
+
+
+def test_dots_in_names_are_explained(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {f"img_7.{i}.jpg": b"x" for i in range(100)})
+    with pytest.raises(DataError, match=r"100 kinds of file endings.*leave dots out of keys"):
+        index_shard(tmp_path / "0.tar")
+
+
+def test_remote_shards_that_were_uploaded_again(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    url, folder, _ = server
+    make(folder / "s")
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    assert len(write_manifest(f"{url}/s/", cache)) == 3
+    make(folder / "s", samples=2)
+    for stale in folder.glob("s/*.index"):
+        stale.unlink()
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    again = write_manifest(f"{url}/s/", cache)
+    assert again.counts("image", "image").tolist() == [2, 2, 2]

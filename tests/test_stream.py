@@ -22,6 +22,7 @@ from test_decode import HOSTILE, clip
 from torch import Tensor
 
 from data_pipelines import quarantine, transforms
+from data_pipelines.captions import choose_caption, read_captions
 from data_pipelines.loader import Loaded, iterate_steps
 from data_pipelines.manifest import write_manifest
 from data_pipelines.quarantine import Entry
@@ -122,6 +123,78 @@ def test_a_source_that_is_all_broken_ends_the_run(tmp_path: Path) -> None:
     plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
     with pytest.raises(DataError, match=r"20 samples in a row cannot be used.*0.tar"):
         keys(plan, DataConfig(), range(2), 0)
+
+
+def test_a_killed_worker_ends_in_one_line(tmp_path: Path) -> None:
+    """As when memory runs out, or a picture crashes its decoder."""
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 1)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+
+    def deadly(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    stream = iterate_steps(sampler, deadly, lambda rows: {}, 1, workers=1, pin=False)
+    with pytest.raises(DataError, match="a loader process ended at step 1"):
+        next(stream)
+
+
+def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    """Workers ignore SIGTERM; one that is busy for long must not keep the run from its end."""
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 1)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+
+    def slow(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        if (tmp_path / "first").exists():
+            time.sleep(1000)
+        (tmp_path / "first").touch()
+        return {"x": torch.zeros(1)}
+
+    before = {child.pid for child in psutil.Process().children()}
+    stream = iterate_steps(sampler, slow, lambda rows: dict(rows[0]), 1, workers=1, pin=False)
+    next(stream)
+    started = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 20
+    assert {c.pid for c in psutil.Process().children() if c.status() != "zombie"} <= before
+
+
+def test_odd_content_is_a_bad_sample_not_the_end(tmp_path: Path) -> None:
+    """Json that breaks parsers or arithmetic, and a caption that cannot be encoded."""
+    odd = [
+        b"[" * 100_000,
+        b'{"captions": [{"text": "a", "weight": Infinity}, "b"]}',
+        b'{"captions": [{"text": "a", "weight": 1' + b"0" * 400 + b'}, "b"]}',
+        b'{"caption": 5}',
+    ]
+    files: dict[str, bytes] = {}
+    for number in range(12):
+        good = b'{"captions": ["fine", "also \\ud800 fine"]}'
+        files[f"{number:03d}.jpg"] = photo(number)
+        files[f"{number:03d}.json"] = odd[number] if number < len(odd) else good
+    write_tar(tmp_path / "0.tar", files)
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 4)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(9))
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        text = choose_caption(read_captions(sample.files), rng).text
+        return {"length": torch.tensor(len(text.encode()))}
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"length": torch.stack([row["length"] for row in rows])}
+
+    stream = iterate_steps(sampler, transform, collate, 1, 0, pin=False)  # type: ignore[arg-type]
+    bad = [entry for (item,) in stream for entry in item.bad]
+    assert {entry.key for entry in bad} == {"000", "001", "002", "003"}
+    assert {entry.cause for entry in bad} == {"broken json", "broken caption"}
 
 
 def test_a_hanging_clip_goes_to_quarantine_and_stays_there(

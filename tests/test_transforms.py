@@ -16,9 +16,8 @@ from data_pipelines import hashtags, transforms
 from data_pipelines.augment import augment
 from data_pipelines.captions import captions_of, choose_caption, read_captions
 from data_pipelines.decode import BadSample, decode_image
-from data_pipelines.sandbox import ClipInfo
 from data_pipelines.sources import Sample, open_source
-from data_pipelines.transforms import load_image, load_pixels, pick_frames
+from data_pipelines.transforms import choose_frames, load_image, load_pixels
 from xray.config import DataConfig
 from xray.errors import DataError
 from xray.models.mixing import mix
@@ -95,30 +94,33 @@ def test_every_way_to_decode_a_jpeg_gives_the_same_picture(size: int, orientatio
     assert np.abs(difference).mean() < 2.5
 
 
-def test_frames_are_picked_as_configured() -> None:
-    info, data = ClipInfo(total=40, fps=10.0), DataConfig()
-    assert pick_frames(info, 4, data, None).tolist() == [5, 15, 25, 35]
-    assert pick_frames(ClipInfo(1, 10.0), 4, data, None).tolist() == [0, 0, 0, 0]
+def test_frames_are_chosen_as_configured() -> None:
     rng = np.random.default_rng(0)
+
+    def picked(data: DataConfig, frames: int, total: int = 40, seeded: bool = True) -> np.ndarray:
+        return choose_frames(frames, data, rng if seeded else None).indices(total, 10.0)
+
+    data = DataConfig()
+    assert picked(data, 4, seeded=False).tolist() == [5, 15, 25, 35]
+    assert picked(data, 4, 1, seeded=False).tolist() == [0, 0, 0, 0]
     for _ in range(50):
-        assert [p // 10 for p in pick_frames(info, 4, data, rng)] == [0, 1, 2, 3]
+        assert [p // 10 for p in picked(data, 4)] == [0, 1, 2, 3]
 
     strided = DataConfig(frame_sampling="strided", frame_rate=5.0)
-    assert pick_frames(info, 4, strided, None).tolist() == [16, 18, 20, 22]
+    assert picked(strided, 4, seeded=False).tolist() == [16, 18, 20, 22]
     starts = set()
     for _ in range(200):
-        picked = pick_frames(info, 4, strided, rng)
-        assert np.diff(picked).tolist() == [2, 2, 2] and picked[-1] < 40
-        starts.add(int(picked[0]))
+        found = picked(strided, 4)
+        assert np.diff(found).tolist() == [2, 2, 2] and found[-1] < 40
+        starts.add(int(found[0]))
     assert len(starts) > 20
-    short = pick_frames(ClipInfo(5, 10.0), 4, strided, rng)
-    assert short.tolist() == [0, 2, 4, 4]
+    assert picked(strided, 4, 5).tolist() == [0, 2, 4, 4]
 
     segment = DataConfig(frame_sampling="segment", segment_seconds=1.0)
     for _ in range(200):
-        picked = pick_frames(info, 5, segment, rng)
-        assert (np.diff(picked) >= 0).all() and picked[-1] - picked[0] <= 10
-    assert pick_frames(info, 5, segment, None).tolist() == [16, 18, 20, 22, 24]
+        found = picked(segment, 5)
+        assert (np.diff(found) >= 0).all() and found[-1] - found[0] <= 10
+    assert picked(segment, 5, seeded=False).tolist() == [16, 18, 20, 22, 24]
 
 
 def test_captions_and_tags() -> None:

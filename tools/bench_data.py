@@ -39,11 +39,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
+from data_pipelines.decode import FrameChoice
 from data_pipelines.loader import Fields, iterate_steps
 from data_pipelines.sampling import StepSampler, StepShape, make_plans, micro_batches
-from data_pipelines.sandbox import ClipDecoder, ClipInfo
+from data_pipelines.sandbox import ClipDecoder
 from data_pipelines.sources import Sample, Source, open_source
-from data_pipelines.transforms import center_crop, load_clip, load_pixels, media_of, pick_frames
+from data_pipelines.transforms import center_crop, load_clip, load_pixels, media_of
 from xray.config import BlockConfig, DataConfig
 from xray.models.heads import Normalize
 
@@ -175,19 +176,17 @@ def enlarged_clip(data: bytes, size: tuple[int, int], frames: int) -> bytes:
     return clip_of((cycle[number % len(cycle)] for number in range(frames)), size)
 
 
-def picked(total: int, fps: float) -> np.ndarray:
-    return pick_frames(ClipInfo(total, fps), FRAMES, DataConfig(), None)
+CHOICE = FrameChoice(FRAMES)
 
 
 def by_process(decoder: ClipDecoder, clips: list[bytes]) -> None:
     for data in clips:
-        info = decoder.open(data)
-        decoder.read(picked(info.total, info.fps))
+        decoder.decode(data, CHOICE)
 
 
 def decord_frames(data: bytes) -> np.ndarray:
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-    return reader.get_batch(picked(len(reader), reader.get_avg_fps())).asnumpy()
+    return reader.get_batch(CHOICE.indices(len(reader), reader.get_avg_fps())).asnumpy()
 
 
 def by_decord(clips: list[bytes]) -> None:
@@ -198,7 +197,7 @@ def by_decord(clips: list[bytes]) -> None:
 def by_pyav(clips: list[bytes]) -> None:
     for data in clips:
         frames = every_frame(data)
-        frames[picked(len(frames), 30.0)]
+        frames[CHOICE.indices(len(frames), 30.0)]
 
 
 def our_pixels(clips: list[bytes]) -> None:

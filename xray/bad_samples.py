@@ -58,7 +58,12 @@ class BadSamples:
         new = {Entry(e.source, e.shard, e.key, e.cause) for e in everyone if e.quarantine} - known
         fresh = sorted(new, key=lambda entry: (entry.source, entry.shard, entry.key))
         self.state.quarantine += fresh
-        quarantine.obey(fresh, self.plans)
+        failure = None
+        try:  # it opens the shard's index, which one rank alone may fail at
+            quarantine.obey(fresh, self.plans)
+        except (DataError, OSError) as error:
+            failure = DataError(str(error))
+        dist.agree(failure)
         if dist.is_main():
             with self.path.open("a") as file:
                 for entry in everyone:

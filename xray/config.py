@@ -268,6 +268,8 @@ def _validate_data(data: DataConfig) -> None:
                 "merge the blocks, or give validation a source of its own"
             )
     _validate_augmentation(data)
+    if data.lanes is not None and data.lanes < 1:
+        raise ConfigError(f"data.lanes={data.lanes} must be at least 1")
     for name in ("frame_rate", "segment_seconds", "decode_seconds", "decode_gb", "cache_gb"):
         if getattr(data, name) <= 0:
             raise ConfigError(f"data.{name}={getattr(data, name)} must be above 0")
