@@ -64,8 +64,10 @@ def check(
     try:
         with ProcessPoolExecutor(min(workers, len(paths)), context, _end_with_ctrl_c) as pool:
             try:
-                jobs = [pool.submit(check_shard, p, recorded.get(p), cache, config) for p in paths]
-                for future in as_completed(jobs):
+                # No list of them: a future keeps its result, with the thumbnails in it.
+                for future in as_completed(
+                    {pool.submit(check_shard, p, recorded.get(p), cache, config) for p in paths}
+                ):
                     row, more = future.result()
                     rows[row.path] = row
                     stats.add(more)

@@ -208,7 +208,7 @@ class _ShardReader:
         """Read every sample, and look for keys that occur twice."""
         keys = index.keys
         for member, key in enumerate(keys):
-            self.read_sample(printable(key), index.read(member))
+            self.read_sample(printable(key), index.read(member, tar=index.path))
         counts = Counter(keys) | _copies(index.path)  # the larger of both
         for key in sorted(key for key, count in counts.items() if count > 1):
             self.row.duplicates += 1

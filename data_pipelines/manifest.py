@@ -38,6 +38,7 @@ from data_pipelines.shards import (
     build_index,
     cache_path,
     index_shard,
+    kept_at,
     load_index,
     media_extensions,
 )
@@ -137,15 +138,17 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
     """
     if is_remote(pattern):
         return _open_remote(pattern, _needed(cache), verify)
-    folder, cached = _place(pattern)
-    known = _load(folder, cached)
-    if known is not None and not verify:
-        return known
+    folder, wanted = _place(pattern)
+    found = [_load(folder, kept) for kept in kept_at(wanted)]
+    known = [manifest for manifest in found if manifest is not None]
+    if known and not verify:
+        return known[0]
     paths = find_shards(pattern)
     stamps = _stamps(paths)
     names = [os.path.relpath(path, folder) for path in paths]
-    if known is not None and known.names == names and _same(known.columns, stamps):
-        return known
+    for manifest in known:
+        if manifest.names == names and _same(manifest.columns, stamps):
+            return manifest
     return write_manifest(pattern)
 
 
@@ -162,10 +165,11 @@ def write_manifest(
     """
     if is_remote(pattern):
         return _write_remote(pattern, _needed(cache), progress or _logged)
-    folder, cached = _place(pattern)
+    folder, wanted = _place(pattern)
     paths = find_shards(pattern)
     indexes = (progress or _logged)(_index_all(paths, checksum, workers), len(paths))
-    return _save(folder, cached, [os.path.relpath(path, folder) for path in paths], indexes)
+    names = [os.path.relpath(path, folder) for path in paths]
+    return _save(folder, cache_path(wanted), names, indexes)
 
 
 def _index_all(paths: list[str], checksum: bool, workers: int) -> Iterator[ShardIndex]:
@@ -226,7 +230,7 @@ def _load(folder: str, cached: Path) -> Manifest | None:
 
 
 def _place(pattern: str) -> tuple[str, Path]:
-    """(folder that shard names are relative to, where the manifest is kept)."""
+    """(folder that shard names are relative to, where the manifest is best kept)."""
     if os.path.isdir(pattern):
         folder, name = pattern, "shards.manifest"
     else:
@@ -239,7 +243,7 @@ def _place(pattern: str) -> tuple[str, Path]:
     folder = folder or "."
     if not os.path.isdir(folder):
         raise DataError(f"shards {pattern}: there is no folder {folder}")
-    return folder, cache_path(Path(folder) / name)
+    return folder, Path(folder) / name
 
 
 def _same(columns: Columns, others: Columns) -> bool:
@@ -301,7 +305,13 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
 
 
 def _remote_manifest(pattern: str, cache: ShardCache) -> Path:
-    return cache.folder / f"{hashlib.sha256(pattern.encode()).hexdigest()[:32]}.manifest"
+    return _kept(pattern, cache, "manifest")
+
+
+def _kept(url: str, cache: ShardCache, ending: str) -> Path:
+    folder = cache.folder / "index"  # apart from the shards, which come and go
+    folder.mkdir(exist_ok=True)
+    return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.{ending}"
 
 
 def remote_index(
@@ -312,7 +322,7 @@ def remote_index(
     anew: bool = False,
 ) -> ShardIndex:
     """The index of a remote tar: kept here (not `anew`), lying beside it, or built from the tar."""
-    kept = cache.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.index"
+    kept = _kept(url, cache, "index")
     index = None if anew else load_index(url, kept)
     if index is None:
         content = fetch_small(f"{url}.index", cache.patience)

@@ -11,12 +11,14 @@ import hashlib
 import io
 import logging
 import os
+import queue
 import random
 import shutil
 import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,17 @@ FINAL_STATUS = (401, 403, 405, 410, 451)  # 404 is a FileNotFoundError; all othe
 # fsspec drops its instances in a forked child. To finalize one there takes a second, and takes the
 # parent's idle connections off the event queue that both share: it would not notice an answer.
 _alive: set[Any] = set()
+Job = tuple[str, "int | None", "str | None"]  # url, size, sha256
+_caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
+
+
+def _start_in_child() -> None:
+    """Give a forked process's caches their own counts and threads."""
+    for cache in list(_caches):
+        cache._start()
+
+
+os.register_at_fork(after_in_child=_start_in_child)
 
 
 def is_remote(path: str) -> bool:
@@ -87,7 +100,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int, patience: float) -> None:
         self.folder, self.limit, self.patience = folder, limit, patience
         self._start()
-        os.register_at_fork(after_in_child=self._start)
+        _caches.add(self)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -98,7 +111,8 @@ class ShardCache:
         self.hits = self.misses = 0
         self._closed = False
         self._ahead: set[str] = set()  # urls that wait for a slot or are being fetched
-        self._slots = threading.Semaphore(PREFETCH_THREADS)
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, float]]:
         return ShardCache, (self.folder, self.limit, self.patience)  # to workers that are spawned
@@ -123,18 +137,22 @@ class ShardCache:
         """Fetch a shard in a background thread; a failure is left for fetch to meet."""
         if url not in self._ahead:
             self._ahead.add(url)
-            job = (url, size, sha256)  # for a daemon: exit would wait for a ThreadPoolExecutor's
-            threading.Thread(target=self._fetch_ahead, args=job, daemon=True).start()
+            self._jobs.put((url, size, sha256))
+            if len(self._workers) < PREFETCH_THREADS:
+                # A daemon: exit would wait for the threads of a ThreadPoolExecutor.
+                self._workers.append(threading.Thread(target=self._fetch_ahead, daemon=True))
+                self._workers[-1].start()
 
-    def _fetch_ahead(self, url: str, size: int | None, sha256: str | None) -> None:
-        try:
-            with self._slots:
+    def _fetch_ahead(self) -> None:
+        while True:
+            url, size, sha256 = self._jobs.get()
+            try:
                 if not self._closed:
                     self._obtain(url, size, sha256)
-        except (DataError, OSError) as error:
-            log.debug("not fetched ahead: %s", error)
-        finally:
-            self._ahead.discard(url)
+            except (DataError, OSError) as error:
+                log.debug("not fetched ahead: %s", error)
+            finally:
+                self._ahead.discard(url)
 
     def close(self) -> None:
         """Drop the prefetches that have not begun."""

@@ -91,7 +91,8 @@ class ShardIndex:
         tar: the local copy, where `path` is remote. Raises DataError where the tar is not the one
         that was indexed, FileNotFoundError where it is gone.
         """
-        handle = _open(tar or self.path).fileno()
+        changes = None if tar else self.facts["mtime"]  # a copy has a time of its own
+        handle = _open(tar or self.path, self.facts["size"], changes).fileno()
         sizes = self.columns["sizes"][member].tolist()
         offsets = self.columns["offsets"][member].tolist()
         files = {}
@@ -107,8 +108,13 @@ class ShardIndex:
 
 
 @functools.lru_cache(maxsize=OPEN_TARS)
-def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, open(path, "rb", buffering=0))
+def _open(path: str, size: int, mtime: int | None) -> BinaryIO:
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - it stays open, in the cache
+    status = os.fstat(file.fileno())
+    if status.st_size != size or mtime not in (None, status.st_mtime_ns):
+        file.close()
+        raise DataError(f"shard {path} changed since it was indexed: restart the run")
+    return cast(BinaryIO, file)
 
 
 def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
@@ -124,14 +130,15 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
         raise DataError(f"shard {path} does not exist") from error
     if not os.access(path, os.R_OK):
         raise DataError(f"shard {path} cannot be read: permission denied")
-    cached = cache_path(path.with_name(path.name + ".index"))
-    index = load_index(str(path), cached)
+    wanted = path.with_name(path.name + ".index")
     stamp = (status.st_size, status.st_mtime_ns)
-    if index is not None and (index.facts["size"], index.facts["mtime"]) == stamp:  # noqa: SIM102
-        if index.facts["sha256"] or not checksum:
+    for kept in kept_at(wanted):
+        index = load_index(str(path), kept)
+        current = index is not None and (index.facts["size"], index.facts["mtime"]) == stamp
+        if index is not None and current and (index.facts["sha256"] or not checksum):
             return index
     index = build_index(path, checksum)
-    save_columns(cached, index.columns, index.facts)
+    save_columns(cache_path(wanted), index.columns, index.facts)
     return index
 
 
@@ -225,6 +232,12 @@ def cache_path(wanted: Path) -> Path:
     if folder.stat().st_mode & stat.S_IWUSR and os.access(folder, os.W_OK):
         return wanted
     return user_cache("index") / hashlib.sha256(str(wanted.resolve()).encode()).hexdigest()[:32]
+
+
+def kept_at(wanted: Path) -> list[Path]:
+    """Where a derived file may be: beside the data, whoever made it, or in the user's cache."""
+    private = cache_path(wanted)
+    return [wanted] if private == wanted else [wanted, private]
 
 
 def user_cache(name: str) -> Path:

@@ -16,8 +16,8 @@ from data_pipelines.remote import ShardCache, is_remote
 from data_pipelines.shards import (
     Modality,
     ShardIndex,
-    cache_path,
     index_shard,
+    kept_at,
     load_index,
     media_extensions,
     user_cache,
@@ -85,9 +85,10 @@ class Source:
         if self.cache is not None:
             index = remote_index(path, self.cache, size, self.manifest.checksum(shard))
         else:  # not looked at again: the manifest was compared with the tars when it was opened
-            local = Path(path)
-            found = load_index(path, cache_path(local.with_name(local.name + ".index")))
-            index = found or index_shard(path)
+            wanted = self.manifest.columns["digests"][shard].tobytes().hex()
+            found = [load_index(path, kept) for kept in kept_at(Path(f"{path}.index"))]
+            current = [i for i in found if i is not None and i.facts["digest"] == wanted]
+            index = current[0] if current else index_shard(path)
         if index.facts["digest"] != self.manifest.columns["digests"][shard].tobytes().hex():
             raise DataError(f"shard {path} changed since it was indexed: restart the run")
         return index, index.members_with(media_extensions(self.modality, self.animations))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from data_pipelines.loader import Loaded, iterate_steps
 from data_pipelines.meter import Reading, add
@@ -11,11 +11,9 @@ from data_pipelines.sampling import (
     SamplePlan,
     StepSampler,
     StepShape,
-    make_plans,
     micro_batches,
     within_budget,
 )
-from data_pipelines.sources import Source
 from stages.base import Stage
 from xray import dist
 from xray.config import BlockConfig, RunConfig
@@ -109,11 +107,9 @@ def training_stream(
 
 
 def validation_stream(
-    stage: Stage, config: RunConfig, sources: Mapping[str, Source], shape: StepShape
+    stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], shape: StepShape
 ) -> Iterator[list[Loaded]]:
     """One step: the fixed validation samples, without randomness."""
-    blocks = config.validation
-    plans = make_plans(blocks, dict(sources), config.data, config.seed)
-    sampler = StepSampler(blocks, plans, lambda step: shape, range(1))
+    sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
     workers = config.data.workers
     return iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)

@@ -56,7 +56,10 @@ class Trainer:
         check_batches(self.stage, config)
         names = [block.source for block in [*config.blocks, *config.validation]]
         self.sources = self.stage.prepare(open_sources(config.data, names), parents)
-        self.plans = make_plans(config.blocks, self.sources, config.data, config.seed)
+        self.plans, self.validation_plans = (
+            make_plans(blocks, self.sources, config.data, config.seed)
+            for blocks in (config.blocks, config.validation)
+        )
         self.record = run_record(self.stage, config, self.sources, self.parents)
         check_same_run(self.out, self.record, identity(type(config)()))
         self._start_from = parents
@@ -89,6 +92,7 @@ class Trainer:
             log.info("starts from %s", ", ".join(str(a.path) for a in self.parents.values()))
         else:
             log.info("starts from scratch")
+        self.bad = BadSamples(self.out, self.state, self.plans | self.validation_plans)
         self.preempted = False
 
     # the loop ---------------------------------------------------------------------------------
@@ -122,7 +126,6 @@ class Trainer:
             return
         pin = self.device.type == "cuda"
         remaining = range(state.step, config.steps)
-        bad = BadSamples(self.out, state, self.plans)
         feed = Feed(training_stream(self.stage, config, self.plans, remaining, pin))
         pending, failure = feed.next()
         self._reduce({}, failure)
@@ -138,7 +141,7 @@ class Trainer:
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
             if values.pop("bad"):
                 read = state.samples + config.global_batch
-                bad.account(loaded, read, config.data.max_bad_fraction)
+                self.bad.account(loaded, read, config.data.max_bad_fraction)
             values |= feed.readings(loaded) | self._epochs()
             if not math.isfinite(values["loss"]):
                 raise TrainingError(self._bundle(step, "loss", values["loss"]))
@@ -222,9 +225,11 @@ class Trainer:
         if not config.validation:
             return {}
         shape = step_shape(self.stage, config.validation, progress)
-        feed = Feed(validation_stream(self.stage, config, self.sources, shape))
+        feed = Feed(validation_stream(self.stage, config, self.validation_plans, shape))
         loaded, failure = feed.next()
-        self._reduce({}, failure)
+        if self._reduce({}, failure, sum(len(item.bad) for item in loaded))["bad"]:
+            read = self.state.samples + sum(block.samples for block in config.validation)
+            self.bad.account(loaded, read, config.data.max_bad_fraction)
         self.engine.train(False)
         sums: dict[str, Tensor] = {}
         for micro, item in zip(shape.micro, loaded, strict=True):
