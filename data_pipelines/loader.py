@@ -159,10 +159,13 @@ def iterate_steps(
     try:
         yield from _by_step(batches, sampler)
     finally:
-        # They ignore SIGTERM, which is how the loader would end them: one that waits for a shard
-        # or hangs in a picture would keep this process from its end.
-        for worker in getattr(batches, "_workers", ()):
-            worker.kill()
+        if workers:
+            # They ignore SIGTERM, which is how the loader would end them: one that waits for a
+            # shard or hangs in a picture would keep this process from its end. Not killed before
+            # the loader has let go of them: it takes that for a crash.
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()
 
 
 def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:
