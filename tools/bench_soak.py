@@ -52,6 +52,7 @@ CAUSES = {
 KILLED = ("hang", "memory")
 BLOCKS = [BlockConfig("photos", 48), BlockConfig("clips", 16)]
 WORKERS = 2
+LOOKS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the reads: when memory is looked at
 # A decode process of its own, since no real clip is known to do either; the number finds it again.
 FAULTY = f"""
 import time
@@ -186,7 +187,7 @@ def _left_behind(patience: float = 5.0) -> int:
 
 def soak(reads: int) -> list[Table]:
     """(d)"""
-    data = DataConfig(resolution=64, frames=4, decode_seconds=1.0, decode_gb=0.6)
+    data = DataConfig(resolution=64, frames=4, decode_seconds=10.0, decode_gb=0.6)
     steps = range(max(5, reads // sum(block.samples for block in BLOCKS)))
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
@@ -210,8 +211,8 @@ def soak(reads: int) -> list[Table]:
             done, found, memory, seconds = _consume(stream, len(steps))
             rows = [["reads", f"{done:,}", f"{len(steps) * 64:,}"]]
         rows += [[c, f"{found[c]:,}", f"{wanted[c]:,}"] for c in sorted({*found, *wanted})]
-        rows += [["MB of workers; decoders, at 20 %", memory[0], ""]]
-        rows += [["MB of workers; decoders, at the end", memory[1], "the same"]]
+        for share, found_then in zip(LOOKS, memory, strict=True):
+            rows.append([f"MB of workers; decoders, at {share:.0%}", found_then, "flat"])
         rows += [["processes left behind", str(_left_behind()), "0"]]
         rows += [["seconds", f"{seconds:.0f}", ""]]
     title = f"(d) Reads with {WORKERS} workers; what was replaced, by cause"
@@ -221,11 +222,12 @@ def soak(reads: int) -> list[Table]:
 def _consume(
     stream: Iterator[list[Loaded]], steps: int
 ) -> tuple[int, Counter[str], list[str], float]:
-    """(samples, what was replaced, memory at 20 % and at the end, seconds) of a whole stream."""
+    """(samples, what was replaced, memory at some points, seconds) of a whole stream."""
     done, found, memory, start = 0, Counter[str](), [], time.perf_counter()
+    looks = [round(share * steps) for share in LOOKS]
     for number, loaded in enumerate(stream, start=1):
         done += sum(len(item.batch["pixels"]) for item in loaded)
         found.update(bad.cause for item in loaded for bad in item.bad)
-        if number in (max(1, steps // 5), steps):
+        if number in looks:
             memory.append(_memory())
     return done, found, memory, time.perf_counter() - start
