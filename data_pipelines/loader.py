@@ -25,6 +25,8 @@ from xray.schedule import value_at
 
 Fields = dict[str, Tensor]
 
+KILLED_SECONDS = 30.0  # that a killed process may take to be gone
+
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 
 
@@ -166,6 +168,7 @@ def iterate_steps(
             batches._shutdown_workers()
             for worker in batches._workers:
                 worker.kill()
+                worker.join(KILLED_SECONDS)
 
 
 def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:

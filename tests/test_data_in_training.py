@@ -26,7 +26,7 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     files = {f"{i:03d}.mp4": clip(48, 4) for i in range(8)}
     files["003.mp4"] = hostile_decoder.HANG
     write_tar(tmp_path / "0.tar", files)
-    decoder = ClipDecoder(1.0, 2.0, HOSTILE)
+    decoder = ClipDecoder(6.0, 2.0, HOSTILE)
     monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
     config = (
         f"data.sources.clips.shards={tmp_path / '0.tar'}", "data.modalities=[video]",

@@ -534,6 +534,7 @@ def stop(done, total):
     if done:
         {stop}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 pack(Path(sys.argv[1]), Path(sys.argv[2]), PackConfig({settings}, workers=2), stop)
 """
 

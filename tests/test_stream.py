@@ -228,7 +228,7 @@ def test_a_hanging_clip_goes_to_quarantine_and_stays_there(
     clips["005.mp4"] = hostile_decoder.HANG + b"." * 50
     write_tar(tmp_path / "0.tar", clips)
     source = open_source("s", str(tmp_path), "video")
-    decoder = ClipDecoder(1.0, 2.0, HOSTILE)
+    decoder = ClipDecoder(6.0, 2.0, HOSTILE)
     monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
     plan = SamplePlan(source, 1, 1, seed=0)
     met = keys(plan, DataConfig(), range(6), 0)
