@@ -182,6 +182,8 @@ class DecordClip:
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         first = self._reader[int(indices[0])].asnumpy()
+        if first.shape[2] != 3:  # a small frame whose rows are padded
+            raise ValueError(f"a frame of shape {first.shape}")
         size = shrunk(first.shape[1], first.shape[0], len(indices), least)
         if size is not None:
             return list(self._open(width=size[0], height=size[1]).get_batch(indices).asnumpy())

@@ -44,6 +44,16 @@ def test_image_modes_become_rgb() -> None:
         decode.decode_image(jpeg()[:200])
 
 
+@pytest.mark.parametrize("side", [16, 32, 48, 64])
+def test_one_frame_of_a_small_clip_is_whole(side: int) -> None:
+    """decord hands out single frames with their padding, and refuses several."""
+    data = clip(side, frames=6)
+    (frame,) = decode.read_clip(decode.open_clip(data), data, np.array([2]))
+    (same,) = decode.AvClip(data).read(np.array([2]), 0)
+    assert frame.shape == (side, side, 3)
+    assert np.abs(frame.astype(int) - same.astype(int)).max() <= 4
+
+
 def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:
     data = photo(0, (400, 304))
     full = decode.decode_image(data)
