@@ -85,6 +85,18 @@ def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = No
     return [caption.text for caption in read_captions(files, fields)]
 
 
+def kept_captions(
+    files: dict[str, bytes], fields: Mapping[str, float] | None, numbers: Sequence[int] | None
+) -> list[Caption]:
+    """The captions of a sample that a keep-list leaves; raises BadSample."""
+    captions = read_captions(files, fields)
+    if numbers is None:
+        return captions
+    if max(numbers) >= len(captions):
+        raise BadSample("fewer captions than curated", "data.sources.NAME.captions differ")
+    return [captions[number] for number in numbers]
+
+
 def choose_caption(captions: Sequence[Caption], rng: np.random.Generator | None) -> Caption:
     """A caption drawn by weight; without `rng` the first."""
     if rng is None or len(captions) == 1:

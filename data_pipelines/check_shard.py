@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from data_pipelines.captions import Caption, read_captions
 from data_pipelines.decode import BadSample, FrameChoice, decode_image
-from data_pipelines.hashtags import tags_of
 from data_pipelines.manifest import remote_index
 from data_pipelines.remote import ShardCache, is_remote
 from data_pipelines.sandbox import clip_decoder
@@ -32,6 +32,7 @@ from data_pipelines.shards import (
     media_extensions,
     sha256_of,
 )
+from data_pipelines.tags import TagReader
 from xray.config import DataConfig
 from xray.errors import DataError
 
@@ -39,6 +40,7 @@ FRAMES = 5  # read of each clip, first, middle and last among them
 FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their places in its fifths
 BAD_KEPT = 1000  # findings listed per shard; all are counted
 NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags: cut to the one above the other
+TAGS = TagReader("hashtags", {})
 THUMBNAILS, SIDE = 48, 128  # of the sheet, and their longer side in pixels
 
 
@@ -241,7 +243,7 @@ class _ShardReader:
     def read_texts(self, key: str, files: dict[str, bytes]) -> list[Caption]:
         """The captions, and what is to be counted of them and the tags."""
         try:
-            tags = tags_of(files, "hashtags")
+            tags = TAGS.tags_of(files, "hashtags")
             captions = read_captions(files)
         except BadSample as error:
             if error.cause != "no caption":
@@ -289,10 +291,8 @@ class _ShardReader:
         if len(sheet) == THUMBNAILS and rank > sheet[-1].rank:
             return
         image.thumbnail((SIDE, SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
         caption = printable(captions[0].text) if captions else ""
-        png = base64.b64encode(buffer.getvalue()).decode()
+        png = png_of(np.asarray(image))
         bisect.insort(sheet, Thumbnail(rank, self.row.path, key, caption, png))
         del sheet[THUMBNAILS:]
 
@@ -304,6 +304,13 @@ class _ShardReader:
     def finished(self) -> tuple[ShardCheck, Stats]:
         self.row.width, self.row.height = self.stats.range("width"), self.stats.range("height")
         return self.row, self.stats
+
+
+def png_of(pixels: np.ndarray) -> str:
+    """[H, W, 3] uint8 as a PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _copies(tar: str) -> Counter[str]:

@@ -104,7 +104,8 @@ class StreamDataset(Dataset):
                 bad.append(_replaced(plan.source, place[0], member, BadSample("in quarantine")))
                 continue
             try:
-                sample = plan.source.sample(place[0], member, ref.resolution, ref.frames)
+                size = ref.resolution, ref.frames
+                sample = plan.source.sample(place[0], member, *size, slot=place[1])
                 return self.transform(sample, self._rng(ref, attempt))
             except (BadSample, ValueError, OverflowError, RecursionError, UnicodeError) as problem:
                 error = problem if isinstance(problem, BadSample) else _unusable(problem)

@@ -305,10 +305,11 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
 
 
 def _remote_manifest(pattern: str, cache: ShardCache) -> Path:
-    return _kept(pattern, cache, "manifest")
+    return kept_of_remote(pattern, cache, "manifest")
 
 
-def _kept(url: str, cache: ShardCache, ending: str) -> Path:
+def kept_of_remote(url: str, cache: ShardCache, ending: str) -> Path:
+    """Where a file that was derived from what lies at a URL is kept."""
     folder = cache.folder / "index"  # apart from the shards, which come and go
     folder.mkdir(exist_ok=True)
     return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.{ending}"
@@ -322,7 +323,7 @@ def remote_index(
     anew: bool = False,
 ) -> ShardIndex:
     """The index of a remote tar: kept here (not `anew`), lying beside it, or built from the tar."""
-    kept = _kept(url, cache, "index")
+    kept = kept_of_remote(url, cache, "index")
     index = None if anew else load_index(url, kept)
     if index is None:
         content = fetch_small(f"{url}.index", cache.patience)

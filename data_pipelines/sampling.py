@@ -173,13 +173,19 @@ def default_lanes(samples: int) -> int:
 
 
 def micro_batches(
-    blocks: Sequence[BlockConfig], sizes: Sequence[int], rank: int, world: int
+    blocks: Sequence[BlockConfig],
+    sizes: Sequence[int],
+    rank: int,
+    world: int,
+    tokens: Sequence[int] | None = None,
 ) -> list[MicroBatch]:
     """How a rank's share of a step is cut into forwards of sizes[block] samples; 0 = one forward.
 
-    Raises ConfigError when a block does not divide over the ranks or its size.
+    tokens: of a sample of each block, where a block without a weight is to count by its tokens
+    instead of its samples. Raises ConfigError when a block does not divide over the ranks or its
+    size.
     """
-    shares = _block_weights(blocks)
+    shares = _block_weights(blocks, tokens or [1] * len(blocks))
     cut: list[tuple[int, int, int]] = []  # block, size, count
     for number, (block, wanted) in enumerate(zip(blocks, sizes, strict=True)):
         local = local_samples(block, world)
@@ -220,9 +226,12 @@ def within_budget(block: BlockConfig, world: int, tokens: int, budget: int) -> i
     return max(size for size in range(1, local + 1) if local % size == 0 and size <= most)
 
 
-def _block_weights(blocks: Sequence[BlockConfig]) -> list[float]:
-    samples = sum(block.samples for block in blocks)
-    raw = [block.samples / samples if b is None else b for block in blocks for b in [block.weight]]
+def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[float]:
+    parts = [block.samples * size for block, size in zip(blocks, sizes, strict=True)]
+    raw = [
+        part / sum(parts) if block.weight is None else block.weight
+        for block, part in zip(blocks, parts, strict=True)
+    ]
     return [weight / sum(raw) for weight in raw]
 
 

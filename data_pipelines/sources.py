@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipelines import meter
-from data_pipelines.manifest import Manifest, open_manifest, remote_index, resolve
+from data_pipelines.manifest import (
+    Manifest,
+    kept_of_remote,
+    open_manifest,
+    remote_index,
+    resolve,
+)
 from data_pipelines.remote import ShardCache, is_remote
 from data_pipelines.shards import (
     Modality,
     ShardIndex,
+    cache_path,
     index_shard,
     kept_at,
     load_index,
@@ -30,6 +38,19 @@ OPEN_INDEXES = 128  # kept mapped per source and process
 EVICTIONS = 5  # of one shard, between its fetch and its opening, before the run gives up
 
 
+class Slots(Protocol):
+    """Which members of each shard have slots, and how many."""
+
+    counts: np.ndarray  # slots per shard, [S] int64
+    digest: str
+
+    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(members, copies) of a shard's slots."""
+
+    def texts(self, shard: int, slot: int) -> np.ndarray | None:
+        """Numbers of the captions that a slot's sample is to be used with, None = all."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """What a stage's transform gets: the files by ending, and what the plan says about them."""
@@ -41,6 +62,10 @@ class Sample:
     resolution: int
     frames: int
     animations: Modality = "image"  # what GIF and WebP count as
+    shard: int = 0
+    member: int = 0  # of the shard's index
+    copy: int = 0  # which of the sample's repeats in an epoch this is
+    texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,7 @@ class Source:
     """Shards of one modality and, per shard, the members that its slots stand for.
 
     A slot is a place in the epoch. By default the slots of a shard are its members of the
-    modality; `selected[s][i]` is the member at slot i of shard s where a stage narrows that.
+    modality, once each; `slots` says otherwise where a stage leaves some out or repeats some.
     """
 
     name: str
@@ -56,21 +81,24 @@ class Source:
     animations: Modality
     manifest: Manifest
     cache: ShardCache | None = None
-    selected: tuple[np.ndarray, ...] | None = field(default=None, repr=False)
+    slots: Slots | None = field(default=None, repr=False)
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
         """Slots per shard, [S]."""
-        if self.selected is not None:
-            return np.array([len(members) for members in self.selected], np.int64)
+        if self.slots is not None:
+            return self.slots.counts
         return self.manifest.counts(self.modality, self.animations)
 
     def __len__(self) -> int:
         return int(self.counts.sum(dtype=np.int64))
 
-    def with_slots(self, slots: Sequence[np.ndarray]) -> Source:
+    def with_slots(self, slots: Slots) -> Source:
         """The same shards with another slot map."""
-        return replace(self, selected=tuple(slots))
+        return replace(self, slots=slots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}  # no open files
 
     def index(self, shard: int) -> ShardIndex:
         return self._opened(shard)[0]
@@ -95,12 +123,18 @@ class Source:
 
     def member(self, shard: int, slot: int) -> int:
         """The member that a slot stands for."""
-        members = self._opened(shard)[1] if self.selected is None else self.selected[shard]
-        return int(members[slot])
+        return int(self.members(shard)[slot])
 
     def members(self, shard: int) -> np.ndarray:
         """The members of all slots of a shard."""
-        return self._opened(shard)[1] if self.selected is None else self.selected[shard]
+        return self._opened(shard)[1] if self.slots is None else self.slots.of(shard)[0]
+
+    def derived(self, name: str, shard: int | None = None) -> Path:
+        """Where a file that was derived from a shard, or from all, is kept: as its index is."""
+        where = f"{self.manifest.folder}/shards" if shard is None else self.manifest.path(shard)
+        if self.cache is not None:
+            return kept_of_remote(where, self.cache, name)
+        return cache_path(Path(f"{where}.{name}"))
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
@@ -134,11 +168,17 @@ class Source:
             size = int(self.manifest.columns["sizes"][shard])
             self.cache.prefetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
 
-    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample:
-        """Read one member of one shard, all its files."""
+    def sample(
+        self, shard: int, member: int, resolution: int, frames: int, slot: int | None = None
+    ) -> Sample:
+        """Read one member of one shard, all its files; with its slot, as what that is."""
         files, key = self.read(shard, member), self.index(shard).key(member)
-        sizes = resolution, frames
-        return Sample(files, self.name, self.modality, key, *sizes, self.animations)
+        kind = self.modality, key, resolution, frames, self.animations
+        sample = Sample(files, self.name, *kind, shard, member)
+        if self.slots is None or slot is None:
+            return sample
+        copy, texts = int(self.slots.of(shard)[1][slot]), self.slots.texts(shard, slot)
+        return replace(sample, copy=copy, texts=None if texts is None else tuple(texts.tolist()))
 
     def places(self) -> Iterator[tuple[int, int]]:
         """(shard, member) of every slot, in order."""
@@ -151,9 +191,8 @@ class Source:
         """sha256 over what the samples are: keys, sizes and the slot map, not their folder."""
         kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
         state = hashlib.sha256(kind.encode())
-        for members in self.selected or ():
-            state.update(np.ascontiguousarray(members, np.int64).tobytes())
-            state.update(b"\0")
+        if self.slots is not None:
+            state.update(self.slots.digest.encode())
         return state.hexdigest()
 
 
@@ -205,30 +244,21 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
     """The sources that a run's blocks use; rank 0 indexes first, the others open its manifest."""
     remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
     cache = make_cache(data) if remote else None
-    sources: dict[str, Source] = {}
-    for mine in (dist.is_main(), not dist.is_main()):
-        failure = None
-        if mine:
-            try:
-                for name in names:
-                    config = data.sources[name]
-                    sources[name] = open_source(
-                        name,
-                        config.shards,
-                        config.modality,
-                        data.root,
-                        config.animations,
-                        cache,
-                        verify=dist.is_main(),
-                    )
-            except (DataError, OSError) as error:
-                failure = DataError(str(error))
-        dist.agree(failure)
-    _check_same_on_all_ranks(sources)
+
+    def open_all() -> dict[str, Source]:
+        found = {}
+        for name in names:
+            config = data.sources[name]
+            kinds = config.modality, data.root, config.animations
+            found[name] = open_source(name, config.shards, *kinds, cache, verify=dist.is_main())
+        return found
+
+    sources = dist.main_first(open_all)
+    check_same_on_all_ranks(sources)
     return sources
 
 
-def _check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
+def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
     """Raise DataError where hosts see other shards: their plans would differ without a word."""
     everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})
     for name, source in sources.items():

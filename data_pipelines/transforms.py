@@ -26,6 +26,7 @@ from data_pipelines.sandbox import clip_decoder
 from data_pipelines.shards import media_extensions
 from data_pipelines.sources import Sample
 from xray.config import DataConfig
+from xray.errors import ConfigError
 
 # It goes to torchcodec one day, whose wheels need FFmpeg's shared libraries on the machine.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
@@ -53,6 +54,49 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
         else:
             pixels = load_clip(media, crop, sample, data, rng)
     return pixels if rng is None else augment(pixels, data, rng).contiguous()
+
+
+def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
+    """Several looks at a sample, [clips * crops, T, 3, S, S] uint8, the same at every call.
+
+    A clip's frames are taken at `clips` evenly spaced times, and of each the square crops of
+    `view_boxes`. Raises BadSample.
+    """
+    media, views = media_of(sample), []
+    for time in range(clips if sample.modality == "video" else 1):
+        if sample.modality == "video":
+            frames, size = _at_time(media, sample, data, time, clips), sample.resolution
+        else:
+            image = decode_image(media)
+            frames, size = (
+                torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
+                sample.resolution,
+            )
+        height, width = frames.shape[-2:]
+        views += [_resize(frames, box, size) for box in view_boxes(width, height, crops)]
+    return torch.stack(views)
+
+
+def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: int) -> Tensor:
+    """Frames [T, 3, H, W] of one of several evenly spaced looks at a clip."""
+    settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
+    start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
+    choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
+    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+    pixels = decoder.decode(media, choice, sample.resolution).pixels
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def view_boxes(width: int, height: int, crops: int) -> list[Box]:
+    """Largest square crops along the longer side: 1 in the centre, or 3 from end to end.
+
+    Raises ConfigError for another number of crops.
+    """
+    if crops not in (1, 3):
+        raise ConfigError(f"crops={crops} must be 1 or 3")
+    side = min(width, height)
+    halves = (1,) if crops == 1 else (0, 1, 2)
+    return [((width - side) * i // 2, (height - side) * i // 2, side, side) for i in halves]
 
 
 def media_of(sample: Sample) -> bytes:

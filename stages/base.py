@@ -4,6 +4,7 @@ Batch keys, all with the micro-batch B first:
     pixels          [B, T, 3, S, S] uint8; T = 1 for images
     mask_noise      [B, h*w or t*h*w] float, uniform: the MAE masks, drawn on the data side
     tags            [B, K] long, ids of the vocabulary, padded with -1
+    weights         [B, K] float, of the tags: 1 for a sample's own, less for others, 0 = padding
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
 """

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import choose_caption, read_captions
+from data_pipelines.captions import choose_caption, kept_captions
 from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
@@ -101,7 +101,7 @@ class ClipStage(Stage):
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         fields = self.config.data.sources[sample.source].captions
-        caption = choose_caption(read_captions(sample.files, fields), rng)
+        caption = choose_caption(kept_captions(sample.files, fields, sample.texts), rng)
         tokens = self.language.tokens([caption.text])
         return {"pixels": load_pixels(sample, self.config.data, rng), **tokens}
 

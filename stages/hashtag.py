@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.decode import BadSample
-from data_pipelines.hashtags import (
-    Vocabulary,
-    build_vocabulary,
-    keep_tagged,
-    read_tags,
-    tags_of,
-)
+from data_pipelines.balance import Balance
+from data_pipelines.labels import Balanced, Labeller, TeacherRules, balanced, label
+from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Sample, Source
+from data_pipelines.tags import TagRules
 from data_pipelines.transforms import load_pixels
+from data_pipelines.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
 from stages.base import (
     Batch,
     Parents,
@@ -33,21 +30,59 @@ from stages.base import (
 )
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.losses import soft_cross_entropy, tag_entropy
 from xray.models.heads import TagHead
 from xray.models.mixing import mix
+from xray.tag_losses import (
+    TagLoss,
+    draw_classes,
+    sampled_softmax,
+    sampling_probabilities,
+    target_entropy,
+    truncate,
+)
 
 
 @dataclass
-class HashtagOptions:
-    """The vocabulary: a file, or built from the run's own shards."""
+class HashtagOptions(TagRules):
+    """The vocabulary and its tags' balance, the labels and the loss."""
 
-    vocabulary: str = ""  # a vocabulary.json; "" = build it
-    min_count: int = 5
-    max_size: int = 100_000
+    vocabulary: str = ""  # a vocabulary.json of `xray data tags`; "" = built from the run's shards
+    balance: Balance = "sqrt"  # repeat samples with rare tags: by 1/sqrt(count), 1/count, or not
+    epoch_length: float = 1.5  # places in an epoch per sample, which the repeats fill
+    strip: bool = True  # a repeat keeps the tags only that are rare enough for it
+    # of `xray data pseudo-tags`: the name of the sidecar with a teacher's tags; "" = none
+    teacher: str = ""
+    pseudo_weight: float = 0.5  # of the teacher's tags, which untagged samples get
+    # a sample's tag is dropped where the teacher finds it less probable than this many times its
+    # mean; 0 = off
+    min_lift: float = 0.0
+    loss: Literal["softmax", "bce", "asymmetric"] = "softmax"
+    smoothing: float = 0.0  # of the targets
+    chunk: int = 0  # tags of a piece of the loss, which never holds all logits; 0 = all at once
+    sampled: int = 0  # softmax over the own and this many drawn tags; 0 = over all
+    truncate: float = 0.0  # share of a micro-batch, the largest losses, taken for wrong labels
+    truncate_after: float = 0.3  # of the stage: losses say nothing before
     # Beta(a, a) of the mixing within a micro-batch; 0 = off; with both, one is drawn for each
     mixup: float = 0.0  # the pictures are blended
     cutmix: float = 0.0  # a rectangle is taken from the other picture
+
+    def validate(self, section: str = "hashtag") -> None:
+        """Raises ConfigError naming the key to change."""
+        super().validate(section)
+        for name in ("mixup", "cutmix", "min_lift", "chunk", "sampled"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{section}.{name}={getattr(self, name)} must be >= 0")
+        for name in ("smoothing", "truncate", "truncate_after", "pseudo_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{section}.{name}={getattr(self, name)} must be in [0, 1]")
+        if self.truncate == 1 or self.smoothing == 1:
+            raise ConfigError(f"{section}.truncate and {section}.smoothing must be below 1")
+        if self.epoch_length < 1:
+            raise ConfigError(f"{section}.epoch_length={self.epoch_length} must be at least 1")
+        if self.sampled and self.loss != "softmax":
+            raise ConfigError(f"{section}.sampled goes with {section}.loss=softmax only")
+        if self.sampled and self.smoothing:
+            raise ConfigError(f"{section}.smoothing needs all tags: set {section}.sampled=0")
 
 
 @dataclass
@@ -56,38 +91,65 @@ class HashtagConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("mixup", "cutmix"):
-            if getattr(self.hashtag, name) < 0:
-                raise ConfigError(f"hashtag.{name}={getattr(self.hashtag, name)} must be >= 0")
+        self.hashtag.validate()
+
+
+# (features, weight, bias) -> losses [B], and the likeliest tags [B] where all are looked at
+HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class HashtagModule(VisionModule):
-    """Backbone and tag head on the CLS features."""
+    """Backbone and tag head on the CLS features; counts: samples per tag, [V]."""
 
-    def __init__(self, config: HashtagConfig, tags: int) -> None:
+    def __init__(self, config: HashtagConfig, counts: Sequence[int]) -> None:
         super().__init__(config)
-        self.head = TagHead(self.vision.embed_dim, tags)
-        self.mix = config.hashtag.mixup, config.hashtag.cutmix
+        options = config.hashtag
+        self.options = options
+        self.head = TagHead(self.vision.embed_dim, len(counts))
+        self.loss = TagLoss(options.loss, options.smoothing, options.chunk)
+        self.mix = options.mixup, options.cutmix
+        self.drawn = sampling_probabilities(torch.tensor(counts))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        pixels, share = self.normalize(batch["pixels"]), None
+        pixels = self.normalize(batch["pixels"])
+        tags, targets = batch["tags"], tag_targets(batch["weights"], self.options.loss)
         if self.training and any(self.mix):
             pixels, share = mix(pixels, *self.mix)
-        features = {"logits": self.head(self.vision(pixels, self.keep_rate(progress)).cls)}
-        return features | {"tags": batch["tags"]} | ({} if share is None else {"share": share})
+            tags = torch.cat([tags, tags.roll(1, 0)], dim=1)
+            targets = torch.cat([share * targets, (1 - share) * targets.roll(1, 0)], dim=1)
+        cls = self.vision(pixels, self.keep_rate(progress)).cls
+        progressed = torch.tensor(progress)  # on the CPU: it is asked for there
+        return {"cls": cls, "tags": tags, "targets": targets, "progress": progressed}
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        logits, tags = features["logits"], features["tags"]
-        loss = soft_cross_entropy(logits, tags)
-        if "share" in features:  # linear in the target: the mixed target's loss is the losses' mix
-            share = features["share"]
-            loss = share * loss + (1 - share) * soft_cross_entropy(logits, tags.roll(1, 0))
-        top = logits.argmax(dim=1, keepdim=True)
-        metrics = {
-            "excess": loss.detach() - tag_entropy(tags),
-            "top1_is_a_tag": (tags == top).any(dim=1).float().mean(),
-        }
+        tags, targets = features["tags"], features["targets"]
+        losses, top = self.head(features["cls"], self._losses(tags, targets))
+        loss = losses.mean()
+        metrics: dict[str, Tensor] = {}
+        if self.options.loss == "softmax":
+            floor = target_entropy(targets, self.options.smoothing, len(self.drawn))
+            metrics["excess"] = loss.detach() - floor.mean()
+        if top is not None:
+            metrics["top1_is_a_tag"] = (tags == top[:, None]).any(dim=1).float().mean()
+        if self.training and features["progress"] >= self.options.truncate_after:
+            loss = truncate(losses, self.options.truncate)
         return StepOutput(loss, metrics)
+
+    def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:
+        """What the head is to make of its features and weights."""
+        if not (self.training and self.options.sampled):
+            return lambda x, weight, bias: self.loss(x, weight, bias, tags, targets)
+        drawn, log_q = (x.to(tags.device) for x in draw_classes(self.drawn, self.options.sampled))
+        return lambda x, weight, bias: (
+            sampled_softmax(x, weight, bias, tags, targets, drawn, log_q),
+            None,
+        )
+
+
+def tag_targets(weights: Tensor, loss: str) -> Tensor:
+    """Targets of labels' weights [B, K]: themselves, but for the softmax. There a sample's labels
+    share 1 among them, or their sum where that is less: it counts for what is known of it."""
+    return weights if loss != "softmax" else weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 class HashtagStage(Stage):
@@ -96,44 +158,79 @@ class HashtagStage(Stage):
     accepts = ("mae", "hashtag", "clip")
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        """Read or build the vocabulary and leave untagged samples out of the plan."""
-        data, options = self.config.data, self.config.hashtag
-        tags = {name: read_tags(s, data.sources[name].tags) for name, s in sources.items()}
-        if options.vocabulary:
-            self.vocabulary = Vocabulary.load(Path(options.vocabulary))
-        else:
-            seen = {block.source: tags[block.source] for block in self.config.blocks}
-            self.vocabulary = build_vocabulary(seen, options.min_count, options.max_size)
+        """Read or build the vocabulary, label the samples and give the labelled ones slots."""
+        options, data = self.config.hashtag, self.config.data
+        self.vocabulary = self._vocabulary(sources)
         if parents.vision is not None and parents.vision.stage == self.name:
-            theirs = Vocabulary.load(parents.vision.path / "vocabulary.json")
-            if theirs.tags != self.vocabulary.tags:
-                raise ArtifactError(
-                    f"the vocabulary ({len(self.vocabulary)} tags) does not match the head of "
-                    f"{parents.vision.path} ({len(theirs)} tags): set hashtag.vocabulary="
-                    f"{parents.vision.path / 'vocabulary.json'}"
-                )
-        return {name: keep_tagged(s, tags[name], self.vocabulary) for name, s in sources.items()}
+            path = parents.vision.path / "vocabulary.json"
+            _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
+        training = {block.source for block in self.config.blocks}
+        self.balanced: dict[str, Balanced] = {}
+        for name, source in sources.items():
+            teacher = self._teacher(source) if name in training else None
+            use = TeacherRules(options.min_lift, options.pseudo_weight)
+            origin = data.sources[name].tags
+            work = Labeller(source, origin, options, self.vocabulary, teacher, use)
+            labels = label(work, data.workers)
+            balance: Balance = options.balance if name in training else "none"
+            self.balanced[name] = balanced(
+                source,
+                labels,
+                len(self.vocabulary),
+                balance,
+                options.epoch_length,
+                self.config.seed,
+                data.workers,
+            )
+        return {name: found.source for name, found in self.balanced.items()}
+
+    def _vocabulary(self, sources: Mapping[str, Source]) -> Vocabulary:
+        options, data = self.config.hashtag, self.config.data
+        if options.vocabulary:
+            return Vocabulary.load(Path(options.vocabulary))
+        counts = TagCounts()
+        names = [block.source for block in self.config.blocks]
+        for name in names:
+            counts.join(count_tags(sources[name], data.sources[name].tags, options, data.workers))
+        return build_vocabulary(counts, options, ", ".join(names))[0]
+
+    def _teacher(self, source: Source) -> Sidecar | None:
+        name = self.config.hashtag.teacher
+        if not name:
+            return None
+        found = open_sidecar(source, name)
+        if found is None:
+            raise ConfigError(
+                f"hashtag.teacher={name}: source {source.name!r} has no such sidecar for its "
+                f"shards; make it with xray data pseudo-tags ARTIFACT SHARDS --name {name}"
+            )
+        _check_same(self.vocabulary, found.facts["vocabulary"], f"hashtag.teacher={name}")
+        return found
 
     def build(self, parents: Parents) -> HashtagModule:
-        module = HashtagModule(self.config, len(self.vocabulary))
+        module = HashtagModule(self.config, self.vocabulary.counts)
         load_vision(module, parents.vision)
         if parents.vision is not None and parents.vision.stage == self.name:
             module.head.load_state_dict(parents.vision.load("head"))
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        origin = self.config.data.sources[sample.source].tags
-        ids = self.vocabulary.encode(tags_of(sample.files, origin))
-        if not ids:
-            raise BadSample("no tag of the vocabulary")
-        return {"pixels": load_pixels(sample, self.config.data, rng), "tags": torch.tensor(ids)}
+        found = self.balanced[sample.source]
+        place = sample.shard, sample.member, sample.copy
+        ids, weights = found.labels_of(*place, self.config.hashtag.strip)
+        return {
+            "pixels": load_pixels(sample, self.config.data, rng),
+            "tags": torch.tensor(ids, dtype=torch.long),
+            "weights": torch.tensor(weights),
+        }
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        tags = [row["tags"] for row in rows]
-        return {
-            "pixels": torch.stack([row["pixels"] for row in rows]),
-            "tags": torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-1),
-        }
+        def padded(name: str, filling: float) -> Tensor:
+            values = [row[name] for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(values, True, filling)
+
+        pixels = torch.stack([row["pixels"] for row in rows])
+        return {"pixels": pixels, "tags": padded("tags", -1), "weights": padded("weights", 0)}
 
     def export(self, module: HashtagModule, state: State) -> dict[str, State]:
         return {"backbone": part(state, "towers.vision."), "head": part(state, "head.")}
@@ -143,3 +240,12 @@ class HashtagStage(Stage):
 
     def inputs(self) -> dict[str, str]:
         return {"vocabulary": self.vocabulary.digest}
+
+
+def _check_same(vocabulary: Vocabulary, digest: str, what: str) -> None:
+    """Raise ArtifactError where two vocabularies would be mixed."""
+    if vocabulary.digest != digest:
+        raise ArtifactError(
+            f"{what} is of another vocabulary than this run's {len(vocabulary)} tags: set "
+            "hashtag.vocabulary to the vocabulary.json it was made with"
+        )

@@ -73,6 +73,13 @@ def test_a_budget_of_tokens_makes_forwards_cost_the_same(demo: Path, tmp_path: P
     cut = step_shape(stage_class("hashtag")(config), config.blocks, 0.5).micro
     sizes = [(micro.source, micro.stop - micro.start) for micro in cut]
     assert sizes == [("photos", 4)] * 2 + [("clips", 2)] * 2
+    config = settings("hashtag", demo, tmp_path, "data.weigh_blocks_by=tokens")
+    scales = {
+        m.source: m.scale
+        for m in step_shape(stage_class("hashtag")(config), config.blocks, 0.5).micro
+    }
+    # 8 images of 16 tokens, 4 clips of 32: as many; each block is one of two forwards
+    assert scales == {"photos": 1.0, "clips": 1.0}
     with pytest.raises(ConfigError, match="both set the size"):
         settings("hashtag", demo, tmp_path, "data.tokens_per_batch=64", "train.micro_batch=2")
     with pytest.raises(ConfigError, match=r"compares all 8 samples.*tokens_per_batch=0"):

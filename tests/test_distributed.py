@@ -47,7 +47,7 @@ def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: 
     for stage in ("mae", "hashtag", "text", "clip"):
         assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
     a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn"}
+    assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn", "tags"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAF = {"xray", "xray.config", "xray.dist", "xray.errors", "xray.schedule"}
-MODELS = {"xray.models", "xray.losses", "xray.optim"}
+MODELS = {"xray.models", "xray.losses", "xray.tag_losses", "xray.optim"}
 DATA = {"data_pipelines"}
 STAGE_USES = LEAF | MODELS | DATA | {"xray.artifact", "xray.restore", "stages.base"}
 RULES: dict[str, set[str]] = {
@@ -20,6 +20,8 @@ RULES: dict[str, set[str]] = {
     "xray/dist.py": {"xray.errors"},
     "xray/optim.py": LEAF,
     "xray/losses.py": {"xray.dist"},
+    "xray/tag_losses.py": {"xray.errors", "xray.losses"},
+    "xray/figures.py": set(),
     "xray/models": {"xray.config", "xray.errors", "xray.models"},
     "xray/artifact.py": {"xray", "xray.errors"},
     "xray/restore.py": LEAF | MODELS | {"xray.artifact"},
@@ -29,7 +31,10 @@ RULES: dict[str, set[str]] = {
     "xray/checkpoint.py": LEAF | DATA | {"xray.artifact", "xray.engine"},
     "xray/bad_samples.py": LEAF | DATA | {"xray.checkpoint"},
     "xray/report.py": LEAF | {"xray.artifact", "xray.checkpoint"},
-    "xray/data_report.py": LEAF | DATA | {"xray.report"},
+    "xray/data_report.py": LEAF | DATA | {"xray.report", "xray.figures"},
+    "xray/tag_report.py": LEAF | DATA | {"xray.report", "xray.figures"},
+    "xray/curation_page.py": LEAF | DATA | {"xray.report", "xray.figures", "xray.data_report"},
+    "xray/offline": LEAF | MODELS | DATA | {"xray.offline", "xray.artifact", "xray.restore"},
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
@@ -52,6 +57,8 @@ ONE_PLACE = {
     "deepspeed": "xray/engine.py",
     "peft": "xray/models/text.py",
     "decord": "data_pipelines/decode.py",
+    "ahocorasick": "data_pipelines/matching.py",
+    "ray": "data_pipelines/curation_ray.py",
 }
 
 

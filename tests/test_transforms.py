@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from shards import photo
 
-from data_pipelines import hashtags, transforms
+from data_pipelines import transforms
 from data_pipelines.augment import augment
 from data_pipelines.captions import captions_of, choose_caption, read_captions
 from data_pipelines.decode import BadSample, decode_image
 from data_pipelines.sources import Sample, open_source
 from data_pipelines.transforms import choose_frames, load_image, load_pixels
 from xray.config import DataConfig
-from xray.errors import DataError
 from xray.models.mixing import mix
 
 
@@ -123,19 +122,12 @@ def test_frames_are_chosen_as_configured() -> None:
     assert picked(segment, 5, seeded=False).tolist() == [16, 18, 20, 22, 24]
 
 
-def test_captions_and_tags() -> None:
-    files = {"json": '{"captions": ["A dog .", " "], "hashtags": ["#Dog", "ﬁsh", "#dog"]}'.encode()}
+def test_captions() -> None:
+    files = {"json": b'{"captions": ["A dog .", " "]}'}
     assert captions_of(files) == ["A dog ."]
-    assert hashtags.tags_of(files, "hashtags") == ["dog", "fish"]
-    assert hashtags.tags_of({"txt": b"Two dogs run on the grass"}, "caption_words") == [
-        "dogs",
-        "run",
-        "grass",
-    ]
-    spaced = {"json": b'{"hashtags": "#cat #dog", "caption": 5}'}
-    assert hashtags.tags_of(spaced, "hashtags") == ["cat", "dog"]
+    numeric = {"json": b'{"caption": 5}'}
     with pytest.raises(BadSample, match="broken caption"):
-        captions_of(spaced)
+        captions_of(numeric)
     with pytest.raises(BadSample, match="no caption"):
         captions_of({"txt": b"  "})
     with pytest.raises(BadSample, match="broken json"):
@@ -162,22 +154,6 @@ def test_captions_are_drawn_by_weight() -> None:
     for text, (weight, _) in weights.items():
         assert drawn.count(text) / 4000 == pytest.approx(weight / 4, abs=0.03)
     assert choose_caption(found, None).text == "a"
-
-
-def test_vocabulary_counts_and_keeps_tagged(demo: Path, tmp_path: Path) -> None:
-    source = open_source("photos", "photos", "image", str(demo))
-    tags = hashtags.read_tags(source, "hashtags")
-    vocabulary = hashtags.build_vocabulary({"photos": tags}, min_count=2, max_size=5)
-    flat = [tag for rows in tags for row in rows for tag in row]
-    assert vocabulary.counts == tuple(flat.count(tag) for tag in vocabulary.tags)
-    assert list(vocabulary.counts) == sorted(vocabulary.counts, reverse=True)
-    only = hashtags.Vocabulary(("circle",), (1,))
-    kept = hashtags.keep_tagged(source, tags, only)
-    assert len(kept) == flat.count("circle") and kept.digest != source.digest
-    vocabulary.save(tmp_path / "v.json")
-    assert hashtags.Vocabulary.load(tmp_path / "v.json") == vocabulary
-    with pytest.raises(DataError, match="no tag occurs 999 times"):
-        hashtags.build_vocabulary({"photos": tags}, 999, 5)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0)])

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "mae": {"mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}},
-    "hashtag": {"hashtag": {"min_count": 2}},
+    "hashtag": {"hashtag": {"min_count": 2, "balance": "none"}},
     "text": {"text": {"lora_rank": 4, "lora_dropout": 0.0}},
     "clip": {"clip": {"embed_dim": 16, "adapter_blocks": 1}, "text": {"lora_rank": 0}},
 }

@@ -24,7 +24,12 @@ ZERO = [
 # The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
-    "hashtag": ["model.reduce=tome", "model.video=frames", "model.frame_pool=attention"],
+    "hashtag": [
+        "hashtag.chunk=3",
+        "model.reduce=tome",
+        "model.video=frames",
+        "model.frame_pool=attention",
+    ],
     "clip": [],
 }
 

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xray import __version__, dist
+from xray import (  # noqa: F401 - the clis add their commands
+    __version__,
+    curation_cli,
+    dist,
+    tags_cli,
+)
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.errors import ConfigError
@@ -122,11 +127,11 @@ def train(
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
     overrides: Overrides = None,
-    suite: Annotated[str, typer.Option(help="zero_shot,retrieval,knn [all that have data]")] = "",
+    suite: Annotated[str, typer.Option(help="zero_shot,retrieval,knn,tags [all with data]")] = "",
     recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
     out: Annotated[str, typer.Option(help="Write the results to this .json file")] = "",
 ) -> None:
-    """Evaluate ARTIFACT: zero-shot, retrieval and kNN, each beside chance."""
+    """Evaluate ARTIFACT: zero-shot, retrieval, kNN and tags, each beside chance."""
     from xray.artifact import open_artifact
     from xray.config_files import build, parse_overrides
     from xray.evaluation.suite import EvalConfig, result_table
@@ -234,18 +239,19 @@ def _evaluate(
     artifact: Artifact, config: Any, root: str, workers: int, suites: list[str] | None
 ) -> dict[str, dict[str, float]]:
     from xray.evaluation.suite import SUITES, Suite
-    from xray.restore import Encoder
+    from xray.restore import restore_encoder
 
     for name in suites or []:
         if name not in SUITES:
             raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
-    encoder = Encoder(artifact).to(dist.choose_device("auto"))
-    possible = [s for s in config.configured() if encoder.is_joint or s == "knn"]
-    if not (suites or possible):
+    encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
+    suite = Suite(encoder, config, root, workers)
+    if not (suites or suite.possible()):
         raise ConfigError(
-            "no evaluation data: give --recipe, or eval.retrieval.shards= and the like"
+            f"no evaluation data for an artifact of stage {artifact.stage}: give --recipe, or "
+            "eval.retrieval.shards= and the like"
         )
-    return Suite(encoder, config, root, workers).run(suites or possible)
+    return suite.run(suites or suite.possible())
 
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
@@ -256,8 +262,14 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
 
     table: ResultTable | None = None
     vision = [artifact for artifact in artifacts if artifact.stage != "text"]
-    if vision and recipe.eval.configured():
-        results = _evaluate(vision[-1], recipe.eval, recipe.root, recipe.workers, None)
+    results: dict[str, dict[str, float]] = {}
+    for artifact in vision:
+        # The last is asked everything, a hashtag artifact before it for its tags.
+        asked = recipe.eval.tags if artifact.stage == "hashtag" else {}
+        suites = ["tags"] if artifact is not vision[-1] else None
+        if asked or (suites is None and recipe.eval.configured()):
+            results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, suites)
+    if results:
         table = result_table(results)
         (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
         table.print()

@@ -78,7 +78,10 @@ class SourceConfig:
     shards: str = ""  # a folder, glob, {000..123} pattern or URL, under data.root if relative
     modality: Literal["image", "video"] = "image"
     animations: Literal["image", "video"] = "image"  # what GIF and WebP files count as
-    tags: Literal["hashtags", "caption_words"] = "hashtags"  # where the hashtag stage finds tags
+    # where tags are found: the json field hashtag.field, #tags or words of captions, or the
+    # vocabulary's tags in captions
+    tags: Literal["hashtags", "caption_hashtags", "caption_words", "concepts"] = "hashtags"
+    keep: str = ""  # a keep-list of `xray data curate`; "" = all samples
     # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file;
     # {} = captions, else caption, else txt
     captions: dict[str, float] = field(default_factory=dict)
@@ -90,7 +93,7 @@ class BlockConfig:
 
     source: str = ""
     samples: int = 0
-    weight: float | None = None  # of this block's loss; None = its share of samples
+    weight: float | None = None  # of this block's loss; None = its share
 
 
 @dataclass
@@ -99,6 +102,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     blocks: list[BlockConfig] = field(default_factory=list)
+    # of blocks without a weight: what their shares of the loss are taken of
+    weigh_blocks_by: Literal["samples", "tokens"] = "samples"
     modalities: list[str] = field(default_factory=lambda: ["image", "video"])  # blocks left in
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, never trained on
     lanes: int | None = None  # None = largest power of two <= min(block, 256)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,6 @@ from xray.command import Overrides, guarded
 
 if TYPE_CHECKING:
     from data_pipelines.check import CheckReport
-    from data_pipelines.shards import ShardIndex
 
 data_app = typer.Typer(help="Make and inspect data.", no_args_is_help=True)
 Shards = Annotated[
@@ -54,7 +54,7 @@ def data_index(
 
     kept = make_cache(DataConfig(cache=cache))
     for pattern in shards:
-        manifest = write_manifest(pattern, kept, checksum, workers, _progress)
+        manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
         images, clips = (int(manifest.counts(kind, "image").sum()) for kind in ("image", "video"))
         print(
             f"{pattern}: {len(manifest):,} shards, {images:,} images, {clips:,} clips, "
@@ -62,10 +62,27 @@ def data_index(
         )
 
 
-def _progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIndex]:
+def progress_of(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
+    """A bar over results that come one by one."""
+    from rich.console import Console
     from rich.progress import track
 
-    yield from track(indexes, "indexing", total, disable=not sys.stderr.isatty())
+    def follow(found: Iterable[Any], total: int) -> Iterator[Any]:
+        console = Console(stderr=True)
+        yield from track(found, what, total, console=console, disable=not sys.stderr.isatty())
+
+    return follow
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @data_app.command("pack")
@@ -81,16 +98,13 @@ def data_pack(
     Settings: per_shard=1000 short_side=0 (shrink to) quality=92 gop=0 (key-frame distance of
     re-encoded clips) crf=20 workers=2. The same command goes on where it was stopped.
     """
-    from rich.progress import Progress
-
     from data_pipelines.manifest import write_manifest
     from data_pipelines.pack import PackConfig, pack
     from xray.config_files import build, parse_overrides
 
     config = build(PackConfig, parse_overrides(overrides or []))
-    with Progress(disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("packing")
-        report = pack(source, out, config, lambda n, of: bar.update(task, completed=n, total=of))
+    with progress_bar("packing") as progress:
+        report = pack(source, out, config, progress)
     write_manifest(str(out), checksum=True, workers=config.workers)
     print(f"{out}: {report.samples:,} samples in {report.shards:,} shards", end="")
     print(f", {report.reused:,} of them already there" if report.reused else "")

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.check import CheckReport
 from data_pipelines.check_shard import Media, Range, ShardCheck, Stats, Thumbnail
+from xray.figures import COLOR, pixels_of, subplots
 from xray.report import Picture, ResultTable, paragraph, write_report
 
 ROWS = 40  # shards with a row each; of more, the broken ones
@@ -22,7 +23,6 @@ COLUMNS = ("shard", "samples", "images", "clips", "MB", "min mean max", "clip s"
 SIZES = (("width", "width"), ("height", "height"), ("aspect", "width / height"))
 LENGTHS = (("seconds", "seconds of a clip"), ("frames", "frames of a clip"))
 TEXTS = (("words", "words of a caption"), ("captions", "captions of a sample"))
-COLOR = "#3b6ea5"
 
 
 def check_table(report: CheckReport) -> ResultTable:
@@ -140,7 +140,7 @@ def write_stats(report: CheckReport, out: Path) -> None:
         _bars("Tags", f"The {TAGS} most frequent hashtags.", _top(stats, "hashtag")),
         _bars("Languages", "Of captions whose data name one.", _top(stats, "language")),
         _bars("Files", "Usable media by ending.", _top(stats, "extension")),
-        _sheet(stats.sheet),
+        sheet("Samples", stats.sheet),
         check_table(report).html(),
     ]
     write_report(out, "xray: data", parts)
@@ -157,7 +157,7 @@ def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, 
     shown = [(stats.numbers[name], unit) for name, unit in panels if name in stats.numbers]
     if not shown:
         return ""
-    figure, axes = _subplots(len(shown), (3.1 * len(shown), 2.5))
+    figure, axes = subplots(len(shown), (3.1 * len(shown), 2.5))
     for axis, (counts, unit) in zip(axes, shown, strict=True):
         values, weights = list(counts), list(counts.values())
         whole = all(float(value).is_integer() for value in values)
@@ -165,7 +165,7 @@ def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, 
         axis.set_xlabel(unit, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    return Picture(title, caption, _pixels(figure)).html()
+    return Picture(title, caption, pixels_of(figure)).html()
 
 
 def _bins(least: float, most: float, whole: bool) -> np.ndarray:
@@ -180,7 +180,7 @@ def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
     """Bars of names, the most frequent on top; "" where nothing was counted."""
     if not counts:
         return ""
-    figure, axes = _subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
+    figure, axes = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
     axis = axes[0]
     # A "$" would start a formula, and a very long name would leave no room for the bar.
     labels = [name[:32].replace("$", r"\$") for name, _ in counts]
@@ -191,25 +191,11 @@ def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
     axis.set_xticks([])
     axis.margins(x=0.1, y=0.01)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    return Picture(title, caption, _pixels(figure)).html()
+    return Picture(title, caption, pixels_of(figure)).html()
 
 
-def _subplots(across: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, across, squeeze=False)[0]
-
-
-def _pixels(figure: Any) -> np.ndarray:
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def _sheet(thumbnails: Sequence[Thumbnail]) -> str:
-    """Pictures in rows, each over its key and caption."""
+def sheet(title: str, thumbnails: Sequence[Thumbnail]) -> str:
+    """Pictures in rows, each over its key and caption; "" where there are none."""
     if not thumbnails:
         return ""
     cells = [
@@ -219,4 +205,4 @@ def _sheet(thumbnails: Sequence[Thumbnail]) -> str:
         for t in thumbnails
     ]
     grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(128px,1fr));gap:1rem"
-    return f'<h2>Samples</h2><div style="{grid}">{"".join(cells)}</div>'
+    return f'<h2>{html.escape(title)}</h2><div style="{grid}">{"".join(cells)}</div>'

@@ -6,12 +6,15 @@ Torch is imported inside: the command line asks for its rank before it needs tor
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from xray.errors import ConfigError, XrayError
+from xray.errors import ConfigError, DataError, XrayError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def setup_environment() -> None:
@@ -104,6 +107,23 @@ def gather_objects(value: Any) -> list[Any]:
     boxes: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(boxes, value)
     return boxes
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """work() on rank 0, then on the others, who may find what it has written; raises on all ranks
+    what one ran into."""
+    result: list[T] = []
+    for mine in (is_main(), not is_main()):
+        failure: XrayError | None = None
+        if mine:
+            try:
+                result.append(work())
+            except XrayError as error:
+                failure = error
+            except OSError as error:
+                failure = DataError(str(error))
+        agree(failure)
+    return result[0]
 
 
 def agree(error: XrayError | None) -> None:

@@ -26,15 +26,18 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
     data, world = stage.config.data, dist.world_size()
     resolution, frames = value_at(data.resolution, progress), value_at(data.frames, progress)
     sizes = [value_at(stage.config.train.micro_batch, progress)] * len(blocks)
-    if data.tokens_per_batch:
+    tokens = None
+    if data.tokens_per_batch or data.weigh_blocks_by == "tokens":
         kinds = [data.sources[block.source].modality for block in blocks]
         tokens = [stage.tokens(1 if kind == "image" else frames, resolution) for kind in kinds]
-        budget = data.tokens_per_batch
+    if tokens is not None and data.tokens_per_batch:
         sizes = [
-            within_budget(block, world, each, budget)
+            within_budget(block, world, each, data.tokens_per_batch)
             for block, each in zip(blocks, tokens, strict=True)
         ]
-    return StepShape(resolution, frames, micro_batches(blocks, sizes, dist.rank(), world))
+    weights = tokens if data.weigh_blocks_by == "tokens" else None
+    cut = micro_batches(blocks, sizes, dist.rank(), world, weights)
+    return StepShape(resolution, frames, cut)
 
 
 def check_batches(stage: Stage, config: RunConfig) -> None:

@@ -19,23 +19,6 @@ def masked_patch_mse(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tens
     return (error * mask).sum() / mask.sum()
 
 
-def soft_cross_entropy(logits: Tensor, tags: Tensor) -> Tensor:
-    """Cross-entropy against 1/k on each of a sample's k tags (1805.00932), mean over samples.
-
-    logits: [B, V]. tags: [B, K] ids, padded with -1; every row has at least one tag.
-    """
-    present = tags >= 0
-    picked = _full(logits).gather(1, tags.clamp(min=0))
-    k = present.sum(dim=1)
-    per_sample = _full(logits).logsumexp(dim=1) - (picked * present).sum(dim=1) / k
-    return per_sample.mean()
-
-
-def tag_entropy(tags: Tensor) -> Tensor:
-    """log k averaged over samples: the floor of soft_cross_entropy."""
-    return (tags >= 0).sum(dim=1).float().log().mean()
-
-
 def info_nce(queries: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
     """Symmetric InfoNCE over the whole global batch, own rows only; mean over the local batch.
 

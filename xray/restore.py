@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from xray.artifact import Artifact
 from xray.config import ModelConfig, TextConfig
 from xray.errors import ArtifactError
 from xray.models.backbone import VisionBackbone
-from xray.models.heads import Normalize, Projection
+from xray.models.heads import Normalize, Projection, TagHead
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
 from xray.models.text import (
@@ -103,20 +102,14 @@ class VisionEncoder(nn.Module):
 
 
 class Encoder(VisionEncoder):
-    """The backbone, and for a clip artifact the joint space with its text tower.
+    """A clip artifact's joint space: the backbone, the text tower and what projects them.
 
-    Features are float32, and joint ones normalised.
+    Features are float32 and normalised.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.tokenizer: Any = None
-        if artifact.stage == "clip":
-            self._build_joint(artifact.manifest["config"]["clip"])
-        self.eval()
-
-    def _build_joint(self, options: dict[str, Any]) -> None:
-        artifact = self.artifact
+        options = artifact.manifest["config"]["clip"]
         text = dataclasses.replace(text_config(artifact), tune="none")
         folder = llm_folder(artifact)
         self.text = restore_text(artifact, text, folder)
@@ -130,21 +123,16 @@ class Encoder(VisionEncoder):
         wrong = self.load_state_dict(head, strict=False).unexpected_keys
         if wrong:
             raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
-
-    @property
-    def is_joint(self) -> bool:
-        return self.tokenizer is not None
+        self.eval()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
-        self._require_joint()
         return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """N captions -> [N, E] in the joint space, on CPU."""
-        self._require_joint()
         rows = []
         for start in range(0, len(captions), 256):
             tokens = tokenize(self.tokenizer, captions[start : start + 256], self.max_length)
@@ -152,12 +140,35 @@ class Encoder(VisionEncoder):
             rows.append(self.text_adapter(self.text(**tokens)).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)
 
-    def _require_joint(self) -> None:
-        if not self.is_joint:
-            raise ArtifactError(
-                f"{self.artifact.path} is of stage {self.artifact.stage}: only a clip artifact "
-                "compares pictures with text"
-            )
+
+class Tagger(VisionEncoder):
+    """A hashtag artifact's backbone and head."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        weights = artifact.load("head")
+        self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
+        self.head.load_state_dict(weights)
+        self.eval()
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, V] float32 on the model's device."""
+        return self.head(self._cls(pixels)).float()
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
+        logits = self.logits(pixels)
+        if self.artifact.manifest["config"]["hashtag"].get("loss", "softmax") == "softmax":
+            return logits.softmax(dim=1)
+        return logits.sigmoid()
+
+
+def restore_encoder(artifact: Artifact) -> VisionEncoder:
+    """What an artifact can be asked: a clip's both towers, a hashtag's head, or the backbone."""
+    kinds: dict[str, type[VisionEncoder]] = {"clip": Encoder, "hashtag": Tagger}
+    return kinds.get(artifact.stage, VisionEncoder)(artifact)
 
 
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.keep import keep_listed
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch, make_plans
-from data_pipelines.sources import open_sources
+from data_pipelines.sources import check_same_on_all_ranks, open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
@@ -55,7 +56,12 @@ class Trainer:
         self.stage = stage_class(config)
         check_batches(self.stage, config)
         names = [block.source for block in [*config.blocks, *config.validation]]
-        self.sources = self.stage.prepare(open_sources(config.data, names), parents)
+        sources = {
+            name: keep_listed(source, config.data.sources[name].keep)
+            for name, source in open_sources(config.data, names).items()
+        }
+        self.sources = dist.main_first(lambda: self.stage.prepare(sources, parents))
+        check_same_on_all_ranks(self.sources)
         self.plans, self.validation_plans = (
             make_plans(blocks, self.sources, config.data, config.seed)
             for blocks in (config.blocks, config.validation)

@@ -11,16 +11,19 @@ import torch
 
 from data_pipelines.shards import Modality
 from data_pipelines.sources import Source, open_source
+from data_pipelines.vocabulary import Vocabulary
 from xray.config import DataConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import ArtifactError, ConfigError, DataError
 from xray.evaluation.features import extract
 from xray.evaluation.knn import knn
 from xray.evaluation.retrieval import retrieval
+from xray.evaluation.tag_suite import TaggingConfig, tagging
 from xray.evaluation.zero_shot import class_weights, zero_shot
 from xray.report import ResultTable
-from xray.restore import Encoder
+from xray.restore import Encoder, Tagger, VisionEncoder
 
-SUITES = ("zero_shot", "retrieval", "knn")
+SUITES = ("zero_shot", "retrieval", "knn", "tags")
+NEEDS = (Encoder, Encoder, VisionEncoder, Tagger)  # what each is asked of
 
 
 @dataclass
@@ -59,6 +62,7 @@ class EvalConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
+    tags: dict[str, TaggingConfig] = field(default_factory=dict)  # sets by name
     batch_size: int = 64
 
     def configured(self) -> list[str]:
@@ -67,6 +71,7 @@ class EvalConfig:
             "zero_shot": self.zero_shot.shards,
             "retrieval": self.retrieval.shards,
             "knn": self.knn.train and self.knn.test,
+            "tags": self.tags,
         }
         return [name for name in SUITES if given[name]]
 
@@ -74,7 +79,7 @@ class EvalConfig:
 class Suite:
     """Runs suites on one encoder."""
 
-    def __init__(self, encoder: Encoder, config: EvalConfig, root: str, workers: int) -> None:
+    def __init__(self, encoder: VisionEncoder, config: EvalConfig, root: str, workers: int) -> None:
         self.encoder = encoder
         self.config = config
         section = encoder.artifact.manifest["config"]["data"]
@@ -96,8 +101,23 @@ class Suite:
     def _open(self, name: str, pattern: str, modality: Modality) -> Source:
         return open_source(f"eval.{name}", pattern, modality, self.data.root)
 
+    def possible(self) -> list[str]:
+        """The suites that have data and that the artifact can be asked for."""
+        needs: dict[str, type[VisionEncoder]] = dict(zip(SUITES, NEEDS, strict=True))
+        return [name for name in self.config.configured() if isinstance(self.encoder, needs[name])]
+
+    @property
+    def _joint(self) -> Encoder:
+        if not isinstance(self.encoder, Encoder):
+            raise ArtifactError(f"{self._what}: only a clip artifact compares pictures with text")
+        return self.encoder
+
+    @property
+    def _what(self) -> str:
+        return f"{self.encoder.artifact.path} is of stage {self.encoder.artifact.stage}"
+
     def _extract(self, source: Source, joint: bool) -> Any:
-        encode = self.encoder.encode_pixels if joint else self.encoder.features
+        encode = self._joint.encode_pixels if joint else self.encoder.features
         return extract(source, encode, self.data, self.config.batch_size)
 
     def _zero_shot(self) -> dict[str, float]:
@@ -109,7 +129,7 @@ class Suite:
         if len(names) < 2:
             raise ConfigError(f"{path} names {len(names)} class: zero-shot needs at least two")
         found = self._extract(self._open("zero_shot", config.shards, config.modality), joint=True)
-        weights = class_weights(self.encoder.encode_text, names, config.templates)
+        weights = class_weights(self._joint.encode_text, names, config.templates)
         return zero_shot(found.rows, found.labels, weights)
 
     def _retrieval(self) -> dict[str, float]:
@@ -120,13 +140,26 @@ class Suite:
             raise DataError(f"eval.retrieval.shards: {empty} samples have no caption")
         flat = [caption for captions in found.captions for caption in captions]
         owner = torch.tensor([i for i, own in enumerate(found.captions) for _ in own])
-        return retrieval(found.rows, self.encoder.encode_text(flat), owner)
+        return retrieval(found.rows, self._joint.encode_text(flat), owner)
 
     def _knn(self) -> dict[str, float]:
         config = self.config.knn
         train = self._extract(self._open("knn", config.train, config.modality), joint=False)
         test = self._extract(self._open("knn", config.test, config.modality), joint=False)
         return knn(train.rows, train.labels, test.rows, test.labels, config.k, config.temperature)
+
+    def _tags(self) -> dict[str, float]:
+        if not isinstance(self.encoder, Tagger):
+            raise ArtifactError(f"{self._what}: only a hashtag artifact has tags")
+        vocabulary = Vocabulary.load(self.encoder.artifact.path / "vocabulary.json")
+        found: dict[str, float] = {}
+        for name, config in self.config.tags.items():
+            config.validate(f"eval.tags.{name}")
+            source = self._open(f"tags.{name}", config.shards, config.modality)
+            run = (vocabulary, config, self.data, self.config.batch_size)
+            measures, _ = tagging(source, self.encoder.probabilities, *run)
+            found |= {f"{name}/{measure}": value for measure, value in measures.items()}
+        return found
 
 
 def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
@@ -151,4 +184,14 @@ def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
     if "knn" in results:
         r = results["knn"]
         row("kNN top1", r["top1"], r["chance_top1"], f"{r['samples']:.0f} samples")
+    for name in dict.fromkeys(key.split("/")[0] for key in results.get("tags", {})):
+        r = {k.split("/")[1]: v for k, v in results["tags"].items() if k.startswith(f"{name}/")}
+        over = f"{r['samples']:.0f} samples, {r['tags']:.0f} tags"
+        row(f"{name} precision@1", r["precision@1"], r["chance_precision@1"], over)
+        row(f"{name} recall@5", r["recall@5"], r["chance_recall@5"], over)
+        for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
+            tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
+            row(f"{name} {measure}", r[measure], r[f"random_{measure}"], tags)
+        row(f"{name} dead tags", r["dead_share@10"], 0.0, f"{r['vocabulary']:.0f} tags")
+        row(f"{name} calibration error", r["ece"], 0.0, over)
     return table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,18 @@ class Projection(nn.Linear):
 
 
 class TagHead(nn.Linear):
-    """CLS features to one logit per tag."""
+    """CLS features to one logit per tag, or to what a function makes of features and weights.
+
+    A loss that never holds all logits needs the weights where they are whole: in this forward.
+    """
 
     def __init__(self, width: int, tags: int) -> None:
         super().__init__(width, tags)
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor, work: Callable[..., Any] | None = None) -> Any:
+        """[B, D] -> logits [B, V], or work(features, weight, bias)."""
+        if work is None:
+            return super().forward(features)
+        return work(features, self.weight, self.bias)

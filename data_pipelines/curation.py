@@ -1,0 +1,169 @@
+"""Curation of a pool of image-text samples by metadata (MetaCLIP 2309.16671, 2507.22062).
+
+    texts   filters, then the entries in each text          per shard, in processes
+    left    leaks, duplicates and caps over the whole pool  on hashes; only where asked for
+    counts  texts per entry -> t per language -> p_e        [E] numbers
+    kept    the texts that are drawn                        per shard, in processes
+
+Each step is a sidecar whose name holds a hash of what it was made with: what is there is not made
+again. Sampling is last, on what the filters left. Memory does not grow with the pool, but for the
+hashes of `left`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.curation_balance import Balance, balance, count_entries
+from data_pipelines.curation_config import CurationConfig
+from data_pipelines.curation_filters import open_scores
+from data_pipelines.curation_metadata import Metadata, read_metadata
+from data_pipelines.curation_pool import Pool, decide, decision_in, facts_of
+from data_pipelines.curation_report import CurationReport, add_sampling, report_on_texts
+from data_pipelines.curation_tables import (
+    KeptSlots,
+    Sampler,
+    TextMatcher,
+    TextTables,
+    language_function,
+)
+from data_pipelines.dedup import MediaHasher
+from data_pipelines.pool import Progress
+from data_pipelines.sidecars import Sidecar, Work, open_sidecar, write_sidecar
+from data_pipelines.sources import Source, open_source
+from xray.config import hash_json
+from xray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Curated:
+    """The samples and texts that a curation keeps, and how it came to them.
+
+    source: with the kept samples as its slots. kept: members, and their texts.
+    """
+
+    config: CurationConfig
+    source: Source
+    kept: Sidecar
+    report: CurationReport
+
+    @property
+    def slots(self) -> KeptSlots:
+        return KeptSlots(self.kept)
+
+
+def curate(source: Source, config: CurationConfig, progress: Progress | None = None) -> Curated:
+    """Choose a pool's samples and texts.
+
+    Raises ConfigError naming the key to change, DataError where nothing is left.
+    """
+    config.validate()
+    metadata = read_metadata(config.metadata, config.casefold)
+    reference = metadata.of(config.reference, "reference") if config.reference else -1
+    if config.fallback:
+        metadata.of(config.fallback, "fallback")
+    make = _Maker(source, config, progress)
+    texts = make.texts(metadata)
+    left, decision = make.left(texts)
+    pool, report = TextTables(texts, left), report_on_texts(texts, decision, config)
+    counts = count_entries(pool, len(metadata))
+    languages = [metadata.slice(number) for number in range(len(metadata.languages))]
+    drawn = balance(counts, languages, config.t, reference)
+    kept = make.kept(pool, drawn)
+    add_sampling(report, pool, kept, metadata, drawn)
+    if not report.kept[0]:
+        raise DataError(
+            f"no sample of source {source.name!r} is left: of {report.read[0]:,} these steps took: "
+            f"{report.losses()}; change their settings or the metadata"
+        )
+    return Curated(config, source.with_slots(KeptSlots(kept)), kept, report)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the tables of the steps, or finds them."""
+
+    source: Source
+    config: CurationConfig
+    progress: Progress | None
+
+    def texts(self, metadata: Metadata) -> Sidecar:
+        config, name = self.config, self.config.filters.scores
+        if ":" in config.language:
+            language_function(config.language)  # a mistake shows here, not in a process
+        scored = open_scores(self.source, name) if name else None
+        settings = {
+            **config.of_texts(),
+            "metadata": metadata.digest,
+            "scores": scored.digest if scored is not None else "",
+        }
+        work = TextMatcher(self.source, metadata, config, scored)
+        return self._made(self.source, "texts", work, settings)
+
+    def left(self, texts: Sidecar) -> tuple[Sidecar | None, Any]:
+        """What the decisions on the whole pool leave, and these; None where there are none."""
+        config, dedup = self.config, self.config.dedup
+        limits = config.filters.same_text, config.filters.per_value
+        if not (dedup.media or dedup.embeddings or any(limits)):
+            return None, decision_in({"steps": {}, "leaks": {}})
+        hashes = self._hashes(self.source) if dedup.media else None
+        evaluation = self._evaluation()
+        embeddings = open_sidecar(self.source, dedup.embeddings) if dedup.embeddings else None
+        settings = {
+            "texts": texts.digest,
+            "dedup": vars(dedup),
+            "limits": limits,
+            "seed": config.seed,
+            "hashes": hashes.digest if hashes is not None else "",
+            "evaluation": {name: sidecar.digest for name, sidecar in evaluation.items()},
+            "embeddings": embeddings.digest if embeddings is not None else "",
+        }
+        name = _named("left", settings)
+        found = open_sidecar(self.source, name)
+        if found is None:
+            pool = Pool(self.source, texts, config.seed)
+            facts = facts_of(decide(pool, config, hashes, evaluation))
+            found = write_sidecar(self.source, name, pool.table, facts)
+        return found, decision_in(found.facts)
+
+    def kept(self, pool: TextTables, drawn: Balance) -> Sidecar:
+        settings = {
+            "pool": pool.digest,
+            "thresholds": drawn.thresholds,
+            "seed": self.config.seed,
+        }
+        work = Sampler(pool, drawn.rates, self.config.seed)
+        return self._made(self.source, "kept", work, settings)
+
+    def _evaluation(self) -> dict[str, Sidecar]:
+        """Hashes of the evaluation sets; raises DataError for shards that cannot be used."""
+        found = {}
+        for name, pattern in self.config.dedup.evaluation.items():
+            kinds = self.source.modality, "", self.source.animations
+            found[name] = self._hashes(open_source(name, pattern, *kinds, self.source.cache))
+        return found
+
+    def _hashes(self, source: Source) -> Sidecar:
+        dedup = self.config.dedup
+        perceptual = dedup.perceptual or bool(dedup.evaluation)
+        work = MediaHasher(source, dedup.sha256, perceptual)
+        return self._made(source, "hashes", work, {"sha256": dedup.sha256, "looks": perceptual})
+
+    def _made(self, source: Source, kind: str, work: Work, settings: Mapping[str, Any]) -> Sidecar:
+        """A sidecar with these settings, made by the engine where it is not there."""
+        name = _named(kind, {**settings, "source": source.digest})
+        found, workers = open_sidecar(source, name), self.config.workers
+        if found is not None:
+            return found
+        if self.config.engine == "ray":
+            from data_pipelines.curation_ray import make_tables
+
+            make_tables(source, name, work, workers, self.progress)
+            return write_sidecar(source, name, work, settings)  # which finds them all
+        return write_sidecar(source, name, work, settings, workers, self.progress)
+
+
+def _named(kind: str, settings: Mapping[str, Any]) -> str:
+    return f"{kind}-{hash_json(settings)[:12]}"

@@ -1,0 +1,225 @@
+"""What a sample and its texts must be like, one question at a time, each counting what it took.
+
+Filters of samples and texts look at one sample; caps look at compact hashes of the whole pool.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.captions import TEXT_FILES, Caption, metadata_of
+from data_pipelines.columns import Columns, pack_texts, unpack_texts
+from data_pipelines.curation_config import FilterConfig
+from data_pipelines.decode import BadSample, open_image, upright_size
+from data_pipelines.shards import media_extensions
+from data_pipelines.sidecars import Sidecar, open_sidecar
+from data_pipelines.sources import Source
+from xray.errors import ConfigError
+
+SHORTEST_REPEATING = 5  # words: in fewer, one that comes twice says nothing
+EXAMPLES = 5  # samples named of each filter
+# What takes texts after the filters.
+ONE_TEXT, NO_METADATA, NO_MATCH = "one text per sample", "no metadata", "no entry matches"
+STEPS = (*(f.name for f in fields(FilterConfig)), ONE_TEXT, NO_METADATA, NO_MATCH)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as the filters see it; what takes time is read when it is asked for."""
+
+    source: Source
+    shard: int
+    member: int
+    scored: Sidecar | None = None
+
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        return self.source.read(self.shard, self.member, TEXT_FILES)
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        return metadata_of(self.files)
+
+    @functools.cached_property
+    def media(self) -> bytes:
+        return media_in(self.source, self.shard, self.member)
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height): of the json, else of the picture's header; raises BadSample."""
+        size = self.meta.get("width"), self.meta.get("height")
+        if all(isinstance(side, int) and side > 0 for side in size):
+            return size  # type: ignore[return-value]
+        if self.source.modality == "video":
+            raise BadSample("no size", "the json has no width and height")
+        return upright_size(open_image(self.media))
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        return _scores(self.scored, self.shard, self.member)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A caption, its number among the sample's, and its language where that was asked for."""
+
+    number: int
+    caption: Caption
+    language: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.caption.text
+
+
+def media_in(source: Source, shard: int, member: int) -> bytes:
+    """The picture or clip of a sample; raises BadSample."""
+    endings = media_extensions(source.modality, source.animations)
+    files = source.read(shard, member, endings)
+    first = next((ending for ending in endings if ending in files), None)
+    if first is None:
+        raise BadSample(f"no {source.modality}")
+    return files[first]
+
+
+def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
+    """A member's scores, none where it has none."""
+    assert scored is not None
+    table = scored.table(shard)
+    if "ends" in table:
+        return scored.row(shard, member, "score")
+    row = int(np.searchsorted(table["members"], member))
+    found = row < len(table["members"]) and table["members"][row] == member
+    return np.atleast_1d(table["score"][row]) if found else np.empty(0, np.float32)
+
+
+def open_scores(source: Source, name: str) -> Sidecar:
+    """The sidecar that `filters.scores` names; raises ConfigError where there is none."""
+    found = open_sidecar(source, name)
+    if found is None or "score" not in found.table(0):
+        what = "no sidecar" if found is None else "no column `score` in the sidecar"
+        raise ConfigError(f"filters.scores={name}: there is {what} of {source.manifest.folder}")
+    return found
+
+
+def sample_filters(config: FilterConfig) -> dict[str, Callable[[Record], bool]]:
+    """The filters of samples that are switched on, by their keys; True keeps a sample."""
+    c, filters = config, dict[str, Callable[[Record], bool]]()
+    filters["min_width"] = lambda record: record.size[0] >= c.min_width
+    filters["max_width"] = lambda record: record.size[0] <= c.max_width
+    filters["min_height"] = lambda record: record.size[1] >= c.min_height
+    filters["max_height"] = lambda record: record.size[1] <= c.max_height
+    filters["min_aspect"] = lambda record: record.size[0] >= c.min_aspect * record.size[1]
+    filters["max_aspect"] = lambda record: record.size[0] <= c.max_aspect * record.size[1]
+    return {name: keeps for name, keeps in filters.items() if getattr(c, name)}
+
+
+def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], bool]]:
+    """The filters of texts that are switched on, by their keys; True keeps a text."""
+    c, filters = config, dict[str, Callable[[Record, Text], bool]]()
+    filters["min_words"] = lambda _, text: len(text.text.split()) >= c.min_words
+    filters["max_words"] = lambda _, text: len(text.text.split()) <= c.max_words
+    filters["min_chars"] = lambda _, text: len(text.text) >= c.min_chars
+    filters["max_chars"] = lambda _, text: len(text.text) <= c.max_chars
+    filters["max_word_share"] = lambda _, text: word_share(text.text) <= c.max_word_share
+    filters["max_run"] = lambda _, text: not re.search(rf"(.)\1{{{c.max_run}}}", text.text)
+    filters["scores"] = lambda record, text: score_of(record.scores, text.number) >= c.min_score
+    return {name: keeps for name, keeps in filters.items() if getattr(c, name)}
+
+
+def word_share(text: str) -> float:
+    """The share of a text's words that are its most frequent one; 0 of short texts."""
+    words = text.casefold().split()
+    if len(words) < SHORTEST_REPEATING:
+        return 0.0
+    return max(Counter(words).values()) / len(words)
+
+
+def score_of(scores: np.ndarray, number: int) -> float:
+    """A text's score: its own, or the sample's where that has one; -inf where there is none."""
+    if len(scores) == 1:
+        return float(scores[0])
+    return float(scores[number]) if number < len(scores) else -math.inf
+
+
+def place_of(step: str) -> int:
+    """Where a step comes; those that could not read a sample come first."""
+    return STEPS.index(step) if step in STEPS else -1
+
+
+def plain(text: str) -> str:
+    """What texts are compared by: without differences of case and spaces."""
+    return " ".join(text.casefold().split())
+
+
+def within_cap(groups: np.ndarray, order: np.ndarray, most: int) -> np.ndarray:
+    """Which of those in a group are among the first of it by order, [n] bool."""
+    by = np.lexsort((order, groups))
+    sorted_groups = groups[by]
+    starts = np.flatnonzero(np.diff(sorted_groups, prepend=sorted_groups[:1] - 1))
+    sizes = np.diff(np.append(starts, len(by)))
+    kept = np.empty(len(groups), bool)
+    kept[by] = np.arange(len(by)) - np.repeat(starts, sizes) < most
+    return kept
+
+
+@dataclass
+class Taken:
+    """What one step took: samples, texts (those of the samples among them), and some samples.
+
+    members: numbers within a shard. keys: the same by name.
+    """
+
+    samples: int = 0
+    texts: int = 0
+    members: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+class Tally:
+    """What the steps took of a shard."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Taken] = {}
+
+    def take(self, step: str, member: int, texts: int, sample: bool = True) -> None:
+        """Count texts of a sample, and with them the sample where they were its last."""
+        if not texts and not sample:
+            return
+        taken = self.steps.setdefault(step, Taken())
+        taken.texts += texts
+        taken.samples += sample
+        if sample and len(taken.members) < EXAMPLES:
+            taken.members.append(member)
+
+    def columns(self) -> Columns:
+        """As columns of a shard's table."""
+        names, name_ends = pack_texts(self.steps)
+        taken = list(self.steps.values())
+        counts = [[t.samples, t.texts] for t in taken]
+        members = [member for t in taken for member in t.members]
+        return {
+            "steps": names,
+            "step_ends": name_ends,
+            "step_counts": np.array(counts, np.int64).reshape(-1, 2),
+            "step_members": np.array(members, np.int32),
+            "step_member_ends": np.cumsum([len(t.members) for t in taken], dtype=np.int64),
+        }
+
+
+def read_tally(table: Mapping[str, np.ndarray]) -> dict[str, Taken]:
+    """What the steps took of a shard."""
+    members = np.split(table["step_members"], table["step_member_ends"])
+    names = unpack_texts(table["steps"], table["step_ends"])
+    return {
+        name: Taken(int(samples), int(texts), named.tolist())
+        for name, (samples, texts), named in zip(names, table["step_counts"], members, strict=False)
+    }

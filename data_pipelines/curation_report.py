@@ -1,0 +1,177 @@
+"""What a curation did, as plain data: to be printed, drawn or kept as json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.curation_balance import Balance, tail_share, take_rows
+from data_pipelines.curation_config import CurationConfig
+from data_pipelines.curation_filters import EXAMPLES, place_of, read_tally
+from data_pipelines.curation_metadata import Metadata
+from data_pipelines.curation_pool import Decision
+from data_pipelines.curation_tables import TextTables, unknown_languages
+from data_pipelines.sidecars import Sidecar
+
+SHOWN = 50  # entries with the most and the fewest texts
+POINTS = 512  # of a curve
+
+
+@dataclass
+class Step:
+    """What a filter or the sampling took: samples, texts, and keys of some of the samples."""
+
+    name: str
+    samples: int = 0
+    texts: int = 0
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EntryRow:
+    """Texts that match an entry before and after the sampling, and p_e."""
+
+    language: str
+    entry: str
+    before: int
+    after: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class LanguageRow:
+    """A language's threshold t, and its share of matches that are of entries with fewer than t.
+
+    unmatched: of its entries. before, after: texts that match any, and those of them that are kept.
+    """
+
+    language: str
+    t: float
+    tail_share: float
+    entries: int
+    unmatched: int
+    before: int
+    after: int
+
+
+@dataclass
+class CurationReport:
+    """What a curation did; steps in the order in which they were taken.
+
+    read, matched, kept: (samples, texts) of the pool, of what the sampling drew from, and of the
+    result. curve: matches of the entries by ascending count, cumulated, before and after the
+    sampling: rank, count, before, after, at most 512 points. leaks: evaluation set -> samples of
+    the pool with the same bytes (exact) and with a near picture (perceptual).
+    """
+
+    source: str
+    read: tuple[int, int] = (0, 0)
+    matched: tuple[int, int] = (0, 0)
+    kept: tuple[int, int] = (0, 0)
+    steps: list[Step] = field(default_factory=list)
+    languages: list[LanguageRow] = field(default_factory=list)
+    unknown_languages: dict[str, int] = field(default_factory=dict)
+    top: list[EntryRow] = field(default_factory=list)
+    tail: list[EntryRow] = field(default_factory=list)
+    curve: dict[str, list[float]] = field(default_factory=dict)
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept_keys: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def losses(self) -> str:
+        """Which step took how many samples, in words."""
+        found = [f"{step.name} {step.samples:,}" for step in self.steps if step.samples]
+        return ", ".join(found) or "nothing"
+
+
+def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) -> CurationReport:
+    """The part of a report that is known before the sampling."""
+    report = CurationReport(texts.source.name, leaks=decision.leaks, settings=asdict(config))
+    steps, unknown, read = dict[str, Step](), Counter[str](), np.zeros(2, np.int64)
+    for shard in range(len(texts.counts)):
+        table, index = texts.table(shard), texts.source.index(shard)
+        read += table["read"]
+        unknown.update(unknown_languages(table))
+        for name, taken in read_tally(table).items():
+            step = steps.setdefault(name, Step(name))
+            step.samples += taken.samples
+            step.texts += taken.texts
+            room = EXAMPLES - len(step.keys)
+            step.keys += [index.key(member) for member in taken.members[:room]]
+    later = [Step(name, t.samples, t.texts, t.keys) for name, t in decision.steps.items()]
+    report.read = (int(read[0]), int(read[1]))
+    report.steps = [*sorted(steps.values(), key=lambda step: place_of(step.name)), *later]
+    report.unknown_languages = dict(unknown.most_common())
+    return report
+
+
+def add_sampling(
+    report: CurationReport, pool: TextTables, kept: Sidecar, metadata: Metadata, drawn: Balance
+) -> None:
+    """Fill in what the sampling drew from and what it kept."""
+    after = np.zeros(len(metadata), np.int64)
+    languages = len(metadata.languages)
+    texts = np.zeros((2, languages), np.int64)  # before and after
+    matched, taken, lost = np.zeros(2, np.int64), np.zeros(2, np.int64), list[str]()
+    for shard, matches in enumerate(pool):
+        table, key = kept.table(shard), pool.texts.source.index(shard).key
+        entries, _ = take_rows(matches.entries, matches.entry_ends, table["rows"])
+        after += np.bincount(entries, minlength=len(after))
+        # All entries in a text are of its language.
+        of_texts = metadata.languages_of(matches.entries[matches.entry_ends - 1])
+        texts[0] += np.bincount(of_texts, minlength=languages)
+        texts[1] += np.bincount(of_texts[table["rows"]], minlength=languages)
+        members = pool.members(shard)[matches.sizes > 0]
+        matched += len(members), len(matches.texts)
+        taken += len(table["members"]), len(table["texts"])
+        if len(lost) < EXAMPLES:
+            out = np.setdiff1d(members, table["members"])[: EXAMPLES - len(lost)]
+            lost += map(key, out.tolist())
+        room = EXAMPLES - len(report.kept_keys)
+        report.kept_keys += map(key, table["members"][:room].tolist())
+    report.matched, report.kept = _pair(matched), _pair(taken)
+    report.steps.append(Step("balance", *_pair(matched - taken), lost))
+    report.curve = _curve(drawn.counts, after)
+    report.languages = [
+        _language(metadata, drawn, number, texts[:, number]) for number in range(languages)
+    ]
+    order = np.argsort(-drawn.counts, kind="stable")
+    seen = order[: int((drawn.counts > 0).sum())]
+    rows = {
+        entry: EntryRow(
+            *metadata.entry(entry),
+            int(drawn.counts[entry]),
+            int(after[entry]),
+            float(drawn.rates[entry]),
+        )
+        for entry in [*seen[:SHOWN].tolist(), *seen[-SHOWN:].tolist()]
+    }
+    report.top = [rows[entry] for entry in seen[:SHOWN].tolist()]
+    report.tail = [rows[entry] for entry in seen[SHOWN:][-SHOWN:].tolist()]
+
+
+def _language(metadata: Metadata, drawn: Balance, number: int, texts: np.ndarray) -> LanguageRow:
+    counts, t = drawn.counts[metadata.slice(number)], drawn.thresholds[number]
+    sizes = len(counts), int((counts == 0).sum())
+    return LanguageRow(metadata.languages[number], t, tail_share(counts, t), *sizes, *_pair(texts))
+
+
+def _pair(numbers: np.ndarray) -> tuple[int, int]:
+    return int(numbers[0]), int(numbers[1])
+
+
+def _curve(before: np.ndarray, after: np.ndarray) -> dict[str, list[float]]:
+    order = np.argsort(before, kind="stable")
+    order = order[before[order] > 0]
+    if not len(order):
+        return {"rank": [], "count": [], "before": [], "after": []}
+    points = np.unique(np.linspace(0, len(order) - 1, min(POINTS, len(order))).astype(int))
+    return {
+        "rank": points.tolist(),
+        "count": before[order][points].tolist(),
+        "before": np.cumsum(before[order])[points].tolist(),
+        "after": np.cumsum(after[order])[points].tolist(),
+    }

@@ -1,0 +1,99 @@
+"""What a curation keeps, as new shards: one for each of the pool's shards that any is kept of.
+
+A shard is written under another name and renamed when it is whole, so the same call goes on where
+it was stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.captions import metadata_of, read_captions
+from data_pipelines.curation import Curated
+from data_pipelines.curation_tables import KeptSlots
+from data_pipelines.pool import Progress, over_shards
+from data_pipelines.recode import TEMPORARY
+from data_pipelines.sources import Source
+from xray.errors import ConfigError
+
+RECORD = "curation.json"
+
+
+def write_shards(
+    curated: Curated, out: Path, workers: int = 1, progress: Progress | None = None
+) -> int:
+    """Write the kept samples; returns their number.
+
+    Keys and files are those of the pool, but that the json gets "curation":
+    {"captions": [{text, weight, language}], "numbers": their numbers among the sample's}. Raises
+    ConfigError for a folder with other shards.
+    """
+    _claim(out, curated)
+    work = _Writer(curated.source, curated.slots, curated.config.captions, out)
+    shards = len(curated.source.manifest)
+    done = over_shards(work, shards, workers)
+    return sum(progress(done, shards) if progress else done)
+
+
+def _claim(out: Path, curated: Curated) -> None:
+    """Make the folder one of this curation; refuse one that has other shards."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: choose a folder to write to")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+    wanted = {"kept": curated.kept.digest, "manifest": curated.source.manifest.digest}
+    if any(out.glob("*.tar")):
+        try:
+            held = json.loads((out / RECORD).read_text())
+        except (OSError, ValueError):
+            held = None
+        if held != wanted:
+            raise ConfigError(f"{out} holds other shards: choose another folder or delete it")
+    (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes one shard; sent to the processes that do it."""
+
+    source: Source
+    slots: KeptSlots
+    captions: dict[str, float]
+    out: Path
+
+    def __call__(self, shard: int) -> int:
+        """How many samples of a shard are kept."""
+        members, _ = self.slots.of(shard)
+        target = self.out / self.source.manifest.name(shard).replace("/", "_")
+        if not len(members) or target.is_file():
+            return len(members)  # a tar without samples cannot be read
+        temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as archive:
+                for slot, member in enumerate(members.tolist()):
+                    key = self.source.index(shard).key(member)
+                    files = self._curated(shard, member, self.slots.texts(shard, slot))
+                    for ending, content in files.items():
+                        info = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
+                        info.size, info.mode = len(content), 0o444
+                        archive.addfile(info, io.BytesIO(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        return len(members)
+
+    def _curated(self, shard: int, member: int, numbers: np.ndarray) -> dict[str, bytes]:
+        files = self.source.read(shard, member)
+        captions = read_captions(files, self.captions)
+        kept = [asdict(captions[number]) for number in numbers.tolist()]
+        record = {"captions": kept, "numbers": numbers.tolist()}
+        content = json.dumps({**metadata_of(files), "curation": record}).encode()
+        return dict(sorted({**files, "json": content}.items()))

@@ -1,0 +1,106 @@
+"""Many entries looked for in a text at once: Aho-Corasick. The only importer of pyahocorasick."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import regex
+
+PUNCTUATION = ",.;:?!`"  # what MetaCLIP surrounds with spaces
+_SPACED = str.maketrans({**{c: f" {c} " for c in PUNCTUATION}, "\t": " ", "\n": " "})
+# Scripts that do not put spaces between words: any place in them may be a word's edge.
+UNSPACED = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+)
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]")
+
+
+class SpacedMatcher:
+    """Substring matching with spacing, as MetaCLIP's metadata are matched (arXiv 2309.16671).
+
+    An entry is in a text where " entry " is in it, once both have spaces around punctuation. Case
+    counts. An entry's number is its place among the entries; of equal entries, the first.
+    """
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        numbered: dict[str, int] = {}
+        for number, entry in enumerate(entries):
+            numbered.setdefault(spaced(entry), number)
+        self._automaton = _automaton(numbered)
+
+    def find(self, text: str) -> list[int]:
+        """Numbers of the entries in a text, ascending, each once."""
+        if self._automaton is None:
+            return []
+        return sorted({number for _, number in self._automaton.iter(spaced(text))})
+
+
+class ConceptMatcher:
+    """Concepts in captions: NFKC, casefolded, at word boundaries; any place is one in scripts
+    without spaces. Of overlapping matches all count ("hot dog" is a "dog", too)."""
+
+    def __init__(self, concepts: Iterable[str]) -> None:
+        self.concepts = list(dict.fromkeys(filter(None, map(folded, concepts))))
+        self._automaton = _automaton({text: number for number, text in enumerate(self.concepts)})
+
+    def find(self, text: str) -> list[str]:
+        """The concepts in a text in order of their ends, each once."""
+        if self._automaton is None:
+            return []
+        text = folded(text)
+        found: dict[str, None] = {}
+        for end, number in self._automaton.iter(text):
+            concept = self.concepts[number]
+            if is_edge(text, end - len(concept) + 1) and is_edge(text, end + 1):
+                found[concept] = None
+        return list(found)
+
+
+def spaced(text: str) -> str:
+    """A text with spaces at both ends and around punctuation, tabs and newlines as spaces."""
+    return f" {text.translate(_SPACED)} "
+
+
+def folded(text: str) -> str:
+    """A text without differences of case, width and spacing."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def is_edge(text: str, place: int) -> bool:
+    """Whether a word may begin or end between the characters before and at a place."""
+    if place <= 0 or place >= len(text):
+        return True
+    before, after = text[place - 1], text[place]
+    if not (_is_word(before) and _is_word(after)):
+        return not _is_mark(after)  # a mark belongs to what it stands on
+    return _is_unspaced(before) or _is_unspaced(after)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _is_word(character: str) -> bool:
+    return _WORD.match(character) is not None
+
+
+@functools.lru_cache(maxsize=100_000)
+def _is_unspaced(character: str) -> bool:
+    return UNSPACED.match(character) is not None
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
+
+
+def _automaton(numbered: dict[str, int]) -> Any:
+    """None where there is nothing to look for."""
+    import ahocorasick
+
+    if not numbered:
+        return None
+    automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS)
+    for text, number in numbered.items():
+        automaton.add_word(text, number)
+    automaton.make_automaton()
+    return automaton

@@ -1,0 +1,197 @@
+"""Tags of a sample: where they are found, and how they are spelled.
+
+Canonical form: NFKC, casefold, without the leading '#'. Where a source's tags come from is its
+`tags` setting; files of aliases, stop words and concepts are lists, one entry per line.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import regex
+
+from data_pipelines.captions import captions_of, metadata_of
+from data_pipelines.decode import BadSample
+from data_pipelines.matching import ConceptMatcher
+from xray.errors import ConfigError
+
+Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
+
+# English words that say nothing a picture could show; caption words only.
+_STOP = """
+a about above across after against all along also among an and another any are around as at away
+back be been before behind being below beside between both but by can close coming down during each
+few five for four from front get gets getting go goes going had has have having he her herself him
+himself his in inside into is it its itself just large left like little look looking looks made make
+makes making many more most near new next no not of off on one onto or other out outside over own
+part past right set several she side small some something stand standing stands such take taken
+takes taking that the their them there these they this those three through to together top towards
+toward two under up using very was way wearing wears what when where which while who with within
+without area big
+"""
+STOP_WORDS = frozenset(_STOP.split())
+# Hashtags that say nothing a picture could show: about the post, its author or its audience.
+_NOT_VISUAL = """
+tbt throwback throwbackthursday flashbackfriday fbf ootd potd instagood instagram instadaily
+instalike instamood instapic instaphoto igers ig igdaily insta love like likes like4like likeforlike
+l4l likeforfollow follow followme follow4follow followforfollow f4f followback tagsforlikes tflers
+photooftheday picoftheday pictureoftheday photo photos pic pics picture photography
+photographer photogram amazing awesome beautiful best bestoftheday cool cute fun funny good happy
+happiness life lifestyle mood motivation nice new now repost regram viral trending explore
+explorepage foryou foryoupage fyp fy reels reel shorts tiktok youtube video videos
+weekend monday tuesday wednesday thursday friday saturday sunday mondaymotivation today
+nofilter filter vsco vscocam canon nikon iphone giveaway sale ad sponsored promo linkinbio comment
+share dm
+"""
+NOT_VISUAL = frozenset(_NOT_VISUAL.split())
+WORD = regex.compile(r"[\p{L}\p{M}]+")
+# A run of letters, digits, marks, _ and emoji after a # that no word or slash precedes (so not in a
+# URL); "#a#b" are two. What holds no letter and no emoji, as "#1", is none.
+HASHTAG = regex.compile(
+    r"(?<![\p{L}\p{M}\p{N}_&/])(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200d\ufe0f"
+    r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
+)
+MEANS_SOMETHING = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
+
+
+@dataclass
+class TagRules:
+    """How tags become a vocabulary."""
+
+    field: str = "hashtags"  # json field of `tags: hashtags`: a list, or a text with spaces
+    concepts: str = ""  # file for `tags: concepts`: one concept per line, its aliases after tabs
+    aliases: str = ""  # file: one tag per line, its aliases after tabs
+    stop: str = ""  # file of tags to leave out; "" = a list of non-visual ones, "none" = none
+    plurals: bool = False  # English plurals become the singular, where that occurs too
+    min_count: int = 5  # samples that a tag must occur in
+    max_size: int = 100_000  # tags, the most frequent ones
+
+    def validate(self, section: str = "hashtag") -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.min_count < 1 or self.max_size < 1:
+            raise ConfigError(f"{section}.min_count and {section}.max_size must be at least 1")
+
+
+def canonical(tag: str) -> str:
+    """One spelling per tag."""
+    return unicodedata.normalize("NFKC", tag).strip().lstrip("#").strip().casefold()
+
+
+class TagReader:
+    """Finds the tags of samples; what it is built from is read once per process.
+
+    aliases: alias -> tag. concepts: what `tags: concepts` looks for, all spellings.
+    """
+
+    def __init__(
+        self, field: str, aliases: Mapping[str, str], concepts: ConceptMatcher | None = None
+    ) -> None:
+        self.field, self.aliases, self.concepts = field, aliases, concepts
+
+    def tags_of(self, files: dict[str, bytes], origin: Origin) -> list[str]:
+        """A sample's tags in order of appearance, each once; raises BadSample."""
+        if origin == "hashtags":
+            found = self._listed(files)
+        else:
+            captions = captions_of(files)
+            find = {
+                "caption_hashtags": hashtags_in,
+                "caption_words": words_in,
+                "concepts": self._concepts_in,
+            }[origin]
+            found = [tag for caption in captions for tag in find(caption)]
+        tags = (self.aliases.get(tag, tag) for tag in map(canonical, found))
+        return [tag for tag in dict.fromkeys(tags) if tag]
+
+    def _listed(self, files: dict[str, bytes]) -> list[str]:
+        found = metadata_of(files).get(self.field) or []
+        found = found.split() if isinstance(found, str) else found
+        if not isinstance(found, list):
+            raise BadSample("broken hashtags", f"{type(found).__name__}, not a list")
+        return [str(tag) for tag in found]
+
+    def _concepts_in(self, caption: str) -> list[str]:
+        assert self.concepts is not None
+        return self.concepts.find(caption)
+
+
+def hashtags_in(caption: str) -> list[str]:
+    """The #tags of a caption, without the #."""
+    tags = [tag for match in HASHTAG.finditer(caption) for tag in match.captures(1)]
+    return [tag for tag in tags if MEANS_SOMETHING.search(tag)]
+
+
+def words_in(caption: str) -> list[str]:
+    """The words of a caption that may be seen in a picture."""
+    words = map(canonical, WORD.findall(caption))
+    return [word for word in words if len(word) > 2 and word not in STOP_WORDS]
+
+
+def singulars(tag: str) -> list[str]:
+    """What an English tag may be the plural of; whether it is, is for the data to say."""
+    if len(tag) < 4 or not tag.endswith("s") or tag.endswith(("ss", "us", "is")) or tag == "news":
+        return []
+    found = [tag[:-1]]
+    if tag.endswith(("ches", "shes", "sses", "xes", "zes", "oes")):
+        found.append(tag[:-2])
+    if tag.endswith("ies"):
+        found.append(tag[:-3] + "y")
+    if tag.endswith("ves"):
+        found += [tag[:-3] + "f", tag[:-3] + "fe"]
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
+    """Lines of a file, each a tag and its aliases after tabs; raises ConfigError."""
+    try:
+        text = Path(path).expanduser().read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{key}={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
+        ) from error
+    rows = []
+    for entry in text.splitlines():
+        names = tuple(filter(None, map(canonical, entry.split("\t"))))
+        if names and not entry.startswith("# "):
+            rows.append(names)
+    if not rows:
+        raise ConfigError(f"{key}={path} is empty: one tag per line")
+    return tuple(rows)
+
+
+def aliases_in(rows: tuple[tuple[str, ...], ...], key: str) -> dict[str, str]:
+    """Alias -> tag; raises ConfigError for an alias of two tags."""
+    found: dict[str, str] = {}
+    names = {row[0] for row in rows}
+    for name, *aliases in rows:
+        for alias in aliases:
+            if alias in names and alias != name:
+                raise ConfigError(f"{key}: {alias!r} is an alias of {name!r} and a tag of its own")
+            if found.setdefault(alias, name) != name:
+                raise ConfigError(f"{key}: {alias!r} is an alias of {found[alias]!r} and {name!r}")
+    return {alias: name for alias, name in found.items() if alias != name}
+
+
+def stop_list(path: str) -> frozenset[str]:
+    """Tags that are left out of a vocabulary."""
+    if path == "none":
+        return frozenset()
+    if not path:
+        return NOT_VISUAL
+    return frozenset(name for row in read_list(path, "stop") for name in row)
+
+
+@dataclass
+class TagsConfig(TagRules):
+    """Where tags are found, and how they become a vocabulary."""
+
+    tags: Origin = "hashtags"

@@ -1,0 +1,74 @@
+"""A tag head on samples with tags: views through the model, and the measures of `tagging.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.labels import Labeller, label
+from data_pipelines.loader import Fields, iterate_source
+from data_pipelines.sources import Sample, Source
+from data_pipelines.tags import Origin, TagRules
+from data_pipelines.transforms import load_views
+from data_pipelines.vocabulary import Vocabulary
+from xray.config import DataConfig
+from xray.errors import ConfigError
+from xray.evaluation.tagging import TagMetrics, average_views, measured_tags
+
+
+@dataclass
+class TaggingConfig:
+    """Samples with tags, and how often each is looked at."""
+
+    shards: str = ""
+    modality: Literal["image", "video"] = "image"
+    tags: Origin = "hashtags"  # where they are found
+    field: str = "hashtags"  # their json field
+    clips: int = 1  # times at which a clip is looked at
+    crops: int = 1  # squares of a picture or frame: 1 or 3
+
+    def validate(self, key: str) -> None:
+        """Raises ConfigError naming the key to change."""
+        if not self.shards:
+            raise ConfigError(f"{key}.shards is not set")
+        if self.clips < 1 or self.crops not in (1, 3):
+            raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
+
+
+def tagging(
+    source: Source,
+    probabilities: Callable[[Tensor], Tensor],
+    vocabulary: Vocabulary,
+    config: TaggingConfig,
+    data: DataConfig,
+    batch_size: int,
+) -> tuple[dict[str, float], TagMetrics]:
+    """The measures of a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
+    rules = TagRules(field=config.field)
+    labels = label(Labeller(source, config.tags, rules, vocabulary), data.workers)
+    present = [
+        torch.from_numpy(np.array(labels.table(s)["ids"])) for s in range(len(labels.counts))
+    ]
+    measured = measured_tags(torch.cat(present), len(source))
+    metrics = TagMetrics(torch.tensor(vocabulary.counts), measured)
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
+        own = labels.row(sample.shard, sample.member, "ids")
+        views = load_views(sample, data, config.clips, config.crops)
+        return {"pixels": views, "tags": torch.tensor(own, dtype=torch.long)}
+
+    def collate(rows: Sequence[Fields]) -> Fields:
+        tags = [row["tags"] for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(tags, True, -1)
+        return {"pixels": torch.stack([row["pixels"] for row in rows]), "tags": padded}
+
+    for batch in iterate_source(source, transform, collate, data, batch_size):
+        views = batch["pixels"].shape[1]
+        found = probabilities(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, views))
+        metrics.add(average_views(found), batch["tags"])
+    return metrics.results(), metrics

@@ -1,0 +1,156 @@
+"""A teacher's tags for samples: what it would add, and what it thinks of those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.columns import Columns
+from data_pipelines.labels import Labeller, label
+from data_pipelines.sidecars import Sidecar, pack_rows
+from data_pipelines.sources import Source
+from data_pipelines.tags import Origin, TagRules
+from data_pipelines.vocabulary import Vocabulary
+from xray.config import DataConfig
+from xray.errors import ConfigError
+from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
+
+PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # ids, scores, lift, chosen
+
+
+class Teacher(Protocol):
+    """Pixels [B, T, 3, H, W] to logits [B, V] over a vocabulary."""
+
+    def logits(self, pixels: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PseudoTagsConfig:
+    """What a teacher adds to a sample: of its `top` likeliest tags those above `threshold`."""
+
+    tags: Origin = "hashtags"  # where a sample's own tags are found
+    field: str = "hashtags"  # their json field
+    top: int = 5
+    threshold: float = 0.1  # probability
+    temperature: float = 1.0  # of the softmax; above 1 is less sure
+    batch_size: int = 64
+    workers: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.top < 1 or self.batch_size < 1:
+            raise ConfigError("top and batch_size must be at least 1")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold={self.threshold} must be in [0, 1)")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
+class PseudoTags:
+    """What was written: untagged samples, those of them that got tags, and causes of bad ones."""
+
+    sidecar: Sidecar
+    untagged: int
+    added: int
+    causes: Mapping[str, int]
+
+
+def write_pseudo_tags(
+    source: Source,
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    name: str,
+    config: PseudoTagsConfig,
+    data: DataConfig,
+    provenance: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> PseudoTags:
+    """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar."""
+    rules = TagRules(field=config.field)
+    own = label(Labeller(source, config.tags, rules, vocabulary), config.workers)
+    job = _Job(teacher, own, config, _prior(source, teacher, config, data))
+    settings = {k: v for k, v in asdict(config).items() if k not in ("batch_size", "workers")}
+    facts = {"vocabulary": vocabulary.digest, "settings": settings, **provenance}
+    sidecar, causes = write_from_model(
+        source, name, job.run, job.pack, facts, data, config.batch_size, progress
+    )
+    untagged, added = _count(sidecar, own)
+    return PseudoTags(sidecar, untagged, added, causes)
+
+
+def _prior(
+    source: Source, teacher: Teacher, config: PseudoTagsConfig, data: DataConfig
+) -> np.ndarray:
+    """Mean probability of each tag over some samples, [V]."""
+    total, count = None, 0
+    for _, pixels, _ in pixels_of(source, spread(source, PRIOR_SAMPLES), data, config.batch_size):
+        if pixels is not None:
+            p = _probabilities(teacher, pixels, config.temperature)
+            total = p.double().sum(dim=0) + (0 if total is None else total)
+            count += len(p)
+    if total is None:
+        raise ConfigError(f"source {source.name!r} has no sample that can be decoded")
+    return (total / count).cpu().numpy()
+
+
+def _probabilities(teacher: Teacher, pixels: Tensor, temperature: float) -> Tensor:
+    return (teacher.logits(pixels) / temperature).softmax(dim=1)
+
+
+@dataclass(frozen=True)
+class _Job:
+    teacher: Teacher
+    own: Sidecar
+    config: PseudoTagsConfig
+    prior: np.ndarray
+
+    def run(self, pixels: Tensor, places: Sequence[Place]) -> list[Row]:
+        """A row per sample: the likeliest tags, and its own whatever their probability."""
+        probabilities = _probabilities(self.teacher, pixels, self.config.temperature).cpu()
+        top = torch.topk(probabilities, min(self.config.top, probabilities.shape[1]))
+        rows = []
+        for p, values, likely, place in zip(
+            probabilities.numpy(), top.values.numpy(), top.indices.numpy(), places, strict=True
+        ):
+            chosen = likely[values >= self.config.threshold]
+            ids = np.union1d(chosen, self.own.row(*place, "ids")).astype(np.int32)
+            scores = p[ids].astype(np.float32)
+            lift = (scores / np.maximum(self.prior[ids], 1e-12)).astype(np.float32)
+            rows.append((ids, scores, lift, np.isin(ids, chosen).astype(np.uint8)))
+        return rows
+
+    def pack(self, shard: int, rows: Mapping[int, Row]) -> Columns:
+        none: Row = (
+            np.empty(0, np.int32),
+            np.empty(0, np.float32),
+            np.empty(0, np.float32),
+            np.empty(0, np.uint8),
+        )
+        members = len(self.own.source.index(shard))
+        columns = list(zip(*(rows.get(member, none) for member in range(members)), strict=True))
+        ids, ends = pack_rows(list(columns[0]), np.int32)
+        floats = (pack_rows(list(column), np.float32)[0] for column in columns[1:3])
+        table = {"ids": ids, "ends": ends, **dict(zip(("scores", "lift"), floats, strict=True))}
+        return table | {"chosen": pack_rows(list(columns[3]), np.uint8)[0]}
+
+
+def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:
+    """(untagged samples, those of them that got a tag)."""
+    untagged = added = 0
+    for shard in range(len(sidecar.counts)):
+        tags = np.diff(own.table(shard)["ends"], prepend=0)
+        table = sidecar.table(shard)
+        chosen = np.concatenate([[0], np.cumsum(table["chosen"], dtype=np.int64)])
+        got = np.diff(chosen[np.concatenate([[0], table["ends"]])])
+        mine = np.zeros(len(tags), bool)
+        mine[sidecar.source.members(shard)] = True
+        untagged += int((mine & (tags == 0)).sum())
+        added += int((mine & (tags == 0) & (got > 0)).sum())
+    return untagged, added
