@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.shuffle import GOLDEN, keys_of, mixed
+from data_pipelines.shuffle import keys_of, mixed, steps
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,12 @@ def draw(matches: Matches, rates: np.ndarray, seed: int) -> np.ndarray:
 
 def keyed(hashes: np.ndarray, seed: int, numbers: np.ndarray) -> np.ndarray:
     """A uint64 per (hash, seed, number), [n]."""
-    return mixed((hashes ^ keys_of([seed], np.zeros(1))) + _steps(numbers))
+    return mixed((hashes ^ keys_of([seed], np.zeros(1))) + steps(numbers))
 
 
 def uniforms(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """A number in [0, 1) per (key, number), [n] float64."""
-    return (mixed(keys + _steps(numbers)) >> np.uint64(11)) * 2.0**-53
-
-
-def _steps(numbers: np.ndarray) -> np.ndarray:
-    """As splitmix64 moves on from draw to draw."""
-    return (numbers.astype(np.uint64) + np.uint64(1)) * GOLDEN
+    return (mixed(keys + steps(numbers)) >> np.uint64(11)) * 2.0**-53
 
 
 def hash_texts(texts: Iterable[str]) -> np.ndarray:

@@ -19,7 +19,7 @@ from data_pipelines.captions import TEXT_FILES, Caption, metadata_of
 from data_pipelines.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.curation_config import FilterConfig
 from data_pipelines.decode import BadSample, open_image, upright_size
-from data_pipelines.shards import media_extensions
+from data_pipelines.shards import media_extensions, media_in
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
 from xray.errors import ConfigError
@@ -50,7 +50,7 @@ class Record:
 
     @functools.cached_property
     def media(self) -> bytes:
-        return media_in(self.source, self.shard, self.member)
+        return read_media(self.source, self.shard, self.member)
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
@@ -80,14 +80,10 @@ class Text:
         return self.caption.text
 
 
-def media_in(source: Source, shard: int, member: int) -> bytes:
-    """The picture or clip of a sample; raises BadSample."""
-    endings = media_extensions(source.modality, source.animations)
-    files = source.read(shard, member, endings)
-    first = next((ending for ending in endings if ending in files), None)
-    if first is None:
-        raise BadSample(f"no {source.modality}")
-    return files[first]
+def read_media(source: Source, shard: int, member: int) -> bytes:
+    """The picture or clip of a sample, its other files unread; raises BadSample."""
+    kind = source.modality, source.animations
+    return media_in(source.read(shard, member, media_extensions(*kind)), *kind)
 
 
 def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:

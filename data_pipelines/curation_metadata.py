@@ -23,6 +23,7 @@ from data_pipelines.decode import BadSample
 from data_pipelines.matching import spaced
 from data_pipelines.pool import over_shards
 from data_pipelines.sources import Source
+from data_pipelines.utf8 import read_utf8
 from xray.config import hash_json, nearest
 from xray.errors import ConfigError
 
@@ -127,15 +128,7 @@ def read_metadata(path: str, casefold: bool = False) -> Metadata:
 
     Raises ConfigError for what cannot be read, is not UTF-8, or holds no entries.
     """
-    try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"metadata={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"metadata={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
-        ) from error
+    text = read_utf8(path, "metadata")
     if not path.endswith(".json"):
         lists: object = {EVERY: text.split("\n")}
     else:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipelines.captions import metadata_of
 from data_pipelines.columns import Columns
-from data_pipelines.curation_filters import media_in
+from data_pipelines.curation_filters import read_media
 from data_pipelines.decode import BadSample, FrameChoice, decode_image
 from data_pipelines.sandbox import clip_decoder
 from data_pipelines.sources import Source
@@ -59,7 +59,7 @@ class MediaHasher:
             exact = self._recorded(shard, member) if self.sha256 == "json" else None
             if exact is not None and not self.perceptual:
                 return exact, 0, 0
-            media = media_in(self.source, shard, member)
+            media = read_media(self.source, shard, member)
             if exact is None:
                 exact = first_64(hashlib.sha256(media).digest())
             return exact, dhash(self._picture(media)) if self.perceptual else 0, 0

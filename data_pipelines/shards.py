@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -49,6 +49,14 @@ def media_extensions(modality: Modality, animations: Modality) -> tuple[str, ...
     if modality == "video":
         return VIDEO_EXTENSIONS + (ANIMATIONS if animations == "video" else ())
     return tuple(e for e in IMAGE_EXTENSIONS if e != "gif" or animations == "image")
+
+
+def media_in(files: Mapping[str, bytes], modality: Modality, animations: Modality) -> bytes:
+    """The picture or clip among a sample's files; raises BadSample."""
+    for extension in media_extensions(modality, animations):
+        if extension in files:
+            return files[extension]
+    raise BadSample(f"no {modality}")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,12 @@ def mixed(x: np.ndarray) -> np.ndarray:
 def keys_of(entropy: Sequence[int], numbers: np.ndarray) -> np.ndarray:
     """A uint64 key for each number, drawn from entropy: [n]."""
     base = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return mixed(base + (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return mixed(base + steps(np.asarray(numbers)))
+
+
+def steps(numbers: np.ndarray) -> np.ndarray:
+    """How far splitmix64 has moved on by its draws number 0, 1, ...: [...] uint64."""
+    return (numbers.astype(np.uint64) + np.uint64(1)) * GOLDEN
 
 
 def permuted(x: np.ndarray, n: np.ndarray, keys: np.ndarray) -> np.ndarray:

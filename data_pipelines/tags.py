@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import regex
@@ -18,6 +17,7 @@ import regex
 from data_pipelines.captions import captions_of, metadata_of
 from data_pipelines.decode import BadSample
 from data_pipelines.matching import ConceptMatcher
+from data_pipelines.utf8 import read_utf8
 from xray.errors import ConfigError
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
@@ -83,13 +83,13 @@ def canonical(tag: str) -> str:
 
 
 class TagReader:
-    """Finds the tags of samples; what it is built from is read once per process.
+    """Finds the tags of samples.
 
     aliases: alias -> tag. concepts: what `tags: concepts` looks for, all spellings.
     """
 
     def __init__(
-        self, field: str, aliases: Mapping[str, str], concepts: ConceptMatcher | None = None
+        self, field: str, aliases: Mapping[str, str], concepts: Iterable[str] = ()
     ) -> None:
         self.field, self.aliases, self.concepts = field, aliases, concepts
 
@@ -116,8 +116,11 @@ class TagReader:
         return [str(tag) for tag in found]
 
     def _concepts_in(self, caption: str) -> list[str]:
-        assert self.concepts is not None
-        return self.concepts.find(caption)
+        return self._matcher.find(caption)
+
+    @functools.cached_property
+    def _matcher(self) -> ConceptMatcher:
+        return ConceptMatcher(self.concepts)  # not before it is asked for: it may be large
 
 
 def hashtags_in(caption: str) -> list[str]:
@@ -149,17 +152,8 @@ def singulars(tag: str) -> list[str]:
 @functools.lru_cache(maxsize=8)
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
     """Lines of a file, each a tag and its aliases after tabs; raises ConfigError."""
-    try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{key}={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
-        ) from error
     rows = []
-    for entry in text.splitlines():
+    for entry in read_utf8(path, key).splitlines():
         names = tuple(filter(None, map(canonical, entry.split("\t"))))
         if names and not entry.startswith("# "):
             rows.append(names)

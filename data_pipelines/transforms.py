@@ -15,7 +15,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from data_pipelines.augment import augment
 from data_pipelines.decode import (
-    BadSample,
     FrameChoice,
     decode_image,
     open_image,
@@ -23,7 +22,7 @@ from data_pipelines.decode import (
 )
 from data_pipelines.meter import metered
 from data_pipelines.sandbox import clip_decoder
-from data_pipelines.shards import media_extensions
+from data_pipelines.shards import media_in
 from data_pipelines.sources import Sample
 from xray.config import DataConfig
 from xray.errors import ConfigError
@@ -101,10 +100,7 @@ def view_boxes(width: int, height: int, crops: int) -> list[Box]:
 
 def media_of(sample: Sample) -> bytes:
     """The picture or clip of a sample."""
-    for extension in media_extensions(sample.modality, sample.animations):
-        if extension in sample.files:
-            return sample.files[extension]
-    raise BadSample(f"no {sample.modality}")
+    return media_in(sample.files, sample.modality, sample.animations)
 
 
 def load_image(media: bytes, crop: Crop, size: int) -> Tensor:

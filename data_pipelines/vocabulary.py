@@ -12,7 +12,6 @@ from typing import Any
 
 from data_pipelines.captions import TEXT_FILES
 from data_pipelines.decode import BadSample
-from data_pipelines.matching import ConceptMatcher
 from data_pipelines.pool import Progress, over_shards
 from data_pipelines.sources import Source
 from data_pipelines.tags import (
@@ -64,7 +63,7 @@ class Vocabulary:
 
     def reader(self, rules: TagRules) -> TagReader:
         """What finds this vocabulary's tags in samples."""
-        return TagReader(rules.field, {}, ConceptMatcher(self.ids))
+        return TagReader(rules.field, {}, self.ids)
 
     def save(self, path: Path) -> None:
         rows = [
@@ -163,7 +162,7 @@ def raw_reader(field: str, aliases: str, concepts: str) -> TagReader:
         return TagReader(field, known)
     rows = read_list(concepts, "concepts")
     names = {canonical(name) for row in rows for name in row}
-    return TagReader(field, aliases_in(rows, "concepts") | known, ConceptMatcher(names))
+    return TagReader(field, aliases_in(rows, "concepts") | known, names)
 
 
 def count_tags(

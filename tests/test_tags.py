@@ -56,7 +56,7 @@ def test_hashtags_of_all_scripts(caption: str, found: list[str]) -> None:
 
 def test_tags_are_canonical_and_occur_once() -> None:
     files = {"json": '{"captions": ["#A dog"], "hashtags": ["#Dog", "ﬁsh", "#dog", 7]}'.encode()}
-    reader = TagReader("hashtags", {"fish": "goldfish"}, ConceptMatcher(["DOG"]))
+    reader = TagReader("hashtags", {"fish": "goldfish"}, ["DOG"])
     assert reader.tags_of(files, "hashtags") == ["dog", "goldfish", "7"]
     assert reader.tags_of(files, "caption_hashtags") == ["a"]
     assert reader.tags_of(files, "caption_words") == ["dog"]

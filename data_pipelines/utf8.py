@@ -1,0 +1,20 @@
+"""Text files that a setting names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xray.errors import ConfigError
+
+
+def read_utf8(path: str, key: str) -> str:
+    """A file's text; raises ConfigError naming the key for one that is missing or not UTF-8."""
+    try:
+        return Path(path).expanduser().read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{key}={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
+        ) from error
