@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipelines.keep import keep_listed
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch, make_plans
-from data_pipelines.sources import check_same_on_all_ranks, open_sources
+from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
 from stages.base import Batch, Stage, StepOutput, split_parents
 from xray import checkpoint, dist
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
@@ -56,11 +56,13 @@ class Trainer:
         self.stage = stage_class(config)
         check_batches(self.stage, config)
         names = [block.source for block in [*config.blocks, *config.validation]]
-        sources = {
-            name: keep_listed(source, config.data.sources[name].keep)
-            for name, source in open_sources(config.data, names).items()
-        }
-        self.sources = dist.main_first(lambda: self.stage.prepare(sources, parents))
+        opened = open_sources(config.data, names)
+
+        def prepared() -> dict[str, Source]:
+            kept = {n: keep_listed(s, config.data.sources[n].keep) for n, s in opened.items()}
+            return self.stage.prepare(kept, parents)
+
+        self.sources = dist.main_first(prepared)
         check_same_on_all_ranks(self.sources)
         self.plans, self.validation_plans = (
             make_plans(blocks, self.sources, config.data, config.seed)
