@@ -50,8 +50,7 @@ class HashtagOptions(TagRules):
     balance: Balance = "sqrt"  # repeat samples with rare tags: by 1/sqrt(count), 1/count, or not
     epoch_length: float = 1.5  # places in an epoch per sample, which the repeats fill
     strip: bool = True  # a repeat keeps the tags only that are rare enough for it
-    # of `xray data pseudo-tags`: the name of the sidecar with a teacher's tags; "" = none
-    teacher: str = ""
+    teacher: str = ""  # sidecar of `xray data pseudo-tags`, which prints its name; "" = none
     pseudo_weight: float = 0.5  # of the teacher's tags, which untagged samples get
     # a sample's tag is dropped where the teacher finds it less probable than this many times its
     # mean; 0 = off
@@ -202,7 +201,7 @@ class HashtagStage(Stage):
         if found is None:
             raise ConfigError(
                 f"hashtag.teacher={name}: source {source.name!r} has no such sidecar for its "
-                f"shards; make it with xray data pseudo-tags ARTIFACT SHARDS --name {name}"
+                "shards; make it with xray data pseudo-tags, which prints its name"
             )
         _check_same(self.vocabulary, found.facts["vocabulary"], f"hashtag.teacher={name}")
         return found

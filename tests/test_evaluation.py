@@ -10,7 +10,8 @@ from xray.errors import DataError
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import STRENGTHS, linear_probe
 from xray.evaluation.retrieval import retrieval
-from xray.evaluation.zero_shot import class_weights, zero_shot
+from xray.evaluation.zero_shot import zero_shot
+from xray.restore import class_weights
 
 
 def unit(*shape: int) -> torch.Tensor:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import settings, train
+from typer.testing import CliRunner
 
 from stages import STAGES, stage_class
+from xray.cli import app
 from xray.errors import ArtifactError, ConfigError
 from xray.report import read_metrics
 
@@ -51,6 +53,40 @@ def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
     rows = read_metrics(chain["hashtag"] / "metrics.jsonl")
     assert rows[0]["keep_rate"] == 1 and rows[-1]["keep_rate"] == 0.7
     assert {row["keep_rate"] for row in read_metrics(chain["mae"] / "metrics.jsonl")} == {1}
+
+
+def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    from data_pipelines.sidecars import open_sidecar
+    from data_pipelines.sources import open_source
+    from data_pipelines.vocabulary import Vocabulary
+    from xray.artifact import open_artifact
+    from xray.evaluation.features import extract
+    from xray.offline.stream import data_of
+    from xray.restore import Encoder
+
+    photos, tags = tmp_path / "photos", chain["hashtag"] / "artifact" / "vocabulary.json"
+    photos.mkdir()
+    shard = next((demo / "heldout").glob("*.tar"))
+    (photos / "0.tar").write_bytes(shard.read_bytes())
+    command = ["data", "pseudo-tags", str(chain["clip"]), str(photos), "threshold=0", "workers=0"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 2 and "needs --vocabulary" in found.output
+    options = ["temperature=2", "template=one {}", "--vocabulary", str(tags)]
+    output = CliRunner().invoke(app, [*command, *options]).output
+    source = open_source("photos", str(photos), "image")
+    sidecar = open_sidecar(source, output.split("hashtag.teacher=")[1].split()[0])
+    assert sidecar is not None
+
+    artifact, names = open_artifact(chain["clip"]), Vocabulary.load(tags).tags
+    encoder = Encoder(artifact)
+    images = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64).rows
+    likeness = images @ encoder.encode_text([f"one {name}" for name in names]).T
+    expected = torch.softmax(likeness * artifact.load("head")["logit_scale"].exp() / 2, dim=1)
+    for member, row in enumerate(expected):
+        ids = torch.from_numpy(sidecar.row(0, member, "ids").astype("int64"))
+        scores = torch.from_numpy(sidecar.row(0, member, "scores").copy())
+        assert set(row.topk(5).indices.tolist()) <= set(ids.tolist())
+        assert torch.allclose(scores, row[ids], atol=1e-6)
 
 
 def test_frozen_text_tower_is_not_changed(chain: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from data_pipelines.transforms import load_pixels, load_views
 from stages import stage_class
 from stages.base import Parents
 from stages.hashtag import HashtagModule, tag_targets
+from xray.artifact import open_artifact
 from xray.cli import app
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
@@ -112,6 +114,13 @@ def untagged(folder: Path, demo: Path) -> Path:
     return folder
 
 
+def taught(output: str) -> str:
+    """The name of the sidecar that pseudo-tags printed."""
+    found = re.search(r"hashtag\.teacher=(\S+)", output)
+    assert found is not None
+    return found[1]
+
+
 def test_a_teacher_tags_and_the_stage_learns_from_it(
     demo: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -119,8 +128,11 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     command = ("data", "pseudo-tags", teacher, folder, "threshold=0.0", "top=2", "workers=0")
     output = run(*command)
     assert "6 of 6 untagged samples got tags" in output and "undecodable image: 1" in output
-    sidecar = open_sidecar(open_source("mine", str(folder), "image"), "teacher")
-    assert sidecar is not None and sidecar.facts["artifact"] == str(teacher / "artifact")
+    name = taught(output)
+    source = open_source("mine", str(folder), "image")
+    sidecar = open_sidecar(source, name)
+    assert sidecar is not None
+    assert sidecar.facts["teacher"] == open_artifact(teacher).digest
     table = sidecar.table(0)
     rows = np.split(np.arange(len(table["ids"])), table["ends"][:-1])
     assert len(rows[4]) == 0
@@ -129,12 +141,16 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
             assert table["chosen"][row].sum() == 2
             assert 0 < table["scores"][row].sum() <= 1 + 1e-5
     # the same again does nothing, and gives the same
-    before = sidecar.digest
-    run(*command)
-    assert open_sidecar(open_source("mine", str(folder), "image"), "teacher").digest == before  # type: ignore[union-attr]
+    assert taught(run(*command)) == name
+    again = open_sidecar(source, name)
+    assert again is not None and again.digest == sidecar.digest
+    # other settings are another sidecar
+    other = open_sidecar(source, taught(run(*command, "top=1")))
+    assert other is not None and other.table(0)["chosen"].sum() == 11
+    assert open_sidecar(source, name).digest == sidecar.digest  # type: ignore[union-attr]
 
     config = (
-        *SHORT, f"data.sources.photos.shards={folder}", "hashtag.teacher=teacher",
+        *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",
         f"hashtag.vocabulary={teacher}/artifact/vocabulary.json", "data.max_bad_fraction=0.5",
     )  # fmt: skip
     stage = stage_class("hashtag")(settings("hashtag", demo, tmp_path / "run", *config))
@@ -145,7 +161,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     assert (weights[0] == 1).all() and (weights[1] < 0.5).all() and len(weights[1]) == 2
     assert train("hashtag", demo, tmp_path / "run", *config).manifest["samples"] == 32
 
-    with pytest.raises(ArtifactError, match=r"hashtag.teacher=teacher is of another vocabulary"):
+    with pytest.raises(ArtifactError, match=r"hashtag.teacher=\S+ is of another vocabulary"):
         train("hashtag", demo, tmp_path / "other", *config[:-2], "hashtag.min_count=1")
     with pytest.raises(ConfigError, match="has no such sidecar"):
         train("hashtag", demo, tmp_path / "none", *config, "hashtag.teacher=nobody")

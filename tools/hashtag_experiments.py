@@ -44,11 +44,10 @@ from xray.offline.stream import data_of
 from xray.restore import Tagger
 
 RULES = TagRules(min_count=20, plurals=True)
-TEACHER = "teacher"
 MEASURES = ("precision@1", "recall@5", "mAP")
 NOISES = (0.2, 0.4)
 TRUNCATE = ("hashtag.truncate=0.15",)
-FILTER = (f"hashtag.teacher={TEACHER}", "hashtag.min_lift=1.0", "hashtag.pseudo_weight=0")
+FILTER = ("hashtag.min_lift=1.0", "hashtag.pseudo_weight=0")
 Tags = Callable[[int, list[str]], list[str]]  # (number of the photo, its tags) -> those it gets
 
 
@@ -111,16 +110,15 @@ class Bench:
         data, config = data_of(artifact, 1), TaggingConfig("", "image", "caption_words")
         return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)[0]
 
-    def teach(self, artifact: Artifact, shards: Path, threshold: float = 0.02) -> None:
-        """Write an artifact's tags of shards beside them."""
+    def teach(self, artifact: Artifact, shards: Path, threshold: float = 0.02) -> str:
+        """Write an artifact's tags of shards beside them; returns the option that uses them."""
         source = open_source("photos", str(shards), "image")
-        for path in shards.glob(f"*{TEACHER}"):
-            path.unlink()
         config = PseudoTagsConfig(top=8, threshold=threshold, workers=1)
         tagger = Tagger(artifact).to(self.device)
         data: DataConfig = data_of(artifact, 1)
-        found = write_pseudo_tags(source, tagger, self.vocabulary, TEACHER, config, data, {})
+        found = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
         print(f"the teacher tags {found.added:,} of {found.untagged:,} untagged photos", flush=True)
+        return f"hashtag.teacher={found.sidecar.name}"
 
 
 def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -146,11 +144,11 @@ def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         shards = bench.photos_with(f"noise{share}-{seed}", random_tags(share))
         plain = bench.train(shards, f"noise{share}", seed)
         yield name, bench.measure(plain)
-        bench.teach(plain, shards)
+        taught = bench.teach(plain, shards)
         for what, options in (
             ("truncation", TRUNCATE),
-            ("filter", FILTER),
-            ("truncation and filter", (*TRUNCATE, *FILTER)),
+            ("filter", (taught, *FILTER)),
+            ("truncation and filter", (*TRUNCATE, taught, *FILTER)),
         ):
             found = bench.train(shards, f"noise{share}-{what.replace(' ', '_')}", seed, *options)
             yield f"{name}, {what}", bench.measure(found)
@@ -163,9 +161,9 @@ def semi(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     shards = bench.photos_with(f"tenth-{seed}", lambda n, tags: tags if tagged[n] else [])
     alone = bench.train(shards, "tenth", seed)
     yield "10 % tagged, alone", bench.measure(alone)
-    bench.teach(alone, shards)
+    taught = bench.teach(alone, shards)
     for weight in (0.5, 1.0):
-        options = f"hashtag.teacher={TEACHER}", f"hashtag.pseudo_weight={weight}"
+        options = taught, f"hashtag.pseudo_weight={weight}"
         found = bench.train(shards, f"tenth-taught{weight}", seed, *options)
         yield f"10 % tagged, 90 % by the teacher at {weight:g}", bench.measure(found)
     yield "100 % tagged", bench.measure(bench.train(all_tags, "all", seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +79,16 @@ def _needs_base(artifact: Artifact) -> bool:
     return all(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
 
 
+def class_weights(
+    encode: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """[C, E] features of classes: the normalised mean of their prompts' normalised ones (CLIP,
+    2103.00020); `{}` in a template is the class name."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    features = F.normalize(encode(prompts), dim=-1).reshape(len(names), len(templates), -1)
+    return F.normalize(features.mean(dim=1), dim=-1)
+
+
 class VisionEncoder(nn.Module):
     """An artifact's backbone ready to encode [B, T, 3, H, W] uint8 pixels."""
 
@@ -119,7 +129,7 @@ class Encoder(VisionEncoder):
         self.vision_projection = Projection(self.vision.embed_dim, joint)
         self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
         head = artifact.load("head")
-        head.pop("logit_scale")
+        self.logit_scale = head.pop("logit_scale").exp()
         wrong = self.load_state_dict(head, strict=False).unexpected_keys
         if wrong:
             raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
@@ -152,17 +162,26 @@ class Tagger(VisionEncoder):
         self.eval()
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, V] float32 on the model's device."""
-        return self.head(self._cls(pixels)).float()
-
-    @torch.no_grad()
-    def probabilities(self, pixels: Tensor) -> Tensor:
+    def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
         """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
-        logits = self.logits(pixels)
+        logits = self.head(self._cls(pixels)).float() / temperature
         if self.artifact.manifest["config"]["hashtag"].get("loss", "softmax") == "softmax":
             return logits.softmax(dim=1)
         return logits.sigmoid()
+
+
+class PromptTagger(nn.Module):
+    """A clip artifact that tags: a softmax over the likeness to each tag's prompt."""
+
+    def __init__(self, encoder: Encoder, tags: Sequence[str], template: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.weights = class_weights(encoder.encode_text, tags, [template])
+
+    def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
+        """[B, T, 3, H, W] -> [B, V], on CPU."""
+        scale = self.encoder.logit_scale / temperature
+        return (scale * self.encoder.encode_pixels(pixels) @ self.weights.t()).softmax(dim=1)
 
 
 def restore_encoder(artifact: Artifact) -> VisionEncoder:

@@ -18,9 +18,9 @@ from xray.evaluation.features import extract
 from xray.evaluation.knn import knn
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.tag_suite import TaggingConfig, tagging
-from xray.evaluation.zero_shot import class_weights, zero_shot
+from xray.evaluation.zero_shot import zero_shot
 from xray.report import ResultTable
-from xray.restore import Encoder, Tagger, VisionEncoder
+from xray.restore import Encoder, Tagger, VisionEncoder, class_weights
 
 SUITES = ("zero_shot", "retrieval", "knn", "tags")
 NEEDS = (Encoder, Encoder, VisionEncoder, Tagger)  # what each is asked of

@@ -1,26 +1,13 @@
 """Zero-shot classification: class names in prompt templates against picture features.
 
-Each prompt is embedded and normalised, a class is the normalised mean of its prompts, and the
-prediction the class of the largest cosine (CLIP, 2103.00020).
+The prediction is the class of the largest cosine (CLIP, 2103.00020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch.nn.functional as F
 from torch import Tensor
 
 from xray.errors import DataError
-
-EncodeText = Callable[[Sequence[str]], Tensor]
-
-
-def class_weights(encode: EncodeText, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """[C, D] normalised class features; `{}` in a template is the class name."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    features = F.normalize(encode(prompts), dim=-1).reshape(len(names), len(templates), -1)
-    return F.normalize(features.mean(dim=1), dim=-1)
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from data_pipelines.sidecars import Sidecar, pack_rows
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagRules
 from data_pipelines.vocabulary import Vocabulary
-from xray.config import DataConfig
+from xray.config import DataConfig, hash_json
 from xray.errors import ConfigError
 from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
 
@@ -25,9 +25,9 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # ids, scores, lift
 
 
 class Teacher(Protocol):
-    """Pixels [B, T, 3, H, W] to logits [B, V] over a vocabulary."""
+    """Pixels [B, T, 3, H, W] to probabilities [B, V] over a vocabulary."""
 
-    def logits(self, pixels: Tensor) -> Tensor: ...
+    def probabilities(self, pixels: Tensor, temperature: float) -> Tensor: ...
 
 
 @dataclass
@@ -39,6 +39,7 @@ class PseudoTagsConfig:
     top: int = 5
     threshold: float = 0.1  # probability
     temperature: float = 1.0  # of the softmax; above 1 is less sure
+    template: str = "a photo of {}"  # what a clip artifact compares with: {} is the tag
     batch_size: int = 64
     workers: int = 2
 
@@ -50,6 +51,8 @@ class PseudoTagsConfig:
             raise ConfigError(f"threshold={self.threshold} must be in [0, 1)")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if "{}" not in self.template:
+            raise ConfigError(f"template={self.template!r} has no {{}} where the tag goes")
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,21 @@ def write_pseudo_tags(
     source: Source,
     teacher: Teacher,
     vocabulary: Vocabulary,
-    name: str,
     config: PseudoTagsConfig,
     data: DataConfig,
-    provenance: Mapping[str, Any],
+    teacher_digest: str,
     progress: Progress | None = None,
 ) -> PseudoTags:
-    """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar."""
+    """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar.
+
+    Its name tells teachers, vocabularies and settings apart, and is the same for every source.
+    """
     rules = TagRules(field=config.field)
     own = label(Labeller(source, config.tags, rules, vocabulary), config.workers)
     job = _Job(teacher, own, config, _prior(source, teacher, config, data))
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch_size", "workers")}
-    facts = {"vocabulary": vocabulary.digest, "settings": settings, **provenance}
+    facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
+    name = f"teacher-{hash_json(facts)[:12]}"
     sidecar, causes = write_from_model(
         source, name, job.run, job.pack, facts, data, config.batch_size, progress
     )
@@ -92,16 +98,12 @@ def _prior(
     total, count = None, 0
     for _, pixels, _ in pixels_of(source, spread(source, PRIOR_SAMPLES), data, config.batch_size):
         if pixels is not None:
-            p = _probabilities(teacher, pixels, config.temperature)
+            p = teacher.probabilities(pixels, config.temperature)
             total = p.double().sum(dim=0) + (0 if total is None else total)
             count += len(p)
     if total is None:
         raise ConfigError(f"source {source.name!r} has no sample that can be decoded")
     return (total / count).cpu().numpy()
-
-
-def _probabilities(teacher: Teacher, pixels: Tensor, temperature: float) -> Tensor:
-    return (teacher.logits(pixels) / temperature).softmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _Job:
 
     def run(self, pixels: Tensor, places: Sequence[Place]) -> list[Row]:
         """A row per sample: the likeliest tags, and its own whatever their probability."""
-        probabilities = _probabilities(self.teacher, pixels, self.config.temperature).cpu()
+        probabilities = self.teacher.probabilities(pixels, self.config.temperature).cpu()
         top = torch.topk(probabilities, min(self.config.top, probabilities.shape[1]))
         rows = []
         for p, values, likely, place in zip(
