@@ -13,6 +13,7 @@ from data_pipelines.decode import BadSample
 
 TEXT_FILES = ("json", "txt")
 MOST_WEIGHT = 1e6
+FIELDS = ("curation.captions", "captions", "caption")  # where captions are, the first that is there
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,21 @@ def read_captions(
 ) -> list[Caption]:
     """All captions of a sample.
 
-    fields: json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file.
-    A field's weight is shared by its texts. Without fields: json `captions`, else `caption`, else
-    the txt file. A text is a string or {text, weight, language}. Raises BadSample.
+    fields: json fields, within others by dots, and their weights, e.g. {captions: 1, synthetic: 3};
+    "txt" is the txt file. A field's weight is shared by its texts. Without fields: the first of
+    FIELDS, else the txt file. A text is a string or {text, weight, language}. Raises BadSample.
     """
     meta = metadata_of(files)
     language = str(meta.get("language") or meta.get("lang") or "")
     if not fields:
-        first = next((name for name in ("captions", "caption") if meta.get(name)), "txt")
+        first = next((name for name in FIELDS if _field(meta, name)), "txt")
         fields = {first: 1.0}
     found = []
     for name, weight in fields.items():
         value = (
-            files.get("txt", b"").decode("utf-8", "replace") if name == "txt" else meta.get(name)
+            files.get("txt", b"").decode("utf-8", "replace")
+            if name == "txt"
+            else _field(meta, name)
         )
         entries = value if isinstance(value, list) else [value]
         captions = [_caption(entry, language) for entry in entries if entry]
@@ -62,6 +65,15 @@ def read_captions(
     if not found:
         raise BadSample("no caption")
     return found
+
+
+def _field(meta: Mapping[str, Any], name: str) -> Any:
+    """A field of that name, or what its dots lead to; None where there is none."""
+    first, _, rest = name.partition(".")
+    if name in meta or not rest:
+        return meta.get(name)
+    within = meta.get(first)
+    return _field(within, rest) if isinstance(within, dict) else None
 
 
 def _caption(entry: Any, language: str) -> Caption:

@@ -32,8 +32,8 @@ def write_shards(
     """Write the kept samples; returns their number.
 
     Keys and files are those of the pool, but that the json gets "curation":
-    {"captions": [{text, weight, language}], "numbers": their numbers among the sample's}. Raises
-    ConfigError for a folder with other shards.
+    {"captions": [{text, weight, language}], "numbers": their numbers among the sample's}; its
+    captions are read before the sample's own. Raises ConfigError for a folder with other shards.
     """
     _claim(out, curated)
     work = _Writer(curated.source, curated.slots, curated.config.captions, out)

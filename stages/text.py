@@ -10,7 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import captions_of
+from data_pipelines.captions import kept_captions
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
@@ -76,12 +76,12 @@ class TextStage(Stage):
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         fields = self.config.data.sources[sample.source].captions
-        captions = captions_of(sample.files, fields)
+        captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:
             raise BadSample("only one caption")
         draw = rng if rng is not None else np.random.default_rng(0)
         first, second = draw.permutation(len(captions))[:2]
-        return self.language.tokens([captions[first], captions[second]])
+        return self.language.tokens([captions[first].text, captions[second].text])
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return self.language.collate(rows)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import settings
 from typer.testing import CliRunner
 
 from data_pipelines.captions import read_captions
+from data_pipelines.decode import BadSample
 from data_pipelines.keep import keep_listed
 from data_pipelines.sources import Source, open_source
 from stages import stage_class
@@ -79,6 +82,22 @@ def test_a_run_reads_what_is_kept(
         assert sample.texts
         texts = [read_captions(sample.files)[number].text for number in sample.texts]
         assert all(any(word in text for word in ("circle", "square", "white")) for text in texts)
+
+
+def test_the_text_stage_pairs_kept_captions_only(demo: Path, tmp_path: Path) -> None:
+    from stages.base import Parents
+
+    stage = stage_class("text")(settings("text", demo, tmp_path))
+    stage.prepare({}, Parents())
+    sample = open_source("photos", str(demo / "photos"), "image").sample(0, 0, 32, 1)
+    captions = [caption.text for caption in read_captions(sample.files)]
+    kept = dataclasses.replace(sample, texts=(0, len(captions) - 1))
+    expected = stage.language.tokens([captions[0], captions[-1]])
+    for seed in range(4):
+        found = stage.transform(kept, np.random.default_rng(seed))
+        assert sorted(map(str, found)) == sorted(map(str, expected))
+    with pytest.raises(BadSample, match="only one caption"):
+        stage.transform(dataclasses.replace(sample, texts=(0,)), None)
 
 
 def test_mistakes_say_what_to_change(demo: Path, tmp_path: Path) -> None:

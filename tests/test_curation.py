@@ -15,7 +15,7 @@ import pytest
 from pools import config, kept, pool, taken
 from shards import jpeg
 
-from data_pipelines.captions import read_captions
+from data_pipelines.captions import captions_of
 from data_pipelines.curation import curate
 from data_pipelines.curation_balance import Matches, draw
 from data_pipelines.curation_write import write_shards
@@ -307,9 +307,8 @@ def test_new_shards_hold_what_is_kept(tmp_path: Path) -> None:
         assert record.pop("curation")["numbers"] == numbers
         assert record == {k: v for k, v in row.items() if k not in ("key", "media")}
         assert files["jpg"] == row.get("media", b"no picture " + row["key"].encode())
-        texts = [caption.text for caption in read_captions(files)]
-        again = json.loads(files["json"])["curation"]["captions"]
-        assert [entry["text"] for entry in again] == [texts[number] for number in numbers]
+        texts = captions_of({"json": json.dumps(record).encode()})
+        assert captions_of(files) == [texts[number] for number in numbers]
     before = (out / "00000.tar").read_bytes()
     (out / "00000.tar").unlink()
     assert write_shards(curated, out) == 4 and (out / "00000.tar").read_bytes() == before

@@ -140,6 +140,10 @@ def test_captions_are_drawn_by_weight() -> None:
         '[{"text": "c", "weight": 3, "language": "de"}, "d"], "unused": "e"}'
     )
     files = {"json": content.encode(), "txt": b"t"}
+    assert captions_of({"json": b'{"captions": ["a"], "curation": {"captions": ["b"]}}'}) == ["b"]
+    assert captions_of({"json": b'{"captions": ["a"], "curation": "by hand"}'}) == ["a"]
+    nested = {"json": b'{"a": {"b": {"c": "x"}, "b.d": "y"}}'}
+    assert captions_of(nested, {"a.b.c": 1, "a.b.d": 1}) == ["x", "y"]
     found = read_captions(files, {"captions": 1, "synthetic": 2, "missing": 9, "txt": 1})
     weights = {c.text: (c.weight, c.language) for c in found}
     assert weights == {

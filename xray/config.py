@@ -83,7 +83,7 @@ class SourceConfig:
     tags: Literal["hashtags", "caption_hashtags", "caption_words", "concepts"] = "hashtags"
     keep: str = ""  # a keep-list of `xray data curate`; "" = all samples
     # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file;
-    # {} = captions, else caption, else txt
+    # {} = curation.captions (what a curation chose), else captions, else caption, else txt
     captions: dict[str, float] = field(default_factory=dict)
 
 
