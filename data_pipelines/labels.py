@@ -18,8 +18,8 @@ from data_pipelines.balance import Balance, Replication, rarest_of, replication,
 from data_pipelines.captions import TEXT_FILES
 from data_pipelines.columns import Columns, open_columns, save_columns
 from data_pipelines.decode import BadSample
-from data_pipelines.pool import Progress
-from data_pipelines.sidecars import Sidecar, Slots, open_sidecar, pack_rows, write_sidecar
+from data_pipelines.processes import Progress
+from data_pipelines.sidecars import CopySlots, Sidecar, open_sidecar, pack_rows, write_sidecar
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagReader, TagRules
 from data_pipelines.vocabulary import Vocabulary
@@ -176,7 +176,7 @@ def balanced(
     sidecar = open_sidecar(source, name) or write_sidecar(
         source, name, _SlotWriter(source, labels, found, seed), facts, workers
     )
-    return Balanced(source.with_slots(Slots(sidecar)), labels, found, counts, unique, seed)
+    return Balanced(source.with_slots(CopySlots(sidecar)), labels, found, counts, unique, seed)
 
 
 def _counted(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:

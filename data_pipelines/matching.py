@@ -1,12 +1,12 @@
-"""Many entries looked for in a text at once: Aho-Corasick. The only importer of pyahocorasick."""
+"""Concepts looked for in a text, all at once, and where words begin and end."""
 
 from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
+import ahocorasick
 import regex
 
 PUNCTUATION = ",.;:?!`"  # what MetaCLIP surrounds with spaces
@@ -18,38 +18,21 @@ UNSPACED = regex.compile(
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]")
 
 
-class SpacedMatcher:
-    """Substring matching with spacing, as MetaCLIP's metadata are matched (arXiv 2309.16671).
-
-    An entry is in a text where " entry " is in it, once both have spaces around punctuation. Case
-    counts. An entry's number is its place among the entries; of equal entries, the first.
-    """
-
-    def __init__(self, entries: Sequence[str]) -> None:
-        numbered: dict[str, int] = {}
-        for number, entry in enumerate(entries):
-            numbered.setdefault(spaced(entry), number)
-        self._automaton = _automaton(numbered)
-
-    def find(self, text: str) -> list[int]:
-        """Numbers of the entries in a text, ascending, each once."""
-        if self._automaton is None:
-            return []
-        return sorted({number for _, number in self._automaton.iter(spaced(text))})
-
-
 class ConceptMatcher:
     """Concepts in captions: NFKC, casefolded, at word boundaries; any place is one in scripts
     without spaces. Of overlapping matches all count ("hot dog" is a "dog", too)."""
 
     def __init__(self, concepts: Iterable[str]) -> None:
         self.concepts = list(dict.fromkeys(filter(None, map(folded, concepts))))
-        self._automaton = _automaton({text: number for number, text in enumerate(self.concepts)})
+        self._automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS)
+        for number, text in enumerate(self.concepts):
+            self._automaton.add_word(text, number)
+        self._automaton.make_automaton()
 
     def find(self, text: str) -> list[str]:
         """The concepts in a text in order of their ends, each once."""
-        if self._automaton is None:
-            return []
+        if not self.concepts:
+            return []  # an automaton of nothing cannot be asked
         text = folded(text)
         found: dict[str, None] = {}
         for end, number in self._automaton.iter(text):
@@ -91,16 +74,3 @@ def _is_unspaced(character: str) -> bool:
 
 def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
-
-
-def _automaton(numbered: dict[str, int]) -> Any:
-    """None where there is nothing to look for."""
-    import ahocorasick
-
-    if not numbered:
-        return None
-    automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS)
-    for text, number in numbered.items():
-        automaton.add_word(text, number)
-    automaton.make_automaton()
-    return automaton

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.columns import Columns, open_columns, save_columns
-from data_pipelines.pool import Progress, over_shards
+from data_pipelines.processes import Progress, over_shards
 from data_pipelines.sources import OPEN_INDEXES, Source
 from xray.errors import DataError
 
@@ -155,8 +155,8 @@ def _load(path: Path, shard: str) -> Columns | None:
     return columns if (facts.get("version"), facts.get("shard")) == (VERSION, shard) else None
 
 
-class Slots:
-    """A sidecar of slots: columns members and copies, by slot.
+class CopySlots:
+    """Slots that repeat members: columns members and copies, by slot.
 
     Copy j of a member is its j-th repeat in the epoch, from 0.
     """

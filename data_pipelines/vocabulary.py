@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines.captions import TEXT_FILES
 from data_pipelines.decode import BadSample
-from data_pipelines.pool import Progress, over_shards
+from data_pipelines.processes import Progress, over_shards
 from data_pipelines.sources import Source
 from data_pipelines.tags import (
     Origin,

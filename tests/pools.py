@@ -9,8 +9,8 @@ from typing import Any
 
 from shards import write_tar
 
-from data_pipelines.curation import Curated
-from data_pipelines.curation_config import CurationConfig
+from data_pipelines.curation.config import CurationConfig
+from data_pipelines.curation.curate import Curated
 from data_pipelines.sources import Source, open_source
 from xray.config_files import build
 

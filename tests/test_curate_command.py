@@ -13,8 +13,8 @@ from tiny import settings
 from typer.testing import CliRunner
 
 from data_pipelines.captions import read_captions
+from data_pipelines.curation.keep import keep_listed
 from data_pipelines.decode import BadSample
-from data_pipelines.keep import keep_listed
 from data_pipelines.sources import Source, open_source
 from stages import stage_class
 from xray.cli import app

@@ -16,9 +16,9 @@ from pools import config, kept, pool, taken
 from shards import jpeg
 
 from data_pipelines.captions import captions_of
-from data_pipelines.curation import curate
-from data_pipelines.curation_balance import Matches, draw
-from data_pipelines.curation_write import write_shards
+from data_pipelines.curation.balance import Matches, draw
+from data_pipelines.curation.curate import curate
+from data_pipelines.curation.write import write_shards
 from data_pipelines.sidecars import write_sidecar
 from data_pipelines.sources import open_source
 from xray.errors import ConfigError, DataError

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from shards import photo, write_tar
 
-from data_pipelines import curation_matching
-from data_pipelines.curation_balance import (
+from data_pipelines.curation import matching
+from data_pipelines.curation.balance import (
     Matches,
     balance,
     count_entries,
@@ -23,9 +23,9 @@ from data_pipelines.curation_balance import (
     take_rows,
     threshold_for,
 )
-from data_pipelines.curation_filters import within_cap
-from data_pipelines.curation_matching import PhraseMatcher
-from data_pipelines.curation_metadata import (
+from data_pipelines.curation.filters import within_cap
+from data_pipelines.curation.matching import PhraseMatcher
+from data_pipelines.curation.metadata import (
     NgramConfig,
     NgramCounts,
     build_metadata,
@@ -34,7 +34,6 @@ from data_pipelines.curation_metadata import (
     read_metadata,
     write_metadata,
 )
-from data_pipelines.matching import SpacedMatcher
 from data_pipelines.sources import open_source
 from xray.errors import ConfigError
 
@@ -68,11 +67,9 @@ def test_matchers_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
         for text in map(spaced_by_hand, texts)
     ]
     assert sum(map(len, truth)) > 2000
-    spaced = SpacedMatcher(entries)
-    assert [spaced.find(text) for text in texts] == truth
     matcher = PhraseMatcher(entries)
-    for chunk in (curation_matching.CHUNK, 40):
-        monkeypatch.setattr(curation_matching, "CHUNK", chunk)
+    for chunk in (matching.CHUNK, 40):
+        monkeypatch.setattr(matching, "CHUNK", chunk)
         found, ends = matcher.find(texts)
         assert [row.tolist() for row in np.split(found, ends[:-1])] == truth
 

@@ -12,10 +12,10 @@ from PIL import Image
 from pools import config, kept, pool, taken
 from shards import jpeg, photo, write_tar
 
-from data_pipelines import dedup, demo
-from data_pipelines.curation import curate
-from data_pipelines.decode import AvClip
-from data_pipelines.dedup import (
+from data_pipelines import demo
+from data_pipelines.curation import dedup
+from data_pipelines.curation.curate import curate
+from data_pipelines.curation.dedup import (
     components,
     dhash,
     groups_of,
@@ -25,6 +25,7 @@ from data_pipelines.dedup import (
     repeats,
     similar_pairs,
 )
+from data_pipelines.decode import AvClip
 from data_pipelines.sidecars import write_sidecar
 from data_pipelines.sources import open_source
 

@@ -58,7 +58,7 @@ ONE_PLACE = {
     "peft": "xray/models/text.py",
     "decord": "data_pipelines/decode.py",
     "ahocorasick": "data_pipelines/matching.py",
-    "ray": "data_pipelines/curation_ray.py",
+    "ray": "data_pipelines/curation/ray_engine.py",
 }
 
 

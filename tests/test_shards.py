@@ -15,7 +15,7 @@ from data_pipelines.columns import open_columns, pack_texts, save_columns, unpac
 from data_pipelines.manifest import find_shards, open_manifest, write_manifest
 from data_pipelines.remote import ShardCache
 from data_pipelines.shards import index_shard, sha256_of
-from data_pipelines.sidecars import Slots, write_sidecar
+from data_pipelines.sidecars import CopySlots, write_sidecar
 from data_pipelines.sources import open_source, open_sources
 from xray import dist
 from xray.config import DataConfig, SourceConfig
@@ -143,7 +143,7 @@ def test_the_digest_does_not_depend_on_where_shards_are(tmp_path: Path) -> None:
     sidecar = write_sidecar(
         one, "x", lambda s: {"members": members[s], "copies": 0 * members[s]}, {}
     )
-    narrowed = one.with_slots(Slots(sidecar))
+    narrowed = one.with_slots(CopySlots(sidecar))
     assert narrowed.digest != one.digest and len(narrowed) == 2
     assert list(narrowed.places()) == [(0, 0), (1, 1)]
 

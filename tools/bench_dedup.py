@@ -14,7 +14,7 @@ import numpy as np
 from bench_plan import Table
 from PIL import Image
 
-from data_pipelines.dedup import dhash, near_values, ones
+from data_pipelines.curation.dedup import dhash, near_values, ones
 from data_pipelines.sources import open_source
 
 

@@ -36,7 +36,7 @@ def data_metadata(
 
     Settings: min_count=100 min_pmi=10 (bits, of pairs) max_words=250000 max_pairs=100000.
     """
-    from data_pipelines.curation_metadata import (
+    from data_pipelines.curation.metadata import (
         NgramConfig,
         build_metadata,
         count_ngrams,
@@ -75,9 +75,9 @@ def data_curate(
     t=20000 casefold=false texts=any|one reference= language=language fallback= seed=0
     engine=local|ray workers=2, filters.* and dedup.* (docs/curation.md).
     """
-    from data_pipelines.curation import curate
-    from data_pipelines.curation_config import CurationConfig
-    from data_pipelines.curation_write import write_shards
+    from data_pipelines.curation.config import CurationConfig
+    from data_pipelines.curation.curate import curate
+    from data_pipelines.curation.write import write_shards
     from xray.config_files import build, parse_overrides, read_yaml
     from xray.curation_page import language_table, step_table, write_curation_page
 

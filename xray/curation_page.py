@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipelines.captions import captions_of
 from data_pipelines.check_shard import Thumbnail, png_of
-from data_pipelines.curation_report import CurationReport, EntryRow
+from data_pipelines.curation.report import CurationReport, EntryRow
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source
 from data_pipelines.transforms import load_pixels

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.keep import keep_listed
+from data_pipelines.curation.keep import keep_listed
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch, make_plans
 from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources

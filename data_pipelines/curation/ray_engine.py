@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipelines.columns import Columns
-from data_pipelines.pool import Progress
+from data_pipelines.processes import Progress
 from data_pipelines.sidecars import Work, save_table, saved_table
 from data_pipelines.sources import Source
 from xray.errors import ConfigError, DataError

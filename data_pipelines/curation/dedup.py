@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipelines.captions import metadata_of
 from data_pipelines.columns import Columns
-from data_pipelines.curation_filters import read_media
+from data_pipelines.curation.filters import read_media
 from data_pipelines.decode import BadSample, FrameChoice, decode_image
 from data_pipelines.sandbox import clip_decoder
 from data_pipelines.sources import Source

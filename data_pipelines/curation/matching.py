@@ -3,7 +3,7 @@
 Matching with spacing finds " phrase " in a text that has spaces around punctuation. So a phrase is
 a run of words, of what lies between neighbouring spaces: each word of the texts is looked up once,
 and from each that begins a phrase the trie is followed, from all places in step. Words are compared
-byte by byte: the result is exact. An automaton (matching.SpacedMatcher) waits for memory at each
+byte by byte: the result is exact. An Aho-Corasick automaton waits for memory at each
 character, this at each word and for many words at once.
 """
 

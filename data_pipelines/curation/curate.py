@@ -16,21 +16,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipelines.curation_balance import Balance, balance, count_entries
-from data_pipelines.curation_config import CurationConfig
-from data_pipelines.curation_filters import open_scores
-from data_pipelines.curation_metadata import Metadata, read_metadata
-from data_pipelines.curation_pool import Pool, decide, decision_in, facts_of
-from data_pipelines.curation_report import CurationReport, add_sampling, report_on_texts
-from data_pipelines.curation_tables import (
+from data_pipelines.curation.balance import Balance, balance, count_entries
+from data_pipelines.curation.config import CurationConfig
+from data_pipelines.curation.dedup import MediaHasher
+from data_pipelines.curation.filters import open_scores
+from data_pipelines.curation.metadata import Metadata, read_metadata
+from data_pipelines.curation.pool import Pool, decide, decision_in, facts_of
+from data_pipelines.curation.report import CurationReport, add_sampling, report_on_texts
+from data_pipelines.curation.tables import (
     KeptSlots,
     Sampler,
     TextMatcher,
     TextTables,
     language_function,
 )
-from data_pipelines.dedup import MediaHasher
-from data_pipelines.pool import Progress
+from data_pipelines.processes import Progress
 from data_pipelines.sidecars import Sidecar, Work, open_sidecar, write_sidecar
 from data_pipelines.sources import Source, open_source
 from xray.config import hash_json
@@ -158,7 +158,7 @@ class _Maker:
         if found is not None:
             return found
         if self.config.engine == "ray":
-            from data_pipelines.curation_ray import make_tables
+            from data_pipelines.curation.ray_engine import make_tables
 
             make_tables(source, name, work, workers, self.progress)
             return write_sidecar(source, name, work, settings)  # which finds them all

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.captions import TEXT_FILES, Caption, metadata_of
 from data_pipelines.columns import Columns, pack_texts, unpack_texts
-from data_pipelines.curation_config import FilterConfig
+from data_pipelines.curation.config import FilterConfig
 from data_pipelines.decode import BadSample, open_image, upright_size
 from data_pipelines.shards import media_extensions, media_in
 from data_pipelines.sidecars import Sidecar, open_sidecar

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipelines.curation_tables import KeptSlots
+from data_pipelines.curation.tables import KeptSlots
 from data_pipelines.sidecars import open_sidecar
 from data_pipelines.sources import Source
 from xray.errors import ConfigError

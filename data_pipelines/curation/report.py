@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.curation_balance import Balance, tail_share, take_rows
-from data_pipelines.curation_config import CurationConfig
-from data_pipelines.curation_filters import EXAMPLES, place_of, read_tally
-from data_pipelines.curation_metadata import Metadata
-from data_pipelines.curation_pool import Decision
-from data_pipelines.curation_tables import TextTables, unknown_languages
+from data_pipelines.curation.balance import Balance, tail_share, take_rows
+from data_pipelines.curation.config import CurationConfig
+from data_pipelines.curation.filters import EXAMPLES, place_of, read_tally
+from data_pipelines.curation.metadata import Metadata
+from data_pipelines.curation.pool import Decision
+from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.sidecars import Sidecar
 
 SHOWN = 50  # entries with the most and the fewest texts

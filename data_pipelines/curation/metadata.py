@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.captions import TEXT_FILES, captions_of
-from data_pipelines.curation_matching import PhraseMatcher
+from data_pipelines.curation.matching import PhraseMatcher
 from data_pipelines.decode import BadSample
 from data_pipelines.matching import spaced
-from data_pipelines.pool import over_shards
+from data_pipelines.processes import over_shards
 from data_pipelines.sources import Source
 from data_pipelines.utf8 import read_utf8
 from xray.config import hash_json, nearest

@@ -18,9 +18,9 @@ import numpy as np
 from data_pipelines.balance import uniform
 from data_pipelines.captions import Caption, read_captions
 from data_pipelines.columns import Columns, pack_texts, unpack_texts
-from data_pipelines.curation_balance import Matches, draw, hash_texts, take_rows
-from data_pipelines.curation_config import CurationConfig
-from data_pipelines.curation_filters import (
+from data_pipelines.curation.balance import Matches, draw, hash_texts, take_rows
+from data_pipelines.curation.config import CurationConfig
+from data_pipelines.curation.filters import (
     NO_MATCH,
     NO_METADATA,
     ONE_TEXT,
@@ -31,9 +31,9 @@ from data_pipelines.curation_filters import (
     sample_filters,
     text_filters,
 )
-from data_pipelines.curation_metadata import Metadata
+from data_pipelines.curation.metadata import Metadata
 from data_pipelines.decode import BadSample
-from data_pipelines.sidecars import Sidecar, Slots
+from data_pipelines.sidecars import CopySlots, Sidecar
 from data_pipelines.sources import Source
 from xray.errors import ConfigError
 
@@ -272,7 +272,7 @@ class Sampler:
         }
 
 
-class KeptSlots(Slots):
+class KeptSlots(CopySlots):
     """The samples that a curation keeps, as slots of their source, and which texts it keeps."""
 
     def texts(self, shard: int, slot: int) -> np.ndarray:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.columns import Columns
-from data_pipelines.curation_balance import keyed, rows_of
-from data_pipelines.curation_config import CurationConfig, DedupConfig
-from data_pipelines.curation_filters import EXAMPLES, Taken, within_cap
-from data_pipelines.dedup import components, groups_of, is_near, repeats, similar_pairs
+from data_pipelines.curation.balance import keyed, rows_of
+from data_pipelines.curation.config import CurationConfig, DedupConfig
+from data_pipelines.curation.dedup import components, groups_of, is_near, repeats, similar_pairs
+from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
 from xray.errors import ConfigError

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.captions import metadata_of, read_captions
-from data_pipelines.curation import Curated
-from data_pipelines.curation_tables import KeptSlots
-from data_pipelines.pool import Progress, over_shards
+from data_pipelines.curation.curate import Curated
+from data_pipelines.curation.tables import KeptSlots
+from data_pipelines.processes import Progress, over_shards
 from data_pipelines.recode import TEMPORARY
 from data_pipelines.sources import Source
 from xray.errors import ConfigError
