@@ -81,9 +81,9 @@ def rarest_of(ids: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarr
     return order[np.maximum.reduceat(place[ids], starts)]
 
 
-def uniform(seed: int, source: str, key: str) -> float:
+def uniform(seed: int, identity: str) -> float:
     """A sample's number in [0, 1), the same wherever and whenever it is asked for."""
-    text = f"{seed}\0{source}\0{key}".encode("utf-8", "surrogateescape")
+    text = f"{seed}\0{identity}".encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 

@@ -31,6 +31,9 @@ def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(files["json"])
+        if b"\\ud" in files["json"].lower():  # json can hold halves of characters, UTF-8 cannot
+            whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+            content = json.loads(whole)
     except (ValueError, RecursionError) as error:
         raise BadSample("broken json", str(error)) from error
     return content if isinstance(content, dict) else {}
@@ -78,18 +81,13 @@ def _field(meta: Mapping[str, Any], name: str) -> Any:
 
 def _caption(entry: Any, language: str) -> Caption:
     if isinstance(entry, str):
-        return Caption(_clean(entry), 1.0, language)
+        return Caption(entry.strip(), 1.0, language)
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         weight = entry.get("weight", 1.0)
         if isinstance(weight, (int, float)) and 0 < weight <= MOST_WEIGHT:
             own = str(entry.get("language") or language)
-            return Caption(_clean(entry["text"]), float(weight), own)
+            return Caption(entry["text"].strip(), float(weight), own)
     raise BadSample("broken caption", "neither text nor {text, weight, language}")
-
-
-def _clean(text: str) -> str:
-    """Without the half characters that json can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = None) -> list[str]:

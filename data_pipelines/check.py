@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from data_pipelines.check_shard import Recorded, ShardCheck, Stats, check_shard, printable
+from data_pipelines.check_shard import Recorded, ShardCheck, Stats, check_shard
 from data_pipelines.columns import open_columns
 from data_pipelines.manifest import MANIFEST_VERSION, Manifest, find_shards
 from data_pipelines.remote import ShardCache, fetch_small, is_remote
 from data_pipelines.shards import cache_path
+from data_pipelines.utf8 import printable
 from xray.config import DataConfig
 from xray.errors import DataError
 

@@ -33,6 +33,7 @@ from data_pipelines.shards import (
     sha256_of,
 )
 from data_pipelines.tags import TagReader
+from data_pipelines.utf8 import printable
 from xray.config import DataConfig
 from xray.errors import DataError
 
@@ -323,11 +324,6 @@ def _copies(tar: str) -> Counter[str]:
         key = folder + slash + base.partition(".")[0]
         copies[key] = max(copies[key], count)
     return copies
-
-
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8: names in tars and escapes in json need not be."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _index(path: str, cache: ShardCache) -> ShardIndex | None:

@@ -141,8 +141,8 @@ class Balanced:
         """(ids, weights) of a copy of a sample."""
         ids, weights = (self.labels.row(shard, member, name) for name in ("ids", "weights"))
         if strip and copy:
-            key = self.source.index(shard).key(member)
-            kept = self.replication.kept(ids, uniform(self.seed, self.source.name, key), copy)
+            u = uniform(self.seed, self.source.identity(shard, member))
+            kept = self.replication.kept(ids, u, copy)
             ids, weights = ids[kept], weights[kept]
         return ids, weights
 
@@ -170,7 +170,6 @@ def balanced(
         "balance": balance,
         "threshold": threshold,
         "seed": seed,
-        "source": source.name,
     }
     name = f"slots-{hash_json(facts)[:12]}"
     sidecar = open_sidecar(source, name) or write_sidecar(
@@ -211,7 +210,7 @@ class _SlotWriter:
     seed: int
 
     def __call__(self, shard: int) -> Columns:
-        table, index = self.labels.table(shard), self.source.index(shard)
-        u = np.array([uniform(self.seed, self.source.name, key) for key in index.keys])
+        table, size = self.labels.table(shard), len(self.source.index(shard))
+        u = np.array([uniform(self.seed, self.source.identity(shard, m)) for m in range(size)])
         members, copies = slots_of(self.replication.copies(table["ids"], table["ends"], u))
         return {"members": members, "copies": copies}

@@ -10,11 +10,14 @@ import ahocorasick
 import regex
 
 PUNCTUATION = ",.;:?!`"  # what MetaCLIP surrounds with spaces
-_SPACED = str.maketrans({**{c: f" {c} " for c in PUNCTUATION}, "\t": " ", "\n": " "})
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in " \n")
+_SPACED = str.maketrans({c: f" {c} " for c in PUNCTUATION} | dict.fromkeys(f"{SPACES}\n", " "))
 # Scripts that do not put spaces between words: any place in them may be a word's edge.
 UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 )
+# Between two characters, one of such a script
+BETWEEN_WORDS = regex.compile(rf"(?<=\S)(?={UNSPACED.pattern})|(?<={UNSPACED.pattern})(?=\S)")
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]")
 
 
@@ -43,7 +46,7 @@ class ConceptMatcher:
 
 
 def spaced(text: str) -> str:
-    """A text with spaces at both ends and around punctuation, tabs and newlines as spaces."""
+    """A text with spaces at both ends, around punctuation, and for any other white space."""
     return f" {text.translate(_SPACED)} "
 
 
@@ -60,6 +63,11 @@ def is_edge(text: str, place: int) -> bool:
     if not (_is_word(before) and _is_word(after)):
         return not _is_mark(after)  # a mark belongs to what it stands on
     return _is_unspaced(before) or _is_unspaced(after)
+
+
+def words_of(text: str) -> list[str]:
+    """What spaces separate, and each character of a script without spaces."""
+    return (text if text.isascii() else BETWEEN_WORDS.sub(" ", text)).split()
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -180,6 +180,13 @@ class Source:
         copy, texts = int(self.slots.of(shard)[1][slot]), self.slots.texts(shard, slot)
         return replace(sample, copy=copy, texts=None if texts is None else tuple(texts.tolist()))
 
+    def identity(self, shard: int, member: int) -> str:
+        """What a sample's own draws are seeded by: the names of its shard and itself.
+
+        Where the shards are, and what their source is called, changes none of them.
+        """
+        return f"{self.manifest.name(shard).rpartition('/')[2]}\0{self.index(shard).key(member)}"
+
     def places(self) -> Iterator[tuple[int, int]]:
         """(shard, member) of every slot, in order."""
         for shard in range(len(self.manifest)):

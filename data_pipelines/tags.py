@@ -16,7 +16,7 @@ import regex
 
 from data_pipelines.captions import captions_of, metadata_of
 from data_pipelines.decode import BadSample
-from data_pipelines.matching import ConceptMatcher
+from data_pipelines.matching import UNSPACED, ConceptMatcher
 from data_pipelines.utf8 import read_utf8
 from xray.errors import ConfigError
 
@@ -50,12 +50,15 @@ share dm
 """
 NOT_VISUAL = frozenset(_NOT_VISUAL.split())
 WORD = regex.compile(r"[\p{L}\p{M}]+")
-# A run of letters, digits, marks, _ and emoji after a # that no word or slash precedes (so not in a
-# URL); "#a#b" are two. What holds no letter and no emoji, as "#1", is none.
+# A run of letters, digits, marks, _, joiners and emoji after a # that no word or slash precedes (so
+# not in a URL), but for one of a script without spaces; "#a#b" are two. What holds no letter and no
+# emoji, as "#1", is none.
 HASHTAG = regex.compile(
-    r"(?<![\p{L}\p{M}\p{N}_&/])(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200d\ufe0f"
+    rf"(?:(?<![\p{{L}}\p{{M}}\p{{N}}_&/])|(?<={UNSPACED.pattern}))"
+    r"(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200c\u200d\ufe0f"
     r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
 )
+COLOURED = "\ufe0f"  # behind a character that is to be shown as an emoji; often left out
 MEANS_SOMETHING = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
 
 
@@ -79,7 +82,8 @@ class TagRules:
 
 def canonical(tag: str) -> str:
     """One spelling per tag."""
-    return unicodedata.normalize("NFKC", tag).strip().lstrip("#").strip().casefold()
+    plain = unicodedata.normalize("NFKC", tag).replace(COLOURED, "")
+    return plain.strip().lstrip("#").strip().casefold()
 
 
 class TagReader:
@@ -113,7 +117,7 @@ class TagReader:
         found = found.split() if isinstance(found, str) else found
         if not isinstance(found, list):
             raise BadSample("broken hashtags", f"{type(found).__name__}, not a list")
-        return [str(tag) for tag in found]
+        return [str(tag) for tag in found if isinstance(tag, str | int)]
 
     def _concepts_in(self, caption: str) -> list[str]:
         return self._matcher.find(caption)

@@ -1,10 +1,15 @@
-"""Text files that a setting names."""
+"""Texts that users give and get: files that a setting names, names that can be printed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from xray.errors import ConfigError
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: names in tars need not be."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_utf8(path: str, key: str) -> str:

@@ -18,6 +18,7 @@ from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source, open_source
 from stages import stage_class
 from xray.cli import app
+from xray.config import SourceConfig
 from xray.errors import ConfigError
 
 
@@ -56,8 +57,12 @@ def test_what_is_kept_is_reported(demo: Path, curated: tuple[Path, str, str]) ->
     assert "data:image/png" in page and "Kept" in page and "circle" in page
     written = open_source("new", str(out / "shards"), "image")
     assert len(written) == report["kept"][0]
-    kept = keep_listed(open_source("photos", str(demo / "photos"), "image"), name)
+    kept = keep_listed(open_source("photos", str(demo / "photos"), "image"), keeping(name))
     assert len(kept) == report["kept"][0]
+
+
+def keeping(name: str, captions: dict[str, float] | None = None) -> SourceConfig:
+    return SourceConfig(keep=name, captions=captions or {})
 
 
 def keys(source: Source) -> list[str]:
@@ -73,7 +78,9 @@ def test_a_run_reads_what_is_kept(
     _, name, _ = curated
     config = settings("hashtag", demo, tmp_path, "data.modalities=[image]")
     source = open_sources(config.data, ["photos"])["photos"]
-    kept = keep_listed(source, name)
+    kept = keep_listed(source, keeping(name))
+    with pytest.raises(ConfigError, match=r"photos.captions=\{'alt': 1\}, but the texts"):
+        keep_listed(source, keeping(name, {"alt": 1}))
     assert set(keys(kept)) < set(keys(source)) and kept.digest != source.digest
     prepared = stage_class("hashtag")(config).prepare({"photos": kept}, Parents())["photos"]
     assert set(keys(prepared)) == set(keys(kept))
@@ -103,7 +110,7 @@ def test_the_text_stage_pairs_kept_captions_only(demo: Path, tmp_path: Path) -> 
 def test_mistakes_say_what_to_change(demo: Path, tmp_path: Path) -> None:
     source = open_source("photos", str(demo / "photos"), "image")
     with pytest.raises(ConfigError, match=r"data.sources.photos.keep=gone: its shards have no"):
-        keep_listed(source, "gone")
+        keep_listed(source, keeping("gone"))
     none = tmp_path / "none.txt"
     none.write_text("unicorn\n")
     for given in ((), (f"metadata={none}",), ("metadata=gone.txt",), ("metdata=x",)):

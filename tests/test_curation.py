@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_curation_equals_a_plain_loop(tmp_path: Path) -> None:
     settings = config(tmp_path, ENTRIES, t=15, seed=3)
     curated = curate(source, settings)
     texts = {row["key"]: row["captions"] for rows in shards for row in rows}
+    shard_of = {row["key"]: f"{shard:05d}.tar" for shard, rows in enumerate(shards) for row in rows}
     found = {
         (key, number): [e for e, entry in enumerate(ENTRIES) if f" {entry} " in f" {text} "]
         for key, captions in texts.items()
@@ -54,7 +56,7 @@ def test_curation_equals_a_plain_loop(tmp_path: Path) -> None:
     counts = Counter(entry for entries in found.values() for entry in entries)
     wanted: dict[str, list[int]] = {}
     for (key, number), entries in found.items():
-        digest = hashlib.blake2b(f"pool\0{key}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{shard_of[key]}\0{key}".encode(), digest_size=8).digest()
         one = Matches(
             np.frombuffer(digest, np.int64),
             np.array([1]),
@@ -201,9 +203,22 @@ def test_caps_of_equal_texts_and_of_a_field(tmp_path: Path) -> None:
         settings = config(tmp_path, ["dog"], filters=capped, seed=seed)
         ours = kept(curate(source, settings))
         assert len(ours) == 3 and "x" in ours and ours["x"] == [0]
-        # The same samples, however they lie in shards
-        elsewhere = pool(tmp_path / f"other{seed}", [rows[::-1]])
-        assert kept(curate(elsewhere, settings)) == ours
+        # The same samples, wherever the shards are and however they are named to the command
+        elsewhere = tmp_path / f"other{seed}"
+        shutil.copytree(tmp_path / "pool", elsewhere)
+        for pattern in (elsewhere, elsewhere / "*.tar"):
+            assert kept(curate(open_source("x", str(pattern), "image"), settings)) == ours
+    everyone = [{**row, "user": None} for row in rows]  # no user is not one user
+    anonymous = pool(tmp_path / "anonymous", [everyone])
+    assert len(kept(curate(anonymous, config(tmp_path, ["dog"], filters=capped)))) == len(rows)
+
+
+def test_equal_keys_of_different_shards_are_drawn_apart(tmp_path: Path) -> None:
+    shards = [[{"key": f"{k:03d}", "caption": "dog"} for k in range(20)] for _ in range(50)]
+    source = pool(tmp_path / "pool", shards)
+    settings = [config(tmp_path, ["dog"], t=50, seed=seed) for seed in (0, 1, 2)]
+    drawn = [len(curate(source, own).source) for own in settings]
+    assert all(25 < count < 80 for count in drawn)
 
 
 def test_one_text_stands_for_a_sample(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from xray.errors import ConfigError
 
 
 def random_texts(number: int, rng: random.Random, words: Sequence[str]) -> list[str]:
-    glue = [" "] * 12 + ["  ", ", ", " .", "-", "\t", "\n", "?!", "` "]
+    glue = [" "] * 12 + ["  ", ", ", " .", "-", "\t", "\n", "\r\n", "\u00a0", "?!", "` "]
     return [
         "".join(rng.choice(words) + rng.choice(glue) for _ in range(rng.randrange(12)))
         for _ in range(number)
@@ -51,7 +52,7 @@ def random_texts(number: int, rng: random.Random, words: Sequence[str]) -> list[
 def spaced_by_hand(text: str) -> str:
     for mark in ",.;:?!`":
         text = text.replace(mark, f" {mark} ")
-    return f" {text} ".replace("\t", " ").replace("\n", " ")
+    return re.sub(r"\s", " ", f" {text} ")
 
 
 def test_matchers_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,8 @@ def test_scripts_without_spaces_match_anywhere() -> None:
     matcher = PhraseMatcher(["東京", "東京タワー", "京都", "in"])
     found, ends = matcher.find(["私は東京タワーに行く", "in京都、東京。", "東 京", "東京-in"])
     assert [row.tolist() for row in np.split(found, ends[:-1])] == [[0, 1], [0, 2, 3], [0], [0]]
+    found, ends = matcher.find(["東京\u3000京都", "in\u00a0a\r\nroom"])  # white space of any kind
+    assert [row.tolist() for row in np.split(found, ends[:-1])] == [[0, 2], [3]]
 
 
 # balance --------------------------------------------------------------------------------------

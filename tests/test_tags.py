@@ -46,6 +46,8 @@ def with_tags(folder: Path, rows: Sequence[Sequence[str]], each: int = 4) -> Sou
         ("see http://x.org/#top or mail&#39;s #ok", ["ok"]),
         ("we are #1 and #2nd", ["2nd"]),
         ("word#notatag #", []),
+        ("かわいい#犬 สวย#แมว", ["犬", "แมว"]),
+        ("#क\u200cख", ["क\u200cख"]),
         ("#東京タワー と #हिन्दी और #ไทย", ["東京タワー", "हिन्दी", "ไทย"]),
         ("#❤️ #🇩🇪 #dog🐶 #👨‍👩‍👧", ["❤️", "🇩🇪", "dog🐶", "👨‍👩‍👧"]),
     ],
@@ -228,7 +230,7 @@ def test_an_epoch_has_the_length_asked_for(tmp_path: Path, length: float) -> Non
             ids, weights = found.labels_of(shard, member, copy, strip=True)
             assert len(ids) and (weights == 1).all()
             whole = [int(i) for i in found.labels_of(shard, member, copy, strip=False)[0]]
-            u = uniform(3, "photos", source.index(shard).key(member))
+            u = uniform(3, source.identity(shard, member))
             r = found.replication.factors
             assert ids.tolist() == [i for i in whole if copy == 0 or int(r[i] + u) > copy]
             seen.update(ids.tolist())

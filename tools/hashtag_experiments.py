@@ -1,6 +1,6 @@
 """What balance, loss truncation, a teacher's filter and a teacher's tags gain, on real captions.
 
-The tags are the words of the photos' captions, as many as occur in 20 photos. A small ViT is
+The tags are the words of the photos' captions that occur in many photos. A small ViT is
 trained from scratch on each variant of the data, each with several seeds, and measured on the
 validation photos' own tags. Prints a table per experiment: the mean over seeds and, after ±,
 half the range between the seeds.
@@ -43,7 +43,6 @@ from xray.offline.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
 from xray.offline.stream import data_of
 from xray.restore import Tagger
 
-RULES = TagRules(min_count=20, plurals=True)
 MEASURES = ("precision@1", "recall@5", "mAP")
 NOISES = (0.2, 0.4)
 TRUNCATE = ("hashtag.truncate=0.15",)
@@ -59,8 +58,9 @@ class Bench:
         root = str(options.data)
         self.photos = open_source("photos", "captions_train", "image", root)
         self.held_out = open_source("held_out", "captions_val", "image", root)
-        counts = count_tags(self.photos, "caption_words", RULES)
-        self.vocabulary, _ = build_vocabulary(counts, RULES, "captions_train")
+        rules = TagRules(min_count=options.min_count, plurals=True)
+        counts = count_tags(self.photos, "caption_words", rules)
+        self.vocabulary, _ = build_vocabulary(counts, rules, "captions_train")
         self.vocabulary.save(work / "vocabulary.json")
         self.device = dist.choose_device("auto")
 
@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=24_000, help="seen in each run")
-    parser.add_argument("--resolution", type=int, default=48)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--min-count", type=int, default=200, help="photos of a tag")
     parser.add_argument("--out", type=Path, help="also keep all measures in this .json")
     options = parser.parse_args()
     dist.setup_environment()

@@ -11,6 +11,7 @@ from data_pipelines.curation.report import CurationReport, EntryRow
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source
 from data_pipelines.transforms import load_pixels
+from data_pipelines.utf8 import printable
 from xray.config import DataConfig
 from xray.data_report import sheet
 from xray.figures import COLOR, pixels_of, subplots
@@ -109,7 +110,7 @@ def _pictures(source: Source, keys: set[str]) -> dict[str, Thumbnail]:
     """Those of the samples that are found in the first shards, by key."""
     found: dict[str, Thumbnail] = {}
     for shard in range(min(SHARDS_SEARCHED, len(source.manifest))):
-        for member, key in enumerate(source.index(shard).keys):
+        for member, key in enumerate(map(printable, source.index(shard).keys)):
             if key in keys - found.keys():
                 try:
                     sample = source.sample(shard, member, SIDE, 1)

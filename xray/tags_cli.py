@@ -167,6 +167,7 @@ def find_examples(
     """Captions, or keys, of some samples of each tag of the head and the tail."""
     from data_pipelines.captions import TEXT_FILES, captions_of
     from data_pipelines.decode import BadSample
+    from data_pipelines.utf8 import printable
     from xray.tag_report import SHOWN
 
     wanted = {*vocabulary.tags[:SHOWN], *vocabulary.tags[-SHOWN:]}
@@ -184,7 +185,7 @@ def find_examples(
             except BadSample as error:
                 if error.cause != "no caption":
                     continue
-                text = source.index(shard).key(member)
+                text = printable(source.index(shard).key(member))
             for tag in missing & {vocabulary.tags[number] for number in numbers}:
                 found[tag].append(text[:EXAMPLE_LENGTH])
                 if len(found[tag]) == EXAMPLES:

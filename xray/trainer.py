@@ -59,7 +59,7 @@ class Trainer:
         opened = open_sources(config.data, names)
 
         def prepared() -> dict[str, Source]:
-            kept = {n: keep_listed(s, config.data.sources[n].keep) for n, s in opened.items()}
+            kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
             return self.stage.prepare(kept, parents)
 
         self.sources = dist.main_first(prepared)

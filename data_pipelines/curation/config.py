@@ -21,14 +21,14 @@ class FilterConfig:
     max_height: int = 0
     min_aspect: float = 0.0  # width / height
     max_aspect: float = 0.0
-    min_words: int = 0  # of a text, between spaces
+    min_words: int = 0  # of a text: between spaces, or characters of a script without spaces
     max_words: int = 0
     min_chars: int = 0
     max_chars: int = 0
     max_word_share: float = 0.0  # of the most frequent word in a text of 5 words and more
     max_run: int = 0  # equal characters in a row
     scores: str = ""  # a sidecar with a float column `score`: one per sample, or one per text
-    min_score: float = 0.0
+    min_score: float = 0.0  # below it, a text goes; so do texts without a score
     languages: list[str] = field(default_factory=list)  # of texts, as the data call them; [] = all
     same_text: int = 0  # texts that are equal but for case and spaces, kept of the whole pool
     per_field: str = ""  # a json field, e.g. user, ...
@@ -45,6 +45,10 @@ class FilterConfig:
                 raise ConfigError(f"filters.min_{name}={least} is above filters.max_{name}={most}")
         if bool(self.per_field) != bool(self.per_value):
             raise ConfigError("filters.per_field and filters.per_value need each other")
+        if self.min_score and not self.scores:
+            raise ConfigError(
+                "filters.min_score needs filters.scores, a sidecar of xray data scores"
+            )
 
 
 @dataclass

@@ -133,6 +133,7 @@ class _Maker:
             "pool": pool.digest,
             "thresholds": drawn.thresholds,
             "seed": self.config.seed,
+            "captions": self.config.captions,  # that the texts' numbers are of
         }
         work = Sampler(pool, drawn.rates, self.config.seed)
         return self._made(self.source, "kept", work, settings)

@@ -19,6 +19,7 @@ from data_pipelines.captions import TEXT_FILES, Caption, metadata_of
 from data_pipelines.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.curation.config import FilterConfig
 from data_pipelines.decode import BadSample, open_image, upright_size
+from data_pipelines.matching import words_of
 from data_pipelines.shards import media_extensions, media_in
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
@@ -121,8 +122,8 @@ def sample_filters(config: FilterConfig) -> dict[str, Callable[[Record], bool]]:
 def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], bool]]:
     """The filters of texts that are switched on, by their keys; True keeps a text."""
     c, filters = config, dict[str, Callable[[Record, Text], bool]]()
-    filters["min_words"] = lambda _, text: len(text.text.split()) >= c.min_words
-    filters["max_words"] = lambda _, text: len(text.text.split()) <= c.max_words
+    filters["min_words"] = lambda _, text: len(words_of(text.text)) >= c.min_words
+    filters["max_words"] = lambda _, text: len(words_of(text.text)) <= c.max_words
     filters["min_chars"] = lambda _, text: len(text.text) >= c.min_chars
     filters["max_chars"] = lambda _, text: len(text.text) <= c.max_chars
     filters["max_word_share"] = lambda _, text: word_share(text.text) <= c.max_word_share
@@ -133,7 +134,7 @@ def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], boo
 
 def word_share(text: str) -> float:
     """The share of a text's words that are its most frequent one; 0 of short texts."""
-    words = text.casefold().split()
+    words = words_of(text.casefold())
     if len(words) < SHORTEST_REPEATING:
         return 0.0
     return max(Counter(words).values()) / len(words)

@@ -12,25 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import regex
 
-from data_pipelines.matching import PUNCTUATION, UNSPACED
+from data_pipelines.matching import BETWEEN_WORDS, PUNCTUATION, SPACES
 from data_pipelines.shuffle import GOLDEN, mixed
 
 CHUNK = 1 << 19  # characters of text that are looked at together: some MB of arrays
 SPACE, NEWLINE = 32, 10
 # The first k of 8 bytes that were read as one little-endian number.
 FIRST = np.array([(1 << 8 * k) - 1 for k in range(9)], np.uint64)
-# Between two characters, one of a script without spaces: there, any place is a word's edge.
-_EDGE = regex.compile(rf"(?<=\S)(?={UNSPACED.pattern})|(?<={UNSPACED.pattern})(?=\S)")
 
 
 class PhraseMatcher:
     """Which of many phrases are in texts, as MetaCLIP matches its metadata (arXiv 2309.16671).
 
-    A phrase is in a text where " phrase " is in it, once both have spaces around punctuation, and
-    around each character of a script that has no spaces. Case counts. A phrase's number is its
-    place; of equal phrases, the first. None may be empty.
+    A phrase is in a text where " phrase " is in it, once both have spaces around punctuation, for
+    any other white space, and around each character of a script that has no spaces. Case counts. A
+    phrase's number is its place; of equal phrases, the first. None may be empty.
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
@@ -117,9 +114,10 @@ class _Lines:
         whole = " \n ".join(texts)
         if whole.count("\n") >= len(texts):
             whole = " \n ".join([text.replace("\n", " ") for text in texts])
-        whole = whole.replace("\t", " ")
+        for space in SPACES:
+            whole = whole.replace(space, " ")
         if not whole.isascii():
-            whole = _EDGE.sub(" ", whole)
+            whole = BETWEEN_WORDS.sub(" ", whole)  # any place is a word's edge
         for mark in PUNCTUATION:
             whole = whole.replace(mark, f" {mark} ")
         content = f" {whole} \n ".encode("utf-8", "surrogatepass")

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.columns import Columns
-from data_pipelines.curation.balance import keyed, rows_of
+from data_pipelines.curation.balance import hash_texts, keyed, rows_of
 from data_pipelines.curation.config import CurationConfig, DedupConfig
 from data_pipelines.curation.dedup import components, groups_of, is_near, repeats, similar_pairs
 from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
+from data_pipelines.utf8 import printable
 from xray.errors import ConfigError
 
 
@@ -71,7 +72,7 @@ class Pool:
 
     def key(self, place: int) -> str:
         shard, row = self.place(place)
-        return self.source.index(shard).key(int(self._table(shard)["members"][row]))
+        return printable(self.source.index(shard).key(int(self._table(shard)["members"][row])))
 
     def place(self, place: int) -> tuple[int, int]:
         """(shard, row of its table) of a sample."""
@@ -157,12 +158,11 @@ def decide(
     if filters.same_text:
         pool.keep_same_texts(filters.same_text)
     if filters.per_field:
-        left = pool.left
-        order = keyed(
-            pool.of_samples("hashes").view(np.uint64)[left], config.seed, np.zeros(len(left))
-        )
-        within = within_cap(pool.of_samples("values")[left], order, filters.per_value)
-        pool.drop("per_value", left[~within])
+        values = pool.of_samples("values")
+        left = pool.left[values[pool.left] != hash_texts([""])[0]]  # without one, nothing is shared
+        samples = pool.of_samples("hashes").view(np.uint64)[left]
+        order = keyed(samples, config.seed, np.zeros(len(left)))
+        pool.drop("per_value", left[~within_cap(values[left], order, filters.per_value)])
     return pool.decision
 
 

@@ -15,6 +15,7 @@ from data_pipelines.curation.metadata import Metadata
 from data_pipelines.curation.pool import Decision
 from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.sidecars import Sidecar
+from data_pipelines.utf8 import printable
 
 SHOWN = 50  # entries with the most and the fewest texts
 POINTS = 512  # of a curve
@@ -100,7 +101,7 @@ def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) 
             step.samples += taken.samples
             step.texts += taken.texts
             room = EXAMPLES - len(step.keys)
-            step.keys += [index.key(member) for member in taken.members[:room]]
+            step.keys += [printable(index.key(member)) for member in taken.members[:room]]
     later = [Step(name, t.samples, t.texts, t.keys) for name, t in decision.steps.items()]
     report.read = (int(read[0]), int(read[1]))
     report.steps = [*sorted(steps.values(), key=lambda step: place_of(step.name)), *later]
@@ -117,7 +118,7 @@ def add_sampling(
     texts = np.zeros((2, languages), np.int64)  # before and after
     matched, taken, lost = np.zeros(2, np.int64), np.zeros(2, np.int64), list[str]()
     for shard, matches in enumerate(pool):
-        table, key = kept.table(shard), pool.texts.source.index(shard).key
+        table, index = kept.table(shard), pool.texts.source.index(shard)
         entries, _ = take_rows(matches.entries, matches.entry_ends, table["rows"])
         after += np.bincount(entries, minlength=len(after))
         # All entries in a text are of its language.
@@ -129,9 +130,9 @@ def add_sampling(
         taken += len(table["members"]), len(table["texts"])
         if len(lost) < EXAMPLES:
             out = np.setdiff1d(members, table["members"])[: EXAMPLES - len(lost)]
-            lost += map(key, out.tolist())
+            lost += [printable(index.key(member)) for member in out.tolist()]
         room = EXAMPLES - len(report.kept_keys)
-        report.kept_keys += map(key, table["members"][:room].tolist())
+        report.kept_keys += [printable(index.key(m)) for m in table["members"][:room].tolist()]
     report.matched, report.kept = _pair(matched), _pair(taken)
     report.steps.append(Step("balance", *_pair(matched - taken), lost))
     report.curve = _curve(drawn.counts, after)

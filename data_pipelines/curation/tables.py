@@ -45,7 +45,7 @@ def language_function(name: str) -> Callable[[str], str]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module does
         raise ConfigError(f"language={name} cannot be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"language={name} is no function")
@@ -127,9 +127,8 @@ class TextMatcher:
 
     def _one(self, record: Record, texts: list[Text]) -> Text:
         """A text drawn by weight, always the same for a seed and a key."""
-        key = self.source.index(record.shard).key(record.member)
         shares = np.cumsum([text.caption.weight for text in texts])
-        u = uniform(self.config.seed, self.source.name, key)
+        u = uniform(self.config.seed, self.source.identity(record.shard, record.member))
         return texts[min(int(np.searchsorted(shares, u * shares[-1], "right")), len(texts) - 1)]
 
     def _with_metadata(
@@ -149,24 +148,30 @@ class TextMatcher:
 
     def _language(self, record: Record, text: Text) -> str:
         if self._detect is not None:
-            return str(self._detect(text.text) or "")
+            try:
+                return str(self._detect(text.text) or "")
+            except Exception as error:
+                raise ConfigError(
+                    f"language={self.config.language} fails for {text.text[:60]!r} "
+                    f"({type(error).__name__}: {error}): have it return '' for no language"
+                ) from error
         if self.config.language == "language":
             return text.caption.language
         return str(record.meta.get(self.config.language) or "")
 
     def _value(self, record: Record) -> str:
         field = self.config.filters.per_field
-        return str(record.meta.get(field, "")) if field else ""
+        value = record.meta.get(field) if field else None
+        return "" if value is None else str(value)
 
     def _matched(self, shard: int, passed: list[_Passed], tally: Tally) -> Columns:
         """The columns of the samples with a match."""
         texts = [text for row in passed for text in row.texts]
         languages = np.array([number for row in passed for number in row.languages], np.int32)
         members = np.array([row.member for row in passed], np.int32)
-        keys = self.source.index(shard).keys
         entries, entry_ends = self._find([text.text for text in texts], languages)
         matches = Matches(
-            hash_texts(f"{self.source.name}\0{keys[row.member]}" for row in passed),
+            hash_texts(self.source.identity(shard, row.member) for row in passed),
             np.cumsum([len(row.texts) for row in passed], dtype=np.int64),
             np.array([text.number for text in texts], np.int32),
             entry_ends,
