@@ -6,6 +6,7 @@ UTF-8 bytes and one of where each text ends.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -48,6 +49,16 @@ def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
         columns[name] = np.asarray(body[begin:end]).view(DTYPES[entry["dtype"]])
         columns[name] = columns[name].reshape(entry["shape"])
     return columns, facts
+
+
+def open_first(paths: Iterable[Path], wanted: Mapping[str, Any]) -> tuple[Columns, dict[str, Any]]:
+    """Columns and facts of the first of some files with these facts; ({}, {}) for none."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            columns, facts = open_columns(path)
+            if wanted.items() <= facts.items():
+                return columns, facts
+    return {}, {}
 
 
 def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

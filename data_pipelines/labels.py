@@ -8,15 +8,15 @@ read rows of it; nothing is parsed twice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.balance import Balance, Replication, rarest_of, replication, slots_of, uniform
 from data_pipelines.captions import TEXT_FILES
-from data_pipelines.columns import Columns, open_columns, save_columns
+from data_pipelines.columns import Columns, open_first, save_columns
 from data_pipelines.decode import BadSample
 from data_pipelines.processes import Progress
 from data_pipelines.sidecars import CopySlots, Sidecar, open_sidecar, pack_rows, write_sidecar
@@ -26,9 +26,16 @@ from data_pipelines.vocabulary import Vocabulary
 from xray.config import hash_json
 from xray.errors import DataError
 
-# Of a teacher's sidecar: tags, their probabilities, those by their means over all samples, and
-# whether the teacher would add the tag; a sample's own tags are there whatever their probability.
-TEACHER_COLUMNS = ("ids", "scores", "lift", "chosen")
+# Of a teacher's sidecar: tags, their probabilities, and whether the teacher would add the tag; a
+# sample's own tags are there whatever their probability. In its totals, `prior` is the mean
+# probability of each tag.
+TEACHER_COLUMNS = ("ids", "scores", "chosen")
+RAREST = 1e-12  # mean probability: no division by 0
+
+
+def teacher_sidecar(name: str, source: Source) -> str:
+    """The sidecar of a teacher for what a source is of its shards."""
+    return f"{name}-{source.modality}-{source.animations}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Labeller:
     vocabulary: Vocabulary
     teacher: Sidecar | None = None
     use: TeacherRules = TeacherRules()
+    captions: Mapping[str, float] = field(default_factory=dict)  # json fields of the captions
 
     def __call__(self, shard: int) -> Columns:
         rows, ids, weights = self._own(shard), [], []
@@ -70,7 +78,7 @@ class Labeller:
         for member in self.source.members(shard).tolist():
             try:
                 files = self.source.read(shard, member, TEXT_FILES)
-                tags = self._reader.tags_of(files, self.origin)
+                tags = self._reader.tags_of(files, self.origin, self.captions)
             except BadSample:
                 continue
             rows[member] = np.array(self.vocabulary.encode(tags), np.int32)
@@ -83,7 +91,8 @@ class Labeller:
             return own, weights
         row = {name: self.teacher.row(shard, member, name) for name in TEACHER_COLUMNS}
         if len(own) and self.use.min_lift:
-            agreed = np.isin(own, row["ids"][row["lift"] >= self.use.min_lift])
+            lift = row["scores"] / np.maximum(self.teacher.totals["prior"][row["ids"]], RAREST)
+            agreed = np.isin(own, row["ids"][lift >= self.use.min_lift])
             own, weights = own[agreed], weights[agreed]
         if not len(own) and self.use.pseudo_weight:
             chosen = row["chosen"] > 0
@@ -102,11 +111,12 @@ def label(work: Labeller, workers: int = 1, progress: Progress | None = None) ->
     """The labels of a source, from its sidecar where that was made with the same settings."""
     teacher = work.teacher.digest if work.teacher is not None else ""
     vocabulary = work.vocabulary.digest
-    use, field = asdict(work.use) if teacher else {}, work.rules.field
+    use = asdict(work.use) if teacher else {}
     facts = {
         "vocabulary": vocabulary,
         "tags": work.origin,
-        "field": field,
+        "field": work.rules.field,
+        "captions": dict(work.captions),
         "teacher": teacher,
         "use": use,
         "modality": [work.source.modality, work.source.animations],
@@ -180,19 +190,16 @@ def balanced(
 
 def _counted(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples per tag, and by their rarest tag, [V] each; kept beside the labels."""
-    path = labels.source.derived(f"{labels.name}-counts")
-    try:
-        columns, facts = open_columns(path)
-        if facts == {"labels": labels.digest}:
-            return columns["counts"], columns["rarest"]
-    except (OSError, ValueError, KeyError):
-        pass
+    name, facts = f"{labels.name}-counts", {"labels": labels.digest}
+    kept, _ = open_first(labels.source.derived_at(name), facts)
+    if kept:
+        return kept["counts"], kept["rarest"]
     counts, rarest = np.zeros(tags, np.int64), np.zeros(tags, np.int64)
     for ids, _ in _rows(labels):
         counts += np.bincount(ids, minlength=tags)
     for ids, ends in _rows(labels):
         rarest += np.bincount(rarest_of(ids, ends, counts), minlength=tags)
-    save_columns(path, {"counts": counts, "rarest": rarest}, {"labels": labels.digest})
+    save_columns(labels.source.derived(name), {"counts": counts, "rarest": rarest}, facts)
     return counts, rarest
 
 

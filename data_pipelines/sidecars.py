@@ -1,8 +1,9 @@
 """Tables about the samples of a source that were derived from them: labels, scores, slots.
 
 A sidecar has one file per shard, beside the shard's index (`SHARD.tar.NAME`), and a summary of all
-(`shards.NAME`), which is written last: without it there is no sidecar. A shard's table is either
-one row per member (`ends` says where each row ends in the other columns), or a list of `members`.
+(`shards-HASH.NAME`), which is written last: without it there is no sidecar. A shard's table is
+either one row per member (`ends` says where each row ends in the other columns), or a list of
+`members`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.columns import Columns, open_columns, save_columns
+from data_pipelines.columns import Columns, open_first, save_columns
 from data_pipelines.processes import Progress, over_shards
 from data_pipelines.sources import OPEN_INDEXES, Source
 from xray.errors import DataError
@@ -29,13 +29,18 @@ Work = Callable[[int], Columns]  # a shard's table; pickled to the processes tha
 class Sidecar:
     """The tables of a source's shards under one name.
 
-    counts: rows per shard, [S] int64. facts: what it was made with.
+    totals: columns about all shards, of which counts is one: rows per shard, [S] int64. facts: what
+    it was made with.
     """
 
     source: Source
     name: str
-    counts: np.ndarray
+    totals: Columns
     facts: Mapping[str, Any]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.totals["counts"]
 
     @property
     def digest(self) -> str:
@@ -51,10 +56,12 @@ class Sidecar:
         return functools.lru_cache(maxsize=OPEN_INDEXES)(self._open)
 
     def _open(self, shard: int) -> Columns:
-        path = self.source.derived(self.name, shard)
-        found = _load(path, self.source.index(shard).facts["digest"])
+        found = _load(self.source, self.name, shard)
         if found is None:
-            raise DataError(f"{path} is missing or of another shard: delete {self._summary}")
+            path = self.source.derived(self.name, shard)
+            raise DataError(
+                f"{path} is missing or of another shard: delete {self.source.derived(self.name)}"
+            )
         return found
 
     def row(self, shard: int, member: int, column: str) -> np.ndarray:
@@ -63,23 +70,15 @@ class Sidecar:
         start = int(table["ends"][member - 1]) if member else 0
         return table[column][start : int(table["ends"][member])]
 
-    @property
-    def _summary(self) -> Path:
-        return self.source.derived(self.name)
-
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_opened"}
 
 
 def open_sidecar(source: Source, name: str) -> Sidecar | None:
     """A source's sidecar, or None where there is none of these shards."""
-    try:
-        columns, facts = open_columns(source.derived(name))
-    except (OSError, ValueError, KeyError):
-        return None
-    if facts.get("version") != VERSION or facts.get("manifest") != source.manifest.digest:
-        return None
-    return Sidecar(source, name, columns["counts"], facts)
+    wanted = {"version": VERSION, "manifest": source.manifest.digest}
+    columns, facts = open_first(source.derived_at(name), wanted)
+    return Sidecar(source, name, columns, facts) if columns else None
 
 
 def write_sidecar(
@@ -107,20 +106,28 @@ def save_table(source: Source, name: str, shard: int, columns: Columns) -> None:
 
 def saved_table(source: Source, name: str, shard: int) -> tuple[int, str] | None:
     """(rows, digest) of a shard's table, None where there is none."""
-    columns = _load(source.derived(name, shard), source.index(shard).facts["digest"])
+    columns = _load(source, name, shard)
     return None if columns is None else _size_and_digest(columns)
 
 
 def finish_sidecar(
-    source: Source, name: str, tables: Sequence[tuple[int, str]], facts: Mapping[str, Any]
+    source: Source,
+    name: str,
+    tables: Sequence[tuple[int, str]],
+    facts: Mapping[str, Any],
+    totals: Mapping[str, np.ndarray] | None = None,
 ) -> Sidecar:
     """Write the summary once all tables are there: (rows, digest) of each."""
-    counts = np.array([count for count, _ in tables], np.int64)
-    state = hashlib.sha256("".join(digest for _, digest in tables).encode())
+    digests = "".join(digest for _, digest in tables)
+    state = hashlib.sha256(digests.encode())
+    columns = dict(totals or {})
+    for key in sorted(columns):
+        state.update(columns[key].tobytes())
+    columns["counts"] = np.array([count for count, _ in tables], np.int64)
     manifest = {"version": VERSION, "manifest": source.manifest.digest}
     whole = {**facts, **manifest, "digest": state.hexdigest()}
-    save_columns(source.derived(name), {"counts": counts}, whole)
-    return Sidecar(source, name, counts, whole)
+    save_columns(source.derived(name), columns, whole)
+    return Sidecar(source, name, columns, whole)
 
 
 @dataclass(frozen=True)
@@ -147,12 +154,9 @@ def _size_and_digest(columns: Columns) -> tuple[int, str]:
     return len(rows), state.hexdigest()
 
 
-def _load(path: Path, shard: str) -> Columns | None:
-    try:
-        columns, facts = open_columns(path)
-    except (OSError, ValueError, KeyError):
-        return None
-    return columns if (facts.get("version"), facts.get("shard")) == (VERSION, shard) else None
+def _load(source: Source, name: str, shard: int) -> Columns | None:
+    wanted = {"version": VERSION, "shard": source.index(shard).facts["digest"]}
+    return open_first(source.derived_at(name, shard), wanted)[0] or None
 
 
 class CopySlots:

@@ -23,7 +23,6 @@ from data_pipelines.remote import ShardCache, is_remote
 from data_pipelines.shards import (
     Modality,
     ShardIndex,
-    cache_path,
     index_shard,
     kept_at,
     load_index,
@@ -130,11 +129,16 @@ class Source:
         return self._opened(shard)[1] if self.slots is None else self.slots.of(shard)[0]
 
     def derived(self, name: str, shard: int | None = None) -> Path:
-        """Where a file that was derived from a shard, or from all, is kept: as its index is."""
-        where = f"{self.manifest.folder}/shards" if shard is None else self.manifest.path(shard)
+        """Where to write what was derived from a shard, or from all: beside it, as its index is."""
+        return self.derived_at(name, shard)[-1]
+
+    def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
+        """Where that may be: whoever may write there has written it, or this user elsewhere."""
+        these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
+        where = these if shard is None else self.manifest.path(shard)
         if self.cache is not None:
-            return kept_of_remote(where, self.cache, name)
-        return cache_path(Path(f"{where}.{name}"))
+            return [kept_of_remote(where, self.cache, name)]
+        return kept_at(Path(f"{where}.{name}"))
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import regex
@@ -18,6 +18,7 @@ from data_pipelines.captions import captions_of, metadata_of
 from data_pipelines.decode import BadSample
 from data_pipelines.matching import UNSPACED, ConceptMatcher
 from data_pipelines.utf8 import read_utf8
+from xray.config import hash_json
 from xray.errors import ConfigError
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
@@ -97,12 +98,17 @@ class TagReader:
     ) -> None:
         self.field, self.aliases, self.concepts = field, aliases, concepts
 
-    def tags_of(self, files: dict[str, bytes], origin: Origin) -> list[str]:
-        """A sample's tags in order of appearance, each once; raises BadSample."""
+    def tags_of(
+        self, files: dict[str, bytes], origin: Origin, fields: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """A sample's tags in order of appearance, each once; raises BadSample.
+
+        fields: where its captions are (`read_captions`).
+        """
         if origin == "hashtags":
             found = self._listed(files)
         else:
-            captions = captions_of(files)
+            captions = captions_of(files, fields)
             find = {
                 "caption_hashtags": hashtags_in,
                 "caption_words": words_in,
@@ -111,6 +117,12 @@ class TagReader:
             found = [tag for caption in captions for tag in find(caption)]
         tags = (self.aliases.get(tag, tag) for tag in map(canonical, found))
         return [tag for tag in dict.fromkeys(tags) if tag]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What tells readers apart."""
+        lists = [sorted(self.aliases.items()), sorted(self.concepts)]
+        return {"field": self.field, "lists": hash_json(lists)}
 
     def _listed(self, files: dict[str, bytes]) -> list[str]:
         found = metadata_of(files).get(self.field) or []
@@ -193,3 +205,4 @@ class TagsConfig(TagRules):
     """Where tags are found, and how they become a vocabulary."""
 
     tags: Origin = "hashtags"
+    captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.captions import TEXT_FILES
+from data_pipelines.columns import Columns, open_first, pack_texts, save_columns, unpack_texts
 from data_pipelines.decode import BadSample
 from data_pipelines.processes import Progress, over_shards
 from data_pipelines.sources import Source
@@ -130,6 +133,34 @@ class TagCounts:
         self.tags.update(other.tags)
         self.both.update(other.both)
 
+    def columns(self) -> Columns:
+        """As columns of a file."""
+        tags, tag_ends = pack_texts(self.tags)
+        pairs, pair_ends = pack_texts(tag for pair in self.both for tag in pair)
+        return {
+            "sizes": np.array([self.samples, self.tagged], np.int64),
+            "tags": tags,
+            "tag_ends": tag_ends,
+            "counts": np.array([*self.tags.values()], np.int64),
+            "pairs": pairs,
+            "pair_ends": pair_ends,
+            "pair_counts": np.array([*self.both.values()], np.int64),
+        }
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray]) -> TagCounts:
+        """From such columns."""
+        samples, tagged = columns["sizes"].tolist()
+        tags = unpack_texts(columns["tags"], columns["tag_ends"])
+        names = iter(unpack_texts(columns["pairs"], columns["pair_ends"]))
+        pairs = list(zip(names, names, strict=True))
+        return cls(
+            samples,
+            tagged,
+            Counter(dict(zip(tags, columns["counts"].tolist(), strict=True))),
+            Counter(dict(zip(pairs, columns["pair_counts"].tolist(), strict=True))),
+        )
+
 
 @dataclass(frozen=True)
 class TagCounter:
@@ -138,12 +169,14 @@ class TagCounter:
     source: Source
     origin: Origin
     rules: TagRules
+    captions: dict[str, float]
 
     def __call__(self, shard: int) -> TagCounts:
         reader, counts = self._reader, TagCounts()
         for member in self.source.members(shard).tolist():
             try:
-                tags = reader.tags_of(self.source.read(shard, member, TEXT_FILES), self.origin)
+                files = self.source.read(shard, member, TEXT_FILES)
+                tags = reader.tags_of(files, self.origin, self.captions)
             except BadSample:
                 tags = []
             counts.add(tags)
@@ -171,15 +204,26 @@ def count_tags(
     rules: TagRules,
     workers: int = 1,
     progress: Progress | None = None,
+    captions: Mapping[str, float] | None = None,
 ) -> TagCounts:
-    """Tags of all samples of a source, by shard in parallel."""
+    """Tags of all samples of a source, by shard in parallel; kept beside the shards' indexes.
+
+    captions: the json fields of `tags: caption_...` (`read_captions`).
+    """
     if origin == "concepts" and not rules.concepts:
         raise ConfigError("tags=concepts looks for the entries of a list: set concepts=FILE")
-    raw_reader(rules.field, rules.aliases, rules.concepts)  # a mistake in a file shows here
+    reader = raw_reader(rules.field, rules.aliases, rules.concepts)
+    work = TagCounter(source, origin, rules, dict(captions or {}))
+    facts = {"source": source.digest, "tags": origin, "captions": work.captions, **reader.facts}
+    name = f"tags-{hash_json(facts)[:12]}"
+    kept, _ = open_first(source.derived_at(name), facts)
+    if kept:
+        return TagCounts.of(kept)
     counts = TagCounts()
-    found = over_shards(TagCounter(source, origin, rules), len(source.manifest), workers)
+    found = over_shards(work, len(source.manifest), workers)
     for more in progress(found, len(source.manifest)) if progress else found:
         counts.join(more)
+    save_columns(source.derived(name), counts.columns(), facts)
     return counts
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.balance import Balance
-from data_pipelines.labels import Balanced, Labeller, TeacherRules, balanced, label
+from data_pipelines.labels import Balanced, Labeller, TeacherRules, balanced, label, teacher_sidecar
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Sample, Source
 from data_pipelines.tags import TagRules
@@ -155,6 +155,7 @@ class HashtagStage(Stage):
     name = "hashtag"
     Config = HashtagConfig
     accepts = ("mae", "hashtag", "clip")
+    teacher_digest = ""  # of the artifact that judged or added tags
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and give the labelled ones slots."""
@@ -167,9 +168,8 @@ class HashtagStage(Stage):
         self.balanced: dict[str, Balanced] = {}
         for name, source in sources.items():
             teacher = self._teacher(source) if name in training else None
-            use = TeacherRules(options.min_lift, options.pseudo_weight)
-            origin = data.sources[name].tags
-            work = Labeller(source, origin, options, self.vocabulary, teacher, use)
+            use, own = TeacherRules(options.min_lift, options.pseudo_weight), data.sources[name]
+            work = Labeller(source, own.tags, options, self.vocabulary, teacher, use, own.captions)
             labels = label(work, data.workers)
             balance: Balance = options.balance if name in training else "none"
             self.balanced[name] = balanced(
@@ -190,21 +190,38 @@ class HashtagStage(Stage):
         counts = TagCounts()
         names = [block.source for block in self.config.blocks]
         for name in names:
-            counts.join(count_tags(sources[name], data.sources[name].tags, options, data.workers))
+            own = data.sources[name]
+            found = count_tags(
+                sources[name], own.tags, options, data.workers, captions=own.captions
+            )
+            counts.join(found)
         return build_vocabulary(counts, options, ", ".join(names))[0]
 
     def _teacher(self, source: Source) -> Sidecar | None:
         name = self.config.hashtag.teacher
         if not name:
             return None
-        found = open_sidecar(source, name)
+        found = open_sidecar(source, teacher_sidecar(name, source))
         if found is None:
             raise ConfigError(
                 f"hashtag.teacher={name}: source {source.name!r} has no such sidecar for its "
                 "shards; make it with xray data pseudo-tags, which prints its name"
             )
         _check_same(self.vocabulary, found.facts["vocabulary"], f"hashtag.teacher={name}")
+        self._check_judged(source.name, found)
+        self.teacher_digest = found.facts["teacher"]
         return found
+
+    def _check_judged(self, source: str, teacher: Sidecar) -> None:
+        """Raise ConfigError where `min_lift` is asked of tags that the teacher did not look at."""
+        own = self.config.data.sources[source]
+        used = {"tags": own.tags, "captions": own.captions, "field": self.config.hashtag.field}
+        judged = {name: teacher.facts["settings"][name] for name in used}
+        if self.config.hashtag.min_lift and judged != used:
+            raise ConfigError(
+                f"hashtag.min_lift: the teacher judged tags of {judged}, but those of source "
+                f"{source!r} are of {used}: run xray data pseudo-tags with these settings"
+            )
 
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)
@@ -238,7 +255,8 @@ class HashtagStage(Stage):
         return {"vocabulary.json": self.vocabulary}
 
     def inputs(self) -> dict[str, str]:
-        return {"vocabulary": self.vocabulary.digest}
+        digests = {"vocabulary": self.vocabulary.digest, "teacher": self.teacher_digest}
+        return {name: digest for name, digest in digests.items() if digest}
 
 
 def _check_same(vocabulary: Vocabulary, digest: str, what: str) -> None:

@@ -98,7 +98,7 @@ def test_same_result_with_more_processes_and_when_resumed(tmp_path: Path) -> Non
     two = curate(pool(folder, shards), both)
     assert kept(two) == kept(one) and two.kept.digest == one.kept.digest
     assert two.report.steps == one.report.steps
-    removed = [*folder.glob("shards.*-*"), *folder.glob("0000[135].tar.*-*")]
+    removed = [*folder.glob("shards-*.*"), *folder.glob("0000[135].tar.*-*")]
     left = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar.*-*")}
     left = {path: time for path, time in left.items() if path not in removed}
     assert len(removed) >= 12 and len(left) >= 12

@@ -56,6 +56,7 @@ def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
 
 
 def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    from data_pipelines.labels import teacher_sidecar
     from data_pipelines.sidecars import open_sidecar
     from data_pipelines.sources import open_source
     from data_pipelines.vocabulary import Vocabulary
@@ -74,7 +75,8 @@ def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path
     options = ["temperature=2", "template=one {}", "--vocabulary", str(tags)]
     output = CliRunner().invoke(app, [*command, *options]).output
     source = open_source("photos", str(photos), "image")
-    sidecar = open_sidecar(source, output.split("hashtag.teacher=")[1].split()[0])
+    name = output.split("hashtag.teacher=")[1].split()[0]
+    sidecar = open_sidecar(source, teacher_sidecar(name, source))
     assert sidecar is not None
 
     artifact, names = open_artifact(chain["clip"]), Vocabulary.load(tags).tags

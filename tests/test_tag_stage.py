@@ -14,6 +14,7 @@ from shards import jpeg, write_tar
 from tiny import settings, train
 from typer.testing import CliRunner
 
+from data_pipelines.labels import teacher_sidecar
 from data_pipelines.sidecars import open_sidecar
 from data_pipelines.sources import open_source
 from data_pipelines.transforms import load_pixels, load_views
@@ -130,7 +131,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     assert "6 of 6 untagged samples got tags" in output and "undecodable image: 1" in output
     name = taught(output)
     source = open_source("mine", str(folder), "image")
-    sidecar = open_sidecar(source, name)
+    sidecar = open_sidecar(source, teacher_sidecar(name, source))
     assert sidecar is not None
     assert sidecar.facts["teacher"] == open_artifact(teacher).digest
     table = sidecar.table(0)
@@ -142,12 +143,12 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
             assert 0 < table["scores"][row].sum() <= 1 + 1e-5
     # the same again does nothing, and gives the same
     assert taught(run(*command)) == name
-    again = open_sidecar(source, name)
+    again = open_sidecar(source, teacher_sidecar(name, source))
     assert again is not None and again.digest == sidecar.digest
     # other settings are another sidecar
-    other = open_sidecar(source, taught(run(*command, "top=1")))
+    other = open_sidecar(source, teacher_sidecar(taught(run(*command, "top=1")), source))
     assert other is not None and other.table(0)["chosen"].sum() == 11
-    assert open_sidecar(source, name).digest == sidecar.digest  # type: ignore[union-attr]
+    assert open_sidecar(source, teacher_sidecar(name, source)).digest == sidecar.digest  # type: ignore[union-attr]
 
     config = (
         *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from shards import jpeg, write_tar
 
 from data_pipelines.balance import Replication, replication, slots_of, uniform
 from data_pipelines.decode import BadSample
-from data_pipelines.labels import Labeller, TeacherRules, balanced, label
+from data_pipelines.labels import TEACHER_COLUMNS, Labeller, TeacherRules, balanced, label
 from data_pipelines.matching import ConceptMatcher, folded, is_edge
 from data_pipelines.sidecars import open_sidecar, pack_rows, write_sidecar
 from data_pipelines.sources import Source, open_source
@@ -282,23 +283,24 @@ def test_a_sidecar_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 def test_a_teacher_adds_tags_and_disagrees(tmp_path: Path) -> None:
     source = with_tags(tmp_path / "s", [["a", "b"], [], ["a"], []])
     vocabulary = Vocabulary(("a", "b", "c"), (2, 1, 1))
+    prior = np.array([0.3, 0.5, 0.3], np.float32)
     rows = [
-        ([0, 1, 2], [0.6, 0.1, 0.3], [2.0, 0.2, 1.0], [1, 0, 1]),
-        ([1, 2], [0.7, 0.2], [3.0, 0.5], [1, 1]),
-        ([0, 2], [0.1, 0.8], [0.1, 5.0], [0, 1]),
-        ([], [], [], []),
+        ([0, 1, 2], [0.6, 0.1, 0.3], [1, 0, 1]),
+        ([1, 2], [0.7, 0.2], [1, 1]),
+        ([0, 2], [0.1, 0.8], [0, 1]),
+        ([], [], []),
     ]
 
     def teach(shard: int) -> dict[str, np.ndarray]:
-        kinds = (np.int32, np.float32, np.float32, np.uint8)
+        kinds = (np.int32, np.float32, np.uint8)
         packed = [
             pack_rows([np.array(row[i]) for row in rows], kind) for i, kind in enumerate(kinds)
         ]
-        names = ("ids", "scores", "lift", "chosen")
-        columns = {name: values for name, (values, _) in zip(names, packed, strict=True)}
+        columns = {n: values for n, (values, _) in zip(TEACHER_COLUMNS, packed, strict=True)}
         return {**columns, "ends": packed[0][1]}
 
-    teacher = write_sidecar(source, "teacher", teach, {"vocabulary": vocabulary.digest})
+    written = write_sidecar(source, "teacher", teach, {})
+    teacher = replace(written, totals={**written.totals, "prior": prior})
 
     def labels(min_lift: float, pseudo_weight: float) -> list[tuple[list[int], list[float]]]:
         use = TeacherRules(min_lift, pseudo_weight)

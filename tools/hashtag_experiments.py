@@ -118,7 +118,7 @@ class Bench:
         data: DataConfig = data_of(artifact, 1)
         found = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
         print(f"the teacher tags {found.added:,} of {found.untagged:,} untagged photos", flush=True)
-        return f"hashtag.teacher={found.sidecar.name}"
+        return f"hashtag.teacher={found.name}"
 
 
 def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:

@@ -57,7 +57,9 @@ def data_tags(
     config.validate("")
     counts, sources = TagCounts(), [open_any(pattern) for pattern in shards]
     for source in sources:
-        found = count_tags(source, config.tags, config, workers, progress_of("reading"))
+        found = count_tags(
+            source, config.tags, config, workers, progress_of("reading"), config.captions
+        )
         counts.join(found)
     facts = {"shards": shards, **asdict(config)}
     vocabulary, dropped = build_vocabulary(counts, config, ", ".join(shards), facts)
@@ -103,7 +105,7 @@ def data_pseudo_tags(
             found = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
         print(
             f"{pattern}: {found.added:,} of {found.untagged:,} untagged samples got tags, "
-            f"{len(source):,} in all; hashtag.teacher={found.sidecar.name}"
+            f"{len(source):,} in all; hashtag.teacher={found.name}"
         )
         if found.causes:
             causes = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(found.causes.items()))
@@ -180,8 +182,8 @@ def find_examples(
                 return found
             files = source.read(shard, member, TEXT_FILES)
             try:
-                numbers = vocabulary.encode(reader.tags_of(files, config.tags))
-                text = captions_of(files)[0]
+                numbers = vocabulary.encode(reader.tags_of(files, config.tags, config.captions))
+                text = captions_of(files, config.captions)[0]
             except BadSample as error:
                 if error.cause != "no caption":
                     continue

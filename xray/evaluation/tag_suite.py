@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ class TaggingConfig:
     modality: Literal["image", "video"] = "image"
     tags: Origin = "hashtags"  # where they are found
     field: str = "hashtags"  # their json field
+    captions: dict[str, float] = dataclass_field(default_factory=dict)  # or those of their captions
     clips: int = 1  # times at which a clip is looked at
     crops: int = 1  # squares of a picture or frame: 1 or 3
 
@@ -50,7 +52,8 @@ def tagging(
 ) -> tuple[dict[str, float], TagMetrics]:
     """The measures of a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
     rules = TagRules(field=config.field)
-    labels = label(Labeller(source, config.tags, rules, vocabulary), data.workers)
+    work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
+    labels = label(work, data.workers)
     present = [
         torch.from_numpy(np.array(labels.table(s)["ids"])) for s in range(len(labels.counts))
     ]

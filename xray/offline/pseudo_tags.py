@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data_pipelines.columns import Columns
-from data_pipelines.labels import Labeller, label
-from data_pipelines.sidecars import Sidecar, pack_rows
+from data_pipelines.labels import TEACHER_COLUMNS, Labeller, label, teacher_sidecar
+from data_pipelines.sidecars import Sidecar, open_sidecar, pack_rows
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagRules
 from data_pipelines.vocabulary import Vocabulary
@@ -21,7 +22,7 @@ from xray.errors import ConfigError
 from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
 
 PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # ids, scores, lift, chosen
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
 
 
 class Teacher(Protocol):
@@ -36,6 +37,7 @@ class PseudoTagsConfig:
 
     tags: Origin = "hashtags"  # where a sample's own tags are found
     field: str = "hashtags"  # their json field
+    captions: dict[str, float] = dataclass_field(default_factory=dict)  # or those of their captions
     top: int = 5
     threshold: float = 0.1  # probability
     temperature: float = 1.0  # of the softmax; above 1 is less sure
@@ -57,8 +59,12 @@ class PseudoTagsConfig:
 
 @dataclass(frozen=True)
 class PseudoTags:
-    """What was written: untagged samples, those of them that got tags, and causes of bad ones."""
+    """What was written: untagged samples, those of them that got tags, and causes of bad ones.
 
+    name: for `hashtag.teacher`.
+    """
+
+    name: str
     sidecar: Sidecar
     untagged: int
     added: int
@@ -79,16 +85,20 @@ def write_pseudo_tags(
     Its name tells teachers, vocabularies and settings apart, and is the same for every source.
     """
     rules = TagRules(field=config.field)
-    own = label(Labeller(source, config.tags, rules, vocabulary), config.workers)
-    job = _Job(teacher, own, config, _prior(source, teacher, config, data))
+    own = label(
+        Labeller(source, config.tags, rules, vocabulary, captions=config.captions), config.workers
+    )
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch_size", "workers")}
     facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
     name = f"teacher-{hash_json(facts)[:12]}"
-    sidecar, causes = write_from_model(
-        source, name, job.run, job.pack, facts, data, config.batch_size, progress
-    )
+    whole = teacher_sidecar(name, source)
+    sidecar, causes = open_sidecar(source, whole), dict[str, int]()
+    if sidecar is None:
+        totals = {"prior": _prior(source, teacher, config, data)}
+        job, run = _Job(teacher, own, config), (data, config.batch_size, progress)
+        sidecar, causes = write_from_model(source, whole, job.run, job.pack, facts, totals, *run)
     untagged, added = _count(sidecar, own)
-    return PseudoTags(sidecar, untagged, added, causes)
+    return PseudoTags(name, sidecar, untagged, added, causes)
 
 
 def _prior(
@@ -103,7 +113,7 @@ def _prior(
             count += len(p)
     if total is None:
         raise ConfigError(f"source {source.name!r} has no sample that can be decoded")
-    return (total / count).cpu().numpy()
+    return (total / count).float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,6 @@ class _Job:
     teacher: Teacher
     own: Sidecar
     config: PseudoTagsConfig
-    prior: np.ndarray
 
     def run(self, pixels: Tensor, places: Sequence[Place]) -> list[Row]:
         """A row per sample: the likeliest tags, and its own whatever their probability."""
@@ -124,23 +133,17 @@ class _Job:
             chosen = likely[values >= self.config.threshold]
             ids = np.union1d(chosen, self.own.row(*place, "ids")).astype(np.int32)
             scores = p[ids].astype(np.float32)
-            lift = (scores / np.maximum(self.prior[ids], 1e-12)).astype(np.float32)
-            rows.append((ids, scores, lift, np.isin(ids, chosen).astype(np.uint8)))
+            rows.append((ids, scores, np.isin(ids, chosen).astype(np.uint8)))
         return rows
 
     def pack(self, shard: int, rows: Mapping[int, Row]) -> Columns:
-        none: Row = (
-            np.empty(0, np.int32),
-            np.empty(0, np.float32),
-            np.empty(0, np.float32),
-            np.empty(0, np.uint8),
-        )
-        members = len(self.own.source.index(shard))
-        columns = list(zip(*(rows.get(member, none) for member in range(members)), strict=True))
-        ids, ends = pack_rows(list(columns[0]), np.int32)
-        floats = (pack_rows(list(column), np.float32)[0] for column in columns[1:3])
-        table = {"ids": ids, "ends": ends, **dict(zip(("scores", "lift"), floats, strict=True))}
-        return table | {"chosen": pack_rows(list(columns[3]), np.uint8)[0]}
+        none: Row = (np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.uint8))
+        members = range(len(self.own.source.index(shard)))
+        table: Columns = {}
+        for number, name in enumerate(TEACHER_COLUMNS):
+            column = [rows.get(member, none)[number] for member in members]
+            table[name], table["ends"] = pack_rows(column, none[number].dtype)
+        return table
 
 
 def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:

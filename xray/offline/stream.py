@@ -33,7 +33,23 @@ def data_of(artifact: Artifact, workers: int) -> DataConfig:
     return dataclasses.replace(DataConfig(**plain), workers=workers)
 
 
-class _Places(Dataset):
+class Places(Sequence[Place]):
+    """All samples of some shards, as (shard, member); none of them is listed in memory."""
+
+    def __init__(self, source: Source, shards: Sequence[int]) -> None:
+        self.source, self.shards = source, shards
+        self.ends = np.cumsum(source.counts[list(shards)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        at = int(np.searchsorted(self.ends, number, side="right"))
+        slot = number - int(self.ends[at - 1] if at else 0)
+        return self.shards[at], self.source.member(self.shards[at], slot)
+
+
+class _Pixels(Dataset):
     def __init__(self, source: Source, places: Sequence[Place], data: DataConfig) -> None:
         self.source, self.places, self.data = source, places, data
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
@@ -41,34 +57,41 @@ class _Places(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, item: int) -> tuple[int, Tensor | str]:
-        """(number, pixels), or the reason why there are none."""
+    def __getitem__(self, item: int) -> tuple[Place, Tensor | str]:
+        """(place, its pixels), or the reason why there are none."""
         place = self.places[item]
         try:
-            return item, load_pixels(self.source.sample(*place, *self.size), self.data, None)
+            return place, load_pixels(self.source.sample(*place, *self.size), self.data, None)
         except BadSample as error:
-            return item, error.cause
+            return place, error.cause
         except DataError as error:  # of the shard: it would lose its text in the worker
-            return item, f"! {error}"
+            return place, f"! {error}"
+
+
+Read = tuple[list[Place], Tensor | None, dict[Place, str]]
+
+
+def _collate(rows: list[tuple[Place, Tensor | str]]) -> Read:
+    good = [(place, found) for place, found in rows if isinstance(found, Tensor)]
+    bad = {place: found for place, found in rows if isinstance(found, str)}
+    pixels = torch.stack([found for _, found in good]) if good else None
+    return [place for place, _ in good], pixels, bad
 
 
 def pixels_of(
     source: Source, places: Sequence[Place], data: DataConfig, batch_size: int
-) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
-    """(numbers of the places that can be read, their pixels [B, T, 3, S, S], cause by number).
+) -> Iterator[Read]:
+    """(places that can be read, their pixels [B, T, 3, S, S], cause by place of the others).
 
     In order, without randomness. Raises DataError for a shard that cannot be read.
     """
-    dataset = _Places(source, places, data)
-    loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=list)
-    for rows in loader:
-        bad = {number: found for number, found in rows if isinstance(found, str)}
+    dataset = _Pixels(source, places, data)
+    loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=_collate)
+    for good, pixels, bad in loader:
         for cause in bad.values():
             if cause.startswith("! "):
                 raise DataError(cause[2:])
-        good = [(number, found) for number, found in rows if number not in bad]
-        pixels = torch.stack([found for _, found in good]) if good else None
-        yield [number for number, _ in good], pixels, bad
+        yield good, pixels, bad
 
 
 def write_from_model(
@@ -77,6 +100,7 @@ def write_from_model(
     model: Callable[[Tensor, Sequence[Place]], list[Any]],
     pack: Callable[[int, Mapping[int, Any]], Columns],
     facts: Mapping[str, Any],
+    totals: Mapping[str, np.ndarray],
     data: DataConfig,
     batch_size: int,
     progress: Progress | None = None,
@@ -87,26 +111,26 @@ def write_from_model(
     shard's table. A shard is written once its last sample is done, so a second call goes on.
     """
     todo = [s for s in range(len(source.manifest)) if saved_table(source, name, s) is None]
-    places = [(shard, member) for shard in todo for member in source.members(shard).tolist()]
-    left = {shard: len(source.members(shard)) for shard in todo}
+    places = Places(source, todo)
     total, done = len(source), len(source) - len(places)
-    found: dict[int, dict[int, Any]] = {shard: {} for shard in todo}
+    read = dict.fromkeys(todo, 0)  # samples of a shard that were looked at
+    found: dict[int, dict[int, Any]] = {}
     causes: dict[str, int] = {}
-    for numbers, pixels, bad in pixels_of(source, places, data, batch_size):
-        here = [places[number] for number in numbers]
+    for here, pixels, bad in pixels_of(source, places, data, batch_size):
         for (shard, member), result in zip(here, _run(model, pixels, here), strict=True):
-            found[shard][member] = result
+            found.setdefault(shard, {})[member] = result
         for cause in bad.values():
             causes[cause] = causes.get(cause, 0) + 1
-        for shard, _ in [*here, *(places[number] for number in bad)]:
-            left[shard] -= 1
-            if not left[shard]:
-                save_table(source, name, shard, pack(shard, found.pop(shard)))
-        done += len(numbers) + len(bad)
+        for shard, _ in [*here, *bad]:
+            read[shard] += 1
+            if read[shard] == source.counts[shard]:
+                save_table(source, name, shard, pack(shard, found.pop(shard, {})))
+        done += len(here) + len(bad)
         if progress is not None:
             progress(done, total)
-    tables = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
-    return finish_sidecar(source, name, [t for t in tables if t is not None], facts), causes
+    made = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
+    tables = [table for table in made if table is not None]
+    return finish_sidecar(source, name, tables, facts, totals), causes
 
 
 def _run(
@@ -117,11 +141,6 @@ def _run(
 
 def spread(source: Source, most: int) -> list[Place]:
     """At most so many places, evenly spread over a source."""
-    ends = np.cumsum(source.counts, dtype=np.int64)
-    picks = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
-    shards = np.searchsorted(ends, picks, side="right")
-    slots = picks - (ends[shards] - source.counts[shards])
-    return [
-        (int(shard), source.member(int(shard), int(slot)))
-        for shard, slot in zip(shards, slots, strict=True)
-    ]
+    places = Places(source, range(len(source.manifest)))
+    picks = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64))
+    return [places[number] for number in picks.tolist()]
