@@ -59,7 +59,8 @@ class HashtagOptions(TagRules):
     smoothing: float = 0.0  # of the targets
     chunk: int = 0  # tags of a piece of the loss, which never holds all logits; 0 = all at once
     sampled: int = 0  # softmax over the own and this many drawn tags; 0 = over all
-    truncate: float = 0.0  # share of a micro-batch, the largest losses, taken for wrong labels
+    # share of a micro-batch taken for wrong labels: the largest losses, above what targets permit
+    truncate: float = 0.0
     truncate_after: float = 0.3  # of the stage: losses say nothing before
     # Beta(a, a) of the mixing within a micro-batch; 0 = off; with both, one is drawn for each
     mixup: float = 0.0  # the pictures are blended
@@ -93,6 +94,7 @@ class HashtagConfig(RunConfig):
         self.hashtag.validate()
 
 
+LEAST_WEIGHT = 1e-6  # of a sample's labels: no division by 0
 # (features, weight, bias) -> losses [B], and the likeliest tags [B] where all are looked at
 HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -125,13 +127,17 @@ class HashtagModule(VisionModule):
         losses, top = self.head(features["cls"], self._losses(tags, targets))
         loss = losses.mean()
         metrics: dict[str, Tensor] = {}
+        doubts = losses
         if self.options.loss == "softmax":
             floor = target_entropy(targets, self.options.smoothing, len(self.drawn))
             metrics["excess"] = loss.detach() - floor.mean()
+            # a sample of many tags, or of sure ones, is not the more doubtful for it
+            doubts = (losses - floor) / targets.sum(dim=1).clamp(min=LEAST_WEIGHT)
         if top is not None:
             metrics["top1_is_a_tag"] = (tags == top[:, None]).any(dim=1).float().mean()
-        if self.training and features["progress"] >= self.options.truncate_after:
-            loss = truncate(losses, self.options.truncate)
+        options = self.options
+        if self.training and options.truncate and features["progress"] >= options.truncate_after:
+            loss = truncate(losses, doubts, options.truncate, float(torch.rand(())))
         return StepOutput(loss, metrics)
 
     def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:

@@ -306,15 +306,24 @@ def test_draws_follow_the_probabilities_of_a_million_classes() -> None:
     assert ((found - expected).abs() < 5 * (expected / len(ids)).sqrt()).all()
 
 
-def test_truncation_drops_the_largest_and_their_gradients() -> None:
+def test_truncation_drops_the_most_doubtful_and_their_gradients() -> None:
     losses = torch.tensor([3.0, 9.0, 1.0, 7.0, 2.0], requires_grad=True)
-    mean = truncate(losses, 0.5)  # floor(2.5) are dropped
+    mean = truncate(losses, losses, 0.5, 0.4)  # 2.5 rounds to 2
     assert mean.item() == 2.0
     (grad,) = torch.autograd.grad(mean, losses)
     assert grad.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 0, 1 / 3])
-    assert truncate(losses, 0.0).item() == pytest.approx(losses.mean().item())
-    assert truncate(losses, 0.19).item() == pytest.approx(losses.mean().item())
-    assert truncate(torch.arange(100.0), 0.29).item() == 35  # the mean of 0 .. 70
+    assert truncate(losses, losses, 0.5, 0.6).item() == 1.5  # or to 3
+    assert truncate(losses, -losses, 0.4, 0.0).item() == pytest.approx(19 / 3)
+    assert truncate(losses, losses, 0.0, 0.99).item() == pytest.approx(losses.mean().item())
+    assert truncate(losses, losses, 0.99, 0.99).item() == 1.0  # one is always left
+
+
+def test_small_batches_leave_out_as_many_on_average() -> None:
+    losses = torch.arange(8.0)
+    torch.manual_seed(0)
+    means = [truncate(losses, losses, 0.1, float(torch.rand(()))).item() for _ in range(4000)]
+    # without its largest the mean is 3, else 3.5
+    assert means.count(3.0) / 4000 == pytest.approx(0.8, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,28 @@ def test_chunks_change_nothing(demo: Path, tmp_path: Path) -> None:
     assert losses[0][2] > 0
 
 
+def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
+    demo: Path, tmp_path: Path
+) -> None:
+    options = "hashtag.truncate=0.5", "hashtag.truncate_after=0"
+    module = HashtagModule(settings("hashtag", demo, tmp_path, *options), [5] * 11).train()
+    p = torch.tensor([0.28, 0.24, 0.24, 0.24, *[1e-6] * 7])
+    with torch.no_grad():
+        module.head.weight.zero_()
+        module.head.bias.copy_(p.log())
+    tags = torch.tensor([[0, 1, 2, 3], [0, -1, -1, -1]])
+    features = {
+        "cls": torch.zeros(2, module.vision.embed_dim),
+        "tags": tags,
+        "targets": tag_targets((tags >= 0).float(), "softmax"),
+        "progress": torch.tensor(0.5),
+    }
+    many, one = -p[:4].log().mean(), -p[0].log()
+    assert many > one and module.loss_from_features(features).loss.item() == pytest.approx(
+        float(many), abs=1e-4
+    )
+
+
 def test_targets_share_what_is_known() -> None:
     weights = torch.tensor([[1.0, 1, 0], [0.2, 0.1, 0.0], [1, 0.5, 0.5]])
     expected = torch.tensor([[0.5, 0.5, 0], [0.2, 0.1, 0.0], [0.5, 0.25, 0.25]])

@@ -104,14 +104,15 @@ def target_entropy(targets: Tensor, smoothing: float = 0.0, classes: int = 0) ->
     return torch.xlogy(total, total) - torch.xlogy(own, own).sum(dim=1) - others
 
 
-def truncate(losses: Tensor, share: float) -> Tensor:
-    """Mean of losses [B] without the floor(share * B) largest, which get no gradient.
+def truncate(losses: Tensor, doubts: Tensor, share: float, u: float) -> Tensor:
+    """Mean of losses [B] but for those of the largest doubts [B], which get no gradient.
 
-    share: in [0, 1). Large losses are taken for wrong labels.
+    share: in [0, 1), of those that are left out; u in [0, 1) rounds their number, so that small
+    batches leave out as many on average.
     """
     assert 0 <= share < 1, share
-    dropped = math.floor(share * len(losses) + 1e-6)  # 0.29 * 100 is 28.999...
-    return losses.topk(len(losses) - dropped, largest=False).values.mean()
+    dropped = min(math.floor(share * len(losses) + u), len(losses) - 1)
+    return losses[doubts.detach().topk(len(losses) - dropped, largest=False).indices].mean()
 
 
 # sampled softmax ------------------------------------------------------------------------------
