@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,55 @@ def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
     rows = read_metrics(chain["hashtag"] / "metrics.jsonl")
     assert rows[0]["keep_rate"] == 1 and rows[-1]["keep_rate"] == 0.7
     assert {row["keep_rate"] for row in read_metrics(chain["mae"] / "metrics.jsonl")} == {1}
+
+
+def test_a_clip_artifact_embeds_and_scores(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
+    from data_pipelines.curation.config import CurationConfig, DedupConfig, FilterConfig
+    from data_pipelines.curation.curate import curate
+    from data_pipelines.sidecars import Sidecar, open_sidecar
+    from data_pipelines.sources import open_source
+    from xray.artifact import open_artifact
+    from xray.evaluation.features import extract
+    from xray.offline.stream import data_of
+    from xray.restore import Encoder
+
+    photos = tmp_path / "photos"
+    shutil.copytree(demo / "heldout", photos)
+    source = open_source("photos", str(photos), "image")
+
+    def made(command: str, key: str) -> Sidecar:
+        options = ["data", command, str(chain["clip"]), str(photos), "workers=0", "batch_size=5"]
+        found = CliRunner().invoke(app, options)
+        assert found.exit_code == 0, found.output
+        sidecar = open_sidecar(source, found.output.split(f"{key}=")[1].split()[0])
+        assert sidecar is not None
+        return sidecar
+
+    artifact = open_artifact(chain["clip"])
+    encoder = Encoder(artifact)
+    found = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64)
+    embeddings = made("embeddings", "dedup.embeddings")
+    rows = torch.cat([torch.from_numpy(embeddings.table(s)["embeddings"].copy())
+                      for s in range(len(embeddings.counts))])  # fmt: skip
+    assert torch.allclose(rows, found.rows, atol=1e-5)
+    scores = made("scores", "filters.scores")
+    first = torch.from_numpy(scores.row(0, 0, "score").copy())
+    expected = encoder.encode_text(found.captions[0]) @ found.rows[0]
+    assert torch.allclose(first, expected, atol=1e-5)
+    every = torch.cat([torch.from_numpy(scores.table(s)["score"].copy())
+                       for s in range(len(scores.counts))])  # fmt: skip
+
+    metadata = tmp_path / "metadata.txt"
+    metadata.write_text("a\nthe\ncircle\nsquare\nred\nblue\n")
+    limits = FilterConfig(scores=scores.name, min_score=float(every.median()))
+    dedup = DedupConfig(embeddings=embeddings.name, cosine=0.999)
+    report = curate(source, CurationConfig(str(metadata), filters=limits, dedup=dedup)).report
+    taken = {step.name: step.texts for step in report.steps}
+    assert taken["scores"] == int((every < every.median()).sum())
+    result = CliRunner().invoke(app, ["data", "scores", str(chain["mae"]), str(photos)])
+    assert result.exit_code == 2 and "scores need a clip artifact" in result.output
 
 
 def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:

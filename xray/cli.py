@@ -14,6 +14,7 @@ from xray import (  # noqa: F401 - the clis add their commands
     __version__,
     curation_cli,
     dist,
+    offline_cli,
     tags_cli,
 )
 from xray.command import Overrides, guarded

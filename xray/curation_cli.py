@@ -11,12 +11,11 @@ import typer
 
 from xray.command import Overrides, guarded
 from xray.data_cli import Workers, data_app, progress_of
-from xray.tags_cli import open_any
+from xray.tags_cli import Modality, open_any
 
 Pool = Annotated[
     str, typer.Argument(metavar="SHARDS", help="A folder, glob, {000..123} pattern or URL")
 ]
-Modality = Annotated[str, typer.Option(help="image or video [what there is]")]
 
 
 @data_app.command("metadata")

@@ -1,4 +1,4 @@
-"""`xray data tags` and `xray data pseudo-tags`."""
+"""`xray data tags`, and what commands on shards share."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray.command import guarded
-from xray.data_cli import Workers, data_app, progress_bar, progress_of
+from xray.data_cli import Workers, data_app, progress_of
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Source
     from data_pipelines.tags import TagsConfig
     from data_pipelines.vocabulary import Vocabulary
-    from xray.artifact import Artifact
-    from xray.offline.pseudo_tags import Teacher
 
 Items = Annotated[
     list[str],
@@ -29,6 +27,7 @@ Items = Annotated[
         help="Folders, globs, {000..123} patterns or URLs of .tar shards, and settings",
     ),
 ]
+Modality = Annotated[str, typer.Option(help="image or video [what there is]")]
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 EXAMPLES, EXAMPLE_LENGTH = 3, 80  # samples shown of a tag, and letters of each
 MOST_READ = 100_000  # samples of a source that are looked through for examples
@@ -69,73 +68,6 @@ def data_tags(
     write_tag_report(vocabulary, counts, dropped, find_examples(sources, vocabulary, config), page)
     dropped_table(vocabulary, dropped).print()
     print(f"{summary(vocabulary, counts)}\n{out}, {page}")
-
-
-@data_app.command("pseudo-tags")
-@guarded
-def data_pseudo_tags(
-    artifact: Annotated[str, typer.Argument(help="The teacher: a hashtag or a clip artifact")],
-    items: Items,
-    vocabulary: Annotated[
-        Path | None, typer.Option(help="The tags that a clip artifact looks for")
-    ] = None,
-    modality: Annotated[str, typer.Option(help="image or video [what there is]")] = "",
-) -> None:
-    """Have a hashtag or clip artifact tag samples, and judge the tags they have.
-
-    Writes a sidecar beside the shards, and prints its name for hashtag.teacher. The same command
-    goes on where it was stopped. Settings: tags=hashtags field=hashtags (the samples' own tags)
-    top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's) batch_size=64
-    workers=2.
-    """
-    from xray.artifact import open_artifact
-    from xray.config_files import build, parse_overrides
-    from xray.offline.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
-    from xray.offline.stream import data_of
-
-    shards, settings = split_items(items)
-    config = build(PseudoTagsConfig, parse_overrides(settings))
-    config.validate()
-    teacher = open_artifact(artifact)
-    tagger, tags = open_teacher(teacher, vocabulary, config.template)
-    for pattern in shards:
-        source = open_any(pattern, modality)
-        with progress_bar("tagging") as progress:
-            data = data_of(teacher, config.workers)
-            found = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
-        print(
-            f"{pattern}: {found.added:,} of {found.untagged:,} untagged samples got tags, "
-            f"{len(source):,} in all; hashtag.teacher={found.name}"
-        )
-        if found.causes:
-            causes = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(found.causes.items()))
-            print(f"left out: {causes}")
-
-
-def open_teacher(
-    artifact: Artifact, vocabulary: Path | None, template: str
-) -> tuple[Teacher, Vocabulary]:
-    """An artifact as a teacher, and the tags it knows: its own, or a clip artifact's those given.
-
-    Raises ConfigError where the artifact cannot tag, or whose tags are meant is not clear.
-    """
-    from data_pipelines.vocabulary import Vocabulary
-    from xray import dist
-    from xray.restore import Encoder, PromptTagger, Tagger
-
-    device = dist.choose_device("auto")
-    if artifact.stage == "hashtag":
-        if vocabulary is not None:
-            raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
-        return Tagger(artifact).to(device), Vocabulary.load(artifact.path / "vocabulary.json")
-    if artifact.stage != "clip":
-        raise ConfigError(
-            f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
-        )
-    if vocabulary is None:
-        raise ConfigError("a clip artifact needs --vocabulary FILE, a json of xray data tags")
-    tags = Vocabulary.load(vocabulary)
-    return PromptTagger(Encoder(artifact).to(device), tags.tags, template), tags
 
 
 def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -23,6 +23,8 @@ from xray.schedule import value_at
 
 Progress = Callable[[int, int], None]  # (samples done, all samples)
 Place = tuple[int, int]  # (shard, member)
+Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result for each
+Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table
 
 
 def data_of(artifact: Artifact, workers: int) -> DataConfig:
@@ -97,8 +99,8 @@ def pixels_of(
 def write_from_model(
     source: Source,
     name: str,
-    model: Callable[[Tensor, Sequence[Place]], list[Any]],
-    pack: Callable[[int, Mapping[int, Any]], Columns],
+    model: Model,
+    pack: Pack,
     facts: Mapping[str, Any],
     totals: Mapping[str, np.ndarray],
     data: DataConfig,
@@ -107,8 +109,7 @@ def write_from_model(
 ) -> tuple[Sidecar, dict[str, int]]:
     """Write a sidecar of what a model says of each sample; returns it and the bad samples' causes.
 
-    model: (pixels, their places) -> a result per sample. pack: (shard, results by member) -> the
-    shard's table. A shard is written once its last sample is done, so a second call goes on.
+    A shard is written once its last sample is done, so a second call goes on.
     """
     todo = [s for s in range(len(source.manifest)) if saved_table(source, name, s) is None]
     places = Places(source, todo)
@@ -133,9 +134,7 @@ def write_from_model(
     return finish_sidecar(source, name, tables, facts, totals), causes
 
 
-def _run(
-    model: Callable[[Tensor, Sequence[Place]], list[Any]], pixels: Tensor | None, here: list[Place]
-) -> Iterable[Any]:
+def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any]:
     return [] if pixels is None else model(pixels, here)
 
 

@@ -1,0 +1,155 @@
+"""`xray data pseudo-tags`, `embeddings`, `scores`: what an artifact says of shards, beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xray.command import guarded
+from xray.data_cli import data_app, progress_bar
+from xray.errors import ConfigError
+from xray.tags_cli import Items, Modality, open_any, split_items
+
+if TYPE_CHECKING:
+    from data_pipelines.sidecars import Sidecar
+    from data_pipelines.vocabulary import Vocabulary
+    from xray.artifact import Artifact
+    from xray.offline.pseudo_tags import Teacher
+
+
+@data_app.command("pseudo-tags")
+@guarded
+def data_pseudo_tags(
+    artifact: Annotated[str, typer.Argument(help="The teacher: a hashtag or a clip artifact")],
+    items: Items,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="The tags that a clip artifact looks for")
+    ] = None,
+    modality: Modality = "",
+) -> None:
+    """Have a hashtag or clip artifact tag samples, and judge the tags they have.
+
+    Writes a sidecar beside the shards, and prints its name for hashtag.teacher. The same command
+    goes on where it was stopped. Settings: tags=hashtags field=hashtags (the samples' own tags)
+    top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's) batch_size=64
+    workers=2.
+    """
+    from xray.artifact import open_artifact
+    from xray.config_files import build, parse_overrides
+    from xray.offline.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
+    from xray.offline.stream import data_of
+
+    shards, settings = split_items(items)
+    config = build(PseudoTagsConfig, parse_overrides(settings))
+    config.validate()
+    teacher = open_artifact(artifact)
+    tagger, tags = open_teacher(teacher, vocabulary, config.template)
+    for pattern in shards:
+        source = open_any(pattern, modality)
+        with progress_bar("tagging") as progress:
+            data = data_of(teacher, config.workers)
+            found = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
+        print(
+            f"{pattern}: {found.added:,} of {found.untagged:,} untagged samples got tags, "
+            f"{len(source):,} in all; hashtag.teacher={found.name}"
+        )
+        print_left_out(found.causes)
+
+
+def open_teacher(
+    artifact: Artifact, vocabulary: Path | None, template: str
+) -> tuple[Teacher, Vocabulary]:
+    """An artifact as a teacher, and the tags it knows: its own, or a clip artifact's those given.
+
+    Raises ConfigError where the artifact cannot tag, or whose tags are meant is not clear.
+    """
+    from data_pipelines.vocabulary import Vocabulary
+    from xray import dist
+    from xray.restore import Encoder, PromptTagger, Tagger
+
+    device = dist.choose_device("auto")
+    if artifact.stage == "hashtag":
+        if vocabulary is not None:
+            raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
+        return Tagger(artifact).to(device), Vocabulary.load(artifact.path / "vocabulary.json")
+    if artifact.stage != "clip":
+        raise ConfigError(
+            f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
+        )
+    if vocabulary is None:
+        raise ConfigError("a clip artifact needs --vocabulary FILE, a json of xray data tags")
+    tags = Vocabulary.load(vocabulary)
+    return PromptTagger(Encoder(artifact).to(device), tags.tags, template), tags
+
+
+@data_app.command("embeddings")
+@guarded
+def data_embeddings(
+    artifact: Annotated[str, typer.Argument(help="Any artifact with a backbone")],
+    items: Items,
+    modality: Modality = "",
+) -> None:
+    """Embed pictures or clips, for the duplicates that dedup.embeddings drops.
+
+    Writes a sidecar beside the shards, and prints its name. The same command goes on where it was
+    stopped. Settings: batch_size=64 workers=2.
+    """
+    from xray.offline.features import write_embeddings
+
+    _write_features(write_embeddings, artifact, items, modality, "dedup.embeddings")
+
+
+@data_app.command("scores")
+@guarded
+def data_scores(
+    artifact: Annotated[str, typer.Argument(help="A clip artifact")],
+    items: Items,
+    modality: Modality = "",
+) -> None:
+    """Score how well each caption fits its picture or clip (cosine), for filters.min_score.
+
+    Writes a sidecar beside the shards, and prints its name. The same command goes on where it was
+    stopped. Settings: captions={} (their json fields) batch_size=64 workers=2.
+    """
+    from xray.offline.features import write_scores
+
+    _write_features(write_scores, artifact, items, modality, "filters.scores")
+
+
+def _write_features(
+    write: Callable[..., tuple[Sidecar, dict[str, int]]],
+    artifact: str,
+    items: list[str],
+    modality: str,
+    key: str,
+) -> None:
+    from xray import dist
+    from xray.artifact import open_artifact
+    from xray.config_files import build, parse_overrides
+    from xray.offline.features import FeaturesConfig
+    from xray.offline.stream import data_of
+    from xray.restore import Encoder, restore_encoder
+
+    shards, settings = split_items(items)
+    config = build(FeaturesConfig, parse_overrides(settings))
+    config.validate()
+    opened = open_artifact(artifact)
+    encoder = restore_encoder(opened).to(dist.choose_device("auto"))
+    if key == "filters.scores" and not isinstance(encoder, Encoder):
+        raise ConfigError(f"{opened.path} is of stage {opened.stage}: scores need a clip artifact")
+    for pattern in shards:
+        source = open_any(pattern, modality)
+        with progress_bar("encoding") as progress:
+            data = data_of(opened, config.workers)
+            found, causes = write(source, encoder, config, data, progress)
+        print(f"{pattern}: {len(source):,} samples; {key}={found.name}")
+        print_left_out(causes)
+
+
+def print_left_out(causes: Mapping[str, int]) -> None:
+    """Samples that could not be read, by cause."""
+    if causes:
+        print("left out: " + ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items())))
