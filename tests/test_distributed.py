@@ -31,6 +31,24 @@ def torchrun(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+WAITING = """
+import sys, time
+from datetime import timedelta
+import torch.distributed
+from xray import dist
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+done = dist.main_first(lambda: dist.is_main() and time.sleep(5) or time.monotonic())
+first = dist.broadcast_object(done)
+assert first <= done, "rank 0 is first"
+"""
+
+
+def test_ranks_wait_for_what_rank_0_prepares(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    torchrun(str(script))
+
+
 def assert_same_losses(one: Path, two: Path, expected: int) -> None:
     a, b = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
     assert len(a) == len(b) == expected

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xray.errors import ConfigError, DataError, XrayError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 
 
 def setup_environment() -> None:
@@ -98,20 +100,26 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
+def gather_objects(value: Any, patience: timedelta | None = None) -> list[Any]:
+    """Every rank's value, on every rank; patience: how long to wait for the slowest, if for longer
+    than for any other collective."""
     if world_size() == 1:
         return [value]
-    import torch.distributed
+    import torch.distributed as torch_dist
 
     boxes: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(boxes, value)
+    if patience is None:
+        torch_dist.all_gather_object(boxes, value)
+        return boxes
+    group: Any = torch_dist.new_group(backend="gloo", timeout=patience)
+    torch_dist.all_gather_object(boxes, value, group=group)
+    torch_dist.destroy_process_group(group)
     return boxes
 
 
 def main_first(work: Callable[[], T]) -> T:
     """work() on rank 0, then on the others, who may find what it has written; raises on all ranks
-    what one ran into."""
+    what one ran into. They wait for as long as a large corpus may take to prepare."""
     result: list[T] = []
     for mine in (is_main(), not is_main()):
         failure: XrayError | None = None
@@ -122,13 +130,13 @@ def main_first(work: Callable[[], T]) -> T:
                 failure = error
             except OSError as error:
                 failure = DataError(str(error))
-        agree(failure)
+        agree(failure, PREPARATION)
     return result[0]
 
 
-def agree(error: XrayError | None) -> None:
+def agree(error: XrayError | None, patience: timedelta | None = None) -> None:
     """Raise on every rank what any rank ran into: none goes on into a collective alone."""
-    for found in gather_objects(error):
+    for found in gather_objects(error, patience):
         if found is not None:
             found.agreed = True
             raise found

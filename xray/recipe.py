@@ -218,7 +218,7 @@ def prepare(recipe: Recipe) -> None:
                 make_llm(wanted.llm, recipe.root)
         except XrayError as error:
             failure = error
-    dist.agree(failure)
+    dist.agree(failure, dist.PREPARATION)
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
