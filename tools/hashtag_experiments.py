@@ -8,7 +8,8 @@ half the range between the seeds.
 noise    a share of all tags replaced by random ones (by their frequency): nothing done about it,
          with loss truncation, with the teacher's filter (the run without it being the teacher),
          and with both
-semi     a tenth of the photos keep their tags: those alone; all, with the teacher's tags
+semi     a tenth of the photos keep their tags: those alone; those, and as many others in each step
+         with the teacher's tags
 balance  none, sqrt, uniform; with all of a copy's tags instead of the rarer ones
 
     python tools/hashtag_experiments.py --data DATA [--experiments noise semi balance] [--seeds 2]
@@ -47,7 +48,8 @@ MEASURES = ("precision@1", "recall@5", "mAP")
 NOISES = (0.2, 0.4)
 TRUNCATE = ("hashtag.truncate=0.15",)
 FILTER = ("hashtag.min_lift=1.0", "hashtag.pseudo_weight=0")
-Tags = Callable[[int, list[str]], list[str]]  # (number of the photo, its tags) -> those it gets
+# (number of the photo, its tags) -> those it gets; None = it is left out
+Tags = Callable[[int, list[str]], list[str] | None]
 
 
 class Bench:
@@ -76,10 +78,12 @@ class Bench:
                     text = {ending: files[ending] for ending in TEXT_FILES if ending in files}
                     own = self.vocabulary.encode(reader.tags_of(text, "caption_words"))
                     tags = change(number, [self.vocabulary.tags[tag] for tag in own])
+                    number += 1
+                    if tags is None:
+                        continue
                     content = json.dumps({"hashtags": tags}).encode()
                     key = self.photos.index(shard).key(member)
                     writer.write({"__key__": key, "jpg": files["jpg"], "json": content})
-                    number += 1
         return folder
 
     def train(self, shards: Path, name: str, seed: int, *overrides: str) -> Artifact:
@@ -157,15 +161,22 @@ def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 def semi(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     rng = np.random.default_rng(seed)
     tagged = rng.random(len(bench.photos)) < 0.1
-    all_tags = bench.photos_with(f"all-{seed}", lambda _, tags: tags)
-    shards = bench.photos_with(f"tenth-{seed}", lambda n, tags: tags if tagged[n] else [])
+    shards = bench.photos_with(f"tenth-{seed}", lambda n, tags: tags if tagged[n] else None)
+    others = bench.photos_with(f"others-{seed}", lambda n, _: None if tagged[n] else [])
     alone = bench.train(shards, "tenth", seed)
     yield "10 % tagged, alone", bench.measure(alone)
     taught = bench.teach(alone, shards)
+    assert bench.teach(alone, others) == taught
     for weight in (0.5, 1.0):
-        options = taught, f"hashtag.pseudo_weight={weight}"
+        options = (
+            f"data.sources.others={{shards: {others}, modality: image}}",
+            "data.blocks=[{source: photos, samples: 64}, {source: others, samples: 64}]",
+            taught,
+            f"hashtag.pseudo_weight={weight}",
+        )
         found = bench.train(shards, f"tenth-taught{weight}", seed, *options)
         yield f"10 % tagged, 90 % by the teacher at {weight:g}", bench.measure(found)
+    all_tags = bench.photos_with(f"all-{seed}", lambda _, tags: tags)
     yield "100 % tagged", bench.measure(bench.train(all_tags, "all", seed))
 
 
@@ -230,7 +241,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 for variant, found in EXPERIMENTS[name](Bench(options, Path(folder)), seed):
                     rows.setdefault(variant, []).append(found)
-                    print(f"{name}, seed {seed}, {variant}: mAP {found['mAP']:.4f}", flush=True)
+                    measures = ", ".join(f"{m} {100 * found[m]:.1f}" for m in MEASURES)
+                    print(f"{name}, seed {seed}, {variant}: {measures}", flush=True)
         kept[name] = rows
         print(f"\n{table(name, rows)}\n", flush=True)
         if options.out:
