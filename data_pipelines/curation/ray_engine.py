@@ -1,18 +1,24 @@
-"""Tables of shards made by Ray's workers, on one machine or many. The only importer of ray."""
+"""Tables of shards made by Ray Data, on one machine or many. The only importer of ray."""
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_pipelines.columns import Columns
 from data_pipelines.processes import Progress
+from data_pipelines.remote import is_remote
 from data_pipelines.sidecars import Work, save_table, saved_table
 from data_pipelines.sources import Source
-from xray.errors import ConfigError, DataError
+from xray.errors import ConfigError, DataError, XrayError
 
-AHEAD = 4  # shards asked for per worker: results wait in memory until their turn
+PER_TASK = 8  # shards that one task makes the tables of, where there are many
 
 
 def make_tables(
@@ -21,37 +27,41 @@ def make_tables(
     """Write the tables that are missing, each made by one of `workers` actors of a core each.
 
     Tables come back to this process, which writes them: workers need to see the shards only.
-    Raises ConfigError where ray is not installed.
+    Raises ConfigError where ray is not installed or its workers could not find the shards.
     """
+    folder = source.manifest.folder
+    if "RAY_ADDRESS" in os.environ and not is_remote(folder) and not Path(folder).is_absolute():
+        raise ConfigError(f"engine=ray on a cluster needs a whole path or a URL, not {folder}")
     shards = range(len(source.manifest))
     missing = [shard for shard in shards if saved_table(source, name, shard) is None]
-    made = zip(missing, _results(work, missing, workers), strict=True)
+    if not missing:
+        return
+    made = _results(work, missing, workers)
     for shard, columns in progress(made, len(missing)) if progress else made:
         save_table(source, name, shard, columns)
 
 
-def _results(work: Work, shards: list[int], workers: int) -> Iterator[Columns]:
-    """work(shard) in order; each actor gets `work` once, and keeps what it builds from it."""
-    ray = _ray()
-    if not shards:
-        return
-    if not ray.is_initialized():  # it stays up for the tables to come, and ends with this process
-        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster has its own number
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+def _results(work: Work, shards: list[int], workers: int) -> Iterator[tuple[int, Columns]]:
+    """(shard, work(shard)) as they are done; each actor gets `work` once, and keeps what it builds
+    from it."""
+    data, exceptions = _ray(workers)
+    workers = min(workers, len(shards))
+    tasks = max(workers, len(shards) // PER_TASK)
+    rows = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=tasks)
+    rows = rows.map_batches(
+        _Worker,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        num_cpus=1,
+        compute=data.ActorPoolStrategy(size=workers),
+    )
     try:
-        actor = ray.remote(max_restarts=3, max_task_retries=3)(_Worker)
-        sent = ray.put(work)
-        actors = [actor.remote(sent) for _ in range(min(workers, len(shards)))]
-        waiting: list[Any] = []
-        for number, shard in enumerate(shards):
-            waiting.append(actors[number % len(actors)].table.remote(shard))
-            if len(waiting) > AHEAD * len(actors):
-                yield ray.get(waiting.pop(0))
-        while waiting:
-            yield ray.get(waiting.pop(0))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # as if it had been raised here
-    except ray.exceptions.RayActorError as error:
+        for row in rows.iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, XrayError):
+                raise result
+            yield int(row["shard"]), result
+    except exceptions.RayActorError as error:
         raise DataError("a Ray worker was killed, maybe for memory: try fewer workers") from error
 
 
@@ -59,13 +69,29 @@ class _Worker:
     def __init__(self, work: Work) -> None:
         self._work = work
 
-    def table(self, shard: int) -> Columns:
-        return self._work(shard)
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        try:
+            result: Columns | XrayError = self._work(int(batch["shard"][0]))
+        except XrayError as error:  # Ray would wrap it
+            result = error
+        return {"shard": batch["shard"], "result": np.array([pickle.dumps(result)], object)}
 
 
-def _ray() -> Any:
+def _ray(workers: int) -> tuple[Any, Any]:
+    """Ray Data and Ray's exceptions, of a Ray that was started where none was."""
     try:
         import ray
+        import ray.data
+        import ray.exceptions
     except ImportError as error:
-        raise ConfigError("engine=ray needs Ray: pip install ray, or use engine=local") from error
-    return ray
+        raise ConfigError(
+            f"engine=ray needs Ray Data ({error.name} is missing): pip install 'ray[data]', or use "
+            "engine=local"
+        ) from error
+    if not ray.is_initialized():  # it stays up for the tables to come, and ends with this process
+        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster has its own number
+        quiet = logging.ERROR
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=quiet)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray.data, ray.exceptions
