@@ -18,6 +18,7 @@ from shards import jpeg
 
 from data_pipelines.captions import captions_of
 from data_pipelines.curation.balance import Matches, draw
+from data_pipelines.curation.config import CurationConfig, FilterConfig
 from data_pipelines.curation.curate import curate
 from data_pipelines.curation.write import write_shards
 from data_pipelines.sidecars import write_sidecar
@@ -211,6 +212,18 @@ def test_caps_of_equal_texts_and_of_a_field(tmp_path: Path) -> None:
     everyone = [{**row, "user": None} for row in rows]  # no user is not one user
     anonymous = pool(tmp_path / "anonymous", [everyone])
     assert len(kept(curate(anonymous, config(tmp_path, ["dog"], filters=capped)))) == len(rows)
+
+
+def test_without_metadata_only_filters_choose(tmp_path: Path) -> None:
+    shards = photos_with_words(300, 80)
+    source = pool(tmp_path / "pool", shards)
+    settings = CurationConfig("none", t=1, filters=FilterConfig(min_words=3))
+    wanted = {
+        row["key"]: [number for number, text in enumerate(row["captions"]) if text.count(" ") > 1]
+        for rows in shards
+        for row in rows
+    }
+    assert kept(curate(source, settings)) == {k: texts for k, texts in wanted.items() if texts}
 
 
 def test_equal_keys_of_different_shards_are_drawn_apart(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def data_curate(
     """Choose from a pool of captioned pictures or clips as MetaCLIP does: filters, duplicates, and
     balance over the entries of a metadata list.
 
-    Writes a keep-list beside the shards, for data.sources.NAME.keep. Settings: metadata=FILE
+    Writes a keep-list beside the shards, for data.sources.NAME.keep. Settings: metadata=FILE|none
     t=20000 casefold=false texts=any|one reference= language=language fallback= seed=0
     engine=local|ray workers=2, filters.* and dedup.* (docs/curation.md).
     """

@@ -81,7 +81,8 @@ class DedupConfig:
 class CurationConfig:
     """How a pool becomes a data set with MetaCLIP's distribution (2309.16671, 2507.22062)."""
 
-    metadata: str = ""  # file: one entry per line, or json: a list, or {language: list}
+    # file: one entry per line, or json: a list, or {language: list}; none = nothing is balanced
+    metadata: str = ""
     casefold: bool = False  # whether case is ignored
     captions: dict[str, float] = field(default_factory=dict)  # json fields; {} = as training does
     texts: Literal["any", "one"] = "any"  # one: a text per sample, drawn by weight, stands for all
@@ -100,7 +101,9 @@ class CurationConfig:
     def validate(self) -> None:
         """Raises ConfigError naming the key to change."""
         if not self.metadata:
-            raise ConfigError("metadata is missing: give a file with one entry per line")
+            raise ConfigError(
+                "metadata is missing: give a file with one entry per line; none balances nothing"
+            )
         if not self.t > 0:
             raise ConfigError(f"t={self.t}: use the number of texts per entry, such as 20000")
         if self.workers < 1:

@@ -70,7 +70,8 @@ def curate(source: Source, config: CurationConfig, progress: Progress | None = N
     pool, report = TextTables(texts, left), report_on_texts(texts, decision, config)
     counts = count_entries(pool, len(metadata))
     languages = [metadata.slice(number) for number in range(len(metadata.languages))]
-    drawn = balance(counts, languages, config.t, reference)
+    t = config.t if not metadata.all_texts else max(1.0, float(counts.sum()))
+    drawn = balance(counts, languages, t, reference)
     kept = make.kept(pool, drawn)
     add_sampling(report, pool, kept, metadata, drawn)
     if not report.kept[0]:

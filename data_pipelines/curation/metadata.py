@@ -28,6 +28,7 @@ from xray.config import hash_json, nearest
 from xray.errors import ConfigError
 
 EVERY = ""  # the language of metadata that are for texts of all languages
+ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: its entry is in every text
 MOST_PAIRS = 5_000_000  # word pairs and words that are counted at once; the rarest go first
 
 
@@ -88,8 +89,15 @@ class Metadata:
         """A language's entries."""
         return slice(int(self.ends[language - 1]) if language else 0, int(self.ends[language]))
 
+    @property
+    def all_texts(self) -> bool:
+        """Whether there is nothing to balance by."""
+        return self.lists == ALL_TEXTS
+
     def find(self, texts: Sequence[str], language: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the entries in each text as (numbers [M] int32, ends [n] int64)."""
+        if self.all_texts:
+            return np.zeros(len(texts), np.int32), np.arange(1, len(texts) + 1)
         if self.casefold:
             texts = [text.casefold() for text in texts]
         found, ends = self._matcher(language).find(texts)
@@ -124,10 +132,13 @@ def make_metadata(lists: Mapping[str, Iterable[str]], casefold: bool = False) ->
 
 
 def read_metadata(path: str, casefold: bool = False) -> Metadata:
-    """Metadata from a file: one entry per line, or (.json) a list or {language: list}.
+    """Metadata from a file: one entry per line, or (.json) a list or {language: list}; "none" for
+    one entry that is in every text.
 
     Raises ConfigError for what cannot be read, is not UTF-8, or holds no entries.
     """
+    if path == "none":
+        return Metadata(ALL_TEXTS)
     text = read_utf8(path, "metadata")
     if not path.endswith(".json"):
         lists: object = {EVERY: text.split("\n")}
