@@ -182,8 +182,13 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
         stage.transform(prepared["photos"].sample(0, m, 32, 1), None)["weights"] for m in (0, 1)
     ]
     assert (weights[0] == 1).all() and (weights[1] < 0.5).all() and len(weights[1]) == 2
-    assert train("hashtag", demo, tmp_path / "run", *config).manifest["samples"] == 32
+    manifest = train("hashtag", demo, tmp_path / "run", *config).manifest
+    assert manifest["samples"] == 32
+    assert manifest["inputs"]["teacher"] == open_artifact(teacher).digest
 
+    doubting = "hashtag.min_lift=1", "data.sources.photos.tags=caption_words"
+    with pytest.raises(ConfigError, match=r"min_lift: the teacher judged tags of .*'hashtags'"):
+        train("hashtag", demo, tmp_path / "judged", *config, *doubting)
     with pytest.raises(ArtifactError, match=r"hashtag.teacher=\S+ is of another vocabulary"):
         train("hashtag", demo, tmp_path / "other", *config[:-2], "hashtag.min_count=1")
     with pytest.raises(ConfigError, match="has no such sidecar"):

@@ -99,7 +99,9 @@ def test_concepts_end_at_words() -> None:
     assert ConceptMatcher([]).find("dog") == []
 
 
-def test_a_vocabulary_is_counted_merged_and_cut(tmp_path: Path) -> None:
+def test_a_vocabulary_is_counted_merged_and_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [["dog", "dogs"], ["dogs"], ["puppy"], ["tbt", "cat"], ["cat"], ["bus"], ["rare"]] * 2
     source = with_tags(tmp_path / "s", [*rows, ["once"], []])
     aliases = tmp_path / "aliases.txt"
@@ -120,7 +122,13 @@ def test_a_vocabulary_is_counted_merged_and_cut(tmp_path: Path) -> None:
     }
     vocabulary.save(tmp_path / "v.json")
     assert Vocabulary.load(tmp_path / "v.json") == vocabulary
-    assert count_tags(source, "hashtags", rules, workers=2) == counts
+    again = with_tags(tmp_path / "again", [*rows, ["once"], []])
+    assert count_tags(again, "hashtags", rules, workers=2) == counts
+    with monkeypatch.context() as patch:  # what was counted is not read again
+        patch.setattr(Source, "read", None)
+        assert count_tags(source, "hashtags", rules) == counts
+        with pytest.raises(TypeError):
+            count_tags(source, "hashtags", replace(rules, field="tags"))
     with pytest.raises(DataError, match=r"no tag occurs in 99 samples of photos \(15 of 16"):
         build_vocabulary(counts, TagRules(min_count=99), "photos")
 

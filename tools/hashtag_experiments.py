@@ -114,10 +114,10 @@ class Bench:
         data, config = data_of(artifact, 1), TaggingConfig("", "image", "caption_words")
         return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)[0]
 
-    def teach(self, artifact: Artifact, shards: Path, threshold: float = 0.02) -> str:
+    def teach(self, artifact: Artifact, shards: Path) -> str:
         """Write an artifact's tags of shards beside them; returns the option that uses them."""
         source = open_source("photos", str(shards), "image")
-        config = PseudoTagsConfig(top=8, threshold=threshold, workers=1)
+        config = PseudoTagsConfig(workers=1)
         tagger = Tagger(artifact).to(self.device)
         data: DataConfig = data_of(artifact, 1)
         found = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
