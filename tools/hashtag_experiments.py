@@ -117,7 +117,7 @@ class Bench:
     def teach(self, artifact: Artifact, shards: Path) -> str:
         """Write an artifact's tags of shards beside them; returns the option that uses them."""
         source = open_source("photos", str(shards), "image")
-        config = PseudoTagsConfig(workers=1)
+        config = PseudoTagsConfig(top=8, threshold=0.03, workers=1)
         tagger = Tagger(artifact).to(self.device)
         data: DataConfig = data_of(artifact, 1)
         found = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
