@@ -189,8 +189,6 @@ class HashtagStage(Stage):
             use, own = TeacherRules(options.min_lift, options.pseudo_weight), data.sources[name]
             work = Labeller(source, own.tags, options, self.vocabulary, teacher, use, own.captions)
             labels = label(work, data.workers)
-            if dist.is_main():
-                log.info("source %s: %s", name, self._labelled(source, labels, work))
             balance: Balance = options.balance if name in training else "none"
             self.balanced[name] = balanced(
                 source,
@@ -201,14 +199,17 @@ class HashtagStage(Stage):
                 self.config.seed,
                 data.workers,
             )
+            if dist.is_main():
+                log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
         return {name: found.source for name, found in self.balanced.items()}
 
-    def _labelled(self, source: Source, labels: Sidecar, work: Labeller) -> str:
+    def _labelled(self, work: Labeller, balanced: Balanced) -> str:
         """How many samples have tags, and what the teacher made of them."""
-        found = count_labels(labels)
-        text = f"{found.own:,} of {len(source):,} samples have tags of the vocabulary"
-        if work.teacher is None:
-            return text
+        tagged = "{:,} of {:,} samples have tags of the vocabulary"
+        if work.teacher is None:  # what was counted for the balance; no table is read again
+            return tagged.format(balanced.unique, len(work.source))
+        found = count_labels(balanced.labels)
+        text = tagged.format(found.own, len(work.source))
         before = count_labels(label(replace(work, teacher=None), self.config.data.workers))
         dropped = 1 - found.tags / max(1, before.tags)
         return (

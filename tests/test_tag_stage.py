@@ -178,7 +178,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
         source, teacher_sidecar(taught(run(*command, "top=1")), source, "hashtags", "hashtags", {})
     )
     assert other is not None and other.table(0)["chosen"].sum() == 11
-    assert tables_of(name, source).digest == sidecar.digest  # type: ignore[union-attr]
+    assert tables_of(name, source).digest == sidecar.digest
 
     config = (
         *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",

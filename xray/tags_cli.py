@@ -17,7 +17,7 @@ from xray.errors import ConfigError
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Source
-    from data_pipelines.tags import TagsConfig
+    from data_pipelines.tags import TagReader, TagsConfig
     from data_pipelines.vocabulary import Vocabulary
 
 Items = Annotated[
@@ -119,7 +119,7 @@ def find_examples(
             except BadSample:
                 continue
             for tag in missing & {vocabulary.tags[number] for number in numbers}:
-                text = _caption_with(tag, files, vocabulary, config)
+                text = _caption_with(tag, files, vocabulary, reader, config)
                 found[tag].append((text or printable(source.index(shard).key(member)))[:LETTERS])
                 if len(found[tag]) == EXAMPLES:
                     missing.discard(tag)
@@ -127,7 +127,11 @@ def find_examples(
 
 
 def _caption_with(
-    tag: str, files: dict[str, bytes], vocabulary: Vocabulary, config: TagsConfig
+    tag: str,
+    files: dict[str, bytes],
+    vocabulary: Vocabulary,
+    reader: TagReader,
+    config: TagsConfig,
 ) -> str:
     """A caption that a tag was found in, or any where it was found elsewhere; "" for none."""
     from data_pipelines.captions import captions_of
@@ -138,7 +142,7 @@ def _caption_with(
     except BadSample:
         return ""
     if config.tags != "hashtags":
-        reader, number = vocabulary.reader(config), vocabulary.ids[tag]
+        number = vocabulary.ids[tag]
         for caption in captions:
             alone = reader.tags_of({"txt": caption.encode()}, config.tags, {"txt": 1.0})
             if number in vocabulary.encode(alone):
