@@ -30,7 +30,7 @@ from typing import Any
 import ahocorasick
 import numpy as np
 from bench_dedup import apart, duplicates
-from bench_plan import Table
+from bench_plan import Table, print_tables
 from bench_soak import write_shards
 from timing import hardware
 
@@ -310,14 +310,8 @@ def main() -> None:
         print(
             f"{options.data} is no folder of shards: without real captions and photos", flush=True
         )
-    tables = []
-    for name in options.tables:
-        for table in TABLES[name](options):
-            print(table, flush=True)
-            tables.append(dataclasses.asdict(table))
-    if options.json:
-        content = {"hardware": machine, "tables": tables}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    tables = (table for name in options.tables for table in TABLES[name](options))
+    print_tables(tables, machine, options.json)
 
 
 if __name__ == "__main__":

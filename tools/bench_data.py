@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ import decord
 import numpy as np
 import torch
 import webdataset as wds
-from bench_plan import Table, plan_at_scale
+from bench_plan import Table, plan_at_scale, print_tables
 from bench_soak import clip_of, jpeg_of, soak, stack_rows, write_shards
 from PIL import Image
 from timing import hardware, interleaved, speedup
@@ -303,14 +302,8 @@ def main() -> None:
     machine = hardware("cpu")
     print(machine, flush=True)
     torch.set_num_threads(1)
-    tables = []
-    for name in options.tables:
-        for table in TABLES[name](options):
-            print(table, flush=True)
-            tables.append(dataclasses.asdict(table))
-    if options.json:
-        content = {"hardware": machine, "tables": tables}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    tables = (table for name in options.tables for table in TABLES[name](options))
+    print_tables(tables, machine, options.json)
 
 
 if __name__ == "__main__":

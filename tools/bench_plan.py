@@ -7,12 +7,13 @@ no sample comes twice; every slot exactly once on a smaller source that is read 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,6 +43,16 @@ class Table:
     def __str__(self) -> str:
         lines = [self.heads, ["---"] * len(self.heads), *self.rows]
         return f"\n{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_tables(tables: Iterable[Table], machine: str, path: Path | None) -> None:
+    """Print each table as it is made; write all, and the machine they are of, to a .json."""
+    made = []
+    for table in tables:
+        print(table, flush=True)
+        made.append(asdict(table))
+    if path:
+        path.write_text(json.dumps({"hardware": machine, "tables": made}, indent=2) + "\n")
 
 
 def write_manifest(
