@@ -1,7 +1,8 @@
 """Runs a data stream as a training run does, and writes down what every step was made of.
 
-python stream_helper.py DATA OUT STEPS WORKERS [kill STEP]: goes on from OUT/state, which holds one
-integer and the quarantine. Started once per rank, with RANK and WORLD_SIZE.
+python stream_helper.py DATA OUT STEPS WORKERS [kill STEP]: goes on from OUT/start, a copy of
+OUT/state, which holds one integer and the quarantine. Started once per rank, with RANK and
+WORLD_SIZE.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def main(root: str, out: Path, steps: int, workers: int, kill: int) -> None:
         for name, source in data.sources.items()
     }
     plans = make_plans(BLOCKS, sources, data, seed=7)
-    state = out / "state"
-    first = int((state / "step").read_text()) if state.is_dir() else 0
-    entries = quarantine.load(state / "quarantine.jsonl")
+    state, start = out / "state", out / "start"
+    first = int((start / "step").read_text()) if start.is_dir() else 0
+    entries = quarantine.load(start / "quarantine.jsonl")
     quarantine.obey(entries, plans)
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:

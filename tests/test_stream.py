@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,8 @@ Steps = dict[int, dict[tuple[str, int], str]]
 def start(root: Path, out: Path, world: int, workers: int, kill: int = -1) -> list[int]:
     """Run all ranks to their end; their exit codes."""
     out.mkdir(exist_ok=True)
+    if (out / "state").is_dir():  # read by every rank, however late, before another is written
+        shutil.copytree(out / "state", out / "start", dirs_exist_ok=True)
     args = [str(root), str(out), str(STEPS), str(workers), str(kill)]
     group = [
         subprocess.Popen(
