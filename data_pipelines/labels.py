@@ -33,9 +33,13 @@ TEACHER_COLUMNS = ("ids", "scores", "chosen")
 RAREST = 1e-12  # mean probability: no division by 0
 
 
-def teacher_sidecar(name: str, source: Source) -> str:
-    """The sidecar of a teacher for what a source is of its shards."""
-    return f"{name}-{source.modality}-{source.animations}"
+def teacher_sidecar(
+    name: str, source: Source, origin: Origin, field: str, captions: Mapping[str, float]
+) -> str:
+    """The sidecar of a teacher for what a source is of its shards, and for its own tags."""
+    where = field if origin == "hashtags" else dict(captions)
+    own = hash_json([source.modality, source.animations, origin, where])
+    return f"{name}-{own[:8]}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,27 @@ def label(work: Labeller, workers: int = 1, progress: Progress | None = None) ->
     name = f"labels-{hash_json({**facts, 'manifest': work.source.manifest.digest})[:12]}"
     found = open_sidecar(work.source, name)
     return found or write_sidecar(work.source, name, work, facts, workers, progress)
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """own: samples with tags of their own, `tags` in all. taught: those with a teacher's."""
+
+    own: int
+    tags: int
+    taught: int
+
+
+def count_labels(labels: Sidecar) -> LabelCounts:
+    """What labels are there; a tag of a sample's own weighs 1, a teacher's less."""
+    own = tags = samples = 0
+    for shard in range(len(labels.counts)):
+        table = labels.table(shard)
+        sure = np.concatenate([[0], np.cumsum(table["weights"] == 1)])
+        of_rows = np.diff(sure[np.concatenate([[0], table["ends"]])])
+        samples += int((np.diff(table["ends"], prepend=0) > 0).sum())
+        own, tags = own + int((of_rows > 0).sum()), tags + int(of_rows.sum())
+    return LabelCounts(own, tags, samples - own)
 
 
 @dataclass(frozen=True)

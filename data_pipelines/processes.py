@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -31,7 +33,8 @@ def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[
     waiting: deque[Future[T]] = deque()
     try:
         for shard in range(count):
-            waiting.append(pool.submit(_call, shard))
+            with _uninterrupted():
+                waiting.append(pool.submit(_call, shard))
             if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -42,6 +45,19 @@ def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is spawned in it ignores Ctrl-C until it has started, and then ends by it in silence."""
+    if threading.current_thread() is not threading.main_thread():  # signals are not its to set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(work: Callable[[int], Any]) -> None:

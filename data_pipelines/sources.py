@@ -229,7 +229,7 @@ def open_source(
         index = source.index(int(empty[0]))
         raise DataError(
             f"shard {index.path} of source {name!r} has no {modality} files, only "
-            f"{', '.join(index.extensions)}: correct data.sources.{name}"
+            f"{', '.join(index.extensions)}: correct its shards or its modality"
         )
     return source
 
@@ -261,7 +261,10 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
         for name in names:
             config = data.sources[name]
             kinds = config.modality, data.root, config.animations
-            found[name] = open_source(name, config.shards, *kinds, cache, verify=dist.is_main())
+            try:
+                found[name] = open_source(name, config.shards, *kinds, cache, verify=dist.is_main())
+            except DataError as error:
+                raise DataError(f"data.sources.{name}: {error}") from error
         return found
 
     sources = dist.main_first(open_all)

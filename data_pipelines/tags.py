@@ -44,7 +44,7 @@ l4l likeforfollow follow followme follow4follow followforfollow f4f followback t
 photooftheday picoftheday pictureoftheday photo photos pic pics picture photography
 photographer photogram amazing awesome beautiful best bestoftheday cool cute fun funny good happy
 happiness life lifestyle mood motivation nice new now repost regram viral trending explore
-explorepage foryou foryoupage fyp fy reels reel shorts tiktok youtube video videos
+explorepage foryou foryoupage fyp fy reels reel tiktok youtube video videos
 weekend monday tuesday wednesday thursday friday saturday sunday mondaymotivation today
 nofilter filter vsco vscocam canon nikon iphone giveaway sale ad sponsored promo linkinbio comment
 share dm
@@ -78,7 +78,8 @@ class TagRules:
     def validate(self, section: str = "hashtag") -> None:
         """Raises ConfigError naming the key to change."""
         if self.min_count < 1 or self.max_size < 1:
-            raise ConfigError(f"{section}.min_count and {section}.max_size must be at least 1")
+            at = f"{section}." if section else ""
+            raise ConfigError(f"{at}min_count and {at}max_size must be at least 1")
 
 
 def canonical(tag: str) -> str:

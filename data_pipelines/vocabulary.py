@@ -101,7 +101,9 @@ class Vocabulary:
                 f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is not a vocabulary: {error!r}") from error
+            raise ArtifactError(
+                f"{path} is not a vocabulary ({error!r}): make one with xray data tags"
+            ) from error
         if not rows:
             raise ArtifactError(f"the vocabulary {path} is empty")
         if result.digest != expected:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from data_pipelines.balance import Balance
-from data_pipelines.labels import Balanced, Labeller, TeacherRules, balanced, label, teacher_sidecar
+from data_pipelines.labels import (
+    Balanced,
+    Labeller,
+    TeacherRules,
+    balanced,
+    count_labels,
+    label,
+    teacher_sidecar,
+)
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Sample, Source
 from data_pipelines.tags import TagRules
@@ -28,6 +37,7 @@ from stages.base import (
     load_vision,
     part,
 )
+from xray import dist
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.heads import TagHead
@@ -40,6 +50,8 @@ from xray.tag_losses import (
     target_entropy,
     truncate,
 )
+
+log = logging.getLogger("xray")
 
 
 @dataclass
@@ -177,6 +189,8 @@ class HashtagStage(Stage):
             use, own = TeacherRules(options.min_lift, options.pseudo_weight), data.sources[name]
             work = Labeller(source, own.tags, options, self.vocabulary, teacher, use, own.captions)
             labels = label(work, data.workers)
+            if dist.is_main():
+                log.info("source %s: %s", name, self._labelled(source, labels, work))
             balance: Balance = options.balance if name in training else "none"
             self.balanced[name] = balanced(
                 source,
@@ -188,6 +202,19 @@ class HashtagStage(Stage):
                 data.workers,
             )
         return {name: found.source for name, found in self.balanced.items()}
+
+    def _labelled(self, source: Source, labels: Sidecar, work: Labeller) -> str:
+        """How many samples have tags, and what the teacher made of them."""
+        found = count_labels(labels)
+        text = f"{found.own:,} of {len(source):,} samples have tags of the vocabulary"
+        if work.teacher is None:
+            return text
+        before = count_labels(label(replace(work, teacher=None), self.config.data.workers))
+        dropped = 1 - found.tags / max(1, before.tags)
+        return (
+            f"{text}; the teacher dropped {dropped:.1%} of their tags, and gave tags to "
+            f"{found.taught:,} samples without"
+        )
 
     def _vocabulary(self, sources: Mapping[str, Source]) -> Vocabulary:
         options, data = self.config.hashtag, self.config.data
@@ -204,30 +231,22 @@ class HashtagStage(Stage):
         return build_vocabulary(counts, options, ", ".join(names))[0]
 
     def _teacher(self, source: Source) -> Sidecar | None:
-        name = self.config.hashtag.teacher
+        name, own = self.config.hashtag.teacher, self.config.data.sources[source.name]
         if not name:
             return None
-        found = open_sidecar(source, teacher_sidecar(name, source))
+        field = self.config.hashtag.field
+        sidecar = teacher_sidecar(name, source, own.tags, field, own.captions)
+        found = open_sidecar(source, sidecar)
         if found is None:
+            where = f"field={field}" if own.tags == "hashtags" else f"captions={own.captions}"
             raise ConfigError(
-                f"hashtag.teacher={name}: source {source.name!r} has no such sidecar for its "
-                "shards; make it with xray data pseudo-tags, which prints its name"
+                f"hashtag.teacher={name}: it has not been over the shards of source "
+                f"{source.name!r} with tags={own.tags} {where}; run xray data pseudo-tags on them "
+                "with these settings"
             )
         _check_same(self.vocabulary, found.facts["vocabulary"], f"hashtag.teacher={name}")
-        self._check_judged(source.name, found)
         self.teacher_digest = found.facts["teacher"]
         return found
-
-    def _check_judged(self, source: str, teacher: Sidecar) -> None:
-        """Raise ConfigError where `min_lift` is asked of tags that the teacher did not look at."""
-        own = self.config.data.sources[source]
-        used = {"tags": own.tags, "captions": own.captions, "field": self.config.hashtag.field}
-        judged = {name: teacher.facts["settings"][name] for name in used}
-        if self.config.hashtag.min_lift and judged != used:
-            raise ConfigError(
-                f"hashtag.min_lift: the teacher judged tags of {judged}, but those of source "
-                f"{source!r} are of {used}: run xray data pseudo-tags with these settings"
-            )
 
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)

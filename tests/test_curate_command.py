@@ -99,10 +99,11 @@ def test_the_text_stage_pairs_kept_captions_only(demo: Path, tmp_path: Path) -> 
     sample = open_source("photos", str(demo / "photos"), "image").sample(0, 0, 32, 1)
     captions = [caption.text for caption in read_captions(sample.files)]
     kept = dataclasses.replace(sample, texts=(0, len(captions) - 1))
-    expected = stage.language.tokens([captions[0], captions[-1]])
-    for seed in range(4):
-        found = stage.transform(kept, np.random.default_rng(seed))
-        assert sorted(map(str, found)) == sorted(map(str, expected))
+    expected = stage.language.tokens([captions[0], captions[-1]])["input_ids"].tolist()
+    assert len(captions) > 2 and expected[0] != expected[1]
+    for seed in range(8):
+        found = stage.transform(kept, np.random.default_rng(seed))["input_ids"].tolist()
+        assert sorted(found) == sorted(expected)
     with pytest.raises(BadSample, match="only one caption"):
         stage.transform(dataclasses.replace(sample, texts=(0,)), None)
 
@@ -115,3 +116,10 @@ def test_mistakes_say_what_to_change(demo: Path, tmp_path: Path) -> None:
     none.write_text("unicorn\n")
     for given in ((), (f"metadata={none}",), ("metadata=gone.txt",), ("metdata=x",)):
         run("data", "curate", demo / "photos", *given, expect=2)
+    for out, says in ((demo / "photos", "is the pool itself"), (demo / "clips", "other shards")):
+        command = ("data", "curate", demo / "photos", "metadata=none", "--out", out)
+        assert says in " ".join(run(*command, expect=2).split())
+    with pytest.raises(ConfigError, match=r"unknown key 'data.sources.photos.kept'.*'keep'"):
+        settings("hashtag", demo, tmp_path, "data.sources.photos.kept=x")
+    with pytest.raises(ConfigError, match=r"unknown key 'sample'.*'samples'"):
+        settings("hashtag", demo, tmp_path, "data.blocks=[{source: photos, sample: 1}]")

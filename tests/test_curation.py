@@ -209,9 +209,12 @@ def test_caps_of_equal_texts_and_of_a_field(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "pool", elsewhere)
         for pattern in (elsewhere, elsewhere / "*.tar"):
             assert kept(curate(open_source("x", str(pattern), "image"), settings)) == ours
-    everyone = [{**row, "user": None} for row in rows]  # no user is not one user
-    anonymous = pool(tmp_path / "anonymous", [everyone])
+    most = [{**row, "user": None} for row in rows[:-1]]  # no user is not one user
+    anonymous = pool(tmp_path / "anonymous", [[*most, rows[-1]]])
     assert len(kept(curate(anonymous, config(tmp_path, ["dog"], filters=capped)))) == len(rows)
+    with pytest.raises(ConfigError, match="per_field=usr: no sample's json has such a field"):
+        wrong = {"per_field": "usr", "per_value": 2}
+        curate(source, config(tmp_path, ["dog"], filters=wrong))
 
 
 def test_without_metadata_only_filters_choose(tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_languages(tmp_path: Path) -> None:
         ({"filters": {"min_words": 9, "max_words": 2}}, r"filters\.min_words=9 is above"),
         ({"filters": {"per_value": 2}}, r"filters\.per_field and filters\.per_value"),
         ({"dedup": {"distance": 4}}, r"dedup\.distance=4"),
-        ({"dedup": {"embeddings": "e"}}, r"dedup\.embeddings=e: there is no sidecar"),
+        ({"dedup": {"embeddings": "e"}}, r"dedup\.embeddings=e: .* has no embeddings"),
         ({"metadata": ""}, "metadata is missing"),
     ],
 )
@@ -343,7 +346,7 @@ def test_new_shards_hold_what_is_kept(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(before)) as archive:
         assert archive.getnames() == ["a.jpg", "a.json", "b.jpg", "b.json"]
     other = curate(source, config(tmp_path, ["one"]))
-    with pytest.raises(ConfigError, match="holds other shards"):
+    with pytest.raises(ConfigError, match="holds another curation"):
         write_shards(other, out)
 
 

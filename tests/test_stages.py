@@ -126,7 +126,7 @@ def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path
     output = CliRunner().invoke(app, [*command, *options]).output
     source = open_source("photos", str(photos), "image")
     name = output.split("hashtag.teacher=")[1].split()[0]
-    sidecar = open_sidecar(source, teacher_sidecar(name, source))
+    sidecar = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
     assert sidecar is not None
 
     artifact, names = open_artifact(chain["clip"]), Vocabulary.load(tags).tags

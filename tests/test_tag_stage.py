@@ -15,8 +15,8 @@ from tiny import settings, train
 from typer.testing import CliRunner
 
 from data_pipelines.labels import teacher_sidecar
-from data_pipelines.sidecars import open_sidecar
-from data_pipelines.sources import open_source
+from data_pipelines.sidecars import Sidecar, open_sidecar
+from data_pipelines.sources import Source, open_source
 from data_pipelines.transforms import load_pixels, load_views
 from stages import stage_class
 from stages.base import Parents
@@ -144,17 +144,23 @@ def taught(output: str) -> str:
     return found[1]
 
 
+def tables_of(name: str, source: Source) -> Sidecar:
+    found = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
+    assert found is not None
+    return found
+
+
 def test_a_teacher_tags_and_the_stage_learns_from_it(
-    demo: Path, teacher: Path, tmp_path: Path
+    demo: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="xray")
     folder = untagged(tmp_path / "mine", demo)
     command = ("data", "pseudo-tags", teacher, folder, "threshold=0.0", "top=2", "workers=0")
     output = run(*command)
     assert "6 of 6 untagged samples got tags" in output and "undecodable image: 1" in output
     name = taught(output)
     source = open_source("mine", str(folder), "image")
-    sidecar = open_sidecar(source, teacher_sidecar(name, source))
-    assert sidecar is not None
+    sidecar = tables_of(name, source)
     assert sidecar.facts["teacher"] == open_artifact(teacher).digest
     table = sidecar.table(0)
     rows = np.split(np.arange(len(table["ids"])), table["ends"][:-1])
@@ -165,12 +171,14 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
             assert 0 < table["scores"][row].sum() <= 1 + 1e-5
     # the same again does nothing, and gives the same
     assert taught(run(*command)) == name
-    again = open_sidecar(source, teacher_sidecar(name, source))
-    assert again is not None and again.digest == sidecar.digest
+    again = tables_of(name, source)
+    assert again.digest == sidecar.digest
     # other settings are another sidecar
-    other = open_sidecar(source, teacher_sidecar(taught(run(*command, "top=1")), source))
+    other = open_sidecar(
+        source, teacher_sidecar(taught(run(*command, "top=1")), source, "hashtags", "hashtags", {})
+    )
     assert other is not None and other.table(0)["chosen"].sum() == 11
-    assert open_sidecar(source, teacher_sidecar(name, source)).digest == sidecar.digest  # type: ignore[union-attr]
+    assert tables_of(name, source).digest == sidecar.digest  # type: ignore[union-attr]
 
     config = (
         *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",
@@ -186,12 +194,19 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     assert manifest["samples"] == 32
     assert manifest["inputs"]["teacher"] == open_artifact(teacher).digest
 
-    doubting = "hashtag.min_lift=1", "data.sources.photos.tags=caption_words"
-    with pytest.raises(ConfigError, match=r"min_lift: the teacher judged tags of .*'hashtags'"):
-        train("hashtag", demo, tmp_path / "judged", *config, *doubting)
+    other_tags = "data.sources.photos.tags=caption_words"
+    with pytest.raises(ConfigError, match=r"it has not been over .* with tags=caption_words"):
+        train("hashtag", demo, tmp_path / "judged", *config, other_tags)
+    assert taught(run(*command, "tags=caption_words")) == name
+    train("hashtag", demo, tmp_path / "judged", *config, other_tags)
+    assert (
+        "photos: 6 of 12 samples have tags of the vocabulary; the teacher dropped 0.0%"
+        in caplog.text
+    )
+    assert "gave tags to 6 samples without" in caplog.text
     with pytest.raises(ArtifactError, match=r"hashtag.teacher=\S+ is of another vocabulary"):
         train("hashtag", demo, tmp_path / "other", *config[:-2], "hashtag.min_count=1")
-    with pytest.raises(ConfigError, match="has no such sidecar"):
+    with pytest.raises(ConfigError, match="it has not been over the shards"):
         train("hashtag", demo, tmp_path / "none", *config, "hashtag.teacher=nobody")
 
 

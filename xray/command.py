@@ -14,7 +14,7 @@ from xray.errors import Preempted, TrainingError, XrayError
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. optim.name=lion"),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings"),
 ]
 # 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
 EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
@@ -33,6 +33,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(EXIT_CODES.get(type(error), 2)) from None
         except KeyboardInterrupt:
+            if dist.is_main():
+                print(
+                    "xray: interrupted; the same command goes on from what is saved",
+                    file=sys.stderr,
+                )
             raise SystemExit(130) from None
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,8 @@ def build(schema: type[C], *layers: Layer) -> C:
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except ConfigKeyError as error:
         key = str(error.full_key)
-        where = _fields_beside(schema, key.split("."))
+        kind = error.object_type  # the dataclass that has no such field
+        where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
         hint = nearest(key.split(".")[-1], where)
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
     except OmegaConfBaseException as error:
@@ -112,14 +114,6 @@ def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
     """base.yaml <- stage/STAGE.yaml <- layers, as one checked dataclass."""
     shipped_layers = (read_yaml(config_path("base")), read_yaml(config_path(f"stage/{stage}")))
     return build(schema, *shipped_layers, *layers, {"stage": stage})
-
-
-def _fields_beside(schema: type, path: list[str]) -> list[str]:
-    """The valid names at the place of a key that does not exist."""
-    node: Any = OmegaConf.structured(schema)
-    for part in path[:-1]:
-        node = node.get(part, {})
-    return [str(key) for key in node]
 
 
 def _first_line(error: Exception) -> str:

@@ -76,19 +76,21 @@ def data_curate(
     """
     from data_pipelines.curation.config import CurationConfig
     from data_pipelines.curation.curate import curate
-    from data_pipelines.curation.write import write_shards
+    from data_pipelines.curation.write import check_folder, write_shards
     from xray.config_files import build, parse_overrides, read_yaml
-    from xray.curation_page import language_table, step_table, write_curation_page
+    from xray.curation_page import tables, write_curation_page
 
     layers = [read_yaml(config_file)] if config_file is not None else []
     config = build(CurationConfig, *layers, parse_overrides(overrides or []))
     source = open_any(pool, modality)
+    if out is not None:
+        check_folder(out, source)
     found = curate(source, config, progress_of("curating"))
     write_curation_page(found.report, source, report)
     if json_file is not None:
         json_file.write_text(json.dumps(asdict(found.report), indent=1, ensure_ascii=False))
-    step_table(found.report).print()
-    language_table(found.report).print()
+    for table in tables(found.report):
+        table.print()
     print(f"keep-list: {found.kept.name} (data.sources.NAME.keep={found.kept.name}); {report}")
     if out is not None:
         number = write_shards(found, out, config.workers, progress_of("writing"))

@@ -25,9 +25,8 @@ def step_table(report: CurationReport) -> ResultTable:
     """What there was, what each step took, and what is left."""
     rows: list[Sequence[str]] = [["read", *_numbers(report.read), ""]]
     for step in report.steps:
-        if step.samples or step.texts:
-            taken = (f"{-step.samples:,}", f"{-step.texts:,}")
-            rows.append([step.name, *taken, ", ".join(step.keys[:3])])
+        taken = (f"{-step.samples:,}", f"{-step.texts:,}")
+        rows.append([step.name, *taken, ", ".join(step.keys[:3])])
     rows.append(["kept", *_numbers(report.kept), ", ".join(report.kept_keys[:3])])
     return ResultTable("Curation", ("step", "samples", "texts", "e.g."), rows)
 
@@ -50,22 +49,33 @@ def language_table(report: CurationReport) -> ResultTable:
     return ResultTable("Languages", heads, rows)
 
 
+def leak_table(report: CurationReport) -> ResultTable:
+    """Samples of the pool that are in an evaluation set."""
+    rows = [[name, *(f"{n:,}" for n in kinds.values())] for name, kinds in report.leaks.items()]
+    kinds = next(iter(report.leaks.values()), {})
+    return ResultTable("Samples of evaluation sets", ("evaluation set", *kinds), list(rows))
+
+
+def tables(report: CurationReport) -> list[ResultTable]:
+    """What was taken, and of which languages and evaluation sets, where there are any."""
+    found = [step_table(report)]
+    if report.settings["metadata"] != "none":
+        found.append(language_table(report))
+    return [*found, leak_table(report)] if report.leaks else found
+
+
 def write_curation_page(report: CurationReport, source: Source, out: Path) -> None:
     """One self-contained page: steps, languages, the head's cut, entries, and sheets of samples."""
-    parts = [
-        step_table(report).html(),
-        language_table(report).html(),
-        _curve(report),
-        _entries("Entries with the most texts", report.top),
-        _entries("Entries with the fewest texts", report.tail),
-    ]
+    parts = [table.html() for table in tables(report)]
+    if report.settings["metadata"] != "none":
+        parts += [
+            _curve(report),
+            _entries("Entries with the most texts", report.top),
+            _entries("Entries with the fewest texts", report.tail),
+        ]
     if report.unknown_languages:
         rows = [[name or "(none)", f"{n:,}"] for name, n in report.unknown_languages.items()]
         parts.append(ResultTable("Without metadata", ("language", "texts"), list(rows)).html())
-    if report.leaks:
-        rows = [[name, *(f"{n:,}" for n in kinds.values())] for name, kinds in report.leaks.items()]
-        heads = ("evaluation set", *next(iter(report.leaks.values())))
-        parts.append(ResultTable("Samples of evaluation sets", heads, list(rows)).html())
     sheets = [("Kept", report.kept_keys)]
     sheets += [(f"Dropped: {step.name}", step.keys) for step in report.steps if step.keys]
     pictures = _pictures(source, {key for _, keys in sheets for key in keys})

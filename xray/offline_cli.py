@@ -33,9 +33,9 @@ def data_pseudo_tags(
     """Have a hashtag or clip artifact tag samples, and judge the tags they have.
 
     Writes a sidecar beside the shards, and prints its name for hashtag.teacher. The same command
-    goes on where it was stopped. Settings: tags=hashtags field=hashtags (the samples' own tags)
-    top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's) batch_size=64
-    workers=2.
+    goes on where it was stopped. Settings: tags=hashtags field=hashtags captions={} (the samples'
+    own tags) top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's)
+    batch_size=64 workers=2.
     """
     from xray.artifact import open_artifact
     from xray.config_files import build, parse_overrides

@@ -14,11 +14,16 @@ from xray.report import Picture, ResultTable, paragraph, write_report
 SHOWN = 40  # tags of the head, of the tail, and dropped ones of each reason
 
 
-def dropped_table(vocabulary: Vocabulary, dropped: Mapping[str, Dropped]) -> ResultTable:
+def dropped_table(
+    vocabulary: Vocabulary, counts: TagCounts, dropped: Mapping[str, Dropped]
+) -> ResultTable:
     """How many tags and labels are in, and how many are out for which reason."""
     rows: list[Sequence[str]] = [
         ["in the vocabulary", f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}", ""]
     ]
+    merged = len(counts.tags) - len(vocabulary) - sum(found.tags for found in dropped.values())
+    if merged > 0:
+        rows.append(["merged into another's spelling", f"{merged:,}", "", ""])
     for reason, found in sorted(dropped.items()):
         first = ", ".join(tag for tag, _ in found.first[:5])
         rows.append([reason, f"{found.tags:,}", f"{found.samples:,}", first])
@@ -38,8 +43,8 @@ def write_tag_report(
         paragraph(summary(vocabulary, counts)),
         _zipf(vocabulary, counts),
         _listed("Head", ranked[:SHOWN], vocabulary, examples),
-        _listed("Tail", ranked[-SHOWN:], vocabulary, examples),
-        dropped_table(vocabulary, dropped).html(),
+        _listed("Tail", ranked[SHOWN:][-SHOWN:], vocabulary, examples),
+        dropped_table(vocabulary, counts, dropped).html(),
     ]
     for reason, found in sorted(dropped.items()):
         rows: list[Sequence[str]] = [[t, f"{count:,}"] for t, count in found.first[:SHOWN]]
@@ -74,6 +79,8 @@ def _zipf(vocabulary: Vocabulary, counts: TagCounts) -> str:
     axis.legend(fontsize=7, frameon=False)
     slope = zipf_slope(np.array(vocabulary.counts))
     caption = f"Slope of the vocabulary's curve, from rank 10 on: {slope:.2f} (Zipf's law: -1)."
+    if np.isnan(slope):
+        caption = "Samples per tag, from the most frequent."
     return Picture("Samples per tag", caption, pixels_of(figure)).html()
 
 
@@ -99,4 +106,5 @@ def _listed(
         number = vocabulary.ids[tag]
         aliases = ", ".join(vocabulary.aliases[number]) if vocabulary.aliases else ""
         rows.append([tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))])
-    return ResultTable(title, ("tag", "samples", "also", "some of them"), rows).html()
+    heads = ("tag", "samples", "also", "some of them")
+    return ResultTable(title, heads, rows).html() if rows else ""

@@ -29,7 +29,7 @@ Items = Annotated[
 ]
 Modality = Annotated[str, typer.Option(help="image or video [what there is]")]
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
-EXAMPLES, EXAMPLE_LENGTH = 3, 80  # samples shown of a tag, and letters of each
+EXAMPLES, LETTERS = 3, 80  # samples shown of a tag, and letters of each
 MOST_READ = 100_000  # samples of a source that are looked through for examples
 
 
@@ -44,7 +44,8 @@ def data_tags(
     """Build a vocabulary of tags.
 
     Settings: tags=hashtags (json field; or caption_hashtags, caption_words, concepts)
-    field=hashtags concepts=FILE aliases=FILE stop=FILE plurals=false min_count=5 max_size=100000.
+    field=hashtags captions={} (their json fields) concepts=FILE aliases=FILE stop=FILE
+    plurals=false min_count=5 max_size=100000.
     """
     from data_pipelines.tags import TagsConfig
     from data_pipelines.vocabulary import TagCounts, build_vocabulary, count_tags
@@ -66,7 +67,7 @@ def data_tags(
     vocabulary.save(out)
     page = report or out.with_suffix(".html")
     write_tag_report(vocabulary, counts, dropped, find_examples(sources, vocabulary, config), page)
-    dropped_table(vocabulary, dropped).print()
+    dropped_table(vocabulary, counts, dropped).print()
     print(f"{summary(vocabulary, counts)}\n{out}, {page}")
 
 
@@ -99,7 +100,7 @@ def find_examples(
     sources: Sequence[Source], vocabulary: Vocabulary, config: TagsConfig
 ) -> dict[str, list[str]]:
     """Captions, or keys, of some samples of each tag of the head and the tail."""
-    from data_pipelines.captions import TEXT_FILES, captions_of
+    from data_pipelines.captions import TEXT_FILES
     from data_pipelines.decode import BadSample
     from data_pipelines.utf8 import printable
     from xray.tag_report import SHOWN
@@ -115,13 +116,31 @@ def find_examples(
             files = source.read(shard, member, TEXT_FILES)
             try:
                 numbers = vocabulary.encode(reader.tags_of(files, config.tags, config.captions))
-                text = captions_of(files, config.captions)[0]
-            except BadSample as error:
-                if error.cause != "no caption":
-                    continue
-                text = printable(source.index(shard).key(member))
+            except BadSample:
+                continue
             for tag in missing & {vocabulary.tags[number] for number in numbers}:
-                found[tag].append(text[:EXAMPLE_LENGTH])
+                text = _caption_with(tag, files, vocabulary, config)
+                found[tag].append((text or printable(source.index(shard).key(member)))[:LETTERS])
                 if len(found[tag]) == EXAMPLES:
                     missing.discard(tag)
     return found
+
+
+def _caption_with(
+    tag: str, files: dict[str, bytes], vocabulary: Vocabulary, config: TagsConfig
+) -> str:
+    """A caption that a tag was found in, or any where it was found elsewhere; "" for none."""
+    from data_pipelines.captions import captions_of
+    from data_pipelines.decode import BadSample
+
+    try:
+        captions = captions_of(files, config.captions)
+    except BadSample:
+        return ""
+    if config.tags != "hashtags":
+        reader, number = vocabulary.reader(config), vocabulary.ids[tag]
+        for caption in captions:
+            alone = reader.tags_of({"txt": caption.encode()}, config.tags, {"txt": 1.0})
+            if number in vocabulary.encode(alone):
+                return caption
+    return captions[0]

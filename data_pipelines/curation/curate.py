@@ -19,7 +19,7 @@ from typing import Any
 from data_pipelines.curation.balance import Balance, balance, count_entries
 from data_pipelines.curation.config import CurationConfig
 from data_pipelines.curation.dedup import MediaHasher
-from data_pipelines.curation.filters import open_scores
+from data_pipelines.curation.filters import NO_METADATA, open_scores
 from data_pipelines.curation.metadata import Metadata, read_metadata
 from data_pipelines.curation.pool import Pool, decide, decision_in, facts_of
 from data_pipelines.curation.report import CurationReport, add_sampling, report_on_texts
@@ -77,9 +77,19 @@ def curate(source: Source, config: CurationConfig, progress: Progress | None = N
     if not report.kept[0]:
         raise DataError(
             f"no sample of source {source.name!r} is left: of {report.read[0]:,} these steps took: "
-            f"{report.losses()}; change their settings or the metadata"
+            f"{report.losses()}; change their settings or the metadata{_hint(report, config)}"
         )
     return Curated(config, source.with_slots(KeptSlots(kept)), kept, report)
+
+
+def _hint(report: CurationReport, config: CurationConfig) -> str:
+    """What else may be wrong where nothing is left."""
+    if not {"languages", NO_METADATA} & {step.name for step in report.steps if step.samples}:
+        return ""
+    return (
+        f", or where a text's language is found: language={config.language} "
+        "(a json field, or package.module:function)"
+    )
 
 
 @dataclass(frozen=True)

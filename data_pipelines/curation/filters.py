@@ -132,6 +132,12 @@ def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], boo
     return {name: keeps for name, keeps in filters.items() if getattr(c, name)}
 
 
+def filters_on(config: FilterConfig) -> list[str]:
+    """The names of the filters of samples and texts that are switched on."""
+    languages = ["languages"] if config.languages else []
+    return [*sample_filters(config), *text_filters(config), *languages]
+
+
 def word_share(text: str) -> float:
     """The share of a text's words that are its most frequent one; 0 of short texts."""
     words = words_of(text.casefold())

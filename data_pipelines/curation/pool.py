@@ -85,12 +85,11 @@ class Pool:
         return np.flatnonzero(self.sizes)
 
     def drop(self, step: str, places: np.ndarray) -> None:
-        """Drop samples that are left."""
-        if len(places):
-            keys = [self.key(place) for place in places[:EXAMPLES].tolist()]
-            texts = int(self.sizes[places].sum())
-            self.decision.steps[step] = Taken(len(places), texts, keys=keys)
-            self.sizes[places] = 0
+        """Drop samples that are left; a step that drops none is noted, too."""
+        keys = [self.key(place) for place in places[:EXAMPLES].tolist()]
+        texts = int(self.sizes[places].sum())
+        self.decision.steps[step] = Taken(len(places), texts, keys=keys)
+        self.sizes[places] = 0
 
     def keep_same_texts(self, most: int) -> None:
         """Leave at most so many texts that are equal, chosen by hash."""
@@ -105,8 +104,7 @@ class Pool:
         sizes = np.bincount(samples[kept], minlength=len(self.sizes))
         gone = np.flatnonzero((self.sizes > 0) & (sizes == 0))
         keys = [self.key(place) for place in gone[:EXAMPLES].tolist()]
-        if not kept.all():
-            self.decision.steps["same_text"] = Taken(len(gone), int((~kept).sum()), keys=keys)
+        self.decision.steps["same_text"] = Taken(len(gone), int((~kept).sum()), keys=keys)
         self.sizes = sizes.astype(np.int32)
 
     def table(self, shard: int) -> Columns:
@@ -142,7 +140,8 @@ def decide(
     if hashes is not None:
         left = pool.left
         pool.drop("undecodable", left[pool.media(hashes, "broken")[left] > 0])
-        _drop_leaks(pool, dedup, hashes, evaluation)
+        if evaluation:
+            _drop_leaks(pool, dedup, hashes, evaluation)
     if dedup.exact and hashes is not None:
         left = pool.left
         same = repeats(pool.media(hashes, "exact")[left], lambda place: pool.key(int(left[place])))
@@ -159,6 +158,10 @@ def decide(
         pool.keep_same_texts(filters.same_text)
     if filters.per_field:
         values = pool.of_samples("values")
+        if (values == hash_texts([""])[0]).all():
+            raise ConfigError(
+                f"filters.per_field={filters.per_field}: no sample's json has such a field"
+            )
         left = pool.left[values[pool.left] != hash_texts([""])[0]]  # without one, nothing is shared
         samples = pool.of_samples("hashes").view(np.uint64)[left]
         order = keyed(samples, config.seed, np.zeros(len(left)))
@@ -191,8 +194,8 @@ def _drop_similar(pool: Pool, dedup: DedupConfig, seed: int) -> None:
     found = open_sidecar(pool.source, dedup.embeddings)
     if found is None or "embeddings" not in found.table(0):
         raise ConfigError(
-            f"dedup.embeddings={dedup.embeddings}: there is no sidecar with a column `embeddings` "
-            f"of {pool.source.manifest.folder}"
+            f"dedup.embeddings={dedup.embeddings}: {pool.source.manifest.folder} has no embeddings "
+            "of that name; xray data embeddings makes them and prints it"
         )
     sidecar, left = found, pool.left
 

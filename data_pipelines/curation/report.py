@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines.curation.balance import Balance, tail_share, take_rows
 from data_pipelines.curation.config import CurationConfig
-from data_pipelines.curation.filters import EXAMPLES, place_of, read_tally
+from data_pipelines.curation.filters import EXAMPLES, filters_on, place_of, read_tally
 from data_pipelines.curation.metadata import Metadata
 from data_pipelines.curation.pool import Decision
 from data_pipelines.curation.tables import TextTables, unknown_languages
@@ -103,6 +103,8 @@ def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) 
             room = EXAMPLES - len(step.keys)
             step.keys += [printable(index.key(member)) for member in taken.members[:room]]
     later = [Step(name, t.samples, t.texts, t.keys) for name, t in decision.steps.items()]
+    for name in filters_on(config.filters):  # it looked, and took nothing
+        steps.setdefault(name, Step(name))
     report.read = (int(read[0]), int(read[1]))
     report.steps = [*sorted(steps.values(), key=lambda step: place_of(step.name)), *later]
     report.unknown_languages = dict(unknown.most_common())

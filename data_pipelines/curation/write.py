@@ -42,10 +42,19 @@ def write_shards(
     return sum(progress(done, shards) if progress else done)
 
 
-def _claim(out: Path, curated: Curated) -> None:
-    """Make the folder one of this curation; refuse one that has other shards."""
+def check_folder(out: Path, source: Source) -> None:
+    """Raise ConfigError for a folder that no curation of a source can be written to."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
+    if out.resolve() == Path(source.manifest.folder).resolve():
+        raise ConfigError(f"{out} is the pool itself: choose another folder to write to")
+    if any(out.glob("*.tar")) and not (out / RECORD).is_file():
+        raise ConfigError(f"{out} holds other shards: choose another folder")
+
+
+def _claim(out: Path, curated: Curated) -> None:
+    """Make the folder one of this curation; refuse one that has other shards."""
+    check_folder(out, curated.source)
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
@@ -56,7 +65,7 @@ def _claim(out: Path, curated: Curated) -> None:
         except (OSError, ValueError):
             held = None
         if held != wanted:
-            raise ConfigError(f"{out} holds other shards: choose another folder or delete it")
+            raise ConfigError(f"{out} holds another curation: choose another folder or delete it")
     (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
 
 

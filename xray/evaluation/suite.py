@@ -186,12 +186,14 @@ def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
         row("kNN top1", r["top1"], r["chance_top1"], f"{r['samples']:.0f} samples")
     for name in dict.fromkeys(key.split("/")[0] for key in results.get("tags", {})):
         r = {k.split("/")[1]: v for k, v in results["tags"].items() if k.startswith(f"{name}/")}
-        over = f"{r['samples']:.0f} samples, {r['tags']:.0f} tags"
+        both = r["samples"] + r["untagged"]
+        over = f"{r['samples']:.0f} of {both:.0f} samples, {r['tags']:.0f} tags"
         row(f"{name} precision@1", r["precision@1"], r["chance_precision@1"], over)
         row(f"{name} recall@5", r["recall@5"], r["chance_recall@5"], over)
         for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
             tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
             row(f"{name} {measure}", r[measure], r[f"random_{measure}"], tags)
-        row(f"{name} dead tags", r["dead_share@10"], 0.0, f"{r['vocabulary']:.0f} tags")
+        least = r["least_dead@10"] / r["vocabulary"]
+        row(f"{name} dead tags", r["dead_share@10"], least, f"{r['vocabulary']:.0f} tags")
         row(f"{name} calibration error", r["ece"], 0.0, over)
     return table

@@ -205,8 +205,8 @@ class TagMetrics:
         """All samples; their scores stay in the blocks."""
         if not any(len(block.owned) for block in self.blocks):
             raise DataError(
-                f"none of the {self.samples} samples has a tag of the vocabulary: set the source's "
-                "`tags` to where they are"
+                f"none of the {self.samples} samples has a tag of the vocabulary: say where their "
+                "tags are, eval.tags.NAME.tags=caption_words, say"
             )
         columns = [torch.cat(column) for column in list(zip(*self.blocks, strict=True))[1:]]
         return _Block(torch.empty(0), *columns)

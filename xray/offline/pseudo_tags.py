@@ -21,6 +21,7 @@ from xray.config import DataConfig, hash_json
 from xray.errors import ConfigError
 from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
 
+TEACHING = ("top", "threshold", "temperature", "template")  # settings that make another teacher
 PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
 
@@ -82,16 +83,17 @@ def write_pseudo_tags(
 ) -> PseudoTags:
     """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar.
 
-    Its name tells teachers, vocabularies and settings apart, and is the same for every source.
+    Its name tells teachers, vocabularies and settings apart, and is the same for every source,
+    wherever that has its own tags.
     """
     rules = TagRules(field=config.field)
     own = label(
         Labeller(source, config.tags, rules, vocabulary, captions=config.captions), config.workers
     )
-    settings = {k: v for k, v in asdict(config).items() if k not in ("batch_size", "workers")}
+    settings = {k: v for k, v in asdict(config).items() if k in TEACHING}
     facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
     name = f"teacher-{hash_json(facts)[:12]}"
-    whole = teacher_sidecar(name, source)
+    whole = teacher_sidecar(name, source, config.tags, config.field, config.captions)
     sidecar, causes = open_sidecar(source, whole), dict[str, int]()
     if sidecar is None:
         totals = {"prior": _prior(source, teacher, config, data)}
