@@ -1,4 +1,4 @@
-"""Contrastive losses and gradients of several ranks, forked from one process: a rank a line of json.
+"""Contrastive losses and gradients of several ranks, which are forked from one process.
 
 usage: contrast_ranks.py WORLD DTYPE MOST_LOGITS FOLDER
 """

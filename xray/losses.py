@@ -118,7 +118,7 @@ class _SoftmaxRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_queries, d_keys, d_scale = ctx.saved_tensors
         return grad * d_queries, grad * d_keys, grad * d_scale, None, None
 
@@ -155,7 +155,7 @@ class _SigmoidRing(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad * saved for saved in ctx.saved_tensors), None
 
 
