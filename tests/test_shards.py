@@ -234,9 +234,11 @@ def test_hosts_that_see_other_shards_are_told(
     config = DataConfig(sources={"s": SourceConfig(str(make(tmp_path / "a")), "image")})
     assert len(open_sources(config, ["s"])["s"]) == 12
     other = open_source("s", str(make(tmp_path / "b", samples=5)), "image").digest
-    monkeypatch.setattr(
-        dist, "gather_objects", lambda mine: [mine, *([{"s": other}] if type(mine) is dict else [])]
-    )
+
+    def gather(mine: object, patience: object = None) -> list[object]:
+        return [mine, *([{"s": other}] if type(mine) is dict else [])]
+
+    monkeypatch.setattr(dist, "gather_objects", gather)
     with pytest.raises(DataError, match=r"source 's' is not the same on all hosts .ranks \[1\]"):
         open_sources(config, ["s"])
 
