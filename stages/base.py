@@ -68,11 +68,15 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """What the loss is computed from."""
+        """What the loss is computed from.
+
+        Where the stage spans the batch: rows of samples [B, ...], and 0-d tensors for parameters of
+        the loss, such as the logit scale.
+        """
 
     @abstractmethod
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        """The loss and its metrics."""
+        """The loss and its metrics; where the stage spans the batch, of the features alone."""
 
 
 class VisionModule(StageModule):

@@ -68,12 +68,13 @@ class ClipModule(VisionModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
             pooled = tower(batch["input_ids"], batch["attention_mask"])[:, 0]
         text = F.normalize(self.text_adapter(pooled).float(), dim=-1)
-        return {"image": image, "text": text}
+        scale = self.logit_scale.float().exp().squeeze()
+        return {"image": image, "text": text, "logit_scale": scale}
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        scale = self.logit_scale.float().exp()
+        scale = features["logit_scale"]
         loss = info_nce(features["image"], features["text"], scale)
-        return StepOutput(loss, {"logit_scale": scale.detach().squeeze()})
+        return StepOutput(loss, {"logit_scale": scale.detach()})
 
     def train(self, mode: bool = True) -> ClipModule:
         """A frozen text tower stays in eval mode: its dropout must not blur its features."""

@@ -17,7 +17,7 @@ from data_pipelines.sampling import (
 from stages.base import Stage
 from xray import dist
 from xray.config import BlockConfig, RunConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import DataError
 from xray.schedule import steps_of, value_at
 
 
@@ -42,20 +42,11 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
 
 def check_batches(stage: Stage, config: RunConfig) -> None:
     """Raise ConfigError for blocks that cannot be cut as asked, at any progress."""
-    world = dist.world_size()
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
     for blocks in (config.blocks, config.validation):
         for start in starts:
-            for micro in step_shape(stage, blocks, start).micro:
-                block, size = blocks[micro.block], micro.stop - micro.start
-                if stage.spans_batch and size * world != block.samples:
-                    raise ConfigError(
-                        f"stage {stage.name} compares all {block.samples} samples of block "
-                        f"{block.source!r}: a forward of {size} x {world} processes must reach "
-                        f"{block.samples}; set train.micro_batch=0 and data.tokens_per_batch=0, "
-                        "or use a smaller block"
-                    )
+            step_shape(stage, blocks, start)
 
 
 class Feed:

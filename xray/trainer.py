@@ -11,16 +11,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipelines.curation.keep import keep_listed
-from data_pipelines.loader import Loaded
-from data_pipelines.sampling import MicroBatch, make_plans
+from data_pipelines.sampling import make_plans
 from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
-from stages.base import Batch, Stage, StepOutput, split_parents
+from stages.base import Stage, split_parents
 from xray import checkpoint, dist
+from xray.accumulate import Accumulator
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
 from xray.bad_samples import BadSamples
 from xray.checkpoint import TrainState
@@ -86,6 +84,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.module = self.stage.build(self._start_from)
         self.engine = Engine(self.module, config)
+        self.micros = Accumulator(self.engine, self.stage, self.device, config.seed)
         self.state = TrainState(world=dist.world_size(), zero_stage=config.zero.stage)
         if dist.is_main():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ class Trainer:
             progress = config.progress(step)
             shape = step_shape(self.stage, config.blocks, progress)
             loaded, pending = pending, []
-            values = self._accumulate(step, progress, shape.micro, loaded)
+            values = self.micros.train(step, progress, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
                 pending, failure = feed.next()
             values |= feed.waited()
@@ -177,22 +176,6 @@ class Trainer:
                     f"stopped by a signal at step {state.step}; the same command goes on"
                 )
 
-    def _accumulate(
-        self, step: int, progress: float, cut: list[MicroBatch], loaded: list[Loaded]
-    ) -> dict[str, float]:
-        """Forward and backward of every micro-batch, all but the last counted by the engine."""
-        self.engine.train()
-        sums: dict[str, Tensor] = {}
-        for number, (micro, item) in enumerate(zip(cut, loaded, strict=True)):
-            torch.manual_seed(self._seed(step, number))
-            self.engine.begin(number, len(cut))
-            output: StepOutput = self.engine(self._to_device(item.batch), progress)
-            self.engine.backward(output.loss * micro.scale)
-            if number + 1 < len(cut):
-                self.engine.step()
-            self._add(sums, micro, cut, output)
-        return _to_host(sums)
-
     def _epochs(self) -> dict[str, float]:
         """How often each source has been gone through, once this step is done."""
         return {
@@ -215,18 +198,6 @@ class Trainer:
                 values[name] = float(value_at(steps, progress))
         return values
 
-    def _add(
-        self, sums: dict[str, Tensor], micro: MicroBatch, cut: list[MicroBatch], output: StepOutput
-    ) -> None:
-        """Means over a block's micro-batches, and the blocks' weighted loss."""
-        count = sum(other.block == micro.block for other in cut)
-        parts = {f"{micro.source}/loss": output.loss.detach() / count}
-        parts |= {f"{micro.source}/{k}": v.float() / count for k, v in output.metrics.items()}
-        parts["loss"] = output.loss.detach() * micro.scale / len(cut)
-        for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else value
-
-    @torch.no_grad()
     def _validate(self, progress: float) -> dict[str, float]:
         """Means over the fixed validation samples at the current sizes, as `val/...`."""
         config = self.config
@@ -238,23 +209,12 @@ class Trainer:
         if self._reduce({}, failure, sum(len(item.bad) for item in loaded))["bad"]:
             read = self.state.samples + sum(block.samples for block in config.validation)
             self.bad.account(loaded, read, config.data.max_bad_fraction)
-        self.engine.train(False)
-        sums: dict[str, Tensor] = {}
-        for micro, item in zip(shape.micro, loaded, strict=True):
-            output = self.engine(self._to_device(item.batch), progress)
-            self._add(sums, micro, shape.micro, output)
-        values = self._reduce(_to_host(sums), None)
+        sums = self.micros.evaluate(progress, shape.micro, loaded)
+        values = self._reduce(sums, None)
         found = {name: values[name] for name in sums} | self._sizes(progress)
         return {f"val/{name}": value for name, value in found.items()}
 
     # helpers ----------------------------------------------------------------------------------
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def _seed(self, step: int, micro: int) -> int:
-        words = [self.config.seed, step, micro, dist.rank()]
-        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
     def _reduce(
         self, values: dict[str, float], failure: str | None, bad: int = 0
@@ -314,10 +274,3 @@ class Trainer:
 
 def _every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _to_host(sums: dict[str, Tensor]) -> dict[str, float]:
-    """All scalars in one transfer."""
-    names = list(sums)
-    values = torch.stack([sums[name].reshape(()).float() for name in names]).tolist()
-    return dict(zip(names, values, strict=True))

@@ -1,0 +1,76 @@
+"""InfoNCE and the sigmoid loss over ranks, against plain sums over all pairs in float64."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contrast_ranks import BATCH, GROUPS, features, inputs
+from test_resume import HERE, clean_environment
+from torch import Tensor
+
+
+def by_pairs(
+    name: str, images: Tensor, texts: Tensor, given: dict[str, Tensor], same: Tensor
+) -> Tensor:
+    """The losses as their papers write them, pair by pair."""
+    logits = given["scale"] * images @ texts.t()
+    if name == "sigmoid_loss":
+        signs = 2 * same.to(logits.dtype) - 1
+        return -torch.log(torch.sigmoid(signs * (logits + given["bias"]))).sum() / BATCH
+    targets = same.to(logits.dtype) / same.sum(dim=1, keepdim=True)
+    rows = -(targets * torch.log(torch.softmax(logits, dim=1))).sum() / BATCH
+    columns = -(targets * torch.log(torch.softmax(logits.t(), dim=1))).sum() / BATCH
+    return (rows + columns) / 2
+
+
+def expected() -> dict[str, list[list[float]]]:
+    found = {}
+    for name in ("info_nce", "sigmoid_loss"):
+        for kind, ids in (("apart", list(range(BATCH))), ("groups", GROUPS)):
+            given = inputs(torch.float64)
+            leaves = [given[n].requires_grad_() for n in ("weight", "scale", "bias")]
+            same = torch.tensor(ids)[:, None] == torch.tensor(ids)
+            loss = by_pairs(name, *features(given, slice(None)), given, same)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            row = [loss.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
+            found[f"{name}, {kind}"] = [x.flatten().tolist() for x in row]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "most_logits"),
+    [
+        (1, "float64", 1 << 24),
+        (1, "float64", 70),
+        (2, "float64", 1 << 24),
+        (2, "float64", 20),
+        (3, "float64", 70),
+        (5, "float64", 1 << 24),
+        (5, "float32", 40),
+    ],
+)
+def test_ranks_equal_the_sum_over_pairs(
+    world: int, dtype: str, most_logits: int, tmp_path: Path
+) -> None:
+    arguments = [
+        str(HERE / "contrast_ranks.py"),
+        str(world),
+        dtype,
+        str(most_logits),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300,
+        env=clean_environment(PYTHONPATH=f"{HERE}:{HERE.parent}"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    tolerance = 1e-9 if dtype == "float64" else 1e-5
+    for case, values in expected().items():
+        for mine, theirs in zip(found[case], values, strict=True):
+            assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance), case
