@@ -7,6 +7,7 @@ Batch keys, all with the micro-batch B first:
     weights         [B, K] float, of the tags: 1 for a sample's own, less for others, 0 = padding
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
+    pooled_mask     [B, C, L] long, the tokens of a caption that its vector is made of
 """
 
 from __future__ import annotations

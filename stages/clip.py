@@ -16,12 +16,13 @@ from data_pipelines.captions import choose_caption, kept_captions
 from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
-from stages.language import Language
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
+from xray.language import Language
 from xray.losses import info_nce
-from xray.models.heads import Projection
-from xray.models.text import TextAdapter, TextTower
+from xray.models.heads import Projection, TextAdapter
+from xray.models.text import TextTower
+from xray.models.tokens import TOKENS
 
 
 @dataclass
@@ -41,6 +42,7 @@ class ClipConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
+        self.text.validate()
         if not 1 <= self.clip.logit_scale <= self.clip.logit_scale_max:
             raise ConfigError(
                 f"clip.logit_scale={self.clip.logit_scale} must be in [1, clip.logit_scale_max="
@@ -66,7 +68,7 @@ class ClipModule(VisionModule):
         image = F.normalize(self.vision_projection(cls).float(), dim=-1)
         tower: Any = self.towers["text"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
-            pooled = tower(batch["input_ids"], batch["attention_mask"])[:, 0]
+            pooled = tower(*(batch[key] for key in TOKENS))[:, 0]
         text = F.normalize(self.text_adapter(pooled).float(), dim=-1)
         scale = self.logit_scale.float().exp().squeeze()
         return {"image": image, "text": text, "logit_scale": scale}
@@ -103,12 +105,12 @@ class ClipStage(Stage):
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         fields = self.config.data.sources[sample.source].captions
         caption = choose_caption(kept_captions(sample.files, fields, sample.texts), rng)
-        tokens = self.language.tokens([caption.text])
+        tokens = self.language.tokenizer([caption.text])
         return {"pixels": load_pixels(sample, self.config.data, rng), **tokens}
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         pixels = torch.stack([row["pixels"] for row in rows])
-        return {"pixels": pixels, **self.language.collate(rows)}
+        return {"pixels": pixels, **self.language.tokenizer.pad(rows)}
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
         limit = math.log(self.config.clip.logit_scale_max)

@@ -14,11 +14,12 @@ from data_pipelines.captions import kept_captions
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
-from stages.language import Language
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
+from xray.language import Language
 from xray.losses import info_nce
 from xray.models.text import TextTower
+from xray.models.tokens import TOKENS
 
 
 @dataclass
@@ -34,6 +35,7 @@ class TextRunConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
+        self.text.validate()
         if self.text.tune == "none":
             raise ConfigError("text.tune=none leaves nothing to train: use lora or full")
         if self.text.temperature <= 0:
@@ -50,7 +52,7 @@ class TextModule(StageModule):
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         tower: Any = self.towers["text"]
-        pooled = tower(batch["input_ids"], batch["attention_mask"])
+        pooled = tower(*(batch[key] for key in TOKENS))
         first, second = F.normalize(pooled.float(), dim=-1).unbind(dim=1)
         return {"first": first, "second": second}
 
@@ -81,10 +83,10 @@ class TextStage(Stage):
             raise BadSample("only one caption")
         draw = rng if rng is not None else np.random.default_rng(0)
         first, second = draw.permutation(len(captions))[:2]
-        return self.language.tokens([captions[first].text, captions[second].text])
+        return self.language.tokenizer([captions[first].text, captions[second].text])
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        return self.language.collate(rows)
+        return self.language.tokenizer.pad(rows)
 
     def macs(self, frames: int) -> int:
         return 0

@@ -1,30 +1,85 @@
-"""The LLM tower: bidirectional, blind to padding, and its weights where they belong."""
+"""The text tower: bidirectional, blind to padding, and its weights where they belong."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, Qwen2Config
+import transformers
+from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.models.text import (
-    TextAdapter,
-    TextTower,
-    check_bidirectional,
-    find_llm,
-    llm_digest,
-    load_llm,
-    load_tokenizer,
-    tokenize,
-)
+from xray.language import Language
+from xray.models.heads import TextAdapter
+from xray.models.text import TextTower, check_bidirectional
+from xray.models.text_folder import find_llm, llm_digest, load_llm
+from xray.models.tiny_llm import build_tiny_llm
+from xray.models.tokens import TOKENS, CaptionTokenizer
+
+SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+DECODERS: dict[str, dict[str, Any]] = {
+    "Llama": GROUPED,
+    "Mistral": {**GROUPED, "sliding_window": 4},
+    "Qwen2": GROUPED,
+    "Qwen3": {**GROUPED, "head_dim": 8},
+    "Gemma": {**GROUPED, "head_dim": 8},
+    "Gemma2": {**GROUPED, "head_dim": 8},
+    "Gemma3Text": {**GROUPED, "head_dim": 8, "sliding_window": 4},
+    "Phi": SIZES,
+    "Phi3": GROUPED,
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "Bert": SIZES,
+    "Roberta": {**SIZES, "max_position_embeddings": 70},
+    "ModernBert": {**SIZES, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 8},
+    "T5": {
+        "vocab_size": 320, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    },
+}  # fmt: skip
+SHORT, LONG = "a red circle", "a picture of a small blue star on the left"
 
 
 @pytest.fixture
 def folder(demo: Path) -> Path:
     return demo / "llm"
+
+
+def family(name: str, settings: dict[str, Any], demo: Path, path: Path) -> Path:
+    """A folder with a tiny random model of a family, and the demo's tokenizer."""
+    config = getattr(transformers, f"{name}Config")(**settings)
+    kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    kind.from_config(config).save_pretrained(path)
+    for file in (demo / "llm").glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_families_read_both_ways_and_never_see_padding(
+    name: str, demo: Path, tmp_path: Path
+) -> None:
+    path = family(name, (DECODERS | ENCODERS)[name], demo, tmp_path)
+    config = TextConfig(llm=str(path), tune="lora", lora_rank=2, lora_dropout=0.0, max_length=24)
+    language = Language(config)
+    tower = language.build().eval()
+    with torch.no_grad():
+        alone, together = (
+            tower(**language.tokenizer(captions)) for captions in ([SHORT], [SHORT, LONG])
+        )
+    assert tower.width == 32 and torch.allclose(alone[0], together[0], atol=1e-5)
+    names = [n for n, p in tower.named_parameters() if p.requires_grad]
+    assert len(names) >= 8 and all(".lora_" in n for n in names)
+    tower(**language.tokenizer([SHORT])).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tower.parameters())
 
 
 def test_attention_is_bidirectional_also_with_padding(folder: Path) -> None:
@@ -35,48 +90,108 @@ def test_attention_is_bidirectional_also_with_padding(folder: Path) -> None:
         check_bidirectional(llm)
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
-def test_other_families(family: type, tmp_path: Path, folder: Path) -> None:
-    settings = family(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    AutoModel.from_config(settings).save_pretrained(tmp_path)
-    check_bidirectional(load_llm(tmp_path))
+def test_a_family_that_cannot_look_ahead_is_refused(demo: Path, tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    settings = TextConfig(tune="none", lora_rank=0)
+    with pytest.raises(ConfigError, match=r"MambaModel stays causal.*text.attention=causal"):
+        TextTower(settings, tmp_path)
 
 
 @torch.no_grad()
-def test_pooling_is_blind_to_padding_and_takes_any_leading_shape(folder: Path) -> None:
-    tower = TextTower(TextConfig(tune="none", lora_rank=0), folder).eval()
-    tokenizer = load_tokenizer(folder)
-    short, long = "a red circle", "a picture of a small blue star on the left"
-    alone = tower(**tokenize(tokenizer, [short], 32))
-    together = tower(**tokenize(tokenizer, [short, long], 32))
+def test_the_classic_text_transformer_is_causal_and_read_at_its_end(tmp_path: Path) -> None:
+    captions = [SHORT, LONG] * 20
+    build_tiny_llm(captions, tmp_path, 300, 32, 2, 4, "clip")
+    config = TextConfig(str(tmp_path), "full", "causal", pooling="last", lora_rank=0, max_length=24)
+    language = Language(config)
+    tower, tokens = language.build().eval(), language.tokenizer([SHORT, LONG])
+    hidden = tower.llm(**{k: tokens[k] for k in TOKENS[:2]}).last_hidden_state
+    ends = tokens["attention_mask"].sum(dim=1) - 1
+    assert (tokens["input_ids"][torch.arange(2), ends] == 1).all()  # <eos>
+    assert torch.equal(tower(**tokens), hidden[torch.arange(2), ends])
+    alone = tower.llm(**{k: v[:1, :2] for k, v in tokens.items() if k in TOKENS[:2]})
+    assert torch.allclose(alone.last_hidden_state, hidden[:1, :2], atol=1e-5)  # nothing from ahead
+    with pytest.raises(ConfigError, match="CLIPTextModel stays causal"):
+        Language(TextConfig(str(tmp_path), tune="none")).build()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls", "latent"])
+def test_pooling_is_blind_to_padding_and_takes_any_leading_shape(
+    folder: Path, pooling: Any
+) -> None:
+    config = TextConfig(str(folder), "full", pooling=pooling, lora_rank=0, max_length=32)
+    language = Language(config)
+    tower, tokenizer = language.build().eval(), language.tokenizer
+    alone, together = tower(**tokenizer([SHORT])), tower(**tokenizer([SHORT, LONG]))
     assert torch.allclose(alone[0], together[0], atol=1e-5)
-    tokens = {k: v[:, None] for k, v in tokenize(tokenizer, [short, long], 32).items()}
-    assert torch.allclose(tower(**tokens)[:, 0], together, atol=1e-6)
-    empty = tower(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    assert not torch.allclose(together[0], together[1], atol=1e-4)
+    by_two = tokenizer.pad([tokenizer([SHORT, SHORT]), tokenizer([LONG, SHORT])])
+    found = tower(**by_two)
+    assert found.shape == (2, 2, 32) and torch.allclose(found[:, 0], together, atol=1e-5)
+    empty = tower(*(torch.zeros(1, 4, dtype=torch.long) for _ in TOKENS))
     assert empty.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_but_not_pooled(folder: Path) -> None:
+    config = TextConfig(str(folder), "none", prompt="find the picture: ", max_length=48)
+    language = Language(config)
+    tower, tokens = language.build().eval(), language.tokenizer([SHORT, LONG])
+    plain = CaptionTokenizer(folder, TextConfig(max_length=48))([SHORT, LONG])
+    assert torch.equal(tokens["pooled_mask"].sum(dim=1), plain["attention_mask"].sum(dim=1))
+    inside = tokens["pooled_mask"].bool()
+    assert torch.equal(
+        tokens["input_ids"][inside], plain["input_ids"][plain["attention_mask"].bool()]
+    )
+    hidden = tower.llm(**{k: tokens[k] for k in TOKENS[:2]}).last_hidden_state
+    assert torch.allclose(tower(**tokens)[0], hidden[0][inside[0]].mean(dim=0), atol=1e-5)
+    assert not torch.allclose(tower(**tokens), tower(**plain), atol=1e-3)
+    with pytest.raises(ConfigError, match=r"text.prompt takes \d+ tokens.*text.max_length=4"):
+        CaptionTokenizer(folder, TextConfig(prompt="find the picture: ", max_length=4))
+
+
+def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "llm")
+    (tmp_path / "llm" / "1_Pooling").mkdir()
+    modes = tmp_path / "llm" / "1_Pooling" / "config.json"
+    assert Language(TextConfig(str(folder), "none")).config.pooling == "mean"
+    modes.write_text(
+        json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    )
+    assert Language(TextConfig(str(tmp_path / "llm"), "none")).config.pooling == "cls"
+    modes.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ConfigError, match=r"set text.pooling=mean"):
+        Language(TextConfig(str(tmp_path / "llm"), "none"))
 
 
 @pytest.mark.parametrize(
     ("tune", "share"), [("none", (0, 0)), ("lora", (0.001, 0.5)), ("full", (1, 1))]
 )
-def test_what_is_trained(folder: Path, tune: str, share: tuple[float, float]) -> None:
-    tower = TextTower(TextConfig(tune=tune, lora_rank=4), folder)  # type: ignore[arg-type]
+def test_what_is_trained(folder: Path, tune: Any, share: tuple[float, float]) -> None:
+    tower = TextTower(TextConfig(tune=tune, lora_rank=4), folder)
     total = sum(p.numel() for p in tower.parameters())
     trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
     assert share[0] <= trained / total <= share[1]
 
 
-def test_changes_round_trip(folder: Path) -> None:
-    config = TextConfig(tune="lora", lora_rank=4)
+def test_frozen_weights_may_be_half_and_lora_stays_whole(folder: Path) -> None:
+    tower = TextTower(TextConfig(tune="lora", lora_rank=2, dtype="bf16"), folder)
+    kinds = {".lora_" in name: p.dtype for name, p in tower.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    with pytest.raises(ConfigError, match=r"text.dtype=bf16 is for weights"):
+        TextConfig(tune="full", dtype="bf16").validate()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+def test_changes_round_trip(folder: Path, pooling: Any) -> None:
+    config = TextConfig(tune="lora", lora_rank=4, pooling=pooling, latents=4)
     tower = TextTower(config, folder)
     for parameter in tower.parameters():
         if parameter.requires_grad:
             parameter.data.normal_()
     changes = tower.changes(tower.state_dict())
-    assert changes and all(".lora_" in name for name in changes)
+    assert changes and all(".lora_" in n or n.startswith("pooler.") for n in changes)
     other = TextTower(config, folder)
     other.load_changes(changes, "x")
     assert all(
@@ -95,6 +210,32 @@ def test_folders_are_found_and_hashed(folder: Path, tmp_path: Path) -> None:
     before = llm_digest(folder)
     assert before == llm_digest(folder) and len(before) == 64
     assert len(AutoTokenizer.from_pretrained(folder)) <= 300
+
+
+def test_folders_that_do_not_fit_are_refused_with_the_key(
+    demo: Path, folder: Path, tmp_path: Path
+) -> None:
+    small = family("Llama", {**GROUPED, "vocab_size": 40}, demo, tmp_path / "small")
+    with pytest.raises(ConfigError, match=r"embeds 40: it is another model's"):
+        Language(TextConfig(str(small), "none")).build()
+    with pytest.raises(ConfigError, match=r"text.max_length=9999 is more than the \d+ tokens"):
+        Language(TextConfig(str(folder), "none", max_length=9999)).build()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folder / "config.json", bare)
+    with pytest.raises(ConfigError, match="no usable tokenizer"):
+        Language(TextConfig(str(bare), "none"))
+    with pytest.raises(ConfigError, match="latent has weights to be trained"):
+        Language(TextConfig(str(folder), "none", pooling="latent"))
+
+
+def test_cut_captions_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    language = Language(TextConfig(str(folder), "none", max_length=12))
+    with caplog.at_level("WARNING", "xray"):
+        language.warn_of_cut([SHORT])
+        assert not caplog.records
+        language.warn_of_cut([SHORT, LONG])
+    assert "50 % of captions are longer than text.max_length=12" in caplog.text
 
 
 def test_adapter_starts_as_norm_and_projection() -> None:

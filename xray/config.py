@@ -20,9 +20,6 @@ from omegaconf import OmegaConf
 from xray import schedule
 from xray.errors import ConfigError
 
-# The linear layers of Llama-style decoders, where LoRA goes by default.
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
     """Declare a field that does not change the result and is left out of the config's hash."""
@@ -136,15 +133,35 @@ class DataConfig:
 
 @dataclass
 class TextConfig:
-    """The LLM text tower; a run that starts from a text artifact takes the structure from there."""
+    """The text tower; a run that starts from a text artifact takes the structure from there."""
 
     llm: str = runtime("")  # a transformers folder or a hub name; its files' hash is recorded
     tune: Literal["none", "lora", "full"] = "lora"  # what is trained of the LLM
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    # mean over tokens, the last, the first (cls), or tokens through learned latents, then the mean;
+    # auto = what a sentence encoder's folder says, else the mean
+    pooling: Literal["auto", "mean", "last", "cls", "latent"] = "auto"
+    latents: int = 64  # of pooling=latent
+    prompt: str = ""  # an instruction before every caption: read, but not pooled
+    max_length: int = 64  # tokens, the prompt's too; longer captions are cut
     lora_rank: int = 16  # 0 = no LoRA
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_targets: list[str] = field(default_factory=lambda: list(LINEAR_LAYERS))
-    max_length: int = 64  # tokens; longer captions are cut
+    lora_targets: list[str] = field(default_factory=list)  # names; [] = every linear layer
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights that are not trained
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        for name in ("max_length", "latents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"text.{name}={getattr(self, name)} must be at least 1")
+        if self.lora_rank < 0:
+            raise ConfigError(f"text.lora_rank={self.lora_rank} must be 0 (no LoRA) or more")
+        if self.tune == "full" and self.dtype != "fp32":
+            raise ConfigError(
+                f"text.dtype={self.dtype} is for weights that are not trained: "
+                "leave it at fp32 with text.tune=full"
+            )
 
 
 @dataclass

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -39,7 +39,7 @@ SHARED = ("seed", "model", "data", "optim", "train", "zero")
 
 @dataclass
 class LlmConfig:
-    """A tiny random LLM with a tokenizer of the captions, where no pretrained one is at hand."""
+    """A small random text model and a tokenizer of the captions, where no other is at hand."""
 
     path: str = ""
     captions: str = ""  # shards under data.root
@@ -47,6 +47,7 @@ class LlmConfig:
     width: int = 128
     depth: int = 2
     heads: int = 4
+    family: Literal["qwen3", "clip"] = "qwen3"  # a decoder, or CLIP's classic text transformer
 
 
 @dataclass
@@ -226,7 +227,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
     from data_pipelines.captions import TEXT_FILES, captions_of
     from data_pipelines.manifest import find_shards, resolve
     from data_pipelines.shards import index_shard
-    from xray.models.text import build_tiny_llm
+    from xray.models.tiny_llm import build_tiny_llm
 
     folder = Path(config.path)
     if folder.is_dir():
@@ -241,7 +242,8 @@ def make_llm(config: LlmConfig, root: str) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    build_tiny_llm(captions, temporary, config.vocab_size, config.width, config.depth, config.heads)
+    sizes = config.vocab_size, config.width, config.depth, config.heads
+    build_tiny_llm(captions, temporary, *sizes, config.family)
     os.replace(temporary, folder)
 
 

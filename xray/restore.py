@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xray.artifact import Artifact
-from xray.config import ModelConfig, TextConfig
+from xray.config import ModelConfig
 from xray.errors import ArtifactError
+from xray.language import Language, text_config
 from xray.models.backbone import VisionBackbone
-from xray.models.heads import Normalize, Projection, TagHead
+from xray.models.heads import Normalize, Projection, TagHead, TextAdapter
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
-from xray.models.text import (
-    TextAdapter,
-    TextTower,
-    find_llm,
-    llm_digest,
-    load_tokenizer,
-    tokenize,
-)
 from xray.models.weights import load_adapted
 from xray.schedule import largest
 
@@ -37,46 +29,6 @@ def restore_vision(artifact: Artifact) -> VisionBackbone:
     backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
     load_adapted(backbone, artifact.load("backbone"), str(artifact.path))
     return backbone.eval()
-
-
-def text_config(artifact: Artifact) -> TextConfig:
-    """The structure of an artifact's text tower."""
-    section = artifact.manifest["config"].get("text")
-    if section is None:
-        raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
-    names = {item.name for item in dataclasses.fields(TextConfig)}
-    config = TextConfig(**{key: value for key, value in section.items() if key in names})
-    # A tower that was tuned whole has no LoRA, whatever is trained of it later.
-    has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
-    return config if has_lora else dataclasses.replace(config, lora_rank=0)
-
-
-def restore_text(artifact: Artifact, config: TextConfig, folder: Path) -> TextTower:
-    """The text tower of an artifact, its structure and what is trained given by config."""
-    tower = TextTower(config, folder, weights=_needs_base(artifact))
-    tower.load_changes(artifact.load("text"), str(artifact.path))
-    return tower
-
-
-def llm_folder(artifact: Artifact, override: str = "") -> Path:
-    """Where the artifact's LLM config and tokenizer are, and its weights unless it holds them.
-
-    Raises ArtifactError when the base LLM is not the one it was trained with.
-    """
-    if not _needs_base(artifact):
-        return artifact.path / "llm"
-    folder = find_llm(override or artifact.manifest["config"]["text"]["llm"])
-    if llm_digest(folder) != artifact.manifest["inputs"]["llm"]:
-        raise ArtifactError(
-            f"the LLM in {folder} is not the one that {artifact.path} was trained with: its "
-            "files' hash differs; set text.llm to the original folder"
-        )
-    return folder
-
-
-def _needs_base(artifact: Artifact) -> bool:
-    """Whether the artifact holds only changes to a base LLM, not all its weights."""
-    return all(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
 
 
 def class_weights(
@@ -121,10 +73,8 @@ class Encoder(VisionEncoder):
         super().__init__(artifact)
         options = artifact.manifest["config"]["clip"]
         text = dataclasses.replace(text_config(artifact), tune="none")
-        folder = llm_folder(artifact)
-        self.text = restore_text(artifact, text, folder)
-        self.max_length = text.max_length
-        self.tokenizer = load_tokenizer(folder)
+        language = Language(text, artifact)
+        self.text, self.tokenizer = language.build(), language.tokenizer
         joint = options["embed_dim"]
         self.vision_projection = Projection(self.vision.embed_dim, joint)
         self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
@@ -145,7 +95,7 @@ class Encoder(VisionEncoder):
         """N captions -> [N, E] in the joint space, on CPU."""
         rows = []
         for start in range(0, len(captions), 256):
-            tokens = tokenize(self.tokenizer, captions[start : start + 256], self.max_length)
+            tokens = self.tokenizer(captions[start : start + 256])
             tokens = {key: value.to(self.normalize.mean.device) for key, value in tokens.items()}
             rows.append(self.text_adapter(self.text(**tokens)).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -49,3 +50,34 @@ class TagHead(nn.Linear):
         if work is None:
             return super().forward(features)
         return work(features, self.weight, self.bias)
+
+
+class ResidualMlp(nn.Module):
+    """x + W2 GELU(W1 LN(x)) with expansion 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class TextAdapter(nn.Module):
+    """Sentence vectors into the joint space: normalise, residual MLPs, norm, projection.
+
+    The form of LLM2CLIP's adaptor (2411.04997). [B, width] -> [B, joint], not normalised.
+    """
+
+    def __init__(self, width: int, joint: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(ResidualMlp(width) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, joint)
+
+    def forward(self, sentence: Tensor) -> Tensor:
+        return self.project(self.norm(self.blocks(F.normalize(sentence.float(), dim=-1))))

@@ -1,0 +1,81 @@
+"""Small text models with random weights and a tokenizer of given captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from xray.models.text_folder import quiet_transformers
+
+Family = Literal["qwen3", "clip"]
+POSITIONS = 512
+
+
+def build_tiny_llm(
+    captions: Iterable[str],
+    folder: Path,
+    vocab_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    family: Family = "qwen3",
+    seed: int = 0,
+) -> None:
+    """Write a small model with random weights and a BPE tokenizer of the captions.
+
+    family: qwen3 is a decoder, and stands where a pretrained LLM would: for machines without one
+    and for tests. clip is the classic text transformer of CLIP (2103.00020), the control; it is to
+    be used with text.attention=causal and text.pooling=last.
+    """
+    from transformers import AutoModel
+
+    quiet_transformers()
+    tokenizer = _tokenizer(captions, vocab_size, ends=family == "clip")
+    tokenizer.save_pretrained(folder)
+    settings = _settings(family, len(tokenizer), width, depth, heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModel.from_config(settings).save_pretrained(folder)
+
+
+def _tokenizer(captions: Iterable[str], vocab_size: int, ends: bool) -> Any:
+    """Byte-level BPE, lower case; `ends`: every caption ends in <eos>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    if ends:
+        tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def _settings(family: Family, vocabulary: int, width: int, depth: int, heads: int) -> Any:
+    from transformers import CLIPTextConfig, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if family == "clip":
+        return CLIPTextConfig(**common, bos_token_id=1)
+    return Qwen3Config(**common, num_key_value_heads=heads, head_dim=width // heads)
