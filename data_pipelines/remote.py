@@ -305,7 +305,8 @@ def _persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
         # Not from the global generator: its state belongs to the run, and forks share it.
         pause = min(wait * random.SystemRandom().uniform(0.5, 1.5), patience - spent)
         wait, tries = min(2 * wait, LONGEST_WAIT), tries + 1
-        log.warning("%s: %s; try %d in %.1f s", what, cause, tries, pause)
+        if threading.main_thread().is_alive():  # exit cuts connections, which is no news
+            log.warning("%s: %s; try %d in %.1f s", what, cause, tries, pause)
         time.sleep(pause)
 
 
