@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contrast_ranks import BATCH, GROUPS, features, inputs
+from contrast_ranks import BATCH, cases, features, ids_of, inputs, teacher, texts_of
 from test_resume import HERE, clean_environment
 from torch import Tensor
 
@@ -21,24 +21,34 @@ def by_pairs(
     logits = given["scale"] * images @ texts.t()
     if name == "sigmoid_loss":
         signs = 2 * same.to(logits.dtype) - 1
-        return -torch.log(torch.sigmoid(signs * (logits + given["bias"]))).sum() / BATCH
-    targets = same.to(logits.dtype) / same.sum(dim=1, keepdim=True)
-    rows = -(targets * torch.log(torch.softmax(logits, dim=1))).sum() / BATCH
-    columns = -(targets * torch.log(torch.softmax(logits.t(), dim=1))).sum() / BATCH
-    return (rows + columns) / 2
+        return -torch.log(torch.sigmoid(signs * (logits + given["bias"]))).sum() / len(texts)
+    if name == "distillation":
+        a, b = teacher(given, slice(None))
+        known = 7.0 * a @ b.t()
+        wished = known.softmax(dim=1), known.t().softmax(dim=1)
+    else:
+        hits = same.to(logits.dtype)
+        wished = hits / hits.sum(dim=1, keepdim=True), (hits / hits.sum(dim=0)).t()
+    rows = -(wished[0] * torch.log(torch.softmax(logits, dim=1))).sum() / len(images)
+    if name == "contrast":
+        return rows
+    return (rows - (wished[1] * torch.log(torch.softmax(logits.t(), dim=1))).sum() / len(texts)) / 2
 
 
 def expected() -> dict[str, list[list[float]]]:
     found = {}
-    for name in ("info_nce", "sigmoid_loss"):
-        for kind, ids in (("apart", list(range(BATCH))), ("groups", GROUPS)):
-            given = inputs(torch.float64)
-            leaves = [given[n].requires_grad_() for n in ("weight", "scale", "bias")]
-            same = torch.tensor(ids)[:, None] == torch.tensor(ids)
-            loss = by_pairs(name, *features(given, slice(None)), given, same)
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-            row = [loss.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
-            found[f"{name}, {kind}"] = [x.flatten().tolist() for x in row]
+    for name, pairing in cases():
+        given = inputs(torch.float64)
+        leaves = [given[n].requires_grad_() for n in ("weight", "scale", "bias")]
+        images, texts = features(given, slice(None), texts_of(pairing))
+        query_ids, key_ids = ids_of(pairing)
+        query_ids = torch.arange(BATCH) if query_ids is None else query_ids
+        key_ids = query_ids if key_ids is None else key_ids
+        texts, key_ids = texts[key_ids >= 0], key_ids[key_ids >= 0]
+        loss = by_pairs(name, images, texts, given, query_ids[:, None] == key_ids)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        row = [loss.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
+        found[f"{name}, {pairing}"] = [x.flatten().tolist() for x in row]
     return found
 
 
@@ -71,6 +81,8 @@ def test_ranks_equal_the_sum_over_pairs(
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     tolerance = 1e-9 if dtype == "float64" else 1e-5
-    for case, values in expected().items():
+    wanted = expected()
+    assert found.keys() == wanted.keys()
+    for case, values in wanted.items():
         for mine, theirs in zip(found[case], values, strict=True):
             assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance), case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,37 +28,96 @@ def masked_patch_mse(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tens
 
 
 def info_nce(
-    queries: Tensor, keys: Tensor, scale: Tensor | float, groups: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the whole global batch, own rows only; mean over the local batch.
+    """Symmetric InfoNCE over the whole global batch: the mean of `contrast` both ways."""
+    rows = contrast(queries, keys, scale, query_ids, key_ids)
+    return (rows + contrast(keys, queries, scale, key_ids, query_ids)) / 2
 
-    queries, keys: [b, D] normalised, row i belongs to row i. groups: [b] int64, rows of all ranks
-    with the same number belong together, and share the target (SupCon's form outside the log,
-    2004.11362). Their sum over ranks and the engine's mean give the gradient of the global loss;
-    memory is O(N D) and MOST_LOGITS.
+
+def contrast(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of own queries to find their keys among those of all ranks; their mean.
+
+    queries, keys: [b, D], [m, D] normalised; row i belongs to row i, or, with ids [b] and [m]
+    int64, to all keys of its id, which share the target (SupCon's form outside the log,
+    2004.11362). A key of an id below 0 is left out. The mean over ranks gives value and gradient of
+    the global loss; memory is O(N D) and MOST_LOGITS.
     """
-    mine, ids = _ids(len(queries), groups, queries.device)
-    with torch.autocast(queries.device.type, enabled=False):  # logits near 100 need fp32
-        queries, keys = _full(queries), _full(keys)
-        scale = torch.as_tensor(scale, dtype=queries.dtype, device=queries.device)
-        rows = _softmax(queries, gather_rows(keys), scale, mine, ids)
-        columns = _softmax(keys, gather_rows(queries), scale, mine, ids)
-    return (rows + columns) / 2
+    mine = row_ids(queries) if query_ids is None else query_ids
+    ids = _all_ids(len(keys), key_ids, keys.device)
+    with _exactly(queries):
+        queries, found = _full(queries), gather_rows(_full(keys))
+        if key_ids is not None:
+            found, ids = found[ids >= 0], ids[ids >= 0]
+
+        def share(piece: slice) -> Tensor:
+            same = (mine[piece, None] == ids).to(queries.dtype)
+            return same.div_(same.sum(dim=1, keepdim=True))
+
+        loss: Tensor = _SoftmaxRows.apply(queries, found, _scalar(scale, queries), share)
+    return loss
+
+
+def distillation(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor | float,
+) -> Tensor:
+    """Cross-entropy of a teacher's softmax over all keys, both ways (CLIP-KD's CRD, 2307.12732).
+
+    Student's and teacher's rows [b, D] and [b, E], normalised, are of the same samples. It is the
+    Kullback-Leibler divergence and the teacher's entropy.
+    """
+    ways = ((queries, keys, teacher_queries, teacher_keys),
+            (keys, queries, teacher_keys, teacher_queries))  # fmt: skip
+    total = queries.new_zeros((), dtype=_full(queries).dtype)
+    for own, others, teacher, teacher_others in ways:
+        with _exactly(own):
+            with torch.no_grad():
+                known, among = _full(teacher), gather_rows(_full(teacher_others))
+                sharp = _scalar(teacher_scale, known)
+
+            def share(piece: slice, a: Tensor = known, b: Tensor = among) -> Tensor:
+                return (sharp * a[piece] @ b.t()).softmax(dim=1).to(_full(queries).dtype)  # noqa: B023
+
+            rows = gather_rows(_full(others))
+            total = total + _SoftmaxRows.apply(_full(own), rows, _scalar(scale, own), share)
+    return total / 2
 
 
 def sigmoid_loss(
-    queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, groups: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
 ) -> Tensor:
     """SigLIP's loss (2303.15343) over the whole global batch, own queries only.
 
-    queries, keys, groups as in `info_nce`. The keys of other ranks come around a ring, so memory is
-    O(b D). All pairs are summed and divided by the local batch. Its mean over ranks is the global
-    loss; gradients as in `info_nce`, where all ranks weigh their losses alike.
+    queries, keys and their ids as in `contrast`. The keys of other ranks come around a ring, so
+    memory is O(m D). All pairs are summed and divided by the local keys. Its mean over ranks is the
+    global loss; gradients as in `contrast`, where all ranks weigh their losses alike.
     """
-    mine, _ = _ids(len(queries), groups, queries.device)
-    with torch.autocast(queries.device.type, enabled=False):
-        scale, bias = _full(scale).reshape(()), _full(bias).reshape(())
-        loss: Tensor = _SigmoidRing.apply(_full(queries), _full(keys), scale, bias, mine)
+    mine = row_ids(queries) if query_ids is None else query_ids
+    ids = row_ids(keys) if key_ids is None else key_ids
+    with _exactly(queries):
+        sides = _full(queries), _full(keys)
+        scale, bias = _scalar(scale, queries), _scalar(bias, queries)
+        loss: Tensor = _SigmoidRing.apply(*sides, scale, bias, mine, ids)
     return loss
 
 
@@ -68,18 +128,26 @@ def gather_rows(local: Tensor) -> Tensor:
     return torch.cat(dist_nn.all_gather(local), dim=0)
 
 
-def _ids(size: int, groups: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a query and a key must share to belong together: of the own rows [b], of all [N]."""
-    if groups is None:
-        ids = torch.arange(size * dist.world_size(), device=device)
-        return ids[dist.rank() * size :][:size], ids
+def row_ids(rows: Tensor) -> Tensor:
+    """[b]: the numbers of own rows among those of all ranks."""
+    return len(rows) * dist.rank() + torch.arange(len(rows), device=rows.device)
+
+
+def _all_ids(size: int, own: Tensor | None, device: torch.device) -> Tensor:
+    """The ids of all ranks' rows, [N]."""
+    if own is None:
+        return torch.arange(size * dist.world_size(), device=device)
     with torch.no_grad():
-        return groups, gather_rows(groups)
+        return gather_rows(own)
 
 
-def _softmax(queries: Tensor, keys: Tensor, scale: Tensor, mine: Tensor, ids: Tensor) -> Tensor:
-    loss: Tensor = _SoftmaxRows.apply(queries, keys, scale.reshape(()), mine, ids)
-    return loss
+def _exactly(rows: Tensor) -> Any:
+    """Logits near 100 need fp32."""
+    return torch.autocast(rows.device.type, enabled=False)
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=_full(like).dtype, device=like.device).reshape(())
 
 
 def _pieces(rows: int, columns: int) -> list[slice]:
@@ -91,11 +159,12 @@ class _SoftmaxRows(torch.autograd.Function):
     """Cross-entropy of rows of logits that are never held all at once.
 
     The gradients are taken along with the loss, while a piece's logits are there.
+    share(piece) is what each key of a piece of rows is to get of the softmax, [rows, N].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, mine: Tensor, ids: Tensor
+        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, share: Callable[[slice], Tensor]
     ) -> Tensor:
         size, wanted = len(queries), any(ctx.needs_input_grad)
         total, d_scale = queries.new_zeros(()), queries.new_zeros(())
@@ -103,12 +172,11 @@ class _SoftmaxRows(torch.autograd.Function):
         for piece in _pieces(size, len(keys)):
             own = queries[piece]
             cosines = own @ keys.t()
-            share = (mine[piece, None] == ids).to(own.dtype)
-            share /= share.sum(dim=1, keepdim=True)
+            wished = share(piece)
             log_z = (scale * cosines).logsumexp(dim=1)
-            total += log_z.sum() - scale * (share * cosines).sum()
+            total += log_z.sum() - scale * (wished * cosines).sum()
             if wanted:
-                slope = torch.exp(scale * cosines - log_z[:, None]).sub_(share)
+                slope = torch.exp(scale * cosines - log_z[:, None]).sub_(wished)
                 d_scale += (slope * cosines).sum()
                 slope *= scale
                 d_queries[piece] = slope @ keys
@@ -120,7 +188,7 @@ class _SoftmaxRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_queries, d_keys, d_scale = ctx.saved_tensors
-        return grad * d_queries, grad * d_keys, grad * d_scale, None, None
+        return grad * d_queries, grad * d_keys, grad * d_scale, None
 
 
 class _SigmoidRing(torch.autograd.Function):
@@ -131,13 +199,19 @@ class _SigmoidRing(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, mine: Tensor
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        mine: Tensor,
+        ids: Tensor,
     ) -> Tensor:
-        size, ids = len(queries), mine
+        size = len(keys)
         total, d_scale, d_bias = (queries.new_zeros(()) for _ in range(3))
         d_queries, d_keys = torch.zeros_like(queries), torch.zeros_like(keys)
         for _ in range(dist.world_size()):
-            for piece in _pieces(size, len(keys)):
+            for piece in _pieces(len(queries), size):
                 own = queries[piece]
                 cosines = own @ keys.t()
                 logits = scale * cosines + bias
@@ -156,7 +230,7 @@ class _SigmoidRing(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * saved for saved in ctx.saved_tensors), None
+        return *(grad * saved for saved in ctx.saved_tensors), None, None
 
 
 def _from_previous(x: Tensor) -> Tensor:
