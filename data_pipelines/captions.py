@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class Caption:
     text: str
     weight: float = 1.0
     language: str = ""  # as the data calls it
+    number: int = 0  # among the captions of its sample
 
 
 def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def read_captions(
         found += [Caption(c.text, weight * c.weight / whole, c.language) for c in captions]
     if not found:
         raise BadSample("no caption")
-    return found
+    return [replace(caption, number=number) for number, caption in enumerate(found)]
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:
@@ -107,9 +108,15 @@ def kept_captions(
     return [captions[number] for number in numbers]
 
 
-def choose_caption(captions: Sequence[Caption], rng: np.random.Generator | None) -> Caption:
-    """A caption drawn by weight; without `rng` the first."""
+def choose_captions(
+    captions: Sequence[Caption], rng: np.random.Generator | None, count: int = 1
+) -> list[Caption]:
+    """So many captions drawn by weight, none twice before all were; without `rng` the first."""
     if rng is None or len(captions) == 1:
-        return captions[0]
+        return [captions[number % len(captions)] for number in range(count)]
     weights = np.array([caption.weight for caption in captions])
-    return captions[int(rng.choice(len(captions), p=weights / weights.sum()))]
+    shares, size = weights / weights.sum(), len(captions)
+    drawn = [int(rng.choice(size, p=shares))] if count == 1 else []
+    while len(drawn) < count:
+        drawn += rng.choice(size, min(size, count - len(drawn)), replace=False, p=shares).tolist()
+    return [captions[number] for number in drawn]

@@ -19,12 +19,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8, "F32": np.float32}
+DTYPES = {
+    "I64": np.int64, "I32": np.int32, "U8": np.uint8, "F32": np.float32,
+    "I8": np.int8, "U16": np.uint16,
+}  # fmt: skip
 Columns = dict[str, np.ndarray]
 
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Write columns (int64, int32, uint8 or float32) and facts (json) in one rename."""
+    """Write columns (of DTYPES) and facts (json) in one rename."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     try:

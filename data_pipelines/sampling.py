@@ -236,7 +236,10 @@ def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[
 
 
 class StepSampler:
-    """Yields the SampleRefs of each micro-batch of a rank, for a range of steps."""
+    """Yields the SampleRefs of each micro-batch of a rank, for a range of steps.
+
+    same: every step has the samples of step 0.
+    """
 
     def __init__(
         self,
@@ -244,7 +247,9 @@ class StepSampler:
         plans: dict[str, SamplePlan],
         shape: Callable[[int], StepShape],
         steps: range,
+        same: bool = False,
     ) -> None:
+        self.same = same
         self.blocks = blocks
         self.plans = plans
         self.shape = shape
@@ -264,7 +269,7 @@ class StepSampler:
     def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
         plan = self.plans[micro.source]
         samples = self.blocks[micro.block].samples
-        positions = plan.positions(step, samples, micro.start, micro.stop)
+        positions = plan.positions(0 if self.same else step, samples, micro.start, micro.stop)
         shards, slots = plan.locate(positions)
         refs = []
         for place in zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True):

@@ -7,6 +7,7 @@ Batch keys, all with the micro-batch B first:
     weights         [B, K] float, of the tags: 1 for a sample's own, less for others, 0 = padding
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
+    sentences       [B, C, W] float, their vectors where these are stored
     pooled_mask     [B, C, L] long, the tokens of a caption that its vector is made of
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from data_pipelines.sources import Sample, Source
 from xray.config import RunConfig
 from xray.errors import ConfigError
-from xray.models.backbone import VisionBackbone
+from xray.models.backbone import Tokens, VisionBackbone
 from xray.models.flops import vision_macs
 from xray.models.heads import Normalize
 from xray.models.reduce import KeepRate, keep_rate_at
@@ -89,12 +90,27 @@ class VisionModule(StageModule):
         self.towers = nn.ModuleDict({"vision": make_backbone(config)})
         self.normalize = Normalize(config.data.mean, config.data.std)
 
+        self.frozen_until = config.optim.vision.freeze
+
     @property
     def vision(self) -> VisionBackbone:
         return self.towers["vision"]  # type: ignore[return-value]
 
+    def encode(self, pixels: Tensor, progress: float, visible: Tensor | None = None) -> Tokens:
+        """Normalised pixels [B, T, 3, S, S] through the backbone, which may be held still."""
+        trained = held(self.vision, self.training, progress, self.frozen_until)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return self.vision(pixels, self.keep_rate(progress), visible)
+
     def keep_rate(self, progress: float) -> KeepRate:
         return keep_rate_at(self.model_config, progress)
+
+
+def held(tower: nn.Module, training: bool, progress: float, frozen_until: float) -> bool:
+    """Whether a tower is trained at a progress; a frozen one is in eval mode, its dropout off."""
+    trained = frozen_until < 1 and progress >= frozen_until
+    tower.train(training and trained)
+    return trained
 
 
 @dataclass
@@ -134,6 +150,14 @@ class Stage(ABC):
 
     def after_step(self, engine: Any, module: Any) -> None:  # noqa: B027 - most stages need none
         """Act on parameters after an optimizer step, through the engine's fp32 master."""
+
+    def watch(self, values: dict[str, float], progress: float) -> list[str]:
+        """Warnings about how training goes, each saying what to change; asked at logged steps."""
+        return []
+
+    def chance(self, samples: int) -> float:
+        """The loss of a block of samples by a model that tells nothing apart; 0 = not known."""
+        return 0.0
 
     @abstractmethod
     def export(self, module: Any, state: State) -> dict[str, State]:

@@ -5,34 +5,86 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import choose_caption, kept_captions
+from data_pipelines.captions import choose_captions, kept_captions
 from data_pipelines.sources import Sample, Source
+from data_pipelines.text_store import TextStore, open_store, store_facts
 from data_pipelines.transforms import load_pixels
-from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
+from stages.base import (
+    Batch,
+    Parents,
+    Stage,
+    State,
+    StepOutput,
+    VisionModule,
+    held,
+    load_vision,
+    part,
+)
+from stages.guards import ContrastGuard, loss_at_chance
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
-from xray.language import Language
-from xray.losses import info_nce
+from xray.language import Language, sample_captions
+from xray.losses import info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, TextAdapter
+from xray.models.patch_dropout import draw_visible, mask_ratio_at
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
+from xray.optim import ALONE
+
+LOOKED_AT = 256  # rows of a rank that the metrics are taken of
 
 
 @dataclass
 class ClipOptions:
-    """The joint space and its temperature."""
+    """The joint space, its loss and its temperature."""
 
     embed_dim: int = 512
     adapter_blocks: int = 4  # residual MLPs between the LLM and its projection
-    logit_scale: float = 1 / 0.07  # initial
+    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
     logit_scale_max: float = 100.0
+    logit_bias: float | None = (
+        None  # of the sigmoid loss, initial; None = -ln of a block's captions
+    )
+    captions: int = 1  # of each sample in a step, all of them its own
+    matryoshka: list[int] = field(default_factory=list)  # prefixes that are trained to do alone
+    mask_ratio: float = 0.0  # of image tokens left out in training
+    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # in which it comes to that
+    mask_until: float = 1.0  # progress from which on nothing is left out
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if not 1 <= self.first_scale <= self.logit_scale_max:
+            raise ConfigError(
+                f"clip.logit_scale={self.first_scale} must be in [1, clip.logit_scale_max="
+                f"{self.logit_scale_max}]"
+            )
+        if self.captions < 1 or self.embed_dim < 1:
+            raise ConfigError("clip.captions and clip.embed_dim must be at least 1")
+        if not 0 <= self.adapter_blocks <= 16:
+            raise ConfigError(f"clip.adapter_blocks={self.adapter_blocks} must be in [0, 16]")
+        for size in self.matryoshka:
+            if not 0 < size < self.embed_dim:
+                raise ConfigError(
+                    f"clip.matryoshka: {size} must be in (0, clip.embed_dim={self.embed_dim})"
+                )
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigError(f"clip.mask_ratio={self.mask_ratio} must be in [0, 1)")
+        if len(self.mask_span) != 2 or not 0 <= self.mask_span[0] <= self.mask_span[1] <= 1:
+            raise ConfigError(f"clip.mask_span={self.mask_span} must be [start, end] in [0, 1]")
+
+    @property
+    def first_scale(self) -> float:
+        """The logit scale at the start."""
+        usual = 10.0 if self.loss == "sigmoid" else 1 / 0.07
+        return usual if self.logit_scale is None else self.logit_scale
 
 
 @dataclass
@@ -43,47 +95,98 @@ class ClipConfig(RunConfig):
     def validate(self) -> None:
         super().validate()
         self.text.validate()
-        if not 1 <= self.clip.logit_scale <= self.clip.logit_scale_max:
-            raise ConfigError(
-                f"clip.logit_scale={self.clip.logit_scale} must be in [1, clip.logit_scale_max="
-                f"{self.clip.logit_scale_max}]"
-            )
+        self.clip.validate()
+
+    @property
+    def first_bias(self) -> float:
+        """The sigmoid loss's bias at the start: as likely a pair as one of a block's is right."""
+        if self.clip.logit_bias is not None:
+            return self.clip.logit_bias
+        return -math.log(max(block.samples for block in self.blocks))
 
 
 class ClipModule(VisionModule):
-    """Backbone + projection against LLM + adapter, with a learnable log logit scale."""
+    """Backbone + projection against LLM + adapter, with a learnable log logit scale.
 
-    def __init__(self, config: ClipConfig, text: TextTower) -> None:
+    text: None where sentence vectors of this width come with the batch.
+    """
+
+    def __init__(self, config: ClipConfig, text: TextTower | None, width: int) -> None:
         super().__init__(config)
-        options = config.clip
-        self.towers["text"] = text
-        self.frozen_text = config.text.tune == "none"
+        options = self.options = config.clip
+        if text is not None:
+            self.towers["text"] = text
+        self.text_frozen_until = 1.0 if config.text.tune == "none" else config.optim.text.freeze
         self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
-        self.text_adapter = TextAdapter(text.width, options.embed_dim, options.adapter_blocks)
+        self.text_adapter = TextAdapter(width, options.embed_dim, options.adapter_blocks)
         # [1] and not 0-d: DeepSpeed cannot flatten 0-d parameters
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale)]))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(options.first_scale)]))
+        self.logit_bias = None
+        if options.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        cls = self.vision(self.normalize(batch["pixels"]), self.keep_rate(progress)).cls
-        image = F.normalize(self.vision_projection(cls).float(), dim=-1)
+        """image [B, E], text [B, C, E], normalised; the logit scale and bias."""
+        pixels = self.normalize(batch["pixels"])
+        cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
+        found = {
+            "image": F.normalize(self.vision_projection(cls).float(), dim=-1),
+            "text": F.normalize(self.text_adapter(self._sentences(batch, progress)), dim=-1),
+            "logit_scale": self.logit_scale.float().exp().squeeze(),
+        }
+        if self.logit_bias is not None:
+            found["logit_bias"] = self.logit_bias.float().squeeze()
+        return found
+
+    def _sentences(self, batch: Batch, progress: float) -> Tensor:
+        """What the LLM makes, or made, of captions, [B, C, W] float32."""
+        if "sentences" in batch:
+            return batch["sentences"]
         tower: Any = self.towers["text"]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
-            pooled = tower(*(batch[key] for key in TOKENS))[:, 0]
-        text = F.normalize(self.text_adapter(pooled).float(), dim=-1)
-        scale = self.logit_scale.float().exp().squeeze()
-        return {"image": image, "text": text, "logit_scale": scale}
+        trained = held(tower, self.training, progress, self.text_frozen_until)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return tower(*(batch[key] for key in TOKENS)).float()
+
+    def _visible(self, pixels: Tensor, progress: float) -> Tensor | None:
+        """The image tokens that are not left out, None for all."""
+        options = self.options
+        span = (options.mask_span[0], options.mask_span[1])
+        ratio = mask_ratio_at(options.mask_ratio, span, options.mask_until, progress)
+        if not self.training or ratio == 0:
+            return None
+        per_slot = self.vision.video == "frames"
+        grid = self.vision.token_grid(pixels)
+        return draw_visible(grid, len(pixels), ratio, per_slot, pixels.device)
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        scale = features["logit_scale"]
-        loss = info_nce(features["image"], features["text"], scale)
-        return StepOutput(loss, {"logit_scale": scale.detach()})
+        image, text, scale = features["image"], features["text"], features["logit_scale"]
+        captions = text.shape[1]
+        ids: list[Tensor | None] = [None, None]  # row i belongs to row i
+        if captions > 1:
+            ids = [row_ids(image), row_ids(image).repeat_interleave(captions)]
+        text = text.flatten(0, 1)
+        losses = []
+        for size in [*self.options.matryoshka, image.shape[1]]:
+            a, b = (F.normalize(x[:, :size], dim=-1) for x in (image, text))
+            if self.options.loss == "sigmoid":
+                losses.append(sigmoid_loss(a, b, scale, features["logit_bias"], ids[0], ids[1]))
+            else:
+                losses.append(info_nce(a, b, scale, ids[0], ids[1]))
+        metrics = {"logit_scale": scale.detach(), **_alignment(image, text, captions)}
+        return StepOutput(torch.stack(losses).mean(), metrics)
 
-    def train(self, mode: bool = True) -> ClipModule:
-        """A frozen text tower stays in eval mode: its dropout must not blur its features."""
-        super().train(mode)
-        if self.frozen_text:
-            self.towers["text"].eval()
-        return self
+
+@torch.no_grad()
+def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
+    """How some own rows lie: cosines of pairs, of all; pictures whose caption is the nearest."""
+    image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
+    cosines = image @ text.t()
+    right = cosines.argmax(dim=1) == torch.arange(len(image), device=image.device)
+    return {
+        "positive_cosine": cosines.diagonal().mean(),
+        "mean_cosine": cosines.mean(),
+        "top1": right.float().mean(),
+    }
 
 
 class ClipStage(Stage):
@@ -95,40 +198,71 @@ class ClipStage(Stage):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
         self.config.text = self.language.config
+        self.stores: dict[str, TextStore] = {}
+        for name, source in sources.items():
+            fields = self.config.data.sources[name].captions
+            self.language.warn_of_cut(sample_captions(source, fields))
+            stored = self.config.text.features
+            if stored != "live":
+                facts = store_facts(source, self.language.identity(), fields, stored)
+                self.stores[name] = open_store(source, facts)
+        self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 
     def build(self, parents: Parents) -> ClipModule:
-        module = ClipModule(self.config, self.language.build())
+        if self.stores:
+            width = next(iter(self.stores.values())).width
+            module = ClipModule(self.config, None, width)
+        else:
+            tower = self.language.build()
+            module = ClipModule(self.config, tower, tower.width)
         load_vision(module, parents.vision)
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         fields = self.config.data.sources[sample.source].captions
-        caption = choose_caption(kept_captions(sample.files, fields, sample.texts), rng)
-        tokens = self.language.tokenizer([caption.text])
-        return {"pixels": load_pixels(sample, self.config.data, rng), **tokens}
+        kept = kept_captions(sample.files, fields, sample.texts)
+        captions = choose_captions(kept, rng, self.config.clip.captions)
+        batch = {"pixels": load_pixels(sample, self.config.data, rng)}
+        if self.stores:
+            numbers = [caption.number for caption in captions]
+            store = self.stores[sample.source]
+            vectors = store.vectors(sample.shard, sample.member, numbers)
+            return {**batch, "sentences": torch.from_numpy(vectors)}
+        return {**batch, **self.language.tokenizer([caption.text for caption in captions])}
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        pixels = torch.stack([row["pixels"] for row in rows])
-        return {"pixels": pixels, **self.language.tokenizer.pad(rows)}
+        names = ("pixels", "sentences") if self.stores else ("pixels",)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in names}
+        return batch if self.stores else {**batch, **self.language.tokenizer.pad(rows)}
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
         limit = math.log(self.config.clip.logit_scale_max)
         engine.clamp(module.logit_scale, 0.0, limit)
 
+    def watch(self, values: dict[str, float], progress: float) -> list[str]:
+        return self.guard.look(values, progress)
+
+    def chance(self, samples: int) -> float:
+        return loss_at_chance(self.config.clip, samples)
+
     def export(self, module: ClipModule, state: State) -> dict[str, State]:
-        tower: Any = module.towers["text"]
-        head = {"logit_scale": state["logit_scale"]}
+        text = self.language.changes()
+        if "text" in module.towers:
+            tower: Any = module.towers["text"]
+            text = tower.changes(part(state, "towers.text."))
+        head = {name: state[name] for name in ALONE if name in state}
         for name in ("vision_projection", "text_adapter"):
             head.update({k: v for k, v in state.items() if k.startswith(f"{name}.")})
         return {
             "backbone": part(state, "towers.vision."),
             "head": head,
-            "text": tower.changes(part(state, "towers.text.")),
+            "text": text,
         }
 
     def export_files(self) -> dict[str, Any]:
         return self.language.export_files()
 
     def inputs(self) -> dict[str, str]:
-        return {"llm": self.language.digest}
+        stored = {f"text_features/{name}": store.digest for name, store in self.stores.items()}
+        return {"llm": self.language.digest, **stored}

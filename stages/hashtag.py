@@ -130,7 +130,7 @@ class HashtagModule(VisionModule):
             pixels, share = mix(pixels, *self.mix)
             tags = torch.cat([tags, tags.roll(1, 0)], dim=1)
             targets = torch.cat([share * targets, (1 - share) * targets.roll(1, 0)], dim=1)
-        cls = self.vision(pixels, self.keep_rate(progress)).cls
+        cls = self.encode(pixels, progress).cls
         progressed = torch.tensor(progress)  # on the CPU: it is asked for there
         return {"cls": cls, "tags": tags, "targets": targets, "progress": progressed}
 

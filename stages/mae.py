@@ -94,7 +94,7 @@ class MaeModule(VisionModule):
         pixels = self.normalize(batch["pixels"])
         grid = vision.token_grid(pixels)
         visible, mask, ids_restore = self.masking.draw(batch["mask_noise"], grid, pixels.shape[1])
-        tokens = vision(pixels, visible=visible)
+        tokens = self.encode(pixels, progress, visible)
         predictions = self.decoder(tokens.cls, tokens.patches, ids_restore, grid)
         targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
         if self.norm_pix_loss:

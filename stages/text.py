@@ -36,6 +36,8 @@ class TextRunConfig(RunConfig):
     def validate(self) -> None:
         super().validate()
         self.text.validate()
+        if self.text.features != "live":
+            raise ConfigError("text.features is for the clip stage: this one trains the model")
         if self.text.tune == "none":
             raise ConfigError("text.tune=none leaves nothing to train: use lora or full")
         if self.text.temperature <= 0:

@@ -70,7 +70,7 @@ def test_steps_equal_a_plain_loop(zero: int, precision: str, clip: float) -> Non
     expected, norms = plain(precision, clip)
     found = []
     for step in steps():
-        engine.set_lr(LR)
+        engine.set_lr(LR, 1.0)
         for number, x in enumerate(step):
             engine.begin(number, len(step))
             engine.backward(engine(x))

@@ -24,7 +24,7 @@ RULES: dict[str, set[str]] = {
     "xray/figures.py": set(),
     "xray/models": {"xray.config", "xray.errors", "xray.models"},
     "xray/artifact.py": {"xray", "xray.errors"},
-    "xray/language.py": LEAF | MODELS | {"xray.artifact"},
+    "xray/language.py": LEAF | MODELS | DATA | {"xray.artifact"},
     "xray/restore.py": LEAF | MODELS | {"xray.artifact", "xray.language"},
     "xray/pictures.py": LEAF | MODELS | {"xray.restore"},
     "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
@@ -35,7 +35,10 @@ RULES: dict[str, set[str]] = {
     "xray/data_report.py": LEAF | DATA | {"xray.report", "xray.figures"},
     "xray/tag_report.py": LEAF | DATA | {"xray.report", "xray.figures"},
     "xray/curation_page.py": LEAF | DATA | {"xray.report", "xray.figures", "xray.data_report"},
-    "xray/offline": LEAF | MODELS | DATA | {"xray.offline", "xray.artifact", "xray.restore"},
+    "xray/offline": LEAF
+    | MODELS
+    | DATA
+    | {"xray.offline", "xray.artifact", "xray.restore", "xray.language"},
     "xray/trainer.py": LEAF
     | DATA
     | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
@@ -52,7 +55,8 @@ RULES: dict[str, set[str]] = {
     "stages/mae.py": STAGE_USES,
     "stages/hashtag.py": STAGE_USES,
     "stages/text.py": STAGE_USES,
-    "stages/clip.py": STAGE_USES,
+    "stages/guards.py": {"xray.config", "stages.clip"},
+    "stages/clip.py": STAGE_USES | {"stages.guards"},
 }
 ONE_PLACE = {
     "deepspeed": "xray/engine.py",

@@ -9,7 +9,7 @@ from tiny import settings
 from torch import nn
 
 from stages.mae import MaeModule
-from xray.config import OptimConfig
+from xray.config import OptimConfig, TowerOptim
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 
 
@@ -24,7 +24,7 @@ def test_lr_is_scaled_by_the_batch_and_warms_up_and_decays() -> None:
 
 def test_groups_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
     module = MaeModule(settings("mae", demo, tmp_path))
-    config = OptimConfig(layer_decay=0.5, weight_decay=0.1)
+    config = OptimConfig(vision=TowerOptim(layer_decay=0.5), weight_decay=0.1)
     groups = parameter_groups(module, config)
     names = {id(p): n for n, p in module.named_parameters()}
     where = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -49,7 +49,7 @@ def test_logit_scale_is_alone_and_frozen_parameters_are_left_out() -> None:
 
 def test_lion_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
-    groups = [{"params": [weight], "lr_scale": 0.5, "weight_decay": 0.1}]
+    groups = [{"params": [weight], "lr_scale": 0.5, "freeze": 0.0, "weight_decay": 0.1}]
     config = OptimConfig(name="lion", betas=[0.9, 0.99])
     optimizer = make_optimizer(groups, config)
     w, m = [1.0, -2.0], [0.0, 0.0]

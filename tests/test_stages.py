@@ -211,11 +211,6 @@ def test_another_llm_is_refused(chain: dict[str, Path], demo: Path, tmp_path: Pa
         )
 
 
-def test_contrastive_stages_need_the_whole_block(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="compares all 8 samples of block 'photos'"):
-        train("clip", demo, tmp_path / "x", "train.micro_batch=4")
-
-
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: int) -> None:
     """Pushed over its ceiling before each clamp, the fp32 master and the export come back down."""

@@ -24,7 +24,7 @@ from test_decode import HOSTILE, clip
 from torch import Tensor
 
 from data_pipelines import quarantine, transforms
-from data_pipelines.captions import choose_caption, read_captions
+from data_pipelines.captions import choose_captions, read_captions
 from data_pipelines.loader import Loaded, iterate_steps
 from data_pipelines.manifest import write_manifest
 from data_pipelines.quarantine import Entry
@@ -211,7 +211,7 @@ def test_odd_content_is_a_bad_sample_not_the_end(tmp_path: Path) -> None:
     sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(9))
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
-        text = choose_caption(read_captions(sample.files), rng).text
+        text = choose_captions(read_captions(sample.files), rng)[0].text
         return {"length": torch.tensor(len(text.encode()))}
 
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from shards import photo
 
 from data_pipelines import transforms
 from data_pipelines.augment import augment
-from data_pipelines.captions import captions_of, choose_caption, read_captions
+from data_pipelines.captions import captions_of, choose_captions, read_captions
 from data_pipelines.decode import BadSample, decode_image
 from data_pipelines.sources import Sample, open_source
 from data_pipelines.transforms import choose_frames, load_image, load_pixels
@@ -154,10 +154,10 @@ def test_captions_are_drawn_by_weight() -> None:
         "t": (1.0, "en"),
     }
     rng = np.random.default_rng(0)
-    drawn = [choose_caption(found, rng).text for _ in range(4000)]
+    drawn = [choose_captions(found, rng)[0].text for _ in range(4000)]
     for text, (weight, _) in weights.items():
         assert drawn.count(text) / 4000 == pytest.approx(weight / 4, abs=0.03)
-    assert choose_caption(found, None).text == "a"
+    assert choose_captions(found, None)[0].text == "a"
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0)])

@@ -120,9 +120,9 @@ class Accumulator:
             output = self.engine.module.loss_from_features(leaves)
             if not self.engine.module.training:
                 return [Spanned(output, {}) for _ in rows]
-            grads = dict(
-                zip(leaves, torch.autograd.grad(output.loss, [*leaves.values()]), strict=True)
-            )
+            found = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
+            # a teacher's features need none
+            grads = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
         output = StepOutput(output.loss.detach(), output.metrics)
         slopes: list[Features] = [{} for _ in rows]
         for name, grad in grads.items():

@@ -131,6 +131,9 @@ class DataConfig:
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
 
 
+Features = Literal["live", "fp32", "bf16", "int8"]
+
+
 @dataclass
 class TextConfig:
     """The text tower; a run that starts from a text artifact takes the structure from there."""
@@ -149,6 +152,8 @@ class TextConfig:
     lora_dropout: float = 0.05
     lora_targets: list[str] = field(default_factory=list)  # names; [] = every linear layer
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights that are not trained
+    # sentence vectors come from the model, or from what xray data text-features stored (clip stage)
+    features: Features = "live"
 
     def validate(self) -> None:
         """Raises ConfigError naming the key to change."""
@@ -157,11 +162,25 @@ class TextConfig:
                 raise ConfigError(f"text.{name}={getattr(self, name)} must be at least 1")
         if self.lora_rank < 0:
             raise ConfigError(f"text.lora_rank={self.lora_rank} must be 0 (no LoRA) or more")
+        if self.features != "live" and self.tune != "none":
+            raise ConfigError(
+                f"text.features={self.features} are of a model that stays as it is: set "
+                "text.tune=none, or text.features=live"
+            )
         if self.tune == "full" and self.dtype != "fp32":
             raise ConfigError(
                 f"text.dtype={self.dtype} is for weights that are not trained: "
                 "leave it at fp32 with text.tune=full"
             )
+
+
+@dataclass
+class TowerOptim:
+    """How a tower is trained beside what is new on top of it."""
+
+    lr: float = 1.0  # factor of the lr
+    layer_decay: float = 1.0  # further factor per block, from the top down
+    freeze: float = 0.0  # share of the stage through which it is held still; 1 = all of it
 
 
 @dataclass
@@ -175,8 +194,27 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
-    layer_decay: float = 1.0  # lr factor per vision block, from the top down
+    logit_scale_lr: float = 1.0  # factor of the lr, for the logit scale and bias
+    vision: TowerOptim = field(default_factory=TowerOptim)
+    text: TowerOptim = field(default_factory=TowerOptim)
     clip_grad: float = 1.0  # global norm; 0 = off
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if len(self.betas) != 2:
+            raise ConfigError(f"optim.betas={self.betas} must be two numbers")
+        if self.clip_grad < 0:
+            raise ConfigError(f"optim.clip_grad={self.clip_grad} must be >= 0 (0 = off)")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"optim.warmup={self.warmup} must be in [0, 1)")
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            if not 0 <= tower.freeze <= 1:
+                raise ConfigError(f"optim.{name}.freeze={tower.freeze} must be in [0, 1]")
+            if tower.lr <= 0 or not 0 < tower.layer_decay <= 1:
+                raise ConfigError(
+                    f"optim.{name}: lr={tower.lr} must be above 0 (freeze holds it still), and "
+                    f"layer_decay={tower.layer_decay} in (0, 1]"
+                )
 
 
 @dataclass
@@ -203,6 +241,13 @@ class TrainConfig:
 
 
 @dataclass
+class DebugConfig:
+    """First aid."""
+
+    overfit_batch: bool = False  # every step is the first one's samples, without augmentation
+
+
+@dataclass
 class RunConfig:
     """Everything one stage's run is made of; stages add their own section."""
 
@@ -212,6 +257,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     zero: ZeroConfig = runtime(factory=ZeroConfig)
     init_from: list[str] = runtime(factory=list)  # artifacts of earlier stages
     out: str = runtime("")  # this stage's folder
@@ -254,8 +300,7 @@ class RunConfig:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must be 0 or more")
         self.model.validate()
-        if len(self.optim.betas) != 2:
-            raise ConfigError(f"optim.betas={self.optim.betas} must be two numbers")
+        self.optim.validate()
         schedule.check(self.train.micro_batch, "train.micro_batch", least=0)
         if self.data.workers < 0:
             raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
@@ -266,10 +311,6 @@ class RunConfig:
                 "data.tokens_per_batch and train.micro_batch both set the size of a forward: "
                 "leave one of them at 0"
             )
-        if self.optim.clip_grad < 0:
-            raise ConfigError(f"optim.clip_grad={self.optim.clip_grad} must be >= 0 (0 = off)")
-        if not 0 <= self.optim.warmup < 1:
-            raise ConfigError(f"optim.warmup={self.optim.warmup} must be in [0, 1)")
 
 
 def _validate_data(data: DataConfig) -> None:

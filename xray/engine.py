@@ -145,8 +145,9 @@ class Engine:
         if ends and self.stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
 
-    def set_lr(self, lr: float) -> None:
-        set_lr(self._engine.optimizer.param_groups, lr)
+    def set_lr(self, lr: float, progress: float) -> None:
+        """The lr of a step at a progress, by group."""
+        set_lr(self._engine.optimizer.param_groups, lr, progress)
 
     @property
     def grad_norm(self) -> float:

@@ -95,9 +95,10 @@ def training_stream(
     def shape(step: int) -> StepShape:
         return step_shape(stage, config.blocks, config.progress(step))
 
-    sampler = StepSampler(config.blocks, plans, shape, steps)
-    workers = config.data.workers
-    return iterate_steps(sampler, stage.transform, stage.collate, config.seed, workers, pin)
+    overfit = config.debug.overfit_batch
+    sampler = StepSampler(config.blocks, plans, shape, steps, same=overfit)
+    seed, workers = None if overfit else config.seed, config.data.workers
+    return iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin)
 
 
 def validation_stream(

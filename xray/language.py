@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from data_pipelines.captions import TEXT_FILES, captions_of
+from data_pipelines.sources import Source
 from xray.artifact import Artifact
 from xray.config import TextConfig
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError, ConfigError, DataError
 from xray.models.text import TextTower, is_added
 from xray.models.text_folder import find_llm, llm_digest, own_pooling
 from xray.models.tokens import CaptionTokenizer, cut_share
@@ -19,6 +24,7 @@ log = logging.getLogger("xray")
 # What an artifact decides for those that start from it.
 STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets", "attention", "pooling", "latents", "prompt")
 MOST_CUT = 0.1  # of captions, beyond which a run says so
+LOOKED_AT = 256  # captions
 
 
 class Language:
@@ -64,6 +70,10 @@ class Language:
             )
         return tower
 
+    def changes(self) -> dict[str, Tensor]:
+        """What an artifact that leaves the tower as it is hands on of it."""
+        return {} if self.parent is None else self.parent.load("text")
+
     def identity(self) -> dict[str, Any]:
         """All that decides a caption's sentence vector, by the names of its settings."""
         names = ("attention", "pooling", "prompt", "max_length", "dtype")
@@ -85,6 +95,18 @@ class Language:
         patterns = ("*.json", "*.model", "*.txt")
         found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
         return {f"llm/{path.name}": path for path in found}
+
+
+def sample_captions(source: Source, fields: Mapping[str, float]) -> list[str]:
+    """Captions of some samples of a source, to be looked at before a run."""
+    found: list[str] = []
+    for shard in range(min(len(source.manifest), LOOKED_AT)):
+        for member in source.members(shard)[: LOOKED_AT // 8].tolist():
+            with contextlib.suppress(DataError):
+                found += captions_of(source.read(shard, member, TEXT_FILES), fields)
+            if len(found) >= LOOKED_AT:
+                return found
+    return found
 
 
 def text_config(artifact: Artifact) -> TextConfig:

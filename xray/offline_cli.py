@@ -1,4 +1,4 @@
-"""`xray data pseudo-tags`, `embeddings`, `scores`: what an artifact says of shards, beside them."""
+"""`xray data pseudo-tags`, `embeddings`, `scores`, `text-features`: what models say of shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray.command import guarded
-from xray.data_cli import data_app, progress_bar
+from xray.data_cli import data_app, progress_bar, progress_of
 from xray.errors import ConfigError
 from xray.tags_cli import Items, Modality, open_any, split_items
 
@@ -147,6 +147,43 @@ def _write_features(
             found, causes = write(source, encoder, config, data, progress)
         print(f"{pattern}: {len(source):,} samples; {key}={found.name}")
         print_left_out(causes)
+
+
+@data_app.command("text-features")
+@guarded
+def data_text_features(
+    items: Items,
+    init_from: Annotated[
+        str, typer.Option(help="A text artifact, where the clip stage starts from one")
+    ] = "",
+    modality: Modality = "",
+) -> None:
+    """Encode every caption once, for a clip stage with text.tune=none and text.features=bf16.
+
+    Takes the keys of the stage's text section: llm=FOLDER prompt='' pooling=auto max_length=64
+    attention=bidirectional dtype=fp32, and features=bf16 (or int8, fp32) captions={} (their json
+    fields) batch_size=256 workers=2. The same command goes on where it was stopped.
+    """
+    from xray import dist
+    from xray.artifact import open_artifact
+    from xray.config_files import build, parse_overrides
+    from xray.language import Language
+    from xray.offline.text_features import TextFeaturesConfig, write_text_features
+
+    shards, settings = split_items(items)
+    config = build(TextFeaturesConfig, {"tune": "none", **parse_overrides(settings)})
+    config.validate()
+    language = Language(config, open_artifact(init_from) if init_from else None)
+    tower = language.build().eval().to(dist.choose_device("auto"))
+    for pattern in shards:
+        source = open_any(pattern, modality)
+        reading = progress_of("reading captions")
+        with progress_bar("encoding") as progress:
+            found, unique = write_text_features(source, language, tower, config, progress, reading)
+        print(
+            f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "
+            f"text.features={config.features} and the same text settings ({found.name})"
+        )
 
 
 def print_left_out(causes: Mapping[str, int]) -> None:

@@ -10,9 +10,12 @@ import torch
 from timm.optim import Lion
 from torch import nn
 
-from xray.config import OptimConfig
+from xray.config import OptimConfig, TowerOptim
 
-VISION = "towers.vision."
+ALONE = ("logit_scale", "logit_bias")  # in a group of their own
+# What is as deep as a tower's first block, and what comes after its last.
+BOTTOM = re.compile(r"embed|cls_token|reg_token|pos_temporal|norm_pre|wte|wpe|shared")
+BLOCK = re.compile(r"\.(?:blocks?|layers?|h)\.(\d+)\.")
 
 
 def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
@@ -26,35 +29,52 @@ def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by (lr_scale, weight_decay); `logit_scale` alone in its group.
+    """Trainable parameters by (lr_scale, freeze, weight_decay); `logit_scale` and bias alone.
 
-    1-d parameters and those a tower's `no_weight_decay` names are not decayed. The vision tower's
-    lr falls by `layer_decay` per block from the top; its stem is one layer below the first block.
+    1-d parameters and those a tower's `no_weight_decay` names are not decayed. A tower's lr falls
+    by its `layer_decay` per block from the top; its stem is one layer below the first block. What
+    is still throughout (`freeze` of 1) is taken out of training here.
     """
-    vision = getattr(module, "towers", {})
-    depth = len(vision["vision"].blocks) if "vision" in vision else 0
-    exempt = set(vision["vision"].no_weight_decay()) if depth else set()
+    towers: Any = getattr(module, "towers", {})
+    settings = {name: getattr(config, name) for name in towers}
+    depths = {name: _depth(tower) for name, tower in towers.items()}
+    exempt = {
+        f"towers.{name}.{own}"
+        for name, tower in towers.items()
+        for own in getattr(tower, "no_weight_decay", set)()
+    }
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
+        tower = name.split(".")[1] if name.startswith("towers.") else ""
+        own = settings[tower] if tower else TowerOptim()
+        if own.freeze >= 1:
+            parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        plain = name.removeprefix(VISION)
-        decayed = parameter.ndim > 1 and plain not in exempt and not name.endswith("mask_token")
-        lr_scale = _layer_scale(plain, depth, config) if name.startswith(VISION) else 1.0
+        decayed = parameter.ndim > 1 and name not in exempt and not name.endswith("mask_token")
+        below = depths[tower] + 1 - _layer(name, depths[tower]) if tower else 0
+        lr_scale = config.logit_scale_lr if name in ALONE else own.lr * own.layer_decay**below
         weight_decay = config.weight_decay if decayed else 0.0
-        key = (name == "logit_scale", lr_scale, weight_decay)
-        group = groups.setdefault(
-            key, {"params": [], "lr_scale": lr_scale, "weight_decay": weight_decay}
-        )
-        group["params"].append(parameter)
+        key = (name in ALONE, lr_scale, own.freeze, weight_decay)
+        found = {"lr_scale": lr_scale, "freeze": own.freeze, "weight_decay": weight_decay}
+        groups.setdefault(key, {"params": [], **found})["params"].append(parameter)
     return list(groups.values())
 
 
-def _layer_scale(name: str, depth: int, config: OptimConfig) -> float:
-    match = re.match(r"blocks\.(\d+)\.", name)
-    top = depth + 1 if name.startswith(("norm.", "fc_norm.", "frame_query")) else 0
-    layer = int(match.group(1)) + 1 if match else top
-    return config.layer_decay ** (depth + 1 - layer)
+def _depth(tower: nn.Module) -> int:
+    """Blocks of a tower."""
+    return 1 + max((_block(f".{name}") for name, _ in tower.named_parameters()), default=-1)
+
+
+def _block(name: str) -> int:
+    match = BLOCK.search(name)
+    return int(match.group(1)) if match else -1
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 is the stem, 1 the first block, depth + 1 what follows the last."""
+    block = _block(name)
+    return block + 1 if block >= 0 else 0 if BOTTOM.search(name) else depth + 1
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -65,7 +85,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps)
 
 
-def set_lr(groups: list[dict[str, Any]], lr: float) -> None:
-    """lr times each group's own scale."""
+def set_lr(groups: list[dict[str, Any]], lr: float, progress: float = 1.0) -> None:
+    """lr times each group's own scale; 0 while the group is frozen."""
     for group in groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] if progress >= group["freeze"] else 0.0

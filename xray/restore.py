@@ -80,6 +80,7 @@ class Encoder(VisionEncoder):
         self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
         head = artifact.load("head")
         self.logit_scale = head.pop("logit_scale").exp()
+        head.pop("logit_bias", None)  # of the sigmoid loss: it changes no order
         wrong = self.load_state_dict(head, strict=False).unexpected_keys
         if wrong:
             raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")

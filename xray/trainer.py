@@ -116,6 +116,8 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             self._loop(sinks)
+            if self.config.debug.overfit_batch:
+                self._say_whether_learned(sinks.last)
             metrics = {**sinks.last, **self._validate(1.0)}
             artifact = self._export(metrics)
             if self._reduce({}, None)["preempted"]:
@@ -153,7 +155,7 @@ class Trainer:
             if not math.isfinite(values["loss"]):
                 raise TrainingError(self._bundle(step, "loss", values["loss"]))
             lr = lr_at(progress, config.optim, config.global_batch)
-            self.engine.set_lr(lr)
+            self.engine.set_lr(lr, progress)
             self.engine.step()
             if not math.isfinite(self.engine.grad_norm):
                 raise TrainingError(self._bundle(step, "gradient norm", self.engine.grad_norm))
@@ -165,7 +167,10 @@ class Trainer:
             if _every(state.step, config.train.validate_every) and state.step < config.steps:
                 values |= self._validate(progress)
             last = state.step == config.steps
-            sinks.write(state, values, _every(state.step, config.train.log_every) or last)
+            logged = _every(state.step, config.train.log_every) or last
+            sinks.write(state, values, logged)
+            for warning in self.stage.watch(values, progress) if logged else []:
+                log.warning("step %d: %s", state.step, warning)
             if _every(state.step, config.train.save_every) or last or preempted:
                 folder = self.out / "checkpoints"
                 checkpoint.save_checkpoint(
@@ -175,6 +180,24 @@ class Trainer:
                 raise Preempted(
                     f"stopped by a signal at step {state.step}; the same command goes on"
                 )
+
+    def _say_whether_learned(self, last: dict[str, float]) -> None:
+        """Of a run that saw one batch only: its loss beside that of guessing."""
+        for block in self.config.blocks:
+            loss, chance = last[f"{block.source}/loss"], self.stage.chance(block.samples)
+            verdict = (
+                ""
+                if loss < 0.5 * chance
+                else (
+                    ": not learned, so more data will not help: try another optim.base_lr, more "
+                    "train.samples, or look at the data with xray data stats"
+                )
+            )
+            log.info(
+                "overfit_batch: after %d steps on the same %d samples %s/loss is %.3f%s",
+                self.config.steps, block.samples, block.source, loss,
+                f", guessing gives {chance:.3f}{verdict or ': learned'}" if chance else "",
+            )  # fmt: skip
 
     def _epochs(self) -> dict[str, float]:
         """How often each source has been gone through, once this step is done."""

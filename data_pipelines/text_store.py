@@ -1,0 +1,118 @@
+"""Sentence vectors of a source's captions, written once by `xray data text-features`.
+
+A sidecar: per member, the places of its captions' vectors (shard << 32 | row); per shard, the
+vectors of the captions that are met there first. Equal captions share one vector.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipelines.captions import FIELDS
+from data_pipelines.columns import open_columns
+from data_pipelines.sidecars import Sidecar, open_sidecar
+from data_pipelines.sources import Source
+from xray.config import differences, hash_json
+from xray.errors import ConfigError
+
+Stored = Literal["fp32", "bf16", "int8"]
+KIND = "text-features"
+ROW_BITS = 32
+
+
+def store_facts(
+    source: Source, identity: Mapping[str, Any], captions: Mapping[str, float], stored: Stored
+) -> dict[str, Any]:
+    """All that a store depends on besides its shards: the language side, the fields, the format."""
+    kind = [source.modality, source.animations]
+    return {**identity, "captions": list(captions or FIELDS), "features": stored, "of": kind}
+
+
+def store_name(facts: Mapping[str, Any]) -> str:
+    """The sidecar's name."""
+    return f"{KIND}-{hash_json(dict(facts))[:12]}"
+
+
+@dataclass(frozen=True)
+class TextStore:
+    """The stored vectors of a source's captions, [W] each."""
+
+    sidecar: Sidecar
+
+    @property
+    def width(self) -> int:
+        return int(self.sidecar.facts["width"])
+
+    @property
+    def digest(self) -> str:
+        return self.sidecar.digest
+
+    def vectors(self, shard: int, member: int, captions: Sequence[int]) -> np.ndarray:
+        """Of some of a member's captions by their numbers, [C, W] float32."""
+        places = self.sidecar.row(shard, member, "places")
+        rows = []
+        for caption in captions:
+            where, row = divmod(int(places[caption]), 1 << ROW_BITS)
+            table = self.sidecar.table(where)
+            rows.append(unpacked(table["vectors"][row], table["scales"][row : row + 1]))
+        return np.stack(rows)
+
+
+def packed(vectors: np.ndarray, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
+    """[U, W] float32 -> what is stored of it, and a scale per row (int8: the largest is 127)."""
+    scales = np.ones(len(vectors), np.float32)
+    if stored == "fp32":
+        return vectors.astype(np.float32), scales
+    if stored == "int8":
+        scales = np.maximum(np.abs(vectors).max(axis=1, initial=0.0), 1e-30) / 127
+        return np.round(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32)
+    bits = vectors.astype(np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to the nearest bfloat16, ties to even
+    return (rounded >> 16).astype(np.uint16), scales
+
+
+def unpacked(vector: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A stored vector [W] as float32."""
+    if vector.dtype == np.uint16:
+        return (vector.astype(np.uint32) << 16).view(np.float32)
+    return vector.astype(np.float32) * scale
+
+
+def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
+    """A source's store; raises ConfigError that says what the nearest one differs in."""
+    found = open_sidecar(source, store_name(facts))
+    if found is not None:
+        return TextStore(found)
+    near = [
+        differences({key: theirs.get(key) for key in facts}, dict(facts))
+        for theirs in _facts_of_stores(source)
+    ]
+    reason = "it has none of these shards"
+    if near:
+        closest = min(near, key=len)
+        reason = "they are of other captions" if not closest else f"the nearest has {closest[0]}"
+        reason += f" (and {len(closest) - 1} more)" if len(closest) > 1 else ""
+    raise ConfigError(
+        f"no stored text features of source {source.name!r} fit this run: {reason}; write them "
+        "with xray data text-features and the same text settings, or set text.features=live"
+    )
+
+
+def _facts_of_stores(source: Source) -> list[dict[str, Any]]:
+    """Of all stores that lie beside these shards, or did before the shards changed."""
+    found = []
+    for path in source.derived_at(f"{KIND}-*"):
+        # a summary is named by the shards' hash too, which may be another by now
+        pattern = path.name.replace(source.manifest.digest[:8], "*")
+        for candidate in sorted(path.parent.glob(pattern)):
+            try:
+                facts = open_columns(candidate)[1]
+            except (OSError, ValueError, KeyError):
+                continue
+            found.append({**facts, "name": os.fspath(candidate)})
+    return found

@@ -1,0 +1,88 @@
+"""What can be seen to go wrong in contrastive training, and what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from xray.config import BlockConfig
+
+if TYPE_CHECKING:
+    from stages.clip import ClipOptions
+
+WARM = 0.1  # progress before which nothing is judged
+PATIENCE = 10  # looks in a row that must agree
+FEW = 64  # samples that are called few
+
+
+def loss_at_chance(options: ClipOptions, samples: int) -> float:
+    """The loss of a block by a model that tells nothing apart."""
+    if options.loss == "info_nce":
+        return math.log(samples) + math.log(options.captions) / 2
+    # every pair as likely as one of a block's is right
+    likely = 1 / samples
+    return -math.log(likely) - (samples - 1) * math.log1p(-likely) if samples > 1 else 0.0
+
+
+class ContrastGuard:
+    """Looks at the logged values of a run's blocks; says each thing once."""
+
+    def __init__(self, blocks: Sequence[BlockConfig], options: ClipOptions) -> None:
+        self.blocks, self.options = blocks, options
+        self._rows: dict[str, int] = {}  # what is wrong -> for how many looks
+        self._said: set[str] = set()
+
+    def look(self, values: Mapping[str, float], progress: float) -> list[str]:
+        """Warnings that are due at a progress."""
+        found: dict[str, str] = {}
+        for block in self.blocks:
+            own = {
+                name.removeprefix(f"{block.source}/"): value
+                for name, value in values.items()
+                if name.startswith(f"{block.source}/")
+            }
+            found |= self._few(block)
+            if progress >= WARM and own:
+                found |= self._judged(block, own)
+        self._rows = {what: self._rows.get(what, 0) + 1 for what in found}
+        due = [what for what in found if self._rows[what] >= PATIENCE or what.startswith("few")]
+        new = [what for what in due if what not in self._said]
+        self._said |= set(new)
+        return [found[what] for what in new]
+
+    def _few(self, block: BlockConfig) -> dict[str, str]:
+        if block.samples >= FEW or self.options.loss == "sigmoid":
+            return {}
+        return {
+            f"few {block.source}": f"a block of {block.samples} samples of {block.source!r} gives "
+            f"each only {block.samples - 1} others to be told from: raise its samples in "
+            "data.blocks; train.micro_batch keeps what is in memory at once small"
+        }
+
+    def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
+        source, options, found = block.source, self.options, {}
+        chance = loss_at_chance(options, block.samples)
+        if own["loss"] > 0.98 * chance:
+            found[f"stuck {source}"] = (
+                f"{source}/loss is {own['loss']:.2f}, where guessing gives {chance:.2f}: nothing "
+                "is learned. See whether debug.overfit_batch=true learns one batch: if it does, "
+                "change optim.base_lr or check that captions belong to their pictures"
+            )
+        if own["mean_cosine"] > 0.95 and own["positive_cosine"] - own["mean_cosine"] < 0.01:
+            found[f"collapsed {source}"] = (
+                f"all features of {source!r} are alike (mean cosine {own['mean_cosine']:.2f}): "
+                "lower optim.base_lr or raise optim.warmup, and start again"
+            )
+        scale = own["logit_scale"]
+        if scale > 0.999 * options.logit_scale_max:
+            found["clamped"] = (
+                f"logit_scale is at clip.logit_scale_max={options.logit_scale_max:g}: usual late "
+                "in a long run; early in one, lower optim.logit_scale_lr"
+            )
+        if scale < 0.5 * options.first_scale:
+            found["falling"] = (
+                f"logit_scale fell from {options.first_scale:.1f} to {scale:.1f}: lower "
+                "optim.base_lr or optim.logit_scale_lr, or raise clip.logit_scale (Lion needs it)"
+            )
+        return found

@@ -1,0 +1,176 @@
+"""Stored sentence vectors: each caption once, equal to live ones, refused where they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shards import jpeg, write_tar
+from tiny import train
+from typer.testing import CliRunner
+
+from data_pipelines.captions import read_captions
+from data_pipelines.sources import Source, open_source
+from data_pipelines.text_store import TextStore, open_store, packed, store_facts, unpacked
+from xray.cli import app
+from xray.config import TextConfig
+from xray.errors import ConfigError
+from xray.language import Language
+from xray.offline import text_features
+from xray.offline.text_features import TextFeaturesConfig, write_text_features
+from xray.report import read_metrics
+
+CAPTIONS = [["a red circle", "one round thing"], ["a blue star"], [], ["a red circle", "a star"]]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of the same four samples, one without captions: 4 different captions of 10."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        files: dict[str, bytes] = {}
+        for number, captions in enumerate(CAPTIONS):
+            files[f"{number}.jpg"] = jpeg()
+            files[f"{number}.json"] = json.dumps({"captions": captions}).encode()
+        write_tar(tmp_path / "shards" / f"{shard}.tar", files)
+    return tmp_path / "shards"
+
+
+def config_of(demo: Path, **more: Any) -> TextFeaturesConfig:
+    given = {"llm": str(demo / "llm"), "tune": "none", "workers": 0, **more}
+    return TextFeaturesConfig(**given)
+
+
+def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
+    language = Language(config)
+    facts = store_facts(source, language.identity(), config.captions, config.features)  # type: ignore[arg-type]
+    _, unique = write_text_features(source, language, language.build().eval(), config)
+    return open_store(source, facts), unique
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "error"), [("fp32", 4, 0.0), ("bf16", 2, 2**-8), ("int8", 1, 0.501 / 127)]
+)
+def test_formats_lose_half_of_their_last_bit(kind: Any, size: int, error: float) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    vectors[3] = 0
+    kept, scales = packed(vectors, kind)
+    back = np.stack([unpacked(kept[i], scales[i : i + 1]) for i in range(len(kept))])
+    assert back.dtype == np.float32 and kept.nbytes == vectors.size * size
+    largest = np.abs(vectors).max(axis=1, keepdims=True) if kind == "int8" else np.abs(vectors)
+    assert (np.abs(back - vectors) <= error * largest).all()
+    if kind == "bf16":
+        theirs = torch.from_numpy(vectors).bfloat16().float().numpy()
+        assert np.array_equal(back, theirs)
+
+
+def test_every_caption_is_encoded_once_and_found_again(
+    demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
+    encoded: list[str] = []
+    encode = text_features._encoded
+
+    def counted(language: Any, tower: Any, texts: Any, size: int) -> Any:
+        encoded.extend(texts)
+        return encode(language, tower, texts, size)
+
+    monkeypatch.setattr(text_features, "_encoded", counted)
+    store, unique = stored(source, config)
+    assert unique == 4 and sorted(encoded) == sorted({c for own in CAPTIONS for c in own})
+    language = Language(config)
+    tower = language.build().eval()
+    for shard, member in source.places():
+        texts = CAPTIONS[member]
+        if not texts:
+            continue
+        with torch.no_grad():
+            live = torch.cat([tower(**language.tokenizer([text])) for text in texts])
+        found = store.vectors(shard, member, range(len(texts)))
+        assert np.allclose(found, live.numpy(), atol=1e-5)
+    assert stored(source, config)[0].digest == store.digest and len(encoded) == 4  # as it was
+
+
+def test_an_interrupted_store_goes_on(
+    demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo)
+    save, saved = text_features.save_table, []
+
+    def once(*args: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(*args))
+
+    monkeypatch.setattr(text_features, "save_table", once)
+    with pytest.raises(KeyboardInterrupt):
+        stored(source, config)
+    language = Language(config)
+    facts = store_facts(source, language.identity(), {}, "bf16")
+    with pytest.raises(ConfigError, match="it has none of these shards"):
+        open_store(source, facts)
+    monkeypatch.setattr(text_features, "save_table", save)
+    steps: list[tuple[int, int]] = []
+    tower = language.build().eval()
+    write_text_features(source, language, tower, config, lambda *x: steps.append(x))
+    assert steps == []  # the shard that was left has no caption of its own
+    assert open_store(source, facts).vectors(1, 0, [0]).shape == (1, 32)
+
+
+def test_a_store_that_does_not_fit_is_refused_with_the_reason(demo: Path, shards: Path) -> None:
+    source = open_source("s", str(shards), "image")
+    stored(source, config_of(demo))
+
+    def asked(**more: Any) -> TextStore:
+        text = TextConfig(str(demo / "llm"), "none")
+        language = Language(dataclasses.replace(text, **more))
+        return open_store(source, store_facts(source, language.identity(), {}, "bf16"))
+
+    assert asked().width == 32
+    with pytest.raises(ConfigError, match="source 's' fit this run: the nearest has prompt: ''"):
+        asked(prompt="a ")
+    with pytest.raises(ConfigError, match=r"max_length: 64 -> 32.*text.features=live"):
+        asked(max_length=32)
+    with pytest.raises(ConfigError, match="pooling: 'mean' -> 'last'"):
+        asked(pooling="last")
+    files = {"9.jpg": jpeg(), "9.txt": b"a new one"}
+    write_tar(shards / "2.tar", files)
+    grown = open_source("s", str(shards), "image")
+    language = Language(TextConfig(str(demo / "llm"), "none"))
+    with pytest.raises(ConfigError, match="they are of other captions"):
+        open_store(grown, store_facts(grown, language.identity(), {}, "bf16"))
+
+
+def test_training_on_stored_vectors_is_training_on_live_ones(demo: Path, tmp_path: Path) -> None:
+    """fp32: the same losses; bf16 and int8: nearly. The artifact encodes text by itself."""
+    more = ("train.samples=48", "model.drop_path=0.0", "text.max_length=32")
+    live = train("clip", demo, tmp_path / "live", *more)
+    rows = read_metrics(tmp_path / "live" / "metrics.jsonl")
+    folders = [str(demo / name) for name in ("photos", "clips")]
+    for kind, tolerance in (("fp32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2)):
+        keys = [f"llm={demo / 'llm'}", "max_length=32", f"features={kind}", "workers=0"]
+        done = CliRunner().invoke(app, ["data", "text-features", *folders, *keys])
+        assert done.exit_code == 0 and f"text.features={kind}" in done.output, done.output
+        offline = train("clip", demo, tmp_path / kind, *more, f"text.features={kind}")
+        others = read_metrics(tmp_path / kind / "metrics.jsonl")
+        assert [r["loss"] for r in others] == pytest.approx(
+            [r["loss"] for r in rows], rel=tolerance
+        )
+        assert offline.manifest["files"].keys() == live.manifest["files"].keys()
+    with pytest.raises(ConfigError, match="prompt"):
+        train("clip", demo, tmp_path / "x", *more, "text.features=bf16", "text.prompt=x")
+
+
+def test_captions_of_a_picture_come_by_weight_and_number() -> None:
+    files = {"json": json.dumps({"captions": ["a", "b"], "long": "c"}).encode()}
+    found = read_captions(files, {"captions": 1, "long": 3})
+    assert [(c.text, c.weight, c.number) for c in found] == [
+        ("a", 0.5, 0),
+        ("b", 0.5, 1),
+        ("c", 3, 2),
+    ]
