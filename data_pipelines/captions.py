@@ -71,6 +71,14 @@ def read_captions(
     return [replace(caption, number=number) for number, caption in enumerate(found)]
 
 
+def texts_of(files: dict[str, bytes], name: str) -> list[str]:
+    """The texts of one json field, none where it is not there; raises BadSample."""
+    value = _field(metadata_of(files), name)
+    entries = value if isinstance(value, list) else [value]
+    found = [_caption(entry, "").text for entry in entries if entry]
+    return [text for text in found if text]
+
+
 def _field(meta: Mapping[str, Any], name: str) -> Any:
     """A field of that name, or what its dots lead to; None where there is none."""
     first, _, rest = name.partition(".")

@@ -45,13 +45,15 @@ from data_pipelines.shards import (
 from xray.errors import DataError
 
 log = logging.getLogger("xray")
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 # What a shard's samples may be counted as: (modality, what animations are).
 COUNTED: tuple[tuple[Modality, Modality], ...] = (
     ("image", "image"),
     ("image", "video"),
     ("video", "image"),
     ("video", "video"),
+    ("text", "image"),
+    ("text", "video"),
 )
 Progress = Callable[[Iterable[ShardIndex], int], Iterable[ShardIndex]]  # (indexes, how many)
 
@@ -61,7 +63,7 @@ class Manifest:
     """The shards of a source.
 
     columns: names and name_ends (packed texts: path relative to `folder`), sizes and mtimes [S]
-    int64, counts [S, 4] int32 (samples by COUNTED), digests [S, 32] uint8 (of the indexes),
+    int64, counts [S, 6] int32 (samples by COUNTED), digests [S, 32] uint8 (of the indexes),
     sha256 [S, 32] uint8 (of the tars; zeros = not taken). facts: digest of all.
     """
 

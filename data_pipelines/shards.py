@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
+from data_pipelines.captions import TEXT_FILES
 from data_pipelines.columns import (
     Columns,
     open_columns,
@@ -38,7 +39,7 @@ MOST_ENDINGS = 64  # of file names in one shard
 CHUNK = 1 << 22
 LARGEST = 1 << 30  # bytes of one file of a sample
 
-Modality = Literal["image", "video"]
+Modality = Literal["image", "video", "text"]
 
 
 def media_extensions(modality: Modality, animations: Modality) -> tuple[str, ...]:
@@ -46,6 +47,8 @@ def media_extensions(modality: Modality, animations: Modality) -> tuple[str, ...
 
     A WebP is mostly a still, so an image source keeps it even where animations are clips.
     """
+    if modality == "text":
+        return TEXT_FILES
     if modality == "video":
         return VIDEO_EXTENSIONS + (ANIMATIONS if animations == "video" else ())
     return tuple(e for e in IMAGE_EXTENSIONS if e != "gif" or animations == "image")

@@ -127,6 +127,7 @@ class Stage(ABC):
     name: ClassVar[str]
     Config: ClassVar[type[RunConfig]]
     accepts: ClassVar[tuple[str, ...]]  # stages whose artifacts it may start from
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")  # of the sources it can use
     spans_batch: ClassVar[bool] = False  # the loss compares samples of the whole block
 
     def __init__(self, config: Any) -> None:

@@ -7,19 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import kept_captions
+from data_pipelines.captions import kept_captions, texts_of
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
-from xray.language import Language
-from xray.losses import info_nce
+from xray.language import Language, sample_captions
+from xray.losses import contrast, info_nce, row_ids
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
+
+NOBODY = 1 << 40  # the id of a text that belongs to no row
 
 
 @dataclass
@@ -27,6 +30,8 @@ class TextOptions(TextConfig):
     """The LLM and the contrast."""
 
     temperature: float = 0.05
+    negatives: str = ""  # json field of texts that are like a sample's captions, and wrong
+    negatives_each: int = 1  # of them per sample and step; a sample may have fewer
 
 
 @dataclass
@@ -42,6 +47,8 @@ class TextRunConfig(RunConfig):
             raise ConfigError("text.tune=none leaves nothing to train: use lora or full")
         if self.text.temperature <= 0:
             raise ConfigError(f"text.temperature={self.text.temperature} must be above 0")
+        if self.text.negatives_each < 1:
+            raise ConfigError(f"text.negatives_each={self.text.negatives_each} must be at least 1")
 
 
 class TextModule(StageModule):
@@ -53,39 +60,67 @@ class TextModule(StageModule):
         self.temperature = temperature
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Two captions [B, D] and n negatives [B, n, D], normalised; which of these are [B, n]."""
         tower: Any = self.towers["text"]
-        pooled = tower(*(batch[key] for key in TOKENS))
-        first, second = F.normalize(pooled.float(), dim=-1).unbind(dim=1)
-        return {"first": first, "second": second}
+        pooled = F.normalize(tower(*(batch[key] for key in TOKENS)).float(), dim=-1)
+        there = batch["attention_mask"].any(dim=-1).float()
+        return {
+            "first": pooled[:, 0],
+            "second": pooled[:, 1],
+            "negatives": pooled[:, 2:],
+            "there": there[:, 2:],
+        }
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         first, second = features["first"], features["second"]
-        loss = info_nce(first, second, 1 / self.temperature)
-        return StepOutput(loss, {"positive_cosine": (first * second).sum(-1).mean().detach()})
+        scale = 1 / self.temperature
+        metrics = {"positive_cosine": (first * second).sum(-1).mean().detach()}
+        if not features["there"].numel():
+            return StepOutput(info_nce(first, second, scale), metrics)
+        negatives, own = features["negatives"].flatten(0, 1), row_ids(first)
+        nobody = torch.where(features["there"].flatten() > 0, NOBODY, -1)
+        ids = torch.cat([own, nobody])
+        ways = [
+            contrast(queries, torch.cat([keys, negatives]), scale, own, ids)
+            for queries, keys in ((first, second), (second, first))
+        ]
+        return StepOutput((ways[0] + ways[1]) / 2, metrics)
 
 
 class TextStage(Stage):
     name = "text"
     Config = TextRunConfig
     accepts = ("text",)
+    modalities = ("image", "video", "text")
     spans_batch = True
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
         self.config.text = self.language.config
+        for name, source in sources.items():
+            fields = self.config.data.sources[name].captions
+            self.language.warn_of_cut(sample_captions(source, fields))
         return sources
 
     def build(self, parents: Parents) -> TextModule:
         return TextModule(self.language.build(), self.config.text.temperature)
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        fields = self.config.data.sources[sample.source].captions
+        """Two of a sample's captions, then its negatives; those that it lacks are all padding."""
+        fields, options = self.config.data.sources[sample.source].captions, self.config.text
         captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:
             raise BadSample("only one caption")
         draw = rng if rng is not None else np.random.default_rng(0)
         first, second = draw.permutation(len(captions))[:2]
-        return self.language.tokenizer([captions[first].text, captions[second].text])
+        texts, lacks = [captions[first].text, captions[second].text], 0
+        if options.negatives:
+            wrong = texts_of(sample.files, options.negatives)
+            chosen = draw.permutation(len(wrong))[: options.negatives_each]
+            texts += [wrong[number] for number in chosen]
+            lacks = options.negatives_each - len(chosen)
+        tokens = self.language.tokenizer(texts)
+        return {key: F.pad(value, (0, 0, 0, lacks)) for key, value in tokens.items()}
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return self.language.tokenizer.pad(rows)

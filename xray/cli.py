@@ -128,11 +128,14 @@ def train(
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
     overrides: Overrides = None,
-    suite: Annotated[str, typer.Option(help="zero_shot,retrieval,knn,tags [all with data]")] = "",
+    suite: Annotated[
+        str,
+        typer.Option(help="zero_shot,retrieval,video_retrieval,captions,knn,tags [all with data]"),
+    ] = "",
     recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
     out: Annotated[str, typer.Option(help="Write the results to this .json file")] = "",
 ) -> None:
-    """Evaluate ARTIFACT: zero-shot, retrieval, kNN and tags, each beside chance."""
+    """Evaluate ARTIFACT: zero-shot, retrieval, captions, kNN and tags, each beside chance."""
     from xray.artifact import open_artifact
     from xray.config_files import build, parse_overrides
     from xray.evaluation.suite import EvalConfig, result_table
@@ -264,6 +267,9 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     table: ResultTable | None = None
     vision = [artifact for artifact in artifacts if artifact.stage != "text"]
     results: dict[str, dict[str, float]] = {}
+    for artifact in artifacts:
+        if artifact.stage == "text" and recipe.eval.captions.shards:
+            results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, ["captions"])
     for artifact in vision:
         # The last is asked everything, a hashtag artifact before it for its tags.
         asked = recipe.eval.tags if artifact.stage == "hashtag" else {}

@@ -73,7 +73,7 @@ class SourceConfig:
     """One set of webdataset shards."""
 
     shards: str = ""  # a folder, glob, {000..123} pattern or URL, under data.root if relative
-    modality: Literal["image", "video"] = "image"
+    modality: Literal["image", "video", "text"] = "image"  # text: captions alone (text stage)
     animations: Literal["image", "video"] = "image"  # what GIF and WebP files count as
     # where tags are found: the json field hashtag.field, #tags or words of captions, or the
     # vocabulary's tags in captions
@@ -101,7 +101,9 @@ class DataConfig:
     blocks: list[BlockConfig] = field(default_factory=list)
     # of blocks without a weight: what their shares of the loss are taken of
     weigh_blocks_by: Literal["samples", "tokens"] = "samples"
-    modalities: list[str] = field(default_factory=lambda: ["image", "video"])  # blocks left in
+    modalities: list[str] = field(
+        default_factory=lambda: ["image", "video", "text"]
+    )  # of blocks left in
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, never trained on
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
     shuffle_shards: int = 8  # shards whose samples are shuffled together
@@ -342,8 +344,8 @@ def _validate_data(data: DataConfig) -> None:
     schedule.check(data.resolution, "data.resolution")
     schedule.check(data.frames, "data.frames")
     for modality in data.modalities:
-        if modality not in ("image", "video"):
-            raise ConfigError(f"data.modalities: {modality!r} is neither 'image' nor 'video'")
+        if modality not in ("image", "video", "text"):
+            raise ConfigError(f"data.modalities: {modality!r} is none of image, video and text")
     if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise ConfigError(f"data.crop_scale={data.crop_scale} must be [low, high] within (0, 1]")
 

@@ -49,16 +49,18 @@ def data_index(
 ) -> None:
     """Index shards and write their manifest, so that the first run need not."""
     from data_pipelines.manifest import write_manifest
+    from data_pipelines.shards import Modality
     from data_pipelines.sources import make_cache
     from xray.config import DataConfig
 
     kept = make_cache(DataConfig(cache=cache))
     for pattern in shards:
         manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
-        images, clips = (int(manifest.counts(kind, "image").sum()) for kind in ("image", "video"))
+        kinds: tuple[Modality, ...] = ("image", "video", "text")
+        images, clips, texts = (int(manifest.counts(kind, "image").sum()) for kind in kinds)
         print(
             f"{pattern}: {len(manifest):,} shards, {images:,} images, {clips:,} clips, "
-            f"digest {manifest.digest[:12]}"
+            f"{texts:,} samples with text, digest {manifest.digest[:12]}"
         )
 
 

@@ -17,7 +17,7 @@ from data_pipelines.sampling import (
 from stages.base import Stage
 from xray import dist
 from xray.config import BlockConfig, RunConfig
-from xray.errors import DataError
+from xray.errors import ConfigError, DataError
 from xray.schedule import steps_of, value_at
 
 
@@ -29,7 +29,7 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
     tokens = None
     if data.tokens_per_batch or data.weigh_blocks_by == "tokens":
         kinds = [data.sources[block.source].modality for block in blocks]
-        tokens = [stage.tokens(1 if kind == "image" else frames, resolution) for kind in kinds]
+        tokens = [stage.tokens(frames if kind == "video" else 1, resolution) for kind in kinds]
     if tokens is not None and data.tokens_per_batch:
         sizes = [
             within_budget(block, world, each, data.tokens_per_batch)
@@ -41,7 +41,14 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
 
 
 def check_batches(stage: Stage, config: RunConfig) -> None:
-    """Raise ConfigError for blocks that cannot be cut as asked, at any progress."""
+    """Raise ConfigError for blocks that cannot be used, or not cut as asked at any progress."""
+    for block in (*config.blocks, *config.validation):
+        modality = config.data.sources[block.source].modality
+        if modality not in stage.modalities:
+            raise ConfigError(
+                f"data.blocks: stage {stage.name} cannot use source {block.source!r} of modality "
+                f"{modality}: leave it out of this stage's data.blocks"
+            )
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
     for blocks in (config.blocks, config.validation):

@@ -131,13 +131,15 @@ def _write_features(
     from xray.config_files import build, parse_overrides
     from xray.offline.features import FeaturesConfig
     from xray.offline.stream import data_of
-    from xray.restore import Encoder, restore_encoder
+    from xray.restore import Encoder, TextEncoder, restore_encoder
 
     shards, settings = split_items(items)
     config = build(FeaturesConfig, parse_overrides(settings))
     config.validate()
     opened = open_artifact(artifact)
     encoder = restore_encoder(opened).to(dist.choose_device("auto"))
+    if isinstance(encoder, TextEncoder):
+        raise ConfigError(f"{opened.path} is of stage text: it has no backbone")
     if key == "filters.scores" and not isinstance(encoder, Encoder):
         raise ConfigError(f"{opened.path} is of stage {opened.stage}: scores need a clip artifact")
     for pattern in shards:
@@ -174,12 +176,14 @@ def data_text_features(
     config = build(TextFeaturesConfig, {"tune": "none", **parse_overrides(settings)})
     config.validate()
     language = Language(config, open_artifact(init_from) if init_from else None)
-    tower = language.build().eval().to(dist.choose_device("auto"))
     for pattern in shards:
         source = open_any(pattern, modality)
         reading = progress_of("reading captions")
         with progress_bar("encoding") as progress:
-            found, unique = write_text_features(source, language, tower, config, progress, reading)
+            found = write_text_features(
+                source, language, config, dist.choose_device("auto"), progress, reading
+            )
+        unique = found.facts["captions_stored"]
         print(
             f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "
             f"text.features={config.features} and the same text settings ({found.name})"

@@ -31,6 +31,8 @@ from xray.errors import ConfigError, XrayError
 from xray.evaluation.suite import EvalConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from xray.artifact import Artifact
 
 OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
@@ -247,6 +249,31 @@ def make_llm(config: LlmConfig, root: str) -> None:
     os.replace(temporary, folder)
 
 
+def store_captions(config: Any, device: torch.device) -> None:
+    """Write the text features that a clip run asks for, where they are not there."""
+    from data_pipelines.sources import open_sources
+    from stages.base import split_parents
+    from xray.artifact import open_artifact
+    from xray.data_cli import progress_bar
+    from xray.language import Language
+    from xray.offline.text_features import TextFeaturesConfig, write_text_features
+
+    parents = split_parents(
+        stage_class(config.stage), [open_artifact(path) for path in config.init_from]
+    )
+    names = [block.source for block in [*config.blocks, *config.validation]]
+
+    def write() -> None:
+        for name, source in open_sources(config.data, names).items():
+            given = dataclasses.asdict(config.text)
+            captions = config.data.sources[name].captions
+            job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
+            with progress_bar(f"captions of {name}") as progress:
+                write_text_features(source, Language(job, parents.text), job, device, progress)
+
+    dist.main_first(write)
+
+
 def run_recipe(recipe: Recipe) -> list[Artifact]:
     """Train every stage that is not finished, in order; returns the artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
@@ -257,6 +284,8 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     prepare(recipe)
     artifacts = []
     for config in recipe.runs:
+        if config.stage == "clip" and config.text.features != "live":
+            store_captions(config, device)
         trainer = Trainer(stage_class(config.stage), config, device)
         artifacts.append(trainer.finished() or trainer.fit())
     return artifacts

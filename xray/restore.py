@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from xray.artifact import Artifact
 from xray.config import ModelConfig
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, ConfigError
 from xray.language import Language, text_config
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, TextAdapter
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
+from xray.models.tokens import CaptionTokenizer
 from xray.models.weights import load_adapted
 from xray.schedule import largest
+
+TEXTS = 256  # captions that are encoded at a time
 
 
 def restore_vision(artifact: Artifact) -> VisionBackbone:
@@ -94,12 +97,65 @@ class Encoder(VisionEncoder):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """N captions -> [N, E] in the joint space, on CPU."""
-        rows = []
-        for start in range(0, len(captions), 256):
-            tokens = self.tokenizer(captions[start : start + 256])
-            tokens = {key: value.to(self.normalize.mean.device) for key, value in tokens.items()}
-            rows.append(self.text_adapter(self.text(**tokens)).float().cpu())
-        return F.normalize(torch.cat(rows), dim=-1)
+
+        def joint(**tokens: Tensor) -> Tensor:
+            return self.text_adapter(self.text(**tokens))
+
+        device = self.normalize.mean.device
+        return encode_captions(captions, self.tokenizer, joint, device)
+
+
+class TextEncoder(nn.Module):
+    """What a text artifact makes of captions, or what its base model made of them before."""
+
+    def __init__(self, artifact: Artifact, language: Language) -> None:
+        super().__init__()
+        self.artifact, self.tokenizer = artifact, language.tokenizer
+        self.text = language.build()
+        self.eval()
+
+    @classmethod
+    def after(cls, artifact: Artifact) -> TextEncoder:
+        """The tuned model."""
+        config = dataclasses.replace(text_config(artifact), tune="none")
+        return cls(artifact, Language(config, artifact))
+
+    @classmethod
+    def before(cls, artifact: Artifact) -> TextEncoder | None:
+        """The base model, None where its folder is gone or another's."""
+        config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
+        if config.pooling == "latent":  # which the base model lacks
+            config = dataclasses.replace(config, pooling="mean")
+        try:
+            language = Language(config)
+        except ConfigError:
+            return None
+        return cls(artifact, language) if language.digest == _base(artifact) else None
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """N captions -> sentence vectors [N, W], normalised, on CPU."""
+        device = next(self.text.parameters()).device
+        return encode_captions(captions, self.tokenizer, self.text, device)
+
+
+def _base(artifact: Artifact) -> str:
+    """The hash of the folder that a text tower was begun from."""
+    return str(artifact.manifest["inputs"]["llm"])
+
+
+def encode_captions(
+    captions: Sequence[str],
+    tokenizer: CaptionTokenizer,
+    encode: Callable[..., Tensor],
+    device: torch.device,
+) -> Tensor:
+    """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D]."""
+    rows = []
+    for start in range(0, len(captions), TEXTS):
+        tokens = tokenizer(captions[start : start + TEXTS])
+        rows.append(encode(**{k: v.to(device) for k, v in tokens.items()}).float().cpu())
+    return F.normalize(torch.cat(rows), dim=-1)
 
 
 class Tagger(VisionEncoder):
@@ -135,8 +191,11 @@ class PromptTagger(nn.Module):
         return (scale * self.encoder.encode_pixels(pixels) @ self.weights.t()).softmax(dim=1)
 
 
-def restore_encoder(artifact: Artifact) -> VisionEncoder:
-    """What an artifact can be asked: a clip's both towers, a hashtag's head, or the backbone."""
+def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
+    """What an artifact can be asked: a clip's both towers, a text's, a hashtag's head, or the
+    backbone."""
+    if artifact.stage == "text":
+        return TextEncoder.after(artifact)
     kinds: dict[str, type[VisionEncoder]] = {"clip": Encoder, "hashtag": Tagger}
     return kinds.get(artifact.stage, VisionEncoder)(artifact)
 

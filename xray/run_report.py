@@ -56,7 +56,8 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
     found: dict[str, Tensor] = {}
     for block in data.blocks:
         config = data.sources[block.source]
-        if config.modality in found or config.modality not in data.modalities:
+        seen = config.modality in found or config.modality == "text"
+        if seen or config.modality not in data.modalities:
             continue
         source = open_source(
             block.source, config.shards, config.modality, data.root, config.animations

@@ -81,17 +81,17 @@ def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def open_any(pattern: str, modality: str = "") -> Source:
-    """The shards at a pattern as what they hold, pictures or clips."""
+    """The shards at a pattern as what they hold: pictures, else clips, else texts alone."""
     from data_pipelines.manifest import open_manifest, resolve
     from data_pipelines.sources import make_cache, open_source
     from xray.config import DataConfig
 
-    if modality not in ("", "image", "video"):
-        raise ConfigError(f"--modality {modality}: use image or video")
+    if modality not in ("", "image", "video", "text"):
+        raise ConfigError(f"--modality {modality}: use image, video or text")
     cache = make_cache(DataConfig())
     manifest = open_manifest(resolve(pattern), cache)
-    pictures = int(manifest.counts("image", "image").sum())
-    kind: Any = modality or ("image" if pictures else "video")
+    held = [kind for kind in ("image", "video", "text") if manifest.counts(kind, "image").sum()]
+    kind: Any = modality or (held or ["image"])[0]
     # what was compared with the tars a moment ago is not compared again
     return open_source(Path(pattern).name, pattern, kind, cache=cache, verify=False)
 

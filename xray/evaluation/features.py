@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +19,10 @@ from xray.errors import DataError
 
 @dataclass
 class Features:
-    """rows: [N, D] normalised. labels: [N] long, -1 where a sample has none. captions: per row."""
+    """rows: [N, D] normalised. labels: [N] long, -1 where a sample has none."""
 
     rows: Tensor
     labels: Tensor
-    captions: list[list[str]]
 
 
 def _label_of(files: dict[str, bytes]) -> int:
@@ -58,14 +57,15 @@ def extract(
     for batch in iterate_source(source, transform, collate, data, batch_size):  # type: ignore[arg-type]
         rows.append(encode(batch["pixels"]))
         labels.append(batch["label"])
-    return Features(torch.cat(rows), torch.cat(labels), _captions(source))
+    return Features(torch.cat(rows), torch.cat(labels))
 
 
-def _captions(source: Source) -> list[list[str]]:
+def read_all_captions(source: Source, fields: Mapping[str, float] | None = None) -> list[list[str]]:
+    """The captions of each sample of a source, in order; none where they cannot be read."""
     result = []
     for shard, member in source.places():
         try:
-            result.append(captions_of(source.read(shard, member, TEXT_FILES)))
+            result.append(captions_of(source.read(shard, member, TEXT_FILES), fields))
         except DataError:
             result.append([])
     return result

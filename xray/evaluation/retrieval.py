@@ -1,4 +1,4 @@
-"""Cross-modal retrieval, both ways, R@k.
+"""Retrieval: cross-modal, both ways, R@k; and of captions by captions.
 
 text -> image: every caption is a query and has one right picture. image -> text: a picture is found
 when any of its captions is among the first k (the CLIP benchmark's rule). Equal similarities count
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from xray.errors import DataError
+
+ROWS = 1024  # captions whose similarities are held at a time
 
 
 def retrieval(
@@ -43,6 +45,28 @@ def retrieval(
             miss *= ((M - per_image - i) / (M - i)).clamp(min=0) if i < M else 0
         result[f"chance_image_to_text_R@{k}"] = (1 - miss).mean().item()
     return result
+
+
+def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
+    """Share of captions whose nearest other one is of the same picture, with chance.
+
+    texts: [M, D] normalised. owner: [M], the picture each belongs to. Of several nearest ones, the
+    right ones' share counts. Raises DataError where no picture has two.
+    """
+    M = len(texts)
+    partners = (torch.bincount(owner)[owner] - 1).double()
+    asked = torch.nonzero(partners > 0)[:, 0]
+    if not len(asked):
+        raise DataError("caption retrieval needs samples with two captions or more")
+    right = 0.0
+    for rows in asked.split(ROWS):
+        similarity = texts[rows] @ texts.t()
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        nearest = similarity == similarity.amax(dim=1, keepdim=True)
+        same = owner[rows, None] == owner
+        right += float(((nearest & same).sum(dim=1) / nearest.sum(dim=1)).sum())
+    chance = float((partners[asked] / (M - 1)).mean())
+    return {"top1": right / len(asked), "chance_top1": chance, "captions": float(M)}
 
 
 def _rank(similarity: Tensor, own: Tensor, own_count: Tensor) -> Tensor:

@@ -14,16 +14,24 @@ from data_pipelines.sources import Source, open_source
 from data_pipelines.vocabulary import Vocabulary
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError, DataError
-from xray.evaluation.features import extract
+from xray.evaluation.features import extract, read_all_captions
 from xray.evaluation.knn import knn
-from xray.evaluation.retrieval import retrieval
+from xray.evaluation.retrieval import caption_retrieval, retrieval
 from xray.evaluation.tag_suite import TaggingConfig, tagging
 from xray.evaluation.zero_shot import zero_shot
 from xray.report import ResultTable
-from xray.restore import Encoder, Tagger, VisionEncoder, class_weights
+from xray.restore import Encoder, Tagger, TextEncoder, VisionEncoder, class_weights
 
-SUITES = ("zero_shot", "retrieval", "knn", "tags")
-NEEDS = (Encoder, Encoder, VisionEncoder, Tagger)  # what each is asked of
+# The suites, and what each is asked of.
+NEEDS: dict[str, type[VisionEncoder] | type[TextEncoder]] = {
+    "zero_shot": Encoder,
+    "retrieval": Encoder,
+    "video_retrieval": Encoder,
+    "captions": TextEncoder,
+    "knn": VisionEncoder,
+    "tags": Tagger,
+}
+SUITES = tuple(NEEDS)
 
 
 @dataclass
@@ -32,6 +40,7 @@ class RetrievalConfig:
 
     shards: str = ""
     modality: Literal["image", "video"] = "image"
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
 
 
 @dataclass
@@ -60,6 +69,11 @@ class EvalConfig:
     """The sets of each suite; a suite without shards is left out."""
 
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    video_retrieval: RetrievalConfig = field(
+        default_factory=lambda: RetrievalConfig(modality="video")
+    )
+    # captions by captions: of a text artifact, after it was tuned and before
+    captions: RetrievalConfig = field(default_factory=RetrievalConfig)
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     tags: dict[str, TaggingConfig] = field(default_factory=dict)  # sets by name
@@ -70,6 +84,8 @@ class EvalConfig:
         given = {
             "zero_shot": self.zero_shot.shards,
             "retrieval": self.retrieval.shards,
+            "video_retrieval": self.video_retrieval.shards,
+            "captions": self.captions.shards,
             "knn": self.knn.train and self.knn.test,
             "tags": self.tags,
         }
@@ -79,7 +95,9 @@ class EvalConfig:
 class Suite:
     """Runs suites on one encoder."""
 
-    def __init__(self, encoder: VisionEncoder, config: EvalConfig, root: str, workers: int) -> None:
+    def __init__(
+        self, encoder: VisionEncoder | TextEncoder, config: EvalConfig, root: str, workers: int
+    ) -> None:
         self.encoder = encoder
         self.config = config
         section = encoder.artifact.manifest["config"]["data"]
@@ -103,8 +121,7 @@ class Suite:
 
     def possible(self) -> list[str]:
         """The suites that have data and that the artifact can be asked for."""
-        needs: dict[str, type[VisionEncoder]] = dict(zip(SUITES, NEEDS, strict=True))
-        return [name for name in self.config.configured() if isinstance(self.encoder, needs[name])]
+        return [name for name in self.config.configured() if isinstance(self.encoder, NEEDS[name])]
 
     @property
     def _joint(self) -> Encoder:
@@ -113,11 +130,17 @@ class Suite:
         return self.encoder
 
     @property
+    def _vision(self) -> VisionEncoder:
+        if not isinstance(self.encoder, VisionEncoder):
+            raise ArtifactError(f"{self._what}: it has no backbone")
+        return self.encoder
+
+    @property
     def _what(self) -> str:
         return f"{self.encoder.artifact.path} is of stage {self.encoder.artifact.stage}"
 
     def _extract(self, source: Source, joint: bool) -> Any:
-        encode = self._joint.encode_pixels if joint else self.encoder.features
+        encode = self._joint.encode_pixels if joint else self._vision.features
         return extract(source, encode, self.data, self.config.batch_size)
 
     def _zero_shot(self) -> dict[str, float]:
@@ -133,14 +156,31 @@ class Suite:
         return zero_shot(found.rows, found.labels, weights)
 
     def _retrieval(self) -> dict[str, float]:
-        config = self.config.retrieval
-        found = self._extract(self._open("retrieval", config.shards, config.modality), joint=True)
-        if not all(found.captions):
-            empty = sum(not captions for captions in found.captions)
-            raise DataError(f"eval.retrieval.shards: {empty} samples have no caption")
-        flat = [caption for captions in found.captions for caption in captions]
-        owner = torch.tensor([i for i, own in enumerate(found.captions) for _ in own])
-        return retrieval(found.rows, self._joint.encode_text(flat), owner)
+        return self._across("retrieval", self.config.retrieval)
+
+    def _video_retrieval(self) -> dict[str, float]:
+        return self._across("video_retrieval", self.config.video_retrieval)
+
+    def _across(self, name: str, config: RetrievalConfig) -> dict[str, float]:
+        source = self._open(name, config.shards, config.modality)
+        found = self._extract(source, joint=True)
+        texts, owner = _texts(read_all_captions(source, config.captions), name)
+        return retrieval(found.rows, self._joint.encode_text(texts), owner)
+
+    def _captions(self) -> dict[str, float]:
+        """Of the tuned model, and of its base as `before`."""
+        if not isinstance(self.encoder, TextEncoder):
+            raise ArtifactError(f"{self._what}: captions are compared by a text artifact")
+        config = self.config.captions
+        source = self._open("captions", config.shards, config.modality)
+        captions = read_all_captions(source, config.captions)
+        texts, owner = _texts([own for own in captions if own], "captions")
+        found = caption_retrieval(self.encoder.encode_text(texts), owner)
+        base = TextEncoder.before(self.encoder.artifact)
+        if base is not None:
+            base.to(next(self.encoder.parameters()).device)
+            found["before_top1"] = caption_retrieval(base.encode_text(texts), owner)["top1"]
+        return found
 
     def _knn(self) -> dict[str, float]:
         config = self.config.knn
@@ -162,6 +202,15 @@ class Suite:
         return found
 
 
+def _texts(captions: list[list[str]], suite: str) -> tuple[list[str], torch.Tensor]:
+    """All captions in a row, and whose each is; raises DataError where a sample has none."""
+    empty = sum(not own for own in captions)
+    if empty:
+        raise DataError(f"eval.{suite}.shards: {empty} samples have no caption")
+    owner = [number for number, own in enumerate(captions) for _ in own]
+    return [caption for own in captions for caption in own], torch.tensor(owner)
+
+
 def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
     """Each measure beside chance, in percent."""
     table = ResultTable("Results", ("measure", "result %", "chance %", "over"))
@@ -174,13 +223,21 @@ def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
         over = f"{r['samples']:.0f} samples, {r['classes']:.0f} classes"
         for k in ("top1", "top5"):
             row(f"zero-shot {k}", r[k], r[f"chance_{k}"], over)
-    if "retrieval" in results:
-        r = results["retrieval"]
-        over = f"{r['images']:.0f} pictures, {r['texts']:.0f} captions"
-        for way in ("text_to_image", "image_to_text"):
+    for suite, medium in (("retrieval", "image"), ("video_retrieval", "clip")):
+        r = results.get(suite, {})
+        for way in ("text_to_image", "image_to_text") if r else ():
+            what = "pictures" if medium == "image" else "clips"
+            over = f"{r['images']:.0f} {what}, {r['texts']:.0f} captions"
             for rank in (1, 5, 10):
                 name = f"{way}_R@{rank}"
-                row(name.replace("_", " "), r[name], r[f"chance_{name}"], over)
+                title = name.replace("image", medium).replace("_", " ")
+                row(title, r[name], r[f"chance_{name}"], over)
+    if "captions" in results:
+        r = results["captions"]
+        over = f"{r['captions']:.0f} captions"
+        if "before_top1" in r:
+            row("caption to caption top1, before tuning", r["before_top1"], r["chance_top1"], over)
+        row("caption to caption top1", r["top1"], r["chance_top1"], over)
     if "knn" in results:
         r = results["knn"]
         row("kNN top1", r["top1"], r["chance_top1"], f"{r['samples']:.0f} samples")

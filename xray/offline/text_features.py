@@ -110,12 +110,12 @@ def lay_out(ids: Sidecar) -> Layout:
 def write_text_features(
     source: Source,
     language: Language,
-    tower: TextTower,
     config: TextFeaturesConfig,
+    device: torch.device,
     progress: Progress | None = None,
     reading: Results | None = None,
-) -> tuple[Sidecar, int]:
-    """Write the store of a source's captions; returns it, and how many captions differ.
+) -> Sidecar:
+    """Write the store of a source's captions, or find it; its facts say how many differ.
 
     A shard is written once its captions are encoded, so a second call goes on. Raises DataError
     where there is no caption.
@@ -123,6 +123,9 @@ def write_text_features(
     assert config.features != "live"
     facts = store_facts(source, language.identity(), config.captions, config.features)
     name = store_name(facts)
+    found = open_sidecar(source, name)
+    if found is not None:
+        return found
     work = CaptionIds(source, config.captions)
     fields = hash_json([list(config.captions), source.modality, source.animations])
     of_ids = f"caption-ids-{fields[:12]}"
@@ -132,27 +135,25 @@ def write_text_features(
     layout = lay_out(ids)
     if not layout.unique:
         raise DataError(f"source {source.name!r} has no caption")
-    found = open_sidecar(source, name)
-    if found is not None:
-        return found, layout.unique
+    tower = language.build().eval().to(device)
     todo = [s for s in range(len(ids.counts)) if saved_table(source, name, s) is None]
     done = layout.unique - sum(_new(layout, shard) for shard in todo)
     for shard in todo:
         texts = [text for _, own in work.texts(shard) for text in own]
         new = [texts[n] for n in np.flatnonzero(_of(layout.first, layout, shard))]
-        rows = []
+        rows = [np.empty((0, tower.width), np.float32)]
         for vectors in _encoded(language, tower, new, config.batch_size):
             rows.append(vectors)
             done += len(vectors)
             if progress is not None:
                 progress(done, layout.unique)
-        vectors = np.concatenate([np.empty((0, tower.width), np.float32), *rows])
         table = {"ends": ids.table(shard)["ends"], "places": _of(layout.places, layout, shard)}
-        table["vectors"], table["scales"] = packed(vectors, config.features)
+        table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
         save_table(source, name, shard, table)
     made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
     tables = [table for table in made if table is not None]
-    return finish_sidecar(source, name, tables, {**facts, "width": tower.width}), layout.unique
+    whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
+    return finish_sidecar(source, name, tables, whole)
 
 
 def _of(values: np.ndarray, layout: Layout, shard: int) -> np.ndarray:
