@@ -7,6 +7,7 @@ Batch keys, all with the micro-batch B first:
     weights         [B, K] float, of the tags: 1 for a sample's own, less for others, 0 = padding
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
+    teacher_*       [B, C, L], captions as a teacher reads them
     sentences       [B, C, W] float, their vectors where these are stored
     pooled_mask     [B, C, L] long, the tokens of a caption that its vector is made of
 """
@@ -96,11 +97,21 @@ class VisionModule(StageModule):
     def vision(self) -> VisionBackbone:
         return self.towers["vision"]  # type: ignore[return-value]
 
-    def encode(self, pixels: Tensor, progress: float, visible: Tensor | None = None) -> Tokens:
-        """Normalised pixels [B, T, 3, S, S] through the backbone, which may be held still."""
+    def encode(
+        self,
+        pixels: Tensor,
+        progress: float,
+        visible: Tensor | None = None,
+        keep_rate: KeepRate | None = None,
+    ) -> Tokens:
+        """Normalised pixels [B, T, 3, S, S] through the backbone, which may be held still.
+
+        keep_rate: instead of what the stage has come to.
+        """
+        rate = self.keep_rate(progress) if keep_rate is None else keep_rate
         trained = held(self.vision, self.training, progress, self.frozen_until)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return self.vision(pixels, self.keep_rate(progress), visible)
+            return self.vision(pixels, rate, visible)
 
     def keep_rate(self, progress: float) -> KeepRate:
         return keep_rate_at(self.model_config, progress)

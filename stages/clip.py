@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from data_pipelines.captions import choose_captions, kept_captions
 from data_pipelines.sources import Sample, Source
 from data_pipelines.text_store import TextStore, open_store, store_facts
 from data_pipelines.transforms import load_pixels
+from stages.auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.base import (
     Batch,
     Parents,
@@ -28,16 +29,21 @@ from stages.base import (
     part,
 )
 from stages.guards import ContrastGuard, loss_at_chance
+from stages.hashtag import HashtagOptions
+from stages.mae import MaeOptions
+from xray import dist
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
 from xray.language import Language, sample_captions
-from xray.losses import info_nce, row_ids, sigmoid_loss
+from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, TextAdapter
 from xray.models.patch_dropout import draw_visible, mask_ratio_at
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
 from xray.optim import ALONE
+from xray.teacher import Teacher, open_teacher
 
+TAUGHT = "teacher_"  # before the names of what a teacher reads
 LOOKED_AT = 256  # rows of a rank that the metrics are taken of
 
 
@@ -58,6 +64,10 @@ class ClipOptions:
     mask_ratio: float = 0.0  # of image tokens left out in training
     mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # in which it comes to that
     mask_until: float = 1.0  # progress from which on nothing is left out
+    teacher: str = ""  # a clip artifact, or open_clip:MODEL:WEIGHTS, whose softmax is learned too
+    distill: float = 1.0  # weight of the teacher
+    mae_weight: float = 0.0  # of the mae stage's loss, with the settings of section mae
+    hashtag_weight: float = 0.0  # of the hashtag stage's, with those of section hashtag
 
     def validate(self) -> None:
         """Raises ConfigError naming the key to change."""
@@ -75,6 +85,9 @@ class ClipOptions:
                 raise ConfigError(
                     f"clip.matryoshka: {size} must be in (0, clip.embed_dim={self.embed_dim})"
                 )
+        for name in ("distill", "mae_weight", "hashtag_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"clip.{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.mask_ratio < 1:
             raise ConfigError(f"clip.mask_ratio={self.mask_ratio} must be in [0, 1)")
         if len(self.mask_span) != 2 or not 0 <= self.mask_span[0] <= self.mask_span[1] <= 1:
@@ -91,11 +104,15 @@ class ClipOptions:
 class ClipConfig(RunConfig):
     text: TextConfig = field(default_factory=lambda: TextConfig(tune="none"))
     clip: ClipOptions = field(default_factory=ClipOptions)
+    mae: MaeOptions = field(default_factory=MaeOptions)
+    hashtag: HashtagOptions = field(default_factory=HashtagOptions)
 
     def validate(self) -> None:
         super().validate()
         self.text.validate()
         self.clip.validate()
+        if self.clip.hashtag_weight:
+            self.hashtag.validate()
 
     @property
     def first_bias(self) -> float:
@@ -108,10 +125,18 @@ class ClipConfig(RunConfig):
 class ClipModule(VisionModule):
     """Backbone + projection against LLM + adapter, with a learnable log logit scale.
 
-    text: None where sentence vectors of this width come with the batch.
+    text: None where sentence vectors of this width come with the batch. teacher: not a part of it.
+    tags: of the auxiliary tag head.
     """
 
-    def __init__(self, config: ClipConfig, text: TextTower | None, width: int) -> None:
+    def __init__(
+        self,
+        config: ClipConfig,
+        text: TextTower | None,
+        width: int,
+        teacher: Teacher | None = None,
+        tags: int = 0,
+    ) -> None:
         super().__init__(config)
         options = self.options = config.clip
         if text is not None:
@@ -121,12 +146,17 @@ class ClipModule(VisionModule):
         self.text_adapter = TextAdapter(width, options.embed_dim, options.adapter_blocks)
         # [1] and not 0-d: DeepSpeed cannot flatten 0-d parameters
         self.logit_scale = nn.Parameter(torch.tensor([math.log(options.first_scale)]))
+        self.auxiliary = None
+        if options.mae_weight or options.hashtag_weight:
+            self.auxiliary = AuxiliaryLosses(config, self.vision, tags)
+        self.teacher = teacher
         self.logit_bias = None
         if options.loss == "sigmoid":
             self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """image [B, E], text [B, C, E], normalised; the logit scale and bias."""
+        """image [B, E], text [B, C, E], normalised; the logit scale and bias; in training also a
+        teacher's image and text, and auxiliary losses [B]."""
         pixels = self.normalize(batch["pixels"])
         cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
         found = {
@@ -136,6 +166,12 @@ class ClipModule(VisionModule):
         }
         if self.logit_bias is not None:
             found["logit_bias"] = self.logit_bias.float().squeeze()
+        if self.training and self.teacher is not None:
+            tokens = {k.removeprefix(TAUGHT): v for k, v in batch.items() if k.startswith(TAUGHT)}
+            taught = self.teacher.features(batch["pixels"], tokens)
+            found |= dict(zip(("teacher_image", "teacher_text"), taught, strict=True))
+        if self.training and self.auxiliary is not None:
+            found |= self.auxiliary(self, batch, pixels, cls, progress)
         return found
 
     def _sentences(self, batch: Batch, progress: float) -> Tensor:
@@ -172,8 +208,23 @@ class ClipModule(VisionModule):
                 losses.append(sigmoid_loss(a, b, scale, features["logit_bias"], ids[0], ids[1]))
             else:
                 losses.append(info_nce(a, b, scale, ids[0], ids[1]))
+        loss = torch.stack(losses).mean()
         metrics = {"logit_scale": scale.detach(), **_alignment(image, text, captions)}
-        return StepOutput(torch.stack(losses).mean(), metrics)
+        for name, weight, term in self._terms(features):
+            loss = loss + weight * term
+            metrics[name] = term.detach()
+        return StepOutput(loss, metrics)
+
+    def _terms(self, features: dict[str, Tensor]) -> Iterator[tuple[str, float, Tensor]]:
+        """(name, weight, value) of what is added to the contrastive loss."""
+        options = self.options
+        if "teacher_image" in features and self.teacher is not None:
+            sides = features["image"], features["text"].flatten(0, 1), features["logit_scale"]
+            taught = features["teacher_image"], features["teacher_text"].flatten(0, 1)
+            yield "distill", options.distill, distillation(*sides, *taught, self.teacher.scale)
+        for name, weight in (("mae", options.mae_weight), ("hashtag", options.hashtag_weight)):
+            if f"{name}_loss" in features:
+                yield f"{name}_loss", weight, features[f"{name}_loss"].mean()
 
 
 @torch.no_grad()
@@ -206,16 +257,24 @@ class ClipStage(Stage):
             if stored != "live":
                 facts = store_facts(source, self.language.identity(), fields, stored)
                 self.stores[name] = open_store(source, facts)
+        self.auxiliary: AuxiliaryData | None = None
+        if self.config.clip.mae_weight or self.config.clip.hashtag_weight:
+            self.auxiliary = AuxiliaryData(self.config, sources)
+        self.teacher = None
+        if self.config.clip.teacher:
+            device = dist.choose_device(self.config.train.device)
+            self.teacher = open_teacher(self.config.clip.teacher, device)
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 
     def build(self, parents: Parents) -> ClipModule:
+        more = self.teacher, self.auxiliary.tags if self.auxiliary else 0
         if self.stores:
             width = next(iter(self.stores.values())).width
-            module = ClipModule(self.config, None, width)
+            module = ClipModule(self.config, None, width, *more)
         else:
             tower = self.language.build()
-            module = ClipModule(self.config, tower, tower.width)
+            module = ClipModule(self.config, tower, tower.width, *more)
         load_vision(module, parents.vision)
         return module
 
@@ -223,18 +282,34 @@ class ClipStage(Stage):
         fields = self.config.data.sources[sample.source].captions
         kept = kept_captions(sample.files, fields, sample.texts)
         captions = choose_captions(kept, rng, self.config.clip.captions)
+        texts = [caption.text for caption in captions]
         batch = {"pixels": load_pixels(sample, self.config.data, rng)}
         if self.stores:
             numbers = [caption.number for caption in captions]
-            store = self.stores[sample.source]
-            vectors = store.vectors(sample.shard, sample.member, numbers)
-            return {**batch, "sentences": torch.from_numpy(vectors)}
-        return {**batch, **self.language.tokenizer([caption.text for caption in captions])}
+            vectors = self.stores[sample.source].vectors(sample.shard, sample.member, numbers)
+            batch["sentences"] = torch.from_numpy(vectors)
+        else:
+            batch |= self.language.tokenizer(texts)
+        if self.teacher is not None:
+            batch |= {f"{TAUGHT}{k}": v for k, v in self.teacher.tokens(texts).items()}
+        if self.auxiliary is not None:
+            batch |= self.auxiliary.transform(sample, batch["pixels"], rng)
+        return batch
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         names = ("pixels", "sentences") if self.stores else ("pixels",)
         batch = {name: torch.stack([row[name] for row in rows]) for name in names}
-        return batch if self.stores else {**batch, **self.language.tokenizer.pad(rows)}
+        if not self.stores:
+            batch |= self.language.tokenizer.pad(rows)
+        if self.teacher is not None:
+            given = [
+                {k.removeprefix(TAUGHT): v for k, v in row.items() if k.startswith(TAUGHT)}
+                for row in rows
+            ]
+            batch |= {f"{TAUGHT}{k}": v for k, v in self.teacher.pad(given).items()}
+        if self.auxiliary is not None:
+            batch |= self.auxiliary.collate(rows)
+        return batch
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
         limit = math.log(self.config.clip.logit_scale_max)
@@ -265,4 +340,6 @@ class ClipStage(Stage):
 
     def inputs(self) -> dict[str, str]:
         stored = {f"text_features/{name}": store.digest for name, store in self.stores.items()}
-        return {"llm": self.language.digest, **stored}
+        taught = {"teacher": self.teacher.digest} if self.teacher is not None else {}
+        auxiliary = self.auxiliary.inputs() if self.auxiliary is not None else {}
+        return {"llm": self.language.digest, **stored, **taught, **auxiliary}

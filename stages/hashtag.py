@@ -169,6 +169,15 @@ def tag_targets(weights: Tensor, loss: str) -> Tensor:
     return weights if loss != "softmax" else weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
+def pad_labels(rows: Sequence[Batch]) -> Batch:
+    """Tags and weights of samples -> [B, K], padded."""
+    filling = {"tags": -1, "weights": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value)
+        for name, value in filling.items()
+    }
+
+
 class HashtagStage(Stage):
     name = "hashtag"
     Config = HashtagConfig
@@ -267,12 +276,7 @@ class HashtagStage(Stage):
         }
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        def padded(name: str, filling: float) -> Tensor:
-            values = [row[name] for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(values, True, filling)
-
-        pixels = torch.stack([row["pixels"] for row in rows])
-        return {"pixels": pixels, "tags": padded("tags", -1), "weights": padded("weights", 0)}
+        return {"pixels": torch.stack([row["pixels"] for row in rows]), **pad_labels(rows)}
 
     def export(self, module: HashtagModule, state: State) -> dict[str, State]:
         return {"backbone": part(state, "towers.vision."), "head": part(state, "head.")}

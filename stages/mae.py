@@ -76,30 +76,44 @@ def make_decoder(options: MaeOptions, vision: VisionBackbone) -> MaeDecoder:
     return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
 
 
+def reconstruct(
+    module: VisionModule,
+    decoder: MaeDecoder,
+    options: MaeOptions,
+    pixels: Tensor,
+    noise: Tensor,
+    progress: float,
+) -> dict[str, Tensor]:
+    """Predictions and targets [B, n, P] of all patches of normalised pixels, and the mask [B, n].
+
+    Every visible token goes through the backbone: the decoder puts it back in its place.
+    """
+    vision = module.vision
+    grid = vision.token_grid(pixels)
+    visible, mask, ids_restore = masking(options).draw(noise, grid, pixels.shape[1])
+    tokens = module.encode(pixels, progress, visible, keep_rate=1.0)
+    predictions = decoder(tokens.cls, tokens.patches, ids_restore, grid)
+    targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
+    if options.norm_pix_loss:
+        targets = normalize_patches(targets)
+    return {"predictions": predictions, "targets": targets, "mask": mask}
+
+
 class MaeModule(VisionModule):
     """Backbone over visible tokens, decoder over all."""
 
     def __init__(self, config: MaeConfig) -> None:
         super().__init__(config)
-        vision, options = self.vision, config.mae
-        self.masking = masking(options)
-        self.norm_pix_loss = options.norm_pix_loss
-        self.decoder = make_decoder(options, vision)
+        self.options = config.mae
+        self.decoder = make_decoder(config.mae, self.vision)
 
     def keep_rate(self, progress: float) -> KeepRate:
         return 1.0  # the decoder puts every visible token back in its place
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        vision = self.vision
         pixels = self.normalize(batch["pixels"])
-        grid = vision.token_grid(pixels)
-        visible, mask, ids_restore = self.masking.draw(batch["mask_noise"], grid, pixels.shape[1])
-        tokens = self.encode(pixels, progress, visible)
-        predictions = self.decoder(tokens.cls, tokens.patches, ids_restore, grid)
-        targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
-        if self.norm_pix_loss:
-            targets = normalize_patches(targets)
-        return {"predictions": predictions, "targets": targets, "mask": mask}
+        given = pixels, batch["mask_noise"], progress
+        return reconstruct(self, self.decoder, self.options, *given)
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         return StepOutput(masked_patch_mse(**features), {})

@@ -56,7 +56,11 @@ RULES: dict[str, set[str]] = {
     "stages/hashtag.py": STAGE_USES,
     "stages/text.py": STAGE_USES,
     "stages/guards.py": {"xray.config", "stages.clip"},
-    "stages/clip.py": STAGE_USES | {"stages.guards"},
+    "xray/teacher.py": LEAF | {"xray.artifact", "xray.restore"},
+    "stages/auxiliary.py": STAGE_USES | {"stages.hashtag", "stages.mae"},
+    "stages/clip.py": STAGE_USES
+    | {"xray.teacher"}
+    | {f"stages.{name}" for name in ("auxiliary", "guards", "hashtag", "mae")},
 }
 ONE_PLACE = {
     "deepspeed": "xray/engine.py",
@@ -64,6 +68,7 @@ ONE_PLACE = {
     "decord": "data_pipelines/decode.py",
     "ahocorasick": "data_pipelines/matching.py",
     "ray": "data_pipelines/curation/ray_engine.py",
+    "open_clip": "xray/teacher.py",
 }
 
 

@@ -17,7 +17,7 @@ from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, TextAdapter
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
-from xray.models.tokens import CaptionTokenizer
+from xray.models.tokens import CaptionTokenizer, Tokens
 from xray.models.weights import load_adapted
 from xray.schedule import largest
 
@@ -92,17 +92,21 @@ class Encoder(VisionEncoder):
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
-        return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1).cpu()
+        return self.image_features(pixels).cpu()
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, E] in the joint space, normalised."""
+        return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1)
+
+    def text_features(self, tokens: Tokens) -> Tensor:
+        """Tokens [..., L] -> [..., E] in the joint space, normalised."""
+        return F.normalize(self.text_adapter(self.text(**tokens)).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """N captions -> [N, E] in the joint space, on CPU."""
-
-        def joint(**tokens: Tensor) -> Tensor:
-            return self.text_adapter(self.text(**tokens))
-
         device = self.normalize.mean.device
-        return encode_captions(captions, self.tokenizer, joint, device)
+        return encode_captions(captions, self.tokenizer, self.text_features, device)
 
 
 class TextEncoder(nn.Module):
@@ -136,7 +140,7 @@ class TextEncoder(nn.Module):
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """N captions -> sentence vectors [N, W], normalised, on CPU."""
         device = next(self.text.parameters()).device
-        return encode_captions(captions, self.tokenizer, self.text, device)
+        return encode_captions(captions, self.tokenizer, lambda x: self.text(**x), device)
 
 
 def _base(artifact: Artifact) -> str:
@@ -147,14 +151,14 @@ def _base(artifact: Artifact) -> str:
 def encode_captions(
     captions: Sequence[str],
     tokenizer: CaptionTokenizer,
-    encode: Callable[..., Tensor],
+    encode: Callable[[Tokens], Tensor],
     device: torch.device,
 ) -> Tensor:
     """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D]."""
     rows = []
     for start in range(0, len(captions), TEXTS):
         tokens = tokenizer(captions[start : start + TEXTS])
-        rows.append(encode(**{k: v.to(device) for k, v in tokens.items()}).float().cpu())
+        rows.append(encode({k: v.to(device) for k, v in tokens.items()}).float().cpu())
     return F.normalize(torch.cat(rows), dim=-1)
 
 
