@@ -6,7 +6,6 @@ vectors of the captions that are met there first. Equal captions share one vecto
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipelines.captions import FIELDS
-from data_pipelines.columns import open_columns
+from data_pipelines.columns import open_first, save_columns
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
 from xray.config import differences, hash_json
@@ -88,31 +87,28 @@ def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
     found = open_sidecar(source, store_name(facts))
     if found is not None:
         return TextStore(found)
+    wanted = dict(facts)
     near = [
-        differences({key: theirs.get(key) for key in facts}, dict(facts))
-        for theirs in _facts_of_stores(source)
+        differences({key: theirs.get(key) for key in wanted}, wanted) for theirs in _all(source)
     ]
-    reason = "it has none of these shards"
+    reason = "it has none"
     if near:
         closest = min(near, key=len)
-        reason = "they are of other captions" if not closest else f"the nearest has {closest[0]}"
-        reason += f" (and {len(closest) - 1} more)" if len(closest) > 1 else ""
+        more = f" (and {len(closest) - 1} more)" if len(closest) > 1 else ""
+        reason = f"the nearest has {closest[0]}{more}"
     raise ConfigError(
-        f"no stored text features of source {source.name!r} fit this run: {reason}; write them "
-        "with xray data text-features and the same text settings, or set text.features=live"
+        f"no stored text features of source {source.name!r}, as its shards are now, fit this run: "
+        f"{reason}; write them with xray data text-features and the same text settings, or set "
+        "text.features=live"
     )
 
 
-def _facts_of_stores(source: Source) -> list[dict[str, Any]]:
-    """Of all stores that lie beside these shards, or did before the shards changed."""
-    found = []
-    for path in source.derived_at(f"{KIND}-*"):
-        # a summary is named by the shards' hash too, which may be another by now
-        pattern = path.name.replace(source.manifest.digest[:8], "*")
-        for candidate in sorted(path.parent.glob(pattern)):
-            try:
-                facts = open_columns(candidate)[1]
-            except (OSError, ValueError, KeyError):
-                continue
-            found.append({**facts, "name": os.fspath(candidate)})
-    return found
+def note_store(source: Source, facts: Mapping[str, Any]) -> None:
+    """Add a store to the list of a source's, from which a refusal takes its reason."""
+    others = [theirs for theirs in _all(source) if theirs != facts]
+    save_columns(source.derived(KIND), {}, {"stores": [*others, dict(facts)]})
+
+
+def _all(source: Source) -> list[dict[str, Any]]:
+    """The facts of all stores of a source's shards."""
+    return list(open_first(source.derived_at(KIND), {})[1].get("stores", []))

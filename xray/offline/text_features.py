@@ -24,7 +24,7 @@ from data_pipelines.sidecars import (
     write_sidecar,
 )
 from data_pipelines.sources import Source
-from data_pipelines.text_store import ROW_BITS, packed, store_facts, store_name
+from data_pipelines.text_store import ROW_BITS, note_store, packed, store_facts, store_name
 from xray.config import Features, TextConfig, hash_json
 from xray.errors import ConfigError, DataError
 from xray.language import Language
@@ -153,7 +153,9 @@ def write_text_features(
     made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
     tables = [table for table in made if table is not None]
     whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
-    return finish_sidecar(source, name, tables, whole)
+    found = finish_sidecar(source, name, tables, whole)
+    note_store(source, facts)
+    return found
 
 
 def _of(values: np.ndarray, layout: Layout, shard: int) -> np.ndarray:
