@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_resume import HERE, RECIPE, clean_environment, xray
 from tiny import train
-from two_process import CHANGES, ZERO
+from two_process import CHANGES, STAGES, ZERO
 
 from xray.report import read_metrics
 
@@ -79,7 +79,7 @@ def cells(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plain")
     for stage, changes in CHANGES.items():
-        train(stage, demo, out / stage, *changes)
+        train(STAGES.get(stage, stage), demo, out / stage, *changes)
     return out
 
 

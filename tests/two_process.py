@@ -16,11 +16,15 @@ from tiny import train
 from xray import dist
 from xray.losses import gather_rows, info_nce
 
+LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 ZERO = [
     *(("mae", zero) for zero in (0, 1, 2, 3)),
     ("hashtag", 3),
     *(("clip", zero) for zero in (0, 1, 2, 3)),
+    ("sigmoid", 1),
+    ("text", 2),
 ]
+STAGES = {"sigmoid": "clip"}  # where it is not the cell's name
 # The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
@@ -30,7 +34,10 @@ CHANGES = {
         "model.video=frames",
         "model.frame_pool=attention",
     ],
-    "clip": [],
+    # two captions of each sample; blocks of 8 and 4 in micro-batches of 2
+    "clip": [*LORA, "clip.captions=2", "train.micro_batch=2"],
+    "sigmoid": ["clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
+    "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }
 
 
@@ -56,7 +63,7 @@ def main() -> None:
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     for stage, zero in ZERO:
         more = [f"zero.stage={zero}", f"model.grad_checkpointing={zero == 3}"]
-        train(stage, demo, out / f"{stage}-{zero}", *more, *CHANGES[stage])
+        train(STAGES.get(stage, stage), demo, out / f"{stage}-{zero}", *more, *CHANGES[stage])
     contrastive_gradients(out / "gradients.json")
 
 
