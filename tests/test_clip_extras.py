@@ -102,10 +102,12 @@ def test_a_student_comes_near_its_teacher(
     name = str(taught.path) if kind == "artifact" else open_clip_model
     more = (f"clip.teacher={name}", "clip.captions=2", "debug.overfit_batch=true")
     made = train("clip", demo, tmp_path / "whole", *PLAIN, *more)
-    train("clip", demo, tmp_path / "cut", *PLAIN, *more, "train.micro_batch=2")
-    whole, cut = (read_metrics(tmp_path / x / "metrics.jsonl") for x in ("whole", "cut"))
-    assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=2e-4)
-    assert [r["grad_norm"] for r in cut] == pytest.approx([r["grad_norm"] for r in whole], rel=2e-4)
+    whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    if kind == "artifact":  # cut blocks know no more of the one teacher than of the other
+        train("clip", demo, tmp_path / "cut", *PLAIN, *more, "train.micro_batch=2")
+        cut = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+        for key in ("loss", "grad_norm"):
+            assert [r[key] for r in cut] == pytest.approx([r[key] for r in whole], rel=2e-4)
     assert whole[-1]["photos/distill"] < whole[0]["photos/distill"]
     assert made.manifest["inputs"]["teacher"]
     assert not any("teacher" in t for part in made.manifest["tensors"].values() for t in part)
