@@ -172,7 +172,7 @@ def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: 
     module.load_state_dict(artifact.load("head"), strict=False)
     batch = {
         "pixels": pixels,
-        **stage.language.collate([stage.language.tokens([c]) for c in captions]),
+        **stage.language.tokenizer.pad([stage.language.tokenizer([c]) for c in captions]),
     }
     with torch.no_grad():
         features = module(batch, 1.0, "features")
