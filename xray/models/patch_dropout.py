@@ -16,11 +16,11 @@ def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progres
     Inside the span it rises in LEVELS steps.
     """
     start, end = span
-    if progress >= until:
+    if progress < start or progress >= until:
         return 0.0
     if progress >= end:
         return ratio
-    return ratio * math.floor(LEVELS * max(0.0, progress - start) / (end - start)) / LEVELS
+    return ratio * math.floor(LEVELS * (progress - start) / (end - start)) / LEVELS
 
 
 def draw_visible(
