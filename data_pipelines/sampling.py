@@ -261,15 +261,15 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         for step in self.steps:
-            shape = self.shape(step)
-            self._prefetch(step, shape)
+            shape, drawn = self.shape(step), 0 if self.same else step
+            self._prefetch(drawn, shape)
             for number in turned(len(shape.micro), step):
-                yield self._refs(step, shape.micro[number], shape)
+                yield self._refs(drawn, shape.micro[number], shape)
 
     def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
         plan = self.plans[micro.source]
         samples = self.blocks[micro.block].samples
-        positions = plan.positions(0 if self.same else step, samples, micro.start, micro.stop)
+        positions = plan.positions(step, samples, micro.start, micro.stop)
         shards, slots = plan.locate(positions)
         refs = []
         for place in zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ from data_pipelines.sampling import (
     within_budget,
 )
 from data_pipelines.shuffle import keys_of, permuted
+from data_pipelines.sources import Source
 from xray.config import BlockConfig
 from xray.errors import ConfigError
 
@@ -178,3 +180,19 @@ def test_workers_get_every_modality() -> None:
         ] * 60
         for worker in range(workers):
             assert set(flat[worker::workers]) == set(range(count))
+
+
+def test_steps_of_the_same_samples_fetch_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard is a group of its own; a cache is there, and is asked for what comes."""
+    source, asked = dataclasses.replace(numbered([4] * 30), cache=object()), list[int]()
+    monkeypatch.setattr(Source, "prefetch", lambda self, shard: asked.append(shard))
+    blocks, plan = [BlockConfig("photos", 8)], SamplePlan(source, 1, 1, seed=3)
+    shape = StepShape(32, 4, micro_batches(blocks, [4], 0, 1))
+    for same, most in ((True, 3), (False, 30)):
+        asked.clear()
+        sampler = StepSampler(blocks, {"photos": plan}, lambda step: shape, range(12), same)
+        steps = [refs[0] + refs[1] for refs in zip(*[iter(list(sampler))] * 2, strict=True)]
+        own = [{(ref.shard, ref.slot) for ref in refs} for refs in steps]
+        assert (len({frozenset(step) for step in own}) == 1) == same
+        assert {ref.shard for refs in steps for ref in refs} <= set(asked)
+        assert len(asked) <= most and (same or len(set(asked)) > 20)

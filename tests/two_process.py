@@ -22,9 +22,10 @@ ZERO = [
     ("hashtag", 3),
     *(("clip", zero) for zero in (0, 1, 2, 3)),
     ("sigmoid", 1),
+    ("one_batch", 0),
     ("text", 2),
 ]
-STAGES = {"sigmoid": "clip"}  # where it is not the cell's name
+STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # where it is not the cell's name
 # The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
@@ -37,6 +38,7 @@ CHANGES = {
     # two captions of each sample; blocks of 8 and 4 in micro-batches of 2
     "clip": [*LORA, "clip.captions=2", "train.micro_batch=2"],
     "sigmoid": ["clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
+    "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }
 

@@ -116,7 +116,7 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             self._loop(sinks)
-            if self.config.debug.overfit_batch:
+            if self.config.debug.overfit_batch and dist.is_main():
                 self._say_whether_learned(sinks.last)
             metrics = {**sinks.last, **self._validate(1.0)}
             artifact = self._export(metrics)
@@ -258,8 +258,9 @@ class Trainer:
         """Write down what a step was made of and return the message about it."""
         path = self.out / f"nonfinite_step_{step + 1:08d}.json"
         if dist.is_main():
+            drawn = 0 if self.config.debug.overfit_batch else step  # whose samples it had
             blocks = {
-                block.source: self.plans[block.source].positions(step, block.samples).tolist()
+                block.source: self.plans[block.source].positions(drawn, block.samples).tolist()
                 for block in self.config.blocks
             }
             facts = {"step": step, "seed": self.config.seed, what: str(value), "positions": blocks}
