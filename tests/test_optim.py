@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import settings
 from torch import nn
 
+from stages.base import Parents
+from stages.clip import ClipStage
 from stages.mae import MaeModule
 from xray.config import OptimConfig, TowerOptim
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
@@ -35,6 +40,109 @@ def test_groups_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
     assert where["towers.vision.norm.weight"] == (1.0, 0.0)
     assert where["decoder.mask_token"] == (1.0, 0.0)
     assert len(where) == len(names)
+
+
+def scales(module: nn.Module, config: OptimConfig) -> dict[str, float]:
+    """Each parameter's factor of the lr; every trained one is in one group."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = parameter_groups(module, config)
+    found = [(names[id(p)], g["lr_scale"]) for g in groups for p in g["params"]]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_towers_have_lrs_of_their_own(demo: Path, tmp_path: Path, tune: str) -> None:
+    stage = ClipStage(settings("clip", demo, tmp_path, f"text.tune={tune}", "text.lora_rank=2"))
+    stage.prepare({}, Parents())
+    vision, text = TowerOptim(lr=0.5, layer_decay=0.7), TowerOptim(lr=0.1, layer_decay=0.3)
+    module = stage.build(Parents())
+    where = scales(module, OptimConfig(vision=vision, text=text, logit_scale_lr=2.0))
+    assert where.keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+    if tune == "lora":
+        texts = {name for name in where if name.startswith("towers.text.")}
+        assert texts and all(".lora_" in name for name in texts)
+    else:
+        assert where["towers.text.llm.embed_tokens.weight"] == pytest.approx(0.1 * 0.3**3)
+        assert where["towers.text.llm.norm.weight"] == pytest.approx(0.1)
+    assert where["towers.vision.patch_embed.proj.weight"] == pytest.approx(0.5 * 0.7**5)
+    assert where["towers.vision.pos_temporal"] == pytest.approx(0.5 * 0.7**5)
+    assert where["towers.vision.norm.weight"] == 0.5
+    for name, scale in where.items():
+        for start, lr, decay, depth in (
+            ("towers.vision.blocks.", 0.5, 0.7, 4), ("towers.text.llm.layers.", 0.1, 0.3, 2),
+        ):  # fmt: skip
+            if name.startswith(start):
+                block = int(name.removeprefix(start).split(".")[0])
+                assert scale == pytest.approx(lr * decay ** (depth - block)), name
+        if not name.startswith("towers."):  # the adapter has blocks too
+            assert scale == (2.0 if name == "logit_scale" else 1.0), name
+    whole = parameter_groups(module, OptimConfig(vision=vision, text=TowerOptim(freeze=1)))
+    left = {id(p) for group in whole for p in group["params"]}
+    assert {id(p) for p in module.parameters() if p.requires_grad} == left
+    assert not any(p.requires_grad for p in module.towers["text"].parameters())
+
+
+SIZES = {
+    "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 40,
+    "intermediate_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+GPT2 = {"n_embd": 8, "n_layer": 3, "n_head": 2, "vocab_size": 40}
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 3, "num_heads": 2, "vocab_size": 40}
+# class, its sizes, its blocks and what is below the first of them
+FAMILIES: dict[str, tuple[dict[str, int], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "Bert": (SIZES, lambda m: m.encoder.layer, lambda m: [m.embeddings]),
+    "ModernBert": (
+        {**SIZES, "cls_token_id": 1, "sep_token_id": 1}, lambda m: m.layers,
+        lambda m: [m.embeddings],
+    ),
+    "Qwen3": (
+        {**SIZES, "num_key_value_heads": 2, "head_dim": 4}, lambda m: m.layers,
+        lambda m: [m.embed_tokens],
+    ),
+    "GPT2": (GPT2, lambda m: m.h, lambda m: [m.wte, m.wpe]),
+    "T5": (T5, lambda m: m.encoder.block, lambda m: [m.shared]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_decay_knows_the_blocks_of_a_family(family: str) -> None:
+    sizes, blocks_of, below_of = FAMILIES[family]
+    kind = f"{family}EncoderModel" if family == "T5" else f"{family}Model"
+    llm = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**sizes))
+    module = nn.Module()
+    module.towers = nn.ModuleDict({"text": nn.ModuleDict({"llm": llm})})
+    config = OptimConfig(text=TowerOptim(lr=3.0, layer_decay=0.5))
+    found = {id(p): g["lr_scale"] for g in parameter_groups(module, config) for p in g["params"]}
+
+    def of(modules: Sequence[nn.Module]) -> set[int]:
+        return {id(p) for m in modules for p in m.parameters()}
+
+    blocks = list(blocks_of(llm))
+    assert len(blocks) == 3
+    expected = dict.fromkeys(found, 3.0)  # what follows the last block
+    expected |= dict.fromkeys(of(below_of(llm)), 3.0 * 0.5**4)
+    for number, block in enumerate(blocks):
+        expected |= dict.fromkeys(of([block]), 3.0 * 0.5 ** (3 - number))
+    wrong = [n for n, p in llm.named_parameters() if found[id(p)] != expected[id(p)]]
+    assert not wrong and len(set(found.values())) >= 4
+
+
+def test_a_frozen_group_has_no_lr_until_its_share_is_over() -> None:
+    module = nn.Module()
+    module.towers = nn.ModuleDict({"vision": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
+    module.head = nn.Linear(2, 2)
+    config = OptimConfig(vision=TowerOptim(lr=0.5, freeze=0.4), text=TowerOptim(freeze=0.6))
+    groups = parameter_groups(module, config)
+    names = {id(p): name.split(".")[-2] for name, p in module.named_parameters()}
+
+    def lrs(progress: float) -> dict[str, float]:
+        set_lr(groups, 0.02, progress)
+        return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+    assert lrs(0.0) == lrs(0.399) == {"vision": 0, "text": 0, "head": 0.02}
+    assert lrs(0.4) == lrs(0.599) == {"vision": 0.01, "text": 0, "head": 0.02}
+    assert lrs(0.6) == {"vision": 0.01, "text": 0.02, "head": 0.02}
 
 
 def test_logit_scale_is_alone_and_frozen_parameters_are_left_out() -> None:
