@@ -385,6 +385,11 @@ def test_the_backbone_sees_fewer_tokens_in_training_only(
             module(batch, progress).loss.backward()
             assert seen == [expected], (frames, training, progress)
             seen.clear()
+    module.train()
+    found = module._visible(pixels, 0.5)  # of the clips
+    assert found is not None
+    if video == "frames":  # as many of each frame, frame by frame
+        assert torch.equal(found // 16, torch.arange(4).repeat_interleave(8).expand(2, -1))
 
 
 def test_a_cut_block_masks_alike_in_both_passes(
