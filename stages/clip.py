@@ -159,9 +159,10 @@ class ClipModule(VisionModule):
         teacher's image and text, and auxiliary losses [B]."""
         pixels = self.normalize(batch["pixels"])
         cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
+        sentences = self.text_adapter(self._sentences(batch, progress))
         found = {
             "image": F.normalize(self.vision_projection(cls).float(), dim=-1),
-            "text": F.normalize(self.text_adapter(self._sentences(batch, progress)), dim=-1),
+            "text": F.normalize(sentences.float(), dim=-1),
             "logit_scale": self.logit_scale.float().exp().squeeze(),
         }
         if self.logit_bias is not None:
@@ -231,7 +232,8 @@ class ClipModule(VisionModule):
 def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
     """How some own rows lie: cosines of pairs, of all; pictures whose caption is the nearest."""
     image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
-    cosines = image @ text.t()
+    with torch.autocast(image.device.type, enabled=False):  # bf16 finds many equally near
+        cosines = image @ text.t()
     right = cosines.argmax(dim=1) == torch.arange(len(image), device=image.device)
     return {
         "positive_cosine": cosines.diagonal().mean(),
