@@ -142,7 +142,6 @@ def test_scale_and_bias_stay_where_their_lr_is_0(run: Callable[..., Path]) -> No
     [
         ((SIGMOID,), 0),
         ((SIGMOID, TWO, PREFIXES), 0),
-        ((SIGMOID, TWO, PREFIXES), 2),
         ((SIGMOID, TWO, PREFIXES), 3),
         ((TWO, PREFIXES), 0),
     ],
