@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from xray.errors import DataError
+from xray.errors import DataError, brief
 
 MAX_PIXELS = 64_000_000  # refuse before decoding: a decompression bomb, not a photo
 LARGE = 100_000_000  # bytes of a clip's frames that are worth another opening to shrink
@@ -287,8 +287,3 @@ def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> l
         except Exception as second:
             raise BadSample("undecodable video", f"{brief(first)}; {brief(second)}") from second
     return [frames[place] for place in places.tolist()]
-
-
-def brief(error: Exception) -> str:
-    """The first line of an error's text, not too long for a log."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

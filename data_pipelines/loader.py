@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines import meter
-from data_pipelines.decode import BadSample, brief
+from data_pipelines.decode import BadSample
 from data_pipelines.meter import Reading
 from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler, turned
 from data_pipelines.sandbox import Killed
 from data_pipelines.sources import Sample, Source
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.errors import DataError, brief
 from xray.schedule import value_at
 
 Fields = dict[str, Tensor]

@@ -27,9 +27,9 @@ ROW_BITS = 32
 def store_facts(
     source: Source, identity: Mapping[str, Any], captions: Mapping[str, float], stored: Stored
 ) -> dict[str, Any]:
-    """All that a store depends on besides its shards: the language side, the fields, the format."""
-    kind = [source.modality, source.animations]
-    return {**identity, "captions": list(captions or FIELDS), "features": stored, "of": kind}
+    """All that a store depends on: shards, whose numbers are in it, language side and format."""
+    own = {"captions": list(captions or FIELDS), "features": stored}
+    return {**identity, **own, "shards": source.manifest.digest}
 
 
 def store_name(facts: Mapping[str, Any]) -> str:

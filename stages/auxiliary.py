@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.labels import Labeller, label
+from data_pipelines.sidecars import Sidecar
 from data_pipelines.sources import Sample, Source
-from stages.base import Batch, Parents, VisionModule, sketch
-from stages.hashtag import HashtagStage, pad_labels, tag_targets
+from stages.base import Batch, VisionModule, sketch
+from stages.hashtag import HashtagOptions, HashtagStage, pad_labels, tag_targets
 from stages.mae import make_decoder, masking, reconstruct
+from xray.errors import ConfigError
 from xray.models.heads import TagHead
 from xray.tag_losses import TagLoss
+
+# Of the hashtag stage's settings those about its slots, its noise and its teacher.
+UNREAD = (
+    *("balance", "epoch_length", "strip", "teacher", "pseudo_weight", "min_lift"),
+    *("sampled", "truncate", "truncate_after", "mixup", "cutmix"),
+)
 
 
 class AuxiliaryLosses(nn.Module):
@@ -48,6 +57,17 @@ class AuxiliaryLosses(nn.Module):
         return found
 
 
+def check_unread(options: HashtagOptions) -> None:
+    """Raise ConfigError for settings of the hashtag stage that do nothing here."""
+    usual = HashtagOptions()
+    for name in UNREAD:
+        if getattr(options, name) != getattr(usual, name):
+            raise ConfigError(
+                f"hashtag.{name}={getattr(options, name)} does nothing in the clip stage, whose "
+                "samples and labels stay as they are: leave it out of the section clip.hashtag"
+            )
+
+
 class AuxiliaryData:
     """What the auxiliary losses need of each sample: noise of the masks, tags."""
 
@@ -55,11 +75,17 @@ class AuxiliaryData:
         self.config = config
         self.tags = 0
         if config.clip.hashtag_weight:
-            self.tagging = HashtagStage(config)
-            self.tagging.prepare(sources, Parents())  # its slots are not used: all samples stay
-            self.tags = len(self.tagging.vocabulary)
+            self.vocabulary = HashtagStage(config).find_vocabulary(sources)
+            self.tags = len(self.vocabulary)
+            self.labels = {name: self._label(source) for name, source in sources.items()}
         if config.clip.mae_weight:
             self.geometry = sketch(config).geometry
+
+    def _label(self, source: Source) -> Sidecar:
+        own, data = self.config.data.sources[source.name], self.config.data
+        options, captions = self.config.hashtag, own.captions
+        work = Labeller(source, own.tags, options, self.vocabulary, captions=captions)
+        return label(work, data.workers)
 
     def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
         found: Batch = {}
@@ -69,7 +95,7 @@ class AuxiliaryData:
             draw = rng if rng is not None else np.random.default_rng(0)
             found["mask_noise"] = torch.from_numpy(draw.random(size, dtype=np.float32))
         if self.tags:
-            labels = self.tagging.balanced[sample.source].labels
+            labels = self.labels[sample.source]
             for name, column in (("tags", "ids"), ("weights", "weights")):
                 row = labels.row(sample.shard, sample.member, column)
                 found[name] = torch.tensor(row, dtype=torch.long if name == "tags" else None)
@@ -83,4 +109,4 @@ class AuxiliaryData:
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what they depend on."""
-        return self.tagging.inputs() if self.tags else {}
+        return {"vocabulary": self.vocabulary.digest} if self.tags else {}

@@ -109,7 +109,7 @@ class VisionModule(StageModule):
         keep_rate: instead of what the stage has come to.
         """
         rate = self.keep_rate(progress) if keep_rate is None else keep_rate
-        trained = held(self.vision, self.training, progress, self.frozen_until)
+        trained = set_training(self.vision, self.training, progress, self.frozen_until)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return self.vision(pixels, rate, visible)
 
@@ -117,8 +117,8 @@ class VisionModule(StageModule):
         return keep_rate_at(self.model_config, progress)
 
 
-def held(tower: nn.Module, training: bool, progress: float, frozen_until: float) -> bool:
-    """Whether a tower is trained at a progress; a frozen one is in eval mode, its dropout off."""
+def set_training(tower: nn.Module, training: bool, progress: float, frozen_until: float) -> bool:
+    """Whether a tower is trained at a progress; one that is not is put in eval, its dropout off."""
     trained = frozen_until < 1 and progress >= frozen_until
     tower.train(training and trained)
     return trained

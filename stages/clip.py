@@ -16,7 +16,7 @@ from data_pipelines.captions import choose_captions, kept_captions
 from data_pipelines.sources import Sample, Source
 from data_pipelines.text_store import TextStore, open_store, store_facts
 from data_pipelines.transforms import load_pixels
-from stages.auxiliary import AuxiliaryData, AuxiliaryLosses
+from stages.auxiliary import AuxiliaryData, AuxiliaryLosses, check_unread
 from stages.base import (
     Batch,
     Parents,
@@ -24,24 +24,24 @@ from stages.base import (
     State,
     StepOutput,
     VisionModule,
-    held,
     load_vision,
     part,
+    set_training,
 )
 from stages.guards import ContrastGuard, loss_at_chance
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray import dist
-from xray.config import RunConfig, TextConfig
+from xray.config import RunConfig, TextConfig, runtime
 from xray.errors import ConfigError
-from xray.language import Language, sample_captions
+from xray.language import Language, look_at
 from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, TextAdapter
 from xray.models.patch_dropout import draw_visible, mask_ratio_at
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
 from xray.optim import ALONE
-from xray.teacher import Teacher, open_teacher
+from xray.teacher import Teacher, load_teacher
 
 TAUGHT = "teacher_"  # before the names of what a teacher reads
 LOOKED_AT = 256  # rows of a rank that the metrics are taken of
@@ -64,7 +64,8 @@ class ClipOptions:
     mask_ratio: float = 0.0  # of image tokens left out in training
     mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # in which it comes to that
     mask_until: float = 1.0  # progress from which on nothing is left out
-    teacher: str = ""  # a clip artifact, or open_clip:MODEL:WEIGHTS, whose softmax is learned too
+    # a clip artifact or open_clip:MODEL:WEIGHTS, whose softmax is learned too; known by its hash
+    teacher: str = runtime("")
     distill: float = 1.0  # weight of the teacher
     mae_weight: float = 0.0  # of the mae stage's loss, with the settings of section mae
     hashtag_weight: float = 0.0  # of the hashtag stage's, with those of section hashtag
@@ -92,6 +93,10 @@ class ClipOptions:
             raise ConfigError(f"clip.mask_ratio={self.mask_ratio} must be in [0, 1)")
         if len(self.mask_span) != 2 or not 0 <= self.mask_span[0] <= self.mask_span[1] <= 1:
             raise ConfigError(f"clip.mask_span={self.mask_span} must be [start, end] in [0, 1]")
+        if not self.mask_span[1] <= self.mask_until <= 1:
+            raise ConfigError(
+                f"clip.mask_until={self.mask_until} must be in [clip.mask_span's end, 1]"
+            )
 
     @property
     def first_scale(self) -> float:
@@ -111,8 +116,11 @@ class ClipConfig(RunConfig):
         super().validate()
         self.text.validate()
         self.clip.validate()
+        if self.clip.mae_weight:
+            self.mae.validate(self.model)
         if self.clip.hashtag_weight:
             self.hashtag.validate()
+            check_unread(self.hashtag)
 
     @property
     def first_bias(self) -> float:
@@ -180,7 +188,7 @@ class ClipModule(VisionModule):
         if "sentences" in batch:
             return batch["sentences"]
         tower: Any = self.towers["text"]
-        trained = held(tower, self.training, progress, self.text_frozen_until)
+        trained = set_training(tower, self.training, progress, self.text_frozen_until)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return tower(*(batch[key] for key in TOKENS)).float()
 
@@ -210,7 +218,8 @@ class ClipModule(VisionModule):
             else:
                 losses.append(info_nce(a, b, scale, ids[0], ids[1]))
         loss = torch.stack(losses).mean()
-        metrics = {"logit_scale": scale.detach(), **_alignment(image, text, captions)}
+        metrics = {"contrast": loss.detach(), "logit_scale": scale.detach()}
+        metrics |= _alignment(image, text, captions)
         for name, weight, term in self._terms(features):
             loss = loss + weight * term
             metrics[name] = term.detach()
@@ -254,7 +263,7 @@ class ClipStage(Stage):
         self.stores: dict[str, TextStore] = {}
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
-            self.language.warn_of_cut(sample_captions(source, fields))
+            self.language.warn_of_cut(look_at(source, fields)[0])
             stored = self.config.text.features
             if stored != "live":
                 facts = store_facts(source, self.language.identity(), fields, stored)
@@ -265,7 +274,7 @@ class ClipStage(Stage):
         self.teacher = None
         if self.config.clip.teacher:
             device = dist.choose_device(self.config.train.device)
-            self.teacher = open_teacher(self.config.clip.teacher, device)
+            self.teacher = load_teacher(self.config.clip.teacher, device)
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 

@@ -63,11 +63,13 @@ class ContrastGuard:
     def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
         source, options, found = block.source, self.options, {}
         chance = loss_at_chance(options, block.samples)
-        if own["loss"] > 0.98 * chance:
+        contrast = own.get("contrast", own["loss"])  # without what is added to it
+        if contrast > 0.98 * chance:
             found[f"stuck {source}"] = (
-                f"{source}/loss is {own['loss']:.2f}, where guessing gives {chance:.2f}: nothing "
-                "is learned. See whether debug.overfit_batch=true learns one batch: if it does, "
-                "change optim.base_lr or check that captions belong to their pictures"
+                f"the contrastive loss of {source!r} is {contrast:.2f}, where guessing gives "
+                f"{chance:.2f}: nothing is learned. See whether debug.overfit_batch=true learns "
+                "one batch: if it does, change optim.base_lr or check that captions belong to "
+                "their pictures"
             )
         if own["mean_cosine"] > 0.95 and own["positive_cosine"] - own["mean_cosine"] < 0.01:
             found[f"collapsed {source}"] = (
@@ -75,7 +77,8 @@ class ContrastGuard:
                 "lower optim.base_lr or raise optim.warmup, and start again"
             )
         scale = own["logit_scale"]
-        if scale > 0.999 * options.logit_scale_max:
+        ceiling = options.logit_scale_max
+        if scale > 0.999 * ceiling > options.first_scale:
             found["clamped"] = (
                 f"logit_scale is at clip.logit_scale_max={options.logit_scale_max:g}: usual late "
                 "in a long run; early in one, lower optim.logit_scale_lr"

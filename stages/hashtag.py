@@ -187,7 +187,7 @@ class HashtagStage(Stage):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and give the labelled ones slots."""
         options, data = self.config.hashtag, self.config.data
-        self.vocabulary = self._vocabulary(sources)
+        self.vocabulary = self.find_vocabulary(sources)
         if parents.vision is not None and parents.vision.stage == self.name:
             path = parents.vision.path / "vocabulary.json"
             _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
@@ -226,7 +226,8 @@ class HashtagStage(Stage):
             f"{found.taught:,} samples without"
         )
 
-    def _vocabulary(self, sources: Mapping[str, Source]) -> Vocabulary:
+    def find_vocabulary(self, sources: Mapping[str, Source]) -> Vocabulary:
+        """The vocabulary that is named, else that of the run's samples."""
         options, data = self.config.hashtag, self.config.data
         if options.vocabulary:
             return Vocabulary.load(Path(options.vocabulary))

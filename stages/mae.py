@@ -23,7 +23,7 @@ from stages.base import (
     part,
     sketch,
 )
-from xray.config import RunConfig
+from xray.config import ModelConfig, RunConfig
 from xray.errors import ConfigError
 from xray.losses import masked_patch_mse
 from xray.models.backbone import VisionBackbone
@@ -45,6 +45,22 @@ class MaeOptions:
     decoder_depth: int = 4
     decoder_heads: int = 16
 
+    def validate(self, model: ModelConfig) -> None:
+        """Raises ConfigError naming the key to change."""
+        for name in ("mask_ratio", "video_mask_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"mae.{name}={getattr(self, name)} must be in (0, 1)")
+        if self.video_mask == "random" and model.video == "frames":
+            raise ConfigError(
+                "mae.video_mask=random leaves frames with unequal numbers of tokens, which "
+                "model.video=frames cannot encode: set mae.video_mask=tube"
+            )
+        if self.decoder_dim % (4 * self.decoder_heads):
+            raise ConfigError(
+                f"mae.decoder_dim={self.decoder_dim} must be a multiple of 4 x "
+                f"mae.decoder_heads={self.decoder_heads}"
+            )
+
 
 @dataclass
 class MaeConfig(RunConfig):
@@ -52,19 +68,7 @@ class MaeConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("mask_ratio", "video_mask_ratio"):
-            if not 0 < getattr(self.mae, name) < 1:
-                raise ConfigError(f"mae.{name}={getattr(self.mae, name)} must be in (0, 1)")
-        if self.mae.video_mask == "random" and self.model.video == "frames":
-            raise ConfigError(
-                "mae.video_mask=random leaves frames with unequal numbers of tokens, which "
-                "model.video=frames cannot encode: set mae.video_mask=tube"
-            )
-        if self.mae.decoder_dim % (4 * self.mae.decoder_heads):
-            raise ConfigError(
-                f"mae.decoder_dim={self.mae.decoder_dim} must be a multiple of 4 x "
-                f"mae.decoder_heads={self.mae.decoder_heads}"
-            )
+        self.mae.validate(self.model)
 
 
 def masking(options: MaeOptions) -> Masking:

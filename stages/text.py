@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import kept_captions, texts_of
+from data_pipelines.captions import choose_captions, kept_captions, texts_of
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError
-from xray.language import Language, sample_captions
+from xray.language import Language, look_at
 from xray.losses import contrast, info_nce, row_ids
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
@@ -43,6 +43,8 @@ class TextRunConfig(RunConfig):
         self.text.validate()
         if self.text.features != "live":
             raise ConfigError("text.features is for the clip stage: this one trains the model")
+        if self.optim.text.freeze:
+            raise ConfigError("optim.text.freeze is for the clip stage: this one has nothing else")
         if self.text.tune == "none":
             raise ConfigError("text.tune=none leaves nothing to train: use lora or full")
         if self.text.temperature <= 0:
@@ -97,9 +99,16 @@ class TextStage(Stage):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
         self.config.text = self.language.config
+        negatives, found = self.config.text.negatives, 0
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
-            self.language.warn_of_cut(sample_captions(source, fields))
+            captions, wrong = look_at(source, fields, negatives)
+            self.language.warn_of_cut(captions)
+            found += wrong
+        if negatives and sources and not found:
+            raise ConfigError(
+                f"text.negatives={negatives}: none of the samples looked at has such a json field"
+            )
         return sources
 
     def build(self, parents: Parents) -> TextModule:
@@ -111,9 +120,8 @@ class TextStage(Stage):
         captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:
             raise BadSample("only one caption")
-        draw = rng if rng is not None else np.random.default_rng(0)
-        first, second = draw.permutation(len(captions))[:2]
-        texts, lacks = [captions[first].text, captions[second].text], 0
+        texts = [caption.text for caption in choose_captions(captions, rng, 2)]
+        draw, lacks = rng if rng is not None else np.random.default_rng(0), 0
         if options.negatives:
             wrong = texts_of(sample.files, options.negatives)
             chosen = draw.permutation(len(wrong))[: options.negatives_each]

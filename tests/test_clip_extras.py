@@ -16,7 +16,7 @@ from stages.clip import ClipModule, ClipStage
 from stages.mae import MaeModule
 from xray.errors import ArtifactError, ConfigError
 from xray.report import read_metrics
-from xray.teacher import open_teacher, resized
+from xray.teacher import load_teacher, resized
 
 PLAIN = ("model.drop_path=0.0", "train.samples=48", "train.save_every=0")
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def open_clip_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_an_artifact_teaches_as_it_encodes(demo: Path, taught: Any) -> None:
-    teacher = open_teacher(str(taught.path), CPU)
+    teacher = load_teacher(str(taught.path), CPU)
     pixels = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
     rows = [teacher.tokens(["a red circle", "a star"]), teacher.tokens(["a blue box", "x"])]
     image, text = teacher.features(pixels, teacher.pad(rows))
@@ -64,7 +64,7 @@ def test_an_artifact_teaches_as_it_encodes(demo: Path, taught: Any) -> None:
 def test_a_model_of_open_clip_teaches_as_it_encodes(open_clip_model: str) -> None:
     import open_clip
 
-    teacher = open_teacher(open_clip_model, CPU)
+    teacher = load_teacher(open_clip_model, CPU)
     pixels = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
     image, text = teacher.features(pixels, teacher.pad([teacher.tokens(["a dog"])] * 2))
     _, name, weights = open_clip_model.split(":")
@@ -86,13 +86,13 @@ def test_teachers_that_cannot_teach_are_refused(demo: Path, tmp_path: Path) -> N
     pytest.importorskip("open_clip")
     mae = train("mae", demo, tmp_path / "mae", "train.samples=12")
     with pytest.raises(ArtifactError, match="is of stage mae: a clip artifact can teach"):
-        open_teacher(str(mae.path), CPU)
+        load_teacher(str(mae.path), CPU)
     for name, message in (
         ("open_clip:ViT-B-32", "must be open_clip:MODEL:WEIGHTS"),
         ("open_clip:No-Such-Model:x.pt", "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
-            open_teacher(name, CPU)
+            load_teacher(name, CPU)
 
 
 @pytest.mark.parametrize("kind", ["artifact", "open_clip"])
@@ -124,6 +124,16 @@ def test_the_losses_of_all_stages_in_one(demo: Path, tmp_path: Path) -> None:
     assert whole[-1]["clips/mae_loss"] < whole[0]["clips/mae_loss"]
     assert made.manifest["inputs"]["vocabulary"]
     assert not any("auxiliary" in t for part in made.manifest["tensors"].values() for t in part)
+
+
+def test_settings_that_do_nothing_here_are_refused(demo: Path, tmp_path: Path) -> None:
+    for setting, message in (
+        ("hashtag.truncate=0.1", r"hashtag.truncate=0.1 does nothing in the clip stage"),
+        ("hashtag.teacher=x", r"hashtag.teacher=x does nothing"),
+        ("mae.decoder_dim=30", r"mae.decoder_dim=30 must be a multiple"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings("clip", demo, tmp_path, "clip.hashtag_weight=1", "clip.mae_weight=1", setting)
 
 
 def test_auxiliary_losses_are_those_of_their_stages(demo: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from xray.config import TextConfig
@@ -56,7 +57,7 @@ def folder(demo: Path) -> Path:
 def family(name: str, settings: dict[str, Any], demo: Path, path: Path) -> Path:
     """A folder with a tiny random model of a family, and the demo's tokenizer."""
     config = getattr(transformers, f"{name}Config")(**settings)
-    kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    kind = AutoModelForTextEncoding if name == "T5" else AutoModel
     kind.from_config(config).save_pretrained(path)
     for file in (demo / "llm").glob("tokenizer*"):
         shutil.copy(file, path)
@@ -134,6 +135,23 @@ def test_pooling_is_blind_to_padding_and_takes_any_leading_shape(
 
 
 @torch.no_grad()
+def test_a_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
+    """BERT's kind adds a token before and one after: the one after is pooled with the caption."""
+    path = family("Bert", SIZES, demo, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(demo / "llm")
+    around = TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.save_pretrained(path)
+    tokens = CaptionTokenizer(path, TextConfig(prompt="find: ", max_length=48))([SHORT, LONG])
+    for row in range(2):
+        inside = tokens["input_ids"][row][tokens["pooled_mask"][row].bool()]
+        plain = AutoTokenizer.from_pretrained(demo / "llm")([SHORT, LONG][row])["input_ids"]
+        assert inside.tolist() == [*plain, 1]
+    with pytest.raises(ConfigError, match="what the tokenizer adds take 2 tokens"):
+        CaptionTokenizer(path, TextConfig(max_length=2))
+
+
+@torch.no_grad()
 def test_a_prompt_is_read_but_not_pooled(folder: Path) -> None:
     config = TextConfig(str(folder), "none", prompt="find the picture: ", max_length=48)
     language = Language(config)
@@ -147,7 +165,7 @@ def test_a_prompt_is_read_but_not_pooled(folder: Path) -> None:
     hidden = tower.llm(**{k: tokens[k] for k in TOKENS[:2]}).last_hidden_state
     assert torch.allclose(tower(**tokens)[0], hidden[0][inside[0]].mean(dim=0), atol=1e-5)
     assert not torch.allclose(tower(**tokens), tower(**plain), atol=1e-3)
-    with pytest.raises(ConfigError, match=r"text.prompt takes \d+ tokens.*text.max_length=4"):
+    with pytest.raises(ConfigError, match=r"take \d+ tokens.*none of text.max_length=4"):
         CaptionTokenizer(folder, TextConfig(prompt="find the picture: ", max_length=4))
 
 
@@ -160,9 +178,22 @@ def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_
         json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     )
     assert Language(TextConfig(str(tmp_path / "llm"), "none")).config.pooling == "cls"
-    modes.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ConfigError, match=r"set text.pooling=mean"):
+    for asked in ('{"pooling_mode_max_tokens": true}', "[1]", "no json"):
+        modes.write_text(asked)
+        if asked == "[1]":
+            Language(TextConfig(str(tmp_path / "llm"), "none"))
+            continue
+        with pytest.raises(ConfigError, match=r"set text.pooling"):
+            Language(TextConfig(str(tmp_path / "llm"), "none"))
+    modes.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
+    with pytest.raises(ConfigError, match="asks for pooling_mode_mean_tokens and pooling_mode_max"):
         Language(TextConfig(str(tmp_path / "llm"), "none"))
+    modes.write_text('{"pooling_mode_mean_tokens": true}')
+    listed = [{"type": "sentence_transformers.models.Dense"}]
+    (tmp_path / "llm" / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(ConfigError, match="Dense module after the pooling"):
+        Language(TextConfig(str(tmp_path / "llm"), "none"))
+    assert Language(TextConfig(str(tmp_path / "llm"), "none", pooling="mean")).config.pooling
 
 
 @pytest.mark.parametrize(
@@ -216,7 +247,7 @@ def test_folders_that_do_not_fit_are_refused_with_the_key(
     demo: Path, folder: Path, tmp_path: Path
 ) -> None:
     small = family("Llama", {**GROUPED, "vocab_size": 40}, demo, tmp_path / "small")
-    with pytest.raises(ConfigError, match=r"embeds 40: it is another model's"):
+    with pytest.raises(ConfigError, match=r"gives token \d+, the model there embeds 40"):
         Language(TextConfig(str(small), "none")).build()
     with pytest.raises(ConfigError, match=r"text.max_length=9999 is more than the \d+ tokens"):
         Language(TextConfig(str(folder), "none", max_length=9999)).build()
@@ -227,6 +258,41 @@ def test_folders_that_do_not_fit_are_refused_with_the_key(
         Language(TextConfig(str(bare), "none"))
     with pytest.raises(ConfigError, match="latent has weights to be trained"):
         Language(TextConfig(str(folder), "none", pooling="latent"))
+
+
+def test_weights_that_are_not_all_there_are_refused(demo: Path, tmp_path: Path) -> None:
+    """transformers would draw what is missing at random, each time anew."""
+    path = family("Llama", GROUPED, demo, tmp_path)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    with pytest.raises(ConfigError, match=r"layers.2.* is missing or of another shape"):
+        Language(TextConfig(str(path), "none")).build()
+
+
+def test_what_reads_otherwise_than_asked_is_refused(demo: Path, tmp_path: Path) -> None:
+    bert = family("Bert", SIZES, demo, tmp_path / "bert")
+    with pytest.raises(ConfigError, match="BertModel reads in both directions"):
+        Language(TextConfig(str(bert), "none", "causal", pooling="last")).build()
+    with pytest.raises(ConfigError, match="the first token, which sees no other"):
+        TextConfig(attention="causal", pooling="cls").validate()
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    more = {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = family("Bart", {**small, **more, "vocab_size": 320}, demo, tmp_path / "bart")
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        Language(TextConfig(str(bart), "none")).build()
+    roberta = family("Roberta", ENCODERS["Roberta"], demo, tmp_path / "roberta")
+    with pytest.raises(ConfigError, match="more than the 69 tokens"):  # 70 places, padding's first
+        Language(TextConfig(str(roberta), "none", max_length=70)).build()
+
+
+def test_unused_extra_tokens_are_no_other_models(demo: Path, tmp_path: Path) -> None:
+    """Gemma 3's text model has a token for pictures beyond its table."""
+    path = family("Llama", GROUPED, demo, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(demo / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(40)]})
+    tokenizer.save_pretrained(path)
+    assert len(tokenizer) > 320
+    Language(TextConfig(str(path), "none")).build()
 
 
 def test_cut_captions_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

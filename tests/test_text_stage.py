@@ -108,6 +108,23 @@ def test_texts_alone_are_for_the_text_stage(demo: Path, tmp_path: Path) -> None:
         train("mae", tmp_path, tmp_path / "mae", OTHERS, BLOCKS)
 
 
+def test_settings_that_find_nothing_are_named(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"text.negatives=wrnog: none of the samples"):
+        train("text", demo, tmp_path / "a", "text.negatives=wrnog")
+    for stage in ("text", "clip"):
+        with pytest.raises(DataError, match=r"none of the first \d+ samples of source 'photos'"):
+            train(stage, demo, tmp_path / stage, "data.sources.photos.captions={captoins: 1}")
+
+
+def test_an_artifact_decides_what_it_was_made_with(demo: Path, tmp_path: Path) -> None:
+    blocks = "data.blocks=[{source: photos, samples: 8}]"
+    tuned = train("text", demo, tmp_path / "text", blocks, "train.samples=8", "text.prompt=look at")
+    with pytest.raises(ConfigError, match=r"text.prompt='see' cannot be: .* was made"):
+        train("clip", demo, tmp_path / "b", "text.prompt=see", init_from=[tuned.path])
+    made = train("clip", demo, tmp_path / "c", "train.samples=12", init_from=[tuned.path])
+    assert made.manifest["config"]["text"]["prompt"] == "look at"
+
+
 def test_captions_in_many_languages(demo: Path, tmp_path: Path) -> None:
     """A field per language, within one json field, by dots; and texts that say their language."""
     row = {"captions": {"en": "a red circle", "de": "ein roter Kreis"}}

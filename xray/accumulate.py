@@ -115,10 +115,11 @@ class Accumulator:
             name: torch.cat([row[name] for row in rows]) if value.ndim else value
             for name, value in rows[0].items()
         }
-        with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in whole.items()}
+        training = self.engine.module.training
+        with torch.set_grad_enabled(training):
+            leaves = {name: v.detach().requires_grad_(training) for name, v in whole.items()}
             output = self.engine.module.loss_from_features(leaves)
-            if not self.engine.module.training:
+            if not training:
                 return [Spanned(output, {}) for _ in rows]
             found = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
             # a teacher's features need none

@@ -259,7 +259,7 @@ def _evaluate(
 
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
-    """Evaluate the last vision artifact, print the table, write results.json and report.html."""
+    """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
     from xray.evaluation.suite import result_table
     from xray.report import ResultTable
     from xray.run_report import write_run_report
@@ -274,7 +274,7 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
         # The last is asked everything, a hashtag artifact before it for its tags.
         asked = recipe.eval.tags if artifact.stage == "hashtag" else {}
         suites = ["tags"] if artifact is not vision[-1] else None
-        if asked or (suites is None and recipe.eval.configured()):
+        if asked or (suites is None and {*recipe.eval.configured()} - {"captions"}):
             results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, suites)
     if results:
         table = result_table(results)

@@ -164,6 +164,16 @@ class TextConfig:
                 raise ConfigError(f"text.{name}={getattr(self, name)} must be at least 1")
         if self.lora_rank < 0:
             raise ConfigError(f"text.lora_rank={self.lora_rank} must be 0 (no LoRA) or more")
+        if self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"text.lora_alpha={self.lora_alpha} must be above 0, and text.lora_dropout="
+                f"{self.lora_dropout} in [0, 1)"
+            )
+        if self.attention == "causal" and self.pooling == "cls":
+            raise ConfigError(
+                "text.pooling=cls is the first token, which sees no other with "
+                "text.attention=causal: use last or mean"
+            )
         if self.features != "live" and self.tune != "none":
             raise ConfigError(
                 f"text.features={self.features} are of a model that stays as it is: set "

@@ -25,3 +25,8 @@ class TrainingError(XrayError):
 
 class Preempted(XrayError):  # noqa: N818 - not an error: the run was told to stop and saved
     """A run that saved a checkpoint because a scheduler asked it to end."""
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error's text, not too long for a log."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

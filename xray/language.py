@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipelines.captions import TEXT_FILES, captions_of
+from data_pipelines.captions import TEXT_FILES, captions_of, texts_of
+from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source
 from xray.artifact import Artifact
 from xray.config import TextConfig
@@ -63,10 +63,10 @@ class Language:
         else:
             tower = TextTower(self.config, self.folder, weights=_needs_base(self.parent))
             tower.load_changes(self.parent.load("text"), str(self.parent.path))
-        if len(self.tokenizer) > tower.vocabulary:
+        if self.tokenizer.largest_id >= tower.vocabulary:
             raise ConfigError(
-                f"the tokenizer in {self.folder} has {len(self.tokenizer)} tokens, the model there "
-                f"embeds {tower.vocabulary}: it is another model's; restore the model's own"
+                f"the tokenizer in {self.folder} gives token {self.tokenizer.largest_id}, the "
+                f"model there embeds {tower.vocabulary}: it is another model's; restore its own"
             )
         return tower
 
@@ -77,9 +77,9 @@ class Language:
     def identity(self) -> dict[str, Any]:
         """All that decides a caption's sentence vector, by the names of its settings."""
         names = ("attention", "pooling", "prompt", "max_length", "dtype")
-        changes = "" if self.parent is None else self.parent.manifest["files"]["text.safetensors"]
+        artifact = "" if self.parent is None else self.parent.digest
         settings = {name: getattr(self.config, name) for name in names}
-        return {"llm": self.digest, "changes": changes, **settings}
+        return {"llm": self.digest, "artifact": artifact, **settings}
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:
         """Say so where many of these captions are longer than what is read of them."""
@@ -97,16 +97,33 @@ class Language:
         return {f"llm/{path.name}": path for path in found}
 
 
-def sample_captions(source: Source, fields: Mapping[str, float]) -> list[str]:
-    """Captions of some samples of a source, to be looked at before a run."""
+def look_at(
+    source: Source, fields: Mapping[str, float], negatives: str = ""
+) -> tuple[list[str], int]:
+    """Captions of some of a source's samples, before a run; how many of these have negatives.
+
+    Raises DataError where none of them has a caption in these json fields.
+    """
     found: list[str] = []
-    for shard in range(min(len(source.manifest), LOOKED_AT)):
-        for member in source.members(shard)[: LOOKED_AT // 8].tolist():
-            with contextlib.suppress(DataError):
-                found += captions_of(source.read(shard, member, TEXT_FILES), fields)
+    wrong, causes = 0, list[str]()
+    # of a remote source one shard: it has to be fetched for it
+    for shard in range(min(len(source.manifest), 8 if source.cache is None else 1)):
+        for member in source.members(shard)[:LOOKED_AT].tolist():
+            try:
+                files = source.read(shard, member, TEXT_FILES)
+                found += captions_of(files, fields)
+                wrong += bool(negatives and texts_of(files, negatives))
+            except BadSample as error:
+                causes.append(error.cause)
             if len(found) >= LOOKED_AT:
-                return found
-    return found
+                return found, wrong
+    if not found:
+        where = f"data.sources.{source.name}.captions={dict(fields)}" if fields else "their json"
+        raise DataError(
+            f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
+            f"({causes[0] if causes else 'there are none'}): see {where}, and xray data check"
+        )
+    return found, wrong
 
 
 def text_config(artifact: Artifact) -> TextConfig:
@@ -123,7 +140,7 @@ def text_config(artifact: Artifact) -> TextConfig:
 
 def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
     """A text section with the structure of the artifact that the run starts from."""
-    theirs = text_config(parent)
+    theirs, usual = text_config(parent), TextConfig()
     has = "lora" if theirs.lora_rank else "full"
     if config.tune not in ("none", has):
         raise ConfigError(
@@ -131,6 +148,13 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
             f"use none or {has}"
         )
     structure = {name: getattr(theirs, name) for name in STRUCTURE}
+    for name in STRUCTURE if config.tune == "lora" else STRUCTURE[3:]:
+        asked = getattr(config, name)
+        if asked not in (getattr(usual, name), structure[name]):
+            raise ConfigError(
+                f"text.{name}={asked!r} cannot be: {parent.path} was made with "
+                f"{structure[name]!r}; leave it out"
+            )
     return dataclasses.replace(config, llm=config.llm or theirs.llm, **structure)
 
 

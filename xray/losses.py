@@ -34,7 +34,10 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the whole global batch: the mean of `contrast` both ways."""
+    """Symmetric InfoNCE over the whole global batch: the mean of `contrast` both ways.
+
+    No id may be below 0: every key is a query, too.
+    """
     rows = contrast(queries, keys, scale, query_ids, key_ids)
     return (rows + contrast(keys, queries, scale, key_ids, query_ids)) / 2
 
@@ -108,7 +111,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """SigLIP's loss (2303.15343) over the whole global batch, own queries only.
 
-    queries, keys and their ids as in `contrast`. The keys of other ranks come around a ring, so
+    queries, keys and their ids as in `info_nce`. The keys of other ranks come around a ring, so
     memory is O(m D). All pairs are summed and divided by the local keys. Its mean over ranks is the
     global loss; gradients as in `contrast`, where all ranks weigh their losses alike.
     """

@@ -264,12 +264,13 @@ def store_captions(config: Any, device: torch.device) -> None:
     names = [block.source for block in [*config.blocks, *config.validation]]
 
     def write() -> None:
+        language = Language(config.text, parents.text)
         for name, source in open_sources(config.data, names).items():
             given = dataclasses.asdict(config.text)
             captions = config.data.sources[name].captions
             job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
             with progress_bar(f"captions of {name}") as progress:
-                write_text_features(source, Language(job, parents.text), job, device, progress)
+                write_text_features(source, language, job, device, progress)
 
     dist.main_first(write)
 

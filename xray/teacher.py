@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xray.artifact import open_artifact, sha256_file
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError, ConfigError, brief
 from xray.restore import Encoder
 from xray.schedule import value_at
 
@@ -35,7 +35,7 @@ class Teacher(Protocol):
         """[B, T, 3, H, W] uint8 and tokens -> images [B, E] and texts [B, C, E], normalised."""
 
 
-def open_teacher(name: str, device: torch.device) -> Teacher:
+def load_teacher(name: str, device: torch.device) -> Teacher:
     """A teacher by an artifact's folder or open_clip:MODEL:WEIGHTS; raises ConfigError."""
     return OpenClip(name, device) if name.startswith(OPEN_CLIP) else FromArtifact(name, device)
 
@@ -81,8 +81,7 @@ class OpenClip:
             self.model: Any = open_clip.create_model(model, pretrained=weights).to(device).eval()
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # an unknown model, no file, no network
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"clip.teacher={name} cannot be loaded: {reason}") from error
+            raise ConfigError(f"clip.teacher={name} cannot be loaded: {brief(error)}") from error
         self.model.requires_grad_(False)
         self.digest = sha256_file(Path(weights)) if Path(weights).is_file() else name
         self.scale = float(self.model.logit_scale.exp())

@@ -185,6 +185,7 @@ class Trainer:
         """Of a run that saw one batch only: its loss beside that of guessing."""
         for block in self.config.blocks:
             loss, chance = last[f"{block.source}/loss"], self.stage.chance(block.samples)
+            loss = last.get(f"{block.source}/contrast", loss)  # without what is added to it
             verdict = (
                 ""
                 if loss < 0.5 * chance

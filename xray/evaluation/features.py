@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.captions import TEXT_FILES, captions_of, metadata_of
+from data_pipelines.decode import BadSample
 from data_pipelines.loader import Fields, iterate_source
 from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
@@ -61,11 +62,11 @@ def extract(
 
 
 def read_all_captions(source: Source, fields: Mapping[str, float] | None = None) -> list[list[str]]:
-    """The captions of each sample of a source, in order; none where they cannot be read."""
+    """The captions of each sample of a source, in order; none where it has none."""
     result = []
     for shard, member in source.places():
         try:
             result.append(captions_of(source.read(shard, member, TEXT_FILES), fields))
-        except DataError:
+        except BadSample:
             result.append([])
     return result

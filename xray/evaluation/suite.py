@@ -36,10 +36,10 @@ SUITES = tuple(NEEDS)
 
 @dataclass
 class RetrievalConfig:
-    """Pictures or clips with captions."""
+    """Pictures or clips with captions; for suite captions also texts alone."""
 
     shards: str = ""
-    modality: Literal["image", "video"] = "image"
+    modality: Literal["image", "video", "text"] = "image"
     captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
 
 

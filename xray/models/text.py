@@ -35,6 +35,11 @@ class TextTower(nn.Module):
         self.width = _width(self.llm)
         if config.attention == "bidirectional":
             check_bidirectional(self.llm)
+        elif _sees_ahead(self.llm):
+            raise ConfigError(
+                f"{type(self.llm).__name__} reads in both directions: set "
+                "text.attention=bidirectional"
+            )
         _check_length(self.llm, config.max_length)
         self.pooling = config.pooling
         self.pooler = LatentPooler(self.width, config.latents) if self.pooling == "latent" else None
@@ -113,23 +118,30 @@ def is_added(name: str) -> bool:
     return ".lora_" in name or name.startswith("pooler.")
 
 
-@torch.no_grad()
 def check_bidirectional(llm: nn.Module) -> None:
     """Raise ConfigError unless a later token changes earlier hidden states, padded or not."""
+    if not _sees_ahead(llm):
+        raise ConfigError(
+            f"the attention of {type(llm).__name__} stays causal with is_causal=False: use a "
+            "family that honours it (Llama, Qwen, Gemma, Mistral, Phi, an encoder), or set "
+            "text.attention=causal and text.pooling=last"
+        )
+
+
+@torch.no_grad()
+def _sees_ahead(llm: nn.Module) -> bool:
+    """Whether a later token changes earlier hidden states, padded and not."""
     was_training = llm.training
     llm.eval()
     ids = torch.arange(3, 11)[None]
     other = ids.clone()
     other[0, 5] = 12
+    changed = []
     for mask in (torch.ones_like(ids), (torch.arange(8) < 7).long()[None]):
         a, b = (llm(input_ids=x, attention_mask=mask).last_hidden_state for x in (ids, other))
-        if torch.allclose(a[:, :4], b[:, :4], atol=1e-7):
-            raise ConfigError(
-                f"the attention of {type(llm).__name__} stays causal with is_causal=False: use a "
-                "family that honours it (Llama, Qwen, Gemma, Mistral, Phi, an encoder), or set "
-                "text.attention=causal and text.pooling=last"
-            )
+        changed.append(not torch.allclose(a[:, :4], b[:, :4], atol=1e-7))
     llm.train(was_training)
+    return all(changed)
 
 
 @torch.no_grad()
@@ -140,6 +152,12 @@ def _width(llm: nn.Module) -> int:
 
 def _check_length(llm: Any, max_length: int) -> None:
     most = getattr(llm.config, "max_position_embeddings", None)
+    for name, module in llm.named_modules():  # RoBERTa's begin behind the padding's
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            most -= module.padding_idx + 1
     if most is not None and max_length > most:
         raise ConfigError(
             f"text.max_length={max_length} is more than the {most} tokens that "

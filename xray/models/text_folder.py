@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from xray.errors import ConfigError
+from xray.errors import ConfigError, brief
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
@@ -35,9 +36,8 @@ def find_llm(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FETCHED))
     except Exception as error:  # no network, no such repository, no permission
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"text.llm={name} is neither a folder nor to be had from the hub: {reason}"
+            f"text.llm={name} is neither a folder nor to be had from the hub: {brief(error)}"
         ) from error
 
 
@@ -80,20 +80,41 @@ def load_llm(
     if attention == "bidirectional":
         settings.is_causal = False
     encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    if settings.is_encoder_decoder and not encodes:
+        raise ConfigError(
+            f"{folder} holds an encoder-decoder ({settings.model_type}) whose encoder "
+            "transformers cannot load alone: use T5's kind, a decoder or an encoder"
+        )
     kind = AutoModelForTextEncoding if encodes else AutoModel
     try:
         if weights:
-            llm: Any = kind.from_pretrained(
-                folder, config=settings, local_files_only=True, dtype=dtype, use_safetensors=True
+            given = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            llm, found = kind.from_pretrained(
+                folder, config=settings, local_files_only=True, **given
             )
         else:
+            found = {}
             llm = kind.from_config(settings, dtype=dtype)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"transformers cannot load the model in {folder}: {reason}") from error
+        raise ConfigError(
+            f"transformers cannot load the model in {folder}: {brief(error)}"
+        ) from error
+    _check_whole(folder, found)
     if hasattr(llm, "pooler"):  # BERT's, which nothing here would train
         llm.pooler = None
     return llm
+
+
+def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights of which some are missing: transformers would draw them at random."""
+    missing = [name for name in found.get("missing_keys", ()) if "pooler." not in name]
+    wrong = [str(entry[0]) for entry in found.get("mismatched_keys", ())]
+    if missing or wrong:
+        names = sorted([*missing, *wrong])
+        raise ConfigError(
+            f"the weights in {folder} are not all of the model that its config.json says: "
+            f"{names[0]} (of {len(names)}) is missing or of another shape"
+        )
 
 
 def quiet_transformers() -> None:
@@ -105,21 +126,37 @@ def quiet_transformers() -> None:
 
 
 def own_pooling(folder: Path) -> Pooling:
-    """How a sentence encoder's folder says it is pooled (1_Pooling/config.json), else the mean."""
-    path = folder / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return "mean"
-    try:
-        modes = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no json: set text.pooling, or restore it") from error
+    """How a sentence encoder's folder says it is pooled (1_Pooling/config.json), else the mean.
+
+    Raises ConfigError where it asks for more than one of ours does.
+    """
+    modes, modules = (_json(folder / name) for name in ("1_Pooling/config.json", "modules.json"))
     names: dict[str, Pooling] = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "last",
     }
-    chosen = [names[mode] for mode in names if modes.get(mode)]
-    if len(chosen) != 1:
-        known = ", ".join(get_args(Pooling))
-        raise ConfigError(f"{path} asks for a pooling that is not there: set text.pooling={known}")
-    return chosen[0]
+    asked = [mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True]
+    known = ", ".join(get_args(Pooling))
+    if len(asked) > 1 or any(mode not in names for mode in asked):
+        raise ConfigError(
+            f"{folder}/1_Pooling/config.json asks for {' and '.join(asked)}, which is not there: "
+            f"set text.pooling to one of {known}"
+        )
+    if "Dense" in json.dumps(modules):
+        raise ConfigError(
+            f"{folder}/modules.json has a Dense module after the pooling, which is not there: to "
+            f"go without it, set text.pooling to one of {known}"
+        )
+    return names[asked[0]] if asked else "mean"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A json file's object; {} where there is no file; a list as {"list": ...}."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no json: set text.pooling, or restore it") from error
+    return content if isinstance(content, dict) else {"list": content}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xray.config import TextConfig
-from xray.errors import ConfigError
+from xray.errors import ConfigError, brief
 
 Tokens = dict[str, Tensor]
 TOKENS = ("input_ids", "attention_mask", "pooled_mask")
@@ -31,15 +31,18 @@ class CaptionTokenizer:
             raise ConfigError(
                 f"the tokenizer in {folder} cannot say where text.prompt ends: leave it empty"
             )
-        used = len(self.tokenizer(self.prompt)["input_ids"]) if self.prompt else 0
+        used = len(self.tokenizer(self.prompt)["input_ids"])
         if used >= self.max_length:
             raise ConfigError(
-                f"text.prompt takes {used} tokens and leaves none of text.max_length="
-                f"{self.max_length} to captions: raise it"
+                f"text.prompt and what the tokenizer adds take {used} tokens and leave none of "
+                f"text.max_length={self.max_length} to captions: raise it"
             )
 
-    def __len__(self) -> int:
-        return len(self.tokenizer)
+    @property
+    def largest_id(self) -> int:
+        """Of its own vocabulary, padding, and what it adds to a caption; unused extras aside."""
+        used = [self.tokenizer.vocab_size - 1, self.tokenizer.pad_token_id]
+        return max([*used, *self.tokenizer("a")["input_ids"]])
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Captions -> `input_ids`, `attention_mask` and `pooled_mask`, [C, L], padded at the right.
@@ -78,9 +81,9 @@ class CaptionTokenizer:
         }
 
 
-def cut_share(tokenizer: CaptionTokenizer, captions: Iterable[str]) -> float:
+def cut_share(tokenizer: CaptionTokenizer, captions: Sequence[str]) -> float:
     """The share of captions that `text.max_length` cuts."""
-    lengths = tokenizer.lengths(list(captions))
+    lengths = tokenizer.lengths(captions) if captions else []
     return sum(length > tokenizer.max_length for length in lengths) / max(1, len(lengths))
 
 
@@ -90,8 +93,7 @@ def _load(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{folder} has no usable tokenizer: {reason}") from error
+        raise ConfigError(f"{folder} has no usable tokenizer: {brief(error)}") from error
     if not tokenizer("a")["input_ids"]:  # made up by transformers where the files are missing
         raise ConfigError(
             f"{folder} has no usable tokenizer: its files (tokenizer.json) are missing"

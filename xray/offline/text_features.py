@@ -67,7 +67,7 @@ class CaptionIds:
 
     def texts(self, shard: int) -> Iterator[tuple[int, list[str]]]:
         """(member, its captions), where it has any."""
-        for member in self.source.members(shard).tolist():
+        for member in range(len(self.source.index(shard))):  # whatever else it is a sample of
             try:
                 found = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
             except BadSample:
@@ -93,7 +93,7 @@ class Layout:
 
 
 def lay_out(ids: Sidecar) -> Layout:
-    """Give each different caption a row of the first shard it is met in; ~40 bytes per caption."""
+    """Give each different caption a row of the first shard it is met in; ~75 bytes per caption."""
     shards = range(len(ids.counts))
     tables = [np.asarray(ids.table(shard)["ids"]) for shard in shards]
     starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
@@ -127,7 +127,7 @@ def write_text_features(
     if found is not None:
         return found
     work = CaptionIds(source, config.captions)
-    fields = hash_json([list(config.captions), source.modality, source.animations])
+    fields = hash_json(list(config.captions))
     of_ids = f"caption-ids-{fields[:12]}"
     ids = open_sidecar(source, of_ids) or write_sidecar(
         source, of_ids, work, {"kind": "caption-ids"}, config.workers, reading
