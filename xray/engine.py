@@ -102,6 +102,9 @@ class Engine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        if dist.world_size() == 1:
+            # Stage 0 would copy all gradients into one buffer and back, for no other rank.
+            self._engine.allreduce_no_retain = lambda *_, **__: None
 
     @property
     def module(self) -> Any:
