@@ -23,8 +23,8 @@ from data_pipelines.sidecars import CopySlots, Sidecar, open_sidecar, pack_rows,
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagReader, TagRules
 from data_pipelines.vocabulary import Vocabulary
-from xray.config import hash_json
 from xray.errors import DataError
+from xray.hashing import hash_json
 
 # Of a teacher's sidecar: tags, their probabilities, and whether the teacher would add the tag; a
 # sample's own tags are there whatever their probability. In its totals, `prior` is the mean

@@ -18,8 +18,8 @@ from data_pipelines.captions import captions_of, metadata_of
 from data_pipelines.decode import BadSample
 from data_pipelines.matching import UNSPACED, ConceptMatcher
 from data_pipelines.utf8 import read_utf8
-from xray.config import hash_json
 from xray.errors import ConfigError
+from xray.hashing import hash_json
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
 

@@ -16,8 +16,8 @@ from data_pipelines.captions import FIELDS
 from data_pipelines.columns import open_first, save_columns
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
-from xray.config import differences, hash_json
 from xray.errors import ConfigError
+from xray.hashing import differences, hash_json
 
 Stored = Literal["fp32", "bf16", "int8"]
 KIND = "text-features"

@@ -27,8 +27,8 @@ from data_pipelines.tags import (
     singulars,
     stop_list,
 )
-from xray.config import hash_json
 from xray.errors import ArtifactError, ConfigError, DataError
+from xray.hashing import hash_json
 
 EXAMPLES = 1000  # dropped tags that are kept by name, of each reason
 

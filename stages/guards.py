@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from xray.config import BlockConfig
 
 if TYPE_CHECKING:
-    from stages.clip import ClipOptions
+    from stages.clip_config import ClipOptions
 
 WARM = 0.1  # progress before which nothing is judged
 PATIENCE = 10  # looks in a row that must agree

@@ -22,7 +22,8 @@ from torch import Tensor
 from data_pipelines.captions import Caption, choose_captions
 from data_pipelines.sources import open_source
 from stages.base import Parents, StepOutput
-from stages.clip import ClipConfig, ClipModule, ClipOptions, ClipStage
+from stages.clip import ClipModule, ClipStage
+from stages.clip_config import ClipConfig, ClipOptions
 from stages.guards import ContrastGuard, loss_at_chance
 from xray import engine as engine_module
 from xray.accumulate import Accumulator

@@ -6,8 +6,9 @@ import pytest
 
 from stages.mae import MaeConfig
 from xray import config_files as cfg
-from xray.config import config_hash, dump
+from xray.config import dump
 from xray.errors import ConfigError
+from xray.hashing import config_hash
 
 
 def mae(*overrides: str) -> MaeConfig:

@@ -220,7 +220,7 @@ def show_config(
 
     from stages import STAGES, stage_class
     from xray import config_files as cfg
-    from xray.config import to_dict
+    from xray.hashing import to_dict
 
     if name in STAGES:
         schema = stage_class(name).Config

@@ -10,8 +10,9 @@ from typing import Any
 from data_pipelines.sources import Source
 from stages.base import Stage
 from xray.artifact import Artifact, sha256_file
-from xray.config import RunConfig, differences, filled, identity
+from xray.config import RunConfig
 from xray.errors import ConfigError
+from xray.hashing import differences, filled, identity
 
 
 def run_record(

@@ -22,10 +22,11 @@ from xray.accumulate import Accumulator
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
 from xray.bad_samples import BadSamples
 from xray.checkpoint import TrainState
-from xray.config import RunConfig, config_hash, dump, hash_json, identity, to_dict
+from xray.config import RunConfig, dump
 from xray.engine import Engine
 from xray.errors import DataError, Preempted, TrainingError
 from xray.feed import Feed, check_batches, step_shape, training_stream, validation_stream
+from xray.hashing import config_hash, hash_json, identity, to_dict
 from xray.optim import lr_at
 from xray.report import Sinks
 from xray.run_record import check_same_run, run_record

@@ -33,8 +33,8 @@ from data_pipelines.curation.tables import (
 from data_pipelines.processes import Progress
 from data_pipelines.sidecars import Sidecar, Work, open_sidecar, write_sidecar
 from data_pipelines.sources import Source, open_source
-from xray.config import hash_json
 from xray.errors import DataError
+from xray.hashing import hash_json
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from data_pipelines.matching import spaced
 from data_pipelines.processes import over_shards
 from data_pipelines.sources import Source
 from data_pipelines.utf8 import read_utf8
-from xray.config import hash_json, nearest
+from xray.config import nearest
 from xray.errors import ConfigError
+from xray.hashing import hash_json
 
 EVERY = ""  # the language of metadata that are for texts of all languages
 ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: its entry is in every text

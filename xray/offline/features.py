@@ -15,8 +15,9 @@ from data_pipelines.columns import Columns
 from data_pipelines.decode import BadSample
 from data_pipelines.sidecars import Sidecar, open_sidecar, pack_rows
 from data_pipelines.sources import Source
-from xray.config import DataConfig, hash_json
+from xray.config import DataConfig
 from xray.errors import ConfigError
+from xray.hashing import hash_json
 from xray.offline.stream import Model, Pack, Place, Progress, write_from_model
 from xray.restore import Encoder, VisionEncoder
 

@@ -17,8 +17,9 @@ from data_pipelines.sidecars import Sidecar, open_sidecar, pack_rows
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagRules
 from data_pipelines.vocabulary import Vocabulary
-from xray.config import DataConfig, hash_json
+from xray.config import DataConfig
 from xray.errors import ConfigError
+from xray.hashing import hash_json
 from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
 
 TEACHING = ("top", "threshold", "temperature", "template")  # settings that make another teacher

@@ -25,8 +25,9 @@ from data_pipelines.sidecars import (
 )
 from data_pipelines.sources import Source
 from data_pipelines.text_store import ROW_BITS, note_store, packed, store_facts, store_name
-from xray.config import Features, TextConfig, hash_json
+from xray.config import Features, TextConfig
 from xray.errors import ConfigError, DataError
+from xray.hashing import hash_json
 from xray.language import Language
 from xray.models.text import TextTower
 from xray.offline.stream import Progress

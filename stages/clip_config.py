@@ -1,0 +1,95 @@
+"""The clip stage's settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stages.auxiliary import check_unread
+from stages.hashtag import HashtagOptions
+from stages.mae import MaeOptions
+from xray.config import RunConfig, TextConfig, runtime
+from xray.errors import ConfigError
+
+
+@dataclass
+class ClipOptions:
+    """The joint space, its loss and its temperature."""
+
+    embed_dim: int = 512
+    adapter_blocks: int = 4  # residual MLPs between the LLM and its projection
+    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
+    logit_scale_max: float = 100.0
+    # of the sigmoid loss, initial; None = -ln of the largest block's samples
+    logit_bias: float | None = None
+    captions: int = 1  # of each sample in a step, all of them its own
+    matryoshka: list[int] = field(default_factory=list)  # prefixes that are trained to do alone
+    mask_ratio: float = 0.0  # of image tokens left out in training
+    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # in which it comes to that
+    mask_until: float = 1.0  # progress from which on nothing is left out
+    # a clip artifact or open_clip:MODEL:WEIGHTS, whose softmax is learned too; known by its hash
+    teacher: str = runtime("")
+    distill: float = 1.0  # weight of the teacher
+    mae_weight: float = 0.0  # of the mae stage's loss, with the settings of section mae
+    hashtag_weight: float = 0.0  # of the hashtag stage's, with those of section hashtag
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if not 1 <= self.first_scale <= self.logit_scale_max:
+            raise ConfigError(
+                f"clip.logit_scale={self.first_scale} must be in [1, clip.logit_scale_max="
+                f"{self.logit_scale_max}]"
+            )
+        if self.captions < 1 or self.embed_dim < 1:
+            raise ConfigError("clip.captions and clip.embed_dim must be at least 1")
+        if not 0 <= self.adapter_blocks <= 16:
+            raise ConfigError(f"clip.adapter_blocks={self.adapter_blocks} must be in [0, 16]")
+        for size in self.matryoshka:
+            if not 0 < size < self.embed_dim:
+                raise ConfigError(
+                    f"clip.matryoshka: {size} must be in (0, clip.embed_dim={self.embed_dim})"
+                )
+        for name in ("distill", "mae_weight", "hashtag_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"clip.{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigError(f"clip.mask_ratio={self.mask_ratio} must be in [0, 1)")
+        if len(self.mask_span) != 2 or not 0 <= self.mask_span[0] <= self.mask_span[1] <= 1:
+            raise ConfigError(f"clip.mask_span={self.mask_span} must be [start, end] in [0, 1]")
+        if not self.mask_span[1] <= self.mask_until <= 1:
+            raise ConfigError(
+                f"clip.mask_until={self.mask_until} must be in [clip.mask_span's end, 1]"
+            )
+
+    @property
+    def first_scale(self) -> float:
+        """The logit scale at the start."""
+        usual = 10.0 if self.loss == "sigmoid" else 1 / 0.07
+        return usual if self.logit_scale is None else self.logit_scale
+
+
+@dataclass
+class ClipConfig(RunConfig):
+    text: TextConfig = field(default_factory=lambda: TextConfig(tune="none"))
+    clip: ClipOptions = field(default_factory=ClipOptions)
+    mae: MaeOptions = field(default_factory=MaeOptions)
+    hashtag: HashtagOptions = field(default_factory=HashtagOptions)
+
+    def validate(self) -> None:
+        super().validate()
+        self.text.validate()
+        self.clip.validate()
+        if self.clip.mae_weight:
+            self.mae.validate(self.model)
+        if self.clip.hashtag_weight:
+            self.hashtag.validate()
+            check_unread(self.hashtag)
+
+    @property
+    def first_bias(self) -> float:
+        """The sigmoid loss's bias at the start: as likely a pair as one of a block's is right."""
+        if self.clip.logit_bias is not None:
+            return self.clip.logit_bias
+        return -math.log(max(block.samples for block in self.blocks))
