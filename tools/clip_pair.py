@@ -90,7 +90,6 @@ class Pair:
         torch.manual_seed(0)
         self.size, self.device = size, torch.device(options.device)
         self.batch = options.batch or BATCH[options.device][size]
-        self.rounds, self.peak = options.rounds, options.peak
         self.bf16 = options.precision == "bf16"
         name, vit = SIZES[size]
         shape = open_clip.get_model_config(name)
@@ -150,6 +149,15 @@ class Pair:
 
     # what is timed ----------------------------------------------------------------------------
 
+    def image_of_theirs(self) -> Tensor:
+        return self.theirs.encode_image(self.images, normalize=True)
+
+    def text_of_theirs(self) -> Tensor:
+        return self.theirs.encode_text(self.ids, normalize=True)
+
+    def loss_of_theirs(self) -> Tensor:
+        return self.their_loss(**self.theirs(self.images, self.ids))
+
     def image(self) -> Tensor:
         vision = self.ours.vision(self.ours.normalize(self.rows["pixels"])).cls
         return F.normalize(self.ours.vision_projection(vision).float(), dim=-1)
@@ -160,9 +168,6 @@ class Pair:
 
     def our_loss(self, progress: float = START) -> Tensor:
         return self.ours(self.rows, progress).loss
-
-    def loss_of_theirs(self) -> Tensor:
-        return self.their_loss(**self.theirs(self.images, self.ids))
 
     def backward(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
         """A forward and backward, after which no gradient is left."""
@@ -197,8 +202,8 @@ class Pair:
 
         return run
 
-    def our_steps(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """A step as the trainer makes it, at keep rate 1 and KEEP."""
+    def our_steps(self) -> dict[str, Callable[[], None]]:
+        """A step as the trainer makes it: "ours" at keep rate 1, "keep" at KEEP."""
         # deepspeed settles on a device when it is imported: by now it is chosen
         from xray.accumulate import Accumulator
         from xray.engine import Engine, init_distributed
@@ -214,4 +219,4 @@ class Pair:
             engine.step()
             stage.after_step(engine, self.ours)
 
-        return partial(run, START), partial(run, END)
+        return {"ours": partial(run, START), "keep": partial(run, END)}
