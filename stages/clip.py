@@ -197,7 +197,8 @@ class ClipStage(Stage):
             width = next(iter(self.stores.values())).width
             module = ClipModule(self.config, None, width, *more)
         else:
-            tower = self.language.build()
+            with torch.random.fork_rng(devices=[]):  # new weights do not depend on the LLM's kind
+                tower = self.language.build()
             module = ClipModule(self.config, tower, tower.width, *more)
         load_vision(module, parents.vision)
         return module

@@ -40,7 +40,7 @@ from stages import stage_class
 from xray import config_files as cfg
 from xray import dist
 from xray.artifact import Artifact, open_artifact, write_text
-from xray.evaluation.features import extract
+from xray.evaluation.features import extract, read_all_captions
 from xray.evaluation.retrieval import retrieval
 from xray.language import Language
 from xray.offline.stream import data_of
@@ -156,12 +156,13 @@ class Bench:
         settings = {"tune": "none", "llm": str(self.folder("sentences")), "max_length": 32}
         config = cfg.build(TextFeaturesConfig, {**settings, "workers": 1})
         config.validate()
-        language = Language(config)
-        tower = language.build().eval().to(self.device)
         photos = open_source("photos", "captions_train", "image", self.root)
         start = time.perf_counter()
-        _, unique = write_text_features(photos, language, tower, config)
-        facts = {"seconds": time.perf_counter() - start, "captions": unique}
+        found = write_text_features(photos, Language(config), config, self.device)
+        facts = {
+            "seconds": time.perf_counter() - start,
+            "captions": found.facts["captions_stored"],
+        }
         write_text(self.stored, json.dumps(facts))
         return facts
 
@@ -186,8 +187,9 @@ class Bench:
         """R@k both ways, and how often a caption's nearest other one is of the same photo."""
         data = data_of(encoder.artifact, 1)
         pictures = extract(self.held_out, encoder.encode_pixels, data, 200)
-        flat = [caption for own in pictures.captions for caption in own]
-        owner = torch.tensor([i for i, own in enumerate(pictures.captions) for _ in own])
+        captions = read_all_captions(self.held_out)
+        flat = [caption for own in captions for caption in own]
+        owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
         with torch.no_grad():
             texts = F.normalize(encoder.text_adapter(self.sentences(encoder, flat)), dim=-1)
         near = (texts @ texts.t()).fill_diagonal_(-1).argmax(dim=1)

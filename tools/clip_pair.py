@@ -21,10 +21,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch
-from stages.clip import ClipConfig, ClipModule, ClipStage
+from stages.clip import ClipModule, ClipStage
+from stages.clip_config import ClipConfig
 from xray.config_files import load_config
 from xray.models.flops import _linear, vision_macs
 from xray.models.heads import Projection
+from xray.models.tokens import TOKENS
 from xray.models.weights import load_adapted
 
 # open_clip's model, timm's of the same shape
@@ -56,7 +58,7 @@ class EosText(nn.Module):
             )
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
         """[B, 1, L] -> [B, 1, width]. A causal tower never sees what follows the EOS."""
         return self.llm(input_ids=input_ids[:, 0]).pooler_output[:, None]
 
@@ -105,7 +107,8 @@ class Pair:
             "train": {"precision": options.precision},
         }
         self.config: Any = load_config(ClipConfig, "clip", settings)
-        self.ours = ClipModule(self.config, EosText(shape["text_cfg"]))
+        tower = EosText(shape["text_cfg"])
+        self.ours = ClipModule(self.config, tower, tower.width)
         self.ours.text_adapter = Projection(shape["text_cfg"]["width"], shape["embed_dim"])
         self._copy()
         self.ours.to(self.device)
@@ -114,7 +117,7 @@ class Pair:
         ids = torch.randint(1, last, (self.batch, 1, self.context))
         ids[..., -1] = last
         mask = torch.ones_like(ids)
-        rows = {"pixels": pixels, "input_ids": ids, "attention_mask": mask}
+        rows = {"pixels": pixels, "input_ids": ids, "attention_mask": mask, "pooled_mask": mask}
         self.rows = {key: value.to(self.device) for key, value in rows.items()}
         self.images = self.ours.normalize(self.rows["pixels"])[:, 0]
         self.ids = self.rows["input_ids"][:, 0]
@@ -163,7 +166,7 @@ class Pair:
         return F.normalize(self.ours.vision_projection(vision).float(), dim=-1)
 
     def text(self) -> Tensor:
-        pooled = self.ours.towers["text"](self.rows["input_ids"], self.rows["attention_mask"])
+        pooled = self.ours.towers["text"](*(self.rows[key] for key in TOKENS))
         return F.normalize(self.ours.text_adapter(pooled[:, 0]).float(), dim=-1)
 
     def our_loss(self, progress: float = START) -> Tensor:
@@ -215,7 +218,7 @@ class Pair:
 
         def run(progress: float) -> None:
             micros.train(0, progress, cut, loaded)
-            engine.set_lr(LR)
+            engine.set_lr(LR, progress)
             engine.step()
             stage.after_step(engine, self.ours)
 
