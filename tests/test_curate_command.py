@@ -99,7 +99,7 @@ def test_the_text_stage_pairs_kept_captions_only(demo: Path, tmp_path: Path) -> 
     sample = open_source("photos", str(demo / "photos"), "image").sample(0, 0, 32, 1)
     captions = [caption.text for caption in read_captions(sample.files)]
     kept = dataclasses.replace(sample, texts=(0, len(captions) - 1))
-    expected = stage.language.tokens([captions[0], captions[-1]])["input_ids"].tolist()
+    expected = stage.language.tokenizer([captions[0], captions[-1]])["input_ids"].tolist()
     assert len(captions) > 2 and expected[0] != expected[1]
     for seed in range(8):
         found = stage.transform(kept, np.random.default_rng(seed))["input_ids"].tolist()
