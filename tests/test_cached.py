@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import train
+from tiny import ALL_TOKENS, train
 
 from xray.report import read_metrics
 
-PLAIN = ("model.drop_path=0.0", "train.samples=48", "train.save_every=0")
+PLAIN = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
 
 
 @pytest.fixture(scope="module")

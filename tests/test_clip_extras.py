@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import settings, train
+from tiny import ALL_TOKENS, settings, train
 
 from stages.auxiliary import AuxiliaryLosses
 from stages.base import Parents
@@ -18,7 +18,7 @@ from xray.errors import ArtifactError, ConfigError
 from xray.report import read_metrics
 from xray.teacher import load_teacher, resized
 
-PLAIN = ("model.drop_path=0.0", "train.samples=48", "train.save_every=0")
+PLAIN = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
 CPU = torch.device("cpu")
 
 

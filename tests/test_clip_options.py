@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shards import photo, write_tar
-from tiny import settings, train
+from tiny import ALL_TOKENS, settings, train
 from torch import Tensor
 
 from data_pipelines.captions import Caption, choose_captions
@@ -38,7 +38,7 @@ from xray.optim import parameter_groups
 from xray.report import read_metrics
 from xray.restore import Encoder
 
-QUICK = ("model.drop_path=0.0", "train.samples=48", "train.save_every=0")  # four steps
+QUICK = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")  # four steps
 PHOTOS = "data.blocks=[{source: photos, samples: 8}]"
 LORA = ("text.tune=lora", "text.lora_rank=2")
 SIGMOID = "clip.loss=sigmoid"

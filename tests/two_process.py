@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny import train
+from tiny import ALL_TOKENS, train
 
 from xray import dist
 from xray.losses import gather_rows, info_nce
@@ -36,8 +36,8 @@ CHANGES = {
         "model.frame_pool=attention",
     ],
     # two captions of each sample; blocks of 8 and 4 in micro-batches of 2
-    "clip": [*LORA, "clip.captions=2", "train.micro_batch=2"],
-    "sigmoid": ["clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
+    "clip": [ALL_TOKENS, *LORA, "clip.captions=2", "train.micro_batch=2"],
+    "sigmoid": [ALL_TOKENS, "clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }
