@@ -103,9 +103,10 @@ def against_open_clip(pair: Pair, options: argparse.Namespace, found: Found) -> 
         rate = 6 * count * pair.batch / best[1] / 1e12
         cells = [f"{1e3 * second:,.0f}" for second in best]
         cells += [f"{speedup(seconds, 'ours', 'theirs'):.2f}x", goals.get(name, "")]
-        rows.append([name, *cells, f"{rate:.2f}", *([f"{rate / peak:.1%}"] * bool(peak))])
+        share = [f"{rate / peak:.1%}"] if peak else []
+        rows.append([name, *cells, f"{rate:.2f}", *share])
     heads = ["forward and backward of", "open_clip, ms", "ours, ms", "ours / open_clip", "target"]
-    heads += ["ours, TFLOP/s", *([f"of {peak:g}"] * bool(peak))]
+    heads += ["ours, TFLOP/s", *([f"of {peak:g}"] if peak else [])]
     precision = "bf16 autocast" if pair.bf16 else "fp32"
     title = f"(b) {pair.size} at 224 px, batch {pair.batch}, {precision}, best of {options.rounds}"
     title += ", processor time" * options.processor_time
