@@ -1,4 +1,4 @@
-"""Shared fixtures: a small demo data set, a tiny LLM, and a process group per worker count."""
+"""Shared fixtures: a small demo data set, a tiny LLM, and real data where they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # models this small gain nothing from more threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
