@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from xray.files import usual_mode
+
 DTYPES = {
     "I64": np.int64, "I32": np.int32, "U8": np.uint8, "F32": np.float32,
     "I8": np.int8, "U16": np.uint16,
@@ -31,7 +33,8 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     try:
-        save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+        with usual_mode(temporary):
+            save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     os.replace(temporary, path)

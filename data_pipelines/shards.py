@@ -182,10 +182,12 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
                     rows.append({})
                 rows[-1][extension] = (member.offset_data, member.size)
                 cast(Any, archive).members.clear()  # tarfile keeps every header otherwise
+            _check_end(path, archive.offset)
     except tarfile.TarError as error:
         last = f" after sample {keys[-1]!r}" if keys else ""
         raise DataError(
-            f"shard {path} is truncated or not a tar ({error}){last}: re-create it or leave it out"
+            f"shard {path} is truncated, damaged or not a tar ({error}){last}: re-create it or "
+            "leave it out"
         ) from error
     if not keys:
         raise DataError(f"shard {path} holds no samples: re-create it or leave it out")
@@ -211,6 +213,14 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
         "digest": _digest(columns, extensions),
     }
     return ShardIndex(str(path), columns, facts)
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Where tarfile stopped there is nothing but zeros, or nothing: it takes bad headers for it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"no header at byte {offset:,}")
 
 
 def sha256_of(path: Path) -> str:

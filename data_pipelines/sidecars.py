@@ -60,7 +60,8 @@ class Sidecar:
         if found is None:
             path = self.source.derived(self.name, shard)
             raise DataError(
-                f"{path} is missing or of another shard: delete {self.source.derived(self.name)}"
+                f"{path} is missing, damaged or of another shard: the command that wrote it "
+                "writes it again"
             )
         return found
 
@@ -79,6 +80,13 @@ def open_sidecar(source: Source, name: str) -> Sidecar | None:
     wanted = {"version": VERSION, "manifest": source.manifest.digest}
     columns, facts = open_first(source.derived_at(name), wanted)
     return Sidecar(source, name, columns, facts) if columns else None
+
+
+def open_whole(source: Source, name: str) -> Sidecar | None:
+    """A source's sidecar if all its tables are there, for whatever would write them again."""
+    found = open_sidecar(source, name)
+    shards = range(len(found.counts)) if found is not None else range(0)
+    return found if all(_load(source, name, shard) is not None for shard in shards) else None
 
 
 def write_sidecar(

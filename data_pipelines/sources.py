@@ -220,7 +220,10 @@ def open_source(
     where = resolve(pattern, root)
     if is_remote(where):
         cache = cache or make_cache(DataConfig())
-    manifest = open_manifest(where, cache, verify)
+    try:
+        manifest = open_manifest(where, cache, verify)
+    except DataError as error:
+        raise DataError(f"source {name!r}: {error}") from error
     source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)
     if source.cache is not None and len(manifest):
         _check_cache_holds(source)

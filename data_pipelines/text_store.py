@@ -16,7 +16,7 @@ from data_pipelines.captions import FIELDS
 from data_pipelines.columns import open_first, save_columns
 from data_pipelines.sidecars import Sidecar, open_sidecar
 from data_pipelines.sources import Source
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
 from xray.hashing import differences, hash_json
 
 Stored = Literal["fp32", "bf16", "int8"]
@@ -54,12 +54,20 @@ class TextStore:
     def vectors(self, shard: int, member: int, captions: Sequence[int]) -> np.ndarray:
         """Of some of a member's captions by their numbers, [C, W] float32."""
         places = self.sidecar.row(shard, member, "places")
-        rows = []
-        for caption in captions:
-            where, row = divmod(int(places[caption]), 1 << ROW_BITS)
+        return np.stack([self._vector(int(places[caption])) for caption in captions])
+
+    def _vector(self, place: int) -> np.ndarray:
+        where, row = divmod(place, 1 << ROW_BITS)
+        if where < len(self.sidecar.counts):
             table = self.sidecar.table(where)
-            rows.append(unpacked(table["vectors"][row], table["scales"][row : row + 1]))
-        return np.stack(rows)
+            if row < len(table["vectors"]):
+                found = unpacked(table["vectors"][row], table["scales"][row : row + 1])
+                if np.isfinite(found).all():
+                    return found
+        broken = self.sidecar.source.derived(self.sidecar.name, where)
+        raise DataError(
+            f"{broken} is damaged: delete it, and xray data text-features writes it again"
+        )
 
 
 def packed(vectors: np.ndarray, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +100,9 @@ def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
         differences({key: theirs.get(key) for key in wanted}, wanted) for theirs in _all(source)
     ]
     reason = "it has none"
-    if near:
+    if [] in near:
+        reason = f"{source.derived(store_name(facts))} is gone"
+    elif near:
         closest = min(near, key=len)
         more = f" (and {len(closest) - 1} more)" if len(closest) > 1 else ""
         reason = f"the nearest has {closest[0]}{more}"

@@ -42,8 +42,9 @@ class ClipOptions:
                 f"clip.logit_scale={self.first_scale} must be in [1, clip.logit_scale_max="
                 f"{self.logit_scale_max}]"
             )
-        if self.captions < 1 or self.embed_dim < 1:
-            raise ConfigError("clip.captions and clip.embed_dim must be at least 1")
+        for name in ("captions", "embed_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"clip.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.adapter_blocks <= 16:
             raise ConfigError(f"clip.adapter_blocks={self.adapter_blocks} must be in [0, 16]")
         for size in self.matryoshka:

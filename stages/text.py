@@ -119,7 +119,7 @@ class TextStage(Stage):
         fields, options = self.config.data.sources[sample.source].captions, self.config.text
         captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:
-            raise BadSample("only one caption")
+            raise BadSample("one caption, where two are needed")
         texts = [caption.text for caption in choose_captions(captions, rng, 2)]
         draw, lacks = rng if rng is not None else np.random.default_rng(0), 0
         if options.negatives:

@@ -32,11 +32,45 @@ def test_layers_win_in_order() -> None:
         ("optim.name=sgd", "optim.name"),
         ("model=vit_b17", "did you mean 'vit_b16'"),
         ("samples", "key=value"),
+        ("optim.betas=1", r"optim.betas: give a list, such as \[1, 2\]"),
+        ("model.name=", "model.name: give a value"),
     ],
 )
 def test_mistakes_name_the_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         mae(override)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("query: ", "query: "),
+        ("query: what is", "query: what is"),
+        ('"query: "', "query: "),
+        ("two words ", "two words "),
+        ("{query: 1}", {"query": 1}),
+        ("[a, b]", ["a", "b"]),
+        (" 1e-3", 1e-3),
+        ("a=b", "a=b"),
+        ("null", None),
+    ],
+)
+def test_texts_are_taken_as_they_stand(given: str, value: object) -> None:
+    assert cfg.parse_overrides([f"text.prompt={given}"]) == {"text": {"prompt": value}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.base_lr=-1", "optim.base_lr=-1.0 must be 0 or more"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay=-0.1 must be 0 or more"),
+        ("optim.betas=[0.9,1.0]", r"optim.betas=\[0.9, 1.0\] must be two numbers in \[0, 1\)"),
+        ("optim.eps=0", "optim.eps=0.0 must be above 0"),
+    ],
+)
+def test_impossible_optimizers_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mae(override).optim.validate()
 
 
 def test_naming_a_model_drops_the_kwargs_of_another() -> None:

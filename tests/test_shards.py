@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,14 @@ from xray.errors import DataError
 
 
 def test_columns_come_back_mapped(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    os.umask(before)
     texts = ["a", "", "ünï", "x" * 300]
     blob, ends = pack_texts(texts)
     table = np.arange(12).reshape(4, 3)
     save_columns(tmp_path / "t", {"blob": blob, "ends": ends, "table": table}, {"n": 4})
     columns, facts = open_columns(tmp_path / "t")
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o666 & ~before  # not safetensors' own
     assert unpack_texts(columns["blob"], columns["ends"]) == texts and facts == {"n": 4}
     assert np.array_equal(columns["table"], table)
     for column in columns.values():
@@ -81,6 +86,16 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"cut.tar is truncated"):
         index_shard(whole)
+    inside = write_tar(tmp_path / "hit.tar", {f"{i}.jpg": jpeg() for i in range(20)})
+    offset = 5 * (512 + math.ceil(len(jpeg()) / 512) * 512)  # of the sixth header
+    whole_bytes = inside.read_bytes()
+    inside.write_bytes(whole_bytes[:offset] + b"\xa5" * 512 + whole_bytes[offset + 512 :])
+    damaged = rf"hit.tar is .*damaged.*no header at byte {offset:,}\) after sample '4'"
+    with pytest.raises(DataError, match=damaged):  # for tarfile it is the end
+        index_shard(inside)
+    unended = write_tar(tmp_path / "unended.tar", {f"{i}.jpg": jpeg() for i in range(3)})
+    unended.write_bytes(unended.read_bytes()[: 3 * offset // 5])  # a writer that died at the end
+    assert len(index_shard(unended)) == 3
     write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
     with pytest.raises(DataError, match="has no image files, only txt"):
         open_source("s", "text.tar", "image", str(tmp_path))

@@ -183,7 +183,7 @@ def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_
         if asked == "[1]":
             Language(TextConfig(str(tmp_path / "llm"), "none"))
             continue
-        with pytest.raises(ConfigError, match=r"set text.pooling"):
+        with pytest.raises(ConfigError, match=r"set text.pooling|fetch it again"):
             Language(TextConfig(str(tmp_path / "llm"), "none"))
     modes.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
     with pytest.raises(ConfigError, match="asks for pooling_mode_mean_tokens and pooling_mode_max"):
@@ -254,7 +254,12 @@ def test_folders_that_do_not_fit_are_refused_with_the_key(
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(folder / "config.json", bare)
-    with pytest.raises(ConfigError, match="no usable tokenizer"):
+    for file in folder.glob("model*"):
+        shutil.copy(file, bare)
+    with pytest.raises(ConfigError, match=r"bare has no tokenizer: none of .*tokenizer.json"):
+        Language(TextConfig(str(bare), "none"))
+    (bare / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"bare/config.json is no json: fetch it again"):
         Language(TextConfig(str(bare), "none"))
     with pytest.raises(ConfigError, match="latent has weights to be trained"):
         Language(TextConfig(str(folder), "none", pooling="latent"))

@@ -14,14 +14,18 @@ from tiny import settings, train
 from torch import Tensor
 from typer.testing import CliRunner
 
-from data_pipelines.sources import Sample
+from data_pipelines.sources import Sample, open_source
 from stages.base import Parents
 from stages.text import TextModule, TextStage
 from xray.artifact import Artifact
 from xray.cli import app
 from xray.errors import ConfigError, DataError
-from xray.evaluation.retrieval import caption_retrieval
+from xray.evaluation.features import extract, read_all_captions
+from xray.evaluation.retrieval import caption_retrieval, retrieval
+from xray.evaluation.suite import result_table
+from xray.offline.stream import data_of
 from xray.report import read_metrics
+from xray.restore import Encoder
 
 OTHERS = "data.sources.pairs={shards: pairs, modality: text}"
 BLOCKS = "data.blocks=[{source: pairs, samples: 8}]"
@@ -170,12 +174,30 @@ def test_tuning_brings_captions_of_a_picture_together(demo: Path, tmp_path: Path
 
 
 def test_clips_are_found_by_their_captions(demo: Path, tmp_path: Path) -> None:
-    clip = train("clip", demo, tmp_path / "clip", "train.samples=24")
+    clip = train("clip", demo, tmp_path / "clip", "train.samples=24", "clip.matryoshka=[4]")
     asked = ["eval", str(clip.path), f"data.root={demo}", "eval.video_retrieval.shards=clips"]
-    done = CliRunner().invoke(app, asked)
+    done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "r.json")])
     assert done.exit_code == 0 and "text to clip R@1" in done.output, done.output
-    wrong = CliRunner().invoke(app, [*asked, "eval.captions.shards=photos", "--suite", "captions"])
-    assert wrong.exit_code == 2
+    found = json.loads((tmp_path / "r.json").read_text())["video_retrieval"]
+    titles = [row[0] for row in result_table({"video_retrieval": found}).rows]
+    assert "clip to text R@5" in titles and "clip to text R@5, first 4 features" in titles
+    source, encoder = open_source("s", "clips", "video", str(demo)), Encoder(clip)
+    images = extract(source, encoder.encode_pixels, data_of(clip, 0)).rows
+    captions = read_all_captions(source)
+    texts = encoder.encode_text([caption for own in captions for caption in own])
+    owner = torch.tensor([n for n, own in enumerate(captions) for _ in own])
+    cut = [F.normalize(rows[:, :4], dim=-1) for rows in (images, texts)]
+    for ending, rows in (("", (images, texts)), ("/4", cut)):
+        for name, value in retrieval(*rows, owner).items():
+            if name.startswith(("text_to", "image_to")):
+                assert found[name + ending] == pytest.approx(value)
+    assert len({found["text_to_image_R@10"], found["text_to_image_R@10/4"]}) == 2
+
+    for more in (["--suite", "captions"], []):
+        only = [*asked[:3], "eval.captions.shards=photos", *more]
+        wrong = CliRunner().invoke(app, only)
+        assert wrong.exit_code == 2 and "is of stage clip" in wrong.stderr
+    assert "it can be asked for zero_shot, retrieval" in " ".join(wrong.stderr.split())
 
 
 def test_pictures_without_media_are_counted_as_text(tmp_path: Path) -> None:

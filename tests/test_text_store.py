@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from shards import jpeg, write_tar
-from tiny import train
+from tiny import ALL_TOKENS, train
 from typer.testing import CliRunner
 
 from data_pipelines.captions import read_captions
@@ -19,7 +19,7 @@ from data_pipelines.sources import Source, open_source
 from data_pipelines.text_store import TextStore, open_store, packed, store_facts, unpacked
 from xray.cli import app
 from xray.config import TextConfig
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
 from xray.language import Language
 from xray.offline import text_features
 from xray.offline.text_features import TextFeaturesConfig, write_text_features
@@ -49,6 +49,11 @@ def shards(tmp_path: Path) -> Path:
 def config_of(demo: Path, **more: Any) -> TextFeaturesConfig:
     given = {"llm": str(demo / "llm"), "tune": "none", "workers": 0, **more}
     return TextFeaturesConfig(**given)
+
+
+def stored_as_it_is(source: Source, config: TextFeaturesConfig) -> TextStore:
+    identity = Language(config).identity()
+    return open_store(source, store_facts(source, identity, config.captions, config.features))  # type: ignore[arg-type]
 
 
 def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
@@ -173,9 +178,41 @@ def test_a_store_that_does_not_fit_is_refused_with_the_reason(demo: Path, shards
         open_store(grown, store_facts(grown, language.identity(), {}, "bf16"))
 
 
+def damage(path: Path, start: int, bad: bytes) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + bad + content[start + len(bad) :])
+
+
+def test_a_damaged_store_is_named_and_written_again(demo: Path, shards: Path) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
+    store, _ = stored(source, config)
+    expected, digest = store.vectors(1, 1, [0]), store.digest
+    name = store.sidecar.name
+    table, summary = source.derived(name, 0), source.derived(name)
+    whole = table.read_bytes()
+
+    table.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is missing, damaged or"):
+        stored_as_it_is(source, config).vectors(1, 1, [0])  # "a red circle" lies in the first
+    assert stored(source, config)[0].digest == digest and table.read_bytes() == whole
+
+    last = 4 * 32 * 4  # bytes of the shard's four vectors
+    damage(table, len(whole) - last, b"\xff" * last)  # nan
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and xray"):
+        for member, captions in enumerate(CAPTIONS[0]):
+            stored_as_it_is(source, config).vectors(0, member, range(len(captions)))
+    table.unlink()
+    assert np.array_equal(stored(source, config)[0].vectors(1, 1, [0]), expected)
+
+    summary.unlink()
+    with pytest.raises(ConfigError, match=r"text-features-\w+ is gone; write them"):
+        stored_as_it_is(source, config)
+    assert stored(source, config)[0].digest == digest
+
+
 def test_training_on_stored_vectors_is_training_on_live_ones(demo: Path, tmp_path: Path) -> None:
     """fp32: the same losses; bf16 and int8: nearly. The artifact encodes text by itself."""
-    more = ("train.samples=48", "model.drop_path=0.0", "text.max_length=32")
+    more = (ALL_TOKENS, "train.samples=48", "model.drop_path=0.0", "text.max_length=32")
     live = train("clip", demo, tmp_path / "live", *more)
     rows = read_metrics(tmp_path / "live" / "metrics.jsonl")
     folders = [str(demo / name) for name in ("photos", "clips")]

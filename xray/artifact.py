@@ -27,6 +27,7 @@ from torch import Tensor
 
 from xray import __version__
 from xray.errors import ArtifactError
+from xray.files import usual_mode
 
 SCHEMA = 1
 PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
@@ -109,7 +110,9 @@ def write_artifact(
     temporary.mkdir(parents=True)
     for name, tensors in parts.items():
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        tensors_file = temporary / f"{name}.safetensors"
+        with usual_mode(tensors_file):
+            save_file(plain, tensors_file, metadata={"format": "pt"})
     for name, item in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -250,12 +250,7 @@ def _evaluate(
             raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
     encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
     suite = Suite(encoder, config, root, workers)
-    if not (suites or suite.possible()):
-        raise ConfigError(
-            f"no evaluation data for an artifact of stage {artifact.stage}: give --recipe, or "
-            "eval.retrieval.shards= and the like"
-        )
-    return suite.run(suites or suite.possible())
+    return suite.run(suites or suite.asked())
 
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
@@ -274,7 +269,7 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
         # The last is asked everything, a hashtag artifact before it for its tags.
         asked = recipe.eval.tags if artifact.stage == "hashtag" else {}
         suites = ["tags"] if artifact is not vision[-1] else None
-        if asked or (suites is None and {*recipe.eval.configured()} - {"captions"}):
+        if asked or (suites is None and recipe.eval.possible(artifact.stage)):
             results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, suites)
     if results:
         table = result_table(results)

@@ -212,10 +212,13 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the key to change."""
-        if len(self.betas) != 2:
-            raise ConfigError(f"optim.betas={self.betas} must be two numbers")
-        if self.clip_grad < 0:
-            raise ConfigError(f"optim.clip_grad={self.clip_grad} must be >= 0 (0 = off)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.eps <= 0:
+            raise ConfigError(f"optim.eps={self.eps} must be above 0")
+        for name in ("base_lr", "min_lr", "weight_decay", "logit_scale_lr", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optim.warmup={self.warmup} must be in [0, 1)")
         for name, tower in (("vision", self.vision), ("text", self.text)):

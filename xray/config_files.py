@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from xray.config import nearest
@@ -55,11 +55,20 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
     layers: list[Layer] = []
     for item in sorted(items, key=lambda item: item.split("=", 1)[0] not in PRESETS):
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+            layers.append(_parse_override(*item.split("=", 1)))
         except Exception as error:  # yaml and omegaconf have several parser errors
             raise ConfigError(f"{item!r} cannot be read: {_first_line(error)}") from error
-        layers.append(parsed)  # type: ignore[arg-type]
     return merge(*layers)
+
+
+def _parse_override(key: str, value: str) -> dict[str, Any]:
+    """One override as a nested dict; a value is read as yaml, but a text is taken as it stands."""
+    parsed = OmegaConf.from_dotlist([f"{key}={value}"])
+    found = OmegaConf.select(parsed, key)
+    sentence = isinstance(found, DictConfig) and not value.lstrip().startswith("{")  # `query: `
+    if sentence or (isinstance(found, str) and found == value.strip()):  # with its spaces
+        OmegaConf.update(parsed, key, value, merge=False)
+    return OmegaConf.to_container(parsed)  # type: ignore[return-value]
 
 
 def load_preset(group: str, name: str) -> dict[str, Any]:
@@ -107,13 +116,21 @@ def build(schema: type[C], *layers: Layer) -> C:
         hint = nearest(key.split(".")[-1], where)
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{error.full_key}: {_meaning(error)}") from error
 
 
 def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
     """base.yaml <- stage/STAGE.yaml <- layers, as one checked dataclass."""
     shipped_layers = (read_yaml(config_path("base")), read_yaml(config_path(f"stage/{stage}")))
     return build(schema, *shipped_layers, *layers, {"stage": stage})
+
+
+def _meaning(error: OmegaConfBaseException) -> str:
+    """What omegaconf found, in words for who wrote the value."""
+    text = _first_line(error)
+    if "is not a ListConfig" in text:
+        return "give a list, such as [1, 2]"
+    return "give a value" if "'None'" in text else text
 
 
 def _first_line(error: Exception) -> str:

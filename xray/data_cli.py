@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xray.command import Overrides, guarded
+from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.check import CheckReport
@@ -62,29 +60,6 @@ def data_index(
             f"{pattern}: {len(manifest):,} shards, {images:,} images, {clips:,} clips, "
             f"{texts:,} samples with text, digest {manifest.digest[:12]}"
         )
-
-
-def progress_of(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
-    """A bar over results that come one by one."""
-    from rich.console import Console
-    from rich.progress import track
-
-    def follow(found: Iterable[Any], total: int) -> Iterator[Any]:
-        console = Console(stderr=True)
-        yield from track(found, what, total, console=console, disable=not sys.stderr.isatty())
-
-    return follow
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @data_app.command("pack")
@@ -158,27 +133,18 @@ def data_stats(
 
 def _checked(shards: list[str], workers: int, cache: str) -> CheckReport:
     """All patterns read, as one report."""
-    from rich.progress import Progress
-
     from data_pipelines.check import CheckReport, check
     from data_pipelines.sources import make_cache
     from xray.config import DataConfig
 
     config = DataConfig(cache=cache)
     kept = make_cache(config)
-    with Progress(disable=not sys.stderr.isatty()) as bar:
 
-        def read(pattern: str) -> CheckReport:
-            task = bar.add_task("reading")
-            return check(
-                pattern,
-                kept,
-                config,
-                workers,
-                lambda n, of: bar.update(task, completed=n, total=of),
-            )
+    def read(pattern: str) -> CheckReport:
+        with progress_bar("reading") as progress:
+            return check(pattern, kept, config, workers, progress)
 
-        return functools.reduce(CheckReport.joined, map(read, shards))
+    return functools.reduce(CheckReport.joined, map(read, shards))
 
 
 @data_app.command("tiny-llm")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray.command import guarded
-from xray.data_cli import data_app, progress_bar, progress_of
+from xray.data_cli import data_app
 from xray.errors import ConfigError
+from xray.progress import progress_bar, progress_of
 from xray.tags_cli import Items, Modality, open_any, split_items
 
 if TYPE_CHECKING:

@@ -254,9 +254,9 @@ def store_captions(config: Any, device: torch.device) -> None:
     from data_pipelines.sources import open_sources
     from stages.base import split_parents
     from xray.artifact import open_artifact
-    from xray.data_cli import progress_bar
     from xray.language import Language
     from xray.offline.text_features import TextFeaturesConfig, write_text_features
+    from xray.progress import progress_bar
 
     parents = split_parents(
         stage_class(config.stage), [open_artifact(path) for path in config.init_from]

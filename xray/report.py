@@ -29,9 +29,9 @@ from xray import dist
 from xray.artifact import write_text
 from xray.checkpoint import TrainState
 from xray.config import RunConfig
+from xray.progress import LINE_SECONDS
 
 console = Console(stderr=True, highlight=False)
-LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
 
 
 class Sinks:

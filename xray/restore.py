@@ -19,6 +19,7 @@ from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
 from xray.models.tokens import CaptionTokenizer, Tokens
 from xray.models.weights import load_adapted
+from xray.progress import progress_of
 from xray.schedule import largest
 
 TEXTS = 256  # captions that are encoded at a time
@@ -82,6 +83,7 @@ class Encoder(VisionEncoder):
         self.vision_projection = Projection(self.vision.embed_dim, joint)
         self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
         head = artifact.load("head")
+        self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
         self.logit_scale = head.pop("logit_scale").exp()
         head.pop("logit_bias", None)  # of the sigmoid loss: it changes no order
         wrong = self.load_state_dict(head, strict=False).unexpected_keys
@@ -155,8 +157,8 @@ def encode_captions(
     device: torch.device,
 ) -> Tensor:
     """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D]."""
-    rows = []
-    for start in range(0, len(captions), TEXTS):
+    rows, starts = [], range(0, len(captions), TEXTS)
+    for start in progress_of("texts")(starts, len(starts)):
         tokens = tokenizer(captions[start : start + TEXTS])
         rows.append(encode({k: v.to(device) for k, v in tokens.items()}).float().cpu())
     return F.normalize(torch.cat(rows), dim=-1)

@@ -44,7 +44,10 @@ class FromArtifact:
     """A clip artifact that teaches."""
 
     def __init__(self, path: str, device: torch.device) -> None:
-        artifact = open_artifact(path)
+        try:
+            artifact = open_artifact(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"clip.teacher: {error}") from error
         if artifact.stage != "clip":
             raise ArtifactError(
                 f"clip.teacher={path} is of stage {artifact.stage}: a clip artifact can teach, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.progress import progress_of
 
 
 @dataclass
@@ -54,8 +56,9 @@ def extract(
     def collate(rows: list[Fields]) -> Fields:
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
-    rows, labels = [], []
-    for batch in iterate_source(source, transform, collate, data, batch_size):  # type: ignore[arg-type]
+    rows, labels = list[Tensor](), list[Tensor]()
+    batches = iterate_source(source, transform, collate, data, batch_size)  # type: ignore[arg-type]
+    for batch in progress_of(source.name)(batches, math.ceil(len(source) / batch_size)):
         rows.append(encode(batch["pixels"]))
         labels.append(batch["label"])
     return Features(torch.cat(rows), torch.cat(labels))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from data_pipelines.shards import Modality
 from data_pipelines.sources import Source, open_source
@@ -22,16 +24,15 @@ from xray.evaluation.zero_shot import zero_shot
 from xray.report import ResultTable
 from xray.restore import Encoder, Tagger, TextEncoder, VisionEncoder, class_weights
 
-# The suites, and what each is asked of.
-NEEDS: dict[str, type[VisionEncoder] | type[TextEncoder]] = {
-    "zero_shot": Encoder,
-    "retrieval": Encoder,
-    "video_retrieval": Encoder,
-    "captions": TextEncoder,
-    "knn": VisionEncoder,
-    "tags": Tagger,
+# What the artifact of a stage can be asked for.
+SUITES_OF = {
+    "mae": ("knn",),
+    "hashtag": ("knn", "tags"),
+    "text": ("captions",),
+    "clip": ("zero_shot", "retrieval", "video_retrieval", "knn"),
 }
-SUITES = tuple(NEEDS)
+SUITES = ("zero_shot", "retrieval", "video_retrieval", "captions", "knn", "tags")
+WAYS = ("text_to_image", "image_to_text")  # of retrieval
 
 
 @dataclass
@@ -91,6 +92,10 @@ class EvalConfig:
         }
         return [name for name in SUITES if given[name]]
 
+    def possible(self, stage: str) -> list[str]:
+        """The suites that have data and can be asked of a stage's artifact."""
+        return [name for name in self.configured() if name in SUITES_OF[stage]]
+
 
 class Suite:
     """Runs suites on one encoder."""
@@ -119,9 +124,16 @@ class Suite:
     def _open(self, name: str, pattern: str, modality: Modality) -> Source:
         return open_source(f"eval.{name}", pattern, modality, self.data.root)
 
-    def possible(self) -> list[str]:
-        """The suites that have data and that the artifact can be asked for."""
-        return [name for name in self.config.configured() if isinstance(self.encoder, NEEDS[name])]
+    def asked(self) -> list[str]:
+        """The suites that have data and fit the artifact; raises ConfigError for none."""
+        stage = self.encoder.artifact.stage
+        given, able = self.config.configured(), SUITES_OF[stage]
+        has = (
+            f"the data are for {', '.join(given)}" if given else "there are no data: give --recipe"
+        )
+        if not self.config.possible(stage):
+            raise ConfigError(f"{self._what}: it can be asked for {', '.join(able)}; {has}")
+        return self.config.possible(stage)
 
     @property
     def _joint(self) -> Encoder:
@@ -165,7 +177,14 @@ class Suite:
         source = self._open(name, config.shards, config.modality)
         found = self._extract(source, joint=True)
         texts, owner = _texts(read_all_captions(source, config.captions), name)
-        return retrieval(found.rows, self._joint.encode_text(texts), owner)
+        rows = self._joint.encode_text(texts)
+        result = retrieval(found.rows, rows, owner)
+        for size in self._joint.matryoshka:
+            images, captions = (F.normalize(x[:, :size], dim=-1) for x in (found.rows, rows))
+            part = retrieval(images, captions, owner)
+            recalls = {k: v for k, v in part.items() if k.startswith(WAYS)}
+            result |= {f"{name}/{size}": value for name, value in recalls.items()}
+        return result
 
     def _captions(self) -> dict[str, float]:
         """Of the tuned model, and of its base as `before`."""
@@ -225,13 +244,15 @@ def result_table(results: dict[str, dict[str, float]]) -> ResultTable:
             row(f"zero-shot {k}", r[k], r[f"chance_{k}"], over)
     for suite, medium in (("retrieval", "image"), ("video_retrieval", "clip")):
         r = results.get(suite, {})
-        for way in ("text_to_image", "image_to_text") if r else ():
+        prefixes = dict.fromkeys(name.partition("/")[2] for name in r if name.startswith(WAYS))
+        for prefix, way, rank in product(prefixes, WAYS, (1, 5, 10)):
             what = "pictures" if medium == "image" else "clips"
             over = f"{r['images']:.0f} {what}, {r['texts']:.0f} captions"
-            for rank in (1, 5, 10):
-                name = f"{way}_R@{rank}"
-                title = name.replace("image", medium).replace("_", " ")
-                row(title, r[name], r[f"chance_{name}"], over)
+            name = f"{way}_R@{rank}"
+            title = name.replace("image", medium).replace("_", " ")
+            whose = f", first {prefix} features" if prefix else ""
+            value = r[f"{name}/{prefix}" if prefix else name]
+            row(title + whose, value, r[f"chance_{name}"], over)
     if "captions" in results:
         r = results["captions"]
         over = f"{r['captions']:.0f} captions"

@@ -27,7 +27,7 @@ def find_llm(name: str) -> Path:
             "or start from a text artifact (--init-from)"
         )
     folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    if _json(folder / "config.json"):
         return folder
     if folder.exists() or name.startswith((".", "/", "~")):
         raise ConfigError(f"text.llm={name} is no transformers folder: it has no config.json")
@@ -97,7 +97,8 @@ def load_llm(
             llm = kind.from_config(settings, dtype=dtype)
     except Exception as error:
         raise ConfigError(
-            f"transformers cannot load the model in {folder}: {brief(error)}"
+            f"transformers cannot load the weights in {folder} ({brief(error)}): if the files are "
+            "cut short or damaged, fetch them again"
         ) from error
     _check_whole(folder, found)
     if hasattr(llm, "pooler"):  # BERT's, which nothing here would train
@@ -158,5 +159,5 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path} is no json: set text.pooling, or restore it") from error
+        raise ConfigError(f"{path} is no json: fetch it again") from error
     return content if isinstance(content, dict) else {"list": content}

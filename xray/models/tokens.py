@@ -94,10 +94,11 @@ def _load(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ConfigError(f"{folder} has no usable tokenizer: {brief(error)}") from error
-    if not tokenizer("a")["input_ids"]:  # made up by transformers where the files are missing
-        raise ConfigError(
-            f"{folder} has no usable tokenizer: its files (tokenizer.json) are missing"
-        )
+    # without its files transformers makes one up, of which every word is unknown
+    files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
+    of_bytes = not tokenizer.vocab_files_names  # it needs no file
+    if not (of_bytes or any((folder / name).is_file() for name in files)):
+        raise ConfigError(f"{folder} has no tokenizer: none of {', '.join(sorted(files))} is there")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipelines.captions import TEXT_FILES, captions_of
 from data_pipelines.columns import Columns
 from data_pipelines.decode import BadSample
-from data_pipelines.sidecars import Sidecar, open_sidecar, pack_rows
+from data_pipelines.sidecars import Sidecar, open_whole, pack_rows
 from data_pipelines.sources import Source
 from xray.config import DataConfig
 from xray.errors import ConfigError
@@ -121,7 +121,7 @@ def _written(
 ) -> tuple[Sidecar, dict[str, int]]:
     """The sidecar of these facts, made where it is not there."""
     name = f"{facts['kind']}-{hash_json(dict(facts))[:12]}"
-    found = open_sidecar(source, name)
+    found = open_whole(source, name)
     if found is not None:
         return found, {}
     return write_from_model(source, name, model, pack, facts, {}, data, config.batch_size, progress)

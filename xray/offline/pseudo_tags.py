@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipelines.columns import Columns
 from data_pipelines.labels import TEACHER_COLUMNS, Labeller, label, teacher_sidecar
-from data_pipelines.sidecars import Sidecar, open_sidecar, pack_rows
+from data_pipelines.sidecars import Sidecar, open_whole, pack_rows
 from data_pipelines.sources import Source
 from data_pipelines.tags import Origin, TagRules
 from data_pipelines.vocabulary import Vocabulary
@@ -95,7 +95,7 @@ def write_pseudo_tags(
     facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
     name = f"teacher-{hash_json(facts)[:12]}"
     whole = teacher_sidecar(name, source, config.tags, config.field, config.captions)
-    sidecar, causes = open_sidecar(source, whole), dict[str, int]()
+    sidecar, causes = open_whole(source, whole), dict[str, int]()
     if sidecar is None:
         totals = {"prior": _prior(source, teacher, config, data)}
         job, run = _Job(teacher, own, config), (data, config.batch_size, progress)

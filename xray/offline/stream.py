@@ -19,9 +19,9 @@ from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.progress import Progress
 from xray.schedule import value_at
 
-Progress = Callable[[int, int], None]  # (samples done, all samples)
 Place = tuple[int, int]  # (shard, member)
 Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result for each
 Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table

@@ -17,7 +17,7 @@ from data_pipelines.processes import Progress as Results
 from data_pipelines.sidecars import (
     Sidecar,
     finish_sidecar,
-    open_sidecar,
+    open_whole,
     pack_rows,
     save_table,
     saved_table,
@@ -124,13 +124,13 @@ def write_text_features(
     assert config.features != "live"
     facts = store_facts(source, language.identity(), config.captions, config.features)
     name = store_name(facts)
-    found = open_sidecar(source, name)
+    found = open_whole(source, name)
     if found is not None:
         return found
     work = CaptionIds(source, config.captions)
     fields = hash_json(list(config.captions))
     of_ids = f"caption-ids-{fields[:12]}"
-    ids = open_sidecar(source, of_ids) or write_sidecar(
+    ids = open_whole(source, of_ids) or write_sidecar(
         source, of_ids, work, {"kind": "caption-ids"}, config.workers, reading
     )
     layout = lay_out(ids)
