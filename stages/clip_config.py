@@ -9,7 +9,7 @@ from typing import Literal
 from stages.auxiliary import check_unread
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
-from xray.config import RunConfig, TextConfig, runtime
+from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
 
 
@@ -82,6 +82,11 @@ class ClipConfig(RunConfig):
         super().validate()
         self.text.validate()
         self.clip.validate()
+        if self.text.tune == "none" and self.optim.text != TowerOptim():
+            raise ConfigError(
+                "optim.text says how the LLM is trained, and text.tune=none leaves it as it is: "
+                "set text.tune=lora or full, or drop optim.text"
+            )
         if self.clip.mae_weight:
             self.mae.validate(self.model)
         if self.clip.hashtag_weight:

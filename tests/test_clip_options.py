@@ -812,6 +812,7 @@ REFUSED = [
     ("optim.vision.lr=0", r"optim\.vision: lr=0"),
     ("optim.text.layer_decay=0", r"optim\.text: .*layer_decay=0"),
     ("optim.vision.layer_decay=1.1", r"optim\.vision: .*layer_decay=1\.1"),
+    ("optim.text.lr=0.1", r"optim\.text .*text\.tune=none"),
     ("text.max_length=0", r"text\.max_length=0"),
     ("text.latents=0", r"text\.latents=0"),
     ("text.lora_rank=-1", r"text\.lora_rank=-1"),

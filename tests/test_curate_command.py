@@ -104,7 +104,7 @@ def test_the_text_stage_pairs_kept_captions_only(demo: Path, tmp_path: Path) -> 
     for seed in range(8):
         found = stage.transform(kept, np.random.default_rng(seed))["input_ids"].tolist()
         assert sorted(found) == sorted(expected)
-    with pytest.raises(BadSample, match="only one caption"):
+    with pytest.raises(BadSample, match="one caption, where two are needed"):
         stage.transform(dataclasses.replace(sample, texts=(0,)), None)
 
 
