@@ -10,7 +10,7 @@ quickstart: $(STAMP)
 	$(BIN)/xray run quickstart
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # models this small gain nothing from more threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+APART = ("test_cli", "test_own_data")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -22,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a file's tests share what it sets up; those of a few are long and apart
+        if item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
