@@ -32,7 +32,7 @@ def torchrun(*arguments: str) -> None:
 
 
 WAITING = """
-import sys, time
+import pathlib, sys, time
 from datetime import timedelta
 import torch.distributed
 from xray import dist
@@ -43,13 +43,18 @@ torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=6))
 done = dist.main_first(lambda: dist.is_main() and time.sleep(12) or time.monotonic())
 first = dist.broadcast_object(done)
 assert first <= done, "rank 0 is first"
+over = pathlib.Path(sys.argv[1])
+if dist.is_main():
+    over.touch()
+while not over.exists():  # rank 0 is still sending: a socket that is closed would cut it off
+    time.sleep(0.1)
 """
 
 
 def test_ranks_wait_for_what_rank_0_prepares(tmp_path: Path) -> None:
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
-    torchrun(str(script))
+    torchrun(str(script), str(tmp_path / "over"))
 
 
 def assert_same_losses(one: Path, two: Path, expected: int) -> None:
