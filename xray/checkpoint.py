@@ -1,10 +1,11 @@
 """Resume checkpoints: written under a temporary name, renamed last, complete or not there.
 
-checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  quarantine.jsonl  COMPLETE
+checkpoints/step_00000200/  portable/  state.json  quarantine.jsonl  COMPLETE
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from data_pipelines.quarantine import Entry
 from xray import dist
 from xray.artifact import sync_tree
 from xray.engine import Engine
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError
+from xray.portable import load_portable, save_portable
 
 
 @dataclass
@@ -53,21 +55,10 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
-    """Restore the engine; raises ConfigError for another world size or ZeRO stage."""
+    """Restore the engine, whatever number of ranks and ZeRO stage it was saved with."""
     state = read_state(checkpoint)
-    world = dist.world_size()
-    if state.world != world:
-        raise ConfigError(
-            f"{checkpoint} was saved by {state.world} processes, this run has {world}: start it "
-            f"with {state.world}, or choose another out="
-        )
-    if state.zero_stage != engine.stage:
-        raise ConfigError(
-            f"{checkpoint} was saved with zero.stage={state.zero_stage}, this run has "
-            f"{engine.stage}: set zero.stage={state.zero_stage}, or choose another out="
-        )
-    engine.load(checkpoint)
-    return state
+    load_portable(engine, checkpoint)
+    return dataclasses.replace(state, world=dist.world_size(), zero_stage=engine.stage)
 
 
 def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) -> Path:
@@ -78,8 +69,7 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    engine.save(temporary)
-    dist.barrier()
+    save_portable(engine, temporary)
     if dist.is_main():
         facts = {key: value for key, value in asdict(state).items() if key != "quarantine"}
         (temporary / "state.json").write_text(json.dumps(facts, indent=1))
