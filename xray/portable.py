@@ -8,6 +8,8 @@ moment a rank reads only what it keeps.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from xray.engine import Engine
 from xray.errors import ArtifactError, brief
 from xray.files import usual_mode
 
-FOLDER, INDEX = "portable", "index.json"
+FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
 VERSION = 1
 FILE_BYTES = 1 << 29  # of tensors in one file, if they are not larger themselves
 WEIGHT = "weight"
@@ -33,8 +35,8 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
     """
     folder, failure = checkpoint / FOLDER, None
     if dist.is_main():
-        folder.mkdir()
-    dist.barrier()
+        failure = _attempt(folder.mkdir)
+    dist.agree(failure)
     files: dict[str, list[str]] = {}
     for number, names in enumerate(_layout(engine)):
         file = f"{number:05d}.safetensors"
@@ -46,14 +48,13 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
                 if writes:
                     tensors[f"{slot or WEIGHT}/{name}"] = value.cpu()
         files[file] = names
-        if writes and failure is None:
-            failure = _written(tensors, folder / file)
-    buffers = engine.buffers()
-    if dist.is_main() and failure is None:
-        failure = _written(buffers, folder / "buffers.safetensors")
-    if dist.is_main() and failure is None:
-        facts = {"version": VERSION, "steps": engine.steps, "slots": list(engine.slots)}
-        (folder / INDEX).write_text(json.dumps({**facts, "files": files}))
+        if writes:  # the others go on into the next collective, whatever happens here
+            failure = _attempt(partial(_write, tensors, folder / file)) or failure
+    buffers, facts = engine.buffers(), {"version": VERSION, "steps": engine.steps}
+    index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
+    if dist.is_main():
+        failure = _attempt(partial(_write, buffers, folder / BUFFERS)) or failure
+        failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
     dist.agree(failure)
 
 
@@ -71,7 +72,7 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
                 for name in names:
                     for slot in (None, *engine.slots):
                         engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
-        with safe_open(folder / "buffers.safetensors", "pt") as tensors:
+        with safe_open(folder / BUFFERS, "pt") as tensors:
             engine.write_buffers({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"checkpoint {checkpoint} cannot be read: {brief(error)}") from error
@@ -92,15 +93,17 @@ def _layout(engine: Engine) -> list[list[str]]:
     return files
 
 
-def _written(tensors: dict[str, Tensor], path: Path) -> ArtifactError | None:
-    """Write a file; what went wrong is returned: the other ranks wait in the next collective."""
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    with usual_mode(path):
+        save_file(tensors, path)
+
+
+def _attempt(work: Callable[[], object]) -> ArtifactError | None:
+    """Do a piece of writing; returns what went wrong."""
     try:
-        with usual_mode(path):
-            save_file(tensors, path)
+        work()
     except (OSError, SafetensorError) as error:
-        return ArtifactError(
-            f"{path} cannot be written: {brief(error)}; the checkpoint before it is whole"
-        )
+        return ArtifactError(brief(error))
     return None
 
 
@@ -109,6 +112,9 @@ def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
         raise ArtifactError(
             f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
         )
+    for file in index["files"]:
+        if Path(file).name != file:
+            raise ArtifactError(f"checkpoint {checkpoint} names {file}, a file outside of it")
     saved = {name for names in index["files"].values() for name in names}
     changed = sorted(saved ^ engine.trained.keys())
     if changed or tuple(index["slots"]) != engine.slots:
