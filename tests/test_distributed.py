@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from test_resume import HERE, RECIPE, clean_environment, xray
 from tiny import train
-from two_process import CHANGES, STAGES, ZERO
+from two_process import CHANGES, GO_ON, JOINED, STAGES, ZERO, halfway
 
+from xray.artifact import open_artifact
 from xray.report import read_metrics
 
 # Sums in another order: fp32 losses of the same step agree to this, relatively.
@@ -26,7 +28,7 @@ def torchrun(*arguments: str) -> None:
         capture_output=True,
         text=True,
         timeout=600,
-        env=clean_environment(PYTHONPATH=str(HERE)),
+        env=clean_environment(PYTHONPATH=f"{HERE}{os.pathsep}{HERE.parent}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -77,8 +79,10 @@ def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def cells(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cells(demo: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cells")
+    for stage, zero in JOINED:
+        halfway(plain / stage, out / f"{stage}-joined-{zero}")
     torchrun(str(HERE / "two_process.py"), str(demo), str(out))
     return out
 
@@ -96,6 +100,33 @@ def test_zero_stages_agree_with_one_plain_process(
     cells: Path, plain: Path, stage: str, zero: int
 ) -> None:
     assert_same_losses(plain / stage, cells / f"{stage}-{zero}", 6)
+
+
+@pytest.mark.parametrize(("stage", "first", "second"), GO_ON)
+def test_two_processes_go_on_in_any_zero_stage(
+    cells: Path, stage: str, first: int, second: int
+) -> None:
+    begun, done = cells / f"{stage}-{first}", cells / f"{stage}-{first}-to-{second}"
+    assert_same_losses(begun, done, 6)
+    parts = [open_artifact(folder / "artifact").load("backbone") for folder in (begun, done)]
+    if first == second:
+        assert all(torch.equal(value, parts[1][name]) for name, value in parts[0].items())
+
+
+@pytest.mark.parametrize(("stage", "zero"), JOINED)
+def test_two_processes_go_on_where_one_was(cells: Path, plain: Path, stage: str, zero: int) -> None:
+    assert_same_losses(plain / stage, cells / f"{stage}-joined-{zero}", 6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "second"), [("mae", 1, 0), ("mae", 3, 2), ("clip", 3, 1)]
+)
+def test_one_process_goes_on_where_two_were(
+    demo: Path, cells: Path, plain: Path, tmp_path: Path, stage: str, first: int, second: int
+) -> None:
+    out = halfway(cells / f"{stage}-{first}", tmp_path / "run")
+    train(stage, demo, out, f"zero.stage={second}", *CHANGES[stage])
+    assert_same_losses(plain / stage, out, 6)
 
 
 def test_contrastive_gradients_are_those_of_the_whole_batch(cells: Path) -> None:

@@ -1,11 +1,13 @@
 """Cells run one after another by each of two processes, in one process group.
 
 usage: torchrun --nproc_per_node 2 two_process.py DEMO OUT
+OUT may hold runs of one process that were stopped halfway, `STAGE-joined-ZERO`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +27,12 @@ ZERO = [
     ("one_batch", 0),
     ("text", 2),
 ]
+# Taken up again after three of six steps: (cell, its ZeRO stage before, and after).
+GO_ON = [
+    *(("mae", a, b) for a, b in ((0, 0), (1, 3), (3, 0))),
+    *(("clip", a, b) for a, b in ((0, 1), (1, 1), (3, 3))),
+]
+JOINED = [("mae", 0), ("mae", 3), ("clip", 1), ("clip", 3)]  # what one process began with ZeRO 0
 STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # where it is not the cell's name
 # The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
 CHANGES = {
@@ -41,6 +49,12 @@ CHANGES = {
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }
+
+
+def halfway(run: Path, to: Path) -> Path:
+    """A copy of a run of six steps as it was after three."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("artifact", "step_00000006", "tb"))
+    return to
 
 
 def contrastive_gradients(out: Path) -> None:
@@ -66,6 +80,13 @@ def main() -> None:
     for stage, zero in ZERO:
         more = [f"zero.stage={zero}", f"model.grad_checkpointing={zero == 3}"]
         train(STAGES.get(stage, stage), demo, out / f"{stage}-{zero}", *more, *CHANGES[stage])
+    again = [(stage, f"{stage}-{a}-to-{b}", b) for stage, a, b in GO_ON]
+    if dist.is_main():
+        for stage, a, b in GO_ON:
+            halfway(out / f"{stage}-{a}", out / f"{stage}-{a}-to-{b}")
+    dist.barrier()
+    for stage, name, zero in [*again, *((s, f"{s}-joined-{b}", b) for s, b in JOINED)]:
+        train(stage, demo, out / name, f"zero.stage={zero}", *CHANGES[stage])
     contrastive_gradients(out / "gradients.json")
 
 

@@ -1,13 +1,15 @@
 """Resume checkpoints: written under a temporary name, renamed last, complete or not there.
 
-checkpoints/step_00000200/  engine/ (DeepSpeed's files)  state.json  quarantine.jsonl  COMPLETE
+checkpoints/step_00000200/  portable/  state.json  quarantine.jsonl  COMPLETE
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from data_pipelines.quarantine import Entry
 from xray import dist
 from xray.artifact import sync_tree
 from xray.engine import Engine
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError, brief
+from xray.portable import load_portable, save_portable
 
 
 @dataclass
@@ -53,34 +56,25 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
-    """Restore the engine; raises ConfigError for another world size or ZeRO stage."""
+    """Restore the engine, whatever number of ranks and ZeRO stage it was saved with."""
     state = read_state(checkpoint)
-    world = dist.world_size()
-    if state.world != world:
-        raise ConfigError(
-            f"{checkpoint} was saved by {state.world} processes, this run has {world}: start it "
-            f"with {state.world}, or choose another out="
-        )
-    if state.zero_stage != engine.stage:
-        raise ConfigError(
-            f"{checkpoint} was saved with zero.stage={state.zero_stage}, this run has "
-            f"{engine.stage}: set zero.stage={state.zero_stage}, or choose another out="
-        )
-    engine.load(checkpoint)
-    return state
+    load_portable(engine, checkpoint)
+    return dataclasses.replace(state, world=dist.world_size(), zero_stage=engine.stage)
 
 
 def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) -> Path:
-    """Write, then rename; prune to the newest `keep`. Collective."""
+    """Write, then rename; prune to the newest `keep`. Collective.
+
+    Raises ArtifactError on every rank where one cannot write; checkpoints that were there stay.
+    """
     target = folder / f"step_{state.step:08d}"
     temporary = folder / f"tmp-{target.name}"
-    if dist.is_main():
+
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save(temporary)
-    dist.barrier()
-    if dist.is_main():
+
+    def end() -> None:
         facts = {key: value for key, value in asdict(state).items() if key != "quarantine"}
         (temporary / "state.json").write_text(json.dumps(facts, indent=1))
         quarantine.save(state.quarantine, temporary / "quarantine.jsonl")
@@ -90,5 +84,27 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
         os.replace(temporary, target)
         for old in sorted(folder.glob("step_*"))[: -max(1, keep)]:
             shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+
+    try:
+        _on_main(begin)
+        save_portable(engine, temporary)
+        _on_main(end)
+    except ArtifactError as error:
+        if dist.is_main():  # it may be all that fills the disk
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise ArtifactError(
+            f"checkpoint {target} cannot be written: {error}; those before it are whole, and the "
+            "same command goes on from the last of them"
+        ) from error
     return target
+
+
+def _on_main(work: Callable[[], None]) -> None:
+    """work() on rank 0; raises its OSError as ArtifactError on every rank."""
+    failure: ArtifactError | None = None
+    if dist.is_main():
+        try:
+            work()
+        except OSError as error:
+            failure = ArtifactError(brief(error))
+    dist.agree(failure)

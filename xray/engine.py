@@ -3,6 +3,7 @@
 What DeepSpeed gets silently wrong is settled here: clipping is always written out (its default is
 1.0), bf16 is autocast over fp32 weights (its own bf16 counts one optimizer step too many at stage
 0), and values are clamped through the fp32 master, which a write to the parameter does not reach.
+Its checkpoints are not used: they fit one number of ranks, and are pickles (see portable.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ import contextlib
 import logging
 import math
 import os
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-# Read when torch.load runs: DeepSpeed asks for full unpickling, this refuses it.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 import torch
 
@@ -23,8 +21,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -32,17 +28,15 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from stages.base import StageModule
 from xray import dist
 from xray.config import RunConfig
-from xray.errors import ArtifactError, ConfigError
-from xray.optim import make_optimizer, parameter_groups, set_lr
+from xray.errors import ConfigError
+from xray.optim import SLOTS, make_optimizer, parameter_groups, set_lr
 
 deepspeed_logger.setLevel(logging.ERROR)
-torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, fragment_address])
 
 
 def init_distributed(device: torch.device) -> None:
@@ -87,6 +81,23 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter of which this rank keeps the fp32 master and the moments.
+
+    flat: what the optimizer steps. start: in flat; own: in the flattened parameter.
+    """
+
+    flat: Tensor
+    start: int
+    own: int
+    size: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its values in a tensor like `flat`."""
+        return flat.view(-1)[self.start : self.start + self.size]
+
+
 class Engine:
     """One stage's module under DeepSpeed."""
 
@@ -94,7 +105,7 @@ class Engine:
         groups = parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")
-        self.stage = config.zero.stage
+        self.stage, self.slots = config.zero.stage, SLOTS[config.optim.name]
         self._norm: float | None = None  # of the last step's gradient
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -185,22 +196,100 @@ class Engine:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files below folder; collective."""
-        self._engine.save_checkpoint(
-            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
+    # the state of training, by parameter ------------------------------------------------------
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """How many values each parameter has that is trained, by name."""
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in self._trained.items()}
+
+    @torch.no_grad()
+    def read(self, name: str, slot: str | None = None) -> Tensor:
+        """A parameter's full fp32 master, or a moment of it; collective."""
+        parameter = self._trained[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
+        piece = self._piece(parameter)
+        values = self._values(piece, slot) if piece is not None else None
+        if piece is not None and values is not None:
+            whole[piece.own : piece.own + piece.size] = piece.of(values)
+        return (dist.sum_over_ranks(whole) if self.stage > 0 else whole).view(shape)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor, slot: str | None = None) -> None:
+        """Set a parameter and its master, or a moment of it; collective in stage 3.
+
+        Raises ValueError for another shape.
+        """
+        parameter = self._trained[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, not {list(shape)}")
+        piece = self._piece(parameter)
+        if piece is not None:
+            values = self._values(piece, slot)
+            if values is None:
+                values = self._optimizer.state[piece.flat][slot] = torch.zeros_like(piece.flat)
+            piece.of(values).copy_(value.reshape(-1)[piece.own : piece.own + piece.size])
+        if slot is None and self.stage > 0:
+            with self._gathered([parameter]):
+                parameter.copy_(value)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, as its moments' bias correction counts them."""
+        return max(
+            (int(s["step"]) for s in self._optimizer.state.values() if "step" in s), default=0
         )
 
-    def load(self, folder: Path) -> None:
-        """Load what `save` wrote; the files are refused if they hold more than tensors."""
-        try:
-            path, _ = self._engine.load_checkpoint(
-                str(folder), tag="engine", load_module_strict=False
-            )
-        except Exception as error:
-            raise ArtifactError(f"checkpoint {folder} cannot be loaded: {error}") from error
-        if path is None:
-            raise ArtifactError(f"checkpoint {folder} holds no engine state")
+    def set_steps(self, steps: int) -> None:
+        """Set what `steps` reads."""
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            for state in self._optimizer.state.values():
+                state["step"] = torch.tensor(float(steps))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a module keeps that is no parameter."""
+        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        state = self.module.state_dict()
+        return {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in names}
+
+    @torch.no_grad()
+    def write_buffers(self, values: dict[str, Tensor]) -> None:
+        """Set what `buffers` reads; raises KeyError for another name."""
+        state = self.module.state_dict()
+        for name, value in values.items():
+            state[name].copy_(value)
+
+    @property
+    def _trained(self) -> dict[str, Any]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
+    def _optimizer(self) -> Any:
+        """The optimizer inside ZeRO's."""
+        return self._engine.optimizer.optimizer if self.stage > 0 else self._engine.optimizer
+
+    def _values(self, piece: Piece, slot: str | None) -> Tensor | None:
+        """The master, or a moment, that holds a piece; None before the first step."""
+        return piece.flat if slot is None else self._optimizer.state[piece.flat].get(slot)
+
+    def _piece(self, parameter: Any) -> Piece | None:
+        """What this rank keeps of a parameter; None for nothing."""
+        if self.stage == 0:
+            return Piece(parameter, 0, 0, parameter.numel())
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
+            own = dist.rank() * size  # the last ranks' parts are padded
+            size = max(0, min(size, parameter.ds_numel - own))
+            return Piece(zero.fp32_partitioned_groups_flat[group], start, own, size)
+        found = parameter._hp_mapping
+        if found is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[found.param_group_index]
+        at, own = found.hp_fragment_address, found.lp_fragment_address.start
+        return Piece(flat, at.start, own, at.numel)
 
     def destroy(self) -> None:
         self._engine.destroy()

@@ -13,6 +13,7 @@ from torch import nn
 from xray.config import OptimConfig, TowerOptim
 
 ALONE = ("logit_scale", "logit_bias")  # in a group of their own
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # moments of a parameter
 # What is as deep as a tower's first block, and what comes after its last.
 BOTTOM = re.compile(r"embed|cls_token|reg_token|pos_temporal|norm_pre|wte|wpe|shared")
 BLOCK = re.compile(r"\.(?:blocks?|layers?|h)\.(\d+)\.")

@@ -1,0 +1,152 @@
+"""Checkpoints that any number of ranks and any ZeRO stage take up."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ALL_TOKENS, train
+from two_process import halfway
+
+from xray import portable
+from xray.artifact import open_artifact
+from xray.errors import ArtifactError
+from xray.report import read_metrics
+
+STEPS = ("loss", "grad_norm", "lr")
+
+
+def assert_same(one: Path, two: Path, exact: bool) -> None:
+    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(mine) == len(theirs) == 6
+    for a, b in zip(mine, theirs, strict=True):
+        for name in STEPS:
+            assert a[name] == (b[name] if exact else pytest.approx(b[name], rel=1e-4)), a["step"]
+    parts = [open_artifact(folder / "artifact") for folder in (one, two)]
+    for part in parts[0].manifest["tensors"]:
+        first, second = (artifact.load(part) for artifact in parts)
+        assert first.keys() == second.keys()
+        for name in first:
+            if exact:
+                assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs of six steps, by stage and what was asked for; each is made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def folder(*asked: str) -> Path:
+        if asked not in made:
+            made[asked] = tmp_path_factory.mktemp("whole") / "run"
+            train(asked[0], demo, made[asked], *asked[1:])
+        return made[asked]
+
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["mae", "clip"])
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+@pytest.mark.parametrize("second", [0, 1, 2, 3])
+def test_a_run_goes_on_in_any_zero_stage(
+    demo: Path, tmp_path: Path, whole: Callable[..., Path], stage: str, first: int, second: int
+) -> None:
+    begun = whole(stage, ALL_TOKENS, f"zero.stage={first}")
+    out = halfway(begun, tmp_path / "run")
+    train(stage, demo, out, ALL_TOKENS, f"zero.stage={second}")
+    assert_same(begun, out, exact=first == second)
+
+
+def test_lion_has_one_moment(demo: Path, tmp_path: Path, whole: Callable[..., Path]) -> None:
+    lion = ("optim.name=lion", "optim.base_lr=0.002")
+    begun = whole("mae", ALL_TOKENS, *lion)
+    for zero in (0, 3):
+        out = halfway(begun, tmp_path / str(zero))
+        train("mae", demo, out, ALL_TOKENS, *lion, f"zero.stage={zero}")
+        assert_same(begun, out, exact=zero == 0)
+
+
+def test_a_state_of_many_files_is_the_same(
+    demo: Path, tmp_path: Path, whole: Callable[..., Path]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "FILE_BYTES", 50_000)
+        train("mae", demo, tmp_path / "run", ALL_TOKENS, "zero.stage=1")
+    (state,) = (tmp_path / "run" / "checkpoints").glob("step_00000003/portable")
+    files = sorted(state.glob("0*.safetensors"))
+    assert len(files) > 5
+    whole_run = whole("mae", ALL_TOKENS, "zero.stage=1")
+    one = whole_run / "checkpoints" / "step_00000003" / "portable" / "00000.safetensors"
+    together: dict[str, torch.Tensor] = {}
+    for file in files:
+        together |= load_file(file)
+    alone = load_file(one)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(together[name], value) for name, value in alone.items())
+    out = halfway(tmp_path / "run", tmp_path / "again")
+    train("mae", demo, out, ALL_TOKENS, "zero.stage=1")
+    assert_same(whole_run, out, exact=True)
+
+
+@pytest.mark.parametrize("file", ["00000.safetensors", "index.json", "state.json"])
+def test_a_full_disk_leaves_what_was_saved(
+    demo: Path, tmp_path: Path, whole: Callable[..., Path], file: str
+) -> None:
+    """The limit of a file's size stands for the disk: a write past it fails in the same way."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        if file.endswith("safetensors"):
+            saved = []
+            save_file = portable.save_file
+
+            def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+                saved.append(path)
+                if len(saved) <= 2:  # the first checkpoint's two
+                    return save_file(tensors, path)
+                before = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+                try:
+                    save_file(tensors, path)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+            patch.setattr(portable, "save_file", full)
+        else:
+            write = Path.write_text
+
+            def none_left(self: Path, *given: object, **more: object) -> int:
+                if self.name == file and "step_00000006" in str(self):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(self, *given, **more)  # type: ignore[arg-type]
+
+            patch.setattr(Path, "write_text", none_left)
+        with pytest.raises(ArtifactError, match=r"step_00000006 cannot be written: .*those before"):
+            train("mae", demo, out, ALL_TOKENS)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000003"]
+    train("mae", demo, out, ALL_TOKENS)
+    assert_same(whole("mae", ALL_TOKENS), out, exact=True)
+
+
+def test_a_state_of_another_model_or_optimizer_is_refused(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train("mae", demo, out, ALL_TOKENS)
+    (index,) = (out / "checkpoints").glob("step_00000006/portable/index.json")
+    facts = json.loads(index.read_text())
+    outside = {"../00000.safetensors": facts["files"]["00000.safetensors"]}
+    for change, message in (
+        ({"slots": ["exp_avg"]}, r"not of this model or optimizer: .*exp_avg"),
+        ({"version": 9}, "has version 9"),
+        ({"files": {"00000.safetensors": ["x"]}}, "not of this model or optimizer: parameter"),
+        ({"files": outside}, r"names ../00000.safetensors, a file outside"),
+    ):
+        index.write_text(json.dumps({**facts, **change}))
+        shutil.rmtree(out / "artifact", ignore_errors=True)
+        with pytest.raises(ArtifactError, match=message):
+            train("mae", demo, out, ALL_TOKENS)
