@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import _convert_openai_clip
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
 from data_pipelines.loader import Loaded
 from data_pipelines.sampling import MicroBatch
@@ -37,6 +37,25 @@ SIZES = {
 BATCH = {"cpu": {"b16": 8, "l14": 2}, "cuda": {"b16": 256, "l14": 64}}
 KEEP, START, END = 0.7, 0.0, 1.0  # the keep rate is 1 at the stage's start, and KEEP after it
 LR, BETAS, DECAY = 1e-6, (0.9, 0.98), 0.2
+
+
+# Qwen3-0.6B's shape; its vocabulary is cut, which changes no multiply-add
+LLM = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+LLM |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 1000}
+
+
+class MeanLlm(nn.Module):
+    """A language model of random weights, read in both directions; its mean is the sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = LLM["hidden_size"]
+        self.llm = Qwen3Model(Qwen3Config(**LLM, use_cache=False, is_causal=False))
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
+        """[B, 1, L] -> [B, 1, width]"""
+        return self.llm(input_ids=input_ids[:, 0]).last_hidden_state.mean(dim=1, keepdim=True)
 
 
 class EosText(nn.Module):
@@ -61,6 +80,43 @@ class EosText(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
         """[B, 1, L] -> [B, 1, width]. A causal tower never sees what follows the EOS."""
         return self.llm(input_ids=input_ids[:, 0]).pooler_output[:, None]
+
+
+def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable[[], None]]:
+    """A step with the LLM run in it, and with its sentences given: ViT-B/16, an adapter of 2."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    batch = options.batch or BATCH[options.device]["b16"]
+    settings = {
+        "model": {"name": SIZES["b16"][1], "reduce": "none"},
+        "data": {"resolution": 224},
+        "clip": {"embed_dim": 512, "adapter_blocks": 2},
+        "train": {"precision": options.precision},
+    }
+    config: Any = load_config(ClipConfig, "clip", settings)
+    live, stored = (
+        ClipModule(config, tower, LLM["hidden_size"]).to(device) for tower in (MeanLlm(), None)
+    )
+    pixels = torch.randint(256, (batch, 1, 3, 224, 224), dtype=torch.uint8)
+    ids = torch.randint(LLM["vocab_size"], (batch, 1, length))
+    tokens = dict.fromkeys(TOKENS, torch.ones_like(ids)) | {"input_ids": ids}
+    given = {"sentences": torch.randn(batch, 1, LLM["hidden_size"])}
+
+    def step_of(module: nn.Module, text: dict[str, Tensor]) -> Callable[[], None]:
+        rows = {k: v.to(device) for k, v in {"pixels": pixels, **text}.items()}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR)
+
+        def run() -> None:
+            with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
+                loss = module(rows, START).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    return {"live": step_of(live, tokens), "stored": step_of(stored, given)}
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
