@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +131,7 @@ def _replaced(source: Source, shard: int, member: int, error: BadSample) -> Repl
 
 def _ignore_signals(worker: int) -> None:
     """Leave the end of a run to its main process, which still needs batches to save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -146,7 +146,7 @@ def iterate_steps(
     seed: int | None,
     workers: int,
     pin: bool,
-) -> Iterator[list[Loaded]]:
+) -> Generator[list[Loaded]]:
     """The micro-batches of each step of the sampler, in order; raises DataError."""
     dataset = StreamDataset(sampler.plans, transform, collate, seed)
     loader = DataLoader(

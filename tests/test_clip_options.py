@@ -776,11 +776,12 @@ def test_the_samples_of_a_loss_that_is_not_finite_are_those_of_the_one_batch(
         calls.clear()
         with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
             train("clip", demo, out, *QUICK, PHOTOS, *asked)
-        return json.loads((out / "nonfinite_step_00000003.json").read_text())["positions"]
+        facts = json.loads((out / "bundles" / "step_00000002" / "bundle.json").read_text())
+        return [sample["position"] for sample in facts["samples"]["photos"]]
 
     monkeypatch.setattr(ClipModule, "loss_from_features", poisoned)
-    one = positions(tmp_path / "one", ONE_BATCH[0])["photos"]
-    every = positions(tmp_path / "every")["photos"]
+    one = positions(tmp_path / "one", ONE_BATCH[0])
+    every = positions(tmp_path / "every")
     assert len(one) == len(every) == 8
     assert 0 in one and not set(one) & set(every)
 

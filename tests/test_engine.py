@@ -110,7 +110,7 @@ def test_nonfinite_loss_stops_before_the_step(
     with pytest.raises(TrainingError, match="the loss of step 4 is nan"):
         train("mae", demo, out, f"zero.stage={zero}")
     assert len(steps) == 7  # 2 micro-batches x 3 steps, and the first of the fourth
-    bundle = json.loads((out / "nonfinite_step_00000004.json").read_text())
-    assert len(bundle["positions"]["photos"]) == 8
+    bundle = json.loads((out / "bundles" / "step_00000003" / "bundle.json").read_text())
+    assert len(bundle["samples"]["photos"]) == 8
     assert (out / "checkpoints" / "step_00000003" / "COMPLETE").is_file()
     assert not (out / "artifact").exists()

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from data_pipelines import quarantine
 from data_pipelines.quarantine import Entry
 from xray import dist
 from xray.artifact import sync_tree
+from xray.config import TrainConfig
 from xray.engine import Engine
 from xray.errors import ArtifactError, brief
+from xray.level import Level
 from xray.portable import load_portable, save_portable
 
 
@@ -33,6 +35,8 @@ class TrainState:
     quarantine: list[Entry] = field(default_factory=list)  # samples not to be tried again
     world: int = 1
     zero_stage: int = 0
+    score: float | None = None  # the metric `train.best_by` at this step
+    level: Level = field(default_factory=Level)  # of the losses so far
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -41,15 +45,43 @@ def find_checkpoint(folder: Path) -> Path | None:
     if dist.is_main() and folder.is_dir():
         for stale in folder.glob("tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        complete = [p for p in folder.glob("step_*") if (p / "COMPLETE").is_file()]
-        found = str(max(complete)) if complete else None
+        complete = complete_checkpoints(folder)
+        found = str(complete[-1]) if complete else None
     found = dist.broadcast_object(found)
     return Path(found) if found else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that count, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if (p / "COMPLETE").is_file())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
+    """Those that were measured by `train.best_by`, best first; of equals the newest."""
+    scores = {path: read_state(path).score for path in checkpoints}
+    sign = 1 if train.best_is == "lowest" else -1
+    measured = [path for path in checkpoints if scores[path] is not None]
+    return sorted(measured, key=lambda p: (sign * (scores[p] or 0.0), -step_of(p)))
+
+
+def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
+    """Of a run's checkpoints, oldest first, the newest, the best and those that stay for good."""
+    stay = set(checkpoints[-max(1, train.keep_checkpoints) :])
+    if train.keep_every:
+        stay |= {path for path in checkpoints if step_of(path) % train.keep_every == 0}
+    if train.keep_best:
+        stay |= set(ranked(checkpoints, train)[: train.keep_best])
+    return stay
 
 
 def read_state(checkpoint: Path) -> TrainState:
     try:
         facts = json.loads((checkpoint / "state.json").read_text())
+        facts["level"] = Level(**facts.get("level", {}))
         return TrainState(**facts, quarantine=quarantine.load(checkpoint / "quarantine.jsonl"))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{checkpoint}/state.json cannot be read: {error}") from error
@@ -62,13 +94,32 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
     return dataclasses.replace(state, world=dist.world_size(), zero_stage=engine.stage)
 
 
-def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) -> Path:
-    """Write, then rename; prune to the newest `keep`. Collective.
+def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: TrainConfig) -> Path:
+    """Write a checkpoint of a run and remove those that need not stay. Collective.
 
     Raises ArtifactError on every rank where one cannot write; checkpoints that were there stay.
     """
     target = folder / f"step_{state.step:08d}"
-    temporary = folder / f"tmp-{target.name}"
+    try:
+        write_checkpoint(engine, target, state)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"checkpoint {target} cannot be written: {error}; those before it are whole, and the "
+            "same command goes on from the last of them"
+        ) from error
+    if dist.is_main():
+        complete = complete_checkpoints(folder)
+        for old in set(complete) - staying(complete, train):
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
+    """Write the engine and the state under a temporary name, then rename. Collective.
+
+    Raises ArtifactError on every rank where one cannot write; nothing is left of it then.
+    """
+    temporary = target.with_name(f"tmp-{target.name}")
 
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,21 +133,15 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
         sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        for old in sorted(folder.glob("step_*"))[: -max(1, keep)]:
-            shutil.rmtree(old, ignore_errors=True)
 
     try:
         _on_main(begin)
         save_portable(engine, temporary)
         _on_main(end)
-    except ArtifactError as error:
+    except ArtifactError:
         if dist.is_main():  # it may be all that fills the disk
             shutil.rmtree(temporary, ignore_errors=True)
-        raise ArtifactError(
-            f"checkpoint {target} cannot be written: {error}; those before it are whole, and the "
-            "same command goes on from the last of them"
-        ) from error
-    return target
+        raise
 
 
 def _on_main(work: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from xray import (  # noqa: F401 - the clis add their commands
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.errors import ConfigError
+from xray.run_cli import debug_app, export
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(debug_app, name="debug")
 
 
 def main() -> None:
@@ -207,6 +209,9 @@ def lineage(
             )
     if any(manifest is None for _, _, manifest in rows):
         raise SystemExit(1)
+
+
+app.command()(export)
 
 
 @app.command("config")

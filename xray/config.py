@@ -249,9 +249,47 @@ class TrainConfig:
     micro_batch: Any = runtime(0)
     log_every: int = runtime(10)  # steps
     save_every: int = runtime(200)  # steps
-    keep_checkpoints: int = runtime(2)
+    keep_checkpoints: int = runtime(2)  # the newest
+    keep_every: int = runtime(0)  # steps; besides, those at its multiples; 0 = none
+    keep_best: int = runtime(0)  # besides, as many with the best `best_by`
+    best_by: str = runtime("val/loss")  # a metric of metrics.jsonl, at the step that is saved
+    best_is: Literal["lowest", "highest"] = runtime("lowest")
     validate_every: int = runtime(0)  # steps; 0 = at the end only
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    # a loss more than `spike` standard deviations above its mean: leave the step out, or say so
+    spikes: Literal["ignore", "warn", "skip"] = "warn"
+    spike: float = 6.0
+    hang_seconds: float = runtime(1200.0)  # a step may take before the run is ended; 0 = for ever
+    ema: float = 0.0  # decay per step of a moving average of the weights; 0 = none is kept
+    export: Literal["last", "ema"] = "last"  # which weights the artifact has
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.samples < 1:
+            raise ConfigError("train.samples is not set: give the samples to see in this stage")
+        if self.spike <= 0 or self.hang_seconds < 0:
+            raise ConfigError(
+                f"train.spike={self.spike} must be above 0, and train.hang_seconds="
+                f"{self.hang_seconds} 0 (off) or more"
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"train.ema={self.ema} must be in [0, 1), e.g. 0.9999")
+        if self.export == "ema" and not self.ema:
+            raise ConfigError("train.export=ema needs an average: set train.ema, e.g. to 0.9999")
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
+        if (
+            self.keep_best
+            and self.best_by.startswith("val/")
+            and (not self.validate_every or self.save_every % self.validate_every)
+        ):
+            raise ConfigError(
+                f"train.keep_best compares {self.best_by}, which is measured every "
+                f"train.validate_every={self.validate_every} steps: let train.save_every="
+                f"{self.save_every} be a multiple of that"
+            )
+        schedule.check(self.micro_batch, "train.micro_batch", least=0)
 
 
 @dataclass
@@ -309,13 +347,11 @@ class RunConfig:
                 f"data.blocks has no block of data.modalities={self.data.modalities}: "
                 "add a block, or widen data.modalities"
             )
-        if self.train.samples < 1:
-            raise ConfigError("train.samples is not set: give the samples to see in this stage")
+        self.train.validate()
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must be 0 or more")
         self.model.validate()
         self.optim.validate()
-        schedule.check(self.train.micro_batch, "train.micro_batch", least=0)
         if self.data.workers < 0:
             raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
         if self.data.tokens_per_batch < 0:

@@ -36,6 +36,8 @@ from xray.config import RunConfig
 from xray.errors import ConfigError
 from xray.optim import SLOTS, make_optimizer, parameter_groups, set_lr
 
+AVERAGE = "ema"  # the slot of the weights' moving average
+
 deepspeed_logger.setLevel(logging.ERROR)
 
 
@@ -105,7 +107,9 @@ class Engine:
         groups = parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")
-        self.stage, self.slots = config.zero.stage, SLOTS[config.optim.name]
+        self.stage = config.zero.stage
+        self.slots = SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
+        self._ema = config.train.ema
         self._norm: float | None = None  # of the last step's gradient
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -116,6 +120,8 @@ class Engine:
         if dist.world_size() == 1:
             # Stage 0 would copy all gradients into one buffer and back, for no other rank.
             self._engine.allreduce_no_retain = lambda *_, **__: None
+        # by the tensor that the optimizer steps; every rank averages what it keeps
+        self._average = {flat: flat.clone() for flat in self._flats} if self._ema else {}
 
     @property
     def module(self) -> Any:
@@ -159,6 +165,34 @@ class Engine:
         if ends and self.stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
 
+    def skip(self) -> None:
+        """End a step without it: no parameter and no moment changes, in any ZeRO stage."""
+        engine = self._engine
+        if self.stage == 0:
+            for parameter in self.module.parameters():
+                parameter.grad = None
+            return
+        # DeepSpeed's own way with a gradient that overflowed; its norm is what tells it so.
+        infinite = torch.tensor(math.inf)
+        norm, told = (
+            ("_get_norm_groups", [infinite])
+            if self.stage == 3
+            else ("scaled_global_norm", infinite)
+        )
+        setattr(engine.optimizer, norm, lambda *_: told)
+        engine.step()
+        delattr(engine.optimizer, norm)
+
+    @torch.no_grad()
+    def update_average(self, steps: int) -> None:
+        """Move the weights' average, if one is kept, towards the weights after so many steps.
+
+        The decay grows to train.ema as (1 + steps) / (10 + steps), so that it forgets the start.
+        """
+        if self._average:
+            decay = min(self._ema, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_([*self._average.values()], [*self._average], 1 - decay)
+
     def set_lr(self, lr: float, progress: float) -> None:
         """The lr of a step at a progress, by group."""
         set_lr(self._engine.optimizer.param_groups, lr, progress)
@@ -186,10 +220,14 @@ class Engine:
         master = safe_get_full_fp32_param(parameter)
         return (parameter.detach() if master is None else master).float().clone()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The full fp32 weights on CPU, in every ZeRO stage; collective in stage 3."""
+    def state_dict(self, slot: str | None = None) -> dict[str, Tensor]:
+        """The full fp32 weights on CPU, in every ZeRO stage, those that are trained from a slot if
+        one is named; collective."""
         with self._gathered(list(self.module.parameters()), write=False):
-            return {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+            found = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+        if slot is not None:
+            found |= spread(self.module, {n: self.read(n, slot).cpu() for n in self.trained})
+        return found
 
     def _gathered(self, parameters: list[Any], write: bool = True) -> Any:
         if self.stage < 3:
@@ -266,12 +304,20 @@ class Engine:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @property
+    def _flats(self) -> list[Tensor]:
+        """The tensors that the optimizer steps on this rank."""
+        pieces = (self._piece(parameter) for parameter in self._trained.values())
+        return list({id(piece.flat): piece.flat for piece in pieces if piece is not None}.values())
+
+    @property
     def _optimizer(self) -> Any:
         """The optimizer inside ZeRO's."""
         return self._engine.optimizer.optimizer if self.stage > 0 else self._engine.optimizer
 
     def _values(self, piece: Piece, slot: str | None) -> Tensor | None:
         """The master, or a moment, that holds a piece; None before the first step."""
+        if slot == AVERAGE:
+            return self._average[piece.flat]
         return piece.flat if slot is None else self._optimizer.state[piece.flat].get(slot)
 
     def _piece(self, parameter: Any) -> Piece | None:
@@ -293,3 +339,13 @@ class Engine:
 
     def destroy(self) -> None:
         self._engine.destroy()
+
+
+def spread(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters, by every name that a state dict has for them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        other: values[names[id(parameter)]]
+        for other, parameter in module.named_parameters(remove_duplicate=False)
+        if names[id(parameter)] in values
+    }

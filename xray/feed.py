@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from data_pipelines.loader import Loaded, iterate_steps
 from data_pipelines.meter import Reading, add
@@ -59,7 +59,7 @@ def check_batches(stage: Stage, config: RunConfig) -> None:
 class Feed:
     """A stream of steps, with an account of how long it was waited for."""
 
-    def __init__(self, stream: Iterator[list[Loaded]]) -> None:
+    def __init__(self, stream: Generator[list[Loaded]]) -> None:
         self._stream = stream
         self._waited, self._since = 0.0, time.perf_counter()
 
@@ -72,6 +72,10 @@ class Feed:
             return [], str(error)
         finally:
             self._waited += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Let go of the stream's workers, which would keep this process from its end."""
+        self._stream.close()
 
     def waited(self) -> dict[str, float]:
         """The share of the time since the last call that went into waiting for data."""
@@ -96,7 +100,7 @@ class Feed:
 
 def training_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], steps: range, pin: bool
-) -> Iterator[list[Loaded]]:
+) -> Generator[list[Loaded]]:
     """The micro-batches of each step, in order."""
 
     def shape(step: int) -> StepShape:
@@ -110,7 +114,7 @@ def training_stream(
 
 def validation_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], shape: StepShape
-) -> Iterator[list[Loaded]]:
+) -> Generator[list[Loaded]]:
     """One step: the fixed validation samples, without randomness."""
     sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
     workers = config.data.workers

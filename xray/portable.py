@@ -8,7 +8,8 @@ moment a rank reads only what it keeps.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
     Raises ArtifactError where it is damaged, or of other parameters or another optimizer.
     """
     folder = checkpoint / FOLDER
-    try:
+    with _named(checkpoint):
         index = json.loads((folder / INDEX).read_text())
         _check(index, engine, checkpoint)
         for file, names in index["files"].items():
@@ -72,11 +73,40 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
                 for name in names:
                     for slot in (None, *engine.slots):
                         engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
-        with safe_open(folder / BUFFERS, "pt") as tensors:
-            engine.write_buffers({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+        engine.write_buffers(read_buffers(checkpoint))
+    engine.set_steps(int(index["steps"]))
+
+
+def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, or a slot of them, by name, without an engine.
+
+    Raises ArtifactError where it is damaged or has no such slot.
+    """
+    found: dict[str, Tensor] = {}
+    with _named(checkpoint):
+        index = json.loads((checkpoint / FOLDER / INDEX).read_text())
+        _check_files(index, checkpoint)
+        if slot is not None and slot not in index["slots"]:
+            raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of its weights")
+        for file, names in index["files"].items():
+            with safe_open(checkpoint / FOLDER / file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
+    return found
+
+
+def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint has of its module besides; raises ArtifactError where it is damaged."""
+    with _named(checkpoint), safe_open(checkpoint / FOLDER / BUFFERS, "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """Raise what reading runs into as an ArtifactError that names the checkpoint."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"checkpoint {checkpoint} cannot be read: {brief(error)}") from error
-    engine.set_steps(int(index["steps"]))
 
 
 def _layout(engine: Engine) -> list[list[str]]:
@@ -107,7 +137,7 @@ def _attempt(work: Callable[[], object]) -> ArtifactError | None:
     return None
 
 
-def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
+def _check_files(index: dict[str, Any], checkpoint: Path) -> None:
     if index["version"] != VERSION:
         raise ArtifactError(
             f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
@@ -115,6 +145,10 @@ def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
     for file in index["files"]:
         if Path(file).name != file:
             raise ArtifactError(f"checkpoint {checkpoint} names {file}, a file outside of it")
+
+
+def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
+    _check_files(index, checkpoint)
     saved = {name for names in index["files"].values() for name in names}
     changed = sorted(saved ^ engine.trained.keys())
     if changed or tuple(index["slots"]) != engine.slots:

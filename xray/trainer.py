@@ -2,106 +2,74 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
 import time
-from pathlib import Path
+from contextlib import closing
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from data_pipelines.curation.keep import keep_listed
-from data_pipelines.sampling import make_plans
-from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
-from stages.base import Stage, split_parents
+from stages.base import Stage
 from xray import checkpoint, dist
 from xray.accumulate import Accumulator
-from xray.artifact import Artifact, open_artifact, write_artifact, write_text
+from xray.artifact import Artifact, open_artifact
 from xray.bad_samples import BadSamples
+from xray.bundle import write_bundle
 from xray.checkpoint import TrainState
-from xray.config import RunConfig, dump
 from xray.engine import Engine
 from xray.errors import DataError, Preempted, TrainingError
-from xray.feed import Feed, check_batches, step_shape, training_stream, validation_stream
-from xray.hashing import config_hash, hash_json, identity, to_dict
+from xray.feed import Feed, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
 from xray.report import Sinks
-from xray.run_record import check_same_run, run_record
+from xray.run import Run
 from xray.schedule import steps_of, value_at
+from xray.spikes import Spikes
+from xray.watchdog import SAVING, Pace, Watchdog
 
 log = logging.getLogger("xray")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # to save and stop
 
 
 class Trainer:
-    """A stage's run in a folder: restored from its own checkpoint, else started from its parents.
+    """Trains a run: restored from its own checkpoint, else started from its parents.
 
     Raises ConfigError, ArtifactError or DataError before training where the cause can be known.
     """
 
     def __init__(self, stage_class: type[Stage], config: Any, device: torch.device) -> None:
-        config.validate()
-        self.config: RunConfig = config
+        self.run = Run(stage_class, config)
+        self.config, self.out, self.stage = self.run.config, self.run.out, self.run.stage
         self.device = device
-        self.out = Path(config.out)
-        parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
-        self.parents = {
-            slot: artifact
-            for slot, artifact in (("vision", parents.vision), ("text", parents.text))
-            if artifact is not None
-        }
-        self.stage = stage_class(config)
-        check_batches(self.stage, config)
-        names = [block.source for block in [*config.blocks, *config.validation]]
-        opened = open_sources(config.data, names)
-
-        def prepared() -> dict[str, Source]:
-            kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
-            return self.stage.prepare(kept, parents)
-
-        self.sources = dist.main_first(prepared)
-        check_same_on_all_ranks(self.sources)
-        self.plans, self.validation_plans = (
-            make_plans(blocks, self.sources, config.data, config.seed)
-            for blocks in (config.blocks, config.validation)
-        )
-        self.record = run_record(self.stage, config, self.sources, self.parents)
-        check_same_run(self.out, self.record, identity(type(config)()))
-        self._start_from = parents
 
     def finished(self) -> Artifact | None:
         """The artifact of this run, verified, if it ran to its end before."""
-        path = self.out / "artifact"
-        if not path.exists():
-            return None
-        log.info("stage %s is finished: %s", self.stage.name, path)
-        return open_artifact(path)
+        return self.run.finished()
 
     def _build(self) -> None:
         """Module, engine and state: from the run's own checkpoint, else its parents, else new."""
         config = self.config
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.module = self.stage.build(self._start_from)
+        self.module = self.run.build()
         self.engine = Engine(self.module, config)
         self.micros = Accumulator(self.engine, self.stage, self.device, config.seed)
         self.state = TrainState(world=dist.world_size(), zero_stage=config.zero.stage)
-        if dist.is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            dump(config, self.out / "config.yaml")
-            if not (self.out / "run.json").exists():
-                write_text(self.out / "run.json", json.dumps(self.record, indent=1))
+        self.run.begin()
         found = checkpoint.find_checkpoint(self.out / "checkpoints")
         if found is not None:
             self.state = checkpoint.load_checkpoint(self.engine, found)
             log.info("continues from %s, step %d of %d", found, self.state.step, config.steps)
-        elif self.parents:
-            log.info("starts from %s", ", ".join(str(a.path) for a in self.parents.values()))
+        elif self.run.parents:
+            paths = (str(artifact.path) for artifact in self.run.parents.values())
+            log.info("starts from %s", ", ".join(paths))
         else:
             log.info("starts from scratch")
-        self.bad = BadSamples(self.out, self.state, self.plans | self.validation_plans)
+        plans = self.run.plans | self.run.validation_plans
+        self.bad = BadSamples(self.out, self.state, plans)
+        self.spikes = Spikes(self.run, self.state)
         self.preempted = False
+        self._saved: dict[str, float] = {}  # of the last save, until it is logged
 
     # the loop ---------------------------------------------------------------------------------
 
@@ -114,16 +82,18 @@ class Trainer:
         self._build()
         config, state = self.config, self.state
         sinks = Sinks(self.out, self.stage.name, config, state)
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self.watchdog = Watchdog(self.out, config.train.hang_seconds)
+        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             self._loop(sinks)
             if self.config.debug.overfit_batch and dist.is_main():
                 self._say_whether_learned(sinks.last)
-            metrics = {**sinks.last, **self._validate(1.0)}
-            artifact = self._export(metrics)
+            self.watchdog.at("writing the artifact", state.step, SAVING)
+            artifact = self._export(sinks.last)
             if self._reduce({}, None)["preempted"]:
                 raise Preempted(f"stage {self.stage.name} is finished; run it again to go on")
         finally:
+            self.watchdog.close()
             sinks.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -136,51 +106,104 @@ class Trainer:
             return
         pin = self.device.type == "cuda"
         remaining = range(state.step, config.steps)
-        feed = Feed(training_stream(self.stage, config, self.plans, remaining, pin))
+        stream = training_stream(self.stage, config, self.run.plans, remaining, pin)
+        with closing(Feed(stream)) as feed:
+            self._steps(remaining, feed, sinks)
+
+    def _steps(self, remaining: range, feed: Feed, sinks: Sinks) -> None:
+        config, state = self.config, self.state
+        self.watchdog.at("waiting for data", state.step)
         pending, failure = feed.next()
         self._reduce({}, failure)
-        started = time.monotonic() - state.seconds
+        pace, started = Pace(), time.monotonic() - state.seconds
         for step in remaining:
+            pace.start()
             progress = config.progress(step)
             shape = step_shape(self.stage, config.blocks, progress)
             loaded, pending = pending, []
+            self.watchdog.at("forward and backward", step)
             values = self.micros.train(step, progress, shape.micro, loaded)
             if step + 1 < config.steps:  # read ahead: its failure travels in this step's reduction
+                self.watchdog.at("waiting for data", step)
                 pending, failure = feed.next()
             values |= feed.waited()
+            pace.stop()
+            self.watchdog.at("adding up the step's values", step)
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
             if values.pop("bad"):
                 read = state.samples + config.global_batch
                 self.bad.account(loaded, read, config.data.max_bad_fraction)
             values |= feed.readings(loaded) | self._epochs()
-            if not math.isfinite(values["loss"]):
-                raise TrainingError(self._bundle(step, "loss", values["loss"]))
-            lr = lr_at(progress, config.optim, config.global_batch)
-            self.engine.set_lr(lr, progress)
-            self.engine.step()
-            if not math.isfinite(self.engine.grad_norm):
-                raise TrainingError(self._bundle(step, "gradient norm", self.engine.grad_norm))
-            self.stage.after_step(self.engine, self.module)
-            state.step, state.samples = step + 1, state.samples + config.global_batch
-            state.seconds = time.monotonic() - started
             preempted = values.pop("preempted") > 0
-            values |= {"lr": lr, "grad_norm": self.engine.grad_norm, **self._sizes(progress)}
-            if _every(state.step, config.train.validate_every) and state.step < config.steps:
-                values |= self._validate(progress)
+            values |= self._update(step, progress, values)
+            state.seconds = time.monotonic() - started
+            values |= self._sizes(progress)
             last = state.step == config.steps
+            if _every(state.step, config.train.validate_every) or last:
+                self.watchdog.at("validation", step)
+                values |= self._validate(1.0 if last else progress)
             logged = _every(state.step, config.train.log_every) or last
+            if logged:
+                values |= self._compare(pace) | self._saved
+                self._saved = {}
             sinks.write(state, values, logged)
             for warning in self.stage.watch(values, progress) if logged else []:
                 log.warning("step %d: %s", state.step, warning)
             if _every(state.step, config.train.save_every) or last or preempted:
-                folder = self.out / "checkpoints"
-                checkpoint.save_checkpoint(
-                    self.engine, folder, state, config.train.keep_checkpoints
-                )
+                self._save(values)
             if preempted:
                 raise Preempted(
                     f"stopped by a signal at step {state.step}; the same command goes on"
                 )
+
+    def _update(self, step: int, progress: float, values: dict[str, float]) -> dict[str, float]:
+        """The optimizer's step, unless its loss is a spike that is to be left out; what came of it.
+
+        Raises TrainingError for a loss or a gradient that is not finite, the weights as they were.
+        """
+        config, state = self.config, self.state
+        if not math.isfinite(values["loss"]):
+            self._stop("loss", values["loss"], values)
+        lr = lr_at(progress, config.optim, config.global_batch)
+        skipped = self.spikes.found(values["loss"])
+        if skipped:
+            self.engine.skip()
+        else:
+            self.engine.set_lr(lr, progress)
+            self.engine.step()
+            if not math.isfinite(self.engine.grad_norm):
+                self._stop("gradient norm", self.engine.grad_norm, values)
+            self.stage.after_step(self.engine, self.module)
+        state.step, state.samples = step + 1, state.samples + config.global_batch
+        self.engine.update_average(state.step)
+        return {"lr": lr} | ({"skipped": 1.0} if skipped else {"grad_norm": self.engine.grad_norm})
+
+    def _compare(self, pace: Pace) -> dict[str, float]:
+        """How far the slowest rank is behind, with a warning that names it."""
+        if dist.world_size() == 1:
+            return {}
+        values, warning = pace.compare()
+        if warning is not None:
+            log.warning("step %d: %s", self.state.step, warning)
+        return values
+
+    def _save(self, values: dict[str, float]) -> None:
+        """A checkpoint of this step; what it took is in the next line of the log."""
+        train, state = self.config.train, self.state
+        state.score = values.get(train.best_by)
+        if train.keep_best and state.score is None:
+            log.warning(
+                "step %d has no %s to choose train.keep_best by: it has %s",
+                state.step, train.best_by, ", ".join(sorted(values)),
+            )  # fmt: skip
+        self.watchdog.at("saving", state.step - 1, SAVING)
+        begun = time.monotonic()
+        folder = checkpoint.save_checkpoint(self.engine, self.out / "checkpoints", state, train)
+        seconds = time.monotonic() - begun
+        self._saved = {"save/seconds": seconds}
+        if dist.is_main():
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
 
     def _say_whether_learned(self, last: dict[str, float]) -> None:
         """Of a run that saw one batch only: its loss beside that of guessing."""
@@ -206,7 +229,7 @@ class Trainer:
         return {
             f"{block.source}/epochs": (self.state.step + 1)
             * block.samples
-            / self.plans[block.source].total
+            / self.run.plans[block.source].total
             for block in self.config.blocks
         }
 
@@ -229,8 +252,9 @@ class Trainer:
         if not config.validation:
             return {}
         shape = step_shape(self.stage, config.validation, progress)
-        feed = Feed(validation_stream(self.stage, config, self.validation_plans, shape))
-        loaded, failure = feed.next()
+        stream = validation_stream(self.stage, config, self.run.validation_plans, shape)
+        with closing(Feed(stream)) as feed:
+            loaded, failure = feed.next()
         if self._reduce({}, failure, sum(len(item.bad) for item in loaded))["bad"]:
             read = self.state.samples + sum(block.samples for block in config.validation)
             self.bad.account(loaded, read, config.data.max_bad_fraction)
@@ -256,45 +280,32 @@ class Trainer:
         result = dict(zip(names, means, strict=True))
         return result | {"preempted": float(vector[0]), "bad": float(vector[2])}
 
-    def _bundle(self, step: int, what: str, value: float) -> str:
-        """Write down what a step was made of and return the message about it."""
-        path = self.out / f"nonfinite_step_{step + 1:08d}.json"
-        if dist.is_main():
-            drawn = 0 if self.config.debug.overfit_batch else step  # whose samples it had
-            blocks = {
-                block.source: self.plans[block.source].positions(drawn, block.samples).tolist()
-                for block in self.config.blocks
-            }
-            facts = {"step": step, "seed": self.config.seed, what: str(value), "positions": blocks}
-            path.write_text(json.dumps(facts))
-        return (
-            f"the {what} of step {step + 1} is {value}: stopped before the weights changed; its "
-            f"samples are in {path}; start again in another out= with a lower optim.base_lr or "
-            "with optim.clip_grad; the checkpoints are kept"
+    def _stop(self, what: str, value: float, values: dict[str, float]) -> NoReturn:
+        """End the run before weights change, with a bundle of the step. Collective."""
+        self.watchdog.at("saving", self.state.step, SAVING)
+        where = write_bundle(self.run, self.engine, self.state, what, {**values, what: value})
+        error = TrainingError(
+            f"the {what} of step {self.state.step + 1} is {value}: stopped before the weights "
+            f"changed {where}; start again in another out= with a lower optim.base_lr or with "
+            "optim.clip_grad; the checkpoints are kept"
         )
+        error.agreed = True
+        raise error
 
     def _export(self, metrics: dict[str, float]) -> Artifact:
-        state_dict = self.engine.state_dict()  # collective
+        chosen = self.config.train.export
+        state_dict = self.engine.state_dict(None if chosen == "last" else chosen)  # collective
         path = self.out / "artifact"
         if dist.is_main():
-            facts = {
-                "stage": self.stage.name,
-                "config": to_dict(self.config),
-                "config_hash": config_hash(self.config),
-                "data_digest": hash_json(self.record["data"]),
-                "inputs": self.record["inputs"],
-                "keep_rate": self.module.keep_rate(1.0),
-                "samples": self.state.samples,
-                "seconds": round(self.state.seconds, 1),
-                "bad_samples": self.state.bad,
-                "metrics": metrics,
-            }
-            parts = self.stage.export(self.module, state_dict)
-            write_artifact(path, parts, self.stage.export_files(), facts, self.parents)
+            self.run.write_artifact(path, self.module, state_dict, self.state, metrics, chosen)
         dist.barrier()
         return open_artifact(path)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.preempted:
+                raise KeyboardInterrupt
+            log.info("stops after this step, which is saved; interrupt again to stop at once")
         self.preempted = True
 
 

@@ -1,0 +1,34 @@
+"""Where a run's loss has been, and what lies far above it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HORIZON, STEPS = 100, 20  # of the loss's moving mean; known before spikes are looked for
+
+
+@dataclass
+class Level:
+    """Where the loss has been: moving mean and variance, over about HORIZON steps."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    spikes: int = 0  # in a row, up to now
+
+    def add(self, loss: float) -> None:
+        """Take up a step's loss."""
+        share = max(1 / HORIZON, 1 / (self.steps + 1))  # the plain mean at first
+        away = loss - self.mean
+        self.mean += share * away
+        self.variance = (1 - share) * (self.variance + share * away * away)
+        self.steps += 1
+
+    def above(self, loss: float) -> float:
+        """How many standard deviations a loss lies above the mean; 0 before STEPS are known.
+
+        The deviation counts as 1 % of the mean at least.
+        """
+        if self.steps < STEPS:
+            return 0.0
+        return (loss - self.mean) / max(self.variance**0.5, 0.01 * abs(self.mean), 1e-12)

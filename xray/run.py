@@ -1,0 +1,109 @@
+"""A stage's run in a folder: its data, its parents and what it is, whether or not it is trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.curation.keep import keep_listed
+from data_pipelines.sampling import make_plans
+from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
+from stages.base import Stage, StageModule, split_parents
+from xray import dist
+from xray.artifact import Artifact, open_artifact, write_artifact, write_text
+from xray.checkpoint import TrainState
+from xray.config import RunConfig, dump
+from xray.feed import check_batches
+from xray.hashing import config_hash, hash_json, identity, to_dict
+from xray.run_record import check_same_run, run_record
+
+log = logging.getLogger("xray")
+
+
+class Run:
+    """What a config asks for, checked against its data, its parents and what its folder holds.
+
+    Raises ConfigError, ArtifactError or DataError where the cause can be known.
+    """
+
+    def __init__(self, stage_class: type[Stage], config: Any) -> None:
+        config.validate()
+        self.config: RunConfig = config
+        self.out = Path(config.out)
+        parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
+        self.parents = {
+            slot: artifact
+            for slot, artifact in (("vision", parents.vision), ("text", parents.text))
+            if artifact is not None
+        }
+        self.stage = stage_class(config)
+        check_batches(self.stage, config)
+        names = [block.source for block in [*config.blocks, *config.validation]]
+        opened = open_sources(config.data, names)
+
+        def prepared() -> dict[str, Source]:
+            kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+            return self.stage.prepare(kept, parents)
+
+        self.sources = dist.main_first(prepared)
+        check_same_on_all_ranks(self.sources)
+        self.plans, self.validation_plans = (
+            make_plans(blocks, self.sources, config.data, config.seed)
+            for blocks in (config.blocks, config.validation)
+        )
+        self.record = run_record(self.stage, config, self.sources, self.parents)
+        check_same_run(self.out, self.record, identity(type(config)()))
+        self._start_from = parents
+
+    def finished(self) -> Artifact | None:
+        """The artifact of this run, verified, if it ran to its end before."""
+        path = self.out / "artifact"
+        if not path.exists():
+            return None
+        log.info("stage %s is finished: %s", self.stage.name, path)
+        return open_artifact(path)
+
+    def build(self) -> StageModule:
+        """The module as it is before the first step, the same on every rank."""
+        torch.manual_seed(self.config.seed)
+        return self.stage.build(self._start_from)
+
+    def begin(self) -> None:
+        """Write down what this run is, for the next time."""
+        if dist.is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            dump(self.config, self.out / "config.yaml")
+            if not (self.out / "run.json").exists():
+                write_text(self.out / "run.json", json.dumps(self.record, indent=1))
+
+    def write_artifact(
+        self,
+        path: Path,
+        module: Any,
+        state_dict: dict[str, Tensor],
+        state: TrainState,
+        metrics: dict[str, float],
+        weights: str,
+    ) -> None:
+        """Write the artifact of a module with these weights (`last`, or `ema`: their average)."""
+        facts = {
+            "stage": self.stage.name,
+            "config": to_dict(self.config),
+            "config_hash": config_hash(self.config),
+            "data_digest": hash_json(self.record["data"]),
+            "inputs": self.record["inputs"],
+            "keep_rate": module.keep_rate(state.step / self.config.steps),
+            "weights": weights,
+            "step": state.step,
+            "samples": state.samples,
+            "seconds": round(state.seconds, 1),
+            "bad_samples": state.bad,
+            "metrics": metrics,
+        }
+        parts = self.stage.export(module, state_dict)
+        write_artifact(path, parts, self.stage.export_files(), facts, self.parents)

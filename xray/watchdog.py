@@ -1,0 +1,134 @@
+"""Names the rank that hangs or falls behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+from xray import dist
+
+FOLDER = "stuck"
+SAVING = 4  # times the patience: a large state on a slow disk
+GRACE = 5.0  # seconds in which the other ranks notice that nothing moves, too
+COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # where a rank waits for the others
+SLOW = 1.5  # times the median rank's time
+
+
+class Watchdog:
+    """Ends a run in which nothing moves any more, and says who is to blame.
+
+    The training loop says where it is; a thread looks whether that changes. After `patience`
+    seconds every rank writes its place and the stacks of its threads to `stuck/rank_00000.*`, the
+    lowest that can prints what they tell, and all exit with code 1.
+    """
+
+    def __init__(self, out: Path, patience: float) -> None:
+        self.folder = out / FOLDER
+        self.patience = patience
+        self._place, self._step, self._since, self._factor = "starting", 0, time.monotonic(), 1.0
+        self._done = threading.Event()
+        if patience > 0:
+            self._remove(dist.rank())
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def at(self, place: str, step: int, factor: float = 1.0) -> None:
+        """Where this rank is now, for at most factor times the patience."""
+        self._place, self._step = place, step
+        self._since, self._factor = time.monotonic(), factor
+
+    def close(self) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(5.0, self.patience / 5)):
+            if time.monotonic() - self._since > self.patience * self._factor:
+                self._end()
+
+    def _end(self) -> None:
+        rank = dist.rank()
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        inside = frame.f_code.co_filename if frame else ""
+        waits = any(part in inside for part in COLLECTIVES)
+        facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        facts |= {"place": self._place, "step": self._step, "waits": waits}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"rank_{rank:05d}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        path = self.folder / f"rank_{rank:05d}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(facts))
+        os.replace(path.with_suffix(".tmp"), path)
+        seconds = time.monotonic() - self._since
+        time.sleep(GRACE + self.patience / 5)
+        known = [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank_*.json"))]
+        if known and known[0]["rank"] == rank:
+            print(
+                f"xray: {verdict(known, dist.world_size(), seconds, self.folder)}", file=sys.stderr
+            )
+            sys.stderr.flush()
+        time.sleep(1.0)  # for who prints; a launcher ends all with the first
+        os._exit(1)
+
+    def _remove(self, rank: int) -> None:
+        for path in self.folder.glob(f"rank_{rank:05d}.*"):
+            path.unlink(missing_ok=True)
+
+
+def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
+    """Who holds up the others, by what the ranks have written about themselves."""
+    silent = sorted(set(range(world)) - {facts["rank"] for facts in known})
+    step = min(facts["step"] for facts in known)
+    behind = [f for f in known if f["step"] == step and not f["waits"]]
+    if silent:
+        who = "; ".join(
+            f"rank {rank} has written nothing: it is dead, frozen or cut off" for rank in silent[:5]
+        )
+    elif behind and len(behind) < world:
+        who = "; ".join(
+            f"rank {f['rank']} ({f['host']}, process {f['pid']}) is in {f['place']}, while the "
+            "others wait for it"
+            for f in behind[:5]
+        )
+    else:
+        who = f"no rank stands out, rank 0 is in {known[0]['place']}"
+    return (
+        f"nothing has moved for {seconds:.0f} s at step {step + 1}: {who}; the stacks of all "
+        f"ranks are in {folder}; the same command goes on from the last checkpoint, and "
+        "train.hang_seconds is how long a step may take"
+    )
+
+
+class Pace:
+    """How long each rank takes for its own part of the steps between two lines of the log."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._since = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds += time.perf_counter() - self._since
+        self._steps += 1
+
+    def compare(self) -> tuple[dict[str, float], str | None]:
+        """The slowest rank's time over the median one's, and a warning; collective."""
+        everyone = dist.gather_objects((self._seconds / max(1, self._steps), socket.gethostname()))
+        self._seconds, self._steps = 0.0, 0
+        times = [seconds for seconds, _ in everyone]
+        slowest = max(range(len(times)), key=times.__getitem__)
+        usual = statistics.median_low(times)
+        ratio = times[slowest] / max(usual, 1e-9)
+        warning = None
+        if ratio > SLOW:
+            warning = (
+                f"rank {slowest} ({everyone[slowest][1]}) holds up the others: "
+                f"{times[slowest]:.2f} s a step for its own part, the median rank {usual:.2f} s"
+            )
+        return {"rank/slowest": ratio}, warning
