@@ -63,7 +63,7 @@ def expand(url: str) -> list[str]:
 
     Raises DataError where none is found, or the protocol needs a package that is not installed.
     """
-    fs, path = _filesystem(url, LIST_PATIENCE)
+    fs, path = filesystem(url, LIST_PATIENCE)
     if "{" in url:
         from webdataset.shardlists import expand_urls
 
@@ -77,7 +77,7 @@ def expand(url: str) -> list[str]:
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
     with suppress(FileNotFoundError):
-        if found := _persist(url, LIST_PATIENCE, lambda: fs.glob(path)):
+        if found := persist(url, LIST_PATIENCE, lambda: fs.glob(path)):
             return sorted(fs.unstrip_protocol(name) for name in found)
     raise DataError(f"no shards at {url}")
 
@@ -85,7 +85,7 @@ def expand(url: str) -> list[str]:
 def fetch_small(url: str, patience: float) -> bytes | None:
     """The bytes of a small file, None where there is none; raises DataError after `patience` s."""
     with suppress(FileNotFoundError):
-        body = _persist(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
+        body = persist(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
         return body.getvalue()
     return None
 
@@ -176,7 +176,7 @@ class ShardCache:
             if (after := verdict.read_text()) != before:
                 raise DataError(after.partition("\n")[2])
             try:
-                _persist(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
+                persist(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
             except DataError as error:
                 with suppress(OSError):  # a full disk must not hide the reason
                     verdict.write_text(f"{uuid.uuid4()}\n{error}")
@@ -253,7 +253,7 @@ def _locked(path: Path, flags: int = 0) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _filesystem(url: str, patience: float) -> tuple[Any, str]:
+def filesystem(url: str, patience: float) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     try:
         from fsspec.core import url_to_fs
@@ -276,7 +276,7 @@ def _filesystem(url: str, patience: float) -> tuple[Any, str]:
 
 
 def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
-    fs, path = _filesystem(url, patience)
+    fs, path = filesystem(url, patience)
     if url.startswith(HTTP):
         # One GET, checked against its Content-Length; open() would ask for the size first, take
         # any failure of that for a missing file, and leave refused answers unread.
@@ -290,7 +290,7 @@ def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
     return body
 
 
-def _persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
+def persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
     start, wait, tries = time.monotonic(), FIRST_WAIT, 1
     while True:
         try:

@@ -41,6 +41,7 @@ RULES: dict[str, set[str]] = {
     "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
     "xray/checkpoint.py": LEAF | DATA | {"xray.artifact", "xray.engine", "xray.portable"},
     "xray/portable.py": LEAF | {"xray.engine"},
+    "xray/mirror.py": LEAF | DATA,
     "xray/bad_samples.py": LEAF | DATA | {"xray.checkpoint"},
     "xray/report.py": LEAF | {"xray.artifact", "xray.checkpoint"},
     "xray/data_report.py": LEAF | DATA | {"xray.report", "xray.figures"},

@@ -250,6 +250,7 @@ class TrainConfig:
     log_every: int = runtime(10)  # steps
     save_every: int = runtime(200)  # steps
     keep_checkpoints: int = runtime(2)  # the newest
+    mirror: str = runtime("")  # a URL to which checkpoints and artifact are copied: URL/STAGE/
     keep_every: int = runtime(0)  # steps; besides, those at its multiples; 0 = none
     keep_best: int = runtime(0)  # besides, as many with the best `best_by`
     best_by: str = runtime("val/loss")  # a metric of metrics.jsonl, at the step that is saved

@@ -20,6 +20,7 @@ from xray.checkpoint import TrainState
 from xray.config import RunConfig, dump
 from xray.feed import check_batches
 from xray.hashing import config_hash, hash_json, identity, to_dict
+from xray.mirror import Mirror
 from xray.run_record import check_same_run, run_record
 
 log = logging.getLogger("xray")
@@ -57,8 +58,17 @@ class Run:
             for blocks in (config.blocks, config.validation)
         )
         self.record = run_record(self.stage, config, self.sources, self.parents)
-        check_same_run(self.out, self.record, identity(type(config)()))
+        self.mirror = mirror_of(self)
+        dist.main_first(self._check)
         self._start_from = parents
+
+    def _check(self) -> None:
+        """That the folder holds this run or none, and the mirror likewise, which fills it then."""
+        defaults = identity(type(self.config)())
+        if self.mirror is not None and not (self.out / "run.json").exists():
+            url = self.mirror.url
+            self.mirror.fetch(lambda folder: check_same_run(folder, self.record, defaults, url))
+        check_same_run(self.out, self.record, defaults, str(self.out))
 
     def finished(self) -> Artifact | None:
         """The artifact of this run, verified, if it ran to its end before."""
@@ -107,3 +117,9 @@ class Run:
         }
         parts = self.stage.export(module, state_dict)
         write_artifact(path, parts, self.stage.export_files(), facts, self.parents)
+
+
+def mirror_of(run: Run) -> Mirror | None:
+    """Where rank 0 copies a run to."""
+    url = run.config.train.mirror
+    return Mirror(url, run.stage.name, run.out) if url and dist.is_main() else None

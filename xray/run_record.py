@@ -37,10 +37,11 @@ def _pretrained(config: RunConfig) -> dict[str, str]:
     return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
 
-def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
     """Raise ConfigError when a folder holds a run that differs in what makes its result.
 
-    defaults: of settings that a run begun by an older version did not know.
+    defaults: of settings that a run begun by an older version did not know. place: what the folder
+    is to the user.
     """
     try:
         old = json.loads((out / "run.json").read_text())
@@ -53,6 +54,6 @@ def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any]) 
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{out} holds another run: {changed[0]}{more}; choose another out=, "
-            "or delete that folder"
+            f"{place} holds another run: {changed[0]}{more}; choose another "
+            f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
         )

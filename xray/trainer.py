@@ -94,6 +94,8 @@ class Trainer:
                 raise Preempted(f"stage {self.stage.name} is finished; run it again to go on")
         finally:
             self.watchdog.close()
+            if self.run.mirror is not None:
+                self.run.mirror.wait()
             sinks.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -198,12 +200,22 @@ class Trainer:
             )  # fmt: skip
         self.watchdog.at("saving", state.step - 1, SAVING)
         begun = time.monotonic()
+        if self.run.mirror is not None:
+            self.run.mirror.wait()  # it reads what is about to be removed
         folder = checkpoint.save_checkpoint(self.engine, self.out / "checkpoints", state, train)
         seconds = time.monotonic() - begun
         self._saved = {"save/seconds": seconds}
+        self._copy()
         if dist.is_main():
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
+
+    def _copy(self) -> None:
+        """Have the mirror, if there is one, look like the run."""
+        if self.run.mirror is not None:
+            artifact = [path for path in [self.out / "artifact"] if path.is_dir()]
+            there = checkpoint.complete_checkpoints(self.out / "checkpoints")
+            self.run.mirror.send([*there, *artifact])
 
     def _say_whether_learned(self, last: dict[str, float]) -> None:
         """Of a run that saw one batch only: its loss beside that of guessing."""
@@ -298,6 +310,7 @@ class Trainer:
         path = self.out / "artifact"
         if dist.is_main():
             self.run.write_artifact(path, self.module, state_dict, self.state, metrics, chosen)
+            self._copy()
         dist.barrier()
         return open_artifact(path)
 
