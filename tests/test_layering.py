@@ -15,12 +15,14 @@ LEAF = {
     "xray.errors",
     "xray.files",
     "xray.hashing",
+    "xray.level",
     "xray.progress",
     "xray.schedule",
 }
 MODELS = {"xray.models", "xray.losses", "xray.tag_losses", "xray.optim"}
 DATA = {"data_pipelines"}
 STAGE_USES = LEAF | MODELS | DATA | {"xray.artifact", "xray.language", "stages.base"}
+TRAINS = LEAF | DATA | {"stages.base", "xray.checkpoint", "xray.engine", "xray.feed", "xray.run"}
 RULES: dict[str, set[str]] = {
     "xray/errors.py": set(),
     "xray/hashing.py": set(),
@@ -28,6 +30,7 @@ RULES: dict[str, set[str]] = {
     "xray/config_files.py": {"xray.config", "xray.errors"},
     "xray/schedule.py": {"xray.errors"},
     "xray/dist.py": {"xray.errors"},
+    "xray/level.py": set(),
     "xray/optim.py": LEAF,
     "xray/losses.py": {"xray.dist"},
     "xray/tag_losses.py": {"xray.errors", "xray.losses"},
@@ -51,10 +54,16 @@ RULES: dict[str, set[str]] = {
     | MODELS
     | DATA
     | {"xray.offline", "xray.artifact", "xray.restore", "xray.language"},
-    "xray/trainer.py": LEAF
+    "xray/run.py": LEAF
     | DATA
-    | {"stages.base", "xray.engine", "xray.checkpoint", "xray.artifact", "xray.report"}
-    | {"xray.bad_samples", "xray.feed", "xray.optim", "xray.run_record", "xray.accumulate"},
+    | {"stages.base", "xray.artifact", "xray.checkpoint", "xray.feed", "xray.mirror"}
+    | {"xray.run_record"},
+    "xray/bundle.py": TRAINS | {"xray.accumulate"},
+    "xray/spikes.py": TRAINS | {"xray.bundle"},
+    "xray/watchdog.py": {"xray.dist"},
+    "xray/trainer.py": TRAINS
+    | {"xray.bad_samples", "xray.optim", "xray.accumulate", "xray.report", "xray.artifact"}
+    | {"xray.bundle", "xray.spikes", "xray.watchdog"},
     "xray/accumulate.py": {"xray.dist", "data_pipelines", "stages.base", "xray.engine"},
     "xray/feed.py": LEAF | DATA | {"stages.base"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact"},

@@ -122,7 +122,10 @@ def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> No
     assert not (tmp_path / "clip").exists()
 
 
-def test_sigterm_saves_and_asks_to_be_run_again(demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_asks_to_be_run_again(
+    demo: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "run"
     settings = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
     process = subprocess.Popen(
@@ -137,7 +140,7 @@ def test_sigterm_saves_and_asks_to_be_run_again(demo: Path, tmp_path: Path) -> N
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: loader workers get it too
+    os.killpg(process.pid, number)  # as torchrun and terminals do: loader workers get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by a signal at step" in stderr
     assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1

@@ -88,6 +88,7 @@ def main() -> None:
     for stage, name, zero in [*again, *((s, f"{s}-joined-{b}", b) for s, b in JOINED)]:
         train(stage, demo, out / name, f"zero.stage={zero}", *CHANGES[stage])
     contrastive_gradients(out / "gradients.json")
+    dist.leave()
 
 
 if __name__ == "__main__":

@@ -69,7 +69,6 @@ def run(
     artifacts = run_recipe(loaded)
     if dist.is_main():
         _finish(loaded, artifacts)
-    dist.barrier()
 
 
 @app.command()

@@ -27,7 +27,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+            dist.leave()
         except (XrayError, OSError) as error:
+            if getattr(error, "agreed", False):
+                dist.leave()
             if dist.is_main() or not getattr(error, "agreed", False):
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
                 print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)

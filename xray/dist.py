@@ -5,7 +5,9 @@ Torch is imported inside: the command line asks for its rank before it needs tor
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+LEAVING = 30.0  # seconds
+COLLECTIVE = timedelta(hours=2)  # that one may take; train.hang_seconds speaks long before
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 
 
@@ -132,6 +136,31 @@ def main_first(work: Callable[[], T]) -> T:
                 failure = DataError(str(error))
         agree(failure, PREPARATION)
     return result[0]
+
+
+def leave() -> None:
+    """Let all ranks end together: gloo takes one that is gone for a failure of what the others are
+    still at. Waits LEAVING seconds at most; the last act of a process."""
+    if world_size() == 1:
+        return
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    until = time.monotonic() + LEAVING
+
+    def wait(key: str, ranks: int) -> None:
+        while store.add(key, 0) < ranks and time.monotonic() < until:
+            time.sleep(0.02)
+
+    with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it
+        store.add("xray/done", 1)
+        wait("xray/done", world_size())
+        if is_main():  # it may hold the store, so it goes last
+            wait("xray/gone", world_size() - 1)
+        else:
+            store.add("xray/gone", 1)
 
 
 def agree(error: XrayError | None, patience: timedelta | None = None) -> None:
