@@ -26,7 +26,7 @@ from xray.engine import Engine
 from xray.errors import ArtifactError, TrainingError
 from xray.level import Level
 from xray.report import read_metrics
-from xray.watchdog import Pace, verdict
+from xray.watchdog import Slowest, verdict
 
 SKIP = ("train.spikes=skip", "train.spike=4.0")
 
@@ -189,9 +189,9 @@ def test_a_rank_that_freezes_is_named(demo: Path, tmp_path: Path) -> None:
     assert "trainer.py" in (out / "mae" / "stuck" / "rank_00000.txt").read_text()
 
 
-def test_pace_of_one_rank_has_no_slowest() -> None:
-    pace = Pace()
-    pace.start()
-    pace.stop()
-    values, warning = pace.compare()
+def test_one_rank_has_no_slowest() -> None:
+    slowest = Slowest()
+    slowest.start()
+    slowest.stop()
+    values, warning = slowest.compare()
     assert values == {"rank/slowest": 1.0} and warning is None

@@ -27,7 +27,7 @@ from xray.report import Sinks
 from xray.run import Run
 from xray.schedule import steps_of, value_at
 from xray.spikes import Spikes
-from xray.watchdog import SAVING, Pace, Watchdog
+from xray.watchdog import SAVING, Slowest, Watchdog
 
 log = logging.getLogger("xray")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # to save and stop
@@ -117,9 +117,9 @@ class Trainer:
         self.watchdog.at("waiting for data", state.step)
         pending, failure = feed.next()
         self._reduce({}, failure)
-        pace, started = Pace(), time.monotonic() - state.seconds
+        slowest, started = Slowest(), time.monotonic() - state.seconds
         for step in remaining:
-            pace.start()
+            slowest.start()
             progress = config.progress(step)
             shape = step_shape(self.stage, config.blocks, progress)
             loaded, pending = pending, []
@@ -129,7 +129,7 @@ class Trainer:
                 self.watchdog.at("waiting for data", step)
                 pending, failure = feed.next()
             values |= feed.waited()
-            pace.stop()
+            slowest.stop()
             self.watchdog.at("adding up the step's values", step)
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
             if values.pop("bad"):
@@ -146,7 +146,7 @@ class Trainer:
                 values |= self._validate(1.0 if last else progress)
             logged = _every(state.step, config.train.log_every) or last
             if logged:
-                values |= self._compare(pace) | self._saved
+                values |= self._compare(slowest) | self._saved
                 self._saved = {}
             sinks.write(state, values, logged)
             for warning in self.stage.watch(values, progress) if logged else []:
@@ -180,11 +180,11 @@ class Trainer:
         self.engine.update_average(state.step)
         return {"lr": lr} | ({"skipped": 1.0} if skipped else {"grad_norm": self.engine.grad_norm})
 
-    def _compare(self, pace: Pace) -> dict[str, float]:
+    def _compare(self, slowest: Slowest) -> dict[str, float]:
         """How far the slowest rank is behind, with a warning that names it."""
         if dist.world_size() == 1:
             return {}
-        values, warning = pace.compare()
+        values, warning = slowest.compare()
         if warning is not None:
             log.warning("step %d: %s", self.state.step, warning)
         return values

@@ -104,7 +104,7 @@ def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
     )
 
 
-class Pace:
+class Slowest:
     """How long each rank takes for its own part of the steps between two lines of the log."""
 
     def __init__(self) -> None:
