@@ -252,6 +252,8 @@ class TrainConfig:
     keep_checkpoints: int = runtime(2)
     validate_every: int = runtime(0)  # steps; 0 = at the end only
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    tensorboard: bool = runtime(True)  # metrics.jsonl is always written
+    wandb: str = runtime("")  # a project's name; "" = off
 
 
 @dataclass

@@ -28,9 +28,10 @@ from xray.errors import DataError, Preempted, TrainingError
 from xray.feed import Feed, check_batches, step_shape, training_stream, validation_stream
 from xray.hashing import config_hash, hash_json, identity, to_dict
 from xray.optim import lr_at
-from xray.report import Sinks
+from xray.pace import Pace
 from xray.run_record import check_same_run, run_record
 from xray.schedule import steps_of, value_at
+from xray.sinks import Sinks, check_sinks
 
 log = logging.getLogger("xray")
 
@@ -54,6 +55,7 @@ class Trainer:
         }
         self.stage = stage_class(config)
         check_batches(self.stage, config)
+        check_sinks(config.train)
         names = [block.source for block in [*config.blocks, *config.validation]]
         opened = open_sources(config.data, names)
 
@@ -139,8 +141,11 @@ class Trainer:
         feed = Feed(training_stream(self.stage, config, self.plans, remaining, pin))
         pending, failure = feed.next()
         self._reduce({}, failure)
+        feed.waited()  # for the loader to start
+        pace = Pace(self.stage, self.module, self.device)
         started = time.monotonic() - state.seconds
         for step in remaining:
+            pace.begin()
             progress = config.progress(step)
             shape = step_shape(self.stage, config.blocks, progress)
             loaded, pending = pending, []
@@ -163,15 +168,20 @@ class Trainer:
             self.stage.after_step(self.engine, self.module)
             state.step, state.samples = step + 1, state.samples + config.global_batch
             state.seconds = time.monotonic() - started
+            pace.end(progress, values.pop("data/wait"), loaded)
             preempted = values.pop("preempted") > 0
             values |= {"lr": lr, "grad_norm": self.engine.grad_norm, **self._sizes(progress)}
+            values |= pace.rates()
             if _every(state.step, config.train.validate_every) and state.step < config.steps:
                 values |= self._validate(progress)
             last = state.step == config.steps
             logged = _every(state.step, config.train.log_every) or last
+            values |= pace.memory() if logged else {}
             sinks.write(state, values, logged)
             for warning in self.stage.watch(values, progress) if logged else []:
                 log.warning("step %d: %s", state.step, warning)
+            if logged:
+                pace.restart()
             if _every(state.step, config.train.save_every) or last or preempted:
                 folder = self.out / "checkpoints"
                 checkpoint.save_checkpoint(
