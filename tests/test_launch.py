@@ -208,7 +208,7 @@ def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
 
 
 def test_a_mistake_is_not_queued_again(slurm: dict[str, str]) -> None:
-    job = sbatch(slurm, "run", "nowhere.yaml")
+    job = sbatch({**slurm, "SLURM_NTASKS": "1"}, "run", "nowhere.yaml")
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 2 and requeued(slurm) == [] and "nowhere.yaml" in errors
 
