@@ -113,6 +113,12 @@ def make_demo(root: Path, config: DemoConfig) -> None:
     os.replace(temporary, root)
 
 
+def example(motion: str = "") -> bytes:
+    """A generated picture as a JPEG; with a motion a clip of 12 frames as an mp4."""
+    scene = Scene("red", "circle", "white", "large", "in the middle", motion)
+    return (_clip if motion else _photo)(scene, DemoConfig(), np.random.default_rng(0))
+
+
 def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion: bool) -> Scene:
     def pick(options: Any) -> str:
         return list(options)[rng.integers(len(options))]

@@ -179,13 +179,17 @@ class Stage(ABC):
         """Other files of the artifact: name -> a path to copy or an object with `save(path)`."""
         return {}
 
-    def macs(self, frames: int) -> int:
-        """Multiply-adds of a forward of one image (frames = 1) or clip, at the stage's final sizes;
-        0 where nothing is seen."""
-        keep_rate = keep_rate_at(self.config.model, 1.0)
-        return vision_macs(
-            sketch(self.config), frames, value_at(self.config.data.resolution, 1.0), keep_rate
-        )
+    def macs(self, frames: int, progress: float = 1.0) -> int:
+        """Multiply-adds of a forward of one image (frames = 1) or clip in training; 0 where nothing
+        is seen."""
+        side = value_at(self.config.data.resolution, progress)
+        keep_rate = keep_rate_at(self.config.model, progress)
+        seen = self.visible(frames, progress)
+        return vision_macs(self._sketch, frames, side, keep_rate, seen)
+
+    def visible(self, frames: int, progress: float) -> int:
+        """Patch tokens of an image (frames = 1) or clip that enter the backbone in training."""
+        return self.tokens(frames, value_at(self.config.data.resolution, progress))
 
     def tokens(self, frames: int, resolution: int) -> int:
         """Tokens of an image (frames = 1) or clip before any is masked or reduced."""

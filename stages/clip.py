@@ -33,10 +33,11 @@ from xray import dist
 from xray.language import Language, look_at
 from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, TextAdapter
-from xray.models.patch_dropout import draw_visible, mask_ratio_at
+from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
 from xray.optim import ALONE
+from xray.schedule import value_at
 from xray.teacher import Teacher, load_teacher
 
 TAUGHT = "teacher_"  # before the names of what a teacher reads
@@ -107,9 +108,7 @@ class ClipModule(VisionModule):
 
     def _visible(self, pixels: Tensor, progress: float) -> Tensor | None:
         """The image tokens that are not left out, None for all."""
-        options = self.options
-        span = (options.mask_span[0], options.mask_span[1])
-        ratio = mask_ratio_at(options.mask_ratio, span, options.mask_until, progress)
+        ratio = self.options.masked(progress)
         if not self.training or ratio == 0:
             return None
         per_slot = self.vision.video == "frames"
@@ -235,6 +234,12 @@ class ClipStage(Stage):
         if self.auxiliary is not None:
             batch |= self.auxiliary.collate(rows)
         return batch
+
+    def visible(self, frames: int, progress: float) -> int:
+        side = value_at(self.config.data.resolution, progress)
+        grid = self._sketch.geometry.grid(frames, side, side)
+        per_slot = self.config.model.video == "frames"
+        return math.prod(visible_places(grid, self.config.clip.masked(progress), per_slot))
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
         limit = math.log(self.config.clip.logit_scale_max)

@@ -11,6 +11,7 @@ from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
+from xray.models.patch_dropout import mask_ratio_at
 
 
 @dataclass
@@ -63,6 +64,11 @@ class ClipOptions:
             raise ConfigError(
                 f"clip.mask_until={self.mask_until} must be in [clip.mask_span's end, 1]"
             )
+
+    def masked(self, progress: float) -> float:
+        """The share of image tokens that training leaves out at a progress."""
+        span = self.mask_span[0], self.mask_span[1]
+        return mask_ratio_at(self.mask_ratio, span, self.mask_until, progress)
 
     @property
     def first_scale(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,7 +22,6 @@ from stages.base import (
     VisionModule,
     load_vision,
     part,
-    sketch,
 )
 from xray.config import ModelConfig, RunConfig
 from xray.errors import ConfigError
@@ -145,15 +145,22 @@ class MaeStage(Stage):
             "mask_noise": torch.from_numpy(draw.random(size, dtype=np.float32)),
         }
 
-    def macs(self, frames: int) -> int:
+    def macs(self, frames: int, progress: float = 1.0) -> int:
         """Encoder over the visible tokens and decoder over all."""
-        options, vision = self.config.mae, sketch(self.config)
-        side = value_at(self.config.data.resolution, 1.0)
-        grid = vision.geometry.grid(frames, side, side)
-        visible = math.prod(masking(options).kept(grid, frames))
-        decoder = make_decoder(options, vision)
-        encoder = vision_macs(vision, frames, side, visible=visible)
-        return encoder + decoder_macs(decoder, math.prod(grid), visible)
+        side = value_at(self.config.data.resolution, progress)
+        seen = self.visible(frames, progress)
+        encoder = vision_macs(self._sketch, frames, side, visible=seen)
+        return encoder + decoder_macs(self._decoder_sketch, self.tokens(frames, side), seen)
+
+    def visible(self, frames: int, progress: float) -> int:
+        side = value_at(self.config.data.resolution, progress)
+        grid = self._sketch.geometry.grid(frames, side, side)
+        return math.prod(masking(self.config.mae).kept(grid, frames))
+
+    @functools.cached_property
+    def _decoder_sketch(self) -> MaeDecoder:
+        with torch.device("meta"):
+            return make_decoder(self.config.mae, self._sketch)
 
     def export(self, module: MaeModule, state: State) -> dict[str, State]:
         return {"backbone": part(state, "towers.vision."), "decoder": part(state, "decoder.")}

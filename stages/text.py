@@ -133,7 +133,10 @@ class TextStage(Stage):
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return self.language.tokenizer.pad(rows)
 
-    def macs(self, frames: int) -> int:
+    def macs(self, frames: int, progress: float = 1.0) -> int:
+        return 0
+
+    def visible(self, frames: int, progress: float) -> int:
         return 0
 
     def export(self, module: TextModule, state: State) -> dict[str, State]:

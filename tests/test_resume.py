@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from xray.pace import MEASURED
+
 HERE = Path(__file__).resolve().parent
 RECIPE = str(HERE / "tiny_recipe.yaml")
 
@@ -53,7 +55,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
             for folder in (one, two)
         ]
         for row in (*rows[0], *rows[1]):
-            for key in [k for k in row if k == "seconds" or k.startswith(("data/", "save/"))]:
+            for key in [k for k in row if k in MEASURED or k.startswith(("data/", "save/"))]:
                 row.pop(key)
         assert rows[0] == rows[1]
     assert (one / "results.json").read_text() == (two / "results.json").read_text()

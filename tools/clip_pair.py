@@ -24,7 +24,7 @@ from data_pipelines.sampling import MicroBatch
 from stages.clip import ClipModule, ClipStage
 from stages.clip_config import ClipConfig
 from xray.config_files import load_config
-from xray.models.flops import _linear, vision_macs
+from xray.models.flops import linear_macs, vision_macs
 from xray.models.heads import Projection
 from xray.models.tokens import TOKENS
 from xray.models.weights import load_adapted
@@ -203,7 +203,7 @@ class Pair:
         attention = 2 * length**2 * width * len(layers)
         return {
             "image": vision_macs(ours.vision, 1, 224, keep) + ours.vision.embed_dim * joint,
-            "text": length * _linear(layers) + attention + width * joint,
+            "text": length * linear_macs(layers) + attention + width * joint,
         }
 
     # what is timed ----------------------------------------------------------------------------

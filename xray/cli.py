@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from xray import (  # noqa: F401 - the clis add their commands
 )
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
+from xray.doctor_cli import doctor
 from xray.errors import ConfigError
 from xray.run_cli import debug_app, export
 
@@ -37,12 +39,15 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(debug_app, name="debug")
+app.command()(guarded(doctor))
 
 
 def main() -> None:
     """Run a command; a user's mistake ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     dist.setup_environment()
+    # deepspeed's launcher says it twice: in the environment too
+    sys.argv = [item for item in sys.argv if not item.startswith("--local_rank=")]
     logging.getLogger("xray").setLevel(logging.INFO if dist.is_main() else logging.ERROR)
     app()
 

@@ -257,6 +257,8 @@ class TrainConfig:
     best_is: Literal["lowest", "highest"] = runtime("lowest")
     validate_every: int = runtime(0)  # steps; 0 = at the end only
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    tensorboard: bool = runtime(True)  # metrics.jsonl is always written
+    wandb: str = runtime("")  # a project's name; "" = off
     # a loss more than `spike` standard deviations above its mean: leave the step out, or say so
     spikes: Literal["ignore", "warn", "skip"] = "warn"
     spike: float = 6.0

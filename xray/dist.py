@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,22 +28,58 @@ def setup_environment() -> None:
     """Fill in what a launcher would have set; without one, a plain run is a world of one."""
     env = os.environ
     if "RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        if "SLURM_NTASKS_PER_NODE" in env:
-            env.setdefault("LOCAL_WORLD_SIZE", env["SLURM_NTASKS_PER_NODE"])
-        if "SLURM_LAUNCH_NODE_IPADDR" in env:
-            env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
+        for name, value in _srun(env).items():
+            env.setdefault(name, value)
+    if "LOCAL_SIZE" in env:  # what deepspeed's launcher calls it
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in defaults.items():
         env.setdefault(name, value)
 
 
+def _srun(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task of srun."""
+    found = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
+    found["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
+    tasks: list[str] = []  # of each node, from "4(x2),3"
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
+        tasks += [count] * int(times or 1)
+    node = int(env.get("SLURM_NODEID", "0"))
+    if node < len(tasks):
+        found["LOCAL_WORLD_SIZE"] = tasks[node]
+    # The node of rank 0. The one that srun was called on may be a login node.
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    found["MASTER_ADDR"] = first_host(nodes) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    # Of its own for each job and step, below the ports that a kernel hands out.
+    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"])
+    found["MASTER_PORT"] = str(10000 + (101 * job + step) % 20000)
+    return found
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm list of hosts, as `gpu[004-007,9]-ib,login2`: gpu004-ib."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
+
+
+def launcher() -> str:
+    """What has started this process."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun"
+    if "LOCAL_SIZE" in env:
+        return "deepspeed"
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return "srun"
+    return "plain python" if world_size() == 1 else "RANK and WORLD_SIZE in the environment"
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device of this rank; call it before deepspeed is imported, which settles on one.
 
-    Raises ConfigError when CUDA is asked for and missing.
+    Raises ConfigError when CUDA is asked for and missing, or there are fewer GPUs than processes.
     """
     import torch
 
@@ -52,6 +89,12 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank()} of this computer sees {torch.cuda.device_count()} GPU(s): "
+            "start no more processes than GPUs, and let each see all of them (srun: "
+            "--gpus-per-node, not --gpus-per-task)"
+        )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
 
@@ -91,6 +134,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
         torch.distributed.all_reduce(values)
     return values
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of a number."""
+    if world_size() == 1:
+        return value
+    import torch
+    import torch.distributed
+
+    box = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return float(box)
 
 
 def broadcast_object(value: Any) -> Any:

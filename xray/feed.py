@@ -61,7 +61,7 @@ class Feed:
 
     def __init__(self, stream: Generator[list[Loaded]]) -> None:
         self._stream = stream
-        self._waited, self._since = 0.0, time.perf_counter()
+        self._waited = 0.0
 
     def next(self) -> tuple[list[Loaded], str | None]:
         """The next step's micro-batches, or why there are none."""
@@ -78,11 +78,9 @@ class Feed:
         self._stream.close()
 
     def waited(self) -> dict[str, float]:
-        """The share of the time since the last call that went into waiting for data."""
-        now = time.perf_counter()
-        share = self._waited / max(now - self._since, 1e-9)
-        self._waited, self._since = 0.0, now
-        return {"data/wait": min(share, 1.0)}
+        """The seconds since the last call that went into waiting for data."""
+        seconds, self._waited = self._waited, 0.0
+        return {"data/wait": seconds}
 
     def readings(self, loaded: list[Loaded]) -> dict[str, float]:
         """Decoding in ms per sample by modality, and the cache's share of hits, on this rank."""

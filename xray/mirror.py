@@ -20,7 +20,7 @@ from xray.errors import DataError
 
 log = logging.getLogger("xray")
 PATIENCE = 60.0  # seconds to go on trying to copy a file
-BESIDE = ("config.yaml", "metrics.jsonl", "run.json")
+BESIDE = ("config.yaml", "metrics.jsonl", "wandb_id", "run.json")
 LAST = ("COMPLETE", "manifest.json")  # of a folder
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, tensorboard and the terminal; and the HTML report of a run."""
+"""Metrics as they were written, tables, and the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import html
 import io
 import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,96 +14,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from xray import dist
-from xray.artifact import write_text
-from xray.checkpoint import TrainState
-from xray.config import RunConfig
-from xray.progress import LINE_SECONDS
 
-console = Console(stderr=True, highlight=False)
-
-
-class Sinks:
-    """A run's metrics on rank 0: jsonl, tensorboard, and a progress bar (lines without a tty)."""
-
-    def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
-        self.last: dict[str, float] = {}
-        self.name = name
-        step, samples = state.step, state.samples
-        self.steps = config.steps
-        self.main = dist.is_main()
-        if not self.main:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = out / "metrics.jsonl"
-        kept = _lines_up_to(path, step)
-        write_text(path, "".join(kept))
-        if kept:
-            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
-        self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out / "tb"), purge_step=samples + 1)
-        self.resumed_at, self.started, self.printed = step, time.monotonic(), 0.0
-        self.progress = Progress(
-            TextColumn("[bold]{task.description:>8}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.progress.start()
-        self.task = self.progress.add_task(name, total=self.steps, completed=step, note="")
-
-    def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
-        """Show a step, and record it where it is due."""
-        if not self.main:
-            return
-        elapsed = time.monotonic() - self.started
-        done = state.step - self.resumed_at
-        rate = state.samples / state.step * done / elapsed
-        note = f"loss {values['loss']:.4f}  {rate:,.0f} samples/s"
-        note += f"  data wait {values['data/wait']:.0%}"
-        self.progress.update(self.task, completed=state.step, note=note)
-        if not console.is_terminal and (
-            time.monotonic() - self.printed > LINE_SECONDS or state.step == self.steps
-        ):
-            self.printed = time.monotonic()
-            eta = (self.steps - state.step) * elapsed / done
-            line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {eta:.0f} s"
-            print(line, file=sys.stderr, flush=True)
-        if not logged:
-            return
-        self.last = dict(values)
-        facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
-        self.file.write(json.dumps({**facts, **values}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, state.samples)
-
-    def close(self) -> None:
-        if self.main:
-            self.progress.stop()
-            self.file.close()
-            self.board.close()
-
-
-_STATE = ("step", "samples", "seconds")
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def lines_up_to(path: Path, step: int) -> list[str]:
     """Whole metric lines of steps that a resumed run will not do again."""
     if not path.is_file():
         return []
@@ -121,7 +34,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, [] where there is none."""
-    return [json.loads(line) for line in _lines_up_to(path, sys.maxsize)]
+    return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from xray.feed import check_batches
 from xray.hashing import config_hash, hash_json, identity, to_dict
 from xray.mirror import Mirror
 from xray.run_record import check_same_run, run_record
+from xray.sinks import check_sinks
 
 log = logging.getLogger("xray")
 
@@ -44,6 +45,7 @@ class Run:
         }
         self.stage = stage_class(config)
         check_batches(self.stage, config)
+        check_sinks(config.train)
         names = [block.source for block in [*config.blocks, *config.validation]]
         opened = open_sources(config.data, names)
 

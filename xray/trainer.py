@@ -23,9 +23,10 @@ from xray.engine import Engine
 from xray.errors import DataError, Preempted, TrainingError
 from xray.feed import Feed, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
-from xray.report import Sinks
+from xray.pace import Pace
 from xray.run import Run
 from xray.schedule import steps_of, value_at
+from xray.sinks import Sinks
 from xray.spikes import Spikes
 from xray.watchdog import SAVING, Slowest, Watchdog
 
@@ -117,8 +118,11 @@ class Trainer:
         self.watchdog.at("waiting for data", state.step)
         pending, failure = feed.next()
         self._reduce({}, failure)
-        slowest, started = Slowest(), time.monotonic() - state.seconds
+        feed.waited()  # for the loader to start
+        pace, slowest = Pace(self.stage, self.module, self.device), Slowest()
+        started = time.monotonic() - state.seconds
         for step in remaining:
+            pace.begin()
             slowest.start()
             progress = config.progress(step)
             shape = step_shape(self.stage, config.blocks, progress)
@@ -139,18 +143,21 @@ class Trainer:
             preempted = values.pop("preempted") > 0
             values |= self._update(step, progress, values)
             state.seconds = time.monotonic() - started
-            values |= self._sizes(progress)
+            pace.end(progress, values.pop("data/wait"), loaded)
+            values |= self._sizes(progress) | pace.rates()
             last = state.step == config.steps
             if _every(state.step, config.train.validate_every) or last:
                 self.watchdog.at("validation", step)
                 values |= self._validate(1.0 if last else progress)
             logged = _every(state.step, config.train.log_every) or last
             if logged:
-                values |= self._compare(slowest) | self._saved
+                values |= pace.memory() | self._compare(slowest) | self._saved
                 self._saved = {}
             sinks.write(state, values, logged)
             for warning in self.stage.watch(values, progress) if logged else []:
                 log.warning("step %d: %s", state.step, warning)
+            if logged:
+                pace.restart()
             if _every(state.step, config.train.save_every) or last or preempted:
                 self._save(values)
             if preempted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from xray.models.backbone import VisionBackbone
 from xray.models.mae_decoder import MaeDecoder
@@ -44,7 +44,7 @@ def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int
     attn, P = block.attn, backbone.num_prefix_tokens
     width = attn.num_heads * attn.head_dim
     N = P + n
-    total = N * _linear(attn) + 2 * N * N * width + (P + after) * _linear(block.mlp)
+    total = N * linear_macs(attn) + 2 * N * N * width + (P + after) * linear_macs(block.mlp)
     if after < n:
         pairs = (n + P % 2) // 2
         cls_row = N * width + n * backbone.embed_dim * backbone.fuse
@@ -54,16 +54,20 @@ def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int
 
 def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
     """MACs of the MAE decoder over `tokens` patches, `visible` of them encoded."""
-    total = (visible + 1) * _linear(decoder.embed) + tokens * _linear(decoder.predict)
+    total = (visible + 1) * linear_macs(decoder.embed) + tokens * linear_macs(decoder.predict)
     N = tokens + 1
     blocks: Any = decoder.blocks
     for block in blocks:
         attn = block.attn
-        total += N * _linear(block) + 2 * N * N * attn.num_heads * attn.head_dim
+        total += N * linear_macs(block) + 2 * N * N * attn.num_heads * attn.head_dim
     return total
 
 
-def _linear(module: nn.Module) -> int:
-    """MACs per token of a module's linear layers."""
-    weights: list[Tensor] = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(weight.numel() for weight in weights)
+def linear_macs(module: nn.Module, trained: bool = False) -> int:
+    """MACs per token of a module's linear layers, or of those whose weights are trained."""
+    # by their sizes: of weights that ZeRO 3 has partitioned none is left to be counted
+    return sum(
+        m.in_features * m.out_features
+        for m in module.modules()
+        if isinstance(m, nn.Linear) and (m.weight.requires_grad or not trained)
+    )

@@ -23,6 +23,13 @@ def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progres
     return ratio * math.floor(LEVELS * (progress - start) / (end - start)) / LEVELS
 
 
+def visible_places(grid: tuple[int, int, int], ratio: float, per_slot: bool) -> tuple[int, int]:
+    """(time slots that are drawn from, patch tokens that stay in each)."""
+    t, h, w = grid
+    slots, size = (t, h * w) if per_slot else (1, t * h * w)
+    return slots, max(1, round(size * (1 - ratio)))
+
+
 def draw_visible(
     grid: tuple[int, int, int], batch: int, ratio: float, per_slot: bool, device: torch.device
 ) -> Tensor:
@@ -30,9 +37,8 @@ def draw_visible(
 
     per_slot: the same number in each time slot, slot by slot (`video: frames`).
     """
-    t, h, w = grid
-    slots, size = (t, h * w) if per_slot else (1, t * h * w)
-    kept = max(1, round(size * (1 - ratio)))
+    slots, kept = visible_places(grid, ratio, per_slot)
+    size = math.prod(grid) // slots
     places = torch.rand(batch, slots, size, device=device).topk(kept, dim=2).indices
     starts = size * torch.arange(slots, device=device)[:, None]
     return (places + starts).flatten(1)

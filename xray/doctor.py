@@ -1,0 +1,396 @@
+"""What this computer has, and what it lacks for what: every check is tried, and none stops another.
+
+A check is a function that yields findings; what it raises is a finding too.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xray import __version__, dist
+from xray.errors import brief
+
+State = Literal["ok", "missing", "broken"]  # missing: something is slower or left out without it
+DISTRIBUTION = "xray-vision"
+GB = 1e9
+LEAST_FREE, LEAST_SHARED, LEAST_FILES = 10 * GB, 1 * GB, 4096
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table; lacks: what does not work, or less well, and what to do."""
+
+    what: str
+    found: str
+    lacks: str = ""
+    state: State = "ok"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A library: the name it is imported by, what needs it ("" = everything), how to get it."""
+
+    name: str
+    use: str = ""
+    install: str = ""
+
+
+PACKAGES = [
+    *map(Package, ("torch", "torchvision", "deepspeed", "timm", "transformers", "tokenizers")),
+    *map(Package, ("safetensors", "webdataset", "omegaconf", "numpy", "PIL", "av", "regex")),
+    Package("decord", "clips are read by PyAV alone, small ones slower", "decord2"),
+    Package("peft", "no LoRA: text.tune=full or none", "peft"),
+    Package("pyarrow", "no .parquet lists, no xray data curate", "pyarrow"),
+    Package("fsspec", "no shards from URLs", "'fsspec[http]'"),
+    Package("ahocorasick", "no xray data curate, no tags=concepts", "pyahocorasick"),
+    Package("tensorboard", "train.tensorboard=false", "tensorboard"),
+    Package("matplotlib", "no report.html", "matplotlib"),
+    Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
+    Package("ray", "no engine=ray for xray data curate", f"'{DISTRIBUTION}[ray]'"),
+    Package("open_clip", "no open_clip model as clip.teacher", "open_clip_torch"),
+]
+# Imports one library after another, and says of each how that went: one may end the process.
+PROBE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        found = importlib.import_module(name)
+        if found.__file__ is None:  # a folder of that name, as wandb leaves behind
+            raise ModuleNotFoundError(name=name)
+        result = "ok " + str(getattr(found, "__version__", ""))
+    except ModuleNotFoundError as error:
+        result = ("none" if error.name == name else "bad") + " " + str(error)
+    except BaseException as error:
+        result = f"bad {type(error).__name__}: {error}"
+    print("\\n@", name, " ".join(result.split()), flush=True)
+"""
+
+
+def examine(out: Path) -> list[Finding]:
+    """Everything; out: the folder that runs are to be written to."""
+    found = imports(PACKAGES)
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("versions", versions),
+        ("processor", processor),
+        ("devices", devices),
+        ("process groups", process_groups),
+        ("pictures", pictures),
+        ("clips", clips),
+        ("decode process", decode_process),
+        ("disk", lambda: disk(out)),
+        ("shared memory", lambda: shared_memory(Path("/dev/shm"))),
+        ("open files", open_files),
+        ("network", network),
+        ("launcher", launchers),
+        ("compiler", compiler),
+    ]
+    first = [f for name, check in checks[:1] for f in guarded(name, check)]
+    return [*first, *found, *(f for name, check in checks[1:] for f in guarded(name, check))]
+
+
+def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check finds, with what it raised as the last finding."""
+    found: list[Finding] = []
+    try:
+        found += check()
+    except Exception as error:  # whatever is wrong with this computer is what is asked for
+        found.append(Finding(name, f"{type(error).__name__}: {brief(error)}", "", "broken"))
+    return found
+
+
+# libraries ------------------------------------------------------------------------------------
+
+
+def imports(packages: Sequence[Package]) -> list[Finding]:
+    """Each library imported, in a process of its own: one may crash it."""
+    results: dict[str, str] = {}
+    while left := [p.name for p in packages if p.name not in results]:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *left], capture_output=True, text=True, errors="replace"
+        )
+        for line in done.stdout.splitlines():
+            if line.startswith("@ "):
+                _, name, result = line.split(" ", 2)
+                results[name] = result
+        stopped = [name for name in left if name not in results]
+        if stopped:
+            results[stopped[0]] = f"bad its import ends the process ({done.returncode})"
+    wanted = _requirements()
+    return [_library(package, results[package.name], wanted) for package in packages]
+
+
+def _library(package: Package, result: str, wanted: dict[str, str]) -> Finding:
+    kind, _, text = result.partition(" ")
+    cure = f"pip install {package.install or package.name}"
+    if kind != "ok":
+        text = "not installed" if kind == "none" else text[:160]
+        lacks = f"{package.use}: {cure}" if package.use else f"nothing works: {cure}"
+        return Finding(package.name, text, lacks, "missing" if package.use else "broken")
+    name, version = _distribution(package.name, text)
+    if not _new_enough(version, wanted.get(name, "")):
+        return Finding(
+            package.name, version, f"{wanted[name]} is needed: {cure} --upgrade", "broken"
+        )
+    return Finding(package.name, f"{version} ({name})" if name != package.name else version)
+
+
+def _distribution(module: str, version: str) -> tuple[str, str]:
+    """(name, version) of what has installed a module; a module may say its own."""
+    for name in importlib.metadata.packages_distributions().get(module, []):
+        return name.lower(), importlib.metadata.version(name)
+    return module, version
+
+
+def _requirements() -> dict[str, str]:
+    """The versions that this package asks for, by distribution; {} where it is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        found = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or [])
+        return {item.name.lower(): str(item.specifier) for item in found}
+    except ImportError:
+        return {}
+
+
+def _new_enough(version: str, wanted: str) -> bool:
+    if not version or not wanted:
+        return True
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("xray", f"{__version__} ({Path(__file__).resolve().parent})")
+    old = sys.version_info < (3, 10)
+    yield Finding(
+        "python",
+        f"{platform.python_version()} on {platform.platform(terse=True)}",
+        "3.10 is needed" if old else "",
+        "broken" if old else "ok",
+    )
+
+
+# what it computes with ------------------------------------------------------------------------
+
+
+def processor() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    quota = cgroup_cores(Path("/sys/fs/cgroup/cpu.max"))
+    found = f"{cores} cores" + (f", {quota:g} of them by cgroup" if quota else "")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    lacks = ""
+    if quota and quota < cores and not threads:
+        lacks = f"a thread for each core is too many: set OMP_NUM_THREADS={max(1, int(quota))}"
+    found += f", OMP_NUM_THREADS={threads}" if threads else ""
+    yield Finding("processor", found, lacks, "missing" if lacks else "ok")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    yield Finding(
+        "memory",
+        f"{memory / GB:.0f} GB"
+        + (f", limited to {limit / GB:.0f} GB by cgroup" if limit and limit < memory else ""),
+    )
+
+
+def cgroup_cores(path: Path) -> float | None:
+    """The cores' worth of time that a cgroup's cpu.max allows, None for all there is."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def devices() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "none"
+        lacks = "runs on the CPU: fit for tests and small models (no CUDA device is seen"
+        yield Finding("devices", "cpu", f"{lacks}; torch is built for CUDA {built})", "missing")
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        torch.ones(8, 8, device=f"cuda:{number}").sum().item()  # a driver may see it, and fail
+        yield Finding(
+            f"cuda:{number}",
+            f"{facts.name}, {total / GB:.0f} GB, {free / GB:.0f} free, "
+            f"compute {facts.major}.{facts.minor}",
+        )
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = Path("/proc/cpuinfo").read_text()
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    lacks = "" if native else "train.precision=bf16 brings no speed: set fp32"
+    found = "in hardware" if native else "not in hardware"
+    yield Finding("bf16", found, lacks, "ok" if native else "missing")
+
+
+def process_groups() -> Iterator[Finding]:
+    """The backends that are there, each tried on a group of one."""
+    import torch
+    import torch.distributed as group
+
+    backends = {"gloo": group.is_gloo_available(), "nccl": group.is_nccl_available()}
+    for name, there in backends.items():
+        if name == "nccl" and not torch.cuda.is_available():
+            continue
+        if not there:
+            yield Finding(name, "not in this torch", "no training on several", "broken")
+            continue
+        device = "cuda" if name == "nccl" else "cpu"
+        if dist.world_size() > 1:
+            yield Finding(name, "there; not tried in a process of several")
+            continue
+        group.init_process_group(name, store=group.HashStore(), rank=0, world_size=1)
+        try:
+            group.all_reduce(torch.ones(1, device=device))
+        finally:
+            group.destroy_process_group()
+        yield Finding(name, "works")
+
+
+# what it reads with ---------------------------------------------------------------------------
+
+
+def pictures() -> Iterator[Finding]:
+    from data_pipelines.decode import decode_image
+    from data_pipelines.demo import example
+
+    yield Finding("pictures", f"a JPEG of {len(example())} bytes: {decode_image(example()).size}")
+
+
+def clips() -> Iterator[Finding]:
+    """Each reader on a clip that is made here."""
+    import numpy as np
+
+    from data_pipelines.decode import AvClip, DecordClip
+    from data_pipelines.demo import example
+
+    data = example("left")
+    for what, reader, needed in (("PyAV", AvClip, True), ("decord", DecordClip, False)):
+        try:
+            clip = reader(data)
+            shape = clip.read(np.array([0, clip.total - 1]), 0)[-1].shape
+            yield Finding(f"clips by {what}", f"an mp4 of {clip.total} frames: {shape}")
+        except Exception as error:  # each library raises types of its own
+            lacks = "no clips can be read" if needed else "PyAV reads them"
+            yield Finding(
+                f"clips by {what}", brief(error), lacks, "broken" if needed else "missing"
+            )
+
+
+def decode_process() -> Iterator[Finding]:
+    """The process that clips are decoded in, as in training."""
+    from data_pipelines.decode import FrameChoice
+    from data_pipelines.demo import example
+    from data_pipelines.sandbox import ClipDecoder
+
+    decoder = ClipDecoder(60.0, 2.0)
+    try:
+        frames = decoder.decode(example("left"), FrameChoice(4))
+        yield Finding("decode process", f"works: {frames.pixels.shape}")
+    finally:
+        decoder.close()
+
+
+# where it puts things -------------------------------------------------------------------------
+
+
+def disk(out: Path) -> Iterator[Finding]:
+    """Really write to where runs go."""
+    place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
+    what = f"disk at {place}"
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        why = "it is full" if error.errno == errno.ENOSPC else brief(error)
+        yield Finding(what, why, "runs cannot be saved here: choose another out=", "broken")
+        return
+    free = shutil.disk_usage(place).free
+    lacks = "" if free >= LEAST_FREE else "checkpoints of a ViT-L take 4 GB each; out= elsewhere"
+    yield Finding(what, f"{free / GB:.0f} GB free, writable", lacks, "missing" if lacks else "ok")
+
+
+def shared_memory(place: Path) -> Iterator[Finding]:
+    """What loader processes hand batches over in."""
+    cure = "data.workers=0, or give the container more (docker run --shm-size=8g)"
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x")
+        total = shutil.disk_usage(place).total
+    except OSError as error:
+        yield Finding(f"{place}", brief(error), f"no loader processes: {cure}", "missing")
+        return
+    lacks = "" if total >= LEAST_SHARED else f"little for loader processes: {cure}"
+    yield Finding(f"{place}", f"{total / GB:.2g} GB", lacks, "missing" if lacks else "ok")
+
+
+def open_files() -> Iterator[Finding]:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most_text = "no limit" if most == resource.RLIM_INFINITY else str(most)
+    few = limit != resource.RLIM_INFINITY and limit < LEAST_FILES
+    lacks = f"many shards or loader processes may need more: ulimit -n {LEAST_FILES}" if few else ""
+    found = f"{limit} (hard limit {most_text})"
+    yield Finding("open files", found, lacks, "missing" if lacks else "ok")
+
+
+# how it is started ----------------------------------------------------------------------------
+
+
+def network() -> Iterator[Finding]:
+    """A port to meet at, and a name that gloo can find."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        yield Finding("ports", f"{probe.getsockname()[1]} is free")
+    name = socket.gethostname()
+    try:
+        yield Finding("host name", f"{name} is {socket.gethostbyname(name)}")
+    except OSError as error:
+        cards = ", ".join(card for _, card in socket.if_nameindex())
+        lacks = f"processes may not find each other: set GLOO_SOCKET_IFNAME to one of {cards}"
+        yield Finding("host name", f"{name}: {brief(error)}", lacks, "missing")
+
+
+def launchers() -> Iterator[Finding]:
+    started = f"{dist.launcher()}, process {dist.rank()} of {dist.world_size()}"
+    yield Finding("started by", started)
+    tools = [name for name in ("torchrun", "deepspeed", "srun", "sbatch", "pdsh") if _tool(name)]
+    lacks = "" if "pdsh" in tools else "deepspeed on several hosts needs pdsh"
+    yield Finding("launchers", ", ".join(["python", *tools]), lacks, "missing" if lacks else "ok")
+
+
+def _tool(name: str) -> bool:
+    """On the PATH, or beside this Python."""
+    return bool(shutil.which(name) or (Path(sys.executable).parent / name).is_file())
+
+
+def compiler() -> Iterator[Finding]:
+    found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), "")
+    lacks = "" if found else "no torch.compile, no zero.offload: install a C++ compiler"
+    yield Finding("compiler", found or "none", lacks, "ok" if found else "missing")
