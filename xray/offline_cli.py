@@ -46,7 +46,7 @@ def data_pseudo_tags(
     shards, settings = split_items(items)
     config = build(PseudoTagsConfig, parse_overrides(settings))
     config.validate()
-    teacher = open_artifact(artifact)
+    teacher = open_artifact(artifact, config.llm)
     tagger, tags = open_teacher(teacher, vocabulary, config.template)
     for pattern in shards:
         source = open_any(pattern, modality)
@@ -75,7 +75,7 @@ def open_teacher(
     if artifact.stage == "hashtag":
         if vocabulary is not None:
             raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
-        return Tagger(artifact).to(device), Vocabulary.load(artifact.path / "vocabulary.json")
+        return Tagger(artifact).to(device), Vocabulary.load(artifact.file("vocabulary.json"))
     if artifact.stage != "clip":
         raise ConfigError(
             f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
@@ -137,7 +137,7 @@ def _write_features(
     shards, settings = split_items(items)
     config = build(FeaturesConfig, parse_overrides(settings))
     config.validate()
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, config.llm)
     encoder = restore_encoder(opened).to(dist.choose_device("auto"))
     if isinstance(encoder, TextEncoder):
         raise ConfigError(f"{opened.path} is of stage text: it has no backbone")
