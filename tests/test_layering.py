@@ -32,7 +32,7 @@ RULES: dict[str, set[str]] = {
     "xray/losses.py": {"xray.dist"},
     "xray/tag_losses.py": {"xray.errors", "xray.losses"},
     "xray/figures.py": set(),
-    "xray/models": {"xray.config", "xray.errors", "xray.models"},
+    "xray/models": {"xray.config", "xray.errors", "xray.files", "xray.models"},
     "xray/files.py": {"xray.errors"},
     "xray/places.py": {"data_pipelines.remote", "xray.files"},
     "xray/artifact.py": {"data_pipelines.remote", "data_pipelines.shards"}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xray.errors import ConfigError, brief
+from xray.files import is_inside
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
@@ -81,6 +82,8 @@ def load_llm(
     settings.use_cache = False  # of keys and values, for generation
     if attention == "bidirectional":
         settings.is_causal = False
+    if weights:
+        _check_files(folder)
     encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING
     if settings.is_encoder_decoder and not encodes:
         raise ConfigError(
@@ -106,6 +109,22 @@ def load_llm(
     if hasattr(llm, "pooler"):  # BERT's, which nothing here would train
         llm.pooler = None
     return llm
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse weights that are pickles, which run what they like, and files outside the folder."""
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder}/{pickles[0]} is a pickle, which is not loaded: use a folder with "
+            "model.safetensors (save_pretrained of transformers writes one)"
+        )
+    index = _json(folder / "model.safetensors.index.json").get("weight_map", {})
+    outside = [name for name in index.values() if not is_inside(str(name))]
+    if outside:
+        raise ConfigError(
+            f"{folder}/model.safetensors.index.json names a file outside its folder: {outside[0]}"
+        )
 
 
 def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
