@@ -39,7 +39,7 @@ from xray.artifact import open_artifact
 from xray.cli import app
 from xray.config import DataConfig, ModelConfig, SourceConfig, TextConfig
 from xray.config_files import read_yaml
-from xray.errors import ArtifactError, ConfigError, DataError, XrayError
+from xray.errors import ArtifactError, ConfigError, DataError
 from xray.language import Language
 from xray.lineage import lineage
 from xray.models import VisionBackbone
@@ -149,7 +149,7 @@ def test_in_an_artifacts_other_files(runs: Path, demo: Path, tmp_path: Path, ran
         ("clip", "manifest.json", "manifest.json"),
         ("clip", "llm/config.json", "llm/config.json"),
         ("clip", "llm/tokenizer.json", "llm has no usable tokenizer"),
-        ("clip", "llm/tokenizer_config.json", "llm has no usable tokenizer"),
+        ("clip", "llm/tokenizer_config.json", "llm/tokenizer_config.json"),
         ("hashtag", "vocabulary.json", "vocabulary.json"),
     ):
         artifact = tmp_path / stage
@@ -165,12 +165,11 @@ def test_in_an_artifacts_other_files(runs: Path, demo: Path, tmp_path: Path, ran
             done = xray("data", "pseudo-tags", artifact, demo / "heldout", "workers=0")
         refused(done, said, ran)
         shutil.rmtree(artifact)
-    artifact = tmp_path / "clip"  # an ancestor's manifest that the artifact carries
+    artifact = tmp_path / "clip"
     shutil.copytree(runs / "clip" / "artifact", artifact)
-    forge(artifact, next(p.name for p in (artifact / "lineage").iterdir()), content) if False else (
-        next((artifact / "lineage").iterdir()).write_bytes(content)
-    )
-    assert xray("lineage", artifact, "--verify").exit_code == 1 and not ran.exists()
+    carried = f"lineage/{hashlib.sha256(content).hexdigest()}.json"  # as an ancestor's manifest
+    forge(artifact, carried, content)
+    refused(xray("lineage", artifact, "--verify"), carried, ran)
 
 
 def test_in_a_teacher_and_in_a_parent(runs: Path, demo: Path, tmp_path: Path, ran: Path) -> None:
@@ -199,10 +198,10 @@ def test_in_a_checkpoint(
     (checkpoint,) = (tmp_path / "hashtag" / "checkpoints").glob("step_*")
     assert (checkpoint / name).is_file()
     (checkpoint / name).write_bytes(hostile)
-    with pytest.raises((ArtifactError, ConfigError), match=r"cannot be read") as error:
+    where = (checkpoint / name).resolve()
+    with pytest.raises((ArtifactError, ConfigError), match=rf"{where} cannot be read"):
         train("hashtag", demo, tmp_path / "hashtag", "train.samples=12")
-    named = (checkpoint / name).resolve().parent if "/" in name else checkpoint / name
-    assert str(named).removesuffix("/portable") in str(error.value) and not ran.exists()
+    assert not ran.exists()
 
 
 def test_in_a_config(tmp_path: Path, ran: Path) -> None:
@@ -273,7 +272,7 @@ def llm(demo: Path, folder: Path, change: dict[str, bytes | None]) -> Callable[[
         ("pytorch_model-00001-of-00002.bin", "00002.bin is a pickle, which is not loaded"),
         ("config.json", "config.json is no json"),
         ("tokenizer.json", "no usable tokenizer"),
-        ("tokenizer_config.json", "no usable tokenizer"),
+        ("tokenizer_config.json", "tokenizer_config.json is no json"),
         ("added_tokens.json", "no usable tokenizer"),
         ("modules.json", "modules.json is no json"),
         ("1_Pooling/config.json", "config.json is no json"),
@@ -351,8 +350,6 @@ def test_beside_shards(tmp_path: Path, ran: Path, hostile: bytes) -> None:
         keep_listed(source, SourceConfig(keep="kept-x"))
     with pytest.raises(ConfigError, match="no stored text features"):
         open_store(source, facts)
-    with pytest.raises((OSError, ValueError, KeyError)):
-        columns.open_columns(made[0])
     assert not ran.exists()
 
 
@@ -405,7 +402,7 @@ def test_runs_write_no_pickle(runs: Path) -> None:
     for path in found:
         start = path.read_bytes()[:2]
         assert start not in (b"PK", b"\x93N") and not start.startswith(b"\x80"), path
-    endings = {path.suffix for path in found if "tensorboard" not in str(path.parent)}
+    endings = {path.suffix for path in found if "tfevents" not in path.name}
     assert endings <= {".safetensors", ".json", ".jsonl", ".yaml", ""}, endings
 
 
@@ -418,8 +415,8 @@ def test_manifests_cannot_name_files_outside(runs: Path, tmp_path: Path) -> None
     outside.write_text("{}")
     manifest = json.loads((artifact / "manifest.json").read_text())
     digest = hashlib.sha256(b"{}").hexdigest()
-    names = ["../outside.json", str(outside), "llm/../../outside.json", "lineage/../../outside.json",
-             "", "."]  # fmt: skip
+    names = ["../outside.json", str(outside), "a/../../outside.json", "lineage/../../outside.json"]
+    names += ["", "."]
     for name in names:
         forged = {**manifest, "files": {**manifest["files"], name: digest}}
         (artifact / "manifest.json").write_text(json.dumps(forged))
@@ -485,24 +482,21 @@ def test_archives_write_nothing_outside(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "in" / "up.jpg").write_bytes(jpeg())
     listed.write_text("file,caption,key\nphotos/../up.jpg,words,../../outside/f\n")
     before = tree(outside)
-    curated = ["data", "curate", folder, f"metadata={tmp_path / 'metadata.txt'}", "t=5"]
     for command in (
         ["data", "index", folder],
         ["data", "check", folder],
-        ["data", "stats", folder, "--out", tmp_path / "in" / "stats.html"],
-        [*curated, "--out", tmp_path / "in" / "curated"],
         ["data", "pack", listed, tmp_path / "in" / "packed"],
     ):
         done = xray(*command)
         assert done.exit_code in (0, 1), done.output
+    with tarfile.open(tmp_path / "in" / "packed" / "00000.tar") as archive:
+        assert all("/" not in name for name in archive.getnames())
+    metadata = f"metadata={tmp_path / 'metadata.txt'}"  # what is made of it asks nobody to, either
+    done = xray("data", "curate", folder, metadata, "t=9", "--out", tmp_path / "in" / "curated")
+    assert done.exit_code == 2 and "would be unpacked outside of any folder" in done.stderr
     assert tree(outside) == before
     known = {"in", "outside", "cache", "metadata.txt"}
     assert {path.name for path in tmp_path.iterdir()} <= known
-    for shard in (tmp_path / "in").glob("*/*.tar"):
-        if shard.parent != folder:
-            with tarfile.open(shard) as archive:  # nor does what is made of it ask others to
-                names = archive.getnames()
-            assert names and not any(n.startswith("/") or ".." in n.split("/") for n in names)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -516,31 +510,42 @@ MAY_PICKLE = {"data_pipelines/curation/ray_engine.py"}
 LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {
-    ("torch", "load"), ("torch.serialization", "add_safe_globals"), ("torch.jit", "load"),
+    ("torch", "load"), ("torch.jit", "load"), ("pd", "read_pickle"),
     ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("yaml", "unsafe_load"),
     ("os", "system"), ("os", "popen"), ("shutil", "unpack_archive"),
-    ("archive", "extract"), ("archive", "extractall"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [p for folder in PACKAGES for p in files(folder)], ids=str)
-def test_nothing_loads_pickles_or_runs_text(path: Path) -> None:
-    own = str(path.relative_to(ROOT))
-    if own not in MAY_PICKLE:
-        assert not LOADERS & {module.split(".")[0] for module in imports(path)}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.keyword):
-            allows = isinstance(node.value, ast.Constant) and node.value.value is True
-            assert not (node.arg in ("allow_pickle", "trust_remote_code", "shell") and allows)
-            assert not (node.arg == "weights_only" and not allows)
-        if isinstance(node, ast.Constant):
-            assert node.value != "trust_remote_code" or own == "xray/models/text_folder.py"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in CALLS
-        if isinstance(node, ast.Attribute):
-            assert (ast.unparse(node.value), node.attr) not in METHODS
-            assert node.attr not in ("add_safe_globals", "extractall", "from_dotlist_unsafe")
+def test_nothing_loads_pickles_or_runs_text() -> None:
+    for path in [path for folder in PACKAGES for path in files(folder)]:
+        own = str(path.relative_to(ROOT))
+        if own not in MAY_PICKLE:
+            assert not LOADERS & {module.split(".")[0] for module in imports(path)}, own
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert harmless(node, own), f"{own}: {ast.unparse(node)}"
 
 
-def test_every_error_is_one_of_ours() -> None:
-    assert {ArtifactError, ConfigError, DataError} <= set(XrayError.__subclasses__())
+def harmless(node: ast.AST, own: str) -> bool:
+    """Whether a piece of a file's source calls on nothing that runs what it reads."""
+    if isinstance(node, ast.keyword):
+        allows = isinstance(node.value, ast.Constant) and node.value.value is True
+        risky = node.arg in ("allow_pickle", "trust_remote_code", "shell")
+        return not (risky and allows) and (node.arg != "weights_only" or allows)
+    if isinstance(node, ast.Constant):  # in a dict of arguments
+        return node.value != "trust_remote_code" or own == "xray/models/text_folder.py"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id not in CALLS
+    if isinstance(node, ast.Attribute):
+        allowed = (ast.unparse(node.value), node.attr) not in METHODS
+        return allowed and node.attr not in ("add_safe_globals", "extract", "extractall")
+    return True
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["eval('1')", "torch.load('x')", "np.load('x')", "f(x, allow_pickle=True)", "os.system('x')",
+     "f(weights_only=False)", "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})",
+     "torch.serialization.add_safe_globals([x])", "archive.extractall('x')", "yaml.load(x)"],
+)  # fmt: skip
+def test_such_lines_would_be_found(line: str) -> None:
+    assert not all(harmless(node, "xray/some.py") for node in ast.walk(ast.parse(line)))

@@ -64,19 +64,22 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
     Raises ArtifactError where it is damaged, or of other parameters or another optimizer.
     """
     folder = checkpoint / FOLDER
+    reading = folder / INDEX
     try:
-        index = dict(json.loads((folder / INDEX).read_text()))
+        index = dict(json.loads(reading.read_text()))
         files = dict(index["files"])
         _check(index, engine, checkpoint)
         for file, names in files.items():
-            with safe_open(inside(folder, file), "pt") as tensors:
+            reading = inside(folder, file)
+            with safe_open(reading, "pt") as tensors:
                 for name in names:
                     for slot in (None, *engine.slots):
                         engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
-        with safe_open(inside(folder, BUFFERS), "pt") as tensors:
+        reading = inside(folder, BUFFERS)
+        with safe_open(reading, "pt") as tensors:
             engine.write_buffers({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtifactError(f"checkpoint {checkpoint} cannot be read: {brief(error)}") from error
+        raise ArtifactError(f"checkpoint {reading} cannot be read: {brief(error)}") from error
     engine.set_steps(int(index["steps"]))
 
 
