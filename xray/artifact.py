@@ -130,6 +130,9 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     for section in SECTIONS:
         if not isinstance(manifest.get(section), dict):
             raise ArtifactError(f"{where} is damaged: it has no {section}")
+    for parent in manifest["parents"].values():
+        if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
+            raise ArtifactError(f"{where} is damaged: it does not say what its parents are")
     for name in manifest["files"]:
         if not is_inside(name):
             raise ArtifactError(f"{where} names a file outside its folder: {name}")

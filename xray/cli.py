@@ -146,8 +146,9 @@ def evaluate(
     from xray.evaluation.suite import EvalConfig, result_table
 
     given = parse_overrides(overrides or [])
-    unknown = [key for key in given if key not in ("eval", "data", "text")]
-    unknown += [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
+    sections = [key for key, value in given.items() if isinstance(value, dict)]
+    unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
+    unknown = unknown or [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
     if unknown:
         raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY=, data.root=, text.llm=")
     root, config, workers = "", build(EvalConfig, given.get("eval", {})), 2
