@@ -43,6 +43,7 @@ from data_pipelines.shards import (
     media_extensions,
 )
 from xray.errors import DataError
+from xray.files import is_inside
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
@@ -296,6 +297,8 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
         if content is not None:
             _write(cached, content)
             known = _load(folder, cached)
+            if known is not None and not all(map(is_inside, known.names)):
+                raise DataError(f"{folder}/shards.manifest names shards outside its folder")
     return known or _write_remote(pattern, cache, _logged)
 
 

@@ -90,6 +90,26 @@ def fetch_small(url: str, patience: float) -> bytes | None:
     return None
 
 
+def fetch_file(url: str, target: Path, patience: float) -> str:
+    """Download a file whole or not at all, and return its sha256.
+
+    Raises FileNotFoundError, and DataError after `patience` s. One process at a time per target.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+
+    def download() -> str:
+        with _HashedFile(temporary, sys.maxsize, "") as body:
+            _stream(url, body, None, patience)
+        return body.digest.hexdigest()
+
+    try:
+        digest = persist(url, patience, download)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
 class ShardCache:
     """A folder of fetched shards: at most `limit` bytes stay, and the one used longest ago goes.
 
@@ -169,7 +189,7 @@ class ShardCache:
         verdict = path.with_suffix(".lock")
         verdict.touch()
         before = verdict.read_text()
-        with _locked(verdict):
+        with locked(verdict):
             if _touch(path, size):
                 return True
             # Of many that wait for one shard, only the first is to spend its patience on it.
@@ -191,7 +211,7 @@ class ShardCache:
         if size is not None and size > self.limit:
             raise DataError(too_large)
         try:
-            with _ShardFile(temporary, self.limit, too_large) as body:
+            with _HashedFile(temporary, self.limit, too_large) as body:
                 _stream(url, body, size, self.patience)
             if sha256 is not None and body.digest.hexdigest() != sha256.lower():
                 raise OSError(f"sha256 {body.digest.hexdigest()} where {sha256} was expected")
@@ -202,7 +222,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
-        with _locked(self.folder / "folder.lock"):
+        with locked(self.folder / "folder.lock"):
             shards = []
             for path in self.folder.glob("*.tar"):
                 with suppress(FileNotFoundError):
@@ -215,13 +235,13 @@ class ShardCache:
                     excess -= size
             for temporary in self.folder.glob("*.tmp"):
                 # Whoever writes it holds the lock, so a free lock means that its writer died.
-                lock = _locked(temporary.with_suffix(".lock"), fcntl.LOCK_NB)
+                lock = locked(temporary.with_suffix(".lock"), fcntl.LOCK_NB)
                 with suppress(BlockingIOError), lock:
                     temporary.unlink(missing_ok=True)
 
 
-class _ShardFile(io.BufferedWriter):
-    """A shard's file while it is received: hashes what comes, and stops at the limit."""
+class _HashedFile(io.BufferedWriter):
+    """A file while it is received: hashes what comes, and stops at the limit."""
 
     def __init__(self, path: Path, limit: int, too_large: str) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -244,7 +264,8 @@ def _touch(path: Path, size: int | None) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+def locked(path: Path, flags: int = 0) -> Iterator[None]:
+    """Hold a lock that the processes of a host share; `flags` of flock."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
         try:

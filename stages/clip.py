@@ -186,7 +186,7 @@ class ClipStage(Stage):
         self.teacher = None
         if self.config.clip.teacher:
             device = dist.choose_device(self.config.train.device)
-            self.teacher = load_teacher(self.config.clip.teacher, device)
+            self.teacher = load_teacher(self.config.clip.teacher, device, self.config.text.llm)
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 

@@ -189,7 +189,7 @@ class HashtagStage(Stage):
         options, data = self.config.hashtag, self.config.data
         self.vocabulary = self.find_vocabulary(sources)
         if parents.vision is not None and parents.vision.stage == self.name:
-            path = parents.vision.path / "vocabulary.json"
+            path = parents.vision.file("vocabulary.json")
             _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
         training = {block.source for block in self.config.blocks}
         self.balanced: dict[str, Balanced] = {}

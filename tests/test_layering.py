@@ -35,8 +35,12 @@ RULES: dict[str, set[str]] = {
     "xray/losses.py": {"xray.dist"},
     "xray/tag_losses.py": {"xray.errors", "xray.losses"},
     "xray/figures.py": set(),
-    "xray/models": {"xray.config", "xray.errors", "xray.models"},
-    "xray/artifact.py": {"xray", "xray.errors", "xray.files"},
+    "xray/models": {"xray.config", "xray.errors", "xray.files", "xray.models"},
+    "xray/files.py": {"xray.errors"},
+    "xray/places.py": {"data_pipelines.remote", "xray.files"},
+    "xray/artifact.py": {"data_pipelines.remote", "data_pipelines.shards"}
+    | {"xray", "xray.errors", "xray.files", "xray.places"},
+    "xray/lineage.py": LEAF | {"xray.artifact", "xray.places"},
     "xray/language.py": LEAF | MODELS | DATA | {"xray.artifact"},
     "xray/restore.py": LEAF | MODELS | {"xray.artifact", "xray.language"},
     "xray/pictures.py": LEAF | MODELS | {"xray.restore"},
@@ -68,7 +72,7 @@ RULES: dict[str, set[str]] = {
     | {"xray.bundle", "xray.pace", "xray.spikes", "xray.watchdog"},
     "xray/accumulate.py": {"xray.dist", "data_pipelines", "stages.base", "xray.engine"},
     "xray/feed.py": LEAF | DATA | {"stages.base"},
-    "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact"},
+    "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact", "xray.places"},
     "xray/show.py": LEAF
     | MODELS
     | DATA
@@ -79,7 +83,7 @@ RULES: dict[str, set[str]] = {
     "stages/hashtag.py": STAGE_USES,
     "stages/text.py": STAGE_USES,
     "stages/guards.py": {"xray.config", "stages.clip_config"},
-    "xray/teacher.py": LEAF | {"xray.artifact", "xray.restore"},
+    "xray/teacher.py": LEAF | {"xray.artifact", "xray.language", "xray.places", "xray.restore"},
     "stages/auxiliary.py": STAGE_USES | {"stages.hashtag", "stages.mae"},
     "stages/clip.py": STAGE_USES
     | {"xray.teacher"}

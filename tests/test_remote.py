@@ -517,12 +517,12 @@ def test_a_fork_leaves_connections_alone(
 
 
 def test_a_lock_does_not_stay_with_a_forked_child(tmp_path: Path) -> None:
-    with remote._locked(tmp_path / "lock"):
+    with remote.locked(tmp_path / "lock"):
         child = FORK.Process(target=time.sleep, args=(10,))
         child.start()
-        with pytest.raises(BlockingIOError), remote._locked(tmp_path / "lock", fcntl.LOCK_NB):
+        with pytest.raises(BlockingIOError), remote.locked(tmp_path / "lock", fcntl.LOCK_NB):
             pass
-    with remote._locked(tmp_path / "lock", fcntl.LOCK_NB):
+    with remote.locked(tmp_path / "lock", fcntl.LOCK_NB):
         child.kill()
 
 

@@ -154,5 +154,5 @@ def test_a_damaged_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:
     (file,) = (out / "mae" / "checkpoints").glob("step_00000004/portable/00000.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     again = run(demo, out)
-    assert again.returncode == 2 and "step_00000004 cannot be read" in again.stderr
+    assert again.returncode == 2 and "00000.safetensors cannot be read" in again.stderr
     assert "Traceback" not in again.stderr

@@ -41,11 +41,13 @@ def test_loss_falls(chain: dict[str, Path], stage: str) -> None:
 
 
 def test_children_hold_their_parents_hash(chain: dict[str, Path]) -> None:
-    from xray.artifact import lineage, open_artifact
+    from xray.artifact import open_artifact
+    from xray.lineage import lineage
 
     clip = open_artifact(chain["clip"])
-    rows = list(lineage(clip))
-    assert [m["stage"] for _, _, m in rows if m] == ["clip", "hashtag", "mae", "text"]
+    links = lineage(chain["clip"])
+    assert [link.stage for link in links] == ["clip", "hashtag", "mae", "text"]
+    assert all(link.manifest is not None and link.where == "found" for link in links)
     parent = open_artifact(chain["hashtag"])
     assert clip.manifest["parents"]["vision"]["manifest"] == parent.digest
 

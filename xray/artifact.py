@@ -1,9 +1,11 @@
 """The stage-to-stage contract: a folder of safetensors and a manifest that verifies them.
 
     artifact/  backbone.safetensors  head.safetensors ...  vocabulary.json  manifest.json
+               lineage/HASH.json ...
 
 The manifest holds the sha256 of every file, the resolved config, hashes of config and data, and the
-parents by the hash of their manifests; nothing in an artifact is pickled.
+parents by the hash of their manifests, which lie in lineage/ with those of all ancestors; nothing
+in an artifact is pickled, and nothing in it depends on where it lies.
 """
 
 from __future__ import annotations
@@ -19,26 +21,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipelines.remote import is_remote, locked
+from data_pipelines.shards import user_cache
 from xray import __version__
-from xray.errors import ArtifactError
-from xray.files import usual_mode
+from xray.errors import ArtifactError, brief
+from xray.files import is_inside, usual_mode
+from xray.places import Place, sha256_file
 
 SCHEMA = 1
 PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        state = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            state.update(piece)
-    return state.hexdigest()
+LINEAGE = "lineage"  # the folder of the ancestors' manifests
+SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # of a manifest: objects
+State = Literal["ok", "changed", "missing", "unnamed"]
+COMPLAINTS = {
+    "missing": "is missing: the artifact is incomplete",
+    "unnamed": "is no file that the artifact's manifest names: remove it",
+    "changed": "was changed after it was written: its sha256 is not the manifest's; restore the "
+    "file or run its stage again",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Artifact:
     path: Path
     manifest: dict[str, Any]
     digest: str  # sha256 of manifest.json
+    origin: str  # where it was opened: the URL it was fetched from, or its folder's full path
+    llm: str = ""  # the folder of the LLM it is based on, if not where that was in training
 
     @property
     def stage(self) -> str:
@@ -55,46 +63,112 @@ class Artifact:
 
     def load(self, part: str) -> dict[str, Tensor]:
         """The tensors of a part; raises ArtifactError when it has none of that name."""
-        if f"{part}.safetensors" not in self.manifest["files"]:
-            raise ArtifactError(f"{self.path}, of stage {self.stage}, holds no {part}")
-        return load_file(self.path / f"{part}.safetensors")
+        path = self.file(f"{part}.safetensors")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is no readable safetensors: {brief(error)}") from error
+
+    def file(self, name: str) -> Path:
+        """A file of the manifest; raises ArtifactError when it has none of that name."""
+        if name not in self.manifest["files"]:
+            what = name.removesuffix(".safetensors")
+            raise ArtifactError(f"{self.path}, of stage {self.stage}, holds no {what}")
+        return self.path / name
 
     def has_tensor(self, part: str, name: str) -> bool:
         """Whether a part holds a tensor."""
         return name in self.manifest["tensors"].get(part, {})
 
 
-def open_artifact(path: str | Path) -> Artifact:
-    """Open an artifact and verify every byte of it.
+def open_artifact(path: str | Path, llm: str = "") -> Artifact:
+    """Open an artifact in a folder or at a URL, and verify every byte of it.
 
-    Raises ArtifactError when it is missing, incomplete, changed, or of a newer schema.
+    A URL's is fetched into the user's cache, once per host. llm: where the LLM lies that it is
+    based on, if it is there no more. Raises ArtifactError when it is missing, incomplete, changed,
+    or of a newer schema.
     """
-    folder = Path(path).expanduser()
-    if (folder / "artifact" / "manifest.json").is_file():  # a stage's folder will do
-        folder = folder / "artifact"
+    place, content, manifest = find_manifest(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if not place.remote:
+        check_files(place, manifest)
+        return Artifact(place.folder, manifest, digest, str(place.folder.resolve()), llm)
+    folder = user_cache("artifacts") / digest
     try:
-        content = (folder / "manifest.json").read_bytes()
+        check_files(Place(str(folder)), manifest)
+    except ArtifactError:  # not there yet, or damaged
+        with locked(folder.with_suffix(".lock")):
+            _fetch(place, folder, manifest, content)
+    return Artifact(folder, manifest, digest, place.where, llm)
+
+
+def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
+    """Where an artifact lies, its manifest's bytes and content; no other file is looked at.
+
+    Raises ArtifactError where there is none, or none that this version reads.
+    """
+    base = str(path).rstrip("/") if is_remote(str(path)) else str(Path(path).expanduser())
+    for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder will do
+        try:
+            content = place.read("manifest.json")
+        except OSError as error:
+            raise ArtifactError(f"{place}/manifest.json cannot be read: {error}") from error
+        if content is not None:
+            return place, content, parse_manifest(content, f"{place}/manifest.json")
+    raise ArtifactError(f"{base} is no artifact: it has no manifest.json")
+
+
+def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
+    """A manifest's content; raises ArtifactError for what is none, or names files outside."""
+    try:
         manifest = json.loads(content)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} is no artifact: it has no manifest.json") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}/manifest.json cannot be read: {error}") from error
-    if manifest.get("schema") != SCHEMA:
-        raise ArtifactError(
-            f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}"
-        )
+    except ValueError as error:
+        raise ArtifactError(f"{where} cannot be read: {brief(error)}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{where} has schema {found}, this version reads {SCHEMA}")
+    for section in SECTIONS:
+        if not isinstance(manifest.get(section), dict):
+            raise ArtifactError(f"{where} is damaged: it has no {section}")
+    for parent in manifest["parents"].values():
+        if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
+            raise ArtifactError(f"{where} is damaged: it does not say what its parents are")
+    for name in manifest["files"]:
+        if not is_inside(name):
+            raise ArtifactError(f"{where} names a file outside its folder: {name}")
+    return manifest
+
+
+def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
+    """Every file of an artifact, re-hashed, and what is wrong with it."""
     for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise ArtifactError(f"{folder}/manifest.json names a file outside its folder: {name}")
-        if not file.is_file():
-            raise ArtifactError(f"{folder} is incomplete: {name} is missing")
-        if sha256_file(file) != expected:
-            raise ArtifactError(
-                f"{file} was changed after it was written: its sha256 is not the manifest's; "
-                "restore the file or run its stage again"
-            )
-    return Artifact(folder, manifest, hashlib.sha256(content).hexdigest())
+        found = place.sha256(name)
+        yield name, "missing" if found is None else "ok" if found == expected else "changed"
+    for name in place.unnamed(list(manifest["files"])):
+        yield name, "unnamed"
+
+
+def check_files(place: Place, manifest: Mapping[str, Any]) -> None:
+    """Raise ArtifactError for the first file that is not what the manifest says."""
+    for name, state in file_states(place, manifest):
+        if state != "ok":
+            raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
+
+
+def _fetch(place: Place, folder: Path, manifest: Mapping[str, Any], content: bytes) -> None:
+    """Have a URL's artifact in a folder of the cache, whatever of it is there."""
+    known = Place(str(folder))
+    for name, expected in manifest["files"].items():
+        if known.sha256(name) == expected:
+            continue
+        found = place.fetch(name, folder / name)
+        if found != expected:
+            (folder / name).unlink(missing_ok=True)
+            state = "missing" if found is None else "changed"
+            raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
+    for name in known.unnamed(list(manifest["files"])):
+        (folder / name).unlink()
+    (folder / "manifest.json").write_bytes(content)
 
 
 def write_artifact(
@@ -120,11 +194,13 @@ def write_artifact(
             shutil.copyfile(item, target)
         else:
             item.save(target)
+    for parent in parents.values():
+        _hand_on(parent, temporary / LINEAGE)
     manifest = {
         "schema": SCHEMA,
         **facts,
         "parents": {
-            slot: {"manifest": a.digest, "stage": a.stage, "path": str(a.path.resolve())}
+            slot: {"manifest": a.digest, "stage": a.stage, "path": a.origin}
             for slot, a in parents.items()
         },
         "tensors": {name: dict(_describe(temporary, name)) for name in parts},
@@ -139,6 +215,15 @@ def write_artifact(
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     sync_tree(temporary)
     os.replace(temporary, path)
+
+
+def _hand_on(parent: Artifact, folder: Path) -> None:
+    """Copy a parent's manifest, and those of its ancestors, each under its hash."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(parent.path / "manifest.json", folder / f"{parent.digest}.json")
+    for name in parent.manifest["files"]:
+        if name.startswith(f"{LINEAGE}/"):
+            shutil.copyfile(parent.path / name, folder / Path(name).name)
 
 
 def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -181,20 +266,3 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         return ""
-
-
-def lineage(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """(depth, path or reason, manifest) of an artifact and its ancestors, children first.
-
-    An ancestor that is gone or changed has no manifest, and the reason in place of the path.
-    """
-    yield depth, str(artifact.path), artifact.manifest
-    for slot, parent in artifact.manifest["parents"].items():
-        try:
-            found = open_artifact(parent["path"])
-            if found.digest != parent["manifest"]:
-                raise ArtifactError(f"{parent['path']} is not the {slot} parent it was")
-        except ArtifactError as error:
-            yield depth + 1, str(error), None
-        else:
-            yield from lineage(found, depth + 1)

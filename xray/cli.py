@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from xray.recipe import Recipe
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Whatever a library asks for, torch.load takes tensors alone; torch refuses to obey both.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+
+ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")]
 
 app = typer.Typer(
     name="xray",
@@ -86,7 +91,7 @@ def train(
     ] = None,
     recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
     model: Annotated[str, typer.Option(help="A shipped model, as model=NAME")] = "",
-    init_from: Annotated[list[str] | None, typer.Option(help="An earlier stage's artifact")] = None,
+    init_from: Annotated[list[str] | None, typer.Option(help="An artifact: folder or URL")] = None,
     out: Annotated[str, typer.Option(help="The run's folder [runs/STAGE]")] = "",
     resume: Annotated[str, typer.Option(help="Go on with a run's folder, with its config")] = "",
 ) -> None:
@@ -132,7 +137,7 @@ def train(
 @app.command("eval")
 @guarded
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    artifact: ArtifactName,
     overrides: Overrides = None,
     suite: Annotated[
         str,
@@ -147,9 +152,11 @@ def evaluate(
     from xray.evaluation.suite import EvalConfig, result_table
 
     given = parse_overrides(overrides or [])
-    unknown = [key for key in given if key not in ("eval", "data")]
+    sections = [key for key, value in given.items() if isinstance(value, dict)]
+    unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
+    unknown = unknown or [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
     if unknown:
-        raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY= or data.root=")
+        raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY=, data.root=, text.llm=")
     root, config, workers = "", build(EvalConfig, given.get("eval", {})), 2
     if recipe:
         from xray.recipe import load_recipe
@@ -157,9 +164,8 @@ def evaluate(
         loaded = load_recipe(recipe, overrides or [])
         root, config, workers = loaded.root, loaded.eval, loaded.workers
     root = given.get("data", {}).get("root", root)
-    results = _evaluate(
-        open_artifact(artifact), config, root, workers, suite.split(",") if suite else None
-    )
+    opened = open_artifact(artifact, given.get("text", {}).get("llm", ""))
+    results = _evaluate(opened, config, root, workers, suite.split(",") if suite else None)
     result_table(results).print()
     if out:
         Path(out).write_text(json.dumps(results, indent=1))
@@ -168,7 +174,7 @@ def evaluate(
 @app.command()
 @guarded
 def show(
-    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    artifact: ArtifactName,
     files: Annotated[list[Path], typer.Argument(help="Pictures and clips")],
     out: Annotated[Path, typer.Option(help="Where to write: .png or .html")] = Path("show.png"),
     keep_rate: Annotated[
@@ -186,32 +192,20 @@ def show(
 @app.command()
 @guarded
 def lineage(
-    artifact: Annotated[str, typer.Argument(help="An artifact's folder")],
+    artifact: ArtifactName,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-hash every file")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Show what ARTIFACT was made from; every file of the chain is verified."""
-    from xray.artifact import lineage as walk
-    from xray.artifact import open_artifact
+    """Show what ARTIFACT was made from; exit code 1 where something of it was changed."""
+    from xray.lineage import lineage as walk
+    from xray.lineage import told
 
-    rows = list(walk(open_artifact(artifact)))
+    chain = walk(artifact, verify)
     if as_json:
-        keys = ("stage", "config_hash", "data_digest", "samples", "versions", "git_commit")
-        facts = [
-            {"depth": depth, "path": path, **{k: m[k] for k in keys if m is not None}}
-            for depth, path, m in rows
-        ]
-        print(json.dumps(facts, indent=1))
-    for depth, path, manifest in rows if not as_json else []:
-        indent = "   " * depth
-        if manifest is None:
-            print(f"{indent}BROKEN  {path}")
-        else:
-            print(
-                f"{indent}{manifest['stage']:8} {path}\n{indent}         "
-                f"{manifest['samples']:,} samples, config {manifest['config_hash'][:12]}, "
-                f"data {manifest['data_digest'][:12]}, xray {manifest['versions']['xray']}"
-            )
-    if any(manifest is None for _, _, manifest in rows):
+        print(json.dumps([link.facts() for link in chain], indent=1))
+    else:
+        print("\n".join(told(chain)))
+    if not all(link.sound for link in chain):
         raise SystemExit(1)
 
 

@@ -133,6 +133,7 @@ def text_config(artifact: Artifact) -> TextConfig:
         raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
     names = {item.name for item in dataclasses.fields(TextConfig)}
     config = TextConfig(**{key: value for key, value in section.items() if key in names})
+    config = dataclasses.replace(config, llm=artifact.llm or config.llm)
     # A tower that was tuned whole has no LoRA, whatever is trained of it later.
     has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
     return config if has_lora else dataclasses.replace(config, lora_rank=0)
@@ -165,7 +166,13 @@ def _folder(artifact: Artifact, llm: str) -> Path:
     """
     if not _needs_base(artifact):
         return artifact.path / "llm"
-    folder = find_llm(llm)
+    try:
+        folder = find_llm(llm)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{artifact.origin} holds changes to an LLM and not its weights, and the LLM is not at "
+            f"{llm}: set text.llm (llm= of xray data) to where it is now"
+        ) from error
     if llm_digest(folder) != artifact.manifest["inputs"]["llm"]:
         raise ArtifactError(
             f"the LLM in {folder} is not the one that {artifact.path} was trained with: its "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @data_app.command("pseudo-tags")
 @guarded
 def data_pseudo_tags(
-    artifact: Annotated[str, typer.Argument(help="The teacher: a hashtag or a clip artifact")],
+    artifact: Annotated[str, typer.Argument(help="A hashtag or clip artifact, folder or URL")],
     items: Items,
     vocabulary: Annotated[
         Path | None, typer.Option(help="The tags that a clip artifact looks for")
@@ -36,7 +36,7 @@ def data_pseudo_tags(
     Writes a sidecar beside the shards, and prints its name for hashtag.teacher. The same command
     goes on where it was stopped. Settings: tags=hashtags field=hashtags captions={} (the samples'
     own tags) top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's)
-    batch_size=64 workers=2.
+    llm='' (where its LLM is, if that was moved) batch_size=64 workers=2.
     """
     from xray.artifact import open_artifact
     from xray.config_files import build, parse_overrides
@@ -46,7 +46,7 @@ def data_pseudo_tags(
     shards, settings = split_items(items)
     config = build(PseudoTagsConfig, parse_overrides(settings))
     config.validate()
-    teacher = open_artifact(artifact)
+    teacher = open_artifact(artifact, config.llm)
     tagger, tags = open_teacher(teacher, vocabulary, config.template)
     for pattern in shards:
         source = open_any(pattern, modality)
@@ -75,7 +75,7 @@ def open_teacher(
     if artifact.stage == "hashtag":
         if vocabulary is not None:
             raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
-        return Tagger(artifact).to(device), Vocabulary.load(artifact.path / "vocabulary.json")
+        return Tagger(artifact).to(device), Vocabulary.load(artifact.file("vocabulary.json"))
     if artifact.stage != "clip":
         raise ConfigError(
             f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
@@ -89,7 +89,7 @@ def open_teacher(
 @data_app.command("embeddings")
 @guarded
 def data_embeddings(
-    artifact: Annotated[str, typer.Argument(help="Any artifact with a backbone")],
+    artifact: Annotated[str, typer.Argument(help="An artifact with a backbone: folder or URL")],
     items: Items,
     modality: Modality = "",
 ) -> None:
@@ -106,14 +106,15 @@ def data_embeddings(
 @data_app.command("scores")
 @guarded
 def data_scores(
-    artifact: Annotated[str, typer.Argument(help="A clip artifact")],
+    artifact: Annotated[str, typer.Argument(help="A clip artifact: folder or URL")],
     items: Items,
     modality: Modality = "",
 ) -> None:
     """Score how well each caption fits its picture or clip (cosine), for filters.min_score.
 
     Writes a sidecar beside the shards, and prints its name. The same command goes on where it was
-    stopped. Settings: captions={} (their json fields) batch_size=64 workers=2.
+    stopped. Settings: captions={} (their json fields) llm='' (where the LLM is, if that was moved)
+    batch_size=64 workers=2.
     """
     from xray.offline.features import write_scores
 
@@ -137,7 +138,7 @@ def _write_features(
     shards, settings = split_items(items)
     config = build(FeaturesConfig, parse_overrides(settings))
     config.validate()
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, config.llm)
     encoder = restore_encoder(opened).to(dist.choose_device("auto"))
     if isinstance(encoder, TextEncoder):
         raise ConfigError(f"{opened.path} is of stage text: it has no backbone")
@@ -157,7 +158,7 @@ def _write_features(
 def data_text_features(
     items: Items,
     init_from: Annotated[
-        str, typer.Option(help="A text artifact, where the clip stage starts from one")
+        str, typer.Option(help="A text artifact, folder or URL, if the clip stage starts from it")
     ] = "",
     modality: Modality = "",
 ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from xray import dist
 from xray.engine import Engine
 from xray.errors import ArtifactError, brief
-from xray.files import usual_mode
+from xray.files import inside, usual_mode
 
 FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
 VERSION = 1
@@ -64,15 +64,14 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
 
     Raises ArtifactError where it is damaged, or of other parameters or another optimizer.
     """
-    folder = checkpoint / FOLDER
-    with _named(checkpoint):
-        index = json.loads((folder / INDEX).read_text())
-        _check(index, engine, checkpoint)
-        for file, names in index["files"].items():
-            with safe_open(folder / file, "pt") as tensors:
-                for name in names:
-                    for slot in (None, *engine.slots):
-                        engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
+    index = _index(checkpoint)
+    _check(index, engine, checkpoint)
+    for file, names in index["files"].items():
+        with _tensors(checkpoint, file) as tensors:
+            for name in names:
+                for slot in (None, *engine.slots):
+                    engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
+    with _named(checkpoint / FOLDER / BUFFERS):
         engine.write_buffers(read_buffers(checkpoint))
     engine.set_steps(int(index["steps"]))
 
@@ -83,30 +82,47 @@ def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]
     Raises ArtifactError where it is damaged or has no such slot.
     """
     found: dict[str, Tensor] = {}
-    with _named(checkpoint):
-        index = json.loads((checkpoint / FOLDER / INDEX).read_text())
-        _check_files(index, checkpoint)
-        if slot is not None and slot not in index["slots"]:
-            raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of its weights")
-        for file, names in index["files"].items():
-            with safe_open(checkpoint / FOLDER / file, "pt") as tensors:
-                found |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
+    index = _index(checkpoint)
+    if slot is not None and slot not in index["slots"]:
+        raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of its weights")
+    for file, names in index["files"].items():
+        with _tensors(checkpoint, file) as tensors:
+            found |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
     return found
 
 
 def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
     """What a checkpoint has of its module besides; raises ArtifactError where it is damaged."""
-    with _named(checkpoint), safe_open(checkpoint / FOLDER / BUFFERS, "pt") as tensors:
+    with _tensors(checkpoint, BUFFERS) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
+def _index(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / FOLDER / INDEX
+    with _named(path):
+        index = dict(json.loads(path.read_text()))
+        if index["version"] != VERSION:
+            raise ArtifactError(
+                f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
+            )
+        return {**index, "files": dict(index["files"]), "slots": list(index["slots"])}
+
+
 @contextmanager
-def _named(checkpoint: Path) -> Iterator[None]:
-    """Raise what reading runs into as an ArtifactError that names the checkpoint."""
+def _tensors(checkpoint: Path, file: str) -> Iterator[Any]:
+    """The open file; raises ArtifactError for one that lies outside or cannot be read."""
+    path = inside(checkpoint / FOLDER, file)
+    with _named(path), safe_open(path, "pt") as tensors:
+        yield tensors
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise what reading runs into as an ArtifactError that names the file."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"checkpoint {checkpoint} cannot be read: {brief(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtifactError(f"checkpoint {path} cannot be read: {brief(error)}") from error
 
 
 def _layout(engine: Engine) -> list[list[str]]:
@@ -137,18 +153,7 @@ def _attempt(work: Callable[[], object]) -> ArtifactError | None:
     return None
 
 
-def _check_files(index: dict[str, Any], checkpoint: Path) -> None:
-    if index["version"] != VERSION:
-        raise ArtifactError(
-            f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
-        )
-    for file in index["files"]:
-        if Path(file).name != file:
-            raise ArtifactError(f"checkpoint {checkpoint} names {file}, a file outside of it")
-
-
 def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
-    _check_files(index, checkpoint)
     saved = {name for names in index["files"].values() for name in names}
     changed = sorted(saved ^ engine.trained.keys())
     if changed or tuple(index["slots"]) != engine.slots:

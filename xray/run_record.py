@@ -9,10 +9,11 @@ from typing import Any
 
 from data_pipelines.sources import Source
 from stages.base import Stage
-from xray.artifact import Artifact, sha256_file
+from xray.artifact import Artifact
 from xray.config import RunConfig
 from xray.errors import ConfigError
 from xray.hashing import differences, filled, identity
+from xray.places import sha256_file
 
 
 def run_record(
@@ -44,10 +45,10 @@ def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], 
     is to the user.
     """
     try:
-        old = json.loads((out / "run.json").read_text())
+        old = dict(json.loads((out / "run.json").read_text()))
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
     old["config"] = filled(old.get("config", {}), defaults)
     changed = differences(old, json.loads(json.dumps(record)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xray.artifact import open_artifact, sha256_file
+from xray.artifact import open_artifact
 from xray.errors import ArtifactError, ConfigError, brief
+from xray.language import text_config
+from xray.places import sha256_file
 from xray.restore import Encoder
 from xray.schedule import value_at
 
@@ -35,15 +38,20 @@ class Teacher(Protocol):
         """[B, T, 3, H, W] uint8 and tokens -> images [B, E] and texts [B, C, E], normalised."""
 
 
-def load_teacher(name: str, device: torch.device) -> Teacher:
-    """A teacher by an artifact's folder or open_clip:MODEL:WEIGHTS; raises ConfigError."""
-    return OpenClip(name, device) if name.startswith(OPEN_CLIP) else FromArtifact(name, device)
+def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
+    """A teacher by an artifact's folder or URL, or open_clip:MODEL:WEIGHTS; raises ConfigError.
+
+    llm: the run's own, which an artifact's may be where it is not at its place any more.
+    """
+    if name.startswith(OPEN_CLIP):
+        return OpenClip(name, device)
+    return FromArtifact(name, device, llm)
 
 
 class FromArtifact:
     """A clip artifact that teaches."""
 
-    def __init__(self, path: str, device: torch.device) -> None:
+    def __init__(self, path: str, device: torch.device, llm: str = "") -> None:
         try:
             artifact = open_artifact(path)
         except ArtifactError as error:
@@ -53,6 +61,9 @@ class FromArtifact:
                 f"clip.teacher={path} is of stage {artifact.stage}: a clip artifact can teach, or "
                 f"{OPEN_CLIP}MODEL:WEIGHTS"
             )
+        theirs = Path(text_config(artifact).llm)
+        if theirs.is_absolute() and not theirs.exists():
+            artifact = dataclasses.replace(artifact, llm=llm)
         self.encoder = Encoder(artifact).to(device)
         self.digest, self.scale = artifact.digest, float(self.encoder.logit_scale)
         self.side = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)

@@ -21,7 +21,8 @@ from data_pipelines.curation.tables import KeptSlots
 from data_pipelines.processes import Progress, over_shards
 from data_pipelines.recode import TEMPORARY
 from data_pipelines.sources import Source
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
+from xray.files import is_inside
 
 RECORD = "curation.json"
 
@@ -89,6 +90,11 @@ class _Writer:
             with tarfile.open(fileobj=file, mode="w") as archive:
                 for slot, member in enumerate(members.tolist()):
                     key = self.source.index(shard).key(member)
+                    if not is_inside(key):
+                        raise DataError(
+                            f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
+                            "would be unpacked outside of any folder: rename it"
+                        )
                     files = self._curated(shard, member, self.slots.texts(shard, slot))
                     for ending, content in files.items():
                         info = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0

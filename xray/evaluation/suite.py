@@ -210,7 +210,7 @@ class Suite:
     def _tags(self) -> dict[str, float]:
         if not isinstance(self.encoder, Tagger):
             raise ArtifactError(f"{self._what}: only a hashtag artifact has tags")
-        vocabulary = Vocabulary.load(self.encoder.artifact.path / "vocabulary.json")
+        vocabulary = Vocabulary.load(self.encoder.artifact.file("vocabulary.json"))
         found: dict[str, float] = {}
         for name, config in self.config.tags.items():
             config.validate(f"eval.tags.{name}")

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from xray.errors import ConfigError, brief
+from xray.files import is_inside
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
 HASHED = ("*.safetensors", "*.json", "*.model", "*.txt")  # weights, config and tokenizer
+OWN_CODE = {"trust_remote_code": False}  # of a folder is never run; None would ask the user
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -71,14 +73,17 @@ def load_llm(
 
     quiet_transformers()
     try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, **OWN_CODE)
     except Exception as error:
+        check_no_code(folder)
         raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
     if hasattr(settings, "vision_config") or hasattr(settings, "audio_config"):
         raise ConfigError(f"{folder} holds a multimodal model: give one of text alone in text.llm")
     settings.use_cache = False  # of keys and values, for generation
     if attention == "bidirectional":
         settings.is_causal = False
+    if weights:
+        _check_files(folder)
     encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING
     if settings.is_encoder_decoder and not encodes:
         raise ConfigError(
@@ -90,11 +95,11 @@ def load_llm(
         if weights:
             given = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
             llm, found = kind.from_pretrained(
-                folder, config=settings, local_files_only=True, **given
+                folder, config=settings, local_files_only=True, **OWN_CODE, **given
             )
         else:
             found = {}
-            llm = kind.from_config(settings, dtype=dtype)
+            llm = kind.from_config(settings, dtype=dtype, **OWN_CODE)
     except Exception as error:
         raise ConfigError(
             f"transformers cannot load the weights in {folder} ({brief(error)}): if the files are "
@@ -104,6 +109,22 @@ def load_llm(
     if hasattr(llm, "pooler"):  # BERT's, which nothing here would train
         llm.pooler = None
     return llm
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse weights that are pickles, which run what they like, and files outside the folder."""
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder}/{pickles[0]} is a pickle, which is not loaded: use a folder with "
+            "model.safetensors (save_pretrained of transformers writes one)"
+        )
+    index = _json(folder / "model.safetensors.index.json").get("weight_map", {})
+    outside = [name for name in index.values() if not is_inside(str(name))]
+    if outside:
+        raise ConfigError(
+            f"{folder}/model.safetensors.index.json names a file outside its folder: {outside[0]}"
+        )
 
 
 def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
@@ -116,6 +137,16 @@ def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
             f"the weights in {folder} are not all of the model that its config.json says: "
             f"{names[0]} (of {len(names)}) is missing or of another shape"
         )
+
+
+def check_no_code(folder: Path) -> None:
+    """Raise ConfigError for a folder that names code of its own (auto_map), which is never run."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in _json(folder / name):
+            raise ConfigError(
+                f"{folder}/{name} names code of its own (auto_map), and code of a model's folder "
+                "is not run: use a model that transformers knows"
+            )
 
 
 def quiet_transformers() -> None:

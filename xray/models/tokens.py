@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xray.config import TextConfig
 from xray.errors import ConfigError, brief
+from xray.models.text_folder import OWN_CODE, check_no_code
 
 Tokens = dict[str, Tensor]
 TOKENS = ("input_ids", "attention_mask", "pooled_mask")
@@ -91,8 +92,9 @@ def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **OWN_CODE)
     except Exception as error:
+        check_no_code(folder)
         raise ConfigError(f"{folder} has no usable tokenizer: {brief(error)}") from error
     # without its files transformers makes one up, of which every word is unknown
     files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}

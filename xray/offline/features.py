@@ -27,6 +27,7 @@ class FeaturesConfig:
     """How samples are read."""
 
     captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual
+    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
     batch_size: int = 64
     workers: int = 2
 

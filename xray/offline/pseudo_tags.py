@@ -44,6 +44,7 @@ class PseudoTagsConfig:
     threshold: float = 0.1  # probability
     temperature: float = 1.0  # of the softmax; above 1 is less sure
     template: str = "a photo of {}"  # what a clip artifact compares with: {} is the tag
+    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
     batch_size: int = 64
     workers: int = 2
 
