@@ -33,6 +33,7 @@ from xray.config import RunConfig, ZeroConfig
 from xray.deepspeed_keys import OPEN
 from xray.engine import Engine, deepspeed_config, init_distributed
 from xray.errors import ConfigError, TrainingError
+from xray.report import read_metrics
 
 LR = 0.05
 
@@ -139,7 +140,7 @@ def test_the_state_is_read_and_written_by_parameter(zero: str) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_keeps_small_updates(zero: int) -> None:
-    """Weights of 1 and steps of 1e-4, of which bf16, whose next number is 1.0078, would see none."""
+    """Weights of 1 and steps of 1e-4: in bf16, whose next number is 1.0078, all would be lost."""
     init_distributed(torch.device("cpu"))
     module = Tiny()
     nn.init.ones_(module.out.weight)
@@ -237,6 +238,52 @@ def test_deepspeeds_own_keys_reach_it(tmp_path: Path) -> None:
         take(engine, step)
     assert (tmp_path / "flops").is_file()
     engine.destroy()
+
+
+def losses(demo: Path, out: Path, stage: str, *more: str) -> list[tuple[float, float]]:
+    train(stage, demo, out, *more)
+    return [(row["loss"], row["grad_norm"]) for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("stage", ["mae", "clip"])
+def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, stage: str) -> None:
+    """Masks, dropped paths and reduced tokens are the same when a block is run again."""
+    random = "model.drop_path=0.3"
+    expected = losses(demo, tmp_path / "plain", stage, random)
+    for zero in (0, 3):
+        again = (random, "model.grad_checkpointing=true", f"zero.stage={zero}")
+        for found, (loss, norm) in zip(
+            losses(demo, tmp_path / str(zero), stage, *again), expected, strict=True
+        ):
+            assert found == pytest.approx((loss, norm), rel=1e-3)
+
+
+@pytest.mark.slow  # half a minute of compiling on a quiet machine
+def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
+    """Keep rates, resolutions and clips change the number of tokens; few graphs serve them all."""
+    for stage in ("mae", "hashtag", "clip"):
+        expected = losses(demo, tmp_path / f"{stage}-plain", stage)
+        for name, more in (
+            ("0", ["zero.stage=0"]),
+            ("1", ["zero.stage=1", "model.grad_checkpointing=true"]),
+            ("2", ["zero.stage=2", "zero.offload=true"]),
+        ):
+            out = tmp_path / f"{stage}-{name}"
+            found = losses(demo, out, stage, "train.compile=true", *more)
+            for one, other in zip(found, expected, strict=True):
+                assert one == pytest.approx(other, rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in range(1, 13)
+
+
+def test_compiling_is_refused_where_it_cannot_be(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"gains nothing with zero.stage=3.*zero.stage to 2"):
+        train("mae", demo, tmp_path / "run", "train.compile=true", "zero.stage=3")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"train.compile=true needs a C\+\+ compiler"):
+        train("mae", demo, tmp_path / "run", "train.compile=true")
 
 
 @pytest.mark.parametrize("zero", [0, 3])

@@ -71,6 +71,8 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
     temporary = folder / f"tmp-{target.name}"
 
     def begin() -> None:
+        if not folder.parent.is_dir():  # else a run would end with half of its files
+            raise FileNotFoundError(f"{folder.parent} was removed while the run went on")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
@@ -93,8 +95,8 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, keep: int) 
         if dist.is_main():  # it may be all that fills the disk
             shutil.rmtree(temporary, ignore_errors=True)
         raise ArtifactError(
-            f"checkpoint {target} cannot be written: {error}; those before it are whole, and the "
-            "same command goes on from the last of them"
+            f"checkpoint {target} cannot be written: {error}; those before it are as they were, "
+            "and the same command goes on from the last of them"
         ) from error
     return target
 

@@ -140,6 +140,8 @@ class Engine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        self._engine.train()  # a pretrained tower comes in eval mode
+        self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
             # Stage 0 would copy all gradients into one buffer and back, for no other rank.
             self._engine.allreduce_no_retain = lambda *_, **__: None
@@ -152,7 +154,8 @@ class Engine:
         return self._engine(*args)
 
     def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
+        if self.module.training != mode:  # it goes through all submodules
+            self._engine.train(mode)
 
     def begin(self, number: int, total: int) -> None:
         """Announce micro-batch `number` of the step's `total`, which may differ between steps.
@@ -178,7 +181,7 @@ class Engine:
         """
         ends = self._engine.is_gradient_accumulation_boundary()
         if ends and self.stage == 0:  # DeepSpeed keeps no norm here, and checks nothing
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            grads = [p.grad for p in self._trained.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
             if not math.isfinite(self._norm):
                 self._engine.zero_grad()
@@ -288,10 +291,6 @@ class Engine:
         state = self.module.state_dict()
         for name, value in values.items():
             state[name].copy_(value)
-
-    @property
-    def _trained(self) -> dict[str, Any]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def _optimizer(self) -> Any:

@@ -29,6 +29,7 @@ from xray import dist
 from xray.artifact import write_text
 from xray.checkpoint import TrainState
 from xray.config import RunConfig
+from xray.errors import ArtifactError, brief
 from xray.progress import LINE_SECONDS
 
 console = Console(stderr=True, highlight=False)
@@ -90,9 +91,15 @@ class Sinks:
             return
         self.last = dict(values)
         facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
-        self.file.write(json.dumps({**facts, **values}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, state.samples)
+        try:
+            self.file.write(json.dumps({**facts, **values}) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, state.samples)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.file.name} cannot be written: {brief(error)}; the same command goes on "
+                "from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         if self.main:
