@@ -179,6 +179,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return next(line for line in errors if line.startswith("xray: "))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's
 def test_other_faults_of_a_disk_end_in_one_line(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +207,8 @@ def test_other_faults_of_a_disk_end_in_one_line(
             shutil.rmtree(out, ignore_errors=True)
 
         patch.setattr(MaeStage, "after_step", remove)
-        assert f"{out} was removed while the run went on" in said(capsys, demo, out)
+        line = said(capsys, demo, out)  # of a checkpoint, or of the metrics before
+        assert str(out) in line and "cannot be written" in line
     assert not out.exists()
 
 

@@ -116,8 +116,7 @@ def against_plain(options: argparse.Namespace, device: torch.device) -> Table:
     losses = {name: float(step()) for name, step in ways.items()}
     spread = max(losses.values()) - min(losses.values())
     assert spread < 1e-2, f"the losses differ: {losses}"
-    clock = time.process_time if options.processor_time else time.perf_counter
-    seconds = interleaved(ways, options.rounds, clock)
+    seconds = interleaved(ways, options.rounds, options.clock)
     base, rows = seconds["plain PyTorch"], []
     target = f"<= {1.05 if device.type == 'cuda' else 1.10:.2f}x"
     for name, own in seconds.items():
@@ -135,19 +134,19 @@ def against_plain(options: argparse.Namespace, device: torch.device) -> Table:
 class Stopwatch:
     """Seconds spent inside of calls."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, 0.0
         self.depth = 0
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start, self.depth = time.perf_counter(), self.depth + 1
+            start, self.depth = self.clock(), self.depth + 1
             try:
                 return call(*args, **kwargs)
             finally:
                 self.depth -= 1
                 if not self.depth:
-                    self.seconds += time.perf_counter() - start
+                    self.seconds += self.clock() - start
 
         return timed
 
@@ -168,16 +167,16 @@ def own_overhead(options: argparse.Namespace, device: torch.device) -> Table:
             config.train.samples = options.batch * options.steps
             config.train.log_every, config.train.save_every = log_every, 10**6
             config.out = str(folder / f"run{log_every}")
-            rows.append([f"every {log_every}", *_loop(config, device)])
+            rows.append([f"every {log_every}", *_loop(config, device, options.clock)])
     heads = ["metrics written", "steps", "ms of a step", "model and optimizer", "data and saving"]
     heads += ["the loop's own", "target"]
     return Table(f"(b) The training loop, batch {options.batch}, ZeRO 0", heads, rows)
 
 
-def _loop(config: MaeConfig, device: torch.device) -> list[str]:
+def _loop(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -> list[str]:
     """Where the time of a run's steps went."""
     trainer = Trainer(MaeStage, config, device)
-    loop, model, rest = Stopwatch(), Stopwatch(), Stopwatch()
+    loop, model, rest = (Stopwatch(clock) for _ in range(3))
     timed = [
         (Trainer, "_loop", loop),
         *((Engine, name, model) for name in ("__call__", "backward", "step")),
@@ -244,6 +243,7 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, help="write the tables there, too")
     options = parser.parse_args()
+    options.clock = time.process_time if options.processor_time else time.perf_counter
     device = choose_device(options.device)
     init_distributed(device)
     machine = hardware(options.device)

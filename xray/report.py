@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -105,7 +106,10 @@ class Sinks:
         if self.main:
             self.progress.stop()
             self.file.close()
-            self.board.close()
+            with contextlib.suppress(
+                OSError
+            ):  # it writes in a thread, and late; metrics.jsonl has all
+                self.board.close()
 
 
 _STATE = ("step", "samples", "seconds")
