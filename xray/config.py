@@ -337,8 +337,8 @@ class RunConfig:
         self.zero.validate()
         if self.train.compile and self.zero.stage == 3:
             raise ConfigError(
-                "train.compile=true gains nothing with zero.stage=3, which gathers each layer's "
-                "parameters between the compiled parts: set zero.stage to 2 or less"
+                "train.compile=true does not go with zero.stage=3, which gathers a layer's "
+                "parameters when it is called, within what is compiled: set zero.stage to 2 or less"
             )
         schedule.check(self.train.micro_batch, "train.micro_batch", least=0)
         if self.data.workers < 0:
