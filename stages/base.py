@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipelines.sources import Sample, Source
@@ -68,6 +69,13 @@ class StageModule(nn.Module, ABC):
     def keep_rate(self, progress: float) -> KeepRate:
         """The token reduction's rate at this progress, or one per block; 1 = nothing is reduced."""
         return 1.0
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks of the backbone (and decoder) in place: one graph serves all of them,
+        and takes any number of tokens. What reduces tokens stays as it is."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.compile()
 
     @abstractmethod
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAF = {
     "xray",
     "xray.config",
+    "xray.deepspeed_keys",
     "xray.dist",
     "xray.errors",
     "xray.files",
@@ -26,7 +27,8 @@ TRAINS = LEAF | DATA | {"stages.base", "xray.checkpoint", "xray.engine", "xray.f
 RULES: dict[str, set[str]] = {
     "xray/errors.py": set(),
     "xray/hashing.py": set(),
-    "xray/config.py": {"xray.errors", "xray.hashing", "xray.schedule"},
+    "xray/config.py": {"xray.deepspeed_keys", "xray.errors", "xray.hashing", "xray.schedule"},
+    "xray/deepspeed_keys.py": set(),
     "xray/config_files.py": {"xray.config", "xray.errors"},
     "xray/schedule.py": {"xray.errors"},
     "xray/dist.py": {"xray.errors"},

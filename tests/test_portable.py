@@ -6,8 +6,10 @@ import errno
 import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from safetensors.torch import load_file
 from tiny import ALL_TOKENS, train
 from two_process import halfway
 
+from stages.mae import MaeStage
 from xray import portable
 from xray.artifact import open_artifact
+from xray.command import guarded
 from xray.errors import ArtifactError
-from xray.report import read_metrics
+from xray.report import Sinks, read_metrics
 
 STEPS = ("loss", "grad_norm", "lr")
 
@@ -101,6 +105,17 @@ def test_a_state_of_many_files_is_the_same(
     assert_same(whole_run, out, exact=True)
 
 
+@contextmanager
+def no_room(limit: int = 0) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("file", ["00000.safetensors", "index.json", "state.json"])
 def test_a_full_disk_leaves_what_was_saved(
     demo: Path, tmp_path: Path, whole: Callable[..., Path], file: str
@@ -116,12 +131,8 @@ def test_a_full_disk_leaves_what_was_saved(
                 saved.append(path)
                 if len(saved) <= 2:  # the first checkpoint's two
                     return save_file(tensors, path)
-                before = resource.getrlimit(resource.RLIMIT_FSIZE)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-                try:
+                with no_room(4096):
                     save_file(tensors, path)
-                finally:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
             patch.setattr(portable, "save_file", full)
         else:
@@ -138,6 +149,67 @@ def test_a_full_disk_leaves_what_was_saved(
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000003"]
     train("mae", demo, out, ALL_TOKENS)
     assert_same(whole("mae", ALL_TOKENS), out, exact=True)
+
+
+def test_a_read_only_disk_leaves_what_was_saved(
+    demo: Path, tmp_path: Path, whole: Callable[..., Path]
+) -> None:
+    out, make = tmp_path / "run", Path.mkdir
+
+    def read_only(self: Path, *given: Any, **more: Any) -> None:
+        if "step_00000006" in self.name:
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        make(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(ArtifactError, match=r"step_00000006 cannot be written: .*Read-only"):
+            train("mae", demo, out, ALL_TOKENS)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000003"]
+    train("mae", demo, out, ALL_TOKENS)
+    assert_same(whole("mae", ALL_TOKENS), out, exact=True)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line in which a run ended."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        guarded(train)("mae", *arguments)
+    errors = capsys.readouterr().err.splitlines()
+    return next(line for line in errors if line.startswith("xray: "))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's
+def test_other_faults_of_a_disk_end_in_one_line(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place where nobody may make a folder, metrics on a full disk, and a folder that is removed
+    while the run goes on."""
+    assert "'/sys/run'" in said(capsys, demo, Path("/sys/run"))
+    out = tmp_path / "full"
+    with pytest.MonkeyPatch.context() as patch:
+        write = Sinks.write
+
+        def full(self: Sinks, *given: Any) -> None:
+            with no_room():
+                write(self, *given)
+
+        patch.setattr(Sinks, "write", full)
+        assert "metrics.jsonl cannot be written: [Errno 27] File too large" in said(
+            capsys, demo, out
+        )
+    out = tmp_path / "removed"
+    with pytest.MonkeyPatch.context() as patch:
+        after_step = MaeStage.after_step
+
+        def remove(self: MaeStage, *given: Any) -> None:
+            after_step(self, *given)
+            shutil.rmtree(out, ignore_errors=True)
+
+        patch.setattr(MaeStage, "after_step", remove)
+        line = said(capsys, demo, out)  # of a checkpoint, or of the metrics before
+        assert str(out) in line and "cannot be written" in line
+    assert not out.exists()
 
 
 def test_a_state_of_another_model_or_optimizer_is_refused(demo: Path, tmp_path: Path) -> None:

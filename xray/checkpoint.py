@@ -104,8 +104,8 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: Trai
         write_checkpoint(engine, target, state)
     except ArtifactError as error:
         raise ArtifactError(
-            f"checkpoint {target} cannot be written: {error}; those before it are whole, and the "
-            "same command goes on from the last of them"
+            f"checkpoint {target} cannot be written: {error}; those before it are as they "
+            "were, and the same command goes on from the last of them"
         ) from error
     if dist.is_main():
         complete = complete_checkpoints(folder)
@@ -122,6 +122,9 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
     temporary = target.with_name(f"tmp-{target.name}")
 
     def begin() -> None:
+        run = target.parent.parent
+        if not run.is_dir():  # else a run would end with half of its files
+            raise FileNotFoundError(f"{run} was removed while the run went on")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from xray import schedule
+from xray.deepspeed_keys import OPEN, OWNED
 from xray.errors import ConfigError
 from xray.hashing import to_dict
 
@@ -237,6 +238,23 @@ class ZeroConfig:
 
     stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
+    # DeepSpeed's own keys, merged into its config: {zero_optimization: {overlap_comm: false}}
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.offload and self.stage == 0:
+            raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
+        for key, value in self.deepspeed.items():
+            section = key in ("zero_optimization", "torch_autocast")
+            if section and not isinstance(value, dict):
+                raise ConfigError(f"zero.deepspeed.{key}={value!r} must be a dict")
+            for name in (key, *(f"{key}.{inner}" for inner in (value if section else ()))):
+                if name in OWNED:
+                    raise ConfigError(f"zero.deepspeed may not set {name}: {OWNED[name]}")
+            if key not in OPEN:
+                hint = nearest(key, OPEN) or f": it may set {', '.join(OPEN)}"
+                raise ConfigError(f"zero.deepspeed has an unknown key {key!r}{hint}")
 
 
 @dataclass
@@ -245,6 +263,7 @@ class TrainConfig:
 
     samples: int = 0  # samples seen in this stage, all blocks together
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
+    compile: bool = runtime(False)  # the blocks of the backbone by torch.compile
     # samples per device and forward; 0 = the rank's whole block; may be steps as data.resolution
     micro_batch: Any = runtime(0)
     log_every: int = runtime(10)  # steps
@@ -355,6 +374,12 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed} must be 0 or more")
         self.model.validate()
         self.optim.validate()
+        self.zero.validate()
+        if self.train.compile and self.zero.stage == 3:
+            raise ConfigError(
+                "train.compile=true does not go with zero.stage=3, which gathers a layer's "
+                "parameters when it is called, within what is compiled: set zero.stage to 2 or less"
+            )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
         if self.data.tokens_per_batch < 0:

@@ -2,7 +2,8 @@
 
 What DeepSpeed gets silently wrong is settled here: clipping is always written out (its default is
 1.0), bf16 is autocast over fp32 weights (its own bf16 counts one optimizer step too many at stage
-0), and values are clamped through the fp32 master, which a write to the parameter does not reach.
+0) with gradients in fp32, and values are clamped through the fp32 master, which a write to the
+parameter does not reach. Its own keys come in by `zero.deepspeed` alone, which knows misspellings.
 Its checkpoints are not used: they fit one number of ranks, and are pickles (see portable.py).
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -28,6 +31,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
+from pydantic import ValidationError
 from torch import Tensor
 
 from stages.base import StageModule
@@ -59,15 +63,14 @@ def init_distributed(device: torch.device) -> None:
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The typed config in DeepSpeed's terms."""
+    """The typed config in DeepSpeed's terms; raises ConfigError for what it does not take."""
+    config.zero.validate()
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload:
-        if config.zero.stage == 0:
-            raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
         zero["offload_optimizer"] = {"device": "cpu"}
         if config.zero.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    ours: dict[str, Any] = {
         # Blocks differ in micro-batch; DeepSpeed only multiplies this out, it cuts nothing.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # see Engine.begin
@@ -78,9 +81,30 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": config.train.precision == "bf16",
             "dtype": "bfloat16",
+            # Of these layers ZeRO would round gradients to bf16 before it sums them over ranks.
+            "lower_precision_safe_modules": [],
         },
         "steps_per_print": 10**9,
     }
+    for key, value in config.zero.deepspeed.items():
+        ours[key] = ours[key] | value if isinstance(ours.get(key), dict) else value
+    try:
+        DeepSpeedZeroConfig(**ours["zero_optimization"])
+    except ValidationError as error:
+        where = {f"{'.'.join(map(str, e['loc']))} ({e['msg'].lower()})" for e in error.errors()}
+        raise ConfigError(
+            f"zero.deepspeed: DeepSpeed does not take zero_optimization.{', '.join(sorted(where))}"
+        ) from None
+    return ours
+
+
+def _check_compiler() -> None:
+    """Raises ConfigError where torch.compile would fail at the first step."""
+    wanted = (os.environ.get("CXX"), "g++", "clang++")
+    if not torch.cuda.is_available() and not any(map(shutil.which, filter(None, wanted))):
+        raise ConfigError(
+            "train.compile=true needs a C++ compiler on a CPU: install g++, or leave it at false"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,9 @@ class Engine:
         groups = parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")
+        if config.train.compile:
+            _check_compiler()
+            module.compile_blocks()
         self.stage = config.zero.stage
         self.slots = SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
         self._ema = config.train.ema
@@ -117,6 +144,8 @@ class Engine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        self._engine.train()  # a pretrained tower comes in eval mode
+        self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
             # Stage 0 would copy all gradients into one buffer and back, for no other rank.
             self._engine.allreduce_no_retain = lambda *_, **__: None
@@ -131,7 +160,8 @@ class Engine:
         return self._engine(*args)
 
     def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
+        if self.module.training != mode:  # it goes through all submodules
+            self._engine.train(mode)
 
     def begin(self, number: int, total: int) -> None:
         """Announce micro-batch `number` of the step's `total`, which may differ between steps.
@@ -157,9 +187,10 @@ class Engine:
         """
         ends = self._engine.is_gradient_accumulation_boundary()
         if ends and self.stage == 0:  # DeepSpeed keeps no norm here, and checks nothing
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            grads = [p.grad for p in self._trained.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
             if not math.isfinite(self._norm):
+                self._engine.zero_grad()
                 return
         self._engine.step()
         if ends and self.stage > 0:
@@ -298,10 +329,6 @@ class Engine:
         state = self.module.state_dict()
         for name, value in values.items():
             state[name].copy_(value)
-
-    @property
-    def _trained(self) -> dict[str, Any]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def _flats(self) -> list[Tensor]:

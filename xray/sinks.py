@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -26,7 +27,7 @@ from xray import dist
 from xray.artifact import write_text
 from xray.checkpoint import TrainState
 from xray.config import RunConfig, TrainConfig
-from xray.errors import ConfigError, brief
+from xray.errors import ArtifactError, ConfigError, brief
 from xray.hashing import to_dict
 from xray.progress import LINE_SECONDS
 from xray.report import lines_up_to
@@ -83,10 +84,16 @@ class Sinks:
             return
         self.last = dict(values)
         facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
-        self.file.write(json.dumps({**facts, **values}) + "\n")
-        if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(key, value, state.samples)
+        try:
+            self.file.write(json.dumps({**facts, **values}) + "\n")
+            if self.board is not None:
+                for key, value in values.items():
+                    self.board.add_scalar(key, value, state.samples)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.file.name} cannot be written: {brief(error)}; the same command goes on "
+                "from the last checkpoint"
+            ) from error
         if self.wandb is not None:  # which leaves out steps that it has from before a kill
             self.wandb.log({**facts, **values}, step=state.step)
 
@@ -96,7 +103,8 @@ class Sinks:
         self.terminal.close()
         self.file.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):  # it writes late; metrics.jsonl has all
+                self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
 
