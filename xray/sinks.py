@@ -134,8 +134,8 @@ def _wandb(out: Path, config: RunConfig) -> Any:
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"train.wandb={config.train.wandb}: wandb does not start: {brief(error)}; log in with "
-            "`wandb login`, or keep the run on disk with WANDB_MODE=offline"
+            f"train.wandb={config.train.wandb}: wandb does not start: {brief(error)} WANDB_MODE="
+            "offline keeps the run on disk"
         ) from error
     run.define_metric("*", step_metric="samples")
     log.info("wandb: %s", run.url or run.dir)
