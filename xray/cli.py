@@ -20,6 +20,7 @@ from xray import (  # noqa: F401 - the clis add their commands
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.errors import ConfigError
+from xray.plan_cli import plan
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(guarded(plan))
 
 
 def main() -> None:
