@@ -106,7 +106,7 @@ def compare(
     return {
         "measured": measured,
         "planned": planned.total - batch,
-        "buckets": min(buckets, planned.buckets),
+        "buckets": min(buckets, planned.buffers),
         "flops": rehearsal.flops,
     }
 
