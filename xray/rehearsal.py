@@ -23,6 +23,7 @@ from stages.sketches import Facts, example, sketch_module
 from xray.feed import step_shape
 from xray.live_bytes import LiveBytes, materialize
 from xray.optim import parameter_groups
+from xray.schedule import steps_of
 
 GRADIENTS = "gradients"
 
@@ -224,8 +225,6 @@ def _peak(held: dict[str, int]) -> Peak:
 
 def starts_of(config: Any) -> Sequence[float]:
     """The points of progress from which on a step is another one."""
-    from xray.schedule import steps_of
-
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = {start for schedule in schedules for start, _ in steps_of(schedule)}
     starts |= {config.optim.vision.freeze, config.optim.text.freeze}
