@@ -101,7 +101,8 @@ def materialize(module: nn.Module) -> None:
         return made[id(old)]
 
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers, vars(part)):
+        places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+        for tensors in places:
             for name, value in list(tensors.items()):
                 if isinstance(value, Tensor):
                     tensors[name] = like(value)
