@@ -74,6 +74,13 @@ RULES: dict[str, set[str]] = {
     | {"xray.bundle", "xray.pace", "xray.spikes", "xray.watchdog"},
     "xray/accumulate.py": {"xray.dist", "data_pipelines", "stages.base", "xray.engine"},
     "xray/feed.py": LEAF | DATA | {"stages.base"},
+    "xray/live_bytes.py": set(),
+    "xray/rehearsal.py": LEAF | DATA | {"stages", "xray.feed", "xray.live_bytes", "xray.optim"},
+    "xray/resources.py": LEAF | DATA | {"stages.sketches", "xray.optim", "xray.rehearsal"},
+    "xray/plan_facts.py": LEAF
+    | DATA
+    | {"stages.hashtag", "stages.sketches", "xray.language", "xray.models", "xray.recipe"},
+    "stages/sketches.py": LEAF | MODELS | {"stages"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact", "xray.places"},
     "xray/show.py": LEAF
     | MODELS

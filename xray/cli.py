@@ -22,6 +22,7 @@ from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.doctor_cli import doctor
 from xray.errors import ConfigError
+from xray.plan_cli import plan
 from xray.run_cli import debug_app, export
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(debug_app, name="debug")
 app.command()(guarded(doctor))
+app.command()(guarded(plan))
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ class TextTower(nn.Module):
             raise ConfigError("text.tune=lora needs text.lora_rank of at least 1")
         self.llm = load_llm(folder, config.attention, weights, DTYPES[config.dtype])
         self.width = _width(self.llm)
-        if config.attention == "bidirectional":
+        if any(parameter.is_meta for parameter in self.llm.parameters()):
+            pass  # a sketch, whose attention cannot be tried
+        elif config.attention == "bidirectional":
             check_bidirectional(self.llm)
         elif _sees_ahead(self.llm):
             raise ConfigError(

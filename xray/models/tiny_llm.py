@@ -35,7 +35,7 @@ def build_tiny_llm(
     quiet_transformers()
     tokenizer = _tokenizer(captions, vocab_size, ends=family == "clip")
     tokenizer.save_pretrained(folder)
-    settings = _settings(family, len(tokenizer), width, depth, heads)
+    settings = tiny_settings(family, len(tokenizer), width, depth, heads)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModel.from_config(settings).save_pretrained(folder)
@@ -63,7 +63,8 @@ def _tokenizer(captions: Iterable[str], vocab_size: int, ends: bool) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _settings(family: Family, vocabulary: int, width: int, depth: int, heads: int) -> Any:
+def tiny_settings(family: Family, vocabulary: int, width: int, depth: int, heads: int) -> Any:
+    """Its transformers configuration."""
     from transformers import CLIPTextConfig, Qwen3Config
 
     common: dict[str, Any] = {
