@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LEAVING = 30.0  # seconds
 COLLECTIVE = timedelta(hours=2)  # that one may take; train.hang_seconds speaks long before
+SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 
 
 def setup_environment() -> None:
     """Fill in what a launcher would have set; without one, a plain run is a world of one."""
     env = os.environ
-    if "RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun
+    if "RANK" not in env and SRUN in env:
         for name, value in _srun(env).items():
             env.setdefault(name, value)
     if "LOCAL_SIZE" in env:  # what deepspeed's launcher calls it
@@ -41,7 +42,7 @@ def setup_environment() -> None:
 def _srun(env: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have set, for a task of srun."""
     found = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
-    found["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    found["WORLD_SIZE"] = env[SRUN]
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
     tasks: list[str] = []  # of each node, from "4(x2),3"
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
@@ -53,7 +54,7 @@ def _srun(env: Mapping[str, str]) -> dict[str, str]:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     found["MASTER_ADDR"] = first_host(nodes) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     # Of its own for each job and step, below the ports that a kernel hands out.
-    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"])
+    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
     found["MASTER_PORT"] = str(10000 + (101 * job + step) % 20000)
     return found
 
@@ -71,7 +72,7 @@ def launcher() -> str:
         return "torchrun"
     if "LOCAL_SIZE" in env:
         return "deepspeed"
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+    if SRUN in env:
         return "srun"
     return "plain python" if world_size() == 1 else "RANK and WORLD_SIZE in the environment"
 
