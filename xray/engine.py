@@ -314,8 +314,8 @@ class Engine:
     def set_steps(self, steps: int) -> None:
         """Set what `steps` reads."""
         if isinstance(self._optimizer, torch.optim.AdamW):
-            for state in self._optimizer.state.values():
-                state["step"] = torch.tensor(float(steps))
+            for flat, state in self._optimizer.state.items():
+                state["step"] = torch.tensor(float(steps), device=flat.device)
 
     def buffers(self) -> dict[str, Tensor]:
         """What a module keeps that is no parameter."""
