@@ -49,8 +49,8 @@ def sketch_module(config: Any, facts: Facts) -> tuple[StageModule, int]:
         if config.stage == "hashtag":
             return HashtagModule(plain, [1] * facts.tags), 0
         if config.stage == "text":
-            tower = _tower(config, facts)
-            return TextModule(tower, config.text.temperature), tower.width
+            text = _tower(config, facts)
+            return TextModule(text, config.text.temperature), text.width
         if config.stage == "clip":
             tower = None if facts.llm is None else _tower(config, facts)
             width = config.clip.embed_dim if tower is None else tower.width

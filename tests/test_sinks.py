@@ -17,7 +17,8 @@ from stages import stage_class
 from stages.base import Parents
 from xray import pace
 from xray.errors import ConfigError
-from xray.pace import MEASURED, Pace, peak_flops
+from xray.gpus import gpu_of
+from xray.pace import MEASURED, Pace
 from xray.report import read_metrics
 
 CPU = torch.device("cpu")
@@ -153,12 +154,14 @@ def test_rates_leave_out_what_is_not_training(
         ("NVIDIA H100 PCIe", 756e12, 51e12),
         ("NVIDIA L4", 121e12, 30.3e12),
         ("NVIDIA L40S", 362e12, 91.6e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("NVIDIA GeForce RTX 4090", 165e12, 82.6e12),
         ("NVIDIA GeForce GTX 1080", None, None),
     ],
 )
 def test_peaks_are_found_by_name(name: str, bf16: float | None, fp32: float | None) -> None:
-    assert peak_flops(name, "bf16") == bf16 and peak_flops(name, "fp32") == fp32
+    gpu = gpu_of(name)
+    peaks = (None, None) if gpu is None else (gpu.peak("bf16"), gpu.peak("fp32"))
+    assert peaks == (bf16, fp32)
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -88,8 +88,9 @@ def compare(
     from stages import stage_class
     from stages.sketches import Facts
     from xray import config_files as cfg
+    from xray.optim import reduce_bucket
     from xray.rehearsal import rehearse, size_of
-    from xray.resources import BUCKET, memory_of
+    from xray.resources import memory_of
 
     config: Any = cfg.load_config(
         stage_class(stage).Config, stage, base or BASE, cfg.parse_overrides(settings)
@@ -103,7 +104,7 @@ def compare(
         planned = memory_of(config, size, rehearsal, 1)
         measured = measure(config, facts, torch.device(device))
     kinds = (2 if config.zero.stage == 3 else 4, 4)[config.train.precision != "bf16" :]
-    buckets = BUCKET * sum(kinds) if config.zero.stage else 0
+    buckets = reduce_bucket(config.zero, size.trained) * sum(kinds) if config.zero.stage else 0
     batch = planned.batch if device == "cpu" else 0
     return {
         "measured": measured,

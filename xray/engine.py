@@ -38,7 +38,7 @@ from stages.base import StageModule
 from xray import dist
 from xray.config import RunConfig
 from xray.errors import ConfigError
-from xray.optim import SLOTS, make_optimizer, parameter_groups, set_lr
+from xray.optim import SLOTS, make_optimizer, parameter_groups, reduce_bucket, set_lr
 
 AVERAGE = "ema"  # the slot of the weights' moving average
 
@@ -138,10 +138,13 @@ class Engine:
         self.slots = SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
         self._ema = config.train.ema
         self._norm: float | None = None  # of the last step's gradient
+        settings = deepspeed_config(config)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket(config.zero, trained)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(groups, config.optim),
-            config=deepspeed_config(config),
+            config=settings,
             dist_init_required=False,
         )
         self._engine.train()  # a pretrained tower comes in eval mode
@@ -200,8 +203,7 @@ class Engine:
         """End a step without it: no parameter and no moment changes, in any ZeRO stage."""
         engine = self._engine
         if self.stage == 0:
-            for parameter in self.module.parameters():
-                parameter.grad = None
+            engine.zero_grad()
             return
         # DeepSpeed's own way with a gradient that overflowed; its norm is what tells it so.
         infinite = torch.tensor(math.inf)

@@ -10,7 +10,7 @@ import torch
 from timm.optim import Lion
 from torch import nn
 
-from xray.config import OptimConfig, TowerOptim
+from xray.config import OptimConfig, TowerOptim, ZeroConfig
 
 ALONE = ("logit_scale", "logit_bias")  # in a group of their own
 SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # moments of a parameter
@@ -76,6 +76,15 @@ def _layer(name: str, depth: int) -> int:
     """0 is the stem, 1 the first block, depth + 1 what follows the last."""
     block = _block(name)
     return block + 1 if block >= 0 else 0 if BOTTOM.search(name) else depth + 1
+
+
+def reduce_bucket(zero: ZeroConfig, trained: int) -> int:
+    """Values that DeepSpeed reduces at a time, and allocates at once: no more than there are.
+
+    Its own default is 5e8, 2 GB, however small the model.
+    """
+    given = zero.deepspeed.get("zero_optimization", {})
+    return int(given.get("reduce_bucket_size", min(500_000_000, trained)))
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

@@ -17,32 +17,12 @@ from data_pipelines.loader import Loaded
 from stages.base import Stage
 from xray import dist
 from xray.config import RunConfig, TowerOptim
+from xray.gpus import gpu_of
 from xray.models.flops import linear_macs
 from xray.schedule import value_at
 
-# Dense TFLOP/s by the vendor's data sheets, without sparsity: bf16 with fp32 sums, and fp32.
-PEAKS = {
-    "A100": (312.0, 19.5),
-    "H100 PCIe": (756.0, 51.0),
-    "H100 NVL": (835.0, 60.0),
-    "H100": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "GH200": (989.0, 67.0),
-    "B200": (2250.0, 75.0),
-    "L40S": (362.0, 91.6),
-    "L4": (121.0, 30.3),
-    "RTX 4090": (165.2, 82.6),
-}
 # Not a metric's value but a clock's or a meter's: other in every run.
 MEASURED = ("seconds", "samples/s", "tokens/s", "mfu", "memory/gb")
-
-
-def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s that a device of this name can do at most; None where it is not known."""
-    for part, (bf16, fp32) in PEAKS.items():
-        if f" {part} " in f" {name.replace('-', ' ')} ":
-            return 1e12 * (bf16 if precision == "bf16" else fp32)
-    return None
 
 
 class Pace:
@@ -56,10 +36,10 @@ class Pace:
     def __init__(self, stage: Stage, module: Any, device: torch.device) -> None:
         self.stage, self.device = stage, device
         self.config: RunConfig = stage.config
-        self.peak = None
+        self.peak: float | None = None  # FLOP/s, where it is known
         if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-            self.peak = peak_flops(name, self.config.train.precision)
+            gpu = gpu_of(torch.cuda.get_device_name(device))
+            self.peak = None if gpu is None else gpu.peak(self.config.train.precision)
         self.text_macs, self.trained = 0, 0.0
         if "text" in module.towers:
             self.text_macs = linear_macs(module.towers["text"])

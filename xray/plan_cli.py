@@ -12,8 +12,9 @@ from xray.command import Overrides
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from xray.gpus import Gpu
     from xray.plan_facts import Known
-    from xray.resources import Change, Gpu, Memory, Resources
+    from xray.resources import Change, Memory, Resources
 
 USABLE = 0.9  # of a device's memory: CUDA, NCCL and fragments take the rest
 
@@ -34,8 +35,9 @@ def plan(
     assume that a share of the GPU's peak is reached (--mfu). A stage takes its settings from
     key=value.
     """
+    from xray.gpus import GPUS
     from xray.plan_facts import known
-    from xray.resources import GPUS, cheapest_fit, resources
+    from xray.resources import cheapest_fit, resources
 
     if gpu != "none" and gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu} is not known: {', '.join(GPUS)} or none (with --gb)")

@@ -16,36 +16,13 @@ from typing import Any
 from data_pipelines.sampling import local_samples
 from stages.sketches import Facts
 from xray import dist
-from xray.optim import SLOTS
+from xray.gpus import Gpu
+from xray.optim import SLOTS, reduce_bucket
 from xray.rehearsal import Peak, Rehearsal, Size, rehearse, size_of, starts_of
 from xray.schedule import steps_of
 
-BUCKET = 500_000_000  # elements of a buffer in which DeepSpeed reduces gradients
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
 FP32 = 4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A device by its vendor's sheet: memory in GB, dense bf16 TFLOP/s, fp32 (tf32) TFLOP/s."""
-
-    memory: float
-    bf16: float
-    fp32: float
-
-
-# NVIDIA's data sheets, without sparsity; tf32 is off in torch, so fp32 is that of the CUDA cores.
-GPUS = {
-    "v100": Gpu(32, 125, 15.7),
-    "a100": Gpu(80, 312, 19.5),
-    "a100-40": Gpu(40, 312, 19.5),
-    "h100": Gpu(80, 989, 67),
-    "h200": Gpu(141, 989, 67),
-    "b200": Gpu(180, 2250, 75),
-    "l4": Gpu(24, 121, 30.3),
-    "l40s": Gpu(48, 362, 91.6),
-    "rtx4090": Gpu(24, 165, 82.6),
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,7 @@ class Resources:
 
     def hours(self, gpu: Gpu, mfu: float) -> float:
         """Of the stage, if `mfu` of a device's peak is reached in what it computes."""
-        peak = 1e12 * (gpu.bf16 if self.config.train.precision == "bf16" else gpu.fp32)
+        peak = gpu.peak(self.config.train.precision)
         return self.config.steps * self.flops / (self.world * peak * mfu) / 3600
 
 
@@ -165,7 +142,11 @@ def _kept(config: Any, size: Size, own: int) -> int:
     kinds = (2, FP32) if config.train.precision == "bf16" else (FP32,)
     whole = FP32 * size.trained + size.frozen_bytes + size.llm_bytes - FP32 * size.llm_trained
     gathered = min(whole, FP32 * LIVE)
-    return BUCKET * sum(kinds) + (0 if config.zero.offload else own) + gathered
+    return (
+        reduce_bucket(config.zero, size.trained) * sum(kinds)
+        + (0 if config.zero.offload else own)
+        + gathered
+    )
 
 
 def _backward(config: Any, size: Size, rehearsal: Rehearsal, own: int) -> tuple[Peak, int, int]:
@@ -177,12 +158,12 @@ def _backward(config: Any, size: Size, rehearsal: Rehearsal, own: int) -> tuple[
     alone = rehearsal.alone
     kinds = 2 if config.train.precision == "bf16" else 1
     if stage == 3:
-        copies = 2 * min(trained, FP32 * BUCKET)  # of a bucket, to be scattered
+        copies = 2 * FP32 * reduce_bucket(config.zero, size.trained)  # of a bucket, to be scattered
         return alone, own, max(0, copies - alone.total)
     accumulated = before * (trained if stage == 1 else own)
     end = own + before * (2 * own if stage == 2 else 0)  # when no activation is left
     rest = max(0, end - alone.total - accumulated)
-    return alone, accumulated, rest + kinds * FP32 * BUCKET
+    return alone, accumulated, rest + kinds * FP32 * reduce_bucket(config.zero, size.trained)
 
 
 # what makes it fit ----------------------------------------------------------------------------
