@@ -107,7 +107,12 @@ def test_zero_divides_what_it_says(demo: Path, tmp_path: Path) -> None:
         found[stage] = memory_of(config, size, rehearsal, 8)
     assert found[0].optimizer == 2 * whole
     assert found[1].optimizer == found[2].optimizer == 3 * whole // 8
-    assert found[1].weights == found[0].weights > found[3].weights == -(-size.trained // 2)
+    assert (
+        found[1].weights
+        == found[0].weights
+        > found[3].weights
+        == -(-(whole + size.frozen_bytes) // 8)
+    )
     assert found[2].gradients <= whole // 8 < found[1].gradients
 
 
