@@ -64,6 +64,12 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MAE, ZeRO 1": ("mae", ("zero=1",)),
     "MAE, ZeRO 2, micro-batches": ("mae", ("zero=2", "train.micro_batch=4")),
     "MAE, ZeRO 3": ("mae", ("zero=3",)),
+    "MAE, bf16, ZeRO 1": ("mae", ("train.precision=bf16", "zero.stage=1")),
+    "MAE, bf16, ZeRO 2, micro-batches": (
+        "mae",
+        ("train.precision=bf16", "zero.stage=2", "train.micro_batch=4"),
+    ),
+    "MAE, bf16, ZeRO 3": ("mae", ("train.precision=bf16", "zero.stage=3")),
 }
 LLM = {
     "model_type": "qwen3",
@@ -103,8 +109,7 @@ def compare(
         size, rehearsal = size_of(config, facts), rehearse(config, facts, PROGRESS)
         planned = memory_of(config, size, rehearsal, 1)
         measured = measure(config, facts, torch.device(device))
-    kinds = (2 if config.zero.stage == 3 else 4, 4)[config.train.precision != "bf16" :]
-    buckets = reduce_bucket(config.zero, size.trained) * sum(kinds) if config.zero.stage else 0
+    buckets = 4 * reduce_bucket(config.zero, size.trained) if config.zero.stage else 0
     batch = planned.batch if device == "cpu" else 0
     return {
         "measured": measured,

@@ -139,11 +139,10 @@ def _kept(config: Any, size: Size, own: int) -> int:
     """What ZeRO 3 holds throughout: its buckets, a gradient buffer, weights that stay gathered."""
     if config.zero.stage < 3:
         return 0
-    kinds = (2, FP32) if config.train.precision == "bf16" else (FP32,)
     whole = FP32 * size.trained + size.frozen_bytes + size.llm_bytes - FP32 * size.llm_trained
     gathered = min(whole, FP32 * LIVE)
     return (
-        reduce_bucket(config.zero, size.trained) * sum(kinds)
+        FP32 * reduce_bucket(config.zero, size.trained)
         + (0 if config.zero.offload else own)
         + gathered
     )
@@ -156,14 +155,13 @@ def _backward(config: Any, size: Size, rehearsal: Rehearsal, own: int) -> tuple[
     if stage == 0:
         return rehearsal.with_gradients, rehearsal.with_gradients.gradients, 0
     alone = rehearsal.alone
-    kinds = 2 if config.train.precision == "bf16" else 1
     if stage == 3:
         copies = 2 * FP32 * reduce_bucket(config.zero, size.trained)  # of a bucket, to be scattered
         return alone, own, max(0, copies - alone.total)
     accumulated = before * (trained if stage == 1 else own)
     end = own + before * (2 * own if stage == 2 else 0)  # when no activation is left
     rest = max(0, end - alone.total - accumulated)
-    return alone, accumulated, rest + kinds * FP32 * reduce_bucket(config.zero, size.trained)
+    return alone, accumulated, rest + FP32 * reduce_bucket(config.zero, size.trained)
 
 
 # what makes it fit ----------------------------------------------------------------------------
