@@ -28,7 +28,10 @@ TRAINS = LEAF | DATA | {"stages.base", "xray.checkpoint", "xray.engine", "xray.f
 RULES: dict[str, set[str]] = {
     "xray/errors.py": set(),
     "xray/hashing.py": set(),
-    "xray/config.py": {"xray.deepspeed_keys", "xray.errors", "xray.hashing", "xray.schedule"},
+    "xray/fields.py": set(),
+    "xray/data_config.py": {"xray.errors", "xray.fields", "xray.schedule"},
+    "xray/config.py": {"xray.data_config", "xray.deepspeed_keys", "xray.errors", "xray.fields"}
+    | {"xray.hashing", "xray.schedule"},
     "xray/deepspeed_keys.py": set(),
     "xray/config_files.py": {"xray.config", "xray.errors"},
     "xray/schedule.py": {"xray.errors"},
