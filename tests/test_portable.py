@@ -22,7 +22,8 @@ from xray import portable
 from xray.artifact import open_artifact
 from xray.command import guarded
 from xray.errors import ArtifactError
-from xray.report import Sinks, read_metrics
+from xray.report import read_metrics
+from xray.sinks import Sinks
 
 STEPS = ("loss", "grad_norm", "lr")
 

@@ -35,7 +35,7 @@ class Watchdog:
         self._place, self._step, self._since, self._factor = "starting", 0, time.monotonic(), 1.0
         self._done = threading.Event()
         if patience > 0:
-            self._remove(dist.rank())
+            self._clear()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, place: str, step: int, factor: float = 1.0) -> None:
@@ -52,32 +52,46 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        rank = dist.rank()
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        inside = frame.f_code.co_filename if frame else ""
-        waits = any(part in inside for part in COLLECTIVES)
-        facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-        facts |= {"place": self._place, "step": self._step, "waits": waits}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank_{rank:05d}.txt").open("w") as file:
-            faulthandler.dump_traceback(file)
-        path = self.folder / f"rank_{rank:05d}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(facts))
-        os.replace(path.with_suffix(".tmp"), path)
         seconds = time.monotonic() - self._since
-        time.sleep(GRACE + self.patience / 5)
-        known = [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank_*.json"))]
-        if known and known[0]["rank"] == rank:
+        try:
+            self._write()
+            time.sleep(GRACE + self.patience / 5)
+            known = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+            if known and known[0]["rank"] == dist.rank():
+                line = verdict(known, dist.world_size(), seconds, self.folder)
+                print(f"xray: {line}", file=sys.stderr, flush=True)
+        except OSError as error:
             print(
-                f"xray: {verdict(known, dist.world_size(), seconds, self.folder)}", file=sys.stderr
+                f"xray: nothing has moved for {seconds:.0f} s at step {self._step + 1}, rank "
+                f"{dist.rank()} is in {self._place}; {self.folder} cannot be written: {error}",
+                file=sys.stderr,
+                flush=True,
             )
-            sys.stderr.flush()
         time.sleep(1.0)  # for who prints; a launcher ends all with the first
         os._exit(1)
 
-    def _remove(self, rank: int) -> None:
-        for path in self.folder.glob(f"rank_{rank:05d}.*"):
-            path.unlink(missing_ok=True)
+    def _write(self) -> None:
+        """The stacks of this rank's threads, then where it is."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        inside = frame.f_code.co_filename if frame else ""
+        waits = any(part in inside for part in COLLECTIVES)
+        facts = {"rank": dist.rank(), "host": socket.gethostname(), "pid": os.getpid()}
+        facts |= {"place": self._place, "step": self._step, "waits": waits}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file(".txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        self._file(".tmp").write_text(json.dumps(facts))
+        os.replace(self._file(".tmp"), self._file(".json"))
+
+    def _file(self, ending: str) -> Path:
+        return self.folder / f"rank_{dist.rank():05d}{ending}"
+
+    def _clear(self) -> None:
+        """Remove what an earlier hang has left of this rank, and of ranks that are no more."""
+        for path in self.folder.glob("rank_*"):
+            rank = int(path.stem.removeprefix("rank_"))
+            if rank == dist.rank() or (dist.is_main() and rank >= dist.world_size()):
+                path.unlink(missing_ok=True)
 
 
 def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
