@@ -36,8 +36,8 @@ from xray import dist
 torch.distributed.init_process_group("gloo")
 torch.distributed.barrier()  # both are there: from here on nobody has to wait for long
 torch.distributed.destroy_process_group()
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=6))
-done = dist.main_first(lambda: dist.is_main() and time.sleep(12) or time.monotonic())
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
+done = dist.main_first(lambda: dist.is_main() and time.sleep(25) or time.monotonic())
 first = dist.broadcast_object(done)
 assert first <= done, "rank 0 is first"
 over = pathlib.Path(sys.argv[1])
