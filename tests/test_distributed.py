@@ -33,14 +33,15 @@ import pathlib, sys, time
 from datetime import timedelta
 import torch.distributed
 from xray import dist
-torch.distributed.init_process_group("gloo")
-torch.distributed.barrier()  # both are there: from here on nobody has to wait for long
-torch.distributed.destroy_process_group()
+over = pathlib.Path(sys.argv[1])
+here = [over.with_name(f"rank_{rank}") for rank in range(2)]
+here[dist.rank()].touch()
+while not all(path.exists() for path in here):  # from here on nobody has to wait for long
+    time.sleep(0.1)
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
-done = dist.main_first(lambda: dist.is_main() and time.sleep(25) or time.monotonic())
+done = dist.main_first(lambda: dist.is_main() and time.sleep(20) or time.monotonic())
 first = dist.broadcast_object(done)
 assert first <= done, "rank 0 is first"
-over = pathlib.Path(sys.argv[1])
 if dist.is_main():
     over.touch()
 while not over.exists():  # rank 0 is still sending: a socket that is closed would cut it off
