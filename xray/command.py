@@ -29,9 +29,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             dist.leave()
         except (XrayError, OSError) as error:
-            if getattr(error, "agreed", False):
+            agreed = isinstance(error, XrayError) and error.agreed
+            if agreed:
                 dist.leave()
-            if dist.is_main() or not getattr(error, "agreed", False):
+            if dist.is_main() or not agreed:
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
                 print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(EXIT_CODES.get(type(error), 2)) from None

@@ -250,5 +250,4 @@ def agree(error: XrayError | None, patience: timedelta | None = None) -> None:
     """Raise on every rank what any rank ran into: none goes on into a collective alone."""
     for found in gather_objects(error, patience):
         if found is not None:
-            found.agreed = True
-            raise found
+            raise found.on_all_ranks()

@@ -1,10 +1,21 @@
 """Errors a user can act on: each prints as one line and ends the command with exit code 2."""
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+E = TypeVar("E", bound="XrayError")
+
 
 class XrayError(Exception):
     """The base of every error meant for the user."""
 
     agreed = False  # raised on every rank alike, so that one may speak for all
+
+    def on_all_ranks(self: E) -> E:
+        """This error, raised on every rank alike."""
+        self.agreed = True
+        return self
 
 
 class ConfigError(XrayError):

@@ -42,13 +42,11 @@ class Spikes:
             return False
         level.spikes += 1
         if level.spikes > MOST_IN_A_ROW:
-            error = TrainingError(
+            raise TrainingError(
                 f"step {self.state.step + 1}: {level.spikes} steps in a row have a loss more than "
                 f"train.spike={train.spike} deviations above its mean {level.mean:.4g}: this is no "
                 f"spike; they are in {self.path}, the checkpoints are kept"
-            )
-            error.agreed = True
-            raise error
+            ).on_all_ranks()
         return True
 
     def _tell(self, loss: float, above: float, skip: bool) -> None:

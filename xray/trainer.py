@@ -303,13 +303,11 @@ class Trainer:
         """End the run before weights change, with a bundle of the step. Collective."""
         self.watchdog.at("saving", self.state.step, SAVING)
         where = write_bundle(self.run, self.engine, self.state, what, {**values, what: value})
-        error = TrainingError(
+        raise TrainingError(
             f"the {what} of step {self.state.step + 1} is {value}: stopped before the weights "
             f"changed {where}; start again in another out= with a lower optim.base_lr or with "
             "optim.clip_grad; the checkpoints are kept"
-        )
-        error.agreed = True
-        raise error
+        ).on_all_ranks()
 
     def _export(self, metrics: dict[str, float]) -> Artifact:
         chosen = self.config.train.export
