@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -128,7 +127,8 @@ def gather_rows(local: Tensor) -> Tensor:
     """[b, ...] -> [world * b, ...] in rank order, with gradients to every rank's rows."""
     if dist.world_size() == 1:
         return local
-    return torch.cat(dist_nn.all_gather(local), dim=0)
+    rows: Tensor = _GatherRows.apply(local.contiguous())
+    return rows
 
 
 def row_ids(rows: Tensor) -> Tensor:
@@ -156,6 +156,23 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
 def _pieces(rows: int, columns: int) -> list[slice]:
     step = max(1, MOST_LOGITS // max(1, columns))
     return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; the gradient of own rows is the sum of what all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        rows = local.new_empty(len(local) * dist.world_size(), *local.shape[1:])
+        torch.distributed.all_gather_into_tensor(rows, local)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty(len(grad) // dist.world_size(), *grad.shape[1:])
+        torch.distributed.reduce_scatter_tensor(own, grad.contiguous())
+        return own
 
 
 class _SoftmaxRows(torch.autograd.Function):
