@@ -17,7 +17,8 @@ from xray.report import read_metrics
 TOLERANCE = 1e-4
 
 
-def torchrun(*arguments: str) -> None:
+def torchrun(*arguments: str) -> str:
+    """Two processes; what they wrote to stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
         capture_output=True,
@@ -26,6 +27,7 @@ def torchrun(*arguments: str) -> None:
         env=clean_environment(PYTHONPATH=f"{HERE}{os.pathsep}{HERE.parent}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 WAITING = """

@@ -190,8 +190,8 @@ def test_a_rank_that_freezes_is_named(demo: Path, tmp_path: Path) -> None:
 
 
 def test_one_rank_has_no_slowest() -> None:
-    slowest = Slowest()
+    slowest = Slowest(torch.nn.ModuleDict(), torch.device("cpu"))
     slowest.start()
-    slowest.stop()
+    slowest.stop(0.5)
     values, warning = slowest.compare()
     assert values == {"rank/slowest": 1.0} and warning is None

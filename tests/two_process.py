@@ -67,10 +67,12 @@ def main() -> None:
         train(STAGES.get(stage, stage), demo, folder, *settings(stage, zero))
     again = [(stage, zero, zero) for stage, zero in cells]
     again += MOVES if cells is WHOLE else []
-    if dist.is_main():
+
+    def begin() -> None:
         for stage, a, b in again:
             halfway(out / f"{stage}-{a}", out / f"{stage}-{a}-to-{b}")
-    dist.barrier()
+
+    dist.on_main(begin)
     for stage, a, b in again:
         train(stage, demo, out / f"{stage}-{a}-to-{b}", *settings(stage, b))
     for stage, zero in cells:

@@ -178,9 +178,29 @@ def write_artifact(
     facts: Mapping[str, Any],
     parents: Mapping[str, Artifact],
 ) -> None:
-    """Write an artifact under a temporary name and rename it; never overwrites one."""
+    """Write an artifact under a temporary name and rename it; never overwrites one.
+
+    Raises ArtifactError where it cannot be written; nothing is left of it then.
+    """
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, parts, files, facts, parents)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be all that fills the disk
+        raise ArtifactError(
+            f"artifact {path} cannot be written: {brief(error)}; the same command tries it again"
+        ) from error
+
+
+def _write(
+    temporary: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    parents: Mapping[str, Artifact],
+) -> None:
     temporary.mkdir(parents=True)
     for name, tensors in parts.items():
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -214,7 +234,6 @@ def write_artifact(
     }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     sync_tree(temporary)
-    os.replace(temporary, path)
 
 
 def _hand_on(parent: Artifact, folder: Path) -> None:

@@ -51,7 +51,7 @@ class BadSamples:
             raise DataError(
                 f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
                 f"data.max_bad_fraction={limit}; most in {names}; all are in {self.path}"
-            )
+            ).on_all_ranks()
 
     def _keep(self, everyone: Sequence[Replaced]) -> None:
         known = set(self.state.quarantine)
@@ -64,7 +64,10 @@ class BadSamples:
         except (DataError, OSError) as error:
             failure = DataError(str(error))
         dist.agree(failure)
-        if dist.is_main():
+
+        def write() -> None:
             with self.path.open("a") as file:
                 for entry in everyone:
                     file.write(json.dumps({"step": self.state.step + 1, **asdict(entry)}) + "\n")
+
+        dist.on_main(write)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from xray import dist
 from xray.artifact import sync_tree
 from xray.config import TrainConfig
 from xray.engine import Engine
-from xray.errors import ArtifactError, brief
+from xray.errors import ArtifactError
 from xray.level import Level
 from xray.portable import load_portable, save_portable
 
@@ -53,7 +54,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run that count, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if (p / "COMPLETE").is_file())
+    steps = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit())
+    return sorted(p for p in steps if (p / "COMPLETE").is_file())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -61,11 +63,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
-    """Those that were measured by `train.best_by`, best first; of equals the newest."""
-    scores = {path: read_state(path).score for path in checkpoints}
+    """Those with a finite measured `train.best_by`, best first; of equals the newest."""
+    found = ((path, read_state(path).score) for path in checkpoints)
+    scores = {path: score for path, score in found if score is not None and math.isfinite(score)}
     sign = 1 if train.best_is == "lowest" else -1
-    measured = [path for path in checkpoints if scores[path] is not None]
-    return sorted(measured, key=lambda p: (sign * (scores[p] or 0.0), -step_of(p)))
+    return sorted(scores, key=lambda path: (sign * scores[path], -step_of(path)))
 
 
 def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
@@ -106,11 +108,14 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: Trai
         raise ArtifactError(
             f"checkpoint {target} cannot be written: {error}; those before it are as they "
             "were, and the same command goes on from the last of them"
-        ) from error
-    if dist.is_main():
+        ).on_all_ranks() from error
+
+    def prune() -> None:
         complete = complete_checkpoints(folder)
         for old in set(complete) - staying(complete, train):
             shutil.rmtree(old, ignore_errors=True)
+
+    dist.on_main(prune)
     return target
 
 
@@ -138,21 +143,10 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
         os.replace(temporary, target)
 
     try:
-        _on_main(begin)
+        dist.on_main(begin)
         save_portable(engine, temporary)
-        _on_main(end)
+        dist.on_main(end)
     except ArtifactError:
         if dist.is_main():  # it may be all that fills the disk
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _on_main(work: Callable[[], None]) -> None:
-    """work() on rank 0; raises its OSError as ArtifactError on every rank."""
-    failure: ArtifactError | None = None
-    if dist.is_main():
-        try:
-            work()
-        except OSError as error:
-            failure = ArtifactError(brief(error))
-    dist.agree(failure)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xray.errors import ConfigError, DataError, XrayError
+from xray.errors import ArtifactError, ConfigError, DataError, XrayError
 
 if TYPE_CHECKING:
     import torch
@@ -148,13 +148,6 @@ def rehearsed(world: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        import torch.distributed
-
-        torch.distributed.barrier()
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """All-reduce a tensor in place (sum) and return it."""
     if world_size() > 1:
@@ -219,6 +212,19 @@ def main_first(work: Callable[[], T]) -> T:
                 failure = DataError(str(error))
         agree(failure, PREPARATION)
     return result[0]
+
+
+def on_main(work: Callable[[], object], patience: timedelta | None = None) -> None:
+    """work() on rank 0 alone; raises on all ranks what it ran into, so that none waits for it."""
+    failure: XrayError | None = None
+    if is_main():
+        try:
+            work()
+        except XrayError as error:
+            failure = error
+        except OSError as error:
+            failure = ArtifactError(str(error))
+    agree(failure, patience)
 
 
 def leave() -> None:

@@ -63,13 +63,13 @@ class Feed:
         self._stream = stream
         self._waited = 0.0
 
-    def next(self) -> tuple[list[Loaded], str | None]:
+    def next(self) -> tuple[list[Loaded], DataError | None]:
         """The next step's micro-batches, or why there are none."""
         start = time.perf_counter()
         try:
             return next(self._stream), None
         except DataError as error:
-            return [], str(error)
+            return [], error
         finally:
             self._waited += time.perf_counter() - start
 

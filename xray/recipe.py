@@ -27,7 +27,7 @@ from xray import config_files as cfg
 from xray import dist
 from xray.config import nearest
 from xray.config_files import PRESETS
-from xray.errors import ConfigError, XrayError
+from xray.errors import ConfigError
 from xray.evaluation.suite import EvalConfig
 
 if TYPE_CHECKING:
@@ -209,19 +209,17 @@ def _link(recipe: Recipe) -> None:
 
 def prepare(recipe: Recipe) -> None:
     """Make the demo data and the tiny LLM that a recipe asks for, on rank 0."""
-    failure = None
-    if dist.is_main():
-        wanted = recipe.prepare
-        try:
-            if wanted.demo is not None:
-                from data_pipelines.demo import DemoConfig, make_demo
+    wanted = recipe.prepare
 
-                make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
-            if wanted.llm is not None:
-                make_llm(wanted.llm, recipe.root)
-        except XrayError as error:
-            failure = error
-    dist.agree(failure, dist.PREPARATION)
+    def make() -> None:
+        if wanted.demo is not None:
+            from data_pipelines.demo import DemoConfig, make_demo
+
+            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+        if wanted.llm is not None:
+            make_llm(wanted.llm, recipe.root)
+
+    dist.on_main(make, dist.PREPARATION)
 
 
 def make_llm(config: LlmConfig, root: str) -> None:

@@ -16,8 +16,9 @@ from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
 from stages.base import Stage, StageModule, split_parents
 from xray import dist
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
-from xray.checkpoint import TrainState
+from xray.checkpoint import TrainState, complete_checkpoints
 from xray.config import RunConfig, dump
+from xray.errors import DataError
 from xray.feed import check_batches
 from xray.hashing import config_hash, hash_json, identity, to_dict
 from xray.mirror import Mirror
@@ -67,10 +68,26 @@ class Run:
     def _check(self) -> None:
         """That the folder holds this run or none, and the mirror likewise, which fills it then."""
         defaults = identity(type(self.config)())
-        if self.mirror is not None and not (self.out / "run.json").exists():
-            url = self.mirror.url
-            self.mirror.fetch(lambda folder: check_same_run(folder, self.record, defaults, url))
         check_same_run(self.out, self.record, defaults, str(self.out))
+        if self.mirror is not None:
+            url, begun = self.mirror.url, (self.out / "run.json").exists()
+            try:
+                there = self.mirror.holds(
+                    lambda folder: check_same_run(folder, self.record, defaults, url)
+                )
+            except DataError as error:
+                if not begun:
+                    raise
+                log.warning("%s; the run goes on with what is in %s", error, self.out)
+                return
+            if there and not begun:
+                self.mirror.fetch()
+
+    def copy(self) -> None:
+        """Have the mirror, if there is one, look like the run before long."""
+        if self.mirror is not None:
+            artifact = [path for path in [self.out / "artifact"] if path.is_dir()]
+            self.mirror.send([*complete_checkpoints(self.out / "checkpoints"), *artifact])
 
     def finished(self) -> Artifact | None:
         """The artifact of this run, verified, if it ran to its end before."""
@@ -78,7 +95,11 @@ class Run:
         if not path.exists():
             return None
         log.info("stage %s is finished: %s", self.stage.name, path)
-        return open_artifact(path)
+        artifact = open_artifact(path)
+        self.copy()  # which may have been cut off
+        if self.mirror is not None:
+            self.mirror.wait()
+        return artifact
 
     def build(self) -> StageModule:
         """The module as it is before the first step, the same on every rank."""
@@ -87,11 +108,14 @@ class Run:
 
     def begin(self) -> None:
         """Write down what this run is, for the next time."""
-        if dist.is_main():
+
+        def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
             dump(self.config, self.out / "config.yaml")
             if not (self.out / "run.json").exists():
                 write_text(self.out / "run.json", json.dumps(self.record, indent=1))
+
+        dist.on_main(write)
 
     def write_artifact(
         self,

@@ -55,7 +55,8 @@ def check_sinks(config: TrainConfig) -> None:
 class Sinks:
     """A run's metrics on rank 0, cut at the step it goes on from.
 
-    Raises ConfigError on every rank where wandb does not start.
+    Raises ConfigError on every rank where wandb does not start, ArtifactError where files cannot
+    be written.
     """
 
     def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
@@ -64,8 +65,9 @@ class Sinks:
         self.wandb: Any = None
         if config.train.wandb:
             self.wandb = dist.main_first(lambda: _wandb(out, config) if dist.is_main() else None)
-        if not self.main:
-            return
+        dist.on_main(lambda: self._open(out, name, config, state))
+
+    def _open(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
         path = out / "metrics.jsonl"
         kept = lines_up_to(path, state.step)
         write_text(path, "".join(kept))
@@ -76,12 +78,13 @@ class Sinks:
         self.terminal = Terminal(name, config.steps, state.step)
 
     def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
-        """Show a step, and record it where it is due."""
-        if not self.main:
-            return
-        self.terminal.show(state, values)
-        if not logged:
-            return
+        """Show a step, and record it where it is due, which is collective."""
+        if self.main:
+            self.terminal.show(state, values)
+        if logged:
+            dist.on_main(lambda: self._record(state, values))
+
+    def _record(self, state: TrainState, values: Mapping[str, float]) -> None:
         self.last = dict(values)
         facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
         try:

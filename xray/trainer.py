@@ -20,7 +20,7 @@ from xray.bad_samples import BadSamples
 from xray.bundle import write_bundle
 from xray.checkpoint import TrainState
 from xray.engine import Engine
-from xray.errors import DataError, Preempted, TrainingError
+from xray.errors import Preempted, TrainingError, XrayError
 from xray.feed import Feed, step_shape, training_stream, validation_stream
 from xray.optim import lr_at
 from xray.pace import Pace
@@ -92,7 +92,8 @@ class Trainer:
             self.watchdog.at("writing the artifact", state.step, SAVING)
             artifact = self._export(sinks.last)
             if self._reduce({}, None)["preempted"]:
-                raise Preempted(f"stage {self.stage.name} is finished; run it again to go on")
+                message = f"stage {self.stage.name} is finished; run it again to go on"
+                raise Preempted(message).on_all_ranks()
         finally:
             self.watchdog.close()
             if self.run.mirror is not None:
@@ -119,7 +120,8 @@ class Trainer:
         pending, failure = feed.next()
         self._reduce({}, failure)
         feed.waited()  # for the loader to start
-        pace, slowest = Pace(self.stage, self.module, self.device), Slowest()
+        pace = Pace(self.stage, self.module, self.device)
+        slowest = Slowest(self.module.towers, self.device)
         started = time.monotonic() - state.seconds
         for step in remaining:
             pace.begin()
@@ -133,7 +135,7 @@ class Trainer:
                 self.watchdog.at("waiting for data", step)
                 pending, failure = feed.next()
             values |= feed.waited()
-            slowest.stop()
+            slowest.stop(values["data/wait"])
             self.watchdog.at("adding up the step's values", step)
             values = self._reduce(values, failure, sum(len(item.bad) for item in loaded))
             if values.pop("bad"):
@@ -163,7 +165,7 @@ class Trainer:
             if preempted:
                 raise Preempted(
                     f"stopped by a signal at step {state.step}; the same command goes on"
-                )
+                ).on_all_ranks()
 
     def _update(self, step: int, progress: float, values: dict[str, float]) -> dict[str, float]:
         """The optimizer's step, unless its loss is a spike that is to be left out; what came of it.
@@ -212,17 +214,10 @@ class Trainer:
         folder = checkpoint.save_checkpoint(self.engine, self.out / "checkpoints", state, train)
         seconds = time.monotonic() - begun
         self._saved = {"save/seconds": seconds}
-        self._copy()
+        self.run.copy()
         if dist.is_main():
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
-
-    def _copy(self) -> None:
-        """Have the mirror, if there is one, look like the run."""
-        if self.run.mirror is not None:
-            artifact = [path for path in [self.out / "artifact"] if path.is_dir()]
-            there = checkpoint.complete_checkpoints(self.out / "checkpoints")
-            self.run.mirror.send([*there, *artifact])
 
     def _say_whether_learned(self, last: dict[str, float]) -> None:
         """Of a run that saw one batch only: its loss beside that of guessing."""
@@ -285,7 +280,7 @@ class Trainer:
     # helpers ----------------------------------------------------------------------------------
 
     def _reduce(
-        self, values: dict[str, float], failure: str | None, bad: int = 0
+        self, values: dict[str, float], failure: XrayError | None, bad: int = 0
     ) -> dict[str, float]:
         """The step's one small all-reduce: metrics as means, flags as sums, agreed by all ranks."""
         flags = [float(self.preempted), float(failure is not None), float(bad)]
@@ -293,8 +288,7 @@ class Trainer:
         vector = torch.tensor([*flags, *(values[n] for n in names)], dtype=torch.float64)
         vector = dist.sum_over_ranks(vector.to(self.device)).cpu()
         if vector[1]:
-            reasons = [text for text in dist.gather_objects(failure) if text]
-            raise DataError(reasons[0])
+            dist.agree(failure)
         means = (vector[3:] / dist.world_size()).tolist()
         result = dict(zip(names, means, strict=True))
         return result | {"preempted": float(vector[0]), "bad": float(vector[2])}
@@ -313,10 +307,9 @@ class Trainer:
         chosen = self.config.train.export
         state_dict = self.engine.state_dict(None if chosen == "last" else chosen)  # collective
         path = self.out / "artifact"
-        if dist.is_main():
-            self.run.write_artifact(path, self.module, state_dict, self.state, metrics, chosen)
-            self._copy()
-        dist.barrier()
+        given = path, self.module, state_dict, self.state, metrics, chosen
+        dist.on_main(lambda: self.run.write_artifact(*given))
+        self.run.copy()
         return open_artifact(path)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
