@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from torch import Tensor
 from two_process import halfway
 
 from xray.artifact import open_artifact
-from xray.checkpoint import complete_checkpoints, step_of
+from xray.checkpoint import complete_checkpoints, ranked, step_of
+from xray.config import TrainConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.export import export_checkpoint
 from xray.report import read_metrics
+from xray.run_cli import split_run
 
 VALIDATED = (
     "data.sources.heldout={shards: heldout}",
@@ -124,6 +128,31 @@ def test_every_stage_exports(demo: Path, tmp_path: Path, stage: str) -> None:
     assert artifact.manifest["files"].keys() == done.manifest["files"].keys()
     for file, digest in done.manifest["files"].items():
         assert artifact.manifest["files"][file] == digest, file
+
+
+def test_what_is_no_checkpoint_or_no_number_is_not_the_best(tmp_path: Path) -> None:
+    for name, score in (("1", math.nan), ("2", 2.0), ("3", 1.0), ("4_kept", 0.5), ("5", None)):
+        folder = tmp_path / "checkpoints" / f"step_{name}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"score": score}))
+        (folder / "COMPLETE").touch()
+    there = complete_checkpoints(tmp_path / "checkpoints")
+    assert [step_of(path) for path in there] == [1, 2, 3, 5]
+    for best_is, expected in (("lowest", [3, 2]), ("highest", [2, 3])):
+        assert [step_of(p) for p in ranked(there, TrainConfig(best_is=best_is))] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "folder", "which"),
+    [
+        ("runs/mae", "runs/mae", "last"),
+        ("runs/mae@400", "runs/mae", "400"),
+        ("/home/me@host/mae", "/home/me@host/mae", "last"),
+        ("/home/me@host/mae@best", "/home/me@host/mae", "best"),
+    ],
+)
+def test_a_step_follows_the_last_at(given: str, folder: str, which: str) -> None:
+    assert split_run(given) == (folder, which)
 
 
 def test_what_cannot_be_exported_is_said(averaged: Path, tmp_path: Path) -> None:

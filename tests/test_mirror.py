@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 from test_portable import assert_same
 from tiny import ALL_TOKENS, train
 
 from xray.artifact import open_artifact
 from xray.checkpoint import complete_checkpoints
-from xray.errors import ConfigError
+from xray.errors import ArtifactError, ConfigError
 
 
 @pytest.fixture
@@ -65,6 +66,38 @@ def test_copies_of_another_run_are_refused(
     with pytest.raises(ConfigError, match=rf"{message} another train.mirror="):
         train("mae", demo, tmp_path / "other", ALL_TOKENS, copied[2], "mae.mask_ratio=0.5")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_is_begun_does_not_mix_with_another_mirror(
+    demo: Path, tmp_path: Path, copied: tuple[Path, Path, str]
+) -> None:
+    out, before = tmp_path / "other", files(copied[1])
+    train("mae", demo, out, ALL_TOKENS, "mae.mask_ratio=0.5")
+    with pytest.raises(ConfigError, match="bucket/mae holds another run"):
+        train("mae", demo, out, ALL_TOKENS, copied[2], "mae.mask_ratio=0.5")
+    assert files(copied[1]) == before
+
+
+def test_the_artifact_is_copied_by_the_same_command(
+    demo: Path, copied: tuple[Path, Path, str]
+) -> None:
+    """As where the machine went away after the artifact was written, before it was copied."""
+    out, there, url = copied
+    shutil.rmtree(there / "artifact")
+    train("mae", demo, out, ALL_TOKENS, url)
+    assert files(out) == files(there)
+
+
+def test_copies_cannot_name_files_outside(demo: Path, tmp_path: Path) -> None:
+    """Keys of an object store may hold "..", those of a folder cannot."""
+    bucket = fsspec.filesystem("memory")
+    url = "train.mirror=memory://outside"
+    train("mae", demo, tmp_path / "a" / "b" / "run", ALL_TOKENS, url)
+    step = "/outside/mae/checkpoints/step_00000006"
+    bucket.pipe_file(f"{step}/../../../evil.txt", b"")
+    with pytest.raises(ArtifactError, match=r"names a file outside of it: \.\./\.\./\.\./evil"):
+        train("mae", demo, tmp_path / "c" / "d" / "run", ALL_TOKENS, url)
+    assert not [*tmp_path.rglob("evil.txt")]
 
 
 def test_a_lost_mirror_does_not_end_a_run(

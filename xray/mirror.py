@@ -17,6 +17,7 @@ from typing import Any
 
 from data_pipelines.remote import filesystem, persist
 from xray.errors import DataError
+from xray.files import inside
 
 log = logging.getLogger("xray")
 PATIENCE = 60.0  # seconds to go on trying to copy a file
@@ -49,18 +50,25 @@ class Mirror:
             self._thread.join()
             self._thread = None
 
-    def fetch(self, check: Callable[[Path], None]) -> None:
-        """Bring the newest checkpoint, the artifact and the records to the run's empty folder.
+    def holds(self, check: Callable[[Path], None]) -> bool:
+        """Whether a run is there; check is given a folder with its run.json.
 
-        check: of a folder with the run.json at the URL, before anything else is brought. Raises
-        DataError where the URL cannot be reached, and what check raises.
+        Raises DataError where the URL cannot be reached, and what check raises.
         """
         if not self._has("run.json"):
-            return
+            return False
         with tempfile.TemporaryDirectory() as folder:
             self._get_file("run.json", Path(folder) / "run.json")
             check(Path(folder))
-        names = [n for n in self._folders("checkpoints") if n.startswith("step_")]
+        return True
+
+    def fetch(self) -> None:
+        """Bring the newest checkpoint, the artifact and the records to the run's empty folder.
+
+        Raises DataError where the URL cannot be reached, ArtifactError for files outside of these.
+        """
+        found = self._folders("checkpoints")
+        names = [n for n in found if n.startswith("step_") and n[5:].isdigit()]
         there = [n for n in names if self._has(f"checkpoints/{n}/COMPLETE")]
         folders = [f"checkpoints/{max(there)}"] if there else []
         if self._has("artifact/manifest.json"):
@@ -77,6 +85,9 @@ class Mirror:
     def _send(self, folders: list[Path]) -> None:
         try:
             current = {folder.name for folder in folders}
+            for name in BESIDE:  # before what they tell of: a run goes on from both
+                if (self.out / name).is_file():
+                    self._put_file(self.out / name)
             for folder in folders:
                 name = str(folder.relative_to(self.out))
                 last = next(last for last in LAST if (folder / last).is_file())
@@ -85,16 +96,14 @@ class Mirror:
                 files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != last]
                 for file in [*files, folder / last]:
                     self._put_file(file)
-            for name in BESIDE:
-                if (self.out / name).is_file():
-                    self._put_file(self.out / name)
             for stale in self._sent - current:
                 path = self._path(f"checkpoints/{stale}")
                 self._try(lambda path=path: self._fs.rm(path, recursive=True))
             self._sent = current
         except (DataError, OSError) as error:
             log.warning(
-                "%s is not up to date: %s; it is tried again at the next checkpoint",
+                "%s is not up to date: %s; it is tried again at the next checkpoint, or by the "
+                "same command",
                 self.url, error,
             )  # fmt: skip
 
@@ -138,8 +147,8 @@ class Mirror:
         shutil.rmtree(temporary, ignore_errors=True)
         path = self._path(folder)
         for found in self._try(lambda: self._fs.find(path)):
-            inside = found[len(path) :].lstrip("/")
-            self._get_file(f"{folder}/{inside}", temporary / inside)
+            name = found[len(path) :].lstrip("/")
+            self._get_file(f"{folder}/{name}", inside(temporary, name))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 

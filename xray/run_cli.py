@@ -33,12 +33,17 @@ def export(
     if weights not in ("last", "ema"):
         raise ConfigError(f"--weights {weights}: it is last or ema")
     chosen: Literal["last", "ema"] = "ema" if weights == "ema" else "last"
-    folder, _, which = run.partition("@")
-    which = which or "last"
+    folder, which = split_run(run)
     target = out or f"{folder.rstrip('/')}/artifact_{which}{'_ema' if chosen == 'ema' else ''}"
     given = parse_overrides(overrides or [])
     artifact = export_checkpoint(Path(folder), which, Path(target), chosen, given)
     print(f"artifact: {artifact.path}, step {artifact.manifest['step']}")
+
+
+def split_run(text: str) -> tuple[str, str]:
+    """RUN@STEP as (folder, step); an @ before the last / is the path's."""
+    folder, at, which = text.rpartition("@")
+    return (folder, which or "last") if at and "/" not in which else (text, "last")
 
 
 @debug_app.command()
