@@ -23,7 +23,7 @@ from stages.sketches import Facts, example
 from xray.cli import app
 from xray.language import Language
 from xray.rehearsal import rehearse, size_of, starts_of
-from xray.resources import cheapest_fit, memory_of, resources
+from xray.resources import _rungs, cheapest_fit, memory_of, resources
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -95,6 +95,37 @@ def test_a_step_is_rehearsed_wherever_it_changes(demo: Path, tmp_path: Path) -> 
     small, _, large = (rehearse(config, FACTS, start) for start in starts_of(config))
     assert large.flops > 3 * small.flops
     assert large.flops > resources(config, FACTS, 1).flops > small.flops
+
+
+def test_a_stages_mean_is_that_of_all_its_steps(demo: Path, tmp_path: Path) -> None:
+    """Where the keep rate falls while the resolution grows, and to the very end."""
+    settings_of = IMAGES, "train.samples=160", "model.keep_rate=0.5"
+    for span, more in (("[0,0.8]", "data.resolution=[[0.0,16],[0.4,64]]"), ("[0,1]", "seed=0")):
+        config = settings(
+            "hashtag", demo, tmp_path, *settings_of, f"model.keep_rate_span={span}", more
+        )
+        steps = [rehearse(config, FACTS, config.progress(k)) for k in range(config.steps)]
+        found = resources(config, FACTS, 1)
+        assert found.tokens == pytest.approx(sum(s.tokens for s in steps) / len(steps))
+        assert found.flops == pytest.approx(sum(s.flops for s in steps) / len(steps), rel=0.03)
+
+
+def test_an_average_of_the_weights_is_counted(demo: Path, tmp_path: Path) -> None:
+    plain, kept = (
+        resources(settings("mae", demo, tmp_path, f"train.ema={ema}"), FACTS, 1)
+        for ema in (0.0, 0.9)
+    )
+    whole = 4 * plain.size.trained
+    assert kept.checkpoint - plain.checkpoint == whole
+    assert kept.memory.optimizer - plain.memory.optimizer == whole
+
+
+def test_what_is_said_to_fit_is_accepted(demo: Path, tmp_path: Path) -> None:
+    """ZeRO 3 is not, of compiled blocks."""
+    config = settings("mae", demo, tmp_path, IMAGES)
+    assert {stage for stage, *_ in _rungs(config)} == {0, 1, 2, 3}
+    config.train.compile = True
+    assert {stage for stage, *_ in _rungs(config)} == {0, 1, 2}
 
 
 def test_zero_divides_what_it_says(demo: Path, tmp_path: Path) -> None:

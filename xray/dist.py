@@ -134,9 +134,9 @@ def rehearsed(world: int) -> Iterator[None]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(world)}
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
     finally:

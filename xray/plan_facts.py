@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from data_pipelines.curation.keep import keep_listed
 from data_pipelines.manifest import resolve
 from data_pipelines.remote import is_remote
 from data_pipelines.sources import Source, open_sources
@@ -83,9 +84,10 @@ def _sources(config: Any) -> dict[str, Source]:
         own = config.data.sources[block.source]
         if not is_remote(resolve(own.shards, config.data.root)):
             try:
-                found |= open_sources(config.data, [block.source])
+                opened = open_sources(config.data, [block.source])
             except DataError:
                 continue
+            found |= {name: keep_listed(source, own) for name, source in opened.items()}
     return found
 
 

@@ -228,8 +228,18 @@ def starts_of(config: Any) -> Sequence[float]:
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = {start for schedule in schedules for start, _ in steps_of(schedule)}
     starts |= {config.optim.vision.freeze, config.optim.text.freeze}
-    if config.model.reduce != "none" and min(config.model.final_rates) < 1:
-        starts |= set(config.model.keep_rate_span)
+    starts |= {point for span in moving(config) for point in span}
     if config.stage == "clip":
-        starts |= {*config.clip.mask_span, config.clip.mask_until}
+        starts.add(config.clip.mask_until)
     return sorted(start for start in starts if start < 1)
+
+
+def moving(config: Any) -> list[tuple[float, float]]:
+    """The parts of a stage in which a schedule moves on and on."""
+    spans = []
+    reduces = config.stage in ("hashtag", "clip") and config.model.reduce != "none"
+    if reduces and min(config.model.final_rates) < 1:
+        spans.append(config.model.keep_rate_span)
+    if config.stage == "clip" and config.clip.mask_ratio:
+        spans.append(config.clip.mask_span)
+    return [(start, end) for start, end in spans]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from stages.sketches import Facts
 from xray import dist
 from xray.gpus import Gpu
 from xray.optim import SLOTS, reduce_bucket
-from xray.rehearsal import Peak, Rehearsal, Size, rehearse, size_of, starts_of
+from xray.rehearsal import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
 from xray.schedule import steps_of
 
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
 FP32 = 4
+SLICES = 3  # of a part of a stage in which each step is another one
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Memory:
     weights: int
     llm: int  # weights of the text tower
     gradients: int
-    optimizer: int  # moments, and ZeRO's own copy of the weights
+    optimizer: int  # moments, the weights' average, and ZeRO's own copy of the weights
     activations: int
     logits: int
     batch: int
@@ -59,8 +60,8 @@ class Resources:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one: fp32 weights and moments of what is trained."""
-        return FP32 * self.size.trained * (1 + len(SLOTS[self.config.optim.name]))
+        """Bytes of one: fp32 weights of what is trained, their average if it is kept, moments."""
+        return FP32 * self.size.trained * (1 + _slots(self.config))
 
     def hours(self, gpu: Gpu, mfu: float) -> float:
         """Of the stage, if `mfu` of a device's peak is reached in what it computes."""
@@ -72,33 +73,40 @@ def resources(config: Any, facts: Facts, world: int) -> Resources:
     """Rehearse a stage for `world` devices; raises ConfigError for blocks that do not divide."""
     with dist.rehearsed(world):
         size = size_of(config, facts)
-        points = starts_of(config)
-        found = [rehearse(config, facts, start) for start in points]
-    memories = [memory_of(config, size, rehearsal, world) for rehearsal in found]
-    flops = _mean(config, points, [r.flops for r in found])
-    recomputed = _mean(config, points, [r.recomputed for r in found])
+        points = _points(config)
+        found = {at: rehearse(config, facts, at) for at in points}
+    memories = [memory_of(config, size, found[start], world) for start in starts_of(config)]
+
+    def mean(what: str) -> float:
+        return world * sum(share * getattr(found[at], what) for at, share in points.items())
+
     return Resources(
         config,
         world,
         size,
         max(memories, key=lambda memory: memory.total),
-        world * flops,
-        world * recomputed,
-        world * _mean(config, points, [r.tokens for r in found]),
-        max(r.micros for r in found),
+        mean("flops"),
+        mean("recomputed"),
+        mean("tokens"),
+        max(r.micros for r in found.values()),
     )
 
 
-def _mean(config: Any, points: Sequence[float], values: Sequence[int]) -> float:
-    """Over the stage's progress; while the keep rate falls, the mean of both ends."""
-    start, end = config.model.keep_rate_span
-    total = 0.0
-    for number, (at, value) in enumerate(zip(points, values, strict=True)):
-        last = number + 1 == len(points)
-        falling = start <= at < end and not last
-        mean = (value + values[number + 1]) / 2 if falling else value
-        total += mean * ((1.0 if last else points[number + 1]) - at)
-    return total
+def _points(config: Any) -> dict[float, float]:
+    """Points of progress to rehearse, each with the share of the stage that is like it.
+
+    Where a step changes at once that is the start of what follows; while it changes all the time
+    (keep rate, masks) the middles of SLICES parts, and the start for its memory alone.
+    """
+    starts, spans = starts_of(config), moving(config)
+    found: dict[float, float] = {}
+    for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
+        moves = any(begin <= start < stop for begin, stop in spans)
+        found[start] = 0.0 if moves else end - start
+        if moves:
+            part = (end - start) / SLICES
+            found |= {start + (number + 0.5) * part: part for number in range(SLICES)}
+    return found
 
 
 # memory ---------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def _mean(config: Any, points: Sequence[float], values: Sequence[int]) -> float:
 def memory_of(config: Any, size: Size, rehearsal: Rehearsal, world: int) -> Memory:
     """The most that a device holds in a step: in a backward, or in the optimizer's update."""
     stage, offload = config.zero.stage, config.zero.offload
-    slots = len(SLOTS[config.optim.name])
+    slots = _slots(config)
     trained = FP32 * size.trained
     own = trained if stage == 0 else -(-trained // world)
     held = size.frozen_bytes + trained - FP32 * size.llm_trained
@@ -133,6 +141,11 @@ def memory_of(config: Any, size: Size, rehearsal: Rehearsal, world: int) -> Memo
     if in_backward >= in_update:
         return Memory(*parts, peak.logits, peak.batch, buffers, host)
     return Memory(held, llm, steady, optimizer, 0, 0, 0, update + kept, host)
+
+
+def _slots(config: Any) -> int:
+    """What is kept of each trained value beside itself: moments, and its average."""
+    return len(SLOTS[config.optim.name]) + (config.train.ema > 0)
 
 
 def _kept(config: Any, size: Size, own: int) -> int:
@@ -208,7 +221,7 @@ def cheapest_fit(config: Any, facts: Facts, world: int, capacity: float) -> Chan
 def _rungs(config: Any) -> Iterator[tuple[int, bool, bool]]:
     """(ZeRO stage, checkpointing, offload), cheapest first, none cheaper than what is set."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
-    stages = range(config.zero.stage, 4)
+    stages = range(config.zero.stage, 3 if config.train.compile else 4)  # refused in 3
     yield from ((stage, has, offload) for stage in stages)
     if not has and config.stage != "text":
         yield from ((stage, True, offload) for stage in stages)
