@@ -73,6 +73,19 @@ def test_impossible_optimizers_are_refused(override: str, message: str) -> None:
         mae(override).optim.validate()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.save_every=-1", r"train.save_every=-1 must be 0 \(off\) or more"),
+        ("train.log_every=-5", r"train.log_every=-5 must be 0 \(off\) or more"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints=0 must be at least 1"),
+    ],
+)
+def test_impossible_intervals_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mae("train.samples=8", override).train.validate()
+
+
 def test_naming_a_model_drops_the_kwargs_of_another() -> None:
     from xray.recipe import load_recipe
 

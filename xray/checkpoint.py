@@ -72,7 +72,7 @@ def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
 
 def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
     """Of a run's checkpoints, oldest first, the newest, the best and those that stay for good."""
-    stay = set(checkpoints[-max(1, train.keep_checkpoints) :])
+    stay = set(checkpoints[-train.keep_checkpoints :])
     if train.keep_every:
         stay |= {path for path in checkpoints if step_of(path) % train.keep_every == 0}
     if train.keep_best:

@@ -199,7 +199,7 @@ class TrainConfig:
     compile: bool = runtime(False)  # the blocks of the backbone by torch.compile
     # samples per device and forward; 0 = the rank's whole block; may be steps as data.resolution
     micro_batch: Any = runtime(0)
-    log_every: int = runtime(10)  # steps
+    log_every: int = runtime(10)  # steps; 0 = at the end only, as below
     save_every: int = runtime(200)  # steps
     keep_checkpoints: int = runtime(2)  # the newest
     mirror: str = runtime("")  # a URL to which checkpoints and artifact are copied: URL/STAGE/
@@ -231,9 +231,11 @@ class TrainConfig:
             raise ConfigError(f"train.ema={self.ema} must be in [0, 1), e.g. 0.9999")
         if self.export == "ema" and not self.ema:
             raise ConfigError("train.export=ema needs an average: set train.ema, e.g. to 0.9999")
-        for name in ("keep_every", "keep_best"):
+        for name in ("log_every", "save_every", "validate_every", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"train.keep_checkpoints={self.keep_checkpoints} must be at least 1")
         if (
             self.keep_best
             and self.best_by.startswith("val/")
