@@ -66,7 +66,13 @@ RULES: dict[str, set[str]] = {
     "xray/offline": LEAF
     | MODELS
     | DATA
-    | {"xray.offline", "xray.artifact", "xray.restore", "xray.language"},
+    | {"xray.offline", "xray.artifact", "xray.embeddings", "xray.restore", "xray.language"},
+    "xray/embeddings.py": {"xray.errors", "xray.files"},
+    "xray/search.py": {"xray.embeddings", "xray.errors"},
+    "xray/query.py": LEAF
+    | DATA
+    | {"xray.artifact", "xray.embeddings", "xray.offline.stream", "xray.restore"},
+    "xray/search_page.py": LEAF | DATA | {"xray.data_report", "xray.embeddings", "xray.report"},
     "xray/run.py": LEAF
     | DATA
     | {"stages.base", "xray.artifact", "xray.checkpoint", "xray.feed", "xray.mirror"}

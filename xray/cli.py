@@ -21,6 +21,7 @@ from xray import (  # noqa: F401 - the clis add their commands
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.doctor_cli import doctor
+from xray.embed_cli import embed, search
 from xray.errors import ConfigError
 from xray.plan_cli import plan
 from xray.run_cli import debug_app, export
@@ -212,6 +213,8 @@ def lineage(
 
 
 app.command()(export)
+app.command()(embed)
+app.command()(search)
 
 
 @app.command("config")

@@ -20,7 +20,7 @@ from data_pipelines.vocabulary import Vocabulary
 from xray.config import DataConfig
 from xray.errors import ConfigError
 from xray.hashing import hash_json
-from xray.offline.stream import Place, Progress, pixels_of, spread, write_from_model
+from xray.offline.stream import Place, Progress, cut, pixels_of, spread, write_from_model
 
 TEACHING = ("top", "threshold", "temperature", "template")  # settings that make another teacher
 PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
@@ -110,7 +110,9 @@ def _prior(
 ) -> np.ndarray:
     """Mean probability of each tag over some samples, [V]."""
     total, count = None, 0
-    for _, pixels, _ in pixels_of(source, spread(source, PRIOR_SAMPLES), data, config.batch_size):
+    places = spread(source, PRIOR_SAMPLES)
+    batches = cut(range(len(places)), config.batch_size)
+    for _, pixels, _ in pixels_of(source, places, data, batches):
         if pixels is not None:
             p = teacher.probabilities(pixels, config.temperature)
             total = p.double().sum(dim=0) + (0 if total is None else total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.columns import Columns
 from data_pipelines.decode import BadSample
 from data_pipelines.sidecars import Sidecar, finish_sidecar, save_table, saved_table
-from data_pipelines.sources import Source
+from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.config import DataConfig
@@ -25,6 +25,17 @@ from xray.schedule import value_at
 Place = tuple[int, int]  # (shard, member)
 Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result for each
 Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table
+
+
+class Samples(Protocol):
+    """What is read by (shard, member): a source, or files."""
+
+    @property
+    def counts(self) -> np.ndarray: ...
+
+    def member(self, shard: int, slot: int) -> int: ...
+
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample: ...
 
 
 def data_of(artifact: Artifact, workers: int) -> DataConfig:
@@ -38,7 +49,7 @@ def data_of(artifact: Artifact, workers: int) -> DataConfig:
 class Places(Sequence[Place]):
     """All samples of some shards, as (shard, member); none of them is listed in memory."""
 
-    def __init__(self, source: Source, shards: Sequence[int]) -> None:
+    def __init__(self, source: Samples, shards: Sequence[int]) -> None:
         self.source, self.shards = source, shards
         self.ends = np.cumsum(source.counts[list(shards)], dtype=np.int64)
 
@@ -52,7 +63,7 @@ class Places(Sequence[Place]):
 
 
 class _Pixels(Dataset):
-    def __init__(self, source: Source, places: Sequence[Place], data: DataConfig) -> None:
+    def __init__(self, source: Samples, places: Sequence[Place], data: DataConfig) -> None:
         self.source, self.places, self.data = source, places, data
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
 
@@ -80,15 +91,26 @@ def _collate(rows: list[tuple[Place, Tensor | str]]) -> Read:
     return [place for place, _ in good], pixels, bad
 
 
+def cut(numbers: range, size: int) -> Iterator[range]:
+    """So many numbers at a time."""
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
 def pixels_of(
-    source: Source, places: Sequence[Place], data: DataConfig, batch_size: int
+    source: Samples, places: Sequence[Place], data: DataConfig, batches: Iterable[Sequence[int]]
 ) -> Iterator[Read]:
     """(places that can be read, their pixels [B, T, 3, S, S], cause by place of the others).
 
-    In order, without randomness. Raises DataError for a shard that cannot be read.
+    batches: of numbers of places, in order, without randomness. Raises DataError for a shard that
+    cannot be read.
     """
-    dataset = _Pixels(source, places, data)
-    loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=_collate)
+    loader: DataLoader[Any] = DataLoader(
+        _Pixels(source, places, data),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=data.workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
     for good, pixels, bad in loader:
         for cause in bad.values():
             if cause.startswith("! "):
@@ -117,7 +139,8 @@ def write_from_model(
     read = dict.fromkeys(todo, 0)  # samples of a shard that were looked at
     found: dict[int, dict[int, Any]] = {}
     causes: dict[str, int] = {}
-    for here, pixels, bad in pixels_of(source, places, data, batch_size):
+    batches = cut(range(len(places)), batch_size)
+    for here, pixels, bad in pixels_of(source, places, data, batches):
         for (shard, member), result in zip(here, _run(model, pixels, here), strict=True):
             found.setdefault(shard, {})[member] = result
         for cause in bad.values():

@@ -1,0 +1,305 @@
+"""Embeddings in a file: one row per picture, clip or text, with its key and where it lies.
+
+X.parquet   columns key, path, (text,) embedding: fixed-size binary, the row's numbers as they lie
+            in memory: lists of numbers would be read ten times slower, and hold int8 in four bytes
+X.npy       the rows alone, and X.npy.json with keys and facts
+
+The facts say what the rows are: dtype, dim, artifact, source; int8 has a scale and an offset per
+dimension, binary holds the signs, eight dimensions to a byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xray.errors import ConfigError, DataError, brief
+from xray.files import usual_mode
+
+VERSION = 1
+GROUP = 16_384  # rows of a Parquet file that are read at a time
+FACTS = b"xray"  # of the schema's metadata
+Dtype = Literal["fp32", "fp16", "int8", "binary"]
+STORED: dict[str, Any] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "int8": np.int8,
+    "binary": np.uint8,
+}
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What some rows are of: keys, paths, and texts where they are of texts."""
+
+    keys: list[str]
+    paths: list[str]
+    texts: list[str] | None = None
+
+
+Block = tuple[np.ndarray, Names]  # rows [n, D] float32, and what they are of
+
+
+# numbers --------------------------------------------------------------------------------------
+
+
+def shortened(rows: np.ndarray, dim: int) -> np.ndarray:
+    """The first `dim` features of rows [N, D], normalised again."""
+    part = rows[:, :dim].astype(np.float32)
+    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+
+
+def calibrate(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, offset) of each dimension's least and largest value, [D] each, for int8.
+
+    A code c stands for c * scale + offset: 256 of them, evenly over the range, so that a value
+    within it is wrong by scale / 2 at most.
+    """
+    scale = (high.astype(np.float64) - low) / 255
+    scale = np.where(scale > 0, scale, 1.0)
+    return scale.astype(np.float32), (low + 128 * scale).astype(np.float32)
+
+
+def quantise(rows: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
+    """Rows [N, D] float32 as they are stored: [N, D], of signs [N, D / 8] bytes."""
+    if facts["dtype"] == "binary":
+        return np.packbits(rows > 0, axis=1)
+    if facts["dtype"] == "int8":
+        scale, offset = (np.array(facts[name], np.float32) for name in ("scale", "offset"))
+        return np.rint((rows - offset) / scale).clip(-128, 127).astype(np.int8)
+    return rows.astype(STORED[facts["dtype"]])
+
+
+def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
+    """What stored rows stand for, [N, D] float32; a sign is +-1/sqrt(D)."""
+    if facts["dtype"] == "binary":
+        signs = np.unpackbits(stored, axis=1, count=facts["dim"]).astype(np.float32)
+        return (2 * signs - 1) / np.float32(np.sqrt(facts["dim"]))
+    rows = stored.astype(np.float32)
+    if facts["dtype"] == "int8":
+        rows = rows * np.array(facts["scale"], np.float32) + np.array(facts["offset"], np.float32)
+    return rows
+
+
+def row_length(facts: Mapping[str, Any]) -> int:
+    """Numbers that are stored of a row."""
+    return -(-facts["dim"] // 8) if facts["dtype"] == "binary" else facts["dim"]
+
+
+# writing --------------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError for a file that is neither .parquet nor .npy."""
+    if out.suffix not in (".parquet", ".npy"):
+        raise ConfigError(f"--out {out} must end in .parquet or .npy")
+
+
+def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
+    """Write rows as they come, `facts["rows"]` of them, in one rename (of .npy: one each)."""
+    write = _write_parquet if out.suffix == ".parquet" else _write_npy
+    write(out, {"version": VERSION, **facts}, _grouped(blocks))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Another name to write at, which becomes the file's once it is whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with usual_mode(temporary):
+            yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _grouped(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same rows, GROUP of them at a time or a few more."""
+    held: list[Block] = []
+    for block in blocks:
+        held.append(block)
+        if sum(len(rows) for rows, _ in held) >= GROUP:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    names = [block[1] for block in blocks]
+    texts = None
+    if names[0].texts is not None:
+        texts = [text for own in names for text in own.texts or ()]
+    keys = [key for own in names for key in own.keys]
+    paths = [path for own in names for path in own.paths]
+    return np.concatenate([rows for rows, _ in blocks]), Names(keys, paths, texts)
+
+
+def _write_parquet(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
+    width = row_length(facts) * np.dtype(STORED[facts["dtype"]]).itemsize
+    texts = ["text"] if facts["modality"] == "text" else []
+    fields = [pa.field(name, pa.string(), nullable=False) for name in ("key", "path", *texts)]
+    fields.append(pa.field("embedding", pa.binary(width), nullable=False))
+    schema = pa.schema(fields, metadata={FACTS: json.dumps(facts).encode()})
+    # what does not shrink is not packed: it is read where it lies
+    packing: Any = {name: "zstd" for name in ("key", "path", *texts)} | {"embedding": "none"}
+    with (
+        _replacing(out) as temporary,
+        pq.ParquetWriter(
+            temporary, schema, compression=packing, use_dictionary=["path"], write_statistics=False
+        ) as writer,
+    ):
+        for rows, names in blocks:
+            stored = np.ascontiguousarray(quantise(rows, facts))
+            buffers = [None, pa.py_buffer(stored)]
+            columns = [pa.array(names.keys, pa.string()), pa.array(names.paths, pa.string())]
+            columns += [pa.array(names.texts, pa.string())] if texts else []
+            columns.append(pa.Array.from_buffers(pa.binary(width), len(stored), buffers))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), len(stored))
+
+
+def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
+    shape = (facts["rows"], row_length(facts))
+    header = {"descr": np.dtype(STORED[facts["dtype"]]).str, "fortran_order": False, "shape": shape}
+    with (
+        _replacing(_names_of(out)) as names_file,
+        _replacing(out) as rows_file,
+        names_file.open("w") as lines,
+        rows_file.open("wb") as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        lines.write(f'{{"xray": {json.dumps(facts)},\n"rows": [')
+        start = "\n"
+        for rows, names in blocks:
+            file.write(np.ascontiguousarray(quantise(rows, facts)).tobytes())
+            columns = [names.keys, names.paths, *([names.texts] if names.texts else [])]
+            for row in zip(*columns, strict=True):
+                lines.write(start + json.dumps(row))
+                start = ",\n"
+        lines.write("\n]}\n")
+
+
+def _names_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+# reading --------------------------------------------------------------------------------------
+
+
+class Embeddings:
+    """The rows of a file, of which none is held: they are mapped, or read a group at a time."""
+
+    facts: Facts
+
+    def __len__(self) -> int:
+        return int(self.facts["rows"])
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows as they are stored, in order, some at a time."""
+        raise NotImplementedError
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows as they are stored."""
+        raise NotImplementedError
+
+    def names(self, rows: Sequence[int]) -> Names:
+        """What some rows are of."""
+        raise NotImplementedError
+
+
+def open_embeddings(path: Path) -> Embeddings:
+    """A file of embeddings; raises DataError where it is none."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    try:
+        found = ParquetEmbeddings(path) if path.suffix == ".parquet" else NpyEmbeddings(path)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        detail = brief(error)
+        raise DataError(f"{path} holds no embeddings of xray embed: {detail}") from error
+    if found.facts["version"] != VERSION:
+        raise DataError(f"{path} has version {found.facts['version']}, this reads {VERSION}")
+    return found
+
+
+class NpyEmbeddings(Embeddings):
+    """X.npy, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        content = json.loads(_names_of(path).read_text())
+        self.facts, self._names = content["xray"], content["rows"]
+        self.rows = np.load(path, mmap_mode="r")
+        if self.rows.shape != (len(self), row_length(self.facts)):
+            raise ValueError(f"its rows are {self.rows.shape}, and {_names_of(path)} is of others")
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), GROUP):
+            yield self.rows[start : start + GROUP]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.rows[rows])
+
+    def names(self, rows: Sequence[int]) -> Names:
+        found = [self._names[row] for row in rows]
+        texts = [row[2] for row in found] if self.facts["modality"] == "text" else None
+        return Names([row[0] for row in found], [row[1] for row in found], texts)
+
+
+class ParquetEmbeddings(Embeddings):
+    """X.parquet, a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = pq.ParquetFile(path, memory_map=True)
+        self.facts = json.loads((self.file.schema_arrow.metadata or {})[FACTS])
+        meta = self.file.metadata
+        counts = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        if meta.num_rows != len(self):
+            raise ValueError(f"it has {meta.num_rows} rows of {len(self)}")
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        for group in range(len(self.ends)):
+            yield self._stored(group)
+
+    def _stored(self, group: int) -> np.ndarray:
+        column = self.file.read_row_group(group, ["embedding"]).column(0)
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        dtype, length = STORED[self.facts["dtype"]], row_length(self.facts)
+        flat = np.frombuffer(array.buffers()[1], dtype)[array.offset * length :]
+        return cast(np.ndarray, flat[: len(array) * length].reshape(-1, length))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        groups = np.searchsorted(self.ends, rows, side="right")
+        found = np.empty((len(rows), row_length(self.facts)), STORED[self.facts["dtype"]])
+        for group in np.unique(groups):
+            mine = groups == group
+            found[mine] = self._stored(int(group))[rows[mine] - self._start(int(group))]
+        return found
+
+    def _start(self, group: int) -> int:
+        return int(self.ends[group - 1]) if group else 0
+
+    def names(self, rows: Sequence[int]) -> Names:
+        wanted = ["key", "path", *(["text"] if self.facts["modality"] == "text" else [])]
+        columns: dict[str, list[str]] = {name: [""] * len(rows) for name in wanted}
+        groups = np.searchsorted(self.ends, rows, side="right")
+        for group in np.unique(groups):
+            places = np.flatnonzero(groups == group)
+            table = self.file.read_row_group(int(group), wanted)
+            picked = table.take(
+                [rows[place] - self._start(int(group)) for place in places.tolist()]
+            )
+            for name in wanted:
+                for place, value in zip(places, picked.column(name).to_pylist(), strict=True):
+                    columns[name][place] = value
+        return Names(columns["key"], columns["path"], columns.get("text"))
