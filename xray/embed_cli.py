@@ -58,7 +58,7 @@ def embed(
     """
     from data_pipelines.corpus import open_corpus
     from xray.artifact import open_artifact
-    from xray.offline.embed import EmbedConfig, check_out, warn_of_prefix
+    from xray.offline.embed import EmbedConfig, check_out
     from xray.offline.embed import embed as write
     from xray.restore import restore_encoder
 
@@ -80,7 +80,6 @@ def embed(
     wanted = texts or opened.stage == "text"
     corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, fields))
     encoder = restore_encoder(opened).to(device)
-    warn_of_prefix(encoder, dim)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
         report = write(encoder, corpus, config, out, progress)
     if dist.is_main():

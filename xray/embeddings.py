@@ -28,6 +28,7 @@ from xray.files import usual_mode
 
 VERSION = 1
 GROUP = 16_384  # rows of a Parquet file that are read at a time
+ENDINGS = (".parquet", ".npy")
 FACTS = b"xray"  # of the schema's metadata
 Dtype = Literal["fp32", "fp16", "int8", "binary"]
 STORED: dict[str, Any] = {
@@ -102,8 +103,8 @@ def row_length(facts: Mapping[str, Any]) -> int:
 
 def check_out(out: Path) -> None:
     """Raise ConfigError for a file that is neither .parquet nor .npy."""
-    if out.suffix not in (".parquet", ".npy"):
-        raise ConfigError(f"--out {out} must end in .parquet or .npy")
+    if out.suffix not in ENDINGS:
+        raise ConfigError(f"--out {out} must end in {' or '.join(ENDINGS)}")
 
 
 def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
@@ -220,6 +221,8 @@ class Embeddings:
 
 def open_embeddings(path: Path) -> Embeddings:
     """A file of embeddings; raises DataError where it is none."""
+    if path.suffix not in ENDINGS:
+        raise DataError(f"{path} holds no embeddings: they are in a {' or '.join(ENDINGS)}")
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     try:

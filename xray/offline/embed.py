@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -106,6 +106,8 @@ def embed(
     check_out(out)
     job = dist.main_first(lambda: _Job(encoder, corpus, config, out))
     listed = out.with_name(f"{out.name}.left_out.jsonl")
+    if dist.is_main() and job.dim < job.width:
+        _warn_of_prefix(encoder, job.dim)
     if dist.main_first(job.finished):
         facts = open_embeddings(out).facts
         return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
@@ -154,11 +156,7 @@ class _Job:
         self.dim = config.dim or self.width
         if self.dim > self.width:
             raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
-        if isinstance(encoder, VisionEncoder) and config.keep_rate is not None:
-            if encoder.vision.reduction == "none":
-                path = encoder.artifact.path
-                raise ConfigError(f"{path} has model.reduce=none: leave out --keep-rate")
-            encoder.keep_rate = config.keep_rate
+        _set_keep_rate(encoder, config.keep_rate, self.text)
         size = min(max(LEAST, -(-len(self.places) // PARTS)), MOST)
         self.parts = list(cut(range(len(self.places)), size))
         self.folder = out.with_name(f"{out.name}.parts")
@@ -167,7 +165,7 @@ class _Job:
             "source": corpus.digest,
             "modality": corpus.modality,
             "dim": self.dim,
-            "keep_rate": encoder.keep_rate if isinstance(encoder, VisionEncoder) else None,
+            "keep_rate": None if self.text else cast(VisionEncoder, encoder).keep_rate,
             "precision": config.precision,
             "captions": config.captions,
         }
@@ -305,6 +303,7 @@ class _Job:
             high = np.maximum(high, columns["rows"].max(axis=0, initial=-np.inf))
         causes = dict(Counter(cause for _, _, cause in bad))
         if not counts:
+            shutil.rmtree(self.folder)
             told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
             raise DataError(f"nothing in {self.corpus.where} can be embedded ({told})")
         whole = self._facts(counts, causes)
@@ -352,6 +351,20 @@ class _Job:
             },
             "left_out": dict(left_out),
         }
+
+
+def _set_keep_rate(
+    encoder: VisionEncoder | TextEncoder, keep_rate: float | None, text: bool
+) -> None:
+    """Encode at another keep rate; raises ConfigError where there are no tokens to keep."""
+    if keep_rate is None:
+        return
+    if text or not isinstance(encoder, VisionEncoder):
+        raise ConfigError("--keep-rate: it is of pictures and clips, and these are texts")
+    if encoder.vision.reduction == "none":
+        path = encoder.artifact.path
+        raise ConfigError(f"{path} has model.reduce=none: leave out --keep-rate")
+    encoder.keep_rate = keep_rate
 
 
 def _width(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
@@ -415,12 +428,12 @@ def _there(batch: _Batch, ready: Any) -> _Batch:
     return batch
 
 
-def warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
+def _warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
     """Say on stderr where the first `dim` features were not trained to stand alone."""
     trained = encoder.matryoshka if isinstance(encoder, Encoder) else []
-    if dim and dim not in trained and dist.is_main():
-        told = f"trained are {', '.join(map(str, trained))}" if trained else "none was"
+    if dim not in trained:
+        told = f"those of {', '.join(map(str, trained))} were" if trained else "none was"
         print(
-            f"warning: a prefix of {dim} dimensions was not trained (clip.matryoshka): {told}",
+            f"warning: a prefix of {dim} dimensions was not trained (clip.matryoshka), {told}",
             file=sys.stderr,
         )
