@@ -20,6 +20,7 @@ from xray.errors import DataError
 from xray.report import ResultTable, paragraph, write_report
 
 SIDE = 192  # of a shown picture's longer side, in pixels
+LETTERS = 120  # of a caption
 EMPTY = np.full((SIDE * 3 // 4, SIDE, 3), 225, np.uint8)
 
 
@@ -44,12 +45,13 @@ def write_page(
     looked = _Media(facts)
     texts = names.texts or [""] * len(names.keys)
     for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
+        pixels, caption = EMPTY, text
         try:
-            pixels = EMPTY if facts["modality"] == "text" else looked.pixels(key, path)
+            if names.texts is None:
+                pixels, caption = looked.shown(key, path)
         except DataError as error:
-            pixels = EMPTY
             missing.append(f"{key}: {error}")
-        label = f"{rank + 1}. {scores[rank]:.3f}{f' · {text}' if text else f' · {path}'}"
+        label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
         found.append(Thumbnail(str(rank), path, key, label, png_of(pixels)))
     asked = ""
     if query.lower().endswith(MEDIA):
@@ -72,11 +74,11 @@ class _Media:
         self.corpus: Corpus | None = None
         self.shards: dict[str, int] = {}
 
-    def pixels(self, key: str, path: str) -> np.ndarray:
-        """Raises DataError where it is there no more, or cannot be read."""
+    def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
+        """(picture, its first caption or ""); raises DataError where it cannot be read any more."""
         where = self.facts["source"]["where"]
         if self.facts["source"]["kind"] == "files":
-            return _pixels_of(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
+            return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
         if self.corpus is None:
             self.corpus = open_corpus([where], self.facts["modality"])
             if isinstance(self.corpus, Shards):
@@ -88,7 +90,15 @@ class _Media:
         keys = self.corpus.source.index(shard).keys
         if key not in keys:
             raise DataError(f"{path} has no {key} any more")
-        return _pixels_of(self.corpus, shard, keys.index(key))
+        return _shown(self.corpus, shard, keys.index(key))
+
+
+def _shown(corpus: Corpus, shard: int, member: int) -> tuple[np.ndarray, str]:
+    try:
+        caption = corpus.texts(shard, member)[0][:LETTERS]
+    except BadSample:
+        caption = ""
+    return _pixels_of(corpus, shard, member), caption
 
 
 def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:
