@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipelines.columns import Columns, open_first, pack_texts, save_columns, unpack_texts
 from data_pipelines.corpus import Corpus, Shards
@@ -38,23 +36,24 @@ from xray.embeddings import (
 )
 from xray.errors import ConfigError, DataError, XrayError
 from xray.hashing import differences
+from xray.offline.encoding import (
+    Batch,
+    of_pixels,
+    of_texts,
+    one_behind,
+    set_keep_rate,
+    warn_of_prefix,
+    width_of,
+)
 from xray.offline.stream import Place, Places, cut, data_of, pixels_of
 from xray.progress import Progress
-from xray.restore import Encoder, TextEncoder, VisionEncoder
+from xray.restore import TextEncoder, VisionEncoder
 
 PARTS = 256  # of a corpus, unless they would be too small or too large
 LEAST, MOST = 256, 16_384  # samples of a part
 Precision = Literal["fp32", "bf16"]
 Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
 Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each that is bad
-
-
-class _Batch(NamedTuple):
-    """Places that can be read, their rows [n, D], the cause by place of the others."""
-
-    here: list[Place]
-    rows: Tensor | None
-    bad: dict[Place, str]
 
 
 @dataclass
@@ -107,7 +106,7 @@ def embed(
     job = dist.main_first(lambda: _Job(encoder, corpus, config, out))
     listed = out.with_name(f"{out.name}.left_out.jsonl")
     if dist.is_main() and job.dim < job.width:
-        _warn_of_prefix(encoder, job.dim)
+        warn_of_prefix(encoder, job.dim)
     if dist.main_first(job.finished):
         facts = open_embeddings(out).facts
         return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
@@ -152,11 +151,11 @@ class _Job:
         if not len(self.places):
             raise DataError(f"{corpus.where} holds no samples")
         self.text = corpus.modality == "text"
-        self.width = _width(encoder, self.text)
+        self.width = width_of(encoder, self.text)
         self.dim = config.dim or self.width
         if self.dim > self.width:
             raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
-        _set_keep_rate(encoder, config.keep_rate, self.text)
+        set_keep_rate(encoder, config.keep_rate, self.text)
         size = min(max(LEAST, -(-len(self.places) // PARTS)), MOST)
         self.parts = list(cut(range(len(self.places)), size))
         self.folder = out.with_name(f"{out.name}.parts")
@@ -244,20 +243,20 @@ class _Job:
 
     def _media(self, todo: Sequence[int]) -> Iterator[Found]:
         """Rows of pictures or clips, a batch at a time; no batch is of two parts."""
-        encode = _of_pixels(self.encoder)
+        encode = of_pixels(self.encoder)
         device = next(self.encoder.parameters()).device
         size = self.config.batch_size
         batches = (batch for part in todo for batch in cut(self.parts[part], size))
         data = data_of(self.encoder.artifact, self.config.workers)
         read = pixels_of(self.corpus, self.places, data, batches)
 
-        def batches_of_rows() -> Iterator[_Batch]:
+        def batches_of_rows() -> Iterator[Batch]:
             for here, pixels, bad in read:
                 rows = None
                 if pixels is not None:
                     with self._precision(device):
                         rows = encode(pixels.to(device, non_blocking=True)).float()
-                yield _Batch(here, rows, bad)
+                yield Batch(here, rows, bad)
 
         for here, rows, bad in one_behind(batches_of_rows()):
             found: Any = [] if rows is None else shortened(rows.numpy(), self.dim)
@@ -265,7 +264,7 @@ class _Job:
 
     def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
         """Rows of all captions of samples, a part at a time; texts of like length go together."""
-        encode = _of_texts(self.encoder)
+        encode = of_texts(self.encoder)
         device = next(self.encoder.parameters()).device
         for part in todo:
             own: list[tuple[Place, list[str]]] = []
@@ -351,89 +350,3 @@ class _Job:
             },
             "left_out": dict(left_out),
         }
-
-
-def _set_keep_rate(
-    encoder: VisionEncoder | TextEncoder, keep_rate: float | None, text: bool
-) -> None:
-    """Encode at another keep rate; raises ConfigError where there are no tokens to keep."""
-    if keep_rate is None:
-        return
-    if text or not isinstance(encoder, VisionEncoder):
-        raise ConfigError("--keep-rate: it is of pictures and clips, and these are texts")
-    if encoder.vision.reduction == "none":
-        path = encoder.artifact.path
-        raise ConfigError(f"{path} has model.reduce=none: leave out --keep-rate")
-    encoder.keep_rate = keep_rate
-
-
-def _width(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
-    """The features an artifact makes; raises ConfigError for what it cannot encode."""
-    what = f"{encoder.artifact.path} is of stage {encoder.artifact.stage}"
-    if isinstance(encoder, TextEncoder):
-        if not text:
-            raise ConfigError(f"{what}: it encodes texts (a .txt, or --texts), no pictures")
-        return int(encoder.text.width)
-    if isinstance(encoder, Encoder):
-        return int(encoder.artifact.manifest["config"]["clip"]["embed_dim"])
-    if text:
-        raise ConfigError(f"{what}: texts are encoded by a clip or text artifact")
-    return int(encoder.vision.embed_dim)
-
-
-def _of_pixels(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor]:
-    """Pixels [B, T, 3, H, W] to [B, D] on their device."""
-    if isinstance(encoder, Encoder):
-        return encoder.image_features
-    assert isinstance(encoder, VisionEncoder)
-    vision, normalize = encoder.vision, encoder.normalize
-    return lambda pixels: vision(normalize(pixels), encoder.keep_rate).cls
-
-
-def _of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], Tensor]:
-    """N texts to [N, D]."""
-    assert isinstance(encoder, Encoder | TextEncoder)
-    model: Any = encoder.text
-    if isinstance(encoder, Encoder):
-        model = lambda **tokens: encoder.text_features(tokens)  # noqa: E731
-    device = next(encoder.parameters()).device
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        tokens = encoder.tokenizer(texts)
-        found: Tensor = model(**{key: value.to(device) for key, value in tokens.items()})
-        return found
-
-    return encode
-
-
-def one_behind(batches: Iterable[_Batch]) -> Iterator[_Batch]:
-    """The same with rows on the CPU, each once the next is begun: a GPU does not wait for them."""
-    before: tuple[_Batch, Any] | None = None
-    for batch in batches:
-        rows, ready = batch.rows, None
-        if rows is not None and rows.is_cuda:
-            rows = rows.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        if before is not None:
-            yield _there(*before)
-        before = batch._replace(rows=rows), ready
-    if before is not None:
-        yield _there(*before)
-
-
-def _there(batch: _Batch, ready: Any) -> _Batch:
-    if ready is not None:
-        ready.synchronize()
-    return batch
-
-
-def _warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
-    """Say on stderr where the first `dim` features were not trained to stand alone."""
-    trained = encoder.matryoshka if isinstance(encoder, Encoder) else []
-    if dim not in trained:
-        told = f"those of {', '.join(map(str, trained))} were" if trained else "none was"
-        print(
-            f"warning: a prefix of {dim} dimensions was not trained (clip.matryoshka), {told}",
-            file=sys.stderr,
-        )
