@@ -37,13 +37,13 @@ def embed(
     out: Annotated[Path, typer.Option(help="Where to write: .parquet or .npy")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or binary")] = "fp32",
     dim: Annotated[
-        int, typer.Option(help="Keep the first so many features (Matryoshka) [all]")
+        int, typer.Option(help="Keep the first so many features (Matryoshka); 0 = all")
     ] = 0,
     texts: Annotated[
         bool, typer.Option("--texts", help="Embed the captions of shards, not the pictures")
     ] = False,
-    captions: Annotated[str, typer.Option(help="Their json fields: a,b [the usual]")] = "",
-    modality: Annotated[str, typer.Option(help="image or video [what there is]")] = "",
+    captions: Annotated[str, typer.Option(help="Their json fields, a,b; else the usual")] = "",
+    modality: Annotated[str, typer.Option(help="image or video; else what there is")] = "",
     keep_rate: Annotated[
         float | None, typer.Option(min=0.01, max=1.0, help="Instead of the artifact's own")
     ] = None,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +115,7 @@ def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Another name to write at, which becomes the file's once it is whole."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # always the same: a kill leaves one at most
     try:
         with usual_mode(temporary):
             yield temporary
