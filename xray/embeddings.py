@@ -1,7 +1,7 @@
 """Embeddings in a file: one row per picture, clip or text, with its key and where it lies.
 
 X.parquet   columns key, path, (text,) embedding: fixed-size binary, the row's numbers as they lie
-            in memory: lists of numbers would be read ten times slower, and hold int8 in four bytes
+            in memory: lists of numbers are read several times slower, and hold int8 in four bytes
 X.npy       the rows alone, and X.npy.json with keys and facts
 
 The facts say what the rows are: dtype, dim, artifact, source; int8 has a scale and an offset per
