@@ -70,7 +70,11 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
     at_least: (width, height) that will do; a JPEG is then decoded at the smallest scale of 1/2,
     1/4, 1/8 (by its DCT) that is no smaller. Raises BadSample for anything that is not whole.
     """
-    image = open_image(data)
+    return upright(open_image(data), at_least)
+
+
+def upright(image: Image.Image, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """An opened picture as RGB, turned as its EXIF block says; otherwise as `decode_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
@@ -18,6 +19,7 @@ from data_pipelines.decode import (
     FrameChoice,
     decode_image,
     open_image,
+    upright,
     upright_size,
 )
 from data_pipelines.meter import metered
@@ -119,6 +121,19 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
         image = decode_image(media, (math.ceil(width * scale), math.ceil(height * scale)))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return _resize(pixels[None], _scaled(box, (width, height), pixels), size)
+
+
+def load_picture(image: Image.Image, size: int) -> Tensor:
+    """The centre crop of a picture in memory, [1, 3, S, S] uint8; of one that Pillow has opened and
+    not read yet, exactly what `load_image` makes of its file. Raises BadSample."""
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        media = image.fp.read()
+        image.fp.seek(place)
+        return load_image(media, center_crop, size)
+    pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
+    return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
 
 
 def _decode_jpeg(media: bytes) -> Tensor | None:

@@ -32,7 +32,7 @@ from stages.guards import ContrastGuard, loss_at_chance
 from xray import dist
 from xray.language import Language, look_at
 from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
-from xray.models.heads import Projection, TextAdapter
+from xray.models.heads import Projection, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text import TextTower
 from xray.models.tokens import TOKENS
@@ -65,7 +65,8 @@ class ClipModule(VisionModule):
             self.towers["text"] = text
         self.text_frozen_until = 1.0 if config.text.tune == "none" else config.optim.text.freeze
         self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
-        self.text_adapter = TextAdapter(width, options.embed_dim, options.adapter_blocks)
+        sizes = (width, options.embed_dim, options.adapter_blocks)
+        self.text_adapter = text_head(options.text_head, *sizes)
         # [1] and not 0-d: DeepSpeed cannot flatten 0-d parameters
         self.logit_scale = nn.Parameter(torch.tensor([math.log(options.first_scale)]))
         self.auxiliary = None

@@ -11,6 +11,7 @@ from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
+from xray.models.heads import TextHead
 from xray.models.patch_dropout import mask_ratio_at
 
 
@@ -19,7 +20,8 @@ class ClipOptions:
     """The joint space, its loss and its temperature."""
 
     embed_dim: int = 512
-    adapter_blocks: int = 4  # residual MLPs between the LLM and its projection
+    text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's own: one linear map
+    adapter_blocks: int = 4  # of the adapter: residual MLPs between the LLM and its projection
     loss: Literal["info_nce", "sigmoid"] = "info_nce"
     logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
     logit_scale_max: float = 100.0

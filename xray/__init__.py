@@ -1,3 +1,24 @@
-"""xray: one vision backbone trained in three stages, MAE, hashtags and CLIP with an LLM."""
+"""xray: one vision backbone trained in three stages, MAE, hashtags and CLIP with an LLM.
+
+`xray.load(ARTIFACT)` is a model of pictures, clips and texts; see xray/api.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xray.api import Model as Model
+    from xray.api import load as load
 
 __version__ = "0.1.0"
+__all__ = ["Model", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `Model`, which need torch, are imported when they are asked for (PEP 562)."""
+    if name not in ("load", "Model"):
+        raise AttributeError(f"module 'xray' has no attribute {name!r}")
+    from xray import api
+
+    return getattr(api, name)

@@ -1,7 +1,7 @@
 """The stage-to-stage contract: a folder of safetensors and a manifest that verifies them.
 
     artifact/  backbone.safetensors  head.safetensors ...  vocabulary.json  manifest.json
-               lineage/HASH.json ...
+               lineage/HASH.json ...  README.md
 
 The manifest holds the sha256 of every file, the resolved config, hashes of config and data, and the
 parents by the hash of their manifests, which lie in lineage/ with those of all ancestors; nothing
@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,15 +177,18 @@ def write_artifact(
     files: Mapping[str, Any],
     facts: Mapping[str, Any],
     parents: Mapping[str, Artifact],
+    card: Callable[[Path], str],
 ) -> None:
     """Write an artifact under a temporary name and rename it; never overwrites one.
 
-    Raises ArtifactError where it cannot be written; nothing is left of it then.
+    card: the text of README.md, told from the folder. It repeats the manifest, which therefore does
+    not name it: people may edit it. Raises ArtifactError where the artifact cannot be written;
+    nothing is left of it then.
     """
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, parts, files, facts, parents)
+        _write(temporary, parts, files, facts, parents, card)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be all that fills the disk
@@ -200,6 +203,7 @@ def _write(
     files: Mapping[str, Any],
     facts: Mapping[str, Any],
     parents: Mapping[str, Artifact],
+    card: Callable[[Path], str],
 ) -> None:
     temporary.mkdir(parents=True)
     for name, tensors in parts.items():
@@ -233,6 +237,7 @@ def _write(
         "git_commit": git_commit(),
     }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (temporary / "README.md").write_text(card(temporary), "utf-8")
     sync_tree(temporary)
 
 

@@ -269,6 +269,7 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     zero: ZeroConfig = runtime(factory=ZeroConfig)
     init_from: list[str] = runtime(factory=list)  # artifacts of earlier stages
+    license: str = runtime("")  # of the weights, as the model card says: an SPDX identifier
     out: str = runtime("")  # this stage's folder
 
     @property

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xray.artifact import Artifact
 
 OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
-SHARED = ("seed", "model", "data", "optim", "train", "zero")
+SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xray.artifact import Artifact
-from xray.config import ModelConfig
+from xray.config import DataConfig, ModelConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.language import Language, text_config
 from xray.models.backbone import VisionBackbone
-from xray.models.heads import Normalize, Projection, TagHead, TextAdapter
+from xray.models.heads import Normalize, Projection, TagHead, text_head
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.reduce import KeepRate
 from xray.models.tokens import CaptionTokenizer, Tokens
@@ -33,6 +33,14 @@ def restore_vision(artifact: Artifact) -> VisionBackbone:
     backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
     load_adapted(backbone, artifact.load("backbone"), str(artifact.path))
     return backbone.eval()
+
+
+def data_config(artifact: Artifact) -> DataConfig:
+    """How an artifact's pictures and clips are read, its sources left out."""
+    section = artifact.manifest["config"]["data"]
+    names = {item.name for item in dataclasses.fields(DataConfig)}
+    left_out = ("sources", "blocks", "validation")
+    return DataConfig(**{k: v for k, v in section.items() if k in names and k not in left_out})
 
 
 def class_weights(
@@ -81,7 +89,8 @@ class Encoder(VisionEncoder):
         self.text, self.tokenizer = language.build(), language.tokenizer
         joint = options["embed_dim"]
         self.vision_projection = Projection(self.vision.embed_dim, joint)
-        self.text_adapter = TextAdapter(self.text.width, joint, options["adapter_blocks"])
+        kind = options.get("text_head", "adapter")
+        self.text_adapter = text_head(kind, self.text.width, joint, options["adapter_blocks"])
         head = artifact.load("head")
         self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
         self.logit_scale = head.pop("logit_scale").exp()
@@ -177,7 +186,10 @@ class Tagger(VisionEncoder):
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
         """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
-        logits = self.head(self._cls(pixels)).float() / temperature
+        return self.activate(self.head(self._cls(pixels)).float() / temperature)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """[B, V] logits to probabilities."""
         if self.artifact.manifest["config"]["hashtag"].get("loss", "softmax") == "softmax":
             return logits.softmax(dim=1)
         return logits.sigmoid()

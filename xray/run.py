@@ -16,6 +16,7 @@ from data_pipelines.sources import Source, check_same_on_all_ranks, open_sources
 from stages.base import Stage, StageModule, split_parents
 from xray import dist
 from xray.artifact import Artifact, open_artifact, write_artifact, write_text
+from xray.card import artifact_card
 from xray.checkpoint import TrainState, complete_checkpoints
 from xray.config import RunConfig, dump
 from xray.errors import DataError
@@ -132,6 +133,7 @@ class Run:
             "config": to_dict(self.config),
             "config_hash": config_hash(self.config),
             "data_digest": hash_json(self.record["data"]),
+            "sources": self.record["data"],
             "inputs": self.record["inputs"],
             "keep_rate": module.keep_rate(state.step / self.config.steps),
             "weights": weights,
@@ -142,7 +144,8 @@ class Run:
             "metrics": metrics,
         }
         parts = self.stage.export(module, state_dict)
-        write_artifact(path, parts, self.stage.export_files(), facts, self.parents)
+        files = self.stage.export_files()
+        write_artifact(path, parts, files, facts, self.parents, artifact_card)
 
 
 def mirror_of(run: Run) -> Mirror | None:

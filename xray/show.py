@@ -10,18 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.decode import BadSample
-from data_pipelines.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality
-from data_pipelines.sources import Sample
-from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
-from xray.config import DataConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import ConfigError
+from xray.media import read_media
 from xray.models.reduce import KeepRate
 from xray.pictures import Sheet, kept_tokens, reconstructions
 from xray.report import Picture, paragraph, write_report
-from xray.restore import VisionEncoder, restore_decoder
-from xray.schedule import value_at
+from xray.restore import VisionEncoder, data_config, restore_decoder
 
 FORMATS = (".png", ".html")
 
@@ -34,9 +29,8 @@ def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float 
     """
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out {out} must end in {' or '.join(FORMATS)}")
-    data = artifact.manifest["config"]["data"]
-    size = value_at(data["resolution"], 1.0), value_at(data["frames"], 1.0)
-    media = [read_media(path, *size) for path in files]
+    data = data_config(artifact)
+    media = [read_media(path, data) for path in files]
     explainer = Explainer(artifact, keep_rate)
     if not explainer.kinds:
         remedy = "show" if explainer.reduction == "none" else "give --keep-rate, or show"
@@ -104,23 +98,6 @@ class Explainer:
             caption += " A clip shows the first frame of each tubelet."
         title = f"{title}, {'clip' if clip else 'images'} ({self.artifact.stage})"
         return Picture(title, caption, sheet.draw())
-
-
-def read_media(path: Path, resolution: int, frames: int) -> Tensor:
-    """A picture or clip, centre-cropped: [T, 3, S, S] uint8, T = 1 for a picture."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    ending = path.suffix.lower().removeprefix(".")
-    endings = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
-    if ending not in endings:
-        known = ", ".join(f".{name}" for name in endings)
-        raise DataError(f"{path} is neither a picture nor a clip: it must end in one of {known}")
-    modality: Modality = "image" if ending in IMAGE_EXTENSIONS else "video"
-    sample = Sample({ending: path.read_bytes()}, "show", modality, path.stem, resolution, frames)
-    try:
-        return load_pixels(sample, DataConfig(), None)
-    except BadSample as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def group(files: Sequence[Path], media: Sequence[Tensor]) -> list[tuple[list[str], Tensor]]:

@@ -272,7 +272,7 @@ class VisionBackbone(nn.Module):
             # ZeRO reduces only the gradients of the micro-batch that ends a step: an image must
             # touch what a clip before it touched. Adding 0 is exact.
             prefix = prefix + 0 * self.pos_temporal.sum()
-        return self.pos_drop(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
+        return self.pos_drop(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
 
     # timm's surface ---------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+TextHead = Literal["adapter", "linear"]
 
 
 class Normalize(nn.Module):
@@ -32,6 +34,13 @@ class Projection(nn.Linear):
     def __init__(self, width: int, joint: int) -> None:
         super().__init__(width, joint, bias=False)
         nn.init.normal_(self.weight, std=width**-0.5)
+
+
+class TextProjection(Projection):
+    """CLIP's own head of a text tower (2103.00020): [B, width] -> [B, joint], not normalised."""
+
+    def forward(self, sentence: Tensor) -> Tensor:
+        return super().forward(sentence.float())
 
 
 class TagHead(nn.Linear):
@@ -81,3 +90,8 @@ class TextAdapter(nn.Module):
 
     def forward(self, sentence: Tensor) -> Tensor:
         return self.project(self.norm(self.blocks(F.normalize(sentence.float(), dim=-1))))
+
+
+def text_head(kind: TextHead, width: int, joint: int, blocks: int) -> nn.Module:
+    """What projects sentence vectors: CLIP's linear map, or LLM2CLIP's adaptor of so many blocks."""
+    return TextProjection(width, joint) if kind == "linear" else TextAdapter(width, joint, blocks)

@@ -78,5 +78,5 @@ def tiny_settings(family: Family, vocabulary: int, width: int, depth: int, heads
         "eos_token_id": 1,
     }
     if family == "clip":
-        return CLIPTextConfig(**common, bos_token_id=1)
+        return CLIPTextConfig(**common, bos_token_id=1, hidden_act="gelu")  # as open_clip's
     return Qwen3Config(**common, num_key_value_heads=heads, head_dim=width // heads)

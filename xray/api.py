@@ -1,0 +1,230 @@
+"""The Python API: an artifact as a model of pictures, clips and texts.
+
+    model = xray.load("runs/quickstart/clip")
+    likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipelines.vocabulary import Vocabulary
+from xray import dist
+from xray.artifact import Artifact, open_artifact
+from xray.errors import ArtifactError, ConfigError, DataError
+from xray.media import modality_of, read_media, read_picture
+from xray.models.reduce import KeepRate
+from xray.restore import (
+    Encoder,
+    PromptTagger,
+    Tagger,
+    TextEncoder,
+    VisionEncoder,
+    data_config,
+    restore_encoder,
+)
+from xray.schedule import value_at
+
+Media = str | Path | Image.Image | Tensor  # a file, a picture, or what `preprocess` made of one
+TEMPLATE = "a photo of a {}"
+
+
+def load(
+    artifact: str | Path, *, device: str = "auto", keep_rate: KeepRate | None = None, llm: str = ""
+) -> Model:
+    """The model of an artifact.
+
+    Args:
+        artifact: its folder, its stage's folder, or a URL that fsspec reads (fetched once).
+        device: auto (a GPU where there is one), cpu or cuda.
+        keep_rate: share of patch tokens kept at each reducing block, or one per block, instead of
+            the artifact's own; 1 = all.
+        llm: where the LLM lies that the artifact is based on, if not where it was in training.
+
+    Raises ArtifactError for no whole artifact, ConfigError for a device or keep rate that cannot be.
+    """
+    return Model(open_artifact(artifact, llm), device, keep_rate)
+
+
+class Model:
+    """What an artifact can be asked; all features are float32, of unit length, on CPU.
+
+    `artifact` has the manifest, `encoder` the torch module behind it. A method that the artifact
+    has not the parts for raises ArtifactError, a file or value that cannot be read DataError.
+    """
+
+    def __init__(
+        self, artifact: Artifact, device: str = "auto", keep_rate: KeepRate | None = None
+    ) -> None:
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={device!r} must be auto, cpu or cuda")
+        self.artifact = artifact
+        self.encoder = restore_encoder(artifact).to(dist.choose_device(device))
+        if keep_rate is not None:
+            vision = self._vision("keep_rate")
+            vision.vision.rates(keep_rate)  # raises for impossible ones
+            vision.keep_rate = keep_rate
+        self.data = data_config(artifact)
+
+    def __repr__(self) -> str:
+        return f"<xray {self.stage} model of {self.artifact.origin}>"
+
+    @property
+    def stage(self) -> str:
+        """mae, hashtag, text or clip."""
+        return self.artifact.stage
+
+    @property
+    def resolution(self) -> int:
+        """The side of the pictures that it sees, in pixels."""
+        return value_at(self.data.resolution, 1.0)
+
+    @property
+    def frames(self) -> int:
+        """Frames that it sees of a clip."""
+        return value_at(self.data.frames, 1.0)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags of a hashtag artifact, the most frequent first."""
+        if not isinstance(self.encoder, Tagger):
+            raise self._cannot("tags", "a hashtag artifact")
+        return Vocabulary.load(self.artifact.file("vocabulary.json")).tags
+
+    def preprocess(self, media: str | Path | Image.Image) -> Tensor:
+        """A picture, [3, S, S] uint8, or a clip file, [T, 3, S, S]: as in evaluation.
+
+        The largest centred square, resized once; the middle frames. The model itself normalises.
+        """
+        self._vision("preprocess")
+        pixels = self._read(media)
+        return pixels if _is_clip(media) else pixels[0]
+
+    def encode_image(self, images: Media | Sequence[Media], batch_size: int = 64) -> Tensor:
+        """Pictures -> [N, E]: in the joint space with texts (clip), else CLS features.
+
+        A tensor is one picture [3, S, S] or many [N, 3, S, S], uint8 from `preprocess`.
+        """
+        return self._encode(_each(images, 3, "encode_image"), False, batch_size)
+
+    def encode_video(self, clips: Media | Sequence[Media], batch_size: int = 8) -> Tensor:
+        """Clips -> [N, E] as `encode_image`; a tensor is [T, 3, S, S] or [N, T, 3, S, S] uint8."""
+        return self._encode(_each(clips, 4, "encode_video"), True, batch_size)
+
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Texts -> [N, E]: in the joint space (clip), or sentence vectors (text)."""
+        if not isinstance(self.encoder, Encoder | TextEncoder):
+            raise self._cannot("encode_text", "a clip or text artifact")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError("encode_text takes a text or a list of texts, and at least one")
+        return self.encoder.encode_text(texts)
+
+    def tag(
+        self,
+        media: Media | Sequence[Media],
+        tags: Sequence[str] | None = None,
+        top: int = 5,
+        template: str = TEMPLATE,
+        batch_size: int = 64,
+    ) -> list[list[tuple[str, float]]]:
+        """The `top` tags of each picture or clip, the likeliest first, with their probabilities.
+
+        A hashtag artifact has tags of its own. A clip artifact chooses among `tags`, each put into
+        `template` in place of {}: a softmax over the likeness to these prompts.
+        """
+        tagger, names = self._tagger(tags, template)
+        shown = min(top, len(names))
+        ranked = []
+        for pixels in _batches(map(self._read, _each(media, 3, "tag")), batch_size):
+            values, places = tagger(pixels).float().cpu().topk(shown, dim=1)
+            for row, ids in zip(values.tolist(), places.tolist(), strict=True):
+                ranked.append([(names[i], value) for i, value in zip(ids, row, strict=True)])
+        return ranked
+
+    def _tagger(
+        self, tags: Sequence[str] | None, template: str
+    ) -> tuple[Callable[[Tensor], Tensor], Sequence[str]]:
+        """[B, T, 3, S, S] -> [B, V] probabilities, and the V names."""
+        if isinstance(self.encoder, Tagger):
+            if tags is not None:
+                raise ConfigError("a hashtag artifact has tags of its own (model.tags): give none")
+            return self.encoder.probabilities, self.tags
+        if not isinstance(self.encoder, Encoder):
+            raise self._cannot("tag", "a hashtag or clip artifact")
+        if not tags or isinstance(tags, str):
+            raise ConfigError("a clip artifact tags by names that you give: tag(..., tags=[...])")
+        return PromptTagger(self.encoder, list(tags), template).probabilities, list(tags)
+
+    def _encode(self, media: Sequence[Media], clips: bool, batch_size: int) -> Tensor:
+        encoder = self._vision("encode_video" if clips else "encode_image")
+        encode = encoder.encode_pixels if isinstance(encoder, Encoder) else encoder.features
+        for item in media:
+            if not isinstance(item, Tensor) and _is_clip(item) != clips:
+                which = ("encode_image", "encode_video")[not clips]
+                raise DataError(f"{item} is {'no' if clips else 'a'} clip: use {which}")
+        batches = _batches(map(self._read, media), batch_size)
+        return torch.cat([encode(pixels) for pixels in batches])
+
+    def _read(self, media: Media) -> Tensor:
+        """[T, 3, S, S] uint8."""
+        if isinstance(media, Tensor):
+            return media if media.ndim == 4 else media[None]
+        if isinstance(media, Image.Image):
+            return read_picture(media, self.data)
+        return read_media(Path(media).expanduser(), self.data)
+
+    def _vision(self, what: str) -> VisionEncoder:
+        if not isinstance(self.encoder, VisionEncoder):
+            raise self._cannot(what, "an artifact with a backbone (mae, hashtag or clip)")
+        return self.encoder
+
+    def _cannot(self, what: str, needed: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.artifact.origin} is of stage {self.stage}: {what} needs {needed}"
+        )
+
+
+def _is_clip(media: str | Path | Image.Image) -> bool:
+    return not isinstance(media, Image.Image) and modality_of(Path(media)) == "video"
+
+
+def _each(media: Media | Sequence[Media], dimensions: int, what: str) -> list[Media]:
+    """One or many as a list; raises DataError for what is neither. dimensions: of one's tensor."""
+    if isinstance(media, Tensor) and media.ndim == dimensions + 1:
+        media = list(media)
+    many = isinstance(media, Sequence) and not isinstance(media, str)
+    items: list[Any] = list(media) if many else [media]  # type: ignore[arg-type]
+    if not items:
+        raise DataError(f"{what} was given nothing")
+    for item in items:
+        if isinstance(item, Tensor):
+            good = item.dtype == torch.uint8 and item.ndim == dimensions and item.shape[-3] == 3
+            if not good:
+                raise DataError(
+                    f"{what} was given a tensor {list(item.shape)} of {item.dtype}: it takes uint8 "
+                    "pixels from preprocess, with or without a batch dimension"
+                )
+        elif not isinstance(item, str | Path | Image.Image):
+            raise DataError(
+                f"{what} was given a {type(item).__name__}: it takes files, PIL pictures, tensors "
+                "of preprocess, or a list of them"
+            )
+    return items
+
+
+def _batches(each: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """[B, T, 3, S, S] of up to `size` that follow each other and are of one shape."""
+    batch: list[Tensor] = []
+    for pixels in each:
+        if batch and (len(batch) == size or batch[0].shape != pixels.shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(pixels)
+    yield torch.stack(batch)

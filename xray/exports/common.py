@@ -1,0 +1,113 @@
+"""What all exports share: pictures to compare on, the differences found, the backbone for images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from xray.artifact import Artifact
+from xray.errors import ArtifactError
+from xray.files import usual_mode
+from xray.models.reduce import KeepRate
+from xray.restore import VisionEncoder, data_config, restore_encoder
+from xray.schedule import value_at
+
+CAPTIONS = (
+    "a dog on a beach",
+    "Two people ride bicycles along a river, in the rain.",
+    "red",
+    "a very long caption " * 40,  # longer than any text tower reads: it is cut
+)
+NAMED = "model.safetensors"
+
+
+@dataclass
+class Export:
+    """What was written: by which code it loads, and how far its features are from ours.
+
+    differences: by output the largest absolute difference of unit-length features.
+    """
+
+    library: str
+    code: list[str]
+    differences: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
+    """The encoder of an artifact that sees; raises ArtifactError for a text artifact."""
+    encoder = restore_encoder(artifact)
+    if not isinstance(encoder, VisionEncoder):
+        raise ArtifactError(f"{artifact.origin} is of stage text: it has no backbone for {what}")
+    return encoder
+
+
+def side_of(artifact: Artifact) -> int:
+    """The side in pixels at which an artifact is evaluated."""
+    return value_at(data_config(artifact).resolution, 1.0)
+
+
+def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:
+    """Smooth and noisy pictures or clips, [B, T, 3, S, S] uint8, the same at every call."""
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count * frames, 3, 5, 5, generator=draw)
+    smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
+    noise = torch.rand(count * frames, 3, side, side, generator=draw) - 0.5
+    pixels = (255 * (smooth + 0.3 * noise)).clamp(0, 255).to(torch.uint8)
+    return pixels.unflatten(0, (count, frames))
+
+
+def ours(encoder: VisionEncoder, pixels: Tensor, keep_rate: KeepRate) -> Tensor:
+    """Our [B, D] CLS features at a keep rate, of unit length."""
+    encoder.keep_rate = keep_rate
+    return encoder.features(pixels)
+
+
+def difference(theirs: Tensor, features: Tensor) -> float:
+    """The largest absolute difference of theirs, made unit length, to our features."""
+    return (F.normalize(theirs.float(), dim=-1) - features).abs().max().item()
+
+
+def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
+    """The backbone's weights as timm names them, for images alone.
+
+    The stem's temporal kernels are summed, which is what a still picture meets; positions are
+    those of the side in pixels; what only clips need is left out.
+    """
+    vision = encoder.vision
+    state = {k: v.detach().clone() for k, v in vision.state_dict().items()}
+    for name in ("pos_temporal", "frame_query"):
+        state.pop(name, None)
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(dim=2)
+    height, width = vision.patch_size
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"],
+        new_size=[side // height, side // width],
+        old_size=list(vision.grid),
+        num_prefix_tokens=vision.position_prefix,
+    )
+    return state
+
+
+def is_there(module: nn.Module | None) -> bool:
+    """Whether a place that may be empty holds a module."""
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file as torch writes it, readable by all."""
+    with usual_mode(path):
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata={"format": "pt"})
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

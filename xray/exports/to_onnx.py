@@ -1,0 +1,133 @@
+"""The image tower as an ONNX graph, its keep rate and size fixed, its batch of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xray.artifact import Artifact
+from xray.errors import ConfigError, brief
+from xray.exports.common import Export, difference, pictures, save_json, side_of, vision_of
+from xray.models.reduce import KeepRate
+from xray.restore import Encoder, Tagger, VisionEncoder
+
+OPSET = 18
+FILE = "model.onnx"
+
+
+class ImageTower(nn.Module):
+    """Normalised float pixels to named outputs, as one graph."""
+
+    def __init__(self, encoder: VisionEncoder, keep_rate: KeepRate, clips: bool) -> None:
+        super().__init__()
+        self.encoder, self.keep_rate, self.clips = encoder, keep_rate, clips
+        self.outputs = ["features"]
+        self.outputs += ["embedding"] * isinstance(encoder, Encoder)
+        self.outputs += ["probabilities"] * isinstance(encoder, Tagger)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, S, S], or [B, T, 3, S, S] -> features [B, D]; then embedding [B, E], or tags' [B, V]."""
+        encoder = self.encoder
+        cls = encoder.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
+        found = [F.normalize(cls, dim=-1)]
+        if isinstance(encoder, Encoder):
+            found.append(F.normalize(encoder.vision_projection(cls), dim=-1))
+        if isinstance(encoder, Tagger):
+            found.append(encoder.activate(encoder.head(cls)))
+        return tuple(found)
+
+
+def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: int) -> Export:
+    """Write model.onnx and config.json. frames: 1 for images, more for clips of so many.
+
+    Raises ConfigError for a keep rate that cannot be, and where onnx is not installed.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise ConfigError("--to onnx needs pip install 'xray-vision[onnx]'") from error
+    encoder, side = vision_of(artifact, "onnx"), side_of(artifact)
+    rate = encoder.keep_rate if keep_rate is None else keep_rate
+    encoder.vision.rates(rate)  # raises for impossible ones
+    tower = ImageTower(encoder, rate, frames > 1).eval()
+    pixels = pictures(side, frames)
+    given = encoder.normalize(pixels) if frames > 1 else encoder.normalize(pixels)[:, 0]
+    _write(tower, given, out / FILE)
+    save_json(out / "config.json", _config(artifact, tower, side, frames))
+
+    session = onnxruntime.InferenceSession(out / FILE, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = tower(given)
+    differences = {}
+    for count in (len(given), 1):  # the batch is free
+        found = session.run(None, {"pixels": given[:count].numpy()})
+        for name, theirs, mine in zip(tower.outputs, found, expected, strict=True):
+            gap = (torch.from_numpy(theirs) - mine[:count]).abs().max().item()
+            differences[name] = max(gap, differences.get(name, 0.0))
+    # the graph's own trace is compared with the encoder that evaluation uses, too
+    encoder.keep_rate = rate
+    differences["features"] = max(
+        differences["features"], difference(expected[0], encoder.features(pixels))
+    )
+    shape = f"[N, {'3' if frames == 1 else f'{frames}, 3'}, {side}, {side}]"
+    code = [
+        "import onnxruntime",
+        "",
+        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+        f"# pixels: {shape} float32, (RGB / 255 - mean) / std by config.json",
+        f'{", ".join(tower.outputs)} = session.run(None, {{"pixels": pixels}})'.replace(
+            "features =", "(features,) ="
+        ),
+    ]
+    note = f"The keep rate is {rate}: another takes another export (`--keep-rate`)."
+    return Export("onnx", code, differences, [note])
+
+
+def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
+    """Trace and save; what the exporter prints and warns of is kept from the user."""
+    quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
+    levels = [logger.level for logger in quiet]
+    for logger in quiet:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                tower,
+                (pixels,),
+                path,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["pixels"],
+                output_names=tower.outputs,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's own kinds
+        raise ConfigError(f"torch cannot write this model as ONNX: {brief(error)}") from error
+    finally:
+        for logger, level in zip(quiet, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> dict[str, Any]:
+    data = artifact.manifest["config"]["data"]
+    return {
+        "input": {"name": "pixels", "side": side, "frames": frames, "dtype": "float32"},
+        "outputs": tower.outputs,
+        "mean": data["mean"],
+        "std": data["std"],
+        "interpolation": "bicubic",
+        "crop": "the largest centred square",
+        "keep_rate": tower.keep_rate,
+    }

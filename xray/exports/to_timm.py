@@ -1,0 +1,91 @@
+"""The image backbone as a folder that `timm.create_model("local-dir:...")` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from xray.artifact import Artifact
+from xray.errors import ArtifactError, brief
+from xray.exports.common import (
+    NAMED,
+    Export,
+    difference,
+    image_state,
+    is_there,
+    ours,
+    pictures,
+    save_json,
+    save_tensors,
+    side_of,
+    vision_of,
+)
+from xray.restore import VisionEncoder
+
+
+def to_timm(artifact: Artifact, out: Path) -> Export:
+    """Write config.json and model.safetensors: features of images with all tokens kept.
+
+    Raises ArtifactError for a backbone that is none of timm's without what is left out.
+    """
+    encoder, side = vision_of(artifact, "timm"), side_of(artifact)
+    settings = timm_config(artifact, encoder, side)
+    state = image_state(encoder, side)
+    try:
+        vit = timm.create_model(settings["architecture"], num_classes=0, **settings["model_args"])
+        vit.load_state_dict(state)
+    except Exception as error:  # timm raises many kinds
+        raise ArtifactError(f"{artifact.origin} is no model of timm's: {brief(error)}") from error
+    save_tensors(out / NAMED, state)
+    save_json(out / "config.json", settings)
+
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    pixels = pictures(side)
+    with torch.no_grad():
+        theirs = loaded(encoder.normalize(pixels)[:, 0])
+    code = [
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # this folder',
+        "preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        'features = model(preprocess(image.convert("RGB"))[None])  # of a PIL picture: [1, D]',
+    ]
+    return Export("timm", code, {"features": difference(theirs, ours(encoder, pixels, 1.0))})
+
+
+def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[str, Any]:
+    """What timm builds the model by, and how its transforms are to read pictures."""
+    section, vision = artifact.manifest["config"], encoder.vision
+    arguments = {
+        **section["model"]["kwargs"],
+        "img_size": [side, side],
+        "class_token": True,
+        "no_embed_class": vision.position_prefix == 0,
+        "global_pool": "token",
+        "fc_norm": is_there(vision.fc_norm),
+    }
+    return {
+        "architecture": section["model"]["name"].partition(".")[0],
+        "num_classes": 0,
+        "num_features": vision.embed_dim,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "xray",
+            "custom_load": False,
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": section["data"]["mean"],
+            "std": section["data"]["std"],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": section.get("license", "") or "unknown",
+        },
+    }
