@@ -46,6 +46,48 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip artifact with CLIP's own text transformer and all tokens kept, of ten steps."""
+    from tiny import ALL_TOKENS, train
+
+    from xray.recipe import LlmConfig, make_llm
+
+    root = tmp_path_factory.mktemp("control")
+    make_llm(LlmConfig(str(root / "llm"), "photos", 300, 32, 2, 4, "clip"), str(demo))
+    text = ("text.tune=full", "text.attention=causal", "text.pooling=last", "text.lora_rank=0")
+    own = (f"text.llm={root / 'llm'}", "clip.text_head=linear", "license=apache-2.0")
+    train("clip", demo, root / "run", ALL_TOKENS, "train.samples=120", *text, *own)
+    return root / "run" / "artifact"
+
+
+@pytest.fixture(scope="session")
+def tagger(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hashtag artifact with reduced tokens, of two steps."""
+    from tiny import train
+
+    root = tmp_path_factory.mktemp("tagger")
+    train("hashtag", demo, root / "run", "train.samples=24")
+    return root / "run" / "artifact"
+
+
+@pytest.fixture(scope="session")
+def media(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photo.jpg, other.jpg and clip.mp4 out of the demo's shards."""
+    from data_pipelines.shards import index_shard
+
+    folder = tmp_path_factory.mktemp("media")
+    names = {
+        "photo": ("photos", 0, "jpg"),
+        "other": ("photos", 1, "jpg"),
+        "clip": ("clips", 0, "mp4"),
+    }
+    for name, (source, member, ending) in names.items():
+        shard = index_shard(min((demo / source).glob("*.tar")))
+        (folder / f"{name}.{ending}").write_bytes(shard.read(member, (ending,))[ending])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real photos and clips; tests that need them are skipped where there are none."""
     if not SHARED.is_dir():

@@ -1,7 +1,7 @@
 """The Python API: an artifact as a model of pictures, clips and texts.
 
-    model = xray.load("runs/quickstart/clip")
-    likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T
+model = xray.load("runs/quickstart/clip")
+likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load(
             the artifact's own; 1 = all.
         llm: where the LLM lies that the artifact is based on, if not where it was in training.
 
-    Raises ArtifactError for no whole artifact, ConfigError for a device or keep rate that cannot be.
+    Raises ArtifactError for what is no whole artifact, ConfigError for an impossible keep rate.
     """
     return Model(open_artifact(artifact, llm), device, keep_rate)
 

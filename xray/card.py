@@ -39,7 +39,12 @@ def artifact_card(folder: Path) -> str:
     """The card of an artifact."""
     chain = lineage(folder)
     stage = chain[0].stage
-    code = ["import xray", "", 'model = xray.load("FOLDER")  # this folder, or its URL', *USE[stage]]
+    code = [
+        "import xray",
+        "",
+        'model = xray.load("FOLDER")  # this folder, or its URL',
+        *USE[stage],
+    ]
     return card(chain, "xray", f"{stage} model", code, [])
 
 
@@ -97,9 +102,7 @@ def _lineage(chain: Sequence[Link]) -> list[str]:
         told = link.manifest or {}
         name = f"{'from ' * bool(link.depth)}{link.stage}{f' ({link.slot})' * bool(link.slot)}"
         hashes = [str(told.get(key, ""))[:12] for key in ("data_digest", "config_hash")]
-        # the card lies beside its own manifest, whose hash nobody needs here
-        manifest = link.digest[:12] if link.depth else "manifest.json"
-        rows.append((name, f"{told.get('samples', 0):,}", *hashes, manifest))
+        rows.append((name, f"{told.get('samples', 0):,}", *hashes, link.digest[:12]))
     manifest = chain[0].manifest or {}
     versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
     commit = manifest.get("git_commit", "")

@@ -59,6 +59,7 @@ PACKAGES = [
     Package("tensorboard", "train.tensorboard=false", "tensorboard"),
     Package("matplotlib", "no report.html", "matplotlib"),
     Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
+    Package("onnxruntime", "no xray export --to onnx", f"'{DISTRIBUTION}[onnx]'"),
     Package("ray", "no engine=ray for xray data curate", f"'{DISTRIBUTION}[ray]'"),
     Package("open_clip", "no open_clip model as clip.teacher", "open_clip_torch"),
 ]

@@ -1,4 +1,4 @@
-"""A user's own pictures and clips as the pixels that evaluation sees: centre crop, middle frames."""
+"""A user's pictures and clips as the pixels that evaluation sees: centre crop, middle frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all exports share: pictures to compare on, the differences found, the backbone for images."""
+"""What all exports share: pictures to compare on, differences, the backbone for images alone."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ImageTower(nn.Module):
         self.outputs += ["probabilities"] * isinstance(encoder, Tagger)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """[B, 3, S, S], or [B, T, 3, S, S] -> features [B, D]; then embedding [B, E], or tags' [B, V]."""
+        """[B, 3, S, S], or clips [B, T, 3, S, S] -> [B, D]; then joint [B, E], or tags' [B, V]."""
         encoder = self.encoder
         cls = encoder.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
         found = [F.normalize(cls, dim=-1)]
@@ -67,7 +67,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
     session = onnxruntime.InferenceSession(out / FILE, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         expected = tower(given)
-    differences = {}
+    differences: dict[str, float] = {}
     for count in (len(given), 1):  # the batch is free
         found = session.run(None, {"pixels": given[:count].numpy()})
         for name, theirs, mine in zip(tower.outputs, found, expected, strict=True):

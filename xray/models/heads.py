@@ -93,5 +93,5 @@ class TextAdapter(nn.Module):
 
 
 def text_head(kind: TextHead, width: int, joint: int, blocks: int) -> nn.Module:
-    """What projects sentence vectors: CLIP's linear map, or LLM2CLIP's adaptor of so many blocks."""
+    """What projects sentence vectors: CLIP's linear map, or LLM2CLIP's adaptor of some blocks."""
     return TextProjection(width, joint) if kind == "linear" else TextAdapter(width, joint, blocks)

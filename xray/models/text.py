@@ -115,6 +115,20 @@ class LatentPooler(nn.Module):
         return hidden + self.mlp(hidden)
 
 
+def merge_lora(llm: nn.Module) -> nn.Module:
+    """The model with its LoRA added into its weights, in fp32, and none left; it is changed."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, m) for name, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
+    if layers:
+        llm.float()
+    for name, layer in layers:
+        layer.merge()
+        above, _, child = name.rpartition(".")
+        setattr(llm.get_submodule(above), child, layer.get_base_layer())
+    return llm
+
+
 def is_added(name: str) -> bool:
     """Whether a tower's parameter is no part of the base model."""
     return ".lora_" in name or name.startswith("pooler.")

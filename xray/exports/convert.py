@@ -1,0 +1,92 @@
+"""`xray export ARTIFACT --to FORMAT`: convert, compare with our model, and write a card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal, get_args
+
+from xray.artifact import Artifact, sync_tree
+from xray.card import card
+from xray.errors import ArtifactError, ConfigError
+from xray.exports.common import Export
+from xray.exports.to_onnx import to_onnx
+from xray.exports.to_open_clip import to_open_clip
+from xray.exports.to_safetensors import to_safetensors
+from xray.exports.to_timm import to_timm
+from xray.lineage import lineage
+from xray.models.reduce import KeepRate
+
+Format = Literal["timm", "open_clip", "onnx", "safetensors"]
+TOLERANCE = 1e-5  # of unit-length features: what another order of the same sums makes of fp32
+
+
+def convert(
+    artifact: Artifact,
+    form: str,
+    out: Path,
+    keep_rate: KeepRate | None = None,
+    frames: int = 1,
+) -> Export:
+    """Write an artifact in another library's format, whole or not at all.
+
+    keep_rate, frames: of an ONNX graph, whose keep rate and frames are fixed. Raises ConfigError
+    for what cannot be asked, ArtifactError for a model that the format cannot hold exactly.
+    """
+    if form not in get_args(Format):
+        raise ConfigError(f"--to {form}: it is one of {', '.join(get_args(Format))}")
+    if form != "onnx" and (keep_rate is not None or frames != 1):
+        raise ConfigError(f"--keep-rate and --frames are for --to onnx: {form} keeps all it can do")
+    if out.exists():
+        raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        export = _write(artifact, form, temporary, keep_rate, frames)
+        _check(artifact, form, export)
+        (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")
+        sync_tree(temporary)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return export
+
+
+def _write(
+    artifact: Artifact, form: str, folder: Path, keep_rate: KeepRate | None, frames: int
+) -> Export:
+    if form == "onnx":
+        return to_onnx(artifact, folder, keep_rate, frames)
+    writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
+    return writers[form](artifact, folder)
+
+
+def _check(artifact: Artifact, form: str, export: Export) -> None:
+    """Raise ArtifactError where a difference is beyond the tolerance, or is not a number."""
+    for name, value in export.differences.items():
+        if not value <= TOLERANCE:
+            raise ArtifactError(
+                f"{artifact.origin} is another model as {form}: its {name} differ by {value:.2g}, "
+                f"more than {TOLERANCE:.0e}; nothing was written"
+            )
+
+
+def export_card(artifact: Artifact, export: Export) -> str:
+    """The card of an export: what was compared, then the artifact's own."""
+    rows = [f"| {name} | {value:.2g} |" for name, value in export.differences.items()]
+    rate = artifact.manifest["keep_rate"]
+    notes = list(export.notes)
+    if export.library in ("timm", "open_clip") and rate != 1.0:
+        notes.append(
+            f"Every token is kept here. The artifact's own keep rate is {rate}, at which its "
+            "features are others: xray.load(ARTIFACT, keep_rate=1.0) gives those of this export."
+        )
+    told = "Largest absolute difference of unit-length features to those of the xray model"
+    compared = ["## Compared with the original", "", f"{told} (refused beyond {TOLERANCE:.0e}):"]
+    compared += ["", "| output | difference |", "| --- | --- |", *rows, ""]
+    for note in notes:
+        compared += [note, ""]
+    title = f"{artifact.stage} model, exported by xray to {export.library}"
+    return card(lineage(artifact.path), export.library, title, export.code, compared)

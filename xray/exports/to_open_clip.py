@@ -1,0 +1,286 @@
+"""A clip artifact as a folder that open_clip's `local-dir:` loads: both towers, or the image tower.
+
+open_clip's own ViT takes any width, depth and size, and its text tower is CLIP's (2103.00020): a
+causal transformer read at its end token, then one linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from xray.artifact import Artifact
+from xray.errors import ArtifactError, ConfigError, brief
+from xray.exports.common import (
+    CAPTIONS,
+    Export,
+    difference,
+    image_state,
+    is_there,
+    pictures,
+    save_json,
+    save_tensors,
+    side_of,
+    vision_of,
+)
+from xray.models.heads import TextProjection
+from xray.restore import Encoder
+
+MODEL = "open_clip_model.safetensors"
+# Of a text tower that is not there: one token, whose features are NaN, so that nobody uses them.
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+
+
+def to_open_clip(artifact: Artifact, out: Path) -> Export:
+    """Write open_clip_config.json and the weights: the image tower with all tokens kept, and the
+    text tower where it is CLIP's.
+
+    Raises ArtifactError for a backbone that open_clip's ViT is not, ConfigError without open_clip.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            "--to open_clip needs pip install 'xray-vision[open_clip]' to check what it writes"
+        ) from error
+    encoder, side = vision_of(artifact, "open_clip"), side_of(artifact)
+    if not isinstance(encoder, Encoder):
+        raise ArtifactError(
+            f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; a "
+            "backbone alone goes --to timm"
+        )
+    reason = no_plain_vit(encoder)
+    if reason:
+        raise ArtifactError(
+            f"{artifact.origin} cannot be open_clip's ViT: {reason}; use --to timm for the backbone"
+        )
+    missing = no_clip_text(encoder)
+    config = _config(artifact, encoder, side, with_text=not missing)
+    state = vision_state(encoder, side) | _scalars(artifact)
+    state |= text_state(encoder) if not missing else _no_text(encoder)
+    save_tensors(out / MODEL, state)
+    save_json(out / "open_clip_config.json", config)
+    if not missing:
+        encoder.tokenizer.tokenizer.save_pretrained(out)
+
+    name = f"local-dir:{out}"
+    try:
+        model = open_clip.create_model(name).eval()
+    except Exception as error:  # a shape that open_clip builds otherwise
+        raise ArtifactError(f"open_clip cannot load what was written: {brief(error)}") from error
+    pixels, encoder.keep_rate = pictures(side), 1.0
+    with torch.no_grad():
+        image = model.encode_image(encoder.normalize(pixels)[:, 0])
+        found = {"image features": difference(image, encoder.encode_pixels(pixels))}
+        if not missing:
+            tokens = open_clip.get_tokenizer(name)(list(CAPTIONS))
+            texts = model.encode_text(tokens)
+            found["text features"] = difference(texts, encoder.encode_text(list(CAPTIONS)))
+    return Export("open_clip", _code(not missing), found, _notes(missing))
+
+
+def _code(with_text: bool) -> list[str]:
+    code = [
+        "import open_clip",
+        "",
+        'name = "local-dir:FOLDER"  # this folder',
+        "model, preprocess = open_clip.create_model_from_pretrained(name)",
+        "image = model.encode_image(preprocess(picture)[None], normalize=True)  # of a PIL picture",
+    ]
+    texts = [
+        "tokenizer = open_clip.get_tokenizer(name)",
+        'text = model.encode_text(tokenizer(["a dog on a beach"]), normalize=True)',
+    ]
+    return code + (texts if with_text else [])
+
+
+def _notes(missing: str) -> list[str]:
+    if missing:
+        return [
+            f"The image tower and its projection alone: {missing}. `encode_text` gives NaN, or "
+            "fails for a token: there is no text tower in this folder."
+        ]
+    return [
+        "open_clip's tokenizer repairs unicode and joins white space before it reads a caption; "
+        "the original takes it as it stands."
+    ]
+
+
+def no_plain_vit(encoder: Encoder) -> str:
+    """What of a backbone open_clip's VisionTransformer has not, or nothing."""
+    vision = encoder.vision
+    if vision.reg_token is not None:
+        return "it has register tokens"
+    if is_there(vision.patch_embed.norm):
+        return "its stem ends in a norm"
+    norms = [m for m in vision.modules() if isinstance(m, nn.LayerNorm)]
+    if len({norm.eps for norm in norms}) != 1:
+        return "its norms have more than one epsilon"
+    blocks: Any = vision.blocks
+    for block in blocks:
+        attention, mlp = block.attn, block.mlp
+        if is_there(attention.q_norm) or is_there(attention.norm):
+            return "its attention has norms of its own"
+        gelu = type(mlp) is Mlp and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
+        if not gelu or is_there(mlp.norm):
+            return f"its MLP is no pair of linear layers with GELU ({type(mlp).__name__})"
+        if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
+            return "its blocks have other norms than LayerNorm"
+    return ""
+
+
+def no_clip_text(encoder: Encoder) -> str:
+    """Why the text tower is not the one that open_clip builds, or nothing."""
+    llm: Any = encoder.text.llm
+    kind, settings = type(llm).__name__, llm.config
+    if kind != "CLIPTextModel":
+        return f"the text tower is a {kind}, open_clip's is CLIP's text transformer"
+    if settings.hidden_act != "gelu":
+        return f"its activation is {settings.hidden_act}, that of the image tower is gelu"
+    if not isinstance(encoder.text_adapter, TextProjection):
+        return (
+            "its features go through LLM2CLIP's adaptor (clip.text_head=adapter), which open_clip "
+            "has no place for: clip.text_head=linear is CLIP's own"
+        )
+    if encoder.text.pooling != "last" or encoder.tokenizer.prompt:
+        return "it is not read at the end token of the caption alone"
+    if any(".lora_" in name for name in encoder.text.state_dict()):
+        return "it has LoRA weights: use text.tune=full"
+    tokenizer = encoder.tokenizer.tokenizer
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        return "its tokenizer ends no caption in an end token"
+    return ""
+
+
+def _config(artifact: Artifact, encoder: Encoder, side: int, with_text: bool) -> dict[str, Any]:
+    vision, data = encoder.vision, artifact.manifest["config"]["data"]
+    blocks: Any = vision.blocks
+    first = blocks[0]
+    image = {
+        "image_size": side,
+        "layers": len(blocks),
+        "width": vision.embed_dim,
+        "head_width": vision.embed_dim // first.attn.num_heads,
+        "patch_size": list(vision.patch_size),
+        "mlp_ratio": first.mlp.fc1.out_features / vision.embed_dim,
+        "no_ln_pre": not is_there(vision.norm_pre),
+        "norm_kwargs": {"eps": first.norm1.eps},
+    }
+    if is_there(first.ls1):
+        image["ls_init_value"] = 1.0  # the scales are in the weights
+    if with_text:
+        llm: Any = encoder.text.llm
+        settings, tokenizer = llm.config, encoder.tokenizer.tokenizer
+        text = {
+            "context_length": encoder.tokenizer.max_length,
+            "vocab_size": settings.vocab_size,
+            "width": settings.hidden_size,
+            "heads": settings.num_attention_heads,
+            "layers": settings.num_hidden_layers,
+            "mlp_ratio": settings.intermediate_size / settings.hidden_size,
+            "norm_kwargs": {"eps": settings.layer_norm_eps},
+            "pool_type": "eos",
+            "eos_id": tokenizer.eos_token_id,
+            "pad_id": tokenizer.pad_token_id,
+            "hf_tokenizer_name": ".",  # any name: open_clip takes the folder's
+        }
+    model = {
+        "embed_dim": encoder.vision_projection.out_features,
+        "vision_cfg": image,
+        "text_cfg": text if with_text else NO_TEXT,
+    }
+    if artifact.has_tensor("head", "logit_bias"):
+        model["init_logit_bias"] = 0.0  # it is in the weights
+    reads = {"interpolation": "bicubic", "resize_mode": "shortest", "size": side}
+    preprocess = {**reads, "mean": data["mean"], "std": data["std"]}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def vision_state(encoder: Encoder, side: int) -> dict[str, Tensor]:
+    """The image tower by open_clip's names; its stem has no bias, so positions carry ours."""
+    vision, own = encoder.vision, image_state(encoder, side)
+    places = own["pos_embed"][0]
+    missing = vision.num_prefix_tokens - vision.position_prefix  # rows of the CLS token
+    places = torch.cat([places.new_zeros(missing, places.shape[1]), places])
+    bias = own.get("patch_embed.proj.bias")
+    if bias is not None:
+        places = torch.cat([places[:1], places[1:] + bias])
+    state = {
+        "conv1.weight": own["patch_embed.proj.weight"],
+        "class_embedding": own["cls_token"][0, 0],
+        "positional_embedding": places,
+        "proj": encoder.vision_projection.weight.detach().t(),
+    }
+    last = "norm" if is_there(vision.norm) else "fc_norm"
+    for old, new in (("norm_pre", "ln_pre"), (last, "ln_post")):
+        state |= {k.replace(old, new, 1): v for k, v in own.items() if k.startswith(f"{old}.")}
+    for number in range(len(list(vision.blocks.children()))):
+        block = _part(own, f"blocks.{number}.")
+        width = vision.embed_dim
+        bias = block.get("attn.qkv.bias", torch.zeros(3 * width))
+        named = {"attn.in_proj_weight": block["attn.qkv.weight"], "attn.in_proj_bias": bias}
+        names = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj", "ls1": "ls_1",
+                 "ls2": "ls_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+        named |= dict(_renamed(block, names))
+        for linear in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+            weight = named[f"{linear}.weight"]
+            named.setdefault(f"{linear}.bias", torch.zeros(len(weight)))
+        state |= {f"transformer.resblocks.{number}.{k}": v for k, v in named.items()}
+    return {f"visual.{name}": value for name, value in state.items()}
+
+
+def text_state(encoder: Encoder) -> dict[str, Tensor]:
+    """The text tower by open_clip's names, and its projection."""
+    own = {k: v.detach() for k, v in encoder.text.llm.state_dict().items()}
+    projection: Any = encoder.text_adapter
+    length = encoder.tokenizer.max_length
+    state = {
+        "token_embedding.weight": own["embeddings.token_embedding.weight"],
+        "positional_embedding": own["embeddings.position_embedding.weight"][:length],
+        "ln_final.weight": own["final_layer_norm.weight"],
+        "ln_final.bias": own["final_layer_norm.bias"],
+        "text_projection": projection.weight.detach().t(),
+    }
+    for number in range(encoder.text.llm.config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
+        block = _part(own, f"encoder.layers.{number}.")
+        rows = [f"self_attn.{name}_proj" for name in "qkv"]
+        named = {
+            "attn.in_proj_weight": torch.cat([block[f"{row}.weight"] for row in rows]),
+            "attn.in_proj_bias": torch.cat([block[f"{row}.bias"] for row in rows]),
+        }
+        names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+                 "self_attn.out_proj": "attn.out_proj", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+        named |= dict(_renamed(block, names))
+        state |= {f"transformer.resblocks.{number}.{k}": v for k, v in named.items()}
+    return state
+
+
+def _no_text(encoder: Encoder) -> dict[str, Tensor]:
+    """Weights of NO_TEXT, all NaN."""
+    from open_clip.transformer import TextTransformer
+
+    tower = TextTransformer(**NO_TEXT, output_dim=encoder.vision_projection.out_features)
+    return {name: torch.full_like(t, torch.nan) for name, t in tower.state_dict().items()}
+
+
+def _scalars(artifact: Artifact) -> dict[str, Tensor]:
+    """The logit scale, as its logarithm, and the sigmoid loss's bias."""
+    head = artifact.load("head")
+    return {k: head[k].reshape(()) for k in ("logit_scale", "logit_bias") if k in head}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _renamed(block: dict[str, Tensor], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """A block's tensors whose module has another name; those without stay out."""
+    for name, value in block.items():
+        module, _, leaf = name.rpartition(".")
+        if module in names:
+            yield f"{names[module]}.{leaf}", value

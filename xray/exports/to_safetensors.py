@@ -1,0 +1,101 @@
+"""Plain weights: each tower in a file of its own with the names of the library it is from.
+
+vision.safetensors   timm's names, stem and positions for clips included
+head.safetensors     projections, tag head, logit scale
+decoder.safetensors  of a mae artifact
+text/                a transformers folder, LoRA added into the weights; its tokenizer
+config.json          how they go together
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from xray.artifact import Artifact
+from xray.config import ModelConfig
+from xray.exports.common import (
+    CAPTIONS,
+    Export,
+    difference,
+    ours,
+    pictures,
+    save_json,
+    save_tensors,
+    side_of,
+)
+from xray.language import text_config
+from xray.models.backbone import VisionBackbone
+from xray.models.text import TextTower, merge_lora
+from xray.restore import Encoder, TextEncoder, VisionEncoder, encode_captions, restore_encoder
+from xray.schedule import largest
+
+SECTIONS = ("model", "text", "clip", "hashtag", "mae")  # of the run's config
+PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}
+
+
+def to_safetensors(artifact: Artifact, out: Path) -> Export:
+    """Write all of an artifact's weights, an LLM's that it is based on too."""
+    encoder = restore_encoder(artifact)
+    for part, name in PARTS.items():
+        if part in artifact.manifest["tensors"]:
+            save_tensors(out / f"{name}.safetensors", artifact.load(part))
+    if "vocabulary.json" in artifact.manifest["files"]:
+        shutil.copyfile(artifact.file("vocabulary.json"), out / "vocabulary.json")
+    save_json(out / "config.json", _config(artifact))
+    differences, code = {}, ["from safetensors.torch import load_file", ""]
+    if isinstance(encoder, VisionEncoder):
+        differences["vision"] = _check_vision(artifact, encoder, out)
+        code.append('vision = load_file("FOLDER/vision.safetensors")  # timm\'s names')
+    if isinstance(encoder, Encoder | TextEncoder):
+        differences["text"] = _write_text(encoder, out)
+        code += [
+            "from transformers import AutoModel",
+            'text = AutoModel.from_pretrained("FOLDER/text")  # read it as config.json says',
+        ]
+    return Export("safetensors", code, differences)
+
+
+def _config(artifact: Artifact) -> dict[str, Any]:
+    section = artifact.manifest["config"]
+    found = {name: section[name] for name in SECTIONS if name in section}
+    data = {k: section["data"][k] for k in ("resolution", "frames", "mean", "std")}
+    keep_rate = artifact.manifest["keep_rate"]
+    return {"stage": artifact.stage, "keep_rate": keep_rate, "data": data, **found}
+
+
+def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> float:
+    """The difference of a new backbone with the file's weights, of images."""
+    config = artifact.manifest["config"]
+    model = ModelConfig(**{**config["model"], "pretrained": ""})
+    data = config["data"]
+    backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"])).eval()
+    backbone.load_state_dict(load_file(out / "vision.safetensors"))
+    pixels, rate = pictures(side_of(artifact)), encoder.keep_rate
+    with torch.no_grad():
+        theirs = backbone(encoder.normalize(pixels), rate).cls
+    return difference(theirs, ours(encoder, pixels, rate))
+
+
+def _write_text(encoder: Encoder | TextEncoder, out: Path) -> float:
+    """Write the language model; the difference of the sentence vectors of one loaded from there."""
+    tower, tokenizer, device = encoder.text.float(), encoder.tokenizer, torch.device("cpu")
+    expected = encode_captions(CAPTIONS, tokenizer, lambda x: tower(**x), device)
+    llm: Any = merge_lora(tower.llm)
+    llm.save_pretrained(out / "text")
+    tokenizer.tokenizer.save_pretrained(out / "text")
+    config = text_config(encoder.artifact)
+    pooling: Any = tower.pooling
+    plain = dataclasses.replace(config, tune="none", lora_rank=0, pooling=pooling, dtype="fp32")
+    loaded = TextTower(plain, out / "text").eval()
+    if tower.pooler is not None and loaded.pooler is not None:
+        state = tower.pooler.state_dict()
+        save_tensors(out / "text" / "pooler.safetensors", state)
+        loaded.pooler.load_state_dict(load_file(out / "text" / "pooler.safetensors"))
+    found = encode_captions(CAPTIONS, tokenizer, lambda x: loaded(**x), device)
+    return difference(found, expected)
