@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import open_clip
 import pytest
 import timm
@@ -281,7 +282,6 @@ def test_a_schedule_of_sizes_ends_at_the_last(demo: Path, tagger: Path, tmp_path
 def test_onnxruntime_gives_our_features(
     demo: Path, tagger: Path, tmp_path: Path, frames: int, rate: float
 ) -> None:
-    ort = pytest.importorskip("onnxruntime")
     done = xray(
         "export", tagger, "--to", "onnx", "--out", tmp_path / "out", "--keep-rate", rate,
         "--frames", frames,
@@ -302,7 +302,10 @@ def test_onnxruntime_gives_our_features(
     ):  # fmt: skip
         found = torch.from_numpy(names[name])
         torch.testing.assert_close(found, mine, rtol=0, atol=TOLERANCE)
-    assert ort.InferenceSession(tmp_path / "out" / "model.onnx").get_inputs()[0].shape[0] == "batch"
+    assert (
+        onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx").get_inputs()[0].shape[0]
+        == "batch"
+    )
 
 
 def test_plain_safetensors_are_whole(control: Path, tmp_path: Path) -> None:

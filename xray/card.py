@@ -28,7 +28,7 @@ USE = {
     ],
 }
 # Metrics that tell of the machine or the schedule, not of the model.
-LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "memory/gb", "mfu")
+LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "mfu")
 UNKNOWN = (
     "Unknown: nobody has stated it. Set `license=` in the run's config (an SPDX identifier such as "
     "apache-2.0), or write it here: no hash covers this file."
@@ -135,7 +135,9 @@ def _metrics(manifest: Mapping[str, Any]) -> list[str]:
     found = {
         name: value
         for name, value in manifest.get("metrics", {}).items()
-        if name not in LEFT_OUT and not name.startswith("data/") and not name.endswith("/epochs")
+        if name not in LEFT_OUT
+        and not name.startswith(("data/", "save/", "memory/"))
+        and not name.endswith("/epochs")
     }
     which = "averaged over steps" if manifest.get("weights") == "ema" else "of the last step"
     told = f"In training at step {manifest['step']:,}; the weights are those {which}."

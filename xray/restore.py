@@ -75,29 +75,19 @@ class VisionEncoder(nn.Module):
         return self.vision(self.normalize(pixels), self.keep_rate).cls
 
 
-class Encoder(VisionEncoder):
-    """A clip artifact's joint space: the backbone, the text tower and what projects them.
+class ImageEncoder(VisionEncoder):
+    """A clip artifact's side of pictures and clips; it needs no text tower.
 
-    Features are float32 and normalised.
+    Features in the joint space are float32 and normalised.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         options = artifact.manifest["config"]["clip"]
-        text = dataclasses.replace(text_config(artifact), tune="none")
-        language = Language(text, artifact)
-        self.text, self.tokenizer = language.build(), language.tokenizer
-        joint = options["embed_dim"]
-        self.vision_projection = Projection(self.vision.embed_dim, joint)
-        kind = options.get("text_head", "adapter")
-        self.text_adapter = text_head(kind, self.text.width, joint, options["adapter_blocks"])
+        self.vision_projection = Projection(self.vision.embed_dim, options["embed_dim"])
         head = artifact.load("head")
-        self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
-        self.logit_scale = head.pop("logit_scale").exp()
-        head.pop("logit_bias", None)  # of the sigmoid loss: it changes no order
-        wrong = self.load_state_dict(head, strict=False).unexpected_keys
-        if wrong:
-            raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
+        self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
+        self.logit_scale = head["logit_scale"].exp()
         self.eval()
 
     @torch.no_grad()
@@ -108,6 +98,29 @@ class Encoder(VisionEncoder):
     def image_features(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space, normalised."""
         return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1)
+
+
+class Encoder(ImageEncoder):
+    """A clip artifact's joint space: the backbone, the text tower and what projects them."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        options = artifact.manifest["config"]["clip"]
+        text = dataclasses.replace(text_config(artifact), tune="none")
+        language = Language(text, artifact)
+        self.text, self.tokenizer = language.build(), language.tokenizer
+        kind = options.get("text_head", "adapter")
+        sizes = (self.text.width, options["embed_dim"], options["adapter_blocks"])
+        self.text_adapter = text_head(kind, *sizes)
+        self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
+        head = artifact.load("head")
+        # the bias of the sigmoid loss changes no order
+        alone = ("logit_scale", "logit_bias")
+        state = {name: value for name, value in head.items() if name not in alone}
+        wrong = self.load_state_dict(state, strict=False).unexpected_keys
+        if wrong:
+            raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
+        self.eval()
 
     def text_features(self, tokens: Tokens) -> Tensor:
         """Tokens [..., L] -> [..., E] in the joint space, normalised."""

@@ -17,7 +17,7 @@ from xray.artifact import Artifact
 from xray.errors import ArtifactError
 from xray.files import usual_mode
 from xray.models.reduce import KeepRate
-from xray.restore import VisionEncoder, data_config, restore_encoder
+from xray.restore import ImageEncoder, Tagger, VisionEncoder, data_config
 from xray.schedule import value_at
 
 CAPTIONS = (
@@ -43,11 +43,11 @@ class Export:
 
 
 def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
-    """The encoder of an artifact that sees; raises ArtifactError for a text artifact."""
-    encoder = restore_encoder(artifact)
-    if not isinstance(encoder, VisionEncoder):
+    """What sees of an artifact, without a text tower; raises ArtifactError where nothing does."""
+    if artifact.stage == "text":
         raise ArtifactError(f"{artifact.origin} is of stage text: it has no backbone for {what}")
-    return encoder
+    kinds: dict[str, type[VisionEncoder]] = {"clip": ImageEncoder, "hashtag": Tagger}
+    return kinds.get(artifact.stage, VisionEncoder)(artifact)
 
 
 def side_of(artifact: Artifact) -> int:

@@ -17,7 +17,7 @@ from xray.artifact import Artifact
 from xray.errors import ConfigError, brief
 from xray.exports.common import Export, difference, pictures, save_json, side_of, vision_of
 from xray.models.reduce import KeepRate
-from xray.restore import Encoder, Tagger, VisionEncoder
+from xray.restore import ImageEncoder, Tagger, VisionEncoder
 
 OPSET = 18
 FILE = "model.onnx"
@@ -28,20 +28,23 @@ class ImageTower(nn.Module):
 
     def __init__(self, encoder: VisionEncoder, keep_rate: KeepRate, clips: bool) -> None:
         super().__init__()
-        self.encoder, self.keep_rate, self.clips = encoder, keep_rate, clips
-        self.outputs = ["features"]
-        self.outputs += ["embedding"] * isinstance(encoder, Encoder)
-        self.outputs += ["probabilities"] * isinstance(encoder, Tagger)
+        self.vision, self.keep_rate, self.clips = encoder.vision, keep_rate, clips
+        self.outputs, self.projection, self.head = ["features"], None, None
+        if isinstance(encoder, ImageEncoder):
+            self.outputs.append("embedding")
+            self.projection = encoder.vision_projection
+        if isinstance(encoder, Tagger):
+            self.outputs.append("probabilities")
+            self.head, self.activate = encoder.head, encoder.activate
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, S, S], or clips [B, T, 3, S, S] -> [B, D]; then joint [B, E], or tags' [B, V]."""
-        encoder = self.encoder
-        cls = encoder.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
+        cls = self.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
         found = [F.normalize(cls, dim=-1)]
-        if isinstance(encoder, Encoder):
-            found.append(F.normalize(encoder.vision_projection(cls), dim=-1))
-        if isinstance(encoder, Tagger):
-            found.append(encoder.activate(encoder.head(cls)))
+        if self.projection is not None:
+            found.append(F.normalize(self.projection(cls), dim=-1))
+        if self.head is not None:
+            found.append(self.activate(self.head(cls)))
         return tuple(found)
 
 

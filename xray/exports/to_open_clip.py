@@ -28,8 +28,7 @@ from xray.exports.common import (
     side_of,
     vision_of,
 )
-from xray.models.heads import TextProjection
-from xray.restore import Encoder
+from xray.restore import Encoder, ImageEncoder
 
 MODEL = "open_clip_model.safetensors"
 # Of a text tower that is not there: one token, whose features are NaN, so that nobody uses them.
@@ -49,7 +48,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
             "--to open_clip needs pip install 'xray-vision[open_clip]' to check what it writes"
         ) from error
     encoder, side = vision_of(artifact, "open_clip"), side_of(artifact)
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, ImageEncoder):
         raise ArtifactError(
             f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; a "
             "backbone alone goes --to timm"
@@ -59,14 +58,15 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
         raise ArtifactError(
             f"{artifact.origin} cannot be open_clip's ViT: {reason}; use --to timm for the backbone"
         )
-    missing = no_clip_text(encoder)
-    config = _config(artifact, encoder, side, with_text=not missing)
+    texts, missing = text_side(artifact)
+    save_json(out / "open_clip_config.json", _config(artifact, encoder, texts, side))
     state = vision_state(encoder, side) | _scalars(artifact)
-    state |= text_state(encoder) if not missing else _no_text(encoder)
+    if texts is None:
+        state |= _no_text(encoder)
+    else:
+        state |= text_state(texts)
+        texts.tokenizer.tokenizer.save_pretrained(out)
     save_tensors(out / MODEL, state)
-    save_json(out / "open_clip_config.json", config)
-    if not missing:
-        encoder.tokenizer.tokenizer.save_pretrained(out)
 
     name = f"local-dir:{out}"
     try:
@@ -77,11 +77,23 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
     with torch.no_grad():
         image = model.encode_image(encoder.normalize(pixels)[:, 0])
         found = {"image features": difference(image, encoder.encode_pixels(pixels))}
-        if not missing:
+        if texts is not None:
             tokens = open_clip.get_tokenizer(name)(list(CAPTIONS))
-            texts = model.encode_text(tokens)
-            found["text features"] = difference(texts, encoder.encode_text(list(CAPTIONS)))
-    return Export("open_clip", _code(not missing), found, _notes(missing))
+            text = model.encode_text(tokens)
+            found["text features"] = difference(text, texts.encode_text(CAPTIONS))
+    return Export("open_clip", _code(texts is not None), found, _notes(missing))
+
+
+def text_side(artifact: Artifact) -> tuple[Encoder | None, str]:
+    """A clip artifact's text tower if open_clip builds it, else why not; an LLM is not loaded."""
+    if not artifact.has_tensor("head", "text_adapter.weight"):
+        return None, (
+            "the text features go through LLM2CLIP's adaptor (clip.text_head=adapter), which "
+            "open_clip has no place for; clip.text_head=linear is CLIP's own"
+        )
+    encoder = Encoder(artifact)
+    reason = no_clip_text(encoder)
+    return (None, reason) if reason else (encoder, "")
 
 
 def _code(with_text: bool) -> list[str]:
@@ -111,7 +123,7 @@ def _notes(missing: str) -> list[str]:
     ]
 
 
-def no_plain_vit(encoder: Encoder) -> str:
+def no_plain_vit(encoder: ImageEncoder) -> str:
     """What of a backbone open_clip's VisionTransformer has not, or nothing."""
     vision = encoder.vision
     if vision.reg_token is not None:
@@ -142,11 +154,6 @@ def no_clip_text(encoder: Encoder) -> str:
         return f"the text tower is a {kind}, open_clip's is CLIP's text transformer"
     if settings.hidden_act != "gelu":
         return f"its activation is {settings.hidden_act}, that of the image tower is gelu"
-    if not isinstance(encoder.text_adapter, TextProjection):
-        return (
-            "its features go through LLM2CLIP's adaptor (clip.text_head=adapter), which open_clip "
-            "has no place for: clip.text_head=linear is CLIP's own"
-        )
     if encoder.text.pooling != "last" or encoder.tokenizer.prompt:
         return "it is not read at the end token of the caption alone"
     if any(".lora_" in name for name in encoder.text.state_dict()):
@@ -157,7 +164,9 @@ def no_clip_text(encoder: Encoder) -> str:
     return ""
 
 
-def _config(artifact: Artifact, encoder: Encoder, side: int, with_text: bool) -> dict[str, Any]:
+def _config(
+    artifact: Artifact, encoder: ImageEncoder, texts: Encoder | None, side: int
+) -> dict[str, Any]:
     vision, data = encoder.vision, artifact.manifest["config"]["data"]
     blocks: Any = vision.blocks
     first = blocks[0]
@@ -173,11 +182,12 @@ def _config(artifact: Artifact, encoder: Encoder, side: int, with_text: bool) ->
     }
     if is_there(first.ls1):
         image["ls_init_value"] = 1.0  # the scales are in the weights
-    if with_text:
-        llm: Any = encoder.text.llm
-        settings, tokenizer = llm.config, encoder.tokenizer.tokenizer
+    text: dict[str, Any] = dict(NO_TEXT)
+    if texts is not None:
+        llm: Any = texts.text.llm
+        settings, tokenizer = llm.config, texts.tokenizer.tokenizer
         text = {
-            "context_length": encoder.tokenizer.max_length,
+            "context_length": texts.tokenizer.max_length,
             "vocab_size": settings.vocab_size,
             "width": settings.hidden_size,
             "heads": settings.num_attention_heads,
@@ -192,7 +202,7 @@ def _config(artifact: Artifact, encoder: Encoder, side: int, with_text: bool) ->
     model = {
         "embed_dim": encoder.vision_projection.out_features,
         "vision_cfg": image,
-        "text_cfg": text if with_text else NO_TEXT,
+        "text_cfg": text,
     }
     if artifact.has_tensor("head", "logit_bias"):
         model["init_logit_bias"] = 0.0  # it is in the weights
@@ -201,7 +211,7 @@ def _config(artifact: Artifact, encoder: Encoder, side: int, with_text: bool) ->
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def vision_state(encoder: Encoder, side: int) -> dict[str, Tensor]:
+def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
     """The image tower by open_clip's names; its stem has no bias, so positions carry ours."""
     vision, own = encoder.vision, image_state(encoder, side)
     places = own["pos_embed"][0]
@@ -260,7 +270,7 @@ def text_state(encoder: Encoder) -> dict[str, Tensor]:
     return state
 
 
-def _no_text(encoder: Encoder) -> dict[str, Tensor]:
+def _no_text(encoder: ImageEncoder) -> dict[str, Tensor]:
     """Weights of NO_TEXT, all NaN."""
     from open_clip.transformer import TextTransformer
 
