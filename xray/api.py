@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipelines.vocabulary import Vocabulary
 from xray import dist
 from xray.artifact import Artifact, open_artifact
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, ConfigError, DataError, brief
 from xray.media import modality_of, read_media, read_picture
 from xray.models.reduce import KeepRate
 from xray.restore import (
@@ -42,7 +42,7 @@ def load(
 
     Args:
         artifact: its folder, its stage's folder, or a URL that fsspec reads (fetched once).
-        device: auto (a GPU where there is one), cpu or cuda.
+        device: auto (a GPU where there is one), or torch's name of one: cpu, cuda, cuda:1.
         keep_rate: share of patch tokens kept at each reducing block, or one per block, instead of
             the artifact's own; 1 = all.
         llm: where the LLM lies that the artifact is based on, if not where it was in training.
@@ -62,10 +62,9 @@ class Model:
     def __init__(
         self, artifact: Artifact, device: str = "auto", keep_rate: KeepRate | None = None
     ) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device={device!r} must be auto, cpu or cuda")
+        place = _device(device)
         self.artifact = artifact
-        self.encoder = restore_encoder(artifact).to(dist.choose_device(device))
+        self.encoder = restore_encoder(artifact).to(place)
         if keep_rate is not None:
             vision = self._vision("keep_rate")
             vision.vision.rates(keep_rate)  # raises for impossible ones
@@ -189,6 +188,15 @@ class Model:
         return ArtifactError(
             f"{self.artifact.origin} is of stage {self.stage}: {what} needs {needed}"
         )
+
+
+def _device(name: str) -> torch.device:
+    if name in ("auto", "cpu"):
+        return dist.choose_device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # no such device, or a torch without CUDA
+        raise ConfigError(f"device={name!r} cannot be used: {brief(error)}") from error
 
 
 def _is_clip(media: str | Path | Image.Image) -> bool:

@@ -61,7 +61,11 @@ PACKAGES = [
     Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
     Package("onnxruntime", "no xray export --to onnx", f"'{DISTRIBUTION}[onnx]'"),
     Package("ray", "no engine=ray for xray data curate", f"'{DISTRIBUTION}[ray]'"),
-    Package("open_clip", "no open_clip model as clip.teacher", "open_clip_torch"),
+    Package(
+        "open_clip",
+        "no open_clip model as clip.teacher, no xray export --to open_clip",
+        "open_clip_torch",
+    ),
 ]
 # Imports one library after another, and says of each how that went: one may end the process.
 PROBE = """
