@@ -409,7 +409,7 @@ def test_runs_write_no_pickle(runs: Path) -> None:
         start = path.read_bytes()[:2]
         assert start not in (b"PK", b"\x93N") and not start.startswith(b"\x80"), path
     endings = {path.suffix for path in found if "tfevents" not in path.name}
-    assert endings <= {".safetensors", ".json", ".jsonl", ".yaml", ""}, endings
+    assert endings <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ""}, endings
 
 
 # names ------------------------------------------------------------------------------------------
