@@ -81,6 +81,7 @@ class Source:
     manifest: Manifest
     cache: ShardCache | None = None
     slots: Slots | None = field(default=None, repr=False)
+    classes: tuple[str, ...] = ()  # names of the numbered classes, where the samples come with them
 
     @functools.cached_property
     def counts(self) -> np.ndarray:

@@ -58,7 +58,13 @@ RULES: dict[str, set[str]] = {
     | {"xray.artifact", "xray.card", "xray.exports", "xray.language", "xray.lineage"}
     | {"xray.restore"},
     "xray/pictures.py": LEAF | MODELS | {"xray.restore"},
-    "xray/evaluation": LEAF | DATA | {"xray.evaluation", "xray.restore", "xray.report"},
+    "xray/evaluation": LEAF
+    | MODELS
+    | DATA
+    | {"xray.evaluation", "xray.figures", "xray.restore", "xray.report"},
+    "xray/eval_cli.py": LEAF
+    | {"xray.artifact", "xray.command", "xray.config_files", "xray.evaluation"}
+    | {"xray.recipe", "xray.restore"},
     "xray/engine.py": LEAF | {"xray.optim", "stages.base"},
     "xray/checkpoint.py": LEAF | DATA | {"xray.artifact", "xray.engine", "xray.portable"},
     "xray/portable.py": LEAF | {"xray.engine"},

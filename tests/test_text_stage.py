@@ -22,7 +22,7 @@ from xray.cli import app
 from xray.errors import ConfigError, DataError
 from xray.evaluation.features import extract, read_all_captions
 from xray.evaluation.retrieval import caption_retrieval, retrieval
-from xray.evaluation.suite import result_table
+from xray.evaluation.table import result_table
 from xray.offline.stream import data_of
 from xray.report import read_metrics
 from xray.restore import Encoder

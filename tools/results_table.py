@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from xray.evaluation.suite import result_table
+from xray.evaluation.table import result_table
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.doctor_cli import doctor
 from xray.embed_cli import embed, search
-from xray.errors import ConfigError
+from xray.eval_cli import evaluate, evaluated
 from xray.plan_cli import plan
 from xray.run_cli import debug_app, export
 
@@ -137,41 +137,7 @@ def train(
         print(f"artifact: {artifact.path}")
 
 
-@app.command("eval")
-@guarded
-def evaluate(
-    artifact: ArtifactName,
-    overrides: Overrides = None,
-    suite: Annotated[
-        str,
-        typer.Option(help="zero_shot,retrieval,video_retrieval,captions,knn,tags [all with data]"),
-    ] = "",
-    recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
-    out: Annotated[str, typer.Option(help="Write the results to this .json file")] = "",
-) -> None:
-    """Evaluate ARTIFACT: zero-shot, retrieval, captions, kNN and tags, each beside chance."""
-    from xray.artifact import open_artifact
-    from xray.config_files import build, parse_overrides
-    from xray.evaluation.suite import EvalConfig, result_table
-
-    given = parse_overrides(overrides or [])
-    sections = [key for key, value in given.items() if isinstance(value, dict)]
-    unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
-    unknown = unknown or [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
-    if unknown:
-        raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY=, data.root=, text.llm=")
-    root, config, workers = "", build(EvalConfig, given.get("eval", {})), 2
-    if recipe:
-        from xray.recipe import load_recipe
-
-        loaded = load_recipe(recipe, overrides or [])
-        root, config, workers = loaded.root, loaded.eval, loaded.workers
-    root = given.get("data", {}).get("root", root)
-    opened = open_artifact(artifact, given.get("text", {}).get("llm", ""))
-    results = _evaluate(opened, config, root, workers, suite.split(",") if suite else None)
-    result_table(results).print()
-    if out:
-        Path(out).write_text(json.dumps(results, indent=1))
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -247,23 +213,9 @@ def version() -> None:
     print(__version__)
 
 
-def _evaluate(
-    artifact: Artifact, config: Any, root: str, workers: int, suites: list[str] | None
-) -> dict[str, dict[str, float]]:
-    from xray.evaluation.suite import SUITES, Suite
-    from xray.restore import restore_encoder
-
-    for name in suites or []:
-        if name not in SUITES:
-            raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
-    encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
-    suite = Suite(encoder, config, root, workers)
-    return suite.run(suites or suite.asked())
-
-
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
-    from xray.evaluation.suite import result_table
+    from xray.evaluation.table import result_table
     from xray.report import ResultTable
     from xray.run_report import write_run_report
 
@@ -272,13 +224,13 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     results: dict[str, dict[str, float]] = {}
     for artifact in artifacts:
         if artifact.stage == "text" and recipe.eval.captions.shards:
-            results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, ["captions"])
+            results |= evaluated(artifact, recipe.eval, recipe.root, recipe.workers, ["captions"])
     for artifact in vision:
         # The last is asked everything, a hashtag artifact before it for its tags.
         asked = recipe.eval.tags if artifact.stage == "hashtag" else {}
         suites = ["tags"] if artifact is not vision[-1] else None
         if asked or (suites is None and recipe.eval.possible(artifact.stage)):
-            results |= _evaluate(artifact, recipe.eval, recipe.root, recipe.workers, suites)
+            results |= evaluated(artifact, recipe.eval, recipe.root, recipe.workers, suites)
     if results:
         table = result_table(results)
         (recipe.out / "results.json").write_text(json.dumps(results, indent=1))

@@ -28,7 +28,7 @@ from xray import dist
 from xray.config import nearest
 from xray.config_files import PRESETS
 from xray.errors import ConfigError
-from xray.evaluation.suite import EvalConfig
+from xray.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
     import torch

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from xray.errors import DataError
+from xray.evaluation.bootstrap import share
+from xray.evaluation.zero_shot import HELD, check_labels
 
 
 def knn(
@@ -17,16 +19,18 @@ def knn(
     temperature: float = 0.07,
 ) -> dict[str, float]:
     """Top-1 accuracy and chance; features [N, D] and [M, D] normalised, labels >= 0."""
-    if not ((train_labels >= 0).all() and (test_labels >= 0).all()):
-        raise DataError("kNN needs a class for every sample: a .cls file or json `label`")
+    check_labels(train_labels, "kNN")
+    check_labels(test_labels, "kNN")
     if k > len(train):
         raise DataError(f"kNN with k={k} needs that many samples, there are {len(train)}: lower k")
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    hits = 0
-    for start in range(0, len(test), 1024):
-        similarity, nearest = (test[start : start + 1024] @ train.t()).topk(k, dim=1)
-        votes = torch.zeros(len(similarity), classes)
+    rows = max(1, HELD // (len(train) + classes))
+    hits = []
+    for part, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
+        similarity, nearest = (part @ train.t()).topk(k, dim=1)
+        votes = torch.zeros(len(part), classes)
         votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
-        hits += int((votes.argmax(dim=1) == test_labels[start : start + 1024]).sum())
+        hits.append(votes.argmax(dim=1) == truth)
     present = int(torch.unique(train_labels).numel())
-    return {"top1": hits / len(test), "chance_top1": 1 / present, "samples": float(len(test))}
+    found = share("top1", torch.cat(hits))
+    return {**found, "chance_top1": 1 / present, "samples": float(len(test))}

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.optim import Lars
+from torch import Tensor, nn
 
-from xray.errors import DataError
+from xray.config import OptimConfig
+from xray.evaluation.bootstrap import share
+from xray.evaluation.zero_shot import check_labels
+from xray.optim import lr_at
+from xray.progress import progress_of
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, tried on a held-out part of the training
+HELD_OUT = 0.2  # of the training samples
+
+
+class LinearHead(NamedTuple):
+    """A fitted probe: features are centred and scaled, then a linear layer."""
+
+    mean: Tensor  # [D]
+    deviation: Tensor  # [D]
+    weights: Tensor  # [D + 1, C], the bias last
+    strength: float = 0.0  # of L2
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        scaled = (x.to(self.mean) - self.mean) / self.deviation
+        return scaled @ self.weights[:-1] + self.weights[-1]
+
+    def predict(self, views: Tensor) -> Tensor:
+        """[N, V, D] -> [N] classes, by the mean over views of their softmax."""
+        if views.shape[1] == 1:
+            return self.logits(views[:, 0]).argmax(dim=1)
+        return self.logits(views).softmax(dim=-1).mean(dim=1).argmax(dim=1)
 
 
 def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, solver: str = "lbfgs"
 ) -> dict[str, float]:
-    """Top-1 accuracy by L-BFGS on standardised features, [N, D] and [M, D], labels >= 0.
+    """Top-1 accuracy; features [N, D] and [M, D], or [N, V, D] and [M, V, D] of V views."""
+    check_labels(train_labels, "a linear probe")
+    check_labels(test_labels, "a linear probe")
+    train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
+    rows = train_labels.repeat_interleave(train.shape[1])
+    head = fit_head(train.flatten(0, 1), rows, solver)
+    found = share("top1", head.predict(test) == test_labels)
+    found["chance_top1"] = 1 / int(train_labels.unique().numel())
+    return found | {"l2": head.strength, "samples": float(len(test))}
 
-    The L2 strength is the best of STRENGTHS on every fifth training sample, then all are fitted.
+
+def fit_head(train: Tensor, labels: Tensor, solver: str) -> LinearHead:
+    """A head from features [N, D] by one of SOLVERS."""
+    return SOLVERS[solver](train, labels)
+
+
+def _lbfgs(train: Tensor, labels: Tensor) -> LinearHead:
+    """L-BFGS on standardised features to convergence, in double precision.
+
+    The L2 strength is the best of STRENGTHS on held-out samples, then all are fitted.
     """
-    if not ((train_labels >= 0).all() and (test_labels >= 0).all()):
-        raise DataError(
-            "a linear probe needs a class for every sample: a .cls file or json `label`"
-        )
-    mean, deviation = train.mean(0), train.std(0) + 1e-6
-    train, test = ((x - mean) / deviation for x in (train, test))
-    held = torch.arange(len(train)) % 5 == 0
-    fitted, labels = train[~held], train_labels[~held]
+    mean, deviation = train.mean(0).double(), train.std(0).double() + 1e-6
+    x = (train.double() - mean) / deviation
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, fitted = order.split([count := round(HELD_OUT * len(x)), len(x) - count])
 
     def score(strength: float) -> float:
-        return _accuracy(_fit(fitted, labels, strength), train[held], train_labels[held])
+        weights = fit(x[fitted], labels[fitted], strength)
+        found = LinearHead(torch.zeros(1).double(), torch.ones(1).double(), weights)
+        return float((found.logits(x[held]).argmax(1) == labels[held]).double().mean())
 
-    strength = max(STRENGTHS, key=score)
-    weights = _fit(train, train_labels, strength)
-    found = {"top1": _accuracy(weights, test, test_labels), "l2": strength}
-    return found | {"samples": float(len(test))}
+    scores = [score(s) for s in progress_of("linear probe")(iter(STRENGTHS), len(STRENGTHS))]
+    strength = STRENGTHS[scores.index(max(scores))]
+    return LinearHead(mean, deviation, fit(x, labels, strength), strength)
 
 
-def _fit(x: Tensor, labels: Tensor, strength: float) -> Tensor:
-    """[D + 1, C] weights with the bias last, of least mean cross-entropy + strength/2 * |W|^2."""
+def fit(x: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """[D + 1, C] weights with the bias last, of least mean cross-entropy + strength/2 * |W|^2.
+
+    That is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double.
+    """
     classes = int(labels.max()) + 1
-    weights = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    weights = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=1000,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -53,5 +105,77 @@ def _fit(x: Tensor, labels: Tensor, strength: float) -> Tensor:
     return weights.detach()
 
 
-def _accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> float:
-    return float(((x @ weights[:-1] + weights[-1]).argmax(1) == labels).float().mean())
+def _sgd(train: Tensor, labels: Tensor) -> LinearHead:
+    """LLM2CLIP's (2411.04997): SGD, lr .1, momentum .9, no decay, batches of 1024, 50 epochs.
+
+    On standardised features; the lr falls as half a cosine.
+    """
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    layer = _layer(train, labels)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    x = (train - mean) / deviation
+    _descend(layer, x, labels, optimizer, lr=0.1, batch=1024, epochs=50, warmup=0.0)
+    return LinearHead(mean, deviation, _weights(layer))
+
+
+def _mae(train: Tensor, labels: Tensor) -> LinearHead:
+    """MAE's (2111.06377): BatchNorm without affine, a linear layer from N(0, .01), LARS.
+
+    lr .1 * batch / 256, no decay, 10 of 90 epochs of warm-up, batches of 16,384 or all there are;
+    on cached features of centre crops, where the paper has random ones.
+    """
+    batch = min(16384, len(train))
+    layer = _layer(train, labels)
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    groups = [{"params": [layer.weight], "always_adapt": True}, {"params": [layer.bias]}]
+    lr = 0.1 * batch / 256
+    optimizer = Lars(groups, lr=lr, momentum=0.9)
+    model = nn.Sequential(norm, layer)
+    _descend(model, train, labels, optimizer, lr=lr, batch=batch, epochs=90, warmup=10 / 90)
+    assert norm.running_mean is not None and norm.running_var is not None
+    deviation = (norm.running_var + norm.eps).sqrt()
+    return LinearHead(norm.running_mean, deviation, _weights(layer))
+
+
+def _layer(train: Tensor, labels: Tensor) -> nn.Linear:
+    layer = nn.Linear(train.shape[1], int(labels.max()) + 1)
+    nn.init.normal_(layer.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _weights(layer: nn.Linear) -> Tensor:
+    return torch.cat([layer.weight.t(), layer.bias[None]]).detach()
+
+
+def _descend(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    batch: int,
+    epochs: int,
+    warmup: float,
+) -> None:
+    """Seeded epochs of shuffled batches; a last one that is too small to normalise is left out."""
+    generator = torch.Generator().manual_seed(0)
+    schedule = OptimConfig(base_lr=lr, warmup=warmup)
+    per_epoch = len(x) // batch or 1
+    model.train()
+    for epoch in progress_of("linear probe")(iter(range(epochs)), epochs):
+        order = torch.randperm(len(x), generator=generator)
+        for number, rows in enumerate(order.split(batch)[:per_epoch]):
+            progress = (epoch + number / per_epoch) / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(progress, schedule, 256)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), labels[rows]).backward()
+            optimizer.step()
+
+
+SOLVERS: dict[str, Callable[[Tensor, Tensor], LinearHead]] = {
+    "lbfgs": _lbfgs,
+    "sgd": _sgd,
+    "mae": _mae,
+}

@@ -1,0 +1,122 @@
+"""Attentive probe: one query that attends to frozen patch tokens (V-JEPA, 2404.08471)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipelines.sources import Source
+from xray.config import OptimConfig
+from xray.evaluation.bootstrap import share
+from xray.evaluation.config import AttentiveProbeConfig
+from xray.evaluation.features import batches_of
+from xray.evaluation.sets import Sets, renumber
+from xray.evaluation.zero_shot import check_labels
+from xray.optim import lr_at, set_lr
+from xray.progress import progress_of
+
+
+class AttentiveProbe(nn.Module):
+    """A learned query, cross-attention and an MLP, each with a residual, then a linear layer."""
+
+    def __init__(self, width: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.norm_tokens, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, n, D] -> logits [B, C]."""
+        x = self.norm_tokens(tokens)
+        found, _ = self.attention(self.query.expand(len(x), -1, -1), x, x, need_weights=False)
+        pooled = self.query + found
+        return self.head((pooled + self.mlp(self.norm_mlp(pooled)))[:, 0])
+
+
+def attentive_probe(sets: Sets) -> dict[str, float]:
+    """Top-1 of V-JEPA's recipe: AdamW, lr 1e-3, weight decay .01, 20 epochs, half a cosine.
+
+    Tokens are taken once, as they leave the backbone at the artifact's keep rate, and wait in a
+    file of half floats: memory does not grow with the set. The query attends across a clip's views.
+    """
+    config = sets.config.attentive_probe
+    config.validate()
+    source, test_source = sets.labelled("attentive_probe", config)
+    with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
+        train, labels = _tokens(sets, source, Path(folder) / "train")
+        test, truth = _tokens(sets, test_source, Path(folder) / "test")
+        truth = renumber(truth, test_source, source.classes, f"the classes of {config.train}")
+        check_labels(labels, "an attentive probe")
+        check_labels(truth, "an attentive probe")
+        device = sets.vision.normalize.mean.device
+        probe = _fit(train, labels, config, _heads(sets), device)
+        blocks = range(0, len(test), config.batch_size)
+        parts = [_batch(test, slice(at, at + config.batch_size), device) for at in blocks]
+        with torch.no_grad():
+            found = torch.cat([probe(part).argmax(dim=1).cpu() for part in parts])
+    chance = 1 / int(labels.unique().numel())
+    return {**share("top1", found == truth), "chance_top1": chance, "samples": float(len(truth))}
+
+
+def _heads(sets: Sets) -> int:
+    blocks: Any = sets.vision.vision.blocks
+    return blocks[0].attn.num_heads
+
+
+@torch.no_grad()
+def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
+    """Patch tokens of all views of a source, [N, V * n, D] float16 in a file, and labels [N]."""
+    encoder = sets.vision
+    labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
+    for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.look):
+        x = encoder.normalize(pixels.flatten(0, 1).to(encoder.normalize.mean.device))
+        patches = encoder.vision(x, encoder.keep_rate).patches
+        rows = patches.reshape(len(pixels), -1, patches.shape[-1]).half().cpu().numpy()
+        if kept is None:
+            kept = np.memmap(path, np.float16, "w+", shape=(len(source), *rows.shape[1:]))
+        kept[done : done + len(rows)] = rows
+        labels[done : done + len(rows)] = own
+        done += len(rows)
+    assert kept is not None
+    return kept, labels
+
+
+def _batch(tokens: np.memmap, rows: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(tokens[rows])).to(device).float()
+
+
+def _fit(
+    tokens: np.memmap,
+    labels: Tensor,
+    config: AttentiveProbeConfig,
+    heads: int,
+    device: torch.device,
+) -> AttentiveProbe:
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        probe = AttentiveProbe(tokens.shape[-1], heads, int(labels.max()) + 1).to(device)
+    schedule = OptimConfig(base_lr=config.lr, warmup=0.0)
+    groups = [{"params": list(probe.parameters()), "lr_scale": 1.0, "freeze": 0.0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    per_epoch = -(-len(labels) // config.batch_size)
+    for epoch in progress_of("attentive probe")(iter(range(config.epochs)), config.epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for number, rows in enumerate(order.split(config.batch_size)):
+            progress = (epoch + number / per_epoch) / config.epochs
+            set_lr(optimizer.param_groups, lr_at(progress, schedule, 256))
+            optimizer.zero_grad()
+            found = probe(_batch(tokens, rows.sort().values.numpy(), device))
+            F.cross_entropy(found, labels[rows.sort().values].to(device)).backward()
+            optimizer.step()
+    return probe.eval()

@@ -1,0 +1,63 @@
+"""Confidence intervals by the bootstrap: samples drawn again with replacement (Efron, 1979)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+RESAMPLES = 1000
+COVERED = 95  # percent between the two ends
+HELD = 2**20  # draws that are held at a time
+
+
+def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+    """A share as NAME, and NAME_low and NAME_high: its 95 % percentile interval.
+
+    hits: [N] of the samples: 0 or 1, or what is summed over the weights [N] that each counts with
+    (captions of a picture, which are drawn together: they are not independent).
+    """
+    total = len(hits) if weights is None else weights.sum().item()
+    value = hits.double().sum().item() / total
+    low, high = share_interval(hits, weights)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def share_interval(hits: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """The ends of a share's interval; hits and weights [N] as in `share`."""
+    own = hits.double().numpy()
+    of = np.ones_like(own) if weights is None else weights.double().numpy()
+    found = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
+    return _ends(np.concatenate(found))
+
+
+def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
+    """A median as NAME, with its interval; values [M], of which sample `owner` [M] has them."""
+    order = values.argsort()
+    ranked, owners = values[order].double().numpy(), owner[order].numpy()
+    found = []
+    for counts in resamples(int(owner.max()) + 1):
+        until = counts[:, owners].cumsum(axis=1)  # values drawn so far, from the smallest
+        for row in until:
+            middle = (row[-1] - 1) // 2, row[-1] // 2
+            found.append(ranked[np.searchsorted(row, middle, side="right")].mean())
+    low, high = _ends(np.array(found))
+    return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
+
+
+def resamples(samples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each sample is drawn in each resample, blocks of [b, N]; 1000 rows in all."""
+    generator = np.random.default_rng(seed)
+    block = max(1, min(RESAMPLES, HELD // samples))
+    for start in range(0, RESAMPLES, block):
+        rows = min(block, RESAMPLES - start)
+        drawn = generator.integers(samples, size=(rows, samples))
+        drawn += samples * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * samples).reshape(rows, samples)
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    tail = (100 - COVERED) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,204 @@
+"""What an evaluation's config says: the sets of each suite, and how they are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from xray.errors import ConfigError
+from xray.evaluation.corruptions import CORRUPTIONS
+from xray.evaluation.tag_suite import TaggingConfig
+
+# What the artifact of a stage can be asked for.
+PROBES = ("knn", "linear_probe", "attentive_probe", "finetune", "robustness")
+SUITES_OF = {
+    "mae": PROBES,
+    "hashtag": (*PROBES, "tags"),
+    "text": ("captions",),
+    "clip": ("zero_shot", "retrieval", "video_retrieval", *PROBES),
+}
+SUITES = ("zero_shot", "retrieval", "video_retrieval", "captions", *PROBES, "tags")
+
+# Wherever a set is named: shards (a folder, glob, {000..123} pattern or URL), a folder of folders
+# named after classes, or a .csv with the columns path and label or caption.
+
+
+@dataclass
+class ViewsConfig:
+    """Looks at a clip, whose features are averaged: evenly spaced times x squares."""
+
+    clips: int = 1
+    crops: int = 1  # 1 in the centre, or 3: left, centre, right
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.clips < 1 or self.crops not in (1, 3):
+            raise ConfigError("eval.views.clips must be at least 1, and eval.views.crops 1 or 3")
+
+
+@dataclass
+class RetrievalConfig:
+    """Pictures or clips with captions; for suite captions also texts alone."""
+
+    shards: str = ""
+    modality: Literal["image", "video", "text"] = "image"
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+
+
+@dataclass
+class ZeroShotConfig:
+    """Labelled samples and class names, one per line; "" = those that the samples come with."""
+
+    shards: str = ""
+    classes: str = ""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass
+class LabelledConfig:
+    """Labelled samples to learn from, and to classify; a probe without takes those of eval.knn."""
+
+    train: str = ""
+    test: str = ""
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass
+class KnnConfig(LabelledConfig):
+    """The nearest neighbours' vote."""
+
+    k: int = 20
+    temperature: float = 0.07
+
+
+@dataclass
+class LinearProbeConfig(LabelledConfig):
+    """A linear layer on frozen features."""
+
+    solver: Literal["lbfgs", "sgd", "mae"] = "lbfgs"
+
+
+@dataclass
+class AttentiveProbeConfig(LabelledConfig):
+    """One query that attends to frozen patch tokens (V-JEPA's settings)."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError("eval.attentive_probe: epochs and batch_size must be at least 1")
+
+
+@dataclass
+class FinetuneConfig(LabelledConfig):
+    """The whole backbone on labels (MAE's recipe for a ViT-B, over fewer samples)."""
+
+    epochs: int = 30
+    batch_size: int = 64
+    base_lr: float = 2e-3  # x batch_size / 256
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    warmup: float = 0.1  # share of the steps
+    drop_path: float = 0.1
+    smoothing: float = 0.1  # of labels
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    flip: bool = True
+    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude of 30
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ConfigError("eval.finetune: epochs must be at least 1 and batch_size at least 2")
+
+
+@dataclass
+class RobustnessConfig:
+    """Changes of the labelled samples of eval.zero_shot, and of the linear probe's."""
+
+    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])  # x the artifact's
+    aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])  # width stretched, x height
+    attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd", "square"])
+    eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # of 255, L-infinity
+    steps: int = 5  # of pgd
+    queries: int = 100  # of the black box
+    attacked: int = 200  # samples, evenly spaced over the set
+    shift: str = ""  # labelled samples of the same classes from elsewhere
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        for given, known, key in (
+            (self.corruptions, CORRUPTIONS, "corruptions"),
+            (self.attacks, ATTACKS, "attacks"),
+        ):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(
+                        f"eval.robustness.{key} names {name!r}: there are {', '.join(known)}"
+                    )
+        if any(s not in (1, 2, 3, 4, 5) for s in self.severities):
+            raise ConfigError(f"eval.robustness.severities={self.severities} must be of 1 to 5")
+        if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
+            raise ConfigError("eval.robustness: resolutions, aspects and eps must be above 0")
+        if min(self.steps, self.queries, self.attacked) < 1:
+            raise ConfigError("eval.robustness: steps, queries and attacked must be at least 1")
+
+
+ATTACKS = ("fgsm", "pgd", "square")
+
+
+@dataclass
+class EvalConfig:
+    """The sets of each suite; a suite without is left out, but for those asked for by name."""
+
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    video_retrieval: RetrievalConfig = field(
+        default_factory=lambda: RetrievalConfig(modality="video")
+    )
+    # captions by captions: of a text artifact, after it was tuned and before
+    captions: RetrievalConfig = field(default_factory=RetrievalConfig)
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    attentive_probe: AttentiveProbeConfig = field(default_factory=AttentiveProbeConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    tags: dict[str, TaggingConfig] = field(default_factory=dict)  # sets by name
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    batch_size: int = 64
+
+    def configured(self) -> list[str]:
+        """The suites that have data of their own."""
+        given = {
+            "zero_shot": self.zero_shot.shards,
+            "retrieval": self.retrieval.shards,
+            "video_retrieval": self.video_retrieval.shards,
+            "captions": self.captions.shards,
+            "tags": self.tags,
+        }
+        for name in ("knn", "linear_probe", "attentive_probe", "finetune"):
+            own: LabelledConfig = getattr(self, name)
+            given[name] = own.train and own.test
+        return [name for name in SUITES if given.get(name)]
+
+    def possible(self, stage: str) -> list[str]:
+        """The suites that have data of their own and can be asked of a stage's artifact."""
+        return [name for name in self.configured() if name in SUITES_OF[stage]]
+
+    def filled(self) -> EvalConfig:
+        """The same, with the sets of kNN for every probe that has none of its own."""
+        own = {name: getattr(self, name) for name in PROBES[1:4]}
+        sets = {"train": self.knn.train, "test": self.knn.test, "modality": self.knn.modality}
+        lent = {name: replace(c, **sets) for name, c in own.items() if not (c.train or c.test)}
+        return replace(self, **lent)

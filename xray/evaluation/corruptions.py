@@ -1,0 +1,141 @@
+"""Common corruptions at five severities (ImageNet-C, 1903.12261), and shifts of shape.
+
+The eight of the fifteen whose constants are numbers. Left out: glass, motion and zoom blur, snow,
+frost, fog and elastic, which need its code's frames of frost, ImageMagick's motion blur or a plasma
+fractal, and would be other corruptions under the same name. As there, pictures are changed after
+they were cropped and resized; the constants are of 224 pixels, so a disc or a block covers more of
+a smaller picture.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+Rng = np.random.Generator
+Array = np.ndarray  # [T, 3, H, W] float in [0, 1]
+
+NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
+SHOT = (60, 25, 12, 5, 3)
+IMPULSE = (0.03, 0.06, 0.09, 0.17, 0.27)
+DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius, sigma that softens its rim
+BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)
+CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
+PIXELATE = (0.6, 0.5, 0.4, 0.3, 0.25)
+JPEG = (25, 18, 15, 10, 7)
+
+
+def gaussian_noise(x: Array, severity: int, rng: Rng) -> Array:
+    """x + N(0, sd)."""
+    return x + rng.normal(scale=NOISE[severity - 1], size=x.shape)
+
+
+def shot_noise(x: Array, severity: int, rng: Rng) -> Array:
+    """Poisson(c x) / c."""
+    photons = SHOT[severity - 1]
+    return rng.poisson(x * photons) / photons
+
+
+def impulse_noise(x: Array, severity: int, rng: Rng) -> Array:
+    """A share of the values becomes 0 or 1, as likely."""
+    drawn, share = rng.random(x.shape), IMPULSE[severity - 1]
+    return np.where(drawn < share / 2, 0.0, np.where(drawn < share, 1.0, x))
+
+
+def defocus_blur(x: Array, severity: int, rng: Rng) -> Array:
+    """The mean over a disc."""
+    kernel = torch.from_numpy(disc(*DEFOCUS[severity - 1]))[None, None]
+    pad = kernel.shape[-1] // 2
+    planes = torch.from_numpy(x).flatten(0, 1)[:, None]
+    planes = F.conv2d(F.pad(planes, (pad,) * 4, mode="reflect"), kernel)
+    return planes[:, 0].numpy().reshape(x.shape)
+
+
+def disc(radius: int, sigma: float) -> Array:
+    """A disc that sums to 1, softened by a Gaussian of 3 x 3 taps, 5 x 5 beyond a radius of 8."""
+    half, reach = max(8, radius), 1 if radius <= 8 else 2
+    across = np.arange(-half, half + 1)
+    flat = (across[:, None] ** 2 + across**2 <= radius**2).astype(np.float64)
+    taps = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    taps /= taps.sum()
+    for axis in (0, 1):
+        flat = np.apply_along_axis(np.convolve, axis, flat, taps, mode="same")
+    return flat / flat.sum()
+
+
+def brightness(x: Array, severity: int, rng: Rng) -> Array:
+    """The value of HSV is raised; hue and saturation stay."""
+    value = x.max(axis=1, keepdims=True)
+    raised = (value + BRIGHTNESS[severity - 1]).clip(0, 1)
+    return np.where(value > 0, x * raised / np.maximum(value, 1e-12), raised)
+
+
+def contrast(x: Array, severity: int, rng: Rng) -> Array:
+    """Towards each channel's mean."""
+    mean = x.mean(axis=(2, 3), keepdims=True)
+    return (x - mean) * CONTRAST[severity - 1] + mean
+
+
+def pixelate(frame: Image.Image, severity: int) -> Image.Image:
+    """Shrunk to a share of its sides and enlarged again, by boxes."""
+    size = tuple(max(1, int(side * PIXELATE[severity - 1])) for side in frame.size)
+    small = frame.resize(size, Image.Resampling.BOX)  # type: ignore[arg-type]
+    return small.resize(frame.size, Image.Resampling.BOX)
+
+
+def jpeg_compression(frame: Image.Image, severity: int) -> Image.Image:
+    """Encoded and decoded by libjpeg."""
+    buffer = io.BytesIO()
+    frame.save(buffer, "JPEG", quality=JPEG[severity - 1])
+    return Image.open(buffer)
+
+
+ON_VALUES: dict[str, Callable[[Array, int, Rng], Array]] = {
+    "gaussian_noise": gaussian_noise,
+    "shot_noise": shot_noise,
+    "impulse_noise": impulse_noise,
+    "defocus_blur": defocus_blur,
+    "brightness": brightness,
+    "contrast": contrast,
+}
+ON_FRAMES = {"pixelate": pixelate, "jpeg_compression": jpeg_compression}
+CORRUPTIONS = (*ON_VALUES, *ON_FRAMES)
+
+
+def corruption(name: str, severity: int) -> Callable[[Tensor, Rng], Tensor]:
+    """A change of [T, 3, H, W] uint8 by a sample's own draws; severity 1 to 5."""
+    return partial(_corrupt, name, severity)
+
+
+def _corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
+    if name in ON_FRAMES:
+        frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
+        changed = [np.array(ON_FRAMES[name](frame, severity)) for frame in frames]
+        return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()
+    found = ON_VALUES[name](pixels.numpy() / 255.0, severity, rng)
+    return torch.from_numpy((found.clip(0, 1) * 255).astype(np.uint8))
+
+
+def aspect(ratio: float) -> Callable[[Tensor, Rng], Tensor]:
+    """Stretch a picture's width by `ratio` against its height: the centre that then fits."""
+    return partial(_stretch, ratio)
+
+
+def _stretch(ratio: float, pixels: Tensor, rng: Rng) -> Tensor:
+    height, width = pixels.shape[-2:]
+    h, w = (height, round(width / ratio)) if ratio > 1 else (round(height * ratio), width)
+    return tv.resize(
+        tv.center_crop(pixels, [h, w]),
+        [height, width],
+        InterpolationMode.BICUBIC,
+        antialias=True,
+    )

@@ -1,0 +1,228 @@
+"""Accuracy of a zero-shot and of a linear-probe head on changed pictures."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipelines.sources import Source
+from xray.config import DataConfig
+from xray.evaluation.attacks import Logits, fgsm, pgd, square
+from xray.evaluation.bootstrap import share
+from xray.evaluation.config import RobustnessConfig
+from xray.evaluation.corruptions import aspect, corruption
+from xray.evaluation.features import Change, Features, batches_of, cls_of, joint_of
+from xray.evaluation.linear_probe import fit_head
+from xray.evaluation.sets import Sets, renumber
+from xray.evaluation.zero_shot import check_labels
+from xray.restore import Encoder, class_weights
+from xray.schedule import value_at
+
+Measures = dict[str, float]
+
+
+@dataclass
+class Head:
+    """A classifier on features of one space, with its own labelled samples.
+
+    predict: features -> [N] classes. logits: [B, D] -> [B, C], with a gradient. names: of classes.
+    """
+
+    name: str
+    space: str
+    source: Source
+    labels: Tensor
+    names: tuple[str, ...]
+    predict: Callable[[Features], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+
+def robustness(sets: Sets) -> Measures:
+    """Accuracy of each head that has data: clean, corrupted, reshaped, attacked, elsewhere.
+
+    Measures are HEAD/CHANGE/STRENGTH: `zero_shot/gaussian_noise/3`, `linear_probe/pgd/1` (of 255).
+    """
+    sets.config.robustness.validate()
+    heads = list(_heads(sets))
+    found: Measures = {}
+    for head in heads:
+        check_labels(head.labels, "robustness")
+        chance = 1 / (int(head.labels.max()) + 1)
+        found |= {f"{head.name}/samples": float(len(head.labels)), f"{head.name}/chance": chance}
+        found |= _score(head, "clean", sets.features(head.source, head.space))
+    for source in {id(head.source): head.source for head in heads}.values():
+        own = [head for head in heads if head.source is source]
+        for name, change, data in _changes(sets):
+            seed = zlib.crc32(name.encode()) + sets.config.robustness.seed
+            look = replace(sets.look, change=change, seed=seed)
+            spaces = sets.extract(replace(source, name=f"{source.name} {name}"), look, data)
+            for head in own:
+                found |= _score(head, name, spaces[head.space])
+    for head in heads:
+        found |= _corrupted(head.name, found, sets.config.robustness)
+        found |= _attacked(head, sets)
+        found |= _shifted(head, sets)
+    return found
+
+
+def _heads(sets: Sets) -> Iterator[Head]:
+    given, encoder = sets.config.configured(), sets.vision
+    if "zero_shot" in given and isinstance(encoder, Encoder):
+        names, source = sets.class_names()
+        weights = class_weights(encoder.encode_text, names, sets.config.zero_shot.templates)
+        labels = sets.features(source, "joint").labels
+        labels = sets.zero_shot_labels(labels, source, names)
+        scale = encoder.logit_scale.detach()
+        yield Head(
+            "zero_shot", "joint", source, labels, tuple(names),
+            lambda found: (found.rows @ weights.t()).argmax(dim=1),
+            lambda x: scale * x @ weights.to(x).t(),
+        )  # fmt: skip
+    if "linear_probe" in given:
+        config = sets.config.linear_probe
+        train, test = sets.probe("linear_probe", config)
+        check_labels(train.labels, "a linear probe")
+        rows = train.labels.repeat_interleave(train.views.shape[1])
+        fitted = fit_head(train.views.flatten(0, 1), rows, config.solver)
+        sources = sets.labelled("linear_probe", config)
+        yield Head(
+            "linear_probe", "backbone", sources[1], test.labels, sources[0].classes,
+            lambda found: fitted.predict(found.views), fitted.logits,
+        )  # fmt: skip
+
+
+def _changes(sets: Sets) -> Iterator[tuple[str, Change | None, DataConfig]]:
+    """(name, change, how samples are read) of everything that features are extracted for."""
+    config, data = sets.config.robustness, sets.data
+    for kind in config.corruptions:
+        for severity in config.severities:
+            yield f"{kind}/{severity}", corruption(kind, severity), data
+    own, patch = value_at(data.resolution, 1.0), max(sets.vision.vision.patch_size)
+    sizes = {max(1, round(factor * own / patch)) * patch for factor in config.resolutions}
+    for size in sorted(sizes - {own}):
+        yield f"resolution/{size}", None, replace(data, resolution=size)
+    for ratio in config.aspects:
+        yield f"aspect/{ratio:g}", aspect(ratio), data
+
+
+def _score(head: Head, name: str, found: Features) -> Measures:
+    return share(f"{head.name}/{name}", head.predict(found) == head.labels)
+
+
+def _corrupted(head: str, found: Measures, config: RobustnessConfig) -> Measures:
+    """The mean over corruptions and severities, and its share of the clean accuracy."""
+    scores = [found[f"{head}/{c}/{s}"] for c in config.corruptions for s in config.severities]
+    if not scores:
+        return {}
+    mean = sum(scores) / len(scores)
+    clean = found[f"{head}/clean"]
+    return {f"{head}/corrupted": mean} | (
+        {f"{head}/corrupted_of_clean": mean / clean} if clean else {}
+    )
+
+
+def _shifted(head: Head, sets: Sets) -> Measures:
+    """Accuracy on a set from elsewhere of the same classes, and what is lost."""
+    config = sets.config.robustness
+    if not config.shift:
+        return {}
+    source = sets.open("robustness.shift", config.shift, head.source.modality)
+    found = sets.features(source, head.space)
+    labels = renumber(found.labels, source, head.names, f"the classes of {head.source.name}")
+    check_labels(labels, "eval.robustness.shift")
+    scores = share(f"{head.name}/shift", head.predict(found) == labels)
+    hits = share(
+        f"{head.name}/clean", head.predict(sets.features(head.source, head.space)) == head.labels
+    )
+    gap = hits[f"{head.name}/clean"] - scores[f"{head.name}/shift"]
+    return scores | {
+        f"{head.name}/shift_gap": gap,
+        f"{head.name}/shift_samples": float(len(labels)),
+    }
+
+
+@dataclass
+class Chosen:
+    """Slots of some samples of a source, evenly spaced over it."""
+
+    members: dict[int, np.ndarray]
+    counts: np.ndarray
+    digest: str = "chosen"
+
+    @classmethod
+    def of_source(cls, source: Source, samples: int) -> tuple[Chosen, Tensor]:
+        """The slots and the numbers of the samples, in order."""
+        chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).round())
+        places = list(source.places())
+        found: dict[int, list[int]] = {}
+        for number in chosen.astype(int).tolist():
+            shard, member = places[number]
+            found.setdefault(shard, []).append(member)
+        members = {shard: np.array(own) for shard, own in found.items()}
+        counts = np.array([len(found.get(shard, ())) for shard in range(len(source.manifest))])
+        return cls(members, counts), torch.from_numpy(chosen).long()
+
+    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        own = self.members.get(shard, np.empty(0, np.int64))
+        return own, np.zeros(len(own), np.int64)
+
+    def texts(self, shard: int, slot: int) -> np.ndarray | None:
+        return None
+
+
+def _attacked(head: Head, sets: Sets) -> Measures:
+    """Accuracy under each attack at each eps, on some of the samples, each looked at once."""
+    config, encoder = sets.config.robustness, sets.vision
+    if not config.attacks:
+        return {}
+    slots, rows = Chosen.of_source(head.source, config.attacked)
+    source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
+    labels, device = head.labels[rows], encoder.normalize.mean.device
+
+    def logits(x: Tensor) -> Tensor:
+        cls = cls_of(encoder, 255 * x)
+        if head.space == "joint":
+            return head.logits(joint_of(sets.joint, cls))
+        return head.logits(F.normalize(cls.float(), dim=-1))
+
+    hits: dict[str, list[Tensor]] = {}
+    generator, done = torch.Generator().manual_seed(config.seed), 0
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    for pixels, _ in batches_of(source, sets.data, sets.config.batch_size):
+        x = pixels[:, 0].to(device).float() / 255
+        truth = labels[done : done + len(x)].to(device)
+        done += len(x)
+        hits.setdefault("attacked_clean", []).append(_right(logits, x, truth))
+        for name, attack in _attacks(config, logits, generator):
+            hits.setdefault(name, []).append(_right(logits, attack(x, truth), truth))
+    found = {f"{head.name}/attacked_samples": float(len(labels))}
+    for name, parts in hits.items():
+        found |= share(f"{head.name}/{name}", torch.cat(parts))
+    return found
+
+
+def _attacks(
+    config: RobustnessConfig, logits: Logits, generator: torch.Generator
+) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
+    """(ATTACK/EPS, pictures and labels -> pictures)."""
+    makers: dict[str, Callable[..., Tensor]] = {
+        "fgsm": fgsm,
+        "pgd": partial(pgd, steps=config.steps, generator=generator),
+        "square": partial(square, queries=config.queries, generator=generator),
+    }
+    for name in config.attacks:
+        for eps in config.eps:
+            yield f"{name}/{eps:g}", partial(makers[name], logits, eps=eps / 255)
+
+
+@torch.no_grad()
+def _right(logits: Logits, x: Tensor, labels: Tensor) -> Tensor:
+    return (logits(x).argmax(dim=1) == labels).cpu()

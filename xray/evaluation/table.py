@@ -1,0 +1,159 @@
+"""Results as a table: each measure with its interval, beside chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from xray.report import ResultTable
+
+Measures = Mapping[str, float]
+WAYS = ("text_to_image", "image_to_text")  # of retrieval
+PROBES = {
+    "knn": "kNN",
+    "linear_probe": "linear probe",
+    "attentive_probe": "attentive probe",
+    "finetune": "fine-tuning",
+}
+
+
+class _Rows:
+    """A table that is being written."""
+
+    def __init__(self, table: ResultTable) -> None:
+        self.table = table
+
+    def share(self, name: str, r: Measures, key: str, chance: float, over: str) -> None:
+        """A measure and its interval in percent."""
+        value = f"{100 * r[key]:.1f}"
+        if _low(key) in r:
+            value += f" [{100 * r[_low(key)]:.1f}, {100 * r[_high(key)]:.1f}]"
+        self.table.rows.append((name, value, f"{100 * chance:.2f}", over))
+
+    def place(self, name: str, r: Measures, key: str, chance: float, over: str) -> None:
+        """A median place and its interval: no percent."""
+        value = f"place {r[key]:.1f} [{r[_low(key)]:.1f}, {r[_high(key)]:.1f}]"
+        self.table.rows.append((name, value, f"place {chance:.1f}", over))
+
+
+def _low(key: str) -> str:
+    return _with(key, "_low")
+
+
+def _high(key: str) -> str:
+    return _with(key, "_high")
+
+
+def _with(key: str, end: str) -> str:
+    """R@1/64 has its interval at R@1_low/64."""
+    name, slash, prefix = key.partition("/")
+    return f"{name}{end}{slash}{prefix}"
+
+
+def result_table(results: Mapping[str, Measures]) -> ResultTable:
+    """Each measure with its 95 % interval, beside chance, in percent."""
+    table = ResultTable("Results", ("measure", "result % [95 % CI]", "chance %", "over"))
+    rows = _Rows(table)
+    if "zero_shot" in results:
+        r = results["zero_shot"]
+        over = f"{r['samples']:.0f} samples, {r['classes']:.0f} classes"
+        for k in ("top1", "top5"):
+            rows.share(f"zero-shot {k}", r, k, r[f"chance_{k}"], over)
+    for suite, medium in (("retrieval", "image"), ("video_retrieval", "clip")):
+        if suite in results:
+            _retrieval(rows, results[suite], medium)
+    if "captions" in results:
+        _captions(rows, results["captions"])
+    for suite, name in PROBES.items():
+        if suite in results:
+            r = results[suite]
+            rows.share(f"{name} top1", r, "top1", r["chance_top1"], f"{r['samples']:.0f} samples")
+    tags = results.get("tags", {})
+    for name in dict.fromkeys(key.split("/")[0] for key in tags):
+        own = {k.split("/")[1]: v for k, v in tags.items() if k.startswith(f"{name}/")}
+        _tags(rows, name, own)
+    _robustness(rows, results.get("robustness", {}))
+    return table
+
+
+def _retrieval(rows: _Rows, r: Measures, medium: str) -> None:
+    what = "pictures" if medium == "image" else "clips"
+    over = f"{r['images']:.0f} {what}, {r['texts']:.0f} captions"
+    recalls = [name for name in r if name.startswith(WAYS)]
+    prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
+    for prefix, way in product(prefixes, WAYS):
+        whose = f", first {prefix} features" if prefix else ""
+        for measure in ("R@1", "R@5", "R@10", "median_rank"):
+            name = f"{way}_{measure}"
+            key = f"{name}/{prefix}" if prefix else name
+            if key in r:
+                title = name.replace("image", medium).replace("_", " ") + whose
+                row = rows.place if measure == "median_rank" else rows.share
+                row(title, r, key, r[f"chance_{name}"], over)
+
+
+def _captions(rows: _Rows, r: Measures) -> None:
+    over = f"{r['captions']:.0f} captions"
+    chance = r["chance_top1"]
+    if "before_top1" in r:
+        rows.share("caption to caption top1, before tuning", r, "before_top1", chance, over)
+    rows.share("caption to caption top1", r, "top1", chance, over)
+
+
+def _tags(rows: _Rows, name: str, r: Measures) -> None:
+    both = r["samples"] + r["untagged"]
+    over = f"{r['samples']:.0f} of {both:.0f} samples, {r['tags']:.0f} tags"
+    rows.share(f"{name} precision@1", r, "precision@1", r["chance_precision@1"], over)
+    rows.share(f"{name} recall@5", r, "recall@5", r["chance_recall@5"], over)
+    for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
+        tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
+        rows.share(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
+    least = r["least_dead@10"] / r["vocabulary"]
+    rows.share(f"{name} dead tags", r, "dead_share@10", least, f"{r['vocabulary']:.0f} tags")
+    rows.share(f"{name} calibration error", r, "ece", 0.0, over)
+
+
+def changes(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
+    """(head, change, strength, accuracy) of every changed set in the results of robustness."""
+    for key, value in measures.items():
+        parts = key.split("/")
+        if len(parts) == 3 and not parts[2].endswith(("_low", "_high")):
+            yield parts[0], parts[1], parts[2], value
+
+
+def _robustness(rows: _Rows, r: Measures) -> None:
+    """Corruptions as the mean of their severities; everything else as it is."""
+    found = list(changes(r))
+    for head in dict.fromkeys(key.split("/")[0] for key in r):
+        name, chance = head.replace("_", "-"), r[f"{head}/chance"]
+        over = f"{r[f'{head}/samples']:.0f} samples"
+
+        few = f"{r.get(f'{head}/attacked_samples', 0):.0f} samples"
+        own = [(change, strength, value) for h, change, strength, value in found if h == head]
+        corrupted = [c for c in dict.fromkeys(c for c, _, _ in own) if c not in SHIFTS + ATTACKED]
+        listed = [("clean", "clean", over)]
+        listed += [(f"{c} {s}", f"{c}/{s}", over) for c, s, _ in own if c in SHIFTS]
+        listed += [("mean of corruptions", "corrupted", over)] if corrupted else []
+        if f"{head}/attacked_clean" in r:
+            listed.append(("those attacked, clean", "attacked_clean", few))
+        listed += [(f"{c}, eps {s}/255", f"{c}/{s}", few) for c, s, _ in own if c in ATTACKED]
+        if f"{head}/shift" in r:
+            listed.append(("elsewhere", "shift", f"{r[f'{head}/shift_samples']:.0f} samples"))
+        for title, key, which in listed:
+            ends = [f"{head}/{key}{end}" for end in ("", "_low", "_high")]
+            measures = {k.removeprefix(f"{head}/"): r[k] for k in ends if k in r}
+            rows.share(f"{name}, {title}", _by_name(measures), key.replace("/", " "), chance, which)
+        for change in corrupted:
+            values = [value for c, _, value in own if c == change]
+            mean = {change: sum(values) / len(values)}
+            title = f"{name}, {change.replace('_', ' ')}, mean of {len(values)} severities"
+            rows.share(title, mean, change, chance, over)
+
+
+def _by_name(measures: Measures) -> dict[str, float]:
+    """Strengths have no slash here: what follows one is a Matryoshka prefix to `_with`."""
+    return {key.replace("/", " "): value for key, value in measures.items()}
+
+
+SHIFTS = ("resolution", "aspect")
+ATTACKED = ("fgsm", "pgd", "square")
