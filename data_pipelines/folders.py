@@ -186,5 +186,10 @@ def _source(
     }
     manifest = Manifest(str(where.parent), columns, {"digest": state.hexdigest()})
     return FileSource(
-        name, modality, animations, manifest, rows=tuple(rows), classes=tuple(classes)
+        name, modality, animations, manifest, rows=tuple(rows), classes=_spaced(classes)
     )
+
+
+def _spaced(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names as they are said in prompts and written in lists of classes."""
+    return tuple(name.replace("_", " ") for name in classes)

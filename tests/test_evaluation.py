@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from timm.optim import Lars
 
 from xray.errors import DataError
+from xray.evaluation import bootstrap
+from xray.evaluation import retrieval as retrieval_module
 from xray.evaluation.knn import knn
-from xray.evaluation.linear_probe import STRENGTHS, linear_probe
+from xray.evaluation.linear_probe import STRENGTHS, LinearHead, fit, fit_head, linear_probe
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.zero_shot import zero_shot
 from xray.restore import class_weights
@@ -45,7 +52,7 @@ def test_chance_of_retrieval_is_what_random_features_reach() -> None:
             F.normalize(torch.randn(120, 16), dim=-1),
             owner,
         )
-        for _ in range(150)
+        for _ in range(100)
     ]
     for way in ("text_to_image", "image_to_text"):
         mean = sum(run[f"{way}_R@5"] for run in runs) / len(runs)
@@ -108,3 +115,161 @@ def test_linear_probe_separates_what_can_be_separated() -> None:
     assert noise["top1"] < 0.35
     with pytest.raises(DataError, match="needs a class for every sample"):
         linear_probe(train, labels - 1, test, labels)
+
+
+def test_retrieval_in_pieces_is_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts = unit(30, 6), unit(80, 6)
+    owner = torch.cat([torch.arange(30), torch.arange(30), torch.arange(20)])
+    whole = retrieval(images, texts, owner)
+    monkeypatch.setattr(retrieval_module, "HELD", 7 * 80)  # 7 pictures, 18 texts at a time
+    assert retrieval(images, texts, owner) == whole
+
+
+def test_median_rank_equals_brute_force() -> None:
+    images, texts = unit(31, 4), unit(93, 4)
+    owner = torch.arange(93) % 31
+    similarity = (images @ texts.t()).numpy()
+    to_image = [1 + (similarity[:, j] > similarity[owner[j], j]).sum() for j in range(93)]
+    best = [similarity[i, owner.numpy() == i].max() for i in range(31)]
+    to_text = [1 + (similarity[i] > best[i]).sum() for i in range(31)]
+    found = retrieval(images, texts, owner)
+    assert found["text_to_image_median_rank"] == np.median(to_image)
+    assert found["image_to_text_median_rank"] == np.median(to_text)
+    low, high = (found[f"text_to_image_median_rank_{end}"] for end in ("low", "high"))
+    assert low <= np.median(to_image) <= high and low < high
+    generator = np.random.default_rng(0)
+    places = [generator.permutation(93)[:3].min() + 1 for _ in range(4000)]
+    assert found["chance_image_to_text_median_rank"] == pytest.approx(np.median(places), abs=1)
+
+
+def test_an_interval_is_the_binomial_one_and_covers_the_truth() -> None:
+    hits = torch.arange(200) < 60
+    low, high = bootstrap.share_interval(hits)
+    draws = np.random.default_rng(1).binomial(200, 0.3, 100_000) / 200
+    assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.01)
+    generator, covered = np.random.default_rng(2), 0
+    for _ in range(100):
+        low, high = bootstrap.share_interval(torch.from_numpy(generator.random(150) < 0.4))
+        covered += low <= 0.4 <= high
+    assert 88 <= covered <= 100
+
+
+def test_captions_of_a_picture_are_drawn_together() -> None:
+    """Five captions that always share their fate tell no more than one."""
+    hits = (torch.arange(100) < 37).float()
+    weights = torch.full((100,), 5)
+    assert bootstrap.share("R", 5 * hits, weights) == pytest.approx(bootstrap.share("R", hits))
+    five = bootstrap.median("M", hits.repeat(5), torch.arange(100).repeat(5))
+    assert five == bootstrap.median("M", hits, torch.arange(100))
+
+
+def test_a_resampled_median_is_numpys() -> None:
+    values, owner = torch.randn(40).double(), torch.arange(40) // 2
+    found = bootstrap.median("M", values, owner)
+    medians = [
+        np.median(np.repeat(values.numpy(), row[owner.numpy()]))
+        for counts in bootstrap.resamples(20)
+        for row in counts
+    ]
+    assert (found["M_low"], found["M_high"]) == tuple(np.percentile(medians, [2.5, 97.5]))
+
+
+def test_knn_equals_sklearn() -> None:
+    train, test = unit(120, 8), unit(50, 8)
+    labels, truth = torch.arange(120) % 5, torch.arange(50) % 5
+    judge = KNeighborsClassifier(
+        20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute"
+    ).fit(train.double().numpy(), labels.numpy())
+    assert knn(train, labels, test, truth)["top1"] == judge.score(test.double(), truth)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-1])
+def test_lbfgs_equals_sklearn(strength: float) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(150) % 4
+    x = torch.randn(150, 10).double() + labels[:, None] * torch.linspace(0, 0.4, 10)
+    test = torch.randn(80, 10).double()
+    head = LinearHead(torch.zeros(10).double(), torch.ones(10).double(), fit(x, labels, strength))
+    judge = LogisticRegression(C=1 / (strength * 150), tol=1e-10, max_iter=10_000).fit(x, labels)
+    mine = head.logits(test).softmax(dim=1).numpy()
+    assert np.abs(mine - judge.predict_proba(test)).max() < 1e-6
+    assert (head.predict(test[:, None]).numpy() == judge.predict(test)).all()
+
+
+def test_the_probe_is_sklearns_on_standardised_features() -> None:
+    torch.manual_seed(1)
+    labels = torch.arange(300) % 6
+    train, test = (torch.randn(300, 12) + F.one_hot(labels, 12) for _ in range(2))
+    found = linear_probe(train, labels, test, labels)
+    mean, deviation = train.double().mean(0), train.double().std(0)
+    judge = LogisticRegression(C=1 / (found["l2"] * 300), tol=1e-10, max_iter=10_000)
+    judge.fit((train - mean) / deviation, labels)
+    assert found["top1"] == judge.score((test - mean) / deviation, labels)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "mae"])
+def test_other_solvers_separate_what_can_be_separated(solver: str) -> None:
+    torch.manual_seed(0)
+    centres, labels = 3 * torch.randn(5, 16), torch.arange(1500) % 5
+    train, test = (7 + centres[labels] + torch.randn(1500, 16) for _ in range(2))
+    nearest = (torch.cdist(test, 7 + centres).argmin(1) == labels).float().mean()
+    assert linear_probe(train, labels, test, labels, solver)["top1"] >= nearest - 0.04
+    head = fit_head(train, labels, solver)
+    spread = (train - head.mean) / head.deviation
+    assert spread.mean().abs() < 0.01 and abs(spread.std() - 1) < 0.05
+
+
+def test_lars_is_maes() -> None:
+    """A step without decay: lr * .001 * |w| / |g| along the gradient of a matrix, momentum .9."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    before, gradients = weight.detach().clone(), [torch.randn(4, 3) for _ in range(2)]
+    optimizer = Lars([{"params": [weight], "always_adapt": True}], lr=0.5, momentum=0.9)
+    velocity, expected = torch.zeros(4, 3), before
+    for gradient in gradients:
+        velocity = 0.9 * velocity + 0.001 * expected.norm() / gradient.norm() * gradient
+        expected = expected - 0.5 * velocity
+        weight.grad = gradient
+        optimizer.step()
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_views_of_a_clip_vote_by_their_softmax() -> None:
+    head = LinearHead(torch.zeros(2), torch.ones(2), torch.tensor([[1.0, 0], [0, 1], [0, 0]]))
+    # of the logits' mean the second class is the larger, of the softmaxes' the first
+    views = torch.tensor([[[2.0, 0.0], [2.0, 0.0], [0.0, 9.0]]])
+    assert views.mean(dim=1).argmax() == 1
+    assert head.predict(views).item() == 0
+
+
+def test_zero_shot_weights_and_accuracy_are_open_clips() -> None:
+    torch.manual_seed(0)
+    table = torch.nn.EmbeddingBag(128, 16)
+
+    class Model(torch.nn.Module):
+        def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+            rows = table(tokens)
+            return F.normalize(rows, dim=-1) if normalize else rows
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[ord(c) % 128 for c in text.ljust(24)] for text in texts])
+
+    names, templates = ["cat", "dog", "owl", "newt", "ape", "eel"], ["a {}", "one {} here"]
+    calls = [lambda name, t=t: t.format(name) for t in templates]
+    with torch.no_grad():
+        theirs = open_clip.build_zero_shot_classifier(Model(), tokenize, names, calls)
+        mine = class_weights(lambda texts: table(tokenize(list(texts))), names, templates)
+    assert torch.allclose(mine, theirs.t(), atol=1e-6)
+    features, labels = unit(40, 16), torch.arange(40) % 6
+    top = (features @ theirs).topk(5, dim=1).indices
+    found = zero_shot(features, labels, mine)
+    assert found["top1"] == pytest.approx(float((top[:, 0] == labels).double().mean()))
+    assert found["top5"] == pytest.approx(float((top == labels[:, None]).any(1).double().mean()))
+
+
+def test_one_class_is_refused() -> None:
+    features, labels = unit(30, 4), torch.zeros(30, dtype=torch.long)
+    with pytest.raises(DataError, match="two classes or more"):
+        knn(features, labels, features, labels)
+    with pytest.raises(DataError, match="30 of 30 have none"):
+        linear_probe(features, labels - 1, features, labels)

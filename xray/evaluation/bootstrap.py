@@ -39,10 +39,10 @@ def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
     found = []
     for counts in resamples(int(owner.max()) + 1):
         until = counts[:, owners].cumsum(axis=1)  # values drawn so far, from the smallest
-        for row in until:
-            middle = (row[-1] - 1) // 2, row[-1] // 2
-            found.append(ranked[np.searchsorted(row, middle, side="right")].mean())
-    low, high = _ends(np.array(found))
+        lower, upper = (until[:, -1:] - 1) // 2, until[:, -1:] // 2
+        places = [(until <= middle).sum(axis=1) for middle in (lower, upper)]
+        found.append((ranked[places[0]] + ranked[places[1]]) / 2)
+    low, high = _ends(np.concatenate(found))
     return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
 
 

@@ -59,6 +59,12 @@ def label_of(files: dict[str, bytes]) -> int:
     return label if isinstance(label, int) else -1
 
 
+def labels_of(source: Source) -> Tensor:
+    """The class numbers of a source in order, [N], without its pictures."""
+    files = ("cls", "json")
+    return torch.tensor([label_of(source.read(*place, files)) for place in source.places()])
+
+
 def look_at(sample: Sample, source: Source, data: DataConfig, look: Look) -> Tensor:
     """Views of a sample, [V, T, 3, S, S] uint8; the same at every call. V = 1 for an image."""
     if sample.modality == "video" and look.clips * look.crops > 1:

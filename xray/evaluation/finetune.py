@@ -19,7 +19,7 @@ from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.errors import DataError
 from xray.evaluation.bootstrap import share
 from xray.evaluation.config import FinetuneConfig
-from xray.evaluation.features import batches_of, label_of
+from xray.evaluation.features import batches_of, label_of, labels_of
 from xray.evaluation.sets import Sets, renumber
 from xray.evaluation.zero_shot import check_labels
 from xray.models.backbone import VisionBackbone
@@ -82,10 +82,8 @@ def finetune(sets: Sets) -> dict[str, float]:
     config.validate()
     source, test = sets.labelled("finetune", config)
     names = source.classes
-    truth = renumber(sets.features(test).labels, test, names, f"the classes of {config.train}")
-    labels = torch.tensor(
-        [label_of(source.read(*place, ("cls", "json"))) for place in source.places()]
-    )
+    labels = labels_of(source)
+    truth = renumber(labels_of(test), test, names, f"the classes of {config.train}")
     check_labels(labels, "fine-tuning")
     check_labels(truth, "fine-tuning")
     device = sets.vision.normalize.mean.device
@@ -127,7 +125,6 @@ def _train(
         loss = _loss(model, pixels.to(device), labels.to(device), config)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         last.append(float(loss.detach()))
     return math.fsum(last[-per_epoch:]) / per_epoch

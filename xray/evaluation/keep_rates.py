@@ -14,7 +14,7 @@ from xray.models.flops import vision_macs
 from xray.report import ResultTable
 from xray.schedule import value_at
 
-ROUNDS = 7  # of timing, after one of warm-up
+ROUNDS = 15  # of timing, after one of warm-up
 MAIN = ("top1", "text_to_image_R@1", "image_to_text_R@1")  # what a suite is judged by
 NOT_OF_RATES = ("tags", "captions", "robustness", "finetune")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines.sources import Source
 from xray.config import DataConfig
+from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.bootstrap import share
 from xray.evaluation.config import RobustnessConfig
@@ -51,12 +52,19 @@ def robustness(sets: Sets) -> Measures:
     """
     sets.config.robustness.validate()
     heads = list(_heads(sets))
+    if not heads:
+        raise ConfigError(
+            f"{sets.what}: corruptions and attacks are of its linear probe, set "
+            "eval.linear_probe.train and .test (zero-shot is a clip artifact's)"
+        )
     found: Measures = {}
+    hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
         check_labels(head.labels, "robustness")
         chance = 1 / (int(head.labels.max()) + 1)
         found |= {f"{head.name}/samples": float(len(head.labels)), f"{head.name}/chance": chance}
-        found |= _score(head, "clean", sets.features(head.source, head.space))
+        found[f"{head.name}/attacked_samples"] = 0.0
+        hits[head.name] = {"clean": _hits(head, sets.features(head.source, head.space))}
     for source in {id(head.source): head.source for head in heads}.values():
         own = [head for head in heads if head.source is source]
         for name, change, data in _changes(sets):
@@ -64,11 +72,11 @@ def robustness(sets: Sets) -> Measures:
             look = replace(sets.look, change=change, seed=seed)
             spaces = sets.extract(replace(source, name=f"{source.name} {name}"), look, data)
             for head in own:
-                found |= _score(head, name, spaces[head.space])
+                hits[head.name][name] = _hits(head, spaces[head.space])
     for head in heads:
-        found |= _corrupted(head.name, found, sets.config.robustness)
+        found |= _scores(head.name, hits[head.name], sets.config.robustness)
         found |= _attacked(head, sets)
-        found |= _shifted(head, sets)
+        found |= _shifted(head, sets, found[f"{head.name}/clean"])
     return found
 
 
@@ -112,23 +120,29 @@ def _changes(sets: Sets) -> Iterator[tuple[str, Change | None, DataConfig]]:
         yield f"aspect/{ratio:g}", aspect(ratio), data
 
 
-def _score(head: Head, name: str, found: Features) -> Measures:
-    return share(f"{head.name}/{name}", head.predict(found) == head.labels)
+def _hits(head: Head, found: Features) -> Tensor:
+    return head.predict(found) == head.labels
 
 
-def _corrupted(head: str, found: Measures, config: RobustnessConfig) -> Measures:
-    """The mean over corruptions and severities, and its share of the clean accuracy."""
-    scores = [found[f"{head}/{c}/{s}"] for c in config.corruptions for s in config.severities]
-    if not scores:
-        return {}
-    mean = sum(scores) / len(scores)
-    clean = found[f"{head}/clean"]
-    return {f"{head}/corrupted": mean} | (
-        {f"{head}/corrupted_of_clean": mean / clean} if clean else {}
-    )
+def _scores(head: str, hits: dict[str, Tensor], config: RobustnessConfig) -> Measures:
+    """Accuracy on each changed set, and the mean of each corruption and of all of them."""
+    found: Measures = {}
+    for name, own in hits.items():
+        found |= share(f"{head}/{name}", own)
+    corrupted = []
+    for kind in config.corruptions:
+        rows = torch.stack([hits[f"{kind}/{severity}"] for severity in config.severities])
+        found |= _mean(f"{head}/{kind}", rows)
+        corrupted.append(rows)
+    return found | (_mean(f"{head}/corrupted", torch.cat(corrupted)) if corrupted else {})
 
 
-def _shifted(head: Head, sets: Sets) -> Measures:
+def _mean(name: str, hits: Tensor) -> Measures:
+    """Of [changes, N]: a sample is drawn with all its changes."""
+    return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
+
+
+def _shifted(head: Head, sets: Sets, clean: float) -> Measures:
     """Accuracy on a set from elsewhere of the same classes, and what is lost."""
     config = sets.config.robustness
     if not config.shift:
@@ -138,10 +152,7 @@ def _shifted(head: Head, sets: Sets) -> Measures:
     labels = renumber(found.labels, source, head.names, f"the classes of {head.source.name}")
     check_labels(labels, "eval.robustness.shift")
     scores = share(f"{head.name}/shift", head.predict(found) == labels)
-    hits = share(
-        f"{head.name}/clean", head.predict(sets.features(head.source, head.space)) == head.labels
-    )
-    gap = hits[f"{head.name}/clean"] - scores[f"{head.name}/shift"]
+    gap = clean - scores[f"{head.name}/shift"]
     return scores | {
         f"{head.name}/shift_gap": gap,
         f"{head.name}/shift_samples": float(len(labels)),

@@ -106,7 +106,7 @@ class Sets:
                     f"{config.shards} has no class names: set eval.zero_shot.classes to a file "
                     "of them, one per line"
                 )
-            names = [name.replace("_", " ") for name in source.classes]
+            names = list(source.classes)
         else:
             names = _read_names(resolve(config.classes, self.data.root))
         if len(names) < 2:

@@ -123,37 +123,28 @@ def changes(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
 
 def _robustness(rows: _Rows, r: Measures) -> None:
     """Corruptions as the mean of their severities; everything else as it is."""
-    found = list(changes(r))
     for head in dict.fromkeys(key.split("/")[0] for key in r):
-        name, chance = head.replace("_", "-"), r[f"{head}/chance"]
-        over = f"{r[f'{head}/samples']:.0f} samples"
-
-        few = f"{r.get(f'{head}/attacked_samples', 0):.0f} samples"
-        own = [(change, strength, value) for h, change, strength, value in found if h == head]
-        corrupted = [c for c in dict.fromkeys(c for c, _, _ in own) if c not in SHIFTS + ATTACKED]
-        listed = [("clean", "clean", over)]
-        listed += [(f"{c} {s}", f"{c}/{s}", over) for c, s, _ in own if c in SHIFTS]
-        listed += [("mean of corruptions", "corrupted", over)] if corrupted else []
-        if f"{head}/attacked_clean" in r:
-            listed.append(("those attacked, clean", "attacked_clean", few))
-        listed += [(f"{c}, eps {s}/255", f"{c}/{s}", few) for c, s, _ in own if c in ATTACKED]
-        if f"{head}/shift" in r:
-            listed.append(("elsewhere", "shift", f"{r[f'{head}/shift_samples']:.0f} samples"))
-        for title, key, which in listed:
-            ends = [f"{head}/{key}{end}" for end in ("", "_low", "_high")]
-            measures = {k.removeprefix(f"{head}/"): r[k] for k in ends if k in r}
-            rows.share(f"{name}, {title}", _by_name(measures), key.replace("/", " "), chance, which)
-        for change in corrupted:
-            values = [value for c, _, value in own if c == change]
-            mean = {change: sum(values) / len(values)}
-            title = f"{name}, {change.replace('_', ' ')}, mean of {len(values)} severities"
-            rows.share(title, mean, change, chance, over)
-
-
-def _by_name(measures: Measures) -> dict[str, float]:
-    """Strengths have no slash here: what follows one is a Matryoshka prefix to `_with`."""
-    return {key.replace("/", " "): value for key, value in measures.items()}
+        own = {key.removeprefix(f"{head}/").replace("/", " "): value for key, value in r.items()}
+        all_of_it, few = f"{own['samples']:.0f} samples", f"{own['attacked_samples']:.0f} samples"
+        steps = [(change, strength) for h, change, strength, _ in changes(r) if h == head]
+        corrupted = [c for c, _ in steps if c not in SHIFTS + ATTACKED]
+        listed = [("clean", all_of_it)]
+        listed += [(c, all_of_it) for c in (*dict.fromkeys(corrupted), "corrupted") if c in own]
+        listed += [(f"{c} {s}", all_of_it) for c, s in steps if c in SHIFTS]
+        listed += [("attacked_clean", few)] if "attacked_clean" in own else []
+        listed += [(f"{c} {s}", few) for c, s in steps if c in ATTACKED]
+        listed += [("shift", f"{own['shift_samples']:.0f} samples")] if "shift" in own else []
+        for key, over in listed:
+            title = TITLES.get(key, key.replace("_", " ")) + (
+                "/255" if key.startswith(ATTACKED) else ""
+            )
+            rows.share(f"{head.replace('_', '-')}, {title}", own, key, own["chance"], over)
 
 
 SHIFTS = ("resolution", "aspect")
 ATTACKED = ("fgsm", "pgd", "square")
+TITLES = {
+    "corrupted": "mean of corruptions",
+    "attacked_clean": "those attacked, clean",
+    "shift": "elsewhere",
+}

@@ -1,0 +1,256 @@
+"""`xray eval` as its user runs it, on shards, folders and tables, with one small artifact."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import Result
+from tiny import train
+from typer.testing import CliRunner
+
+from data_pipelines.folders import open_labelled
+from data_pipelines.sources import open_source
+from data_pipelines.transforms import load_views
+from xray.artifact import Artifact
+from xray.cli import app
+from xray.config_files import build, parse_overrides
+from xray.evaluation import features
+from xray.evaluation.attentive_probe import attentive_probe
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.finetune import Classifier, finetune
+from xray.evaluation.suite import Suite
+from xray.restore import Encoder, VisionEncoder
+
+
+@pytest.fixture(scope="module")
+def clip(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return train("clip", demo, tmp_path_factory.mktemp("clip"), "train.samples=24")
+
+
+@pytest.fixture(scope="module")
+def folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The held-out photos in folders named after their classes, and as tables beside them."""
+    root = tmp_path_factory.mktemp("plain")
+    names = (demo / "classes.txt").read_text().split("\n")
+    source = open_source("heldout", str(demo / "heldout"), "image")
+    labels, captions, grounds = [("path", "label")], [("path", "caption")], [("path", "label")]
+    for number, place in enumerate(source.places()):
+        files = source.read(*place)
+        own = names[features.label_of(files)]
+        path = root / "set" / own.replace(" ", "_") / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files["jpg"])
+        labels.append((str(path.relative_to(root)), own))
+        told = json.loads(files["json"])["captions"]
+        captions += [(str(path.relative_to(root)), text) for text in told]
+        grounds.append((str(path.relative_to(root)), told[0].split()[-2]))
+    source, clips = open_source("clips", str(demo / "clips"), "video"), [("path", "label")]
+    for number, place in enumerate(source.places()):
+        files = source.read(*place)
+        (root / f"{number}.mp4").write_bytes(files["mp4"])
+        clips.append((f"{number}.mp4", json.loads(files["json"])["caption"].split()[-2]))
+    tables = {
+        "labels.csv": labels,
+        "captions.csv": captions,
+        "grounds.csv": grounds,
+        "clips.csv": clips,
+    }
+    for name, rows in tables.items():
+        with (root / name).open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return root
+
+
+def xray(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def results(clip: Artifact, out: Path, *arguments: object) -> dict[str, dict[str, float]]:
+    done = xray("eval", clip.path, *arguments, "--out", out / "results.json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads((out / "results.json").read_text())
+
+
+def config(*overrides: str) -> EvalConfig:
+    return build(EvalConfig, parse_overrides(overrides).get("eval", {}))
+
+
+def suite(clip: Artifact, demo: Path, *overrides: str) -> Suite:
+    return Suite(Encoder(clip), config(*overrides), str(demo), 0)
+
+
+def test_folders_and_tables_give_the_numbers_of_shards(
+    clip: Artifact, demo: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Also where their classes are numbered otherwise: a name is what counts."""
+    names = "zero_shot,retrieval,knn,linear_probe"
+    packed = results(
+        clip, tmp_path, "--suite", names, f"data.root={demo}",
+        "eval.zero_shot={shards: heldout, classes: classes.txt}", "eval.retrieval.shards=heldout",
+        "eval.knn={train: gallery, test: heldout, k: 5}",
+    )  # fmt: skip
+    assert list(packed) == names.split(",")
+    plain = results(
+        clip, tmp_path, "--suite", "zero_shot,retrieval", f"data.root={folder}",
+        "eval.zero_shot.shards=set", "eval.retrieval.shards=captions.csv",
+    )  # fmt: skip
+    assert plain["zero_shot"]["classes"] == len(list((folder / "set").iterdir()))
+    for key, value in packed["retrieval"].items():  # pictures are in another order
+        if "R@" in key and not key.endswith(("low", "high")):
+            assert plain["retrieval"][key] == pytest.approx(value)
+    table = results(
+        clip, tmp_path, "--suite", "zero_shot", "eval.zero_shot.shards=labels.csv",
+        f"data.root={folder}", f"eval.zero_shot.classes={demo / 'classes.txt'}",
+    )  # fmt: skip
+    for key in ("top1", "top5", "chance_top1"):
+        assert table["zero_shot"][key] == packed["zero_shot"][key]
+    both = results(
+        clip, tmp_path, "--suite", "knn", f"data.root={folder}",
+        "eval.knn={train: set, test: labels.csv, k: 1}",
+    )  # fmt: skip
+    assert both["knn"]["top1"] == 1  # each is its own nearest
+
+
+def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.retrieval.shards=heldout", "eval.knn={train: gallery, test: heldout, k: 5}",
+    )  # fmt: skip
+    seen: list[int] = []
+    original = features.cls_of
+
+    def counted(encoder: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return original(encoder, pixels)
+
+    monkeypatch.setattr(features, "cls_of", counted)
+    sets.run(["zero_shot", "retrieval", "knn", "linear_probe"])
+    gallery = len(open_labelled("g", "gallery", "image", str(demo)))
+    assert sum(seen) == 24 + gallery
+
+
+def test_views_are_averaged_and_normalised(clip: Artifact, demo: Path) -> None:
+    sets = suite(clip, demo, "eval.views={clips: 3, crops: 3}", "eval.batch_size=20").sets
+    source = sets.open("video_retrieval", "clips", "video")
+    found = sets.features(source, "joint")
+    assert found.views.shape == (24, 9, 16)
+    encoder, place = sets.joint, next(source.places())
+    views = load_views(source.sample(*place, 32, 4), sets.data, 3, 3)
+    rows = torch.cat([encoder.encode_pixels(view[None]) for view in views])
+    assert torch.allclose(found.rows[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
+    photos = sets.features(sets.open("knn", "heldout", "image"))
+    assert photos.views.shape[1] == 1 and torch.equal(photos.views[:, 0], photos.rows)
+
+
+def test_keep_rates_compare_one_artifact_with_itself(
+    clip: Artifact, demo: Path, tmp_path: Path
+) -> None:
+    sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    found = results(clip, tmp_path, *sets, "--keep-rates", "1,.7,.5")
+    assert list(found) == ["1", "0.7", "0.5"]
+    flops = [r["gflops"] for r in found.values()]
+    assert flops == sorted(flops, reverse=True) and found["1"]["speed"] == 1
+    assert all(r["images_per_s"] > 0 for r in found.values())
+    own = results(clip, tmp_path, *sets, "--suite", "knn")["knn"]  # the artifact's rate is .7
+    assert found["0.7"]["knn/top1"] == own["top1"]
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path) -> None:
+    found = results(
+        clip, tmp_path, "--suite", "robustness", f"data.root={demo}",
+        "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.linear_probe={train: gallery, test: heldout}",
+        "eval.robustness={corruptions: [contrast, pixelate], severities: [1, 5], queries: 5, "
+        "resolutions: [.5], aspects: [2], attacked: 10, eps: [8], shift: heldout}",
+    )["robustness"]  # fmt: skip
+    for head in ("zero_shot", "linear_probe"):
+        own = {key.removeprefix(f"{head}/"): value for key, value in found.items() if head in key}
+        assert own["samples"] == 24 and own["attacked_samples"] == 10
+        assert own["contrast"] == pytest.approx((own["contrast/1"] + own["contrast/5"]) / 2)
+        assert own["corrupted"] == pytest.approx((own["contrast"] + own["pixelate"]) / 2)
+        assert own["shift"] == own["clean"] and own["shift_gap"] == 0
+        assert {"resolution/16", "aspect/2", "fgsm/8", "pgd/8", "square/8"} <= own.keys()
+        assert own["pgd/8"] <= own["attacked_clean"]
+        assert own["clean_low"] <= own["clean"] <= own["clean_high"]
+    assert (tmp_path / "results.robustness.png").stat().st_size > 10_000
+
+
+def test_fine_tuning_learns_and_is_the_same_again(clip: Artifact, folder: Path) -> None:
+    data = "eval.knn={train: grounds.csv, test: grounds.csv}"
+    settings = "eval.finetune={epochs: 60, batch_size: 8, base_lr: .06, layer_decay: 1, mixup: .2}"
+    run = suite(clip, folder, data, settings).sets
+    found = finetune(run)
+    assert found["top1"] > 0.9 and found["top1_low"] <= found["top1"] <= found["top1_high"]
+    short = suite(clip, folder, data, "eval.finetune.epochs=1").sets
+    first = finetune(short)
+    torch.rand(3)
+    assert finetune(short) == first and first["train_loss"] > found["train_loss"]
+
+
+def test_fine_tuning_starts_from_the_artifact(clip: Artifact, demo: Path) -> None:
+    encoder = Encoder(clip)
+    model = Classifier(encoder, 5, drop_path=0.1).eval()
+    pixels = torch.randint(256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    mine = model.towers["vision"](model.normalize(pixels), model.keep_rate).cls
+    assert torch.equal(F.normalize(mine, dim=-1), encoder.features(pixels))
+    before = encoder.vision.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    model.towers["vision"].blocks[0].attn.qkv.weight.data.zero_()
+    assert torch.equal(encoder.vision.state_dict()["blocks.0.attn.qkv.weight"], before)
+
+
+def test_an_attentive_probe_learns_clips(clip: Artifact, folder: Path) -> None:
+    """The ground of a clip, of two looks at it."""
+    sets = suite(
+        clip, folder, "eval.attentive_probe.epochs=60", "eval.views.clips=2",
+        "eval.knn={train: clips.csv, test: clips.csv, modality: video}",
+    ).sets  # fmt: skip
+    found = attentive_probe(sets)
+    assert found["top1"] > 0.9 and attentive_probe(sets) == found
+    short = dataclasses.replace(sets.config.attentive_probe, epochs=1)
+    sets.config = dataclasses.replace(sets.config, attentive_probe=short)
+    assert attentive_probe(sets)["top1"] < found["top1"]
+
+
+def mistakes(root: Path) -> list[tuple[list[str], str]]:
+    one = root / "one.csv"
+    one.write_text("path,label\n" + f"{next((root / 'set').rglob('*.jpg'))},a\n")
+    return [
+        (["zero_shot", "eval.zero_shot.shards=captions.csv"], "has no class names"),
+        (["zero_shot", "eval.zero_shot.shards=one.csv"], "names 1 class"),
+        (["knn", "eval.knn={train: captions.csv, test: set}"], "needs a class for every sample"),
+        (["knn", "eval.knn={train: one.csv, test: one.csv}"], "two classes or more"),
+        (["knn", "eval.knn={train: set, test: set, k: 99}"], "k=99 needs that many samples"),
+        (["linear_probe", "eval.knn={train: one.csv, test: set}"], "is not among the classes of"),
+        (["retrieval", "eval.retrieval.shards=set"], "24 samples have no caption"),
+        (["linear_probe"], "suite linear_probe has no data: set eval.linear_probe.train and .test"),
+        (["robustness"], "suite robustness has no data: set eval.zero_shot.shards"),
+        (
+            ["robustness", "eval.knn={train: set, test: set}", "eval.robustness.attacks=[bim]"],
+            "there are fgsm, pgd, square",
+        ),
+        (["tags", "eval.tags.a.shards=set"], "only a hashtag artifact has tags"),
+        (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
+        (["knn", "eval.knn.trian=set"], "did you mean 'train'"),
+    ]
+
+
+def test_mistakes_give_one_line(clip: Artifact, folder: Path) -> None:
+    for (name, *settings), message in mistakes(folder):
+        done = xray("eval", clip.path, "--suite", name, f"data.root={folder}", *settings)
+        assert done.exit_code == 2, (name, settings, done.stdout)
+        assert message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
+    sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    for rates, message in (("1,0", "in (0, 1]"), ("1,x", "write numbers")):
+        done = xray("eval", clip.path, *sets, "--keep-rates", rates)
+        assert done.exit_code == 2 and message in done.stderr
