@@ -189,7 +189,8 @@ def test_lbfgs_equals_sklearn(strength: float) -> None:
     labels = torch.arange(150) % 4
     x = torch.randn(150, 10).double() + labels[:, None] * torch.linspace(0, 0.4, 10)
     test = torch.randn(80, 10).double()
-    head = LinearHead(torch.zeros(10).double(), torch.ones(10).double(), fit(x, labels, strength))
+    weights = fit(x, labels, strength, torch.randn(11, 4).double())
+    head = LinearHead(torch.zeros(10).double(), torch.ones(10).double(), weights)
     judge = LogisticRegression(C=1 / (strength * 150), tol=1e-10, max_iter=10_000).fit(x, labels)
     mine = head.logits(test).softmax(dim=1).numpy()
     assert np.abs(mine - judge.predict_proba(test)).max() < 1e-6

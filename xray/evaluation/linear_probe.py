@@ -69,23 +69,24 @@ def _lbfgs(train: Tensor, labels: Tensor) -> LinearHead:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, fitted = order.split([count := round(HELD_OUT * len(x)), len(x) - count])
 
-    def score(strength: float) -> float:
-        weights = fit(x[fitted], labels[fitted], strength)
-        found = LinearHead(torch.zeros(1).double(), torch.ones(1).double(), weights)
-        return float((found.logits(x[held]).argmax(1) == labels[held]).double().mean())
+    weights = x.new_zeros(x.shape[1] + 1, int(labels.max()) + 1)
+    found: dict[float, tuple[float, Tensor]] = {}
+    strongest_first = iter(sorted(STRENGTHS, reverse=True))  # each starts where the last ended
+    for strength in progress_of("linear probe")(strongest_first, len(STRENGTHS)):
+        weights = fit(x[fitted], labels[fitted], strength, weights)
+        guess = (x[held] @ weights[:-1] + weights[-1]).argmax(dim=1)
+        found[strength] = float((guess == labels[held]).double().mean()), weights
+    strength = max(sorted(found), key=lambda strength: found[strength][0])
+    return LinearHead(mean, deviation, fit(x, labels, strength, found[strength][1]), strength)
 
-    scores = [score(s) for s in progress_of("linear probe")(iter(STRENGTHS), len(STRENGTHS))]
-    strength = STRENGTHS[scores.index(max(scores))]
-    return LinearHead(mean, deviation, fit(x, labels, strength), strength)
 
-
-def fit(x: Tensor, labels: Tensor, strength: float) -> Tensor:
+def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
     """[D + 1, C] weights with the bias last, of least mean cross-entropy + strength/2 * |W|^2.
 
-    That is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double.
+    That is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double. start:
+    weights to begin with; the least is the same from any.
     """
-    classes = int(labels.max()) + 1
-    weights = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=1000,

@@ -199,9 +199,9 @@ def _attacked(head: Head, sets: Sets) -> Measures:
 
     def logits(x: Tensor) -> Tensor:
         cls = cls_of(encoder, 255 * x)
-        if head.space == "joint":
-            return head.logits(joint_of(sets.joint, cls))
-        return head.logits(F.normalize(cls.float(), dim=-1))
+        joint = head.space == "joint"
+        rows = joint_of(sets.joint, cls) if joint else F.normalize(cls.float(), dim=-1)
+        return head.logits(rows).to(device)  # a probe's weights are on the CPU
 
     hits: dict[str, list[Tensor]] = {}
     generator, done = torch.Generator().manual_seed(config.seed), 0
