@@ -191,7 +191,8 @@ def test_lbfgs_equals_sklearn(strength: float) -> None:
     test = torch.randn(80, 10).double()
     weights = fit(x, labels, strength, torch.randn(11, 4).double())
     head = LinearHead(torch.zeros(10).double(), torch.ones(10).double(), weights)
-    judge = LogisticRegression(C=1 / (strength * 150), tol=1e-10, max_iter=10_000).fit(x, labels)
+    judge = LogisticRegression(C=1 / (strength * 150), solver="newton-cg", tol=1e-12)
+    judge.fit(x, labels)
     mine = head.logits(test).softmax(dim=1).numpy()
     assert np.abs(mine - judge.predict_proba(test)).max() < 1e-6
     assert (head.predict(test[:, None]).numpy() == judge.predict(test)).all()

@@ -90,8 +90,8 @@ def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=1000,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-16,
         line_search_fn="strong_wolfe",
     )
 

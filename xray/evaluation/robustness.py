@@ -70,7 +70,7 @@ def robustness(sets: Sets) -> Measures:
         for name, change, data in _changes(sets):
             seed = zlib.crc32(name.encode()) + sets.config.robustness.seed
             look = replace(sets.look, change=change, seed=seed)
-            spaces = sets.extract(replace(source, name=f"{source.name} {name}"), look, data)
+            spaces = sets.encode(replace(source, name=f"{source.name} {name}"), look, data)
             for head in own:
                 hits[head.name][name] = _hits(head, spaces[head.space])
     for head in heads:

@@ -67,15 +67,15 @@ class Sets:
     def features(self, source: Source, space: str = "backbone") -> Features:
         """All of a source in one space: backbone or joint."""
         if id(source) not in self._features:
-            self._features[id(source)] = self.extract(source)
+            self._features[id(source)] = self.encode(source)
         return self._features[id(source)][space]
 
-    def extract(
+    def encode(
         self, source: Source, look: Look | None = None, data: DataConfig | None = None
     ) -> dict[str, Features]:
         """Features in all spaces, looked at in another way; not kept."""
-        encode, batch = spaces_of(self.vision), self.config.batch_size
-        return extract_spaces(source, encode, data or self.data, batch, look or self.look)
+        into, batch = spaces_of(self.vision), self.config.batch_size
+        return extract_spaces(source, into, data or self.data, batch, look or self.look)
 
     def forget(self) -> None:
         """Drop all features: the encoder is another now."""
