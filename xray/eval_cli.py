@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from xray.evaluation.suite import Suite
 
 Results = dict[str, dict[str, float]]
-NAMES = "zero_shot,retrieval,video_retrieval,captions,knn,linear_probe,attentive_probe,finetune,"
 
 
 @guarded
@@ -26,7 +25,7 @@ def evaluate(
     artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
     overrides: Overrides = None,
     suite: Annotated[
-        str, typer.Option(help=f"{NAMES}robustness,tags [all with data of their own]")
+        str, typer.Option(help="Names with commas between [all with data of their own]")
     ] = "",
     recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
     keep_rates: Annotated[
@@ -36,7 +35,12 @@ def evaluate(
         str, typer.Option(help="A .json file for results, plots beside; or a folder")
     ] = "",
 ) -> None:
-    """Evaluate ARTIFACT: each measure with its 95 % interval, beside chance."""
+    """Evaluate ARTIFACT: each measure with its 95 % interval, beside chance.
+
+    Suites: zero_shot, retrieval, video_retrieval, captions, knn, linear_probe, attentive_probe,
+    finetune, robustness, tags. Their sets are eval.SUITE.shards, or .train and .test: shards, a
+    folder of folders named after classes, or a .csv with path and label or caption.
+    """
     from xray.artifact import open_artifact
     from xray.evaluation.table import result_table
 

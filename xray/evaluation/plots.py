@@ -38,7 +38,8 @@ def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, cha
         axis.plot(*zip((0.0, clean), *points, strict=True), marker="o", ms=3, lw=1.2, label=label)
     axis.axhline(chance, color="gray", lw=0.8, ls=":", label="chance")
     axis.set_ylabel("top-1 %")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 105)
+    axis.set_xticks([0.0, *sorted({float(strength) for _, strength, _ in rows})])
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7)
 

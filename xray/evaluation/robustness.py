@@ -33,13 +33,15 @@ Measures = dict[str, float]
 class Head:
     """A classifier on features of one space, with its own labelled samples.
 
-    predict: features -> [N] classes. logits: [B, D] -> [B, C], with a gradient. names: of classes.
+    classes: how many it tells apart. names: of these, () where they are numbers alone. predict:
+    features -> [N] classes. logits: [B, D] -> [B, C], with a gradient.
     """
 
     name: str
     space: str
     source: Source
     labels: Tensor
+    classes: int
     names: tuple[str, ...]
     predict: Callable[[Features], Tensor]
     logits: Callable[[Tensor], Tensor]
@@ -61,8 +63,8 @@ def robustness(sets: Sets) -> Measures:
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
         check_labels(head.labels, "robustness")
-        chance = 1 / (int(head.labels.max()) + 1)
-        found |= {f"{head.name}/samples": float(len(head.labels)), f"{head.name}/chance": chance}
+        found[f"{head.name}/samples"] = float(len(head.labels))
+        found[f"{head.name}/chance"] = 1 / head.classes
         found[f"{head.name}/attacked_samples"] = 0.0
         hits[head.name] = {"clean": _hits(head, sets.features(head.source, head.space))}
     for source in {id(head.source): head.source for head in heads}.values():
@@ -89,7 +91,7 @@ def _heads(sets: Sets) -> Iterator[Head]:
         labels = sets.zero_shot_labels(labels, source, names)
         scale = encoder.logit_scale.detach()
         yield Head(
-            "zero_shot", "joint", source, labels, tuple(names),
+            "zero_shot", "joint", source, labels, len(names), tuple(names),
             lambda found: (found.rows @ weights.t()).argmax(dim=1),
             lambda x: scale * x @ weights.to(x).t(),
         )  # fmt: skip
@@ -101,7 +103,8 @@ def _heads(sets: Sets) -> Iterator[Head]:
         fitted = fit_head(train.views.flatten(0, 1), rows, config.solver)
         sources = sets.labelled("linear_probe", config)
         yield Head(
-            "linear_probe", "backbone", sources[1], test.labels, sources[0].classes,
+            "linear_probe", "backbone", sources[1], test.labels,
+            int(train.labels.unique().numel()), sources[0].classes,
             lambda found: fitted.predict(found.views), fitted.logits,
         )  # fmt: skip
 
