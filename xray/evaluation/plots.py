@@ -12,22 +12,27 @@ from xray.figures import subplots
 
 
 def plot_robustness(measures: Mapping[str, float], path: Path) -> None:
-    """Accuracy over severity by corruption, and over eps by attack; a pair of panels per head."""
+    """Per head, accuracy over severity by corruption and over eps by attack."""
     found = list(changes(measures))
-    heads = list(dict.fromkeys(head for head, *_ in found))
-    figure, axes = subplots(2 * len(heads), (9.0 * len(heads), 3.6))
-    for number, head in enumerate(heads):
+    panels = []
+    for head in dict.fromkeys(key.split("/")[0] for key in measures):
         own = [(c, s, 100 * value) for h, c, s, value in found if h == head]
-        name = head.replace("_", "-")
-        chance = 100 * measures[f"{head}/chance"]
-        corruptions = [row for row in own if row[0] not in SHIFTS + ATTACKED]
-        clean = 100 * measures[f"{head}/clean"]
-        _curves(axes[2 * number], corruptions, clean, chance)
-        axes[2 * number].set(title=f"{name}: corruptions", xlabel="severity (0 = clean)")
+        corrupted = [row for row in own if row[0] not in SHIFTS + ATTACKED]
         attacked = [row for row in own if row[0] in ATTACKED]
-        clean = 100 * measures.get(f"{head}/attacked_clean", 0.0)
-        _curves(axes[2 * number + 1], attacked, clean, chance)
-        axes[2 * number + 1].set(title=f"{name}: attacks", xlabel="eps of 255 (0 = clean)")
+        panels += [
+            (f"{head.replace('_', '-')}: {kind}", head, clean, across, rows)
+            for kind, clean, across, rows in (
+                ("corruptions", "clean", "severity (0 = clean)", corrupted),
+                ("attacks", "attacked_clean", "eps of 255 (0 = clean)", attacked),
+            )
+            if rows
+        ]
+    if not panels:
+        return
+    figure, axes = subplots(len(panels), (4.5 * len(panels), 3.6))
+    for axis, (title, head, clean, across, rows) in zip(axes, panels, strict=True):
+        _curves(axis, rows, 100 * measures[f"{head}/{clean}"], 100 * measures[f"{head}/chance"])
+        axis.set(title=title, xlabel=across)
     figure.savefig(path)
 
 
