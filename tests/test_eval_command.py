@@ -20,10 +20,12 @@ from data_pipelines.transforms import load_views
 from xray.artifact import Artifact
 from xray.cli import app
 from xray.config_files import build, parse_overrides
+from xray.errors import ConfigError
 from xray.evaluation import features
 from xray.evaluation.attentive_probe import attentive_probe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.finetune import Classifier, finetune
+from xray.evaluation.keep_rates import over_keep_rates
 from xray.evaluation.suite import Suite
 from xray.restore import Encoder, VisionEncoder
 
@@ -254,3 +256,28 @@ def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
     for rates, message in (("1,0", "in (0, 1]"), ("1,x", "write numbers")):
         done = xray("eval", clip.path, *sets, "--keep-rates", rates)
         assert done.exit_code == 2 and message in done.stderr
+
+
+def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> None:
+    run = suite(clip, demo, "eval.knn={train: gallery, test: heldout, k: 5}")
+    run.sets.vision.vision.reduction = "none"
+    with pytest.raises(ConfigError, match=r"model\.reduce=none: it keeps every token"):
+        over_keep_rates(run, [0.5], ["knn"])
+    run.sets.vision.vision.reduction = "tome"
+    with pytest.raises(ConfigError, match=r"at least 0\.5"):
+        over_keep_rates(run, [0.4], ["knn"])
+    sets = config("eval.zero_shot={shards: heldout, classes: classes.txt}")
+    with pytest.raises(ConfigError, match="attacks are of its linear probe"):
+        Suite(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
+
+
+def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> None:
+    """Some of them, and the strongest changes nothing where eps is nearly nothing."""
+    found = suite(
+        clip, folder, "eval.zero_shot.shards=set", "eval.robustness.attacked=7",
+        "eval.robustness={corruptions: [], resolutions: [], aspects: [], eps: [1e-6, 30]}",
+    ).run(["robustness"])["robustness"]  # fmt: skip
+    assert found["zero_shot/attacked_samples"] == 7
+    for attack in ("fgsm", "pgd", "square"):
+        assert found[f"zero_shot/{attack}/1e-06"] == found["zero_shot/attacked_clean"]
+    assert found["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in found
