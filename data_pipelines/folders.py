@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.captions import metadata_of
 from data_pipelines.columns import pack_texts
+from data_pipelines.decode import BadSample
 from data_pipelines.manifest import COUNTED, Manifest, resolve
 from data_pipelines.remote import is_remote
 from data_pipelines.shards import Modality, ShardIndex, media_extensions
@@ -68,6 +70,28 @@ class FileSource(Source):
         return {e: v for e, v in files.items() if extensions is None or e in extensions}
 
 
+@dataclass(frozen=True)
+class NamedSource(Source):
+    """Shards whose json field `label` is a class's name: it is numbered here."""
+
+    def read(
+        self, shard: int, member: int, extensions: Sequence[str] | None = None
+    ) -> dict[str, bytes]:
+        """The files of one member, with its class number as `cls`."""
+        files = super().read(shard, member, extensions)
+        name = _name_of(files)
+        return files | {"cls": str(self.classes.index(name)).encode()} if name else files
+
+
+def _name_of(files: dict[str, bytes]) -> str:
+    """The class's name, as it is said; "" where the json has none, or is broken."""
+    try:
+        label = metadata_of(files).get("label")
+    except BadSample:
+        return ""
+    return label.replace("_", " ") if isinstance(label, str) else ""
+
+
 def open_labelled(
     name: str, pattern: str, modality: Modality, root: str = "", animations: Modality = "image"
 ) -> Source:
@@ -75,7 +99,8 @@ def open_labelled(
 
     An image folder (torchvision's ImageFolder) is FOLDER/CLASS/**/*.jpg, classes by their sorted
     names. A CSV has a header with `path` (relative to the CSV) and `label`, `caption` or both;
-    rows of the same path are captions of one sample. Labels that are all numbers are class numbers.
+    rows of the same path are captions of one sample. Labels that are all numbers are class numbers;
+    names, also those in the json of shards, are numbered in sorted order.
     """
     where = resolve(pattern, root)
     if where.endswith(".csv") and not is_remote(where):
@@ -87,7 +112,13 @@ def open_labelled(
             classes = [item for item in names if os.path.isdir(os.path.join(where, item))]
             rows = _read_folder(where, classes, media_extensions(modality, animations), modality)
             return _source(name, Path(where), modality, animations, rows, classes)
-    return open_source(name, pattern, modality, root, animations)
+    source = open_source(name, pattern, modality, root, animations)
+    first = source.read(*next(source.places()), ("cls", "json"))
+    if "cls" in first or not _name_of(first):
+        return source
+    found = {_name_of(source.read(*place, ("json",))) for place in source.places()} - {""}
+    kind = source.name, source.modality, source.animations, source.manifest, source.cache
+    return NamedSource(*kind, classes=tuple(sorted(found)))
 
 
 def _read_folder(

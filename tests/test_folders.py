@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,17 @@ def test_a_broken_picture_is_named(folder: Path) -> None:
     source = open_labelled("set", str(folder), "image")
     with pytest.raises(DataError, match=r"'ant/ant1' of .*set cannot be used"):
         extract(source, lambda x: x.flatten(1).float(), DataConfig(resolution=16, workers=0))
+
+
+def test_names_in_the_json_of_shards_are_numbered(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number, name in enumerate(("wave", "fall_down", "wave", "")):
+        files[f"{number}.jpg"] = photo(number)
+        files[f"{number}.json"] = json.dumps({"label": name, "caption": "x"}).encode()
+    write_tar(tmp_path / "0.tar", files)
+    source = open_labelled("set", str(tmp_path), "image")
+    assert source.classes == ("fall down", "wave")
+    assert labels_of(source).tolist() == [1, 0, 1, -1]
+    assert read_all_captions(source) == [["x"]] * 4
+    found = extract(source, lambda x: x.flatten(1).float(), DataConfig(resolution=8, workers=2))
+    assert found.labels.tolist() == [1, 0, 1, -1]
