@@ -27,8 +27,9 @@ from xray.card import artifact_card
 from xray.cli import app
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.errors import ArtifactError
+from xray.evaluation.config import EvalConfig
 from xray.evaluation.features import extract, read_all_captions
-from xray.evaluation.suite import EvalConfig, Suite
+from xray.evaluation.suite import Suite
 from xray.exports import convert as converting
 from xray.exports.convert import convert
 from xray.exports.to_open_clip import no_plain_vit
