@@ -104,6 +104,11 @@ RULES: dict[str, set[str]] = {
     "xray/plan_facts.py": LEAF
     | DATA
     | {"stages.hashtag", "stages.sketches", "xray.language", "xray.models", "xray.recipe"},
+    "xray/ablation_file.py": LEAF | {"stages", "xray.config_files", "xray.recipe"},
+    "xray/ablation.py": LEAF
+    | {"stages", "xray.ablation_file", "xray.artifact", "xray.config_files", "xray.recipe"},
+    "xray/comparison.py": LEAF | {"xray.ablation", "xray.artifact"},
+    "xray/ablation_jobs.py": LEAF | {"xray.ablation", "xray.artifact"},
     "stages/sketches.py": LEAF | MODELS | {"stages"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact", "xray.places"},
     "xray/show.py": LEAF

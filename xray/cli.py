@@ -18,6 +18,7 @@ from xray import (  # noqa: F401 - the clis add their commands
     offline_cli,
     tags_cli,
 )
+from xray.ablate_cli import ablate
 from xray.command import Overrides, guarded
 from xray.data_cli import data_app
 from xray.doctor_cli import doctor
@@ -48,6 +49,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(debug_app, name="debug")
 app.command()(guarded(doctor))
 app.command()(guarded(plan))
+app.command()(guarded(ablate))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from xray.config import nearest
 from xray.errors import ConfigError
@@ -40,7 +41,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist") from error
-    except Exception as error:  # yaml has several parser errors of its own
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path} is not valid yaml: {error.problem}{line}") from error
+    except Exception as error:  # of bytes that are no text, for one
         raise ConfigError(f"{path} is not valid yaml: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")

@@ -65,6 +65,12 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
+def environment_alone() -> dict[str, str]:
+    """The environment of a process that is to be in no group with this one."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group}
+
+
 def launcher() -> str:
     """What has started this process."""
     env = os.environ

@@ -79,10 +79,18 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
     """
     command_line = cfg.parse_overrides(overrides)
-    layers = _layers(name, command_line.pop("base", None))
-    for layer in (*layers, command_line):
-        _check_keys(layer)
-    merged = _resolve_whole(cfg.merge(*layers, command_line))
+    layers = recipe_layers(name, command_line.pop("base", None))
+    return resolve_recipe([*layers, command_line])
+
+
+def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
+    """A recipe of its layers, a later one winning over every section of those before it.
+
+    Raises ConfigError as load_recipe does.
+    """
+    for layer in layers:
+        check_keys(layer)
+    merged = _resolve_whole(cfg.merge(*layers))
     stages = merged.get("stages") or list(STAGES)
     if not isinstance(stages, list):
         raise ConfigError(f"stages={stages} must be a list such as [mae,clip]")
@@ -96,7 +104,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     )
     ordered = [stage for stage in STAGES if stage in stages]
     # a later layer wins over every section of an earlier one, shared or not
-    sections = [_resolve_in(layer, merged) for layer in (*layers, command_line)]
+    sections = [_resolve_in(layer, merged) for layer in layers]
     for stage in ordered:
         recipe.runs.append(_stage_config(stage, sections, recipe.out))
     _link(recipe)
@@ -112,16 +120,16 @@ def stage_from_recipe(
 
     Of the overrides only those of the data matter here: paths are built on them.
     """
-    layers = _layers(name, None)
+    layers = recipe_layers(name, None)
     for layer in layers:
-        _check_keys(layer)
+        check_keys(layer)
     data = [item for item in overrides if item.startswith("data.")]
     merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data)))
     parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
     return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
 
 
-def _layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The recipe's yaml behind those it is based on; `base` replaces the one it names."""
     if name in above:
         raise ConfigError(f"recipe {name} is based on itself: {' -> '.join([*above, name])}")
@@ -139,10 +147,11 @@ def _layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[di
     content.pop("base", None)
     content.setdefault("name", f"{path.stem}_{Path(base).stem}" if base else path.stem)
     content.setdefault("out", f"runs/{content['name']}")
-    return [*(_layers(str(under), None, (*above, name)) if under else []), content]
+    return [*(recipe_layers(str(under), None, (*above, name)) if under else []), content]
 
 
-def _check_keys(layer: Mapping[str, Any]) -> None:
+def check_keys(layer: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that no recipe has."""
     valid = [*OWN_KEYS, *SHARED, *STAGES]
     for key, value in layer.items():
         section = key in STAGES or key in ("prepare", "eval")

@@ -112,8 +112,10 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         "color:#1b1f24}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}"
         "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
         "text-align:right}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}"
+        ".gallery{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax("
+        "min(100%,24rem),1fr))}.gallery img{width:100%}td{white-space:pre}"
         "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
-        "figure{margin:0}code{font-size:.85rem}"
+        "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"
     )
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -123,6 +125,13 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
     path.write_text(
         f"{head}<title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>"
     )
+
+
+def gallery(title: str, panels: Sequence[str]) -> str:
+    """Panels side by side where there is room for more than one."""
+    if not panels:
+        return ""
+    return f"<h2>{html.escape(title)}</h2><div class=gallery>{''.join(panels)}</div>"
 
 
 def paragraph(text: Any) -> str:

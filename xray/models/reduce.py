@@ -57,7 +57,7 @@ def rate_at(progress: float, keep_rate: float, levels: int, span: list[float]) -
     The rate steps and not the token count, so that few shapes occur and the last is the target.
     """
     start, end = span
-    share = min(max((progress - start) / max(end - start, 1e-12), 0.0), 1.0)
+    share = 1.0 if progress >= end else max((progress - start) / max(end - start, 1e-12), 0.0)
     level = math.floor((1 - math.cos(math.pi * share)) / 2 * levels + 1e-9)
     return 1 - (1 - keep_rate) * level / levels if level < levels else keep_rate
 
