@@ -44,6 +44,16 @@ def write(path: Path, text: str = FILE) -> str:
     return str(path)
 
 
+def ablate(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "xray", *command],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        env=clean_environment(OMP_NUM_THREADS="1"),
+    )
+
+
 def arguments(folder: Path, demo: Path) -> list[str]:
     file = write(folder / "tiny.yaml")
     return ["ablate", file, f"data.root={demo}", f"out={folder / 'out'}", "jobs=2"]
@@ -60,14 +70,14 @@ def done(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "log").open("wb") as log:
         env = clean_environment(OMP_NUM_THREADS="1")
         running = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-    until = time.monotonic() + 300
+    until = time.monotonic() + 800
     while not list(folder.glob("out/stages/mae-*/checkpoints/step_*/COMPLETE")):
         assert running.poll() is None and time.monotonic() < until, (folder / "log").read_text()
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not list(folder.glob("out/runs/*/*/done.json"))
-    again = xray(*arguments(folder, demo))
+    again = ablate(*arguments(folder, demo))
     assert again.returncode == 0, again.stderr
     assert "Difference to all_tokens" in again.stdout
     logs = [path.read_text() for path in folder.glob("out/runs/*/*/log.txt")]
@@ -156,7 +166,7 @@ def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Pat
     """A third arm that cannot train fails by itself; what is finished stays as it is."""
     before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     more = "arms.broken.data.sources.photos.keep=nothing"
-    again = xray(*arguments(done.parent, demo), more, "seeds=[0]")
+    again = ablate(*arguments(done.parent, demo), more, "seeds=[0]")
     assert again.returncode == 1
     assert "broken, seed 0 ended with code 2: xray:" in again.stderr
     assert "all_tokens, seed 0" not in again.stderr  # finished: not run again

@@ -111,11 +111,11 @@ def _config(name: str, content: dict[str, Any], given: dict[str, Any]) -> Ablati
 
 def check_own(layer: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for keys of a run that the ablation gives it."""
-    for section, name in (("", layer), *((f"{s}.", layer.get(s)) for s in STAGES)):
-        for key in OWN if isinstance(name, Mapping) else ():
-            if key in name and (not section or key in ("out", "seed")):
-                rest = "use seeds=[...]" if key == "seed" else "every run has its own"
-                raise ConfigError(f"{where}{section}{key} cannot be set here: {rest}")
+    keys = [key for key, _ in flatten(layer)]
+    fixed = [*OWN, *(f"{stage}.{key}" for stage in STAGES for key in ("out", "seed"))]
+    for key in [key for key in fixed if key in keys]:
+        rest = "use seeds=[...]" if key.endswith("seed") else "every run has its own"
+        raise ConfigError(f"{where}{key} cannot be set here: {rest}")
 
 
 def _read(name: str) -> dict[str, Any]:

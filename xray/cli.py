@@ -25,7 +25,7 @@ from xray.doctor_cli import doctor
 from xray.embed_cli import embed, search
 from xray.eval_cli import evaluate, evaluated
 from xray.plan_cli import plan
-from xray.run_cli import debug_app, export
+from xray.run_cli import debug_app, export, report
 
 if TYPE_CHECKING:
     from xray.artifact import Artifact
@@ -183,6 +183,7 @@ def lineage(
 app.command()(export)
 app.command()(embed)
 app.command()(search)
+app.command()(report)
 
 
 @app.command("config")

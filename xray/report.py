@@ -7,7 +7,7 @@ import html
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,32 +77,34 @@ class Picture:
         return _figure(self.title, self.caption, buffer.getvalue())
 
 
-def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """One panel per stage, one line per block, over samples seen."""
-    import matplotlib
+@dataclass
+class Card:
+    """A picture [3, H, W] in 0..255 (a tensor or an array) with lines of text below it."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    pixels: Any
+    lines: Sequence[str]
 
-    shown = {name: rows for name, rows in metrics.items() if rows}
+    def html(self) -> str:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(self.pixels, dtype=np.uint8).transpose(1, 2, 0)).save(
+            buffer, format="PNG"
+        )
+        data = base64.b64encode(buffer.getvalue()).decode()
+        text = "<br>".join(map(html.escape, self.lines))
+        return (
+            f'<figure><img alt="" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+
+def cards(title: str, shown: Sequence[Card]) -> str:
+    """Small pictures with text, side by side."""
     if not shown:
         return ""
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False, layout="constrained"
-    )
-    for axis, (name, rows) in zip(axes[0], shown.items(), strict=True):
-        for key in [k for k in rows[0] if k.endswith("/loss") and not k.startswith("val/")]:
-            points = [(row["samples"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), label=key.removesuffix("/loss"), linewidth=1.2)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("samples seen", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return _figure("Training loss", "Each stage's loss by block, over samples.", buffer.getvalue())
+    body = "".join(card.html() for card in shown)
+    return f"<h2>{html.escape(title)}</h2><div class=cards>{body}</div>"
 
 
 def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
@@ -113,7 +115,9 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
         "text-align:right}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}"
         ".gallery{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax("
-        "min(100%,24rem),1fr))}.gallery img{width:100%}td{white-space:pre}"
+        "min(100%,24rem),1fr))}.gallery img{width:100%}.cards{display:grid;gap:1rem;"
+        "grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}.cards img{width:100%;"
+        "image-rendering:pixelated}td{white-space:pre}"
         "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
         "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"
     )

@@ -101,6 +101,16 @@ def _convert(
         print(f"   {note}")
 
 
+@guarded
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A recipe's folder, or a stage's")],
+) -> None:
+    """Write RUN/report.html again, of what is there by now: also while it trains."""
+    from xray.run_report import report_again
+
+    print(f"report: {report_again(run)}")
+
+
 @debug_app.command()
 @guarded
 def replay(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +15,22 @@ from torch import Tensor
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source, open_source
 from data_pipelines.transforms import load_pixels
-from xray.artifact import Artifact
+from stages import STAGES, stage_class
+from xray import config_files as cfg
+from xray.artifact import Artifact, open_artifact, write_text
 from xray.config import DataConfig
-from xray.recipe import Recipe
-from xray.report import Picture, ResultTable, loss_curves, paragraph, read_metrics, write_report
+from xray.errors import ArtifactError
+from xray.evaluation.suite import result_table
+from xray.hashing import to_dict
+from xray.recipe import EvalConfig, Recipe
+from xray.report import Picture, ResultTable, paragraph, read_metrics, write_report
+from xray.restore import Encoder
+from xray.run_examples import confused, retrieved, tags
+from xray.run_figures import curves, data_mix
 from xray.schedule import value_at
 from xray.show import Explainer
 
+FACTS = "report.json"
 SHOWN = 6  # images per sheet
 CLIPS = 2  # each on a sheet of its own
 
@@ -28,18 +39,84 @@ def write_run_report(
     recipe: Recipe, artifacts: Sequence[Artifact], results: ResultTable | None
 ) -> Path:
     """Write `report.html` into the recipe's folder and return its path."""
-    parts = [results.html()] if results is not None else []
     metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
-    parts.append(loss_curves(metrics))
+    parts = [results.html()] if results is not None else []
+    parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
     by_stage = {artifact.stage: artifact for artifact in artifacts}
     vision = [run for run in recipe.runs if run.stage in ("hashtag", "clip")]
     for run in [run for run in recipe.runs if run.stage == "mae"] + vision[-1:]:
-        parts += [picture.html() for picture in _pictures(by_stage[run.stage], run.data)]
-    parts.append(_stage_table(artifacts).html())
-    parts.append(paragraph(f"xray {artifacts[-1].manifest['versions']['xray']}, {recipe.name}"))
+        if run.stage in by_stage:
+            parts += [picture.html() for picture in _pictures(by_stage[run.stage], run.data)]
+    parts += _examples(recipe, by_stage)
+    if artifacts:
+        parts.append(_stage_table(artifacts).html())
+        versions = artifacts[-1].manifest["versions"]
+        parts.append(paragraph(f"xray {versions['xray']}, {recipe.name}"))
+    write_text(recipe.out / FACTS, json.dumps(_facts(recipe), indent=1))
     path = recipe.out / "report.html"
     write_report(path, f"xray: {recipe.name}", parts)
     return path
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What a report needs to be written again."""
+    return {
+        "name": recipe.name,
+        "root": recipe.root,
+        "workers": recipe.workers,
+        "eval": to_dict(recipe.eval),
+        "stages": {run.stage: run.out for run in recipe.runs},
+    }
+
+
+def find_recipe(folder: Path) -> Recipe:
+    """What was run in a folder, by report.json, else by the stages' folders in it.
+
+    Raises ArtifactError where it holds no run.
+    """
+    known = folder / FACTS
+    facts = json.loads(known.read_text()) if known.is_file() else {"name": folder.name}
+    places = facts.get("stages", {stage: str(folder / stage) for stage in STAGES})
+    if (folder / "config.yaml").is_file():  # of a single stage
+        places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}
+    recipe = Recipe(facts["name"], folder, root=facts.get("root", ""))
+    recipe.workers = facts.get("workers", 0)
+    recipe.eval = cfg.build(EvalConfig, facts.get("eval", {}))
+    for stage, place in places.items():
+        if (Path(place) / "config.yaml").is_file():
+            values = cfg.read_yaml(Path(place) / "config.yaml")
+            recipe.runs.append(cfg.load_config(stage_class(stage).Config, stage, values))
+            recipe.runs[-1].out = place
+    if not recipe.runs:
+        raise ArtifactError(f"{folder} holds no run: neither config.yaml nor a stage's folder")
+    return recipe
+
+
+def report_again(folder: Path) -> Path:
+    """Write the report of what a folder holds by now; a run in training has its curves."""
+    recipe = find_recipe(folder)
+    there = [Path(run.out) / "artifact" for run in recipe.runs]
+    artifacts = [open_artifact(path) for path in there if path.is_dir()]
+    results = folder / "results.json"
+    table = result_table(json.loads(results.read_text())) if results.is_file() else None
+    return write_run_report(recipe, artifacts, table)
+
+
+def _examples(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[str]:
+    """What the models say of samples, where there are data to ask about."""
+    parts = []
+    runs = {run.stage: run for run in recipe.runs}
+    if "hashtag" in artifacts:
+        images = dict(_samples(runs["hashtag"].data)).get("image")
+        if images is not None:
+            parts.append(tags(artifacts["hashtag"], images))
+    if "clip" in artifacts:
+        encoder, data = Encoder(artifacts["clip"]), runs["clip"].data
+        if recipe.eval.retrieval.shards:
+            parts.append(retrieved(encoder, recipe, data))
+        if recipe.eval.zero_shot.shards:
+            parts.append(confused(encoder, recipe, data))
+    return parts
 
 
 def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:

@@ -1,0 +1,155 @@
+"""What a run's models say of real samples: tags, pictures found for captions, classes mixed up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines.captions import captions_of, metadata_of
+from data_pipelines.decode import BadSample
+from data_pipelines.sources import Source, open_source
+from data_pipelines.transforms import load_pixels
+from data_pipelines.vocabulary import Vocabulary
+from xray.artifact import Artifact
+from xray.config import DataConfig
+from xray.figures import subplots, svg
+from xray.recipe import Recipe
+from xray.report import Card, ResultTable, cards, paragraph
+from xray.restore import Encoder, Tagger, class_weights
+from xray.schedule import value_at
+
+TAGS = 5  # shown of a picture
+LOOKED_AT = 240  # samples that are encoded for examples, evenly spaced over their set
+SHOWN = 3  # examples that are right, and as many that are wrong
+MATRIX = 16  # classes, at most, of a confusion matrix that can be read
+BATCH = 32
+
+
+@dataclass
+class Looked:
+    """Some samples of a set: pixels [N, T, 3, S, S], all captions of each, and class numbers."""
+
+    pixels: Tensor
+    captions: list[list[str]]
+    labels: list[int]
+
+
+def tags(artifact: Artifact, pixels: Tensor) -> str:
+    """The likeliest tags of pictures [B, T, 3, S, S] uint8."""
+    tagger, vocabulary = Tagger(artifact), Vocabulary.load(artifact.file("vocabulary.json"))
+    found = tagger.probabilities(pixels).topk(min(TAGS, len(vocabulary)), dim=1)
+    shown = []
+    for picture, values, ids in zip(pixels, found.values, found.indices, strict=True):
+        rows = zip(values.tolist(), ids.tolist(), strict=True)
+        shown.append(Card(picture[0], [f"{vocabulary.tags[i]} {v:.0%}" for v, i in rows]))
+    return cards("Likeliest tags", shown)
+
+
+def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
+    """Captions for which the right picture is found first, and others."""
+    config = recipe.eval.retrieval
+    looked = look(open_source("eval.retrieval", config.shards, config.modality, recipe.root),
+                  data, config.captions)  # fmt: skip
+    known = [number for number, own in enumerate(looked.captions) if own]
+    if len(known) < 2:
+        return ""
+    pixels = looked.pixels[known]
+    texts = [looked.captions[number][0] for number in known]
+    order = (encoder.encode_text(texts) @ _encoded(encoder, pixels).t()).argsort(1, descending=True)
+    rank = (order == torch.arange(len(known))[:, None]).int().argmax(dim=1)
+    right = (rank == 0).nonzero()[:, 0].tolist()[:SHOWN]
+    wrong = (rank > 0).nonzero()[:, 0].tolist()[:SHOWN]
+    shown = [Card(pixels[n, 0], [f"right: {texts[n]}"]) for n in right]
+    for n in wrong:
+        shown.append(Card(pixels[int(order[n, 0]), 0], [f"found for: {texts[n]}"]))
+        shown.append(
+            Card(pixels[n, 0], [f"right would be this one, found as number {rank[n] + 1}"])
+        )
+    share = (rank == 0).float().mean()
+    note = (
+        f"The nearest of {len(known)} pictures to a caption of each: {share:.0%} are the right one."
+    )
+    return cards("Pictures found for captions", shown) + paragraph(note)
+
+
+def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
+    """Which classes zero-shot classification takes for which."""
+    config = recipe.eval.zero_shot
+    path = Path(recipe.root) / config.classes
+    if not config.classes or not path.is_file():
+        return ""
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    looked = look(open_source("eval.zero_shot", config.shards, config.modality, recipe.root), data)
+    known = [n for n, label in enumerate(looked.labels) if 0 <= label < len(names)]
+    if not known:
+        return ""
+    labels = torch.tensor([looked.labels[n] for n in known])
+    weights = class_weights(encoder.encode_text, names, config.templates)
+    found = (_encoded(encoder, looked.pixels[known]) @ weights.t()).argmax(dim=1)
+    share = (found == labels).float().mean()
+    note = paragraph(f"Of {len(known)} samples, {share:.0%} are taken for what they are.")
+    if len(names) > MATRIX:
+        return _mistakes(names, labels, found).html() + note
+    return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, found)}{note}"
+
+
+def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
+    """Rows: what samples are; columns: what they are taken for."""
+    counts = torch.zeros(len(names), len(names))
+    counts.index_put_((labels, found), torch.ones(len(labels)), accumulate=True)
+    figure, (axis,) = subplots(1, (4.4, 4.2))
+    axis.imshow(counts.numpy(), cmap="Blues")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("taken for", fontsize=8)
+    axis.set_ylabel("is", fontsize=8)
+    for row, column in counts.nonzero().tolist():
+        strong = counts[row, column] > 0.6 * counts.max()
+        axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if strong else "black")  # fmt: skip
+    return svg(figure, "What samples of each class are taken for")
+
+
+def _mistakes(names: Sequence[str], labels: Tensor, found: Tensor) -> ResultTable:
+    """The most frequent ones, of more classes than a matrix can show."""
+    pairs = zip(labels.tolist(), found.tolist(), strict=True)
+    wrong = Counter((a, b) for a, b in pairs if a != b)
+    table = ResultTable("Zero-shot classes mixed up", ("is", "taken for", "samples"))
+    table.rows += [(names[a], names[b], str(n)) for (a, b), n in wrong.most_common(12)]
+    return table
+
+
+def _encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
+    return torch.cat([encoder.encode_pixels(part) for part in pixels.split(BATCH)])
+
+
+def look(source: Source, data: DataConfig, fields: dict[str, float] | None = None) -> Looked:
+    """Samples evenly spaced over a source, as they are at the end of training."""
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    places = list(source.places())
+    step = max(1, -(-len(places) // LOOKED_AT))
+    found = Looked(torch.empty(0), [], [])
+    pixels = []
+    for place in places[::step]:
+        sample = source.sample(*place, *size)
+        with contextlib.suppress(BadSample):
+            pixels.append(load_pixels(sample, data, None))
+            found.captions.append(captions_of(sample.files, fields))
+            found.labels.append(_label(sample.files))
+    if pixels:
+        found.pixels = torch.stack(pixels)
+    return found
+
+
+def _label(files: dict[str, bytes]) -> int:
+    """The class number, -1 where there is none."""
+    if "cls" in files:
+        return int(files["cls"])
+    label = metadata_of(files).get("label")
+    return label if isinstance(label, int) else -1
