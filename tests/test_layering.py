@@ -109,6 +109,10 @@ RULES: dict[str, set[str]] = {
     | {"stages", "xray.ablation_file", "xray.artifact", "xray.config_files", "xray.recipe"},
     "xray/comparison.py": LEAF | {"xray.ablation", "xray.artifact"},
     "xray/ablation_jobs.py": LEAF | {"xray.ablation", "xray.artifact"},
+    "xray/run_figures.py": LEAF | {"xray.figures", "xray.report"},
+    "xray/run_examples.py": LEAF
+    | DATA
+    | {"xray.artifact", "xray.figures", "xray.recipe", "xray.report", "xray.restore"},
     "stages/sketches.py": LEAF | MODELS | {"stages"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact", "xray.places"},
     "xray/show.py": LEAF

@@ -25,7 +25,7 @@ def curves(metrics: Mapping[str, Rows]) -> str:
         _panel(shown, "validation loss", "val/loss", lambda row: row.get("val/loss")),
         _panel(shown, "samples per second", "samples/s", lambda row: row.get("samples/s")),
         _panel(shown, "learning rate", "lr", lambda row: row.get("lr")),
-        _panel(shown, "keep rate", "keep_rate", _keep_rate),
+        _panel(shown, "keep rate", "keep_rate", _keep_rate, seen=True),
         _panel(shown, "resolution, pixels", "resolution", lambda row: row.get("resolution")),
     ]
     return gallery("Training", [panel for panel in panels if panel])
@@ -42,13 +42,17 @@ def _panel(
     title: str,
     name: str,
     value: Callable[[Mapping[str, float]], float | None],
+    seen: bool = False,
 ) -> str:
-    """A line per stage, each behind the one before; "" where no stage has it."""
+    """A line per stage, each behind the one before; "" where no stage has it.
+
+    seen: of the stages that see pictures alone.
+    """
     figure, (axis,) = subplots(1, SIZE)
     start, lows, highs = 0.0, list[float](), list[float]()
     for stage, rows in metrics.items():
         points = [(start + row["samples"], value(row)) for row in rows]
-        known = [(x, y) for x, y in points if y is not None]
+        known = [(x, y) for x, y in points if y is not None and not (seen and stage == "text")]
         if known:
             xs, ys = zip(*known, strict=True)
             mark = "o" if len(known) == 1 else None

@@ -75,7 +75,9 @@ def find_recipe(folder: Path) -> Recipe:
     Raises ArtifactError where it holds no run.
     """
     known = folder / FACTS
-    facts = json.loads(known.read_text()) if known.is_file() else {"name": folder.name}
+    facts: dict[str, Any] = {"name": folder.name}
+    if known.is_file():
+        facts = json.loads(known.read_text())
     places = facts.get("stages", {stage: str(folder / stage) for stage in STAGES})
     if (folder / "config.yaml").is_file():  # of a single stage
         places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}
