@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import RECIPE, clean_environment, xray
+from test_resume import RECIPE, clean_environment
 from typer.testing import CliRunner
 
 from xray import config_files as cfg
@@ -44,7 +44,8 @@ def write(path: Path, text: str = FILE) -> str:
     return str(path)
 
 
-def ablate(*command: str) -> subprocess.CompletedProcess[str]:
+def one_thread(*command: str) -> subprocess.CompletedProcess[str]:
+    """xray with sums in one order: those of more threads differ in the last bits."""
     return subprocess.run(
         [sys.executable, "-m", "xray", *command],
         capture_output=True,
@@ -77,7 +78,7 @@ def done(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not list(folder.glob("out/runs/*/*/done.json"))
-    again = ablate(*arguments(folder, demo))
+    again = one_thread(*arguments(folder, demo))
     assert again.returncode == 0, again.stderr
     assert "Difference to all_tokens" in again.stdout
     logs = [path.read_text() for path in folder.glob("out/runs/*/*/log.txt")]
@@ -102,7 +103,7 @@ def test_shared_parents_are_trained_once(done: Path) -> None:
 def test_an_arm_is_the_recipe_run_by_itself(demo: Path, done: Path, tmp_path: Path) -> None:
     settings = ["clip.model.keep_rate=0.5", "seed=1", "stages=[mae,clip]"]
     settings += ["eval.zero_shot.shards=''", f"data.root={demo}", f"out={tmp_path}"]
-    alone = xray("run", RECIPE, *settings)
+    alone = one_thread("run", RECIPE, *settings)
     assert alone.returncode == 0, alone.stderr
     recipe = cfg.read_yaml(done / "runs" / "half" / "seed_1" / "recipe.yaml")
     for stage in ("mae", "clip"):
@@ -170,7 +171,7 @@ def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Pat
     """A third arm that cannot train fails by itself; what is finished stays as it is."""
     before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     more = "arms.broken.data.sources.photos.keep=nothing"
-    again = ablate(*arguments(done.parent, demo), more, "seeds=[0]")
+    again = one_thread(*arguments(done.parent, demo), more, "seeds=[0]")
     assert again.returncode == 1
     assert "broken, seed 0 ended with code 2: xray:" in again.stderr
     assert "all_tokens, seed 0" not in again.stderr  # finished: not run again
