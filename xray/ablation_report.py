@@ -57,7 +57,8 @@ def write_comparison(
     write_text(out / "table.csv", _csv(page.metric_rows()))
     path = out / "report.html"
     failed = [paragraph(f"{f.trial.arm}, seed {f.trial.seed} failed: {f.line}") for f in failures]
-    note = paragraph(NOTE.format(count=len(metrics) * (len(ablation.arms) - 1)))
+    tested = [c for arm in cells if arm != page.baseline for c in cells[arm].values()]
+    note = paragraph(NOTE.format(count=sum(len(cell.differences) > 1 for cell in tested)))
     parts = [*failed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(), note,
              tables[2].html(), *page.settings()]  # fmt: skip
     write_report(path, f"xray ablate: {ablation.config.name}", parts)
@@ -144,7 +145,9 @@ class Page:
         return not math.isnan(self.chance[metric])
 
     def _title(self, metric: str) -> str:
-        name = metric.replace("_", " ").replace(".", ": ", 1)
+        measure = metric.partition(".")[2]
+        alone = [m.partition(".")[2] for m in self.metrics].count(measure) == 1
+        name = (measure if alone else metric.replace(".", ": ", 1)).replace("_", " ")
         return f"{name} %" if self._percent(metric) else name
 
     def _number(self, metric: str, value: float, sign: str = "") -> str:
