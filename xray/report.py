@@ -119,7 +119,7 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         "grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}.cards img{width:100%;"
         "image-rendering:pixelated}td{white-space:pre}td:first-child{white-space:pre-line}"
         "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
-        "@media(max-width:30rem){th,td{padding:.25rem .4rem}}"
+        "@media(max-width:30rem){th,td{padding:.25rem .4rem}td:first-child{min-width:7rem}}"
         "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"
     )
     head = (
