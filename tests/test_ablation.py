@@ -168,10 +168,10 @@ def test_costs_are_the_stages(done: Path) -> None:
 
 
 def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Path) -> None:
-    """A third arm that cannot train fails by itself; what is finished stays as it is."""
+    """A third arm that cannot be evaluated fails by itself; what is finished stays as it is."""
     before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
-    more = "arms.broken.data.sources.photos.keep=nothing"
-    again = one_thread(*arguments(done.parent, demo), more, "seeds=[0]")
+    broken = ["arms.broken.clip.model.keep_rate=1.0", "arms.broken.eval.retrieval.shards=nothing"]
+    again = one_thread(*arguments(done.parent, demo), *broken, "seeds=[0]")
     assert again.returncode == 1
     assert "broken, seed 0 ended with code 2: xray:" in again.stderr
     assert "all_tokens, seed 0" not in again.stderr  # finished: not run again

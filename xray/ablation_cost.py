@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xray.ablation import Ablation, Trial, samples_of, stage_runs
 from xray.artifact import write_text
+from xray.errors import XrayError
 from xray.plan import short
 from xray.plan_facts import known
 from xray.progress import progress_bar
@@ -27,7 +28,10 @@ def flops_of(ablation: Ablation, store: Path | None) -> Flops:
     with progress_bar("counting FLOPs") as tell:
         for number, trial in enumerate(first, start=1):
             if not set(trial.keys.values()) <= counted.keys():
-                counted |= _counted(trial, counted)
+                try:
+                    counted |= _counted(trial, counted)
+                except XrayError as error:
+                    raise type(error)(f"arm {trial.arm}: {error}") from error
             tell(number, len(first))
     if store:
         write_text(store, json.dumps(counted, indent=1))
