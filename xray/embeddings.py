@@ -240,7 +240,7 @@ class NpyEmbeddings(Embeddings):
     def __init__(self, path: Path) -> None:
         content = json.loads(_names_of(path).read_text())
         self.facts, self._names = content["xray"], content["rows"]
-        self.rows = np.load(path, mmap_mode="r")
+        self.rows = np.lib.format.open_memmap(path, mode="r")
         if self.rows.shape != (len(self), row_length(self.facts)):
             raise ValueError(f"its rows are {self.rows.shape}, and {_names_of(path)} is of others")
 

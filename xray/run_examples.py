@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipelines.captions import captions_of, metadata_of
+from data_pipelines.captions import captions_of
 from data_pipelines.decode import BadSample
 from data_pipelines.sources import Source, open_source
 from data_pipelines.transforms import load_pixels
 from data_pipelines.vocabulary import Vocabulary
 from xray.artifact import Artifact
 from xray.config import DataConfig
+from xray.evaluation.features import label_of
 from xray.figures import subplots, svg
 from xray.recipe import Recipe
 from xray.report import Card, ResultTable, cards, paragraph
@@ -141,15 +142,7 @@ def look(source: Source, data: DataConfig, fields: dict[str, float] | None = Non
         with contextlib.suppress(BadSample):
             pixels.append(load_pixels(sample, data, None))
             found.captions.append(captions_of(sample.files, fields))
-            found.labels.append(_label(sample.files))
+            found.labels.append(label_of(sample.files))
     if pixels:
         found.pixels = torch.stack(pixels)
     return found
-
-
-def _label(files: dict[str, bytes]) -> int:
-    """The class number, -1 where there is none."""
-    if "cls" in files:
-        return int(files["cls"])
-    label = metadata_of(files).get("label")
-    return label if isinstance(label, int) else -1

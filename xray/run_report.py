@@ -20,9 +20,10 @@ from xray import config_files as cfg
 from xray.artifact import Artifact, open_artifact, write_text
 from xray.config import DataConfig
 from xray.errors import ArtifactError
-from xray.evaluation.suite import result_table
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.table import result_table
 from xray.hashing import to_dict
-from xray.recipe import EvalConfig, Recipe
+from xray.recipe import Recipe
 from xray.report import Picture, ResultTable, paragraph, read_metrics, write_report
 from xray.restore import Encoder
 from xray.run_examples import confused, retrieved, tags
