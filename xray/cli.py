@@ -97,7 +97,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
     model: Annotated[str, typer.Option(help="A shipped model, as model=NAME")] = "",
     init_from: Annotated[list[str] | None, typer.Option(help="An artifact: folder or URL")] = None,
-    out: Annotated[str, typer.Option(help="The run's folder [runs/STAGE]")] = "",
+    out: Annotated[str, typer.Option(help="The run's folder (default: runs/STAGE)")] = "",
     resume: Annotated[str, typer.Option(help="Go on with a run's folder, with its config")] = "",
 ) -> None:
     """Train one stage; the same command again goes on where it stopped."""

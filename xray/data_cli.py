@@ -21,6 +21,7 @@ Shards = Annotated[
 ]
 LISTED = 20  # bad samples that `check` prints
 Workers = Annotated[int, typer.Option(min=1, help="Processes")]
+Cache = Annotated[str, typer.Option(help="Folder for remote shards (default: the user's cache)")]
 
 
 @data_app.command("demo")
@@ -43,7 +44,7 @@ def data_index(
     shards: Shards,
     checksum: Annotated[bool, typer.Option(help="Also take the sha256 of every tar")] = False,
     workers: Workers = 2,
-    cache: Annotated[str, typer.Option(help="Folder for remote shards [the user's cache]")] = "",
+    cache: Cache = "",
 ) -> None:
     """Index shards and write their manifest, so that the first run need not."""
     from data_pipelines.manifest import write_manifest
@@ -98,7 +99,7 @@ def data_check(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write what was found to this file")
     ] = None,
-    cache: Annotated[str, typer.Option(help="Folder for remote shards [the user's cache]")] = "",
+    cache: Cache = "",
 ) -> None:
     """Decode every sample and compare every tar with its index; exit code 1 where one is broken."""
     from xray.data_report import check_table, findings, summary, totals
@@ -120,7 +121,7 @@ def data_stats(
     shards: Shards,
     out: Annotated[Path, typer.Option(help="The page to write")] = Path("stats.html"),
     workers: Workers = 2,
-    cache: Annotated[str, typer.Option(help="Folder for remote shards [the user's cache]")] = "",
+    cache: Cache = "",
 ) -> None:
     """Draw sizes, lengths, tags, languages and a sheet of samples into one HTML page."""
     from xray.data_report import totals, write_stats

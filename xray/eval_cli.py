@@ -25,7 +25,7 @@ def evaluate(
     artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
     overrides: Overrides = None,
     suite: Annotated[
-        str, typer.Option(help="Names with commas between [all with data of their own]")
+        str, typer.Option(help="Names with commas between (default: all with data of their own)")
     ] = "",
     recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
     keep_rates: Annotated[

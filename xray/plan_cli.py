@@ -24,7 +24,7 @@ def plan(
     overrides: Overrides = None,
     devices: Annotated[int, typer.Option(min=1, help="How many of them")] = 1,
     gpu: Annotated[str, typer.Option(help="h100, a100, ... or none")] = "h100",
-    gb: Annotated[float, typer.Option(min=0, help="Memory of a device [the GPU's]")] = 0,
+    gb: Annotated[float, typer.Option(min=0, help="Memory of a device (default: the GPU's)")] = 0,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of its peak reached")] = 0.4,
     tags: Annotated[int, typer.Option(min=0, help="Size of a vocabulary not built yet")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,

@@ -28,7 +28,7 @@ def export(
         str, typer.Option(help="timm, open_clip, onnx or safetensors: convert ARTIFACT")
     ] = "",
     out: Annotated[
-        str, typer.Option(help="The folder to write [RUN/artifact_STEP; with --to FORMAT_export]")
+        str, typer.Option(help="The folder to write (RUN/artifact_STEP; with --to FORMAT_export)")
     ] = "",
     weights: Annotated[
         str,

@@ -27,7 +27,7 @@ Items = Annotated[
         help="Folders, globs, {000..123} patterns or URLs of .tar shards, and settings",
     ),
 ]
-Modality = Annotated[str, typer.Option(help="image or video [what there is]")]
+Modality = Annotated[str, typer.Option(help="image or video (default: what there is)")]
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 EXAMPLES, LETTERS = 3, 80  # samples shown of a tag, and letters of each
 MOST_READ = 100_000  # samples of a source that are looked through for examples
@@ -38,7 +38,9 @@ MOST_READ = 100_000  # samples of a source that are looked through for examples
 def data_tags(
     items: Items,
     out: Annotated[Path, typer.Option(help="The vocabulary")] = Path("vocabulary.json"),
-    report: Annotated[Path | None, typer.Option(help="A page about it [beside it]")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A page about it (default: beside it)")
+    ] = None,
     workers: Workers = 2,
 ) -> None:
     """Build a vocabulary of tags.
