@@ -112,7 +112,14 @@ RULES: dict[str, set[str]] = {
     "xray/run_figures.py": LEAF | {"xray.figures", "xray.report"},
     "xray/run_examples.py": LEAF
     | DATA
-    | {"xray.artifact", "xray.figures", "xray.recipe", "xray.report", "xray.restore"},
+    | {
+        "xray.artifact",
+        "xray.evaluation.features",
+        "xray.figures",
+        "xray.recipe",
+        "xray.report",
+        "xray.restore",
+    },
     "stages/sketches.py": LEAF | MODELS | {"stages"},
     "xray/run_record.py": LEAF | DATA | {"stages.base", "xray.artifact", "xray.places"},
     "xray/show.py": LEAF
