@@ -59,6 +59,43 @@ def test_chance_of_retrieval_is_what_random_features_reach() -> None:
         assert mean == pytest.approx(runs[0][f"chance_{way}_R@5"], abs=0.02)
 
 
+def test_retrieval_of_texts_that_are_the_same_equals_brute_force() -> None:
+    """A class of clips shares its captions: any of its clips is right, as in sets of actions."""
+    images, texts = unit(24, 6), unit(40, 6)
+    owner = torch.cat([torch.arange(24), torch.arange(16)])
+    kind = torch.arange(40) % 7
+    result = retrieval(images, texts, owner, kind=kind)
+    of_kind = [{owner[j].item() for j in range(40) if kind[j] == c} for c in range(7)]
+    of_image = [{kind[j].item() for j in range(40) if owner[j] == i} for i in range(24)]
+    similarity = (images @ texts.t()).tolist()
+    to_image, to_text = [], []
+    for j in range(40):
+        order = sorted(range(24), key=lambda i: -similarity[i][j])
+        to_image.append(next(n for n, i in enumerate(order) if i in of_kind[kind[j]]))
+    for i in range(24):
+        order = sorted(range(40), key=lambda j: -similarity[i][j])
+        to_text.append(next(n for n, j in enumerate(order) if kind[j].item() in of_image[i]))
+    for k in (1, 5, 10):
+        assert result[f"text_to_image_R@{k}"] == pytest.approx(np.mean(np.array(to_image) < k))
+        assert result[f"image_to_text_R@{k}"] == pytest.approx(np.mean(np.array(to_text) < k))
+    assert result["text_to_image_median_rank"] == np.median(to_image) + 1
+    rng = np.random.default_rng(0)
+    shuffled = [rng.permutation(24)[: len(of_kind[kind[j]])].min() for j in range(40)
+                for _ in range(500)]  # fmt: skip
+    chance = result["chance_text_to_image_R@5"]
+    assert chance == pytest.approx(np.mean(np.array(shuffled) < 5), abs=0.02)
+    assert result["chance_text_to_image_median_rank"] == pytest.approx(
+        np.median(shuffled) + 1, abs=0.5
+    )
+
+
+@pytest.mark.parametrize("samples", [10, 11])
+def test_the_median_place_of_one_right_answer_by_chance(samples: int) -> None:
+    rows = unit(samples, 4)
+    result = retrieval(rows, rows, torch.arange(samples))
+    assert result["chance_text_to_image_median_rank"] == (samples + 1) / 2
+
+
 def test_collapsed_features_score_nothing() -> None:
     same = torch.ones(50, 4) / 2
     result = retrieval(same, same, torch.arange(50))

@@ -43,6 +43,8 @@ class RetrievalConfig:
     shards: str = ""
     modality: Literal["image", "video", "text"] = "image"
     captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+    # what is right for a caption: its own sample, or all that have the same caption
+    same: Literal["sample", "caption"] = "sample"
 
 
 @dataclass
@@ -165,7 +167,7 @@ class EvalConfig:
 
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     video_retrieval: RetrievalConfig = field(
-        default_factory=lambda: RetrievalConfig(modality="video")
+        default_factory=lambda: RetrievalConfig(modality="video", same="caption")
     )
     # captions by captions: of a text artifact, after it was tuned and before
     captions: RetrievalConfig = field(default_factory=RetrievalConfig)

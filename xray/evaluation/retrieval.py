@@ -1,8 +1,9 @@
 """Retrieval: cross-modal, both ways, R@k; and of captions by captions.
 
-text -> image: every caption is a query and has one right picture. image -> text: a picture is found
-when any of its captions is among the first k (the CLIP benchmark's rule). Equal similarities count
-as half a place each, so that collapsed features score like a guess and not like a hit.
+text -> image: every caption is a query, and the picture it belongs to is right. image -> text: a
+picture is found when any of its captions is among the first k (the CLIP benchmark's rule). Equal
+similarities count as half a place each, so that collapsed features score like a guess and not like
+a hit.
 """
 
 from __future__ import annotations
@@ -18,72 +19,90 @@ from xray.evaluation.zero_shot import HELD
 
 
 def retrieval(
-    images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10)
+    images: Tensor,
+    texts: Tensor,
+    owner: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    kind: Tensor | None = None,
 ) -> dict[str, float]:
-    """R@k both ways and the median place of the right answer, with chance.
+    """R@k both ways and the median place of the best right answer, with chance.
 
     images: [N, D]. texts: [M, D]. owner: [M], the picture each text belongs to. All normalised.
-    Intervals are over pictures, each with its captions.
+    kind: [M] long, alike for texts that are the same: what is right for one is right for all of
+    them; None = each is right for its own picture alone. Intervals are over pictures, each with its
+    captions.
     """
     N, M = len(images), len(texts)
     if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
         raise DataError("retrieval needs at least two samples, each with a caption")
-    text_rank, image_rank = text_ranks(images, texts, owner), image_ranks(images, texts, owner)
-    per_image = torch.bincount(owner, minlength=N).double()
+    kind = torch.arange(M) if kind is None else kind
+    right = right_pairs(owner, kind)
+    text_rank, image_rank = (f(images, texts, right, kind) for f in (text_ranks, image_ranks))
+    own = torch.bincount(owner, minlength=N).double()
+    per_text = right.sum(dim=1).to_dense().double()[kind]
+    per_image = torch.mv(right.t().double(), torch.bincount(kind).double())
     result = {"images": float(N), "texts": float(M)}
     for k in ks:
         hits = torch.zeros(N).index_add(0, owner, (text_rank < k).float())
-        result |= share(f"text_to_image_R@{k}", hits, per_image)
+        result |= share(f"text_to_image_R@{k}", hits, own)
         result |= share(f"image_to_text_R@{k}", image_rank < k)
-        result[f"chance_text_to_image_R@{k}"] = min(1.0, k / N)
+        result[f"chance_text_to_image_R@{k}"] = (1 - _missed(per_text, N, k)).mean().item()
         result[f"chance_image_to_text_R@{k}"] = (1 - _missed(per_image, M, k)).mean().item()
     result |= median("text_to_image_median_rank", text_rank + 1, owner)
     result |= median("image_to_text_median_rank", image_rank + 1, torch.arange(N))
-    result["chance_text_to_image_median_rank"] = (N + 1) / 2
+    result["chance_text_to_image_median_rank"] = _chance_median(per_text, N)
     result["chance_image_to_text_median_rank"] = _chance_median(per_image, M)
     return result
 
 
-def text_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """Places before each text's picture: those above it, and half of the others equal to it."""
+def right_pairs(owner: Tensor, kind: Tensor) -> Tensor:
+    """Which kinds of text are right for which pictures: sparse [K, N] of ones."""
+    pairs = torch.stack([kind, owner]).unique(dim=1)
+    ones = torch.ones(pairs.shape[1])
+    return torch.sparse_coo_tensor(pairs, ones, check_invariants=True).coalesce()
+
+
+def text_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Tensor:
+    """Places before the best picture that is right for each text."""
     ranks, rows = [], max(1, HELD // len(images))
-    for part, own in zip(texts.split(rows), owner.split(rows), strict=True):
-        similarity = part @ images.t()
-        right = similarity.gather(1, own[:, None])
-        equal = (similarity == right).sum(dim=1) - 1
-        ranks.append((similarity > right).sum(dim=1) + equal / 2)
+    for part, own in zip(texts.split(rows), kind.split(rows), strict=True):
+        ranks.append(_places(part @ images.t(), right.index_select(0, own).to_dense() > 0))
     return torch.cat(ranks)
 
 
-def image_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """Places before the best of each picture's texts, counted likewise."""
+def image_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Tensor:
+    """Places before the best text that is right for each picture."""
     ranks, rows = [], max(1, HELD // len(texts))
-    for start in range(0, len(images), rows):
-        similarity = images[start : start + rows] @ texts.t()
-        own = owner == torch.arange(start, start + len(similarity))[:, None]
-        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        equal = ((similarity == best) & ~own).sum(dim=1)
-        ranks.append((similarity > best).sum(dim=1) + equal / 2)
+    for own in torch.arange(len(images)).split(rows):
+        kinds = right.index_select(1, own).to_dense().t() > 0  # [rows, K]
+        ranks.append(_places(images[own] @ texts.t(), kinds[:, kind]))
     return torch.cat(ranks)
 
 
-def _missed(per_image: Tensor, texts: int, k: int) -> Tensor:
-    """Probability that a random ranking has none of a picture's c captions among the first k:
-    C(M-c, k) / C(M, k)."""
-    missed = torch.ones(len(per_image), dtype=torch.float64)
+def _places(similarity: Tensor, right: Tensor) -> Tensor:
+    """Answers above the best right one in each row, and half of the wrong ones equal to it."""
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    equal = ((similarity == best) & ~right).sum(dim=1)
+    return (similarity > best).sum(dim=1) + equal / 2
+
+
+def _missed(right: Tensor, answers: int, k: int) -> Tensor:
+    """Probability that a random ranking of all answers has none of c right ones among the first k:
+    C(A-c, k) / C(A, k)."""
+    missed = torch.ones(len(right), dtype=torch.float64)
     for i in range(k):
-        missed *= ((texts - per_image - i) / (texts - i)).clamp(min=0) if i < texts else 0
+        missed *= ((answers - right - i) / (answers - i)).clamp(min=0) if i < answers else 0
     return missed
 
 
-def _chance_median(per_image: Tensor, texts: int) -> float:
-    """The place at which a random ranking has found a caption of half of the pictures."""
-    kinds, counts = per_image.unique(return_counts=True)
-    missed, k = torch.ones(len(kinds), dtype=torch.float64), 0
-    while float((missed * counts).sum()) > len(per_image) / 2:
-        missed *= ((texts - kinds - k) / (texts - k)).clamp(min=0)
+def _chance_median(right: Tensor, answers: int) -> float:
+    """The median place of the first right answer in a random ranking, over all that is asked."""
+    kinds, counts = right.unique(return_counts=True)
+    missed, k, half = torch.ones(len(kinds), dtype=torch.float64), 0, len(right) / 2
+    while (left := float((missed * counts).sum())) > half * (1 + 1e-9):
+        missed *= ((answers - kinds - k) / (answers - k)).clamp(min=0)
         k += 1
-    return float(k)
+    return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
 def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:

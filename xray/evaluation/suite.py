@@ -80,12 +80,13 @@ def _across(name: str, config: RetrievalConfig, sets: Sets) -> Measures:
     encoder = sets.joint
     source = sets.open(name, config.shards, config.modality)
     texts, owner = _texts(read_all_captions(source, config.captions), name)
+    kind = _kinds(texts) if config.same == "caption" else None
     found = sets.features(source, "joint")
     rows = encoder.encode_text(texts)
-    result = retrieval(found.rows, rows, owner)
+    result = retrieval(found.rows, rows, owner, kind=kind)
     for size in encoder.matryoshka:
         images, captions = (F.normalize(x[:, :size], dim=-1) for x in (found.rows, rows))
-        part = retrieval(images, captions, owner)
+        part = retrieval(images, captions, owner, kind=kind)
         recalls = {k: v for k, v in part.items() if k.startswith(WAYS)}
         result |= {f"{name}/{size}": value for name, value in recalls.items()}
     return result
@@ -145,6 +146,12 @@ def _texts(captions: list[list[str]], suite: str) -> tuple[list[str], torch.Tens
         raise DataError(f"eval.{suite}.shards: {empty} samples have no caption")
     owner = [number for number, own in enumerate(captions) for _ in own]
     return [caption for own in captions for caption in own], torch.tensor(owner)
+
+
+def _kinds(texts: list[str]) -> torch.Tensor:
+    """[M]: the number of each text among the different ones."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return torch.tensor([number[text] for text in texts])
 
 
 RUN: dict[str, Callable[[Sets], Measures]] = {
