@@ -17,7 +17,7 @@ from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.evaluation.config import EvalConfig, LabelledConfig
 from xray.evaluation.features import Features, Look, extract_spaces, spaces_of
-from xray.restore import Encoder, TextEncoder, VisionEncoder
+from xray.restore import Encoder, TextEncoder, VisionEncoder, data_config
 
 
 class Sets:
@@ -28,12 +28,8 @@ class Sets:
     ) -> None:
         config.views.validate()
         self.encoder, self.config = encoder, config
-        section = encoder.artifact.manifest["config"]["data"]
-        names = {item.name for item in dataclasses.fields(DataConfig)}
-        plain = {k: v for k, v in section.items() if k in names and k not in ("sources", "blocks")}
-        self.data = dataclasses.replace(
-            DataConfig(**{**plain, "validation": []}), root=root, workers=workers
-        )
+        plain = data_config(encoder.artifact)
+        self.data = dataclasses.replace(plain, root=root, workers=workers)
         self.look = Look(config.views.clips, config.views.crops)
         self._sources: dict[tuple[str, Modality], Source] = {}
         self._features: dict[int, dict[str, Features]] = {}  # by the id of an opened source

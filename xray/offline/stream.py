@@ -20,6 +20,7 @@ from xray.artifact import Artifact
 from xray.config import DataConfig
 from xray.errors import DataError
 from xray.progress import Progress
+from xray.restore import data_config
 from xray.schedule import value_at
 
 Place = tuple[int, int]  # (shard, member)
@@ -40,10 +41,7 @@ class Samples(Protocol):
 
 def data_of(artifact: Artifact, workers: int) -> DataConfig:
     """How an artifact's own run read its samples, at its final sizes."""
-    section = artifact.manifest["config"]["data"]
-    names = {item.name for item in dataclasses.fields(DataConfig)}
-    plain = {k: v for k, v in section.items() if k in names - {"sources", "blocks", "validation"}}
-    return dataclasses.replace(DataConfig(**plain), workers=workers)
+    return dataclasses.replace(data_config(artifact), workers=workers)
 
 
 class Places(Sequence[Place]):
