@@ -75,7 +75,8 @@ def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:
 
     A key that is not the ablation's is set in the recipe of every arm. Raises ConfigError.
     """
-    content, given = _read(name), cfg.parse_overrides(overrides)
+    content = cfg.read_yaml(cfg.find_yaml("ablation", name))
+    given = cfg.parse_overrides(overrides)
     known = [item.name for item in dataclasses.fields(AblationConfig)]
     for key in content:
         if key not in (*known, *SETTINGS):
@@ -116,19 +117,6 @@ def check_own(layer: Mapping[str, Any], where: str) -> None:
     for key in [key for key in fixed if key in keys]:
         rest = "use seeds=[...]" if key.endswith("seed") else "every run has its own"
         raise ConfigError(f"{where}{key} cannot be set here: {rest}")
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = cfg.config_path(f"ablation/{name}")
-        if not path.is_file():
-            names = cfg.shipped("ablation")
-            raise ConfigError(
-                f"unknown ablation {name!r}: there are {', '.join(names)}, or give a .yaml file"
-                f"{nearest(name, names)}"
-            )
-    return cfg.read_yaml(path)
 
 
 def _flat(own: Any, given: Any, section: str) -> dict[str, Any]:

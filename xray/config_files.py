@@ -35,6 +35,21 @@ def shipped(group: str) -> list[str]:
     return sorted(p.stem for p in config_path(f"{group}/x").parent.glob("*.yaml"))
 
 
+def find_yaml(group: str, name: str) -> Path:
+    """A .yaml file given, or the shipped one of a group by name; raises ConfigError for neither."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = config_path(f"{group}/{name}")
+    if not path.is_file():
+        names = shipped(group)
+        raise ConfigError(
+            f"unknown {group} {name!r}: there are {', '.join(names)}, or give a .yaml file"
+            f"{nearest(name, names)}"
+        )
+    return path
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a yaml mapping; raises ConfigError when it is missing or is no mapping."""
     try:

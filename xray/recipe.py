@@ -133,15 +133,7 @@ def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> l
     """The recipe's yaml behind those it is based on; `base` replaces the one it names."""
     if name in above:
         raise ConfigError(f"recipe {name} is based on itself: {' -> '.join([*above, name])}")
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = cfg.config_path(f"recipe/{name}")
-        if not path.is_file():
-            names = cfg.shipped("recipe")
-            raise ConfigError(
-                f"unknown recipe {name!r}: there are {', '.join(names)}, or give a .yaml file"
-                f"{nearest(name, names)}"
-            )
+    path = cfg.find_yaml("recipe", name)
     content = cfg.read_yaml(path)
     under = base or content.pop("base", None)
     content.pop("base", None)
