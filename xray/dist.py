@@ -208,28 +208,31 @@ def main_first(work: Callable[[], T]) -> T:
     what one ran into. They wait for as long as a large corpus may take to prepare."""
     result: list[T] = []
     for mine in (is_main(), not is_main()):
-        failure: XrayError | None = None
-        if mine:
-            try:
-                result.append(work())
-            except XrayError as error:
-                failure = error
-            except OSError as error:
-                failure = DataError(str(error))
-        agree(failure, PREPARATION)
+        together(lambda: result.append(work()) if mine else None, PREPARATION)  # noqa: B023
     return result[0]
 
 
 def on_main(work: Callable[[], object], patience: timedelta | None = None) -> None:
     """work() on rank 0 alone; raises on all ranks what it ran into, so that none waits for it."""
+    together(work if is_main() else lambda: None, patience, ArtifactError)
+
+
+def together(
+    work: Callable[[], object],
+    patience: timedelta | None = None,
+    kind: type[XrayError] = DataError,
+) -> None:
+    """Each rank's own work(); raises on all ranks what one ran into, when all are done.
+
+    kind: what an OSError is raised as.
+    """
     failure: XrayError | None = None
-    if is_main():
-        try:
-            work()
-        except XrayError as error:
-            failure = error
-        except OSError as error:
-            failure = ArtifactError(str(error))
+    try:
+        work()
+    except XrayError as error:
+        failure = error
+    except OSError as error:
+        failure = kind(str(error))
     agree(failure, patience)
 
 

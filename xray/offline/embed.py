@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -34,7 +34,7 @@ from xray.embeddings import (
     shortened,
     write_embeddings,
 )
-from xray.errors import ConfigError, DataError, XrayError
+from xray.errors import ConfigError, DataError
 from xray.hashing import differences
 from xray.offline.encoding import (
     Batch,
@@ -113,27 +113,13 @@ def embed(
     dist.main_first(job.claim)
     missing = [part for part in range(len(job.parts)) if job.load(part) is None]
     todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
-    _together(lambda: job.run(todo[dist.rank() :: dist.world_size()], progress))
-    if dist.is_main():
-        _together(lambda: job.finish(listed))
-    else:
-        _together(lambda: None)
+    mine = todo[dist.rank() :: dist.world_size()]
+    dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
+    dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
     facts = open_embeddings(out).facts
     return EmbedReport(
         facts["rows"], facts["left_out"], listed, len(job.parts) - len(todo), len(job.parts)
     )
-
-
-def _together(work: Callable[[], None]) -> None:
-    """A rank's own work; raises on all ranks what one ran into, when all are done."""
-    failure: XrayError | None = None
-    try:
-        work()
-    except XrayError as error:
-        failure = error
-    except OSError as error:
-        failure = DataError(str(error))
-    dist.agree(failure, dist.PREPARATION)
 
 
 class _Job:
