@@ -185,10 +185,39 @@ def write_artifact(
     not name it: people may edit it. Raises ArtifactError where the artifact cannot be written;
     nothing is left of it then.
     """
+    with _whole_or_none(path) as temporary:
+        _fill(temporary, parts, files)
+        for parent in parents.values():
+            _hand_on(parent, temporary / LINEAGE)
+        manifest = {
+            "schema": SCHEMA,
+            **facts,
+            "parents": {
+                slot: {"manifest": a.digest, "stage": a.stage, "path": a.origin}
+                for slot, a in parents.items()
+            },
+            "tensors": {name: dict(_describe(temporary, name)) for name in parts},
+            "files": {
+                str(file.relative_to(temporary)): sha256_file(file)
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file()
+            },
+            "versions": package_versions(),
+            "git_commit": git_commit(),
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / "README.md").write_text(card(temporary), "utf-8")
+        sync_tree(temporary)
+
+
+@contextlib.contextmanager
+def _whole_or_none(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when all is written; of a failure nothing is left."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, parts, files, facts, parents, card)
+        temporary.mkdir(parents=True)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be all that fills the disk
@@ -197,15 +226,10 @@ def write_artifact(
         ) from error
 
 
-def _write(
-    temporary: Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    files: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    parents: Mapping[str, Artifact],
-    card: Callable[[Path], str],
+def _fill(
+    temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, Any]
 ) -> None:
-    temporary.mkdir(parents=True)
+    """Write the weights, and the files beside them."""
     for name, tensors in parts.items():
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         tensors_file = temporary / f"{name}.safetensors"
@@ -218,27 +242,6 @@ def _write(
             shutil.copyfile(item, target)
         else:
             item.save(target)
-    for parent in parents.values():
-        _hand_on(parent, temporary / LINEAGE)
-    manifest = {
-        "schema": SCHEMA,
-        **facts,
-        "parents": {
-            slot: {"manifest": a.digest, "stage": a.stage, "path": a.origin}
-            for slot, a in parents.items()
-        },
-        "tensors": {name: dict(_describe(temporary, name)) for name in parts},
-        "files": {
-            str(file.relative_to(temporary)): sha256_file(file)
-            for file in sorted(temporary.rglob("*"))
-            if file.is_file()
-        },
-        "versions": package_versions(),
-        "git_commit": git_commit(),
-    }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    (temporary / "README.md").write_text(card(temporary), "utf-8")
-    sync_tree(temporary)
 
 
 def _hand_on(parent: Artifact, folder: Path) -> None:

@@ -70,11 +70,11 @@ class Picture:
     pixels: np.ndarray  # [H, W, 3] uint8
 
     def html(self) -> str:
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels).save(buffer, format="PNG")
-        return _figure(self.title, self.caption, buffer.getvalue())
+        title = html.escape(self.title)
+        return (
+            f'<h2>{title}</h2><figure><img alt="{title}" src="{_png(self.pixels)}">'
+            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        )
 
 
 @dataclass
@@ -85,18 +85,9 @@ class Card:
     lines: Sequence[str]
 
     def html(self) -> str:
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.pixels, dtype=np.uint8).transpose(1, 2, 0)).save(
-            buffer, format="PNG"
-        )
-        data = base64.b64encode(buffer.getvalue()).decode()
+        pixels = np.asarray(self.pixels, dtype=np.uint8).transpose(1, 2, 0)
         text = "<br>".join(map(html.escape, self.lines))
-        return (
-            f'<figure><img alt="" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
+        return f'<figure><img alt="" src="{_png(pixels)}"><figcaption>{text}</figcaption></figure>'
 
 
 def cards(title: str, shown: Sequence[Card]) -> str:
@@ -143,10 +134,10 @@ def paragraph(text: Any) -> str:
     return f"<p class=note>{html.escape(str(text))}</p>"
 
 
-def _figure(title: str, caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<h2>{html.escape(title)}</h2><figure><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption>'
-        "</figure>"
-    )
+def _png(pixels: np.ndarray) -> str:
+    """[H, W, 3] uint8 as an image's address in a page."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
