@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def _names_of(out: Path) -> Path:
 # reading --------------------------------------------------------------------------------------
 
 
-class Embeddings:
+class Embeddings(ABC):
     """The rows of a file, of which none is held: they are mapped, or read a group at a time."""
 
     facts: Facts
@@ -205,17 +206,17 @@ class Embeddings:
     def __len__(self) -> int:
         return int(self.facts["rows"])
 
+    @abstractmethod
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows as they are stored, in order, some at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Some rows as they are stored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, rows: Sequence[int]) -> Names:
         """What some rows are of."""
-        raise NotImplementedError
 
 
 def open_embeddings(path: Path) -> Embeddings:
