@@ -37,12 +37,18 @@ class ViewsConfig:
 
 
 @dataclass
-class RetrievalConfig:
+class CaptionedConfig:
     """Pictures or clips with captions; for suite captions also texts alone."""
 
     shards: str = ""
     modality: Literal["image", "video", "text"] = "image"
     captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+
+
+@dataclass
+class RetrievalConfig(CaptionedConfig):
+    """Captions by pictures or clips, and these by captions."""
+
     # what is right for a caption: its own sample, or all that have the same caption
     same: Literal["sample", "caption"] = "sample"
 
@@ -170,7 +176,7 @@ class EvalConfig:
         default_factory=lambda: RetrievalConfig(modality="video", same="caption")
     )
     # captions by captions: of a text artifact, after it was tuned and before
-    captions: RetrievalConfig = field(default_factory=RetrievalConfig)
+    captions: CaptionedConfig = field(default_factory=CaptionedConfig)
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
