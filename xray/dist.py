@@ -237,8 +237,11 @@ def together(
 
 
 def leave() -> None:
-    """Let all ranks end together: gloo takes one that is gone for a failure of what the others are
-    still at. Waits LEAVING seconds at most; the last act of a process."""
+    """Let all ranks end together; the last act of a process. Waits LEAVING seconds at most.
+
+    Gloo takes a rank that is gone for a failure of what the others are still at, and its threads
+    abort a process whose interpreter ends while one of them lets go of a tensor.
+    """
     if world_size() == 1:
         return
     import torch.distributed
@@ -248,13 +251,15 @@ def leave() -> None:
     store = torch.distributed.distributed_c10d._get_default_store()
     until = time.monotonic() + LEAVING
 
-    def wait(key: str, ranks: int) -> None:
-        while store.add(key, 0) < ranks and time.monotonic() < until:
+    def wait(key: str, ranks: int) -> bool:
+        while (there := store.add(key, 0)) < ranks and time.monotonic() < until:
             time.sleep(0.02)
+        return there >= ranks
 
     with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it
         store.add("xray/done", 1)
-        wait("xray/done", world_size())
+        if wait("xray/done", world_size()):  # else it could wait for the rank that is missing
+            torch.distributed.destroy_process_group()
         if is_main():  # it may hold the store, so it goes last
             wait("xray/gone", world_size() - 1)
         else:
