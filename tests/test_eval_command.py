@@ -125,13 +125,13 @@ def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.M
         "eval.retrieval.shards=heldout", "eval.knn={train: gallery, test: heldout, k: 5}",
     )  # fmt: skip
     seen: list[int] = []
-    original = features.cls_of
+    original = VisionEncoder.cls
 
     def counted(encoder: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
         seen.append(len(pixels))
         return original(encoder, pixels)
 
-    monkeypatch.setattr(features, "cls_of", counted)
+    monkeypatch.setattr(VisionEncoder, "cls", counted)
     sets.run(["zero_shot", "retrieval", "knn", "linear_probe"])
     gallery = len(open_labelled("g", "gallery", "image", str(demo)))
     assert sum(seen) == 24 + gallery

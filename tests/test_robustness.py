@@ -18,7 +18,6 @@ from xray.errors import ArtifactError
 from xray.evaluation import corruptions
 from xray.evaluation.attacks import _margin, fgsm, pgd, square
 from xray.evaluation.corruptions import CORRUPTIONS, aspect, corruption, disc
-from xray.evaluation.features import cls_of, joint_of
 from xray.restore import Encoder
 
 FRAMES = torch.from_numpy(
@@ -163,8 +162,8 @@ def test_the_gradient_through_token_selection_is_the_true_one(demo: Path, tmp_pa
     weights = F.normalize(torch.randn(16, dtype=torch.float64), dim=0)
 
     def score(x: torch.Tensor) -> torch.Tensor:
-        tokens = cls_of(encoder, 255 * x)
-        return joint_of(encoder, tokens).double()[0] @ weights
+        tokens = encoder.cls(255 * x)
+        return encoder.joint(tokens).double()[0] @ weights
 
     before = x.detach().clone()
     (gradient,) = torch.autograd.grad(score(x), x)

@@ -60,7 +60,8 @@ def test_what_is_bright_was_kept(
 ) -> None:
     encoder = VisionEncoder(hashtag)
     encoder.vision.reduction, encoder.vision.fuse = reduction, fuse
-    sheet = kept_tokens(encoder, noise(3, frames, 3, 32, 32), keep_rate=0.6)
+    encoder.choose(0.6)
+    sheet = kept_tokens(encoder, noise(3, frames, 3, 32, 32))
     tokens = 16 * max(1, frames // 2)
     counts = [encoder.vision.token_counts(tokens, 0.6)[at] for at in encoder.vision.reduce_at]
     assert sheet.rows == [f"input\n{tokens} tokens"] + [

@@ -66,9 +66,7 @@ class Model:
         self.artifact = artifact
         self.encoder = restore_encoder(artifact).to(place)
         if keep_rate is not None:
-            vision = self._vision("keep_rate")
-            vision.vision.rates(keep_rate)  # raises for impossible ones
-            vision.keep_rate = keep_rate
+            self._vision("keep_rate").choose(keep_rate)
         self.data = data_config(artifact)
 
     def __repr__(self) -> str:

@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from xray.models.mae_decoder import MaeDecoder, Masking, patchify, unpatchify
-from xray.models.reduce import KeepRate
 from xray.restore import VisionEncoder
 
 SIDE = 144  # pixels per shown picture, at least
@@ -99,19 +98,14 @@ def reconstructions(
 
 
 @torch.no_grad()
-def kept_tokens(
-    encoder: VisionEncoder,
-    pixels: Tensor,
-    names: Sequence[str] = (),
-    keep_rate: KeepRate | None = None,
-) -> Sheet:
+def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = ()) -> Sheet:
     """The picture, then what is left of it after each reducing block; a clip by tubelets.
 
     Tokens that were fused or dropped are veiled in blue; what ToMe merged shows its mean colour.
     """
     vision = encoder.vision
     x = encoder.normalize(pixels)
-    rate = encoder.keep_rate if keep_rate is None else keep_rate
+    rate = encoder.keep_rate
     tokens = vision(x, rate, track=True)
     t, h, w = vision.token_grid(x)
     frames = vision.tubelets(pixels)[:, :: vision.tubelet].flatten(0, 1).float()

@@ -65,12 +65,25 @@ class VisionEncoder(nn.Module):
         self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
         self.eval()
 
+    def choose(self, keep_rate: KeepRate) -> None:
+        """Encode at another keep rate; raises ConfigError for one that the model cannot have."""
+        try:
+            self.vision.rates(keep_rate)
+        except ConfigError as error:
+            raise ConfigError(f"{self.artifact.path}: {error}") from error
+        self.keep_rate = keep_rate
+
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
-        return F.normalize(self._cls(pixels).float(), dim=-1).cpu()
+        return F.normalize(self.cls(pixels).float(), dim=-1).cpu()
 
-    def _cls(self, pixels: Tensor) -> Tensor:
+    def cls(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] pixels in 0..255 -> [B, D] CLS features as they are, on its device.
+
+        A gradient flows to float pixels, through the tokens that are kept and those that are
+        fused: which of them are kept is no function with a gradient.
+        """
         pixels = pixels.to(self.normalize.mean.device)
         return self.vision(self.normalize(pixels), self.keep_rate).cls
 
@@ -97,7 +110,11 @@ class ImageEncoder(VisionEncoder):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, E] in the joint space, normalised."""
-        return F.normalize(self.vision_projection(self._cls(pixels)).float(), dim=-1)
+        return self.joint(self.cls(pixels))
+
+    def joint(self, cls: Tensor) -> Tensor:
+        """[B, D] CLS features -> [B, E] in the joint space, normalised."""
+        return F.normalize(self.vision_projection(cls).float(), dim=-1)
 
 
 class Encoder(ImageEncoder):
@@ -199,7 +216,7 @@ class Tagger(VisionEncoder):
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
         """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
-        return self.activate(self.head(self._cls(pixels)).float() / temperature)
+        return self.activate(self.head(self.cls(pixels)).float() / temperature)
 
     def activate(self, logits: Tensor) -> Tensor:
         """[B, V] logits to probabilities."""

@@ -50,21 +50,20 @@ def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float 
 class Explainer:
     """An artifact restored to show what it sees; `kinds` names what it can show.
 
-    Raises ConfigError for a keep rate where the model reduces nothing.
+    Raises ConfigError for a keep rate that the model cannot have.
     """
 
     def __init__(self, artifact: Artifact, keep_rate: KeepRate | None = None) -> None:
         self.artifact = artifact
         self.encoder = VisionEncoder(artifact)
         self.reduction = self.encoder.vision.reduction
-        if keep_rate is not None and self.reduction == "none":
-            raise ConfigError(f"{artifact.path} has model.reduce=none: leave out --keep-rate")
-        self.keep_rate = self.encoder.keep_rate if keep_rate is None else keep_rate
+        if keep_rate is not None:
+            self.encoder.choose(keep_rate)
         self.kinds = []
         if artifact.stage == "mae":
             self.decoder = restore_decoder(artifact, self.encoder.vision)
             self.kinds.append(self._reconstructed)
-        if self.encoder.vision.rates(self.keep_rate):
+        if self.encoder.vision.rates(self.encoder.keep_rate):
             self.kinds.append(self._kept)
 
     def __call__(self, pixels: Tensor, names: Sequence[str] = ()) -> list[Picture]:
@@ -80,7 +79,7 @@ class Explainer:
         return self._picture("MAE reconstructions", caption, sheet, pixels)
 
     def _kept(self, pixels: Tensor, names: Sequence[str]) -> Picture:
-        sheet = kept_tokens(self.encoder, pixels, names, self.keep_rate)
+        sheet = kept_tokens(self.encoder, pixels, names)
         gone = {
             "tome": "Tokens that were merged show their mean colour.",
             "fused": "Blue ones were fused into one.",
@@ -89,7 +88,7 @@ class Explainer:
         fate = "fused" if self.encoder.vision.fuse else "dropped"
         caption = "The input, then the tokens left after each block that reduces them. "
         caption += gone["tome" if self.reduction == "tome" else fate]
-        title = f"Kept tokens ({self.reduction}, keep rate {self.keep_rate})"
+        title = f"Kept tokens ({self.reduction}, keep rate {self.encoder.keep_rate})"
         return self._picture(title, caption, sheet, pixels)
 
     def _picture(self, title: str, caption: str, sheet: Sheet, pixels: Tensor) -> Picture:

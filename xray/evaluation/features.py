@@ -139,30 +139,15 @@ def extract(
     return extract_spaces(source, lambda pixels: {"": encode(pixels)}, data, batch_size)[""]
 
 
-def cls_of(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
-    """CLS features of the backbone, [B, D]; pixels [B, T, 3, H, W] in 0..255, of any type.
-
-    A gradient flows to float pixels, through the tokens that are kept and those that are fused:
-    which of them are kept is no function with a gradient.
-    """
-    pixels = pixels.to(encoder.normalize.mean.device)
-    return encoder.vision(encoder.normalize(pixels), encoder.keep_rate).cls
-
-
-def joint_of(encoder: Encoder, cls: Tensor) -> Tensor:
-    """CLS features in the joint space, [B, E] normalised."""
-    return F.normalize(encoder.vision_projection(cls).float(), dim=-1)
-
-
 def spaces_of(encoder: VisionEncoder) -> Callable[[Tensor], dict[str, Tensor]]:
     """What encodes pixels into all spaces of an artifact by one pass of the backbone, on CPU."""
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> dict[str, Tensor]:
-        cls = cls_of(encoder, pixels)
+        cls = encoder.cls(pixels)
         found = {"backbone": F.normalize(cls.float(), dim=-1).cpu()}
         if isinstance(encoder, Encoder):
-            found["joint"] = joint_of(encoder, cls).cpu()
+            found["joint"] = encoder.joint(cls).cpu()
         return found
 
     return encode

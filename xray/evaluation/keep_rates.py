@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from xray.errors import ConfigError
-from xray.evaluation.features import cls_of
 from xray.evaluation.suite import Measures, Suite
 from xray.models.flops import vision_macs
 from xray.report import ResultTable
@@ -60,7 +59,7 @@ def over_keep_rates(
         @torch.no_grad()
         def run() -> None:
             encoder.keep_rate = rate
-            cls_of(encoder, pixels).cpu()  # which waits for a GPU
+            encoder.cls(pixels).cpu()  # which waits for a GPU
 
         return run
 

@@ -19,7 +19,7 @@ from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.bootstrap import share
 from xray.evaluation.config import RobustnessConfig
 from xray.evaluation.corruptions import aspect, corruption
-from xray.evaluation.features import Change, Features, batches_of, cls_of, joint_of
+from xray.evaluation.features import Change, Features, batches_of
 from xray.evaluation.linear_probe import fit_head
 from xray.evaluation.sets import Sets, renumber
 from xray.evaluation.zero_shot import check_labels
@@ -201,9 +201,9 @@ def _attacked(head: Head, sets: Sets) -> Measures:
     labels, device = head.labels[rows], encoder.normalize.mean.device
 
     def logits(x: Tensor) -> Tensor:
-        cls = cls_of(encoder, 255 * x)
+        cls = encoder.cls(255 * x)
         joint = head.space == "joint"
-        rows = joint_of(sets.joint, cls) if joint else F.normalize(cls.float(), dim=-1)
+        rows = sets.joint.joint(cls) if joint else F.normalize(cls.float(), dim=-1)
         return head.logits(rows).to(device)  # a probe's weights are on the CPU
 
     hits: dict[str, list[Tensor]] = {}

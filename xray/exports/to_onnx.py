@@ -59,8 +59,9 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
     except ImportError as error:
         raise ConfigError("--to onnx needs pip install 'xray-vision[onnx]'") from error
     encoder, side = vision_of(artifact, "onnx"), side_of(artifact)
-    rate = encoder.keep_rate if keep_rate is None else keep_rate
-    encoder.vision.rates(rate)  # raises for impossible ones
+    if keep_rate is not None:
+        encoder.choose(keep_rate)
+    rate = encoder.keep_rate
     tower = ImageTower(encoder, rate, frames > 1).eval()
     pixels = pictures(side, frames)
     given = encoder.normalize(pixels) if frames > 1 else encoder.normalize(pixels)[:, 0]
@@ -77,7 +78,6 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
             gap = (torch.from_numpy(theirs) - mine[:count]).abs().max().item()
             differences[name] = max(gap, differences.get(name, 0.0))
     # the graph's own trace is compared with the encoder that evaluation uses, too
-    encoder.keep_rate = rate
     differences["features"] = max(
         differences["features"], difference(expected[0], encoder.features(pixels))
     )

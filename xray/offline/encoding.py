@@ -30,10 +30,7 @@ def set_keep_rate(
         return
     if text or not isinstance(encoder, VisionEncoder):
         raise ConfigError("--keep-rate: it is of pictures and clips, and these are texts")
-    if encoder.vision.reduction == "none":
-        path = encoder.artifact.path
-        raise ConfigError(f"{path} has model.reduce=none: leave out --keep-rate")
-    encoder.keep_rate = keep_rate
+    encoder.choose(keep_rate)
 
 
 def width_of(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
@@ -55,8 +52,7 @@ def of_pixels(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor
     if isinstance(encoder, Encoder):
         return encoder.image_features
     assert isinstance(encoder, VisionEncoder)
-    vision, normalize = encoder.vision, encoder.normalize
-    return lambda pixels: vision(normalize(pixels), encoder.keep_rate).cls
+    return encoder.cls
 
 
 def of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], Tensor]:
