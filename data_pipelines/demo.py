@@ -19,6 +19,8 @@ import numpy as np
 import webdataset
 from PIL import Image, ImageDraw
 
+from xray.errors import ConfigError
+
 COLORS = {
     "red": (214, 40, 40),
     "orange": (242, 140, 40),
@@ -91,10 +93,20 @@ class Scene:
 
 
 def make_demo(root: Path, config: DemoConfig) -> None:
-    """Write all sets below root; a half-written root is begun again, a whole one is left alone."""
-    if (root / "demo.json").is_file():
+    """Write all sets below root, where they are not yet.
+
+    Raises ConfigError for a folder that holds anything else: nothing of a user's is replaced.
+    """
+    known = root / "demo.json"
+    if known.is_file():
+        _check_same(known, config)
         return
-    temporary = root.with_name(root.name + ".tmp")
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise ConfigError(
+            f"data.root={root} holds other files, and this recipe generates its data there "
+            "(prepare.demo): name a new folder, or a recipe over your own data"
+        )
+    temporary = root.with_name(f".{root.name}.xray-demo")
     shutil.rmtree(temporary, ignore_errors=True)
     rng = np.random.default_rng(config.seed)
     seen = [pair for pair in PAIRS if pair not in HELD_OUT]
@@ -108,9 +120,20 @@ def make_demo(root: Path, config: DemoConfig) -> None:
     names = [" ".join(pair) for pair in HELD_OUT]
     (temporary / "classes.txt").write_text("\n".join(names) + "\n")
     (temporary / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1))
-    if root.is_dir():
-        shutil.rmtree(root)
-    os.replace(temporary, root)
+    os.replace(temporary, root)  # an empty folder may be there
+
+
+def _check_same(known: Path, config: DemoConfig) -> None:
+    try:
+        there = json.loads(known.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{known} cannot be read ({error}): delete {known.parent}") from error
+    for key, value in vars(config).items():
+        if there.get(key) != value:
+            raise ConfigError(
+                f"{known.parent} was generated with {key}={there.get(key)}, not {value}: delete "
+                "it, or name another data.root"
+            )
 
 
 def example(motion: str = "") -> bytes:

@@ -72,7 +72,7 @@ class FileSource(Source):
 
 @dataclass(frozen=True)
 class NamedSource(Source):
-    """Shards whose json field `label` is a class's name: it is numbered here."""
+    """Shards whose json field `label` is text: a class's name, numbered here, or a number."""
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
@@ -80,7 +80,9 @@ class NamedSource(Source):
         """The files of one member, with its class number as `cls`."""
         files = super().read(shard, member, extensions)
         name = _name_of(files)
-        return files | {"cls": str(self.classes.index(name)).encode()} if name else files
+        if not name:
+            return files
+        return files | {"cls": str(self.classes.index(name) if self.classes else name).encode()}
 
 
 def _name_of(files: dict[str, bytes]) -> str:
@@ -118,7 +120,8 @@ def open_labelled(
         return source
     found = {_name_of(source.read(*place, ("json",))) for place in source.places()} - {""}
     kind = source.name, source.modality, source.animations, source.manifest, source.cache
-    return NamedSource(*kind, classes=tuple(sorted(found)))
+    numbers = all(label.isdecimal() for label in found)
+    return NamedSource(*kind, classes=() if numbers else tuple(sorted(found)))
 
 
 def _read_folder(
@@ -146,12 +149,17 @@ def _read_csv(where: str, modality: Modality) -> tuple[list[FileRow], list[str]]
         text = Path(where).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{where} cannot be read: {error}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns, lines = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{where}, line {reader.line_num}: {error}: is a quote open?") from error
     if "path" not in columns or not {"label", "caption"} & set(columns):
         raise DataError(f"{where} must begin with a line `path,label` or `path,caption`")
-    for row in reader:
-        place = f"{where}, row {reader.line_num}"
+    for number, row in lines:
+        place = f"{where}, row {number}"
+        if None in row:
+            raise DataError(f"{place} has more cells than columns: quote what holds a comma")
         path = _existing(where, row["path"], place, media_extensions(modality, "image"))
         own = captions.setdefault(path, [])
         if "caption" in columns:
@@ -217,10 +225,10 @@ def _source(
     }
     manifest = Manifest(str(where.parent), columns, {"digest": state.hexdigest()})
     return FileSource(
-        name, modality, animations, manifest, rows=tuple(rows), classes=_spaced(classes)
+        name, modality, animations, manifest, rows=tuple(rows), classes=spaced(classes)
     )
 
 
-def _spaced(classes: Iterable[str]) -> tuple[str, ...]:
-    """Names as they are said in prompts and written in lists of classes."""
+def spaced(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names as they are said in prompts."""
     return tuple(name.replace("_", " ") for name in classes)

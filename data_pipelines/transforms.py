@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from data_pipelines.augment import augment
 from data_pipelines.decode import (
+    BadSample,
     FrameChoice,
     decode_image,
     open_image,
@@ -132,6 +133,8 @@ def load_picture(image: Image.Image, size: int) -> Tensor:
         media = image.fp.read()
         image.fp.seek(place)
         return load_image(media, center_crop, size)
+    if not min(image.size):
+        raise BadSample("decode error", "it has no pixels")
     pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
     return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
 

@@ -24,8 +24,18 @@ from typer.testing import CliRunner
 
 from xray import config_files as cfg
 from xray.ablation import Trial, load_ablation, samples_of, stage_runs
+from xray.ablation_report import Page
 from xray.cli import app
-from xray.comparison import deviation, paired_t, student_p
+from xray.comparison import (
+    Outcome,
+    chance_of,
+    chosen_metrics,
+    compare,
+    deviation,
+    paired_t,
+    student_p,
+)
+from xray.errors import ConfigError
 
 FILE = f"""
 base: {RECIPE}
@@ -382,7 +392,6 @@ def test_what_others_train_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     from xray.ablation_jobs import alone
-    from xray.errors import ConfigError
 
     with (
         alone(tmp_path),
@@ -390,3 +399,46 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         alone(tmp_path),
     ):
         pass
+
+
+def test_a_run_that_starts_while_all_are_stopped_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xray import ablation_jobs
+    from xray.ablation_jobs import Jobs, alone
+    from xray.errors import Preempted
+
+    ablation = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}")
+    (tmp_path / "runs" / "a" / "seed_0").mkdir(parents=True)
+    popen = subprocess.Popen
+
+    def signalled(command: list[str], **more: Any) -> Any:
+        process = popen(["sleep", "60"], **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(ablation_jobs.subprocess, "Popen", signalled)
+    begun = time.monotonic()
+    with alone(tmp_path) as lock, pytest.raises(Preempted):
+        Jobs(tmp_path, 1, lock).run(ablation.trials[:1])
+    assert time.monotonic() - begun < 30
+
+
+def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
+    text = f"base: {RECIPE}\nseeds: [0]\nmetrics: [hashtag.loss, clip.loss]\narms: {{a: {{}}}}"
+    ablation = load(tmp_path, text, f"out={tmp_path}")
+    ended = Outcome("a", 0, {"clip.loss": 2.0}, {}, {})
+    with pytest.raises(ConfigError, match=r"no run has hashtag\.loss"):
+        chosen_metrics(ablation, [ended])
+    assert chosen_metrics(ablation, [ended], complete=False) == ["clip.loss"]
+
+
+def test_a_place_is_no_percentage(tmp_path: Path) -> None:
+    ablation = load(tmp_path, f"base: {RECIPE}\nseeds: [0]\narms: {{a: {{}}}}", f"out={tmp_path}")
+    rank = "retrieval.text_to_image_median_rank"
+    ended = [Outcome("a", 0, {rank: 3.5, chance_of(rank): 60.0}, {}, {})]
+    metrics = chosen_metrics(ablation, ended)
+    cells = compare(ablation, ended, metrics)
+    table = Page(ablation, ended, metrics, cells, {rank: 60.0}, {}).results()
+    assert metrics == [rank] and "%" not in table.columns[2]
+    assert table.rows == [("a", "1", "3.5"), ("chance", "", "60")]

@@ -168,6 +168,9 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
     (ArtifactError, "tags needs a hashtag artifact", lambda c, h, m: c.tags),
     (ConfigError, "tags=\\[...\\]", lambda c, h, m: c.tag(m / "photo.jpg")),
     (ConfigError, "has tags of its own", lambda c, h, m: h.tag(m / "photo.jpg", tags=["a"])),
+    (ConfigError, "needs {} where", lambda c, h, m: c.tag(m / "photo.jpg", ["a"], template="a")),
+    (ConfigError, "top=0", lambda c, h, m: h.tag(m / "photo.jpg", top=0)),
+    (DataError, "no pixels", lambda c, h, m: c.encode_image(Image.new("RGB", (0, 3)))),
     (DataError, "is a clip: use encode_video", lambda c, h, m: c.encode_image(m / "clip.mp4")),
     (DataError, "is no clip: use encode_image", lambda c, h, m: c.encode_video([m / "photo.jpg"])),
     (DataError, "no such file", lambda c, h, m: c.encode_image("gone.jpg")),
@@ -199,3 +202,10 @@ def test_a_broken_picture_is_said(clip: xray.Model, media: Path, tmp_path: Path)
     broken.write_bytes((media / "photo.jpg").read_bytes()[:300])
     with pytest.raises(DataError, match=r"broken\.jpg: undecodable image"):
         clip.encode_image([str(broken)])
+
+
+def test_names_may_come_once(clip: xray.Model, media: Path) -> None:
+    names = ["a", "b"]
+    once = clip.tag(media / "photo.jpg", (name for name in names))
+    assert once == clip.tag(media / "photo.jpg", names) and len(once[0]) == 2
+    assert clip.encode_text(["\ud800"]).shape == (1, 16)

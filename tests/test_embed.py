@@ -136,6 +136,11 @@ def test_bad_samples_are_left_out_and_named(artifacts: dict[str, Artifact], tmp_
     assert np.allclose(rows_of(found), rows_of(open_embeddings(tmp_path / "y.npy")), atol=2e-6)
     listed = (tmp_path / "x.parquet.left_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in listed] == ["deep/1", "deep/4"]
+    (tmp_path / "x.parquet").unlink()
+    for number in (1, 4):
+        (folder / "deep" / f"{number}.jpg").unlink()
+    assert "4 rows" in xray(*command)
+    assert not (tmp_path / "x.parquet.left_out.jsonl").exists()
     for number in (0, 2, 3, 5):
         (folder / "deep" / f"{number}.jpg").write_bytes(b"broken")
     command = ("embed", artifacts["clip"].path, folder, "--out", tmp_path / "z.parquet")
@@ -198,6 +203,11 @@ def test_a_stopped_job_goes_on(
     one, two = (rows_of(open_embeddings(tmp_path / f"{n}.parquet")) for n in ("whole", "again"))
     assert np.allclose(one, two, atol=1e-4) and not (tmp_path / "again.parquet.parts").exists()
     assert run("again.parquet", dtype="int8").reused == 6  # it is there: nothing is done
+    monkeypatch.setattr(job.shutil, "rmtree", lambda folder: None)  # killed before they went
+    run("third.parquet")
+    monkeypatch.undo()
+    assert (tmp_path / "third.parquet.parts").exists() and run("third.parquet").rows == 96
+    assert not (tmp_path / "third.parquet.parts").exists()
 
 
 def test_two_processes_write_what_one_does(

@@ -22,6 +22,7 @@ from xray.cli import app
 from xray.config_files import build, parse_overrides
 from xray.errors import ConfigError
 from xray.evaluation import features
+from xray.evaluation import suite as suites
 from xray.evaluation.attentive_probe import attentive_probe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.finetune import Classifier, finetune
@@ -221,6 +222,8 @@ def test_an_attentive_probe_learns_clips(clip: Artifact, folder: Path) -> None:
 
 
 def mistakes(root: Path) -> list[tuple[list[str], str]]:
+    names = sorted(path.name.replace("_", " ") for path in (root / "set").iterdir())
+    (root / "odd.txt").write_text("\n".join([names[0] + "s", *names[1:]]))
     one = root / "one.csv"
     one.write_text("path,label\n" + f"{next((root / 'set').rglob('*.jpg'))},a\n")
     return [
@@ -229,7 +232,16 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
         (["knn", "eval.knn={train: captions.csv, test: set}"], "needs a class for every sample"),
         (["knn", "eval.knn={train: one.csv, test: one.csv}"], "two classes or more"),
         (["knn", "eval.knn={train: set, test: set, k: 99}"], "k=99 needs that many samples"),
-        (["linear_probe", "eval.knn={train: one.csv, test: set}"], "is not among the classes of"),
+        (["linear_probe", "eval.knn={train: one.csv, test: set}"], "two classes or more"),
+        (["knn", "eval.knn={train: grounds.csv, test: set}"], "is not among the classes of"),
+        (["zero_shot", "eval.zero_shot={shards: set, classes: odd.txt}"], "is not among those of"),
+        (["zero_shot", "eval.zero_shot={shards: set, templates: [a photo]}"], "each needs {}"),
+        (["knn", "eval.knn={train: set, test: set, k: 0}"], "k must be at least 1"),
+        (
+            ["knn", "eval.knn={train: set, test: set}", "eval.finetune.crop_scale=[.5]"],
+            "crop_scale",
+        ),
+        (["knn", "eval.knn={train: set, test: set}", "data.rooot=a"], "unknown key 'data.rooot'"),
         (["retrieval", "eval.retrieval.shards=set"], "24 samples have no caption"),
         (["linear_probe"], "suite linear_probe has no data: set eval.linear_probe.train and .test"),
         (["robustness"], "suite robustness has no data: set eval.zero_shot.shards"),
@@ -237,7 +249,7 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
             ["robustness", "eval.knn={train: set, test: set}", "eval.robustness.attacks=[bim]"],
             "there are fgsm, pgd, square",
         ),
-        (["tags", "eval.tags.a.shards=set"], "only a hashtag artifact has tags"),
+        (["tags", "eval.tags.a.shards=set"], "suite tags is of a hashtag artifact"),
         (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
         (["knn", "eval.knn.trian=set"], "did you mean 'train'"),
     ]
@@ -281,3 +293,39 @@ def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> 
     for attack in ("fgsm", "pgd", "square"):
         assert found[f"zero_shot/{attack}/1e-06"] == found["zero_shot/attacked_clean"]
     assert found["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in found
+
+
+def test_class_names_are_matched_however_they_are_written(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    """In another order, with underscores; all others by their order."""
+    names = sorted(path.name for path in (folder / "set").iterdir())
+    found = []
+    for listed in (names, names[::-1], [f"thing {n}" for n in range(len(names))]):
+        (tmp_path / "classes.txt").write_text("\n".join(listed))
+        sets = suite(
+            clip, folder, "eval.zero_shot.shards=set",
+            f"eval.zero_shot.classes={tmp_path / 'classes.txt'}",
+        ).sets  # fmt: skip
+        read, source = sets.class_names()
+        labels = sets.zero_shot_labels(torch.arange(len(names)), source, read)
+        found.append([read[label] for label in labels])
+    assert found[0] == found[1] == list(source.classes)
+    assert found[2] == [f"thing {n}" for n in range(len(names))]
+
+
+def test_what_is_had_is_kept(
+    clip: Artifact, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    seen: list[object] = []
+    monkeypatch.setitem(suites.RUN, "finetune", lambda sets: seen.append(1) or 1 / 0)
+    out = tmp_path / "results.json"
+    done = xray("eval", clip.path, *settings, "--suite", "knn,finetune", "--out", out)
+    assert isinstance(done.exception, ZeroDivisionError) and list(json.loads(out.read_text())) == [
+        "knn"
+    ]
+    refused = xray(
+        "eval", clip.path, *settings, "--suite", "finetune,tags", "--out", tmp_path / "b"
+    )
+    assert refused.exit_code == 2 and len(seen) == 1  # nothing is begun that cannot be ended

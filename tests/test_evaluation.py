@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import open_clip
 import pytest
@@ -14,6 +16,7 @@ from timm.optim import Lars
 from xray.errors import DataError
 from xray.evaluation import bootstrap
 from xray.evaluation import retrieval as retrieval_module
+from xray.evaluation.classes import guess
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import STRENGTHS, LinearHead, fit, fit_head, linear_probe
 from xray.evaluation.retrieval import retrieval
@@ -96,15 +99,34 @@ def test_the_median_place_of_one_right_answer_by_chance(samples: int) -> None:
     assert result["chance_text_to_image_median_rank"] == (samples + 1) / 2
 
 
-def test_collapsed_features_score_nothing() -> None:
+@pytest.mark.parametrize("samples", [5, 20, 50])
+def test_collapsed_features_score_a_guess(samples: int) -> None:
+    same = torch.ones(samples, 4) / 2
+    for captions in (1, 3):
+        owner = torch.arange(samples).repeat_interleave(captions)
+        result = retrieval(same, same.repeat_interleave(captions, 0), owner)
+        for way in ("text_to_image", "image_to_text"):
+            for k in (1, 5, 10):
+                guessed = result[f"chance_{way}_R@{k}"]
+                assert result[f"{way}_R@{k}"] == pytest.approx(guessed, abs=1e-6)
+
+
+def test_equals_share_a_hit() -> None:
+    rows = unit(50, 6).repeat_interleave(2, 0)  # every picture and caption is there twice
+    result = retrieval(rows, rows, torch.arange(100))
+    for way in ("text_to_image", "image_to_text"):
+        assert result[f"{way}_R@1"] == pytest.approx(0.5) and result[f"{way}_R@5"] == 1
+        assert result[f"{way}_median_rank"] == 1.5
+
+
+def test_every_picture_needs_a_caption() -> None:
     same = torch.ones(50, 4) / 2
-    result = retrieval(same, same, torch.arange(50))
-    assert result["text_to_image_R@10"] == 0 and result["image_to_text_R@10"] == 0
     with pytest.raises(DataError, match="each with a caption"):
         retrieval(same, same[:49], torch.arange(49))
 
 
-def test_knn_equals_brute_force() -> None:
+@pytest.mark.parametrize("temperature", [0.07, 0.005])  # no float32 holds exp(1 / .005)
+def test_knn_equals_brute_force(temperature: float) -> None:
     train, test = unit(60, 5), unit(25, 5)
     labels = torch.arange(60) % 4
     truth = torch.arange(25) % 4
@@ -113,9 +135,9 @@ def test_knn_equals_brute_force() -> None:
         similarity = train @ row
         votes = [0.0] * 4
         for i in similarity.argsort(descending=True)[:7]:
-            votes[labels[i]] += float((similarity[i] / 0.07).exp())
+            votes[labels[i]] += math.exp(similarity[i].item() / temperature)
         hits += votes.index(max(votes)) == label
-    assert knn(train, labels, test, truth, k=7)["top1"] == pytest.approx(hits / 25)
+    assert knn(train, labels, test, truth, 7, temperature)["top1"] == pytest.approx(hits / 25)
     with pytest.raises(DataError, match="k=99"):
         knn(train, labels, test, truth, k=99)
 
@@ -253,7 +275,7 @@ def test_other_solvers_separate_what_can_be_separated(solver: str) -> None:
     train, test = (7 + centres[labels] + torch.randn(1500, 16) for _ in range(2))
     nearest = (torch.cdist(test, 7 + centres).argmin(1) == labels).float().mean()
     assert linear_probe(train, labels, test, labels, solver)["top1"] >= nearest - 0.04
-    head = fit_head(train, labels, solver)
+    head = fit_head(train[:, None], labels, solver)
     spread = (train - head.mean) / head.deviation
     assert spread.mean().abs() < 0.01 and abs(spread.std() - 1) < 0.05
 
@@ -312,3 +334,21 @@ def test_one_class_is_refused() -> None:
         knn(features, labels, features, labels)
     with pytest.raises(DataError, match="30 of 30 have none"):
         linear_probe(features, labels - 1, features, labels)
+
+
+def test_chance_is_the_most_frequent_class() -> None:
+    train, test = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 1, 1, 2])
+    assert guess(train, test) == 0.25
+    assert guess(torch.tensor([0, 1, 2, 3]), test) == 0.25  # any of them
+    rows = unit(5, 3)
+    assert knn(rows, train, rows[:4], test, k=1)["chance_top1"] == 0.25
+
+
+def test_views_of_a_sample_are_held_out_together() -> None:
+    """Else the weakest L2 always wins: a held-out view is fitted by its sample's others."""
+    torch.manual_seed(0)
+    labels = torch.arange(120) % 4
+    noisy = torch.randn(120, 1, 40) + 0.7 * F.one_hot(labels, 40)[:, None]
+    alone, views = noisy, noisy + 1e-3 * torch.randn(120, 9, 40)
+    found = [fit_head(rows, labels, "lbfgs").strength for rows in (alone, views)]
+    assert found[0] == found[1] > min(STRENGTHS)

@@ -394,6 +394,17 @@ def test_too_large_a_difference_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("reduction", ["tome", "random"])
+def test_onnx_has_no_graph_for_other_reductions(
+    tagger: Path, tmp_path: Path, reduction: str
+) -> None:
+    config = open_artifact(tagger).manifest["config"]
+    config |= {"model": config["model"] | {"reduce": reduction}}
+    changed = rewritten(tagger, tmp_path / "other", config, {})
+    done = xray("export", changed.path, "--to", "onnx", "--out", tmp_path / "o", "--keep-rate", 0.6)
+    refused(done, f"no graph for model.reduce={reduction}")
+
+
 MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "it is one of timm, open_clip": lambda a, out: (a, "--to", "pickle"),
     "--to open_clip is for stage clip": lambda a, out: (a, "--to", "open_clip", "--out", out),

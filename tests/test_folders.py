@@ -13,10 +13,11 @@ from shards import photo, write_tar
 from torchvision.datasets import ImageFolder
 
 from data_pipelines.folders import open_labelled
+from data_pipelines.sources import Source
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.evaluation.classes import Classes, renumber
 from xray.evaluation.features import extract, labels_of, read_all_captions
-from xray.evaluation.sets import renumber
 
 CLASSES = ("zebra", "ant", "sea_horse")
 
@@ -85,6 +86,7 @@ def test_sets_of_other_numbers_meet_by_name(folder: Path, tmp_path: Path) -> Non
     test = open_labelled("b", str(table), "image")
     assert labels_of(test).tolist() == [1, 0]
     assert renumber(labels_of(test), test, train.classes, "a").tolist() == [2, 0]
+    assert renumber(torch.tensor([1, -1]), test, train.classes, "a").tolist() == [2, -1]
     with pytest.raises(DataError, match="class 'sea horse' of a is not among b"):
         renumber(labels_of(train), train, test.classes, "b")
 
@@ -101,6 +103,8 @@ def test_sets_of_other_numbers_meet_by_name(folder: Path, tmp_path: Path) -> Non
         ("path,caption\nset/ant/ant0.jpg\n", "row 2: caption is empty"),
         ("path,label\nset/ant/notes.txt,ant\n", "row 2: set/ant/notes.txt is none of jpg"),
         ("path,label\nset/ant/ant0.jpg,a\nset/ant/ant0.jpg,b\n", "row 3: set/ant/ant0.jpg is 'b'"),
+        ("path,caption\nset/ant/ant0.jpg,an ant, black\n", "row 2 has more cells than columns"),
+        ('path,caption\nset/ant/ant0.jpg,"an ant\nset/ant/ant1.jpg,two\n', "is a quote open"),
     ],
 )
 def test_a_csv_with_mistakes_names_the_row(
@@ -145,3 +149,33 @@ def test_names_in_the_json_of_shards_are_numbered(tmp_path: Path) -> None:
     assert read_all_captions(source) == [["x"]] * 4
     found = extract(source, lambda x: x.flatten(1).float(), DataConfig(resolution=8, workers=2))
     assert found.labels.tolist() == [1, 0, 1, -1]
+
+
+def labelled(folder: Path, name: str, labels: list[object]) -> Source:
+    """Shards whose json says a label, or nothing."""
+    files: dict[str, bytes] = {}
+    for number, label in enumerate(labels):
+        files[f"{number:02d}.jpg"] = photo(number)
+        files[f"{number:02d}.json"] = json.dumps({} if label is None else {"label": label}).encode()
+    (folder / name).mkdir()
+    write_tar(folder / name / "0.tar", files)
+    return open_labelled(name, str(folder / name), "image")
+
+
+def test_numbers_as_text_are_numbers(tmp_path: Path) -> None:
+    source = labelled(tmp_path, "set", [str(n) for n in range(12)])
+    assert labels_of(source).tolist() == list(range(12)) and source.classes == ()
+
+
+def test_classes_of_a_training_set(tmp_path: Path) -> None:
+    train = labelled(tmp_path, "train", [7, 2_000_000, 7, 12])
+    classes = Classes.of(labels_of(train), train)
+    assert classes.places(labels_of(train), train).tolist() == [0, 2, 0, 1]
+    test = labelled(tmp_path, "test", [12, 8])
+    with pytest.raises(DataError, match="class 8 of test is not among the 3 classes of train"):
+        classes.places(labels_of(test), test)
+    some = labelled(tmp_path, "some", ["ant", "bee", None])
+    with pytest.raises(DataError, match="1 of 3 have none"):
+        Classes.of(torch.tensor([0, 1]), some).places(labels_of(some), some)
+    with pytest.raises(DataError, match="is too large"):
+        labels_of(labelled(tmp_path, "large", [10**22, 1]))

@@ -115,6 +115,7 @@ RULES: dict[str, set[str]] = {
     | {
         "xray.artifact",
         "xray.evaluation.features",
+        "xray.evaluation.sets",
         "xray.figures",
         "xray.recipe",
         "xray.report",

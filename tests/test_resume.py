@@ -124,10 +124,11 @@ def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> No
     assert not (tmp_path / "clip").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT]])
 def test_a_signal_saves_and_asks_to_be_run_again(
-    demo: Path, tmp_path: Path, number: signal.Signals
+    demo: Path, tmp_path: Path, numbers: list[signal.Signals]
 ) -> None:
+    """SIGINT after SIGTERM is the first interrupt: only a second ends without saving."""
     out = tmp_path / "run"
     settings = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
     process = subprocess.Popen(
@@ -142,7 +143,8 @@ def test_a_signal_saves_and_asks_to_be_run_again(
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.killpg(process.pid, number)  # as torchrun and terminals do: loader workers get it too
+    for number in numbers:
+        os.killpg(process.pid, number)  # as torchrun and terminals do: loader workers get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by a signal at step" in stderr
     assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1

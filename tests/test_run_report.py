@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from shards import photo, write_tar
 from tiny import train
 from typer.testing import CliRunner
 
+from data_pipelines.sources import open_source
 from xray.cli import app
+from xray.config import DataConfig
 from xray.report import Card, ResultTable, cards, gallery, write_report
-from xray.run_examples import _matrix, _mistakes
+from xray.run_examples import _matrix, _mistakes, look
 from xray.run_figures import curves
 
 
@@ -87,3 +90,36 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     page = (tmp_path / "x.html").read_text()
     for tag in ("<script", "<b>", "<i>", "<u>", "<em>"):
         assert tag not in page
+
+
+def test_a_table_prints_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    ResultTable("[bold]t", ("[i]c", "d"), [("see [/url] now", "[red]x")]).print()
+    printed = capsys.readouterr().out
+    for text in ("[bold]t", "[i]c", "see [/url] now", "[red]x"):
+        assert text in printed
+
+
+def test_samples_keep_their_captions_and_classes(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(6):
+        files[f"{number}.jpg"], files[f"{number}.cls"] = photo(number), str(number).encode()
+        if number % 2:
+            files[f"{number}.txt"] = f"picture {number}".encode()
+    files["2.jpg"] = b"no picture"
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", files)
+    source = open_source("set", str(tmp_path / "set"), "image")
+    found = look(source, DataConfig(resolution=16))
+    assert found.labels == [0, 1, 3, 4, 5] and len(found.pixels) == 5
+    assert found.captions == [[], ["picture 1"], ["picture 3"], [], ["picture 5"]]
+
+
+def test_names_are_no_formulas() -> None:
+    assert _matrix(["$a_$", "$x$"], torch.tensor([0, 1]), torch.tensor([1, 1])).startswith("<img")
+
+
+def test_a_damaged_record_is_one_line(run: Path) -> None:
+    (run / "report.json").write_text("{")
+    done = CliRunner().invoke(app, ["report", str(run)])
+    (run / "report.json").unlink()
+    assert done.exit_code == 2 and "report.json is damaged" in done.stderr

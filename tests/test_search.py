@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     other = saved(tmp_path / "other.npy", rows, "fp32", monkeypatch, keep_rate=0.5)
     with pytest.raises(ConfigError, match=r"other rows \(keep_rate: 0.5, not None\)"):
         check_same_rows(one, other)
+    texts = saved(tmp_path / "texts.npy", rows, "fp32", monkeypatch, captions={"synthetic": 1})
+    with pytest.raises(ConfigError, match=r"other rows \(captions: "):
+        check_same_rows(one, texts)
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "others.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     np.save(tmp_path / "alone.npy", rows)
@@ -158,3 +162,21 @@ def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("others.parquet", "broken.parquet", "alone.npy", "other.npy", "gone.npy", "x.txt"):
         with pytest.raises(DataError, match=name):
             open_embeddings(tmp_path / name)
+
+
+def test_rows_are_there_when_their_names_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two files leaves nothing that is taken for a whole one."""
+    replace, moved = os.replace, []
+
+    def once(source: Path, target: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path / "x.npy", random_rows(50, D), "fp32", monkeypatch)
+    assert moved == [tmp_path / "x.npy.json"] and not (tmp_path / "x.npy").exists()

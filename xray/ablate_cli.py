@@ -44,16 +44,16 @@ def ablate(
         flops = flops_of(ablation, ablation.out / "flops.json")
         plan_of(ablation, flops).print()
         failures = Jobs(ablation.out, ablation.config.jobs, lock).run(ablation.trials)
+        for failure in failures:
+            trial = failure.trial
+            print(
+                f"xray: {trial.arm}, seed {trial.seed} ended with code {failure.code}: "
+                f"{failure.line} ({trial.folder}/log.txt)",
+                file=sys.stderr,
+            )
         tables, path = write_comparison(ablation, flops, failures)
     for table in tables:
         table.print()
     print(f"report: {path}")
-    for failure in failures:
-        trial = failure.trial
-        print(
-            f"xray: {trial.arm}, seed {trial.seed} ended with code {failure.code}: {failure.line} "
-            f"({trial.folder}/log.txt)",
-            file=sys.stderr,
-        )
     if failures:
         raise SystemExit(1)

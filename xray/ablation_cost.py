@@ -34,7 +34,8 @@ def flops_of(ablation: Ablation, store: Path | None) -> Flops:
                     raise type(error)(f"arm {trial.arm}: {error}") from error
             tell(number, len(first))
     if store:
-        write_text(store, json.dumps(counted, indent=1))
+        known_ones = {key: flops for key, flops in counted.items() if flops is not None}
+        write_text(store, json.dumps(known_ones, indent=1))
     by_arm = {
         trial.arm: {stage: counted[key] for stage, key in trial.keys.items()} for trial in first
     }
@@ -52,7 +53,7 @@ def _counted(trial: Trial, before: Flops) -> Flops:
             key = trial.keys[run.stage]
             if key in before:
                 continue
-            unknown = run.stage == "text" and own.facts.llm is None
+            unknown = run.stage in ("text", "clip") and own.facts.llm is None  # no folder yet
             found[key] = None if unknown else resources(run, own.facts, 1).flops * run.steps
     return found
 

@@ -132,6 +132,8 @@ class Jobs:
                 pass_fds=[self.lock.fileno()],
             )
         self.running.append(Job(trial, process, slot))
+        if self.stopped:  # by a signal that came while it was started
+            process.send_signal(signal.SIGTERM)
         self._write_processes()
 
     def _environment(self, slot: int) -> dict[str, str]:

@@ -45,7 +45,7 @@ def write_comparison(
     Raises ConfigError for a metric that no run has.
     """
     outcomes = [outcome(trial) for trial in ablation.trials if trial.finished()]
-    metrics = chosen_metrics(ablation, outcomes)
+    metrics = chosen_metrics(ablation, outcomes, complete=not failures)
     cells = compare(ablation, outcomes, metrics)
     chance = {m: mean([o.values[chance_of(m)] for o in outcomes if chance_of(m) in o.values])
               for m in metrics}  # fmt: skip
@@ -141,8 +141,8 @@ class Page:
     # numbers --------------------------------------------------------------------------------------
 
     def _percent(self, metric: str) -> bool:
-        """Whether a metric is a share: those have chance beside them."""
-        return not math.isnan(self.chance[metric])
+        """Whether a metric is a share: those have chance beside them; so has a median place."""
+        return not math.isnan(self.chance[metric]) and not metric.endswith("median_rank")
 
     def _title(self, metric: str) -> str:
         measure = metric.partition(".")[2]

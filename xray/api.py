@@ -6,7 +6,7 @@ likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipelines.utf8 import printable
 from data_pipelines.vocabulary import Vocabulary
 from xray import dist
 from xray.artifact import Artifact, open_artifact
@@ -121,12 +122,12 @@ class Model:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise DataError("encode_text takes a text or a list of texts, and at least one")
-        return self.encoder.encode_text(texts)
+        return self.encoder.encode_text([printable(text) for text in texts])
 
     def tag(
         self,
         media: Media | Sequence[Media],
-        tags: Sequence[str] | None = None,
+        tags: Iterable[str] | None = None,
         top: int = 5,
         template: str = TEMPLATE,
         batch_size: int = 64,
@@ -136,6 +137,8 @@ class Model:
         A hashtag artifact has tags of its own. A clip artifact chooses among `tags`, each put into
         `template` in place of {}: a softmax over the likeness to these prompts.
         """
+        if top < 1:
+            raise ConfigError(f"top={top} must be at least 1")
         tagger, names = self._tagger(tags, template)
         shown = min(top, len(names))
         ranked = []
@@ -146,7 +149,7 @@ class Model:
         return ranked
 
     def _tagger(
-        self, tags: Sequence[str] | None, template: str
+        self, tags: Iterable[str] | None, template: str
     ) -> tuple[Callable[[Tensor], Tensor], Sequence[str]]:
         """[B, T, 3, S, S] -> [B, V] probabilities, and the V names."""
         if isinstance(self.encoder, Tagger):
@@ -155,9 +158,13 @@ class Model:
             return self.encoder.probabilities, self.tags
         if not isinstance(self.encoder, Encoder):
             raise self._cannot("tag", "a hashtag or clip artifact")
-        if not tags or isinstance(tags, str):
+        names = [] if tags is None or isinstance(tags, str) else list(tags)
+        if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError("a clip artifact tags by names that you give: tag(..., tags=[...])")
-        return PromptTagger(self.encoder, list(tags), template).probabilities, list(tags)
+        if "{}" not in template:
+            raise ConfigError(f"template={template!r} needs {{}} where a tag goes")
+        tagger = PromptTagger(self.encoder, list(map(printable, names)), template)
+        return tagger.probabilities, names
 
     def _encode(self, media: Sequence[Media], clips: bool, batch_size: int) -> Tensor:
         encoder = self._vision("encode_video" if clips else "encode_image")

@@ -100,13 +100,17 @@ def chance_of(metric: str) -> str:
     return f"{section}.{part}{slash}{CHANCE}{measure}"
 
 
-def chosen_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[str]:
+def chosen_metrics(
+    ablation: Ablation, outcomes: Sequence[Outcome], complete: bool = True
+) -> list[str]:
     """The metrics asked for, or all that have chance beside them.
 
-    Raises ConfigError for one that no run has.
+    Raises ConfigError for one that no run has; where some have failed it is left out.
     """
     there = list(dict.fromkeys(name for found in outcomes for name in found.values))
     asked = ablation.config.metrics
+    if not complete:
+        asked = [metric for metric in asked if metric in there]
     for metric in asked if outcomes else []:
         if metric not in there:
             section = metric.partition(".")[0]

@@ -174,8 +174,8 @@ def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     shape = (facts["rows"], row_length(facts))
     header = {"descr": np.dtype(STORED[facts["dtype"]]).str, "fortran_order": False, "shape": shape}
     with (
+        _replacing(out) as rows_file,  # the last to be there: what is looked for
         _replacing(_names_of(out)) as names_file,
-        _replacing(out) as rows_file,
         names_file.open("w") as lines,
         rows_file.open("wb") as file,
     ):

@@ -52,10 +52,15 @@ def evaluate(
     if rates:
         _over_rates(prepared(opened, config, root, workers, suites), rates, suites, target)
         return
-    results = evaluated(opened, config, root, workers, suites)
+    ready = prepared(opened, config, root, workers, suites)
+    results: Results = {}
+    for name, measures in ready.each(suites or ready.asked()):
+        results[name] = measures
+        if target is not None:  # each as it is had: the next may take hours, or fail
+            target.write_text(json.dumps(results, indent=1))
     result_table(results).print()
     if target is not None:
-        _write(target, results)
+        print(f"written: {target}")
         if "robustness" in results:
             from xray.evaluation.plots import plot_robustness
 
@@ -73,16 +78,14 @@ def evaluated(
 def prepared(
     artifact: Artifact, config: EvalConfig, root: str, workers: int, suites: list[str] | None
 ) -> Suite:
-    """An artifact's suites, ready to run; raises ConfigError for an unknown one."""
-    from xray.evaluation.config import SUITES
+    """An artifact's suites, ready to run; raises as Suite.check."""
     from xray.evaluation.suite import Suite
     from xray.restore import restore_encoder
 
-    for name in suites or []:
-        if name not in SUITES:
-            raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
-    encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
-    return Suite(encoder, config, root, workers)
+    suite = Suite(restore_encoder(artifact), config, root, workers)
+    suite.check(suites or [])
+    suite.sets.encoder.to(dist.choose_device("auto"))
+    return suite
 
 
 def _settings(overrides: list[str], recipe: str) -> tuple[Any, str, int, str]:
@@ -93,16 +96,23 @@ def _settings(overrides: list[str], recipe: str) -> tuple[Any, str, int, str]:
     given = parse_overrides(overrides)
     sections = [key for key, value in given.items() if isinstance(value, dict)]
     unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
+    data = given.get("data", {})
     unknown = unknown or [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
+    unknown = unknown or [f"data.{key}" for key in data if key not in ("root", "workers")]
     if unknown:
-        raise ConfigError(f"unknown key {unknown[0]!r}: use eval.SUITE.KEY=, data.root=, text.llm=")
-    root, config, workers = "", build(EvalConfig, given.get("eval", {})), 2
+        raise ConfigError(
+            f"unknown key {unknown[0]!r}: use eval.SUITE.KEY=, data.root=, data.workers=, text.llm="
+        )
+    workers = data.get("workers", 2)
+    if not isinstance(workers, int) or workers < 0:
+        raise ConfigError(f"data.workers={workers} must be a whole number, 0 or more")
+    root, config = "", build(EvalConfig, given.get("eval", {}))
     if recipe:
         from xray.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides)
         root, config, workers = loaded.root, loaded.eval, loaded.workers
-    root = given.get("data", {}).get("root", root)
+    root = data.get("root", root)
     return config, root, workers, given.get("text", {}).get("llm", "")
 
 

@@ -102,6 +102,7 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
         prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}),
         eval=cfg.build(EvalConfig, merged.get("eval") or {}),
     )
+    recipe.eval.validate()
     ordered = [stage for stage in STAGES if stage in stages]
     # a later layer wins over every section of an earlier one, shared or not
     sections = [_resolve_in(layer, merged) for layer in layers]

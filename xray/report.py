@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
@@ -46,12 +47,12 @@ class ResultTable:
     rows: list[Sequence[str]] = field(default_factory=list)
 
     def print(self) -> None:
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left")  # no cell is read as markup
         for number, column in enumerate(self.columns):
             justify: Any = "left" if number == 0 else "right"
-            table.add_column(column, justify=justify, overflow="fold")
+            table.add_column(Text(column), justify=justify, overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         Console(highlight=False).print(table)
 
     def html(self) -> str:

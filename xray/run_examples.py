@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data_pipelines.captions import captions_of
 from data_pipelines.decode import BadSample
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source
 from data_pipelines.transforms import load_pixels
 from data_pipelines.vocabulary import Vocabulary
 from xray.artifact import Artifact
 from xray.config import DataConfig
 from xray.evaluation.features import label_of
+from xray.evaluation.sets import Sets
 from xray.figures import subplots, svg
 from xray.recipe import Recipe
 from xray.report import Card, ResultTable, cards, paragraph
@@ -55,8 +54,8 @@ def tags(artifact: Artifact, pixels: Tensor) -> str:
 def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Captions for which the right picture is found first, and others."""
     config = recipe.eval.retrieval
-    looked = look(open_source("eval.retrieval", config.shards, config.modality, recipe.root),
-                  data, config.captions)  # fmt: skip
+    sets = Sets(encoder, recipe.eval, recipe.root, 0)
+    looked = look(sets.open("retrieval", config.shards, config.modality), data, config.captions)
     known = [number for number, own in enumerate(looked.captions) if own]
     if len(known) < 2:
         return ""
@@ -82,19 +81,16 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
 def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Which classes zero-shot classification takes for which."""
     config = recipe.eval.zero_shot
-    path = Path(recipe.root) / config.classes
-    if not config.classes or not path.is_file():
+    sets = Sets(encoder, recipe.eval, recipe.root, 0)
+    names, source = sets.class_names()
+    looked = look(source, data)
+    if not looked.labels:
         return ""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    looked = look(open_source("eval.zero_shot", config.shards, config.modality, recipe.root), data)
-    known = [n for n, label in enumerate(looked.labels) if 0 <= label < len(names)]
-    if not known:
-        return ""
-    labels = torch.tensor([looked.labels[n] for n in known])
+    labels = sets.zero_shot_labels(torch.tensor(looked.labels), source, names)
     weights = class_weights(encoder.encode_text, names, config.templates)
-    found = (_encoded(encoder, looked.pixels[known]) @ weights.t()).argmax(dim=1)
+    found = (_encoded(encoder, looked.pixels) @ weights.t()).argmax(dim=1)
     share = (found == labels).float().mean()
-    note = paragraph(f"Of {len(known)} samples, {share:.0%} are taken for what they are.")
+    note = paragraph(f"Of {len(labels)} samples, {share:.0%} are taken for what they are.")
     if len(names) > MATRIX:
         return _mistakes(names, labels, found).html() + note
     return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, found)}{note}"
@@ -106,8 +102,8 @@ def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
     counts.index_put_((labels, found), torch.ones(len(labels)), accumulate=True)
     figure, (axis,) = subplots(1, (4.4, 4.2))
     axis.imshow(counts.numpy(), cmap="Blues")
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     axis.set_xlabel("taken for", fontsize=8)
     axis.set_ylabel("is", fontsize=8)
     for row, column in counts.nonzero().tolist():
@@ -139,10 +135,16 @@ def look(source: Source, data: DataConfig, fields: dict[str, float] | None = Non
     pixels = []
     for place in places[::step]:
         sample = source.sample(*place, *size)
-        with contextlib.suppress(BadSample):
-            pixels.append(load_pixels(sample, data, None))
+        try:
+            one = load_pixels(sample, data, None)
+        except BadSample:
+            continue
+        pixels.append(one)
+        found.labels.append(label_of(sample.files))
+        try:
             found.captions.append(captions_of(sample.files, fields))
-            found.labels.append(label_of(sample.files))
+        except BadSample:  # it has none
+            found.captions.append([])
     if pixels:
         found.pixels = torch.stack(pixels)
     return found

@@ -78,7 +78,10 @@ def find_recipe(folder: Path) -> Recipe:
     known = folder / FACTS
     facts: dict[str, Any] = {"name": folder.name}
     if known.is_file():
-        facts = json.loads(known.read_text())
+        try:
+            facts = json.loads(known.read_text())
+        except ValueError as error:
+            raise ArtifactError(f"{known} is damaged ({error}): delete it") from error
     places = facts.get("stages", {stage: str(folder / stage) for stage in STAGES})
     if (folder / "config.yaml").is_file():  # of a single stage
         places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}

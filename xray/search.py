@@ -73,8 +73,8 @@ def _one_thread() -> Iterator[None]:
 
 def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
     """Raise ConfigError unless two files are of the same samples, by the same artifact and dim."""
-    for name in ("artifact", "source", "rows", "dim", "keep_rate"):
-        ours, theirs = embeddings.facts[name], other.facts[name]
+    for name in ("artifact", "source", "rows", "dim", "keep_rate", "captions", "modality"):
+        ours, theirs = embeddings.facts.get(name), other.facts.get(name)
         if ours != theirs:
             raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs}, not {ours})")
 

@@ -70,6 +70,7 @@ class Trainer:
         self.bad = BadSamples(self.out, self.state, plans)
         self.spikes = Spikes(self.run, self.state)
         self.preempted = False
+        self.interrupted = False
         self._saved: dict[str, float] = {}  # of the last save, until it is logged
 
     # the loop ---------------------------------------------------------------------------------
@@ -314,8 +315,9 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.preempted:
+            if self.interrupted:
                 raise KeyboardInterrupt
+            self.interrupted = True
             log.info("stops after this step, which is saved; interrupt again to stop at once")
         self.preempted = True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 
 from data_pipelines.sources import Source
 from xray.config import OptimConfig
+from xray.errors import DataError
 from xray.evaluation.bootstrap import share
+from xray.evaluation.classes import Classes, guess
 from xray.evaluation.config import AttentiveProbeConfig
 from xray.evaluation.features import batches_of
-from xray.evaluation.sets import Sets, renumber
-from xray.evaluation.zero_shot import check_labels
+from xray.evaluation.sets import Sets
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
 
@@ -50,22 +53,20 @@ def attentive_probe(sets: Sets) -> dict[str, float]:
     file of half floats: memory does not grow with the set. The query attends across a clip's views.
     """
     config = sets.config.attentive_probe
-    config.validate()
     source, test_source = sets.labelled("attentive_probe", config)
     with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
         train, labels = _tokens(sets, source, Path(folder) / "train")
         test, truth = _tokens(sets, test_source, Path(folder) / "test")
-        truth = renumber(truth, test_source, source.classes, f"the classes of {config.train}")
-        check_labels(labels, "an attentive probe")
-        check_labels(truth, "an attentive probe")
+        classes = Classes.of(labels, source)
+        labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
         probe = _fit(train, labels, config, _heads(sets), device)
         blocks = range(0, len(test), config.batch_size)
         parts = [_batch(test, slice(at, at + config.batch_size), device) for at in blocks]
         with torch.no_grad():
             found = torch.cat([probe(part).argmax(dim=1).cpu() for part in parts])
-    chance = 1 / int(labels.unique().numel())
-    return {**share("top1", found == truth), "chance_top1": chance, "samples": float(len(truth))}
+    measures = {"chance_top1": guess(labels, truth), "samples": float(len(truth))}
+    return share("top1", found == truth) | measures
 
 
 def _heads(sets: Sets) -> int:
@@ -83,12 +84,27 @@ def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
         patches = encoder.vision(x, encoder.keep_rate).patches
         rows = patches.reshape(len(pixels), -1, patches.shape[-1]).half().cpu().numpy()
         if kept is None:
-            kept = np.memmap(path, np.float16, "w+", shape=(len(source), *rows.shape[1:]))
+            kept = _mapped(path, (len(source), *rows.shape[1:]))
         kept[done : done + len(rows)] = rows
         labels[done : done + len(rows)] = own
         done += len(rows)
     assert kept is not None
     return kept, labels
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A file of half floats, whose bytes are there: writing into one with holes on a full disk
+    would kill the process."""
+    size = 2 * math.prod(shape)
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: no room for {size / 1e9:.1f} GB of tokens ({error.strerror}): set "
+            "TMPDIR to a folder on a larger disk"
+        ) from error
+    return np.memmap(path, np.float16, "r+", shape=shape)
 
 
 def _batch(tokens: np.memmap, rows: Any, device: torch.device) -> Tensor:

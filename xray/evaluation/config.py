@@ -62,6 +62,11 @@ class ZeroShotConfig:
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
     modality: Literal["image", "video"] = "image"
 
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if not self.templates or not all("{}" in template for template in self.templates):
+            raise ConfigError("eval.zero_shot.templates: each needs {} where the class name goes")
+
 
 @dataclass
 class LabelledConfig:
@@ -78,6 +83,11 @@ class KnnConfig(LabelledConfig):
 
     k: int = 20
     temperature: float = 0.07
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.k < 1 or self.temperature <= 0:
+            raise ConfigError("eval.knn: k must be at least 1, and temperature above 0")
 
 
 @dataclass
@@ -127,6 +137,10 @@ class FinetuneConfig(LabelledConfig):
         """Raises ConfigError naming the key to change."""
         if self.epochs < 1 or self.batch_size < 2:
             raise ConfigError("eval.finetune: epochs must be at least 1 and batch_size at least 2")
+        if len(self.crop_scale) != 2 or not 0 < min(self.crop_scale) <= max(self.crop_scale) <= 1:
+            raise ConfigError("eval.finetune.crop_scale must be [smallest, largest] in (0, 1]")
+        if len(self.rand_augment) != 2 or min(self.rand_augment) < 0:
+            raise ConfigError("eval.finetune.rand_augment must be [operations, magnitude]")
 
 
 @dataclass
@@ -186,6 +200,16 @@ class EvalConfig:
     tags: dict[str, TaggingConfig] = field(default_factory=dict)  # sets by name
     views: ViewsConfig = field(default_factory=ViewsConfig)
     batch_size: int = 64
+
+    def validate(self) -> None:
+        """Check all suites; raises ConfigError naming the key to change."""
+        if self.batch_size < 1:
+            raise ConfigError(f"eval.batch_size={self.batch_size} must be at least 1")
+        for part in (self.views, self.zero_shot, self.knn, self.attentive_probe, self.finetune,
+                     self.robustness):  # fmt: skip
+            part.validate()
+        for name, tagging in self.tags.items():
+            tagging.validate(f"eval.tags.{name}")
 
     def configured(self) -> list[str]:
         """The suites that have data of their own."""

@@ -50,13 +50,17 @@ class Look:
 
 def label_of(files: dict[str, bytes]) -> int:
     """The class number: the cls file, else an integer json field `label`, else -1."""
+    label = metadata_of(files).get("label") if "cls" not in files else None
     if "cls" in files:
         try:
-            return int(files["cls"])
+            label = int(files["cls"])
         except ValueError as error:
             raise DataError(f"cls file holds {files['cls'][:20]!r}, not a number") from error
-    label = metadata_of(files).get("label")
-    return label if isinstance(label, int) else -1
+    if not isinstance(label, int):
+        return -1
+    if label >= 2**63:
+        raise DataError(f"class number {label} is too large")
+    return max(label, -1)
 
 
 def labels_of(source: Source) -> Tensor:

@@ -18,10 +18,10 @@ from data_pipelines.transforms import load_pixels
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.errors import DataError
 from xray.evaluation.bootstrap import share
+from xray.evaluation.classes import Classes, guess
 from xray.evaluation.config import FinetuneConfig
-from xray.evaluation.features import batches_of, label_of, labels_of
-from xray.evaluation.sets import Sets, renumber
-from xray.evaluation.zero_shot import check_labels
+from xray.evaluation.features import batches_of, labels_of
+from xray.evaluation.sets import Sets
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
 from xray.models.mixing import mix
@@ -58,8 +58,13 @@ class Classifier(nn.Module):
 class _Training(Dataset):
     """Samples by (epoch, number), augmented by draws that follow from both and the seed."""
 
-    def __init__(self, source: Source, data: DataConfig, seed: int) -> None:
-        self.source, self.data, self.seed = source, data, seed
+    def __init__(
+        self, source: Source, labels: Tensor, data: DataConfig, config: FinetuneConfig
+    ) -> None:
+        names = ("crop_scale", "flip", "rand_augment")
+        augmented = {name: getattr(config, name) for name in names}
+        self.source, self.labels, self.seed = source, labels.tolist(), config.seed
+        self.data = dataclasses.replace(data, **augmented)
         self.places = list(source.places())
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
 
@@ -68,7 +73,7 @@ class _Training(Dataset):
         sample = self.source.sample(*self.places[number], *self.size)
         rng = np.random.default_rng([self.seed, epoch, number])
         try:
-            return load_pixels(sample, self.data, rng), label_of(sample.files)
+            return load_pixels(sample, self.data, rng), self.labels[number]
         except DataError as error:
             raise DataError(f"sample {sample.key!r} cannot be used: {error}") from error
 
@@ -79,42 +84,31 @@ def finetune(sets: Sets) -> dict[str, float]:
     One process, seeded: the same numbers again on the same machine and threads.
     """
     config = sets.config.finetune
-    config.validate()
     source, test = sets.labelled("finetune", config)
-    names = source.classes
-    labels = labels_of(source)
-    truth = renumber(labels_of(test), test, names, f"the classes of {config.train}")
-    check_labels(labels, "fine-tuning")
-    check_labels(truth, "fine-tuning")
+    given = labels_of(source)
+    classes = Classes.of(given, source)
+    labels, truth = classes.places(given, source), classes.places(labels_of(test), test)
     device = sets.vision.normalize.mean.device
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = Classifier(sets.vision, int(labels.max()) + 1, config.drop_path).to(device)
-        loss = _train(model, source, sets.data, config, device)
+        model = Classifier(sets.vision, len(classes.numbers), config.drop_path).to(device)
+        loss = _train(model, _Training(source, labels, sets.data, config), config, device)
     hits = _predict(model, test, sets, device) == truth
-    chance = 1 / int(labels.unique().numel())
-    found = {**share("top1", hits), "chance_top1": chance, "samples": float(len(truth))}
-    return found | {"train_samples": float(len(labels)), "train_loss": loss}
+    found = share("top1", hits) | {"chance_top1": guess(labels, truth)}
+    counts = {"samples": float(len(truth)), "train_samples": float(len(labels))}
+    return found | counts | {"train_loss": loss}
 
 
-def _train(
-    model: Classifier, source: Source, data: DataConfig, config: FinetuneConfig, device: Any
-) -> float:
+def _train(model: Classifier, training: _Training, config: FinetuneConfig, device: Any) -> float:
     """All epochs; returns the last one's mean loss."""
-    names = ("crop_scale", "flip", "rand_augment")
-    data = dataclasses.replace(data, **{name: getattr(config, name) for name in names})
     tower = TowerOptim(layer_decay=config.layer_decay)
     optim = OptimConfig(
         base_lr=config.base_lr, warmup=config.warmup, weight_decay=config.weight_decay,
         betas=[0.9, 0.999], vision=tower,
     )  # fmt: skip
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
-    batches = _order(len(source), config)
-    loader = DataLoader(
-        _Training(source, data, config.seed),
-        batch_sampler=batches,
-        num_workers=data.workers,
-    )
+    batches = _order(len(training.places), config)
+    loader = DataLoader(training, batch_sampler=batches, num_workers=training.data.workers)
     last, per_epoch = list[float](), len(batches) // config.epochs
     for step, (pixels, labels) in enumerate(progress_of("fine-tuning")(loader, len(batches))):
         progress = step / len(batches)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from xray.errors import DataError
 from xray.evaluation.bootstrap import share
-from xray.evaluation.zero_shot import HELD, check_labels
+from xray.evaluation.classes import check_labels, guess
+from xray.evaluation.zero_shot import HELD
 
 
 def knn(
@@ -18,7 +19,7 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, float]:
-    """Top-1 accuracy and chance; features [N, D] and [M, D] normalised, labels >= 0."""
+    """Top-1 accuracy and chance (`guess`); features [N, D] and [M, D] normalised, labels >= 0."""
     check_labels(train_labels, "kNN")
     check_labels(test_labels, "kNN")
     if k > len(train):
@@ -29,8 +30,9 @@ def knn(
     for part, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
         similarity, nearest = (part @ train.t()).topk(k, dim=1)
         votes = torch.zeros(len(part), classes)
-        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1
+        votes.scatter_add_(1, train_labels[nearest], weight)
         hits.append(votes.argmax(dim=1) == truth)
-    present = int(torch.unique(train_labels).numel())
     found = share("top1", torch.cat(hits))
-    return {**found, "chance_top1": 1 / present, "samples": float(len(test))}
+    chance = guess(train_labels, test_labels)
+    return {**found, "chance_top1": chance, "samples": float(len(test))}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xray.config import OptimConfig
 from xray.evaluation.bootstrap import share
-from xray.evaluation.zero_shot import check_labels
+from xray.evaluation.classes import check_labels, guess
 from xray.optim import lr_at
 from xray.progress import progress_of
 
@@ -47,27 +47,35 @@ def linear_probe(
     check_labels(train_labels, "a linear probe")
     check_labels(test_labels, "a linear probe")
     train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
-    rows = train_labels.repeat_interleave(train.shape[1])
-    head = fit_head(train.flatten(0, 1), rows, solver)
+    head = fit_head(train, train_labels, solver)
     found = share("top1", head.predict(test) == test_labels)
-    found["chance_top1"] = 1 / int(train_labels.unique().numel())
+    found["chance_top1"] = guess(train_labels, test_labels)
     return found | {"l2": head.strength, "samples": float(len(test))}
 
 
 def fit_head(train: Tensor, labels: Tensor, solver: str) -> LinearHead:
-    """A head from features [N, D] by one of SOLVERS."""
+    """A head from features [N, V, D] of V views by one of SOLVERS; labels [N]."""
     return SOLVERS[solver](train, labels)
 
 
-def _lbfgs(train: Tensor, labels: Tensor) -> LinearHead:
+def _rows(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, V, D] and [N] -> a row for each view, [N * V, D] and [N * V]."""
+    return views.flatten(0, 1), labels.repeat_interleave(views.shape[1])
+
+
+def _lbfgs(views: Tensor, own: Tensor) -> LinearHead:
     """L-BFGS on standardised features to convergence, in double precision.
 
     The L2 strength is the best of STRENGTHS on held-out samples, then all are fitted.
     """
+    train, labels = _rows(views, own)
     mean, deviation = train.mean(0).double(), train.std(0).double() + 1e-6
     x = (train.double() - mean) / deviation
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, fitted = order.split([count := round(HELD_OUT * len(x)), len(x) - count])
+    # a sample is held out with all its views, which are nearly alike
+    order = torch.randperm(len(views), generator=torch.Generator().manual_seed(0))
+    row_numbers = torch.arange(len(x)).view(len(views), -1)[order]
+    count = round(HELD_OUT * len(views))
+    held, fitted = row_numbers[:count].flatten(), row_numbers[count:].flatten()
 
     weights = x.new_zeros(x.shape[1] + 1, int(labels.max()) + 1)
     found: dict[float, tuple[float, Tensor]] = {}
@@ -106,25 +114,27 @@ def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
     return weights.detach()
 
 
-def _sgd(train: Tensor, labels: Tensor) -> LinearHead:
+def _sgd(views: Tensor, own: Tensor) -> LinearHead:
     """LLM2CLIP's (2411.04997): SGD, lr .1, momentum .9, no decay, batches of 1024, 50 epochs.
 
     On standardised features; the lr falls as half a cosine.
     """
+    train, labels = _rows(views, own)
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     layer = _layer(train, labels)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     x = (train - mean) / deviation
-    _descend(layer, x, labels, optimizer, lr=0.1, batch=1024, epochs=50, warmup=0.0)
+    _descend(layer, x, labels, optimizer, 0.1, 1024, epochs=50, warmup=0.0, whole=False)
     return LinearHead(mean, deviation, _weights(layer))
 
 
-def _mae(train: Tensor, labels: Tensor) -> LinearHead:
+def _mae(views: Tensor, own: Tensor) -> LinearHead:
     """MAE's (2111.06377): BatchNorm without affine, a linear layer from N(0, .01), LARS.
 
     lr .1 * batch / 256, no decay, 10 of 90 epochs of warm-up, batches of 16,384 or all there are;
     on cached features of centre crops, where the paper has random ones.
     """
+    train, labels = _rows(views, own)
     batch = min(16384, len(train))
     layer = _layer(train, labels)
     norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
@@ -132,7 +142,7 @@ def _mae(train: Tensor, labels: Tensor) -> LinearHead:
     lr = 0.1 * batch / 256
     optimizer = Lars(groups, lr=lr, momentum=0.9)
     model = nn.Sequential(norm, layer)
-    _descend(model, train, labels, optimizer, lr=lr, batch=batch, epochs=90, warmup=10 / 90)
+    _descend(model, train, labels, optimizer, lr, batch, epochs=90, warmup=10 / 90, whole=True)
     assert norm.running_mean is not None and norm.running_var is not None
     deviation = (norm.running_var + norm.eps).sqrt()
     return LinearHead(norm.running_mean, deviation, _weights(layer))
@@ -158,11 +168,12 @@ def _descend(
     batch: int,
     epochs: int,
     warmup: float,
+    whole: bool,
 ) -> None:
-    """Seeded epochs of shuffled batches; a last one that is too small to normalise is left out."""
+    """Seeded epochs of shuffled batches; whole: a last one that is smaller is left out."""
     generator = torch.Generator().manual_seed(0)
     schedule = OptimConfig(base_lr=lr, warmup=warmup)
-    per_epoch = len(x) // batch or 1
+    per_epoch = len(x) // batch if whole else -(-len(x) // batch)
     model.train()
     for epoch in progress_of("linear probe")(iter(range(epochs)), epochs):
         order = torch.randperm(len(x), generator=generator)

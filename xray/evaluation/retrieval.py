@@ -1,14 +1,15 @@
 """Retrieval: cross-modal, both ways, R@k; and of captions by captions.
 
 text -> image: every caption is a query, and the picture it belongs to is right. image -> text: a
-picture is found when any of its captions is among the first k (the CLIP benchmark's rule). Equal
-similarities count as half a place each, so that collapsed features score like a guess and not like
-a hit.
+picture is found when any of its captions is among the first k (the CLIP benchmark's rule). Answers
+of equal similarity are in random order: what counts is the probability of a hit, and the mean
+place, so that collapsed features score like a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from xray.errors import DataError
 from xray.evaluation.bootstrap import median, share, share_interval
 from xray.evaluation.zero_shot import HELD
+
+COPIES = 4  # of a piece of similarities that are held at once
 
 
 def retrieval(
@@ -43,16 +46,32 @@ def retrieval(
     per_image = torch.mv(right.t().double(), torch.bincount(kind).double())
     result = {"images": float(N), "texts": float(M)}
     for k in ks:
-        hits = torch.zeros(N).index_add(0, owner, (text_rank < k).float())
+        hits = torch.zeros(N, dtype=torch.float64).index_add(0, owner, text_rank.hits(k))
         result |= share(f"text_to_image_R@{k}", hits, own)
-        result |= share(f"image_to_text_R@{k}", image_rank < k)
-        result[f"chance_text_to_image_R@{k}"] = (1 - _missed(per_text, N, k)).mean().item()
-        result[f"chance_image_to_text_R@{k}"] = (1 - _missed(per_image, M, k)).mean().item()
-    result |= median("text_to_image_median_rank", text_rank + 1, owner)
-    result |= median("image_to_text_median_rank", image_rank + 1, torch.arange(N))
+        result |= share(f"image_to_text_R@{k}", image_rank.hits(k))
+        result[f"chance_text_to_image_R@{k}"] = _chance(per_text, N, k)
+        result[f"chance_image_to_text_R@{k}"] = _chance(per_image, M, k)
+    result |= median("text_to_image_median_rank", text_rank.mean_places() + 1, owner)
+    result |= median("image_to_text_median_rank", image_rank.mean_places() + 1, torch.arange(N))
     result["chance_text_to_image_median_rank"] = _chance_median(per_text, N)
     result["chance_image_to_text_median_rank"] = _chance_median(per_image, M)
     return result
+
+
+class Ranks(NamedTuple):
+    """Where the best right answers are: [Q] each."""
+
+    above: Tensor  # answers that are more similar
+    right: Tensor  # right ones, of one similarity
+    wrong: Tensor  # wrong ones of the same
+
+    def hits(self, k: int) -> Tensor:
+        """Probability that a right one is among the first k, [Q] double."""
+        return 1 - _missed(self.right.double(), self.right + self.wrong, k - self.above)
+
+    def mean_places(self) -> Tensor:
+        """Places before the first right one, on average over the order of equals, [Q]."""
+        return self.above + self.wrong / (self.right + 1)
 
 
 def right_pairs(owner: Tensor, kind: Tensor) -> Tensor:
@@ -62,37 +81,42 @@ def right_pairs(owner: Tensor, kind: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(pairs, ones, check_invariants=True).coalesce()
 
 
-def text_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Tensor:
-    """Places before the best picture that is right for each text."""
-    ranks, rows = [], max(1, HELD // len(images))
+def text_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Ranks:
+    """The best picture that is right for each text."""
+    ranks, rows = [], max(1, HELD // COPIES // len(images))
     for part, own in zip(texts.split(rows), kind.split(rows), strict=True):
-        ranks.append(_places(part @ images.t(), right.index_select(0, own).to_dense() > 0))
-    return torch.cat(ranks)
+        ranks.append(_ranks(part @ images.t(), right.index_select(0, own).to_dense() > 0))
+    return Ranks(*map(torch.cat, zip(*ranks, strict=True)))
 
 
-def image_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Tensor:
-    """Places before the best text that is right for each picture."""
-    ranks, rows = [], max(1, HELD // len(texts))
+def image_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Ranks:
+    """The best text that is right for each picture."""
+    ranks, rows = [], max(1, HELD // COPIES // len(texts))
     for own in torch.arange(len(images)).split(rows):
         kinds = right.index_select(1, own).to_dense().t() > 0  # [rows, K]
-        ranks.append(_places(images[own] @ texts.t(), kinds[:, kind]))
-    return torch.cat(ranks)
+        ranks.append(_ranks(images[own] @ texts.t(), kinds[:, kind]))
+    return Ranks(*map(torch.cat, zip(*ranks, strict=True)))
 
 
-def _places(similarity: Tensor, right: Tensor) -> Tensor:
-    """Answers above the best right one in each row, and half of the wrong ones equal to it."""
+def _ranks(similarity: Tensor, right: Tensor) -> Ranks:
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    equal = ((similarity == best) & ~right).sum(dim=1)
-    return (similarity > best).sum(dim=1) + equal / 2
+    equal = similarity == best
+    own = (equal & right).sum(dim=1)
+    return Ranks((similarity > best).sum(dim=1), own, equal.sum(dim=1) - own)
 
 
-def _missed(right: Tensor, answers: int, k: int) -> Tensor:
+def _missed(right: Tensor, answers: Tensor, k: Tensor) -> Tensor:
     """Probability that a random ranking of all answers has none of c right ones among the first k:
-    C(A-c, k) / C(A, k)."""
+    C(A-c, k) / C(A, k), [Q]."""
     missed = torch.ones(len(right), dtype=torch.float64)
-    for i in range(k):
-        missed *= ((answers - right - i) / (answers - i)).clamp(min=0) if i < answers else 0
+    for i in range(int(k.max())):
+        factor = ((answers - right - i) / (answers - i).clamp(min=1)).clamp(min=0)
+        missed *= torch.where(i < k, factor, 1.0)
     return missed
+
+
+def _chance(right: Tensor, answers: int, k: int) -> float:
+    return float((1 - _missed(right, torch.tensor(answers), torch.tensor(k))).mean())
 
 
 def _chance_median(right: Tensor, answers: int) -> float:

@@ -17,12 +17,12 @@ from xray.config import DataConfig
 from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.bootstrap import share
+from xray.evaluation.classes import Classes, guess
 from xray.evaluation.config import RobustnessConfig
 from xray.evaluation.corruptions import aspect, corruption
 from xray.evaluation.features import Change, Features, batches_of
 from xray.evaluation.linear_probe import fit_head
-from xray.evaluation.sets import Sets, renumber
-from xray.evaluation.zero_shot import check_labels
+from xray.evaluation.sets import Sets
 from xray.restore import Encoder, class_weights
 from xray.schedule import value_at
 
@@ -41,8 +41,8 @@ class Head:
     space: str
     source: Source
     labels: Tensor
-    classes: int
-    names: tuple[str, ...]
+    chance: float
+    places: Callable[[Tensor, Source], Tensor]  # labels of another source as this head's classes
     predict: Callable[[Features], Tensor]
     logits: Callable[[Tensor], Tensor]
 
@@ -52,7 +52,6 @@ def robustness(sets: Sets) -> Measures:
 
     Measures are HEAD/CHANGE/STRENGTH: `zero_shot/gaussian_noise/3`, `linear_probe/pgd/1` (of 255).
     """
-    sets.config.robustness.validate()
     heads = list(_heads(sets))
     if not heads:
         raise ConfigError(
@@ -62,9 +61,8 @@ def robustness(sets: Sets) -> Measures:
     found: Measures = {}
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
-        check_labels(head.labels, "robustness")
         found[f"{head.name}/samples"] = float(len(head.labels))
-        found[f"{head.name}/chance"] = 1 / head.classes
+        found[f"{head.name}/chance"] = head.chance
         found[f"{head.name}/attacked_samples"] = 0.0
         hits[head.name] = {"clean": _hits(head, sets.features(head.source, head.space))}
     for source in {id(head.source): head.source for head in heads}.values():
@@ -91,20 +89,20 @@ def _heads(sets: Sets) -> Iterator[Head]:
         labels = sets.zero_shot_labels(labels, source, names)
         scale = encoder.logit_scale.detach()
         yield Head(
-            "zero_shot", "joint", source, labels, len(names), tuple(names),
+            "zero_shot", "joint", source, labels, 1 / len(names),
+            lambda found, other: sets.zero_shot_labels(found, other, names),
             lambda found: (found.rows @ weights.t()).argmax(dim=1),
             lambda x: scale * x @ weights.to(x).t(),
         )  # fmt: skip
     if "linear_probe" in given:
         config = sets.config.linear_probe
         train, test = sets.probe("linear_probe", config)
-        check_labels(train.labels, "a linear probe")
-        rows = train.labels.repeat_interleave(train.views.shape[1])
-        fitted = fit_head(train.views.flatten(0, 1), rows, config.solver)
+        fitted = fit_head(train.views, train.labels, config.solver)
         sources = sets.labelled("linear_probe", config)
+        classes = Classes.of(sets.features(sources[0]).labels, sources[0])
         yield Head(
             "linear_probe", "backbone", sources[1], test.labels,
-            int(train.labels.unique().numel()), sources[0].classes,
+            guess(train.labels, test.labels), classes.places,
             lambda found: fitted.predict(found.views), fitted.logits,
         )  # fmt: skip
 
@@ -152,8 +150,7 @@ def _shifted(head: Head, sets: Sets, clean: float) -> Measures:
         return {}
     source = sets.open("robustness.shift", config.shift, head.source.modality)
     found = sets.features(source, head.space)
-    labels = renumber(found.labels, source, head.names, f"the classes of {head.source.name}")
-    check_labels(labels, "eval.robustness.shift")
+    labels = head.places(found.labels, source)
     scores = share(f"{head.name}/shift", head.predict(found) == labels)
     gap = clean - scores[f"{head.name}/shift"]
     return scores | {

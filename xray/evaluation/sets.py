@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from data_pipelines.folders import open_labelled
+from data_pipelines.folders import open_labelled, spaced
 from data_pipelines.manifest import resolve
 from data_pipelines.shards import Modality
 from data_pipelines.sources import Source
+from data_pipelines.utf8 import read_utf8
 from xray.config import DataConfig
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, ConfigError
+from xray.evaluation.classes import Classes, check_named, renumber
 from xray.evaluation.config import EvalConfig, LabelledConfig
 from xray.evaluation.features import Features, Look, extract_spaces, spaces_of
 from xray.restore import Encoder, TextEncoder, VisionEncoder, data_config
@@ -26,7 +26,6 @@ class Sets:
     def __init__(
         self, encoder: VisionEncoder | TextEncoder, config: EvalConfig, root: str, workers: int
     ) -> None:
-        config.views.validate()
         self.encoder, self.config = encoder, config
         plain = data_config(encoder.artifact)
         self.data = dataclasses.replace(plain, root=root, workers=workers)
@@ -83,11 +82,15 @@ class Sets:
         return train, self.open(f"{name}.test", config.test, config.modality)
 
     def probe(self, name: str, config: LabelledConfig) -> tuple[Features, Features]:
-        """Backbone features of training and test, whose classes are numbered as in training."""
-        train, test = self.labelled(name, config)
-        found = self.features(test)
-        labels = renumber(found.labels, test, train.classes, f"the classes of {config.train}")
-        return self.features(train), dataclasses.replace(found, labels=labels)
+        """Backbone features of training and test, labelled by place among training's classes."""
+        sources = self.labelled(name, config)
+        features = [self.features(source) for source in sources]
+        classes = Classes.of(features[0].labels, sources[0])
+        train, test = (
+            dataclasses.replace(own, labels=classes.places(own.labels, source))
+            for own, source in zip(features, sources, strict=True)
+        )
+        return train, test
 
     def class_names(self) -> tuple[list[str], Source]:
         """The names of zero-shot's classes by number, and its source.
@@ -111,28 +114,18 @@ class Sets:
         return names, source
 
     def zero_shot_labels(self, labels: Tensor, source: Source, names: Sequence[str]) -> Tensor:
-        """The numbers that the class names give to labels of a source with names of its own."""
-        given = self.config.zero_shot.classes
-        if not given or (len(source.classes) == len(names) and set(source.classes) - set(names)):
-            return labels  # line i names the i-th class
-        return renumber(labels, source, names, given)
+        """Labels of a source as places among zero-shot's class names.
 
-
-def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:
-    """A source's class numbers as places in `names`, where both have names.
-
-    Raises DataError for a class that is not among them.
-    """
-    if not source.classes or not names:
+        Names of its own that are all others, and as many, are taken for other words for the same
+        classes in the same order. Raises DataError where some are the same and some are not.
+        """
+        config, own = self.config.zero_shot, source.classes
+        if len(own) != len(names) or set(own) & set(names):
+            labels = renumber(labels, source, names, f"those of {config.classes or config.shards}")
+        check_named(labels, len(names), source.name)
         return labels
-    missing = sorted(set(source.classes) - set(names))
-    if missing:
-        raise DataError(f"class {missing[0]!r} of {source.name} is not among {whose}")
-    places = torch.tensor([list(names).index(name) for name in source.classes])
-    return places[labels]
 
 
 def _read_names(path: str) -> list[str]:
-    if not Path(path).is_file():
-        raise ConfigError(f"eval.zero_shot.classes={path}: no such file of class names")
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = read_utf8(path, "eval.zero_shot.classes").splitlines()
+    return list(spaced(line.strip() for line in lines if line.strip()))

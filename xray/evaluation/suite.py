@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from data_pipelines.vocabulary import Vocabulary
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.evaluation import knn as nearest
 from xray.evaluation.attentive_probe import attentive_probe
-from xray.evaluation.config import SUITES_OF, EvalConfig, RetrievalConfig
+from xray.evaluation.config import SUITES, SUITES_OF, EvalConfig, RetrievalConfig
 from xray.evaluation.features import read_all_captions
 from xray.evaluation.finetune import finetune
 from xray.evaluation.linear_probe import linear_probe
@@ -32,19 +32,35 @@ class Suite:
     def __init__(
         self, encoder: VisionEncoder | TextEncoder, config: EvalConfig, root: str, workers: int
     ) -> None:
+        config.validate()
         self.config = config
         self.sets = Sets(encoder, config.filled(), root, workers)
 
     def run(self, names: Sequence[str]) -> dict[str, Measures]:
-        """The results of each named suite; raises ConfigError for one that has no data."""
-        given = self.sets.config.configured()
-        has_head = "zero_shot" in given or "linear_probe" in given
-        results = {}
+        """The results of each named suite; raises as `check`."""
+        return dict(self.each(names))
+
+    def each(self, names: Sequence[str]) -> Iterator[tuple[str, Measures]]:
+        """Each named suite with its results, as they are had; raises as `check` before any is."""
+        self.check(names)
         for name in names:
+            yield name, RUN[name](self.sets)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ConfigError for an unknown suite or one without data, ArtifactError for one that
+        the artifact has not the parts for."""
+        given, able = self.sets.config.configured(), SUITES_OF[self.sets.encoder.artifact.stage]
+        has_head = "zero_shot" in given or "linear_probe" in given
+        for name in names:
+            if name not in SUITES:
+                raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
+            if name not in able:
+                stages = [stage for stage, own in SUITES_OF.items() if name in own]
+                raise ArtifactError(
+                    f"{self.sets.what}: suite {name} is of a {' or '.join(stages)} artifact"
+                )
             if name not in given and not (name == "robustness" and has_head):
                 raise ConfigError(f"suite {name} has no data: set eval.{_where(name)}")
-            results[name] = RUN[name](self.sets)
-        return results
 
     def asked(self) -> list[str]:
         """The suites that have data and fit the artifact; raises ConfigError for none."""
@@ -131,7 +147,6 @@ def _tags(sets: Sets) -> Measures:
     vocabulary = Vocabulary.load(encoder.artifact.file("vocabulary.json"))
     found: Measures = {}
     for name, config in sets.config.tags.items():
-        config.validate(f"eval.tags.{name}")
         source = sets.open(f"tags.{name}", config.shards, config.modality)
         run = (vocabulary, config, sets.data, sets.config.batch_size)
         measures, _ = tagging(source, encoder.probabilities, *run)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xray.errors import DataError
 from xray.evaluation.bootstrap import share
+from xray.evaluation.classes import check_named
 
 HELD = 2**26  # similarities that are held at a time: 256 MiB
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy and chance; features [N, D], labels [N], weights [C, D]."""
-    check_labels(labels, "zero-shot")
     classes = len(weights)
-    if int(labels.max()) >= classes:
-        raise DataError(f"a label is {int(labels.max())}, but there are {classes} class names")
+    check_named(labels, classes, "zero-shot")
     rows = max(1, HELD // classes)
     first = min(5, classes)
     top = torch.cat([(part @ weights.t()).topk(first).indices for part in features.split(rows)])
@@ -32,15 +30,3 @@ def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, fl
         "samples": float(len(labels)),
         "classes": float(classes),
     }
-
-
-def check_labels(labels: Tensor, what: str) -> None:
-    """Raise DataError for samples without a class, and for a set of a single class."""
-    if not (labels >= 0).all():
-        missing = int((labels < 0).sum())
-        raise DataError(
-            f"{what} needs a class for every sample, {missing} of {len(labels)} have none: a .cls "
-            "file or json `label`, a folder per class, or a .csv with a column `label`"
-        )
-    if len(labels.unique()) < 2:
-        raise DataError(f"{what} needs samples of two classes or more: all are of one")

@@ -61,7 +61,12 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
     encoder, side = vision_of(artifact, "onnx"), side_of(artifact)
     if keep_rate is not None:
         encoder.choose(keep_rate)
-    rate = encoder.keep_rate
+    rate, reduction = encoder.keep_rate, encoder.vision.reduction
+    if reduction in ("tome", "random") and encoder.vision.rates(rate):
+        raise ConfigError(
+            f"--to onnx has no graph for model.reduce={reduction}, only for evit: give "
+            "--keep-rate 1 for all tokens"
+        )
     tower = ImageTower(encoder, rate, frames > 1).eval()
     pixels = pictures(side, frames)
     given = encoder.normalize(pixels) if frames > 1 else encoder.normalize(pixels)[:, 0]

@@ -169,16 +169,16 @@ class _Job:
                 f"{self.out} holds other embeddings ({'; '.join(changed)}): delete it, or choose "
                 "another --out"
             )
+        if dist.is_main() and self._claimed() == self.identity:  # by a kill before they went
+            shutil.rmtree(self.folder)
         return True
 
     def claim(self) -> None:
         """Make the folder of parts one of this command; refuse another's."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / "job.json"
-        try:
-            held = json.loads(record.read_text())
-        except (OSError, ValueError):  # none yet, or cut off by a kill
-            record.write_text(json.dumps(self.identity))
+        held = self._claimed()
+        if held is None:
+            (self.folder / "job.json").write_text(json.dumps(self.identity))
             return
         changed = differences(held, self.identity)
         if changed:
@@ -186,6 +186,13 @@ class _Job:
                 f"{self.folder} holds parts of another command ({'; '.join(changed)}): delete it, "
                 "or choose another --out"
             )
+
+    def _claimed(self) -> Any:
+        """What the folder of parts is of, None where that is not there, or cut off by a kill."""
+        try:
+            return json.loads((self.folder / "job.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:06d}"
@@ -295,6 +302,7 @@ class _Job:
         if self.config.dtype == "int8":
             scale, offset = calibrate(low, high)
             whole |= {"scale": scale.tolist(), "offset": offset.tolist()}
+        listed.unlink(missing_ok=True)  # of samples that are whole by now
         if bad:
             rows = [dict(zip(("key", "path", "cause"), row, strict=True)) for row in bad]
             listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
