@@ -20,7 +20,7 @@ from data_pipelines.transforms import load_views
 from xray.artifact import Artifact
 from xray.cli import app
 from xray.config_files import build, parse_overrides
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
 from xray.evaluation import features
 from xray.evaluation import suite as suites
 from xray.evaluation.attentive_probe import attentive_probe
@@ -329,3 +329,14 @@ def test_what_is_had_is_kept(
         "eval", clip.path, *settings, "--suite", "finetune,tags", "--out", tmp_path / "b"
     )
     assert refused.exit_code == 2 and len(seen) == 1  # nothing is begun that cannot be ended
+
+
+def test_features_that_are_no_numbers_are_refused(clip: Artifact, demo: Path) -> None:
+    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    run.sets.vision.vision.blocks[0].attn.qkv.weight.data[0, 0] = torch.nan
+    with pytest.raises(DataError, match="features are NaN"):
+        run.run(["retrieval"])
+    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    next(run.sets.joint.text_adapter.parameters()).data[0] = torch.nan
+    with pytest.raises(DataError, match="text tower's features"):
+        run.run(["retrieval"])

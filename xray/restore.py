@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xray.artifact import Artifact
 from xray.config import DataConfig, ModelConfig
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError, ConfigError, DataError
 from xray.language import Language, text_config
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, text_head
@@ -195,11 +195,16 @@ def encode_captions(
     encode: Callable[[Tokens], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D]."""
+    """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D].
+
+    Raises DataError for features that are no numbers.
+    """
     rows, starts = [], range(0, len(captions), TEXTS)
     for start in progress_of("texts")(starts, len(starts)):
         tokens = tokenizer(captions[start : start + TEXTS])
         rows.append(encode({k: v.to(device) for k, v in tokens.items()}).float().cpu())
+        if not rows[-1].isfinite().all():
+            raise DataError("the text tower's features are NaN or infinite")
     return F.normalize(torch.cat(rows), dim=-1)
 
 

@@ -115,6 +115,7 @@ def extract_spaces(
     """Encode a whole source once, in order, into each space that `encode` names.
 
     encode: [B, T, 3, S, S] uint8 -> rows by space. Nothing but the rows grows with the source.
+    Raises DataError for features that are no numbers.
     """
     views: dict[str, Tensor] = {}
     labels, done = torch.empty(len(source), dtype=torch.long), 0
@@ -123,6 +124,8 @@ def extract_spaces(
         for space, rows in encode(pixels.flatten(0, 1)).items():
             rows = rows.unflatten(0, pixels.shape[:2])
             kept = views.setdefault(space, rows.new_empty(len(source), *rows.shape[1:]))
+            if not rows.isfinite().all():  # whose similarities no rank would tell from the best
+                raise DataError(f"{source.name}: the model's features are NaN or infinite")
             kept[done:until] = rows
         labels[done:until], done = own, until
     return {space: Features(_pooled(rows), labels, rows) for space, rows in views.items()}
