@@ -22,6 +22,8 @@ from stages.hashtag import HashtagModule
 from stages.sketches import Facts, example
 from xray.cli import app
 from xray.language import Language
+from xray.plan_facts import known
+from xray.recipe import load_recipe
 from xray.rehearsal import rehearse, size_of, starts_of
 from xray.resources import _rungs, cheapest_fit, memory_of, resources
 
@@ -207,3 +209,12 @@ def test_rehearsing_leaves_the_random_state_alone(demo: Path, tmp_path: Path) ->
     before = torch.random.get_rng_state()
     rehearse(settings("mae", demo, tmp_path), FACTS, 0.5)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_clip_stage_counts_the_llm_of_its_text_stage(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    overrides = ["data.root=x", f"text.llm={tmp_path}", "stages=[text,clip]"]
+    runs = load_recipe("real_pretrained", overrides).runs
+    runs[1].text.llm = ""  # it takes that of its parent
+    with known(runs) as facts:
+        assert [own.facts.llm for own in facts] == [tmp_path, tmp_path]

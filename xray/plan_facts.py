@@ -53,11 +53,10 @@ def _known(config: Any, made: dict[str, Path], tuned: TextConfig | None, tags: i
     sources, notes = _sources(config), list[str]()
     llm, text = None, None
     if config.stage not in VISION_ALONE:
-        llm = made.get(config.text.llm) or _llm(config.text.llm)
+        name = config.text.llm or (tuned.llm if tuned is not None else "")  # as clip takes it
+        llm = made.get(name) or _llm(name)
         if llm is None:
-            named = (
-                f"text.llm={config.text.llm} is not at hand" if config.text.llm else "no text.llm"
-            )
+            named = f"text.llm={name} is not at hand" if name else "no text.llm"
             notes.append(
                 f"{named}: the LLM is not counted; give a folder with its config.json, which is "
                 "enough"
