@@ -337,11 +337,12 @@ def test_one_class_is_refused() -> None:
 
 
 def test_chance_is_the_most_frequent_class() -> None:
-    train, test = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 1, 1, 2])
-    assert guess(train, test) == 0.25
-    assert guess(torch.tensor([0, 1, 2, 3]), test) == 0.25  # any of them
+    train, test = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 0, 1, 2])
+    assert guess(train, test) == 0.5
+    assert guess(train, torch.tensor([1, 1, 1, 2])) == pytest.approx(1 / 3)  # any class
+    assert guess(torch.tensor([0, 1, 2, 3]), test) == 0.25
     rows = unit(5, 3)
-    assert knn(rows, train, rows[:4], test, k=1)["chance_top1"] == 0.25
+    assert knn(rows, train, rows[:4], test, k=1)["chance_top1"] == 0.5
 
 
 def test_views_of_a_sample_are_held_out_together() -> None:
