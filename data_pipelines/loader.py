@@ -19,6 +19,7 @@ from data_pipelines.meter import Reading
 from data_pipelines.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler, turned
 from data_pipelines.sandbox import Killed
 from data_pipelines.sources import Sample, Source
+from xray import dist
 from xray.config import DataConfig
 from xray.errors import DataError, brief
 from xray.schedule import value_at
@@ -158,6 +159,7 @@ def iterate_steps(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )
+    dist.settle()
     batches: Any = iter(loader)
     try:
         yield from _by_step(batches, sampler)
@@ -225,6 +227,7 @@ def iterate_source(
 
     dataset = SequentialDataset(source, transform, data)
     loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail)
+    dist.settle()
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)

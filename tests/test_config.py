@@ -108,6 +108,9 @@ def test_dump_can_be_given_back(tmp_path: Path) -> None:
     assert again == config
 
 
+NEEDED = {"real_pretrained": ["text.llm=there"]}
+
+
 def test_every_shipped_yaml_is_valid() -> None:
     from stages import STAGES, stage_class
     from xray.recipe import load_recipe
@@ -115,8 +118,10 @@ def test_every_shipped_yaml_is_valid() -> None:
     for stage in STAGES:
         cfg.load_config(stage_class(stage).Config, stage)
     for name in cfg.shipped("recipe"):
-        recipe = load_recipe(name, ["data.root=somewhere"])
+        recipe = load_recipe(name, ["data.root=somewhere", *NEEDED.get(name, [])])
         assert recipe.runs, name
+    with pytest.raises(ConfigError, match=r"^text\.llm is not set"):  # which clip.text.llm names
+        load_recipe("real_pretrained", ["data.root=somewhere"])
 
 
 @pytest.mark.parametrize(

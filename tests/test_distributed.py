@@ -71,3 +71,33 @@ def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: 
         assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
     a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn", "tags"}
+
+
+FORKING = """
+import os, sys, time
+import torch.distributed
+from xray import dist
+torch.distributed.init_process_group("gloo")
+until, over = time.time() + 10, torch.zeros(1)
+while not over:
+    for _ in range(3):
+        torch.distributed.all_reduce(torch.zeros(100))
+    over.fill_(time.time() > until)
+    torch.distributed.all_reduce(over)
+    dist.settle()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    asked = time.monotonic()
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        assert time.monotonic() - asked < 20, "a forked process hangs"
+        time.sleep(0.001)
+dist.leave()
+"""
+
+
+def test_processes_that_are_forked_after_a_collective_begin(tmp_path: Path) -> None:
+    """Without `settle` one of 100 to 200 hangs before it runs anything (Python 3.11)."""
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    torchrun(str(script))

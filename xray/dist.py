@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LEAVING = 30.0  # seconds
+SETTLED = 0.05  # seconds
 COLLECTIVE = timedelta(hours=2)  # that one may take; train.hang_seconds speaks long before
 SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
@@ -264,6 +266,18 @@ def leave() -> None:
             wait("xray/gone", world_size() - 1)
         else:
             store.add("xray/gone", 1)
+
+
+def settle() -> None:
+    """Let the threads of collectives come to rest, before processes are forked.
+
+    Until Python 3.12 a process that is forked while another thread is about to enter the
+    interpreter waits for ever, and gloo's do that to let go of a tensor: a fork right after an
+    all-reduce hangs once in some hundred times.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        time.sleep(SETTLED)
 
 
 def agree(error: XrayError | None, patience: timedelta | None = None) -> None:

@@ -165,7 +165,13 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe's values; raises ConfigError for one that is still `???`."""
-    missing = sorted(OmegaConf.missing_keys(OmegaConf.create(content)))
+    whole = OmegaConf.create(content)
+
+    def refers(key: str) -> bool:  # to another that is missing: not what is to be given
+        section, _, name = key.rpartition(".")
+        return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
+
+    missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
     if missing:
         raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=...")
     return _resolve(content)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.sources import Source
 from data_pipelines.transforms import load_pixels
+from xray import dist
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.errors import DataError
 from xray.evaluation.bootstrap import share
@@ -109,6 +110,7 @@ def _train(model: Classifier, training: _Training, config: FinetuneConfig, devic
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
     batches = _order(len(training.places), config)
     loader = DataLoader(training, batch_sampler=batches, num_workers=training.data.workers)
+    dist.settle()
     last, per_epoch = list[float](), len(batches) // config.epochs
     for step, (pixels, labels) in enumerate(progress_of("fine-tuning")(loader, len(batches))):
         progress = step / len(batches)

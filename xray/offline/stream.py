@@ -16,6 +16,7 @@ from data_pipelines.decode import BadSample
 from data_pipelines.sidecars import Sidecar, finish_sidecar, save_table, saved_table
 from data_pipelines.sources import Sample, Source
 from data_pipelines.transforms import load_pixels
+from xray import dist
 from xray.artifact import Artifact
 from xray.config import DataConfig
 from xray.errors import DataError
@@ -109,6 +110,7 @@ def pixels_of(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
+    dist.settle()
     for good, pixels, bad in loader:
         for cause in bad.values():
             if cause.startswith("! "):
