@@ -26,6 +26,8 @@ from test_resume import RECIPE
 import xray.trainer  # noqa: F401 - for the children
 from xray.cli import main as xray_main
 
+KINDS = ("save", "start", "save", "step")  # of kills, in turns
+
 
 def start(out: Path, settings: list[str]) -> int:
     """`xray run` in a child; returns its id."""
@@ -69,22 +71,30 @@ def begun(out: Path) -> tuple[float, ...]:
     return tuple(path.stat().st_mtime for path in out.glob("*/metrics.jsonl"))
 
 
-def kill(child: int, out: Path, rng: random.Random, seconds: float) -> str:
+def caught_saving(child: int, out: Path, rng: random.Random) -> bool:
+    """Whether a run was stopped within a save; it goes on where it was not."""
+    if not saving(out):
+        return False
+    time.sleep(rng.uniform(0, 0.03))
+    os.kill(child, signal.SIGSTOP)
+    if saving(out):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
+
+
+def kill(child: int, out: Path, kind: str, rng: random.Random, seconds: float) -> str:
     """Kill a run at a random moment; returns when that was, "" if it ended before."""
-    kind, before = rng.choice(["start", "step", "save", "save"]), begun(out)
+    before = begun(out)
     while kind != "start" and begun(out) == before:
         if ended(child, out):
             return ""
         time.sleep(0.001)
     deadline = time.monotonic() + rng.uniform(0, seconds)
-    while time.monotonic() < deadline or (kind == "save" and not saving(out)):
+    while time.monotonic() < deadline or (kind == "save" and not caught_saving(child, out, rng)):
         if ended(child, out):
             return ""
         time.sleep(0.001)
-    if kind == "save":
-        time.sleep(rng.uniform(0, 0.03))
-        if ended(child, out):
-            return ""
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if saving(out):
@@ -113,7 +123,7 @@ def main() -> None:
         out = folder / str(runs)
         child = start(out, settings)
         sessions.add(child)
-        moment = kill(child, out, rng, seconds / 4)
+        moment = kill(child, out, KINDS[met.total() % len(KINDS)], rng, seconds / 4)
         if moment:
             met[moment] += 1
         else:
