@@ -159,7 +159,7 @@ def iterate_steps(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )
-    dist.settle()
+    dist.settle(workers)
     batches: Any = iter(loader)
     try:
         yield from _by_step(batches, sampler)
@@ -227,7 +227,7 @@ def iterate_source(
 
     dataset = SequentialDataset(source, transform, data)
     loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail)
-    dist.settle()
+    dist.settle(data.workers)
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_reductions import COLOURS, REDUCTIONS, Variant, select
+from compare_reductions import COLOURS, REDUCTIONS, Variant, select, speeds
 from omegaconf import OmegaConf
-from timing import hardware, interleaved, speedup
+from timing import hardware
 
 from xray.artifact import open_artifact
 from xray.comparison import deviation, mean
@@ -51,7 +50,7 @@ def untrained(
     """The same measures of artifacts that were trained with all tokens."""
     found: dict[Variant, dict[str, list[float]]] = {v: {w: [] for w in WAYS} for v in variants}
     for path in paths:
-        suite = prepared(open_artifact(str(path)), config, root, 1, ["retrieval"])
+        suite = prepared(open_artifact(str(path)), config, root, 1)
         for variant in variants:
             select(suite.sets.vision, variant)
             suite.sets.forget()
@@ -68,17 +67,10 @@ def costs(path: Path, variants: list[Variant], rounds: int) -> dict[Variant, tup
     encoder = VisionEncoder(artifact)
     size = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)
     pixels = torch.randint(256, (BATCH, 1, 3, size, size), dtype=torch.uint8)
-
-    def run(variant: Variant) -> None:
-        select(encoder, variant)
-        encoder.features(pixels)
-
-    seconds = interleaved({json.dumps(v): partial(run, v) for v in variants}, rounds)
     found = {}
-    for variant in variants:
+    for variant, speed in speeds(encoder, pixels, rounds, variants).items():
         select(encoder, variant)
-        macs = vision_macs(encoder.vision, 1, size, variant[1]) / 1e6
-        found[variant] = macs, speedup(seconds, json.dumps(variant), json.dumps(("none", 1.0)))
+        found[variant] = vision_macs(encoder.vision, 1, size, variant[1]) / 1e6, speed
     return found
 
 

@@ -209,8 +209,12 @@ def main_first(work: Callable[[], T]) -> T:
     """work() on rank 0, then on the others, who may find what it has written; raises on all ranks
     what one ran into. They wait for as long as a large corpus may take to prepare."""
     result: list[T] = []
+
+    def keep() -> None:
+        result.append(work())
+
     for mine in (is_main(), not is_main()):
-        together(lambda: result.append(work()) if mine else None, PREPARATION)  # noqa: B023
+        together(keep if mine else lambda: None, PREPARATION)
     return result[0]
 
 
@@ -268,15 +272,15 @@ def leave() -> None:
             store.add("xray/gone", 1)
 
 
-def settle() -> None:
-    """Let the threads of collectives come to rest, before processes are forked.
+def settle(workers: int) -> None:
+    """Let the threads of collectives come to rest, before so many processes are forked.
 
     Until Python 3.12 a process that is forked while another thread is about to enter the
     interpreter waits for ever, and gloo's do that to let go of a tensor: a fork right after an
     all-reduce hangs once in some hundred times.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    if workers and distributed is not None and distributed.is_initialized():
         time.sleep(SETTLED)
 
 

@@ -50,9 +50,9 @@ def evaluate(
     opened = open_artifact(artifact, llm)
     target = _target(out)
     if rates:
-        _over_rates(prepared(opened, config, root, workers, suites), rates, suites, target)
+        _over_rates(prepared(opened, config, root, workers), rates, suites, target)
         return
-    ready = prepared(opened, config, root, workers, suites)
+    ready = prepared(opened, config, root, workers)
     results: Results = {}
     for name, measures in ready.each(suites or ready.asked()):
         results[name] = measures
@@ -71,21 +71,17 @@ def evaluated(
     artifact: Artifact, config: EvalConfig, root: str, workers: int, suites: list[str] | None
 ) -> Results:
     """The results of an artifact, by suite: what `xray eval` and a recipe's end both run."""
-    suite = prepared(artifact, config, root, workers, suites)
+    suite = prepared(artifact, config, root, workers)
     return suite.run(suites or suite.asked())
 
 
-def prepared(
-    artifact: Artifact, config: EvalConfig, root: str, workers: int, suites: list[str] | None
-) -> Suite:
-    """An artifact's suites, ready to run; raises as Suite.check."""
+def prepared(artifact: Artifact, config: EvalConfig, root: str, workers: int) -> Suite:
+    """An artifact's suites, ready to run, which check what they are asked for."""
     from xray.evaluation.suite import Suite
     from xray.restore import restore_encoder
 
-    suite = Suite(restore_encoder(artifact), config, root, workers)
-    suite.check(suites or [])
-    suite.sets.encoder.to(dist.choose_device("auto"))
-    return suite
+    encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
+    return Suite(encoder, config, root, workers)
 
 
 def _settings(overrides: list[str], recipe: str) -> tuple[Any, str, int, str]:
@@ -132,6 +128,7 @@ def _over_rates(
     from xray.evaluation.keep_rates import NOT_OF_RATES, keep_rate_table, over_keep_rates
     from xray.evaluation.plots import plot_keep_rates
 
+    suite.check(suites or [])
     names = [name for name in suites or suite.asked() if name not in NOT_OF_RATES]
     if not names:
         raise ConfigError(

@@ -110,7 +110,7 @@ def _train(model: Classifier, training: _Training, config: FinetuneConfig, devic
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
     batches = _order(len(training.places), config)
     loader = DataLoader(training, batch_sampler=batches, num_workers=training.data.workers)
-    dist.settle()
+    dist.settle(training.data.workers)
     last, per_epoch = list[float](), len(batches) // config.epochs
     for step, (pixels, labels) in enumerate(progress_of("fine-tuning")(loader, len(batches))):
         progress = step / len(batches)

@@ -110,7 +110,7 @@ def pixels_of(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    dist.settle()
+    dist.settle(data.workers)
     for good, pixels, bad in loader:
         for cause in bad.values():
             if cause.startswith("! "):
