@@ -13,17 +13,16 @@ import pytest
 from test_resume import clean_environment, xray
 
 from xray.doctor import (
-    Finding,
-    Package,
     cgroup_cores,
     compiler,
     disk,
     guarded,
-    imports,
     launchers,
     network,
     shared_memory,
 )
+from xray.findings import Finding
+from xray.libraries import Package, imports
 
 
 def test_a_whole_computer(tmp_path: Path) -> None:
