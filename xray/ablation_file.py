@@ -13,9 +13,8 @@
 
 An arm's settings win over the command line, which wins over `common`. `match_samples: ARM`
 lengthens an arm's last stage until it sees as many pictures and clips as ARM over all its stages.
-
-An arm's settings win over the command line, which wins over `common`. Every run of a seed has that
-seed, and so the same samples in the same order wherever its data section is the same.
+Every run of a seed has that seed, and so the same samples in the same order wherever its data
+section is the same.
 """
 
 from __future__ import annotations
