@@ -8,7 +8,7 @@ read rows of it; nothing is parsed twice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -170,6 +170,11 @@ class Balanced:
     def slots(self) -> int:
         return len(self.source)
 
+    @property
+    def frequency(self) -> np.ndarray:
+        """The share of slots that each tag is seen in, [V], in (0, 1)."""
+        return _share(self.counts * self.replication.factors, self.slots)
+
     def labels_of(
         self, shard: int, member: int, copy: int, strip: bool
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -211,6 +216,22 @@ def balanced(
         source, name, _SlotWriter(source, labels, found, seed), facts, workers
     )
     return Balanced(source.with_slots(CopySlots(sidecar)), labels, found, counts, unique, seed)
+
+
+def tag_frequency(labels: Sidecar, tags: int) -> np.ndarray:
+    """The share of the labelled samples that has each tag, [V], in (0, 1)."""
+    counts, rarest = _counted(labels, tags)
+    return _share(counts, int(rarest.sum()))
+
+
+def _share(seen: np.ndarray, of: int) -> np.ndarray:
+    """Never 0 or 1, whatever is never or always seen (Laplace's rule with a half)."""
+    return np.minimum(seen + 0.5, of + 0.5) / (of + 1)
+
+
+def mean_frequency(blocks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """That of blocks of so many samples and their frequencies, [V]."""
+    return np.average([own for _, own in blocks], axis=0, weights=[n for n, _ in blocks])
 
 
 def _counted(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:

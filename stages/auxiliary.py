@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.labels import Labeller, label
+from data_pipelines.labels import Labeller, label, mean_frequency, tag_frequency
 from data_pipelines.sidecars import Sidecar
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, VisionModule, sketch
@@ -78,6 +78,11 @@ class AuxiliaryData:
             self.vocabulary = HashtagStage(config).find_vocabulary(sources)
             self.tags = len(self.vocabulary)
             self.labels = {name: self._label(source) for name, source in sources.items()}
+            seen = [
+                (block.samples, tag_frequency(self.labels[block.source], self.tags))
+                for block in config.blocks
+            ]
+            self.frequency = torch.from_numpy(mean_frequency(seen))
         if config.clip.mae_weight:
             self.geometry = sketch(config).geometry
 
@@ -86,6 +91,11 @@ class AuxiliaryData:
         options, captions = self.config.hashtag, own.captions
         work = Labeller(source, own.tags, options, self.vocabulary, captions=captions)
         return label(work, data.workers)
+
+    def start(self, losses: AuxiliaryLosses) -> None:
+        """Begin with what is known of the tags."""
+        if losses.tag_head is not None:
+            losses.tag_head.expect(self.frequency, self.config.hashtag.loss == "softmax")
 
     def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
         found: Batch = {}

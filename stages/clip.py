@@ -200,6 +200,8 @@ class ClipStage(Stage):
             with torch.random.fork_rng(devices=[]):  # new weights do not depend on the LLM's kind
                 tower = self.language.build()
             module = ClipModule(self.config, tower, tower.width, *more)
+        if self.auxiliary is not None and module.auxiliary is not None:
+            self.auxiliary.start(module.auxiliary)
         load_vision(module, parents.vision)
         return module
 

@@ -20,6 +20,7 @@ from data_pipelines.labels import (
     balanced,
     count_labels,
     label,
+    mean_frequency,
     teacher_sidecar,
 )
 from data_pipelines.sidecars import Sidecar, open_sidecar
@@ -261,6 +262,9 @@ class HashtagStage(Stage):
 
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)
+        seen = [(b.samples, self.balanced[b.source].frequency) for b in self.config.blocks]
+        softmax = self.config.hashtag.loss == "softmax"
+        module.head.expect(torch.from_numpy(mean_frequency(seen)), softmax)
         load_vision(module, parents.vision)
         if parents.vision is not None and parents.vision.stage == self.name:
             module.head.load_state_dict(parents.vision.load("head"))

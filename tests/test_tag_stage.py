@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from data_pipelines.labels import teacher_sidecar
 from data_pipelines.sidecars import Sidecar, open_sidecar
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source, open_source, open_sources
 from data_pipelines.transforms import load_pixels, load_views
 from stages import stage_class
 from stages.base import Parents
-from stages.hashtag import HashtagModule, tag_targets
+from stages.hashtag import HashtagModule, HashtagStage, tag_targets
 from xray.artifact import open_artifact
 from xray.cli import app
 from xray.config import DataConfig
@@ -113,6 +113,35 @@ def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
     assert many > one and module.loss_from_features(features).loss.item() == pytest.approx(
         float(many), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("balance", ["none", "sqrt"])
+def test_a_head_starts_from_the_frequencies_of_what_is_drawn(
+    demo: Path, tmp_path: Path, loss: str, balance: str
+) -> None:
+    """Counted over an epoch's slots, as the loader reads them."""
+    options = f"hashtag.loss={loss}", f"hashtag.balance={balance}", "hashtag.epoch_length=3"
+    config = settings("hashtag", demo, tmp_path, *options)
+    names = [block.source for block in config.blocks]
+    stage = HashtagStage(config)
+    sources = stage.prepare(open_sources(config.data, names), Parents())
+    V = len(stage.vocabulary)
+    frequency = torch.zeros(V)
+    for block in config.blocks:
+        seen = torch.zeros(V)
+        source, own = sources[block.source], stage.balanced[block.source]
+        for shard, slots in enumerate(source.counts.tolist()):
+            for slot in range(slots):
+                sample = source.sample(shard, source.member(shard, slot), 32, 1, slot)
+                ids, _ = own.labels_of(shard, sample.member, sample.copy, strip=True)
+                seen[torch.tensor(ids)] += 1
+        frequency += seen / own.slots * block.samples / config.global_batch
+    head = stage.build(Parents()).head
+    said = head(torch.zeros(1, head.in_features))[0]
+    likely = said.softmax(dim=0) if loss == "softmax" else said.sigmoid()
+    wanted = frequency / frequency.sum() if loss == "softmax" else frequency
+    assert torch.allclose(likely, wanted, atol=0.15 * float(wanted.max()))  # repeats are drawn
 
 
 def test_targets_share_what_is_known() -> None:
