@@ -72,26 +72,29 @@ class FileSource(Source):
 
 @dataclass(frozen=True)
 class NamedSource(Source):
-    """Shards whose json field `label` is text: a class's name, numbered here, or a number."""
+    """Shards whose json field `label_name` or `label` is text: a class's name, numbered here."""
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
         """The files of one member, with its class number as `cls`."""
         files = super().read(shard, member, extensions)
-        name = _name_of(files)
+        name, _ = _class_of(files)
         if not name:
             return files
         return files | {"cls": str(self.classes.index(name) if self.classes else name).encode()}
 
 
-def _name_of(files: dict[str, bytes]) -> str:
-    """The class's name, as it is said; "" where the json has none, or is broken."""
+def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
+    """The class's name, as it is said, and number; "" where the json has no name, or is broken."""
     try:
-        label = metadata_of(files).get("label")
+        facts = metadata_of(files)
     except BadSample:
-        return ""
-    return label.replace("_", " ") if isinstance(label, str) else ""
+        return "", 0
+    label = facts.get("label")
+    names = (facts.get("label_name"), label)
+    name = next((name.replace("_", " ") for name in names if isinstance(name, str)), "")
+    return name, label if isinstance(label, int) else 0
 
 
 def open_labelled(
@@ -102,7 +105,8 @@ def open_labelled(
     An image folder (torchvision's ImageFolder) is FOLDER/CLASS/**/*.jpg, classes by their sorted
     names. A CSV has a header with `path` (relative to the CSV) and `label`, `caption` or both;
     rows of the same path are captions of one sample. Labels that are all numbers are class numbers;
-    names, also those in the json of shards, are numbered in sorted order.
+    names are numbered in sorted order, also those in the json of shards (`label_name`, or a `label`
+    that is text), unless these come with numbers of their own, whose order they take.
     """
     where = resolve(pattern, root)
     if where.endswith(".csv") and not is_remote(where):
@@ -116,12 +120,14 @@ def open_labelled(
             return _source(name, Path(where), modality, animations, rows, classes)
     source = open_source(name, pattern, modality, root, animations)
     first = source.read(*next(source.places()), ("cls", "json"))
-    if "cls" in first or not _name_of(first):
+    if "cls" in first or not _class_of(first)[0]:
         return source
-    found = {_name_of(source.read(*place, ("json",))) for place in source.places()} - {""}
+    found = dict(_class_of(source.read(*place, ("json",))) for place in source.places())
+    found.pop("", None)
     kind = source.name, source.modality, source.animations, source.manifest, source.cache
-    numbers = all(label.isdecimal() for label in found)
-    return NamedSource(*kind, classes=() if numbers else tuple(sorted(found)))
+    if all(name.isdecimal() for name in found):
+        return NamedSource(*kind)
+    return NamedSource(*kind, classes=tuple(sorted(found, key=lambda name: (found[name], name))))
 
 
 def _read_folder(

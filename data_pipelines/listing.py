@@ -1,8 +1,9 @@
 """What a user's folder or list of files holds: one item per picture or clip, in a fixed order.
 
-folder          files with sidecars, `a.jpg a.txt a.json`; or class folders, `cat/1.jpg`
+folder          files with sidecars, `a.jpg a.txt a.json`; without any, class folders, `cat/1.jpg`
 imagefolder     a folder with metadata.csv, .jsonl or .parquet, also one per split
-list            a .csv, .tsv, .jsonl or .parquet with a column of paths
+list            a .csv, .tsv, .jsonl or .parquet with a column of paths; rows of a path that differ
+                in the caption alone are captions of one sample
 """
 
 from __future__ import annotations
@@ -59,8 +60,7 @@ class Item:
                 captions = _texts(text.splitlines())
             else:
                 meta |= _parse_sidecar(path.name, text)
-        found = (_texts(meta.get(column)) for column in CAPTION_COLUMNS)
-        return captions or next(filter(None, found), []), meta
+        return captions or _captions_of(meta), meta
 
 
 def list_items(source: Path) -> list[Item]:
@@ -101,11 +101,11 @@ def _list_folder(root: Path) -> list[Item]:
         return items + [Item(root / name, name, listed=False) for name in others]
     present = set(names)
     items = [Item(root / name, name, {}, _sidecars(root, name, present)) for name in media]
-    if any(item.sidecars or item.name.count("/") != 1 for item in items):
+    if any(item.sidecars for item in items):
         return items
-    classes = sorted({posixpath.dirname(name) for name in media})
+    classes = sorted({posixpath.dirname(name) for name in media if name.count("/") == 1})
     labels = {name: {"label_name": name, "label": i} for i, name in enumerate(classes)}
-    return [replace(item, meta=labels[posixpath.dirname(item.name)]) for item in items]
+    return [replace(item, meta=labels.get(posixpath.dirname(item.name), {})) for item in items]
 
 
 def _walk(root: Path) -> list[str]:
@@ -147,7 +147,23 @@ def _list_table(path: Path, root: Path, folder: str) -> list[Item]:
         if name.startswith(f"{root.as_posix()}/"):
             name = Path(name).relative_to(root).as_posix()
         items.append(Item(root / name, name, row))
-    return items
+    return _joined(items)
+
+
+def _joined(items: list[Item]) -> list[Item]:
+    """Rows of a file that differ in nothing but their caption, made one, in order of the first."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        rest = {key: value for key, value in item.meta.items() if key not in CAPTION_COLUMNS}
+        groups.setdefault(json.dumps([item.name, rest], default=str), []).append(item)
+    found = []
+    for first, *others in groups.values():
+        if others:
+            texts = [text for item in (first, *others) for text in _captions_of(item.meta)]
+            rest = {k: v for k, v in first.meta.items() if k not in CAPTION_COLUMNS}
+            first = replace(first, meta={**rest, "captions": list(dict.fromkeys(texts))})
+        found.append(first)
+    return found
 
 
 def _read_csv(path: Path) -> list[Row]:
@@ -227,6 +243,11 @@ def _state(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def _captions_of(meta: Row) -> list[str]:
+    """Those of the first column of captions that has some."""
+    return next(filter(None, (_texts(meta.get(column)) for column in CAPTION_COLUMNS)), [])
 
 
 def _texts(value: Any) -> list[str]:

@@ -62,12 +62,17 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What is in the folder now; skipped: cause -> files; reused: shards of an earlier run."""
+    """What is in the folder now; skipped: cause -> files; reused: shards of an earlier run.
+
+    classes: those that folders are named after; outside: files that lie in none of these.
+    """
 
     shards: int
     samples: int
     skipped: dict[str, int]
     reused: int
+    classes: int = 0
+    outside: tuple[str, ...] = ()
 
 
 def pack(
@@ -101,7 +106,9 @@ def pack(
         )
     causes = Counter(record["cause"] for record in skipped)
     written = sum(tar.is_file() for tar in tars)
-    return PackReport(written, len(items) - len(skipped), dict(causes), reused)
+    classes = len({item.meta["label_name"] for item in items if "label_name" in item.meta})
+    outside = tuple(i.name for i in items if classes and i.listed and "label_name" not in i.meta)
+    return PackReport(written, len(items) - len(skipped), dict(causes), reused, classes, outside)
 
 
 def _check(source: Path, out: Path, config: PackConfig) -> None:

@@ -13,6 +13,7 @@ from shards import photo, write_tar
 from torchvision.datasets import ImageFolder
 
 from data_pipelines.folders import open_labelled
+from data_pipelines.pack import PackConfig, pack
 from data_pipelines.sources import Source
 from xray.config import DataConfig
 from xray.errors import DataError
@@ -165,6 +166,29 @@ def labelled(folder: Path, name: str, labels: list[object]) -> Source:
 def test_numbers_as_text_are_numbers(tmp_path: Path) -> None:
     source = labelled(tmp_path, "set", [str(n) for n in range(12)])
     assert labels_of(source).tolist() == list(range(12)) and source.classes == ()
+
+
+def test_packed_folders_meet_by_name(tmp_path: Path) -> None:
+    """The numbers that packing gives are a folder's own."""
+    for folder, classes in (("train", ("ant", "bee", "cat_dog")), ("test", ("cat_dog", "bee"))):
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / folder / name / "1.png")
+        pack(tmp_path / folder, tmp_path / f"{folder}_packed", PackConfig())
+    train, test = (
+        open_labelled(name, str(tmp_path / f"{name}_packed"), "image") for name in ("train", "test")
+    )
+    assert train.classes == ("ant", "bee", "cat dog") and labels_of(train).tolist() == [0, 1, 2]
+    assert renumber(labels_of(test), test, train.classes, "train").tolist() == [1, 2]
+
+
+def test_numbers_beside_names_give_their_order(tmp_path: Path) -> None:
+    facts = [{"label": 1, "label_name": "ant"}, {"label": 0, "label_name": "bee"}]
+    files = {f"{n}.jpg": photo(n) for n in range(2)}
+    files |= {f"{n}.json": json.dumps(own).encode() for n, own in enumerate(facts)}
+    write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
+    source = open_labelled("set", str(tmp_path), "image")
+    assert source.classes == ("bee", "ant") and labels_of(source).tolist() == [1, 0]
 
 
 def test_classes_of_a_training_set(tmp_path: Path) -> None:

@@ -187,10 +187,27 @@ def test_class_folders_give_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {f"{c}/1.jpg": picture() for c in ("dog", "cat", "eel")})
     labels = [item.meta for item in list_items(source)]
     assert labels == [{"label_name": n, "label": i} for i, n in enumerate(("cat", "dog", "eel"))]
-    for extra in ("cat/1.txt", "0.jpg", "cat/deep/2.jpg"):  # each makes it a plain folder
-        path = write(source, {extra: picture()}) / extra
-        assert not any(item.meta for item in list_items(source)), extra
-        path.unlink()
+    report, _ = packed(source, tmp_path / "out")
+    assert report.classes == 3 and report.outside == ()
+    write(source, {"0.jpg": picture(), "cat/deep/2.jpg": picture()})
+    report, samples = packed(source, tmp_path / "strays")
+    assert report.classes == 3 and report.outside == ("0.jpg", "cat/deep/2.jpg")
+    found = [meta_of(files).get("label_name") for files in samples.values()]
+    assert found == [None, "cat", None, "dog", "eel"]
+    write(source, {"cat/1.txt": b"a cat"})  # makes it a folder of captions
+    assert not any(item.meta for item in list_items(source))
+
+
+def test_rows_that_differ_in_the_caption_alone_are_one_sample(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": picture(), "b.jpg": picture(), "c.mp4": b""})
+    table = tmp_path / "list.csv"
+    table.write_text(
+        "path,caption,start\na.jpg,one,1\nb.jpg,x,1\na.jpg,two,1\na.jpg,one,1\n"
+        "c.mp4,first,0\nc.mp4,then,5\n"
+    )
+    a, b, first, then = list_items(table)
+    assert a.describe()[0] == ["one", "two"] and b.describe()[0] == ["x"]
+    assert [item.meta["start"] for item in (first, then)] == [0, 5]  # not of the same moment
 
 
 def write_list(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -85,7 +85,13 @@ def data_pack(
         report = pack(source, out, config, progress)
     write_manifest(str(out), checksum=True, workers=config.workers)
     print(f"{out}: {report.samples:,} samples in {report.shards:,} shards", end="")
-    print(f", {report.reused:,} of them already there" if report.reused else "")
+    print(f", {report.reused:,} of them already there" if report.reused else "", end="")
+    print(f", of {report.classes:,} classes by their folders' names" if report.classes else "")
+    if report.outside:
+        files = f"{report.outside[0]} and {len(report.outside) - 1:,} more files"
+        print(
+            f"no label: {files if report.outside[1:] else report.outside[0]}, in no class's folder"
+        )
     if report.skipped:
         causes = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(report.skipped.items()))
         print(f"left out: {causes}; listed in {out / 'pack_skipped.jsonl'}")
