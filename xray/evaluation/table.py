@@ -110,7 +110,8 @@ def _tags(rows: _Rows, name: str, r: Measures) -> None:
         rows.share(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
     least = r["least_dead@10"] / r["vocabulary"]
     rows.share(f"{name} dead tags", r, "dead_share@10", least, f"{r['vocabulary']:.0f} tags")
-    rows.share(f"{name} calibration error", r, "ece", 0.0, over)
+    error = f"{100 * r['ece']:.1f}"
+    rows.table.rows.append((f"{name} calibration error", error, "", over))
 
 
 def changes(measures: Measures) -> Iterator[tuple[str, str, str, float]]:

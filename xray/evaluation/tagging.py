@@ -175,8 +175,9 @@ class TagMetrics:
         |own tags|, mean over samples; one with more than k tags cannot reach 1. mAP: the mean of
         `average_precision` over those `mAP_tags` of `tags` that are measured, among samples with
         tags; mAP[10-99] over those of such a training count, of any decade that has some.
-        chance_*: the same of giving each sample the most frequent tags of the training; every tag
-        then scores alike on all samples, and its AP is its share of them. random_mAP: what noise
+        chance_*: the same of giving each sample the most frequent tags of the training, or, where
+        that is better, random ones; for AP, of scoring each tag alike on all samples, which gives
+        its share of them. random_mAP: what noise
         reaches, far above chance for rare tags; see `random_precision`. dead@k: tags in no sample's
         top k, of `vocabulary`; least_dead@k: how many have to be, with so few samples. ece: of
         `calibration`.
@@ -193,8 +194,16 @@ class TagMetrics:
             for k in self.ks:
                 recall = hits[:, :k].sum(dim=1) / whole.owned.double()
                 found[f"{prefix}recall@{k}"] = recall.mean().item()
+        for measure, blind in self._blind(whole).items():
+            found[f"chance_{measure}"] = max(blind, found[f"chance_{measure}"])
         found |= self._mean_precisions(whole) | self._dead()
         return found | {"ece": self.calibration().error}
+
+    def _blind(self, whole: _Block) -> dict[str, float]:
+        """What tags drawn at random reach: more than the most frequent, if these are of others."""
+        V = len(self.counts)
+        recalls = {f"recall@{k}": min(k, V) / V for k in self.ks}
+        return {"precision@1": whole.owned.double().mean().item() / V, **recalls}
 
     def calibration(self) -> Calibration:
         """The first tag's probability against whether it is one of the sample's, in 15 bins."""
