@@ -162,8 +162,8 @@ class Page:
     def _difference(self, metric: str, cell: Cell) -> str:
         if not cell.differences:
             return ""
-        p = f" (p {cell.p:.2g}, n {len(cell.differences)})" if not math.isnan(cell.p) else " (n 1)"
-        return self._number(metric, cell.difference, "+") + p
+        p = "" if math.isnan(cell.p) else f"p {cell.p:.2g}, "
+        return f"{self._number(metric, cell.difference, '+')} ({p}n {len(cell.differences)})"
 
     # plots ----------------------------------------------------------------------------------------
 

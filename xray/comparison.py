@@ -159,7 +159,8 @@ def deviation(values: Sequence[float]) -> float:
 def paired_t(differences: Sequence[float]) -> float:
     """Two-sided p of Student's paired t-test (1908): that the mean difference is 0.
 
-    nan of fewer than two differences; 1 where all are 0.
+    nan of fewer than two differences, and of equal ones, which have no spread to judge by; 1 where
+    all are 0.
     """
     n = len(differences)
     if n < 2:
@@ -167,7 +168,7 @@ def paired_t(differences: Sequence[float]) -> float:
     centre, error = mean(differences), deviation(differences) / math.sqrt(n)
     if centre == 0:
         return 1.0
-    return student_p(centre / error if error else math.inf, n - 1)
+    return student_p(centre / error, n - 1) if error else math.nan
 
 
 def student_p(t: float, df: int) -> float:
