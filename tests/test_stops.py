@@ -23,7 +23,7 @@ from stages.mae import MaeModule
 from xray import level as level_file
 from xray.bundle import read_bundle
 from xray.engine import Engine
-from xray.errors import ArtifactError, TrainingError
+from xray.errors import ArtifactError, ConfigError, TrainingError
 from xray.level import Level
 from xray.report import read_metrics
 from xray.watchdog import Slowest, verdict
@@ -57,6 +57,21 @@ def test_a_level_is_the_mean_and_deviation_of_what_came() -> None:
     assert level.mean == pytest.approx(found.mean().item())
     assert level.variance == pytest.approx(found.var(correction=0).item())
     assert level.above(3.0 + 6 * 0.5) == pytest.approx(6.0)
+
+
+def test_a_folder_is_trained_in_by_one_process(demo: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from xray.files import hold\n"
+        "held = hold(Path(sys.argv[1]), 'trained in'); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+        with pytest.raises(ConfigError, match=rf"by another process \(process {other.pid} on"):
+            train("mae", demo, tmp_path)
+        assert not (tmp_path / "run.json").exists()
+        other.kill()
+    train("mae", demo, tmp_path)  # what a killed process held is free
 
 
 def test_a_spike_is_left_out_in_every_zero_stage(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, ConfigError
 
 
 @contextmanager
@@ -17,6 +21,32 @@ def usual_mode(path: Path) -> Iterator[None]:
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
     path.chmod(mode)
+
+
+def hold(folder: Path, what: str) -> IO[str] | None:
+    """Be the only process that works in a folder, until the file is closed or the process ends.
+
+    A process that is forked off holds nothing of it. None where the file system has no locks.
+    Raises ConfigError where another process holds it.
+    """
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        who = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigError(
+            f"{folder} is {what} by another process ({who}): wait for it or end it, or choose "
+            "another out="
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def is_inside(name: str) -> bool:

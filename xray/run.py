@@ -21,6 +21,7 @@ from xray.checkpoint import TrainState, complete_checkpoints
 from xray.config import RunConfig, dump
 from xray.errors import DataError
 from xray.feed import check_batches
+from xray.files import hold
 from xray.hashing import config_hash, hash_json, identity, to_dict
 from xray.mirror import Mirror
 from xray.run_record import check_same_run, run_record
@@ -108,10 +109,12 @@ class Run:
         return self.stage.build(self._start_from)
 
     def begin(self) -> None:
-        """Write down what this run is, for the next time."""
+        """Write down what this run is, for the next time; raises ConfigError where it is trained
+        by others."""
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.out, "trained in")
             dump(self.config, self.out / "config.yaml")
             if not (self.out / "run.json").exists():
                 write_text(self.out / "run.json", json.dumps(self.record, indent=1))
