@@ -203,7 +203,10 @@ def balanced(
     counts, rarest = _counted(labels, tags)
     unique = int(rarest.sum())
     if not unique:
-        raise DataError(f"source {source.name!r} has no sample with a tag of the vocabulary")
+        raise DataError(
+            f"source {source.name!r} has no sample with a tag of the vocabulary: say where its "
+            f"tags are, data.sources.{source.name}.tags=caption_words, say"
+        )
     found, threshold = replication(counts, rarest, balance, length)
     facts = {
         "labels": labels.digest,

@@ -275,8 +275,9 @@ def build_vocabulary(
     if not kept:
         raise DataError(
             f"no tag occurs in {rules.min_count} samples of {where} ({counts.tagged:,} of "
-            f"{counts.samples:,} have a tag): lower min_count, or look for tags elsewhere "
-            "(tags: hashtags, caption_hashtags, caption_words or concepts)"
+            f"{counts.samples:,} have a tag): lower min_count, look for tags elsewhere "
+            "(data.sources.NAME.tags=hashtags, caption_hashtags, caption_words or concepts), or "
+            "leave the hashtag stage out"
         )
     tags, numbers = zip(*kept, strict=True)
     aliases = tuple(tuple(sorted(set(spellings.get(tag, ())))) for tag in tags)

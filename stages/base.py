@@ -156,6 +156,13 @@ class Stage(ABC):
         """Look at data and parents before anything is built; may narrow the sources' slots."""
         return sources
 
+    def foresee(self, sources: dict[str, Source], parents: Parents, pending: set[str]) -> None:
+        """Raise what `prepare` would, before an earlier stage of a recipe trains.
+
+        parents: those that are there. pending: the stages of those that are not.
+        """
+        self.prepare(sources, parents)
+
     @abstractmethod
     def build(self, parents: Parents) -> StageModule:
         """The module, with the parents' weights in it."""

@@ -176,7 +176,7 @@ class ClipStage(Stage):
         self.stores: dict[str, TextStore] = {}
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
-            self.language.warn_of_cut(look_at(source, fields)[0])
+            self.language.warn_of_cut(look_at(source, fields).captions)
             stored = self.config.text.features
             if stored != "live":
                 facts = store_facts(source, self.language.identity(), fields, stored)
@@ -190,6 +190,12 @@ class ClipStage(Stage):
             self.teacher = load_teacher(self.config.clip.teacher, device, self.config.text.llm)
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
+
+    def foresee(self, sources: dict[str, Source], parents: Parents, pending: set[str]) -> None:
+        if "text" not in pending:
+            Language(self.config.text, parents.text)
+        for name, source in sources.items():
+            look_at(source, self.config.data.sources[name].captions)
 
     def build(self, parents: Parents) -> ClipModule:
         more = self.teacher, self.auxiliary.tags if self.auxiliary else 0

@@ -16,7 +16,7 @@ from data_pipelines.decode import BadSample
 from data_pipelines.sources import Sample, Source
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
 from xray.config import RunConfig, TextConfig
-from xray.errors import ConfigError
+from xray.errors import ConfigError, DataError
 from xray.language import Language, look_at
 from xray.losses import contrast, info_nce, row_ids
 from xray.models.text import TextTower
@@ -102,9 +102,15 @@ class TextStage(Stage):
         negatives, found = self.config.text.negatives, 0
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
-            captions, wrong = look_at(source, fields, negatives)
-            self.language.warn_of_cut(captions)
-            found += wrong
+            looked = look_at(source, fields, negatives)
+            if not looked.pairs:
+                raise DataError(
+                    f"none of the samples of source {name!r} that were looked at has two captions, "
+                    "which stage text compares: leave it out (stages=[mae,hashtag,clip]), or name "
+                    f"the json fields that have more in data.sources.{name}.captions"
+                )
+            self.language.warn_of_cut(looked.captions)
+            found += looked.negatives
         if negatives and sources and not found:
             raise ConfigError(
                 f"text.negatives={negatives}: none of the samples looked at has such a json field"

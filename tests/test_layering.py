@@ -93,6 +93,9 @@ RULES: dict[str, set[str]] = {
     | DATA
     | {"stages.base", "xray.artifact", "xray.checkpoint", "xray.feed", "xray.mirror"}
     | {"xray.card", "xray.run_record", "xray.sinks"},
+    "xray/preflight.py": LEAF
+    | DATA
+    | {"stages", "stages.base", "xray.artifact", "xray.evaluation.config"},
     "xray/bundle.py": TRAINS | {"xray.accumulate"},
     "xray/spikes.py": TRAINS | {"xray.bundle"},
     "xray/watchdog.py": {"xray.dist"},

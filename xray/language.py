@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -97,33 +97,41 @@ class Language:
         return {f"llm/{path.name}": path for path in found}
 
 
-def look_at(
-    source: Source, fields: Mapping[str, float], negatives: str = ""
-) -> tuple[list[str], int]:
-    """Captions of some of a source's samples, before a run; how many of these have negatives.
+class Looked(NamedTuple):
+    """Captions of some samples; how many of these have two, and how many have negatives."""
+
+    captions: list[str]
+    pairs: int
+    negatives: int
+
+
+def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") -> Looked:
+    """What captions some of a source's samples have, before a run.
 
     Raises DataError where none of them has a caption in these json fields.
     """
     found: list[str] = []
-    wrong, causes = 0, list[str]()
+    pairs, wrong, causes = 0, 0, list[str]()
     # of a remote source one shard: it has to be fetched for it
     for shard in range(min(len(source.manifest), 8 if source.cache is None else 1)):
         for member in source.members(shard)[:LOOKED_AT].tolist():
             try:
                 files = source.read(shard, member, TEXT_FILES)
-                found += captions_of(files, fields)
+                own = captions_of(files, fields)
+                found += own
+                pairs += len(own) > 1
                 wrong += bool(negatives and texts_of(files, negatives))
             except BadSample as error:
                 causes.append(error.cause)
             if len(found) >= LOOKED_AT:
-                return found, wrong
+                return Looked(found, pairs, wrong)
     if not found:
         where = f"data.sources.{source.name}.captions={dict(fields)}" if fields else "their json"
         raise DataError(
             f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
             f"({causes[0] if causes else 'there are none'}): see {where}, and xray data check"
         )
-    return found, wrong
+    return Looked(found, pairs, wrong)
 
 
 def text_config(artifact: Artifact) -> TextConfig:

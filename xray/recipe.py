@@ -285,10 +285,12 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     """Train every stage that is not finished, in order; returns the artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
     from xray.engine import init_distributed
+    from xray.preflight import preflight
     from xray.trainer import Trainer
 
     init_distributed(device)
     prepare(recipe)
+    preflight(recipe.runs, recipe.eval, recipe.root)
     artifacts = []
     for config in recipe.runs:
         if config.stage == "clip" and config.text.features != "live":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -228,6 +229,15 @@ class EvalConfig:
     def possible(self, stage: str) -> list[str]:
         """The suites that have data of their own and can be asked of a stage's artifact."""
         return [name for name in self.configured() if name in SUITES_OF[stage]]
+
+    def sets(self, stage: str) -> Iterator[tuple[str, str]]:
+        """(key, pattern) of every set that an artifact of this stage is asked about."""
+        for name in self.possible(stage):
+            own = getattr(self, name)
+            parts = {f"tags.{k}": v for k, v in own.items()} if name == "tags" else {name: own}
+            for suite, part in parts.items():
+                given = {key: vars(part).get(key) for key in ("shards", "classes", "train", "test")}
+                yield from ((f"{suite}.{key}", place) for key, place in given.items() if place)
 
     def filled(self) -> EvalConfig:
         """The same, with the sets of kNN for every probe that has none of its own."""

@@ -1,0 +1,53 @@
+"""What would stop a later stage of a recipe or its evaluation, found before anything trains."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.curation.keep import keep_listed
+from data_pipelines.manifest import find_shards, resolve
+from data_pipelines.remote import is_remote
+from data_pipelines.sources import open_sources
+from stages import stage_class
+from stages.base import split_parents
+from xray import dist
+from xray.artifact import open_artifact
+from xray.errors import ConfigError
+from xray.evaluation.config import EvalConfig
+
+
+def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
+    """Look at the data, LLM and parents of every stage after the first, which looks at its own.
+
+    Sidecars that are written for it are those that the stage reads later. Raises ConfigError,
+    ArtifactError or DataError.
+    """
+    results = {str(Path(run.out) / "artifact"): run.stage for run in runs}
+    todo = [run for run in runs if not (Path(run.out) / "artifact").exists()]
+    for config in todo[1:]:
+        coming = [path for path in config.init_from if path in results and not Path(path).exists()]
+        there = [open_artifact(path) for path in config.init_from if path not in coming]
+        kind = stage_class(config.stage)
+        stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
+        names = [block.source for block in [*config.blocks, *config.validation]]
+        opened = open_sources(config.data, names)
+        kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+        pending = {results[path] for path in coming}
+        dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
+    for run in runs[-1:]:
+        _check_sets(evaluation, run.stage, root)
+
+
+def _check_sets(evaluation: EvalConfig, stage: str, root: str) -> None:
+    """Raise where a set is not there that an artifact of this stage will be asked about."""
+    for key, pattern in evaluation.sets(stage):
+        where = resolve(pattern, root)
+        if is_remote(where) or os.path.exists(where):
+            continue
+        if not any(c in where for c in "*?[{"):
+            raise ConfigError(f"eval.{key}={pattern}: there is no {where}")
+        find_shards(where)
