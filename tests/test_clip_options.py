@@ -837,3 +837,12 @@ def test_settings_at_their_limits_are_taken(demo: Path, tmp_path: Path) -> None:
         "optim.vision.freeze=1", "optim.text.layer_decay=1", "optim.clip_grad=0",
     )  # fmt: skip
     assert settings("clip", demo, tmp_path, *asked).clip.matryoshka == [15, 1]
+
+
+def test_a_block_larger_than_its_source_is_told(
+    demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for samples, told in ((96, False), (97, True)):
+        blocks = f"data.blocks=[{{source: photos, samples: {samples}}}]"
+        train("clip", demo, tmp_path / str(samples), blocks, f"train.samples={samples}")
+        assert ("source photos has 96 samples, and a block 97" in caplog.text) == told

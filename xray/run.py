@@ -58,6 +58,8 @@ class Run:
 
         self.sources = dist.main_first(prepared)
         check_same_on_all_ranks(self.sources)
+        if self.stage.spans_batch:
+            self._warn_of_repeats()
         self.plans, self.validation_plans = (
             make_plans(blocks, self.sources, config.data, config.seed)
             for blocks in (config.blocks, config.validation)
@@ -66,6 +68,17 @@ class Run:
         self.mirror = mirror_of(self)
         dist.main_first(self._check)
         self._start_from = parents
+
+    def _warn_of_repeats(self) -> None:
+        """A sample that is in a block twice is to be told from itself."""
+        for block in self.config.blocks:
+            there = len(self.sources[block.source])
+            if block.samples > there and dist.is_main() and not self.config.debug.overfit_batch:
+                log.warning(
+                    "source %s has %d samples, and a block %d: each is compared with itself; set "
+                    "its samples in data.blocks to %d or less",
+                    *(block.source, there, block.samples, there),
+                )
 
     def _check(self) -> None:
         """That the folder holds this run or none, and the mirror likewise, which fills it then."""
