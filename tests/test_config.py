@@ -108,7 +108,7 @@ def test_dump_can_be_given_back(tmp_path: Path) -> None:
     assert again == config
 
 
-NEEDED = dict.fromkeys(("real_pretrained", "small"), ["text.llm=there"])
+NEEDED = {name: ["text.llm=there"] for name in ("real_pretrained", "small")}
 
 
 def test_every_shipped_yaml_is_valid() -> None:
