@@ -135,14 +135,18 @@ def _read_folder(
 ) -> list[FileRow]:
     if not classes:
         raise DataError(
-            f"{where} has no class names: it holds neither .tar shards nor a folder per class"
+            f"{where} has no class names: it holds neither .tar shards nor a folder per class "
+            "(xray data pack makes shards of files with captions beside them)"
         )
     rows = []
     for number, own in enumerate(classes):
         folder = Path(where) / own
         paths = sorted(str(p) for p in folder.rglob("*") if _ending(p) in endings and p.is_file())
         if not paths:
-            raise DataError(f"{folder} has no {modality} files: remove this class or fill it")
+            raise DataError(
+                f"{folder} has no {modality} files: remove this class, fill it, or say modality="
+                f"{'video' if modality == 'image' else 'image'} of this set"
+            )
         rows += [FileRow(path, number) for path in paths]
     return rows
 

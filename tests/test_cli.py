@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
 def test_config_prints_what_is_resolved() -> None:
     done = xray("config", "mae", "model=vit_s16")
     assert done.returncode == 0 and "vit_small_patch16_224" in done.stdout
+    assert "temperature: 0.07\n" in xray("config", "eval").stdout
+    recipe = xray("config", "quickstart").stdout
+    assert re.findall(r"^(\w+):", recipe, re.M) == ["mae", "hashtag", "text", "clip", "eval"]
 
 
 @pytest.mark.parametrize(

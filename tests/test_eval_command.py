@@ -251,7 +251,9 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
         ),
         (["tags", "eval.tags.a.shards=set"], "suite tags is of a hashtag artifact"),
         (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
-        (["knn", "eval.knn.trian=set"], "did you mean 'train'"),
+        (["knn", "eval.knn.trian=set"], "unknown key 'eval.knn.trian'; did you mean 'train'"),
+        (["knn", "eval.knn.train=set"], "eval.knn.train is set: set eval.knn.test, too"),
+        (["tags", "eval.tags={shards: set}"], "eval.tags.shards: give sections of keys"),
     ]
 
 

@@ -119,9 +119,12 @@ class Model:
         """Texts -> [N, E]: in the joint space (clip), or sentence vectors (text)."""
         if not isinstance(self.encoder, Encoder | TextEncoder):
             raise self._cannot("encode_text", "a clip or text artifact")
+        wrong = "encode_text takes a text or a list of texts, and at least one"
+        if not isinstance(texts, Iterable):
+            raise DataError(f"{wrong}: not {texts!r}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError("encode_text takes a text or a list of texts, and at least one")
+            raise DataError(wrong)
         return self.encoder.encode_text([printable(text) for text in texts])
 
     def tag(

@@ -189,25 +189,30 @@ app.command()(report)
 @app.command("config")
 @guarded
 def show_config(
-    name: Annotated[str, typer.Argument(help="A recipe, or a stage")],
+    name: Annotated[str, typer.Argument(help="A recipe, a stage, or eval")],
     overrides: Overrides = None,
 ) -> None:
-    """Print the resolved config of a stage, or of every stage of a recipe."""
+    """Print the resolved config of a stage, of an evaluation, or of all that a recipe has."""
     from omegaconf import OmegaConf
 
     from stages import STAGES, stage_class
     from xray import config_files as cfg
+    from xray.evaluation.config import EvalConfig
     from xray.hashing import to_dict
 
+    given = cfg.parse_overrides(overrides or [])
+    sections: dict[str, Any]
     if name in STAGES:
-        schema = stage_class(name).Config
-        configs = [cfg.load_config(schema, name, cfg.parse_overrides(overrides or []))]
+        sections = {name: cfg.load_config(stage_class(name).Config, name, given)}
+    elif name == "eval":
+        sections = {"eval": cfg.build(EvalConfig, given.get("eval", {}), section="eval.")}
     else:
         from xray.recipe import load_recipe
 
-        configs = load_recipe(name, overrides or []).runs
-    for config in configs:
-        print(OmegaConf.to_yaml(OmegaConf.create({config.stage: to_dict(config)})), end="")
+        recipe = load_recipe(name, overrides or [])
+        sections = {config.stage: config for config in recipe.runs} | {"eval": recipe.eval}
+    for key, section in sections.items():
+        print(OmegaConf.to_yaml(OmegaConf.create({key: to_dict(section)})), end="")
 
 
 @app.command()

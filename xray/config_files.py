@@ -122,20 +122,23 @@ def merge(*layers: Layer) -> dict[str, Any]:
     return result
 
 
-def build(schema: type[C], *layers: Layer) -> C:
-    """Check layers against a dataclass; raises ConfigError for unknown keys and wrong types."""
+def build(schema: type[C], *layers: Layer, section: str = "") -> C:
+    """Check layers against a dataclass; raises ConfigError for unknown keys and wrong types.
+
+    section: what the keys stand below, with its dot, to a reader of the error.
+    """
     merged = merge(*layers)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(merged))
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except ConfigKeyError as error:
-        key = str(error.full_key)
+        key = f"{section}{error.full_key}"
         kind = error.object_type  # the dataclass that has no such field
         where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
         hint = nearest(key.split(".")[-1], where)
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_meaning(error)}") from error
+        raise ConfigError(f"{section}{error.full_key}: {_meaning(error)}") from error
 
 
 def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
@@ -149,6 +152,8 @@ def _meaning(error: OmegaConfBaseException) -> str:
     text = _first_line(error)
     if "is not a ListConfig" in text:
         return "give a list, such as [1, 2]"
+    if "is not a subclass of" in text:
+        return "give sections of keys, as KEY.NAME={...}"
     return "give a value" if "'None'" in text else text
 
 

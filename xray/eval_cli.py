@@ -102,7 +102,7 @@ def _settings(overrides: list[str], recipe: str) -> tuple[Any, str, int, str]:
     workers = data.get("workers", 2)
     if not isinstance(workers, int) or workers < 0:
         raise ConfigError(f"data.workers={workers} must be a whole number, 0 or more")
-    root, config = "", build(EvalConfig, given.get("eval", {}))
+    root, config = "", build(EvalConfig, given.get("eval", {}), section="eval.")
     if recipe:
         from xray.recipe import load_recipe
 

@@ -28,13 +28,15 @@ def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
     """
     results = {str(Path(run.out) / "artifact"): run.stage for run in runs}
     todo = [run for run in runs if not (Path(run.out) / "artifact").exists()]
-    for config in todo[1:]:
+    for config in todo:
+        names = [block.source for block in [*config.blocks, *config.validation]]
+        opened = open_sources(config.data, names)
+        if config is todo[0]:
+            continue
         coming = [path for path in config.init_from if path in results and not Path(path).exists()]
         there = [open_artifact(path) for path in config.init_from if path not in coming]
         kind = stage_class(config.stage)
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
-        names = [block.source for block in [*config.blocks, *config.validation]]
-        opened = open_sources(config.data, names)
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = {results[path] for path in coming}
         dist.main_first(functools.partial(stage.foresee, kept, parents, pending))

@@ -99,8 +99,8 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
     recipe = Recipe(
         name=str(merged["name"]),
         out=Path(str(merged["out"])),
-        prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}),
-        eval=cfg.build(EvalConfig, merged.get("eval") or {}),
+        prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}, section="prepare."),
+        eval=cfg.build(EvalConfig, merged.get("eval") or {}, section="eval."),
     )
     recipe.eval.validate()
     ordered = [stage for stage in STAGES if stage in stages]

@@ -209,6 +209,11 @@ class EvalConfig:
         for part in (self.views, self.zero_shot, self.knn, self.attentive_probe, self.finetune,
                      self.robustness):  # fmt: skip
             part.validate()
+        for name in PROBES[:4]:
+            own: LabelledConfig = getattr(self, name)
+            if bool(own.train) != bool(own.test):
+                there, lacks = ("train", "test") if own.train else ("test", "train")
+                raise ConfigError(f"eval.{name}.{there} is set: set eval.{name}.{lacks}, too")
         for name, tagging in self.tags.items():
             tagging.validate(f"eval.tags.{name}")
 

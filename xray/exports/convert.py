@@ -45,6 +45,12 @@ def convert(
     temporary.mkdir(parents=True)
     try:
         export = _write(artifact, form, temporary, keep_rate, frames)
+        rate = artifact.manifest["keep_rate"]
+        if form in ("timm", "open_clip") and rate != 1.0:
+            export.notes.append(
+                f"Every token is kept here. The artifact's own keep rate is {rate}, at which its "
+                "features are others: xray.load(ARTIFACT, keep_rate=1.0) gives this export's."
+            )
         _check(artifact, form, export)
         (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")
         sync_tree(temporary)
@@ -76,17 +82,10 @@ def _check(artifact: Artifact, form: str, export: Export) -> None:
 def export_card(artifact: Artifact, export: Export) -> str:
     """The card of an export: what was compared, then the artifact's own."""
     rows = [f"| {name} | {value:.2g} |" for name, value in export.differences.items()]
-    rate = artifact.manifest["keep_rate"]
-    notes = list(export.notes)
-    if export.library in ("timm", "open_clip") and rate != 1.0:
-        notes.append(
-            f"Every token is kept here. The artifact's own keep rate is {rate}, at which its "
-            "features are others: xray.load(ARTIFACT, keep_rate=1.0) gives those of this export."
-        )
     told = "Largest absolute difference of unit-length features to those of the xray model"
     compared = ["## Compared with the original", "", f"{told} (refused beyond {TOLERANCE:.0e}):"]
     compared += ["", "| output | difference |", "| --- | --- |", *rows, ""]
-    for note in notes:
+    for note in export.notes:
         compared += [note, ""]
     title = f"{artifact.stage} model, exported by xray to {export.library}"
     return card(lineage(artifact.path), export.library, title, export.code, compared)
