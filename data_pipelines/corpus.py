@@ -71,6 +71,7 @@ class Shards:
     source: Source
     where: str
     captions: Mapping[str, float] = field(default_factory=dict)  # their json fields
+    others: int = 0  # pictures or clips, of which this is not the modality
 
     @property
     def counts(self) -> np.ndarray:
@@ -257,7 +258,10 @@ def _lines(path: Path) -> Lines:
 def _shards(pattern: str, modality: str, captions: Mapping[str, float]) -> Shards:
     cache = make_cache(DataConfig())
     manifest = open_manifest(resolve(pattern), cache)
-    held = [kind for kind in ("image", "video", "text") if manifest.counts(kind, "image").sum()]
-    kind: Any = modality or (held or ["image"])[0]
+    kinds: tuple[Modality, ...] = ("image", "video", "text")
+    held = {kind: int(manifest.counts(kind, "image").sum()) for kind in kinds}
+    kind: Any = modality or next((kind for kind in kinds if held[kind]), "image")
     source = open_source("corpus", pattern, kind, cache=cache, verify=False)
-    return Shards(source, pattern if is_remote(pattern) else os.path.abspath(pattern), captions)
+    where = pattern if is_remote(pattern) else os.path.abspath(pattern)
+    others = 0 if kind == "text" else held["video" if kind == "image" else "image"]
+    return Shards(source, where, captions, others)

@@ -28,6 +28,7 @@ from xray.cli import app
 from xray.comparison import (
     Outcome,
     chance_of,
+    check_metrics,
     chosen_metrics,
     compare,
     deviation,
@@ -362,9 +363,9 @@ def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
     text = f"base: {RECIPE}\nseeds: [0]\nmetrics: [hashtag.loss, clip.loss]\narms: {{a: {{}}}}"
     ablation = load(tmp_path, text, f"out={tmp_path}")
     ended = Outcome("a", 0, {"clip.loss": 2.0}, {}, {})
-    with pytest.raises(ConfigError, match=r"no run has hashtag\.loss"):
-        chosen_metrics(ablation, [ended])
-    assert chosen_metrics(ablation, [ended], complete=False) == ["clip.loss"]
+    assert chosen_metrics(ablation, [ended]) == ["clip.loss"]
+    with pytest.raises(ConfigError, match=r"no run has hashtag\.loss; hashtag has none"):
+        check_metrics(ablation, [ended])
 
 
 def test_a_place_is_no_percentage(tmp_path: Path) -> None:

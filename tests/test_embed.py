@@ -129,6 +129,9 @@ def test_bad_samples_are_left_out_and_named(artifacts: dict[str, Artifact], tmp_
     told = xray(*command, "--batch-size", 2, "--workers", 1)
     assert "4 rows" in told and "undecodable image: 2 (deep/1.jpg:deep/1, deep/4.jpg" in told
     assert "not looked at: 1 files that are no image" in told
+    write_tar(tmp_path / "0.tar", {"0.jpg": photo(0), "1.mp4": b""})
+    told = xray("embed", artifacts["clip"].path, tmp_path, "--out", tmp_path / "z.npy")
+    assert "1 rows" in told and "not looked at: 1 samples that are no image" in told
     found = open_embeddings(tmp_path / "x.parquet")
     assert found.names([0, 1, 2, 3]).paths == [f"deep/{n}.jpg" for n in (0, 2, 3, 5)]
     files = [folder / "deep" / f"{n}.jpg" for n in (0, 2, 3, 5)]

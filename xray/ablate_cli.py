@@ -35,6 +35,7 @@ def ablate(
         return
     from xray.ablation_jobs import Jobs, alone
     from xray.ablation_report import write_comparison
+    from xray.comparison import check_metrics, outcomes_of
     from xray.recipe import prepare
 
     with alone(ablation.out) as lock:
@@ -57,3 +58,4 @@ def ablate(
     print(f"report: {path}")
     if failures:
         raise SystemExit(1)
+    check_metrics(ablation, outcomes_of(ablation))

@@ -24,7 +24,7 @@ from xray.comparison import (
     chosen_metrics,
     compare,
     mean,
-    outcome,
+    outcomes_of,
 )
 from xray.figures import COLOR, subplots, svg
 from xray.plan import short
@@ -40,12 +40,9 @@ NOTE = (
 def write_comparison(
     ablation: Ablation, flops: Flops, failures: Sequence[Failure]
 ) -> tuple[list[ResultTable], Path]:
-    """Write all files of what is finished; returns the tables and the page's path.
-
-    Raises ConfigError for a metric that no run has.
-    """
-    outcomes = [outcome(trial) for trial in ablation.trials if trial.finished()]
-    metrics = chosen_metrics(ablation, outcomes, complete=not failures)
+    """Write all files of what is finished; returns the tables and the page's path."""
+    outcomes = outcomes_of(ablation)
+    metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
     chance = {m: mean([o.values[chance_of(m)] for o in outcomes if chance_of(m) in o.values])
               for m in metrics}  # fmt: skip

@@ -100,25 +100,33 @@ def chance_of(metric: str) -> str:
     return f"{section}.{part}{slash}{CHANCE}{measure}"
 
 
-def chosen_metrics(
-    ablation: Ablation, outcomes: Sequence[Outcome], complete: bool = True
-) -> list[str]:
-    """The metrics asked for, or all that have chance beside them.
+def outcomes_of(ablation: Ablation) -> list[Outcome]:
+    """Those of the trials that are finished."""
+    return [outcome(trial) for trial in ablation.trials if trial.finished()]
 
-    Raises ConfigError for one that no run has; where some have failed it is left out.
-    """
-    there = list(dict.fromkeys(name for found in outcomes for name in found.values))
-    asked = ablation.config.metrics
-    if not complete:
-        asked = [metric for metric in asked if metric in there]
-    for metric in asked if outcomes else []:
+
+def chosen_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[str]:
+    """Of the metrics asked for those that a run has, or all that have chance beside them."""
+    there = _metrics(outcomes)
+    asked = [metric for metric in ablation.config.metrics if metric in there]
+    return asked or [name for name in there if chance_of(name) in there]
+
+
+def check_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> None:
+    """Raise ConfigError for a metric that is asked for and that no run has."""
+    there = _metrics(outcomes)
+    for metric in ablation.config.metrics:
         if metric not in there:
             section = metric.partition(".")[0]
             own = ", ".join(name for name in there if name.startswith(f"{section}."))
             raise ConfigError(
-                f"metrics: no run has {metric}{nearest(metric, there)}; {section} has {own}"
+                f"metrics: no run has {metric}{nearest(metric, there)}; {section} has "
+                f"{own or 'none'}"
             )
-    return asked or [name for name in there if chance_of(name) in there]
+
+
+def _metrics(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(name for found in outcomes for name in found.values))
 
 
 def compare(ablation: Ablation, outcomes: Sequence[Outcome], metrics: Sequence[str]) -> Comparison:

@@ -100,10 +100,11 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
     import json
     from itertools import islice
 
-    from data_pipelines.corpus import Files
+    from data_pipelines.corpus import Files, Shards
 
-    if isinstance(corpus, Files) and corpus.others:
-        print(f"not looked at: {corpus.others:,} files that are no {corpus.modality} (--modality)")
+    if isinstance(corpus, Files | Shards) and corpus.others:
+        what = "files" if isinstance(corpus, Files) else "samples"
+        print(f"not looked at: {corpus.others:,} {what} that are no {corpus.modality} (--modality)")
     if not causes:
         return
     told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
