@@ -91,11 +91,16 @@ class Card:
         return f'<figure><img alt="" src="{_png(pixels)}"><figcaption>{text}</figcaption></figure>'
 
 
-def cards(title: str, shown: Sequence[Card]) -> str:
-    """Small pictures with text, side by side."""
+def cards(title: str, shown: Sequence[Card | tuple[Card, Card]]) -> str:
+    """Small pictures with text, side by side; two that belong together stay so."""
     if not shown:
         return ""
-    body = "".join(card.html() for card in shown)
+    body = ""
+    for item in shown:
+        if isinstance(item, tuple):
+            body += f"<div class=pair>{item[0].html()}{item[1].html()}</div>"
+        else:
+            body += item.html()
     return f"<h2>{html.escape(title)}</h2><div class=cards>{body}</div>"
 
 
@@ -105,11 +110,17 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
         "color:#1b1f24}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}"
         "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
-        "text-align:right}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}"
+        "text-align:right}th:first-child,td:first-child{text-align:left}"
+        # a shadow at the side on which a table goes on
+        ".wide{overflow-x:auto;background:linear-gradient(90deg,#fff,#fff0) 0/2rem 100% no-repeat "
+        "local,linear-gradient(-90deg,#fff,#fff0) 100%/2rem 100% no-repeat local,linear-gradient("
+        "90deg,#0004,#0000) 0/.7rem 100% no-repeat,linear-gradient(-90deg,#0004,#0000) "
+        "100%/.7rem 100% no-repeat}"
         ".gallery{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax("
         "min(100%,24rem),1fr))}.gallery img{width:100%}.cards{display:grid;gap:1rem;"
         "grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}.cards img{width:100%;"
-        "image-rendering:pixelated}td{white-space:pre}td:first-child{white-space:pre-line}"
+        "image-rendering:pixelated}.pair{grid-column:span 2;display:grid;gap:.5rem;"
+        "grid-template-columns:1fr 1fr}td{white-space:pre}td:first-child{white-space:pre-line}"
         "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
         "@media(max-width:30rem){th,td{padding:.25rem .4rem}td:first-child{min-width:7rem}}"
         "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"

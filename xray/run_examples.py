@@ -65,12 +65,12 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     rank = (order == torch.arange(len(known))[:, None]).int().argmax(dim=1)
     right = (rank == 0).nonzero()[:, 0].tolist()[:SHOWN]
     wrong = (rank > 0).nonzero()[:, 0].tolist()[:SHOWN]
-    shown = [Card(pixels[n, 0], [f"right: {texts[n]}"]) for n in right]
+    shown: list[Card | tuple[Card, Card]] = []
+    shown += [Card(pixels[n, 0], [f"right: {texts[n]}"]) for n in right]
     for n in wrong:
-        shown.append(Card(pixels[int(order[n, 0]), 0], [f"found for: {texts[n]}"]))
-        shown.append(
-            Card(pixels[n, 0], [f"right would be this one, found as number {rank[n] + 1}"])
-        )
+        found = Card(pixels[int(order[n, 0]), 0], [f"found for: {texts[n]}"])
+        own = Card(pixels[n, 0], [f"right would be this one, found as number {rank[n] + 1}"])
+        shown.append((found, own))
     share = (rank == 0).float().mean()
     note = (
         f"The nearest of {len(known)} pictures to a caption of each: {share:.0%} are the right one."
