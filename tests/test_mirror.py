@@ -14,6 +14,8 @@ from xray.artifact import open_artifact
 from xray.checkpoint import complete_checkpoints
 from xray.errors import ArtifactError, ConfigError
 
+OF_THE_MACHINE = ("bad_samples.jsonl", "lock")  # files that a copy has no use for
+
 
 @pytest.fixture
 def copied(demo: Path, tmp_path: Path) -> tuple[Path, Path, str]:
@@ -31,7 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and "tb" not in path.parts and path.name != "bad_samples.jsonl"
+        if path.is_file() and "tb" not in path.parts and path.name not in OF_THE_MACHINE
     }
 
 
