@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,17 @@ def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
     assert again.returncode == 2
     assert "config.mae.mask_ratio: 0.75 -> 0.5" in again.stderr
     assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_plan_tells_what_is_finished_from_what_would_be_refused(
+    demo: Path, unkilled: Path
+) -> None:
+    def states(*more: str) -> str:
+        return "".join(re.findall(r"[\w ]+(?= *│$)", run(demo, unkilled, *more).stdout, re.M))
+
+    assert states("--plan").split() == ["finished", "finished"]
+    other = " ".join(states("--plan", "mae.mask_ratio=0.5").split())
+    assert other == "other settings there finished"
 
 
 def test_a_run_of_an_older_version_is_known_by_its_settings(demo: Path, unkilled: Path) -> None:

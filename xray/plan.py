@@ -8,6 +8,7 @@ from typing import Any
 from stages import stage_class
 from xray.recipe import Recipe
 from xray.report import ResultTable
+from xray.run_record import holds_another_run
 from xray.schedule import steps_of, value_at
 
 
@@ -18,8 +19,6 @@ def plan_table(recipe: Recipe) -> ResultTable:
         ("stage", "starts from", "batch", "GMACs each", "length", "peak lr", "state"),
     )
     for config in recipe.runs:
-        done = (Path(config.out) / "artifact" / "manifest.json").is_file()
-        begun = (Path(config.out) / "run.json").is_file()
         parents = [
             str(Path(p).parent.name if p.endswith("artifact") else p) for p in config.init_from
         ]
@@ -32,10 +31,19 @@ def plan_table(recipe: Recipe) -> ResultTable:
                 cost,
                 f"{short(config.steps * config.global_batch)} samples\n{short(config.steps)} steps",
                 f"{config.optim.base_lr * config.global_batch / 256:.2g}",
-                "finished" if done else "continues" if begun else "new",
+                _state(config),
             )
         )
     return table
+
+
+def _state(config: Any) -> str:
+    out = Path(config.out)
+    if holds_another_run(config):
+        return "other settings there"
+    if (out / "artifact" / "manifest.json").is_file():
+        return "finished"
+    return "continues" if (out / "run.json").is_file() else "new"
 
 
 def short(number: int) -> str:

@@ -44,17 +44,37 @@ def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], 
     defaults: of settings that a run begun by an older version did not know. place: what the folder
     is to the user.
     """
-    try:
-        old = dict(json.loads((out / "run.json").read_text()))
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
-    old["config"] = filled(old.get("config", {}), defaults)
-    changed = differences(old, json.loads(json.dumps(record)))
+    old = _begun(out, defaults)
+    changed = differences(old, json.loads(json.dumps(record))) if old else []
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
             f"{place} holds another run: {changed[0]}{more}; choose another "
             f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
         )
+
+
+def holds_another_run(config: RunConfig) -> bool:
+    """Whether the config's folder is of a run with other settings, as far as is told without data.
+
+    The text section is left out: a run completes it from the LLM.
+    """
+    old = _begun(Path(config.out), identity(type(config)()))
+    if not old:
+        return False
+    own = json.loads(json.dumps(identity(config)))
+    return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
+
+
+def _begun(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run in a folder, {} where there is none.
+
+    defaults: of settings that a run begun by an older version did not know.
+    """
+    try:
+        old = dict(json.loads((out / "run.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    return {**old, "config": filled(old.get("config", {}), defaults)}
