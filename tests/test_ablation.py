@@ -160,6 +160,9 @@ def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
     shown = f"{centre:.1f} ± {spread:.1f}"
     page = (done / "report.html").read_text()
     assert shown in page and "http" not in page
+    lines = (done / "tables.md").read_text().splitlines()
+    assert any(line.startswith("| half | 2 | ") and f" {shown} |" in line for line in lines)
+    assert "**Difference to " in "".join(lines) and lines[-1].startswith("± is the standard")
 
 
 def test_a_run_has_a_report_of_what_it_has(done: Path) -> None:

@@ -13,11 +13,7 @@ from xray.evaluation.table import result_table
 
 
 def main() -> None:
-    table = result_table(json.loads(Path(sys.argv[1]).read_text()))
-    print("| " + " | ".join(table.columns) + " |")
-    print("|---|" + "---:|" * (len(table.columns) - 1))
-    for row in table.rows:
-        print("| " + " | ".join(row) + " |")
+    print(result_table(json.loads(Path(sys.argv[1]).read_text())).markdown(), end="")
 
 
 if __name__ == "__main__":

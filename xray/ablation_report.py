@@ -1,4 +1,4 @@
-"""The comparison of an ablation: tables, plots, report.html, ablation.json and two CSV files."""
+"""The comparison of an ablation: tables, plots, report.html, tables.md, ablation.json, CSV."""
 
 from __future__ import annotations
 
@@ -52,12 +52,11 @@ def write_comparison(
     write_text(out / "ablation.json", json.dumps(page.facts(failures), indent=1))
     write_text(out / "runs.csv", _csv(page.run_rows()))
     write_text(out / "table.csv", _csv(page.metric_rows()))
+    write_text(out / "tables.md", page.markdown(tables))
     path = out / "report.html"
     failed = [paragraph(f"{f.trial.arm}, seed {f.trial.seed} failed: {f.line}") for f in failures]
-    tested = [c for arm in cells if arm != page.baseline for c in cells[arm].values()]
-    note = paragraph(NOTE.format(count=sum(len(cell.differences) > 1 for cell in tested)))
-    parts = [*failed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(), note,
-             tables[2].html(), *page.settings()]  # fmt: skip
+    parts = [*failed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(),
+             paragraph(page.note()), tables[2].html(), *page.settings()]  # fmt: skip
     write_report(path, f"xray ablate: {ablation.config.name}", parts)
     return tables, path
 
@@ -100,6 +99,12 @@ class Page:
                 shown = [self._difference(m, own[m]) if m in own else "" for m in self.metrics]
                 table.rows.append((arm, *shown))
         return table
+
+    def note(self) -> str:
+        """How the differences were judged."""
+        others = [own for arm, own in self.cells.items() if arm != self.baseline]
+        tested = [cell for own in others for cell in own.values() if len(cell.differences) > 1]
+        return NOTE.format(count=len(tested))
 
     def cost(self) -> ResultTable:
         """Of one run of each arm, what it shares included."""
@@ -215,6 +220,11 @@ class Page:
         return svg(figure, f"{metric} over the FLOPs of a run")
 
     # files ----------------------------------------------------------------------------------------
+
+    def markdown(self, tables: Sequence[ResultTable]) -> str:
+        """The tables for a README or an issue."""
+        parts = [f"**{table.title}**\n\n{table.markdown()}" for table in tables if table.rows]
+        return "\n".join([*parts, f"{self.note()}\n"])
 
     def facts(self, failures: Sequence[Failure]) -> dict[str, Any]:
         """All of it as JSON."""

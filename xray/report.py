@@ -61,6 +61,15 @@ class ResultTable:
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         return f"<h2>{html.escape(self.title)}</h2><div class=wide><table>{body}</table></div>"
 
+    def markdown(self) -> str:
+        """The rows as GitHub shows them, without the title."""
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        cells = [
+            [cell.replace("|", "\\|").replace("\n", "<br>") for cell in row]
+            for row in (self.columns, rule, *self.rows)
+        ]
+        return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
 
 @dataclass
 class Picture:
