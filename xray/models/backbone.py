@@ -176,16 +176,16 @@ class VisionBackbone(nn.Module):
 
     def rates(self, keep_rate: KeepRate) -> dict[int, float]:
         """Block number -> the keep rate below 1 there; raises ConfigError for impossible ones."""
-        rates = (
-            [keep_rate] * len(self.reduce_at) if isinstance(keep_rate, float | int) else keep_rate
-        )
+        if isinstance(keep_rate, float | int | str):  # a str is refused below
+            keep_rate = [keep_rate] * len(self.reduce_at)
+        rates: list[Any] = list(keep_rate)
         if len(rates) != len(self.reduce_at):
             raise ConfigError(
                 f"{len(rates)} keep rates for {len(self.reduce_at)} reducing blocks "
                 f"{self.reduce_at}: give model.keep_rates one per block of model.reduce_at"
             )
-        if not all(0 < rate <= 1 for rate in rates):
-            raise ConfigError(f"keep rates {list(rates)} must be in (0, 1]")
+        if not all(isinstance(rate, float | int) and 0 < rate <= 1 for rate in rates):
+            raise ConfigError(f"keep rates {rates} must be numbers in (0, 1]")
         if self.reduction == "none" and any(rate < 1 for rate in rates):
             raise ConfigError("model.reduce=none keeps every token: set it to evit, or keep_rate 1")
         return {at: rate for at, rate in zip(self.reduce_at, rates, strict=True) if rate < 1}
