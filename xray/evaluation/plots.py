@@ -52,7 +52,7 @@ def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, cha
 def plot_keep_rates(found: Rates, path: Path) -> None:
     """Each measure over images/s, a point per keep rate with its interval."""
     measures = [key for key in next(iter(found.values())) if key.endswith(MAIN)]
-    figure, (axis,) = subplots(1, (6.0, 3.8))
+    figure, (axis,) = subplots(1, (7.4, 3.8))
     speeds = [r["images_per_s"] for r in found.values()]
     for key in measures:
         values = [100 * r[key] for r in found.values()]
@@ -67,5 +67,5 @@ def plot_keep_rates(found: Rates, path: Path) -> None:
     axis.set(xlabel="images/s of the forward pass", ylabel="%")
     axis.set_title("One artifact at several keep rates", fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")  # beside the curves, never on them
     figure.savefig(path)
