@@ -227,6 +227,8 @@ def test_the_command_lists_findings_and_ends_with_1(broken: Path, tmp_path: Path
     assert f"shard {broken}/3_empty.tar is empty" in done.output
     assert "6 shards; 15 samples; " in done.output, done.output
     assert "11 of 13 images usable, 9 captioned; 0 of 1 clips usable" in done.output
+    heads = " ".join(line for line in done.output.splitlines() if line.startswith("┃"))
+    assert "images" in heads and "clips" in heads
     found = json.loads(out.read_text())
     assert found["shards"][1]["causes"]["broken json"] == 1
     assert found["stats"]["names"]["hashtag"]["red"] == 7 and "sheet" not in found["stats"]
@@ -237,6 +239,8 @@ def test_the_command_on_whole_shards_ends_with_0(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["data", "check", *tars])
     assert done.exit_code == 0, done.output
     assert "2 shards; 6 samples; 6 of 6 images usable, 6 captioned: all whole" in done.output
+    heads = " ".join(line for line in done.output.splitlines() if line.startswith("┃"))
+    assert "images" in heads and "clips" not in heads and "no text" not in heads  # there are none
     missing = CliRunner().invoke(app, ["data", "check", str(tmp_path / "none")])
     assert missing.exit_code == 2 and len(missing.stderr.strip().splitlines()) == 1
 

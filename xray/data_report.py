@@ -26,7 +26,10 @@ TEXTS = (("words", "words of a caption"), ("captions", "captions of a sample"))
 
 
 def check_table(report: CheckReport) -> ResultTable:
-    """A row per shard and one for all; of more than 40 shards only the broken ones."""
+    """A row per shard and one for all; of more than 40 shards only the broken ones.
+
+    A column that says nothing of any shard is left out: all nine fill a terminal.
+    """
     shown = report.shards
     if len(shown) > ROWS:
         shown = [shard for shard in shown if shard.error or shard.causes]
@@ -35,7 +38,9 @@ def check_table(report: CheckReport) -> ResultTable:
     if len(report.shards) > 1:
         *texts, _ = _row(_total(report), f"all {len(report.shards):,}")
         rows.append((*texts, "broken" if report.broken else "whole"))
-    return ResultTable(report.pattern, COLUMNS, rows)
+    there = [number for number, column in enumerate(zip(*rows, strict=True)) if any(column)]
+    columns, *kept = [tuple(row[number] for number in there) for row in (COLUMNS, *rows)]
+    return ResultTable(report.pattern, columns, [*kept])
 
 
 def totals(report: CheckReport) -> str:
