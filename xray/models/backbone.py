@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
+from xray.models.positions import sincos_positions
 from xray.models.reduce import KeepRate, Spec, TokenState, kept_tokens, reduce_tokens, size_bias
 from xray.models.stem import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
@@ -112,7 +113,16 @@ class VisionBackbone(nn.Module):
             raise ConfigError(f"model.reduce_at={self.reduce_at} must rise: keep_rates follow it")
         if config.keep_rates is not None and self.reduction != "none":
             self.rates(config.keep_rates)  # as many as blocks
+        self._start_positions()
         load_pretrained(self, config)
+
+    @torch.no_grad()
+    def _start_positions(self) -> None:
+        """Patches start with MAE's positions, and learn from there: timm's start, which is noise,
+        has a short run learn first what lies where."""
+        table: Any = self.pos_embed  # never None: create_timm refuses such a model
+        places = sincos_positions((1, *self.grid), self.embed_dim, table.device)
+        table[:, self.position_prefix :] = places
 
     def forward(
         self,

@@ -14,6 +14,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from xray.models.positions import sincos_positions
+
 
 def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
     """How many stay visible, at least one: 49 of 196 at .75 and 156 of 1568 at .9, as in MAE.
@@ -92,29 +94,6 @@ def normalize_patches(patches: Tensor) -> Tensor:
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
-
-
-def sincos(positions: Tensor, width: int) -> Tensor:
-    """[N] -> [N, width] sines then cosines with frequencies 10000^(-i / (width/2))."""
-    rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
-    rates = 10000 ** (-rates / (width / 2))
-    angles = positions[:, None].float() * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def sincos_positions(
-    grid: tuple[int, int, int], width: int, device: torch.device | None = None
-) -> Tensor:
-    """Fixed positions of a decoder, [t*h*w, width]: half for rows, half for columns, plus time.
-
-    Time is added and is zero in the first slot, so that an image and a clip agree there.
-    """
-    t, h, w = grid
-    ticks = torch.arange(max(grid), device=device)
-    rows = sincos(ticks[:h], width // 2).repeat_interleave(w, dim=0)
-    columns = sincos(ticks[:w], width // 2).repeat(h, 1)
-    time = sincos(ticks[:t], width) - sincos(ticks[:1], width)
-    return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)
 
 
 class MaeDecoder(nn.Module):

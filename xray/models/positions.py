@@ -1,0 +1,30 @@
+"""Sine and cosine positions (1706.03762), as MAE has them in two dimensions (2111.06377)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """[N] -> [N, width] sines then cosines with frequencies 10000^(-i / (width/2))."""
+    rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
+    rates = 10000 ** (-rates / (width / 2))
+    angles = positions[:, None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(
+    grid: tuple[int, int, int], width: int, device: torch.device | None = None
+) -> Tensor:
+    """Positions of a grid, [t*h*w, width]: half for rows, half for columns, plus time.
+
+    Time is added and is zero in the first slot, so that an image and a clip agree there. width is a
+    multiple of 4.
+    """
+    t, h, w = grid
+    ticks = torch.arange(max(grid), device=device)
+    rows = sincos(ticks[:h], width // 2).repeat_interleave(w, dim=0)
+    columns = sincos(ticks[:w], width // 2).repeat(h, 1)
+    time = sincos(ticks[:t], width) - sincos(ticks[:1], width)
+    return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)
