@@ -303,7 +303,7 @@ def test_rates_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="must rise"):
         backbone("evit", reduce_at=[5, 3])
     pixels = torch.randn(1, 1, 3, 64, 64)
-    with pytest.raises(ConfigError, match=r"must be in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"must be numbers in \(0, 1\]"):
         backbone("evit")(pixels, 0.0)
     with pytest.raises(ConfigError, match="reduce=none keeps every token"):
         backbone("none")(pixels, 0.7)

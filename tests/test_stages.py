@@ -25,7 +25,7 @@ def chain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     root = tmp_path_factory.mktemp("chain")
     for stage, parents in CHAIN.items():
         start = [root / parent / "artifact" for parent in parents]
-        train(stage, demo, root / stage, "train.samples=240", init_from=start)
+        train(stage, demo, root / stage, "train.samples=480", init_from=start)
     return {stage: root / stage for stage in CHAIN}
 
 
@@ -36,7 +36,7 @@ def test_every_stage_is_covered() -> None:
 @pytest.mark.parametrize("stage", CHAIN)
 def test_loss_falls(chain: dict[str, Path], stage: str) -> None:
     losses = [row["loss"] for row in read_metrics(chain[stage] / "metrics.jsonl")]
-    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert len(losses) == 40 and all(map(math.isfinite, losses))
     assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
 
 

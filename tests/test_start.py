@@ -1,10 +1,13 @@
-"""Positions that tokens start with."""
+"""What a backbone starts with before any training."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
+import timm
 import torch
+from torch import nn
 
 from xray.models import ModelConfig, VisionBackbone
 from xray.models.positions import sincos_positions
@@ -36,3 +39,25 @@ def test_patches_start_where_they_lie() -> None:
         torch.testing.assert_close(table[row, column], expected, atol=1e-6, rtol=0)
     assert vit.pos_embed.requires_grad  # they are learned from there
     assert vit.pos_temporal is not None and vit.pos_temporal.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_weights_spread_as_xavier_says(width: int) -> None:
+    kwargs = {"patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 3}
+    vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    maps = [module.weight for module in vit.blocks.modules() if isinstance(module, nn.Linear)]
+    assert len(maps) == 8
+    stem = vit.patch_embed.proj.weight.sum(dim=2).flatten(1)  # of an image
+    for weight in [*maps, stem]:
+        bound = math.sqrt(6 / sum(weight.shape))  # out + in
+        assert 0.98 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_timms_own_start_can_be_asked_for() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"}
+    torch.manual_seed(0)
+    vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    torch.manual_seed(0)
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **kwargs)
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, peer.blocks[1].mlp.fc1.weight)
