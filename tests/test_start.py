@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from xray.errors import ConfigError
 from xray.models import ModelConfig, VisionBackbone
 from xray.models.positions import sincos_positions
 
@@ -39,6 +40,12 @@ def test_patches_start_where_they_lie() -> None:
         torch.testing.assert_close(table[row, column], expected, atol=1e-6, rtol=0)
     assert vit.pos_embed.requires_grad  # they are learned from there
     assert vit.pos_temporal is not None and vit.pos_temporal.abs().max() < 0.1
+
+
+def test_a_width_without_such_positions_is_refused() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 54, "depth": 2, "num_heads": 3}
+    with pytest.raises(ConfigError, match="embed_dim=54 must be a multiple of 4"):
+        VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
 
 
 @pytest.mark.parametrize("width", [48, 192])

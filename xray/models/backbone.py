@@ -120,6 +120,11 @@ class VisionBackbone(nn.Module):
     def _start_positions(self) -> None:
         """Patches start with MAE's positions, and learn from there: timm's start, which is noise,
         has a short run learn first what lies where."""
+        if self.embed_dim % 4:
+            raise ConfigError(
+                f"model.kwargs.embed_dim={self.embed_dim} must be a multiple of 4: rows and "
+                "columns have a sine and a cosine each"
+            )
         table: Any = self.pos_embed  # never None: create_timm refuses such a model
         places = sincos_positions((1, *self.grid), self.embed_dim, table.device)
         table[:, self.position_prefix :] = places
