@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def check_table(report: CheckReport) -> ResultTable:
     if len(report.shards) > 1:
         *texts, _ = _row(_total(report), f"all {len(report.shards):,}")
         rows.append((*texts, "broken" if report.broken else "whole"))
-    there = [number for number, column in enumerate(zip(*rows, strict=True)) if any(column)]
-    columns, *kept = [tuple(row[number] for number in there) for row in (COLUMNS, *rows)]
-    return ResultTable(report.pattern, columns, [*kept])
+    there = [any(column) for column in zip(*rows, strict=True)]
+    columns = tuple(compress(COLUMNS, there))
+    return ResultTable(report.pattern, columns, [tuple(compress(row, there)) for row in rows])
 
 
 def totals(report: CheckReport) -> str:
