@@ -30,8 +30,9 @@ def restore_vision(artifact: Artifact) -> VisionBackbone:
     config = artifact.manifest["config"]
     model = dataclasses.replace(ModelConfig(**config["model"]), pretrained="")
     data = config["data"]
-    backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
-    load_adapted(backbone, artifact.load("backbone"), str(artifact.path))
+    with torch.device("meta"):  # weights that are loaded over need no start
+        backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
+    load_adapted(backbone.to_empty(device="cpu"), artifact.load("backbone"), str(artifact.path))
     return backbone.eval()
 
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
-from xray.models.positions import sincos_positions
 from xray.models.reduce import KeepRate, Spec, TokenState, kept_tokens, reduce_tokens, size_bias
+from xray.models.start import start_positions, start_weights
 from xray.models.stem import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
 from xray.models.weights import load_pretrained, resample_time
@@ -69,6 +69,10 @@ class VisionBackbone(nn.Module):
         config.validate()
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         vit = create_timm(config, size)
+        if not config.pretrained:
+            if "weight_init" not in config.kwargs:
+                start_weights(vit)
+            start_positions(vit)
         self.embed_dim: int = vit.embed_dim
         self.patch_size: tuple[int, int] = vit.patch_embed.patch_size
         self.tubelet = config.tubelet
@@ -113,21 +117,7 @@ class VisionBackbone(nn.Module):
             raise ConfigError(f"model.reduce_at={self.reduce_at} must rise: keep_rates follow it")
         if config.keep_rates is not None and self.reduction != "none":
             self.rates(config.keep_rates)  # as many as blocks
-        self._start_positions()
         load_pretrained(self, config)
-
-    @torch.no_grad()
-    def _start_positions(self) -> None:
-        """Patches start with MAE's positions, and learn from there: timm's start, which is noise,
-        has a short run learn first what lies where."""
-        if self.embed_dim % 4:
-            raise ConfigError(
-                f"model.kwargs.embed_dim={self.embed_dim} must be a multiple of 4: rows and "
-                "columns have a sine and a cosine each"
-            )
-        table: Any = self.pos_embed  # never None: create_timm refuses such a model
-        places = sincos_positions((1, *self.grid), self.embed_dim, table.device)
-        table[:, self.position_prefix :] = places
 
     def forward(
         self,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
@@ -17,10 +15,7 @@ UNUSED = ("patch_drop_rate", "in_chans", "num_classes", "drop_path_rate", "img_s
 
 
 def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer:
-    """timm's model before any training; raises ConfigError that says why a model cannot be used.
-
-    It starts as MAE's does (2111.06377), unless `config.kwargs` have timm's `weight_init`.
-    """
+    """timm's model before any training; raises ConfigError that says why one cannot be used."""
     for key in UNUSED:
         if key in config.kwargs:
             raise ConfigError(f"model.kwargs.{key} is not for the backbone{_instead(key)}")
@@ -39,19 +34,7 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
     reason = _why_not(vit)
     if reason or not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
-    if "weight_init" not in config.kwargs:
-        _start_weights(vit)
     return vit
-
-
-@torch.no_grad()
-def _start_weights(vit: VisionTransformer) -> None:
-    """Xavier weights, whose spread follows the width: timm's .02 suits a thousand and more."""
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    patches: Any = vit.patch_embed.proj.weight  # a linear map of each patch's pixels
-    nn.init.xavier_uniform_(patches.flatten(1))
 
 
 def _instead(key: str) -> str:
