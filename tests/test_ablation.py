@@ -360,6 +360,9 @@ def test_paired_t() -> None:
     assert student_p(2.776, 4) == pytest.approx(0.05, abs=1e-4)
     assert math.isnan(paired_t([1.0])) and paired_t([0.0, 0.0]) == 1.0
     assert math.isnan(paired_t([0.5, 0.5]))  # two runs that differ alike prove nothing
+    alike = [a / 40 - (a - 2) / 40 for a in (18, 25, 31)]  # so, but for their last bits
+    assert deviation(alike) > 0 and math.isnan(paired_t(alike))
+    assert paired_t([0.05, 0.05 + 1e-6, 0.05 - 1e-6]) < 1e-6
 
 
 def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
@@ -371,10 +374,31 @@ def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
         check_metrics(ablation, [ended])
 
 
+def test_chance_of_every_kind_of_measure() -> None:
+    there = {
+        *("zero_shot.top1", "zero_shot.chance_top1", "zero_shot.chance_top1_low"),
+        *("tags.photos/mAP", "tags.photos/recall@5", "tags.photos/chance_recall@5"),
+        *("retrieval.text_to_image_R@5", "retrieval.chance_text_to_image_R@5"),
+        *("retrieval.text_to_image_R@5/64", "retrieval.text_to_image_R@5_low/64"),
+        *("robustness.knn/fgsm/1", "robustness.knn/fgsm/1_low", "robustness.knn/chance"),
+        *("robustness.knn/samples", "clip.loss"),
+    }
+    found = {name: chance_of(name, there) for name in there}
+    assert {name: chance for name, chance in found.items() if chance} == {
+        "zero_shot.top1": "zero_shot.chance_top1",
+        "tags.photos/recall@5": "tags.photos/chance_recall@5",
+        "retrieval.text_to_image_R@5": "retrieval.chance_text_to_image_R@5",
+        "retrieval.text_to_image_R@5/64": "retrieval.chance_text_to_image_R@5",
+        "robustness.knn/fgsm/1": "robustness.knn/chance",
+    }
+
+
 def test_a_place_is_no_percentage(tmp_path: Path) -> None:
     ablation = load(tmp_path, f"base: {RECIPE}\nseeds: [0]\narms: {{a: {{}}}}", f"out={tmp_path}")
     rank = "retrieval.text_to_image_median_rank"
-    ended = [Outcome("a", 0, {rank: 3.5, chance_of(rank): 60.0}, {}, {})]
+    ended = [
+        Outcome("a", 0, {rank: 3.5, "retrieval.chance_text_to_image_median_rank": 60.0}, {}, {})
+    ]
     metrics = chosen_metrics(ablation, ended)
     cells = compare(ablation, ended, metrics)
     table = Page(ablation, ended, metrics, cells, {rank: 60.0}, {}).results()

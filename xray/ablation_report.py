@@ -44,7 +44,7 @@ def write_comparison(
     outcomes = outcomes_of(ablation)
     metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
-    chance = {m: mean([o.values[chance_of(m)] for o in outcomes if chance_of(m) in o.values])
+    chance = {m: mean([o.values[own] for o in outcomes if (own := chance_of(m, o.values))])
               for m in metrics}  # fmt: skip
     page = Page(ablation, outcomes, metrics, cells, chance, flops)
     tables = [page.results(), page.differences(), page.cost()]
@@ -144,7 +144,7 @@ class Page:
 
     def _percent(self, metric: str) -> bool:
         """Whether a metric is a share: those have chance beside them; so has a median place."""
-        return not math.isnan(self.chance[metric]) and not metric.endswith("median_rank")
+        return not math.isnan(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:
         measure = metric.partition(".")[2]

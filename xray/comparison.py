@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from xray.config import nearest
 from xray.errors import ConfigError
 
 CHANCE = "chance_"
+ROUNDING = 1e-9  # far above that of differences, far below the spread of any two measurements
 
 
 @dataclass
@@ -93,11 +94,18 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [(k, float(v)) for k, v in values.items() if isinstance(v, int | float)]
 
 
-def chance_of(metric: str) -> str:
-    """The name of the measure that says what guessing gives."""
+def chance_of(metric: str, there: Container[str]) -> str:
+    """The name of the measure that says what guessing gives, "" where none does.
+
+    Of X it is chance_X, of a set's NAME/X NAME/chance_X, of retrieval's X/SIZE chance_X; of a
+    head's accuracies (which have intervals) HEAD/CHANGE HEAD/chance.
+    """
     section, _, name = metric.partition(".")
     part, slash, measure = name.rpartition("/")
-    return f"{section}.{part}{slash}{CHANCE}{measure}"
+    first = name.partition("/")[0]
+    names = [f"{part}{slash}{CHANCE}{measure}", f"{CHANCE}{first}"]
+    names += [f"{first}/chance"] if f"{metric}_low" in there else []
+    return next((own for n in names if (own := f"{section}.{n}") in there), "")
 
 
 def outcomes_of(ablation: Ablation) -> list[Outcome]:
@@ -109,7 +117,8 @@ def chosen_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[str]
     """Of the metrics asked for those that a run has, or all that have chance beside them."""
     there = _metrics(outcomes)
     asked = [metric for metric in ablation.config.metrics if metric in there]
-    return asked or [name for name in there if chance_of(name) in there]
+    listed = [name for name in there if not name.startswith("robustness.")]  # hundreds
+    return asked or [name for name in listed if chance_of(name, there)]
 
 
 def check_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> None:
@@ -167,8 +176,8 @@ def deviation(values: Sequence[float]) -> float:
 def paired_t(differences: Sequence[float]) -> float:
     """Two-sided p of Student's paired t-test (1908): that the mean difference is 0.
 
-    nan of fewer than two differences, and of equal ones, which have no spread to judge by; 1 where
-    all are 0.
+    nan of fewer than two differences, and of equal ones, which have no spread to judge by (but for
+    rounding: shares of a count that differ alike do so to the last bits); 1 where all are 0.
     """
     n = len(differences)
     if n < 2:
@@ -176,7 +185,7 @@ def paired_t(differences: Sequence[float]) -> float:
     centre, error = mean(differences), deviation(differences) / math.sqrt(n)
     if centre == 0:
         return 1.0
-    return student_p(centre / error, n - 1) if error else math.nan
+    return student_p(centre / error, n - 1) if error > ROUNDING * abs(centre) else math.nan
 
 
 def student_p(t: float, df: int) -> float:
