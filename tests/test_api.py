@@ -138,6 +138,8 @@ def test_tags_of_a_head_are_ranked(hashtag: xray.Model, media: Path) -> None:
         for name, value in row:
             assert value == pytest.approx(expected[hashtag.tags.index(name)].item(), abs=1e-6)
     assert [len(row) for row in hashtag.tag(paths[0], top=2)] == [2]
+    pixels = [hashtag.preprocess(path) for path in paths]
+    assert hashtag.tag(pixels, top=len(hashtag.tags)) == found
 
 
 def test_tags_by_prompts_are_a_softmax(clip: xray.Model, media: Path) -> None:
@@ -170,6 +172,8 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
     (ConfigError, "has tags of its own", lambda c, h, m: h.tag(m / "photo.jpg", tags=["a"])),
     (ConfigError, "needs {} where", lambda c, h, m: c.tag(m / "photo.jpg", ["a"], template="a")),
     (ConfigError, "top=0", lambda c, h, m: h.tag(m / "photo.jpg", top=0)),
+    (ConfigError, "batch_size=0", lambda c, h, m: h.encode_image(m / "photo.jpg", batch_size=0)),
+    (DataError, "give .tensor. for", lambda c, h, m: h.tag(h.preprocess(m / "clip.mp4"))),
     (DataError, "no pixels", lambda c, h, m: c.encode_image(Image.new("RGB", (0, 3)))),
     (DataError, "is a clip: use encode_video", lambda c, h, m: c.encode_image(m / "clip.mp4")),
     (DataError, "is no clip: use encode_image", lambda c, h, m: c.encode_video([m / "photo.jpg"])),

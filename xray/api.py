@@ -109,11 +109,11 @@ class Model:
 
         A tensor is one picture [3, S, S] or many [N, 3, S, S], uint8 from `preprocess`.
         """
-        return self._encode(_each(images, 3, "encode_image"), False, batch_size)
+        return self._encode(_each(images, (3,), "encode_image"), False, batch_size)
 
     def encode_video(self, clips: Media | Sequence[Media], batch_size: int = 8) -> Tensor:
         """Clips -> [N, E] as `encode_image`; a tensor is [T, 3, S, S] or [N, T, 3, S, S] uint8."""
-        return self._encode(_each(clips, 4, "encode_video"), True, batch_size)
+        return self._encode(_each(clips, (4,), "encode_video"), True, batch_size)
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> [N, E]: in the joint space (clip), or sentence vectors (text)."""
@@ -138,14 +138,15 @@ class Model:
         """The `top` tags of each picture or clip, the likeliest first, with their probabilities.
 
         A hashtag artifact has tags of its own. A clip artifact chooses among `tags`, each put into
-        `template` in place of {}: a softmax over the likeness to these prompts.
+        `template` in place of {}: a softmax over the likeness to these prompts. A tensor is one
+        picture, [3, S, S]; in a list also a clip, [T, 3, S, S].
         """
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")
         tagger, names = self._tagger(tags, template)
         shown = min(top, len(names))
         ranked = []
-        for pixels in _batches(map(self._read, _each(media, 3, "tag")), batch_size):
+        for pixels in _batches(map(self._read, _each(media, (3, 4), "tag")), batch_size):
             values, places = tagger(pixels).float().cpu().topk(shown, dim=1)
             for row, ids in zip(values.tolist(), places.tolist(), strict=True):
                 ranked.append([(names[i], value) for i, value in zip(ids, row, strict=True)])
@@ -211,9 +212,14 @@ def _is_clip(media: str | Path | Image.Image) -> bool:
     return not isinstance(media, Image.Image) and modality_of(Path(media)) == "video"
 
 
-def _each(media: Media | Sequence[Media], dimensions: int, what: str) -> list[Media]:
+def _each(media: Media | Sequence[Media], dimensions: tuple[int, ...], what: str) -> list[Media]:
     """One or many as a list; raises DataError for what is neither. dimensions: of one's tensor."""
-    if isinstance(media, Tensor) and media.ndim == dimensions + 1:
+    if isinstance(media, Tensor) and media.ndim == dimensions[0] + 1:
+        if media.ndim in dimensions:
+            raise DataError(
+                f"{what} was given a tensor {list(media.shape)}, which is a clip or several "
+                "pictures: give [tensor] for the clip, list(tensor) for the pictures"
+            )
         media = list(media)
     many = isinstance(media, Sequence) and not isinstance(media, str)
     items: list[Any] = list(media) if many else [media]  # type: ignore[arg-type]
@@ -221,7 +227,7 @@ def _each(media: Media | Sequence[Media], dimensions: int, what: str) -> list[Me
         raise DataError(f"{what} was given nothing")
     for item in items:
         if isinstance(item, Tensor):
-            good = item.dtype == torch.uint8 and item.ndim == dimensions and item.shape[-3] == 3
+            good = item.dtype == torch.uint8 and item.ndim in dimensions and item.shape[-3] == 3
             if not good:
                 raise DataError(
                     f"{what} was given a tensor {list(item.shape)} of {item.dtype}: it takes uint8 "
@@ -237,6 +243,8 @@ def _each(media: Media | Sequence[Media], dimensions: int, what: str) -> list[Me
 
 def _batches(each: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """[B, T, 3, S, S] of up to `size` that follow each other and are of one shape."""
+    if size < 1:
+        raise ConfigError(f"batch_size={size} must be at least 1")
     batch: list[Tensor] = []
     for pixels in each:
         if batch and (len(batch) == size or batch[0].shape != pixels.shape):
