@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from data_pipelines.transforms import load_pixels
 from xray.artifact import Artifact
 from xray.cli import app
 from xray.embeddings import Embeddings, open_embeddings, restored
+from xray.errors import DataError
 from xray.offline import embed as job
 from xray.offline.embed import EmbedConfig
 from xray.offline.stream import data_of
@@ -211,6 +215,39 @@ def test_a_stopped_job_goes_on(
     monkeypatch.undo()
     assert (tmp_path / "third.parquet.parts").exists() and run("third.parquet").rows == 96
     assert not (tmp_path / "third.parquet.parts").exists()
+
+
+def test_another_command_is_not_disturbed(
+    artifacts: dict[str, Artifact], demo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.parquet"
+    folder = tmp_path / "x.parquet.parts"
+    folder.mkdir()
+    command = ["embed", artifacts["clip"].path, demo / "heldout", "--out", out]
+    held = (
+        "import sys, pathlib, xray.files as f; a = f.hold(pathlib.Path(sys.argv[1]), 'x'); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        while not (folder / "lock").exists() or not (folder / "lock").read_text():
+            assert other.poll() is None
+            time.sleep(0.05)
+        assert f"by another process (process {other.pid} on" in xray(*command, expect=2)
+        assert not out.exists()
+        other.communicate()
+    xray(*command)
+    assert len(open_embeddings(out)) == 24 and not folder.exists()
+
+
+def test_features_that_are_no_numbers_are_refused(
+    artifacts: dict[str, Artifact], demo: Path, tmp_path: Path
+) -> None:
+    encoder = restore_encoder(artifacts["mae"])
+    encoder.vision.norm.weight.data[0] = torch.nan
+    corpus = open_corpus([str(demo / "heldout")])
+    with pytest.raises(DataError, match=r"00000\.tar:000000000: the model's features are NaN"):
+        job.embed(encoder, corpus, EmbedConfig(workers=0), tmp_path / "x.npy")
 
 
 def test_two_processes_write_what_one_does(

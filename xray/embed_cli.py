@@ -62,13 +62,12 @@ def embed(
     from xray.offline.embed import embed as write
     from xray.restore import restore_encoder
 
-    fields = {name.strip(): 1.0 for name in captions.split(",") if name.strip()}
     config = EmbedConfig(
         dtype=dtype,  # type: ignore[arg-type]  # validate() looks
         dim=dim,
         keep_rate=keep_rate,
         precision=precision,  # type: ignore[arg-type]
-        captions=fields,
+        captions={name.strip(): 1.0 for name in captions.split(",") if name.strip()},
         batch_size=batch_size,
         workers=workers,
     )
@@ -78,7 +77,7 @@ def embed(
     _join(device)
     opened = dist.main_first(lambda: open_artifact(artifact, llm))
     wanted = texts or opened.stage == "text"
-    corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, fields))
+    corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, config.captions))
     encoder = restore_encoder(opened).to(device)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
         report = write(encoder, corpus, config, out, progress)

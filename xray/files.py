@@ -38,7 +38,7 @@ def hold(folder: Path, what: str) -> IO[str] | None:
         file.close()
         raise ConfigError(
             f"{folder} is {what} by another process ({who}): wait for it or end it, or choose "
-            "another out="
+            "another out"
         ) from None
     except OSError:
         file.close()

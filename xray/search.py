@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,11 +73,19 @@ def _one_thread() -> Iterator[None]:
 
 
 def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
-    """Raise ConfigError unless two files are of the same samples, by the same artifact and dim."""
-    for name in ("artifact", "source", "rows", "dim", "keep_rate", "captions", "modality"):
-        ours, theirs = embeddings.facts.get(name), other.facts.get(name)
-        if ours != theirs:
-            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs}, not {ours})")
+    """Raise ConfigError unless two files are of the same samples, by the same artifact and dim,
+    wherever these lay."""
+    ours, theirs = _made_of(embeddings), _made_of(other)
+    for name, own in ours.items():
+        if own != theirs[name]:
+            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs[name]}, not {own})")
+
+
+def _made_of(embeddings: Embeddings) -> dict[str, Any]:
+    facts = embeddings.facts
+    same = ("rows", "left_out", "dim", "keep_rate", "captions", "modality")
+    digests = {name: facts[name]["digest"] for name in ("artifact", "source")}
+    return digests | {name: facts.get(name) for name in same}
 
 
 class _Best:

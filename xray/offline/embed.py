@@ -7,6 +7,7 @@ part's rows do not depend on who makes it, so one process and many write the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -35,6 +36,7 @@ from xray.embeddings import (
     write_embeddings,
 )
 from xray.errors import ConfigError, DataError
+from xray.files import hold
 from xray.hashing import differences
 from xray.offline.encoding import (
     Batch,
@@ -110,12 +112,15 @@ def embed(
     if dist.main_first(job.finished):
         facts = open_embeddings(out).facts
         return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
-    dist.main_first(job.claim)
-    missing = [part for part in range(len(job.parts)) if job.load(part) is None]
-    todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
-    mine = todo[dist.rank() :: dist.world_size()]
-    dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
-    dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
+    with contextlib.ExitStack() as held:
+        dist.main_first(lambda: job.claim(held))
+        missing = [part for part in range(len(job.parts)) if job.load(part) is None]
+        todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
+        mine = todo[dist.rank() :: dist.world_size()]
+        dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
+        dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
+    if dist.is_main():  # nobody holds them any more
+        shutil.rmtree(job.folder)
     facts = open_embeddings(out).facts
     return EmbedReport(
         facts["rows"], facts["left_out"], listed, len(job.parts) - len(todo), len(job.parts)
@@ -173,9 +178,11 @@ class _Job:
             shutil.rmtree(self.folder)
         return True
 
-    def claim(self) -> None:
-        """Make the folder of parts one of this command; refuse another's."""
+    def claim(self, held: contextlib.ExitStack) -> None:
+        """Make the folder of parts one of this command, and hold it; refuse another's."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if dist.is_main():
+            held.enter_context(hold(self.folder, "written to") or contextlib.nullcontext())
         held = self._claimed()
         if held is None:
             (self.folder / "job.json").write_text(json.dumps(self.identity))
@@ -229,6 +236,10 @@ class _Job:
             columns[name], columns[f"{name}_ends"] = pack_texts(row[at] for row in names)
         none = np.empty((0, self.dim), np.float32)
         columns["rows"] = np.concatenate([none, *(found for _, found, _ in rows)])
+        wrong = np.flatnonzero(~np.isfinite(columns["rows"]).all(axis=1))
+        if len(wrong):  # one would make int8's scale, and with it every row, NaN
+            key, path, _ = names[wrong[0]]
+            raise DataError(f"{path}:{key}: the model's features are NaN or infinite")
         left_out = [[*self.corpus.name(*place), cause] for place, cause in bad.items()]
         numbers = self.parts[part]
         facts = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
@@ -285,7 +296,7 @@ class _Job:
         return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
     def finish(self, listed: Path) -> None:
-        """Put the parts together, remove them, and list the samples that were left out."""
+        """Put the parts together, and list the samples that were left out."""
         counts, bad = 0, []
         low, high = np.full(self.dim, np.inf, np.float32), np.full(self.dim, -np.inf, np.float32)
         for columns, facts in self._loaded():
@@ -295,7 +306,7 @@ class _Job:
             high = np.maximum(high, columns["rows"].max(axis=0, initial=-np.inf))
         causes = dict(Counter(cause for _, _, cause in bad))
         if not counts:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # its lock is still open
             told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
             raise DataError(f"nothing in {self.corpus.where} can be embedded ({told})")
         whole = self._facts(counts, causes)
@@ -307,7 +318,6 @@ class _Job:
             rows = [dict(zip(("key", "path", "cause"), row, strict=True)) for row in bad]
             listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_embeddings(self.out, whole, (self._block(columns) for columns, _ in self._loaded()))
-        shutil.rmtree(self.folder)
 
     def _loaded(self) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
         for part in range(len(self.parts)):
