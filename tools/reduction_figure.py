@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from timing import hardware
 
 from xray.artifact import open_artifact
 from xray.comparison import deviation, mean
+from xray.errors import XrayError
 from xray.eval_cli import prepared
 from xray.evaluation.config import EvalConfig, RetrievalConfig
 from xray.models.flops import vision_macs
@@ -78,7 +80,9 @@ def compare(folder: Path, root: str, shards: str, rounds: int) -> dict[str, Any]
     """All rows: a reduction, a keep rate, and the measures with and without training at it."""
     facts = json.loads((folder / "ablation.json").read_text())
     own = trained(facts)
-    recipes = sorted((folder / "runs" / facts["baseline"]).glob("seed_*/recipe.yaml"))
+    base = facts["baseline"]
+    seeds = [run["seed"] for run in facts["runs"] if run["arm"] == base]
+    recipes = [folder / "runs" / base / f"seed_{seed}" / "recipe.yaml" for seed in seeds]
     paths = [Path(OmegaConf.load(recipe).clip.out) / "artifact" for recipe in recipes]
     config = EvalConfig(retrieval=RetrievalConfig(shards=shards))
     others = [variant for variant in own if variant[0] != "none"]
@@ -150,6 +154,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("token_reduction.json"))
     options = parser.parse_args()
+    try:
+        run(options)
+    except XrayError as error:
+        sys.exit(f"reduction_figure: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
     if options.input.suffix == ".json":
         result, out = json.loads(options.input.read_text()), options.input
     else:
