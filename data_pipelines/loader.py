@@ -6,6 +6,7 @@ import signal
 import warnings
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,15 +178,8 @@ def iterate_steps(
 def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:
     for step in sampler.steps:
         order = turned(len(sampler.shape(step).micro), step)
-        try:
+        with _naming_lost_workers(f" at step {step + 1}"):
             came = {number: next(batches) for number in order}
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):  # torch's words for a worker that is gone
-                raise
-            raise DataError(
-                f"a loader process ended at step {step + 1}: killed for memory, or by a picture "
-                f"that crashes its decoder; lower data.workers, or run `xray data check` ({error})"
-            ) from error
         loaded = [came[number] for number in sorted(order)]
         for item in loaded:
             if item.failure:
@@ -193,8 +187,21 @@ def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[L
         yield loaded
 
 
-class SequentialDataset(Dataset):
-    """Every sample of a source once, in shard order, without randomness."""
+@contextmanager
+def _naming_lost_workers(when: str = "") -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):  # torch's words for a worker that is gone
+            raise
+        raise DataError(
+            f"a loader process ended{when}: killed for memory, or by a picture that crashes its "
+            f"decoder; lower data.workers, or run `xray data check` ({error})"
+        ) from error
+
+
+class WholeDataset(Dataset):
+    """Every sample of a source by its number, in shard order, without randomness."""
 
     def __init__(self, source: Source, transform: Transform, data: DataConfig) -> None:
         self.source = source
@@ -205,12 +212,15 @@ class SequentialDataset(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, item: int) -> Fields | str:
-        """The sample, or why it cannot be used."""
-        shard, member = self.places[item]
+    def __getitem__(self, item: Any) -> Fields | str:
+        return self.load(item)
+
+    def load(self, number: int, rng: np.random.Generator | None = None) -> Fields | str:
+        """The sample, or why it cannot be used: an exception would lose its text in a worker."""
+        shard, member = self.places[number]
         try:
             sample = self.source.sample(shard, member, *self.size)
-            return self.transform(sample, None)
+            return self.transform(sample, rng)
         except DataError as error:
             index = self.source.index(shard)
             return f"sample {index.key(member)!r} of {index.path} cannot be used: {error}"
@@ -220,15 +230,24 @@ def iterate_source(
     source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
 ) -> Iterator[Fields]:
     """Batches of a whole source in order, for evaluation; raises DataError for a bad sample."""
+    dataset = WholeDataset(source, transform, data)
+    yield from iterate_batches(dataset, collate, data.workers, batch_size=batch_size)
+
+
+def iterate_batches(
+    dataset: WholeDataset, collate: Collate, workers: int, **order: Any
+) -> Iterator[Fields]:
+    """Batches in the order that DataLoader's `batch_size` or `batch_sampler` says; raises
+    DataError for a bad sample."""
 
     def collate_or_fail(rows: list[Fields | str]) -> Fields | str:
         failures = [row for row in rows if isinstance(row, str)]
         return failures[0] if failures else collate(rows)  # type: ignore[arg-type]
 
-    dataset = SequentialDataset(source, transform, data)
-    loader = DataLoader(dataset, batch_size, num_workers=data.workers, collate_fn=collate_or_fail)
-    dist.settle(data.workers)
-    for batch in loader:
-        if isinstance(batch, str):
-            raise DataError(batch)
-        yield batch
+    loader = DataLoader(dataset, num_workers=workers, collate_fn=collate_or_fail, **order)
+    dist.settle(workers)
+    with _naming_lost_workers():
+        for batch in loader:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield batch

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tiny import train
 from typer.testing import CliRunner
 
 from data_pipelines.folders import open_labelled
-from data_pipelines.sources import open_source
+from data_pipelines.sources import Source, open_source
 from data_pipelines.transforms import load_views
 from xray.artifact import Artifact
 from xray.cli import app
@@ -27,6 +29,8 @@ from xray.evaluation.attentive_probe import attentive_probe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.finetune import Classifier, finetune
 from xray.evaluation.keep_rates import over_keep_rates
+from xray.evaluation.robustness import _heads as heads_of
+from xray.evaluation.sets import Sets
 from xray.evaluation.suite import Suite
 from xray.restore import Encoder, VisionEncoder
 
@@ -159,7 +163,7 @@ def test_keep_rates_compare_one_artifact_with_itself(
     assert list(found) == ["1", "0.7", "0.5"]
     flops = [r["gflops"] for r in found.values()]
     assert flops == sorted(flops, reverse=True) and found["1"]["speed"] == 1
-    assert all(r["images_per_s"] > 0 for r in found.values())
+    assert all(r["samples_per_s"] > 0 for r in found.values())
     own = results(clip, tmp_path, *sets, "--suite", "knn")["knn"]  # the artifact's rate is .7
     assert found["0.7"]["knn/top1"] == own["top1"]
     assert (tmp_path / "results.png").stat().st_size > 10_000
@@ -195,6 +199,18 @@ def test_fine_tuning_learns_and_is_the_same_again(clip: Artifact, folder: Path) 
     first = finetune(short)
     torch.rand(3)
     assert finetune(short) == first and first["train_loss"] > found["train_loss"]
+
+
+def test_a_broken_picture_to_tune_on_is_one_line(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "set", tmp_path / "set")
+    victim = sorted((tmp_path / "set").rglob("*.jpg"))[5]
+    victim.write_bytes(b"no picture")
+    sets = f"eval.finetune={{train: {tmp_path / 'set'}, test: {folder / 'set'}, epochs: 1}}"
+    done = xray("eval", clip.path, "--suite", "finetune", sets, "data.workers=1")
+    assert done.exit_code == 2 and victim.stem in done.stderr, done.stderr
+    assert "undecodable image" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_fine_tuning_starts_from_the_artifact(clip: Artifact, demo: Path) -> None:
@@ -267,8 +283,12 @@ def test_mistakes_give_one_line(clip: Artifact, folder: Path) -> None:
 
 def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
     sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
-    for rates, message in (("1,0", "in (0, 1]"), ("1,x", "write numbers")):
-        done = xray("eval", clip.path, *sets, "--keep-rates", rates)
+    for rates, names, message in (
+        ("1,0", "knn", "in (0, 1]"),
+        ("1,x", "knn", "write numbers"),
+        ("1,.5", "knn,finetune", "compares none of"),
+    ):
+        done = xray("eval", clip.path, *sets, "--suite", names, "--keep-rates", rates)
         assert done.exit_code == 2 and message in done.stderr
 
 
@@ -295,6 +315,38 @@ def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> 
     for attack in ("fgsm", "pgd", "square"):
         assert found[f"zero_shot/{attack}/1e-06"] == found["zero_shot/attacked_clean"]
     assert found["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in found
+
+
+def test_classes_from_elsewhere_are_known_before_anything_is_changed(
+    clip: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = suite(
+        clip, folder, "eval.zero_shot.shards=set", "eval.robustness.shift=grounds.csv"
+    )  # fmt: skip
+    seen: list[str] = []
+    encode = Sets.encode
+
+    def counted(sets: Sets, source: Source, *more: Any) -> dict[str, features.Features]:
+        seen.append(source.name)
+        return encode(sets, source, *more)
+
+    monkeypatch.setattr(Sets, "encode", counted)
+    with pytest.raises(DataError, match="not among"):
+        run.run(["robustness"])
+    assert seen == ["eval.zero_shot"]
+
+
+def test_logits_are_where_features_are(clip: Artifact, demo: Path) -> None:
+    """On another device than the weights that are not the module's."""
+    run = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.linear_probe={train: gallery, test: heldout}",
+    )  # fmt: skip
+    for head in heads_of(run.sets):
+        width = {"joint": 16, "backbone": run.sets.vision.vision.embed_dim}[head.space]
+        assert head.logits(torch.rand(2, width)).shape == (2, round(1 / head.chance))
+        if head.name == "zero_shot":  # a probe's logits are on the CPU
+            assert head.logits(torch.rand(2, width, device="meta")).device.type == "meta"
 
 
 def test_class_names_are_matched_however_they_are_written(
@@ -327,10 +379,15 @@ def test_what_is_had_is_kept(
     assert isinstance(done.exception, ZeroDivisionError) and list(json.loads(out.read_text())) == [
         "knn"
     ]
-    refused = xray(
-        "eval", clip.path, *settings, "--suite", "finetune,tags", "--out", tmp_path / "b"
-    )
-    assert refused.exit_code == 2 and len(seen) == 1  # nothing is begun that cannot be ended
+    assert "kNN top1" in done.stdout
+    for suites_asked, *more in (
+        ("finetune,tags",),
+        ("finetune,retrieval", "eval.retrieval.shards=heldot"),
+        ("finetune,robustness", "eval.robustness.shift=heldot"),
+        ("finetune,zero_shot", "eval.zero_shot={shards: heldout, classes: clases.txt}"),
+    ):  # nothing is begun that cannot be ended
+        refused = xray("eval", clip.path, *settings, *more, "--suite", suites_asked)
+        assert refused.exit_code == 2 and len(seen) == 1, refused.output
 
 
 def test_features_that_are_no_numbers_are_refused(clip: Artifact, demo: Path) -> None:

@@ -95,7 +95,8 @@ RULES: dict[str, set[str]] = {
     | {"xray.card", "xray.run_record", "xray.sinks"},
     "xray/preflight.py": LEAF
     | DATA
-    | {"stages", "stages.base", "xray.artifact", "xray.evaluation.config"},
+    | {"stages", "stages.base", "xray.artifact"}
+    | {"xray.evaluation.config", "xray.evaluation.places"},
     "xray/bundle.py": TRAINS | {"xray.accumulate"},
     "xray/spikes.py": TRAINS | {"xray.bundle"},
     "xray/watchdog.py": {"xray.dist"},

@@ -54,11 +54,14 @@ def evaluate(
         return
     ready = prepared(opened, config, root, workers)
     results: Results = {}
-    for name, measures in ready.each(suites or ready.asked()):
-        results[name] = measures
-        if target is not None:  # each as it is had: the next may take hours, or fail
-            target.write_text(json.dumps(results, indent=1))
-    result_table(results).print()
+    try:  # each as it is had: the next may take hours, or fail
+        for name, measures in ready.each(suites or ready.asked()):
+            results[name] = measures
+            if target is not None:
+                target.write_text(json.dumps(results, indent=1))
+    finally:
+        if results:
+            result_table(results).print()
     if target is not None:
         print(f"written: {target}")
         if "robustness" in results:
@@ -130,9 +133,9 @@ def _over_rates(
 
     suite.check(suites or [])
     names = [name for name in suites or suite.asked() if name not in NOT_OF_RATES]
-    if not names:
+    if not names or len(names) < len(suites or []):
         raise ConfigError(
-            f"--keep-rates compares neither of {', '.join(NOT_OF_RATES)}: --suite knn"
+            f"--keep-rates compares none of {', '.join(NOT_OF_RATES)}: --suite knn, say"
         )
     found = over_keep_rates(suite, rates, names)
     keep_rate_table(found).print()

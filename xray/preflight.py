@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.curation.keep import keep_listed
-from data_pipelines.manifest import find_shards, resolve
-from data_pipelines.remote import is_remote
 from data_pipelines.sources import open_sources
 from stages import stage_class
 from stages.base import split_parents
 from xray import dist
 from xray.artifact import open_artifact
-from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
+from xray.evaluation.places import check_sets
 
 
 def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
@@ -41,15 +38,4 @@ def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
         pending = {results[path] for path in coming}
         dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
     for run in runs[-1:]:
-        _check_sets(evaluation, run.stage, root)
-
-
-def _check_sets(evaluation: EvalConfig, stage: str, root: str) -> None:
-    """Raise where a set is not there that an artifact of this stage will be asked about."""
-    for key, pattern in evaluation.sets(stage):
-        where = resolve(pattern, root)
-        if is_remote(where) or os.path.exists(where):
-            continue
-        if not any(c in where for c in "*?[{"):
-            raise ConfigError(f"eval.{key}={pattern}: there is no {where}")
-        find_shards(where)
+        check_sets(evaluation, evaluation.possible(run.stage), root)

@@ -61,10 +61,7 @@ def attentive_probe(sets: Sets) -> dict[str, float]:
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
         probe = _fit(train, labels, config, _heads(sets), device)
-        blocks = range(0, len(test), config.batch_size)
-        parts = [_batch(test, slice(at, at + config.batch_size), device) for at in blocks]
-        with torch.no_grad():
-            found = torch.cat([probe(part).argmax(dim=1).cpu() for part in parts])
+        found = _predict(probe, test, config.batch_size, device)
     measures = {"chance_top1": guess(labels, truth), "samples": float(len(truth))}
     return share("top1", found == truth) | measures
 
@@ -109,6 +106,13 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 def _batch(tokens: np.memmap, rows: Any, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(tokens[rows])).to(device).float()
+
+
+@torch.no_grad()
+def _predict(probe: AttentiveProbe, tokens: np.memmap, size: int, device: torch.device) -> Tensor:
+    """[N] classes; a batch of tokens at a time is in memory."""
+    blocks = (slice(at, at + size) for at in range(0, len(tokens), size))
+    return torch.cat([probe(_batch(tokens, rows, device)).argmax(1).cpu() for rows in blocks])
 
 
 def _fit(

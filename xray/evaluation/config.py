@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +18,9 @@ SUITES_OF = {
     "text": ("captions",),
     "clip": ("zero_shot", "retrieval", "video_retrieval", *PROBES),
 }
+HEADS = ("zero_shot", "linear_probe")  # whose data robustness changes
+PLACES = ("shards", "classes", "train", "test", "shift")  # keys that name a set
+WAYS = ("text_to_image", "image_to_text")  # of retrieval
 SUITES = ("zero_shot", "retrieval", "video_retrieval", "captions", *PROBES, "tags")
 
 # Wherever a set is named: shards (a folder, glob, {000..123} pattern or URL), a folder of folders
@@ -235,13 +238,16 @@ class EvalConfig:
         """The suites that have data of their own and can be asked of a stage's artifact."""
         return [name for name in self.configured() if name in SUITES_OF[stage]]
 
-    def sets(self, stage: str) -> Iterator[tuple[str, str]]:
-        """(key, pattern) of every set that an artifact of this stage is asked about."""
-        for name in self.possible(stage):
+    def sets(self, suites: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(key, pattern) of every set that these suites read."""
+        read = dict.fromkeys(suites)
+        if "robustness" in read:
+            read |= dict.fromkeys(name for name in HEADS if name in self.configured())
+        for name in read:
             own = getattr(self, name)
             parts = {f"tags.{k}": v for k, v in own.items()} if name == "tags" else {name: own}
             for suite, part in parts.items():
-                given = {key: vars(part).get(key) for key in ("shards", "classes", "train", "test")}
+                given = {key: vars(part).get(key) for key in PLACES}
                 yield from ((f"{suite}.{key}", place) for key, place in given.items() if place)
 
     def filled(self) -> EvalConfig:

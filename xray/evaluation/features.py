@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,11 @@ def look_at(sample: Sample, source: Source, data: DataConfig, look: Look) -> Ten
     return torch.stack([change(view, rng) for view in views])
 
 
+def stacked(rows: Sequence[Fields]) -> Fields:
+    """Rows of equal fields as one batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
 def batches_of(
     source: Source, data: DataConfig, batch_size: int, look: Look | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,10 +102,7 @@ def batches_of(
         found = look_at(sample, source, data, look)
         return {"pixels": found, "label": torch.tensor(label_of(sample.files))}
 
-    def collate(rows: list[Fields]) -> Fields:
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-    batches = iterate_source(source, transform, collate, data, size)  # type: ignore[arg-type]
+    batches = iterate_source(source, transform, stacked, data, size)
     for batch in progress_of(source.name)(batches, math.ceil(len(source) / size)):
         yield batch["pixels"], batch["label"]
 
@@ -123,10 +125,11 @@ def extract_spaces(
         until = done + len(pixels)
         for space, rows in encode(pixels.flatten(0, 1)).items():
             rows = rows.unflatten(0, pixels.shape[:2])
-            kept = views.setdefault(space, rows.new_empty(len(source), *rows.shape[1:]))
+            if space not in views:
+                views[space] = rows.new_empty(len(source), *rows.shape[1:])
             if not rows.isfinite().all():  # whose similarities no rank would tell from the best
                 raise DataError(f"{source.name}: the model's features are NaN or infinite")
-            kept[done:until] = rows
+            views[space][done:until] = rows
         labels[done:until], done = own, until
     return {space: Features(_pooled(rows), labels, rows) for space, rows in views.items()}
 

@@ -11,17 +11,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from data_pipelines.loader import Fields, WholeDataset, iterate_batches
 from data_pipelines.sources import Source
 from data_pipelines.transforms import load_pixels
-from xray import dist
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
-from xray.errors import DataError
 from xray.evaluation.bootstrap import share
 from xray.evaluation.classes import Classes, guess
 from xray.evaluation.config import FinetuneConfig
-from xray.evaluation.features import batches_of, labels_of
+from xray.evaluation.features import batches_of, labels_of, stacked
 from xray.evaluation.sets import Sets
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
@@ -31,7 +29,7 @@ from xray.models.weights import load_adapted
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 from xray.progress import progress_of
 from xray.restore import VisionEncoder
-from xray.schedule import largest, value_at
+from xray.schedule import largest
 
 
 class Classifier(nn.Module):
@@ -56,27 +54,21 @@ class Classifier(nn.Module):
         return self.head(self.towers["vision"](pixels, self.keep_rate).cls.float())
 
 
-class _Training(Dataset):
+class _Training(WholeDataset):
     """Samples by (epoch, number), augmented by draws that follow from both and the seed."""
 
     def __init__(
         self, source: Source, labels: Tensor, data: DataConfig, config: FinetuneConfig
     ) -> None:
         names = ("crop_scale", "flip", "rand_augment")
-        augmented = {name: getattr(config, name) for name in names}
-        self.source, self.labels, self.seed = source, labels.tolist(), config.seed
-        self.data = dataclasses.replace(data, **augmented)
-        self.places = list(source.places())
-        self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+        augmented = dataclasses.replace(data, **{name: getattr(config, name) for name in names})
+        super().__init__(source, lambda s, rng: {"pixels": load_pixels(s, augmented, rng)}, data)
+        self.labels, self.seed = labels, config.seed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> Fields | str:
         epoch, number = item
-        sample = self.source.sample(*self.places[number], *self.size)
-        rng = np.random.default_rng([self.seed, epoch, number])
-        try:
-            return load_pixels(sample, self.data, rng), self.labels[number]
-        except DataError as error:
-            raise DataError(f"sample {sample.key!r} cannot be used: {error}") from error
+        found = self.load(number, np.random.default_rng([self.seed, epoch, number]))
+        return found if isinstance(found, str) else {**found, "label": self.labels[number]}
 
 
 def finetune(sets: Sets) -> dict[str, float]:
@@ -93,14 +85,17 @@ def finetune(sets: Sets) -> dict[str, float]:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = Classifier(sets.vision, len(classes.numbers), config.drop_path).to(device)
-        loss = _train(model, _Training(source, labels, sets.data, config), config, device)
+        training = _Training(source, labels, sets.data, config)
+        loss = _train(model, training, config, sets.data.workers, device)
     hits = _predict(model, test, sets, device) == truth
     found = share("top1", hits) | {"chance_top1": guess(labels, truth)}
     counts = {"samples": float(len(truth)), "train_samples": float(len(labels))}
     return found | counts | {"train_loss": loss}
 
 
-def _train(model: Classifier, training: _Training, config: FinetuneConfig, device: Any) -> float:
+def _train(
+    model: Classifier, training: _Training, config: FinetuneConfig, workers: int, device: Any
+) -> float:
     """All epochs; returns the last one's mean loss."""
     tower = TowerOptim(layer_decay=config.layer_decay)
     optim = OptimConfig(
@@ -108,17 +103,16 @@ def _train(model: Classifier, training: _Training, config: FinetuneConfig, devic
         betas=[0.9, 0.999], vision=tower,
     )  # fmt: skip
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
-    batches = _order(len(training.places), config)
-    loader = DataLoader(training, batch_sampler=batches, num_workers=training.data.workers)
-    dist.settle(training.data.workers)
-    last, per_epoch = list[float](), len(batches) // config.epochs
-    for step, (pixels, labels) in enumerate(progress_of("fine-tuning")(loader, len(batches))):
-        progress = step / len(batches)
+    order = _order(len(training), config)
+    batches = iterate_batches(training, stacked, workers, batch_sampler=order)
+    last, per_epoch = list[float](), len(order) // config.epochs
+    for step, batch in enumerate(progress_of("fine-tuning")(batches, len(order))):
+        progress = step / len(order)
         set_lr(optimizer.param_groups, lr_at(progress, optim, config.batch_size))
         # layers of drop path and mixing draw from torch's generator, seeded for each step
         torch.manual_seed((config.seed << 32) + step)
         model.train()
-        loss = _loss(model, pixels.to(device), labels.to(device), config)
+        loss = _loss(model, batch["pixels"].to(device), batch["label"].to(device), config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -23,7 +23,7 @@ Rates = dict[str, Measures]  # keep rate -> measures
 def over_keep_rates(
     suite: Suite, rates: Sequence[float], names: Sequence[str], batch: int = 32
 ) -> Rates:
-    """Main measures, GFLOPs, images/s and its ratio to keep 1, of each rate.
+    """Main measures, GFLOPs, samples/s and its ratio to keep 1, of each rate.
 
     Speed is of the forward pass on random pictures (clips, where the samples are) at the artifact's
     resolution; the rates take turns, so that other work on the machine disturbs all alike, and the
@@ -53,7 +53,8 @@ def over_keep_rates(
             for end in ("", "_low", "_high")
             if f"{key}{end}" in measures
         }
-    pixels = torch.randint(256, (batch, frames, 3, size, size), dtype=torch.uint8)
+    device = encoder.normalize.mean.device
+    pixels = torch.randint(256, (batch, frames, 3, size, size), dtype=torch.uint8, device=device)
 
     def forward(rate: float) -> Callable[[], None]:
         @torch.no_grad()
@@ -66,7 +67,8 @@ def over_keep_rates(
     seconds = _interleaved([forward(rate) for rate in rates])
     encoder.keep_rate = own
     for rate, row in zip(rates, seconds.t(), strict=True):
-        found[f"{rate:g}"]["images_per_s"] = batch / row.median().item()
+        found[f"{rate:g}"]["frames"] = frames
+        found[f"{rate:g}"]["samples_per_s"] = batch / row.median().item()
         found[f"{rate:g}"]["speed"] = (seconds[:, 0] / row).median().item()
     return found
 
@@ -86,17 +88,23 @@ def _interleaved(runs: Sequence[Callable[[], None]]) -> torch.Tensor:
     return seconds[1:]
 
 
+def per_second(found: Rates) -> str:
+    """What the speed counts: images, or clips."""
+    frames = next(iter(found.values()))["frames"]
+    return "images/s" if frames == 1 else f"clips/s ({frames:.0f} frames)"
+
+
 def keep_rate_table(found: Rates) -> ResultTable:
     """A row per keep rate."""
     measures = [key for key in next(iter(found.values())) if key.endswith(MAIN)]
     titles = [f"{key.replace('/', ' ').replace('_', ' ')} %" for key in measures]
-    columns = ("keep rate", *titles, "GFLOPs", "images/s", "x of keep 1")
+    columns = ("keep rate", *titles, "GFLOPs", per_second(found), "x of keep 1")
     table = ResultTable("Accuracy against speed", columns)
     for rate, r in found.items():
         shares = [
             f"{100 * r[key]:.1f} [{100 * r[f'{key}_low']:.1f}, {100 * r[f'{key}_high']:.1f}]"
             for key in measures
         ]
-        speed = f"{r['gflops']:.3g}", f"{r['images_per_s']:.0f}", f"{r['speed']:.2f}"
+        speed = f"{r['gflops']:.3g}", f"{r['samples_per_s']:.0f}", f"{r['speed']:.2f}"
         table.rows.append((rate, *shares, *speed))
     return table

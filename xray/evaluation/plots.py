@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xray.evaluation.keep_rates import MAIN, Rates
+from xray.evaluation.keep_rates import MAIN, Rates, per_second
 from xray.evaluation.table import ATTACKED, SHIFTS, changes
 from xray.figures import subplots
 
@@ -50,10 +50,10 @@ def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, cha
 
 
 def plot_keep_rates(found: Rates, path: Path) -> None:
-    """Each measure over images/s, a point per keep rate with its interval."""
+    """Each measure over speed, a point per keep rate with its interval."""
     measures = [key for key in next(iter(found.values())) if key.endswith(MAIN)]
     figure, (axis,) = subplots(1, (7.4, 3.8))
-    speeds = [r["images_per_s"] for r in found.values()]
+    speeds = [r["samples_per_s"] for r in found.values()]
     for key in measures:
         values = [100 * r[key] for r in found.values()]
         below = [100 * (r[key] - r[f"{key}_low"]) for r in found.values()]
@@ -64,7 +64,7 @@ def plot_keep_rates(found: Rates, path: Path) -> None:
         )
         for rate, x, y in zip(found, speeds, values, strict=True):
             axis.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
-    axis.set(xlabel="images/s of the forward pass", ylabel="%")
+    axis.set(xlabel=f"{per_second(found)} of the forward pass", ylabel="%")
     axis.set_title("One artifact at several keep rates", fontsize=10)
     axis.grid(alpha=0.25)
     figure.legend(fontsize=7, loc="outside right upper")  # beside the curves, never on them

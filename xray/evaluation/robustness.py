@@ -20,7 +20,7 @@ from xray.evaluation.bootstrap import share
 from xray.evaluation.classes import Classes, guess
 from xray.evaluation.config import RobustnessConfig
 from xray.evaluation.corruptions import aspect, corruption
-from xray.evaluation.features import Change, Features, batches_of
+from xray.evaluation.features import Change, Features, batches_of, labels_of
 from xray.evaluation.linear_probe import fit_head
 from xray.evaluation.sets import Sets
 from xray.restore import Encoder, class_weights
@@ -33,8 +33,8 @@ Measures = dict[str, float]
 class Head:
     """A classifier on features of one space, with its own labelled samples.
 
-    classes: how many it tells apart. names: of these, () where they are numbers alone. predict:
-    features -> [N] classes. logits: [B, D] -> [B, C], with a gradient.
+    places: labels of another source as this head's classes. predict: features -> [N] classes.
+    logits: [B, D] -> [B, C], with a gradient.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Head:
     source: Source
     labels: Tensor
     chance: float
-    places: Callable[[Tensor, Source], Tensor]  # labels of another source as this head's classes
+    places: Callable[[Tensor, Source], Tensor]
     predict: Callable[[Features], Tensor]
     logits: Callable[[Tensor], Tensor]
 
@@ -58,6 +58,10 @@ def robustness(sets: Sets) -> Measures:
             f"{sets.what}: corruptions and attacks are of its linear probe, set "
             "eval.linear_probe.train and .test (zero-shot is a clip artifact's)"
         )
+    if sets.config.robustness.shift:  # labels that a head does not know are found before hours
+        for head in heads:
+            elsewhere = _elsewhere(head, sets)
+            head.places(labels_of(elsewhere), elsewhere)
     found: Measures = {}
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
@@ -87,7 +91,7 @@ def _heads(sets: Sets) -> Iterator[Head]:
         weights = class_weights(encoder.encode_text, names, sets.config.zero_shot.templates)
         labels = sets.features(source, "joint").labels
         labels = sets.zero_shot_labels(labels, source, names)
-        scale = encoder.logit_scale.detach()
+        scale = float(encoder.logit_scale.detach())
         yield Head(
             "zero_shot", "joint", source, labels, 1 / len(names),
             lambda found, other: sets.zero_shot_labels(found, other, names),
@@ -143,12 +147,15 @@ def _mean(name: str, hits: Tensor) -> Measures:
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
 
 
+def _elsewhere(head: Head, sets: Sets) -> Source:
+    return sets.open("robustness.shift", sets.config.robustness.shift, head.source.modality)
+
+
 def _shifted(head: Head, sets: Sets, clean: float) -> Measures:
     """Accuracy on a set from elsewhere of the same classes, and what is lost."""
-    config = sets.config.robustness
-    if not config.shift:
+    if not sets.config.robustness.shift:
         return {}
-    source = sets.open("robustness.shift", config.shift, head.source.modality)
+    source = _elsewhere(head, sets)
     found = sets.features(source, head.space)
     labels = head.places(found.labels, source)
     scores = share(f"{head.name}/shift", head.predict(found) == labels)

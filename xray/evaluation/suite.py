@@ -11,10 +11,11 @@ from data_pipelines.vocabulary import Vocabulary
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.evaluation import knn as nearest
 from xray.evaluation.attentive_probe import attentive_probe
-from xray.evaluation.config import SUITES, SUITES_OF, EvalConfig, RetrievalConfig
+from xray.evaluation.config import HEADS, SUITES, SUITES_OF, WAYS, EvalConfig, RetrievalConfig
 from xray.evaluation.features import read_all_captions
 from xray.evaluation.finetune import finetune
 from xray.evaluation.linear_probe import linear_probe
+from xray.evaluation.places import check_sets
 from xray.evaluation.retrieval import caption_retrieval, retrieval
 from xray.evaluation.robustness import robustness
 from xray.evaluation.sets import Sets
@@ -23,7 +24,6 @@ from xray.evaluation.zero_shot import zero_shot
 from xray.restore import Tagger, TextEncoder, VisionEncoder, class_weights
 
 Measures = dict[str, float]
-WAYS = ("text_to_image", "image_to_text")  # of retrieval
 
 
 class Suite:
@@ -47,10 +47,10 @@ class Suite:
             yield name, RUN[name](self.sets)
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise ConfigError for an unknown suite or one without data, ArtifactError for one that
-        the artifact has not the parts for."""
+        """Raise ConfigError for an unknown suite or one whose data are not given or not there,
+        ArtifactError for one that the artifact has not the parts for."""
         given, able = self.sets.config.configured(), SUITES_OF[self.sets.encoder.artifact.stage]
-        has_head = "zero_shot" in given or "linear_probe" in given
+        has_head = any(name in given for name in HEADS)
         for name in names:
             if name not in SUITES:
                 raise ConfigError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
@@ -61,6 +61,7 @@ class Suite:
                 )
             if name not in given and not (name == "robustness" and has_head):
                 raise ConfigError(f"suite {name} has no data: set eval.{_where(name)}")
+        check_sets(self.sets.config, names, self.sets.data.root)
 
     def asked(self) -> list[str]:
         """The suites that have data and fit the artifact; raises ConfigError for none."""

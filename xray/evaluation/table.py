@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from xray.evaluation.config import WAYS
 from xray.report import ResultTable
 
 Measures = Mapping[str, float]
-WAYS = ("text_to_image", "image_to_text")  # of retrieval
 PROBES = {
     "knn": "kNN",
     "linear_probe": "linear probe",
