@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from xray.findings import Finding
 
-DISTRIBUTION = "xray-vision"
+DISTRIBUTION = "xray-trainer"
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def check_sinks(config: TrainConfig) -> None:
     """Raise ConfigError for a sink whose library is missing, before anything is trained."""
     for name, wanted, install in (
         ("tensorboard", config.tensorboard, "tensorboard"),
-        ("wandb", bool(config.wandb), "'xray-vision[wandb]'"),
+        ("wandb", bool(config.wandb), "'xray-trainer[wandb]'"),
     ):
         spec = importlib.util.find_spec(name) if wanted else None
         # without an origin it is but a folder of that name, as wandb leaves behind

@@ -57,7 +57,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
-        raise ConfigError("--to onnx needs pip install 'xray-vision[onnx]'") from error
+        raise ConfigError("--to onnx needs pip install 'xray-trainer[onnx]'") from error
     encoder, side = vision_of(artifact, "onnx"), side_of(artifact)
     if keep_rate is not None:
         encoder.choose(keep_rate)

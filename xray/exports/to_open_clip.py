@@ -45,7 +45,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
         import open_clip
     except ImportError as error:
         raise ConfigError(
-            "--to open_clip needs pip install 'xray-vision[open_clip]' to check what it writes"
+            "--to open_clip needs pip install 'xray-trainer[open_clip]' to check what it writes"
         ) from error
     encoder, side = vision_of(artifact, "open_clip"), side_of(artifact)
     if not isinstance(encoder, ImageEncoder):
