@@ -46,6 +46,16 @@ def test_what_is_whole_passes(demo: Path, tmp_path: Path) -> None:
         (["text.llm=/nope", "stages=[mae,text]"], ConfigError, "text.llm=/nope"),
         (["eval.zero_shot.shards=nope"], ConfigError, "eval.zero_shot.shards=nope: there is no"),
         (["eval.zero_shot.classes=no.txt"], ConfigError, "eval.zero_shot.classes=no.txt"),
+        (
+            ["stages=[mae,hashtag,clip]", "eval.tags.own.shards=nope"],
+            ConfigError,
+            "eval.tags.own.shards=nope: there is no",
+        ),
+        (
+            ["stages=[mae,text,clip]", "eval.captions.shards=nope"],
+            ConfigError,
+            "eval.captions.shards=nope: there is no",
+        ),
         (["eval.knn.test=no*"], DataError, "no .tar shards at"),
         (["hashtag.vocabulary=no.json"], ArtifactError, "no.json does not exist"),
         (["clip.data.sources.photos.shards=no"], DataError, "neither a folder of .tar shards"),

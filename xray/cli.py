@@ -228,16 +228,10 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     from xray.run_report import write_run_report
 
     table: ResultTable | None = None
-    vision = [artifact for artifact in artifacts if artifact.stage != "text"]
+    asked = recipe.eval.in_recipe([artifact.stage for artifact in artifacts])
     results: dict[str, dict[str, float]] = {}
     for artifact in artifacts:
-        if artifact.stage == "text" and recipe.eval.captions.shards:
-            results |= evaluated(artifact, recipe.eval, recipe.root, recipe.workers, ["captions"])
-    for artifact in vision:
-        # The last is asked everything, a hashtag artifact before it for its tags.
-        asked = recipe.eval.tags if artifact.stage == "hashtag" else {}
-        suites = ["tags"] if artifact is not vision[-1] else None
-        if asked or (suites is None and recipe.eval.possible(artifact.stage)):
+        if suites := asked[artifact.stage]:
             results |= evaluated(artifact, recipe.eval, recipe.root, recipe.workers, suites)
     if results:
         table = result_table(results)

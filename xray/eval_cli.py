@@ -71,11 +71,10 @@ def evaluate(
 
 
 def evaluated(
-    artifact: Artifact, config: EvalConfig, root: str, workers: int, suites: list[str] | None
+    artifact: Artifact, config: EvalConfig, root: str, workers: int, suites: list[str]
 ) -> Results:
     """The results of an artifact, by suite: what `xray eval` and a recipe's end both run."""
-    suite = prepared(artifact, config, root, workers)
-    return suite.run(suites or suite.asked())
+    return prepared(artifact, config, root, workers).run(suites)
 
 
 def prepared(artifact: Artifact, config: EvalConfig, root: str, workers: int) -> Suite:

@@ -238,6 +238,16 @@ class EvalConfig:
         """The suites that have data of their own and can be asked of a stage's artifact."""
         return [name for name in self.configured() if name in SUITES_OF[stage]]
 
+    def in_recipe(self, stages: Sequence[str]) -> dict[str, list[str]]:
+        """What the artifact of each of a recipe's stages is asked at its end: the last one of
+        pictures everything, those before for their own, captions and tags."""
+        last = [stage for stage in stages if stage != "text"][-1:]
+        own = ("captions", "tags")
+        return {
+            stage: [name for name in self.possible(stage) if stage in last or name in own]
+            for stage in stages
+        }
+
     def sets(self, suites: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key, pattern) of every set that these suites read."""
         read = dict.fromkeys(suites)
