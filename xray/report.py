@@ -38,6 +38,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
 
 
+NAME = 20  # characters of a row's name that a narrow terminal does not break
+
+
 @dataclass
 class ResultTable:
     """Rows of text under headings; the first column names the row."""
@@ -50,7 +53,9 @@ class ResultTable:
         table = Table(title=Text(self.title), title_justify="left")  # no cell is read as markup
         for number, column in enumerate(self.columns):
             justify: Any = "left" if number == 0 else "right"
-            table.add_column(Text(column), justify=justify, overflow="fold")
+            widest = max(len(row[number]) for row in [self.columns, *self.rows])
+            whole = number == 0 and widest <= NAME
+            table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
         for row in self.rows:
             table.add_row(*map(Text, row))
         Console(highlight=False).print(table)
