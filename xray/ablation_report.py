@@ -84,7 +84,7 @@ class Page:
         for arm, own in self.cells.items():
             seeds = len({o.seed for o in self.outcomes if o.arm == arm})
             shown = [self._mean(m, own[m]) if m in own else "" for m in self.metrics]
-            table.rows.append((arm, str(seeds), *shown))
+            table.rows.append((_named(arm), str(seeds), *shown))
         if any(not math.isnan(value) for value in self.chance.values()):
             guessed = [self._number(m, self.chance[m]) for m in self.metrics]
             table.rows.append(("chance", "", *guessed))
@@ -97,7 +97,7 @@ class Page:
         for arm, own in self.cells.items():
             if arm != self.baseline:
                 shown = [self._difference(m, own[m]) if m in own else "" for m in self.metrics]
-                table.rows.append((arm, *shown))
+                table.rows.append((_named(arm), *shown))
         return table
 
     def note(self) -> str:
@@ -125,7 +125,9 @@ class Page:
             seconds = mean([sum(o.seconds.values()) for o in own])
             flops = arm_flops(self.ablation.of(arm), self.flops)
             cost = "unknown" if flops is None else tera(flops)
-            table.rows.append((arm, *seen, short(pictures(own[0])), cost, f"{seconds:,.0f}"))
+            table.rows.append(
+                (_named(arm), *seen, short(pictures(own[0])), cost, f"{seconds:,.0f}")
+            )
         return table
 
     def settings(self) -> list[str]:
@@ -283,6 +285,11 @@ class Page:
 def pictures(found: Outcome) -> int:
     """Samples of the stages that see pictures and clips."""
     return sum(count for stage, count in found.samples.items() if stage != "text")
+
+
+def _named(arm: str) -> str:
+    """An arm of axes has a line for each: as wide as one, where a terminal is narrow."""
+    return arm.replace(",", ",\n")
 
 
 def _setting(key: str, value: Any) -> str:

@@ -38,7 +38,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
 
 
-NAME = 20  # characters of a row's name that a narrow terminal does not break
+NAME = 24  # characters of a row's name that a narrow terminal does not break
 
 
 @dataclass
@@ -53,8 +53,8 @@ class ResultTable:
         table = Table(title=Text(self.title), title_justify="left")  # no cell is read as markup
         for number, column in enumerate(self.columns):
             justify: Any = "left" if number == 0 else "right"
-            widest = max(len(row[number]) for row in [self.columns, *self.rows])
-            whole = number == 0 and widest <= NAME
+            lines = [line for row in [self.columns, *self.rows] for line in row[number].split("\n")]
+            whole = number == 0 and max(map(len, lines)) <= NAME
             table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
         for row in self.rows:
             table.add_row(*map(Text, row))
