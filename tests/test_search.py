@@ -41,7 +41,7 @@ def saved(
     """Rows in a file of many groups, written in blocks that are no multiples of them."""
     monkeypatch.setattr(file_format, "GROUP", 128)
     facts = {"rows": len(rows), "dim": rows.shape[1], "dtype": dtype, "modality": "image"}
-    facts |= {"artifact": {}, "source": {}, "keep_rate": None, **more}
+    facts |= {"artifact": {"digest": "a"}, "source": {"digest": "b"}, "keep_rate": None, **more}
     if dtype == "int8":
         scale, offset = calibrate(rows.min(axis=0), rows.max(axis=0))
         facts |= {"scale": scale.tolist(), "offset": offset.tolist()}
