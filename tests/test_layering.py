@@ -96,7 +96,7 @@ RULES: dict[str, set[str]] = {
     "xray/preflight.py": LEAF
     | DATA
     | {"stages", "stages.base", "xray.artifact"}
-    | {"xray.evaluation.config", "xray.evaluation.places"},
+    | {"xray.evaluation.config", "xray.evaluation.sets"},
     "xray/bundle.py": TRAINS | {"xray.accumulate"},
     "xray/spikes.py": TRAINS | {"xray.bundle"},
     "xray/watchdog.py": {"xray.dist"},

@@ -207,20 +207,20 @@ class Page:
     def _against_cost(self, metric: str) -> str:
         """Means over TFLOP of a run."""
         figure, (axis,) = subplots(1, (4.4, 3.0))
-        most = 0.0
-        for arm, own in self.cells.items():
-            flops = arm_flops(self.ablation.of(arm), self.flops)
-            if flops is None or metric not in own:
-                continue
-            most = max(most, flops / 1e12)
-            point = flops / 1e12, self._scale(metric) * own[metric].mean
+        points = {
+            arm: (flops / 1e12, self._scale(metric) * own[metric].mean)
+            for arm, own in self.cells.items()
+            if metric in own and (flops := arm_flops(self.ablation.of(arm), self.flops)) is not None
+        }
+        for arm, point in points.items():
             axis.plot(*point, "o", color="#b4552d" if arm == self.baseline else COLOR)
             axis.annotate(arm, point, fontsize=8, xytext=(4, 3), textcoords="offset points")
         axis.set_xlabel("TFLOP of a run", fontsize=9)
         axis.set_title(self._title(metric), fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(y=0.15)
-        axis.set_xlim(0, 1.35 * most or 1)  # a tenth more cost looks like a tenth; room for names
+        most = max((flops for flops, _ in points.values()), default=1.0)
+        axis.set_xlim(0, 1.35 * most)  # a tenth more cost looks like a tenth; room for names
         axis.grid(alpha=0.25)
         return svg(figure, f"{metric} over the FLOPs of a run")
 

@@ -93,6 +93,11 @@ def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
     return rows
 
 
+def by_digest(facts: Mapping[str, Any]) -> Facts:
+    """Facts with the artifact and the source by their digests alone, wherever they lay."""
+    return {**facts, **{name: facts[name]["digest"] for name in ("artifact", "source")}}
+
+
 def row_length(facts: Mapping[str, Any]) -> int:
     """Numbers that are stored of a row."""
     return -(-facts["dim"] // 8) if facts["dtype"] == "binary" else facts["dim"]

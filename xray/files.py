@@ -23,7 +23,7 @@ def usual_mode(path: Path) -> Iterator[None]:
     path.chmod(mode)
 
 
-def hold(folder: Path, what: str) -> IO[str] | None:
+def hold(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
     """Be the only process that works in a folder, until the file is closed or the process ends.
 
     A process that is forked off holds nothing of it. None where the file system has no locks.
@@ -38,7 +38,7 @@ def hold(folder: Path, what: str) -> IO[str] | None:
         file.close()
         raise ConfigError(
             f"{folder} is {what} by another process ({who}): wait for it or end it, or choose "
-            "another out"
+            f"another {option}"
         ) from None
     except OSError:
         file.close()

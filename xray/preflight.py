@@ -14,7 +14,7 @@ from stages.base import split_parents
 from xray import dist
 from xray.artifact import open_artifact
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.places import check_sets
+from xray.evaluation.sets import check_sets
 
 
 def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:

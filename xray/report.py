@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+NAME = 24  # characters of a row's name that a narrow terminal does not break
+
 
 def lines_up_to(path: Path, step: int) -> list[str]:
     """Whole metric lines of steps that a resumed run will not do again."""
@@ -38,9 +40,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
 
 
-NAME = 24  # characters of a row's name that a narrow terminal does not break
-
-
 @dataclass
 class ResultTable:
     """Rows of text under headings; the first column names the row."""
@@ -51,10 +50,10 @@ class ResultTable:
 
     def print(self) -> None:
         table = Table(title=Text(self.title), title_justify="left")  # no cell is read as markup
+        names = [line for row in [self.columns, *self.rows] for line in row[0].split("\n")]
         for number, column in enumerate(self.columns):
             justify: Any = "left" if number == 0 else "right"
-            lines = [line for row in [self.columns, *self.rows] for line in row[number].split("\n")]
-            whole = number == 0 and max(map(len, lines)) <= NAME
+            whole = number == 0 and max(map(len, names)) <= NAME
             table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
         for row in self.rows:
             table.add_row(*map(Text, row))

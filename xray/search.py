@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xray.embeddings import Embeddings, quantise, restored
+from xray.embeddings import Embeddings, by_digest, quantise, restored
 from xray.errors import ConfigError
 
 ROWS = 2048  # compared at a time: with 512 dimensions, 4 MB of fp32 that a core's cache holds
 OVERSAMPLE = 4
+SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "keep_rate", "captions", "modality"]
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,11 @@ def _one_thread() -> Iterator[None]:
 def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
     """Raise ConfigError unless two files are of the same samples, by the same artifact and dim,
     wherever these lay."""
-    ours, theirs = _made_of(embeddings), _made_of(other)
-    for name, own in ours.items():
-        if own != theirs[name]:
-            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs[name]}, not {own})")
-
-
-def _made_of(embeddings: Embeddings) -> dict[str, Any]:
-    facts = embeddings.facts
-    same = ("rows", "left_out", "dim", "keep_rate", "captions", "modality")
-    digests = {name: facts[name]["digest"] for name in ("artifact", "source")}
-    return digests | {name: facts.get(name) for name in same}
+    one, two = by_digest(embeddings.facts), by_digest(other.facts)
+    for name in SAME_ROWS:
+        ours, theirs = one.get(name), two.get(name)
+        if ours != theirs:
+            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs}, not {ours})")
 
 
 class _Best:

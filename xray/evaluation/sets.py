@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from data_pipelines.folders import open_labelled, spaced
-from data_pipelines.manifest import resolve
+from data_pipelines.manifest import find_shards, resolve
+from data_pipelines.remote import is_remote
 from data_pipelines.shards import Modality
 from data_pipelines.sources import Source
 from data_pipelines.utf8 import read_utf8
@@ -18,6 +20,17 @@ from xray.evaluation.classes import Classes, check_named, renumber
 from xray.evaluation.config import EvalConfig, LabelledConfig
 from xray.evaluation.features import Features, Look, extract_spaces, spaces_of
 from xray.restore import Encoder, TextEncoder, VisionEncoder, data_config
+
+
+def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:
+    """Raise ConfigError or DataError where a set that these suites read is not there."""
+    for key, pattern in config.sets(suites):
+        where = resolve(pattern, root)
+        if is_remote(where) or os.path.exists(where):
+            continue
+        if not any(c in where for c in "*?[{"):
+            raise ConfigError(f"eval.{key}={pattern}: there is no {where}")
+        find_shards(where)
 
 
 class Sets:

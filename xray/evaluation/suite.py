@@ -15,10 +15,9 @@ from xray.evaluation.config import HEADS, SUITES, SUITES_OF, WAYS, EvalConfig, R
 from xray.evaluation.features import read_all_captions
 from xray.evaluation.finetune import finetune
 from xray.evaluation.linear_probe import linear_probe
-from xray.evaluation.places import check_sets
 from xray.evaluation.retrieval import caption_retrieval, retrieval
 from xray.evaluation.robustness import robustness
-from xray.evaluation.sets import Sets
+from xray.evaluation.sets import Sets, check_sets
 from xray.evaluation.tag_suite import tagging
 from xray.evaluation.zero_shot import zero_shot
 from xray.restore import Tagger, TextEncoder, VisionEncoder, class_weights

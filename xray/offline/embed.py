@@ -7,11 +7,11 @@ part's rows do not depend on who makes it, so one process and many write the sam
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -29,6 +29,7 @@ from xray.embeddings import (
     Dtype,
     Facts,
     Names,
+    by_digest,
     calibrate,
     check_out,
     open_embeddings,
@@ -112,8 +113,7 @@ def embed(
     if dist.main_first(job.finished):
         facts = open_embeddings(out).facts
         return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
-    with contextlib.ExitStack() as held:
-        dist.main_first(lambda: job.claim(held))
+    with dist.main_first(job.claim):
         missing = [part for part in range(len(job.parts)) if job.load(part) is None]
         todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
         mine = todo[dist.rank() :: dist.world_size()]
@@ -164,11 +164,9 @@ class _Job:
         """Whether the file is there; raises ConfigError where it is of another command."""
         if not self.out.exists():
             return False
-        there = open_embeddings(self.out).facts
-        same = ("artifact", "source", *self.identity.keys() - {"artifact", "source"}, "dtype")
-        old = {name: there.get(name) for name in same}
-        old |= {name: there[name]["digest"] for name in ("artifact", "source")}
-        changed = differences(old, {**self.identity, "dtype": self.config.dtype})
+        asked = {**self.identity, "dtype": self.config.dtype}
+        there = by_digest(open_embeddings(self.out).facts)
+        changed = differences({name: there.get(name) for name in asked}, asked)
         if changed:
             raise ConfigError(
                 f"{self.out} holds other embeddings ({'; '.join(changed)}): delete it, or choose "
@@ -178,21 +176,21 @@ class _Job:
             shutil.rmtree(self.folder)
         return True
 
-    def claim(self, held: contextlib.ExitStack) -> None:
-        """Make the folder of parts one of this command, and hold it; refuse another's."""
+    def claim(self) -> AbstractContextManager[object]:
+        """Make the folder of parts one of this command; refuse another's. What is returned holds
+        it, on rank 0, until it is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if dist.is_main():
-            held.enter_context(hold(self.folder, "written to") or contextlib.nullcontext())
+        lock = hold(self.folder, "written to", "--out") if dist.is_main() else None
         held = self._claimed()
         if held is None:
             (self.folder / "job.json").write_text(json.dumps(self.identity))
-            return
-        changed = differences(held, self.identity)
+        changed = [] if held is None else differences(held, self.identity)
         if changed:
             raise ConfigError(
                 f"{self.folder} holds parts of another command ({'; '.join(changed)}): delete it, "
                 "or choose another --out"
             )
+        return lock or nullcontext()
 
     def _claimed(self) -> Any:
         """What the folder of parts is of, None where that is not there, or cut off by a kill."""
