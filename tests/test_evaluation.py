@@ -20,6 +20,7 @@ from xray.evaluation.classes import guess
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import STRENGTHS, LinearHead, fit, fit_head, linear_probe
 from xray.evaluation.retrieval import retrieval
+from xray.evaluation.table import title_of
 from xray.evaluation.zero_shot import zero_shot
 from xray.restore import class_weights
 
@@ -353,3 +354,10 @@ def test_views_of_a_sample_are_held_out_together() -> None:
     alone, views = noisy, noisy + 1e-3 * torch.randn(120, 9, 40)
     found = [fit_head(rows, labels, "lbfgs").strength for rows in (alone, views)]
     assert found[0] == found[1] > min(STRENGTHS)
+
+
+def test_titles_tell_suites_apart() -> None:
+    assert title_of("retrieval", "text_to_image_R@5/64") == "text to image R@5, first 64 features"
+    assert title_of("video_retrieval", "image_to_text_R@1") == "clip to text R@1"
+    assert title_of("finetune", "top1") == "fine-tuning top1"
+    assert title_of("hashtag", "photos/loss") == "hashtag photos/loss"

@@ -26,6 +26,7 @@ from xray.comparison import (
     mean,
     outcomes_of,
 )
+from xray.evaluation.table import title_of
 from xray.figures import COLOR, subplots, svg
 from xray.plan import short
 from xray.report import ResultTable, gallery, paragraph, write_report
@@ -149,9 +150,8 @@ class Page:
         return not math.isnan(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:
-        measure = metric.partition(".")[2]
-        alone = [m.partition(".")[2] for m in self.metrics].count(measure) == 1
-        name = (measure if alone else metric.replace(".", ": ", 1)).replace("_", " ")
+        section, _, measure = metric.partition(".")
+        name = title_of(section, measure)
         return f"{name} %" if self._percent(metric) else name
 
     def _number(self, metric: str, value: float, sign: str = "") -> str:

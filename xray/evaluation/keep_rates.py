@@ -9,6 +9,7 @@ import torch
 
 from xray.errors import ConfigError
 from xray.evaluation.suite import Measures, Suite
+from xray.evaluation.table import title_of
 from xray.models.flops import vision_macs
 from xray.report import ResultTable
 from xray.schedule import value_at
@@ -97,7 +98,7 @@ def per_second(found: Rates) -> str:
 def keep_rate_table(found: Rates) -> ResultTable:
     """A row per keep rate."""
     measures = [key for key in next(iter(found.values())) if key.endswith(MAIN)]
-    titles = [f"{key.replace('/', ' ').replace('_', ' ')} %" for key in measures]
+    titles = [f"{title_of(*key.split('/', 1))} %" for key in measures]
     columns = ("keep rate", *titles, "GFLOPs", per_second(found), "x of keep 1")
     table = ResultTable("Accuracy against speed", columns)
     for rate, r in found.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xray.evaluation.keep_rates import MAIN, Rates, per_second
-from xray.evaluation.table import ATTACKED, SHIFTS, changes
+from xray.evaluation.table import ATTACKED, SHIFTS, changes, title_of
 from xray.figures import subplots
 
 
@@ -58,7 +58,7 @@ def plot_keep_rates(found: Rates, path: Path) -> None:
         values = [100 * r[key] for r in found.values()]
         below = [100 * (r[key] - r[f"{key}_low"]) for r in found.values()]
         above = [100 * (r[f"{key}_high"] - r[key]) for r in found.values()]
-        label = key.replace("/", " ").replace("_", " ")
+        label = title_of(*key.split("/", 1))
         axis.errorbar(
             speeds, values, [below, above], marker="o", ms=4, lw=1.2, capsize=2, label=label
         )

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
-from xray.evaluation.config import WAYS
+from xray.evaluation.config import PROBES, WAYS
 from xray.report import ResultTable
 
 Measures = Mapping[str, float]
-PROBES = {
+NAMES = {
+    "zero_shot": "zero-shot",
+    "captions": "caption to caption",
     "knn": "kNN",
     "linear_probe": "linear probe",
     "attentive_probe": "attentive probe",
     "finetune": "fine-tuning",
 }
+MEDIA = {"retrieval": "image", "video_retrieval": "clip"}
+
+
+def title_of(suite: str, measure: str) -> str:
+    """What tables call a measure: kNN top1, text to clip R@5, first 64 features."""
+    if suite not in MEDIA:
+        return f"{NAMES.get(suite, suite)} {measure}".replace("_", " ")
+    name, slash, prefix = measure.partition("/")
+    way = name.replace("image", MEDIA[suite]).replace("_", " ")
+    return way + (f", first {prefix} features" if slash else "")
 
 
 class _Rows:
@@ -58,16 +70,16 @@ def result_table(results: Mapping[str, Measures]) -> ResultTable:
         r = results["zero_shot"]
         over = f"{r['samples']:.0f} samples, {r['classes']:.0f} classes"
         for k in ("top1", "top5"):
-            rows.share(f"zero-shot {k}", r, k, r[f"chance_{k}"], over)
-    for suite, medium in (("retrieval", "image"), ("video_retrieval", "clip")):
+            rows.share(title_of("zero_shot", k), r, k, r[f"chance_{k}"], over)
+    for suite in MEDIA:
         if suite in results:
-            _retrieval(rows, results[suite], medium)
+            _retrieval(rows, results[suite], suite)
     if "captions" in results:
         _captions(rows, results["captions"])
-    for suite, name in PROBES.items():
-        if suite in results:
-            r = results[suite]
-            rows.share(f"{name} top1", r, "top1", r["chance_top1"], f"{r['samples']:.0f} samples")
+    for suite in PROBES:  # robustness has rows of its own, and no top1
+        if (r := results.get(suite, {})) and "top1" in r:
+            over = f"{r['samples']:.0f} samples"
+            rows.share(title_of(suite, "top1"), r, "top1", r["chance_top1"], over)
     tags = results.get("tags", {})
     for name in dict.fromkeys(key.split("/")[0] for key in tags):
         own = {k.split("/")[1]: v for k, v in tags.items() if k.startswith(f"{name}/")}
@@ -76,20 +88,18 @@ def result_table(results: Mapping[str, Measures]) -> ResultTable:
     return table
 
 
-def _retrieval(rows: _Rows, r: Measures, medium: str) -> None:
-    what = "pictures" if medium == "image" else "clips"
+def _retrieval(rows: _Rows, r: Measures, suite: str) -> None:
+    what = "pictures" if suite == "retrieval" else "clips"
     over = f"{r['images']:.0f} {what}, {r['texts']:.0f} captions"
     recalls = [name for name in r if name.startswith(WAYS)]
     prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
     for prefix, way in product(prefixes, WAYS):
-        whose = f", first {prefix} features" if prefix else ""
         for measure in ("R@1", "R@5", "R@10", "median_rank"):
             name = f"{way}_{measure}"
             key = f"{name}/{prefix}" if prefix else name
             if key in r:
-                title = name.replace("image", medium).replace("_", " ") + whose
                 row = rows.place if measure == "median_rank" else rows.share
-                row(title, r, key, r[f"chance_{name}"], over)
+                row(title_of(suite, key), r, key, r[f"chance_{name}"], over)
 
 
 def _captions(rows: _Rows, r: Measures) -> None:
@@ -97,7 +107,7 @@ def _captions(rows: _Rows, r: Measures) -> None:
     chance = r["chance_top1"]
     if "before_top1" in r:
         rows.share("caption to caption top1, before tuning", r, "before_top1", chance, over)
-    rows.share("caption to caption top1", r, "top1", chance, over)
+    rows.share(title_of("captions", "top1"), r, "top1", chance, over)
 
 
 def _tags(rows: _Rows, name: str, r: Measures) -> None:
