@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,23 @@ def test_keep_rates_compare_one_artifact_with_itself(
     own = results(clip, tmp_path, *sets, "--suite", "knn")["knn"]  # the artifact's rate is .7
     assert found["0.7"]["knn/top1"] == own["top1"]
     assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_texts_are_encoded_once_for_all_keep_rates(
+    clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = Encoder.encode_text
+
+    def counted(encoder: Encoder, texts: Sequence[str]) -> torch.Tensor:
+        seen.append(len(texts))
+        return original(encoder, texts)
+
+    monkeypatch.setattr(Encoder, "encode_text", counted)
+    found = over_keep_rates(
+        suite(clip, demo, "eval.retrieval.shards=heldout"), [1.0, 0.5], ["retrieval"], batch=2
+    )
+    assert len(found) == 2 and len(seen) == 1
 
 
 def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path) -> None:

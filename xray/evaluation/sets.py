@@ -45,6 +45,7 @@ class Sets:
         self.look = Look(config.views.clips, config.views.crops)
         self._sources: dict[tuple[str, Modality], Source] = {}
         self._features: dict[int, dict[str, Features]] = {}  # by the id of an opened source
+        self._texts: dict[tuple[str, ...], Tensor] = {}
 
     @property
     def joint(self) -> Encoder:
@@ -85,8 +86,15 @@ class Sets:
         into, batch = spaces_of(self.vision), self.config.batch_size
         return extract_spaces(source, into, data or self.data, batch, look or self.look)
 
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """[M, E] of texts in the joint space, encoded once."""
+        key = tuple(texts)
+        if key not in self._texts:
+            self._texts[key] = self.joint.encode_text(texts)
+        return self._texts[key]
+
     def forget(self) -> None:
-        """Drop all features: the encoder is another now."""
+        """Drop the features of pictures: their tokens are reduced in another way now."""
         self._features.clear()
 
     def labelled(self, name: str, config: LabelledConfig) -> tuple[Source, Source]:

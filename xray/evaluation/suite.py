@@ -98,7 +98,7 @@ def _across(name: str, config: RetrievalConfig, sets: Sets) -> Measures:
     texts, owner = _texts(read_all_captions(source, config.captions), name)
     kind = _kinds(texts) if config.same == "caption" else None
     found = sets.features(source, "joint")
-    rows = encoder.encode_text(texts)
+    rows = sets.texts(texts)
     result = retrieval(found.rows, rows, owner, kind=kind)
     for size in encoder.matryoshka:
         images, captions = (F.normalize(x[:, :size], dim=-1) for x in (found.rows, rows))
