@@ -24,12 +24,7 @@ from xray import config_files as cfg
 from xray.ablation import Trial, load_ablation, samples_of, stage_runs
 from xray.ablation_report import Page
 from xray.cli import app
-from xray.comparison import (
-    Outcome,
-    check_metrics,
-    chosen_metrics,
-    compare,
-)
+from xray.comparison import Outcome, check_metrics, chosen_metrics, compare
 from xray.errors import ConfigError
 
 FILE = f"""
@@ -327,7 +322,7 @@ def test_an_unknown_ablation_and_an_unknown_measure(demo: Path, done: Path) -> N
     assert again.exit_code == 2 and "did you mean 'retrieval.text_to_image_R@5'" in again.stderr
 
 
-# statistics ---------------------------------------------------------------------------------------
+# results ------------------------------------------------------------------------------------------
 
 
 def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:

@@ -181,10 +181,12 @@ def test_texts_are_encoded_once_for_all_keep_rates(
         return original(encoder, texts)
 
     monkeypatch.setattr(Encoder, "encode_text", counted)
-    found = over_keep_rates(
-        suite(clip, demo, "eval.retrieval.shards=heldout"), [1.0, 0.5], ["retrieval"], batch=2
-    )
-    assert len(found) == 2 and len(seen) == 1
+    sets = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.retrieval.shards=heldout",
+    )  # fmt: skip
+    found = over_keep_rates(sets, [1.0, 0.5], ["zero_shot", "retrieval"], batch=2)
+    assert len(found) == 2 and len(seen) == 2  # prompts, and captions
 
 
 def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path) -> None:

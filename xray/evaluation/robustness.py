@@ -88,7 +88,7 @@ def _heads(sets: Sets) -> Iterator[Head]:
     given, encoder = sets.config.configured(), sets.vision
     if "zero_shot" in given and isinstance(encoder, Encoder):
         names, source = sets.class_names()
-        weights = class_weights(encoder.encode_text, names, sets.config.zero_shot.templates)
+        weights = class_weights(sets.texts, names, sets.config.zero_shot.templates)
         labels = sets.features(source, "joint").labels
         labels = sets.zero_shot_labels(labels, source, names)
         scale = float(encoder.logit_scale.detach())

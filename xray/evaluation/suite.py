@@ -84,23 +84,21 @@ def _where(suite: str) -> str:
 
 
 def _zero_shot(sets: Sets) -> Measures:
-    encoder = sets.joint
     names, source = sets.class_names()
     found = sets.features(source, "joint")
     labels = sets.zero_shot_labels(found.labels, source, names)
-    weights = class_weights(encoder.encode_text, names, sets.config.zero_shot.templates)
+    weights = class_weights(sets.texts, names, sets.config.zero_shot.templates)
     return zero_shot(found.rows, labels, weights)
 
 
 def _across(name: str, config: RetrievalConfig, sets: Sets) -> Measures:
-    encoder = sets.joint
     source = sets.open(name, config.shards, config.modality)
     texts, owner = _texts(read_all_captions(source, config.captions), name)
     kind = _kinds(texts) if config.same == "caption" else None
     found = sets.features(source, "joint")
     rows = sets.texts(texts)
     result = retrieval(found.rows, rows, owner, kind=kind)
-    for size in encoder.matryoshka:
+    for size in sets.joint.matryoshka:
         images, captions = (F.normalize(x[:, :size], dim=-1) for x in (found.rows, rows))
         part = retrieval(images, captions, owner, kind=kind)
         recalls = {k: v for k, v in part.items() if k.startswith(WAYS)}

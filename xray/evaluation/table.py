@@ -77,7 +77,8 @@ def result_table(results: Mapping[str, Measures]) -> ResultTable:
     if "captions" in results:
         _captions(rows, results["captions"])
     for suite in PROBES:  # robustness has rows of its own, and no top1
-        if (r := results.get(suite, {})) and "top1" in r:
+        r = results.get(suite, {})
+        if "top1" in r:
             over = f"{r['samples']:.0f} samples"
             rows.share(title_of(suite, "top1"), r, "top1", r["chance_top1"], over)
     tags = results.get("tags", {})
@@ -103,11 +104,11 @@ def _retrieval(rows: _Rows, r: Measures, suite: str) -> None:
 
 
 def _captions(rows: _Rows, r: Measures) -> None:
-    over = f"{r['captions']:.0f} captions"
+    title, over = title_of("captions", "top1"), f"{r['captions']:.0f} captions"
     chance = r["chance_top1"]
     if "before_top1" in r:
-        rows.share("caption to caption top1, before tuning", r, "before_top1", chance, over)
-    rows.share(title_of("captions", "top1"), r, "top1", chance, over)
+        rows.share(f"{title}, before tuning", r, "before_top1", chance, over)
+    rows.share(title, r, "top1", chance, over)
 
 
 def _tags(rows: _Rows, name: str, r: Measures) -> None:

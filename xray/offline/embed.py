@@ -184,8 +184,7 @@ class _Job:
         held = self._claimed()
         if held is None:
             (self.folder / "job.json").write_text(json.dumps(self.identity))
-        changed = [] if held is None else differences(held, self.identity)
-        if changed:
+        elif changed := differences(held, self.identity):
             raise ConfigError(
                 f"{self.folder} holds parts of another command ({'; '.join(changed)}): delete it, "
                 "or choose another --out"
