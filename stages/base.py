@@ -20,6 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -27,18 +28,18 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from data_pipelines.sources import Sample, Source
-from xray.config import RunConfig
+from data_pipelines.shards.source import Sample, Source
+from xray.config import RunConfig, TextConfig
+from xray.config.schedule import largest, steps_of, value_at
 from xray.errors import ConfigError
 from xray.models.backbone import Tokens, VisionBackbone
 from xray.models.flops import vision_macs
 from xray.models.heads import Normalize
-from xray.models.reduce import KeepRate, keep_rate_at
-from xray.models.weights import load_adapted
-from xray.schedule import largest, steps_of, value_at
+from xray.models.token_reduction import KeepRate, keep_rate_at
+from xray.models.weight_loading import load_adapted
 
 if TYPE_CHECKING:
-    from xray.artifact import Artifact
+    from xray.artifacts.artifact import Artifact
 
 Batch = dict[str, Tensor]
 State = dict[str, Tensor]
@@ -138,6 +139,19 @@ class Parents:
 
     vision: Artifact | None = None
     text: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run would read from its data and parents.
+
+    tags: of the vocabulary. llm: a folder with a config.json, None where there is none. text: the
+    text section that a text artifact would bring.
+    """
+
+    tags: int = 0
+    llm: Path | None = None
+    text: TextConfig | None = None
 
 
 class Stage(ABC):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import choose_captions, kept_captions
-from data_pipelines.sources import Sample, Source
-from data_pipelines.text_store import TextStore, open_store, store_facts
-from data_pipelines.transforms import load_pixels
-from stages.auxiliary import AuxiliaryData, AuxiliaryLosses
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.source import Sample, Source
+from data_pipelines.text.caption_probe import look_at
+from data_pipelines.text.captions import choose_captions, kept_captions
+from data_pipelines.text.feature_store import TextStore, open_store, store_facts
 from stages.base import (
     Batch,
     Parents,
@@ -27,18 +27,19 @@ from stages.base import (
     part,
     set_training,
 )
+from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
-from stages.guards import ContrastGuard, loss_at_chance
+from stages.clip_monitor import ContrastGuard, loss_at_chance
+from stages.clip_teacher import Teacher, load_teacher
 from xray import dist
-from xray.language import Language, look_at
+from xray.artifacts.language_model import Language
+from xray.config.schedule import value_at
 from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
-from xray.models.text import TextTower
-from xray.models.tokens import TOKENS
+from xray.models.text_tower import TextTower
+from xray.models.tokenizer import TOKENS
 from xray.optim import ALONE
-from xray.schedule import value_at
-from xray.teacher import Teacher, load_teacher
 
 TAUGHT = "teacher_"  # before the names of what a teacher reads
 LOOKED_AT = 256  # rows of a rank that the metrics are taken of

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.balance import Balance
-from data_pipelines.labels import (
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.sidecar import Sidecar, open_sidecar
+from data_pipelines.shards.source import Sample, Source
+from data_pipelines.tags.balance import Balance
+from data_pipelines.tags.labels import (
     Balanced,
     Labeller,
     TeacherRules,
@@ -23,27 +26,13 @@ from data_pipelines.labels import (
     mean_frequency,
     teacher_sidecar,
 )
-from data_pipelines.sidecars import Sidecar, open_sidecar
-from data_pipelines.sources import Sample, Source
-from data_pipelines.tags import TagRules
-from data_pipelines.transforms import load_pixels
-from data_pipelines.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
-from stages.base import (
-    Batch,
-    Parents,
-    Stage,
-    State,
-    StepOutput,
-    VisionModule,
-    load_vision,
-    part,
-)
+from data_pipelines.tags.reader import TagRules
+from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
+from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
 from xray import dist
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.models.heads import TagHead
-from xray.models.mixing import mix
-from xray.tag_losses import (
+from xray.losses.tags import (
     TagLoss,
     draw_classes,
     sampled_softmax,
@@ -51,6 +40,8 @@ from xray.tag_losses import (
     target_entropy,
     truncate,
 )
+from xray.models.heads import TagHead
+from xray.models.mixup import mix
 
 log = logging.getLogger("xray")
 

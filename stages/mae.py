@@ -11,26 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.sources import Sample
-from data_pipelines.transforms import load_pixels
-from stages.base import (
-    Batch,
-    Parents,
-    Stage,
-    State,
-    StepOutput,
-    VisionModule,
-    load_vision,
-    part,
-)
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.source import Sample
+from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
 from xray.config import ModelConfig, RunConfig
+from xray.config.schedule import value_at
 from xray.errors import ConfigError
-from xray.losses import masked_patch_mse
+from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
 from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches, patchify
-from xray.models.reduce import KeepRate
-from xray.schedule import value_at
+from xray.models.token_reduction import KeepRate
 
 
 @dataclass

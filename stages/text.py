@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.captions import choose_captions, kept_captions, texts_of
-from data_pipelines.decode import BadSample
-from data_pipelines.sources import Sample, Source
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Sample, Source
+from data_pipelines.text.caption_probe import look_at
+from data_pipelines.text.captions import choose_captions, kept_captions, texts_of
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
+from xray.artifacts.language_model import Language
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError, DataError
-from xray.language import Language, look_at
 from xray.losses import contrast, info_nce, row_ids
-from xray.models.text import TextTower
-from xray.models.tokens import TOKENS
+from xray.models.text_tower import TextTower
+from xray.models.tokenizer import TOKENS
 
 NOBODY = 1 << 40  # the id of a text that belongs to no row
 

@@ -36,8 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated shards, small: 96 photos, 24 clips, 24 held-out photos, and a tiny LLM."""
-    from data_pipelines.demo import DemoConfig, make_demo
-    from xray.recipe import LlmConfig, make_llm
+    from data_pipelines.ingest.demo import DemoConfig, make_demo
+    from xray.config.prepare import LlmConfig
+    from xray.recipes.prepare import make_llm
 
     root = tmp_path_factory.mktemp("demo") / "data"
     make_demo(root, DemoConfig(photos=96, clips=24, heldout=24, per_shard=32, side=32, frames=8))
@@ -50,7 +51,8 @@ def control(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip artifact with CLIP's own text transformer and all tokens kept, of ten steps."""
     from tiny import ALL_TOKENS, train
 
-    from xray.recipe import LlmConfig, make_llm
+    from xray.config.prepare import LlmConfig
+    from xray.recipes.prepare import make_llm
 
     root = tmp_path_factory.mktemp("control")
     make_llm(LlmConfig(str(root / "llm"), "photos", 300, 32, 2, 4, "clip"), str(demo))
@@ -73,7 +75,7 @@ def tagger(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def media(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photo.jpg, other.jpg and clip.mp4 out of the demo's shards."""
-    from data_pipelines.shards import index_shard
+    from data_pipelines.shards.tar_index import index_shard
 
     folder = tmp_path_factory.mktemp("media")
     names = {

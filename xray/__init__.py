@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xray.version import __version__
+
 if TYPE_CHECKING:
     from xray.api import Model as Model
     from xray.api import load as load
 
-__version__ = "0.1.0"
+
 __all__ = ["Model", "__version__", "load"]
 
 

@@ -1,4 +1,4 @@
-from xray.cli import main
+from xray.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,14 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.utf8 import printable
-from data_pipelines.vocabulary import Vocabulary
+from data_pipelines.decode.user_media import modality_of, read_media, read_picture
+from data_pipelines.shards.utf8 import printable
+from data_pipelines.tags.vocabulary import Vocabulary
 from xray import dist
-from xray.artifact import Artifact, open_artifact
-from xray.errors import ArtifactError, ConfigError, DataError, brief
-from xray.media import modality_of, read_media, read_picture
-from xray.models.reduce import KeepRate
-from xray.restore import (
+from xray.artifacts.artifact import Artifact, open_artifact
+from xray.artifacts.encoders import (
     Encoder,
     PromptTagger,
     Tagger,
@@ -30,7 +28,9 @@ from xray.restore import (
     data_config,
     restore_encoder,
 )
-from xray.schedule import value_at
+from xray.config.schedule import value_at
+from xray.errors import ArtifactError, ConfigError, DataError, brief
+from xray.models.token_reduction import KeepRate
 
 Media = str | Path | Image.Image | Tensor  # a file, a picture, or what `preprocess` made of one
 TEMPLATE = "a photo of a {}"

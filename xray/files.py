@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 import stat
@@ -60,3 +61,37 @@ def inside(folder: Path, name: str) -> Path:
     if not is_inside(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{folder} names a file outside of it: {name}")
     return folder / name
+
+
+@contextmanager
+def locked(path: Path, flags: int = 0) -> Iterator[None]:
+    """Hold a lock that the processes of a host share; `flags` of flock."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+        try:
+            yield
+        finally:  # closing alone would leave the lock to a child forked meanwhile
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file below a folder, so that a rename that follows cannot outrun its content."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        state = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            state.update(piece)
+    return state.hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.shuffle import keys_of, mixed, steps
+from data_pipelines.stream.shuffle import keys_of, mixed, steps
 
 
 @dataclass(frozen=True)

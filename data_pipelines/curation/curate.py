@@ -30,11 +30,11 @@ from data_pipelines.curation.tables import (
     TextTables,
     language_function,
 )
-from data_pipelines.processes import Progress
-from data_pipelines.sidecars import Sidecar, Work, open_sidecar, write_sidecar
-from data_pipelines.sources import Source, open_source
+from data_pipelines.shards.process_pool import Progress
+from data_pipelines.shards.sidecar import Sidecar, Work, open_sidecar, write_sidecar
+from data_pipelines.shards.source import Source, open_source
+from xray.config.identity import hash_json
 from xray.errors import DataError
-from xray.hashing import hash_json
 
 
 @dataclass(frozen=True)

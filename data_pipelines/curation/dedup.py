@@ -15,12 +15,13 @@ from itertools import combinations, pairwise
 import numpy as np
 from PIL import Image
 
-from data_pipelines.captions import metadata_of
-from data_pipelines.columns import Columns
 from data_pipelines.curation.filters import read_media
-from data_pipelines.decode import BadSample, FrameChoice, decode_image
-from data_pipelines.sandbox import clip_decoder
-from data_pipelines.sources import Source
+from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.source import Source
+from data_pipelines.text.captions import metadata_of
 from xray.config import DataConfig
 
 COARSE = (72, 64)  # pixels that a JPEG may be decoded at: 8 for each of the 9 x 8

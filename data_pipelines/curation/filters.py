@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.captions import TEXT_FILES, Caption, metadata_of
-from data_pipelines.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.curation.config import FilterConfig
-from data_pipelines.decode import BadSample, open_image, upright_size
-from data_pipelines.matching import words_of
-from data_pipelines.shards import media_extensions, media_in
-from data_pipelines.sidecars import Sidecar, open_sidecar
-from data_pipelines.sources import Source
+from data_pipelines.decode.decoders import open_image, upright_size
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
+from data_pipelines.shards.sidecar import Sidecar, open_sidecar
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES, media_extensions, media_in
+from data_pipelines.tags.concept_matcher import words_of
+from data_pipelines.text.captions import Caption, metadata_of
 from xray.errors import ConfigError
 
 SHORTEST_REPEATING = 5  # words: in fewer, one that comes twice says nothing

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.captions import TEXT_FILES, captions_of
-from data_pipelines.curation.matching import PhraseMatcher
-from data_pipelines.decode import BadSample
-from data_pipelines.matching import spaced
-from data_pipelines.processes import over_shards
-from data_pipelines.sources import Source
-from data_pipelines.utf8 import read_utf8
+from data_pipelines.curation.phrase_matcher import PhraseMatcher
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.process_pool import over_shards
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.shards.utf8 import read_utf8
+from data_pipelines.tags.concept_matcher import spaced
+from data_pipelines.text.captions import captions_of
 from xray.config import nearest
+from xray.config.identity import hash_json
 from xray.errors import ConfigError
-from xray.hashing import hash_json
 
 EVERY = ""  # the language of metadata that are for texts of all languages
 ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: its entry is in every text

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.columns import Columns
 from data_pipelines.curation.balance import hash_texts, keyed, rows_of
 from data_pipelines.curation.config import CurationConfig, DedupConfig
 from data_pipelines.curation.dedup import components, groups_of, is_near, repeats, similar_pairs
 from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
-from data_pipelines.sidecars import Sidecar, open_sidecar
-from data_pipelines.sources import Source
-from data_pipelines.utf8 import printable
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.sidecar import Sidecar, open_sidecar
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.utf8 import printable
 from xray.errors import ConfigError
 
 

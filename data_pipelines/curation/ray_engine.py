@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.columns import Columns
-from data_pipelines.processes import Progress
-from data_pipelines.remote import is_remote
-from data_pipelines.sidecars import Work, save_table, saved_table
-from data_pipelines.sources import Source
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.process_pool import Progress
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.sidecar import Work, save_table, saved_table
+from data_pipelines.shards.source import Source
 from xray.errors import ConfigError, DataError, XrayError
 
 PER_TASK = 8  # shards that one task makes the tables of, where there are many

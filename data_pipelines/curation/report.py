@@ -14,8 +14,8 @@ from data_pipelines.curation.filters import EXAMPLES, filters_on, place_of, read
 from data_pipelines.curation.metadata import Metadata
 from data_pipelines.curation.pool import Decision
 from data_pipelines.curation.tables import TextTables, unknown_languages
-from data_pipelines.sidecars import Sidecar
-from data_pipelines.utf8 import printable
+from data_pipelines.shards.sidecar import Sidecar
+from data_pipelines.shards.utf8 import printable
 
 SHOWN = 50  # entries with the most and the fewest texts
 POINTS = 512  # of a curve

@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.balance import uniform
-from data_pipelines.captions import Caption, read_captions
-from data_pipelines.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.curation.balance import Matches, draw, hash_texts, take_rows
 from data_pipelines.curation.config import CurationConfig
 from data_pipelines.curation.filters import (
@@ -32,9 +29,12 @@ from data_pipelines.curation.filters import (
     text_filters,
 )
 from data_pipelines.curation.metadata import Metadata
-from data_pipelines.decode import BadSample
-from data_pipelines.sidecars import CopySlots, Sidecar
-from data_pipelines.sources import Source
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
+from data_pipelines.shards.sidecar import CopySlots, Sidecar
+from data_pipelines.shards.source import Source
+from data_pipelines.tags.balance import uniform
+from data_pipelines.text.captions import Caption, read_captions
 from xray.errors import ConfigError
 
 MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the columns of Matches

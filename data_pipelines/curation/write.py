@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.captions import metadata_of, read_captions
 from data_pipelines.curation.curate import Curated
 from data_pipelines.curation.tables import KeptSlots
-from data_pipelines.processes import Progress, over_shards
-from data_pipelines.recode import TEMPORARY
-from data_pipelines.sources import Source
+from data_pipelines.ingest.recode import TEMPORARY
+from data_pipelines.shards.process_pool import Progress, over_shards
+from data_pipelines.shards.source import Source
+from data_pipelines.text.captions import metadata_of, read_captions
 from xray.errors import ConfigError, DataError
 from xray.files import is_inside
 

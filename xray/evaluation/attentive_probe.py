@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.sources import Source
+from data_pipelines.shards.source import Source
 from xray.config import OptimConfig
 from xray.errors import DataError
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import Classes, guess
+from xray.evaluation.class_labels import Classes, guess
+from xray.evaluation.confidence import share
 from xray.evaluation.config import AttentiveProbeConfig
-from xray.evaluation.features import batches_of
-from xray.evaluation.sets import Sets
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import batches_of
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
 

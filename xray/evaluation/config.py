@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from dataclasses import field as dataclass_field
 from typing import Literal
 
+from data_pipelines.tags.reader import Origin
 from xray.errors import ConfigError
 from xray.evaluation.corruptions import CORRUPTIONS
-from xray.evaluation.tag_suite import TaggingConfig
 
 # What the artifact of a stage can be asked for.
 PROBES = ("knn", "linear_probe", "attentive_probe", "finetune", "robustness")
@@ -145,6 +146,26 @@ class FinetuneConfig(LabelledConfig):
             raise ConfigError("eval.finetune.crop_scale must be [smallest, largest] in (0, 1]")
         if len(self.rand_augment) != 2 or min(self.rand_augment) < 0:
             raise ConfigError("eval.finetune.rand_augment must be [operations, magnitude]")
+
+
+@dataclass
+class TaggingConfig:
+    """Samples with tags, and how often each is looked at."""
+
+    shards: str = ""
+    modality: Literal["image", "video"] = "image"
+    tags: Origin = "hashtags"  # where they are found
+    field: str = "hashtags"  # their json field
+    captions: dict[str, float] = dataclass_field(default_factory=dict)  # or those of their captions
+    clips: int = 1  # times at which a clip is looked at
+    crops: int = 1  # squares of a picture or frame: 1 or 3
+
+    def validate(self, key: str) -> None:
+        """Raises ConfigError naming the key to change."""
+        if not self.shards:
+            raise ConfigError(f"{key}.shards is not set")
+        if self.clips < 1 or self.crops not in (1, 3):
+            raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
 
 
 @dataclass

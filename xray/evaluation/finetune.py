@@ -12,24 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.loader import Fields, WholeDataset, iterate_batches
-from data_pipelines.sources import Source
-from data_pipelines.transforms import load_pixels
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.source import Source
+from data_pipelines.stream.loader import Fields, WholeDataset, iterate_batches
+from xray.artifacts.encoders import VisionEncoder
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import Classes, guess
+from xray.config.schedule import largest
+from xray.evaluation.class_labels import Classes, guess
+from xray.evaluation.confidence import share
 from xray.evaluation.config import FinetuneConfig
-from xray.evaluation.features import batches_of, labels_of, stacked
-from xray.evaluation.sets import Sets
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
-from xray.models.mixing import mix
-from xray.models.reduce import KeepRate
-from xray.models.weights import load_adapted
+from xray.models.mixup import mix
+from xray.models.token_reduction import KeepRate
+from xray.models.weight_loading import load_adapted
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 from xray.progress import progress_of
-from xray.restore import VisionEncoder
-from xray.schedule import largest
 
 
 class Classifier(nn.Module):

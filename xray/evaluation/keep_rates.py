@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from xray.config.schedule import value_at
 from xray.errors import ConfigError
-from xray.evaluation.suite import Measures, Suite
-from xray.evaluation.table import title_of
+from xray.evaluation.results_table import title_of
+from xray.evaluation.suites import Measures, Suite
 from xray.models.flops import vision_macs
-from xray.report import ResultTable
-from xray.schedule import value_at
+from xray.reports.tables import ResultTable
 
 ROUNDS = 15  # of timing, after one of warm-up
 MAIN = ("top1", "text_to_image_R@1", "image_to_text_R@1")  # what a suite is judged by

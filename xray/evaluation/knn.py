@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from xray.errors import DataError
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import check_labels, guess
+from xray.evaluation.class_labels import check_labels, guess
+from xray.evaluation.confidence import share
 from xray.evaluation.zero_shot import HELD
 
 

@@ -11,8 +11,8 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from xray.config import OptimConfig
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import check_labels, guess
+from xray.evaluation.class_labels import check_labels, guess
+from xray.evaluation.confidence import share
 from xray.optim import lr_at
 from xray.progress import progress_of
 

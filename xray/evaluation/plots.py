@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from xray.evaluation.keep_rates import MAIN, Rates, per_second
-from xray.evaluation.table import ATTACKED, SHIFTS, changes, title_of
-from xray.figures import subplots
+from xray.evaluation.results_table import ATTACKED, SHIFTS, changes, title_of
+from xray.reports.figures import subplots
 
 
 def plot_robustness(measures: Mapping[str, float], path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xray.errors import DataError
-from xray.evaluation.bootstrap import median, share, share_interval
+from xray.evaluation.confidence import median, share, share_interval
 from xray.evaluation.zero_shot import HELD
 
 COPIES = 4  # of a piece of similarities that are held at once

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.sources import Source
+from data_pipelines.shards.source import Source
+from xray.artifacts.encoders import Encoder, class_weights
 from xray.config import DataConfig
+from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import Classes, guess
+from xray.evaluation.class_labels import Classes, guess
+from xray.evaluation.confidence import share
 from xray.evaluation.config import RobustnessConfig
 from xray.evaluation.corruptions import aspect, corruption
-from xray.evaluation.features import Change, Features, batches_of, labels_of
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
 from xray.evaluation.linear_probe import fit_head
-from xray.evaluation.sets import Sets
-from xray.restore import Encoder, class_weights
-from xray.schedule import value_at
 
 Measures = dict[str, float]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xray.evaluation.bootstrap import share
-from xray.evaluation.classes import check_named
+from xray.evaluation.class_labels import check_named
+from xray.evaluation.confidence import share
 
 HELD = 2**26  # similarities that are held at a time: 256 MiB
 

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from xray.artifact import Artifact
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder, data_config
+from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.files import usual_mode
-from xray.models.reduce import KeepRate
-from xray.restore import ImageEncoder, Tagger, VisionEncoder, data_config
-from xray.schedule import value_at
+from xray.models.token_reduction import KeepRate
 
 CAPTIONS = (
     "a dog on a beach",

@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
-from xray.artifact import Artifact, sync_tree
-from xray.card import card
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.lineage import lineage
+from xray.artifacts.model_card import card
 from xray.errors import ArtifactError, ConfigError
 from xray.exports.common import Export
 from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
 from xray.exports.to_timm import to_timm
-from xray.lineage import lineage
-from xray.models.reduce import KeepRate
+from xray.files import sync_tree
+from xray.models.token_reduction import KeepRate
 
 Format = Literal["timm", "open_clip", "onnx", "safetensors"]
 TOLERANCE = 1e-5  # of unit-length features: what another order of the same sums makes of fp32

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xray.artifact import Artifact
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder
 from xray.errors import ConfigError, brief
 from xray.exports.common import Export, difference, pictures, save_json, side_of, vision_of
-from xray.models.reduce import KeepRate
-from xray.restore import ImageEncoder, Tagger, VisionEncoder
+from xray.models.token_reduction import KeepRate
 
 OPSET = 18
 FILE = "model.onnx"

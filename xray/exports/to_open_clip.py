@@ -14,7 +14,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from xray.artifact import Artifact
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import Encoder, ImageEncoder
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.exports.common import (
     CAPTIONS,
@@ -28,7 +29,6 @@ from xray.exports.common import (
     side_of,
     vision_of,
 )
-from xray.restore import Encoder, ImageEncoder
 
 MODEL = "open_clip_model.safetensors"
 # Of a text tower that is not there: one token, whose features are NaN, so that nobody uses them.

@@ -17,8 +17,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from xray.artifact import Artifact
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import (
+    Encoder,
+    TextEncoder,
+    VisionEncoder,
+    encode_captions,
+    restore_encoder,
+)
+from xray.artifacts.language_model import text_config
 from xray.config import ModelConfig
+from xray.config.schedule import largest
 from xray.exports.common import (
     CAPTIONS,
     Export,
@@ -29,11 +38,8 @@ from xray.exports.common import (
     save_tensors,
     side_of,
 )
-from xray.language import text_config
 from xray.models.backbone import VisionBackbone
-from xray.models.text import TextTower, merge_lora
-from xray.restore import Encoder, TextEncoder, VisionEncoder, encode_captions, restore_encoder
-from xray.schedule import largest
+from xray.models.text_tower import TextTower, merge_lora
 
 SECTIONS = ("model", "text", "clip", "hashtag", "mae")  # of the run's config
 PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}

@@ -8,7 +8,8 @@ from typing import Any
 import timm
 import torch
 
-from xray.artifact import Artifact
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import VisionEncoder
 from xray.errors import ArtifactError, brief
 from xray.exports.common import (
     NAMED,
@@ -23,7 +24,6 @@ from xray.exports.common import (
     side_of,
     vision_of,
 )
-from xray.restore import VisionEncoder
 
 
 def to_timm(artifact: Artifact, out: Path) -> Export:

@@ -20,11 +20,18 @@ from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
-from xray.models.reduce import KeepRate, Spec, TokenState, kept_tokens, reduce_tokens, size_bias
-from xray.models.start import start_positions, start_weights
-from xray.models.stem import Geometry, TubeletEmbed, whole_tubelets
+from xray.models.patch_embed import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
-from xray.models.weights import load_pretrained, resample_time
+from xray.models.token_reduction import (
+    KeepRate,
+    Spec,
+    TokenState,
+    kept_tokens,
+    reduce_tokens,
+    size_bias,
+)
+from xray.models.weight_init import start_positions, start_weights
+from xray.models.weight_loading import load_pretrained, resample_time
 
 
 class Tokens(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 
 from xray.models.backbone import VisionBackbone
 from xray.models.mae_decoder import MaeDecoder
-from xray.models.reduce import KeepRate
+from xray.models.token_reduction import KeepRate
 
 
 def vision_macs(

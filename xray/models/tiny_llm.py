@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from xray.models.text_folder import quiet_transformers
+from xray.models.llm_folder import quiet_transformers
 
 Family = Literal["qwen3", "clip"]
 POSITIONS = 512

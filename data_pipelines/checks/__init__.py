@@ -1,0 +1,1 @@
+"""Checks of whole shards, behind `xray data check` and `xray data stats`."""

@@ -1,0 +1,123 @@
+"""Every sample of a set of shards, read by many processes: counts, sizes and what is broken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from data_pipelines.checks.check_shard import Recorded, ShardCheck, Stats, check_shard
+from data_pipelines.shards.columns import open_columns
+from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, find_shards
+from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
+from data_pipelines.shards.tar_index import cache_path
+from data_pipelines.shards.utf8 import printable
+from xray.config import DataConfig
+from xray.errors import DataError
+
+Progress = Callable[[int, int], None]  # (shards done, all shards)
+
+
+@dataclass
+class CheckReport:
+    """What was found at a pattern; shards in the order of their names."""
+
+    pattern: str
+    shards: list[ShardCheck]
+    stats: Stats
+
+    @property
+    def broken(self) -> bool:
+        """Whether a shard or a sample cannot be used as it is."""
+        return any(shard.error or shard.causes for shard in self.shards)
+
+    def joined(self, other: CheckReport) -> CheckReport:
+        """This and another pattern's report as one."""
+        stats = Stats()
+        stats.add(self.stats)
+        stats.add(other.stats)
+        return CheckReport(f"{self.pattern}, {other.pattern}", self.shards + other.shards, stats)
+
+
+def check(
+    pattern: str,
+    cache: ShardCache,
+    config: DataConfig,
+    workers: int,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Read every sample of the shards at a pattern; a shard that cannot be read is a row of it.
+
+    Raises DataError where there are no shards, or a worker process was killed.
+    """
+    paths = find_shards(pattern)
+    recorded = _recorded(paths, cache)
+    rows, stats = {}, Stats()
+    context = get_context("spawn")
+    try:
+        with ProcessPoolExecutor(min(workers, len(paths)), context, _end_with_ctrl_c) as pool:
+            try:
+                # No list of them: a future keeps its result, with the thumbnails in it.
+                for future in as_completed(
+                    {pool.submit(check_shard, p, recorded.get(p), cache, config) for p in paths}
+                ):
+                    row, more = future.result()
+                    rows[row.path] = row
+                    stats.add(more)
+                    if progress is not None:
+                        progress(len(rows), len(paths))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, maybe for memory: try again with fewer workers"
+        ) from error
+    return CheckReport(pattern, [rows[printable(path)] for path in paths], stats)
+
+
+def _end_with_ctrl_c() -> None:
+    """Ctrl-C reaches the workers too: let it end them without a traceback each."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:
+    """Path -> what the manifest of its folder says of a tar, where there is one."""
+    found = {}
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        manifest = _manifest(folder, cache)
+        if manifest is None:
+            continue
+        columns = manifest.columns
+        for shard in range(len(manifest)):
+            digest = columns["digests"][shard].tobytes().hex()
+            sha256 = manifest.checksum(shard) or ""
+            path = os.path.join(folder, manifest.name(shard))
+            found[path] = Recorded(int(columns["sizes"][shard]), digest, sha256)
+    return found
+
+
+def _manifest(folder: str, cache: ShardCache) -> Manifest | None:
+    if is_remote(folder):
+        content = fetch_small(f"{folder}/shards.manifest", cache.patience)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content or b"")
+            file.flush()
+            return _read_manifest(folder, Path(file.name))  # mapped: outlives the file
+    if not os.path.isdir(folder or "."):
+        return None
+    return _read_manifest(folder, cache_path(Path(folder or ".") / "shards.manifest"))
+
+
+def _read_manifest(folder: str, path: Path) -> Manifest | None:
+    try:
+        columns, facts = open_columns(path)
+        return Manifest(folder, columns, facts) if facts["version"] == MANIFEST_VERSION else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,334 @@
+"""One shard of a check: every sample read as training would read it, and what was found.
+
+Nothing is written: an index that a tar no longer agrees with is a finding, not to be renewed. This
+is what the worker processes import: it must not import torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import hashlib
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.manifest import remote_index
+from data_pipelines.shards.remote import ShardCache, is_remote
+from data_pipelines.shards.tar_index import (
+    ShardIndex,
+    build_index,
+    cache_path,
+    load_index,
+    media_extensions,
+    sha256_of,
+)
+from data_pipelines.shards.utf8 import printable
+from data_pipelines.tags.reader import TagReader
+from data_pipelines.text.captions import Caption, read_captions
+from xray.config import DataConfig
+from xray.errors import DataError
+
+FRAMES = 5  # read of each clip, first, middle and last among them
+FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their places in its fifths
+BAD_KEPT = 1000  # findings listed per shard; all are counted
+NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags: cut to the one above the other
+TAGS = TagReader("hashtags", {})
+THUMBNAILS, SIDE = 48, 128  # of the sheet, and their longer side in pixels
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Something wrong with one sample."""
+
+    shard: str
+    key: str
+    cause: str
+    detail: str
+
+
+@dataclass
+class Media:
+    """Samples of one modality: all, those that decode, and those of them with a caption."""
+
+    samples: int = 0
+    usable: int = 0
+    captioned: int = 0
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least, mean and largest of a number; zeros where there was none."""
+
+    least: float = 0
+    mean: float = 0
+    most: float = 0
+
+
+@dataclass
+class ShardCheck:
+    """What one shard holds; where `error` tells of a tar that cannot be read, nothing else."""
+
+    path: str
+    error: str = ""
+    samples: int = 0
+    bytes: int = 0
+    digest: str = ""  # over keys, endings and sizes, as in the index
+    matches_index: bool | None = None  # None: it has no index yet
+    matches_sha256: bool | None = None  # None: its sha256 was not taken
+    images: Media = field(default_factory=Media)
+    clips: Media = field(default_factory=Media)
+    width: Range = Range()
+    height: Range = Range()
+    seconds: float = 0.0  # of all clips
+    without_caption: int = 0
+    first_without_caption: str = ""
+    duplicates: int = 0  # keys that occur more than once
+    causes: dict[str, int] = field(default_factory=dict)  # cause -> findings
+    bad: list[Bad] = field(default_factory=list)
+
+
+@dataclass(frozen=True, order=True)
+class Thumbnail:
+    """A picture of the sheet, or the middle of a clip; the smallest ranks are shown."""
+
+    rank: str
+    shard: str
+    key: str
+    caption: str
+    png: str  # base64
+
+
+@dataclass
+class Stats:
+    """Histograms, value -> count.
+
+    numbers: width, height, aspect, seconds, frames, words, captions; names: language, hashtag,
+    extension.
+    """
+
+    numbers: dict[str, dict[float, int]] = field(default_factory=dict)
+    names: dict[str, dict[str, int]] = field(default_factory=dict)
+    sheet: list[Thumbnail] = field(default_factory=list)
+
+    def number(self, name: str, value: float, count: int = 1) -> None:
+        """Count a number."""
+        histogram = self.numbers.setdefault(name, {})
+        histogram[value] = histogram.get(value, 0) + count
+
+    def name(self, name: str, value: str, count: int = 1) -> None:
+        """Count a name."""
+        histogram = self.names.setdefault(name, {})
+        histogram[value] = histogram.get(value, 0) + count
+        if len(histogram) > NAMES_LIMIT:
+            self.names[name] = dict(Counter(histogram).most_common(NAMES_KEPT))
+
+    def range(self, name: str) -> Range:
+        """Least, mean and largest of a number."""
+        histogram = self.numbers.get(name)
+        if not histogram:
+            return Range()
+        mean = sum(value * n for value, n in histogram.items()) / sum(histogram.values())
+        return Range(min(histogram), mean, max(histogram))
+
+    def add(self, other: Stats) -> None:
+        """Add another's counts, and its thumbnails where they rank before ours."""
+        for name, numbers in other.numbers.items():
+            for value, count in numbers.items():
+                self.number(name, value, count)
+        for name, names in other.names.items():
+            for text, count in names.items():
+                self.name(name, text, count)
+        self.sheet = sorted(self.sheet + other.sheet)[:THUMBNAILS]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an index or a manifest says of a tar; sha256 "" = not taken."""
+
+    size: int
+    digest: str
+    sha256: str
+
+
+def check_shard(
+    path: str, manifest: Recorded | None, cache: ShardCache, config: DataConfig
+) -> tuple[ShardCheck, Stats]:
+    """What a worker does; its errors become the row's."""
+    reader = _ShardReader(path, config)
+    local = path
+    try:
+        local = str(cache.fetch(path)) if is_remote(path) else path
+        index = build_index(Path(local))
+        reader.row.samples, reader.row.bytes = len(index), index.facts["size"]
+        reader.row.digest = index.facts["digest"]
+        known = _index(path, cache)
+        recorded = [manifest] if manifest is not None else []
+        if known is not None:
+            facts = known.facts
+            recorded.append(Recorded(facts["size"], facts["digest"], facts["sha256"]))
+        reader.row.error = _compare(reader.row, Path(local), recorded)
+        reader.read_all(index)
+    except (DataError, OSError) as error:
+        reader.row.error = printable(str(error).replace(local, path))
+    return reader.finished()
+
+
+def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
+    """Fill in whether a tar is the one that was indexed; returns what is wrong, "" if nothing."""
+    wrong = []
+    if recorded:
+        own = (row.bytes, row.digest)
+        row.matches_index = all((r.size, r.digest) == own for r in recorded)
+        if not row.matches_index:
+            sizes = " and ".join(sorted({f"{r.size:,}" for r in recorded}))
+            wrong.append(f"other samples, {row.bytes:,} bytes, recorded {sizes}")
+    checksums = {r.sha256 for r in recorded if r.sha256}
+    if checksums:
+        sha256 = sha256_of(tar)
+        row.matches_sha256 = checksums == {sha256}
+        if not row.matches_sha256:
+            others = " and ".join(sorted(c[:12] for c in checksums))
+            wrong.append(f"sha256 {sha256[:12]}, recorded {others}")
+    return f"shard {row.path} changed since it was indexed: {'; '.join(wrong)}" if wrong else ""
+
+
+class _ShardReader:
+    """Reads a shard's samples and notes what it meets."""
+
+    def __init__(self, path: str, config: DataConfig) -> None:
+        self.row, self.stats, self.config = ShardCheck(printable(path)), Stats(), config
+
+    def read_all(self, index: ShardIndex) -> None:
+        """Read every sample, and look for keys that occur twice."""
+        keys = index.keys
+        for member, key in enumerate(keys):
+            self.read_sample(printable(key), index.read(member, tar=index.path))
+        counts = Counter(keys) | _copies(index.path)  # the larger of both
+        for key in sorted(key for key, count in counts.items() if count > 1):
+            self.row.duplicates += 1
+            self.note(printable(key), BadSample("duplicate key", f"{counts[key]} times"))
+
+    def read_sample(self, key: str, files: dict[str, bytes]) -> None:
+        captions = self.read_texts(key, files)
+        images = [e for e in media_extensions("image", "image") if e in files]
+        clips = [e for e in media_extensions("video", "image") if e in files]
+        if not images and not clips:
+            self.note(key, BadSample("no media", f"only {', '.join(files)}"))
+        row = self.row
+        kinds = ((images, row.images, self.read_image), (clips, row.clips, self.read_clip))
+        for found, media, load in kinds:
+            if not found:
+                continue
+            media.samples += 1
+            try:
+                if len(found) > 1:
+                    raise BadSample("no media", f"several of one kind: {', '.join(found)}")
+                image = load(files[found[0]])
+            except BadSample as error:
+                self.note(key, error)
+                continue
+            media.usable += 1
+            media.captioned += bool(captions)
+            self.stats.name("extension", found[0])
+            self.show(key, captions, image)
+
+    def read_texts(self, key: str, files: dict[str, bytes]) -> list[Caption]:
+        """The captions, and what is to be counted of them and the tags."""
+        try:
+            tags = TAGS.tags_of(files, "hashtags")
+            captions = read_captions(files)
+        except BadSample as error:
+            if error.cause != "no caption":
+                self.note(key, error)
+                return []
+            captions = []
+        for tag in tags:
+            self.stats.name("hashtag", printable(tag))
+        self.stats.number("captions", len(captions))
+        for caption in captions:
+            self.stats.number("words", len(caption.text.split()))
+            if caption.language:
+                self.stats.name("language", printable(caption.language))
+        if not captions:
+            self.row.first_without_caption = self.row.first_without_caption or key
+            self.row.without_caption += 1
+        return captions
+
+    def read_image(self, data: bytes) -> Image.Image:
+        image = decode_image(data)
+        self.count_size(image.width, image.height)
+        return image
+
+    def read_clip(self, data: bytes) -> Image.Image:
+        """Decode some frames, from the first to the last; returns the middle one."""
+        decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
+        clip = decoder.decode(data, FrameChoice(FRAMES, offsets=FIRST_TO_LAST))
+        self.count_size(clip.pixels.shape[2], clip.pixels.shape[1])
+        seconds = clip.total / clip.fps if clip.fps > 0 else 0.0
+        self.row.seconds += seconds
+        self.stats.number("seconds", round(seconds, 1))
+        self.stats.number("frames", clip.total)
+        return Image.fromarray(clip.pixels[FRAMES // 2])
+
+    def count_size(self, width: int, height: int) -> None:
+        self.stats.number("width", width)
+        self.stats.number("height", height)
+        self.stats.number("aspect", round(width / height, 2))
+
+    def show(self, key: str, captions: list[Caption], image: Image.Image) -> None:
+        """Keep a sample for the sheet where its hash is among the smallest."""
+        name = self.row.path.rpartition("/")[2]  # the same wherever the shards lie
+        rank = hashlib.sha256(f"{name}/{key}".encode()).hexdigest()
+        sheet = self.stats.sheet
+        if len(sheet) == THUMBNAILS and rank > sheet[-1].rank:
+            return
+        image.thumbnail((SIDE, SIDE))
+        caption = printable(captions[0].text) if captions else ""
+        png = png_of(np.asarray(image))
+        bisect.insort(sheet, Thumbnail(rank, self.row.path, key, caption, png))
+        del sheet[THUMBNAILS:]
+
+    def note(self, key: str, error: BadSample) -> None:
+        self.row.causes[error.cause] = self.row.causes.get(error.cause, 0) + 1
+        if len(self.row.bad) < BAD_KEPT:
+            self.row.bad.append(Bad(self.row.path, key, error.cause, printable(error.detail)))
+
+    def finished(self) -> tuple[ShardCheck, Stats]:
+        self.row.width, self.row.height = self.stats.range("width"), self.stats.range("height")
+        return self.row, self.stats
+
+
+def png_of(pixels: np.ndarray) -> str:
+    """[H, W, 3] uint8 as a PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _copies(tar: str) -> Counter[str]:
+    """Key -> how often one of its files is in a tar: an index keeps the last of each name."""
+    with tarfile.open(tar, "r:") as archive:
+        names = Counter(member.name for member in archive if member.isfile())
+    copies: Counter[str] = Counter()
+    for name, count in names.items():
+        folder, slash, base = name.rpartition("/")
+        key = folder + slash + base.partition(".")[0]
+        copies[key] = max(copies[key], count)
+    return copies
+
+
+def _index(path: str, cache: ShardCache) -> ShardIndex | None:
+    """The index that a run would use, current or not."""
+    if is_remote(path):
+        return remote_index(path, cache)
+    return load_index(path, cache_path(Path(f"{path}.index")))

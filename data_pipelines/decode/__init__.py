@@ -1,0 +1,1 @@
+"""From bytes to pixels: decoders, their sandbox, transforms and augmentation."""

@@ -1,0 +1,156 @@
+"""Clips decoded in a process of their own, with limits on time and memory that hold.
+
+A decoder that hangs in C code with the lock held cannot be interrupted, only killed. Each loader
+worker owns one such process; bytes and frames travel through shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.shards.bad_sample import BadSample
+from xray.errors import DataError
+
+COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
+START_SECONDS = 120.0  # to import the decoders on a busy machine
+LOOK_SECONDS = 0.05  # between two looks at the memory of a decode
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Killed(BadSample):
+    """A sample whose decode had to be ended by killing it: not to be tried again."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Some frames of a clip, [T, H, W, 3] uint8, and what is known of all of it.
+
+    The pixels are shared memory: they last until the next clip is decoded.
+    """
+
+    pixels: np.ndarray
+    total: int  # frames of the clip
+    fps: float
+
+
+class ClipDecoder:
+    """A decode process and its limits: seconds per clip, gigabytes of resident memory."""
+
+    def __init__(self, seconds: float, gigabytes: float, command: tuple[str, ...] = COMMAND):
+        self.seconds = seconds
+        self.limit = int(gigabytes * 1e9)
+        self.command = command
+        self._source, self._target = (os.memfd_create(name) for name in ("clip", "frames"))
+        self._memory: mmap.mmap | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Any = None
+
+    def decode(self, data: bytes, choice: FrameChoice, least: int = 0) -> Frames:
+        """The chosen frames of a clip.
+
+        least: a short side that will do, where full frames would fill much memory. Raises BadSample
+        for a clip that cannot be decoded, Killed for one that took too long or too much memory.
+        """
+        if self._process is None:
+            self._start()
+        elif self._resident() > self.limit // 2:  # a leak of many clips is no one clip's fault
+            self._stop()
+            self._start()
+        os.ftruncate(self._source, len(data))
+        os.pwrite(self._source, data, 0)
+        total, fps, shape = self._ask(len(data), choice, least)
+        size = int(np.prod(shape))
+        if self._memory is None or len(self._memory) < size:
+            self._memory = mmap.mmap(self._target, size)
+        return Frames(np.frombuffer(self._memory, np.uint8, size).reshape(shape), total, fps)
+
+    def close(self) -> None:
+        """End the process."""
+        self._stop()
+        os.close(self._source)
+        os.close(self._target)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            numbers = (theirs.fileno(), self._source, self._target)
+            self._process = subprocess.Popen(
+                [*self.command, *map(str, numbers), str(os.getpid())],
+                pass_fds=numbers,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # FFmpeg writes there about every odd file
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+        except (EOFError, ConnectionError):
+            ready = False
+        if not ready:
+            self._stop()
+            raise DataError(
+                f"the decode process does not start: try {' '.join(self.command)} 0 0 0 0"
+            )
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+            self._process = None
+
+    def _ask(self, *request: Any) -> tuple[Any, ...]:
+        """Send a request and wait for its answer; raises what the answer says, or Killed."""
+        deadline = time.monotonic() + self.seconds
+        try:
+            self._connection.send(request)
+            while not self._connection.poll(LOOK_SECONDS):
+                self._check_limits(deadline)
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._stop()
+            raise Killed("video decoder crashed", "its process ended") from error
+        if answer[0] == "bad":
+            raise BadSample(*answer[1:])
+        return answer[1:]
+
+    def _check_limits(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            self._stop()
+            raise Killed("video decode timed out", f"data.decode_seconds={self.seconds:g}")
+        if self._resident() > self.limit:
+            self._stop()
+            raise Killed(
+                "video decode took too much memory", f"data.decode_gb={self.limit / 1e9:g}"
+            )
+
+    def _resident(self) -> int:
+        """Bytes of memory the decode process holds."""
+        assert self._process is not None
+        try:
+            with open(f"/proc/{self._process.pid}/statm") as file:
+                return int(file.read().split()[1]) * PAGE
+        except (OSError, IndexError):
+            return 0  # it is gone: the next look at its socket says so
+
+
+def clip_decoder(seconds: float, gigabytes: float) -> ClipDecoder:
+    """This process's decoder with these limits; a forked worker gets one of its own."""
+    return _decoder(os.getpid(), seconds, gigabytes)
+
+
+@functools.lru_cache(maxsize=2)
+def _decoder(pid: int, seconds: float, gigabytes: float) -> ClipDecoder:
+    return ClipDecoder(seconds, gigabytes)

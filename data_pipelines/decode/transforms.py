@@ -1,0 +1,214 @@
+"""Bytes to `[T, 3, S, S]` uint8 tensors, with randomness handed in by the caller."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from data_pipelines.decode.augment import augment
+from data_pipelines.decode.decoders import (
+    FrameChoice,
+    decode_image,
+    open_image,
+    upright,
+    upright_size,
+)
+from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.meter import metered
+from data_pipelines.shards.source import Sample
+from data_pipelines.shards.tar_index import media_in
+from xray.config import DataConfig
+from xray.errors import ConfigError
+
+# It goes to torchcodec one day, whose wheels need FFmpeg's shared libraries on the machine.
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
+ASPECT = (3 / 4, 4 / 3)  # of the random crop, as in Inception and every recipe since
+Box = tuple[int, int, int, int]  # left, top, width, height
+Crop = Callable[[int, int], Box]  # of a picture's width and height
+
+
+def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
+    """Decode, crop, resize and augment one sample to [T, 3, S, S] uint8; T = 1 for an image.
+
+    Without `rng` the centre crop and the middle frames are taken, as in evaluation. Raises
+    BadSample for what cannot be decoded.
+    """
+    media = media_of(sample)
+
+    def crop(width: int, height: int) -> Box:
+        if rng is None:
+            return center_crop(width, height)
+        return random_crop(width, height, data.crop_scale, rng)
+
+    with metered(sample.modality):
+        if sample.modality == "image":
+            pixels = load_image(media, crop, sample.resolution)
+        else:
+            pixels = load_clip(media, crop, sample, data, rng)
+    return pixels if rng is None else augment(pixels, data, rng).contiguous()
+
+
+def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
+    """Several looks at a sample, [clips * crops, T, 3, S, S] uint8, the same at every call.
+
+    A clip's frames are taken at `clips` evenly spaced times, and of each the square crops of
+    `view_boxes`. Raises BadSample.
+    """
+    media, views = media_of(sample), []
+    for time in range(clips if sample.modality == "video" else 1):
+        if sample.modality == "video":
+            frames, size = _at_time(media, sample, data, time, clips), sample.resolution
+        else:
+            image = decode_image(media)
+            frames, size = (
+                torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
+                sample.resolution,
+            )
+        height, width = frames.shape[-2:]
+        views += [_resize(frames, box, size) for box in view_boxes(width, height, crops)]
+    return torch.stack(views)
+
+
+def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: int) -> Tensor:
+    """Frames [T, 3, H, W] of one of several evenly spaced looks at a clip."""
+    settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
+    start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
+    choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
+    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+    pixels = decoder.decode(media, choice, sample.resolution).pixels
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def view_boxes(width: int, height: int, crops: int) -> list[Box]:
+    """Largest square crops along the longer side: 1 in the centre, or 3 from end to end.
+
+    Raises ConfigError for another number of crops.
+    """
+    if crops not in (1, 3):
+        raise ConfigError(f"crops={crops} must be 1 or 3")
+    side = min(width, height)
+    halves = (1,) if crops == 1 else (0, 1, 2)
+    return [((width - side) * i // 2, (height - side) * i // 2, side, side) for i in halves]
+
+
+def media_of(sample: Sample) -> bytes:
+    """The picture or clip of a sample."""
+    return media_in(sample.files, sample.modality, sample.animations)
+
+
+def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
+    """A picture's crop at size x size, [1, 3, S, S] uint8.
+
+    A JPEG is decoded at the smallest DCT scale at which the crop is not enlarged.
+    """
+    header = open_image(media)
+    width, height = upright_size(header)
+    box = crop(width, height)
+    scale = _scale(box, size)
+    pixels = None
+    if scale > 0.5 and header.format == "JPEG" and header.mode in ("RGB", "L"):
+        pixels = _decode_jpeg(media)
+    if pixels is None:
+        image = decode_image(media, (math.ceil(width * scale), math.ceil(height * scale)))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _resize(pixels[None], _scaled(box, (width, height), pixels), size)
+
+
+def load_picture(image: Image.Image, size: int) -> Tensor:
+    """The centre crop of a picture in memory, [1, 3, S, S] uint8; of one that Pillow has opened and
+    not read yet, exactly what `load_image` makes of its file. Raises BadSample."""
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        media = image.fp.read()
+        image.fp.seek(place)
+        return load_image(media, center_crop, size)
+    if not min(image.size):
+        raise BadSample("decode error", "it has no pixels")
+    pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
+    return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
+
+
+def _decode_jpeg(media: bytes) -> Tensor | None:
+    """[3, H, W] at full size, upright; None where Pillow is to have the last word."""
+    encoded = torch.frombuffer(bytearray(media), dtype=torch.uint8)
+    try:
+        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        return None
+
+
+def load_clip(
+    media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
+) -> Tensor:
+    """A crop of some frames of a clip, [T, 3, S, S] uint8; very large frames are shrunk as they
+    are decoded."""
+    # The smallest crop there can be: its area is at least crop_scale[0], its aspect within ASPECT.
+    smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
+    least = math.ceil(sample.resolution / smallest)
+    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+    frames = decoder.decode(media, choose_frames(sample.frames, data, rng), least).pixels
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
+    return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
+
+
+def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None) -> FrameChoice:
+    """The frames that a config asks for, in random places; without `rng` in the middle."""
+    settings = frames, data.frame_sampling, data.frame_rate, data.segment_seconds
+    if rng is None:
+        return FrameChoice(*settings)
+    return FrameChoice(*settings, start=rng.random(), offsets=tuple(rng.random(frames)))
+
+
+def random_crop(width: int, height: int, scale: list[float], rng: np.random.Generator) -> Box:
+    """A random crop's box by area and aspect; the centre crop when ten tries do not fit."""
+    area = width * height
+    for _ in range(10):
+        target = area * rng.uniform(scale[0], scale[1])
+        ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    return center_crop(width, height)
+
+
+def center_crop(width: int, height: int) -> Box:
+    """The largest centred square."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def _scale(box: Box, size: int) -> float:
+    """The smallest scale of decoding at which a crop has all the pixels that it is to have."""
+    return min(1.0, max(size / box[2], size / box[3]))
+
+
+def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
+    """A box of the full picture in a picture that was decoded smaller."""
+    height, width = pixels.shape[-2:]
+    if (width, height) == full:
+        return box
+    across, down = width / full[0], height / full[1]
+    left, top = min(round(box[0] * across), width - 1), min(round(box[1] * down), height - 1)
+    w, h = max(1, round(box[2] * across)), max(1, round(box[3] * down))
+    return left, top, min(w, width - left), min(h, height - top)
+
+
+def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
+    """Crop and resize [T, 3, H, W] in one bicubic pass; the result owns its memory."""
+    left, top, w, h = box
+    cropped = tv.crop(frames, top, left, h, w)
+    if (h, w) == (size, size):
+        return cropped.clone(memory_format=torch.contiguous_format)
+    bicubic = InterpolationMode.BICUBIC
+    return tv.resize(cropped, [size, size], bicubic, antialias=True).contiguous()

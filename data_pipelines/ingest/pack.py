@@ -1,0 +1,296 @@
+"""A user's own files as webdataset shards, the way img2dataset and video2dataset lay them out.
+
+The list of files is cut into shards by position, and each shard is written by one process: under
+another name first, renamed when it is whole. So what is there is finished, and the same command
+goes on where it was stopped. What a shard leaves out is in a file beside it, until all shards are
+there and these files become one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.ingest.listing import Item, list_items
+from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from xray.errors import ConfigError, DataError
+
+Progress = Callable[[int, int], None]
+Skipped = dict[str, str]  # key, file, cause, detail
+Job = tuple[int, list[Item]]  # a shard's number and its samples
+
+RECORD, SKIPPED = "pack.json", "pack_skipped.jsonl"
+OF_SHARDS = "pack_skipped.*.jsonl"  # the same by shard, until all shards are there
+LIMITS = {
+    "per_shard": (1, 10_000),
+    "short_side": (0, 16_384),
+    "quality": (1, 100),
+    "gop": (0, 10_000),
+    "crf": (0, 51),
+    "workers": (1, 1024),
+}
+
+
+@dataclass
+class PackConfig:
+    """How to pack."""
+
+    per_shard: int = 1000  # samples per tar, at most 10,000
+    short_side: int = 0  # shrink what has a larger short side; 0 = keep the bytes as they are
+    quality: int = 92  # of shrunk pictures: JPEG, or PNG where they have alpha
+    gop: int = 0  # re-encode clips as H.264 with a key frame every `gop` frames; 0 = keep them
+    crf: int = 20  # of re-encoded clips
+    workers: int = 2  # processes
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What is in the folder now; skipped: cause -> files; reused: shards of an earlier run.
+
+    classes: those that folders are named after; outside: files that lie in none of these.
+    """
+
+    shards: int
+    samples: int
+    skipped: dict[str, int]
+    reused: int
+    classes: int = 0
+    outside: tuple[str, ...] = ()
+
+
+def pack(
+    source: Path, out: Path, config: PackConfig, progress: Progress | None = None
+) -> PackReport:
+    """Write the shards that are missing; progress is called with (samples done, all samples).
+
+    Raises ConfigError for a wrong input, setting or folder, DataError where nothing is usable.
+    """
+    _check(source, out, config)
+    items = list_items(source)
+    if not items:
+        raise DataError(f"{source} holds no pictures or clips ({', '.join(IMAGE_EXTENSIONS)}, ...)")
+    _claim(out, items, config)
+    shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
+    known = _read_skipped(out)
+    tars = [_tar(out, number) for number in range(len(shards))]
+    reused = sum(tar.is_file() for tar in tars)
+    todo = [
+        (number, shard)
+        for number, shard in enumerate(shards)
+        if not tars[number].is_file() and len(known.get(number, ())) < len(shard)
+    ]
+    _run(todo, out, config, len(items), progress or (lambda done, total: None))
+    skipped = _merge_skipped(out)
+    if len(skipped) == len(items):
+        first = skipped[0]
+        raise DataError(
+            f"nothing in {source} can be used, e.g. {first['file']}: {first['cause']} "
+            f"({first['detail']}); see {out / SKIPPED}"
+        )
+    causes = Counter(record["cause"] for record in skipped)
+    written = sum(tar.is_file() for tar in tars)
+    classes = len({item.meta["label_name"] for item in items if "label_name" in item.meta})
+    outside = tuple(i.name for i in items if classes and i.listed and "label_name" not in i.meta)
+    return PackReport(written, len(items) - len(skipped), dict(causes), reused, classes, outside)
+
+
+def _check(source: Path, out: Path, config: PackConfig) -> None:
+    for name, (least, most) in LIMITS.items():
+        value = vars(config)[name]
+        if not least <= value <= most:
+            raise ConfigError(f"{name}={value}: use {least} to {most}")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: choose a folder to write to")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{out} lies inside {source}: choose a folder outside it")
+
+
+def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
+    """Make the folder one of this packing; refuse one that has shards of another."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.stamp().encode() + b"\n")
+    settings = asdict(config)
+    del settings["workers"]  # changes nothing in the shards
+    wanted = {"config": settings, "files": digest.hexdigest()}
+    out.mkdir(parents=True, exist_ok=True)
+    _remove(out, f"{TEMPORARY}*")
+    if not any(out.glob("*.tar")):
+        _remove(out, OF_SHARDS)
+        (out / SKIPPED).unlink(missing_ok=True)
+        _write(out / RECORD, json.dumps(wanted, indent=1) + "\n")
+        return
+    try:
+        held = json.loads((out / RECORD).read_text())
+        old = held["config"]
+        changes = [f"{k}: {old[k]} -> {v}" for k, v in settings.items() if old[k] != v]
+        changes += ["other files or metadata"] * (held["files"] != wanted["files"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{out} holds .tar files that are no packing: choose another folder"
+        ) from error
+    if changes:
+        raise ConfigError(
+            f"{out} holds another packing ({', '.join(changes)}): "
+            "choose another folder or delete it"
+        )
+
+
+def _tar(out: Path, shard: int) -> Path:
+    return out / f"{shard:05d}.tar"
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = _temporary(path)
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+
+
+def _read_skipped(out: Path) -> dict[int, list[Skipped]]:
+    """What is left out, by shard; a shard's own file is newer than the list of all."""
+    found: dict[int, list[Skipped]] = {}
+    if (out / SKIPPED).is_file():
+        for record in _read_lines(out / SKIPPED):
+            found.setdefault(int(record["key"][:-4]), []).append(record)
+    return found | {int(path.suffixes[0][1:]): _read_lines(path) for path in out.glob(OF_SHARDS)}
+
+
+def _read_lines(path: Path) -> list[Skipped]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_lines(path: Path, records: list[Skipped]) -> None:
+    _write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _merge_skipped(out: Path) -> list[Skipped]:
+    """One list for all shards, in order; a run that is killed in here does it again."""
+    records = [record for _, shard in sorted(_read_skipped(out).items()) for record in shard]
+    _write_lines(out / SKIPPED, records)
+    _remove(out, OF_SHARDS)
+    return records
+
+
+def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: Progress) -> None:
+    """Write shards in processes; whichever way it ends, only whole ones are left."""
+    done = total - sum(len(items) for _, items in jobs)
+    progress(done, total)
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    workers = min(config.workers, len(jobs))
+    try:
+        with watched, held, ProcessPoolExecutor(workers, context, _follow, (watched,)) as pool:
+            try:
+                futures = [pool.submit(_write_shard, *job, out, config) for job in jobs]
+                for future in as_completed(futures):
+                    done += future.result()
+                    progress(done, total)
+            except BaseException:
+                held.close()  # ends the workers in the middle of their shards
+                raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, maybe for memory: run the same command again, "
+            "with fewer workers"
+        ) from error
+    finally:
+        _remove(out, f"{TEMPORARY}*")
+
+
+def _follow(parent: Connection) -> None:
+    """Let a worker end when its parent does, however that ends; Ctrl-C is the parent's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            parent.recv()  # nothing is ever sent
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -> int:
+    """One tar, and the list of what it leaves out, which is there before the tar is."""
+    target = _tar(out, shard)
+    temporary = _temporary(target)
+    skipped: list[Skipped] = []
+    with temporary.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for number, item in enumerate(items):
+                key = f"{shard:05d}{number:04d}"
+                try:
+                    files = _sample(key, item, out, config)
+                except BadSample as error:
+                    detail = str(error).removeprefix(error.cause).removeprefix(": ")
+                    named = {"key": key, "file": item.name, "cause": error.cause}
+                    skipped.append({**named, "detail": detail})
+                    continue
+                for ending, content in sorted(files.items()):
+                    member = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
+                    member.size, member.mode = len(content), 0o444
+                    archive.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    _write_lines(out / OF_SHARDS.replace("*", f"{shard:05d}"), skipped)
+    if len(skipped) < len(items):
+        os.replace(temporary, target)
+    else:
+        temporary.unlink()  # a tar without samples cannot be read
+    return len(items)
+
+
+def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:
+    """The files of one sample by ending; raises BadSample where it has to be left out."""
+    ending = item.path.suffix[1:].lower()
+    if not item.listed:
+        raise BadSample("not in metadata", "no row names it")
+    if ending not in IMAGE_EXTENSIONS + VIDEO_EXTENSIONS:
+        raise BadSample("unsupported ending", f"convert it to {IMAGE_EXTENSIONS[0]} or mp4")
+    try:
+        data = item.path.read_bytes()
+    except OSError as error:
+        cause = "unreadable file" if item.path.is_file() else "missing file"
+        raise BadSample(cause, str(error.strerror)) from error
+    if ending in IMAGE_EXTENSIONS:
+        data, ending, facts = pack_picture(data, ending, config.short_side, config.quality)
+    else:
+        sizes = (config.short_side, config.gop, config.crf)
+        data, ending, facts = pack_clip(data, ending, *sizes, folder=out)
+    captions, meta = item.describe()
+    ours: dict[str, Any] = {"original_name": item.name, **facts}
+    ours["sha256"] = hashlib.sha256(data).hexdigest()
+    if captions:
+        ours["caption"] = captions[0]
+    if len(captions) > 1:
+        ours["captions"] = captions
+    record = {**ours, **meta, "key": key}
+    files = {ending: data, "json": json.dumps(record, default=str).encode()}
+    return files | ({"txt": captions[0].encode("utf-8", "replace")} if captions else {})

@@ -1,0 +1,183 @@
+"""Pictures and clips on their way into shards: checked to be whole, and shrunk where asked for.
+
+Bytes that need no change are kept as they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import (
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
+from data_pipelines.shards.bad_sample import BadSample
+
+Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, what is known of them
+TEMPORARY = ".packing."  # how the names of unfinished files begin
+
+
+@contextmanager
+def _decoding(cause: str) -> Iterator[None]:
+    """Whatever a decoder raises as BadSample, but for a full disk: that is not the sample's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BadSample:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Some messages name an object in memory or a temporary file: not the same twice.
+        if isinstance(error, UnidentifiedImageError):
+            detail: str | None = "not a picture"
+        else:
+            detail = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+        raise BadSample(cause, detail or type(error).__name__) from error
+
+
+def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Media:
+    """A picture, shrunk where its short side is larger than that (0 = never); raises BadSample.
+
+    An animated GIF or WebP is kept, which may be a clip to its readers.
+    """
+    with _decoding("undecodable image"):
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample("image too large", f"{image.width} x {image.height}")
+        if not 0 < short_side < min(image.size) or _moves(image):
+            image.load()
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
+            return data, ending, {"width": width, "height": height}
+        if image.has_transparency_data:
+            image, form, ending = ImageOps.exif_transpose(image).convert("RGBA"), "PNG", "png"
+        else:
+            image, form = decode_image(data), "JPEG"
+            ending = ending if ending in ("jpg", "jpeg") else "jpg"
+        scale = short_side / min(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, format=form, quality=quality)
+    return buffer.getvalue(), ending, {"width": width, "height": height}
+
+
+def _moves(image: Image.Image) -> bool:
+    """Whether to shrink it would leave one frame of many."""
+    kinds = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
+    return isinstance(image, kinds) and image.is_animated
+
+
+def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, folder: Path) -> Media:
+    """A clip whose first frame decodes, re-encoded to shrink it or to set its key frames.
+
+    folder: for a temporary file. Raises BadSample.
+    """
+    with _decoding("undecodable video"):
+        facts = _probe(data)
+        short = min(facts["width"], facts["height"])
+        shrink = 0 < short_side < short
+        if gop or shrink:
+            scale = short_side / short if shrink else 1.0
+            width, height = (
+                max(2, round(facts[side] * scale) // 2 * 2) for side in ("width", "height")
+            )
+            # A file: mp4 moves its index to the front by reading what it wrote.
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
+                _encode(data, file.name, (width, height), gop, crf)
+                data, ending = file.read(), "mp4"
+            facts = _probe(data)
+    return data, ending, facts
+
+
+def _probe(data: bytes) -> dict[str, Any]:
+    """Size of the upright frame, and what the container knows of the clip's length."""
+    with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            raise BadSample("undecodable video", "no video stream")
+        stream = container.streams.video[0]
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise BadSample("undecodable video", "no frames")
+        width, height = frame.width, frame.height
+        facts: dict[str, Any] = {"width": width, "height": height}
+        if _quarter_turns(frame) % 2:
+            facts = {"width": height, "height": width}
+        if stream.frames:
+            facts["num_frames"] = stream.frames
+        if stream.average_rate:
+            facts["fps"] = round(float(stream.average_rate), 3)
+        if container.duration:
+            facts["duration"] = round(container.duration / av.time_base, 3)
+        return facts
+
+
+def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int) -> None:
+    """All frames of a clip at their own times, upright, as H.264 without sound."""
+    options = {"crf": str(crf), "bf": "0"}  # no B-frames: each frame ends where it says
+    if gop:
+        options |= {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"}
+    flags = {"movflags": "+faststart"}
+    with av.open(io.BytesIO(data)) as source, av.open(target, "w", "mp4", options=flags) as sink:
+        given: Any = source.streams.video[0]
+        rate = given.average_rate or given.guessed_rate or 25
+        step = max(1, round(1 / float(rate) / float(given.time_base)))  # ticks of one frame
+        stream: Any = sink.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        _set_up(stream.codec_context, given)
+        first, last = None, -1
+        for frame in source.decode(given):
+            picture = _upright(frame, size)
+            pts = last + step if frame.pts is None else frame.pts
+            first = pts if first is None else first
+            last = max(last + 1, pts - first)
+            picture.pts, picture.time_base = last, given.time_base
+            sink.mux(stream.encode(picture))
+        sink.mux(stream.encode())
+
+
+def _set_up(encoder: Any, given: Any) -> None:
+    encoder.thread_count = 1  # the bytes depend on it
+    encoder.time_base = given.time_base
+    encoder.color_range = 1  # what _upright makes: 16 to 235
+    if given.codec_context.colorspace:  # 0 is RGB, which yuv420p is not
+        encoder.colorspace = given.codec_context.colorspace
+    encoder.color_primaries = given.codec_context.color_primaries
+    encoder.color_trc = given.codec_context.color_trc
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise turns that the container asks for."""
+    return round(frame.rotation / 90) % 4
+
+
+def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
+    """A frame at a size (width, height), turned as the container asks for."""
+    turns = _quarter_turns(frame)
+    width, height = size[::-1] if turns % 2 else size
+    form = "yuv444p" if turns else "yuv420p"  # three equal planes turn as one array
+    frame = frame.reformat(width, height, form, interpolation="BICUBIC", dst_color_range="MPEG")
+    if turns:
+        planes: Any = np.rot90(frame.to_ndarray(), turns, axes=(1, 2))
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), form)
+        frame = frame.reformat(format="yuv420p")
+    frame.pict_type = 0  # else the encoder repeats the source's key frames
+    return frame

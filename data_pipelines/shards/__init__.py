@@ -1,0 +1,1 @@
+"""Shards: webdataset tars with an index, side files, and remote copies."""

@@ -1,0 +1,288 @@
+"""A data source: a manifest, and which samples of its shards take part."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipelines.shards import meter
+from data_pipelines.shards.manifest import (
+    Manifest,
+    kept_of_remote,
+    open_manifest,
+    remote_index,
+    resolve,
+)
+from data_pipelines.shards.remote import ShardCache, is_remote
+from data_pipelines.shards.tar_index import (
+    Modality,
+    ShardIndex,
+    index_shard,
+    kept_at,
+    load_index,
+    media_extensions,
+    user_cache,
+)
+from xray import dist
+from xray.config import DataConfig
+from xray.errors import DataError
+
+OPEN_INDEXES = 128  # kept mapped per source and process
+EVICTIONS = 5  # of one shard, between its fetch and its opening, before the run gives up
+
+
+class Slots(Protocol):
+    """Which members of each shard have slots, and how many."""
+
+    counts: np.ndarray  # slots per shard, [S] int64
+    digest: str
+
+    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(members, copies) of a shard's slots."""
+
+    def texts(self, shard: int, slot: int) -> np.ndarray | None:
+        """Numbers of the captions that a slot's sample is to be used with, None = all."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a stage's transform gets: the files by ending, and what the plan says about them."""
+
+    files: dict[str, bytes]
+    source: str
+    modality: Modality
+    key: str
+    resolution: int
+    frames: int
+    animations: Modality = "image"  # what GIF and WebP count as
+    shard: int = 0
+    member: int = 0  # of the shard's index
+    copy: int = 0  # which of the sample's repeats in an epoch this is
+    texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of one modality and, per shard, the members that its slots stand for.
+
+    A slot is a place in the epoch. By default the slots of a shard are its members of the
+    modality, once each; `slots` says otherwise where a stage leaves some out or repeats some.
+    """
+
+    name: str
+    modality: Modality
+    animations: Modality
+    manifest: Manifest
+    cache: ShardCache | None = None
+    slots: Slots | None = field(default=None, repr=False)
+    classes: tuple[str, ...] = ()  # names of the numbered classes, where the samples come with them
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Slots per shard, [S]."""
+        if self.slots is not None:
+            return self.slots.counts
+        return self.manifest.counts(self.modality, self.animations)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum(dtype=np.int64))
+
+    def with_slots(self, slots: Slots) -> Source:
+        """The same shards with another slot map."""
+        return replace(self, slots=slots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}  # no open files
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._opened(shard)[0]
+
+    @functools.cached_property
+    def _opened(self) -> functools._lru_cache_wrapper[tuple[ShardIndex, np.ndarray]]:
+        return functools.lru_cache(maxsize=OPEN_INDEXES)(self._open)
+
+    def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
+        path = self.manifest.path(shard)
+        size = int(self.manifest.columns["sizes"][shard])
+        if self.cache is not None:
+            index = remote_index(path, self.cache, size, self.manifest.checksum(shard))
+        else:  # not looked at again: the manifest was compared with the tars when it was opened
+            wanted = self.manifest.columns["digests"][shard].tobytes().hex()
+            found = [load_index(path, kept) for kept in kept_at(Path(f"{path}.index"))]
+            current = [i for i in found if i is not None and i.facts["digest"] == wanted]
+            index = current[0] if current else index_shard(path)
+        if index.facts["digest"] != self.manifest.columns["digests"][shard].tobytes().hex():
+            raise DataError(f"shard {path} changed since it was indexed: restart the run")
+        return index, index.members_with(media_extensions(self.modality, self.animations))
+
+    def member(self, shard: int, slot: int) -> int:
+        """The member that a slot stands for."""
+        return int(self.members(shard)[slot])
+
+    def members(self, shard: int) -> np.ndarray:
+        """The members of all slots of a shard."""
+        return self._opened(shard)[1] if self.slots is None else self.slots.of(shard)[0]
+
+    def derived(self, name: str, shard: int | None = None) -> Path:
+        """Where to write what was derived from a shard, or from all: beside it, as its index is."""
+        return self.derived_at(name, shard)[-1]
+
+    def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
+        """Where that may be: whoever may write there has written it, or this user elsewhere."""
+        these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
+        where = these if shard is None else self.manifest.path(shard)
+        if self.cache is not None:
+            return [kept_of_remote(where, self.cache, name)]
+        return kept_at(Path(f"{where}.{name}"))
+
+    def read(
+        self, shard: int, member: int, extensions: Sequence[str] | None = None
+    ) -> dict[str, bytes]:
+        """The files of one member; a remote tar is fetched first. Raises DataError."""
+        index = self.index(shard)
+        for _ in range(EVICTIONS):
+            try:
+                return index.read(member, extensions, self._local(shard))
+            except FileNotFoundError as error:  # a remote tar: evicted in between
+                if self.cache is None:
+                    raise DataError(f"shard {index.path} does not exist any more") from error
+        raise DataError(
+            f"shard {index.path} is evicted before it can be read: raise data.cache_gb, or lower "
+            "data.lanes or data.shuffle_shards"
+        )
+
+    def _local(self, shard: int) -> str:
+        """Where the tar can be read: a remote one's copy, fetched if need be."""
+        if self.cache is None:
+            return ""
+        size = int(self.manifest.columns["sizes"][shard])
+        misses = self.cache.misses
+        local = self.cache.fetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+        meter.count("miss" if self.cache.misses > misses else "hit", 1)
+        return str(local)
+
+    def prefetch(self, shard: int) -> None:
+        """Begin to fetch a remote tar; nothing for a local one."""
+        if self.cache is not None:
+            size = int(self.manifest.columns["sizes"][shard])
+            self.cache.prefetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+
+    def sample(
+        self, shard: int, member: int, resolution: int, frames: int, slot: int | None = None
+    ) -> Sample:
+        """Read one member of one shard, all its files; with its slot, as what that is."""
+        files, key = self.read(shard, member), self.index(shard).key(member)
+        kind = self.modality, key, resolution, frames, self.animations
+        sample = Sample(files, self.name, *kind, shard, member)
+        if self.slots is None or slot is None:
+            return sample
+        copy, texts = int(self.slots.of(shard)[1][slot]), self.slots.texts(shard, slot)
+        return replace(sample, copy=copy, texts=None if texts is None else tuple(texts.tolist()))
+
+    def identity(self, shard: int, member: int) -> str:
+        """What a sample's own draws are seeded by: the names of its shard and itself.
+
+        Where the shards are, and what their source is called, changes none of them.
+        """
+        return f"{self.manifest.name(shard).rpartition('/')[2]}\0{self.index(shard).key(member)}"
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(shard, member) of every slot, in order."""
+        for shard in range(len(self.manifest)):
+            for member in self.members(shard).tolist():
+                yield shard, member
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 over what the samples are: keys, sizes and the slot map, not their folder."""
+        kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
+        state = hashlib.sha256(kind.encode())
+        if self.slots is not None:
+            state.update(self.slots.digest.encode())
+        return state.hexdigest()
+
+
+def open_source(
+    name: str,
+    pattern: str,
+    modality: Modality,
+    root: str = "",
+    animations: Modality = "image",
+    cache: ShardCache | None = None,
+    verify: bool = True,
+) -> Source:
+    """Open a source's manifest; raises DataError for shards that cannot be used."""
+    where = resolve(pattern, root)
+    if is_remote(where):
+        cache = cache or make_cache(DataConfig())
+    try:
+        manifest = open_manifest(where, cache, verify)
+    except DataError as error:
+        raise DataError(f"source {name!r}: {error}") from error
+    source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)
+    if source.cache is not None and len(manifest):
+        _check_cache_holds(source)
+    empty = np.flatnonzero(source.counts == 0)
+    if len(empty):
+        index = source.index(int(empty[0]))
+        raise DataError(
+            f"shard {index.path} of source {name!r} has no {modality} files, only "
+            f"{', '.join(index.extensions)}: correct its shards or its modality"
+        )
+    return source
+
+
+def _check_cache_holds(source: Source) -> None:
+    assert source.cache is not None
+    largest = int(source.manifest.columns["sizes"].max())
+    if largest > source.cache.limit:
+        raise DataError(
+            f"a shard of source {source.name!r} has {largest / 1e9:.1f} GB, more than the whole "
+            f"cache: raise data.cache_gb above {source.cache.limit / 1e9:g}"
+        )
+
+
+def make_cache(data: DataConfig) -> ShardCache:
+    """The cache of remote shards that a config asks for."""
+    folder = Path(data.cache) if data.cache else user_cache("shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
+
+
+def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
+    """The sources that a run's blocks use; rank 0 indexes first, the others open its manifest."""
+    remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
+    cache = make_cache(data) if remote else None
+
+    def open_all() -> dict[str, Source]:
+        found = {}
+        for name in names:
+            config = data.sources[name]
+            kinds = config.modality, data.root, config.animations
+            try:
+                found[name] = open_source(name, config.shards, *kinds, cache, verify=dist.is_main())
+            except DataError as error:
+                raise DataError(f"data.sources.{name}: {error}") from error
+        return found
+
+    sources = dist.main_first(open_all)
+    check_same_on_all_ranks(sources)
+    return sources
+
+
+def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
+    """Raise DataError where hosts see other shards: their plans would differ without a word."""
+    everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})
+    for name, source in sources.items():
+        ranks = [rank for rank, digests in enumerate(everyone) if digests[name] != source.digest]
+        if any(digests[name] != everyone[0][name] for digests in everyone):
+            raise DataError(
+                f"source {name!r} is not the same on all hosts (ranks {ranks[:4]} see other shards "
+                f"than rank {dist.rank()}): make their copies of {source.manifest.folder} equal"
+            )

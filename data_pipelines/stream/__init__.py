@@ -1,0 +1,1 @@
+"""The data stream: which samples a step has, and the loader that reads them."""

@@ -1,0 +1,51 @@
+"""Samples that are not to be tried again: their decode had to be killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipelines.stream.sampling import SamplePlan
+from xray.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample by names, which outlive a new index."""
+
+    source: str
+    shard: str
+    key: str
+    cause: str
+
+
+def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
+    """Have the plans pass over these samples; a name that is not there any more is ignored."""
+    entries = list(entries)
+    numbers = {
+        name: {text: number for number, text in enumerate(plans[name].source.manifest.names)}
+        for name in {entry.source for entry in entries} & plans.keys()
+    }
+    for entry in entries:
+        shard = numbers.get(entry.source, {}).get(entry.shard)
+        if shard is None:
+            continue
+        plan = plans[entry.source]
+        keys = plan.source.index(shard).keys
+        if entry.key in keys:
+            plan.quarantine.setdefault(shard, set()).add(keys.index(entry.key))
+
+
+def save(entries: Iterable[Entry], path: Path) -> None:
+    path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
+
+
+def load(path: Path) -> list[Entry]:
+    """The entries in a file, [] where there is none; raises ArtifactError."""
+    try:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [Entry(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error

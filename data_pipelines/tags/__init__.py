@@ -1,0 +1,1 @@
+"""Tags of samples: their reader, vocabulary, balance and matching."""

@@ -1,0 +1,309 @@
+"""The tags that a head can tell, with their counts and other spellings."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import (
+    Columns,
+    open_first,
+    pack_texts,
+    save_columns,
+    unpack_texts,
+)
+from data_pipelines.shards.process_pool import Progress, over_shards
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.tags.reader import (
+    Origin,
+    TagReader,
+    TagRules,
+    aliases_in,
+    canonical,
+    read_list,
+    singulars,
+    stop_list,
+)
+from xray.config.identity import hash_json
+from xray.errors import ArtifactError, ConfigError, DataError
+
+EXAMPLES = 1000  # dropped tags that are kept by name, of each reason
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tags by descending count; a tag's id is its place.
+
+    counts: samples that have it. aliases: its other spellings. settings: what it was built with.
+    """
+
+    tags: tuple[str, ...]
+    counts: tuple[int, ...]
+    aliases: tuple[tuple[str, ...], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Every spelling's id."""
+        found = {alias: i for i, names in enumerate(self.aliases) for alias in names}
+        return found | {tag: i for i, tag in enumerate(self.tags)}
+
+    @property
+    def digest(self) -> str:
+        """What the ids mean, whatever the counts."""
+        return hash_json([list(self.tags), [list(names) for names in self.aliases]])
+
+    def encode(self, tags: Iterable[str]) -> list[int]:
+        """Ids of the tags that are in the vocabulary, each once."""
+        found = (self.ids.get(tag) for tag in tags)
+        return list(dict.fromkeys(number for number in found if number is not None))
+
+    def reader(self, rules: TagRules) -> TagReader:
+        """What finds this vocabulary's tags in samples."""
+        return TagReader(rules.field, {}, self.ids)
+
+    def save(self, path: Path) -> None:
+        rows = [
+            {"id": i, "name": tag, "count": count, "aliases": list(names)}
+            for i, (tag, count, names) in enumerate(
+                zip(self.tags, self.counts, self._all_aliases(), strict=True)
+            )
+        ]
+        content = {"tags": rows, "settings": dict(self.settings), "sha256": self.digest}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+
+    def _all_aliases(self) -> Sequence[tuple[str, ...]]:
+        return self.aliases or ((),) * len(self)
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read a vocabulary; raises ArtifactError when it is missing, empty or changed."""
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            rows, expected = content["tags"], content["sha256"]
+            aliases = tuple(tuple(r.get("aliases", ())) for r in rows)
+            result = cls(
+                tuple(r["name"] for r in rows),
+                tuple(r["count"] for r in rows),
+                aliases if any(aliases) else (),
+                content.get("settings", {}),
+            )
+        except FileNotFoundError as error:
+            raise ArtifactError(f"the vocabulary {path} does not exist") from error
+        except UnicodeDecodeError as error:
+            raise ArtifactError(
+                f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} is not a vocabulary ({error!r}): make one with xray data tags"
+            ) from error
+        if not rows:
+            raise ArtifactError(f"the vocabulary {path} is empty")
+        if result.digest != expected:
+            raise ArtifactError(f"{path} was changed: its tags do not match its sha256")
+        return result
+
+
+@dataclass
+class TagCounts:
+    """How many samples have a tag, and which share a plural and its singular."""
+
+    samples: int = 0
+    tagged: int = 0
+    tags: Counter[str] = field(default_factory=Counter)
+    both: Counter[tuple[str, str]] = field(default_factory=Counter)  # (plural, singular)
+
+    def add(self, tags: Sequence[str]) -> None:
+        """Count a sample."""
+        self.samples += 1
+        self.tagged += bool(tags)
+        self.tags.update(tags)
+        own = set(tags)
+        self.both.update((tag, one) for tag in tags for one in singulars(tag) if one in own)
+
+    def join(self, other: TagCounts) -> None:
+        """Add another's counts."""
+        self.samples += other.samples
+        self.tagged += other.tagged
+        self.tags.update(other.tags)
+        self.both.update(other.both)
+
+    def columns(self) -> Columns:
+        """As columns of a file."""
+        tags, tag_ends = pack_texts(self.tags)
+        pairs, pair_ends = pack_texts(tag for pair in self.both for tag in pair)
+        return {
+            "sizes": np.array([self.samples, self.tagged], np.int64),
+            "tags": tags,
+            "tag_ends": tag_ends,
+            "counts": np.array([*self.tags.values()], np.int64),
+            "pairs": pairs,
+            "pair_ends": pair_ends,
+            "pair_counts": np.array([*self.both.values()], np.int64),
+        }
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray]) -> TagCounts:
+        """From such columns."""
+        samples, tagged = columns["sizes"].tolist()
+        tags = unpack_texts(columns["tags"], columns["tag_ends"])
+        names = iter(unpack_texts(columns["pairs"], columns["pair_ends"]))
+        pairs = list(zip(names, names, strict=True))
+        return cls(
+            samples,
+            tagged,
+            Counter(dict(zip(tags, columns["counts"].tolist(), strict=True))),
+            Counter(dict(zip(pairs, columns["pair_counts"].tolist(), strict=True))),
+        )
+
+
+@dataclass(frozen=True)
+class TagCounter:
+    """Counts the tags of a shard; sent to the processes that do it."""
+
+    source: Source
+    origin: Origin
+    rules: TagRules
+    captions: dict[str, float]
+
+    def __call__(self, shard: int) -> TagCounts:
+        reader, counts = self._reader, TagCounts()
+        for member in self.source.members(shard).tolist():
+            try:
+                files = self.source.read(shard, member, TEXT_FILES)
+                tags = reader.tags_of(files, self.origin, self.captions)
+            except BadSample:
+                tags = []
+            counts.add(tags)
+        return counts
+
+    @property
+    def _reader(self) -> TagReader:
+        return raw_reader(self.rules.field, self.rules.aliases, self.rules.concepts)
+
+
+@functools.lru_cache(maxsize=4)
+def raw_reader(field: str, aliases: str, concepts: str) -> TagReader:
+    """What finds tags before there is a vocabulary; raises ConfigError for a file's mistakes."""
+    known = aliases_in(read_list(aliases, "aliases"), "aliases") if aliases else {}
+    if not concepts:
+        return TagReader(field, known)
+    rows = read_list(concepts, "concepts")
+    names = {canonical(name) for row in rows for name in row}
+    return TagReader(field, aliases_in(rows, "concepts") | known, names)
+
+
+def count_tags(
+    source: Source,
+    origin: Origin,
+    rules: TagRules,
+    workers: int = 1,
+    progress: Progress | None = None,
+    captions: Mapping[str, float] | None = None,
+) -> TagCounts:
+    """Tags of all samples of a source, by shard in parallel; kept beside the shards' indexes.
+
+    captions: the json fields of `tags: caption_...` (`read_captions`).
+    """
+    if origin == "concepts" and not rules.concepts:
+        raise ConfigError("tags=concepts looks for the entries of a list: set concepts=FILE")
+    reader = raw_reader(rules.field, rules.aliases, rules.concepts)
+    work = TagCounter(source, origin, rules, dict(captions or {}))
+    facts = {"source": source.digest, "tags": origin, "captions": work.captions, **reader.facts}
+    name = f"tags-{hash_json(facts)[:12]}"
+    kept, _ = open_first(source.derived_at(name), facts)
+    if kept:
+        return TagCounts.of(kept)
+    counts = TagCounts()
+    found = over_shards(work, len(source.manifest), workers)
+    for more in progress(found, len(source.manifest)) if progress else found:
+        counts.join(more)
+    save_columns(source.derived(name), counts.columns(), facts)
+    return counts
+
+
+@dataclass
+class Dropped:
+    """Tags that are not in a vocabulary: how many, how often they occur, and the first of them."""
+
+    tags: int = 0
+    samples: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)
+
+    def add(self, tag: str, count: int) -> None:
+        self.tags += 1
+        self.samples += count
+        if len(self.first) < EXAMPLES:
+            self.first.append((tag, count))
+
+
+def build_vocabulary(
+    counts: TagCounts, rules: TagRules, where: str, settings: Mapping[str, Any] | None = None
+) -> tuple[Vocabulary, dict[str, Dropped]]:
+    """The most frequent tags, and what was left out by reason.
+
+    where: the sources, for the message. Raises DataError when no tag is frequent enough.
+    """
+    merged, plurals = _merge_plurals(counts) if rules.plurals else (counts.tags, {})
+    spellings: dict[str, list[str]] = {}
+    files = [(rules.aliases, "aliases"), (rules.concepts, "concepts")]
+    known = [pair for path, key in files if path for pair in _alias_pairs(path, key)]
+    for alias, tag in [*known, *plurals.items()]:
+        spellings.setdefault(plurals.get(tag, tag), []).append(alias)
+    stop = stop_list(rules.stop)
+    dropped: dict[str, Dropped] = {}
+    kept: list[tuple[str, int]] = []
+    for tag, count in sorted(merged.items(), key=lambda item: (-item[1], item[0])):
+        reason = ""
+        if tag in stop:
+            reason = "in the stop list"
+        elif count < rules.min_count:
+            reason = f"in fewer than {rules.min_count} samples"
+        elif len(kept) >= rules.max_size:
+            reason = f"beyond the {rules.max_size:,} most frequent"
+        if reason:
+            dropped.setdefault(reason, Dropped()).add(tag, count)
+        else:
+            kept.append((tag, count))
+    if not kept:
+        raise DataError(
+            f"no tag occurs in {rules.min_count} samples of {where} ({counts.tagged:,} of "
+            f"{counts.samples:,} have a tag): lower min_count, look for tags elsewhere "
+            "(data.sources.NAME.tags=hashtags, caption_hashtags, caption_words or concepts), or "
+            "leave the hashtag stage out"
+        )
+    tags, numbers = zip(*kept, strict=True)
+    aliases = tuple(tuple(sorted(set(spellings.get(tag, ())))) for tag in tags)
+    facts = {"samples": counts.samples, "tagged": counts.tagged, **(settings or {})}
+    vocabulary = Vocabulary(tags, numbers, aliases if any(aliases) else (), facts)
+    return vocabulary, dropped
+
+
+def _alias_pairs(path: str, key: str) -> Iterable[tuple[str, str]]:
+    return aliases_in(read_list(path, key), key).items()
+
+
+def _merge_plurals(counts: TagCounts) -> tuple[Counter[str], dict[str, str]]:
+    """Counts with plurals added to their singulars, and plural -> singular."""
+    merged, plurals = Counter(counts.tags), {}
+    for tag in counts.tags:
+        one = max(singulars(tag), key=lambda s: (counts.tags.get(s, 0), s), default="")
+        if counts.tags.get(one, 0) > 0:
+            plurals[tag] = one
+    for tag in sorted(plurals, key=len, reverse=True):
+        one = plurals[tag]
+        merged[one] += merged.pop(tag) - counts.both[(tag, one)]
+    return merged, {tag: plurals.get(one, one) for tag, one in plurals.items()}

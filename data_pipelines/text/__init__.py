@@ -1,0 +1,1 @@
+"""Captions of samples, and stored sentence vectors."""

@@ -1,0 +1,104 @@
+"""The losses of the earlier stages beside the contrastive one: all of them in one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.shards.sidecar import Sidecar
+from data_pipelines.shards.source import Sample, Source
+from data_pipelines.tags.labels import Labeller, label, mean_frequency, tag_frequency
+from stages.base import Batch, VisionModule, sketch
+from stages.hashtag import HashtagStage, pad_labels, tag_targets
+from stages.mae import make_decoder, masking, reconstruct
+from xray.losses.tags import TagLoss
+from xray.models.heads import TagHead
+
+
+class AuxiliaryLosses(nn.Module):
+    """MAE's decoder and the tag head, where their weights are above 0; losses per sample.
+
+    config: a run's, with the sections of the mae and hashtag stages. They are not handed on.
+    """
+
+    def __init__(self, config: Any, vision: Any, tags: int) -> None:
+        super().__init__()
+        self.mae, self.hashtag = config.mae, config.hashtag
+        self.decoder = make_decoder(self.mae, vision) if config.clip.mae_weight else None
+        self.tag_head = TagHead(vision.embed_dim, tags) if config.clip.hashtag_weight else None
+        self.tag_loss = TagLoss(self.hashtag.loss, self.hashtag.smoothing, self.hashtag.chunk)
+
+    def forward(
+        self, module: VisionModule, batch: Batch, pixels: Tensor, cls: Tensor, progress: float
+    ) -> dict[str, Tensor]:
+        """mae_loss and hashtag_loss, [B] each; 0 for a sample without tags."""
+        found = {}
+        if self.decoder is not None:
+            noise = batch["mask_noise"]
+            given = reconstruct(module, self.decoder, self.mae, pixels, noise, progress)
+            error = (given["predictions"].float() - given["targets"].float()).square().mean(dim=-1)
+            found["mae_loss"] = (error * given["mask"]).sum(dim=1) / given["mask"].sum(dim=1)
+        if self.tag_head is not None:
+            tags, weights = batch["tags"], batch["weights"]
+            targets = tag_targets(weights, self.hashtag.loss)
+            losses, _ = self.tag_head(cls, lambda x, w, b: self.tag_loss(x, w, b, tags, targets))
+            found["hashtag_loss"] = losses * (weights.sum(dim=1) > 0)
+        return found
+
+
+class AuxiliaryData:
+    """What the auxiliary losses need of each sample: noise of the masks, tags."""
+
+    def __init__(self, config: Any, sources: dict[str, Source]) -> None:
+        self.config = config
+        self.tags = 0
+        if config.clip.hashtag_weight:
+            self.vocabulary = HashtagStage(config).find_vocabulary(sources)
+            self.tags = len(self.vocabulary)
+            self.labels = {name: self._label(source) for name, source in sources.items()}
+            seen = [
+                (block.samples, tag_frequency(self.labels[block.source], self.tags))
+                for block in config.blocks
+            ]
+            self.frequency = torch.from_numpy(mean_frequency(seen))
+        if config.clip.mae_weight:
+            self.geometry = sketch(config).geometry
+
+    def _label(self, source: Source) -> Sidecar:
+        own, data = self.config.data.sources[source.name], self.config.data
+        options, captions = self.config.hashtag, own.captions
+        work = Labeller(source, own.tags, options, self.vocabulary, captions=captions)
+        return label(work, data.workers)
+
+    def start(self, losses: AuxiliaryLosses) -> None:
+        """Begin with what is known of the tags."""
+        if losses.tag_head is not None:
+            losses.tag_head.expect(self.frequency, self.config.hashtag.loss == "softmax")
+
+    def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
+        found: Batch = {}
+        if self.config.clip.mae_weight:
+            grid = self.geometry.grid(len(pixels), *pixels.shape[-2:])
+            size = masking(self.config.mae).noise_size(grid)
+            draw = rng if rng is not None else np.random.default_rng(0)
+            found["mask_noise"] = torch.from_numpy(draw.random(size, dtype=np.float32))
+        if self.tags:
+            labels = self.labels[sample.source]
+            for name, column in (("tags", "ids"), ("weights", "weights")):
+                row = labels.row(sample.shard, sample.member, column)
+                found[name] = torch.tensor(row, dtype=torch.long if name == "tags" else None)
+        return found
+
+    def collate(self, rows: Sequence[Batch]) -> Batch:
+        found: Batch = {}
+        if self.config.clip.mae_weight:
+            found["mask_noise"] = torch.stack([row["mask_noise"] for row in rows])
+        return {**found, **pad_labels(rows)} if self.tags else found
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what they depend on."""
+        return {"vocabulary": self.vocabulary.digest} if self.tags else {}

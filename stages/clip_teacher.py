@@ -1,0 +1,135 @@
+"""A teacher of the clip stage: a clip artifact, or a model of open_clip where that is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xray.artifacts.artifact import open_artifact
+from xray.artifacts.encoders import Encoder
+from xray.artifacts.language_model import text_config
+from xray.config.schedule import value_at
+from xray.errors import ArtifactError, ConfigError, brief
+from xray.files import sha256_file
+
+OPEN_CLIP = "open_clip:"  # open_clip:MODEL:WEIGHTS, a file or one of its tags
+Tokens = dict[str, Tensor]
+
+
+class Teacher(Protocol):
+    """Reads captions by its own tokenizer, and pixels at its own size."""
+
+    digest: str
+    scale: float
+
+    def tokens(self, captions: Sequence[str]) -> Tokens:
+        """Captions of one sample -> what it reads, [C, L]; in loader workers."""
+
+    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+        """[C, L] of each sample -> [B, C, longest L]."""
+
+    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """[B, T, 3, H, W] uint8 and tokens -> images [B, E] and texts [B, C, E], normalised."""
+
+
+def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
+    """A teacher by an artifact's folder or URL, or open_clip:MODEL:WEIGHTS; raises ConfigError.
+
+    llm: the run's own, which an artifact's may be where it is not at its place any more.
+    """
+    if name.startswith(OPEN_CLIP):
+        return OpenClip(name, device)
+    return FromArtifact(name, device, llm)
+
+
+class FromArtifact:
+    """A clip artifact that teaches."""
+
+    def __init__(self, path: str, device: torch.device, llm: str = "") -> None:
+        try:
+            artifact = open_artifact(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"clip.teacher: {error}") from error
+        if artifact.stage != "clip":
+            raise ArtifactError(
+                f"clip.teacher={path} is of stage {artifact.stage}: a clip artifact can teach, or "
+                f"{OPEN_CLIP}MODEL:WEIGHTS"
+            )
+        theirs = Path(text_config(artifact).llm)
+        if theirs.is_absolute() and not theirs.exists():
+            artifact = dataclasses.replace(artifact, llm=llm)
+        self.encoder = Encoder(artifact).to(device)
+        self.digest, self.scale = artifact.digest, float(self.encoder.logit_scale)
+        self.side = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)
+
+    def tokens(self, captions: Sequence[str]) -> Tokens:
+        return self.encoder.tokenizer(captions)
+
+    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+        return self.encoder.tokenizer.pad(rows)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        sized = resized(pixels, (self.side, self.side))
+        return self.encoder.image_features(sized), self.encoder.text_features(tokens)
+
+
+class OpenClip:
+    """A model of open_clip that teaches; a clip's feature is the mean of its frames'."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ConfigError(f"clip.teacher={name} needs pip install open_clip_torch") from error
+        model, _, weights = name.removeprefix(OPEN_CLIP).partition(":")
+        if not weights:
+            raise ConfigError(f"clip.teacher={name} must be {OPEN_CLIP}MODEL:WEIGHTS")
+        try:
+            self.model: Any = open_clip.create_model(model, pretrained=weights).to(device).eval()
+            self.tokenizer = open_clip.get_tokenizer(model)
+        except Exception as error:  # an unknown model, no file, no network
+            raise ConfigError(f"clip.teacher={name} cannot be loaded: {brief(error)}") from error
+        self.model.requires_grad_(False)
+        self.digest = sha256_file(Path(weights)) if Path(weights).is_file() else name
+        self.scale = float(self.model.logit_scale.exp())
+        visual = self.model.visual
+        shape = (1, 3, 1, 1)
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(shape)
+            for values in (visual.image_mean, visual.image_std)
+        )
+        size = visual.image_size
+        self.size = size if isinstance(size, tuple) else (size, size)
+
+    def tokens(self, captions: Sequence[str]) -> Tokens:
+        return {"input_ids": self.tokenizer(list(captions))}
+
+    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+        return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        frames = resized(pixels, self.size).flatten(0, 1).float().div(255)
+        frames = (frames - self.mean) / self.std
+        image = F.normalize(self.model.encode_image(frames).float(), dim=-1)
+        image = F.normalize(image.unflatten(0, pixels.shape[:2]).mean(dim=1), dim=-1)
+        ids = tokens["input_ids"]
+        text = F.normalize(self.model.encode_text(ids.flatten(0, 1)).float(), dim=-1)
+        return image, text.unflatten(0, ids.shape[:2])
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, T, 3, H, W] uint8 at another size, as uint8 again."""
+    if pixels.shape[-2:] == size:
+        return pixels
+    flat = F.interpolate(
+        pixels.flatten(0, 1).float(), size, mode="bicubic", antialias=True, align_corners=False
+    )
+    return flat.round_().clamp_(0, 255).to(torch.uint8).unflatten(0, pixels.shape[:2])

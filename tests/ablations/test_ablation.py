@@ -1,0 +1,327 @@
+"""`xray ablate`: one run end to end, its numbers, and what its file may not say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ablation_files import load, write
+from child_process import RECIPE, clean_environment
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, compare
+from xray.ablations.report import Page
+from xray.ablations.trials import Trial, load_ablation, samples_of, stage_runs
+from xray.commands.main import app
+from xray.config import loading as cfg
+from xray.errors import ConfigError
+
+
+def one_thread(*command: str) -> subprocess.CompletedProcess[str]:
+    """xray with sums in one order: those of more threads differ in the last bits."""
+    return subprocess.run(
+        [sys.executable, "-m", "xray", *command],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        env=clean_environment(OMP_NUM_THREADS="1"),
+    )
+
+
+def arguments(folder: Path, demo: Path) -> list[str]:
+    file = write(folder / "tiny.yaml")
+    return ["ablate", file, f"data.root={demo}", f"out={folder / 'out'}", "jobs=2"]
+
+
+# end to end ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms, two seeds: killed with all its runs once training had begun, then gone on with."""
+    folder = tmp_path_factory.mktemp("ablation")
+    command = [sys.executable, "-m", "xray", *arguments(folder, demo)]
+    with (folder / "log").open("wb") as log:
+        env = clean_environment(OMP_NUM_THREADS="1")
+        running = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    until = time.monotonic() + 800
+    while not list(folder.glob("out/stages/mae-*/checkpoints/step_*/COMPLETE")):
+        assert running.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not list(folder.glob("out/runs/*/*/done.json"))
+    again = one_thread(*arguments(folder, demo))
+    assert again.returncode == 0, again.stderr
+    assert "Difference to all_tokens" in again.stdout
+    logs = [path.read_text() for path in folder.glob("out/runs/*/*/log.txt")]
+    assert any("continues from" in log or "is finished" in log for log in logs)
+    return folder / "out"
+
+
+def test_shared_parents_are_trained_once(done: Path) -> None:
+    stages = sorted(path.name.split("-")[0] for path in (done / "stages").iterdir())
+    assert stages == ["clip"] * 4 + ["mae"] * 2  # of each seed: two clips after one mae
+    manifests = [
+        json.loads((path / "artifact" / "manifest.json").read_text())
+        for path in (done / "stages").glob("clip-*")
+    ]
+    parents = [manifest["parents"]["vision"]["manifest"] for manifest in manifests]
+    assert sorted(map(parents.count, parents)) == [2, 2, 2, 2]
+    for folder in (done / "stages").glob("mae-*"):  # every step is done once, over both processes
+        rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+        assert rows == list(range(1, 7))
+
+
+def test_an_arm_is_the_recipe_run_by_itself(demo: Path, done: Path, tmp_path: Path) -> None:
+    settings = ["clip.model.keep_rate=0.5", "seed=1", "stages=[mae,clip]"]
+    settings += ["eval.zero_shot.shards=''", f"data.root={demo}", f"out={tmp_path}"]
+    alone = one_thread("run", RECIPE, *settings)
+    assert alone.returncode == 0, alone.stderr
+    recipe = cfg.read_yaml(done / "runs" / "half" / "seed_1" / "recipe.yaml")
+    for stage in ("mae", "clip"):
+        files = sorted((tmp_path / stage / "artifact").glob("*.safetensors"))
+        assert files
+        for file in files:
+            one = load_file(file)
+            two = load_file(Path(recipe[stage]["out"]) / "artifact" / file.name)
+            assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    results = (done / "runs" / "half" / "seed_1" / "results.json").read_text()
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(results)
+
+
+def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
+    metric = "retrieval.text_to_image_R@5"
+    values = {
+        arm: [
+            json.loads((done / "runs" / arm / f"seed_{seed}" / "results.json").read_text())[
+                "retrieval"
+            ]["text_to_image_R@5"]
+            for seed in (0, 1)
+        ]
+        for arm in ("all_tokens", "half")
+    }
+    facts = json.loads((done / "ablation.json").read_text())
+    for arm, own in values.items():
+        cell = facts["arms"][arm]["metrics"][metric]
+        assert cell["n"] == 2 and cell["mean"] == pytest.approx(statistics.mean(own))
+        assert cell["std"] == pytest.approx(statistics.stdev(own))
+    differences = [b - a for a, b in zip(*values.values(), strict=True)]
+    cell = facts["arms"]["half"]["metrics"][metric]
+    assert cell["difference"] == pytest.approx(statistics.mean(differences))
+    d = statistics.stdev(differences)
+    if d > 0:  # Student's t with one degree of freedom is Cauchy's
+        t = statistics.mean(differences) / (d / math.sqrt(2))
+        assert cell["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)))
+    else:
+        assert cell["p"] == (None if any(differences) else 1.0)
+    assert cell["pairs"] == 2
+    with (done / "table.csv").open() as file:
+        rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(file)}
+    assert float(rows["half", metric]["mean"]) == pytest.approx(statistics.mean(values["half"]))
+    centre, spread = (100 * f(values["half"]) for f in (statistics.mean, statistics.stdev))
+    shown = f"{centre:.1f} ± {spread:.1f}"
+    page = (done / "report.html").read_text()
+    assert shown in page and "http" not in page
+    lines = (done / "tables.md").read_text().splitlines()
+    assert any(line.startswith("| half | 2 | ") and f" {shown} |" in line for line in lines)
+    assert "**Difference to " in "".join(lines) and lines[-1].startswith("± is the standard")
+
+
+def test_a_run_has_a_report_of_what_it_has(done: Path) -> None:
+    page = (done / "runs" / "half" / "seed_0" / "report.html").read_text()
+    assert "Pictures found for captions" in page and "MAE reconstructions" in page
+    assert "Zero-shot classes" not in page and "Likeliest tags" not in page  # not asked, not there
+
+
+def test_costs_are_the_stages(done: Path) -> None:
+    facts = json.loads((done / "ablation.json").read_text())
+    for run in facts["runs"]:
+        assert run["samples_mae"] == run["samples_clip"] == 72
+        assert run["pictures_and_clips"] == 144 and run["seconds"] > 0
+    full, half = (facts["arms"][arm]["flops"] for arm in ("all_tokens", "half"))
+    assert 0 < half < full
+    stages = json.loads((done / "flops.json").read_text())
+    assert full == sum(stages[name] for name in facts["arms"]["all_tokens"]["stages"].values())
+
+
+def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Path) -> None:
+    """A third arm that cannot be evaluated fails by itself; what is finished stays as it is."""
+    before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
+    broken = ["arms.broken.clip.model.keep_rate=1.0", "arms.broken.eval.retrieval.shards=nothing"]
+    again = one_thread(*arguments(done.parent, demo), *broken, "seeds=[0]")
+    assert again.returncode == 1
+    assert "broken, seed 0 ended with code 2: xray:" in again.stderr
+    assert "all_tokens, seed 0" not in again.stderr  # finished: not run again
+    assert before == {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
+    facts = json.loads((done / "ablation.json").read_text())
+    assert [failed["arm"] for failed in facts["failed"]] == ["broken"]
+    assert facts["arms"]["half"]["metrics"] and not facts["arms"]["broken"]["metrics"]
+    assert facts["arms"]["half"]["metrics"]["clip.photos/loss"]["p"] is None  # one seed
+
+
+# the file -----------------------------------------------------------------------------------------
+
+
+def test_axes_are_a_product_over_seeds(tmp_path: Path) -> None:
+    text = f"base: {RECIPE}\nseeds: [3, 4]\naxes: {{clip.loss: [info_nce, sigmoid], mae.loss: [1]}}"
+    with pytest.raises(Exception, match=r"arm clip\.loss=info_nce,mae\.loss=1: unknown"):
+        load(tmp_path, text)
+    text = text.replace("mae.loss: [1]", "clip.model.keep_rate: [1.0, 0.5]")
+    ablation = load(tmp_path, text, "hashtag.train.samples=24")
+    assert list(ablation.arms) == [
+        f"loss={loss},keep_rate={rate}" for loss in ("info_nce", "sigmoid") for rate in (1.0, 0.5)
+    ]
+    assert len(ablation.trials) == 8 and {trial.seed for trial in ablation.trials} == {3, 4}
+    for trial in ablation.trials:
+        assert {run.seed for run in trial.recipe.runs} == {trial.seed}
+        assert trial.recipe.runs[1].train.samples == 24
+    uses = stage_runs(ablation)
+    assert sorted(len(own) for own in uses.values()) == [1] * 8 + [4] * 6  # mae, hashtag, text
+    clip = ablation.trials[3].recipe.runs[-1]
+    assert (clip.clip.loss, clip.model.keep_rate) == ("sigmoid", 0.5)
+
+
+def test_an_arm_wins_over_the_command_line_over_common(tmp_path: Path) -> None:
+    text = (
+        f"base: {RECIPE}\ncommon: {{train.samples: 48, clip.train.samples: 60}}\n"
+        "arms: {a: {}, b: {clip.train.samples: 36}, c: {train.samples: 24}}"
+    )
+    found = load(tmp_path, text, "mae.train.samples=12", "seeds=[0]").trials
+    samples = {t.arm: [run.train.samples for run in t.recipe.runs] for t in found}
+    assert samples == {"a": [12, 48, 48, 60], "b": [12, 48, 48, 36], "c": [24, 24, 24, 24]}
+
+
+def test_samples_of_an_arm_can_match_anothers(tmp_path: Path) -> None:
+    text = f"""
+base: {RECIPE}
+arms:
+  full: {{mae.train.samples: 120}}
+  alone: {{stages: [text, clip], match_samples: full}}
+"""
+    found = {trial.arm: trial.recipe.runs for trial in load(tmp_path, text).trials}
+    pictures = {
+        arm: sum(samples_of(run) for run in runs if run.stage != "text")
+        for arm, runs in found.items()
+    }
+    assert pictures == {"full": 120 + 72 + 72, "alone": 264}
+
+
+def test_arms_that_make_an_llm_have_one_each_that_differs(tmp_path: Path) -> None:
+    text = """
+base: quickstart
+arms:
+  decoder: {}
+  same: {clip.loss: sigmoid}
+  classic: {prepare.llm.family: clip, clip.text: {attention: causal, pooling: last}}
+"""
+    runs = {t.arm: t.recipe for t in load(tmp_path, text, "seeds=[0]").trials}
+    paths = {arm: recipe.prepare.llm.path for arm, recipe in runs.items() if recipe.prepare.llm}
+    assert paths["decoder"] == paths["same"] != paths["classic"]
+    for arm, recipe in runs.items():
+        assert {run.text.llm for run in recipe.runs if run.stage in ("text", "clip")} == {
+            paths[arm]
+        }
+    texts = {arm: recipe.runs[2].out for arm, recipe in runs.items()}
+    assert texts["decoder"] == texts["same"] != texts["classic"]
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("stages", "real_small"), *((name, "quickstart") for name in cfg.shipped("ablation"))],
+)
+def test_shipped_ablations(name: str, base: str) -> None:
+    more = ["arms.curated.data.sources.photos.keep=kept-1"] if name == "curation" else []
+    ablation = load_ablation(name, [f"base={base}", "data.root=somewhere", *more])
+    assert len(ablation.arms) >= 3 and len(ablation.config.seeds) >= 3
+    assert str(ablation.out) == f"runs/ablate_{name}_{base}"
+    comment = cfg.config_path(f"ablation/{name}").read_text().split("\nbase:")[0]
+    assert f"xray ablate {name}" in comment and all(x.startswith("#") for x in comment.splitlines())
+    first: list[Trial] = ablation.trials[: len(ablation.arms)]
+    assert len({trial.key for trial in first}) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {a: {}}", "base is not set"),
+        ("base: R", "has no arms: give arms, or axes"),
+        ("base: R\narms: {}", "has no arms"),
+        ("base: R\naxis: {}", "unknown key 'axis'; did you mean 'axes'"),
+        ("base: quickstrat\narms: {a: {}}", "did you mean 'quickstart'"),
+        ("base: R\narms: {a: {clip.los: sigmoid}}", "arm a: unknown key"),
+        ("base: R\narms: {a: {clip.los: sigmoid}}", "did you mean 'loss'"),
+        ("base: R\naxes: {clip.lss: [sigmoid]}", "did you mean 'loss'"),
+        ("base: R\naxes: {modle.keep_rate: [1.0]}", "did you mean 'model'"),
+        ("base: R\naxes: {clip.loss: sigmoid}", "axes.clip.loss=sigmoid must be a list"),
+        ("base: R\naxes: {clip.loss: [sigmoid, sigmoid]}", "arm loss=sigmoid twice"),
+        ("base: R\narms: {a: {}, bb: {}}\nbaseline: b", "baseline=b is no arm; did you mean 'bb'"),
+        ("base: R\narms: {a: {}, a: {clip.loss: sigmoid}}", "duplicate key a"),
+        ("base: R\narms: {a: {}, b: {clip.loss: info_nce}}", "arms a and b are the same"),
+        ("base: R\narms: {a: {}}\nmetrics: [retreival.x]", "did you mean 'retrieval'"),
+        ("base: R\narms: {a: {}}\nmetrics: [top1]", "write SUITE.MEASURE or STAGE.METRIC"),
+        ("base: R\narms: {a: {seed: 1}}", "arm a: seed cannot be set here: use seeds"),
+        ("base: R\narms: {a: {clip.out: x}}", "arm a: clip.out cannot be set here"),
+        ("base: R\narms: {a: {match_samples: b}}", "match_samples=b is no other arm"),
+        ("base: R\narms: {a: 5}", "arm a must be a section"),
+        ("base: R\narms: {a/b: {}}", "an arm is named by letters"),
+        (
+            "base: R\narms: {a: {clip.text.llm: '???'}}",
+            "arms.a.clip.text.llm is not set: give arms.a",
+        ),
+        ("base: R\narms: {a: {}}\nseeds: [1, 1]", "seeds=[1, 1] must be different"),
+        ("base: R\narms: {a: {}}\nseeds: no", "seeds"),
+        ("base: R\ncommon: {clp.loss: x}\narms: {a: {}}", "unknown key 'clp'"),
+    ],
+)
+def test_bad_files_give_one_line(text: str, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", text.replace("base: R", f"base: {RECIPE}"))
+    done = CliRunner().invoke(app, ["ablate", file, f"data.root={tmp_path}", "--plan"])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_an_unknown_ablation_and_an_unknown_measure(demo: Path, done: Path) -> None:
+    unknown = CliRunner().invoke(app, ["ablate", "losess"])
+    assert unknown.exit_code == 2 and "did you mean 'losses'" in unknown.stderr
+    again = CliRunner().invoke(
+        app, [*arguments(done.parent, demo), "metrics=[retrieval.text_to_image_R@55]"]
+    )
+    assert again.exit_code == 2 and "did you mean 'retrieval.text_to_image_R@5'" in again.stderr
+
+
+# results ------------------------------------------------------------------------------------------
+
+
+def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
+    text = f"base: {RECIPE}\nseeds: [0]\nmetrics: [hashtag.loss, clip.loss]\narms: {{a: {{}}}}"
+    ablation = load(tmp_path, text, f"out={tmp_path}")
+    ended = Outcome("a", 0, {"clip.loss": 2.0}, {}, {})
+    assert chosen_metrics(ablation, [ended]) == ["clip.loss"]
+    with pytest.raises(ConfigError, match=r"no run has hashtag\.loss; hashtag has none"):
+        check_metrics(ablation, [ended])
+
+
+def test_a_place_is_no_percentage(tmp_path: Path) -> None:
+    ablation = load(tmp_path, f"base: {RECIPE}\nseeds: [0]\narms: {{a: {{}}}}", f"out={tmp_path}")
+    rank = "retrieval.text_to_image_median_rank"
+    ended = [
+        Outcome("a", 0, {rank: 3.5, "retrieval.chance_text_to_image_median_rank": 60.0}, {}, {})
+    ]
+    metrics = chosen_metrics(ablation, ended)
+    cells = compare(ablation, ended, metrics)
+    table = Page(ablation, ended, metrics, cells, {rank: 60.0}, {}).results()
+    assert metrics == [rank] and "%" not in table.columns[2]
+    assert table.rows == [("a", "1", "3.5"), ("chance", "", "60")]

@@ -1,0 +1,84 @@
+"""The runs of an ablation as processes: devices, order, the folder's lock, signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ablation_files import load
+from child_process import RECIPE
+
+from xray.errors import ConfigError
+
+
+def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xray.ablations import jobs as ablation_jobs
+    from xray.ablations.jobs import Jobs, alone
+
+    monkeypatch.setenv("RANK", "0")
+    with alone(tmp_path) as lock:
+        monkeypatch.setattr(ablation_jobs, "visible_gpus", lambda: ["2", "5"])
+        jobs = Jobs(tmp_path, 0, lock)
+        seen = [jobs._environment(slot) for slot in range(jobs.at_once)]
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["2", "5"]
+        assert all("RANK" not in env for env in seen)
+        monkeypatch.setattr(ablation_jobs, "visible_gpus", lambda: [])
+        assert Jobs(tmp_path, 0, lock).at_once == 1 and Jobs(tmp_path, 3, lock).at_once == 3
+
+
+def test_what_others_train_is_waited_for(tmp_path: Path) -> None:
+    """Of arms with one parent the first alone may start, and one of another seed beside it."""
+    from xray.ablations.jobs import Job, Jobs, alone
+
+    text = f"base: {RECIPE}\nseeds: [0, 1]\ncommon: {{stages: [mae, clip]}}\n"
+    ablation = load(tmp_path, text + "axes: {clip.loss: [info_nce, sigmoid]}", f"out={tmp_path}")
+    zero_a, zero_b, one_a, _ = ablation.trials
+    with alone(tmp_path) as lock:
+        jobs = Jobs(tmp_path, 3, lock)
+        assert jobs._next(ablation.trials) is zero_a
+        jobs.running = [Job(zero_a, None, 0)]  # type: ignore[arg-type]
+        assert jobs._next([zero_b, one_a]) is one_a
+        parent = Path(zero_a.recipe.runs[0].out) / "artifact"
+        parent.mkdir(parents=True)
+        (parent / "manifest.json").write_text("{}")  # the shared stage is finished
+        assert jobs._next([zero_b, one_a]) is zero_b
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    from xray.ablations.jobs import alone
+
+    with (
+        alone(tmp_path),
+        pytest.raises(ConfigError, match=re.escape(f"out={tmp_path} is worked")),
+        alone(tmp_path),
+    ):
+        pass
+
+
+def test_a_run_that_starts_while_all_are_stopped_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xray.ablations import jobs as ablation_jobs
+    from xray.ablations.jobs import Jobs, alone
+    from xray.errors import Preempted
+
+    ablation = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}")
+    (tmp_path / "runs" / "a" / "seed_0").mkdir(parents=True)
+    popen = subprocess.Popen
+
+    def signalled(command: list[str], **more: Any) -> Any:
+        process = popen(["sleep", "60"], **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(ablation_jobs.subprocess, "Popen", signalled)
+    begun = time.monotonic()
+    with alone(tmp_path) as lock, pytest.raises(Preempted):
+        Jobs(tmp_path, 1, lock).run(ablation.trials[:1])
+    assert time.monotonic() - begun < 30

@@ -1,0 +1,286 @@
+"""What an artifact tells of itself, wherever it was put, and what it loads from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from tiny import train
+from typer.testing import CliRunner, Result
+
+from xray.artifacts.artifact import open_artifact
+from xray.artifacts.encoders import Encoder
+from xray.artifacts.lineage import Link, lineage
+from xray.commands.main import app
+from xray.errors import ArtifactError
+
+STAGES = ["clip", "hashtag", "mae", "text"]
+Copy = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each stage, of one step."""
+    root, short = tmp_path_factory.mktemp("chain"), "train.samples=12"
+    train("mae", demo, root / "mae", short, "model.keep_rate=1.0")
+    train("hashtag", demo, root / "hashtag", short, init_from=[root / "mae" / "artifact"])
+    train("text", demo, root / "text", short)
+    parents = [root / "hashtag" / "artifact", root / "text" / "artifact"]
+    train("clip", demo, root / "clip", short, init_from=parents)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def copied(runs: Path, tmp_path: Path) -> Copy:
+    """A stage's artifact elsewhere."""
+
+    def copy(stage: str) -> Path:
+        shutil.copytree(runs / stage / "artifact", tmp_path / "elsewhere" / stage)
+        return tmp_path / "elsewhere" / stage
+
+    return copy
+
+
+@contextmanager
+def gone(path: Path) -> Iterator[None]:
+    aside = path.with_name(f"{path.name}.aside")
+    path.rename(aside)
+    try:
+        yield
+    finally:
+        aside.rename(path)
+
+
+@contextmanager
+def changed(path: Path) -> Iterator[None]:
+    """One bit of a file's last byte flipped, which the file's format does not notice."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+def xray(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def put(folder: Path, url: str) -> None:
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.put(str(folder), path, recursive=True)
+
+
+# the chain --------------------------------------------------------------------------------------
+
+
+def test_the_chain_with_hashes_samples_and_what_differs(runs: Path) -> None:
+    found = xray("lineage", runs / "clip", "--json")
+    assert found.exit_code == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert [(row["stage"], row["slot"], row["depth"]) for row in rows] == [
+        ("clip", "", 0), ("hashtag", "vision", 1), ("mae", "vision", 2), ("text", "text", 1),
+    ]  # fmt: skip
+    clip, hashtag, mae, text = rows
+    for row in rows:
+        manifest = runs / row["stage"] / "artifact" / "manifest.json"
+        assert row["manifest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
+        assert row["path"] == str(manifest.parent) and row["where"] == "found" and row["sound"]
+        content = json.loads(manifest.read_text())
+        for key in ("samples", "data_digest", "config_hash", "versions", "inputs", "metrics"):
+            assert row[key] == content[key], key
+        assert row["files"] == {}  # nothing was hashed
+    assert clip["parents"] == {"vision": hashtag["manifest"], "text": text["manifest"]}
+    assert "model.keep_rate: 1.0 -> 0.7" in mae["differs"]
+    assert not any("keep_rate" in line for line in hashtag["differs"])
+    assert "text.tune: 'lora' -> 'none'" in text["differs"] and clip["differs"] == []
+    assert not any("workers" in line or "llm" in line for row in rows for line in row["differs"])
+    words = xray("lineage", runs / "clip").stdout
+    assert "12 samples seen" in words and "its child changed model.keep_rate: 1.0 -> 0.7" in words
+    assert f"inputs: llm {clip['inputs']['llm'][:12]}" in words and "torch" in words
+
+
+def test_verify_hashes_every_file_and_says_which_changed(
+    runs: Path, demo: Path, tmp_path: Path
+) -> None:
+    weights = runs / "hashtag" / "artifact" / "backbone.safetensors"
+    whole = xray("lineage", runs / "clip", "--verify")
+    named = [json.loads((runs / s / "artifact" / "manifest.json").read_text()) for s in STAGES]
+    assert whole.exit_code == 0
+    assert whole.stdout.count(" ok\n") == sum(len(manifest["files"]) for manifest in named)
+    with changed(weights):
+        assert xray("lineage", runs / "clip").exit_code == 0  # manifests alone are read
+        broken = xray("lineage", runs / "clip", "--verify")
+        assert broken.exit_code == 1 and "backbone.safetensors changed" in broken.stdout
+        with pytest.raises(ArtifactError, match=r"backbone\.safetensors was changed after"):
+            train("clip", demo, tmp_path / "clip", "train.samples=12", init_from=[weights.parent])
+        assert not (tmp_path / "clip").exists()
+    with gone(weights):
+        broken = xray("lineage", runs / "clip", "--verify")
+        assert broken.exit_code == 1 and "backbone.safetensors missing" in broken.stdout
+    extra = runs / "clip" / "artifact" / "llm" / "added_tokens.json"
+    extra.write_text("{}")
+    broken = xray("lineage", runs / "clip", "--verify")
+    assert broken.exit_code == 1 and "llm/added_tokens.json unnamed" in broken.stdout
+    with pytest.raises(ArtifactError, match=r"added_tokens.json is no file that .* names"):
+        open_artifact(runs / "clip")
+    extra.unlink()
+
+
+def test_an_artifact_tells_its_history_alone(runs: Path, copied: Copy) -> None:
+    clip = copied("clip")
+    with gone(runs):
+        rows = lineage(clip, verify=True)
+        words = xray("lineage", clip)
+    assert [row.stage for row in rows] == STAGES and all(row.manifest for row in rows)
+    assert [row.where for row in rows] == ["found", "gone", "gone", "gone"]
+    assert words.exit_code == 0 and words.stdout.count("samples seen") == 4
+    assert f"not at {runs / 'mae' / 'artifact'} any more\n    " in words.stdout
+    assert rows[2].digest in words.stdout
+
+
+def test_an_ancestor_whose_place_another_took_is_told_apart(runs: Path, copied: Copy) -> None:
+    mae = runs / "mae"
+    with gone(mae):
+        shutil.copytree(runs / "text", mae)
+        found = xray("lineage", runs / "hashtag")
+        shutil.rmtree(mae)
+    assert found.exit_code == 1
+    assert f"not at {mae / 'artifact'} any more, where another artifact lies now" in found.stdout
+    forged = copied("hashtag")
+    with changed(next((forged / "lineage").iterdir())):
+        found = xray("lineage", forged)
+    assert found.exit_code == 1 and ".json changed" in found.stdout
+
+
+def test_what_was_written_before_manifests_were_handed_on(copied: Copy, runs: Path) -> None:
+    """Its ancestors tell of themselves where they are found."""
+    old = copied("clip")
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["files"] = {k: v for k, v in manifest["files"].items() if "lineage/" not in k}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(old / "lineage")
+
+    def stages(links: list[Link]) -> list[tuple[str, bool]]:
+        return [(link.stage, link.manifest is not None) for link in links]
+
+    assert stages(lineage(old)) == [(stage, True) for stage in STAGES]
+    with gone(runs):
+        assert stages(lineage(old)) == [("clip", True), ("hashtag", False), ("text", False)]
+        assert "nothing else is known of it" in xray("lineage", old).stdout
+        open_artifact(old)
+
+
+# elsewhere --------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_used_where_nothing_else_of_its_run_is(
+    runs: Path, copied: Copy, demo: Path, tmp_path: Path
+) -> None:
+    clip, hashtag, mae = copied("clip"), copied("hashtag"), copied("mae")
+    pixels = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    before = Encoder(open_artifact(runs / "clip")).encode_pixels(pixels)
+    sets = [f"eval.retrieval={{shards: {demo / 'heldout'}}}", "--suite", "retrieval"]
+    llm = tmp_path / "llm of this machine"
+    shutil.copytree(demo / "llm", llm)
+    with gone(runs), gone(demo / "llm"):
+        lost = xray("eval", clip, *sets)
+        assert lost.exit_code == 2 and len(lost.stderr.strip().splitlines()) == 1
+        assert f"the LLM is not at {demo / 'llm'}: set text.llm" in lost.stderr
+        done = xray("eval", clip, f"text.llm={llm}", *sets)
+        assert done.exit_code == 0, done.stderr
+        assert "text to image R@1" in done.stdout
+        after = Encoder(open_artifact(clip, str(llm))).encode_pixels(pixels)
+        assert torch.equal(before, after)
+        tagged = xray("data", "pseudo-tags", hashtag, demo / "heldout", "workers=0")
+        assert tagged.exit_code == 0, tagged.stderr
+        scored = xray("data", "scores", clip, demo / "heldout", "workers=0", f"llm={llm}")
+        assert scored.exit_code == 0, scored.stderr
+        short = ["train.samples=12", f"text.llm={llm}"]
+        child = train("clip", demo, tmp_path / "c", *short, init_from=[clip])
+        assert child.manifest["parents"]["vision"]["path"] == str(clip)
+        taught = [f"clip.teacher={clip}", *short]  # whose LLM is the run's
+        assert train("clip", demo, tmp_path / "t", *taught).manifest["inputs"]["teacher"]
+        assert train("hashtag", demo, tmp_path / "h", short[0], init_from=[mae]).path.is_dir()
+
+
+def test_a_url_is_as_good_as_a_folder(
+    runs: Path, demo: Path, tmp_path: Path, server: tuple[str, Path, list[str]]
+) -> None:
+    address, folder, seen = server
+    for stage in ("hashtag", "text", "clip"):
+        shutil.copytree(runs / stage / "artifact", folder / stage / "artifact")
+    url = f"{address}/hashtag"  # a stage's folder will do
+    child = train("clip", demo, tmp_path / "clip", "train.samples=12",
+                  init_from=[url, f"{address}/text/artifact/"])  # fmt: skip
+    parent = child.manifest["parents"]["vision"]
+    assert parent["path"] == f"{url}/artifact"
+    digest = hashlib.sha256((runs / "hashtag" / "artifact" / "manifest.json").read_bytes())
+    assert parent["manifest"] == digest.hexdigest()
+    begun = len(seen)
+    rows = lineage(child.path, verify=True)  # asks nobody but who is named
+    assert [row.where for row in rows] == ["found", "url", "found", "url"] and len(seen) == begun
+    assert "which was not looked at" in xray("lineage", child.path).stdout
+    begun = len(seen)
+    found = xray("lineage", f"{address}/clip")
+    assert found.exit_code == 0 and found.stdout.count("samples seen") == 4
+    assert not any("safetensors" in request for request in seen[begun:])
+    assert "head.safetensors ok" in xray("lineage", f"{address}/clip", "--verify").stdout
+    sets = [f"eval.retrieval={{shards: {demo / 'heldout'}}}", "--suite", "retrieval"]
+    assert xray("eval", f"{address}/clip", *sets).exit_code == 0
+    with changed(folder / "clip" / "artifact" / "head.safetensors"):
+        broken = xray("lineage", f"{address}/clip", "--verify")
+        assert broken.exit_code == 1 and "head.safetensors changed" in broken.stdout
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_any_fsspec_url_is_loaded_from(runs: Path, tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}:///{tmp_path}/bucket/clip".replace("////", "///")
+    put(runs / "clip" / "artifact", url)
+    here, there = open_artifact(runs / "clip"), open_artifact(url)
+    assert there.digest == here.digest and there.origin == url
+    for part in here.manifest["tensors"]:
+        theirs = there.load(part)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in here.load(part).items())
+    with pytest.raises(ArtifactError, match="nothing is no artifact: it has no manifest"):
+        open_artifact(f"{scheme}:///{tmp_path}/nothing".replace("////", "///"))
+
+
+def test_a_url_is_fetched_once_per_host_and_its_copy_is_verified(
+    runs: Path, server: tuple[str, Path, list[str]]
+) -> None:
+    address, folder, seen = server
+    shutil.copytree(runs / "hashtag" / "artifact", folder / "hashtag")
+    url = f"{address}/hashtag"
+    with ThreadPoolExecutor(4) as ranks:  # each with a lock of its own, as processes have
+        opened = list(ranks.map(open_artifact, [url] * 4))
+    files = opened[0].manifest["files"]
+    for name in files:
+        assert sum(request.endswith(f"/{name}") for request in seen) == 1, name
+    weights = opened[0].file("backbone.safetensors")
+    (weights.parent / "lineage" / "more.json").write_text("{}")
+    with changed(weights):
+        repaired = open_artifact(url)
+        assert repaired.load("backbone") and len(list((weights.parent / "lineage").iterdir())) == 1
+        assert sum(request.endswith("/backbone.safetensors") for request in seen) == 2
+    (folder / "hashtag" / "head.safetensors").unlink()
+    shutil.rmtree(weights.parent)
+    with pytest.raises(ArtifactError, match=rf"{url}/head.safetensors is missing"):
+        open_artifact(url)
+    (folder / "hashtag" / "head.safetensors").write_bytes(b"another")
+    with pytest.raises(ArtifactError, match=rf"{url}/head.safetensors was changed"):
+        open_artifact(url)
+    assert not (weights.parent / "head.safetensors").exists()

@@ -1,0 +1,197 @@
+"""Duplicates and leaks against all pairs, one by one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pools import config, kept, pool, taken
+from shards import jpeg, photo, write_tar
+
+from data_pipelines.curation import dedup
+from data_pipelines.curation.curate import curate
+from data_pipelines.curation.dedup import (
+    components,
+    dhash,
+    groups_of,
+    is_near,
+    near_values,
+    ones,
+    repeats,
+    similar_pairs,
+)
+from data_pipelines.decode.decoders import AvClip
+from data_pipelines.ingest import demo
+from data_pipelines.shards.sidecar import write_sidecar
+from data_pipelines.shards.source import open_source
+
+
+def clustered(number: int, rng: np.random.Generator) -> np.ndarray:
+    """Hashes of which many are a few bits apart, as int64."""
+    seeds = rng.integers(-(2**63), 2**63, number)
+    found = [seeds]
+    for flips in range(1, 6):
+        bits = [np.int64(1) << rng.integers(0, 63, number) for _ in range(flips)]
+        found.append(seeds ^ np.bitwise_xor.reduce(bits))
+    return np.concatenate([*found, seeds[:5]])
+
+
+def bits_apart(a: int, b: int) -> int:
+    return ((a ^ b) % 2**64).bit_count()
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2, 3])
+def test_near_hashes_are_all_found(distance: int) -> None:
+    hashes = clustered(40, np.random.default_rng(0))
+    values = np.unique(hashes.view(np.uint64))
+    truth = {
+        (i, j)
+        for i, a in enumerate(values.tolist())
+        for j, b in enumerate(values.tolist())
+        if i < j and bits_apart(a, b) <= distance
+    }
+    assert {tuple(pair) for pair in near_values(values, distance).tolist()} == truth
+    assert len(truth) > 40 * distance - 1
+    groups, whole = groups_of(hashes, distance), hashes.tolist()
+    for i, a in enumerate(whole):  # connected by steps, so at least what is near itself
+        assert all(
+            groups[i] == groups[j] for j, b in enumerate(whole) if bits_apart(a, b) <= distance
+        )
+    others = clustered(10, np.random.default_rng(0))[7:31]
+    near = [any(bits_apart(a, b) <= distance for b in others.tolist()) for a in whole]
+    assert is_near(hashes, others, distance).tolist() == near
+    assert ones(values).tolist() == [value.bit_count() for value in values.tolist()]
+
+
+def test_more_bands_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.unique(clustered(2000, np.random.default_rng(0)).view(np.uint64))
+    few = near_values(values, 3)  # 4 bands of 16 bits
+    monkeypatch.setattr(dedup, "FULL", -24)  # as of 2^24 times as many
+    assert np.array_equal(near_values(values, 3), few) and len(few) > 2000
+
+
+def test_groups_are_the_connected_ones() -> None:
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 200, (120, 2))
+    group = list(range(200))
+    for a, b in pairs.tolist() * 200:
+        group[a] = group[b] = min(group[a], group[b])
+    assert components(200, pairs).tolist() == group
+    chain = np.stack([np.arange(999), np.arange(1, 1000)], axis=1)
+    assert not components(1000, rng.permutation(chain)).any()
+    assert components(3, np.empty((0, 2), np.int64)).tolist() == [0, 1, 2]
+
+
+def test_the_smallest_key_is_kept() -> None:
+    keys = ["d", "b", "c", "a", "b", "z"]
+    gone = repeats(np.array([7, 7, 7, 2, 7, 2]), keys.__getitem__)
+    assert gone.tolist() == [True, False, True, False, True, True]
+
+
+def rows_with_copies(rng: np.random.Generator, number: int, size: int) -> np.ndarray:
+    x = rng.standard_normal((number, size))
+    return np.concatenate([x, x + 0.1 * rng.standard_normal(x.shape), np.zeros((2, size))])
+
+
+def test_similar_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows_with_copies(np.random.default_rng(0), 1200, 24)
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    truth = {(i, j) for i, j in np.argwhere(unit @ unit.T > 0.95).tolist() if i < j}
+    found = similar_pairs(lambda places: x[places], len(x), 0.95)
+    assert {tuple(pair) for pair in found.tolist()} == truth and len(truth) >= 1200
+    monkeypatch.setattr(dedup, "EXACT_BELOW", 100)
+    found = similar_pairs(lambda places: x[places], len(x), 0.95)
+    clustered = {tuple(sorted(pair)) for pair in found.tolist()}
+    assert clustered <= truth and len(clustered) > 0.9 * len(truth)
+
+
+def test_dhash_survives_what_a_copy_goes_through() -> None:
+    hashes = [dhash(Image.open(io.BytesIO(photo(seed)))) for seed in range(60)]
+    for seed, own in enumerate(hashes):
+        copies = [photo(seed, quality=70), photo(seed, size=(128, 96))]
+        assert all(bits_apart(dhash(Image.open(io.BytesIO(copy))), own) <= 3 for copy in copies)
+    apart = [bits_apart(a, b) for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(apart) > 10
+    assert dhash(Image.new("RGB", (40, 30), "red")) == 0  # says nothing
+    ramp = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (80, 1)))
+    assert dhash(ramp) == -1 and dhash(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
+
+
+def dog(key: str, media: bytes, **more: Any) -> dict[str, Any]:
+    return {"key": key, "caption": "dog", "media": media, **more}
+
+
+def test_duplicates_are_dropped(tmp_path: Path) -> None:
+    shards = [
+        [dog("c", photo(1)), dog("b", photo(2)), dog("f", jpeg()), dog("g", jpeg((1, 2, 3)))],
+        [dog("a", photo(1)), dog("d", photo(1, quality=70)), dog("e", b"no picture")],
+    ]
+    source = pool(tmp_path / "pool", shards)
+    curated = curate(source, config(tmp_path, ["dog"], dedup={"exact": True}))
+    assert sorted(kept(curated)) == list("abdefg") and taken(curated) == {"exact duplicate": (1, 1)}
+    looks = {"perceptual": True, "distance": 3}
+    curated = curate(source, config(tmp_path, ["dog"], dedup=looks))
+    assert sorted(kept(curated)) == list("abfg")  # pictures without a gradient are not compared
+    assert taken(curated) == {"undecodable": (1, 1), "perceptual duplicate": (2, 2)}
+    steps = {step.name: step.keys for step in curated.report.steps}
+    assert sorted(steps["perceptual duplicate"]) == ["c", "d"] and steps["undecodable"] == ["e"]
+    noted = [[dog(row["key"], row["media"], sha256="ab" * 32) for row in rows] for rows in shards]
+    noted[1][2]["sha256"] = "no digits"
+    source = pool(tmp_path / "noted", noted)
+    by_json = {"exact": True, "sha256": "json"}
+    assert sorted(kept(curate(source, config(tmp_path, ["dog"], dedup=by_json)))) == ["a", "e"]
+
+
+def test_similar_samples_are_dropped(tmp_path: Path) -> None:
+    source = pool(tmp_path / "pool", [[dog(k, b"") for k in "bca"], [dog(k, b"") for k in "de"]])
+    x = np.array([[1, 0], [0, 1], [1, 0.1], [-1, 0]], np.float32)  # of b, c, a and d; e has none
+    write_sidecar(
+        source,
+        "vectors",
+        lambda shard: {
+            "members": np.array([[0, 1, 2], [0]][shard], np.int32),
+            "embeddings": [x[:3], x[3:]][shard],
+        },
+        {},
+    )
+    curated = curate(source, config(tmp_path, ["dog"], dedup={"embeddings": "vectors"}))
+    assert sorted(kept(curated)) == list("acde") and taken(curated) == {
+        "embedding duplicate": (1, 1)
+    }
+
+
+def test_leaks_are_dropped_and_counted_by_set(tmp_path: Path) -> None:
+    pool(tmp_path / "val", [[dog("1", photo(1)), dog("2", photo(2))], [dog("3", b"not one")]])
+    pool(tmp_path / "test", [[dog("1", photo(1)), dog("9", photo(9))]])
+    rows = [dog("a", photo(1)), dog("b", photo(2, quality=70)), dog("c", photo(3)), dog("d", b"?")]
+    source = pool(tmp_path / "pool", [rows])
+    sets = {name: str(tmp_path / name) for name in ("val", "test")}
+    dedup = {"evaluation": sets, "distance": 3}
+    curated = curate(source, config(tmp_path, ["dog"], dedup=dedup))
+    assert list(kept(curated)) == ["c"]
+    assert taken(curated) == {"undecodable": (1, 1), "in an evaluation set": (2, 2)}
+    by_set = {"val": {"exact": 1, "perceptual": 2}, "test": {"exact": 1, "perceptual": 1}}
+    assert curated.report.leaks == by_set
+    again = curate(source, config(tmp_path, ["dog"], dedup=dedup))
+    assert again.report.leaks == by_set and again.report.steps == curated.report.steps
+
+
+def test_clips_are_compared_by_their_middle_frame(tmp_path: Path) -> None:
+    def clip(move: str, number: int) -> bytes:
+        scene = demo.Scene("red", "star", "white", "large", "in the middle", move)
+        size = demo.DemoConfig(side=64, frames=9)
+        return demo._clip(scene, size, np.random.default_rng(number))
+
+    media = [clip("up", 0), clip("up", 0), clip("down", 1), b"no clip"]
+    write_tar(tmp_path / "0.tar", {f"{number}.mp4": data for number, data in enumerate(media)})
+    table = dedup.MediaHasher(open_source("clips", str(tmp_path), "video"))(0)
+    exact, looks = table["exact"].tolist(), table["perceptual"].tolist()
+    assert exact[0] == exact[1] != exact[2] and looks[0] == looks[1] != looks[2]
+    assert table["broken"].tolist() == [0, 0, 0, 1]
+    for data, own in zip(media[:3], looks, strict=False):
+        (frame,) = AvClip(data).read(np.array([4]), 0)
+        assert own != 0 and bits_apart(dhash(Image.fromarray(frame)), own) <= 2

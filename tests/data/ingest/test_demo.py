@@ -1,0 +1,37 @@
+"""Generated data are the same bytes wherever and whenever they are made."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.ingest.demo import DemoConfig, make_demo
+from xray.errors import ConfigError
+
+
+def test_the_same_seed_makes_the_same_bytes(tmp_path: Path) -> None:
+    made = []
+    for name in ("one", "two", "three"):
+        config = DemoConfig(photos=6, clips=24, heldout=6, per_shard=32, side=32, frames=8)
+        make_demo(tmp_path / name, config)
+        tars = sorted((tmp_path / name).rglob("*.tar"))
+        made.append({str(tar.relative_to(tmp_path / name)): tar.read_bytes() for tar in tars})
+    assert made[0] == made[1] == made[2] and len(made[0]) >= 4
+
+
+def test_what_a_user_has_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "pictures" / "a.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    beside = tmp_path / "mine.tmp" / "b.txt"
+    beside.parent.mkdir()
+    beside.write_text("mine, too")
+    config = DemoConfig(photos=6, clips=2, heldout=6, per_shard=32, side=32, frames=8)
+    with pytest.raises(ConfigError, match="mine holds other files"):
+        make_demo(tmp_path / "mine", config)
+    assert mine.read_text() == "mine" and beside.read_text() == "mine, too"
+    (tmp_path / "empty").mkdir()
+    make_demo(tmp_path / "empty", config)
+    make_demo(tmp_path / "empty", config)
+    with pytest.raises(ConfigError, match="generated with photos=6, not 8"):
+        make_demo(tmp_path / "empty", dataclasses.replace(config, photos=8))

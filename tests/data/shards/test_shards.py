@@ -1,0 +1,279 @@
+"""Indexes, manifests and sources, local and remote."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import jpeg, write_tar
+
+from data_pipelines.shards import manifest as manifests
+from data_pipelines.shards.columns import open_columns, pack_texts, save_columns, unpack_texts
+from data_pipelines.shards.manifest import find_shards, open_manifest, write_manifest
+from data_pipelines.shards.remote import ShardCache
+from data_pipelines.shards.sidecar import CopySlots, write_sidecar
+from data_pipelines.shards.source import open_source, open_sources
+from data_pipelines.shards.tar_index import index_shard, sha256_of
+from xray import dist
+from xray.config import DataConfig, SourceConfig
+from xray.errors import DataError
+
+
+def test_columns_come_back_mapped(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    os.umask(before)
+    texts = ["a", "", "ünï", "x" * 300]
+    blob, ends = pack_texts(texts)
+    table = np.arange(12).reshape(4, 3)
+    save_columns(tmp_path / "t", {"blob": blob, "ends": ends, "table": table}, {"n": 4})
+    columns, facts = open_columns(tmp_path / "t")
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o666 & ~before  # not safetensors' own
+    assert unpack_texts(columns["blob"], columns["ends"]) == texts and facts == {"n": 4}
+    assert np.array_equal(columns["table"], table)
+    for column in columns.values():
+        while isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
+            column = column.base
+        assert isinstance(column, np.memmap)
+    (tmp_path / "bad").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match="not a table"):
+        open_columns(tmp_path / "bad")
+
+
+def test_index_reads_what_is_in_the_tar(tmp_path: Path) -> None:
+    files = {"a.jpg": jpeg(), "a.txt": b"one", "b.c.jpg": b"x", "b.txt": b"two"}
+    path = write_tar(tmp_path / "0.tar", files)
+    for _ in range(2):  # built, then from its cache
+        index = index_shard(path)
+        assert index.keys == ["a", "b"] and index.key(1) == "b"
+        assert index.read(0) == {"jpg": files["a.jpg"], "txt": b"one"}
+        assert index.read(1) == {"c.jpg": b"x", "txt": b"two"}
+    assert (tmp_path / "0.tar.index").is_file()
+    assert index_shard(path).facts["sha256"] == ""
+    assert index_shard(path, checksum=True).facts["sha256"] == sha256_of(path)
+    write_tar(path, {"z.jpg": jpeg(), "z.txt": b"three"})
+    assert index_shard(path).keys == ["z"]  # rebuilt when the tar changes
+
+
+def test_a_read_only_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_tar(folder / "0.tar", {"a.jpg": jpeg()})
+    folder.chmod(0o555)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert len(open_source("s", str(folder), "image")) == 1
+    assert [p.name for p in folder.iterdir()] == ["0.tar"]
+    folder.chmod(0o755)
+
+
+def test_broken_shards_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"missing.tar does not exist"):
+        open_source("s", "missing.tar", "image", str(tmp_path))
+    with pytest.raises(DataError, match=r"no \.tar shards"):
+        find_shards(str(tmp_path / "*.tar"))
+    with pytest.raises(DataError, match="there is no folder"):
+        open_source("s", "nowhere/deep/*.tar", "image", str(tmp_path))
+    empty = tmp_path / "empty.tar"
+    empty.write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty.tar is empty"):
+        index_shard(empty)
+    whole = write_tar(tmp_path / "cut.tar", {f"{i}.jpg": jpeg() for i in range(20)})
+    whole.write_bytes(whole.read_bytes()[:9000])
+    with pytest.raises(DataError, match=r"cut.tar is truncated"):
+        index_shard(whole)
+    inside = write_tar(tmp_path / "hit.tar", {f"{i}.jpg": jpeg() for i in range(20)})
+    offset = 5 * (512 + math.ceil(len(jpeg()) / 512) * 512)  # of the sixth header
+    whole_bytes = inside.read_bytes()
+    inside.write_bytes(whole_bytes[:offset] + b"\xa5" * 512 + whole_bytes[offset + 512 :])
+    damaged = rf"hit.tar is .*damaged.*no header at byte {offset:,}\) after sample '4'"
+    with pytest.raises(DataError, match=damaged):  # for tarfile it is the end
+        index_shard(inside)
+    unended = write_tar(tmp_path / "unended.tar", {f"{i}.jpg": jpeg() for i in range(3)})
+    unended.write_bytes(unended.read_bytes()[: 3 * offset // 5])  # a writer that died at the end
+    assert len(index_shard(unended)) == 3
+    write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
+    with pytest.raises(DataError, match="has no image files, only txt"):
+        open_source("s", "text.tar", "image", str(tmp_path))
+
+
+def test_find_shards(tmp_path: Path) -> None:
+    for i in range(3):
+        write_tar(tmp_path / f"{i:05d}.tar", {"a.jpg": jpeg()})
+    names = [os.path.basename(p) for p in find_shards(str(tmp_path))]
+    assert names == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [os.path.basename(p) for p in find_shards(str(tmp_path / "*1.tar"))] == ["00001.tar"]
+    braces = find_shards(str(tmp_path / "{00000..00001}.tar"))
+    assert [os.path.basename(p) for p in braces] == names[:2]
+
+
+def make(folder: Path, shards: int = 3, samples: int = 4) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        files = {}
+        for i in range(samples):
+            files |= {f"{shard}{i}.jpg": jpeg((shard, i, 0)), f"{shard}{i}.txt": b"x"}
+        write_tar(folder / f"{shard:05d}.tar", files)
+    return folder
+
+
+def test_a_manifest_is_reused_until_a_tar_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "s")
+    first = open_manifest(str(folder))
+    assert first.counts("image", "image").tolist() == [4, 4, 4]
+    assert first.counts("video", "image").tolist() == [0, 0, 0]
+    built: list[str] = []
+    real = manifests.index_shard
+
+    def counted(path: str, checksum: bool = False) -> object:
+        built.append(os.path.basename(path))
+        return real(path, checksum)
+
+    monkeypatch.setattr(manifests, "index_shard", counted)
+    assert open_manifest(str(folder)).digest == first.digest and not built
+    write_tar(folder / "00001.tar", {"new.jpg": jpeg()})
+    second = open_manifest(str(folder))
+    assert second.counts("image", "image").tolist() == [4, 1, 4]
+    assert second.digest != first.digest and built
+    (folder / "00002.tar").unlink()
+    assert len(open_manifest(str(folder))) == 2
+    stale = open_manifest(str(folder), verify=False)
+    assert len(stale) == 2
+
+
+def test_the_digest_does_not_depend_on_where_shards_are(tmp_path: Path) -> None:
+    one = open_source("s", str(make(tmp_path / "a")), "image")
+    other = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    two = open_source("s", "b", "image", str(tmp_path))
+    assert one.digest == two.digest
+    write_tar(other / "00000.tar", {"k.jpg": jpeg()})
+    assert open_source("s", str(other), "image").digest != one.digest
+    members = [np.array(row, np.int32) for row in ([0], [1], [])]
+    sidecar = write_sidecar(
+        one, "x", lambda s: {"members": members[s], "copies": 0 * members[s]}, {}
+    )
+    narrowed = one.with_slots(CopySlots(sidecar))
+    assert narrowed.digest != one.digest and len(narrowed) == 2
+    assert list(narrowed.places()) == [(0, 0), (1, 1)]
+
+
+def test_a_tar_that_changes_during_a_run_is_noticed(tmp_path: Path) -> None:
+    folder = make(tmp_path / "s")
+    source = open_source("s", str(folder), "image")
+    write_tar(folder / "00002.tar", {"k.jpg": jpeg()})
+    with pytest.raises(DataError, match=r"00002.tar changed since it was indexed"):
+        source.sample(2, 0, 8, 1)
+
+
+def test_animations_count_as_configured(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.gif": b"x", "b.jpg": b"x", "c.webp": b"x", "d.mp4": b"x"})
+    for animations, images, clips in (("image", "abc", "d"), ("video", "bc", "acd")):
+        for modality, expected in (("image", images), ("video", clips)):
+            source = open_source("s", str(tmp_path), modality, animations=animations)  # type: ignore[arg-type]
+            assert "".join(source.index(s).key(m) for s, m in source.places()) == expected
+
+
+def test_indexing_in_processes_gives_the_same(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "a", 6), make(tmp_path / "b", 6)
+    assert write_manifest(str(one)).digest == write_manifest(str(two), workers=2).digest
+
+
+def test_remote_shards_are_fetched_once(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    url, folder, seen = server
+    make(folder / "s")
+    local = open_source("s", str(folder / "s"), "image")
+    for name in ("shards.manifest", *(f"0000{i}.tar.index" for i in range(3))):
+        (folder / "s" / name).unlink()
+    for _ in range(2):
+        cache = ShardCache(tmp_path / "cache", 10**9, 5)
+        source = open_source("s", "s/{00000..00002}.tar", "image", url, cache=cache)
+        for place in source.places():
+            ours, theirs = source.sample(*place, 8, 1), local.sample(*place, 8, 1)
+            assert ours == theirs
+    gets = [line for line in seen if line.startswith("GET") and line.endswith(".tar")]
+    assert sorted(gets) == [f"GET /s/0000{i}.tar" for i in range(3)]
+
+
+def test_a_remote_manifest_spares_reading_the_shards(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    url, folder, seen = server
+    make(folder / "s")
+    write_manifest(str(folder / "s"), checksum=True)
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    source = open_source("s", f"{url}/s/", "image", cache=cache)
+    assert len(source) == 12 and not [line for line in seen if ".tar" in line]
+    source.sample(1, 2, 8, 1)
+    assert [line for line in seen if ".tar" in line] == [
+        "GET /s/00001.tar.index",
+        "GET /s/00001.tar",
+    ]
+    changed = (folder / "s" / "00002.tar").read_bytes().replace(b"21.txt", b"2x.txt")
+    (folder / "s" / "00002.tar").write_bytes(changed)
+    cache.patience = 0.1
+    with pytest.raises(DataError, match=r"00002.tar cannot be fetched.*sha256"):
+        source.sample(2, 0, 8, 1)
+
+
+def test_evicted_between_fetch_and_open(
+    server: tuple[str, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, folder, _ = server
+    make(folder / "s", shards=1)
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    source = open_source("s", f"{url}/s/00000.tar", "image", cache=cache)
+    real, calls = cache.fetch, []
+
+    def fetch_and_lose(*args: object) -> Path:
+        path = real(*args)  # type: ignore[arg-type]
+        calls.append(path)
+        if len(calls) == 1:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(cache, "fetch", fetch_and_lose)
+    assert source.sample(0, 1, 8, 1).key == "01" and len(calls) == 2
+
+
+def test_hosts_that_see_other_shards_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(sources={"s": SourceConfig(str(make(tmp_path / "a")), "image")})
+    assert len(open_sources(config, ["s"])["s"]) == 12
+    other = open_source("s", str(make(tmp_path / "b", samples=5)), "image").digest
+
+    def gather(mine: object, patience: object = None) -> list[object]:
+        return [mine, *([{"s": other}] if type(mine) is dict else [])]
+
+    monkeypatch.setattr(dist, "gather_objects", gather)
+    with pytest.raises(DataError, match=r"source 's' is not the same on all hosts .ranks \[1\]"):
+        open_sources(config, ["s"])
+
+
+def test_dots_in_names_are_explained(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {f"img_7.{i}.jpg": b"x" for i in range(100)})
+    with pytest.raises(DataError, match=r"100 kinds of file endings.*leave dots out of keys"):
+        index_shard(tmp_path / "0.tar")
+
+
+def test_remote_shards_that_were_uploaded_again(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    url, folder, _ = server
+    make(folder / "s")
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    assert len(write_manifest(f"{url}/s/", cache)) == 3
+    make(folder / "s", samples=2)
+    for stale in folder.glob("s/*.index"):
+        stale.unlink()
+    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    again = write_manifest(f"{url}/s/", cache)
+    assert again.counts("image", "image").tolist() == [2, 2, 2]

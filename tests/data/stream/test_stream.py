@@ -1,0 +1,288 @@
+"""The stream from shards to batches: exact through kills, other ranks and other workers."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import hostile_decoder
+import numpy as np
+import psutil
+import pytest
+import stream_helper
+import torch
+from clips import HOSTILE, clip
+from shards import jpeg, photo, write_tar
+from torch import Tensor
+
+from data_pipelines.decode import transforms
+from data_pipelines.decode.sandbox import ClipDecoder
+from data_pipelines.shards.manifest import write_manifest
+from data_pipelines.shards.remote import ShardCache
+from data_pipelines.shards.source import Sample, open_source
+from data_pipelines.stream import quarantine
+from data_pipelines.stream.loader import Loaded, iterate_steps
+from data_pipelines.stream.quarantine import Entry
+from data_pipelines.stream.sampling import SamplePlan, StepSampler, StepShape, micro_batches
+from data_pipelines.text.captions import choose_captions, read_captions
+from xray.config import BlockConfig, DataConfig
+from xray.errors import DataError
+
+STEPS = 12
+Steps = dict[int, dict[tuple[str, int], str]]
+
+
+def start(root: Path, out: Path, world: int, workers: int, kill: int = -1) -> list[int]:
+    """Run all ranks to their end; their exit codes."""
+    out.mkdir(exist_ok=True)
+    if (out / "state").is_dir():  # read by every rank, however late, before another is written
+        shutil.copytree(out / "state", out / "start", dirs_exist_ok=True)
+    args = [str(root), str(out), str(STEPS), str(workers), str(kill)]
+    group = [
+        subprocess.Popen(
+            [sys.executable, stream_helper.__file__, *args],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)},
+        )
+        for rank in range(world)
+    ]
+    return [process.wait(timeout=300) for process in group]
+
+
+def read(out: Path) -> Steps:
+    """(source, place in the block) -> digest of key and pixels, by step; the last one counts."""
+    steps: Steps = {}
+    for path in sorted(out.glob("rank*.jsonl"), key=lambda p: p.stat().st_mtime):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found = steps.setdefault(row["step"], {})
+            for source, place, digest in row["rows"]:
+                assert found.setdefault((source, place), digest) == digest
+    return steps
+
+
+def test_killed_and_resumed_with_other_ranks_and_workers(demo: Path, tmp_path: Path) -> None:
+    """2 ranks x 2 workers, killed; then 1 x 0, killed; then 2 x 1: each step as if unkilled."""
+    assert start(demo, tmp_path / "whole", world=1, workers=1) == [0]
+    whole = read(tmp_path / "whole")
+    assert sorted(whole) == list(range(STEPS)) and all(len(rows) == 18 for rows in whole.values())
+    out = tmp_path / "killed"
+    assert start(demo, out, world=2, workers=2, kill=4) == [-signal.SIGKILL] * 2
+    assert (out / "state" / "step").read_text() == "3"
+    assert start(demo, out, world=1, workers=0, kill=7) == [-signal.SIGKILL]
+    assert (out / "state" / "step").read_text() == "6"
+    assert start(demo, out, world=2, workers=1) == [0, 0]
+    assert read(out) == whole
+    keys = [digest for rows in whole.values() for digest in rows.values()]
+    assert len(set(keys)) == len(keys)  # repeats of a sample differ by their augmentation
+
+
+def keys(plan: SamplePlan, data: DataConfig, steps: range, workers: int) -> list[Loaded]:
+    """One source's stream, batches of 4: each sample's key as a number."""
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        transforms.load_pixels(sample, data, rng)
+        return {"key": torch.tensor(int(sample.key))}
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"key": torch.stack([row["key"] for row in rows])}
+
+    block = BlockConfig("s", 4)
+    shape = StepShape(16, 2, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, steps)
+    stream = iterate_steps(sampler, transform, collate, 1, workers, pin=False)  # type: ignore[arg-type]
+    return [loaded for (loaded,) in stream]
+
+
+def test_broken_pictures_are_replaced_the_same_way_everywhere(tmp_path: Path) -> None:
+    whole = {f"{i:03d}.jpg": photo(i) for i in range(40)}
+    broken = {**whole, "007.jpg": jpeg()[:150], "021.jpg": b"", "033.jpg": b"<html>"}
+    for shard in range(4):
+        part = sorted(broken)[shard * 10 : shard * 10 + 10]
+        write_tar(tmp_path / f"{shard}.tar", {name: broken[name] for name in part})
+    source = open_source("s", str(tmp_path), "image")
+    runs = []
+    for workers in (0, 2):
+        plan = SamplePlan(source, 2, 2, seed=0)
+        runs.append(keys(plan, DataConfig(), range(20), workers))
+    streams = [[item.batch["key"].tolist() for item in run] for run in runs]
+    assert streams[0] == streams[1]
+    flat = [key for batch in streams[0] for key in batch]
+    assert not {7, 21, 33} & set(flat)
+    bad = [entry for item in runs[0] for entry in item.bad]
+    count = Counter(entry.key for entry in bad)  # two epochs, and drawn as a stand-in once
+    assert count == {"007": 2, "021": 2, "033": 3}
+    assert {entry.cause for entry in bad} == {"undecodable image"}
+    assert not any(entry.quarantine for entry in bad)
+
+
+def test_a_source_that_is_all_broken_ends_the_run(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": b"junk" for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    with pytest.raises(DataError, match=r"20 samples in a row cannot be used.*0.tar"):
+        keys(plan, DataConfig(), range(2), 0)
+
+
+def test_a_killed_worker_ends_in_one_line(tmp_path: Path) -> None:
+    """As when memory runs out, or a picture crashes its decoder."""
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 1)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+
+    def deadly(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    stream = iterate_steps(sampler, deadly, lambda rows: {}, 1, workers=1, pin=False)
+    with pytest.raises(DataError, match="a loader process ended at step 1"):
+        next(stream)
+
+
+def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    """Workers ignore SIGTERM; one that is busy for long must not keep the run from its end."""
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 1)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+
+    def slow(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        if (tmp_path / "first").exists():
+            time.sleep(1000)
+        (tmp_path / "first").touch()
+        return {"x": torch.zeros(1)}
+
+    before = {child.pid for child in psutil.Process().children()}
+    stream = iterate_steps(sampler, slow, lambda rows: dict(rows[0]), 1, workers=1, pin=False)
+    next(stream)
+    started = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 60
+    assert {c.pid for c in psutil.Process().children() if c.status() != "zombie"} <= before
+
+
+def test_a_stream_that_is_left_early_ends_in_silence(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 2)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    unraised: list[object] = []
+    hook, sys.unraisablehook = sys.unraisablehook, unraised.append
+    try:
+        for _ in range(3):
+            stream = iterate_steps(
+                sampler, lambda *_: {"x": torch.zeros(1)}, lambda r: dict(r[0]), 1, 2, pin=False
+            )
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+            del stream
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    assert unraised == []
+
+
+def test_odd_content_is_a_bad_sample_not_the_end(tmp_path: Path) -> None:
+    """Json that breaks parsers or arithmetic, and a caption that cannot be encoded."""
+    odd = [
+        b"[" * 100_000,
+        b'{"captions": [{"text": "a", "weight": Infinity}, "b"]}',
+        b'{"captions": [{"text": "a", "weight": 1' + b"0" * 400 + b'}, "b"]}',
+        b'{"caption": 5}',
+    ]
+    files: dict[str, bytes] = {}
+    for number in range(12):
+        good = b'{"captions": ["fine", "also \\ud800 fine"]}'
+        files[f"{number:03d}.jpg"] = photo(number)
+        files[f"{number:03d}.json"] = odd[number] if number < len(odd) else good
+    write_tar(tmp_path / "0.tar", files)
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 4)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(9))
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        text = choose_captions(read_captions(sample.files), rng)[0].text
+        return {"length": torch.tensor(len(text.encode()))}
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"length": torch.stack([row["length"] for row in rows])}
+
+    stream = iterate_steps(sampler, transform, collate, 1, 0, pin=False)  # type: ignore[arg-type]
+    bad = [entry for (item,) in stream for entry in item.bad]
+    assert {entry.key for entry in bad} == {"000", "001", "002", "003"}
+    assert {entry.cause for entry in bad} == {"broken json", "broken caption"}
+
+
+def test_a_hanging_clip_goes_to_quarantine_and_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read is the same whether the clip was met, or known from a checkpoint."""
+    clips = {f"{i:03d}.mp4": clip(48, 4) for i in range(12)}
+    clips["005.mp4"] = hostile_decoder.HANG + b"." * 50
+    write_tar(tmp_path / "0.tar", clips)
+    source = open_source("s", str(tmp_path), "video")
+    decoder = ClipDecoder(6.0, 2.0, HOSTILE)
+    monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
+    plan = SamplePlan(source, 1, 1, seed=0)
+    met = keys(plan, DataConfig(), range(6), 0)
+    bad = [entry for item in met for entry in item.bad]
+    assert [(b.key, b.cause, b.quarantine) for b in bad] == [
+        ("005", "video decode timed out", True),
+        ("005", "in quarantine", False),
+    ]
+    entries = [Entry(b.source, b.shard, b.key, b.cause) for b in bad if b.quarantine]
+    quarantine.save(entries, tmp_path / "quarantine.jsonl")
+    assert quarantine.load(tmp_path / "quarantine.jsonl") == entries
+
+    resumed = SamplePlan(source, 1, 1, seed=0)
+    gone = Entry("s", "0.tar", "no such key", ""), Entry("other", "0.tar", "005", "")
+    quarantine.obey([*entries, *gone], {"s": resumed})
+    again = keys(resumed, DataConfig(), range(6), 0)
+    assert [i.batch["key"].tolist() for i in again] == [i.batch["key"].tolist() for i in met]
+    assert [e.cause for item in again for e in item.bad] == ["in quarantine"] * 2
+    decoder.close()
+    assert not [c for c in psutil.Process().children() if "hostile" in " ".join(c.cmdline())]
+
+
+def test_a_remote_stream_is_the_local_one_and_fetched_ahead(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    url, folder, seen = server
+    for shard in range(6):
+        files = {f"{shard}{i}.jpg": photo(10 * shard + i) for i in range(8)}
+        write_tar(folder / f"{shard}.tar", files)
+    write_manifest(str(folder), checksum=True)
+    cache = ShardCache(tmp_path / "cache", 10**9, 20)
+    local = SamplePlan(open_source("s", str(folder), "image"), 2, 2, seed=0)
+    expected = [i.batch["key"].tolist() for i in keys(local, DataConfig(), range(24), 0)]
+    for workers in (0, 2):
+        remote = SamplePlan(open_source("s", f"{url}/", "image", cache=cache), 2, 2, seed=0)
+        found = keys(remote, DataConfig(), range(24), workers)
+        assert [item.batch["key"].tolist() for item in found] == expected
+    tars = [line for line in seen if line.endswith(".tar")]
+    assert sorted(tars) == [f"GET /{shard}.tar" for shard in range(6)]  # each of them once
+    readings = [item.reading for item in found]
+    assert sum(reading["hit"][0] for reading in readings) == 96
+
+    ahead = ShardCache(tmp_path / "other", 10**9, 20)
+    plan = SamplePlan(open_source("s", f"{url}/", "image", cache=ahead), 2, 2, seed=0)
+    block = BlockConfig("s", 4)
+    shape = StepShape(16, 2, micro_batches([block], [0], 0, 1))
+    next(iter(StepSampler([block], {"s": plan}, lambda step: shape, range(1))))
+    wanted = plan.shards_ahead(plan.positions(0, 4)).tolist()
+    for _ in range(100):  # nothing was read, yet the shards come
+        if len(list((tmp_path / "other").glob("*.tar"))) == len(wanted) > 1:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the shards of the lanes were not fetched ahead")

@@ -1,0 +1,343 @@
+"""Tags from captions and json, the vocabulary, labels, and balance."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import jpeg, write_tar
+
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.sidecar import open_sidecar, pack_rows, write_sidecar
+from data_pipelines.shards.source import Source, open_source
+from data_pipelines.tags.balance import Replication, replication, slots_of, uniform
+from data_pipelines.tags.concept_matcher import ConceptMatcher, folded, is_edge
+from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, TeacherRules, balanced, label
+from data_pipelines.tags.reader import TagReader, TagRules, hashtags_in, singulars
+from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
+from xray.errors import ArtifactError, ConfigError, DataError
+
+
+def tagged(folder: Path, samples: Sequence[Mapping[str, object]], each: int = 4) -> Source:
+    """Shards of pictures with these json files."""
+    folder.mkdir(exist_ok=True)
+    for first in range(0, len(samples), each):
+        files = {}
+        for number, content in enumerate(samples[first : first + each], start=first):
+            files[f"{number:05d}.jpg"] = jpeg()
+            files[f"{number:05d}.json"] = json.dumps(content).encode()
+        write_tar(folder / f"{first // each:03d}.tar", files)
+    return open_source("photos", str(folder), "image")
+
+
+def with_tags(folder: Path, rows: Sequence[Sequence[str]], each: int = 4) -> Source:
+    return tagged(folder, [{"hashtags": list(row)} for row in rows], each)
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("Nice #Dog and #sunset_2024!", ["Dog", "sunset_2024"]),
+        ("#a#b, \uff03c", ["a", "b", "c"]),
+        ("see http://x.org/#top or mail&#39;s #ok", ["ok"]),
+        ("we are #1 and #2nd", ["2nd"]),
+        ("word#notatag #", []),
+        ("かわいい#犬 สวย#แมว", ["犬", "แมว"]),
+        ("#क\u200cख", ["क\u200cख"]),
+        ("#東京タワー と #हिन्दी और #ไทย", ["東京タワー", "हिन्दी", "ไทย"]),
+        ("#❤️ #🇩🇪 #dog🐶 #👨‍👩‍👧", ["❤️", "🇩🇪", "dog🐶", "👨‍👩‍👧"]),
+    ],
+)
+def test_hashtags_of_all_scripts(caption: str, found: list[str]) -> None:
+    assert hashtags_in(caption) == found
+
+
+def test_tags_are_canonical_and_occur_once() -> None:
+    files = {"json": '{"captions": ["#A dog"], "hashtags": ["#Dog", "ﬁsh", "#dog", 7]}'.encode()}
+    reader = TagReader("hashtags", {"fish": "goldfish"}, ["DOG"])
+    assert reader.tags_of(files, "hashtags") == ["dog", "goldfish", "7"]
+    assert reader.tags_of(files, "caption_hashtags") == ["a"]
+    assert reader.tags_of(files, "caption_words") == ["dog"]
+    assert reader.tags_of(files, "concepts") == ["dog"]
+    assert reader.tags_of({"json": b'{"hashtags": "#cat #dog"}'}, "hashtags") == ["cat", "dog"]
+    assert TagReader("tags", {}).tags_of({"json": b'{"tags": ["x"]}'}, "hashtags") == ["x"]
+    with pytest.raises(BadSample, match="broken hashtags"):
+        reader.tags_of({"json": b'{"hashtags": {"a": 1}}'}, "hashtags")
+    two = {"txt": b"Two dogs run on the grass"}
+    assert reader.tags_of(two, "caption_words") == ["dogs", "run", "grass"]
+
+
+def test_concepts_equal_a_plain_search() -> None:
+    rng = np.random.default_rng(0)
+    letters = list("ab c-é東京")
+    words = ["".join(rng.choice(letters, rng.integers(1, 5))) for _ in range(60)]
+    matcher = ConceptMatcher(words)
+    for _ in range(400):
+        text = folded("".join(rng.choice(letters, 20)))
+        plain = {
+            concept
+            for concept in matcher.concepts
+            for start in range(len(text))
+            if text.startswith(concept, start)
+            and is_edge(text, start)
+            and is_edge(text, start + len(concept))
+        }
+        assert set(matcher.find(text)) == plain
+
+
+def test_concepts_end_at_words() -> None:
+    matcher = ConceptMatcher(["hot dog", "dog", "cat", "東京", "ß"])
+    assert matcher.find("HOT  Dogs, hot dog; concatenate") == ["hot dog", "dog"]
+    assert matcher.find("大東京タワー") == ["東京"]
+    assert matcher.find("a dog-house, cat's") == ["dog", "cat"]
+    assert matcher.find("doǵ") == []  # a mark belongs to its letter
+    assert ConceptMatcher([]).find("dog") == []
+
+
+def test_a_vocabulary_is_counted_merged_and_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["dog", "dogs"], ["dogs"], ["puppy"], ["tbt", "cat"], ["cat"], ["bus"], ["rare"]] * 2
+    source = with_tags(tmp_path / "s", [*rows, ["once"], []])
+    aliases = tmp_path / "aliases.txt"
+    aliases.write_text("dog\tpuppy\tpup\n")
+    rules = TagRules(aliases=str(aliases), plurals=True, min_count=2, max_size=3)
+    counts = count_tags(source, "hashtags", rules)
+    assert (counts.samples, counts.tagged) == (16, 15)
+    vocabulary, dropped = build_vocabulary(counts, rules, "photos")
+    # dog: 2 with both, 2 with the plural, 2 with the alias; a sample counts once.
+    assert vocabulary.tags == ("dog", "cat", "bus")
+    assert vocabulary.counts == (6, 4, 2)
+    assert vocabulary.aliases == (("dogs", "pup", "puppy"), (), ())
+    assert vocabulary.encode(["pup", "dogs", "bus", "what"]) == [0, 2]
+    assert {reason: found.first for reason, found in dropped.items()} == {
+        "in the stop list": [("tbt", 2)],
+        "beyond the 3 most frequent": [("rare", 2)],
+        "in fewer than 2 samples": [("once", 1)],
+    }
+    vocabulary.save(tmp_path / "v.json")
+    assert Vocabulary.load(tmp_path / "v.json") == vocabulary
+    again = with_tags(tmp_path / "again", [*rows, ["once"], []])
+    assert count_tags(again, "hashtags", rules, workers=2) == counts
+    with monkeypatch.context() as patch:  # what was counted is not read again
+        patch.setattr(Source, "read", None)
+        assert count_tags(source, "hashtags", rules) == counts
+        with pytest.raises(TypeError):
+            count_tags(source, "hashtags", replace(rules, field="tags"))
+    with pytest.raises(DataError, match=r"no tag occurs in 99 samples of photos \(15 of 16"):
+        build_vocabulary(counts, TagRules(min_count=99), "photos")
+
+
+def test_singulars() -> None:
+    assert "puppy" in singulars("puppies") and "box" in singulars("boxes")
+    assert "knife" in singulars("knives") and "dish" in singulars("dishes")
+    assert singulars("glass") == singulars("bus") == singulars("news") == singulars("as") == []
+
+
+def test_files_of_tags_say_what_is_wrong(tmp_path: Path) -> None:
+    source = with_tags(tmp_path / "s", [["a"]])
+    latin, empty, twice = (tmp_path / name for name in ("latin.txt", "empty.txt", "twice.txt"))
+    latin.write_bytes("dog\ncafé\n".encode("latin-1"))
+    empty.write_text("\n")
+    twice.write_text("dog\tpet\ncat\tpet\n")
+    for rules, message in (
+        (TagRules(aliases=str(latin)), r"latin.txt is not UTF-8 \(line 2\)"),
+        (TagRules(concepts=str(empty)), r"concepts=.*empty.txt is empty"),
+        (TagRules(aliases=str(twice)), "'pet' is an alias of 'dog' and 'cat'"),
+        (TagRules(aliases="gone.txt"), "aliases=gone.txt cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            count_tags(source, "hashtags", rules)
+    with pytest.raises(ConfigError, match="set concepts=FILE"):
+        count_tags(source, "concepts", TagRules())
+
+
+def test_vocabulary_files_say_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "v.json"
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Vocabulary.load(path)
+    Vocabulary(("dog", "cat"), (2, 1)).save(path)
+    text = path.read_text()
+    for content, message in (
+        (text.replace("cat", "cow").encode(), "was changed"),
+        (text.replace("cat", "café").encode("latin-1"), "is not UTF-8"),
+        (b'{"tags": [], "sha256": ""}', "is empty"),
+        (b"[]", "is not a vocabulary"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=message):
+            Vocabulary.load(path)
+
+
+def zipf_rows(samples: int, tags: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    p = 1 / np.arange(1, tags + 1)
+    return [np.unique(rng.choice(tags, rng.integers(1, 4), p=p / p.sum())) for _ in range(samples)]
+
+
+def slope(counts: np.ndarray) -> float:
+    known = counts > 0
+    return float(
+        np.polyfit(np.log(np.arange(1, len(counts) + 1))[known], np.log(counts[known]), 1)[0]
+    )
+
+
+def test_the_square_root_halves_the_slope() -> None:
+    """Labels of an epoch, tags stripped from copies: f -> max(f, sqrt(T f))."""
+    tags = 200
+    rng = np.random.default_rng(0)
+    p = 1 / np.arange(1, tags + 1)
+    drawn = rng.choice(tags, 60_000, p=p / p.sum())
+    rows = [np.array([tag]) for tag in drawn]
+    ids, ends = pack_rows(rows, np.int32)
+    counts = np.bincount(ids, minlength=tags)
+    found, threshold = replication(counts, counts, "sqrt", length=60.0)
+    assert threshold > counts.max()  # so long an epoch repeats every tag
+    u = rng.random(len(rows))
+    copies = found.copies(ids, ends, u)
+    assert copies.sum() == pytest.approx(60 * len(rows), rel=0.01)
+    seen = np.bincount(ids, weights=copies, minlength=tags)
+    assert slope(counts) == pytest.approx(-1, abs=0.05)
+    assert slope(seen) == pytest.approx(slope(counts) / 2, abs=0.02)
+    even, _ = replication(counts, counts, "uniform", length=60.0)
+    assert abs(slope(np.bincount(ids, weights=even.copies(ids, ends, u), minlength=tags))) < 0.02
+
+
+def test_copies_by_hand() -> None:
+    found = Replication(np.array([1.0, 2.5, 4.0]))
+    ids, ends = pack_rows([np.array(row) for row in ([0], [0, 1], [], [1, 2])], np.int32)
+    u = np.array([0.9, 0.6, 0.9, 0.4])
+    assert found.copies(ids, ends, u).tolist() == [1, 3, 0, 4]
+    labels = [found.kept(np.array([1, 2]), 0.4, copy).tolist() for copy in range(4)]
+    assert labels == [[True, True], [True, True], [False, True], [False, True]]
+    members, copies = slots_of([1, 3, 0, 2])
+    assert members.tolist() == [0, 1, 1, 1, 3, 3] and copies.tolist() == [0, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("length", [1.0, 1.3, 2.0])
+def test_an_epoch_has_the_length_asked_for(tmp_path: Path, length: float) -> None:
+    rows = [[f"t{tag}" for tag in row] for row in zipf_rows(400, 30, seed=1)]
+    source = with_tags(tmp_path / "s", rows, each=100)
+    rules = TagRules(min_count=1)
+    vocabulary, _ = build_vocabulary(count_tags(source, "hashtags", rules), rules, "s")
+    labels = label(Labeller(source, "hashtags", rules, vocabulary))
+    found = balanced(source, labels, len(vocabulary), "sqrt", length, seed=3)
+    assert found.unique == 400
+    assert found.slots == pytest.approx(400 * length, rel=0.05)
+    assert found.counts.tolist() == list(vocabulary.counts)
+    # Every sample is there, the first copy with all its tags, later ones with the rarer.
+    seen: Counter[int] = Counter()
+    for shard in range(4):
+        members, copies = found.source.slots.of(shard)
+        assert set(members.tolist()) == set(range(100))
+        for member, copy in zip(members.tolist(), copies.tolist(), strict=True):
+            ids, weights = found.labels_of(shard, member, copy, strip=True)
+            assert len(ids) and (weights == 1).all()
+            whole = [int(i) for i in found.labels_of(shard, member, copy, strip=False)[0]]
+            u = uniform(3, source.identity(shard, member))
+            r = found.replication.factors
+            assert ids.tolist() == [i for i in whole if copy == 0 or int(r[i] + u) > copy]
+            seen.update(ids.tolist())
+    if length > 1:
+        assert seen[0] / seen[len(vocabulary) - 1] < found.counts[0] / found.counts[-1]
+
+
+def test_slots_are_kept_and_differ_by_seed(tmp_path: Path) -> None:
+    rows = [[f"t{tag}" for tag in row] for row in zipf_rows(60, 10, seed=1)]
+    source, rules = with_tags(tmp_path / "s", rows, each=20), TagRules(min_count=1)
+    vocabulary, _ = build_vocabulary(count_tags(source, "hashtags", rules), rules, "s")
+    labels = label(Labeller(source, "hashtags", rules, vocabulary))
+    settings = (len(vocabulary), "sqrt", 1.5)
+    digests = {}
+    for seed in (0, 1, 0):
+        found = balanced(source, labels, *settings, seed)  # type: ignore[arg-type]
+        assert digests.setdefault(seed, found.source.digest) == found.source.digest
+    assert len({*digests.values(), source.digest}) == 3
+    again = label(Labeller(source, "hashtags", rules, vocabulary), workers=2)
+    assert again.digest == labels.digest
+    # A tar that changes has other labels.
+    write_tar(tmp_path / "s" / "000.tar", {"x.jpg": jpeg(), "x.json": b'{"hashtags": ["t0"]}'})
+    changed = open_source("photos", str(tmp_path / "s"), "image")
+    assert open_sidecar(changed, labels.name) is None
+    assert label(Labeller(changed, "hashtags", rules, vocabulary)).digest != labels.digest
+
+
+def test_a_sidecar_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    source = with_tags(tmp_path / "s", [["a"]] * 12)
+    done: list[int] = []
+
+    def work(shard: int) -> dict[str, np.ndarray]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(shard)
+        return {"members": np.arange(4, dtype=np.int32) + shard}
+
+    with pytest.raises(KeyboardInterrupt):
+        write_sidecar(source, "x", work, {})
+    assert open_sidecar(source, "x") is None and done == [0, 1]
+    done.clear()
+    found = write_sidecar(source, "x", work, {"of": "me"})
+    assert done == [2] and found.counts.tolist() == [4, 4, 4] and found.facts["of"] == "me"
+    opened = open_sidecar(source, "x")
+    assert opened is not None and opened.digest == found.digest
+    assert opened.table(1)["members"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_teacher_adds_tags_and_disagrees(tmp_path: Path) -> None:
+    source = with_tags(tmp_path / "s", [["a", "b"], [], ["a"], []])
+    vocabulary = Vocabulary(("a", "b", "c"), (2, 1, 1))
+    prior = np.array([0.3, 0.5, 0.3], np.float32)
+    rows = [
+        ([0, 1, 2], [0.6, 0.1, 0.3], [1, 0, 1]),
+        ([1, 2], [0.7, 0.2], [1, 1]),
+        ([0, 2], [0.1, 0.8], [0, 1]),
+        ([], [], []),
+    ]
+
+    def teach(shard: int) -> dict[str, np.ndarray]:
+        kinds = (np.int32, np.float32, np.uint8)
+        packed = [
+            pack_rows([np.array(row[i]) for row in rows], kind) for i, kind in enumerate(kinds)
+        ]
+        columns = {n: values for n, (values, _) in zip(TEACHER_COLUMNS, packed, strict=True)}
+        return {**columns, "ends": packed[0][1]}
+
+    written = write_sidecar(source, "teacher", teach, {})
+    teacher = replace(written, totals={**written.totals, "prior": prior})
+
+    def labels(min_lift: float, pseudo_weight: float) -> list[tuple[list[int], list[float]]]:
+        use = TeacherRules(min_lift, pseudo_weight)
+        found = label(Labeller(source, "hashtags", TagRules(), vocabulary, teacher, use))
+        return [
+            (
+                found.row(0, m, "ids").tolist(),
+                found.row(0, m, "weights").astype(float).round(3).tolist(),
+            )
+            for m in range(4)
+        ]
+
+    plain = [([0, 1], [1, 1]), ([], []), ([0], [1]), ([], [])]
+    assert labels(0, 0) == plain
+    assert labels(1.0, 0) == [([0], [1]), ([], []), ([], []), ([], [])]
+    assert labels(0, 0.5) == [plain[0], ([1, 2], [0.35, 0.1]), plain[2], plain[3]]
+    assert labels(1.0, 0.5)[2] == ([2], [0.4])  # its own tag was refused: it is untagged now
+
+
+def test_nothing_labelled_is_an_error(tmp_path: Path) -> None:
+    source = with_tags(tmp_path / "s", [["a"], []])
+    labels = label(Labeller(source, "hashtags", TagRules(), Vocabulary(("z",), (1,))))
+    with pytest.raises(DataError, match="'photos' has no sample with a tag of the vocabulary"):
+        balanced(source, labels, 1, "sqrt", 1.5, seed=0)
+
+
+def test_counts_of_shards_join() -> None:
+    one, two = TagCounts(), TagCounts()
+    one.add(["dog", "dogs"])
+    two.add(["dogs"])
+    one.join(two)
+    assert one.tags == {"dog": 1, "dogs": 2} and one.both == {("dogs", "dog"): 1}

@@ -1,0 +1,73 @@
+"""Two gloo processes against one: same losses, same files; see test_matrix.py for each stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from child_process import RECIPE, torchrun, xray
+from run_comparison import assert_same_losses
+
+WAITING = """
+import pathlib, sys, time
+from datetime import timedelta
+import torch.distributed
+from xray import dist
+here = [pathlib.Path(sys.argv[1]) / f"rank_{rank}" for rank in range(2)]
+here[dist.rank()].touch()
+while not all(path.exists() for path in here):  # from here on nobody has to wait for long
+    time.sleep(0.1)
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
+done = dist.main_first(lambda: dist.is_main() and time.sleep(20) or time.monotonic())
+first = dist.broadcast_object(done)
+assert first <= done, "rank 0 is first"
+dist.leave()
+assert not torch.distributed.is_initialized(), "its threads could outlive the interpreter"
+"""
+
+
+def test_ranks_wait_for_what_rank_0_prepares(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    torchrun(str(script), str(tmp_path))
+
+
+def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={demo}", "train.samples=48"]
+    one = xray("run", RECIPE, *settings, f"out={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    torchrun("-m", "xray", "run", RECIPE, *settings, f"out={tmp_path / 'two'}")
+    for stage in ("mae", "hashtag", "text", "clip"):
+        assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
+    a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn", "tags"}
+
+
+FORKING = """
+import os, sys, time
+import torch.distributed
+from xray import dist
+torch.distributed.init_process_group("gloo")
+until, over = time.time() + 10, torch.zeros(1)
+while not over:
+    for _ in range(3):
+        torch.distributed.all_reduce(torch.zeros(100))
+    over.fill_(time.time() > until)
+    torch.distributed.all_reduce(over)
+    dist.settle(1)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    asked = time.monotonic()
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        assert time.monotonic() - asked < 20, "a forked process hangs"
+        time.sleep(0.001)
+dist.leave()
+"""
+
+
+def test_processes_that_are_forked_after_a_collective_begin(tmp_path: Path) -> None:
+    """Without `settle` one of 100 to 200 hangs before it runs anything (Python 3.11)."""
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    torchrun(str(script))

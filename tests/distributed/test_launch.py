@@ -1,0 +1,352 @@
+"""The templates of tools/launch, run: in a Slurm of two small scripts, on one host and on two."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from child_process import RECIPE, ROOT, SUPPORT, clean_environment
+from run_comparison import TOLERANCE, assert_same_losses
+from tiny import train
+
+from xray import dist
+from xray.artifacts.artifact import open_artifact
+from xray.training.metrics import read_metrics
+from xray.training.throughput import MEASURED
+
+LAUNCH = ROOT / "tools" / "launch"
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+    "SLURM_STEP_NODELIST": "gpu[007-008,12]-ib,login",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}
+
+
+def environment(first: Path, **more: str) -> dict[str, str]:
+    """For a template: the commands of a folder, this Python, this code, one thread."""
+    paths = f"{first}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    source = f"{SUPPORT}{os.pathsep}{ROOT}"
+    return clean_environment(PATH=paths, PYTHONPATH=source, OMP_NUM_THREADS="1", **more)
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+def launch(template: Path, env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    STARTED.append(
+        subprocess.Popen(
+            ["bash", str(template), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+    )
+    return STARTED[-1]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """All that it has started too, at once, as a power cut would."""
+    tree = psutil.Process(process.pid)
+    for each in [tree, *tree.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill(process)
+    STARTED.clear()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.05)
+
+
+def steps_in(run: Path) -> int:
+    return len(read_metrics(run / "metrics.jsonl"))
+
+
+# what srun says -------------------------------------------------------------------------------
+
+
+def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    dist.setup_environment()
+    return {name: os.environ.get(name, "") for name in names}
+
+
+def test_a_task_of_srun_finds_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = placed(monkeypatch, **SLURM)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "11", "1")
+    assert found["LOCAL_WORLD_SIZE"] == "3"  # of the third node
+    assert found["MASTER_ADDR"] == "gpu007-ib"  # rank 0's node, not where srun was called
+    assert dist.launcher() == "srun"
+    other = placed(monkeypatch, SLURM_JOB_ID="4712")
+    step = placed(monkeypatch, SLURM_STEP_ID="1")
+    ports = [int(x["MASTER_PORT"]) for x in (found, other, step)]
+    assert len(set(ports)) == 3 and all(10000 <= port < 30000 for port in ports)
+
+
+def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = placed(monkeypatch, **SLURM, RANK="3", WORLD_SIZE="4", MASTER_PORT="1234")
+    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_PORT"]) == ("3", "4", "1234")
+
+
+def test_the_batch_step_itself_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without srun, a plain command in a job's script is a run of one process."""
+    found = placed(monkeypatch, SLURM_JOB_ID="1", SLURM_NTASKS="8")
+    assert (found["RANK"], found["WORLD_SIZE"]) == ("0", "1") and dist.launcher() == "plain python"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[004-007,9]-ib,login2", "gpu004-ib"),
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("rack[2-3]n[01,05]", "rack2n01"),
+        ("", ""),
+    ],
+)
+def test_the_first_of_a_list_of_hosts(nodes: str, first: str) -> None:
+    assert dist.first_host(nodes) == first
+
+
+# Slurm ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """A cluster of srun and scontrol, for jobs of two tasks."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    env = environment(commands, FAKE_SLURM=str(tmp_path), SLURM_JOB_ID="77", SLURM_NTASKS="2")
+    scripts = {
+        "srun": f'exec {sys.executable} {SUPPORT / "fake_srun.py"} "$@"\n',
+        "scontrol": 'echo "$@" >> "$FAKE_SLURM/scontrol.log"\n',
+    }
+    for name, text in scripts.items():
+        path = commands / name
+        path.write_text(f"#!/bin/sh\n{text}")
+        path.chmod(0o755)
+    return env
+
+
+def sbatch(env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    (Path(env["FAKE_SLURM"]) / "srun.pid").unlink(missing_ok=True)
+    return launch(LAUNCH / "slurm.sbatch", env, *arguments)
+
+
+def warn(env: dict[str, str]) -> None:
+    """What Slurm does when the time is nearly up: the signal that the script asks for, to tasks."""
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", text, re.MULTILINE)  # not B:, the script
+    assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
+    file = Path(env["FAKE_SLURM"]) / "srun.pid"
+    wait_for(lambda: file.is_file() and bool(file.read_text()))
+    os.kill(int(file.read_text()), signal.Signals[f"SIG{name}"])
+
+
+def requeued(env: dict[str, str]) -> list[str]:
+    log = Path(env["FAKE_SLURM"]) / "scontrol.log"
+    return log.read_text().splitlines() if log.is_file() else []
+
+
+def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
+    slurm: dict[str, str], demo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = ("train", "mae", "--recipe", RECIPE, f"data.root={demo}", "data.workers=0")
+    more = ("train.samples=360", "train.save_every=1000", "--out", str(out))
+    early = sbatch(slurm, *command, *more)
+    warn(slurm)  # while it still loads: nothing to save
+    assert early.wait(120) == 138 and requeued(slurm) == ["requeue 77"]
+    first = sbatch(slurm, *command, *more)
+    wait_for(lambda: steps_in(out) >= 3)
+    warn(slurm)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 75, errors
+    assert requeued(slurm) == ["requeue 77"] * 2 and "stopped by a signal" in errors
+    (saved,) = (out / "checkpoints").glob("step_*")
+    done = int(saved.name.removeprefix("step_"))
+    assert 3 <= done < 30
+    second = sbatch(slurm, *command, *more)
+    _, errors = second.communicate(timeout=180)
+    assert second.returncode == 0 and len(requeued(slurm)) == 2, errors
+    assert f"step {done} of 30" in errors
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 31))
+
+
+def test_a_mistake_is_not_queued_again(slurm: dict[str, str]) -> None:
+    job = sbatch({**slurm, "SLURM_NTASKS": "1"}, "run", "nowhere.yaml")
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 2 and requeued(slurm) == [] and "nowhere.yaml" in errors
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])
+def test_templates_are_scripts(name: str) -> None:
+    path = LAUNCH / name
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    assert name.endswith(".sbatch") or os.access(path, os.X_OK)
+
+
+# one host and two -----------------------------------------------------------------------------
+
+SAMPLES = "train.samples=1200"  # 100 steps: time to lose a host in
+
+
+def start(
+    template: str, demo: Path, out: Path, folder: Path, *more: str, **env: str
+) -> subprocess.Popen[str]:
+    command = ("train", "mae", "--recipe", RECIPE, f"data.root={demo}", "data.workers=0")
+    arguments = (*command, SAMPLES, *more, "--out", str(out))
+    return launch(LAUNCH / template, environment(folder, **env), *arguments)
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == expected, errors[-3000:]
+    return errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(endpoint: str) -> bool:
+    host, port = endpoint.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def hosts(nodes: str) -> list[dict[str, str]]:
+    """The settings of two hosts that are loopback addresses."""
+    common = {"NNODES": nodes, "NPROC": "1", "ENDPOINT": f"127.0.0.1:{free_port()}"}
+    common |= {"GLOO_SOCKET_IFNAME": "lo"}
+    return [{**common, "ADDRESS": f"127.0.0.{number}"} for number in (1, 2)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return open_artifact(run / "artifact").load("backbone")
+
+
+def assert_equal(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes on one host, nothing lost."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start("torchrun.sh", demo, folder / "run", folder, NPROC="2"))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_metrics_of_two_processes_are_means(demo: Path, whole: Path, tmp_path: Path) -> None:
+    """Of one process all samples are its own: there is nothing to be taken a mean of."""
+    settings = ("data.resolution=[[0.0,16],[0.6,32]]", "data.frames=[[0.0,2],[0.3,4]]")
+    train("mae", demo, tmp_path / "one", SAMPLES, *settings)
+    assert_same_losses(tmp_path / "one", whole, 100)
+    rows = [read_metrics(run / "metrics.jsonl") for run in (tmp_path / "one", whole)]
+    for one, two in zip(*rows, strict=True):
+        same = [k for k in one if k not in MEASURED and not k.startswith(("data/", "save/"))]
+        assert {"photos/loss", "clips/loss", "loss", "lr", "photos/epochs"} <= set(same)
+        for name in same:
+            assert two[name] == pytest.approx(one[name], rel=100 * TOLERANCE), name
+        assert 0 <= two["data/wait"] <= 1
+
+
+@pytest.mark.slow
+def test_two_hosts_give_what_one_does(demo: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    both = [start("torchrun.sh", demo, out, tmp_path, **env) for env in hosts("2")]
+    for process in both:
+        finish(process)
+    assert_equal(whole, out)
+
+
+@pytest.mark.slow
+def test_a_lost_host(demo: Path, whole: Path, tmp_path: Path) -> None:
+    """Those that are left go on from the last checkpoint, and end as if nothing had been lost."""
+    out = tmp_path / "run"
+    first, second = hosts("1:2")
+    more = ("train.save_every=5",)
+    stays = start("torchrun.sh", demo, out, tmp_path, *more, **first)
+    # both are this computer: the first to listen there is the one where they meet
+    wait_for(lambda: listens(first["ENDPOINT"]))
+    lost = start("torchrun.sh", demo, out, tmp_path, *more, **second)
+    wait_for(lambda: steps_in(out) >= 12)
+    kill(lost)
+    assert steps_in(out) < 100
+    errors = finish(stays)
+    assert "continues from" in errors
+    assert_same_losses(whole, out, 100)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves(demo: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = ("train.save_every=1000",)
+    process = start("torchrun.sh", demo, out, tmp_path, *more, NPROC="2")
+    wait_for(lambda: steps_in(out) >= 5)
+    process.terminate()
+    assert "stopped by a signal" in finish(process, 75)
+    finish(start("torchrun.sh", demo, out, tmp_path, *more, NPROC="2"))
+    assert_equal(whole, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["template", "hosts", "plain"])
+def test_deepspeed_starts_it(demo: Path, whole: Path, tmp_path: Path, way: str) -> None:
+    out, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    settings = [{"GPUS": "2"}]
+    if way == "hosts":
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+        settings = [{"HOSTFILE": str(hostfile), "NODE_RANK": number} for number in "01"]
+    template = LAUNCH / "deepspeed.sh"
+    if way == "plain":  # without the template: the launcher adds --local_rank to the arguments
+        template = tmp_path / "plain.sh"
+        port = endpoint.split(":")[1]
+        template.write_text(f'exec deepspeed --num_gpus 2 --master_port {port} --module xray "$@"')
+    started = [
+        start(str(template), demo, out, tmp_path, ENDPOINT=endpoint, **env) for env in settings
+    ]
+    for process in started:
+        finish(process)
+    assert_equal(whole, out)

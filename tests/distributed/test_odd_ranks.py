@@ -1,0 +1,53 @@
+"""Two processes of which one is slow or in trouble, and what both of them end with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from child_process import SUPPORT, torchrun
+from odd_ranks import TROUBLE
+from run_comparison import assert_same
+
+from xray.training.checkpoint import complete_checkpoints
+from xray.training.metrics import read_metrics
+
+SAID = {
+    "folder": "'/sys/run'",
+    "metrics": "metrics.jsonl",
+    "checkpoints": "step_00000003 cannot be written: .*those before it are as they were",
+    "artifact": "artifact cannot be written: .*artifact.tmp",
+    "signal": "stopped by a signal at step 2; the same command goes on",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Their folders, and what was said."""
+    out = tmp_path_factory.mktemp("ranks")
+    return out, torchrun(str(SUPPORT / "odd_ranks.py"), str(demo), str(out))
+
+
+def test_a_rank_that_is_slow_is_named(ended: tuple[Path, str]) -> None:
+    """At what it does alone; that the other one waits for it meanwhile is no slowness of that."""
+    out, said = ended
+    for run in ("slow_forward-0", "slow_forward-1", "slow_data-0"):
+        rows = read_metrics(out / run / "metrics.jsonl")
+        assert [row["rank/slowest"] > 2 for row in rows] == [True], rows
+    assert len(re.findall(r"rank 1 \(\S+\) holds up the others: 0\.[2-9]", said)) >= 3
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_what_one_rank_runs_into_ends_both(ended: tuple[Path, str], name: str) -> None:
+    """With the same error, marked as such: rank 0 says it for both."""
+    one, two = ((ended[0] / f"{name}.{rank}").read_text() for rank in (0, 1))
+    assert one == two
+    assert re.match(rf"True \w+ .*{SAID[name]}", one), one
+
+
+def test_two_processes_go_on_from_copies_alone(ended: tuple[Path, str]) -> None:
+    out, _ = ended
+    names = [path.name for path in complete_checkpoints(out / "again" / "checkpoints")]
+    assert names == ["step_00000003", "step_00000006"]
+    assert_same(out / "whole", out / "again", exact=True)

@@ -1,0 +1,421 @@
+"""`xray eval` as its user runs it, on shards, folders and tables, with one small artifact."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import Result
+from tiny import train
+from typer.testing import CliRunner
+
+from data_pipelines.decode.transforms import load_views
+from data_pipelines.ingest.labelled import open_labelled
+from data_pipelines.shards.source import Source, open_source
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import Encoder, VisionEncoder
+from xray.commands.main import app
+from xray.config.loading import build, parse_overrides
+from xray.errors import ConfigError, DataError
+from xray.evaluation import feature_extraction as features
+from xray.evaluation import suites
+from xray.evaluation.attentive_probe import attentive_probe
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.datasets import Sets
+from xray.evaluation.finetune import Classifier, finetune
+from xray.evaluation.keep_rates import over_keep_rates
+from xray.evaluation.robustness import _heads as heads_of
+from xray.evaluation.suites import Suite
+
+
+@pytest.fixture(scope="module")
+def clip(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return train("clip", demo, tmp_path_factory.mktemp("clip"), "train.samples=24")
+
+
+@pytest.fixture(scope="module")
+def folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The held-out photos in folders named after their classes, and as tables beside them."""
+    root = tmp_path_factory.mktemp("plain")
+    names = (demo / "classes.txt").read_text().split("\n")
+    source = open_source("heldout", str(demo / "heldout"), "image")
+    labels, captions, grounds = [("path", "label")], [("path", "caption")], [("path", "label")]
+    for number, place in enumerate(source.places()):
+        files = source.read(*place)
+        own = names[features.label_of(files)]
+        path = root / "set" / own.replace(" ", "_") / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files["jpg"])
+        labels.append((str(path.relative_to(root)), own))
+        told = json.loads(files["json"])["captions"]
+        captions += [(str(path.relative_to(root)), text) for text in told]
+        grounds.append((str(path.relative_to(root)), told[0].split()[-2]))
+    source, clips = open_source("clips", str(demo / "clips"), "video"), [("path", "label")]
+    for number, place in enumerate(source.places()):
+        files = source.read(*place)
+        (root / f"{number}.mp4").write_bytes(files["mp4"])
+        clips.append((f"{number}.mp4", json.loads(files["json"])["caption"].split()[-2]))
+    tables = {
+        "labels.csv": labels,
+        "captions.csv": captions,
+        "grounds.csv": grounds,
+        "clips.csv": clips,
+    }
+    for name, rows in tables.items():
+        with (root / name).open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return root
+
+
+def xray(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def results(clip: Artifact, out: Path, *arguments: object) -> dict[str, dict[str, float]]:
+    done = xray("eval", clip.path, *arguments, "--out", out / "results.json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads((out / "results.json").read_text())
+
+
+def config(*overrides: str) -> EvalConfig:
+    return build(EvalConfig, parse_overrides(overrides).get("eval", {}))
+
+
+def suite(clip: Artifact, demo: Path, *overrides: str) -> Suite:
+    return Suite(Encoder(clip), config(*overrides), str(demo), 0)
+
+
+def test_folders_and_tables_give_the_numbers_of_shards(
+    clip: Artifact, demo: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Also where their classes are numbered otherwise: a name is what counts."""
+    names = "zero_shot,retrieval,knn,linear_probe"
+    packed = results(
+        clip, tmp_path, "--suite", names, f"data.root={demo}",
+        "eval.zero_shot={shards: heldout, classes: classes.txt}", "eval.retrieval.shards=heldout",
+        "eval.knn={train: gallery, test: heldout, k: 5}",
+    )  # fmt: skip
+    assert list(packed) == names.split(",")
+    plain = results(
+        clip, tmp_path, "--suite", "zero_shot,retrieval", f"data.root={folder}",
+        "eval.zero_shot.shards=set", "eval.retrieval.shards=captions.csv",
+    )  # fmt: skip
+    assert plain["zero_shot"]["classes"] == len(list((folder / "set").iterdir()))
+    for key, value in packed["retrieval"].items():  # pictures are in another order
+        if "R@" in key and not key.endswith(("low", "high")):
+            assert plain["retrieval"][key] == pytest.approx(value)
+    table = results(
+        clip, tmp_path, "--suite", "zero_shot", "eval.zero_shot.shards=labels.csv",
+        f"data.root={folder}", f"eval.zero_shot.classes={demo / 'classes.txt'}",
+    )  # fmt: skip
+    for key in ("top1", "top5", "chance_top1"):
+        assert table["zero_shot"][key] == packed["zero_shot"][key]
+    both = results(
+        clip, tmp_path, "--suite", "knn", f"data.root={folder}",
+        "eval.knn={train: set, test: labels.csv, k: 1}",
+    )  # fmt: skip
+    assert both["knn"]["top1"] == 1  # each is its own nearest
+
+
+def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.retrieval.shards=heldout", "eval.knn={train: gallery, test: heldout, k: 5}",
+    )  # fmt: skip
+    seen: list[int] = []
+    original = VisionEncoder.cls
+
+    def counted(encoder: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return original(encoder, pixels)
+
+    monkeypatch.setattr(VisionEncoder, "cls", counted)
+    sets.run(["zero_shot", "retrieval", "knn", "linear_probe"])
+    gallery = len(open_labelled("g", "gallery", "image", str(demo)))
+    assert sum(seen) == 24 + gallery
+
+
+def test_views_are_averaged_and_normalised(clip: Artifact, demo: Path) -> None:
+    sets = suite(clip, demo, "eval.views={clips: 3, crops: 3}", "eval.batch_size=20").sets
+    source = sets.open("video_retrieval", "clips", "video")
+    found = sets.features(source, "joint")
+    assert found.views.shape == (24, 9, 16)
+    encoder, place = sets.joint, next(source.places())
+    views = load_views(source.sample(*place, 32, 4), sets.data, 3, 3)
+    rows = torch.cat([encoder.encode_pixels(view[None]) for view in views])
+    assert torch.allclose(found.rows[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
+    photos = sets.features(sets.open("knn", "heldout", "image"))
+    assert photos.views.shape[1] == 1 and torch.equal(photos.views[:, 0], photos.rows)
+
+
+def test_keep_rates_compare_one_artifact_with_itself(
+    clip: Artifact, demo: Path, tmp_path: Path
+) -> None:
+    sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    found = results(clip, tmp_path, *sets, "--keep-rates", "1,.7,.5")
+    assert list(found) == ["1", "0.7", "0.5"]
+    flops = [r["gflops"] for r in found.values()]
+    assert flops == sorted(flops, reverse=True) and found["1"]["speed"] == 1
+    assert all(r["samples_per_s"] > 0 for r in found.values())
+    own = results(clip, tmp_path, *sets, "--suite", "knn")["knn"]  # the artifact's rate is .7
+    assert found["0.7"]["knn/top1"] == own["top1"]
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_texts_are_encoded_once_for_all_keep_rates(
+    clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = Encoder.encode_text
+
+    def counted(encoder: Encoder, texts: Sequence[str]) -> torch.Tensor:
+        seen.append(len(texts))
+        return original(encoder, texts)
+
+    monkeypatch.setattr(Encoder, "encode_text", counted)
+    sets = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.retrieval.shards=heldout",
+    )  # fmt: skip
+    found = over_keep_rates(sets, [1.0, 0.5], ["zero_shot", "retrieval"], batch=2)
+    assert len(found) == 2 and len(seen) == 2  # prompts, and captions
+
+
+def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path) -> None:
+    found = results(
+        clip, tmp_path, "--suite", "robustness", f"data.root={demo}",
+        "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.linear_probe={train: gallery, test: heldout}",
+        "eval.robustness={corruptions: [contrast, pixelate], severities: [1, 5], queries: 5, "
+        "resolutions: [.5], aspects: [2], attacked: 10, eps: [8], shift: heldout}",
+    )["robustness"]  # fmt: skip
+    for head in ("zero_shot", "linear_probe"):
+        own = {key.removeprefix(f"{head}/"): value for key, value in found.items() if head in key}
+        assert own["samples"] == 24 and own["attacked_samples"] == 10
+        assert own["contrast"] == pytest.approx((own["contrast/1"] + own["contrast/5"]) / 2)
+        assert own["corrupted"] == pytest.approx((own["contrast"] + own["pixelate"]) / 2)
+        assert own["shift"] == own["clean"] and own["shift_gap"] == 0
+        assert {"resolution/16", "aspect/2", "fgsm/8", "pgd/8", "square/8"} <= own.keys()
+        assert own["pgd/8"] <= own["attacked_clean"]
+        assert own["clean_low"] <= own["clean"] <= own["clean_high"]
+    assert (tmp_path / "results.robustness.png").stat().st_size > 10_000
+
+
+def test_fine_tuning_learns_and_is_the_same_again(clip: Artifact, folder: Path) -> None:
+    data = "eval.knn={train: grounds.csv, test: grounds.csv}"
+    settings = "eval.finetune={epochs: 60, batch_size: 8, base_lr: .06, layer_decay: 1, mixup: .2}"
+    run = suite(clip, folder, data, settings).sets
+    found = finetune(run)
+    assert found["top1"] > 0.9 and found["top1_low"] <= found["top1"] <= found["top1_high"]
+    short = suite(clip, folder, data, "eval.finetune.epochs=1").sets
+    first = finetune(short)
+    torch.rand(3)
+    assert finetune(short) == first and first["train_loss"] > found["train_loss"]
+
+
+def test_a_broken_picture_to_tune_on_is_one_line(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "set", tmp_path / "set")
+    victim = sorted((tmp_path / "set").rglob("*.jpg"))[5]
+    victim.write_bytes(b"no picture")
+    sets = f"eval.finetune={{train: {tmp_path / 'set'}, test: {folder / 'set'}, epochs: 1}}"
+    done = xray("eval", clip.path, "--suite", "finetune", sets, "data.workers=1")
+    assert done.exit_code == 2 and victim.stem in done.stderr, done.stderr
+    assert "undecodable image" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_fine_tuning_starts_from_the_artifact(clip: Artifact, demo: Path) -> None:
+    encoder = Encoder(clip)
+    model = Classifier(encoder, 5, drop_path=0.1).eval()
+    pixels = torch.randint(256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    mine = model.towers["vision"](model.normalize(pixels), model.keep_rate).cls
+    assert torch.equal(F.normalize(mine, dim=-1), encoder.features(pixels))
+    before = encoder.vision.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    model.towers["vision"].blocks[0].attn.qkv.weight.data.zero_()
+    assert torch.equal(encoder.vision.state_dict()["blocks.0.attn.qkv.weight"], before)
+
+
+def test_an_attentive_probe_learns_clips(clip: Artifact, folder: Path) -> None:
+    """The ground of a clip, of two looks at it."""
+    sets = suite(
+        clip, folder, "eval.attentive_probe.epochs=60", "eval.views.clips=2",
+        "eval.knn={train: clips.csv, test: clips.csv, modality: video}",
+    ).sets  # fmt: skip
+    found = attentive_probe(sets)
+    assert found["top1"] > 0.9 and attentive_probe(sets) == found
+    short = dataclasses.replace(sets.config.attentive_probe, epochs=1)
+    sets.config = dataclasses.replace(sets.config, attentive_probe=short)
+    assert attentive_probe(sets)["top1"] < found["top1"]
+
+
+def mistakes(root: Path) -> list[tuple[list[str], str]]:
+    names = sorted(path.name.replace("_", " ") for path in (root / "set").iterdir())
+    (root / "odd.txt").write_text("\n".join([names[0] + "s", *names[1:]]))
+    one = root / "one.csv"
+    one.write_text("path,label\n" + f"{next((root / 'set').rglob('*.jpg'))},a\n")
+    return [
+        (["zero_shot", "eval.zero_shot.shards=captions.csv"], "has no class names"),
+        (["zero_shot", "eval.zero_shot.shards=one.csv"], "names 1 class"),
+        (["knn", "eval.knn={train: captions.csv, test: set}"], "needs a class for every sample"),
+        (["knn", "eval.knn={train: one.csv, test: one.csv}"], "two classes or more"),
+        (["knn", "eval.knn={train: set, test: set, k: 99}"], "k=99 needs that many samples"),
+        (["linear_probe", "eval.knn={train: one.csv, test: set}"], "two classes or more"),
+        (["knn", "eval.knn={train: grounds.csv, test: set}"], "is not among the classes of"),
+        (["zero_shot", "eval.zero_shot={shards: set, classes: odd.txt}"], "is not among those of"),
+        (["zero_shot", "eval.zero_shot={shards: set, templates: [a photo]}"], "each needs {}"),
+        (["knn", "eval.knn={train: set, test: set, k: 0}"], "k must be at least 1"),
+        (
+            ["knn", "eval.knn={train: set, test: set}", "eval.finetune.crop_scale=[.5]"],
+            "crop_scale",
+        ),
+        (["knn", "eval.knn={train: set, test: set}", "data.rooot=a"], "unknown key 'data.rooot'"),
+        (["retrieval", "eval.retrieval.shards=set"], "24 samples have no caption"),
+        (["linear_probe"], "suite linear_probe has no data: set eval.linear_probe.train and .test"),
+        (["robustness"], "suite robustness has no data: set eval.zero_shot.shards"),
+        (
+            ["robustness", "eval.knn={train: set, test: set}", "eval.robustness.attacks=[bim]"],
+            "there are fgsm, pgd, square",
+        ),
+        (["tags", "eval.tags.a.shards=set"], "suite tags is of a hashtag artifact"),
+        (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
+        (["knn", "eval.knn.trian=set"], "unknown key 'eval.knn.trian'; did you mean 'train'"),
+        (["knn", "eval.knn.train=set"], "eval.knn.train is set: set eval.knn.test, too"),
+        (["tags", "eval.tags={shards: set}"], "eval.tags.shards: give sections of keys"),
+    ]
+
+
+def test_mistakes_give_one_line(clip: Artifact, folder: Path) -> None:
+    for (name, *settings), message in mistakes(folder):
+        done = xray("eval", clip.path, "--suite", name, f"data.root={folder}", *settings)
+        assert done.exit_code == 2, (name, settings, done.stdout)
+        assert message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
+    sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    for rates, names, message in (
+        ("1,0", "knn", "in (0, 1]"),
+        ("1,x", "knn", "write numbers"),
+        ("1,.5", "knn,finetune", "compares none of"),
+    ):
+        done = xray("eval", clip.path, *sets, "--suite", names, "--keep-rates", rates)
+        assert done.exit_code == 2 and message in done.stderr
+
+
+def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> None:
+    run = suite(clip, demo, "eval.knn={train: gallery, test: heldout, k: 5}")
+    run.sets.vision.vision.reduction = "none"
+    with pytest.raises(ConfigError, match=r"model\.reduce=none: it keeps every token"):
+        over_keep_rates(run, [0.5], ["knn"])
+    run.sets.vision.vision.reduction = "tome"
+    with pytest.raises(ConfigError, match=r"at least 0\.5"):
+        over_keep_rates(run, [0.4], ["knn"])
+    sets = config("eval.zero_shot={shards: heldout, classes: classes.txt}")
+    with pytest.raises(ConfigError, match="attacks are of its linear probe"):
+        Suite(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
+
+
+def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> None:
+    """Some of them, and the strongest changes nothing where eps is nearly nothing."""
+    found = suite(
+        clip, folder, "eval.zero_shot.shards=set", "eval.robustness.attacked=7",
+        "eval.robustness={corruptions: [], resolutions: [], aspects: [], eps: [1e-6, 30]}",
+    ).run(["robustness"])["robustness"]  # fmt: skip
+    assert found["zero_shot/attacked_samples"] == 7
+    for attack in ("fgsm", "pgd", "square"):
+        assert found[f"zero_shot/{attack}/1e-06"] == found["zero_shot/attacked_clean"]
+    assert found["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in found
+
+
+def test_classes_from_elsewhere_are_known_before_anything_is_changed(
+    clip: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = suite(
+        clip, folder, "eval.zero_shot.shards=set", "eval.robustness.shift=grounds.csv"
+    )  # fmt: skip
+    seen: list[str] = []
+    encode = Sets.encode
+
+    def counted(sets: Sets, source: Source, *more: Any) -> dict[str, features.Features]:
+        seen.append(source.name)
+        return encode(sets, source, *more)
+
+    monkeypatch.setattr(Sets, "encode", counted)
+    with pytest.raises(DataError, match="not among"):
+        run.run(["robustness"])
+    assert seen == ["eval.zero_shot"]
+
+
+def test_logits_are_where_features_are(clip: Artifact, demo: Path) -> None:
+    """On another device than the weights that are not the module's."""
+    run = suite(
+        clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
+        "eval.linear_probe={train: gallery, test: heldout}",
+    )  # fmt: skip
+    for head in heads_of(run.sets):
+        width = {"joint": 16, "backbone": run.sets.vision.vision.embed_dim}[head.space]
+        assert head.logits(torch.rand(2, width)).shape == (2, round(1 / head.chance))
+        if head.name == "zero_shot":  # a probe's logits are on the CPU
+            assert head.logits(torch.rand(2, width, device="meta")).device.type == "meta"
+
+
+def test_class_names_are_matched_however_they_are_written(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    """In another order, with underscores; all others by their order."""
+    names = sorted(path.name for path in (folder / "set").iterdir())
+    found = []
+    for listed in (names, names[::-1], [f"thing {n}" for n in range(len(names))]):
+        (tmp_path / "classes.txt").write_text("\n".join(listed))
+        sets = suite(
+            clip, folder, "eval.zero_shot.shards=set",
+            f"eval.zero_shot.classes={tmp_path / 'classes.txt'}",
+        ).sets  # fmt: skip
+        read, source = sets.class_names()
+        labels = sets.zero_shot_labels(torch.arange(len(names)), source, read)
+        found.append([read[label] for label in labels])
+    assert found[0] == found[1] == list(source.classes)
+    assert found[2] == [f"thing {n}" for n in range(len(names))]
+
+
+def test_what_is_had_is_kept(
+    clip: Artifact, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
+    seen: list[object] = []
+    monkeypatch.setitem(suites.RUN, "finetune", lambda sets: seen.append(1) or 1 / 0)
+    out = tmp_path / "results.json"
+    done = xray("eval", clip.path, *settings, "--suite", "knn,finetune", "--out", out)
+    assert isinstance(done.exception, ZeroDivisionError) and list(json.loads(out.read_text())) == [
+        "knn"
+    ]
+    assert "kNN top1" in done.stdout
+    for suites_asked, *more in (
+        ("finetune,tags",),
+        ("finetune,retrieval", "eval.retrieval.shards=heldot"),
+        ("finetune,robustness", "eval.robustness.shift=heldot"),
+        ("finetune,zero_shot", "eval.zero_shot={shards: heldout, classes: clases.txt}"),
+    ):  # nothing is begun that cannot be ended
+        refused = xray("eval", clip.path, *settings, *more, "--suite", suites_asked)
+        assert refused.exit_code == 2 and len(seen) == 1, refused.output
+
+
+def test_features_that_are_no_numbers_are_refused(clip: Artifact, demo: Path) -> None:
+    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    run.sets.vision.vision.blocks[0].attn.qkv.weight.data[0, 0] = torch.nan
+    with pytest.raises(DataError, match="features are NaN"):
+        run.run(["retrieval"])
+    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    next(run.sets.joint.text_adapter.parameters()).data[0] = torch.nan
+    with pytest.raises(DataError, match="text tower's features"):
+        run.run(["retrieval"])

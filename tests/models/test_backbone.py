@@ -1,0 +1,276 @@
+"""The backbone against timm: weights, sizes, clips. Token reduction has its own tests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from xray.config import ModelConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.models import VisionBackbone
+from xray.models.token_reduction import kept_tokens, rate_at
+from xray.models.weight_loading import load_adapted
+
+# How timm itself can give a model without a CLS token one: what ours must come to.
+CLS = {"class_token": True, "no_embed_class": True}
+
+
+def pair(name: str, size: int, **kwargs: object) -> tuple[torch.nn.Module, VisionBackbone]:
+    """timm's model and ours with its weights, through timm's own state dict."""
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0, img_size=size, **kwargs).eval()
+    for parameter in vit.parameters():  # zero-initialised tables would hide mistakes
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    own = {key: value for key, value in kwargs.items() if key not in CLS}
+    ours = VisionBackbone(ModelConfig(name=name, kwargs=own), size, 4).eval()
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("attn_pool.")}
+    state["pos_temporal"] = torch.randn_like(ours.pos_temporal)
+    load_adapted(ours, state, "timm")
+    return vit, ours
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", 64, {}),
+        ("vit_tiny_patch16_224", 64, {"qk_norm": True, "init_values": 0.1}),
+        ("vit_small_patch14_reg4_dinov2", 56, {}),
+        ("vit_base_patch32_clip_224", 64, {"depth": 3}),
+        ("deit3_small_patch16_224", 48, {"depth": 3}),
+        ("vit_base_patch8_224", 32, {"depth": 2}),
+        ("vit_giant_patch14_reg4_dinov2", 28, {"depth": 2}),  # SwiGLU
+        ("vit_so400m_patch14_siglip_378", 42, {"depth": 2} | CLS),
+        ("vit_base_patch16_siglip_256", 32, {"depth": 2} | CLS),
+        ("vit_medium_patch16_reg4_gap_256", 32, {"depth": 2} | CLS),
+        ("eva_large_patch14_196", 28, {"depth": 2}),  # its final norm is fc_norm
+    ],
+)
+@torch.no_grad()
+def test_keep_rate_1_is_timm_bit_for_bit(name: str, size: int, kwargs: dict) -> None:
+    vit, ours = pair(name, size, **kwargs)
+    image = torch.randn(2, 3, size, size)
+    tokens = ours(image[:, None])
+    theirs = vit.fc_norm(vit.forward_features(image))
+    assert torch.equal(tokens.cls, theirs[:, 0])
+    assert torch.equal(tokens.patches, theirs[:, ours.num_prefix_tokens :])
+
+
+@torch.no_grad()
+def test_still_clip_of_one_tubelet_agrees_with_the_image() -> None:
+    _, ours = pair("vit_tiny_patch16_224", 64)
+    image = torch.randn(2, 1, 3, 64, 64)
+    difference = ours(image).cls - ours(image.expand(-1, 2, -1, -1, -1)).cls
+    assert difference.abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_longer_clips_use_their_frames_and_their_order() -> None:
+    _, ours = pair("vit_tiny_patch16_224", 64)
+    clip = torch.randn(1, 4, 3, 64, 64)
+    assert ours(clip).patches.shape[1] == 2 * 16
+    assert (ours(clip).cls - ours(clip.flip(1)).cls).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_other_sizes_interpolate_positions() -> None:
+    vit, ours = pair("vit_tiny_patch16_224", 64)
+    dynamic = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=64, dynamic_img_size=True
+    ).eval()
+    dynamic.load_state_dict(vit.state_dict())
+    image = torch.randn(1, 3, 96, 48)
+    assert torch.allclose(
+        ours.forward_features(image[:, None]), dynamic.forward_features(image), atol=1e-5
+    )
+    assert ours(torch.randn(1, 8, 3, 64, 64)).patches.shape[1] == 4 * 16
+    with pytest.raises(ConfigError, match=r"50 pixels .* not a multiple of the patch size 16"):
+        ours(torch.randn(1, 1, 3, 64, 50))
+
+
+@torch.no_grad()
+def test_a_table_that_is_not_square() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(64, 32), depth=2)
+    ours = VisionBackbone(ModelConfig(kwargs={"depth": 2}), (64, 32), 1).eval()
+    load_adapted(ours, vit.state_dict(), "timm")
+    image = torch.randn(1, 3, 64, 32)
+    assert torch.equal(ours.forward_features(image[:, None]), vit.eval().forward_features(image))
+
+
+@torch.no_grad()
+def test_an_odd_frame_out_is_repeated() -> None:
+    _, ours = pair("vit_tiny_patch16_224", 64)
+    clip = torch.randn(1, 5, 3, 64, 64)
+    assert torch.equal(ours(clip).cls, ours(torch.cat([clip, clip[:, -1:]], 1)).cls)
+    assert ours.token_grid(clip) == (3, 4, 4)
+    assert torch.equal(ours.tubelets(clip)[:, 5], clip[:, 4])
+
+
+@torch.no_grad()
+def test_registers_with_positions_keep_theirs_when_a_cls_is_added() -> None:
+    name = "vit_little_patch16_reg1_gap_256"
+    vit = timm.create_model(name, img_size=64, no_embed_class=False, depth=1).eval()
+    config = ModelConfig(name=name, kwargs={"no_embed_class": False, "depth": 1})
+    ours = VisionBackbone(config, 64, 1).eval()
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("head.")}
+    load_adapted(ours, state, "timm")
+    image = torch.randn(1, 3, 64, 64)
+    theirs = vit._pos_embed(vit.patch_embed(image))
+    assert torch.equal(ours.embed(image[:, None])[:, 1:], theirs)
+    assert torch.equal(ours.embed(image[:, None])[:, 0], ours.cls_token[0])
+
+
+def test_kept_tokens_is_safe_against_rounding() -> None:
+    assert math.ceil(0.55 * 100) == 56 and kept_tokens(100, 0.55) == 55
+
+
+def test_keep_rate_steps_to_its_target() -> None:
+    rates = [rate_at(p / 100, 0.7, 8, [0.2, 0.6]) for p in range(101)]
+    assert rates[0] == rates[20] == 1 and rates[60] == rates[100] == 0.7
+    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 9
+
+
+UNUSABLE = {
+    "resnet18": "cannot build|not its VisionTransformer",
+    "vit_tiny_patch61": "cannot build",
+    "vit_small_patch16_dinov3": "it is timm's Eva",
+    "vit_small_patch16_18x2_224": "its blocks are ParallelThingsBlock",
+    "vit_base_patch16_rpn_224": "its blocks are ResPostBlock",
+    "deit_tiny_distilled_patch16_224": "it is timm's VisionTransformerDistilled",
+    "vit_dwee_patch16_reg1_gap_256": "its attention is DiffAttention",
+    "vit_tiny_r_s16_p8_224": "not its VisionTransformer|its stem is",
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_models_that_cannot_be_used_say_why(name: str) -> None:
+    with pytest.raises(ConfigError, match=UNUSABLE[name]):
+        VisionBackbone(ModelConfig(name=name), 32, 4)
+    with pytest.raises(ConfigError, match=r"kwargs.img_size is not .*: set data.resolution"):
+        VisionBackbone(ModelConfig(kwargs={"img_size": 32}), 32, 4)
+
+
+@pytest.mark.slow
+def test_every_vision_transformer_of_timm_is_built_or_refused_with_a_reason() -> None:
+    refused = {}
+    for name in timm.list_models(module="vision_transformer"):
+        try:
+            with torch.device("meta"):
+                backbone = VisionBackbone(ModelConfig(name=name), 224 // 14 * 16 * 14, 4)
+            assert not [*backbone.buffers()], name  # restore_vision loads none
+        except ConfigError as error:
+            refused[name] = str(error)
+    assert all("its blocks are" in r or "its attention is" in r for r in refused.values()), refused
+    assert len(refused) == 10
+
+
+# clips frame by frame ---------------------------------------------------------------------------
+
+
+def by_frames(pool: str, **kwargs: object) -> VisionBackbone:
+    torch.manual_seed(0)
+    config = ModelConfig(kwargs={"depth": 4}, video="frames", frame_pool=pool, **kwargs)  # type: ignore[arg-type]
+    return VisionBackbone(config, 64, 4).eval()
+
+
+@torch.no_grad()
+def test_frames_are_encoded_alone_and_averaged() -> None:
+    ours = by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    each = torch.stack([ours(clip[:, i : i + 1]).cls for i in range(3)])
+    assert torch.allclose(ours(clip).cls, each.mean(0), atol=1e-6)
+    assert ours(clip).patches.shape == (2, 3 * 16, 192) and ours.token_grid(clip) == (3, 4, 4)
+    image = clip[:, :1]
+    assert torch.allclose(ours(image).cls, ours(image.expand(-1, 8, -1, -1, -1)).cls, atol=1e-6)
+
+
+def test_attention_pooling_starts_as_the_mean_and_learns() -> None:
+    ours, mean = by_frames("attention"), by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    assert torch.allclose(ours(clip).cls, mean(clip).cls, atol=1e-6)
+    query = torch.randn(192)
+    ours.frame_query.data = query.clone()
+    each = torch.stack([ours(clip[:, i : i + 1]).cls for i in range(3)], dim=1)
+    weights = (each @ query / math.sqrt(192)).softmax(1)
+    assert torch.allclose(ours(clip).cls, (weights[..., None] * each).sum(1), atol=1e-5)
+    ours(clip).cls.sum().backward()
+    assert ours.frame_query.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_frames_reduce_and_mask_like_images() -> None:
+    ours = by_frames("mean")
+    clip = torch.randn(2, 3, 3, 64, 64)
+    tokens = ours(clip, 0.5, track=True)
+    frame = ours(clip[:, 1:2], 0.5, track=True)
+    for depth in range(3):
+        left = ours.token_counts(16, 0.5)[ours.reduce_at[depth]]
+        assert torch.equal(tokens.assign[depth][:, 16:32], frame.assign[depth] + left)
+    assert torch.allclose(tokens.dense()[:, 16:32], frame.dense(), atol=1e-6)
+    visible = torch.tensor([[0, 3, 18, 17, 47, 40]]).expand(2, -1)
+    masked = ours(clip, visible=visible)
+    alone = ours(clip[:, 1:2], visible=torch.tensor([[2, 1]]).expand(2, -1))
+    assert torch.allclose(masked.patches[:, 2:4], alone.patches, atol=1e-6)
+
+
+# weights ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_frames_and_joint_fit_each_other() -> None:
+    joint = VisionBackbone(ModelConfig(kwargs={"depth": 1}), 64, 4)
+    frames = by_frames("attention")
+    frames.blocks = frames.blocks[:1]
+    load_adapted(frames, joint.state_dict(), "joint")
+    assert frames.frame_query.abs().max() == 0
+    load_adapted(joint, frames.state_dict(), "frames")
+    assert joint.pos_temporal.abs().max() == 0
+
+
+def test_pretrained_folder_of_timm(tmp_path: object) -> None:
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1).eval()
+    save_for_hf(vit, f"{tmp_path}", safe_serialization=True)
+    config = ModelConfig(
+        name="vit_base_patch16_siglip_224", kwargs={"depth": 1}, pretrained=f"local-dir:{tmp_path}"
+    )
+    ours = VisionBackbone(config, 64, 1).eval()
+    assert torch.equal(ours.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+    config.pretrained = "local-dir:nowhere"
+    with pytest.raises(ConfigError, match=r"timm finds no weights for model.pretrained=local-dir"):
+        VisionBackbone(config, 64, 1)
+    config.pretrained = "missing.safetensors"
+    with pytest.raises(ConfigError, match=r"missing.safetensors is no file"):
+        VisionBackbone(config, 64, 1)
+
+
+def test_pretrained_file(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval()
+    path = f"{tmp_path}/vit.safetensors"
+    save_file(vit.state_dict(), path)
+    config = ModelConfig(kwargs={"depth": 2}, pretrained=path)
+    ours = VisionBackbone(config, 64, 4).eval()
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ours(image[:, None]).cls, vit.forward_features(image)[:, 0])
+    with pytest.raises(ArtifactError, match="of another model"):
+        VisionBackbone(ModelConfig(kwargs={"depth": 3}, pretrained=path), 64, 4)
+
+
+def test_resized_tables_are_loaded() -> None:
+    small = VisionBackbone(ModelConfig(kwargs={"depth": 1}), 32, 4)
+    large = VisionBackbone(ModelConfig(kwargs={"depth": 1}), 64, 8)
+    load_adapted(large, small.state_dict(), "small")
+    assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
+    expected = F.interpolate(
+        F.pad(small.pos_temporal, (0, 0, 1, 0)).transpose(1, 2),
+        4,
+        mode="linear",
+        align_corners=True,
+    )
+    assert torch.allclose(large.pos_temporal, expected.transpose(1, 2)[:, 1:])

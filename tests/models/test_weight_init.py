@@ -1,0 +1,70 @@
+"""What a backbone starts with before any training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from xray.errors import ConfigError
+from xray.models import ModelConfig, VisionBackbone
+from xray.models.position_embedding import sincos_positions
+
+
+def test_image_and_first_slot_of_a_clip_agree() -> None:
+    image, clip = sincos_positions((1, 4, 4), 32), sincos_positions((3, 4, 4), 32)
+    assert torch.equal(image, clip[:16])
+    assert len({tuple(row.tolist()) for row in clip}) == 48
+
+
+def by_hand(row: int, column: int, width: int) -> list[float]:
+    """Sines, then cosines, of the row times 10000^(-k / (D/4)); then of the column."""
+    rates = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
+    return [
+        f(place * rate) for place in (row, column) for f in (math.sin, math.cos) for rate in rates
+    ]
+
+
+def test_patches_start_where_they_lie() -> None:
+    config = ModelConfig(
+        name="vit_tiny_patch16_224",
+        kwargs={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    )
+    vit = VisionBackbone(config, resolution=(24, 40), frames=4)
+    table = vit.pos_embed.detach()[0, 1:].reshape(3, 5, 32)
+    for row, column in ((0, 0), (2, 1), (1, 4)):
+        expected = torch.tensor(by_hand(row, column, 32))
+        torch.testing.assert_close(table[row, column], expected, atol=1e-6, rtol=0)
+    assert vit.pos_embed.requires_grad  # they are learned from there
+    assert vit.pos_temporal is not None and vit.pos_temporal.abs().max() < 0.1
+
+
+def test_a_width_without_such_positions_is_refused() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 54, "depth": 2, "num_heads": 3}
+    with pytest.raises(ConfigError, match="embed_dim=54 must be a multiple of 4"):
+        VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_weights_spread_as_xavier_says(width: int) -> None:
+    kwargs = {"patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 3}
+    vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    maps = [module.weight for module in vit.blocks.modules() if isinstance(module, nn.Linear)]
+    assert len(maps) == 8
+    stem = vit.patch_embed.proj.weight.sum(dim=2).flatten(1)  # of an image
+    for weight in [*maps, stem]:
+        bound = math.sqrt(6 / sum(weight.shape))  # out + in
+        assert 0.98 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_timms_own_start_can_be_asked_for() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"}
+    torch.manual_seed(0)
+    vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    torch.manual_seed(0)
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **kwargs)
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, peer.blocks[1].mlp.fc1.weight)

@@ -1,0 +1,216 @@
+"""`xray plan`: parameters, FLOPs and memory beside what is really built, run and allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from child_process import xray
+from tiny import SMALL, settings
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from stages import stage_class
+from stages.base import Facts, Parents
+from stages.clip import ClipModule
+from stages.hashtag import HashtagModule
+from tools.benchmarks.bench_memory import compare
+from xray.artifacts.language_model import Language
+from xray.commands.main import app
+from xray.planning.estimate import _rungs, cheapest_fit, memory_of, resources
+from xray.planning.fake_step import rehearse, size_of, starts_of
+from xray.planning.known_inputs import known
+from xray.planning.meta_modules import example
+from xray.recipes.recipe import load_recipe
+
+FACTS = Facts(tags=50)
+IMAGES = "data.blocks=[{source: photos, samples: 8}]"
+QWEN = {  # Qwen3-0.6B's sizes
+    **{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128},
+    **{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8},
+    **{"vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": True},
+}
+
+
+def built(config: Any) -> Any:
+    """The real module of a config, as a run would build it."""
+    if config.stage == "mae":
+        return stage_class("mae")(config).build(Parents())
+    if config.stage == "hashtag":
+        return HashtagModule(config, [1] * FACTS.tags)
+    tower = Language(config.text).build()
+    return ClipModule(config, tower, tower.width, None, FACTS.tags)
+
+
+@pytest.mark.parametrize("stage", ["mae", "hashtag", "clip"])
+def test_parameters_are_those_of_the_built_module(stage: str, demo: Path, tmp_path: Path) -> None:
+    config = settings(stage, demo, tmp_path, "optim.vision.freeze=0.5")
+    module = built(config)
+    size = size_of(config, dataclasses.replace(FACTS, llm=demo / "llm"))
+    assert size.trained + size.frozen == sum(p.numel() for p in module.parameters())
+    assert size.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("stage", ["mae", "hashtag"])
+def test_flops_are_those_of_a_real_step(stage: str, demo: Path, tmp_path: Path) -> None:
+    config = settings(stage, demo, tmp_path, IMAGES, "model.keep_rate_span=[0,0]")
+    module = built(config)
+    batch = example(config, module, (8, 1, 32), 0)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        features = module.features(batch, 1.0)
+        forward = counter.get_total_flops()
+        module.loss_from_features(features).loss.backward()
+    assert rehearse(config, FACTS, 1.0).flops == counter.get_total_flops()
+    macs = stage_class(stage)(config).macs(1)  # the published form of the count, without the head
+    assert forward == 2 * 8 * macs
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("mae", ("model.kwargs={embed_dim: 96, depth: 3, num_heads: 3}", "data.resolution=64")),
+        ("clip", ("text.max_length=16", "clip.adapter_blocks=0", "train.micro_batch=4")),
+        ("hashtag", ("model.grad_checkpointing=true",)),
+    ],
+)
+def test_memory_is_that_of_a_real_step(stage: str, overrides: tuple[str, ...]) -> None:
+    """Within 10 % of what the allocator gave out; the rest of the table is bench_memory's."""
+    found = compare(stage, overrides)
+    assert found["measured"] > 5e6
+    assert abs(found["planned"] / found["measured"] - 1) < 0.1, found
+
+
+def test_a_step_is_rehearsed_wherever_it_changes(demo: Path, tmp_path: Path) -> None:
+    growing = "data.resolution=[[0.0, 16], [0.6, 32]]"
+    still = "optim.vision.freeze=0.2", "model.keep_rate=1.0"
+    config = settings("mae", demo, tmp_path, growing, *still)
+    assert starts_of(config) == [0.0, 0.2, 0.6]
+    small, _, large = (rehearse(config, FACTS, start) for start in starts_of(config))
+    assert large.flops > 3 * small.flops
+    assert large.flops > resources(config, FACTS, 1).flops > small.flops
+
+
+def test_a_stages_mean_is_that_of_all_its_steps(demo: Path, tmp_path: Path) -> None:
+    """Where the keep rate falls while the resolution grows, and to the very end."""
+    settings_of = IMAGES, "train.samples=160", "model.keep_rate=0.5"
+    for span, more in (("[0,0.8]", "data.resolution=[[0.0,16],[0.4,64]]"), ("[0,1]", "seed=0")):
+        config = settings(
+            "hashtag", demo, tmp_path, *settings_of, f"model.keep_rate_span={span}", more
+        )
+        steps = [rehearse(config, FACTS, config.progress(k)) for k in range(config.steps)]
+        found = resources(config, FACTS, 1)
+        assert found.tokens == pytest.approx(sum(s.tokens for s in steps) / len(steps))
+        assert found.flops == pytest.approx(sum(s.flops for s in steps) / len(steps), rel=0.03)
+
+
+def test_an_average_of_the_weights_is_counted(demo: Path, tmp_path: Path) -> None:
+    plain, kept = (
+        resources(settings("mae", demo, tmp_path, f"train.ema={ema}"), FACTS, 1)
+        for ema in (0.0, 0.9)
+    )
+    whole = 4 * plain.size.trained
+    assert kept.checkpoint - plain.checkpoint == whole
+    assert kept.memory.optimizer - plain.memory.optimizer == whole
+
+
+def test_what_is_said_to_fit_is_accepted(demo: Path, tmp_path: Path) -> None:
+    """ZeRO 3 is not, of compiled blocks."""
+    config = settings("mae", demo, tmp_path, IMAGES)
+    assert {stage for stage, *_ in _rungs(config)} == {0, 1, 2, 3}
+    config.train.compile = True
+    assert {stage for stage, *_ in _rungs(config)} == {0, 1, 2}
+
+
+def test_zero_divides_what_it_says(demo: Path, tmp_path: Path) -> None:
+    config = settings("mae", demo, tmp_path)
+    size, rehearsal = size_of(config, FACTS), rehearse(config, FACTS, 0.0)
+    whole = 4 * size.trained
+    found = {}
+    for stage in range(4):
+        config.zero = dataclasses.replace(config.zero, stage=stage)
+        found[stage] = memory_of(config, size, rehearsal, 8)
+    assert found[0].optimizer == 2 * whole
+    assert found[1].optimizer == found[2].optimizer == 3 * whole // 8
+    assert (
+        found[1].weights
+        == found[0].weights
+        > found[3].weights
+        == -(-(whole + size.frozen_bytes) // 8)
+    )
+    assert found[2].gradients <= whole // 8 < found[1].gradients
+
+
+def test_the_cheapest_change_that_fits(demo: Path, tmp_path: Path) -> None:
+    """Smaller micro-batches before anything else; and what is said to fit does."""
+    config = settings("hashtag", demo, tmp_path, IMAGES)
+    now = resources(config, FACTS, 1).memory
+    change = cheapest_fit(config, FACTS, 1, 0.8 * now.total)
+    assert change is not None and set(change.settings) == {"train.micro_batch"}
+    config.train.micro_batch = change.settings["train.micro_batch"]
+    assert resources(config, FACTS, 1).memory == change.memory
+    assert change.memory.total <= 0.8 * now.total
+    assert cheapest_fit(config, FACTS, 1, 0.1 * (now.weights + now.optimizer)) is None
+
+
+def test_the_command_needs_no_data(tmp_path: Path) -> None:
+    items = ["plan", "quickstart", "stages=[mae,hashtag]", f"data.root={tmp_path}", "--tags", "16"]
+    done = CliRunner().invoke(app, [*items, "--json"])
+    assert done.exit_code == 0, done.stderr
+    mae, hashtag = json.loads(done.stdout)["stages"]
+    assert mae["epochs"] == {"photos": None, "clips": None} and mae["steps"] == 75
+    assert hashtag["parameters"] > 0 and hashtag["hours"] > 0
+    assert mae["checkpoint_bytes"] == 12 * mae["trained"]
+    least = mae["memory"]["weights"] + mae["memory"]["optimizer"]
+    tight = CliRunner().invoke(app, [*items, "--gb", str((least + 60e6) / 0.9e9)])
+    assert tight.exit_code == 1
+    assert "mae does not fit" in tight.stdout and "train.micro_batch=" in tight.stdout
+    unknown = CliRunner().invoke(app, ["plan", "quickstart", "--gpu", "h1000"])
+    assert unknown.exit_code == 2 and "h100" in unknown.stderr
+
+
+def test_an_llm_that_is_not_at_hand_is_said(tmp_path: Path) -> None:
+    values = ["text.llm=nobody/has-this", IMAGES, "train.samples=64", "clip.adapter_blocks=0"]
+    source = "data.sources={photos: {shards: photos, modality: image}}"
+    model = f"model.kwargs={json.dumps(SMALL['model']['kwargs'])}"
+    done = CliRunner().invoke(app, ["plan", "clip", *values, source, model, "data.resolution=32"])
+    assert done.exit_code == 0, done.stderr
+    assert "text.llm=nobody/has-this is not at hand" in done.stdout
+
+
+def test_large_recipes_are_accepted_in_part() -> None:
+    done = xray("plan", "vit_l14_256", "stages=[mae]", "--devices", "256", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(done.stdout)["stages"][0]
+    assert row["parameters"] > 303e6 and row["memory"]["total"] < 72e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "devices"), [("vit_l14_256", 256), ("vit_h14_1024", 1024)])
+def test_large_recipes_are_accepted(recipe: str, devices: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    done = xray("plan", recipe, f"text.llm={tmp_path}", "--devices", str(devices), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["stage"]: row for row in json.loads(done.stdout)["stages"]}
+    assert list(found) == ["mae", "hashtag", "text", "clip"]
+    assert found["clip"]["memory"]["llm"] > 2.3e9
+
+
+def test_rehearsing_leaves_the_random_state_alone(demo: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    rehearse(settings("mae", demo, tmp_path), FACTS, 0.5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_clip_stage_counts_the_llm_of_its_text_stage(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    overrides = ["data.root=x", f"text.llm={tmp_path}", "stages=[text,clip]"]
+    runs = load_recipe("real_pretrained", overrides).runs
+    runs[1].text.llm = ""  # it takes that of its parent
+    with known(runs) as facts:
+        assert [own.facts.llm for own in facts] == [tmp_path, tmp_path]

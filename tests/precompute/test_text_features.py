@@ -1,0 +1,240 @@
+"""Stored sentence vectors: each caption once, equal to live ones, refused where they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shards import jpeg, write_tar
+from tiny import ALL_TOKENS, train
+from typer.testing import CliRunner
+
+from data_pipelines.shards.source import Source, open_source
+from data_pipelines.text.captions import read_captions
+from data_pipelines.text.feature_store import TextStore, open_store, packed, store_facts, unpacked
+from xray.artifacts.language_model import Language
+from xray.commands.main import app
+from xray.config import TextConfig
+from xray.errors import ConfigError, DataError
+from xray.precompute import text_features
+from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.training.metrics import read_metrics
+
+# Of two shards, each of four samples; "a red circle" is met three times.
+CAPTIONS = [
+    [["a red circle", "one round thing"], ["a blue star"], [], ["a red circle", "a star"]],
+    [["a dot"], ["a red circle"], ["one green box"], []],
+]
+DIFFERENT = 6
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of four samples, some without captions."""
+    (tmp_path / "shards").mkdir()
+    for shard, rows in enumerate(CAPTIONS, start=1):
+        files: dict[str, bytes] = {}
+        for number, captions in enumerate(rows):
+            files[f"{number}.jpg"] = jpeg()
+            files[f"{number}.json"] = json.dumps({"captions": captions}).encode()
+        write_tar(tmp_path / "shards" / f"{shard}.tar", files)
+    return tmp_path / "shards"
+
+
+def config_of(demo: Path, **more: Any) -> TextFeaturesConfig:
+    given = {"llm": str(demo / "llm"), "tune": "none", "workers": 0, **more}
+    return TextFeaturesConfig(**given)
+
+
+def stored_as_it_is(source: Source, config: TextFeaturesConfig) -> TextStore:
+    identity = Language(config).identity()
+    return open_store(source, store_facts(source, identity, config.captions, config.features))  # type: ignore[arg-type]
+
+
+def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
+    language = Language(config)
+    facts = store_facts(source, language.identity(), config.captions, config.features)  # type: ignore[arg-type]
+    written = write_text_features(source, language, config, torch.device("cpu"))
+    return open_store(source, facts), written.facts["captions_stored"]
+
+
+def assert_live(source: Source, store: TextStore, config: TextFeaturesConfig) -> None:
+    """Every caption's stored vector is what the tower makes of it alone."""
+    language = Language(config)
+    tower = language.build().eval()
+    tolerance = 1e-5 if config.features == "fp32" else 0.03
+    for shard, member in source.places():
+        files = source.read(shard, member)
+        texts = json.loads(files["json"])["captions"]
+        for number, text in enumerate(texts):
+            with torch.no_grad():
+                live = tower(**language.tokenizer([text]))[0]
+            found = store.vectors(shard, member, [number])[0]
+            assert np.allclose(found, live.numpy(), atol=tolerance), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "error"), [("fp32", 4, 0.0), ("bf16", 2, 2**-8), ("int8", 1, 0.501 / 127)]
+)
+def test_formats_lose_half_of_their_last_bit(kind: Any, size: int, error: float) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    vectors[3] = 0
+    kept, scales = packed(vectors, kind)
+    back = np.stack([unpacked(kept[i], scales[i : i + 1]) for i in range(len(kept))])
+    assert back.dtype == np.float32 and kept.nbytes == vectors.size * size
+    largest = np.abs(vectors).max(axis=1, keepdims=True) if kind == "int8" else np.abs(vectors)
+    assert (np.abs(back - vectors) <= error * largest).all()
+    if kind == "bf16":
+        theirs = torch.from_numpy(vectors).bfloat16().float().numpy()
+        assert np.array_equal(back, theirs)
+
+
+def test_every_caption_is_encoded_once_and_found_again(
+    demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
+    encoded: list[str] = []
+    encode = text_features._encoded
+
+    def counted(language: Any, tower: Any, texts: Any, size: int) -> Any:
+        encoded.extend(texts)
+        return encode(language, tower, texts, size)
+
+    monkeypatch.setattr(text_features, "_encoded", counted)
+    store, unique = stored(source, config)
+    assert unique == DIFFERENT
+    assert sorted(encoded) == sorted({c for rows in CAPTIONS for own in rows for c in own})
+    assert_live(source, store, config)
+    assert stored(source, config)[0].digest == store.digest and len(encoded) == unique  # as it was
+
+
+def test_an_interrupted_store_goes_on(
+    demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo)
+    save, saved = text_features.save_table, []
+
+    def once(*args: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(*args))
+
+    monkeypatch.setattr(text_features, "save_table", once)
+    with pytest.raises(KeyboardInterrupt):
+        stored(source, config)
+    language = Language(config)
+    facts = store_facts(source, language.identity(), {}, "bf16")
+    with pytest.raises(ConfigError, match="fit this run: it has none"):
+        open_store(source, facts)
+    monkeypatch.setattr(text_features, "save_table", save)
+    steps: list[tuple[int, int]] = []
+    cpu = torch.device("cpu")
+    write_text_features(source, language, config, cpu, lambda *x: steps.append(x))
+    assert steps == [(DIFFERENT, DIFFERENT)]  # the first shard's are not encoded again
+    assert_live(source, open_store(source, facts), config)
+
+
+def test_more_shards_and_fewer_have_stores_of_their_own(demo: Path, shards: Path) -> None:
+    """Places count the shards: a shard that comes first, or one alone, is another matter."""
+    config = config_of(demo, features="fp32")
+    whole = open_source("s", str(shards), "image")
+    assert_live(whole, stored(whole, config)[0], config)
+    alone = open_source("s", str(shards / "2.tar"), "image")
+    assert_live(alone, stored(alone, config)[0], config)
+    files = {"9.jpg": jpeg(), "9.json": json.dumps({"captions": ["a dot", "new"]}).encode()}
+    write_tar(shards / "0.tar", files)
+    grown = open_source("s", str(shards), "image")
+    assert_live(grown, stored(grown, config)[0], config)
+    assert_live(alone, stored(alone, config)[0], config)
+
+
+def test_a_store_that_does_not_fit_is_refused_with_the_reason(demo: Path, shards: Path) -> None:
+    source = open_source("s", str(shards), "image")
+    stored(source, config_of(demo))
+
+    def asked(**more: Any) -> TextStore:
+        text = TextConfig(str(demo / "llm"), "none")
+        language = Language(dataclasses.replace(text, **more))
+        return open_store(source, store_facts(source, language.identity(), {}, "bf16"))
+
+    assert asked().width == 32
+    stored(source, config_of(demo, max_length=16))
+    with pytest.raises(ConfigError, match=r"fit this run: the nearest has prompt: ''"):
+        asked(prompt="a ")
+    with pytest.raises(ConfigError, match=r"max_length: 64 -> 32.*text.features=live"):
+        asked(max_length=32)
+    with pytest.raises(ConfigError, match="pooling: 'mean' -> 'last'"):
+        asked(pooling="last")
+    files = {"9.jpg": jpeg(), "9.txt": b"a new one"}
+    write_tar(shards / "3.tar", files)
+    grown = open_source("s", str(shards), "image")
+    language = Language(TextConfig(str(demo / "llm"), "none"))
+    with pytest.raises(ConfigError, match=r"as its shards are now, fit this run: it has none"):
+        open_store(grown, store_facts(grown, language.identity(), {}, "bf16"))
+
+
+def damage(path: Path, start: int, bad: bytes) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + bad + content[start + len(bad) :])
+
+
+def test_a_damaged_store_is_named_and_written_again(demo: Path, shards: Path) -> None:
+    source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
+    store, _ = stored(source, config)
+    expected, digest = store.vectors(1, 1, [0]), store.digest
+    name = store.sidecar.name
+    table, summary = source.derived(name, 0), source.derived(name)
+    whole = table.read_bytes()
+
+    table.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is missing, damaged or"):
+        stored_as_it_is(source, config).vectors(1, 1, [0])  # "a red circle" lies in the first
+    assert stored(source, config)[0].digest == digest and table.read_bytes() == whole
+
+    last = 4 * 32 * 4  # bytes of the shard's four vectors
+    damage(table, len(whole) - last, b"\xff" * last)  # nan
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and xray"):
+        for member, captions in enumerate(CAPTIONS[0]):
+            stored_as_it_is(source, config).vectors(0, member, range(len(captions)))
+    table.unlink()
+    assert np.array_equal(stored(source, config)[0].vectors(1, 1, [0]), expected)
+
+    summary.unlink()
+    with pytest.raises(ConfigError, match=r"text-features-\w+ is gone; write them"):
+        stored_as_it_is(source, config)
+    assert stored(source, config)[0].digest == digest
+
+
+def test_training_on_stored_vectors_is_training_on_live_ones(demo: Path, tmp_path: Path) -> None:
+    """fp32: the same losses; bf16 and int8: nearly. The artifact encodes text by itself."""
+    more = (ALL_TOKENS, "train.samples=48", "model.drop_path=0.0", "text.max_length=32")
+    live = train("clip", demo, tmp_path / "live", *more)
+    rows = read_metrics(tmp_path / "live" / "metrics.jsonl")
+    folders = [str(demo / name) for name in ("photos", "clips")]
+    for kind, tolerance in (("fp32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2)):
+        keys = [f"llm={demo / 'llm'}", "max_length=32", f"features={kind}", "workers=0"]
+        done = CliRunner().invoke(app, ["data", "text-features", *folders, *keys])
+        assert done.exit_code == 0 and f"text.features={kind}" in done.output, done.output
+        offline = train("clip", demo, tmp_path / kind, *more, f"text.features={kind}")
+        others = read_metrics(tmp_path / kind / "metrics.jsonl")
+        assert [r["loss"] for r in others] == pytest.approx(
+            [r["loss"] for r in rows], rel=tolerance
+        )
+        assert offline.manifest["files"].keys() == live.manifest["files"].keys()
+    with pytest.raises(ConfigError, match="prompt"):
+        train("clip", demo, tmp_path / "x", *more, "text.features=bf16", "text.prompt=x")
+
+
+def test_captions_of_a_picture_come_by_weight_and_number() -> None:
+    files = {"json": json.dumps({"captions": ["a", "b"], "long": "c"}).encode()}
+    found = read_captions(files, {"captions": 1, "long": 3})
+    assert [(c.text, c.weight, c.number) for c in found] == [
+        ("a", 0.5, 0),
+        ("b", 0.5, 1),
+        ("c", 3, 2),
+    ]

@@ -1,0 +1,48 @@
+"""From a user's own files to a trained model: pack, check, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from child_process import RECIPE, xray
+from shards import photo
+
+
+def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "holiday").mkdir(parents=True)
+    for i in range(40):
+        folder = mine / "holiday" if i % 2 else mine
+        (folder / f"IMG {i}.JPG").write_bytes(photo(i, (90, 70)))
+        (folder / f"IMG {i}.txt").write_text(f"picture number {i}\nanother text about {i}\n")
+    (mine / "broken.jpg").write_bytes(photo(1)[:300])
+    shards = tmp_path / "shards"
+    packed = xray("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
+    assert packed.returncode == 0, packed.stderr
+    assert "40 samples in 3 shards" in packed.stdout and "undecodable image: 1" in packed.stdout
+    again = xray("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
+    assert "3 of them already there" in again.stdout, again.stdout
+    checked = xray("data", "check", str(shards))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    run = xray(
+        "run", RECIPE, "stages=[mae,text,clip]", f"data.root={demo}", f"out={tmp_path / 'run'}",
+        "data.modalities=[image]", f"data.sources.photos.shards={shards}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
+
+
+def test_img2dataset_and_video2dataset_output_as_it_is(
+    demo: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    images, clips = shared_data / "captions_val", shared_data / "actions_val"
+    for folder in (images, clips):
+        checked = xray("data", "check", str(folder))
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    run = xray(
+        "run", RECIPE, "stages=[mae,hashtag]", f"data.root={demo}", f"out={tmp_path / 'run'}",
+        f"data.sources.photos.shards={images}", "data.sources.photos.tags=caption_words",
+        f"data.sources.clips.shards={clips}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "hashtag" / "artifact" / "manifest.json").is_file()

@@ -1,0 +1,94 @@
+"""What would stop a later stage is said before the first one trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from child_process import RECIPE, xray
+from shards import photo, write_tar
+
+from xray.errors import ArtifactError, ConfigError, DataError
+from xray.recipes.preflight import preflight
+from xray.recipes.recipe import load_recipe
+from xray.training.engine import init_distributed
+
+
+def look(demo: Path, out: Path, *overrides: str) -> None:
+    recipe = load_recipe(str(RECIPE), [f"data.root={demo}", f"out={out}", *overrides])
+    init_distributed(torch.device("cpu"))
+    preflight(recipe.runs, recipe.eval, recipe.root)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos with one caption each and no tags."""
+    root = tmp_path_factory.mktemp("plain")
+    files = {}
+    for number in range(12):
+        files[f"{number:02d}.jpg"] = photo(number)
+        files[f"{number:02d}.json"] = json.dumps({"caption": f"dog {number} with a ball"}).encode()
+    write_tar(root / "0.tar", files)
+    return root
+
+
+def test_what_is_whole_passes(demo: Path, tmp_path: Path) -> None:
+    look(demo, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["stages=[mae,clip]", "clip.text.llm=/nope"], ConfigError, "text.llm=/nope"),
+        (["text.llm=/nope", "stages=[mae,text]"], ConfigError, "text.llm=/nope"),
+        (["eval.zero_shot.shards=nope"], ConfigError, "eval.zero_shot.shards=nope: there is no"),
+        (["eval.zero_shot.classes=no.txt"], ConfigError, "eval.zero_shot.classes=no.txt"),
+        (
+            ["stages=[mae,hashtag,clip]", "eval.tags.own.shards=nope"],
+            ConfigError,
+            "eval.tags.own.shards=nope: there is no",
+        ),
+        (
+            ["stages=[mae,text,clip]", "eval.captions.shards=nope"],
+            ConfigError,
+            "eval.captions.shards=nope: there is no",
+        ),
+        (["eval.knn.test=no*"], DataError, "no .tar shards at"),
+        (["hashtag.vocabulary=no.json"], ArtifactError, "no.json does not exist"),
+        (["clip.data.sources.photos.shards=no"], DataError, "neither a folder of .tar shards"),
+    ],
+)
+def test_what_is_missing_is_named(
+    demo: Path, tmp_path: Path, overrides: list[str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        look(demo, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("mae,hashtag", r"0 of 12 have a tag\).*data.sources.NAME.tags.*leave the hashtag stage"),
+        ("mae,text", r"has two captions, which stage text compares: leave it out \(stages="),
+    ],
+)
+def test_data_that_a_stage_cannot_learn_from(
+    demo: Path, plain: Path, tmp_path: Path, stages: str, words: str
+) -> None:
+    blocks = "data.blocks=[{source: photos, samples: 4}]"
+    with pytest.raises(DataError, match=words):
+        look(demo, tmp_path, f"stages=[{stages}]", f"data.sources.photos.shards={plain}", blocks)
+    captions = "hashtag.min_count=1", "data.sources.photos.tags=caption_words"
+    shards = f"data.sources.photos.shards={plain}"
+    look(demo, tmp_path, "stages=[mae,hashtag,clip]", shards, blocks, *captions)
+
+
+def test_nothing_trains_before(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = f"data.root={demo}", f"out={out}", "stages=[mae,clip]", "clip.text.llm=/nope"
+    done = xray("run", str(RECIPE), *settings)
+    assert done.returncode == 2 and "text.llm=/nope" in done.stderr + done.stdout
+    assert not out.exists()

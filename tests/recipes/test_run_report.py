@@ -1,0 +1,126 @@
+"""The report of a run: what is in it, and what is left out where there is nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from shards import photo, write_tar
+from tiny import train
+from typer.testing import CliRunner
+
+from data_pipelines.shards.source import open_source
+from xray.commands.main import app
+from xray.config import DataConfig
+from xray.recipes.report_examples import _matrix, _mistakes, look
+from xray.recipes.report_figures import curves
+from xray.reports.html import Card, cards, gallery, write_report
+from xray.reports.tables import ResultTable
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+@pytest.fixture(scope="module")
+def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a hashtag stage alone."""
+    folder = tmp_path_factory.mktemp("report")
+    train("hashtag", demo, folder / "hashtag")
+    return folder
+
+
+def test_a_report_is_written_again(run: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == 0, done.output
+    page = (run / "report.html").read_text()
+    found = headings(page)
+    assert found[:2] == ["Training", "Data"] and "Likeliest tags" in found and "Stages" in found
+    assert not {"Results", "Pictures found for captions", "Zero-shot classes"} & set(found)
+    assert not [title for title in found if title.startswith("MAE")]
+    assert "http" not in page and 'name="viewport"' in page  # nothing is fetched
+    assert re.findall(r"<img alt=\"([^\"]+) over samples seen", page) == [
+        "loss", "samples per second", "learning rate", "keep rate"
+    ]  # fmt: skip
+    (run / "results.json").write_text(
+        json.dumps({"knn": {"top1": 0.5, "chance_top1": 0.1, "samples": 8}})
+    )
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+    assert headings((run / "report.html").read_text())[0] == "Results"
+
+
+def test_of_one_stage_and_of_a_run_in_training(run: Path) -> None:
+    stage = run / "hashtag"
+    (stage / "artifact").rename(stage / "later")
+    try:
+        done = CliRunner().invoke(app, ["report", str(stage)])
+    finally:
+        (stage / "later").rename(stage / "artifact")
+    assert done.exit_code == 0, done.output
+    assert headings((stage / "report.html").read_text()) == ["Training", "Data"]
+
+
+def test_no_run_gives_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2 and "holds no run" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_nothing_gives_no_section() -> None:
+    assert curves({"mae": [], "clip": []}) == gallery("Training", []) == cards("Tags", []) == ""
+    assert "keep rate" not in curves({"clip": [{"samples": 8, "loss": 1.0}]})
+
+
+def test_classes_are_counted() -> None:
+    names = [f"class {n}" for n in range(20)]
+    labels, found = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([1, 1, 0, 1, 3])
+    assert _mistakes(names, labels, found).rows == [
+        ("class 0", "class 1", "2"),
+        ("class 2", "class 3", "1"),
+    ]
+    assert _matrix(names[:4], labels, found).startswith("<img")
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    card = Card(torch.zeros(3, 4, 4), ["<script>alert(1)</script>"])
+    table = ResultTable("<b>", ("<i>",), [("<u>",)])
+    write_report(tmp_path / "x.html", "<title>", [cards("<em>", [card]), table.html()])
+    page = (tmp_path / "x.html").read_text()
+    for tag in ("<script", "<b>", "<i>", "<u>", "<em>"):
+        assert tag not in page
+
+
+def test_a_table_prints_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    ResultTable("[bold]t", ("[i]c", "d"), [("see [/url] now", "[red]x")]).print()
+    printed = capsys.readouterr().out
+    for text in ("[bold]t", "[i]c", "see [/url] now", "[red]x"):
+        assert text in printed
+
+
+def test_samples_keep_their_captions_and_classes(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(6):
+        files[f"{number}.jpg"], files[f"{number}.cls"] = photo(number), str(number).encode()
+        if number % 2:
+            files[f"{number}.txt"] = f"picture {number}".encode()
+    files["2.jpg"] = b"no picture"
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", files)
+    source = open_source("set", str(tmp_path / "set"), "image")
+    found = look(source, DataConfig(resolution=16))
+    assert found.labels == [0, 1, 3, 4, 5] and len(found.pixels) == 5
+    assert found.captions == [[], ["picture 1"], ["picture 3"], [], ["picture 5"]]
+
+
+def test_names_are_no_formulas() -> None:
+    assert _matrix(["$a_$", "$x$"], torch.tensor([0, 1]), torch.tensor([1, 1])).startswith("<img")
+
+
+def test_a_damaged_record_is_one_line(run: Path) -> None:
+    (run / "report.json").write_text("{")
+    done = CliRunner().invoke(app, ["report", str(run)])
+    (run / "report.json").unlink()
+    assert done.exit_code == 2 and "report.json is damaged" in done.stderr

@@ -1,0 +1,269 @@
+"""The hashtag stage as its user runs it: vocabulary, teacher, losses, evaluation."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shards import jpeg, write_tar
+from tiny import settings, train
+from typer.testing import CliRunner
+
+from data_pipelines.decode.transforms import load_pixels, load_views
+from data_pipelines.shards.sidecar import Sidecar, open_sidecar
+from data_pipelines.shards.source import Source, open_source, open_sources
+from data_pipelines.tags.labels import teacher_sidecar
+from stages import stage_class
+from stages.base import Parents
+from stages.hashtag import HashtagModule, HashtagStage, tag_targets
+from xray.artifacts.artifact import open_artifact
+from xray.commands.main import app
+from xray.config import DataConfig
+from xray.errors import ArtifactError, ConfigError
+
+SHORT = ("train.samples=36", "data.modalities=[image]", "train.save_every=0")
+
+
+def run(*command: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def teacher(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hashtag run on the demo's photos, balanced."""
+    out = tmp_path_factory.mktemp("teacher") / "hashtag"
+    train("hashtag", demo, out, *SHORT, "hashtag.balance=sqrt", "hashtag.epoch_length=2")
+    return out
+
+
+def test_rare_tags_are_repeated(demo: Path, teacher: Path) -> None:
+    config = settings("hashtag", demo, teacher, *SHORT, "hashtag.balance=sqrt")
+    config.hashtag.epoch_length = 2.0
+    stage = stage_class("hashtag")(config)
+    source = open_source("photos", "photos", "image", str(demo))
+    prepared = stage.prepare({"photos": source}, Parents())["photos"]
+    assert len(prepared) == pytest.approx(2 * len(source), rel=0.1)
+    assert prepared.digest != source.digest
+    sample = replace(prepared.sample(0, 3, 32, 1), copy=1)
+    batch = stage.collate([stage.transform(sample, None)] * 2)
+    assert batch["tags"].shape == batch["weights"].shape and (batch["weights"] == 1).all()
+    found = stage.balanced["photos"]
+    whole = found.labels_of(0, 3, 0, strip=True)[0]
+    assert set(batch["tags"][0].tolist()) <= set(whole.tolist())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("hashtag.loss=bce",),
+        ("hashtag.loss=asymmetric", "hashtag.chunk=7"),
+        ("hashtag.sampled=6", "hashtag.mixup=0.4"),
+        ("hashtag.chunk=5", "hashtag.smoothing=0.1", "hashtag.cutmix=1"),
+        ("hashtag.truncate=0.3", "hashtag.truncate_after=0.5"),
+    ],
+)
+def test_all_losses_train(demo: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    artifact = train("hashtag", demo, tmp_path, *SHORT, *options)
+    assert np.isfinite(artifact.manifest["metrics"]["loss"])
+    top = "photos/top1_is_a_tag" in artifact.manifest["metrics"]
+    assert top == ("hashtag.sampled=6" not in options)
+
+
+def test_chunks_change_nothing(demo: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = HashtagModule(settings("hashtag", demo, tmp_path, "hashtag.chunk=4"), [5] * 11)
+    pixels = torch.randint(0, 256, (3, 1, 3, 32, 32), dtype=torch.uint8)
+    tags = torch.tensor([[0, 4, -1], [10, -1, -1], [1, 2, 3]])
+    batch = {"pixels": pixels, "tags": tags, "weights": (tags >= 0).float()}
+    losses = []
+    for chunk in (4, 0):
+        module.loss = type(module.loss)("softmax", 0.0, chunk)
+        output = module(batch, 1.0)
+        (grad,) = torch.autograd.grad(output.loss, module.head.weight)
+        losses.append((output.loss, grad, output.metrics["excess"]))
+    for one, other in zip(*losses, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert losses[0][2] > 0
+
+
+def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
+    demo: Path, tmp_path: Path
+) -> None:
+    options = "hashtag.truncate=0.5", "hashtag.truncate_after=0"
+    module = HashtagModule(settings("hashtag", demo, tmp_path, *options), [5] * 11).train()
+    p = torch.tensor([0.28, 0.24, 0.24, 0.24, *[1e-6] * 7])
+    with torch.no_grad():
+        module.head.weight.zero_()
+        module.head.bias.copy_(p.log())
+    tags = torch.tensor([[0, 1, 2, 3], [0, -1, -1, -1]])
+    features = {
+        "cls": torch.zeros(2, module.vision.embed_dim),
+        "tags": tags,
+        "targets": tag_targets((tags >= 0).float(), "softmax"),
+        "progress": torch.tensor(0.5),
+    }
+    many, one = -p[:4].log().mean(), -p[0].log()
+    assert many > one and module.loss_from_features(features).loss.item() == pytest.approx(
+        float(many), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("balance", ["none", "sqrt"])
+def test_a_head_starts_from_the_frequencies_of_what_is_drawn(
+    demo: Path, tmp_path: Path, loss: str, balance: str
+) -> None:
+    """Counted over an epoch's slots, as the loader reads them."""
+    options = f"hashtag.loss={loss}", f"hashtag.balance={balance}", "hashtag.epoch_length=3"
+    config = settings("hashtag", demo, tmp_path, *options)
+    names = [block.source for block in config.blocks]
+    stage = HashtagStage(config)
+    sources = stage.prepare(open_sources(config.data, names), Parents())
+    V = len(stage.vocabulary)
+    frequency = torch.zeros(V)
+    for block in config.blocks:
+        seen = torch.zeros(V)
+        source, own = sources[block.source], stage.balanced[block.source]
+        for shard, slots in enumerate(source.counts.tolist()):
+            for slot in range(slots):
+                sample = source.sample(shard, source.member(shard, slot), 32, 1, slot)
+                ids, _ = own.labels_of(shard, sample.member, sample.copy, strip=True)
+                seen[torch.tensor(ids)] += 1
+        frequency += seen / own.slots * block.samples / config.global_batch
+    head = stage.build(Parents()).head
+    said = head(torch.zeros(1, head.in_features))[0]
+    likely = said.softmax(dim=0) if loss == "softmax" else said.sigmoid()
+    wanted = frequency / frequency.sum() if loss == "softmax" else frequency
+    assert torch.allclose(likely, wanted, atol=0.15 * float(wanted.max()))  # repeats are drawn
+
+
+def test_targets_share_what_is_known() -> None:
+    weights = torch.tensor([[1.0, 1, 0], [0.2, 0.1, 0.0], [1, 0.5, 0.5]])
+    expected = torch.tensor([[0.5, 0.5, 0], [0.2, 0.1, 0.0], [0.5, 0.25, 0.25]])
+    assert torch.allclose(tag_targets(weights, "softmax"), expected)
+    assert torch.equal(tag_targets(weights, "bce"), weights)
+
+
+def untagged(folder: Path, demo: Path) -> Path:
+    """The demo's first shard without the tags of every other sample, and a broken picture."""
+    source, files = open_source("photos", "photos", "image", str(demo)), {}
+    for member in range(12):
+        found = source.read(0, member)
+        content = json.loads(found["json"])
+        if member % 2:
+            del content["hashtags"]
+        files[f"{member:03d}.jpg"] = b"junk" if member == 4 else found["jpg"]
+        files[f"{member:03d}.json"] = json.dumps(content).encode()
+    folder.mkdir()
+    write_tar(folder / "0.tar", files)
+    return folder
+
+
+def taught(output: str) -> str:
+    """The name of the sidecar that pseudo-tags printed."""
+    found = re.search(r"hashtag\.teacher=(\S+)", output)
+    assert found is not None
+    return found[1]
+
+
+def tables_of(name: str, source: Source) -> Sidecar:
+    found = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
+    assert found is not None
+    return found
+
+
+def test_a_teacher_tags_and_the_stage_learns_from_it(
+    demo: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="xray")
+    folder = untagged(tmp_path / "mine", demo)
+    command = ("data", "pseudo-tags", teacher, folder, "threshold=0.0", "top=2", "workers=0")
+    output = run(*command)
+    assert "6 of 6 untagged samples got tags" in output and "undecodable image: 1" in output
+    name = taught(output)
+    source = open_source("mine", str(folder), "image")
+    sidecar = tables_of(name, source)
+    assert sidecar.facts["teacher"] == open_artifact(teacher).digest
+    table = sidecar.table(0)
+    rows = np.split(np.arange(len(table["ids"])), table["ends"][:-1])
+    assert len(rows[4]) == 0
+    for member, row in enumerate(rows):
+        if member != 4:
+            assert table["chosen"][row].sum() == 2
+            assert 0 < table["scores"][row].sum() <= 1 + 1e-5
+    # the same again does nothing, and gives the same
+    assert taught(run(*command)) == name
+    again = tables_of(name, source)
+    assert again.digest == sidecar.digest
+    # other settings are another sidecar
+    other = open_sidecar(
+        source, teacher_sidecar(taught(run(*command, "top=1")), source, "hashtags", "hashtags", {})
+    )
+    assert other is not None and other.table(0)["chosen"].sum() == 11
+    assert tables_of(name, source).digest == sidecar.digest
+
+    config = (
+        *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",
+        f"hashtag.vocabulary={teacher}/artifact/vocabulary.json", "data.max_bad_fraction=0.5",
+    )  # fmt: skip
+    stage = stage_class("hashtag")(settings("hashtag", demo, tmp_path / "run", *config))
+    prepared = stage.prepare({"photos": open_source("photos", str(folder), "image")}, Parents())
+    weights = [
+        stage.transform(prepared["photos"].sample(0, m, 32, 1), None)["weights"] for m in (0, 1)
+    ]
+    assert (weights[0] == 1).all() and (weights[1] < 0.5).all() and len(weights[1]) == 2
+    manifest = train("hashtag", demo, tmp_path / "run", *config).manifest
+    assert manifest["samples"] == 32
+    assert manifest["inputs"]["teacher"] == open_artifact(teacher).digest
+
+    other_tags = "data.sources.photos.tags=caption_words"
+    with pytest.raises(ConfigError, match=r"it has not been over .* with tags=caption_words"):
+        train("hashtag", demo, tmp_path / "judged", *config, other_tags)
+    assert taught(run(*command, "tags=caption_words")) == name
+    train("hashtag", demo, tmp_path / "judged", *config, other_tags)
+    assert (
+        "photos: 6 of 12 samples have tags of the vocabulary; the teacher dropped 0.0%"
+        in caplog.text
+    )
+    assert "gave tags to 6 samples without" in caplog.text
+    with pytest.raises(ArtifactError, match=r"hashtag.teacher=\S+ is of another vocabulary"):
+        train("hashtag", demo, tmp_path / "other", *config[:-2], "hashtag.min_count=1")
+    with pytest.raises(ConfigError, match="it has not been over the shards"):
+        train("hashtag", demo, tmp_path / "none", *config, "hashtag.teacher=nobody")
+
+
+def test_vocabulary_command_and_evaluation(demo: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v" / "tags.json"
+    text = run("data", "tags", demo / "photos", demo / "clips", "min_count=2", "--out", out)
+    assert "in the vocabulary" in text and out.with_suffix(".html").stat().st_size > 10_000
+    text = run("eval", teacher, f"eval.tags.heldout.shards={demo}/heldout", "--suite", "tags",
+               "--out", tmp_path / "r.json")  # fmt: skip
+    assert "heldout precision@1" in text and "heldout mAP" in text
+    found = json.loads((tmp_path / "r.json").read_text())["tags"]
+    assert found["heldout/samples"] == 24 and 0 <= found["heldout/ece"] <= 1
+    result = CliRunner().invoke(app, ["data", "pseudo-tags", str(teacher), "threshold=2"])
+    assert result.exit_code == 2
+
+
+def test_views_of_pictures_and_clips(demo: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(size=(90, 30)), "b.jpg": jpeg(size=(30, 40))})
+    data = DataConfig(resolution=30)
+    source = open_source("s", str(tmp_path), "image")
+    sample = source.sample(0, 0, 30, 1)
+    views = load_views(sample, data, clips=5, crops=3)
+    assert views.shape == (3, 1, 3, 30, 30)
+    middle = load_pixels(sample, data, None)
+    assert (views[1].int() - middle.int()).abs().max() <= 2  # another JPEG decoder
+    clips = open_source("clips", "clips", "video", str(demo))
+    clip = clips.sample(0, 0, 32, 4)
+    assert load_views(clip, data, clips=2, crops=3).shape == (6, 4, 3, 32, 32)
+    assert torch.equal(load_views(clip, data, 1, 1)[0], load_pixels(clip, data, None))
+    early, late = load_views(clip, data, 2, 1)
+    assert not torch.equal(early, late)

@@ -1,0 +1,267 @@
+"""The contract of every stage: it builds small, its loss falls, the next takes its export."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import settings, train
+from typer.testing import CliRunner
+
+from stages import STAGES, stage_class
+from xray.commands.main import app
+from xray.errors import ArtifactError, ConfigError
+from xray.training.metrics import read_metrics
+
+CHAIN = {"mae": [], "hashtag": ["mae"], "text": [], "clip": ["hashtag", "text"]}
+
+
+@pytest.fixture(scope="module")
+def chain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All stages, each from its parents, with enough steps for the loss to fall."""
+    root = tmp_path_factory.mktemp("chain")
+    for stage, parents in CHAIN.items():
+        start = [root / parent / "artifact" for parent in parents]
+        train(stage, demo, root / stage, "train.samples=480", init_from=start)
+    return {stage: root / stage for stage in CHAIN}
+
+
+def test_every_stage_is_covered() -> None:
+    assert set(CHAIN) == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", CHAIN)
+def test_loss_falls(chain: dict[str, Path], stage: str) -> None:
+    losses = [row["loss"] for row in read_metrics(chain[stage] / "metrics.jsonl")]
+    assert len(losses) == 40 and all(map(math.isfinite, losses))
+    assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
+
+
+def test_children_hold_their_parents_hash(chain: dict[str, Path]) -> None:
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.lineage import lineage
+
+    clip = open_artifact(chain["clip"])
+    links = lineage(chain["clip"])
+    assert [link.stage for link in links] == ["clip", "hashtag", "mae", "text"]
+    assert all(link.manifest is not None and link.where == "found" for link in links)
+    parent = open_artifact(chain["hashtag"])
+    assert clip.manifest["parents"]["vision"]["manifest"] == parent.digest
+
+
+def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
+    rows = read_metrics(chain["hashtag"] / "metrics.jsonl")
+    assert rows[0]["keep_rate"] == 1 and rows[-1]["keep_rate"] == 0.7
+    assert {row["keep_rate"] for row in read_metrics(chain["mae"] / "metrics.jsonl")} == {1}
+
+
+def test_a_clip_artifact_embeds_and_scores(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
+    from data_pipelines.curation.config import CurationConfig, DedupConfig, FilterConfig
+    from data_pipelines.curation.curate import curate
+    from data_pipelines.shards.sidecar import Sidecar, open_sidecar
+    from data_pipelines.shards.source import open_source
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.encoders import Encoder, data_of
+    from xray.evaluation.feature_extraction import extract, read_all_captions
+
+    photos = tmp_path / "photos"
+    shutil.copytree(demo / "heldout", photos)
+    source = open_source("photos", str(photos), "image")
+
+    def made(command: str, key: str) -> Sidecar:
+        options = ["data", command, str(chain["clip"]), str(photos), "workers=0", "batch_size=5"]
+        found = CliRunner().invoke(app, options)
+        assert found.exit_code == 0, found.output
+        sidecar = open_sidecar(source, found.output.split(f"{key}=")[1].split()[0])
+        assert sidecar is not None
+        return sidecar
+
+    artifact = open_artifact(chain["clip"])
+    encoder = Encoder(artifact)
+    found = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64)
+    embeddings = made("embeddings", "dedup.embeddings")
+    rows = torch.cat([torch.from_numpy(embeddings.table(s)["embeddings"].copy())
+                      for s in range(len(embeddings.counts))])  # fmt: skip
+    assert torch.allclose(rows, found.rows, atol=1e-5)
+    scores = made("scores", "filters.scores")
+    first = torch.from_numpy(scores.row(0, 0, "score").copy())
+    expected = encoder.encode_text(read_all_captions(source)[0]) @ found.rows[0]
+    assert torch.allclose(first, expected, atol=1e-5)
+    every = torch.cat([torch.from_numpy(scores.table(s)["score"].copy())
+                       for s in range(len(scores.counts))])  # fmt: skip
+
+    metadata = tmp_path / "metadata.txt"
+    metadata.write_text("a\nthe\ncircle\nsquare\nred\nblue\n")
+    limits = FilterConfig(scores=scores.name, min_score=float(every.median()))
+    dedup = DedupConfig(embeddings=embeddings.name, cosine=0.999)
+    report = curate(source, CurationConfig(str(metadata), filters=limits, dedup=dedup)).report
+    taken = {step.name: step.texts for step in report.steps}
+    assert taken["scores"] == int((every < every.median()).sum())
+    result = CliRunner().invoke(app, ["data", "scores", str(chain["mae"]), str(photos)])
+    assert result.exit_code == 2 and "scores need a clip artifact" in result.output
+
+
+def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    from data_pipelines.shards.sidecar import open_sidecar
+    from data_pipelines.shards.source import open_source
+    from data_pipelines.tags.labels import teacher_sidecar
+    from data_pipelines.tags.vocabulary import Vocabulary
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.encoders import Encoder, data_of
+    from xray.evaluation.feature_extraction import extract
+
+    photos, tags = tmp_path / "photos", chain["hashtag"] / "artifact" / "vocabulary.json"
+    photos.mkdir()
+    shard = next((demo / "heldout").glob("*.tar"))
+    (photos / "0.tar").write_bytes(shard.read_bytes())
+    command = ["data", "pseudo-tags", str(chain["clip"]), str(photos), "threshold=0", "workers=0"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 2 and "needs --vocabulary" in found.output
+    options = ["temperature=2", "template=one {}", "--vocabulary", str(tags)]
+    output = CliRunner().invoke(app, [*command, *options]).output
+    source = open_source("photos", str(photos), "image")
+    name = output.split("hashtag.teacher=")[1].split()[0]
+    sidecar = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
+    assert sidecar is not None
+
+    artifact, names = open_artifact(chain["clip"]), Vocabulary.load(tags).tags
+    encoder = Encoder(artifact)
+    images = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64).rows
+    likeness = images @ encoder.encode_text([f"one {name}" for name in names]).T
+    expected = torch.softmax(likeness * artifact.load("head")["logit_scale"].exp() / 2, dim=1)
+    for member, row in enumerate(expected):
+        ids = torch.from_numpy(sidecar.row(0, member, "ids").astype("int64"))
+        scores = torch.from_numpy(sidecar.row(0, member, "scores").copy())
+        assert set(row.topk(5).indices.tolist()) <= set(ids.tolist())
+        assert torch.allclose(scores, row[ids], atol=1e-6)
+
+
+def test_frozen_text_tower_is_not_changed(chain: dict[str, Path]) -> None:
+    from xray.artifacts.artifact import open_artifact
+
+    before = open_artifact(chain["text"]).load("text")
+    after = open_artifact(chain["clip"]).load("text")
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: Path) -> None:
+    from stages.base import split_parents
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.encoders import Encoder
+
+    artifact = open_artifact(chain["clip"])
+    encoder = Encoder(artifact)
+    pixels = torch.randint(0, 256, (3, 1, 3, 32, 32), dtype=torch.uint8)
+    captions = ["a red circle", "a star", "small blue ring on the left"]
+    image, text = encoder.encode_pixels(pixels), encoder.encode_text(captions)
+    assert torch.allclose(image.norm(dim=-1), torch.ones(3), atol=1e-5)
+
+    config = settings("clip", demo, chain["clip"])
+    stage = stage_class("clip")(config)
+    parents = split_parents(stage_class("clip"), [open_artifact(chain[s]) for s in CHAIN["clip"]])
+    stage.prepare({}, parents)
+    module = stage.build(parents).eval()
+    tower = artifact.load("text")
+    module.towers["text"].load_state_dict(tower, strict=False)
+    module.towers["vision"].load_state_dict(artifact.load("backbone"))
+    module.load_state_dict(artifact.load("head"), strict=False)
+    batch = {
+        "pixels": pixels,
+        **stage.language.tokenizer.pad([stage.language.tokenizer([c]) for c in captions]),
+    }
+    with torch.no_grad():
+        features = module(batch, 1.0, "features")
+    assert torch.allclose(features["image"], image, atol=1e-5)
+    assert torch.allclose(features["text"][:, 0], text, atol=1e-5)
+
+
+def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stage mae cannot start from .* of stage text"):
+        train("mae", demo, tmp_path / "a", init_from=[chain["text"]])
+    with pytest.raises(ConfigError, match="two vision artifacts"):
+        train("hashtag", demo, tmp_path / "b", init_from=[chain["mae"], chain["hashtag"]])
+    with pytest.raises(ArtifactError, match="of another model"):
+        train("hashtag", demo, tmp_path / "c", "model.kwargs.depth=3", init_from=[chain["mae"]])
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        train("hashtag", demo, tmp_path / "d", init_from=[tmp_path / "nothing"])
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_vocabulary_must_match_the_head(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"the head of .* is of another vocabulary"):
+        train("hashtag", demo, tmp_path / "x", "hashtag.max_size=5", init_from=[chain["hashtag"]])
+
+
+def test_another_llm_is_refused(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+    from xray.config.prepare import LlmConfig
+    from xray.recipes.prepare import make_llm
+
+    make_llm(LlmConfig(str(tmp_path / "llm"), "photos", 300, 32, 2, 2), str(demo))
+    with pytest.raises(ArtifactError, match="is not the one that"):
+        train(
+            "clip",
+            demo,
+            tmp_path / "x",
+            f"text.llm={tmp_path / 'llm'}",
+            init_from=[chain["text"]],
+        )
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: int) -> None:
+    """Pushed over its ceiling before each clamp, the fp32 master and the export come back down."""
+    from xray.training.engine import Engine
+
+    seen = []
+    clamp = Engine.clamp
+
+    def record(self: Engine, parameter: torch.Tensor, low: float, high: float) -> None:
+        clamp(self, parameter, high + 0.5, high + 1)  # the push, as a wild optimizer step would
+        free = float(self.full_parameter(parameter))
+        clamp(self, parameter, low, high)
+        seen.append((free, float(self.full_parameter(parameter)), high))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "clamp", record)
+        artifact = train(
+            "clip",
+            demo,
+            tmp_path / "run",
+            f"zero.stage={zero}",
+            "clip.logit_scale_max=20",
+        )
+    assert len(seen) == 6 and all(free > high + 0.4 for free, _, high in seen)
+    assert all(after <= high + 1e-6 for _, after, high in seen)
+    assert float(artifact.load("head")["logit_scale"].exp()) <= 20.0001
+
+
+def test_validation_is_the_same_each_time_and_checked_first(demo: Path, tmp_path: Path) -> None:
+    source = "data.sources.val={shards: heldout, modality: image}"
+    val = [source, "data.validation=[{source: val, samples: 8}]"]
+    three = ["train.micro_batch=3", "data.blocks=[{source: photos, samples: 3}]"]
+    with pytest.raises(ConfigError, match=r"train.micro_batch=3 does not divide the 8"):
+        train("mae", demo, tmp_path / "a", *val, *three)
+    artifact = train("mae", demo, tmp_path / "b", *val, "train.validate_every=1", "optim.base_lr=0")
+    losses = [r["val/loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")[:-1]]
+    assert len(losses) == 5 and len({*losses, artifact.manifest["metrics"]["val/loss"]}) == 1
+
+
+def test_a_run_killed_before_its_export_goes_on(demo: Path, tmp_path: Path) -> None:
+    from xray.training.trainer import Trainer
+
+    def fail(self: Trainer, metrics: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_export", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train("mae", demo, tmp_path / "run")
+    artifact = train("mae", demo, tmp_path / "run")
+    assert artifact.manifest["samples"] == 72 and math.isfinite(
+        artifact.manifest["metrics"]["loss"]
+    )

@@ -1,0 +1,60 @@
+"""Run `xray ARGS...` and kill this process, as `kill -9` would, at a chosen moment.
+
+usage: python kill_helper.py step:3 | save:2 | artifact:mae  ARGS...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str) -> None:
+    import xray.training.checkpoint
+    import xray.training.trainer
+
+    kind, _, which = moment.partition(":")
+    if kind == "step":
+        write = xray.training.trainer.Sinks.write
+
+        def write_and_die(self, state, values, logged):  # type: ignore[no-untyped-def]
+            write(self, state, values, logged)
+            if state.step == int(which):
+                die()
+
+        xray.training.trainer.Sinks.write = write_and_die  # type: ignore[method-assign]
+    elif kind == "save":  # all files are written, the folder is not yet renamed
+        sync = xray.training.checkpoint.sync_tree
+        saves = []
+
+        def sync_and_die(folder):  # type: ignore[no-untyped-def]
+            sync(folder)
+            saves.append(folder)
+            if len(saves) == int(which):
+                die()
+
+        xray.training.checkpoint.sync_tree = sync_and_die
+    else:  # between two stages
+        export = xray.training.trainer.Trainer._export
+
+        def export_and_die(self, metrics):  # type: ignore[no-untyped-def]
+            artifact = export(self, metrics)
+            if artifact.stage == which:
+                die()
+            return artifact
+
+        xray.training.trainer.Trainer._export = export_and_die  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    moment, *arguments = sys.argv[1:]
+    sys.argv = ["xray", *arguments]
+    arm(moment)
+    from xray.commands.main import main
+
+    main()

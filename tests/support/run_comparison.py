@@ -1,0 +1,62 @@
+"""Comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xray.artifacts.artifact import open_artifact
+from xray.training.metrics import read_metrics
+from xray.training.throughput import MEASURED
+
+STEPS = ("loss", "grad_norm", "lr")
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    for stage in ("mae", "clip"):
+        files = sorted((one / stage / "artifact").glob("*.safetensors"))
+        assert files
+        for file in files:
+            a, b = load_file(file), load_file(two / stage / "artifact" / file.name)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[k], b[k]) for k in a), file
+        rows = [
+            [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
+            for folder in (one, two)
+        ]
+        for row in (*rows[0], *rows[1]):
+            for key in [k for k in row if k in MEASURED or k.startswith(("data/", "save/"))]:
+                row.pop(key)
+        assert rows[0] == rows[1]
+    assert (one / "results.json").read_text() == (two / "results.json").read_text()
+
+
+# Sums in another order: fp32 losses of the same step agree to this, relatively.
+TOLERANCE = 1e-4
+
+
+def assert_same_losses(one: Path, two: Path, expected: int) -> None:
+    a, b = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(a) == len(b) == expected
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=TOLERANCE)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=100 * TOLERANCE)
+
+
+def assert_same(one: Path, two: Path, exact: bool) -> None:
+    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(mine) == len(theirs) == 6
+    for a, b in zip(mine, theirs, strict=True):
+        for name in STEPS:
+            assert a[name] == (b[name] if exact else pytest.approx(b[name], rel=1e-4)), a["step"]
+    parts = [open_artifact(folder / "artifact") for folder in (one, two)]
+    for part in parts[0].manifest["tensors"]:
+        first, second = (artifact.load(part) for artifact in parts)
+        assert first.keys() == second.keys()
+        for name in first:
+            if exact:
+                assert torch.equal(first[name], second[name]), name

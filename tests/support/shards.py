@@ -1,0 +1,54 @@
+"""Shards and sources made for tests."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.shards.columns import pack_texts
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.source import Source
+
+
+def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (40, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def photo(seed: int, size: tuple[int, int] = (64, 48), quality: int = 90) -> bytes:
+    """A JPEG with something to see at every scale."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def numbered(counts: Sequence[int], name: str = "photos") -> Source:
+    """A source of shards that hold so many samples; nothing can be read from it."""
+    blob, ends = pack_texts([f"{shard:05d}.tar" for shard in range(len(counts))])
+    columns = {
+        "names": blob,
+        "name_ends": ends,
+        "sizes": np.zeros(len(counts), np.int64),
+        "mtimes": np.zeros(len(counts), np.int64),
+        "counts": np.repeat(np.array(counts, np.int32)[:, None], 4, axis=1),
+        "digests": np.zeros((len(counts), 32), np.uint8),
+        "sha256": np.zeros((len(counts), 32), np.uint8),
+    }
+    return Source(name, "image", "image", Manifest("nowhere", columns, {"digest": "none"}))

@@ -1,0 +1,12 @@
+"""Random unit vectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))), dim=-1
+    )

@@ -1,0 +1,310 @@
+"""DeepSpeed behind the facade against a plain torch loop, and what stops a run.
+
+What DeepSpeed gets silently wrong, and what holds it off:
+clipping at 1 by default          test_steps_equal_a_plain_loop, test_clipping_is_always_written_out
+misspelled keys                   test_deepspeeds_own_keys_are_checked
+one step too many in bf16         test_steps_equal_a_plain_loop, bf16 at ZeRO 0
+gradients rounded in bf16         the same at ZeRO 1, test_bf16_keeps_small_updates
+frozen parameters lost            test_what_is_frozen_or_unused_is_the_same_in_every_stage
+decay without a gradient          the same: as DeepSpeed has it, but in every stage alike
+steps by NaN                      test_a_gradient_that_is_not_finite_changes_nothing
+weights or groups mixed up in     test_portable.py: its checkpoints are not used, nor universal ones
+  checkpoints, `latest` too early   (test_resume.py kills runs that are saving)
+masters that a clamp misses       test_stages.py, test_logit_scale_master_obeys_the_clamp
+partitioned parameters seen       test_matrix.py trains ZeRO 3 with all of them partitioned
+  outside of forward
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import train
+from torch import Tensor, nn
+
+from stages.base import StepOutput
+from stages.mae import MaeModule
+from xray.config import RunConfig, ZeroConfig
+from xray.config.deepspeed_keys import OPEN
+from xray.errors import ConfigError, TrainingError
+from xray.training.engine import Engine, deepspeed_config, init_distributed
+from xray.training.metrics import read_metrics
+
+LR = 0.05
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = nn.Linear(6, 8)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * self.out(self.hidden(x).tanh()).float().square().mean()
+
+
+# More of ZeRO than its stages: what is small enough to stay whole, or in one piece, is cut, too.
+CUT = {"stage3_param_persistence_threshold": 0, "sub_group_size": 20, "reduce_bucket_size": 30}
+ZERO = {
+    **{str(stage): ZeroConfig(stage) for stage in (0, 1, 2, 3)},  # type: ignore[arg-type]
+    **{f"{stage}, offload": ZeroConfig(stage, True) for stage in (1, 2, 3)},  # type: ignore[arg-type]
+    **{
+        f"{stage}, cut": ZeroConfig(stage, deepspeed={"zero_optimization": CUT})  # type: ignore[arg-type]
+        for stage in (1, 2, 3)
+    },
+    "3, cut, offload": ZeroConfig(3, True, {"zero_optimization": CUT}),
+}
+
+
+def run_config(zero: int | ZeroConfig, precision: str = "fp32", clip: float = 0.0) -> RunConfig:
+    config = RunConfig()
+    config.zero = ZeroConfig(zero) if isinstance(zero, int) else zero  # type: ignore[arg-type]
+    config.train.precision, config.optim.clip_grad = precision, clip  # type: ignore[assignment]
+    return config
+
+
+def take(engine: Engine, step: list[Tensor], lr: float = LR) -> float:
+    """A step of micro-batches; returns the gradient's norm."""
+    engine.set_lr(lr, 1.0)
+    for number, x in enumerate(step):
+        engine.begin(number, len(step))
+        engine.backward(engine(x))
+        engine.step()
+    return engine.grad_norm
+
+
+def steps() -> list[list[Tensor]]:
+    """Four steps of 2, 1, 3 and 2 micro-batches: a schedule may change their number."""
+    batches = list(torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(1)))
+    return [batches[:2], batches[2:3], batches[3:6], batches[6:]]
+
+
+def plain(precision: str, clip: float) -> tuple[dict[str, Tensor], list[float]]:
+    """AdamW steps by accumulated gradients."""
+    module, norms = Tiny(), []
+    decayed = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
+    for step in steps():
+        optimizer.zero_grad()
+        for x in step:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = module(x)
+            (loss / len(step)).backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), clip or float("inf"))
+        norms.append(float(norm))
+        optimizer.step()
+    return module.state_dict(), norms
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", 0.0), ("fp32", 0.5), ("bf16", 0.5)])
+def test_steps_equal_a_plain_loop(zero: str, precision: str, clip: float) -> None:
+    init_distributed(torch.device("cpu"))
+    engine = Engine(Tiny(), run_config(ZERO[zero], precision, clip))  # type: ignore[arg-type]
+    expected, norms = plain(precision, clip)
+    assert [take(engine, step) for step in steps()] == pytest.approx(norms, rel=1e-4)
+    for name, value in engine.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+    engine.destroy()
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_the_state_is_read_and_written_by_parameter(zero: str) -> None:
+    """What one engine reads, another goes on from; bit for bit in the same kind of ZeRO."""
+    init_distributed(torch.device("cpu"))
+    engines = [Engine(Tiny(), run_config(ZERO[zero])) for _ in range(2)]  # type: ignore[arg-type]
+    first, second = engines
+    for step in steps()[:2]:
+        take(first, step)
+    for name in first.trained:
+        for slot in (None, "exp_avg", "exp_avg_sq"):
+            second.write(name, first.read(name, slot), slot)
+            assert torch.equal(first.read(name, slot), second.read(name, slot))
+    second.set_steps(first.steps)
+    for step in steps()[2:]:
+        assert take(first, step) == take(second, step)
+    one, two = (engine.state_dict() for engine in engines)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    for engine in engines:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_keeps_small_updates(zero: int) -> None:
+    """Weights of 1 and steps of 1e-4: in bf16, whose next number is 1.0078, all would be lost."""
+    init_distributed(torch.device("cpu"))
+    module = Tiny()
+    nn.init.ones_(module.out.weight)
+    config = run_config(zero, "bf16")
+    config.optim.weight_decay = 0.0
+    engine = Engine(module, config)  # type: ignore[arg-type]
+    (batch, *_), *_ = steps()
+    for _ in range(10):
+        take(engine, [batch], lr=1e-4)
+    moved = 1 - engine.state_dict()["out.weight"]
+    assert torch.allclose(moved.abs(), torch.full((1, 8), 1e-3), rtol=0.2), moved
+    assert torch.equal(1 - engine.read("out.weight"), moved)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_what_is_frozen_or_unused_is_the_same_in_every_stage(zero: int) -> None:
+    init_distributed(torch.device("cpu"))
+    module = Tiny()
+    module.frozen, module.unused = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    engine = Engine(module, run_config(zero))  # type: ignore[arg-type]
+    for step in steps():
+        take(engine, step)
+    after = engine.state_dict()
+    assert after.keys() == before.keys()
+    assert torch.equal(after["frozen.weight"], before["frozen.weight"])
+    decayed = before["unused.weight"] * (1 - LR * RunConfig().optim.weight_decay) ** 4
+    assert torch.allclose(after["unused.weight"], decayed)
+    assert torch.equal(after["unused.bias"], before["unused.bias"])
+    engine.destroy()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(zero: int) -> None:
+    init_distributed(torch.device("cpu"))
+    engine = Engine(Tiny(), run_config(zero))  # type: ignore[arg-type]
+    first, second, third, _ = steps()
+    take(engine, first)
+    before = engine.state_dict()
+    assert not math.isfinite(take(engine, [float("inf") * x for x in second]))
+    after = engine.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert math.isfinite(take(engine, third))
+    engine.destroy()
+
+
+def test_clipping_is_always_written_out() -> None:
+    assert deepspeed_config(run_config(1))["gradient_clipping"] == 0.0
+    with pytest.raises(ConfigError, match=r"zero.offload=true needs zero.stage of 1 to 3"):
+        deepspeed_config(run_config(ZeroConfig(0, offload=True)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gradient_cliping": 0.1}, r"unknown key 'gradient_cliping': it may set comms_logger, "),
+        ({"prescale_gradient": True}, r"unknown key .*did you mean 'prescale_gradients'\?"),
+        ({"gradient_clipping": 0.1}, r"may not set gradient_clipping: set optim.clip_grad"),
+        ({"bf16": {"enabled": True}}, r"may not set bf16: set train.precision"),
+        ({"zero_optimization": {"stage": 2}}, r"zero_optimization.stage: set zero.stage"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            r"may not set zero_optimization.offload_param: set zero.offload",
+        ),
+        ({"zero_optimization": {"overlap_com": True}}, r"zero_optimization.overlap_com \(extra"),
+        ({"zero_optimization": 3}, r"zero.deepspeed.zero_optimization=3 must be a dict"),
+    ],
+)
+def test_deepspeeds_own_keys_are_checked(given: dict[str, Any], message: str) -> None:
+    """DeepSpeed itself takes an unknown key without a word, and clips at 1."""
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(run_config(ZeroConfig(1, deepspeed=given)))
+
+
+def test_deepspeeds_own_keys_reach_it(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": False},
+        "torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]},
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "flops_profiler": {"enabled": True, "output_file": str(tmp_path / "flops")},
+        "comms_logger": {"enabled": True},
+    }
+    assert sorted(given) == list(OPEN)
+    init_distributed(torch.device("cpu"))
+    engine = Engine(Tiny(), run_config(ZeroConfig(1, deepspeed=given), "bf16"))  # type: ignore[arg-type]
+    found = engine._engine.config
+    assert found["zero_optimization"] == {"stage": 1} | given.pop("zero_optimization")
+    autocast = {"enabled": True, "dtype": "bfloat16"}
+    assert found["torch_autocast"] == autocast | given.pop("torch_autocast")
+    assert all(found[key] == value for key, value in given.items())
+    for step in steps():
+        take(engine, step)
+    assert (tmp_path / "flops").is_file()
+    engine.destroy()
+
+
+def losses(demo: Path, out: Path, stage: str, *more: str) -> list[tuple[float, float]]:
+    train(stage, demo, out, *more)
+    return [(row["loss"], row["grad_norm"]) for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("stage", ["mae", "clip"])
+def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, stage: str) -> None:
+    """Masks, dropped paths and reduced tokens are the same when a block is run again."""
+    random = "model.drop_path=0.3"
+    expected = losses(demo, tmp_path / "plain", stage, random)
+    for zero in (0, 3):
+        again = (random, "model.grad_checkpointing=true", f"zero.stage={zero}")
+        for found, (loss, norm) in zip(
+            losses(demo, tmp_path / str(zero), stage, *again), expected, strict=True
+        ):
+            assert found == pytest.approx((loss, norm), rel=1e-3)
+
+
+@pytest.mark.slow  # half a minute of compiling on a quiet machine
+def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
+    """Keep rates, resolutions and clips change the number of tokens; few graphs serve them all."""
+    for stage in ("mae", "hashtag", "clip"):
+        expected = losses(demo, tmp_path / f"{stage}-plain", stage)
+        for name, more in (
+            ("0", ["zero.stage=0"]),
+            ("1", ["zero.stage=1", "model.grad_checkpointing=true"]),
+            ("2", ["zero.stage=2", "zero.offload=true"]),
+        ):
+            out = tmp_path / f"{stage}-{name}"
+            found = losses(demo, out, stage, "train.compile=true", *more)
+            for one, other in zip(found, expected, strict=True):
+                assert one == pytest.approx(other, rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in range(1, 13)
+
+
+def test_compiling_is_refused_where_it_cannot_be(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"does not go with zero.stage=3.*zero.stage to 2"):
+        train("mae", demo, tmp_path / "run", "train.compile=true", "zero.stage=3")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"train.compile=true needs a C\+\+ compiler"):
+        train("mae", demo, tmp_path / "run", "train.compile=true")
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_nonfinite_loss_stops_before_the_step(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int
+) -> None:
+    honest, calls, steps = MaeModule.loss_from_features, [], []
+
+    def poisoned(self: MaeModule, features: dict[str, Tensor]) -> StepOutput:
+        calls.append(1)
+        loss, metrics = honest(self, features)
+        return StepOutput(loss * float("nan") if len(calls) == 8 else loss, metrics)
+
+    monkeypatch.setattr(MaeModule, "loss_from_features", poisoned)
+    real_step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), real_step(self)))
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError, match="the loss of step 4 is nan"):
+        train("mae", demo, out, f"zero.stage={zero}")
+    assert len(steps) == 7  # 2 micro-batches x 3 steps, and the first of the fourth
+    bundle = json.loads((out / "bundles" / "step_00000003" / "bundle.json").read_text())
+    assert len(bundle["samples"]["photos"]) == 8
+    assert (out / "checkpoints" / "step_00000003" / "COMPLETE").is_file()
+    assert not (out / "artifact").exists()

@@ -1,0 +1,131 @@
+"""Killed runs, bad folders and changed artifacts, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from child_process import RECIPE, clean_environment, xray
+from run_comparison import assert_equal_runs
+
+
+def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
+    settings = [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
+    return xray("run", RECIPE, *settings, killed_at=killed_at)
+
+
+@pytest.fixture(scope="module")
+def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unkilled") / "run"
+    done = run(demo, out)
+    assert done.returncode == 0, done.stderr
+    assert "Results" in done.stdout and (out / "report.html").is_file()
+    return out
+
+
+@pytest.mark.parametrize("moment", ["step:5", "save:2", "artifact:mae"])
+def test_killed_runs_end_like_unkilled_ones(
+    demo: Path, tmp_path: Path, unkilled: Path, moment: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, killed_at=moment).returncode == -signal.SIGKILL
+    again = run(demo, out)
+    assert again.returncode == 0, again.stderr
+    expected = "stage mae is finished" if moment.startswith("artifact") else "continues from"
+    assert expected in again.stderr
+    assert_equal_runs(unkilled, out)
+
+
+def test_a_finished_run_is_not_repeated(demo: Path, unkilled: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
+    again = run(demo, unkilled)
+    assert again.returncode == 0 and "stage clip is finished" in again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
+
+
+def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
+    again = run(demo, unkilled, "mae.mask_ratio=0.5")
+    assert again.returncode == 2
+    assert "config.mae.mask_ratio: 0.75 -> 0.5" in again.stderr
+    assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_plan_tells_what_is_finished_from_what_would_be_refused(
+    demo: Path, unkilled: Path
+) -> None:
+    def states(*more: str) -> str:
+        return "".join(re.findall(r"[\w ]+(?= *│$)", run(demo, unkilled, *more).stdout, re.M))
+
+    assert states("--plan").split() == ["finished", "finished"]
+    other = " ".join(states("--plan", "mae.mask_ratio=0.5").split())
+    assert other == "other settings there finished"
+
+
+def test_a_run_of_an_older_version_is_known_by_its_settings(demo: Path, unkilled: Path) -> None:
+    file = unkilled / "mae" / "run.json"
+    record = json.loads(file.read_text())
+    for section, key in (("model", "video"), ("mae", "video_mask"), ("model", "keep_rates")):
+        del record["config"][section][key]
+    file.write_text(json.dumps(record))
+    again = run(demo, unkilled)
+    assert again.returncode == 0 and "stage mae is finished" in again.stderr
+
+
+def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, "stages=[mae]").returncode == 0
+    file = out / "mae" / "artifact" / "backbone.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    done = run(demo, out)
+    assert done.returncode == 2 and "backbone.safetensors was changed" in done.stderr
+    alone = xray(
+        "train", "clip", "--recipe", RECIPE, "--init-from", str(out / "mae" / "artifact"),
+        "--out", str(tmp_path / "clip"), f"data.root={demo}",
+    )  # fmt: skip
+    assert alone.returncode == 2 and "backbone.safetensors was changed" in alone.stderr
+    assert not (tmp_path / "clip").exists()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT]])
+def test_a_signal_saves_and_asks_to_be_run_again(
+    demo: Path, tmp_path: Path, numbers: list[signal.Signals]
+) -> None:
+    """SIGINT after SIGTERM is the first interrupt: only a second ends without saving."""
+    out = tmp_path / "run"
+    settings = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xray", "run", RECIPE, *settings, "train.save_every=100000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=clean_environment(),
+        start_new_session=True,
+    )
+    metrics = out / "mae" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for number in numbers:
+        os.killpg(process.pid, number)  # as torchrun and terminals do: loader workers get it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by a signal at step" in stderr
+    assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_a_damaged_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(demo, out, killed_at="step:5").returncode == -signal.SIGKILL
+    (file,) = (out / "mae" / "checkpoints").glob("step_00000004/portable/00000.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    again = run(demo, out)
+    assert again.returncode == 2 and "00000.safetensors cannot be read" in again.stderr
+    assert "Traceback" not in again.stderr

@@ -1,0 +1,323 @@
+"""The backbone's speed and memory: against timm, across keep rates, against explicit attention.
+
+All alternatives of a table take turns in one run; a ratio compares the best round of each. The
+bound of a keep rate is the ratio of multiply-adds. On CUDA everything runs in bf16 autocast, with
+and without torch.compile, and TFLOP/s stand beside those of a large matrix product.
+
+    python -m tools.benchmarks.bench_backbone [--device cuda] [--rounds 5] [--sizes s16 b16] \
+        [--tables a b]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.mae import MaeConfig, MaeModule
+from tools.benchmarks.timing import hardware, interleaved, speedup
+from xray.config.loading import load_config
+from xray.losses import info_nce
+from xray.models import ModelConfig, VisionBackbone
+from xray.models.flops import decoder_macs, vision_macs
+from xray.models.heads import Projection
+
+SIZES = {"s16": "vit_small_patch16_224", "b16": "vit_base_patch16_224"}
+LARGE = "vit_large_patch16_224"
+CLIP_FRAMES = 16
+JOINT = 512  # width of the joint space
+BATCH = {"cpu": {1: {"s16": 8, "b16": 4}, 16: {"s16": 1, "b16": 1}}}
+BATCH["cuda"] = {1: {"s16": 256, "b16": 128}, 16: {"s16": 32, "b16": 16}}
+WAYS = ("forward", "forward+backward")
+
+
+class Bench:
+    """Models, inputs and timed calls on one device."""
+
+    def __init__(self, device: str, rounds: int, compiled: bool) -> None:
+        self.device, self.rounds, self.compiled = device, rounds, compiled
+
+    def backbone(self, size: str) -> VisionBackbone:
+        torch.manual_seed(0)
+        config = ModelConfig(name=SIZES.get(size, size))
+        return VisionBackbone(config, 224, CLIP_FRAMES).to(self.device).eval()
+
+    def pixels(self, size: str, frames: int) -> Tensor:
+        batch = BATCH[self.device][frames][size]
+        return torch.randn(batch, frames, 3, 224, 224, device=self.device)
+
+    def call(self, module: nn.Module, way: str, *inputs: object) -> Callable[[], None]:
+        """A closure that runs a forward, or a forward and backward, of module(*inputs)."""
+        compiled = module
+        if self.compiled:  # a graph per call and rate, never a silent fall back to eager
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            compiled = torch.compile(module, dynamic=False, fullgraph=True)
+
+        def forward() -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+                out = compiled(*inputs)
+            return out if isinstance(out, Tensor) else out[0]
+
+        def run() -> None:
+            if way == "forward":
+                with torch.no_grad():
+                    forward()
+            else:
+                forward().float().square().mean().backward()
+                module.zero_grad(set_to_none=True)
+
+        return run
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """Attention with its matrix in memory, as EViT's own code has it in every block."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def explicitly(run: Callable[[], None]) -> Callable[[], None]:
+    """The same call with every attention explicit, those of reducing blocks too."""
+
+    def patched() -> None:
+        with patch.object(F, "scaled_dot_product_attention", explicit_attention):
+            run()
+
+    return patched
+
+
+def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def against_timm(bench: Bench, sizes: list[str]) -> None:
+    """(a) keep 1 against timm's own model on images."""
+    rows = []
+    for size in sizes:
+        ours = bench.backbone(size)
+        theirs = timm.create_model(SIZES[size], num_classes=0).to(bench.device).eval()
+        pixels = bench.pixels(size, 1)
+        for way in WAYS:
+            runs = {
+                "timm": bench.call(theirs, way, pixels[:, 0]),
+                "ours": bench.call(ours, way, pixels),
+            }
+            ratio = speedup(interleaved(runs, 2 * bench.rounds), "ours", "timm")
+            rows.append([size, way, f"{ratio:.2f}x"])
+    table("(a) Keep rate 1 against timm, 224 px image", ["model", "", "ours / timm"], rows)
+
+
+def keep_rates(bench: Bench, sizes: list[str]) -> None:
+    """(b) keep .7 and .5 against keep 1 and against their bound."""
+    rows = []
+    for size in sizes:
+        model = bench.backbone(size)
+        for frames in (1, CLIP_FRAMES):
+            pixels = bench.pixels(size, frames)
+            full = vision_macs(model, frames)
+            for way in WAYS:
+                torch._dynamo.reset()  # the limit on recompilations counts all calls together
+                runs = {str(r): bench.call(model, way, pixels, r) for r in (1.0, 0.7, 0.5)}
+                seconds = interleaved(runs, bench.rounds)
+                passes = 1 if way == "forward" else 3
+                rate = 2 * passes * full * len(pixels) / min(seconds["1.0"])
+                for keep in (0.7, 0.5):
+                    bound = full / vision_macs(model, frames, keep_rate=keep)
+                    ratio = speedup(seconds, str(keep), "1.0")
+                    what = f"{frames}x224" if frames > 1 else "224"
+                    found = [f"{ratio:.2f}x", f"{bound:.2f}x", f"{ratio / bound:.0%}"]
+                    rows.append([size, what, way, str(keep), *found, f"{rate / 1e12:.2f}"])
+    heads = ["model", "input", "", "keep", "speed-up", "bound", "of bound", "TFLOP/s at keep 1"]
+    table("(b) Keep rates against keep rate 1, reduced at blocks 3, 6, 9", heads, rows)
+
+
+def against_explicit(bench: Bench, sizes: list[str]) -> None:
+    """(c) SDPA and one softmax row against attention matrices in every block, 1,568 tokens."""
+    rows = []
+    for size in sizes:
+        ours = bench.backbone(size)
+        pixels = bench.pixels(size, CLIP_FRAMES)
+        for keep in (1.0, 0.7):
+            runs = {
+                "explicit": explicitly(bench.call(ours, "forward", pixels, keep)),
+                "ours": bench.call(ours, "forward", pixels, keep),
+            }
+            ratio = speedup(interleaved(runs, bench.rounds), "ours", "explicit")
+            rows.append([size, str(keep), f"{ratio:.2f}x"])
+    title = "(c) Against explicit attention, 16x224 clip (1,568 tokens), forward"
+    table(title, ["model", "keep", "ours / explicit"], rows)
+
+
+def peak(device: str, size: str, frames: int, way: str, keep: float, explicit: bool) -> float:
+    """MiB above the model and its input; on a CPU in a process of its own."""
+    bench = Bench(device, 1, compiled=False)
+    run = bench.call(bench.backbone(size), way, bench.pixels(size, frames), keep)
+    if explicit:
+        run = explicitly(run)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    bench.call(bench.backbone(size), way, bench.pixels(size, 1)[:1], keep)()  # libraries' own
+    ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps would hide what the call needs
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(kind: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def memory(bench: Bench, sizes: list[str]) -> None:
+    """(d) peak memory of the variants of (b) and (c) on the clip."""
+    rows = []
+    for size in sizes:
+        for way in WAYS:
+            cells = []
+            for keep, explicit in ((1.0, True), (1.0, False), (0.7, False), (0.5, False)):
+                arguments = [bench.device, size, CLIP_FRAMES, way, keep, explicit]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tools.benchmarks.bench_backbone",
+                    "--peak",
+                    json.dumps(arguments),
+                ]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                cells.append(f"{float(done.stdout):,.0f}")
+            rows.append([size, way, *cells])
+    heads = ["model", "", "explicit attention", "keep 1", "keep .7", "keep .5"]
+    table("(d) Peak memory above weights and input, MiB, 16x224 clip", heads, rows)
+
+
+class ClipVision(nn.Module):
+    """CLIP's step as far as pictures are concerned: tower, projection, InfoNCE with given texts."""
+
+    def __init__(self, vision: VisionBackbone) -> None:
+        super().__init__()
+        self.vision, self.projection = vision, Projection(vision.embed_dim, JOINT)
+
+    def forward(self, pixels: Tensor, texts: Tensor, keep: float) -> Tensor:
+        image = F.normalize(self.projection(self.vision(pixels, keep).cls).float(), dim=-1)
+        return info_nce(image, texts, torch.full((1,), 14.3, device=texts.device))
+
+
+def steps(bench: Bench, large: str) -> None:
+    """(e) TFLOP/s of forward and backward of the mae stage's module and of CLIP's vision side."""
+    ceiling, device = _ceiling(bench), bench.device
+    batch = 256 if device == "cuda" else 2
+    settings = {"model": {"name": large}, "mae": {"decoder_dim": 512, "decoder_depth": 8}}
+    mae = MaeModule(load_config(MaeConfig, "mae", settings)).to(device).eval()
+    clip = ClipVision(bench.backbone(large)).to(device)
+    images = torch.randint(0, 255, (batch, 1, 3, 224, 224), dtype=torch.uint8, device=device)
+    inputs = {"pixels": images, "mask_noise": torch.rand(batch, 196, device=device)}
+    macs = vision_macs(mae.vision, visible=49) + decoder_macs(mae.decoder, 196, 49)
+    cases: list[tuple[str, Callable[[], None], int]] = [
+        ("mae stage, decoder of 8 x 512", bench.call(mae, WAYS[1], inputs, 0.0), macs)
+    ]
+    pixels = mae.normalize(images)
+    texts = F.normalize(torch.randn(batch, JOINT, device=device), dim=-1)
+    for keep in (1.0, 0.7):
+        run = bench.call(clip, WAYS[1], pixels, texts, keep)
+        macs = vision_macs(clip.vision, 1, 224, keep)
+        cases.append((f"CLIP, vision side at keep {keep}", run, macs))
+    rows = []
+    for name, run, macs in cases:
+        seconds = min(interleaved({name: run}, bench.rounds)[name])
+        rate = 6 * macs * batch / seconds / 1e12
+        rows.append([name, _short(batch / seconds), f"{rate:.2f}", f"{rate / ceiling:.0%}"])
+    heads = [large, "images/s", "TFLOP/s", f"of {ceiling:.2f} TFLOP/s"]
+    title = "(e) Forward and backward, without the optimizer, against a large matrix product"
+    table(title, heads, rows)
+
+
+def multiply_adds(bench: Bench, _: str) -> None:
+    """(f) tokens and multiply-adds of DeiT-S at 224 px; nothing is timed."""
+    rows = []
+    with torch.device("meta"):
+        fused, dropped = (
+            VisionBackbone(ModelConfig(name=SIZES["s16"], fuse=fuse)) for fuse in (True, False)
+        )
+    for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        counts = fused.token_counts(196, keep)
+        tokens = " / ".join(str(counts[at]) for at in fused.reduce_at)
+        macs = [f"{vision_macs(m, 1, 224, keep) / 1e9:.2f}" for m in (fused, dropped)]
+        rows.append([str(keep), tokens, *macs])
+    heads = ["keep", "patch tokens after 3 / 6 / 9", "GMACs", "GMACs, others dropped"]
+    table("(f) Multiply-adds of DeiT-S, 224 px, reduced at blocks 3, 6 and 9", heads, rows)
+
+
+def _ceiling(bench: Bench) -> float:
+    """TFLOP/s of the best large matrix product, in bf16 on CUDA."""
+    size, dtype = (8192, torch.bfloat16) if bench.device == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=bench.device, dtype=dtype)
+    seconds = interleaved({"product": partial(torch.mm, a, b)}, 10)["product"]
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+TABLES = {"a": against_timm, "b": keep_rates, "c": against_explicit, "d": memory}
+OTHERS = {"e": steps, "f": multiply_adds}  # of one model, whatever the sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument(
+        "--tables", nargs="+", choices=[*TABLES, *OTHERS], default=[*TABLES, *OTHERS]
+    )
+    parser.add_argument("--large", default=LARGE, help="the model of table e")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a new process
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(*json.loads(options.peak)))
+        return
+    if len(options.tables) > 1:  # each in a process of its own: none finds another's heap
+        for name in options.tables:
+            command = [
+                sys.executable,
+                "-m",
+                "tools.benchmarks.bench_backbone",
+                *sys.argv[1:],
+                "--tables",
+                name,
+            ]
+            subprocess.run(command, check=True)
+        return
+    print(hardware(options.device), flush=True)
+    for compiled in (False, True) if options.device == "cuda" else (False,):
+        if options.device == "cuda":
+            print(f"\n## bf16, {'torch.compile' if compiled else 'eager'}")
+        bench = Bench(options.device, options.rounds, compiled)
+        for name in options.tables:
+            if compiled and name in "cdf":  # where compiling changes nothing of interest
+                continue
+            if name in OTHERS:
+                OTHERS[name](bench, options.large)
+            else:
+                TABLES[name](bench, options.sizes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Curation's speed and memory: matching, counting and sampling, whole passes, and duplicates.
+
+(a) Captions per second and core against 500,000 entries: ours, an Aho-Corasick automaton, and the
+plain loop over entries; whether all three find the same. (b) Counting and sampling of simulated
+matches of 100 million captions: seconds and peak memory. (c) The first pass over shards, reading
+and filters included, by 1 and 2 processes. (d) Near-duplicates among random hashes, and what dHash
+makes of real photos and their copies.
+
+Alternatives take turns in one run; a rate is of the best round, in seconds of CPU time where it is
+per core: other work on the machine only adds to the time on the clock.
+
+    python -m tools.benchmarks.bench_curation [--tables abcd] [--rounds 3] [--data PHOTOS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ahocorasick
+import numpy as np
+
+from data_pipelines.curation.balance import Matches, count_entries, draw, keep_rates
+from data_pipelines.curation.config import CurationConfig
+from data_pipelines.curation.metadata import read_metadata
+from data_pipelines.curation.phrase_matcher import PhraseMatcher
+from data_pipelines.curation.tables import TextMatcher
+from data_pipelines.shards.process_pool import over_shards
+from data_pipelines.shards.source import Source, open_source
+from data_pipelines.tags.concept_matcher import PUNCTUATION, spaced
+from data_pipelines.text.captions import captions_of
+from tools.benchmarks.bench_dedup import apart, duplicates
+from tools.benchmarks.bench_plan import Table, print_tables
+from tools.benchmarks.bench_soak import write_shards
+from tools.benchmarks.timing import hardware
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ENTRIES, WORDS, BATCH = 500_000, 60_000, 1_000_000
+LOOPED = 10_000, 2_000  # captions and entries of the plain loop that must find the same
+LETTERS = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+
+
+def best_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The fewest CPU seconds of each run over rounds in which they take turns."""
+    seconds = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            seconds[name] = min(seconds[name], time.process_time() - start)
+    return seconds
+
+
+# matching -------------------------------------------------------------------------------------
+
+
+def made_up(captions: int, entries: int) -> tuple[list[str], list[str]]:
+    """(captions of about ten Zipf-distributed words and punctuation, entries of one to three)."""
+    rng = np.random.default_rng(0)
+    letters = 1 / np.arange(2, 28)
+    spelled = rng.choice(LETTERS, (WORDS, 9), p=letters / letters.sum())
+    sizes = rng.integers(2, 10, WORDS)
+    words = list(
+        dict.fromkeys("".join(row[:n]) for row, n in zip(spelled, sizes.tolist(), strict=True))
+    )
+    ranks = (len(words) ** rng.random((captions, 14))).astype(int) - 1
+    texts = []
+    for row, size in zip(ranks.tolist(), rng.integers(6, 15, captions).tolist(), strict=True):
+        text = " ".join(words[rank] for rank in row[:size]).capitalize()
+        texts.append(text.replace(" ", ", ", 1) + " ." if size % 3 == 0 else text)
+    phrases = dict.fromkeys(words)
+    while len(phrases) < entries:
+        for row in rng.integers(0, len(words), (entries, 3)).tolist():
+            phrases[" ".join(words[rank] for rank in row[: 2 + row[0] % 2])] = None
+    return texts, list(phrases)[:entries]
+
+
+def real_captions(source: Source) -> list[str]:
+    found: list[str] = []
+    for shard, member in source.places():
+        found += captions_of(source.read(shard, member, ("json", "txt")))
+    return found
+
+
+def entries_in(texts: list[str]) -> list[str]:
+    """All words and word pairs of texts."""
+    found = dict[str, None]()
+    for text in texts:
+        words = [w for w in spaced(text).split() if w not in PUNCTUATION]
+        found |= dict.fromkeys([*words, *map(" ".join, pairwise(words))])
+    return list(found)
+
+
+def loop(needles: list[str], texts: list[str]) -> list[list[int]]:
+    """Brute force: every entry in every text."""
+    spaced_texts = [spaced(text) for text in texts]
+    return [[i for i, needle in enumerate(needles) if needle in text] for text in spaced_texts]
+
+
+class AhoCorasick:
+    """The automaton of pyahocorasick for the same phrases."""
+
+    def __init__(self, entries: list[str]) -> None:
+        self.automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS)
+        for number, entry in reversed(list(enumerate(entries))):  # of equal ones, the first
+            self.automaton.add_word(spaced(entry), number)
+        self.automaton.make_automaton()
+
+    def find(self, text: str) -> list[int]:
+        return sorted({number for _, number in self.automaton.iter(spaced(text))})
+
+
+def lists_of(matcher: PhraseMatcher, texts: list[str]) -> list[list[int]]:
+    found, ends = matcher.find(texts)
+    return [row.tolist() for row in np.split(found, ends[:-1])]
+
+
+def resident() -> float:
+    """Megabytes that this process has in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def matching(options: argparse.Namespace) -> list[Table]:
+    """(a)"""
+    texts, entries = made_up(50_000, ENTRIES)
+    cases = {"made up": (texts, entries)}
+    if options.data.is_dir():
+        captions = real_captions(open_source("photos", str(options.data), "image"))
+        own = entries_in(captions)[: ENTRIES // 2]
+        cases["real"] = (captions, list(dict.fromkeys([*own, *entries]))[:ENTRIES])
+    rows, builds = [], []
+    for name, (texts, entries) in cases.items():
+        made: dict[str, Any] = {}
+        for kind, build in (("ours", PhraseMatcher), ("Aho-Corasick", AhoCorasick)):
+            start, before = time.process_time(), resident()
+            made[kind] = build(entries)
+            seconds = time.process_time() - start
+            builds.append([name, kind, f"{seconds:.1f}", f"{resident() - before:.0f}"])
+        ours, automaton = made["ours"], made["Aho-Corasick"]
+        needles, few = [spaced(entry) for entry in entries], texts[:20]
+        runs: dict[str, Callable[[], object]] = {
+            "ours": partial(ours.find, texts),
+            "automaton": partial(lambda a, t: [a.find(text) for text in t], automaton, texts),
+            "loop": partial(loop, needles, few),
+        }
+        seconds_of = best_cpu(runs, options.rounds)
+        rates = [len(texts) / seconds_of["ours"], len(texts) / seconds_of["automaton"]]
+        rates.append(len(few) / seconds_of["loop"])
+        found = lists_of(ours, texts)
+        assert found == [automaton.find(text) for text in texts]
+        assert found[: len(few)] == loop(needles, few)
+        number, size = LOOPED
+        some = entries[:: len(entries) // size]
+        equal = lists_of(PhraseMatcher(some), texts[:number])
+        assert equal == loop([spaced(entry) for entry in some], texts[:number])
+        words = np.mean([len(text.split()) for text in texts])
+        hits = np.mean([len(row) for row in found])
+        cells = [f"{len(texts):,} {name}, {words:.0f} words", f"{hits:.1f}"]
+        cells += [f"{rate:,.0f}" for rate in rates]
+        rows.append([*cells, f"{rates[0] / rates[1]:.1f}x", f"{rates[0] / rates[2]:,.0f}x"])
+    heads = ["captions", "entries in each", "ours, per s and core (>= 150,000)", "Aho-Corasick"]
+    heads += ["plain loop", "against Aho-Corasick", "against the loop (>= 1,000x)"]
+    title = (
+        f"(a) Captions matched with {ENTRIES:,} entries; equal to the automaton on all of them, "
+    )
+    title += f"to the loop on {LOOPED[0]:,} captions x {LOOPED[1]:,} entries and 20 x {ENTRIES:,}"
+    build_heads = ["entries", "matcher", "CPU s to build", "MB"]
+    return [Table(title, heads, rows), Table("(a) Building", build_heads, builds)]
+
+
+# counting and sampling ------------------------------------------------------------------------
+
+
+def simulated(captions: int, entries: int) -> Iterator[Matches]:
+    """Matches of captions, about five Zipf-distributed entries each, a million at a time."""
+    for start in range(0, captions, BATCH):
+        rng = np.random.default_rng(start)
+        size = min(BATCH, captions - start)
+        ends = np.cumsum(rng.integers(1, 10, size))
+        ids = (entries ** rng.random(int(ends[-1]))).astype(np.int32)
+        texts = np.zeros(size, np.int32)
+        yield Matches(rng.integers(-(2**63), 2**63, size), np.arange(1, size + 1), texts, ends, ids)
+
+
+def sampled(captions: int) -> dict[str, float]:
+    """Both passes over simulated matches, in a process of their own."""
+    entries, start = ENTRIES, time.perf_counter()
+    for _ in simulated(captions, entries):
+        pass
+    alone = time.perf_counter() - start
+    start = time.perf_counter()
+    counts = count_entries(simulated(captions, entries), entries)
+    counted = time.perf_counter() - start - alone
+    start, kept = time.perf_counter(), 0
+    rates = keep_rates(counts, 20_000)
+    for matches in simulated(captions, entries):
+        kept += int(draw(matches, rates, 0).sum())
+    drawn = time.perf_counter() - start - alone
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    result = {"matches": float(counts.sum()), "kept": kept, "counting": counted, "drawing": drawn}
+    return {**result, "gigabytes": peak}
+
+
+def sampling(options: argparse.Namespace) -> list[Table]:
+    """(b)"""
+    rows = []
+    for captions in (options.captions // 100, options.captions // 10, options.captions):
+        found = apart(sampled, captions)
+        cells = [f"{captions:,}", f"{found['matches']:,.0f}", f"{found['kept']:,.0f}"]
+        cells += [f"{found[name]:.1f}" for name in ("counting", "drawing")]
+        rows.append([*cells, f"{found['gigabytes']:.2f}"])
+    heads = ["captions", "matches", "kept at t = 20,000", "counting, s", "sampling, s"]
+    title = f"(b) Counting and sampling of simulated matches with {ENTRIES:,} entries, one process"
+    return [Table(title, [*heads, "peak memory, GB (< 2)"], rows)]
+
+
+# whole passes ---------------------------------------------------------------------------------
+
+
+def records(texts: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of five captions each."""
+    for number in range(0, len(texts), 5):
+        record = {"captions": texts[number : number + 5], "width": 640, "height": 480}
+        yield f"{number:09d}", {"jpg": b"", "json": json.dumps(record).encode()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """CPU seconds that a shard takes the process that does it."""
+
+    work: TextMatcher
+
+    def __call__(self, shard: int) -> float:
+        start = time.process_time()
+        self.work(shard)
+        return time.process_time() - start
+
+
+def passes(options: argparse.Namespace) -> list[Table]:
+    """(c)"""
+    texts, entries = made_up(options.texts, ENTRIES)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, metadata = Path(temporary) / "pool", Path(temporary) / "metadata.txt"
+        metadata.write_text("\n".join(entries))
+        write_shards(folder, records(texts), 2000)
+        source = open_source("pool", str(folder), "image")
+        config = CurationConfig(str(metadata))
+        config.filters.max_words, config.filters.min_width = 60, 200
+        work = TextMatcher(source, read_metadata(str(metadata)), config)
+        timed = Timed(work)
+        walls: dict[int, list[float]] = {1: [], 2: []}
+        steady: dict[int, list[float]] = {1: [], 2: []}
+        spent: dict[int, list[float]] = {1: [], 2: []}
+        for workers in [1, 2] * options.rounds:
+            start, times = time.perf_counter(), []
+            for seconds in over_shards(timed, len(source.manifest), workers):
+                spent[workers].append(seconds)
+                times.append(time.perf_counter())
+            walls[workers].append(times[-1] - start)
+            warm = max(1, len(times) // 4)  # shards until every process has built its table
+            rate = (len(times) - warm) * 10_000 / (times[-1] - times[warm - 1])
+            steady[workers].append(rate)
+        for workers in (1, 2):
+            cells = [str(workers), f"{min(walls[workers]):.1f}", f"{max(steady[workers]):,.0f}"]
+            cells.append(f"{max(steady[workers]) / max(steady[1]):.2f}x")
+            rows.append([*cells, f"{10 * float(np.median(spent[workers])):.1f}"])
+    heads = ["processes", "s in all", "captions/s once built", "speed-up by the clock"]
+    heads += ["CPU s per 100,000 captions in a process"]
+    load = f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores"
+    title = f"(c) First pass over {len(texts):,} captions in tars: read, filter, match; {load}"
+    return [Table(title, heads, rows)]
+
+
+TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
+    "a": matching,
+    "b": sampling,
+    "c": passes,
+    "d": duplicates,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", default="abcd", help="any of abcd")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=SHARED / "captions_train", help="photos")
+    parser.add_argument("--captions", type=int, default=100_000_000, help="simulated, of (b)")
+    parser.add_argument("--texts", type=int, default=400_000, help="captions of (c)")
+    parser.add_argument("--hashes", type=int, default=10_000_000, help="random ones, of (d)")
+    parser.add_argument("--photos", type=int, default=2000, help="that are hashed, of (d)")
+    parser.add_argument("--json", type=Path, help="write the tables there, too")
+    options = parser.parse_args()
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}: give any of abcd")
+    machine = hardware("cpu")
+    print(machine, flush=True)
+    if not options.data.is_dir():
+        print(
+            f"{options.data} is no folder of shards: without real captions and photos", flush=True
+        )
+    tables = (table for name in options.tables for table in TABLES[name](options))
+    print_tables(tables, machine, options.json)
+
+
+if __name__ == "__main__":
+    main()

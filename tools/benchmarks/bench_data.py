@@ -1,0 +1,311 @@
+"""The data stream's speed: against plain pipelines, at a million shards, and with broken samples.
+
+(a) Images per second of our stream and of webdataset, PIL and torchvision, put together as
+open_clip does it, on equal worker processes. (b) Clips: the decode process against decord in this
+process and against decoding every frame with PyAV; reading in the plan's order against the shards'
+order. (c) The plan at a million shards and 4,096 ranks. (d) A soak with samples that are broken,
+hang the decoder or fill its memory.
+
+Alternatives take turns in one run, with one torch thread per process, as loader workers have it; a
+ratio compares the best round of each.
+
+    python -m tools.benchmarks.bench_data [--tables abcd] [--rounds 5] [--data PHOTOS] \
+        [--clips CLIPS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import decord
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms as tv
+
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.sandbox import ClipDecoder
+from data_pipelines.decode.transforms import center_crop, load_clip, load_pixels, media_of
+from data_pipelines.shards.source import Sample, Source, open_source
+from data_pipelines.stream.loader import Fields, iterate_steps
+from data_pipelines.stream.sampling import StepSampler, StepShape, make_plans, micro_batches
+from tools.benchmarks.bench_plan import Table, plan_at_scale, print_tables
+from tools.benchmarks.bench_soak import clip_of, jpeg_of, soak, stack_rows, write_shards
+from tools.benchmarks.timing import hardware, interleaved, speedup
+from xray.config import BlockConfig, DataConfig
+from xray.models.heads import Normalize
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SIZE, BATCH, FRAMES = 224, 32, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Photos:
+    """Photos of one size, and how they are cropped."""
+
+    name: str
+    size: tuple[int, int]
+    scale: list[float]
+    number: int
+    batches: int  # that are timed
+    target: str
+
+
+PHOTOS = (
+    Photos("CLIP's crops", (500, 375), [0.9, 1.0], 300, 12, ">= 2.2x"),
+    Photos("MAE's crops", (1500, 1125), [0.2, 1.0], 64, 4, ""),
+)
+
+
+# images ---------------------------------------------------------------------------------------
+
+
+def our_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
+    """Normalised batches as a stage has them: the plan, the loader, and Normalize after it."""
+    data = DataConfig(resolution=SIZE, crop_scale=photos.scale)
+    blocks, sources = [BlockConfig("photos", BATCH)], open_source("photos", str(folder), "image")
+    shape = StepShape(SIZE, 1, micro_batches(blocks, [0], 0, 1))
+    plans = make_plans(blocks, {"photos": sources}, data, seed=0)
+    sampler = StepSampler(blocks, plans, lambda step: shape, range(10**6))
+    normalize = Normalize(data.mean, data.std)
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
+        return {"pixels": load_pixels(sample, data, rng)}
+
+    for (loaded,) in iterate_steps(sampler, transform, stack_rows, 0, workers, pin=False):
+        yield normalize(loaded.batch["pixels"])
+
+
+def plain_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
+    """The same from webdataset, PIL and torchvision, as open_clip puts them together."""
+    data = DataConfig()
+    transform = plain_transform(photos.scale, data.mean, data.std)
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset = (
+        wds.WebDataset(shards, resampled=True, shardshuffle=False)
+        .shuffle(100, initial=100)
+        .decode("pilrgb")
+        .rename(image="jpg")
+        .map_dict(image=transform)
+        .to_tuple("image")
+        .batched(BATCH, partial=False)
+    )
+    prefetch = 4 if workers else None
+    for (pixels,) in DataLoader(dataset, None, num_workers=workers, prefetch_factor=prefetch):
+        yield pixels
+
+
+def plain_transform(
+    scale: list[float], mean: list[float], std: list[float]
+) -> Callable[[Any], Tensor]:
+    bicubic = tv.InterpolationMode.BICUBIC
+    crop = tv.RandomResizedCrop(SIZE, tuple(scale), interpolation=bicubic)
+    steps = [crop, tv.RandomHorizontalFlip(), tv.ToTensor(), tv.Normalize(mean, std)]
+    return tv.Compose(steps)
+
+
+def seconds_of(stream: Iterator[Tensor], warm: int, batches: int) -> float:
+    """Of some batches of an endless stream, once its workers have started."""
+    for _ in range(warm):
+        next(stream)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    return time.perf_counter() - start
+
+
+def enlarged(source: Source, photos: Photos) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Photos as JPEGs of the size asked for."""
+    places = list(source.places())[: photos.number]
+    for number, place in enumerate(places):
+        media = media_of(source.sample(*place, SIZE, 1))
+        image = Image.open(io.BytesIO(media)).convert("RGB")
+        data = jpeg_of(image.resize(photos.size, Image.Resampling.BICUBIC))
+        yield f"{number:05d}", {"jpg": data}
+
+
+def images(options: argparse.Namespace) -> list[Table]:
+    """(a)"""
+    source, rows = open_source("photos", str(options.data), "image"), []
+    for photos in PHOTOS:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "photos"
+            write_shards(folder, enlarged(source, photos), photos.number // 4)
+            kilobytes = sum(p.stat().st_size for p in folder.glob("*.tar")) / photos.number / 1e3
+            for workers in (0, 1, 2):
+                seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+                for _ in range(options.rounds):
+                    for name, stream in (("ours", our_stream), ("plain", plain_stream)):
+                        found = stream(folder, photos, workers)
+                        seconds[name].append(seconds_of(found, 1 + workers, photos.batches))
+                        found.close()  # ends its workers before the next begin
+                rates = [photos.batches * BATCH / min(times) for times in seconds.values()]
+                what = f"{photos.size[0]} x {photos.size[1]}, {kilobytes:.0f} kB"
+                ratio = f"{speedup(seconds, 'ours', 'plain'):.2f}x"
+                cells = [str(workers), *(f"{rate:.0f}" for rate in rates), ratio, photos.target]
+                rows.append([what, f"{photos.name}, {photos.scale}", *cells])
+    heads = ["photos", "", "workers", "ours, images/s", "plain, images/s", "ratio", "target"]
+    return [Table("(a) Images to normalised batches of 224 px", heads, rows)]
+
+
+# clips ----------------------------------------------------------------------------------------
+
+
+def every_frame(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def enlarged_clip(data: bytes, size: tuple[int, int], frames: int) -> bytes:
+    """A clip's frames, forth and back for as long as asked for, enlarged."""
+    there = [Image.fromarray(frame).resize(size) for frame in every_frame(data)]
+    cycle = there + there[::-1]
+    return clip_of((cycle[number % len(cycle)] for number in range(frames)), size)
+
+
+CHOICE = FrameChoice(FRAMES)
+
+
+def by_process(decoder: ClipDecoder, clips: list[bytes]) -> None:
+    for data in clips:
+        decoder.decode(data, CHOICE)
+
+
+def decord_frames(data: bytes) -> np.ndarray:
+    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+    return reader.get_batch(CHOICE.indices(len(reader), reader.get_avg_fps())).asnumpy()
+
+
+def by_decord(clips: list[bytes]) -> None:
+    for data in clips:
+        decord_frames(data)
+
+
+def by_pyav(clips: list[bytes]) -> None:
+    for data in clips:
+        frames = every_frame(data)
+        frames[CHOICE.indices(len(frames), 30.0)]
+
+
+def our_pixels(clips: list[bytes]) -> None:
+    for data in clips:
+        sample = Sample({"mp4": data}, "clips", "video", "", SIZE, FRAMES)
+        load_clip(data, center_crop, sample, DataConfig(), None)
+
+
+def decord_pixels(clips: list[bytes]) -> None:
+    """decord's full frames, cropped and resized by torchvision."""
+    bicubic = tv.InterpolationMode.BICUBIC
+    for data in clips:
+        frames = torch.from_numpy(decord_frames(data)).permute(0, 3, 1, 2)
+        left, top, w, h = center_crop(frames.shape[3], frames.shape[2])
+        tv.functional.resized_crop(frames, top, left, h, w, [SIZE, SIZE], bicubic, antialias=True)
+
+
+def clips(options: argparse.Namespace) -> list[Table]:
+    """(b)"""
+    source = open_source("clips", str(options.clips), "video")
+    places = list(source.places())[:: max(1, len(source) // 16)][:16]
+    real = [media_of(source.sample(*place, SIZE, FRAMES)) for place in places]
+    cases = {
+        "320 x 240, 90 frames": [enlarged_clip(real[0], (320, 240), 90)],
+        "1280 x 720, 120 frames": [enlarged_clip(real[0], (1280, 720), 120)],
+        f"{len(real)} real clips": real,
+    }
+    decoder, rows = ClipDecoder(30.0, 2.0), []
+    for name, media in cases.items():
+        runs = {
+            "ours": partial(by_process, decoder, media),
+            "decord": partial(by_decord, media),
+            "pyav": partial(by_pyav, media),
+            "our pixels": partial(our_pixels, media),
+            "decord pixels": partial(decord_pixels, media),
+        }
+        seconds = interleaved(runs, 3 * options.rounds)
+        times = {run: 1e3 * min(seconds[run]) / len(media) for run in runs}
+        less = times["ours"] / times["decord"]
+        cells = [f"{times[run]:.1f}" for run in ("ours", "decord", "pyav")]
+        cells += [f"{less:.2f}", f"{speedup(seconds, 'ours', 'pyav'):.2f}x"]
+        cells += [f"{times[run]:.1f}" for run in ("our pixels", "decord pixels")]
+        rows.append([name, *cells, f"{speedup(seconds, 'our pixels', 'decord pixels'):.2f}x"])
+    decoder.close()
+    heads = ["clip", "ours, ms", "decord, ms", "PyAV, all frames, ms", "time of decord's (<= 1.1)"]
+    heads += ["against PyAV (>= 2x)", "load_clip at 224, ms", "decord + torchvision, ms", "ratio"]
+    title = f"(b) {FRAMES} frames of a clip, one decoding thread each; ms per clip"
+    return [Table(title, heads, rows), reading(options)]
+
+
+def reading(options: argparse.Namespace) -> Table:
+    """(b) the bytes of 2,000 samples, in the plan's order and in the shards'."""
+    source = open_source("photos", str(options.data), "image")
+    (plan,) = make_plans(
+        [BlockConfig("photos", BATCH)], {"photos": source}, DataConfig(), 0
+    ).values()
+    number = min(2000, len(source) // BATCH * BATCH)
+    steps = [plan.positions(step, BATCH) for step in range(-(-number // BATCH))]
+    shards, slots = plan.locate(np.concatenate(steps)[:number])
+    planned = [
+        (s, source.member(s, m)) for s, m in zip(shards.tolist(), slots.tolist(), strict=True)
+    ]
+
+    def read(places: list[tuple[int, int]]) -> None:
+        for shard, member in places:
+            source.sample(shard, member, SIZE, 1)
+
+    runs = {"planned": partial(read, planned), "sorted": partial(read, sorted(planned))}
+    seconds = interleaved(runs, 3 * options.rounds)
+    times = [f"{1e6 * min(seconds[name]) / number:.0f}" for name in runs]
+    ratio = 1 / speedup(seconds, "planned", "sorted")
+    heads = ["samples", "plan's order, us each", "shards' order, us each", "ratio", "target"]
+    rows = [[f"{number:,} of {len(source.manifest)} shards", *times, f"{ratio:.2f}", "<= 1.1"]]
+    return Table("(b) Bytes of samples, local shards, page cache warm", heads, rows)
+
+
+TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
+    "a": images,
+    "b": clips,
+    "c": lambda options: plan_at_scale(options.files),
+    "d": lambda options: soak(options.reads),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", default="abcd", help="any of abcd")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", type=Path, default=SHARED / "captions_train", help="photos")
+    parser.add_argument("--clips", type=Path, default=SHARED / "actions_train", help="clips")
+    parser.add_argument("--files", type=int, default=100_000, help="empty shards of (c); 0 = none")
+    parser.add_argument("--reads", type=int, default=50_000, help="samples of (d)")
+    parser.add_argument("--json", type=Path, help="write the tables there, too")
+    options = parser.parse_args()
+    needed = [options.data] * ("a" in options.tables or "b" in options.tables)
+    needed += [options.clips] * ("b" in options.tables)
+    for folder in needed:
+        if not folder.is_dir():
+            print(f"{folder} is no folder of shards: give --data PHOTOS and --clips CLIPS")
+            sys.exit(2)
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}: give any of abcd")
+    machine = hardware("cpu")
+    print(machine, flush=True)
+    torch.set_num_threads(1)
+    tables = (table for name in options.tables for table in TABLES[name](options))
+    print_tables(tables, machine, options.json)
+
+
+if __name__ == "__main__":
+    main()

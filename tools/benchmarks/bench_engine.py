@@ -1,0 +1,256 @@
+"""A step through the engine against a plain PyTorch loop of the same model, and what else costs.
+
+    python -m tools.benchmarks.bench_engine [--tables abc] [--batch 4] [--rounds 12] [--device cuda]
+        [--processor-time] [--out FILE.json]
+
+(a) forward, backward, clipping and AdamW of the mae stage's module with ViT-S/16 at 112 px: a plain
+loop, and ZeRO 0 to 3 on one process, which take turns and see the same batch, (b) what the training
+loop adds to a step (metrics, plan, progress, reduction, files), (c) time and bytes of a checkpoint
+against those of the state.
+On CUDA in bf16. Where other work shares the cores: one thread (OMP_NUM_THREADS=1) and
+--processor-time instead of the wall's, from which the time that others have is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_pipelines.ingest.demo import DemoConfig, make_demo
+from stages.mae import MaeConfig, MaeModule, MaeStage
+from tools.benchmarks.bench_plan import Table, print_tables
+from tools.benchmarks.timing import hardware, interleaved
+from xray.config import BlockConfig, SourceConfig
+from xray.dist import choose_device
+from xray.optim import parameter_groups, set_lr
+from xray.training import checkpoint
+from xray.training.checkpoint import load_checkpoint, save_checkpoint
+from xray.training.engine import Engine, init_distributed
+from xray.training.state import TrainState
+from xray.training.step_data import Feed
+from xray.training.trainer import Trainer
+
+SIDE, PATCHES = 112, 49
+LR = 1e-4
+STATE = 12  # bytes of a parameter's weight and two moments
+
+
+def make_config(precision: str, zero: int) -> MaeConfig:
+    config = MaeConfig(stage="mae")
+    config.model.name, config.data.resolution, config.data.frames = "vit_small_patch16_224", SIDE, 2
+    config.train.precision, config.zero.stage = precision, zero  # type: ignore[assignment]
+    return config
+
+
+def make_module(config: MaeConfig, device: torch.device) -> MaeModule:
+    torch.manual_seed(0)
+    return MaeModule(config).to(device)
+
+
+class Steps:
+    """Optimizer steps of one model in several ways, each with a copy of it."""
+
+    def __init__(self, device: torch.device, batch: int) -> None:
+        self.device = device
+        self.precision = "bf16" if device.type == "cuda" else "fp32"
+        generator = torch.Generator().manual_seed(1)
+        pixels = torch.randint(256, (batch, 1, 3, SIDE, SIDE), generator=generator)
+        noise = torch.rand(batch, PATCHES, generator=generator)
+        self.batch = {"pixels": pixels.to(torch.uint8).to(device), "mask_noise": noise.to(device)}
+
+    def plain(self) -> Callable[[], Tensor]:
+        """What a loop in plain PyTorch does."""
+        config = make_config(self.precision, 0)
+        module = make_module(config, self.device)
+        groups = parameter_groups(module, config.optim)
+        betas = (config.optim.betas[0], config.optim.betas[1])
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.optim.eps)
+        autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
+
+        def step() -> Tensor:
+            set_lr(optimizer.param_groups, LR)
+            with autocast(enabled=self.precision == "bf16"):
+                loss = module(self.batch, 0.5).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    def engine(self, zero: int) -> Engine:
+        config = make_config(self.precision, zero)
+        return Engine(make_module(config, self.device), config)
+
+    def through(self, engine: Engine) -> Callable[[], Tensor]:
+        """The same, as the trainer does it."""
+
+        def step() -> Tensor:
+            engine.begin(0, 1)
+            loss = engine(self.batch, 0.5).loss
+            engine.backward(loss)
+            engine.set_lr(LR, 0.5)
+            engine.step()
+            return loss.detach()
+
+        return step
+
+
+def against_plain(options: argparse.Namespace, device: torch.device) -> Table:
+    """(a)"""
+    steps = Steps(device, options.batch)
+    ways = {"plain PyTorch": steps.plain()}
+    ways |= {f"ZeRO {zero}": steps.through(steps.engine(zero)) for zero in options.zero}
+    losses = {name: float(step()) for name, step in ways.items()}
+    spread = max(losses.values()) - min(losses.values())
+    assert spread < 1e-2, f"the losses differ: {losses}"
+    seconds = interleaved(ways, options.rounds, options.clock)
+    base, rows = seconds["plain PyTorch"], []
+    target = f"<= {1.05 if device.type == 'cuda' else 1.10:.2f}x"
+    for name, own in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
+        cells = [f"{1e3 * statistics.median(own):,.0f}", f"{ratio:.3f}x"]
+        cells.append(f"{min(own) / min(base):.3f}x")
+        rows.append([name, *cells, target if name == "ZeRO 0" else ""])
+    heads = ["a step of", "ms, median", "ratio, median of pairs", "of the best", "target"]
+    size = sum(p.numel() for p in make_module(make_config("fp32", 0), device).parameters())
+    title = f"(a) ViT-S/16 mae, {size / 1e6:.1f} M parameters, {SIDE} px, batch {options.batch}, "
+    title += f"{steps.precision}, {options.rounds} rounds; first losses equal to {spread:.0e}"
+    return Table(title, heads, rows)
+
+
+class Stopwatch:
+    """Seconds spent inside of calls."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, 0.0
+        self.depth = 0
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start, self.depth = self.clock(), self.depth + 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.seconds += self.clock() - start
+
+        return timed
+
+
+def own_overhead(options: argparse.Namespace, device: torch.device) -> Table:
+    """(b)"""
+    init_distributed(device)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        demo = DemoConfig(photos=64, clips=0, heldout=0, per_shard=32, side=64, frames=2)
+        make_demo(folder / "demo", demo)
+        for log_every in (1, 10):
+            config = make_config("bf16" if device.type == "cuda" else "fp32", 0)
+            config.data.root, config.data.workers = str(folder / "demo"), 2
+            config.data.sources = {"photos": SourceConfig("photos")}
+            config.data.blocks = [BlockConfig("photos", options.batch)]
+            config.train.samples = options.batch * options.steps
+            config.train.log_every, config.train.save_every = log_every, 10**6
+            config.out = str(folder / f"run{log_every}")
+            rows.append([f"every {log_every}", *_loop(config, device, options.clock)])
+    heads = ["metrics written", "steps", "ms of a step", "model and optimizer", "data and saving"]
+    heads += ["the loop's own", "target"]
+    return Table(f"(b) The training loop, batch {options.batch}, ZeRO 0", heads, rows)
+
+
+def _loop(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -> list[str]:
+    """Where the time of a run's steps went."""
+    trainer = Trainer(MaeStage, config, device)
+    loop, model, rest = (Stopwatch(clock) for _ in range(3))
+    timed = [
+        (Trainer, "_loop", loop),
+        *((Engine, name, model) for name in ("__call__", "backward", "step")),
+        (Feed, "next", rest),
+        (checkpoint, "save_checkpoint", rest),
+    ]
+    with ExitStack() as patches:
+        for owner, name, watch in timed:
+            call = watch.around(getattr(owner, name))
+            patches.enter_context(patch.object(owner, name, call))
+        trainer.fit()
+    own = loop.seconds - model.seconds - rest.seconds
+    steps = config.steps
+    cells = [f"{steps}", f"{1e3 * (loop.seconds - rest.seconds) / steps:.1f}"]
+    cells += [f"{1e3 * seconds / steps:.1f} ms" for seconds in (model.seconds, rest.seconds)]
+    return [*cells, f"{1e3 * own / steps:.2f} ms, {own / (own + model.seconds):.2%}", "<= 1%"]
+
+
+def checkpoints(options: argparse.Namespace, device: torch.device) -> Table:
+    """(c)"""
+    steps, rows = Steps(device, options.batch), []
+    for zero in options.zero:
+        engine = steps.engine(zero)
+        steps.through(engine)()  # there are moments
+        size = STATE * sum(engine.trained.values())
+        with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+            folder = Path(temporary)
+            state = {"state": torch.zeros(size // 4)}
+            ways: dict[str, Callable[[], object]] = {
+                "plain": partial(save_file, state, folder / "plain.safetensors"),
+                "save": partial(save_checkpoint, engine, folder, TrainState(step=1), 1),
+                "load": partial(load_checkpoint, engine, folder / "step_00000001"),
+            }
+            seconds = interleaved(ways, 5)
+            files = [path for path in (folder / "step_00000001").rglob("*") if path.is_file()]
+            written = sum(path.stat().st_size for path in files)
+        save, load, plain = (statistics.median(seconds[k]) for k in ("save", "load", "plain"))
+        cells = [f"{size / 1e6:,.0f}", f"{written / 1e6:,.0f}", f"{written / size:.4f}"]
+        cells += [f"{x:.2f}" for x in (save, load, plain)]
+        rows.append(
+            [f"ZeRO {zero}", *cells, f"{size / save / 1e6:,.0f}", f"{size / load / 1e6:,.0f}"]
+        )
+        engine.destroy()
+    heads = ["one process", "state, MB", "checkpoint, MB", "bytes / state", "save, s", "load, s"]
+    heads += ["one safetensors of the state, s", "saved, MB/s", "loaded, MB/s"]
+    return Table("(c) A checkpoint; the state is weights and two moments in fp32", heads, rows)
+
+
+def tables(options: argparse.Namespace, device: torch.device) -> Iterator[Table]:
+    made = {"a": against_plain, "b": own_overhead, "c": checkpoints}
+    for letter in options.tables:
+        yield made[letter](options, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", default="abc", help="any of abc")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=60, help="of table (b)")
+    parser.add_argument("--folder", help="where table (c) writes [the temporary folder]")
+    parser.add_argument("--processor-time", action="store_true", help="see above")
+    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    options = parser.parse_args()
+    options.clock = time.process_time if options.processor_time else time.perf_counter
+    device = choose_device(options.device)
+    init_distributed(device)
+    machine = hardware(options.device)
+    print(machine, flush=True)
+    print_tables(tables(options, device), machine, options.out)
+
+
+if __name__ == "__main__":
+    main()

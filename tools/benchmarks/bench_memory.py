@@ -1,0 +1,224 @@
+"""Peak memory of real steps, beside what `xray plan` says of them.
+
+    python -m tools.benchmarks.bench_memory [--only NAME] [--device cuda] [--json FILE]
+
+A step is run by Engine and Accumulator, with random weights and pictures, three times over; counted
+is the third. On a CPU the bytes are those that torch's allocator reports to torch.profiler
+(profile_memory), added up over time; with --device cuda torch.cuda.max_memory_allocated. The batch,
+which lies outside of what is counted on a CPU, is taken off the plan there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tools.benchmarks.bench_plan import Table, print_tables
+from tools.benchmarks.timing import hardware
+
+BASE: dict[str, Any] = {
+    "model": {
+        "name": "vit_small_patch16_224",
+        "kwargs": {"embed_dim": 192, "depth": 6, "num_heads": 3},
+        "keep_rate_span": [0.0, 0.0],
+    },
+    "data": {
+        "resolution": 112,
+        "frames": 8,
+        "sources": {
+            "photos": {"shards": "photos", "modality": "image"},
+            "clips": {"shards": "clips", "modality": "video"},
+        },
+        "blocks": [{"source": "photos", "samples": 16}, {"source": "clips", "samples": 8}],
+    },
+    "train": {"precision": "fp32", "samples": 1000},
+    "optim": {"warmup": 0.0},
+}
+WHOLE = "model.kwargs={embed_dim: 384, depth: 12, num_heads: 6}"  # ViT-S/16
+TEXT = ("text.max_length=32", "clip.adapter_blocks=1", "clip.embed_dim=128")
+# name -> (stage, settings)
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "MAE, images and clips": ("mae", ()),
+    "MAE, bf16": ("mae", ("train.precision=bf16",)),
+    "hashtag, 1,000 tags": ("hashtag", ()),
+    "hashtag, 50,000 tags in chunks": ("hashtag", ("hashtag.chunk=4096",)),
+    "hashtag, growing EViT, ToMe": ("hashtag", ("model.reduce=tome", "train.micro_batch=4")),
+    "hashtag, ViT-S, checkpointing": ("hashtag", ("model.grad_checkpointing=true", WHOLE)),
+    "clip, whole block": ("clip", TEXT),
+    "clip, gradient cache of 4": ("clip", (*TEXT, "train.micro_batch=4", "train.precision=bf16")),
+    "clip, sigmoid loss, AdamW": (
+        "clip",
+        (*TEXT, "clip.loss=sigmoid", "optim.name=adamw", "train.micro_batch=8"),
+    ),
+    "text, LoRA": (
+        "text",
+        ("text.max_length=64", "data.blocks=[{source: photos, samples: 32}]"),
+    ),
+    "MAE, ZeRO 1": ("mae", ("zero=1",)),
+    "MAE, ZeRO 2, micro-batches": ("mae", ("zero=2", "train.micro_batch=4")),
+    "MAE, ZeRO 3": ("mae", ("zero=3",)),
+    "MAE, bf16, ZeRO 1": ("mae", ("train.precision=bf16", "zero.stage=1")),
+    "MAE, bf16, ZeRO 2, micro-batches": (
+        "mae",
+        ("train.precision=bf16", "zero.stage=2", "train.micro_batch=4"),
+    ),
+    "MAE, bf16, ZeRO 3": ("mae", ("train.precision=bf16", "zero.stage=3")),
+}
+LLM = {
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+}
+STEPS, PROGRESS = 3, 0.9
+
+
+def compare(
+    stage: str, settings: tuple[str, ...], device: str = "cpu", base: Any = None
+) -> dict[str, Any]:
+    """{"measured", "planned", "buckets"} in bytes of one configuration; parameters and FLOPs."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from stages import stage_class
+    from stages.base import Facts
+    from xray.config import loading as cfg
+    from xray.optim import reduce_bucket
+    from xray.planning.estimate import memory_of
+    from xray.planning.fake_step import rehearse, size_of
+
+    config: Any = cfg.load_config(
+        stage_class(stage).Config, stage, base or BASE, cfg.parse_overrides(settings)
+    )
+    config.validate()
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLM))
+        facts = Facts(50_000 if config.stage == "hashtag" and config.hashtag.chunk else 1000,
+                      Path(folder))  # fmt: skip
+        size, rehearsal = size_of(config, facts), rehearse(config, facts, PROGRESS)
+        planned = memory_of(config, size, rehearsal, 1)
+        measured = measure(config, facts, torch.device(device))
+    buckets = 4 * reduce_bucket(config.zero, size.trained) if config.zero.stage else 0
+    batch = planned.batch if device == "cpu" else 0
+    return {
+        "measured": measured,
+        "planned": planned.total - batch,
+        "buckets": min(buckets, planned.buffers),
+        "flops": rehearsal.flops,
+    }
+
+
+def measure(config: Any, facts: Any, device: torch.device) -> int:
+    """Bytes at the peak of a step that is really run."""
+    from data_pipelines.stream.loader import Loaded
+    from stages import stage_class
+    from xray.planning.memory_tracker import materialize
+    from xray.planning.meta_modules import example, sketch_module
+    from xray.training.accumulation import Accumulator
+    from xray.training.engine import Engine, init_distributed
+    from xray.training.step_shape import step_shape
+
+    init_distributed(device)
+    stage: Any = stage_class(config.stage)(config)
+    shape = step_shape(stage, config.blocks, PROGRESS)
+    module, width = sketch_module(config, facts)
+    loaded = []
+    for micro in shape.micro:
+        clip = config.data.sources[micro.source].modality == "video"
+        size = micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
+        batch = example(config, module, size, width)
+        for name in set(batch) & {"pixels", "mask_noise"}:
+            kind = batch[name].dtype
+            values = torch.rand(batch[name].shape)
+            batch[name] = (255 * values).to(kind) if kind == torch.uint8 else values
+        loaded.append(Loaded(batch))
+
+    def steps() -> None:
+        materialize(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=0.02)
+            for buffer in module.buffers():
+                buffer.fill_(1)
+        engine = Engine(module.to(device), config)
+        micros = Accumulator(engine, stage, device, 0)
+        for step in range(STEPS):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            with record_function(f"step {step}"):
+                micros.train(step, PROGRESS, shape.micro, loaded)
+                engine.set_lr(1e-4, PROGRESS)
+                engine.step()
+            assert engine.grad_norm < float("inf"), "nothing was updated"
+        engine.destroy()
+
+    gc.collect()  # nothing of another configuration is to be freed while this one is counted
+
+    if device.type == "cuda":
+        steps()
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        steps()
+    return _peak(recorded, f"step {STEPS - 1}")
+
+
+def _peak(recorded: Any, during: str) -> int:
+    """The most bytes that were allocated at a time, during a recorded span."""
+    events = recorded.profiler.kineto_results.events()
+    span = next(e for e in events if e.name() == during)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = most = 0
+    for at, change in changes:
+        live += change
+        if span.start_ns() <= at <= span.end_ns():
+            most = max(most, live)
+    return most
+
+
+def table(device: str, only: str) -> Table:
+    rows = []
+    for name, (stage, settings) in RUNS.items():
+        if only and only not in name:
+            continue
+        found = compare(stage, settings, device)
+        measured, planned, buckets = (found[k] / 1e6 for k in ("measured", "planned", "buckets"))
+        off = planned / measured - 1
+        without = (planned - buckets) / (measured - buckets) - 1
+        rows.append(
+            [
+                name,
+                f"{measured:,.1f}",
+                f"{planned:,.1f}",
+                f"{off:+.1%}",
+                f"{buckets:,.0f}",
+                f"{without:+.1%}",
+            ]
+        )
+        print(rows[-1], flush=True)
+    heads = ["step", "measured MB", "planned MB", "off", "buckets MB", "off without them"]
+    return Table("Peak memory of a step, and the plan's", heads, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", default="", help="configurations whose names hold this")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    print_tables([table(given.device, given.only)], hardware(given.device), given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Table c of `bench_data.py`: the plan at a million shards.
+
+A made-up source of 1e6 shards and 1e9 samples, 4,096 simulated ranks, block 32,768, lanes 4,096:
+the time of a rank's batch, memory and opening time of the manifest, and that no rank is idle and
+no sample comes twice; every slot exactly once on a smaller source that is read in full.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from data_pipelines.shards.columns import open_columns, pack_texts, save_columns
+from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, open_manifest
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import INDEX_VERSION
+from data_pipelines.stream.sampling import SamplePlan, micro_batches
+from xray.config import BlockConfig
+
+SHARDS, SAMPLES = 10**6, 10**9
+RANKS, BLOCK, LANES = 4096, 32_768, 4096
+GROUP = 8  # shards shuffled together, as data.shuffle_shards by default
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a part of the benchmark prints, as markdown."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.heads, ["---"] * len(self.heads), *self.rows]
+        return f"\n{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_tables(tables: Iterable[Table], machine: str, path: Path | None) -> None:
+    """Print each table as it is made; write all, and the machine they are of, to a .json."""
+    made = []
+    for table in tables:
+        print(table, flush=True)
+        made.append(asdict(table))
+    if path:
+        path.write_text(json.dumps({"hardware": machine, "tables": made}, indent=2) + "\n")
+
+
+def write_manifest(
+    path: Path, names: Sequence[str], mtimes: np.ndarray, counts: np.ndarray
+) -> None:
+    """The manifest of shards that nobody will read, written as a real one is."""
+    blob, ends = pack_texts(names)
+    nothing = np.zeros((len(names), 32), np.uint8)
+    columns = {"names": blob, "name_ends": ends, "mtimes": mtimes}
+    columns |= {"sizes": np.zeros(len(names), np.int64), "digests": nothing, "sha256": nothing}
+    columns["counts"] = np.repeat(counts.astype(np.int32)[:, None], 4, axis=1)
+    versions = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION}
+    save_columns(path, columns, {**versions, "digest": "none"})
+
+
+def uneven(shards: int, samples: int) -> np.ndarray:
+    """Samples per shard, between half and one and a half times the mean, and their sum given."""
+    mean = samples // shards
+    counts = np.random.default_rng(0).integers(mean // 2, mean + mean // 2 + 1, shards)
+    step = np.sign(samples - counts.sum())
+    counts[: abs(samples - counts.sum()) % shards] += step
+    return counts + (samples - counts.sum()) // shards
+
+
+def open_plan(path: Path, lanes: int) -> SamplePlan:
+    source = Source("photos", "image", "image", Manifest("nowhere", *open_columns(path)))
+    return SamplePlan(source, lanes, GROUP, seed=0)
+
+
+def scale(path: Path) -> list[list[str]]:
+    """Opening, memory and a rank's batch; in a process of its own that has done nothing else."""
+    before, start = _resident(), time.perf_counter()
+    plan = open_plan(path, LANES)
+    opened = time.perf_counter() - start
+    start = time.perf_counter()
+    plan.locate(np.array([0]))
+    first = time.perf_counter() - start
+    grown = (_resident() - before) / 1e6
+    rng, share, seconds = np.random.default_rng(1), BLOCK // RANKS, []
+    last = SAMPLES // BLOCK - 1  # steps that begin in the first epoch
+    for number in range(1010):
+        step, rank = int(rng.integers(last)), int(rng.integers(RANKS))
+        start = time.perf_counter()
+        plan.locate(plan.positions(step, BLOCK, rank * share, (rank + 1) * share))
+        if number >= 10:
+            seconds.append(1e3 * (time.perf_counter() - start))
+    size = path.stat().st_size / 1e6
+    tail = float(np.percentile(seconds, 99))
+    return [
+        ["open the manifest and plan", f"{opened * 1e3:.1f} ms ({size:.0f} MB mapped)", ""],
+        ["first permutation of an epoch", f"{first * 1e3:.0f} ms", ""],
+        ["resident memory of both", f"{grown:.0f} MB", "< 300 MB"],
+        ["a rank's batch, median of 1,000", f"{np.median(seconds):.2f} ms", "< 5 ms"],
+        ["a rank's batch, 99 % / most", f"{tail:.2f} / {max(seconds):.2f} ms", "< 5 ms"],
+    ]
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def shares(world: int, block: int) -> list[tuple[int, int]]:
+    """Each rank's part of a block."""
+    cut = [micro_batches([BlockConfig("photos", block)], [0], rank, world) for rank in range(world)]
+    return [(micro[0].start, micro[-1].stop) for micro in cut]
+
+
+def no_duplicates(path: Path) -> list[list[str]]:
+    """Ranks' shares at scale, and the samples of whole steps spread over the first epoch."""
+    sizes = Counter(stop - start for start, stop in shares(RANKS, BLOCK))
+    plan = open_plan(path, LANES)
+    spread = np.random.default_rng(2).choice(SAMPLES // BLOCK - 101, 100, replace=False)
+    steps = np.unique([*range(100), *spread.tolist()])
+    positions = np.concatenate([plan.positions(int(step), BLOCK) for step in steps])
+    inside = positions[positions < plan.total]
+    shard, slot = plan.locate(inside)
+    doubles = len(positions) - len(np.unique(positions))
+    doubles += len(inside) - len(np.unique(shard << 32 | slot))
+    cells = " and ".join(f"{ranks:,} ranks of {size}" for size, ranks in sizes.items())
+    what = f"sample twice, in {len(positions):,} samples of {len(steps)} steps"
+    return [
+        ["samples per rank and step", cells, f"{RANKS:,} ranks of {BLOCK // RANKS}"],
+        [what, f"{doubles}", "0"],
+    ]
+
+
+def exactly_once(folder: Path) -> list[list[str]]:
+    """997 shards of uneven size on 64 ranks: how often each slot comes in each whole epoch."""
+    counts = np.random.default_rng(3).integers(1, 400, 997)
+    path = folder / "small.manifest"
+    write_manifest(path, [f"{i}.tar" for i in range(997)], np.zeros(997, np.int64), counts)
+    plan, epochs = open_plan(path, 256), 3
+    ends, total = np.cumsum(counts), int(counts.sum())
+    seen = np.zeros((epochs + 3, total), np.int64)  # lanes run ahead by less than two rounds
+    for step in range((epochs + 1) * total // 4096 + 1):
+        for start, stop in shares(64, 4096):
+            positions = plan.positions(step, 4096, start, stop)
+            shard, slot = plan.locate(positions)
+            np.add.at(seen, (positions // total, ends[shard] - counts[shard] + slot), 1)
+    once = int((seen[:epochs] == 1).sum())
+    what = f"slots read exactly once per epoch, 997 shards, 64 ranks, {epochs} epochs"
+    return [[what, f"{once:,}", f"{epochs * total:,}"]]
+
+
+def verify_files(folder: Path, files: int) -> list[list[str]]:
+    """Opening a manifest that is compared with the sizes and times of real (empty) files."""
+    shards = folder / "files"
+    shards.mkdir()
+    names = [f"{number:07d}.tar" for number in range(files)]
+    for name in names:
+        (shards / name).touch()
+    mtimes = np.array([(shards / name).stat().st_mtime_ns for name in names])
+    write_manifest(shards / "shards.manifest", names, mtimes, np.ones(files))
+    seconds = []
+    for verify in (False, True):
+        start = time.perf_counter()
+        assert len(open_manifest(str(shards), verify=verify)) == files
+        seconds.append(time.perf_counter() - start)
+    what = f"open a manifest, {files:,} files: unchecked / checked"
+    return [[what, f"{seconds[0] * 1e3:.1f} ms / {seconds[1]:.2f} s", ""]]
+
+
+def plan_at_scale(files: int) -> list[Table]:
+    """(c)"""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, rows = Path(temporary), []
+        path, pool = folder / "large.manifest", ProcessPoolExecutor(1, get_context("spawn"))
+        names = (f"{number // 1000:04d}/{number % 1000:05d}.tar" for number in range(SHARDS))
+        times = np.zeros(SHARDS, np.int64)
+        write_manifest(path, list(names), times, uneven(SHARDS, SAMPLES))
+        with pool:
+            rows += pool.submit(scale, path).result()
+        rows += no_duplicates(path) + exactly_once(folder)
+        rows += verify_files(folder, files) if files else []
+    title = f"(c) {SHARDS:,} shards, {SAMPLES:,} samples, {RANKS:,} ranks, block {BLOCK:,}"
+    return [Table(title, ["measure", "found", "target"], rows)]

@@ -1,0 +1,318 @@
+"""What a pretrained sentence encoder, an adapter and stored vectors gain in the clip stage.
+
+The clip stage is trained on photos with five captions each and measured by retrieval on other
+photos, with equal steps and photos and from one image tower (--tower: an earlier stage's artifact,
+such as real_small's hashtag run). Prints a table: the mean over seeds and, after ±, half the range
+between them.
+
+a  CLIP's text transformer, small, from random weights
+b  a small LLM, tuned on the captions by the text stage, then frozen under an adapter
+c  a sentence encoder's folder, frozen under an adapter
+d  as e without the adapter
+e  as c from vectors that were stored in bfloat16 before
+
+Each of --rates is tried for a and for e with the first seed; b, c and d take what is best for e.
+b's text stage is run once, for all seeds. A second call with the same --work goes on where the
+first was stopped.
+
+    python -m tools.experiments.clip_experiments --data DATA --sentences FOLDER --tower \
+        ARTIFACT --work DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipelines.shards.source import open_source
+from stages import stage_class
+from tools.benchmarks.timing import hardware
+from tools.experiments.hashtag_experiments import spread
+from xray import dist
+from xray.artifacts.artifact import Artifact, open_artifact
+from xray.artifacts.encoders import Encoder, data_of
+from xray.artifacts.language_model import Language
+from xray.config import loading as cfg
+from xray.config.prepare import LlmConfig
+from xray.evaluation.feature_extraction import extract, read_all_captions
+from xray.evaluation.retrieval import retrieval
+from xray.files import write_text
+from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.recipes.prepare import make_llm
+
+WAYS = ("text_to_image", "image_to_text")
+RANKS = (1, 5, 10)
+LENGTH = "text.max_length=32"
+ADAPTER = "clip.adapter_blocks=2"
+STORED = "text.features=bf16"
+CLASSIC = ("text.tune=full", "text.attention=causal", "text.pooling=last", "text.lora_rank=0")
+SETTINGS = (
+    "model=vit_xs8", "data.workers=1", "data.modalities=[image]", "data.crop_scale=[0.5,1.0]",
+    "train.precision=fp32", "train.save_every=50", "train.keep_checkpoints=1",
+)  # fmt: skip
+CLIP = (
+    LENGTH, "clip.embed_dim=256", "optim.name=adamw", "optim.weight_decay=0.2",
+    "optim.betas=[0.9,0.98]", "train.log_every=1",
+)  # fmt: skip
+TEXT = (
+    LENGTH, "text.tune=full", "text.lora_rank=0", "optim.base_lr=1e-3", "optim.weight_decay=0.05",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A text side: whose folder it is, how it is trained, and whose learning rate it takes."""
+
+    title: str
+    llm: str  # clip or qwen3 = built from the captions, sentences = given
+    rate_of: str
+    options: tuple[str, ...]
+
+
+VARIANTS = {
+    "a": Variant("text transformer from scratch", "clip", "a", (*CLASSIC, "clip.adapter_blocks=0")),
+    "b": Variant("LLM tuned on the captions, adapter", "qwen3", "e", (ADAPTER,)),
+    "c": Variant("sentence encoder, adapter", "sentences", "e", (ADAPTER,)),
+    "d": Variant("stored vectors, no adapter", "sentences", "e", (STORED, "clip.adapter_blocks=0")),
+    "e": Variant("stored vectors, adapter", "sentences", "e", (STORED, ADAPTER)),
+}
+
+
+class Bench:
+    """Runs and results in a work folder: what is there already is not made again."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.root = str(options.data)
+        self.held_out = open_source("held_out", "captions_val", "image", self.root)
+        self.stored = self.work / "store.json"  # of the vectors: what it took
+        self.tower = open_artifact(options.tower)
+        self.device = dist.choose_device("auto")
+        self.encoded: dict[str, Tensor] = {}  # by hash of a folder that no run changes
+
+    def clip(self, letter: str, seed: int, rate: float) -> dict[str, float]:
+        """Train a variant and measure it."""
+        variant = VARIANTS[letter]
+        parents = [self.tower]
+        if variant.llm == "qwen3":
+            parents.append(self.tuned_llm())
+        if STORED in variant.options:
+            self.store()
+        artifact = self.train(
+            "clip", f"{letter}-{rate:g}-{seed}", seed, self.options.samples,
+            *CLIP, f"text.llm={self.folder(variant.llm)}", f"optim.base_lr={rate}",
+            *variant.options, parents=parents,
+        )  # fmt: skip
+        return self.measure(artifact)
+
+    def train(
+        self, stage: str, name: str, seed: int, samples: int, *overrides: str,
+        parents: list[Artifact] | None = None,
+    ) -> Artifact:  # fmt: skip
+        """A stage's run in the work folder, or its artifact where it is finished."""
+        from xray.training.engine import init_distributed
+        from xray.training.trainer import Trainer
+
+        layers = [
+            *SETTINGS, f"out={self.work / name}", f"seed={seed}", f"data.root={self.root}",
+            f"data.resolution={self.options.resolution}", f"train.samples={samples}",
+            "data.sources.photos={shards: captions_train, modality: image}",
+            f"data.blocks=[{{source: photos, samples: {self.options.block}}}]", *overrides,
+        ]  # fmt: skip
+        config = cfg.load_config(stage_class(stage).Config, stage, cfg.parse_overrides(layers))
+        config.init_from = [str(parent.path) for parent in parents or []]
+        config.validate()
+        init_distributed(self.device)
+        trainer = Trainer(stage_class(stage), config, self.device)
+        return trainer.finished() or trainer.fit()
+
+    def tuned_llm(self) -> Artifact:
+        """What b starts from: one run of the text stage."""
+        llm = f"text.llm={self.folder('qwen3')}"
+        return self.train("text", "text", 0, self.options.text_samples, *TEXT, llm)
+
+    def folder(self, llm: str) -> Path:
+        """A text model's folder, built where it is to be."""
+        if llm == "sentences":
+            return Path(self.options.sentences)
+        path = self.work / llm
+        sizes: dict[str, Any] = {"vocab_size": 4096, "width": 192, "depth": 2, "heads": 4}
+        make_llm(LlmConfig(str(path), "captions_train", family=llm, **sizes), self.root)  # type: ignore[arg-type]
+        return path
+
+    def store(self) -> dict[str, float]:
+        """Write the sentence encoder's vectors as `xray data text-features` does, and time it."""
+        if self.stored.exists():
+            return json.loads(self.stored.read_text())
+        settings = {"tune": "none", "llm": str(self.folder("sentences")), "max_length": 32}
+        config = cfg.build(TextFeaturesConfig, {**settings, "workers": 1})
+        config.validate()
+        photos = open_source("photos", "captions_train", "image", self.root)
+        start = time.perf_counter()
+        found = write_text_features(photos, Language(config), config, self.device)
+        facts = {
+            "seconds": time.perf_counter() - start,
+            "captions": found.facts["captions_stored"],
+        }
+        write_text(self.stored, json.dumps(facts))
+        return facts
+
+    def measure(self, artifact: Artifact) -> dict[str, float]:
+        """Retrieval, and what the run was: kept beside its artifact."""
+        path = artifact.path.parent / "measures.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        encoder = Encoder(artifact).to(self.device)
+        found = self.retrieve(encoder)
+        lines = (artifact.path.parent / "metrics.jsonl").read_text().splitlines()
+        ends = [json.loads(line) for line in lines]
+        times = [line["seconds"] for line in ends]
+        found["step_seconds"] = median(b - a for a, b in pairwise(times))
+        found["train_seconds"] = times[-1]
+        found["trained"] = float(trained(artifact))
+        found |= {f"end/{name}": value for name, value in tail(ends).items()}
+        write_text(path, json.dumps(found, indent=1))
+        return found
+
+    def retrieve(self, encoder: Encoder) -> dict[str, float]:
+        """R@k both ways, and how often a caption's nearest other one is of the same photo."""
+        data = data_of(encoder.artifact, 1)
+        pictures = extract(self.held_out, encoder.encode_pixels, data, 200)
+        captions = read_all_captions(self.held_out)
+        flat = [caption for own in captions for caption in own]
+        owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+        with torch.no_grad():
+            texts = F.normalize(encoder.text_adapter(self.sentences(encoder, flat)), dim=-1)
+        near = (texts @ texts.t()).fill_diagonal_(-1).argmax(dim=1)
+        found = retrieval(pictures.rows, texts.cpu(), owner, RANKS)
+        return {
+            **found,
+            "caption_to_caption_R@1": (owner[near.cpu()] == owner).float().mean().item(),
+        }
+
+    def sentences(self, encoder: Encoder, captions: list[str]) -> Tensor:
+        """Sentence vectors of captions; those of a model that no run changes only once."""
+        changed = bool(encoder.artifact.manifest["tensors"]["text"])
+        name = "" if changed else encoder.artifact.manifest["inputs"]["llm"]
+        if name not in self.encoded or changed:
+            rows = []
+            for start in range(0, len(captions), 250):
+                tokens = encoder.tokenizer(captions[start : start + 250])
+                rows.append(encoder.text(**{k: v.to(self.device) for k, v in tokens.items()}))
+            self.encoded[name] = torch.cat(rows).float()
+        return self.encoded[name]
+
+
+def trained(artifact: Artifact) -> int:
+    """Parameters that the clip stage changed."""
+    tensors = artifact.manifest["tensors"]
+    parts = ["backbone", "head"]
+    if artifact.manifest["config"]["text"]["tune"] != "none":
+        parts.append("text")
+    sizes = [torch.Size(t["shape"]).numel() for part in parts for t in tensors[part].values()]
+    return sum(sizes)
+
+
+def tail(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the last tenth of the steps."""
+    last = lines[-max(1, len(lines) // 10) :]
+    names = ("loss", "photos/logit_scale", "photos/top1", "photos/positive_cosine")
+    return {name.split("/")[-1]: mean(line[name] for line in last) for name in names}
+
+
+def score(found: dict[str, float]) -> float:
+    """What a learning rate is chosen by: the mean of all R@k both ways."""
+    return mean(found[f"{way}_R@{k}"] for way in WAYS for k in RANKS)
+
+
+def try_rates(bench: Bench, letters: list[str]) -> dict[str, dict[float, float]]:
+    """The score of each rate for those variants whose rate is wanted, with the first seed."""
+    if len(bench.options.rates) == 1:
+        return {}
+    wanted = sorted({VARIANTS[letter].rate_of for letter in letters})
+    tried: dict[str, dict[float, float]] = {letter: {} for letter in wanted}
+    for letter in wanted:
+        for rate in bench.options.rates:
+            tried[letter][rate] = score(bench.clip(letter, 0, rate))
+            print(f"{letter} at {rate:g}: mean R@k {100 * tried[letter][rate]:.2f}", flush=True)
+    return tried
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: means over seeds in percent, and half the range between them."""
+    measures = [f"{way}_R@{k}" for way in WAYS for k in RANKS]
+    heads = [measure.replace("_", " ") for measure in measures]
+    heads += ["caption to caption R@1", "trained, M", "s per step"]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for letter, runs in rows.items():
+        cells = [spread([100 * r[m] for r in runs]) for m in (*measures, "caption_to_caption_R@1")]
+        cells.append(f"{runs[0]['trained'] / 1e6:.2f}")
+        cells.append(f"{median(run['step_seconds'] for run in runs):.2f}")
+        lines.append(f"| {letter}: {VARIANTS[letter].title} | {' | '.join(cells)} |")
+    first = next(iter(rows.values()))[0]
+    chances = [f"{100 * first[f'chance_{m}']:.1f}" for m in measures]
+    return "\n".join([*lines, f"| *chance* | {' | '.join(chances)} | | | |"])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sentences", required=True, help="a sentence encoder's folder")
+    parser.add_argument("--tower", required=True, help="an artifact of the backbone vit_xs8")
+    parser.add_argument("--work", type=Path, required=True, help="runs are kept here")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=7_680, help="seen in each clip run")
+    parser.add_argument("--text-samples", type=int, default=7_680, help="in b's text stage")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 6e-3], help="base_lr to try"
+    )
+    parser.add_argument("--block", type=int, default=96, help="photos of a step")
+    parser.add_argument("--resolution", type=int, default=48)
+    parser.add_argument("--out", type=Path, help="also keep all measures in this .json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    dist.setup_environment()
+    machine = hardware("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{machine}; {options.samples:,} samples a run, {options.seeds} seeds", flush=True)
+    bench = Bench(options)
+    tried = try_rates(bench, options.variants)
+    best = {letter: max(scores, key=scores.__getitem__) for letter, scores in tried.items()}
+    rows: dict[str, list[dict[str, float]]] = {letter: [] for letter in options.variants}
+    for seed in range(options.seeds):
+        for letter in options.variants:
+            rate = best.get(VARIANTS[letter].rate_of, options.rates[0])
+            found = bench.clip(letter, seed, rate)
+            rows[letter].append(found)
+            print(f"{letter}, seed {seed}: mean R@k {100 * score(found):.2f}", flush=True)
+    print(f"\nbase_lr {best or options.rates}\n\n{table(rows)}\n", flush=True)
+    kept: dict[str, Any] = {"hardware": machine, "rates": best, "tried": tried, "runs": rows}
+    names = ("samples", "text_samples", "block", "resolution", "seeds", "rates")
+    kept["settings"] = {name: getattr(options, name) for name in names}
+    kept["tower"] = {name: bench.tower.manifest[name] for name in ("stage", "samples")}
+    kept["tower"]["digest"] = bench.tower.digest
+    if bench.stored.exists():
+        kept["store"] = bench.store()
+        print("stored {captions:,} captions in {seconds:.0f} s".format(**kept["store"]))
+    if options.out:
+        options.out.write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main()

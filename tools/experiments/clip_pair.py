@@ -1,0 +1,281 @@
+"""open_clip's CLIP and the clip stage's module with the same weights, for `bench_clip.py`.
+
+The stage's module has timm's ViT of open_clip's shape, and transformers' CLIPTextModel in the LLM's
+place: captions fill the context, and the state at the EOS token is projected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import _convert_openai_clip
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
+
+from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.sampling import MicroBatch
+from stages.clip import ClipModule, ClipStage
+from stages.clip_config import ClipConfig
+from xray.config.loading import load_config
+from xray.models.flops import linear_macs, vision_macs
+from xray.models.heads import Projection
+from xray.models.tokenizer import TOKENS
+from xray.models.weight_loading import load_adapted
+
+# open_clip's model, timm's of the same shape
+SIZES = {
+    "b16": ("ViT-B-16", "vit_base_patch16_clip_224"),
+    "l14": ("ViT-L-14", "vit_large_patch14_clip_224"),
+}
+BATCH = {"cpu": {"b16": 8, "l14": 2}, "cuda": {"b16": 256, "l14": 64}}
+KEEP, START, END = 0.7, 0.0, 1.0  # the keep rate is 1 at the stage's start, and KEEP after it
+LR, BETAS, DECAY = 1e-6, (0.9, 0.98), 0.2
+
+
+# Qwen3-0.6B's shape; its vocabulary is cut, which changes no multiply-add
+LLM = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+LLM |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 1000}
+
+
+class MeanLlm(nn.Module):
+    """A language model of random weights, read in both directions; its mean is the sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = LLM["hidden_size"]
+        self.llm = Qwen3Model(Qwen3Config(**LLM, use_cache=False, is_causal=False))
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
+        """[B, 1, L] -> [B, 1, width]"""
+        return self.llm(input_ids=input_ids[:, 0]).last_hidden_state.mean(dim=1, keepdim=True)
+
+
+class EosText(nn.Module):
+    """transformers' text tower of open_clip's shape, in the place of the LLM."""
+
+    def __init__(self, shape: dict[str, int]) -> None:
+        super().__init__()
+        self.width = shape["width"]
+        self.llm = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=shape["vocab_size"],
+                hidden_size=self.width,
+                intermediate_size=4 * self.width,
+                num_hidden_layers=shape["layers"],
+                num_attention_heads=shape["heads"],
+                max_position_embeddings=shape["context_length"],
+                hidden_act="gelu",
+                eos_token_id=shape["vocab_size"] - 1,
+            )
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
+        """[B, 1, L] -> [B, 1, width]. A causal tower never sees what follows the EOS."""
+        return self.llm(input_ids=input_ids[:, 0]).pooler_output[:, None]
+
+
+def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable[[], None]]:
+    """A step with the LLM run in it, and with its sentences given: ViT-B/16, an adapter of 2."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    batch = options.batch or BATCH[options.device]["b16"]
+    settings = {
+        "model": {"name": SIZES["b16"][1], "reduce": "none"},
+        "data": {"resolution": 224},
+        "clip": {"embed_dim": 512, "adapter_blocks": 2},
+        "train": {"precision": options.precision},
+    }
+    config: Any = load_config(ClipConfig, "clip", settings)
+    live, stored = (
+        ClipModule(config, tower, LLM["hidden_size"]).to(device) for tower in (MeanLlm(), None)
+    )
+    pixels = torch.randint(256, (batch, 1, 3, 224, 224), dtype=torch.uint8)
+    ids = torch.randint(LLM["vocab_size"], (batch, 1, length))
+    tokens = dict.fromkeys(TOKENS, torch.ones_like(ids)) | {"input_ids": ids}
+    given = {"sentences": torch.randn(batch, 1, LLM["hidden_size"])}
+
+    def step_of(module: nn.Module, text: dict[str, Tensor]) -> Callable[[], None]:
+        rows = {k: v.to(device) for k, v in {"pixels": pixels, **text}.items()}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR)
+
+        def run() -> None:
+            with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
+                loss = module(rows, START).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    return {"live": step_of(live, tokens), "stored": step_of(stored, given)}
+
+
+def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's text tower by transformers' names."""
+    swaps = {
+        "transformer.resblocks.": "encoder.layers.",
+        "ln_final": "final_layer_norm",
+        "ln_": "layer_norm",
+        "attn.": "self_attn.",
+        "c_fc": "fc1",
+        "c_proj": "fc2",
+        "token_embedding": "embeddings.token_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+    }
+    renamed = {}
+    for key, value in state.items():
+        for old, new in swaps.items():
+            key = key.replace(old, new)
+        parts = zip("qkv", value.chunk(3), strict=True) if "in_proj_" in key else [("", value)]
+        for part, piece in parts:
+            renamed[key.replace("in_proj_", f"{part}_proj.")] = piece
+    return renamed
+
+
+class Pair:
+    """open_clip's model and ours, of the same weights, and a batch for both."""
+
+    def __init__(self, size: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.size, self.device = size, torch.device(options.device)
+        self.batch = options.batch or BATCH[options.device][size]
+        self.bf16 = options.precision == "bf16"
+        name, vit = SIZES[size]
+        shape = open_clip.get_model_config(name)
+        self.context: int = shape["text_cfg"]["context_length"]
+        self.theirs = open_clip.CLIP(**shape, output_dict=True).to(self.device)
+        self.their_loss = open_clip.ClipLoss()
+        settings = {
+            "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [0, 0]},
+            "data": {"resolution": 224, "frames": 16},
+            "text": {"tune": "full"},
+            "clip": {"embed_dim": shape["embed_dim"], "adapter_blocks": 0},
+            "optim": {"name": "adamw", "betas": list(BETAS), "weight_decay": DECAY},
+            "train": {"precision": options.precision},
+        }
+        self.config: Any = load_config(ClipConfig, "clip", settings)
+        tower = EosText(shape["text_cfg"])
+        self.ours = ClipModule(self.config, tower, tower.width)
+        self.ours.text_adapter = Projection(shape["text_cfg"]["width"], shape["embed_dim"])
+        self._copy()
+        self.ours.to(self.device)
+        pixels = torch.randint(256, (self.batch, 1, 3, 224, 224), dtype=torch.uint8)
+        last = shape["text_cfg"]["vocab_size"] - 1
+        ids = torch.randint(1, last, (self.batch, 1, self.context))
+        ids[..., -1] = last
+        mask = torch.ones_like(ids)
+        rows = {"pixels": pixels, "input_ids": ids, "attention_mask": mask, "pooled_mask": mask}
+        self.rows = {key: value.to(self.device) for key, value in rows.items()}
+        self.images = self.ours.normalize(self.rows["pixels"])[:, 0]
+        self.ids = self.rows["input_ids"][:, 0]
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        state, ours = self.theirs.state_dict(), self.ours
+        vision = _convert_openai_clip(state, self.theirs)  # timm's names
+        vision = {k: v for k, v in vision.items() if not k.startswith("head.")}
+        load_adapted(ours.vision, vision, "open_clip")
+        single = ("logit_scale", "text_projection")
+        text = {k: v for k, v in state.items() if not k.startswith(("visual.", *single))}
+        ours.towers["text"].llm.load_state_dict(text_state(text))
+        ours.vision_projection.weight.copy_(self.theirs.visual.proj.t())
+        ours.text_adapter.weight.copy_(self.theirs.text_projection.t())
+        ours.logit_scale.fill_(float(self.theirs.logit_scale))
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def macs(self, keep: float) -> dict[str, int]:
+        """Multiply-adds of one sample's forward, by tower."""
+        ours, joint = self.ours, self.config.clip.embed_dim
+        text: Any = ours.towers["text"]
+        layers = text.llm.encoder.layers
+        length, width = self.context, text.width
+        attention = 2 * length**2 * width * len(layers)
+        return {
+            "image": vision_macs(ours.vision, 1, 224, keep) + ours.vision.embed_dim * joint,
+            "text": length * linear_macs(layers) + attention + width * joint,
+        }
+
+    # what is timed ----------------------------------------------------------------------------
+
+    def image_of_theirs(self) -> Tensor:
+        return self.theirs.encode_image(self.images, normalize=True)
+
+    def text_of_theirs(self) -> Tensor:
+        return self.theirs.encode_text(self.ids, normalize=True)
+
+    def loss_of_theirs(self) -> Tensor:
+        return self.their_loss(**self.theirs(self.images, self.ids))
+
+    def image(self) -> Tensor:
+        vision = self.ours.vision(self.ours.normalize(self.rows["pixels"])).cls
+        return F.normalize(self.ours.vision_projection(vision).float(), dim=-1)
+
+    def text(self) -> Tensor:
+        pooled = self.ours.towers["text"](*(self.rows[key] for key in TOKENS))
+        return F.normalize(self.ours.text_adapter(pooled[:, 0]).float(), dim=-1)
+
+    def our_loss(self, progress: float = START) -> Tensor:
+        return self.ours(self.rows, progress).loss
+
+    def backward(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
+        """A forward and backward, after which no gradient is left."""
+
+        def run() -> None:
+            with self.autocast():
+                out = forward()
+            out.float().mean().backward()
+            self.theirs.zero_grad(set_to_none=True)
+            self.ours.zero_grad(set_to_none=True)
+
+        return run
+
+    def their_step(self) -> Callable[[], None]:
+        """A step as open_clip's train_one_epoch makes it, with its parameter groups."""
+        model, groups = self.theirs, ([], [])
+        for parameter in model.parameters():
+            groups[parameter.ndim < 2].append(parameter)
+        rest, plain = groups
+        decays = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
+        optimizer = torch.optim.AdamW(decays, lr=LR, betas=BETAS, eps=1e-6)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            with self.autocast():
+                loss = self.loss_of_theirs()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+
+        return run
+
+    def our_steps(self) -> dict[str, Callable[[], None]]:
+        """A step as the trainer makes it: "ours" at keep rate 1, "keep" at KEEP."""
+        # deepspeed settles on a device when it is imported: by now it is chosen
+        from xray.training.accumulation import Accumulator
+        from xray.training.engine import Engine, init_distributed
+
+        init_distributed(self.device)
+        stage, engine = ClipStage(self.config), Engine(self.ours, self.config)
+        micros = Accumulator(engine, stage, self.device, seed=0)
+        cut, loaded = [MicroBatch(0, "images", 0, self.batch, 1.0)], [Loaded(self.rows)]
+
+        def run(progress: float) -> None:
+            micros.train(0, progress, cut, loaded)
+            engine.set_lr(LR, progress)
+            engine.step()
+            stage.after_step(engine, self.ours)
+
+        return {"ours": partial(run, START), "keep": partial(run, END)}

@@ -1,0 +1,1 @@
+"""Ablations: a grid of runs over seeds, what they share, and their comparison."""

@@ -1,0 +1,304 @@
+"""The comparison of an ablation: tables, plots, report.html, tables.md, ablation.json, CSV."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages import STAGES
+from xray.ablations.comparison import (
+    Cell,
+    Comparison,
+    Outcome,
+    chance_of,
+    chosen_metrics,
+    compare,
+    mean,
+    outcomes_of,
+)
+from xray.ablations.cost import Flops, arm_flops, tera
+from xray.ablations.jobs import Failure
+from xray.ablations.trials import Ablation
+from xray.evaluation.results_table import title_of
+from xray.files import write_text
+from xray.reports.figures import COLOR, subplots, svg
+from xray.reports.html import gallery, paragraph, write_report
+from xray.reports.tables import ResultTable, short
+
+NOTE = (
+    "± is the standard deviation over seeds. p is of a two-sided t-test on the differences to the "
+    "baseline, paired by seed (n pairs); {count} comparisons were made, and p is not corrected for "
+    "that."
+)
+
+
+def write_comparison(
+    ablation: Ablation, flops: Flops, failures: Sequence[Failure]
+) -> tuple[list[ResultTable], Path]:
+    """Write all files of what is finished; returns the tables and the page's path."""
+    outcomes = outcomes_of(ablation)
+    metrics = chosen_metrics(ablation, outcomes)
+    cells = compare(ablation, outcomes, metrics)
+    chance = {m: mean([o.values[own] for o in outcomes if (own := chance_of(m, o.values))])
+              for m in metrics}  # fmt: skip
+    page = Page(ablation, outcomes, metrics, cells, chance, flops)
+    tables = [page.results(), page.differences(), page.cost()]
+    out = ablation.out
+    write_text(out / "ablation.json", json.dumps(page.facts(failures), indent=1))
+    write_text(out / "runs.csv", _csv(page.run_rows()))
+    write_text(out / "table.csv", _csv(page.metric_rows()))
+    write_text(out / "tables.md", page.markdown(tables))
+    path = out / "report.html"
+    failed = [paragraph(f"{f.trial.arm}, seed {f.trial.seed} failed: {f.line}") for f in failures]
+    parts = [*failed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(),
+             paragraph(page.note()), tables[2].html(), *page.settings()]  # fmt: skip
+    write_report(path, f"xray ablate: {ablation.config.name}", parts)
+    return tables, path
+
+
+class Page:
+    """The parts of a comparison."""
+
+    def __init__(
+        self,
+        ablation: Ablation,
+        outcomes: Sequence[Outcome],
+        metrics: Sequence[str],
+        cells: Comparison,
+        chance: dict[str, float],
+        flops: Flops,
+    ) -> None:
+        self.ablation, self.outcomes, self.metrics = ablation, outcomes, metrics
+        self.cells, self.chance, self.flops = cells, chance, flops
+        self.baseline = ablation.config.baseline
+
+    def results(self) -> ResultTable:
+        """Mean and spread of every arm, beside chance."""
+        title = f"{self.ablation.config.name} over {self.ablation.config.base}"
+        table = ResultTable(title, ("arm", "seeds", *map(self._title, self.metrics)))
+        for arm, own in self.cells.items():
+            seeds = len({o.seed for o in self.outcomes if o.arm == arm})
+            shown = [self._mean(m, own[m]) if m in own else "" for m in self.metrics]
+            table.rows.append((_named(arm), str(seeds), *shown))
+        if any(not math.isnan(value) for value in self.chance.values()):
+            guessed = [self._number(m, self.chance[m]) for m in self.metrics]
+            table.rows.append(("chance", "", *guessed))
+        return table
+
+    def differences(self) -> ResultTable:
+        """Of every arm to the baseline."""
+        title = f"Difference to {self.baseline}"
+        table = ResultTable(title, ("arm", *map(self._title, self.metrics)))
+        for arm, own in self.cells.items():
+            if arm != self.baseline:
+                shown = [self._difference(m, own[m]) if m in own else "" for m in self.metrics]
+                table.rows.append((_named(arm), *shown))
+        return table
+
+    def note(self) -> str:
+        """How the differences were judged."""
+        others = [own for arm, own in self.cells.items() if arm != self.baseline]
+        tested = [cell for own in others for cell in own.values() if len(cell.differences) > 1]
+        return NOTE.format(count=len(tested))
+
+    def cost(self) -> ResultTable:
+        """Of one run of each arm, what it shares included."""
+        stages = [s for s in STAGES if any(s in t.keys for t in self.ablation.trials)]
+        columns = (
+            "arm",
+            *(f"{s} samples" for s in stages),
+            "pictures and clips",
+            "TFLOP",
+            "seconds",
+        )
+        table = ResultTable("Cost of a run", columns)
+        for arm in self.ablation.arms:
+            own = [o for o in self.outcomes if o.arm == arm]
+            if not own:
+                continue
+            seen = [short(own[0].samples[s]) if s in own[0].samples else "" for s in stages]
+            seconds = mean([sum(o.seconds.values()) for o in own])
+            flops = arm_flops(self.ablation.of(arm), self.flops)
+            cost = "unknown" if flops is None else tera(flops)
+            table.rows.append(
+                (_named(arm), *seen, short(pictures(own[0])), cost, f"{seconds:,.0f}")
+            )
+        return table
+
+    def settings(self) -> list[str]:
+        """What every arm changes, and how to run one by itself."""
+        rows = [(arm, "\n".join(_setting(k, v) for k, v in own.items()) or "the base as it is")
+                for arm, own in self.ablation.arms.items()]  # fmt: skip
+        folder = self.ablation.of(self.baseline)[0].folder
+        shared = [_setting(k, v) for layer in self.ablation.common for k, v in layer.items()]
+        return [
+            ResultTable("Arms", ("arm", "settings"), list(rows)).html(),
+            paragraph(f"All arms: {', '.join(shared) or 'nothing else is changed'}"),
+            f"<p>A run by itself: <code>xray run {html.escape(str(folder))}/recipe.yaml</code></p>",
+        ]
+
+    # numbers --------------------------------------------------------------------------------------
+
+    def _percent(self, metric: str) -> bool:
+        """Whether a metric is a share: those have chance beside them; so has a median place."""
+        return not math.isnan(self.chance[metric]) and "median_rank" not in metric
+
+    def _title(self, metric: str) -> str:
+        section, _, measure = metric.partition(".")
+        name = title_of(section, measure)
+        return f"{name} %" if self._percent(metric) else name
+
+    def _number(self, metric: str, value: float, sign: str = "") -> str:
+        if math.isnan(value):
+            return ""
+        return f"{100 * value:{sign}.1f}" if self._percent(metric) else f"{value:{sign}.4g}"
+
+    def _mean(self, metric: str, cell: Cell) -> str:
+        spread = self._number(metric, cell.spread)
+        return self._number(metric, cell.mean) + (f" ± {spread}" if spread else "")
+
+    def _difference(self, metric: str, cell: Cell) -> str:
+        if not cell.differences:
+            return ""
+        p = "" if math.isnan(cell.p) else f"p {cell.p:.2g}, "
+        return f"{self._number(metric, cell.difference, '+')} ({p}n {len(cell.differences)})"
+
+    # plots ----------------------------------------------------------------------------------------
+
+    def plots(self) -> list[str]:
+        """A panel per metric, and the first metric against cost."""
+        panels = [self._dots(metric) for metric in self.metrics]
+        if self.metrics:
+            panels.append(self._against_cost(self.metrics[0]))
+        return panels
+
+    def _scale(self, metric: str) -> float:
+        return 100.0 if self._percent(metric) else 1.0
+
+    def _dots(self, metric: str) -> str:
+        """A row per arm: its seeds as dots, their mean as a bar."""
+        arms = [arm for arm in self.cells if metric in self.cells[arm]]
+        scale = self._scale(metric)
+        figure, (axis,) = subplots(1, (4.4, 0.9 + 0.3 * len(arms)))
+        for row, arm in enumerate(arms):
+            cell = self.cells[arm][metric]
+            color = COLOR if arm != self.baseline else "#b4552d"
+            points = [scale * value for value in cell.values.values()]
+            axis.plot(points, [row] * len(points), "o", color=color, alpha=0.6, markersize=5)
+            axis.plot([scale * cell.mean] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2)
+        if self.baseline in arms:
+            middle = scale * self.cells[self.baseline][metric].mean
+            axis.axvline(middle, color="#b4552d", linewidth=0.8, linestyle="--")
+        if self._percent(metric):
+            axis.axvline(scale * self.chance[metric], color="#6e7781", linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(arms)), arms, fontsize=9)
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_title(self._title(metric), fontsize=10)
+        return svg(figure, f"{metric} of each arm: dots are seeds, bars their means")
+
+    def _against_cost(self, metric: str) -> str:
+        """Means over TFLOP of a run."""
+        figure, (axis,) = subplots(1, (4.4, 3.0))
+        points = {
+            arm: (flops / 1e12, self._scale(metric) * own[metric].mean)
+            for arm, own in self.cells.items()
+            if metric in own and (flops := arm_flops(self.ablation.of(arm), self.flops)) is not None
+        }
+        for arm, point in points.items():
+            axis.plot(*point, "o", color="#b4552d" if arm == self.baseline else COLOR)
+            axis.annotate(arm, point, fontsize=8, xytext=(4, 3), textcoords="offset points")
+        axis.set_xlabel("TFLOP of a run", fontsize=9)
+        axis.set_title(self._title(metric), fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.margins(y=0.15)
+        most = max((flops for flops, _ in points.values()), default=1.0)
+        axis.set_xlim(0, 1.35 * most)  # a tenth more cost looks like a tenth; room for names
+        axis.grid(alpha=0.25)
+        return svg(figure, f"{metric} over the FLOPs of a run")
+
+    # files ----------------------------------------------------------------------------------------
+
+    def markdown(self, tables: Sequence[ResultTable]) -> str:
+        """The tables for a README or an issue."""
+        parts = [f"**{table.title}**\n\n{table.markdown()}" for table in tables if table.rows]
+        return "\n".join([*parts, f"{self.note()}\n"])
+
+    def facts(self, failures: Sequence[Failure]) -> dict[str, Any]:
+        """All of it as JSON."""
+        config = self.ablation.config
+        arms = {}
+        for arm, settings in self.ablation.arms.items():
+            trials = self.ablation.of(arm)
+            arms[arm] = {
+                "settings": settings,
+                "stages": trials[0].keys,
+                "flops": arm_flops(trials, self.flops),
+                "metrics": {metric: cell.facts() for metric, cell in self.cells[arm].items()},
+            }
+        return {
+            "name": config.name,
+            "base": config.base,
+            "all_arms": self.ablation.common,
+            "seeds": config.seeds,
+            "baseline": self.baseline,
+            "arms": arms,
+            "chance": {m: v for m, v in self.chance.items() if not math.isnan(v)},
+            "runs": self.run_rows(),
+            "failed": [
+                {"arm": f.trial.arm, "seed": f.trial.seed, "code": f.code, "line": f.line}
+                for f in failures
+            ],
+        }
+
+    def run_rows(self) -> list[dict[str, Any]]:
+        """A row per run: its metrics and what it took."""
+        return [
+            {
+                "arm": o.arm,
+                "seed": o.seed,
+                **{m: o.values.get(m) for m in self.metrics},
+                **{f"samples_{s}": o.samples.get(s) for s in STAGES},
+                "pictures_and_clips": pictures(o),
+                "flops": arm_flops(self.ablation.of(o.arm), self.flops),
+                "seconds": round(sum(o.seconds.values()), 1),
+            }
+            for o in self.outcomes
+        ]
+
+    def metric_rows(self) -> list[dict[str, Any]]:
+        """A row per arm and metric."""
+        return [
+            {"arm": arm, "metric": metric, **cell.facts()}
+            for arm, own in self.cells.items()
+            for metric, cell in own.items()
+        ]
+
+
+def pictures(found: Outcome) -> int:
+    """Samples of the stages that see pictures and clips."""
+    return sum(count for stage, count in found.samples.items() if stage != "text")
+
+
+def _named(arm: str) -> str:
+    """An arm of axes has a line for each: as wide as one, where a terminal is narrow."""
+    return arm.replace(",", ",\n")
+
+
+def _setting(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,280 @@
+"""The stage-to-stage contract: a folder of safetensors and a manifest that verifies them.
+
+    artifact/  backbone.safetensors  head.safetensors ...  vocabulary.json  manifest.json
+               lineage/HASH.json ...  README.md
+
+The manifest holds the sha256 of every file, the resolved config, hashes of config and data, and the
+parents by the hash of their manifests, which lie in lineage/ with those of all ancestors; nothing
+in an artifact is pickled, and nothing in it depends on where it lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.tar_index import user_cache
+from xray.artifacts.location import Place
+from xray.errors import ArtifactError, brief
+from xray.files import is_inside, locked, sha256_file, sync_tree, usual_mode
+from xray.version import __version__
+
+SCHEMA = 1
+PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
+LINEAGE = "lineage"  # the folder of the ancestors' manifests
+SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # of a manifest: objects
+State = Literal["ok", "changed", "missing", "unnamed"]
+COMPLAINTS = {
+    "missing": "is missing: the artifact is incomplete",
+    "unnamed": "is no file that the artifact's manifest names: remove it",
+    "changed": "was changed after it was written: its sha256 is not the manifest's; restore the "
+    "file or run its stage again",
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+    digest: str  # sha256 of manifest.json
+    origin: str  # where it was opened: the URL it was fetched from, or its folder's full path
+    llm: str = ""  # the folder of the LLM it is based on, if not where that was in training
+
+    @property
+    def stage(self) -> str:
+        return str(self.manifest["stage"])
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part; raises ArtifactError when it has none of that name."""
+        path = self.file(f"{part}.safetensors")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is no readable safetensors: {brief(error)}") from error
+
+    def file(self, name: str) -> Path:
+        """A file of the manifest; raises ArtifactError when it has none of that name."""
+        if name not in self.manifest["files"]:
+            what = name.removesuffix(".safetensors")
+            raise ArtifactError(f"{self.path}, of stage {self.stage}, holds no {what}")
+        return self.path / name
+
+    def has_tensor(self, part: str, name: str) -> bool:
+        """Whether a part holds a tensor."""
+        return name in self.manifest["tensors"].get(part, {})
+
+
+def open_artifact(path: str | Path, llm: str = "") -> Artifact:
+    """Open an artifact in a folder or at a URL, and verify every byte of it.
+
+    A URL's is fetched into the user's cache, once per host. llm: where the LLM lies that it is
+    based on, if it is there no more. Raises ArtifactError when it is missing, incomplete, changed,
+    or of a newer schema.
+    """
+    place, content, manifest = find_manifest(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if not place.remote:
+        check_files(place, manifest)
+        return Artifact(place.folder, manifest, digest, str(place.folder.resolve()), llm)
+    folder = user_cache("artifacts") / digest
+    try:
+        check_files(Place(str(folder)), manifest)
+    except ArtifactError:  # not there yet, or damaged
+        with locked(folder.with_suffix(".lock")):
+            _fetch(place, folder, manifest, content)
+    return Artifact(folder, manifest, digest, place.where, llm)
+
+
+def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
+    """Where an artifact lies, its manifest's bytes and content; no other file is looked at.
+
+    Raises ArtifactError where there is none, or none that this version reads.
+    """
+    base = str(path).rstrip("/") if is_remote(str(path)) else str(Path(path).expanduser())
+    for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder will do
+        try:
+            content = place.read("manifest.json")
+        except OSError as error:
+            raise ArtifactError(f"{place}/manifest.json cannot be read: {error}") from error
+        if content is not None:
+            return place, content, parse_manifest(content, f"{place}/manifest.json")
+    raise ArtifactError(f"{base} is no artifact: it has no manifest.json")
+
+
+def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
+    """A manifest's content; raises ArtifactError for what is none, or names files outside."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ArtifactError(f"{where} cannot be read: {brief(error)}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{where} has schema {found}, this version reads {SCHEMA}")
+    for section in SECTIONS:
+        if not isinstance(manifest.get(section), dict):
+            raise ArtifactError(f"{where} is damaged: it has no {section}")
+    for parent in manifest["parents"].values():
+        if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
+            raise ArtifactError(f"{where} is damaged: it does not say what its parents are")
+    for name in manifest["files"]:
+        if not is_inside(name):
+            raise ArtifactError(f"{where} names a file outside its folder: {name}")
+    return manifest
+
+
+def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
+    """Every file of an artifact, re-hashed, and what is wrong with it."""
+    for name, expected in manifest["files"].items():
+        found = place.sha256(name)
+        yield name, "missing" if found is None else "ok" if found == expected else "changed"
+    for name in place.unnamed(list(manifest["files"])):
+        yield name, "unnamed"
+
+
+def check_files(place: Place, manifest: Mapping[str, Any]) -> None:
+    """Raise ArtifactError for the first file that is not what the manifest says."""
+    for name, state in file_states(place, manifest):
+        if state != "ok":
+            raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
+
+
+def _fetch(place: Place, folder: Path, manifest: Mapping[str, Any], content: bytes) -> None:
+    """Have a URL's artifact in a folder of the cache, whatever of it is there."""
+    known = Place(str(folder))
+    for name, expected in manifest["files"].items():
+        if known.sha256(name) == expected:
+            continue
+        found = place.fetch(name, folder / name)
+        if found != expected:
+            (folder / name).unlink(missing_ok=True)
+            state = "missing" if found is None else "changed"
+            raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
+    for name in known.unnamed(list(manifest["files"])):
+        (folder / name).unlink()
+    (folder / "manifest.json").write_bytes(content)
+
+
+def write_artifact(
+    path: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    parents: Mapping[str, Artifact],
+    card: Callable[[Path], str],
+) -> None:
+    """Write an artifact under a temporary name and rename it; never overwrites one.
+
+    card: the text of README.md, told from the folder. It repeats the manifest, which therefore does
+    not name it: people may edit it. Raises ArtifactError where the artifact cannot be written;
+    nothing is left of it then.
+    """
+    with _whole_or_none(path) as temporary:
+        _fill(temporary, parts, files)
+        for parent in parents.values():
+            _hand_on(parent, temporary / LINEAGE)
+        manifest = {
+            "schema": SCHEMA,
+            **facts,
+            "parents": {
+                slot: {"manifest": a.digest, "stage": a.stage, "path": a.origin}
+                for slot, a in parents.items()
+            },
+            "tensors": {name: dict(_describe(temporary, name)) for name in parts},
+            "files": {
+                str(file.relative_to(temporary)): sha256_file(file)
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file()
+            },
+            "versions": package_versions(),
+            "git_commit": git_commit(),
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / "README.md").write_text(card(temporary), "utf-8")
+        sync_tree(temporary)
+
+
+@contextlib.contextmanager
+def _whole_or_none(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when all is written; of a failure nothing is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be all that fills the disk
+        raise ArtifactError(
+            f"artifact {path} cannot be written: {brief(error)}; the same command tries it again"
+        ) from error
+
+
+def _fill(
+    temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, Any]
+) -> None:
+    """Write the weights, and the files beside them."""
+    for name, tensors in parts.items():
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        tensors_file = temporary / f"{name}.safetensors"
+        with usual_mode(tensors_file):
+            save_file(plain, tensors_file, metadata={"format": "pt"})
+    for name, item in files.items():
+        target = temporary / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(item, Path):
+            shutil.copyfile(item, target)
+        else:
+            item.save(target)
+
+
+def _hand_on(parent: Artifact, folder: Path) -> None:
+    """Copy a parent's manifest, and those of its ancestors, each under its hash."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(parent.path / "manifest.json", folder / f"{parent.digest}.json")
+    for name in parent.manifest["files"]:
+        if name.startswith(f"{LINEAGE}/"):
+            shutil.copyfile(parent.path / name, folder / Path(name).name)
+
+
+def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with safe_open(folder / f"{part}.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            piece = file.get_slice(name)
+            yield name, {"shape": piece.get_shape(), "dtype": piece.get_dtype()}
+
+
+def package_versions() -> dict[str, str]:
+    found = {"xray": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def git_commit() -> str:
+    """The commit of a checkout, or "" where xray runs from an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""

@@ -1,0 +1,268 @@
+"""Models from artifacts: what evaluation, and a stage that starts from another's, build on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.language_model import Language, text_config
+from xray.config import DataConfig, ModelConfig
+from xray.config.schedule import largest
+from xray.errors import ArtifactError, ConfigError, DataError
+from xray.models.backbone import VisionBackbone
+from xray.models.heads import Normalize, Projection, TagHead, text_head
+from xray.models.mae_decoder import MaeDecoder
+from xray.models.token_reduction import KeepRate
+from xray.models.tokenizer import CaptionTokenizer, Tokens
+from xray.models.weight_loading import load_adapted
+from xray.progress import progress_of
+
+TEXTS = 256  # captions that are encoded at a time
+
+
+def restore_vision(artifact: Artifact) -> VisionBackbone:
+    """The backbone of a vision artifact, in eval mode; its weights need no download."""
+    config = artifact.manifest["config"]
+    model = dataclasses.replace(ModelConfig(**config["model"]), pretrained="")
+    data = config["data"]
+    with torch.device("meta"):  # weights that are loaded over need no start
+        backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
+    load_adapted(backbone.to_empty(device="cpu"), artifact.load("backbone"), str(artifact.path))
+    return backbone.eval()
+
+
+def data_config(artifact: Artifact) -> DataConfig:
+    """How an artifact's pictures and clips are read, its sources left out."""
+    section = artifact.manifest["config"]["data"]
+    names = {item.name for item in dataclasses.fields(DataConfig)}
+    left_out = ("sources", "blocks", "validation")
+    return DataConfig(**{k: v for k, v in section.items() if k in names and k not in left_out})
+
+
+def class_weights(
+    encode: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """[C, E] features of classes: the normalised mean of their prompts' normalised ones (CLIP,
+    2103.00020); `{}` in a template is the class name."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    features = F.normalize(encode(prompts), dim=-1).reshape(len(names), len(templates), -1)
+    return F.normalize(features.mean(dim=1), dim=-1)
+
+
+class VisionEncoder(nn.Module):
+    """An artifact's backbone ready to encode [B, T, 3, H, W] uint8 pixels."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self.artifact = artifact
+        config = artifact.manifest["config"]
+        self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
+        self.vision = restore_vision(artifact)
+        self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+        self.eval()
+
+    def choose(self, keep_rate: KeepRate) -> None:
+        """Encode at another keep rate; raises ConfigError for one that the model cannot have."""
+        try:
+            self.vision.rates(keep_rate)
+        except ConfigError as error:
+            raise ConfigError(f"{self.artifact.path}: {error}") from error
+        self.keep_rate = keep_rate
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
+        return F.normalize(self.cls(pixels).float(), dim=-1).cpu()
+
+    def cls(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] pixels in 0..255 -> [B, D] CLS features as they are, on its device.
+
+        A gradient flows to float pixels, through the tokens that are kept and those that are
+        fused: which of them are kept is no function with a gradient.
+        """
+        pixels = pixels.to(self.normalize.mean.device)
+        return self.vision(self.normalize(pixels), self.keep_rate).cls
+
+
+class ImageEncoder(VisionEncoder):
+    """A clip artifact's side of pictures and clips; it needs no text tower.
+
+    Features in the joint space are float32 and normalised.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        options = artifact.manifest["config"]["clip"]
+        self.vision_projection = Projection(self.vision.embed_dim, options["embed_dim"])
+        head = artifact.load("head")
+        self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
+        self.logit_scale = head["logit_scale"].exp()
+        self.eval()
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
+        return self.image_features(pixels).cpu()
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, E] in the joint space, normalised."""
+        return self.joint(self.cls(pixels))
+
+    def joint(self, cls: Tensor) -> Tensor:
+        """[B, D] CLS features -> [B, E] in the joint space, normalised."""
+        return F.normalize(self.vision_projection(cls).float(), dim=-1)
+
+
+class Encoder(ImageEncoder):
+    """A clip artifact's joint space: the backbone, the text tower and what projects them."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        options = artifact.manifest["config"]["clip"]
+        text = dataclasses.replace(text_config(artifact), tune="none")
+        language = Language(text, artifact)
+        self.text, self.tokenizer = language.build(), language.tokenizer
+        kind = options.get("text_head", "adapter")
+        sizes = (self.text.width, options["embed_dim"], options["adapter_blocks"])
+        self.text_adapter = text_head(kind, *sizes)
+        self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
+        head = artifact.load("head")
+        # the bias of the sigmoid loss changes no order
+        alone = ("logit_scale", "logit_bias")
+        state = {name: value for name, value in head.items() if name not in alone}
+        wrong = self.load_state_dict(state, strict=False).unexpected_keys
+        if wrong:
+            raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
+        self.eval()
+
+    def text_features(self, tokens: Tokens) -> Tensor:
+        """Tokens [..., L] -> [..., E] in the joint space, normalised."""
+        return F.normalize(self.text_adapter(self.text(**tokens)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """N captions -> [N, E] in the joint space, on CPU."""
+        device = self.normalize.mean.device
+        return encode_captions(captions, self.tokenizer, self.text_features, device)
+
+
+class TextEncoder(nn.Module):
+    """What a text artifact makes of captions, or what its base model made of them before."""
+
+    def __init__(self, artifact: Artifact, language: Language) -> None:
+        super().__init__()
+        self.artifact, self.tokenizer = artifact, language.tokenizer
+        self.text = language.build()
+        self.eval()
+
+    @classmethod
+    def after(cls, artifact: Artifact) -> TextEncoder:
+        """The tuned model."""
+        config = dataclasses.replace(text_config(artifact), tune="none")
+        return cls(artifact, Language(config, artifact))
+
+    @classmethod
+    def before(cls, artifact: Artifact) -> TextEncoder | None:
+        """The base model, None where its folder is gone or another's."""
+        config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
+        if config.pooling == "latent":  # which the base model lacks
+            config = dataclasses.replace(config, pooling="mean")
+        try:
+            language = Language(config)
+        except ConfigError:
+            return None
+        return cls(artifact, language) if language.digest == _base(artifact) else None
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """N captions -> sentence vectors [N, W], normalised, on CPU."""
+        device = next(self.text.parameters()).device
+        return encode_captions(captions, self.tokenizer, lambda x: self.text(**x), device)
+
+
+def _base(artifact: Artifact) -> str:
+    """The hash of the folder that a text tower was begun from."""
+    return str(artifact.manifest["inputs"]["llm"])
+
+
+def encode_captions(
+    captions: Sequence[str],
+    tokenizer: CaptionTokenizer,
+    encode: Callable[[Tokens], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D].
+
+    Raises DataError for features that are no numbers.
+    """
+    rows, starts = [], range(0, len(captions), TEXTS)
+    for start in progress_of("texts")(starts, len(starts)):
+        tokens = tokenizer(captions[start : start + TEXTS])
+        rows.append(encode({k: v.to(device) for k, v in tokens.items()}).float().cpu())
+        if not rows[-1].isfinite().all():
+            raise DataError("the text tower's features are NaN or infinite")
+    return F.normalize(torch.cat(rows), dim=-1)
+
+
+class Tagger(VisionEncoder):
+    """A hashtag artifact's backbone and head."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        weights = artifact.load("head")
+        self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
+        self.head.load_state_dict(weights)
+        self.eval()
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
+        """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
+        return self.activate(self.head(self.cls(pixels)).float() / temperature)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """[B, V] logits to probabilities."""
+        if self.artifact.manifest["config"]["hashtag"].get("loss", "softmax") == "softmax":
+            return logits.softmax(dim=1)
+        return logits.sigmoid()
+
+
+class PromptTagger(nn.Module):
+    """A clip artifact that tags: a softmax over the likeness to each tag's prompt."""
+
+    def __init__(self, encoder: Encoder, tags: Sequence[str], template: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.weights = class_weights(encoder.encode_text, tags, [template])
+
+    def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
+        """[B, T, 3, H, W] -> [B, V], on CPU."""
+        scale = self.encoder.logit_scale / temperature
+        return (scale * self.encoder.encode_pixels(pixels) @ self.weights.t()).softmax(dim=1)
+
+
+def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
+    """What an artifact can be asked: a clip's both towers, a text's, a hashtag's head, or the
+    backbone."""
+    if artifact.stage == "text":
+        return TextEncoder.after(artifact)
+    kinds: dict[str, type[VisionEncoder]] = {"clip": Encoder, "hashtag": Tagger}
+    return kinds.get(artifact.stage, VisionEncoder)(artifact)
+
+
+def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
+    """The decoder of a mae artifact, in eval mode."""
+    options = artifact.manifest["config"]["mae"]
+    sizes = (options["decoder_dim"], options["decoder_depth"], options["decoder_heads"])
+    decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
+    decoder.load_state_dict(artifact.load("decoder"))
+    return decoder.eval()
+
+
+def data_of(artifact: Artifact, workers: int) -> DataConfig:
+    """How an artifact's own run read its samples, at its final sizes."""
+    return dataclasses.replace(data_config(artifact), workers=workers)

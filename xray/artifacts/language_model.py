@@ -1,0 +1,153 @@
+"""The language side of a run or an artifact: which model reads captions, its tokens, its tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xray.artifacts.artifact import Artifact
+from xray.config import TextConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.models.llm_folder import find_llm, llm_digest, own_pooling
+from xray.models.text_tower import TextTower, is_added
+from xray.models.tokenizer import CaptionTokenizer, cut_share
+
+log = logging.getLogger("xray")
+# What an artifact decides for those that start from it.
+STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets", "attention", "pooling", "latents", "prompt")
+MOST_CUT = 0.1  # of captions, beyond which a run says so
+
+
+class Language:
+    """The model that captions go through: a folder, or what a text or clip artifact holds.
+
+    `config` is the text section with the artifact's structure in it, `digest` the folder's hash.
+    Raises ConfigError or ArtifactError for what cannot be used.
+    """
+
+    def __init__(self, config: TextConfig, parent: Artifact | None = None) -> None:
+        self.parent = parent
+        if parent is None:
+            self.folder = find_llm(config.llm)
+            self.digest = llm_digest(self.folder)
+            if config.tune == "none":  # LoRA that is never trained would be dead weight
+                config = dataclasses.replace(config, lora_rank=0)
+        else:
+            config = _inherited(config, parent)
+            self.folder, self.digest = _folder(parent, config.llm), parent.manifest["inputs"]["llm"]
+        if config.pooling == "auto":
+            config = dataclasses.replace(config, pooling=own_pooling(self.folder))
+        if config.pooling == "latent" and config.tune == "none" and parent is None:
+            raise ConfigError(
+                "text.pooling=latent has weights to be trained: set text.tune=lora or full, or "
+                "start from a text artifact (--init-from)"
+            )
+        if Path(config.llm).is_dir():  # what is recorded must be found from any folder
+            config = dataclasses.replace(config, llm=str(Path(config.llm).resolve()))
+        self.config = config
+        self.tokenizer = CaptionTokenizer(self.folder, config)
+
+    def build(self) -> TextTower:
+        """The tower with its weights; raises ConfigError for a tokenizer of another model."""
+        if self.parent is None:
+            tower = TextTower(self.config, self.folder)
+        else:
+            tower = TextTower(self.config, self.folder, weights=_needs_base(self.parent))
+            tower.load_changes(self.parent.load("text"), str(self.parent.path))
+        if self.tokenizer.largest_id >= tower.vocabulary:
+            raise ConfigError(
+                f"the tokenizer in {self.folder} gives token {self.tokenizer.largest_id}, the "
+                f"model there embeds {tower.vocabulary}: it is another model's; restore its own"
+            )
+        return tower
+
+    def changes(self) -> dict[str, Tensor]:
+        """What an artifact that leaves the tower as it is hands on of it."""
+        return {} if self.parent is None else self.parent.load("text")
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides a caption's sentence vector, by the names of its settings."""
+        names = ("attention", "pooling", "prompt", "max_length", "dtype")
+        artifact = "" if self.parent is None else self.parent.digest
+        settings = {name: getattr(self.config, name) for name in names}
+        return {"llm": self.digest, "artifact": artifact, **settings}
+
+    def warn_of_cut(self, captions: Sequence[str]) -> None:
+        """Say so where many of these captions are longer than what is read of them."""
+        share = cut_share(self.tokenizer, captions)
+        if share > MOST_CUT:
+            log.warning(
+                "%.0f %% of captions are longer than text.max_length=%d tokens and are cut there: "
+                "raise it, or choose shorter captions", 100 * share, self.config.max_length,
+            )  # fmt: skip
+
+    def export_files(self) -> dict[str, Any]:
+        """Config and tokenizer, so that an artifact with all weights needs no base."""
+        patterns = ("*.json", "*.model", "*.txt")
+        found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        return {f"llm/{path.name}": path for path in found}
+
+
+def text_config(artifact: Artifact) -> TextConfig:
+    """The structure of an artifact's text tower."""
+    section = artifact.manifest["config"].get("text")
+    if section is None:
+        raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
+    names = {item.name for item in dataclasses.fields(TextConfig)}
+    config = TextConfig(**{key: value for key, value in section.items() if key in names})
+    config = dataclasses.replace(config, llm=artifact.llm or config.llm)
+    # A tower that was tuned whole has no LoRA, whatever is trained of it later.
+    has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
+    return config if has_lora else dataclasses.replace(config, lora_rank=0)
+
+
+def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
+    """A text section with the structure of the artifact that the run starts from."""
+    theirs, usual = text_config(parent), TextConfig()
+    has = "lora" if theirs.lora_rank else "full"
+    if config.tune not in ("none", has):
+        raise ConfigError(
+            f"text.tune={config.tune} cannot go on from {parent.path}, which was tuned with {has}: "
+            f"use none or {has}"
+        )
+    structure = {name: getattr(theirs, name) for name in STRUCTURE}
+    for name in STRUCTURE if config.tune == "lora" else STRUCTURE[3:]:
+        asked = getattr(config, name)
+        if asked not in (getattr(usual, name), structure[name]):
+            raise ConfigError(
+                f"text.{name}={asked!r} cannot be: {parent.path} was made with "
+                f"{structure[name]!r}; leave it out"
+            )
+    return dataclasses.replace(config, llm=config.llm or theirs.llm, **structure)
+
+
+def _folder(artifact: Artifact, llm: str) -> Path:
+    """Where the artifact's config and tokenizer are, and its base weights unless it holds all.
+
+    Raises ArtifactError when the base model is not the one it was trained with.
+    """
+    if not _needs_base(artifact):
+        return artifact.path / "llm"
+    try:
+        folder = find_llm(llm)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{artifact.origin} holds changes to an LLM and not its weights, and the LLM is not at "
+            f"{llm}: set text.llm (llm= of xray data) to where it is now"
+        ) from error
+    if llm_digest(folder) != artifact.manifest["inputs"]["llm"]:
+        raise ArtifactError(
+            f"the LLM in {folder} is not the one that {artifact.path} was trained with: its "
+            "files' hash differs; set text.llm to the original folder"
+        )
+    return folder
+
+
+def _needs_base(artifact: Artifact) -> bool:
+    """Whether the artifact holds only changes to a base model, not all its weights."""
+    return all(is_added(name) for name in artifact.manifest["tensors"].get("text", {}))

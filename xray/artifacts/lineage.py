@@ -1,0 +1,186 @@
+"""What an artifact was made from: its chain of ancestors, told by the manifests it carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from xray.artifacts.artifact import LINEAGE, State, file_states, find_manifest, parse_manifest
+from xray.artifacts.location import Place
+from xray.config import DataConfig, ModelConfig, TextConfig
+from xray.config.identity import differences, identity
+from xray.errors import ArtifactError
+
+# Whether an ancestor lies where its child found it: a URL's is not looked at unless it is asked for
+# itself, and in the place of a replaced one lies another artifact.
+Where = Literal["found", "gone", "replaced", "url"]
+TOLD = ("samples", "data_digest", "config_hash", "inputs", "metrics", "keep_rate", "seconds",
+        "versions", "git_commit")  # fmt: skip
+# What of a parent's config its child goes on with, and where the two may differ.
+COMPARED: dict[str, dict[str, type]] = {
+    "vision": {"model": ModelConfig, "data": DataConfig},
+    "text": {"text": TextConfig, "data": DataConfig},
+}
+Known = dict[str, dict[str, Any]]  # manifests by hash
+
+
+@dataclass
+class Link:
+    """One artifact of a chain.
+
+    slot: what it is to its child, "" for the artifact itself. manifest: None where nothing tells of
+    it. differs: settings that its child changed. files: what was looked at, and how it is.
+    """
+
+    depth: int
+    slot: str
+    stage: str
+    digest: str
+    path: str
+    where: Where
+    manifest: dict[str, Any] | None
+    differs: list[str] = field(default_factory=list)
+    files: dict[str, State] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether what was looked at is as it was written; what is gone was not looked at."""
+        return self.where != "replaced" and set(self.files.values()) <= {"ok"}
+
+    def facts(self) -> dict[str, Any]:
+        """It as JSON."""
+        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        manifest = found.pop("manifest") or {}
+        found["manifest"] = found.pop("digest")
+        parents = {slot: parent["manifest"] for slot, parent in manifest.get("parents", {}).items()}
+        told = {key: manifest.get(key) for key in TOLD}
+        return {**found, **told, "parents": parents, "sound": self.sound}
+
+
+def lineage(path: str | Path, verify: bool = False) -> list[Link]:
+    """An artifact and its ancestors, children first; `verify` re-hashes the files that are here.
+
+    Without it manifests alone are read. Raises ArtifactError where there is no artifact.
+    """
+    place, content, manifest = find_manifest(path)
+    known, damaged = _carried(place, manifest)
+    where = place.where if place.remote else str(place.folder.resolve())
+    digest = hashlib.sha256(content).hexdigest()
+    first = Link(0, "", str(manifest["stage"]), digest, where, "found", manifest)
+    first.files = damaged
+    chain = [first, *_ancestors(manifest, known, 1)]
+    for link in chain if verify else []:
+        if link.where == "found" and link.manifest is not None:
+            link.files |= dict(file_states(Place(link.path), link.manifest))
+    return chain
+
+
+def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str, State]]:
+    """The ancestors' manifests that an artifact carries, and its files of them that are damaged."""
+    known: Known = {}
+    damaged: dict[str, State] = {}
+    for name in manifest["files"]:
+        folder, _, file = name.partition("/")
+        if folder != LINEAGE:
+            continue
+        content, digest = place.read(name), file.removesuffix(".json")
+        if content is None:
+            damaged[name] = "missing"
+        elif hashlib.sha256(content).hexdigest() != digest:
+            damaged[name] = "changed"
+        else:
+            known[digest] = parse_manifest(content, f"{place}/{name}")
+    return known, damaged
+
+
+def _ancestors(child: Mapping[str, Any], known: Known, depth: int) -> Iterator[Link]:
+    for slot, parent in child["parents"].items():
+        digest, path = str(parent["manifest"]), str(parent["path"])
+        where, here = _look(path, digest)
+        if where == "found" and digest not in known:  # the child is of before it carried them
+            known |= _carried(Place(path), here)[0] | {digest: here}
+        manifest = known.get(digest)
+        link = Link(depth, slot, str(parent["stage"]), digest, path, where, manifest)
+        if manifest is not None:
+            link.differs = _differing(manifest["config"], child["config"], COMPARED.get(slot, {}))
+        yield link
+        if manifest is not None:
+            yield from _ancestors(manifest, known, depth + 1)
+
+
+def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
+    """Whether an artifact lies where it was, by its manifest, and that manifest."""
+    if Place(path).remote:
+        return "url", {}
+    try:
+        _, content, manifest = find_manifest(path)
+    except ArtifactError:
+        there = (Path(path) / "manifest.json").is_file()
+        return ("replaced" if there else "gone"), {}
+    same = hashlib.sha256(content).hexdigest() == digest
+    return ("found" if same else "replaced"), manifest
+
+
+def _differing(
+    parent: Mapping[str, Any], child: Mapping[str, Any], sections: Mapping[str, type]
+) -> list[str]:
+    """Lines `section.key: old -> new` of what makes the result in these sections of two configs."""
+    old, new = (
+        {
+            name: {key: config[name].get(key, usual) for key, usual in identity(schema()).items()}
+            for name, schema in sections.items()
+            if name in parent and name in child
+        }
+        for config in (parent, child)
+    )
+    return differences(old, new)
+
+
+# in words ---------------------------------------------------------------------------------------
+
+
+def told(chain: list[Link]) -> Iterator[str]:
+    """The lines of a chain."""
+    for link in chain:
+        pad = "  " * link.depth
+        slot = f" ({link.slot})" if link.slot else ""
+        yield f"{pad}{link.stage}{slot}  {_where(link)}"
+        for line in _about(link):
+            yield f"{pad}    {line}"
+
+
+def _where(link: Link) -> str:
+    return {
+        "found": link.path,
+        "url": f"was at {link.path}, which was not looked at",
+        "gone": f"not at {link.path} any more",
+        "replaced": f"not at {link.path} any more, where another artifact lies now",
+    }[link.where]
+
+
+def _about(link: Link) -> Iterator[str]:
+    yield f"manifest {link.digest}"
+    manifest = link.manifest
+    if manifest is None:
+        yield "nothing else is known of it: its child was written before children told"
+    else:
+        data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
+        yield f"{manifest.get('samples', 0):,} samples seen, data {data}, config {config}"
+        versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
+        commit = manifest.get("git_commit", "")
+        yield versions + (f", commit {commit[:12]}" if commit else "")
+        inputs = ", ".join(f"{name} {value[:12]}" for name, value in manifest["inputs"].items())
+        if inputs:
+            yield f"inputs: {inputs}"
+        values = manifest.get("metrics", {})
+        named = [name for name in ("loss", "val/loss") if name in values]
+        if named:
+            yield ", ".join(f"{name} {values[name]:.4g}" for name in named)
+    for line in link.differs:
+        yield f"its child changed {line if len(line) <= 120 else line[:117] + '...'}"
+    states = [f"{name} {state}" for name, state in link.files.items()]
+    yield from states

@@ -1,0 +1,75 @@
+"""Where an artifact lies: a folder here, or a URL that fsspec reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from data_pipelines.shards.remote import fetch_file, fetch_small, is_remote
+from xray.files import inside, sha256_file
+
+FIRST_PATIENCE = 60.0  # seconds to go on trying to reach a place
+PATIENCE = 600.0  # and to fetch one of its files
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or a URL, and the files below it by name.
+
+    Its methods raise ArtifactError for a link to the outside, DataError for a URL that cannot be
+    read.
+    """
+
+    where: str
+
+    def __str__(self) -> str:
+        return self.where
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.where)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.where)
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's bytes, None where there is none."""
+        if self.remote:
+            return fetch_small(self._url(name), FIRST_PATIENCE)
+        path = inside(self.folder, name)
+        return path.read_bytes() if path.is_file() else None
+
+    def sha256(self, name: str) -> str | None:
+        """A file's hash, None where there is none; what lies at a URL is read and not kept."""
+        if self.remote:
+            with TemporaryDirectory() as folder:
+                return self.fetch(name, Path(folder) / "file")
+        path = inside(self.folder, name)
+        return sha256_file(path) if path.is_file() else None
+
+    def fetch(self, name: str, target: Path) -> str | None:
+        """Download a file of a URL and return its hash, None where there is none."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return fetch_file(self._url(name), target, PATIENCE)
+        except FileNotFoundError:
+            return None
+
+    def unnamed(self, files: list[str]) -> list[str]:
+        """Files here that lie in the subfolders of these files, and are none of them: whatever is
+        given such a folder would read them."""
+        if self.remote:  # of which nothing but named files is fetched
+            return []
+        folders = {self.folder / name.partition("/")[0] for name in files if "/" in name}
+        below = [path for top in folders for path in top.rglob("*")]
+        found = {
+            str(path.relative_to(self.folder))
+            for path in below
+            if path.is_symlink() or not path.is_dir()
+        }
+        return sorted(found - set(files))
+
+    def _url(self, name: str) -> str:
+        return f"{self.where}/{name}"

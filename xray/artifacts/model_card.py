@@ -1,0 +1,145 @@
+"""Model cards: the README.md of an artifact and of what was exported from one.
+
+A card is told from manifests alone: nothing in it was measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xray.artifacts.lineage import Link, lineage
+from xray.config.schedule import value_at
+
+WHAT = {
+    "mae": "A vision backbone pretrained by masked auto-encoding of images and clips.",
+    "hashtag": "A vision backbone with a head that tells the hashtags of images and clips.",
+    "text": "A language model tuned so that its vectors tell captions apart.",
+    "clip": "A vision backbone and a text tower in one space: images, clips and texts compared.",
+}
+USE = {
+    "mae": ['features = model.encode_image("photo.jpg")  # [1, D], of unit length'],
+    "hashtag": ['print(model.tag("photo.jpg"))  # [[("beach", 0.41), ...]]'],
+    "text": ['vectors = model.encode_text(["a dog on a beach"])  # [1, D], of unit length'],
+    "clip": [
+        'likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T',
+        'clips = model.encode_video("clip.mp4")  # [1, E], of unit length',
+    ],
+}
+# Metrics that tell of the machine or the schedule, not of the model.
+LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "mfu")
+UNKNOWN = (
+    "Unknown: nobody has stated it. Set `license=` in the run's config (an SPDX identifier such as "
+    "apache-2.0), or write it here: no hash covers this file."
+)
+
+
+def artifact_card(folder: Path) -> str:
+    """The card of an artifact."""
+    chain = lineage(folder)
+    stage = chain[0].stage
+    code = [
+        "import xray",
+        "",
+        'model = xray.load("FOLDER")  # this folder, or its URL',
+        *USE[stage],
+    ]
+    return card(chain, "xray", f"{stage} model", code, [])
+
+
+def card(
+    chain: Sequence[Link], library: str, title: str, code: Sequence[str], more: Sequence[str]
+) -> str:
+    """A card in Markdown with the front matter that model hubs read.
+
+    chain: the artifact's lineage. code: how it is loaded. more: sections before the lineage.
+    """
+    manifest = chain[0].manifest or {}
+    licence = str(manifest["config"].get("license", ""))
+    modality = "text" if manifest["stage"] == "text" else "vision"
+    front = ["---", f"license: {licence or 'unknown'}", f"library_name: {library}"]
+    front += [f"tags: [xray, {modality}, {manifest['stage']}]", "---", ""]
+    body = [f"# {title}", "", WHAT[manifest["stage"]], *_shape(manifest), ""]
+    body += ["## How to load it", "", "```python", *code, "```", "", *more]
+    body += ["## Lineage", "", *_lineage(chain), ""]
+    body += ["## Data", "", *_data(chain), ""]
+    body += ["## Metrics", "", *_metrics(manifest), ""]
+    body += ["## Licence", "", f"{licence}." if licence else UNKNOWN]
+    return "\n".join([*front, *body]) + "\n"
+
+
+def _shape(manifest: Mapping[str, Any]) -> list[str]:
+    """What the towers are, in a line or two."""
+    config, lines = manifest["config"], []
+    if "backbone" in manifest["tensors"]:
+        model, data = config["model"], config["data"]
+        own = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items())
+        side, frames = value_at(data["resolution"], 1.0), value_at(data["frames"], 1.0)
+        lines.append(
+            f"The backbone is timm's `{model['name']}`{f' with {own}' if own else ''}, for images "
+            f"of {side} px and clips of {frames} frames, tubelets of {model['tubelet']}; token "
+            f"reduction {model['reduce']} at keep rate {manifest['keep_rate']}."
+        )
+    if "text" in manifest["tensors"]:
+        text = config["text"]
+        lines.append(
+            f"Captions are read {text['attention']}, pooled by `{text['pooling']}`, up to "
+            f"{text['max_length']} tokens; the base model's files hash to "
+            f"`{manifest['inputs']['llm'][:12]}`."
+        )
+    return lines
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _lineage(chain: Sequence[Link]) -> list[str]:
+    rows = []
+    for link in chain:
+        told = link.manifest or {}
+        name = f"{'from ' * bool(link.depth)}{link.stage}{f' ({link.slot})' * bool(link.slot)}"
+        hashes = [str(told.get(key, ""))[:12] for key in ("data_digest", "config_hash")]
+        rows.append((name, f"{told.get('samples', 0):,}", *hashes, link.digest[:12]))
+    manifest = chain[0].manifest or {}
+    versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
+    commit = manifest.get("git_commit", "")
+    made = f"Made with {versions}{f', commit {commit[:12]}' if commit else ''}."
+    table = _table(("stage", "samples seen", "data", "config", "manifest"), rows)
+    return [*table, "", f"{made} `xray lineage` prints all of it, `--verify` re-hashes the files."]
+
+
+def _data(chain: Sequence[Link]) -> list[str]:
+    rows = [row for link in chain if link.manifest for row in _sources(link.manifest)]
+    head = ("stage", "source", "modality", "shards", "samples seen", "digest")
+    return _table(head, list(dict.fromkeys(rows)))
+
+
+def _sources(manifest: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A row for each source that a stage was trained on."""
+    data, digests = manifest["config"]["data"], manifest.get("sources", {})
+    blocks = [b for b in data["blocks"] if b["source"] in (digests or data["sources"])]
+    step = sum(block["samples"] for block in blocks)
+    for block in blocks:
+        name = block["source"]
+        source = data["sources"][name]
+        seen = round(manifest["samples"] * block["samples"] / step)
+        digest = str(digests.get(name, ""))[:12]
+        shards = f"`{source['shards']}`"
+        yield manifest["stage"], name, source["modality"], shards, f"{seen:,}", digest
+
+
+def _metrics(manifest: Mapping[str, Any]) -> list[str]:
+    found = {
+        name: value
+        for name, value in manifest.get("metrics", {}).items()
+        if name not in LEFT_OUT
+        and not name.startswith(("data/", "save/", "memory/"))
+        and not name.endswith("/epochs")
+    }
+    which = "averaged over steps" if manifest.get("weights") == "ema" else "of the last step"
+    told = f"In training at step {manifest['step']:,}; the weights are those {which}."
+    rows = [(name, f"{value:.4g}") for name, value in sorted(found.items())]
+    return [told, "", *_table(("metric", "value"), rows)]

@@ -1,0 +1,1 @@
+"""Command line: each command parses its arguments, calls the library and prints."""

@@ -1,0 +1,61 @@
+"""`xray ablate`: a grid over recipes, with one comparison."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from xray import dist
+from xray.commands.common import Overrides
+from xray.errors import ConfigError
+
+
+def ablate(
+    file: Annotated[str, typer.Argument(help="A shipped ablation's name or a .yaml file")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, then stop")] = False,
+) -> None:
+    """Train the arms of FILE with every seed, what they share once, and compare them.
+
+    base=RECIPE, seeds=[0,1], jobs=2, baseline=, metrics=[...], out= and arms.NAME.KEY= are the
+    ablation's; any other KEY=VALUE is set in the recipe of every arm. The same command goes on
+    where it stopped; exit code 1 when a run failed.
+    """
+    from xray.ablations.trials import load_ablation, write_recipes
+
+    if dist.world_size() > 1:
+        raise ConfigError("xray ablate starts its own processes: run it as one, without a launcher")
+    ablation = load_ablation(file, overrides or [])
+    from xray.ablations.cost import flops_of, plan_of
+
+    if plan:
+        plan_of(ablation, flops_of(ablation, None)).print()
+        return
+    from xray.ablations.comparison import check_metrics, outcomes_of
+    from xray.ablations.jobs import Jobs, alone
+    from xray.ablations.report import write_comparison
+    from xray.recipes.prepare import prepare
+
+    with alone(ablation.out) as lock:
+        write_recipes(ablation)
+        for trial in ablation.trials[: len(ablation.arms)]:
+            prepare(trial.recipe)
+        flops = flops_of(ablation, ablation.out / "flops.json")
+        plan_of(ablation, flops).print()
+        failures = Jobs(ablation.out, ablation.config.jobs, lock).run(ablation.trials)
+        for failure in failures:
+            trial = failure.trial
+            print(
+                f"xray: {trial.arm}, seed {trial.seed} ended with code {failure.code}: "
+                f"{failure.line} ({trial.folder}/log.txt)",
+                file=sys.stderr,
+            )
+        tables, path = write_comparison(ablation, flops, failures)
+    for table in tables:
+        table.print()
+    print(f"report: {path}")
+    if failures:
+        raise SystemExit(1)
+    check_metrics(ablation, outcomes_of(ablation))

@@ -1,0 +1,55 @@
+"""`xray doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xray import dist
+
+SIGNS = {"ok": "", "missing": "-", "broken": "BROKEN"}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    out: Annotated[Path, typer.Option(help="Where runs are to be written")] = Path("runs"),
+) -> None:
+    """Say what this computer has, and what is missing for what; exit code 1 when it cannot train.
+
+    Under a launcher, one process of each host answers.
+    """
+    from xray.doctor.checks import examine
+
+    if dist.local_rank() != 0:
+        return
+    found = examine(out)
+    broken = [finding.what for finding in found if finding.state == "broken"]
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in found]
+        print(json.dumps({"host": socket.gethostname(), "ok": not broken, "findings": rows}))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"xray doctor: {socket.gethostname()}", title_justify="left")
+        for column in ("what", "found", "", "what is missing for what"):
+            table.add_column(column, overflow="fold")
+        for finding in found:
+            row = finding.what, finding.found, SIGNS[finding.state], finding.lacks
+            table.add_row(*map(_plain, row))
+        Console(highlight=False).print(table)
+        print(f"broken: {', '.join(broken)}" if broken else "nothing that is needed is missing")
+    if broken:
+        raise SystemExit(1)
+
+
+def _plain(text: str) -> str:
+    """Without what rich would take for markup."""
+    from rich.markup import escape
+
+    return escape(text)

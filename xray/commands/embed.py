@@ -1,0 +1,159 @@
+"""`xray embed` and `xray search`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xray import dist
+from xray.commands.common import guarded
+from xray.errors import ConfigError
+from xray.progress import progress_bar
+
+if TYPE_CHECKING:
+    from data_pipelines.ingest.corpus import Corpus
+
+SHOWN = 5  # samples named that were left out
+
+Llm = Annotated[
+    str, typer.Option(help="Where the LLM is that the artifact is based on, if that was moved")
+]
+
+
+@guarded
+def embed(
+    artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards (folder, glob, {000..123} pattern, URL), a folder or list of pictures or "
+            "clips, single files, or a .txt of one text per line"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write: .parquet or .npy")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or binary")] = "fp32",
+    dim: Annotated[
+        int, typer.Option(help="Keep the first so many features (Matryoshka); 0 = all")
+    ] = 0,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Embed the captions of shards, not the pictures")
+    ] = False,
+    captions: Annotated[str, typer.Option(help="Their json fields, a,b; else the usual")] = "",
+    modality: Annotated[str, typer.Option(help="image or video; else what there is")] = "",
+    keep_rate: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Instead of the artifact's own")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="The encoder's: fp32 or bf16")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Samples at a time")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read, of each rank")] = 2,
+    llm: Llm = "",
+) -> None:
+    """Embed pictures, clips or texts: normalised features, in a clip artifact's joint space.
+
+    The same command goes on where it was stopped. With torchrun, each process does a part.
+    """
+    from data_pipelines.ingest.corpus import open_corpus
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.encoders import restore_encoder
+    from xray.search.embed import EmbedConfig, check_out
+    from xray.search.embed import embed as write
+
+    config = EmbedConfig(
+        dtype=dtype,  # type: ignore[arg-type]  # validate() looks
+        dim=dim,
+        keep_rate=keep_rate,
+        precision=precision,  # type: ignore[arg-type]
+        captions={name.strip(): 1.0 for name in captions.split(",") if name.strip()},
+        batch_size=batch_size,
+        workers=workers,
+    )
+    config.validate()
+    check_out(out)
+    device = dist.choose_device("auto")
+    _join(device)
+    opened = dist.main_first(lambda: open_artifact(artifact, llm))
+    wanted = texts or opened.stage == "text"
+    corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, config.captions))
+    encoder = restore_encoder(opened).to(device)
+    with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
+        report = write(encoder, corpus, config, out, progress)
+    if dist.is_main():
+        again = f", {report.reused} of {report.parts} parts were there" if report.reused else ""
+        print(f"{out}: {report.rows:,} rows ({dtype}){again}")
+        _print_left_out(report.left_out, report.listed, corpus)
+
+
+def _join(device: Any) -> None:
+    """Join the process group, where there is more than one process."""
+    if dist.world_size() > 1:
+        from xray.training.engine import init_distributed
+
+        init_distributed(device)
+
+
+def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> None:
+    import json
+    from itertools import islice
+
+    from data_pipelines.ingest.corpus import Files, Shards
+
+    if isinstance(corpus, Files | Shards) and corpus.others:
+        what = "files" if isinstance(corpus, Files) else "samples"
+        print(f"not looked at: {corpus.others:,} {what} that are no {corpus.modality} (--modality)")
+    if not causes:
+        return
+    told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
+    with listed.open() as lines:
+        first = [json.loads(line) for line in islice(lines, SHOWN)]
+    names = ", ".join(f"{row['path']}:{row['key']}" for row in first)
+    more = ", ..." if sum(causes.values()) > SHOWN else ""
+    print(f"left out: {told} ({names}{more}); listed in {listed}")
+
+
+@guarded
+def search(
+    embeddings: Annotated[
+        Path, typer.Argument(metavar="X", help="What xray embed wrote: .parquet or .npy")
+    ],
+    query: Annotated[str, typer.Argument(help="A text, or the file of a picture or clip")],
+    top: Annotated[int, typer.Option(min=1, help="How many to find")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Also write a page of the pictures")] = None,
+    artifact: Annotated[
+        str, typer.Option(help="Where the artifact is that X was made with, if that was moved")
+    ] = "",
+    oversample: Annotated[
+        int,
+        typer.Option(min=1, help="Candidates per hit, compared again; binary: 1 = Hamming only"),
+    ] = 4,
+    rescore: Annotated[
+        Path | None, typer.Option(help="The same embeddings in a finer dtype, to compare again by")
+    ] = None,
+    llm: Llm = "",
+) -> None:
+    """Find the pictures, clips or texts of X that are nearest to a text or a picture."""
+    from xray.search.embedding_file import open_embeddings
+    from xray.search.exact import check_same_rows
+    from xray.search.exact import search as find
+    from xray.search.page import hits_table, write_page
+    from xray.search.query import encode_query, open_maker
+
+    if html is not None and html.suffix != ".html":
+        raise ConfigError(f"--html {html} must end in .html")
+    opened = open_embeddings(embeddings)
+    finer = None if rescore is None else open_embeddings(rescore)
+    if finer is not None:
+        check_same_rows(opened, finer)
+    maker = open_maker(opened.facts, artifact, llm)
+    asked = encode_query(maker, opened.facts, query, dist.choose_device("auto"))
+    hits = find(opened, asked, top, oversample, finer)
+    names, scores = opened.names(hits.rows[0].tolist()), hits.scores[0].tolist()
+    hits_table(query, names, scores).print()
+    if html is not None:
+        missing = write_page(html, query, opened.facts, names, scores)
+        print(f"written: {html}")
+        if missing:
+            print(f"{len(missing)} pictures are missing, the first is {missing[0]}")

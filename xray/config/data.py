@@ -1,0 +1,127 @@
+"""What the config says about data: sources, blocks, and how samples are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from xray.config import schedule
+from xray.config.fields import nearest, runtime
+from xray.errors import ConfigError
+
+
+@dataclass
+class SourceConfig:
+    """One set of webdataset shards."""
+
+    shards: str = ""  # a folder, glob, {000..123} pattern or URL, under data.root if relative
+    modality: Literal["image", "video", "text"] = "image"  # text: captions alone (text stage)
+    animations: Literal["image", "video"] = "image"  # what GIF and WebP files count as
+    # where tags are found: the json field hashtag.field, #tags or words of captions, or the
+    # vocabulary's tags in captions
+    tags: Literal["hashtags", "caption_hashtags", "caption_words", "concepts"] = "hashtags"
+    keep: str = ""  # a keep-list of `xray data curate`; "" = all samples
+    # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file;
+    # {} = curation.captions (what a curation chose), else captions, else caption, else txt
+    captions: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class BlockConfig:
+    """A single-modality part of every step."""
+
+    source: str = ""
+    samples: int = 0
+    weight: float | None = None  # of this block's loss; None = its share
+
+
+@dataclass
+class DataConfig:
+    """What a step is made of and how samples are read."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    blocks: list[BlockConfig] = field(default_factory=list)
+    # of blocks without a weight: what their shares of the loss are taken of
+    weigh_blocks_by: Literal["samples", "tokens"] = "samples"
+    modalities: list[str] = field(
+        default_factory=lambda: ["image", "video", "text"]
+    )  # of blocks left in
+    validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, never trained on
+    lanes: int | None = None  # None = largest power of two <= min(block, 256)
+    shuffle_shards: int = 8  # shards whose samples are shuffled together
+    # a number, or steps over the stage's progress: [[0.0, 96], [0.6, 160], [0.9, 224]]
+    resolution: Any = 224  # pixels, square
+    frames: Any = 8  # per clip
+    frame_sampling: Literal["uniform", "strided", "segment"] = "uniform"  # which frames of a clip
+    frame_rate: float = 8.0  # frames per second (strided)
+    segment_seconds: float = 2.0  # of the random stretch that is sampled (segment)
+    crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])  # area of the random crop
+    flip: bool = True  # off where text, signs or left and right matter
+    # brightness, contrast, saturation, hue; 0 = off
+    color_jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude of 30
+    erase: float = 0.0  # probability that a random rectangle is blacked out
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    # image and video tokens per forward, instead of train.micro_batch; 0 = off
+    tokens_per_batch: int = runtime(0)
+    max_bad_fraction: float = runtime(0.01)  # of samples read; beyond it the run stops
+    decode_seconds: float = runtime(30.0)  # a clip that takes longer is given up for good
+    decode_gb: float = runtime(2.0)  # resident memory of a decode process, likewise
+    cache: str = runtime("")  # folder for remote shards; "" = the user's cache
+    cache_gb: float = runtime(50.0)  # its limit
+    fetch_patience: float = runtime(600.0)  # seconds to go on trying to fetch one shard
+    root: str = runtime("")  # of relative shards: a folder or a URL
+    workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
+
+
+def validate_data(data: DataConfig) -> None:
+    """Check rules that span fields; raises ConfigError naming the key to change."""
+    names = [block.source for block in [*data.blocks, *data.validation]]
+    for block in [*data.blocks, *data.validation]:
+        if block.source not in data.sources:
+            raise ConfigError(
+                f"data.blocks or data.validation names source {block.source!r}, but data.sources "
+                f"has {sorted(data.sources)}{nearest(block.source, data.sources)}"
+            )
+        if block.samples < 1:
+            raise ConfigError(f"data.blocks: samples of {block.source!r} must be at least 1")
+        if block.weight is not None and block.weight <= 0:
+            raise ConfigError(f"data.blocks: weight of {block.source!r} must be above 0")
+        if names.count(block.source) > 1:
+            raise ConfigError(
+                f"source {block.source!r} appears twice in data.blocks and data.validation: "
+                "merge the blocks, or give validation a source of its own"
+            )
+    _validate_augmentation(data)
+    if data.lanes is not None and data.lanes < 1:
+        raise ConfigError(f"data.lanes={data.lanes} must be at least 1")
+    for name in ("frame_rate", "segment_seconds", "decode_seconds", "decode_gb", "cache_gb"):
+        if getattr(data, name) <= 0:
+            raise ConfigError(f"data.{name}={getattr(data, name)} must be above 0")
+    for name, source in data.sources.items():
+        if any(weight <= 0 for weight in source.captions.values()):
+            raise ConfigError(f"data.sources.{name}.captions: every weight must be above 0")
+    schedule.check(data.resolution, "data.resolution")
+    schedule.check(data.frames, "data.frames")
+    for modality in data.modalities:
+        if modality not in ("image", "video", "text"):
+            raise ConfigError(f"data.modalities: {modality!r} is none of image, video and text")
+    if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise ConfigError(f"data.crop_scale={data.crop_scale} must be [low, high] within (0, 1]")
+
+
+def _validate_augmentation(data: DataConfig) -> None:
+    jitter = data.color_jitter
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        raise ConfigError(
+            f"data.color_jitter={jitter} must be [brightness, contrast, saturation, hue], "
+            "none below 0, hue at most 0.5"
+        )
+    policy = data.rand_augment
+    if len(policy) != 2 or policy[0] < 0 or not 0 <= policy[1] <= 30:
+        raise ConfigError(
+            f"data.rand_augment={policy} must be [operations, magnitude], magnitude in [0, 30]"
+        )
+    if not 0 <= data.erase <= 1:
+        raise ConfigError(f"data.erase={data.erase} must be in [0, 1]")

@@ -1,0 +1,100 @@
+"""Typed configuration: dataclasses <- yaml layers <- `key=value`, strict, dumped and hashed.
+
+A field is *identity* (it changes the result, is hashed, and must be equal when a run is resumed)
+unless it is declared with `runtime()`: workers, micro-batch, ZeRO stage, logging, saving, paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from xray.config.data import BlockConfig as BlockConfig
+from xray.config.data import DataConfig as DataConfig
+from xray.config.data import SourceConfig as SourceConfig
+from xray.config.data import validate_data
+from xray.config.fields import nearest as nearest
+from xray.config.fields import runtime as runtime
+from xray.config.identity import to_dict
+from xray.config.model import ModelConfig
+from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
+from xray.errors import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """Everything one stage's run is made of; stages add their own section."""
+
+    stage: str = ""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    zero: ZeroConfig = runtime(factory=ZeroConfig)
+    init_from: list[str] = runtime(factory=list)  # artifacts of earlier stages
+    license: str = runtime("")  # of the weights, as the model card says: an SPDX identifier
+    out: str = runtime("")  # this stage's folder
+
+    @property
+    def blocks(self) -> list[BlockConfig]:
+        """The blocks of a step that `data.modalities` leaves in."""
+        sources = self.data.sources
+        return [b for b in self.data.blocks if sources[b.source].modality in self.data.modalities]
+
+    @property
+    def validation(self) -> list[BlockConfig]:
+        """The validation blocks that `data.modalities` leaves in."""
+        sources = self.data.sources
+        blocks = self.data.validation
+        return [b for b in blocks if sources[b.source].modality in self.data.modalities]
+
+    @property
+    def global_batch(self) -> int:
+        return sum(block.samples for block in self.blocks)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.train.samples / self.global_batch))
+
+    def progress(self, step: int) -> float:
+        """Where a step lies in the stage, in (0, 1): what every schedule is a function of."""
+        return (step + 0.5) / self.steps
+
+    def validate(self) -> None:
+        """Check rules that span fields; raises ConfigError naming the key to change."""
+        validate_data(self.data)
+        if not self.blocks:
+            raise ConfigError(
+                f"data.blocks has no block of data.modalities={self.data.modalities}: "
+                "add a block, or widen data.modalities"
+            )
+        self.train.validate()
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be 0 or more")
+        self.model.validate()
+        self.optim.validate()
+        self.zero.validate()
+        if self.train.compile and self.zero.stage == 3:
+            raise ConfigError(
+                "train.compile=true does not go with zero.stage=3, which gathers a layer's "
+                "parameters when it is called, within what is compiled: set zero.stage to 2 or less"
+            )
+        if self.data.workers < 0:
+            raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
+        if self.data.tokens_per_batch < 0:
+            raise ConfigError("data.tokens_per_batch must be 0 (off) or more")
+        if self.data.tokens_per_batch and self.train.micro_batch != 0:
+            raise ConfigError(
+                "data.tokens_per_batch and train.micro_batch both set the size of a forward: "
+                "leave one of them at 0"
+            )
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write the resolved config as yaml that can be given back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))

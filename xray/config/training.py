@@ -1,0 +1,149 @@
+"""Settings of the optimizer, ZeRO, the training loop and debugging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from xray.config import schedule
+from xray.config.deepspeed_keys import OPEN, OWNED
+from xray.config.fields import nearest as nearest
+from xray.config.fields import runtime as runtime
+from xray.errors import ConfigError
+
+
+@dataclass
+class TowerOptim:
+    """How a tower is trained beside what is new on top of it."""
+
+    lr: float = 1.0  # factor of the lr
+    layer_decay: float = 1.0  # further factor per block, from the top down
+    freeze: float = 0.0  # share of the stage through which it is held still; 1 = all of it
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule; lr = base_lr * global_batch / 256."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    base_lr: float = 1e-3
+    min_lr: float = 0.0  # at the end, as a share of the peak
+    warmup: float = 0.05  # share of the stage's samples
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    logit_scale_lr: float = 1.0  # factor of the lr, for the logit scale and bias
+    vision: TowerOptim = field(default_factory=TowerOptim)
+    text: TowerOptim = field(default_factory=TowerOptim)
+    clip_grad: float = 1.0  # global norm; 0 = off
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.eps <= 0:
+            raise ConfigError(f"optim.eps={self.eps} must be above 0")
+        for name in ("base_lr", "min_lr", "weight_decay", "logit_scale_lr", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"optim.warmup={self.warmup} must be in [0, 1)")
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            if not 0 <= tower.freeze <= 1:
+                raise ConfigError(f"optim.{name}.freeze={tower.freeze} must be in [0, 1]")
+            if tower.lr <= 0 or not 0 < tower.layer_decay <= 1:
+                raise ConfigError(
+                    f"optim.{name}: lr={tower.lr} must be above 0 (freeze holds it still), and "
+                    f"layer_decay={tower.layer_decay} in (0, 1]"
+                )
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed's partitioning."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
+    # DeepSpeed's own keys, merged into its config: {zero_optimization: {overlap_comm: false}}
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.offload and self.stage == 0:
+            raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
+        for key, value in self.deepspeed.items():
+            section = key in ("zero_optimization", "torch_autocast")
+            if section and not isinstance(value, dict):
+                raise ConfigError(f"zero.deepspeed.{key}={value!r} must be a dict")
+            for name in (key, *(f"{key}.{inner}" for inner in (value if section else ()))):
+                if name in OWNED:
+                    raise ConfigError(f"zero.deepspeed may not set {name}: {OWNED[name]}")
+            if key not in OPEN:
+                hint = nearest(key, OPEN) or f": it may set {', '.join(OPEN)}"
+                raise ConfigError(f"zero.deepspeed has an unknown key {key!r}{hint}")
+
+
+@dataclass
+class TrainConfig:
+    """Length, precision and housekeeping of a stage."""
+
+    samples: int = 0  # samples seen in this stage, all blocks together
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
+    compile: bool = runtime(False)  # the blocks of the backbone by torch.compile
+    # samples per device and forward; 0 = the rank's whole block; may be steps as data.resolution
+    micro_batch: Any = runtime(0)
+    log_every: int = runtime(10)  # steps; 0 = at the end only, as below
+    save_every: int = runtime(200)  # steps
+    keep_checkpoints: int = runtime(2)  # the newest
+    mirror: str = runtime("")  # a URL to which checkpoints and artifact are copied: URL/STAGE/
+    keep_every: int = runtime(0)  # steps; besides, those at its multiples; 0 = none
+    keep_best: int = runtime(0)  # besides, as many with the best `best_by`
+    best_by: str = runtime("val/loss")  # a metric of metrics.jsonl, at the step that is saved
+    best_is: Literal["lowest", "highest"] = runtime("lowest")
+    validate_every: int = runtime(0)  # steps; 0 = at the end only
+    device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    tensorboard: bool = runtime(True)  # metrics.jsonl is always written
+    wandb: str = runtime("")  # a project's name; "" = off
+    # a loss more than `spike` standard deviations above its mean: leave the step out, or say so
+    spikes: Literal["ignore", "warn", "skip"] = "warn"
+    spike: float = 6.0
+    hang_seconds: float = runtime(1200.0)  # a step may take before the run is ended; 0 = for ever
+    ema: float = 0.0  # decay per step of a moving average of the weights; 0 = none is kept
+    export: Literal["last", "ema"] = "last"  # which weights the artifact has
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.samples < 1:
+            raise ConfigError("train.samples is not set: give the samples to see in this stage")
+        if self.spike <= 0 or self.hang_seconds < 0:
+            raise ConfigError(
+                f"train.spike={self.spike} must be above 0, and train.hang_seconds="
+                f"{self.hang_seconds} 0 (off) or more"
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"train.ema={self.ema} must be in [0, 1), e.g. 0.9999")
+        if self.export == "ema" and not self.ema:
+            raise ConfigError("train.export=ema needs an average: set train.ema, e.g. to 0.9999")
+        for name in ("log_every", "save_every", "validate_every", "keep_every", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"train.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        if (
+            self.keep_best
+            and self.best_by.startswith("val/")
+            and (not self.validate_every or self.save_every % self.validate_every)
+        ):
+            raise ConfigError(
+                f"train.keep_best compares {self.best_by}, which is measured every "
+                f"train.validate_every={self.validate_every} steps: let train.save_every="
+                f"{self.save_every} be a multiple of that"
+            )
+        schedule.check(self.micro_batch, "train.micro_batch", least=0)
+
+
+@dataclass
+class DebugConfig:
+    """First aid."""
+
+    overfit_batch: bool = False  # every step is the first one's samples, without augmentation

@@ -1,0 +1,87 @@
+"""Labels of one set in the numbers of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.shards.source import Source
+from xray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A training set's classes, which a probe numbers from 0 without gaps."""
+
+    numbers: Tensor  # those of the training set, ascending, [C]
+    names: tuple[str, ...]  # by the training set's number; () = it has none
+    where: str
+
+    @classmethod
+    def of(cls, labels: Tensor, source: Source) -> Classes:
+        """The classes of a training set's labels [N]; raises DataError as check_labels."""
+        check_labels(labels, source.name)
+        return cls(labels.unique(), source.classes, source.name)
+
+    def places(self, labels: Tensor, source: Source) -> Tensor:
+        """A source's labels as places among the classes, [N], matched by name where both have them.
+
+        Raises DataError for a class that is not among them, and as check_labels.
+        """
+        check_labels(labels, source.name)
+        labels = renumber(labels, source, self.names, f"the classes of {self.where}")
+        found = torch.searchsorted(self.numbers, labels).clamp(max=len(self.numbers) - 1)
+        unknown = labels[self.numbers[found] != labels].tolist()
+        if unknown:
+            name = self.names[unknown[0]] if unknown[0] < len(self.names) else unknown[0]
+            raise DataError(
+                f"class {name!r} of {source.name} is not among the {len(self.numbers)} classes of "
+                f"{self.where}"
+            )
+        return found
+
+
+def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:
+    """A source's class numbers as places in `names`, where both have names; -1 stays.
+
+    Raises DataError for a class that is not among them.
+    """
+    if not source.classes or not names:
+        return labels
+    missing = sorted(set(source.classes) - set(names))
+    if missing:
+        raise DataError(f"class {missing[0]!r} of {source.name} is not among {whose}")
+    places = torch.tensor([list(names).index(name) for name in source.classes])
+    return torch.where(labels < 0, labels, places[labels.clamp(min=0)])
+
+
+def check_labels(labels: Tensor, what: str) -> None:
+    """Raise DataError for samples without a class, and for a set of a single class."""
+    if not (labels >= 0).all():
+        missing = int((labels < 0).sum())
+        raise DataError(
+            f"{what} needs a class for every sample, {missing} of {len(labels)} have none: a .cls "
+            "file or json `label`, a folder per class, or a .csv with a column `label`"
+        )
+    if len(labels.unique()) < 2:
+        raise DataError(f"{what} needs samples of two classes or more: all are of one")
+
+
+def check_named(labels: Tensor, classes: int, what: str) -> None:
+    """Raise DataError for a label beyond the class names, and as check_labels."""
+    check_labels(labels, what)
+    if int(labels.max()) >= classes:
+        raise DataError(
+            f"{what}: a label is {int(labels.max())}, but there are {classes} class names"
+        )
+
+
+def guess(train: Tensor, test: Tensor) -> float:
+    """Accuracy on test of any class at random, or of always training's most frequent one (one of
+    them, where there are several): whichever is better."""
+    numbers, counts = train.unique(return_counts=True)
+    most = numbers[counts == counts.max()]
+    return max(1 / len(numbers), float(torch.isin(test, most).double().mean()) / len(most))

@@ -1,0 +1,21 @@
+"""Losses: contrastive, of reconstructed patches and of tags. They know no stage."""
+
+from xray.losses.contrastive import (
+    contrast,
+    distillation,
+    gather_rows,
+    info_nce,
+    row_ids,
+    sigmoid_loss,
+)
+from xray.losses.reconstruction import masked_patch_mse
+
+__all__ = [
+    "contrast",
+    "distillation",
+    "gather_rows",
+    "info_nce",
+    "masked_patch_mse",
+    "row_ids",
+    "sigmoid_loss",
+]

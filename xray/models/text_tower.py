@@ -1,0 +1,199 @@
+"""The text tower: a transformers language model, read bidirectionally, and pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xray.config import TextConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.models.llm_folder import load_llm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TextTower(nn.Module):
+    """A language model, optionally with LoRA, whose pooled hidden states encode a caption.
+
+    Args:
+        config: the text section, its pooling settled.
+        folder: the model's folder.
+        weights: load the base weights; without them `load_changes` must bring all weights.
+
+    Raises ConfigError for a model whose attention cannot be as `config.attention` says.
+    """
+
+    def __init__(self, config: TextConfig, folder: Path, weights: bool = True) -> None:
+        super().__init__()
+        if config.tune == "lora" and not config.lora_rank:
+            raise ConfigError("text.tune=lora needs text.lora_rank of at least 1")
+        self.llm = load_llm(folder, config.attention, weights, DTYPES[config.dtype])
+        self.width = _width(self.llm)
+        if any(parameter.is_meta for parameter in self.llm.parameters()):
+            pass  # a sketch, whose attention cannot be tried
+        elif config.attention == "bidirectional":
+            check_bidirectional(self.llm)
+        elif _sees_ahead(self.llm):
+            raise ConfigError(
+                f"{type(self.llm).__name__} reads in both directions: set "
+                "text.attention=bidirectional"
+            )
+        _check_length(self.llm, config.max_length)
+        self.pooling = config.pooling
+        self.pooler = LatentPooler(self.width, config.latents) if self.pooling == "latent" else None
+        self.own_weights = config.tune == "full"
+        if config.lora_rank and config.tune != "full":
+            _add_lora(self.llm, config)
+        for name, parameter in self.named_parameters():
+            trained = config.tune == "full" or (config.tune == "lora" and is_added(name))
+            parameter.requires_grad_(trained)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        llm: Any = self.llm
+        return int(llm.get_input_embeddings().num_embeddings)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
+        """Three times [..., L] -> sentence vectors [..., width]."""
+        mask, pooled = attention_mask.flatten(0, -2), pooled_mask.flatten(0, -2)
+        found = self.llm(input_ids=input_ids.flatten(0, -2), attention_mask=mask)
+        return self._pool(found.last_hidden_state, pooled).unflatten(0, input_ids.shape[:-1])
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """[N, L, D] and the tokens that count, [N, L] -> [N, D]; 0 where none does, but for cls."""
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+            last = (places * mask).argmax(dim=1)
+            return hidden[torch.arange(len(hidden), device=mask.device), last]
+        if self.pooler is not None:
+            hidden = self.pooler(hidden)
+        weights = mask[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+    def changes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of the tower's state that its base folder does not hold."""
+        return {name: t for name, t in state.items() if self.own_weights or is_added(name)}
+
+    def load_changes(self, state: Mapping[str, Tensor], origin: str) -> None:
+        """Load what `changes` gave; raises ArtifactError when it does not fit this tower."""
+        own = self.state_dict()
+        wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
+        missing = [k for k in own if is_added(k) and k not in state]
+        if wrong or missing:
+            raise ArtifactError(
+                f"{origin} does not fit the LLM: {(wrong or missing)[0]} differs; use the LLM, "
+                "text.lora_rank and text.pooling it was trained with"
+            )
+        self.own_weights = self.own_weights or any(not is_added(k) for k in state)
+        self.load_state_dict(dict(state), strict=False)
+
+
+class LatentPooler(nn.Module):
+    """Tokens read learned latents, then an MLP, before the mean (as NV-Embed, 2405.17428)."""
+
+    def __init__(self, width: int, latents: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
+        heads = max(h for h in (8, 4, 2, 1) if width % h == 0)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, L, D] -> [N, L, D]."""
+        hidden = hidden.to(self.latents.dtype)
+        latents = self.latents.expand(len(hidden), -1, -1)
+        hidden = hidden + self.attention(hidden, latents, latents, need_weights=False)[0]
+        return hidden + self.mlp(hidden)
+
+
+def merge_lora(llm: nn.Module) -> nn.Module:
+    """The model with its LoRA added into its weights, in fp32, and none left; it is changed."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, m) for name, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
+    if layers:
+        llm.float()
+    for name, layer in layers:
+        layer.merge()
+        above, _, child = name.rpartition(".")
+        setattr(llm.get_submodule(above), child, layer.get_base_layer())
+    return llm
+
+
+def is_added(name: str) -> bool:
+    """Whether a tower's parameter is no part of the base model."""
+    return ".lora_" in name or name.startswith("pooler.")
+
+
+def check_bidirectional(llm: nn.Module) -> None:
+    """Raise ConfigError unless a later token changes earlier hidden states, padded or not."""
+    if not _sees_ahead(llm):
+        raise ConfigError(
+            f"the attention of {type(llm).__name__} stays causal with is_causal=False: use a "
+            "family that honours it (Llama, Qwen, Gemma, Mistral, Phi, an encoder), or set "
+            "text.attention=causal and text.pooling=last"
+        )
+
+
+@torch.no_grad()
+def _sees_ahead(llm: nn.Module) -> bool:
+    """Whether a later token changes earlier hidden states, padded and not."""
+    was_training = llm.training
+    llm.eval()
+    ids = torch.arange(3, 11)[None]
+    other = ids.clone()
+    other[0, 5] = 12
+    changed = []
+    for mask in (torch.ones_like(ids), (torch.arange(8) < 7).long()[None]):
+        a, b = (llm(input_ids=x, attention_mask=mask).last_hidden_state for x in (ids, other))
+        changed.append(not torch.allclose(a[:, :4], b[:, :4], atol=1e-7))
+    llm.train(was_training)
+    return all(changed)
+
+
+@torch.no_grad()
+def _width(llm: nn.Module) -> int:
+    ids = torch.arange(3, 5)[None]
+    return int(llm(input_ids=ids).last_hidden_state.shape[-1])
+
+
+def _check_length(llm: Any, max_length: int) -> None:
+    most = getattr(llm.config, "max_position_embeddings", None)
+    for name, module in llm.named_modules():  # RoBERTa's begin behind the padding's
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            most -= module.padding_idx + 1
+    if most is not None and max_length > most:
+        raise ConfigError(
+            f"text.max_length={max_length} is more than the {most} tokens that "
+            f"{type(llm).__name__} can read: set text.max_length={most} or less"
+        )
+
+
+def _add_lora(llm: nn.Module, config: TextConfig) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets) or "all-linear",
+    )
+    try:
+        inject_adapter_in_model(settings, llm)
+    except ValueError as error:
+        raise ConfigError(f"text.lora_targets={config.lora_targets}: {error}") from error
+    for name, parameter in llm.named_parameters():
+        if is_added(name):
+            parameter.data = parameter.data.float()  # whatever the base is held in

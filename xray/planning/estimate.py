@@ -1,0 +1,267 @@
+"""What a stage takes of a device: memory by part, FLOPs, hours, checkpoint; and what makes it fit.
+
+The bytes of a micro-batch come from `rehearsal.py`. How DeepSpeed keeps the rest, as `engine.py`
+sets it up (fp32 weights, bf16 by autocast), is arithmetic on the numbers of parameters; what it
+allocates beside them was read in DeepSpeed 0.19 and measured by `tools/benchmarks/bench_memory.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.stream.sampling import local_samples
+from stages.base import Facts
+from xray import dist
+from xray.config.schedule import steps_of
+from xray.optim import SLOTS, reduce_bucket
+from xray.planning.fake_step import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
+from xray.training.gpu_specs import Gpu
+
+LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
+FP32 = 4
+SLICES = 3  # of a part of a stage in which each step is another one
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device when most are taken, by part; host: of its share of the computer's."""
+
+    weights: int
+    llm: int  # weights of the text tower
+    gradients: int
+    optimizer: int  # moments, the weights' average, and ZeRO's own copy of the weights
+    activations: int
+    logits: int
+    batch: int
+    buffers: int  # DeepSpeed's: buckets, gathered weights, copies
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self)) - self.host
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A stage's plan for one device of `world`."""
+
+    config: Any
+    world: int
+    size: Size
+    memory: Memory
+    flops: float  # of a whole step over all devices, a mean over the stage
+    recomputed: float  # of them in forwards that are run twice for the gradient cache
+    tokens: float  # of a step, likewise
+    micros: int  # micro-batches of a step, at the stage's most
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one: fp32 weights of what is trained, their average if it is kept, moments."""
+        return FP32 * self.size.trained * (1 + _slots(self.config))
+
+    def hours(self, gpu: Gpu, mfu: float) -> float:
+        """Of the stage, if `mfu` of a device's peak is reached in what it computes."""
+        peak = gpu.peak(self.config.train.precision)
+        return self.config.steps * self.flops / (self.world * peak * mfu) / 3600
+
+
+def resources(config: Any, facts: Facts, world: int) -> Resources:
+    """Rehearse a stage for `world` devices; raises ConfigError for blocks that do not divide."""
+    with dist.rehearsed(world):
+        size = size_of(config, facts)
+        points = _points(config)
+        found = {at: rehearse(config, facts, at) for at in points}
+    memories = [memory_of(config, size, found[start], world) for start in starts_of(config)]
+
+    def mean(what: str) -> float:
+        return world * sum(share * getattr(found[at], what) for at, share in points.items())
+
+    return Resources(
+        config,
+        world,
+        size,
+        max(memories, key=lambda memory: memory.total),
+        mean("flops"),
+        mean("recomputed"),
+        mean("tokens"),
+        max(r.micros for r in found.values()),
+    )
+
+
+def _points(config: Any) -> dict[float, float]:
+    """Points of progress to rehearse, each with the share of the stage that is like it.
+
+    Where a step changes at once that is the start of what follows; while it changes all the time
+    (keep rate, masks) the middles of SLICES parts, and the start for its memory alone.
+    """
+    starts, spans = starts_of(config), moving(config)
+    found: dict[float, float] = {}
+    for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
+        moves = any(begin <= start < stop for begin, stop in spans)
+        found[start] = 0.0 if moves else end - start
+        if moves:
+            part = (end - start) / SLICES
+            found |= {start + (number + 0.5) * part: part for number in range(SLICES)}
+    return found
+
+
+# memory ---------------------------------------------------------------------------------------
+
+
+def memory_of(config: Any, size: Size, rehearsal: Rehearsal, world: int) -> Memory:
+    """The most that a device holds in a step: in a backward, or in the optimizer's update."""
+    stage, offload = config.zero.stage, config.zero.offload
+    slots = _slots(config)
+    trained = FP32 * size.trained
+    own = trained if stage == 0 else -(-trained // world)
+    held = size.frozen_bytes + trained - FP32 * size.llm_trained
+    llm = size.llm_bytes
+    if stage == 3:
+        held, llm = (0 if offload else -(-part // world) for part in (held, llm))
+    masters = own if stage in (1, 2) else 0
+    optimizer = slots * own + masters
+    peak, gradients, buffers = _backward(config, size, rehearsal, own)
+    buffers += _kept(config, size, own)
+    update = 2 * FP32 * size.largest if stage == 0 else 3 * own
+    if offload:
+        host = optimizer + own + (own if stage < 3 else (size.frozen_bytes + trained) // world)
+        optimizer, update = 0, 0
+        buffers += 2 * FP32 * size.largest if stage < 3 else 0
+    else:
+        host = 0
+    in_backward = peak.total - peak.gradients + gradients + buffers
+    steady = trained if stage == 0 else own if stage == 3 else 0
+    kept = _kept(config, size, own)
+    in_update = steady + update + kept
+    parts = (held, llm, gradients, optimizer, peak.activations + peak.features)
+    if in_backward >= in_update:
+        return Memory(*parts, peak.logits, peak.batch, buffers, host)
+    return Memory(held, llm, steady, optimizer, 0, 0, 0, update + kept, host)
+
+
+def _slots(config: Any) -> int:
+    """What is kept of each trained value beside itself: moments, and its average."""
+    return len(SLOTS[config.optim.name]) + (config.train.ema > 0)
+
+
+def _kept(config: Any, size: Size, own: int) -> int:
+    """What ZeRO 3 holds throughout: its buckets, a gradient buffer, weights that stay gathered."""
+    if config.zero.stage < 3:
+        return 0
+    whole = FP32 * size.trained + size.frozen_bytes + size.llm_bytes - FP32 * size.llm_trained
+    gathered = min(whole, FP32 * LIVE)
+    return (
+        FP32 * reduce_bucket(config.zero, size.trained)
+        + (0 if config.zero.offload else own)
+        + gathered
+    )
+
+
+def _backward(config: Any, size: Size, rehearsal: Rehearsal, own: int) -> tuple[Peak, int, int]:
+    """(the micro-batch, gradients, DeepSpeed's buffers) when a backward holds most."""
+    stage, trained = config.zero.stage, FP32 * size.trained
+    before = rehearsal.micros > 1  # gradients of other micro-batches are there
+    if stage == 0:
+        return rehearsal.with_gradients, rehearsal.with_gradients.gradients, 0
+    alone = rehearsal.alone
+    if stage == 3:
+        copies = 2 * FP32 * reduce_bucket(config.zero, size.trained)  # of a bucket, to be scattered
+        return alone, own, max(0, copies - alone.total)
+    accumulated = before * (trained if stage == 1 else own)
+    end = own + before * (2 * own if stage == 2 else 0)  # when no activation is left
+    rest = max(0, end - alone.total - accumulated)
+    return alone, accumulated, rest + FP32 * reduce_bucket(config.zero, size.trained)
+
+
+# what makes it fit ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings, and the memory that results."""
+
+    settings: dict[str, Any]
+    memory: Memory
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+
+def cheapest_fit(config: Any, facts: Facts, world: int, capacity: float) -> Change | None:
+    """The first change that fits into `capacity` bytes, or None.
+
+    In the order of what they cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then
+    gradient checkpointing, then offloading.
+    """
+
+    @functools.cache
+    def rehearsed(micro: int | None, checkpointing: bool) -> tuple[Size, list[Rehearsal]]:
+        changed = _changed(config, micro, checkpointing)
+        with dist.rehearsed(world):
+            found = [rehearse(changed, facts, start) for start in starts_of(changed)]
+            return size_of(changed, facts), found
+
+    for stage, checkpointing, offload in _rungs(config):
+        for micro in (None, *_smaller(config, world)):
+            size, found = rehearsed(micro, checkpointing)
+            changed = _changed(config, micro, checkpointing)
+            changed.zero = dataclasses.replace(config.zero, stage=stage, offload=offload)
+            memory = max((memory_of(changed, size, r, world) for r in found), key=lambda m: m.total)
+            if memory.total <= capacity:
+                return Change(_difference(config, changed, micro), memory)
+            if memory.weights + memory.llm + memory.optimizer > capacity:
+                break  # no micro-batch is small enough
+    return None
+
+
+def _rungs(config: Any) -> Iterator[tuple[int, bool, bool]]:
+    """(ZeRO stage, checkpointing, offload), cheapest first, none cheaper than what is set."""
+    has, offload = config.model.grad_checkpointing, config.zero.offload
+    stages = range(config.zero.stage, 3 if config.train.compile else 4)  # refused in 3
+    yield from ((stage, has, offload) for stage in stages)
+    if not has and config.stage != "text":
+        yield from ((stage, True, offload) for stage in stages)
+    if not offload:
+        yield from ((max(1, stage), has, True) for stage in stages)
+        yield from ((max(1, stage), True, True) for stage in stages)
+
+
+def _smaller(config: Any, world: int) -> list[int]:
+    """Micro-batches that divide every block's share, each at most half of the one before."""
+    shares = [local_samples(block, world) for block in config.blocks]
+    now = max(min(value or share, share)
+              for _, value in steps_of(config.train.micro_batch) for share in shares)  # fmt: skip
+    found, limit = [], now // 2
+    for size in range(now // 2, 0, -1):
+        if size <= limit and all(share % min(size, share) == 0 for share in shares):
+            found.append(size)
+            limit = size // 2
+    return found
+
+
+def _changed(config: Any, micro: int | None, checkpointing: bool) -> Any:
+    model = dataclasses.replace(config.model, grad_checkpointing=checkpointing)
+    changed = dataclasses.replace(config, model=model)
+    if micro is not None:
+        changed.train = dataclasses.replace(config.train, micro_batch=micro)
+        changed.data = dataclasses.replace(config.data, tokens_per_batch=0)
+    return changed
+
+
+def _difference(config: Any, changed: Any, micro: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if micro is not None:
+        found["train.micro_batch"] = micro
+        if config.data.tokens_per_batch:
+            found["data.tokens_per_batch"] = 0
+    if changed.zero.stage != config.zero.stage:
+        found["zero.stage"] = changed.zero.stage
+    if changed.model.grad_checkpointing != config.model.grad_checkpointing:
+        found["model.grad_checkpointing"] = "true"
+    if changed.zero.offload != config.zero.offload:
+        found["zero.offload"] = "true"
+    return found

@@ -1,0 +1,129 @@
+"""What an artifact makes of a pool's samples, for a curation: embeddings, how well captions fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.captions import captions_of
+from xray.artifacts.encoders import Encoder, VisionEncoder
+from xray.config import DataConfig
+from xray.config.identity import hash_json
+from xray.errors import ConfigError
+from xray.precompute.inference import Model, Pack, Place, Progress, write_from_model
+
+
+@dataclass
+class FeaturesConfig:
+    """How samples are read."""
+
+    captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual
+    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
+    batch_size: int = 64
+    workers: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.batch_size < 1 or self.workers < 0:
+            raise ConfigError("batch_size must be at least 1, and workers at least 0")
+
+
+def write_embeddings(
+    source: Source,
+    encoder: VisionEncoder,
+    config: FeaturesConfig,
+    data: DataConfig,
+    progress: Progress | None = None,
+) -> tuple[Sidecar, dict[str, int]]:
+    """Write normalised features of each sample's media, in the joint space of a clip artifact.
+
+    Columns: members [n] int32, embeddings [n, D] float32. Returns the sidecar, and how many samples
+    could not be read by cause.
+    """
+
+    encode, width = encoder.features, encoder.vision.embed_dim
+    if isinstance(encoder, Encoder):
+        encode = encoder.encode_pixels
+        width = encoder.artifact.manifest["config"]["clip"]["embed_dim"]
+
+    def embed(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:
+        return list(encode(pixels).numpy())
+
+    def pack(shard: int, rows: Mapping[int, np.ndarray]) -> Columns:
+        members = np.array(sorted(rows), np.int32)
+        found = np.array([rows[member] for member in members.tolist()], np.float32)
+        return {"members": members, "embeddings": found.reshape(len(members), width)}
+
+    facts = {"kind": "embeddings", "artifact": encoder.artifact.digest, **_kind(source)}
+    return _written(source, embed, pack, facts, config, data, progress)
+
+
+def write_scores(
+    source: Source,
+    encoder: Encoder,
+    config: FeaturesConfig,
+    data: DataConfig,
+    progress: Progress | None = None,
+) -> tuple[Sidecar, dict[str, int]]:
+    """Write the cosine of each caption and its picture or clip in the artifact's joint space.
+
+    Columns: score [T] float32 and, per member, ends. Returns as `write_embeddings` does.
+    """
+
+    def score(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:
+        captions = [_captions(source, place, config) for place in places]
+        flat = [caption for own in captions for caption in own]
+        if not flat:
+            return [np.empty(0, np.float32)] * len(places)
+        sizes = torch.tensor([len(own) for own in captions])
+        media = encoder.encode_pixels(pixels).repeat_interleave(sizes, dim=0)
+        cosines = (media * encoder.encode_text(flat)).sum(dim=1)
+        return [row.numpy() for row in cosines.split(sizes.tolist())]
+
+    def pack(shard: int, rows: Mapping[int, np.ndarray]) -> Columns:
+        none = np.empty(0, np.float32)
+        members = range(len(source.index(shard)))
+        scores, ends = pack_rows([rows.get(member, none) for member in members], np.float32)
+        return {"score": scores, "ends": ends}
+
+    of_texts = {"captions": config.captions}
+    facts = {"kind": "scores", "artifact": encoder.artifact.digest, **of_texts, **_kind(source)}
+    return _written(source, score, pack, facts, config, data, progress)
+
+
+def _kind(source: Source) -> dict[str, str]:
+    return {"modality": source.modality, "animations": source.animations}
+
+
+def _captions(source: Source, place: Place, config: FeaturesConfig) -> list[str]:
+    try:
+        return captions_of(source.read(*place, TEXT_FILES), config.captions)
+    except BadSample:
+        return []
+
+
+def _written(
+    source: Source,
+    model: Model,
+    pack: Pack,
+    facts: Mapping[str, Any],
+    config: FeaturesConfig,
+    data: DataConfig,
+    progress: Progress | None,
+) -> tuple[Sidecar, dict[str, int]]:
+    """The sidecar of these facts, made where it is not there."""
+    name = f"{facts['kind']}-{hash_json(dict(facts))[:12]}"
+    found = open_whole(source, name)
+    if found is not None:
+        return found, {}
+    return write_from_model(source, name, model, pack, facts, {}, data, config.batch_size, progress)

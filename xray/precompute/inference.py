@@ -1,0 +1,160 @@
+"""Every sample of a source through a model, shard by shard; what is written already is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.sidecar import Sidecar, finish_sidecar, save_table, saved_table
+from data_pipelines.shards.source import Sample, Source
+from xray import dist
+from xray.config import DataConfig
+from xray.config.schedule import value_at
+from xray.errors import DataError
+from xray.progress import Progress
+
+Place = tuple[int, int]  # (shard, member)
+Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result for each
+Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table
+
+
+class Samples(Protocol):
+    """What is read by (shard, member): a source, or files."""
+
+    @property
+    def counts(self) -> np.ndarray: ...
+
+    def member(self, shard: int, slot: int) -> int: ...
+
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample: ...
+
+
+class Places(Sequence[Place]):
+    """All samples of some shards, as (shard, member); none of them is listed in memory."""
+
+    def __init__(self, source: Samples, shards: Sequence[int]) -> None:
+        self.source, self.shards = source, shards
+        self.ends = np.cumsum(source.counts[list(shards)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        at = int(np.searchsorted(self.ends, number, side="right"))
+        slot = number - int(self.ends[at - 1] if at else 0)
+        return self.shards[at], self.source.member(self.shards[at], slot)
+
+
+class _Pixels(Dataset):
+    def __init__(self, source: Samples, places: Sequence[Place], data: DataConfig) -> None:
+        self.source, self.places, self.data = source, places, data
+        self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, item: int) -> tuple[Place, Tensor | str]:
+        """(place, its pixels), or the reason why there are none."""
+        place = self.places[item]
+        try:
+            return place, load_pixels(self.source.sample(*place, *self.size), self.data, None)
+        except BadSample as error:
+            return place, error.cause
+        except DataError as error:  # of the shard: it would lose its text in the worker
+            return place, f"! {error}"
+
+
+Read = tuple[list[Place], Tensor | None, dict[Place, str]]
+
+
+def _collate(rows: list[tuple[Place, Tensor | str]]) -> Read:
+    good = [(place, found) for place, found in rows if isinstance(found, Tensor)]
+    bad = {place: found for place, found in rows if isinstance(found, str)}
+    pixels = torch.stack([found for _, found in good]) if good else None
+    return [place for place, _ in good], pixels, bad
+
+
+def cut(numbers: range, size: int) -> Iterator[range]:
+    """So many numbers at a time."""
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def pixels_of(
+    source: Samples, places: Sequence[Place], data: DataConfig, batches: Iterable[Sequence[int]]
+) -> Iterator[Read]:
+    """(places that can be read, their pixels [B, T, 3, S, S], cause by place of the others).
+
+    batches: of numbers of places, in order, without randomness. Raises DataError for a shard that
+    cannot be read.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Pixels(source, places, data),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=data.workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    dist.settle(data.workers)
+    for good, pixels, bad in loader:
+        for cause in bad.values():
+            if cause.startswith("! "):
+                raise DataError(cause[2:])
+        yield good, pixels, bad
+
+
+def write_from_model(
+    source: Source,
+    name: str,
+    model: Model,
+    pack: Pack,
+    facts: Mapping[str, Any],
+    totals: Mapping[str, np.ndarray],
+    data: DataConfig,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> tuple[Sidecar, dict[str, int]]:
+    """Write a sidecar of what a model says of each sample; returns it and the bad samples' causes.
+
+    A shard is written once its last sample is done, so a second call goes on.
+    """
+    todo = [s for s in range(len(source.manifest)) if saved_table(source, name, s) is None]
+    places = Places(source, todo)
+    total, done = len(source), len(source) - len(places)
+    read = dict.fromkeys(todo, 0)  # samples of a shard that were looked at
+    found: dict[int, dict[int, Any]] = {}
+    causes: dict[str, int] = {}
+    batches = cut(range(len(places)), batch_size)
+    for here, pixels, bad in pixels_of(source, places, data, batches):
+        for (shard, member), result in zip(here, _run(model, pixels, here), strict=True):
+            found.setdefault(shard, {})[member] = result
+        for cause in bad.values():
+            causes[cause] = causes.get(cause, 0) + 1
+        for shard, _ in [*here, *bad]:
+            read[shard] += 1
+            if read[shard] == source.counts[shard]:
+                save_table(source, name, shard, pack(shard, found.pop(shard, {})))
+        done += len(here) + len(bad)
+        if progress is not None:
+            progress(done, total)
+    made = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
+    tables = [table for table in made if table is not None]
+    return finish_sidecar(source, name, tables, facts, totals), causes
+
+
+def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any]:
+    return [] if pixels is None else model(pixels, here)
+
+
+def spread(source: Source, most: int) -> list[Place]:
+    """At most so many places, evenly spread over a source."""
+    places = Places(source, range(len(source.manifest)))
+    picks = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64))
+    return [places[number] for number in picks.tolist()]

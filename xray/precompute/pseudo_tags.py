@@ -1,0 +1,201 @@
+"""A teacher's tags for samples: what it would add, and what it thinks of those that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from data_pipelines.tags.vocabulary import Vocabulary
+    from xray.artifacts.artifact import Artifact
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
+from data_pipelines.shards.source import Source
+from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, label, teacher_sidecar
+from data_pipelines.tags.reader import Origin, TagRules
+from data_pipelines.tags.vocabulary import Vocabulary
+from xray.config import DataConfig
+from xray.config.identity import hash_json
+from xray.precompute.inference import Place, Progress, cut, pixels_of, spread, write_from_model
+
+TEACHING = ("top", "threshold", "temperature", "template")  # settings that make another teacher
+PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
+
+
+class Teacher(Protocol):
+    """Pixels [B, T, 3, H, W] to probabilities [B, V] over a vocabulary."""
+
+    def probabilities(self, pixels: Tensor, temperature: float) -> Tensor: ...
+
+
+@dataclass
+class PseudoTagsConfig:
+    """What a teacher adds to a sample: of its `top` likeliest tags those above `threshold`."""
+
+    tags: Origin = "hashtags"  # where a sample's own tags are found
+    field: str = "hashtags"  # their json field
+    captions: dict[str, float] = dataclass_field(default_factory=dict)  # or those of their captions
+    top: int = 5
+    threshold: float = 0.1  # probability
+    temperature: float = 1.0  # of the softmax; above 1 is less sure
+    template: str = "a photo of {}"  # what a clip artifact compares with: {} is the tag
+    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
+    batch_size: int = 64
+    workers: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        if self.top < 1 or self.batch_size < 1:
+            raise ConfigError("top and batch_size must be at least 1")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold={self.threshold} must be in [0, 1)")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if "{}" not in self.template:
+            raise ConfigError(f"template={self.template!r} has no {{}} where the tag goes")
+
+
+@dataclass(frozen=True)
+class PseudoTags:
+    """What was written: untagged samples, those of them that got tags, and causes of bad ones.
+
+    name: for `hashtag.teacher`.
+    """
+
+    name: str
+    sidecar: Sidecar
+    untagged: int
+    added: int
+    causes: Mapping[str, int]
+
+
+def write_pseudo_tags(
+    source: Source,
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    config: PseudoTagsConfig,
+    data: DataConfig,
+    teacher_digest: str,
+    progress: Progress | None = None,
+) -> PseudoTags:
+    """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar.
+
+    Its name tells teachers, vocabularies and settings apart, and is the same for every source,
+    wherever that has its own tags.
+    """
+    rules = TagRules(field=config.field)
+    own = label(
+        Labeller(source, config.tags, rules, vocabulary, captions=config.captions), config.workers
+    )
+    settings = {k: v for k, v in asdict(config).items() if k in TEACHING}
+    facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
+    name = f"teacher-{hash_json(facts)[:12]}"
+    whole = teacher_sidecar(name, source, config.tags, config.field, config.captions)
+    sidecar, causes = open_whole(source, whole), dict[str, int]()
+    if sidecar is None:
+        totals = {"prior": _prior(source, teacher, config, data)}
+        job, run = _Job(teacher, own, config), (data, config.batch_size, progress)
+        sidecar, causes = write_from_model(source, whole, job.run, job.pack, facts, totals, *run)
+    untagged, added = _count(sidecar, own)
+    return PseudoTags(name, sidecar, untagged, added, causes)
+
+
+def _prior(
+    source: Source, teacher: Teacher, config: PseudoTagsConfig, data: DataConfig
+) -> np.ndarray:
+    """Mean probability of each tag over some samples, [V]."""
+    total, count = None, 0
+    places = spread(source, PRIOR_SAMPLES)
+    batches = cut(range(len(places)), config.batch_size)
+    for _, pixels, _ in pixels_of(source, places, data, batches):
+        if pixels is not None:
+            p = teacher.probabilities(pixels, config.temperature)
+            total = p.double().sum(dim=0) + (0 if total is None else total)
+            count += len(p)
+    if total is None:
+        raise ConfigError(f"source {source.name!r} has no sample that can be decoded")
+    return (total / count).float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Job:
+    teacher: Teacher
+    own: Sidecar
+    config: PseudoTagsConfig
+
+    def run(self, pixels: Tensor, places: Sequence[Place]) -> list[Row]:
+        """A row per sample: the likeliest tags, and its own whatever their probability."""
+        probabilities = self.teacher.probabilities(pixels, self.config.temperature).cpu()
+        top = torch.topk(probabilities, min(self.config.top, probabilities.shape[1]))
+        rows = []
+        for p, values, likely, place in zip(
+            probabilities.numpy(), top.values.numpy(), top.indices.numpy(), places, strict=True
+        ):
+            chosen = likely[values >= self.config.threshold]
+            ids = np.union1d(chosen, self.own.row(*place, "ids")).astype(np.int32)
+            scores = p[ids].astype(np.float32)
+            rows.append((ids, scores, np.isin(ids, chosen).astype(np.uint8)))
+        return rows
+
+    def pack(self, shard: int, rows: Mapping[int, Row]) -> Columns:
+        none: Row = (np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.uint8))
+        members = range(len(self.own.source.index(shard)))
+        table: Columns = {}
+        for number, name in enumerate(TEACHER_COLUMNS):
+            column = [rows.get(member, none)[number] for member in members]
+            table[name], table["ends"] = pack_rows(column, none[number].dtype)
+        return table
+
+
+def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:
+    """(untagged samples, those of them that got a tag)."""
+    untagged = added = 0
+    for shard in range(len(sidecar.counts)):
+        tags = np.diff(own.table(shard)["ends"], prepend=0)
+        table = sidecar.table(shard)
+        chosen = np.concatenate([[0], np.cumsum(table["chosen"], dtype=np.int64)])
+        got = np.diff(chosen[np.concatenate([[0], table["ends"]])])
+        mine = np.zeros(len(tags), bool)
+        mine[sidecar.source.members(shard)] = True
+        untagged += int((mine & (tags == 0)).sum())
+        added += int((mine & (tags == 0) & (got > 0)).sum())
+    return untagged, added
+
+
+def open_teacher(
+    artifact: Artifact, vocabulary: Path | None, template: str
+) -> tuple[Teacher, Vocabulary]:
+    """An artifact as a teacher, and the tags it knows: its own, or a clip artifact's those given.
+
+    Raises ConfigError where the artifact cannot tag, or whose tags are meant is not clear.
+    """
+    from data_pipelines.tags.vocabulary import Vocabulary
+    from xray import dist
+    from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
+
+    device = dist.choose_device("auto")
+    if artifact.stage == "hashtag":
+        if vocabulary is not None:
+            raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
+        return Tagger(artifact).to(device), Vocabulary.load(artifact.file("vocabulary.json"))
+    if artifact.stage != "clip":
+        raise ConfigError(
+            f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
+        )
+    if vocabulary is None:
+        raise ConfigError("a clip artifact needs --vocabulary FILE, a json of xray data tags")
+    tags = Vocabulary.load(vocabulary)
+    return PromptTagger(Encoder(artifact).to(device), tags.tags, template), tags

@@ -1,0 +1,188 @@
+"""A text tower's sentence vectors of all captions of a source, each caption encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.curation.balance import hash_texts
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.process_pool import Progress as Results
+from data_pipelines.shards.sidecar import (
+    Sidecar,
+    finish_sidecar,
+    open_whole,
+    pack_rows,
+    save_table,
+    saved_table,
+    write_sidecar,
+)
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.captions import captions_of
+from data_pipelines.text.feature_store import ROW_BITS, note_store, packed, store_facts, store_name
+from xray.artifacts.language_model import Language
+from xray.config import Features, TextConfig
+from xray.config.identity import hash_json
+from xray.errors import ConfigError, DataError
+from xray.models.text_tower import TextTower
+from xray.precompute.inference import Progress
+
+
+@dataclass
+class TextFeaturesConfig(TextConfig):
+    """A text section, and how captions are read and kept."""
+
+    features: Features = "bf16"
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+    batch_size: int = 256
+    workers: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key to change."""
+        super().validate()
+        if self.features == "live":
+            raise ConfigError("features=live stores nothing: use bf16, int8 or fp32")
+        if self.batch_size < 1 or self.workers < 0:
+            raise ConfigError("batch_size must be at least 1, and workers at least 0")
+
+
+@dataclass(frozen=True)
+class CaptionIds:
+    """64 bits of each caption's hash, by shard. Of 10^9 captions, two are alike by chance in one
+    store of 40."""
+
+    source: Source
+    captions: dict[str, float]
+
+    def __call__(self, shard: int) -> Columns:
+        rows = [np.empty(0, np.int64)] * len(self.source.index(shard))
+        for member, texts in self.texts(shard):
+            rows[member] = hash_texts(texts)
+        ids, ends = pack_rows(rows, np.int64)
+        return {"ids": ids, "ends": ends}
+
+    def texts(self, shard: int) -> Iterator[tuple[int, list[str]]]:
+        """(member, its captions), where it has any."""
+        for member in range(len(self.source.index(shard))):  # whatever else it is a sample of
+            try:
+                found = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
+            except BadSample:
+                continue
+            yield member, found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which shard and row each caption's vector lies in.
+
+    places: [T] int64, shard << 32 | row, in the order of shards; first: [T] whether a caption is
+    new there; starts: [S + 1] of the shards in both.
+    """
+
+    places: np.ndarray
+    first: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def unique(self) -> int:
+        return int(self.first.sum())
+
+
+def lay_out(ids: Sidecar) -> Layout:
+    """Give each different caption a row of the first shard it is met in; ~75 bytes per caption."""
+    shards = range(len(ids.counts))
+    tables = [np.asarray(ids.table(shard)["ids"]) for shard in shards]
+    starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
+    whole = np.concatenate([np.empty(0, np.int64), *tables])
+    _, at, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    first = np.zeros(len(whole), bool)
+    first[at] = True
+    before = np.cumsum(first) - first  # captions first met earlier
+    shard = np.searchsorted(starts, at, side="right") - 1
+    row = before[at] - before[starts[shard]] if len(at) else at
+    return Layout(((shard << ROW_BITS) | row)[inverse], first, starts)
+
+
+def write_text_features(
+    source: Source,
+    language: Language,
+    config: TextFeaturesConfig,
+    device: torch.device,
+    progress: Progress | None = None,
+    reading: Results | None = None,
+) -> Sidecar:
+    """Write the store of a source's captions, or find it; its facts say how many differ.
+
+    A shard is written once its captions are encoded, so a second call goes on. Raises DataError
+    where there is no caption.
+    """
+    assert config.features != "live"
+    facts = store_facts(source, language.identity(), config.captions, config.features)
+    name = store_name(facts)
+    found = open_whole(source, name)
+    if found is not None:
+        return found
+    work = CaptionIds(source, config.captions)
+    fields = hash_json(list(config.captions))
+    of_ids = f"caption-ids-{fields[:12]}"
+    ids = open_whole(source, of_ids) or write_sidecar(
+        source, of_ids, work, {"kind": "caption-ids"}, config.workers, reading
+    )
+    layout = lay_out(ids)
+    if not layout.unique:
+        raise DataError(f"source {source.name!r} has no caption")
+    tower = language.build().eval().to(device)
+    todo = [s for s in range(len(ids.counts)) if saved_table(source, name, s) is None]
+    done = layout.unique - sum(_new(layout, shard) for shard in todo)
+    for shard in todo:
+        texts = [text for _, own in work.texts(shard) for text in own]
+        new = [texts[n] for n in np.flatnonzero(_of(layout.first, layout, shard))]
+        rows = [np.empty((0, tower.width), np.float32)]
+        for vectors in _encoded(language, tower, new, config.batch_size):
+            rows.append(vectors)
+            done += len(vectors)
+            if progress is not None:
+                progress(done, layout.unique)
+        table = {"ends": ids.table(shard)["ends"], "places": _of(layout.places, layout, shard)}
+        table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
+        save_table(source, name, shard, table)
+    made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
+    tables = [table for table in made if table is not None]
+    whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
+    found = finish_sidecar(source, name, tables, whole)
+    note_store(source, facts)
+    return found
+
+
+def _of(values: np.ndarray, layout: Layout, shard: int) -> np.ndarray:
+    return values[layout.starts[shard] : layout.starts[shard + 1]]
+
+
+def _new(layout: Layout, shard: int) -> int:
+    return int(_of(layout.first, layout, shard).sum())
+
+
+@torch.no_grad()
+def _encoded(
+    language: Language, tower: TextTower, texts: Sequence[str], batch_size: int
+) -> Iterator[np.ndarray]:
+    """Sentence vectors in order, [n, W] float32 at a time; captions of like length go together."""
+    device = next(tower.parameters()).device
+    for start in range(0, len(texts), 16 * batch_size):
+        part = texts[start : start + 16 * batch_size]
+        order = np.argsort([len(text) for text in part], kind="stable")
+        found: Tensor | None = None
+        for at in range(0, len(part), batch_size):
+            mine = order[at : at + batch_size]
+            tokens = language.tokenizer([part[number] for number in mine])
+            rows = tower(**{key: value.to(device) for key, value in tokens.items()}).float().cpu()
+            found = rows.new_empty(len(part), rows.shape[1]) if found is None else found
+            found[torch.from_numpy(mine)] = rows
+        assert found is not None
+        yield found.numpy()

@@ -1,0 +1,1 @@
+"""Recipes: several stages in order, then evaluation and a report."""

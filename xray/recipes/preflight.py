@@ -1,0 +1,41 @@
+"""What would stop a later stage of a recipe or its evaluation, found before anything trains."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.curation.keep_list import keep_listed
+from data_pipelines.shards.source import open_sources
+from stages import stage_class
+from stages.base import split_parents
+from xray import dist
+from xray.artifacts.artifact import open_artifact
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.datasets import check_sets
+
+
+def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
+    """Look at the data, LLM and parents of every stage after the first, which looks at its own.
+
+    Sidecars that are written for it are those that the stage reads later. Raises ConfigError,
+    ArtifactError or DataError.
+    """
+    results = {str(Path(run.out) / "artifact"): run.stage for run in runs}
+    todo = [run for run in runs if not (Path(run.out) / "artifact").exists()]
+    for config in todo:
+        names = [block.source for block in [*config.blocks, *config.validation]]
+        opened = open_sources(config.data, names)
+        if config is todo[0]:
+            continue
+        coming = [path for path in config.init_from if path in results and not Path(path).exists()]
+        there = [open_artifact(path) for path in config.init_from if path not in coming]
+        kind = stage_class(config.stage)
+        stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
+        kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+        pending = {results[path] for path in coming}
+        dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
+    for suites in evaluation.in_recipe([run.stage for run in runs]).values():
+        check_sets(evaluation, suites, root)

@@ -1,0 +1,84 @@
+"""Data and language models that a recipe makes before its stages train."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import stage_class
+from xray import dist
+from xray.config import loading as cfg
+from xray.config.prepare import LlmConfig
+from xray.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare(recipe: Recipe) -> None:
+    """Make the demo data and the tiny LLM that a recipe asks for, on rank 0."""
+    wanted = recipe.prepare
+
+    def make() -> None:
+        if wanted.demo is not None:
+            from data_pipelines.ingest.demo import DemoConfig, make_demo
+
+            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+        if wanted.llm is not None:
+            make_llm(wanted.llm, recipe.root)
+
+    dist.on_main(make, dist.PREPARATION)
+
+
+def make_llm(config: LlmConfig, root: str) -> None:
+    """Build the tiny LLM once; a half-written folder is begun again."""
+    from data_pipelines.shards.manifest import find_shards, resolve
+    from data_pipelines.shards.tar_index import TEXT_FILES, index_shard
+    from data_pipelines.text.captions import captions_of
+    from xray.models.tiny_llm import build_tiny_llm
+
+    folder = Path(config.path)
+    if folder.is_dir():
+        return
+    captions = [
+        caption
+        for path in find_shards(resolve(config.captions, root))
+        for index in [index_shard(path)]
+        for member in range(len(index))
+        for caption in captions_of(index.read(member, TEXT_FILES))
+    ]
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    sizes = config.vocab_size, config.width, config.depth, config.heads
+    build_tiny_llm(captions, temporary, *sizes, config.family)
+    os.replace(temporary, folder)
+
+
+def store_captions(config: Any, device: torch.device) -> None:
+    """Write the text features that a clip run asks for, where they are not there."""
+    from data_pipelines.shards.source import open_sources
+    from stages.base import split_parents
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.language_model import Language
+    from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+    from xray.progress import progress_bar
+
+    parents = split_parents(
+        stage_class(config.stage), [open_artifact(path) for path in config.init_from]
+    )
+    names = [block.source for block in [*config.blocks, *config.validation]]
+
+    def write() -> None:
+        language = Language(config.text, parents.text)
+        for name, source in open_sources(config.data, names).items():
+            given = dataclasses.asdict(config.text)
+            captions = config.data.sources[name].captions
+            job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
+            with progress_bar(f"captions of {name}") as progress:
+                write_text_features(source, language, job, device, progress)
+
+    dist.main_first(write)

@@ -1,0 +1,190 @@
+"""Run the enabled stages in order: plan what starts from what, skip what is finished, evaluate.
+
+A recipe is a yaml: shared sections for all stages, a section per stage, and `eval`. A stage's
+section takes the run's sections (optim, train, ...) and the stage's own options side by side:
+
+    base: quickstart                # start from another recipe
+    stages: [mae, hashtag, text, clip]
+    data: {...}                     # shared
+    clip: {embed_dim: 128, optim: {base_lr: 1e-3}}
+    eval: {retrieval: {shards: heldout}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from stages import STAGES, stage_class
+from xray.config import loading as cfg
+from xray.config import nearest
+from xray.config.loading import PRESETS
+from xray.config.prepare import PrepareConfig
+from xray.errors import ConfigError
+from xray.evaluation.config import EvalConfig
+
+if TYPE_CHECKING:
+    pass
+
+OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
+SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
+
+
+@dataclass
+class Recipe:
+    """A resolved recipe: the stages' configs in order, and the evaluation."""
+
+    name: str
+    out: Path
+    runs: list[Any] = field(default_factory=list)  # a checked config per enabled stage
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    root: str = ""
+    workers: int = 0
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or a yaml file, with `key=value` overrides on top.
+
+    Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
+    """
+    command_line = cfg.parse_overrides(overrides)
+    layers = recipe_layers(name, command_line.pop("base", None))
+    return resolve_recipe([*layers, command_line])
+
+
+def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
+    """A recipe of its layers, a later one winning over every section of those before it.
+
+    Raises ConfigError as load_recipe does.
+    """
+    for layer in layers:
+        check_keys(layer)
+    merged = _resolve_whole(cfg.merge(*layers))
+    stages = merged.get("stages") or list(STAGES)
+    if not isinstance(stages, list):
+        raise ConfigError(f"stages={stages} must be a list such as [mae,clip]")
+    for stage in stages:
+        stage_class(str(stage))  # raises for an unknown one
+    recipe = Recipe(
+        name=str(merged["name"]),
+        out=Path(str(merged["out"])),
+        prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}, section="prepare."),
+        eval=cfg.build(EvalConfig, merged.get("eval") or {}, section="eval."),
+    )
+    recipe.eval.validate()
+    ordered = [stage for stage in STAGES if stage in stages]
+    # a later layer wins over every section of an earlier one, shared or not
+    sections = [_resolve_in(layer, merged) for layer in layers]
+    for stage in ordered:
+        recipe.runs.append(_stage_config(stage, sections, recipe.out))
+    _link(recipe)
+    shared = recipe.runs[0].data
+    recipe.root, recipe.workers = shared.root, shared.workers
+    return recipe
+
+
+def stage_from_recipe(
+    stage: str, name: str, overrides: Sequence[str]
+) -> tuple[dict[str, Any], Recipe]:
+    """A recipe's settings for one stage as a config layer, and the recipe to prepare.
+
+    Of the overrides only those of the data matter here: paths are built on them.
+    """
+    layers = recipe_layers(name, None)
+    for layer in layers:
+        check_keys(layer)
+    data = [item for item in overrides if item.startswith("data.")]
+    merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data)))
+    parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
+    return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
+
+
+def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe's yaml behind those it is based on; `base` replaces the one it names."""
+    if name in above:
+        raise ConfigError(f"recipe {name} is based on itself: {' -> '.join([*above, name])}")
+    path = cfg.find_yaml("recipe", name)
+    content = cfg.read_yaml(path)
+    under = base or content.pop("base", None)
+    content.pop("base", None)
+    content.setdefault("name", f"{path.stem}_{Path(base).stem}" if base else path.stem)
+    content.setdefault("out", f"runs/{content['name']}")
+    return [*(recipe_layers(str(under), None, (*above, name)) if under else []), content]
+
+
+def check_keys(layer: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that no recipe has."""
+    valid = [*OWN_KEYS, *SHARED, *STAGES]
+    for key, value in layer.items():
+        section = key in STAGES or key in ("prepare", "eval")
+        if section and not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value} must be a section of keys: write {key}.KEY=VALUE")
+        if key not in valid:
+            raise ConfigError(
+                f"unknown key {key!r} in the recipe{nearest(key, valid) or f': {sorted(valid)}'}"
+            )
+
+
+def _resolve(content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # type: ignore
+    except Exception as error:
+        raise ConfigError(f"the recipe does not resolve: {error}") from error
+
+
+def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values; raises ConfigError for one that is still `???`."""
+    whole = OmegaConf.create(content)
+
+    def refers(key: str) -> bool:  # to another that is missing: not what is to be given
+        section, _, name = key.rpartition(".")
+        return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
+
+    missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=...")
+    return _resolve(content)
+
+
+def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """One layer's values, its interpolations looked up in the whole recipe."""
+    return _resolve({**merged, "this layer": layer})["this layer"]
+
+
+def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A layer's shared part and its part for a stage, in the shape of the stage's config."""
+    schema = stage_class(stage).Config
+    names = {item.name for item in dataclasses.fields(schema)}
+    shared = {key: layer[key] for key in SHARED if key in layer}
+    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in (layer.get(stage) or {}).items():
+        nested = key in names and (key != stage or isinstance(value, Mapping))
+        (own if nested or key in PRESETS else options)[key] = value
+    return [shared, own, {stage: options} if options else {}]
+
+
+def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> Any:
+    parts = [part for layer in layers for part in _sections(stage, layer)]
+    config = cfg.load_config(stage_class(stage).Config, stage, *parts)
+    config.out = config.out or str(out / stage)
+    config.validate()
+    return config
+
+
+def _link(recipe: Recipe) -> None:
+    """Let each stage start from the last enabled one that hands on what it accepts."""
+    last: dict[str, Any] = {}
+    for config in recipe.runs:
+        accepts = stage_class(config.stage).accepts
+        for slot in ("vision", "text"):
+            parent = last.get(slot)
+            if parent is not None and parent.stage in accepts:
+                config.init_from = [*config.init_from, str(Path(parent.out) / "artifact")]
+        last["text" if config.stage == "text" else "vision"] = config

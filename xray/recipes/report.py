@@ -1,0 +1,178 @@
+"""The report of a recipe's run: results, curves, lineage and pictures of real samples."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Source, open_source
+from stages import STAGES, stage_class
+from xray.artifacts.artifact import Artifact, open_artifact
+from xray.artifacts.encoders import Encoder
+from xray.config import DataConfig
+from xray.config import loading as cfg
+from xray.config.identity import to_dict
+from xray.config.schedule import value_at
+from xray.errors import ArtifactError
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.results_table import result_table
+from xray.files import write_text
+from xray.recipes.recipe import Recipe
+from xray.recipes.report_examples import confused, retrieved, tags
+from xray.recipes.report_figures import curves, data_mix
+from xray.reports.html import Picture, paragraph, write_report
+from xray.reports.tables import ResultTable
+from xray.training.metrics import read_metrics
+from xray.visualize.explain import Explainer
+
+FACTS = "report.json"
+SHOWN = 6  # images per sheet
+CLIPS = 2  # each on a sheet of its own
+
+
+def write_run_report(
+    recipe: Recipe, artifacts: Sequence[Artifact], results: ResultTable | None
+) -> Path:
+    """Write `report.html` into the recipe's folder and return its path."""
+    metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
+    parts = [results.html()] if results is not None else []
+    parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
+    by_stage = {artifact.stage: artifact for artifact in artifacts}
+    vision = [run for run in recipe.runs if run.stage in ("hashtag", "clip")]
+    for run in [run for run in recipe.runs if run.stage == "mae"] + vision[-1:]:
+        if run.stage in by_stage:
+            parts += [picture.html() for picture in _pictures(by_stage[run.stage], run.data)]
+    parts += _examples(recipe, by_stage)
+    if artifacts:
+        parts.append(_stage_table(artifacts).html())
+        versions = artifacts[-1].manifest["versions"]
+        parts.append(paragraph(f"xray {versions['xray']}, {recipe.name}"))
+    write_text(recipe.out / FACTS, json.dumps(_facts(recipe), indent=1))
+    path = recipe.out / "report.html"
+    write_report(path, f"xray: {recipe.name}", parts)
+    return path
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What a report needs to be written again."""
+    return {
+        "name": recipe.name,
+        "root": recipe.root,
+        "workers": recipe.workers,
+        "eval": to_dict(recipe.eval),
+        "stages": {run.stage: run.out for run in recipe.runs},
+    }
+
+
+def find_recipe(folder: Path) -> Recipe:
+    """What was run in a folder, by report.json, else by the stages' folders in it.
+
+    Raises ArtifactError where it holds no run.
+    """
+    known = folder / FACTS
+    facts: dict[str, Any] = {"name": folder.name}
+    if known.is_file():
+        try:
+            facts = json.loads(known.read_text())
+        except ValueError as error:
+            raise ArtifactError(f"{known} is damaged ({error}): delete it") from error
+    places = facts.get("stages", {stage: str(folder / stage) for stage in STAGES})
+    if (folder / "config.yaml").is_file():  # of a single stage
+        places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}
+    recipe = Recipe(facts["name"], folder, root=facts.get("root", ""))
+    recipe.workers = facts.get("workers", 0)
+    recipe.eval = cfg.build(EvalConfig, facts.get("eval", {}))
+    for stage, place in places.items():
+        if (Path(place) / "config.yaml").is_file():
+            values = cfg.read_yaml(Path(place) / "config.yaml")
+            recipe.runs.append(cfg.load_config(stage_class(stage).Config, stage, values))
+            recipe.runs[-1].out = place
+    if not recipe.runs:
+        raise ArtifactError(f"{folder} holds no run: neither config.yaml nor a stage's folder")
+    return recipe
+
+
+def report_again(folder: Path) -> Path:
+    """Write the report of what a folder holds by now; a run in training has its curves."""
+    recipe = find_recipe(folder)
+    there = [Path(run.out) / "artifact" for run in recipe.runs]
+    artifacts = [open_artifact(path) for path in there if path.is_dir()]
+    results = folder / "results.json"
+    table = result_table(json.loads(results.read_text())) if results.is_file() else None
+    return write_run_report(recipe, artifacts, table)
+
+
+def _examples(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[str]:
+    """What the models say of samples, where there are data to ask about."""
+    parts = []
+    runs = {run.stage: run for run in recipe.runs}
+    if "hashtag" in artifacts:
+        images = dict(_samples(runs["hashtag"].data)).get("image")
+        if images is not None:
+            parts.append(tags(artifacts["hashtag"], images))
+    if "clip" in artifacts:
+        encoder, data = Encoder(artifacts["clip"]), runs["clip"].data
+        if recipe.eval.retrieval.shards:
+            parts.append(retrieved(encoder, recipe, data))
+        if recipe.eval.zero_shot.shards:
+            parts.append(confused(encoder, recipe, data))
+    return parts
+
+
+def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
+    """What the artifact makes of its first images and of its first clips."""
+    found, explainer = [], Explainer(artifact)
+    for modality, pixels in _samples(data):
+        groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
+        found += [picture for group in groups for picture in explainer(group)]
+    return found
+
+
+def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
+    """The first samples of each modality's first source, centre-cropped."""
+    found: dict[str, Tensor] = {}
+    for block in data.blocks:
+        config = data.sources[block.source]
+        seen = config.modality in found or config.modality == "text"
+        if seen or config.modality not in data.modalities:
+            continue
+        source = open_source(
+            block.source, config.shards, config.modality, data.root, config.animations
+        )
+        pixels = list(itertools.islice(_usable(source, data), SHOWN))
+        if pixels:
+            found[config.modality] = torch.stack(pixels)
+    return list(found.items())
+
+
+def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    for place in source.places():
+        with contextlib.suppress(BadSample):
+            yield load_pixels(source.sample(*place, *size), data, None)
+
+
+def _stage_table(artifacts: Sequence[Artifact]) -> ResultTable:
+    table = ResultTable("Stages", ("stage", "samples", "seconds", "final loss", "artifact"))
+    for artifact in artifacts:
+        m = artifact.manifest
+        loss = m["metrics"].get("loss")
+        table.rows.append(
+            (
+                artifact.stage,
+                f"{m['samples']:,}",
+                f"{m['seconds']:.0f}",
+                "" if loss is None else f"{loss:.3f}",
+                artifact.digest[:12],
+            )
+        )
+    return table

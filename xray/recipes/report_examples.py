@@ -1,0 +1,151 @@
+"""What a run's models say of real samples: tags, pictures found for captions, classes mixed up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Source
+from data_pipelines.tags.vocabulary import Vocabulary
+from data_pipelines.text.captions import captions_of
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import Encoder, Tagger, class_weights
+from xray.config import DataConfig
+from xray.config.schedule import value_at
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import label_of
+from xray.recipes.recipe import Recipe
+from xray.reports.figures import subplots, svg
+from xray.reports.html import Card, cards, paragraph
+from xray.reports.tables import ResultTable
+
+TAGS = 5  # shown of a picture
+LOOKED_AT = 240  # samples that are encoded for examples, evenly spaced over their set
+SHOWN = 3  # examples that are right, and as many that are wrong
+MATRIX = 16  # classes, at most, of a confusion matrix that can be read
+BATCH = 32
+
+
+@dataclass
+class Looked:
+    """Some samples of a set: pixels [N, T, 3, S, S], all captions of each, and class numbers."""
+
+    pixels: Tensor
+    captions: list[list[str]]
+    labels: list[int]
+
+
+def tags(artifact: Artifact, pixels: Tensor) -> str:
+    """The likeliest tags of pictures [B, T, 3, S, S] uint8."""
+    tagger, vocabulary = Tagger(artifact), Vocabulary.load(artifact.file("vocabulary.json"))
+    found = tagger.probabilities(pixels).topk(min(TAGS, len(vocabulary)), dim=1)
+    shown = []
+    for picture, values, ids in zip(pixels, found.values, found.indices, strict=True):
+        rows = zip(values.tolist(), ids.tolist(), strict=True)
+        shown.append(Card(picture[0], [f"{vocabulary.tags[i]} {v:.0%}" for v, i in rows]))
+    return cards("Likeliest tags", shown)
+
+
+def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
+    """Captions for which the right picture is found first, and others."""
+    config = recipe.eval.retrieval
+    sets = Sets(encoder, recipe.eval, recipe.root, 0)
+    looked = look(sets.open("retrieval", config.shards, config.modality), data, config.captions)
+    known = [number for number, own in enumerate(looked.captions) if own]
+    if len(known) < 2:
+        return ""
+    pixels = looked.pixels[known]
+    texts = [looked.captions[number][0] for number in known]
+    order = (encoder.encode_text(texts) @ _encoded(encoder, pixels).t()).argsort(1, descending=True)
+    rank = (order == torch.arange(len(known))[:, None]).int().argmax(dim=1)
+    right = (rank == 0).nonzero()[:, 0].tolist()[:SHOWN]
+    wrong = (rank > 0).nonzero()[:, 0].tolist()[:SHOWN]
+    shown: list[Card | tuple[Card, Card]] = []
+    shown += [Card(pixels[n, 0], [f"right: {texts[n]}"]) for n in right]
+    for n in wrong:
+        found = Card(pixels[int(order[n, 0]), 0], [f"found for: {texts[n]}"])
+        own = Card(pixels[n, 0], [f"right would be this one, found as number {rank[n] + 1}"])
+        shown.append((found, own))
+    share = (rank == 0).float().mean()
+    note = (
+        f"The nearest of {len(known)} pictures to a caption of each: {share:.0%} are the right one."
+    )
+    return cards("Pictures found for captions", shown) + paragraph(note)
+
+
+def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
+    """Which classes zero-shot classification takes for which."""
+    config = recipe.eval.zero_shot
+    sets = Sets(encoder, recipe.eval, recipe.root, 0)
+    names, source = sets.class_names()
+    looked = look(source, data)
+    if not looked.labels:
+        return ""
+    labels = sets.zero_shot_labels(torch.tensor(looked.labels), source, names)
+    weights = class_weights(encoder.encode_text, names, config.templates)
+    found = (_encoded(encoder, looked.pixels) @ weights.t()).argmax(dim=1)
+    share = (found == labels).float().mean()
+    note = paragraph(f"Of {len(labels)} samples, {share:.0%} are taken for what they are.")
+    if len(names) > MATRIX:
+        return _mistakes(names, labels, found).html() + note
+    return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, found)}{note}"
+
+
+def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
+    """Rows: what samples are; columns: what they are taken for."""
+    counts = torch.zeros(len(names), len(names))
+    counts.index_put_((labels, found), torch.ones(len(labels)), accumulate=True)
+    figure, (axis,) = subplots(1, (4.4, 4.2))
+    axis.imshow(counts.numpy(), cmap="Blues")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axis.set_xlabel("taken for", fontsize=8)
+    axis.set_ylabel("is", fontsize=8)
+    for row, column in counts.nonzero().tolist():
+        strong = counts[row, column] > 0.6 * counts.max()
+        axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if strong else "black")  # fmt: skip
+    return svg(figure, "What samples of each class are taken for")
+
+
+def _mistakes(names: Sequence[str], labels: Tensor, found: Tensor) -> ResultTable:
+    """The most frequent ones, of more classes than a matrix can show."""
+    pairs = zip(labels.tolist(), found.tolist(), strict=True)
+    wrong = Counter((a, b) for a, b in pairs if a != b)
+    table = ResultTable("Zero-shot classes mixed up", ("is", "taken for", "samples"))
+    table.rows += [(names[a], names[b], str(n)) for (a, b), n in wrong.most_common(12)]
+    return table
+
+
+def _encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
+    return torch.cat([encoder.encode_pixels(part) for part in pixels.split(BATCH)])
+
+
+def look(source: Source, data: DataConfig, fields: dict[str, float] | None = None) -> Looked:
+    """Samples evenly spaced over a source, as they are at the end of training."""
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    places = list(source.places())
+    step = max(1, -(-len(places) // LOOKED_AT))
+    found = Looked(torch.empty(0), [], [])
+    pixels = []
+    for place in places[::step]:
+        sample = source.sample(*place, *size)
+        try:
+            one = load_pixels(sample, data, None)
+        except BadSample:
+            continue
+        pixels.append(one)
+        found.labels.append(label_of(sample.files))
+        try:
+            found.captions.append(captions_of(sample.files, fields))
+        except BadSample:  # it has none
+            found.captions.append([])
+    if pixels:
+        found.pixels = torch.stack(pixels)
+    return found

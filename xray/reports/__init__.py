@@ -1,0 +1,1 @@
+"""HTML pages, tables and figures. Knows data, never artifacts."""

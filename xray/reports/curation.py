@@ -1,0 +1,141 @@
+"""What a curation did, as tables for the terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines.checks.check_shard import Thumbnail, png_of
+from data_pipelines.curation.report import CurationReport, EntryRow
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.utf8 import printable
+from data_pipelines.text.captions import captions_of
+from xray.config import DataConfig
+from xray.reports.figures import COLOR, pixels_of, subplots
+from xray.reports.html import Picture, write_report
+from xray.reports.shards import sheet
+from xray.reports.tables import ResultTable
+
+SIDE = 128  # of a picture in a sheet, in pixels
+SHARDS_SEARCHED = 50  # for the pictures of a sheet
+
+
+def step_table(report: CurationReport) -> ResultTable:
+    """What there was, what each step took, and what is left."""
+    rows: list[Sequence[str]] = [["read", *_numbers(report.read), ""]]
+    for step in report.steps:
+        taken = (f"{-step.samples:,}", f"{-step.texts:,}")
+        rows.append([step.name, *taken, ", ".join(step.keys[:3])])
+    rows.append(["kept", *_numbers(report.kept), ", ".join(report.kept_keys[:3])])
+    return ResultTable("Curation", ("step", "samples", "texts", "e.g."), rows)
+
+
+def language_table(report: CurationReport) -> ResultTable:
+    """Thresholds and shares of the tail, by language."""
+    rows: list[Sequence[str]] = [
+        [
+            row.language or "all",
+            f"{row.t:,.0f}",
+            f"{row.tail_share:.1%}",
+            f"{row.entries:,}",
+            f"{row.unmatched:,}",
+            f"{row.before:,}",
+            f"{row.after:,}",
+        ]
+        for row in report.languages
+    ]
+    heads = ("language", "t", "tail share", "entries", "unmatched", "texts", "kept")
+    return ResultTable("Languages", heads, rows)
+
+
+def leak_table(report: CurationReport) -> ResultTable:
+    """Samples of the pool that are in an evaluation set."""
+    rows = [[name, *(f"{n:,}" for n in kinds.values())] for name, kinds in report.leaks.items()]
+    kinds = next(iter(report.leaks.values()), {})
+    return ResultTable("Samples of evaluation sets", ("evaluation set", *kinds), list(rows))
+
+
+def tables(report: CurationReport) -> list[ResultTable]:
+    """What was taken, and of which languages and evaluation sets, where there are any."""
+    found = [step_table(report)]
+    if report.settings["metadata"] != "none":
+        found.append(language_table(report))
+    return [*found, leak_table(report)] if report.leaks else found
+
+
+def write_curation_page(report: CurationReport, source: Source, out: Path) -> None:
+    """One self-contained page: steps, languages, the head's cut, entries, and sheets of samples."""
+    parts = [table.html() for table in tables(report)]
+    if report.settings["metadata"] != "none":
+        parts += [
+            _curve(report),
+            _entries("Entries with the most texts", report.top),
+            _entries("Entries with the fewest texts", report.tail),
+        ]
+    if report.unknown_languages:
+        rows = [[name or "(none)", f"{n:,}"] for name, n in report.unknown_languages.items()]
+        parts.append(ResultTable("Without metadata", ("language", "texts"), list(rows)).html())
+    sheets = [("Kept", report.kept_keys)]
+    sheets += [(f"Dropped: {step.name}", step.keys) for step in report.steps if step.keys]
+    pictures = _pictures(source, {key for _, keys in sheets for key in keys})
+    parts += [sheet(name, [pictures[k] for k in keys if k in pictures]) for name, keys in sheets]
+    write_report(out, "xray: curation", parts)
+
+
+def _numbers(pair: tuple[int, int]) -> tuple[str, str]:
+    return f"{pair[0]:,}", f"{pair[1]:,}"
+
+
+def _curve(report: CurationReport) -> str:
+    """Matches over entries from the rarest to the most frequent, cumulated, before and after."""
+    if not report.curve.get("rank"):
+        return ""
+    figure, axes = subplots(2, (7.4, 3.0))
+    for name, color in (("before", "#b8c4d0"), ("after", COLOR)):
+        axes[0].plot(report.curve["rank"], report.curve[name], label=name, color=color)
+        whole = max(1.0, report.curve[name][-1])
+        shares = [value / whole for value in report.curve[name]]
+        axes[1].plot(report.curve["rank"], shares, label=name, color=color)
+    for axis, label in zip(axes, ("matches", "share of the matches"), strict=True):
+        axis.set_xlabel("entries, from the rarest", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=7, frameon=False)
+    caption = "The cut of the head: frequent entries give up texts, rare ones keep theirs."
+    return Picture("Balance", caption, pixels_of(figure)).html()
+
+
+def _entries(title: str, rows: Sequence[EntryRow]) -> str:
+    cells: list[Sequence[str]] = [
+        [row.entry, row.language, f"{row.before:,}", f"{row.after:,}", f"{row.rate:.3f}"]
+        for row in rows
+    ]
+    heads = ("entry", "language", "texts", "kept", "probability")
+    return ResultTable(title, heads, cells).html() if cells else ""
+
+
+def _pictures(source: Source, keys: set[str]) -> dict[str, Thumbnail]:
+    """Those of the samples that are found in the first shards, by key."""
+    found: dict[str, Thumbnail] = {}
+    for shard in range(min(SHARDS_SEARCHED, len(source.manifest))):
+        for member, key in enumerate(map(printable, source.index(shard).keys)):
+            if key in keys - found.keys():
+                try:
+                    sample = source.sample(shard, member, SIDE, 1)
+                    pixels = load_pixels(sample, DataConfig(), None)[0].permute(1, 2, 0).numpy()
+                except BadSample:
+                    continue
+                found[key] = Thumbnail("", "", key, _caption(sample.files), png_of(pixels))
+        if len(found) == len(keys):
+            break
+    return found
+
+
+def _caption(files: dict[str, bytes]) -> str:
+    try:
+        return captions_of(files)[0][:120]
+    except BadSample:
+        return ""

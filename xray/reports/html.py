@@ -1,0 +1,106 @@
+"""Metrics as they were written, tables, and the HTML report of a run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Picture:
+    """An RGB array with a caption for the report."""
+
+    title: str
+    caption: str
+    pixels: np.ndarray  # [H, W, 3] uint8
+
+    def html(self) -> str:
+        title = html.escape(self.title)
+        return (
+            f'<h2>{title}</h2><figure><img alt="{title}" src="{_png(self.pixels)}">'
+            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        )
+
+
+@dataclass
+class Card:
+    """A picture [3, H, W] in 0..255 (a tensor or an array) with lines of text below it."""
+
+    pixels: Any
+    lines: Sequence[str]
+
+    def html(self) -> str:
+        pixels = np.asarray(self.pixels, dtype=np.uint8).transpose(1, 2, 0)
+        text = "<br>".join(map(html.escape, self.lines))
+        return f'<figure><img alt="" src="{_png(pixels)}"><figcaption>{text}</figcaption></figure>'
+
+
+def cards(title: str, shown: Sequence[Card | tuple[Card, Card]]) -> str:
+    """Small pictures with text, side by side; two that belong together stay so."""
+    if not shown:
+        return ""
+    body = ""
+    for item in shown:
+        if isinstance(item, tuple):
+            body += f"<div class=pair>{item[0].html()}{item[1].html()}</div>"
+        else:
+            body += item.html()
+    return f"<h2>{html.escape(title)}</h2><div class=cards>{body}</div>"
+
+
+def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
+    """A self-contained HTML page; `parts` are HTML."""
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
+        "color:#1b1f24}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}"
+        "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
+        "text-align:right}th:first-child,td:first-child{text-align:left}"
+        # a shadow at the side on which a table goes on
+        ".wide{overflow-x:auto;background:linear-gradient(90deg,#fff,#fff0) 0/2rem 100% no-repeat "
+        "local,linear-gradient(-90deg,#fff,#fff0) 100%/2rem 100% no-repeat local,linear-gradient("
+        "90deg,#0004,#0000) 0/.7rem 100% no-repeat,linear-gradient(-90deg,#0004,#0000) "
+        "100%/.7rem 100% no-repeat}"
+        ".gallery{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax("
+        "min(100%,24rem),1fr))}.gallery img{width:100%}.cards{display:grid;gap:1rem;"
+        "grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}.cards img{width:100%;"
+        "image-rendering:pixelated}.pair{grid-column:span 2;display:grid;gap:.5rem;"
+        "grid-template-columns:1fr 1fr}td{white-space:pre}td:first-child{white-space:pre-line}"
+        "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
+        "@media(max-width:30rem){th,td{padding:.25rem .4rem}td:first-child{min-width:7rem}}"
+        "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"
+    )
+    head = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    )
+    body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
+    path.write_text(
+        f"{head}<title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>"
+    )
+
+
+def gallery(title: str, panels: Sequence[str]) -> str:
+    """Panels side by side where there is room for more than one."""
+    if not panels:
+        return ""
+    return f"<h2>{html.escape(title)}</h2><div class=gallery>{''.join(panels)}</div>"
+
+
+def paragraph(text: Any) -> str:
+    return f"<p class=note>{html.escape(str(text))}</p>"
+
+
+def _png(pixels: np.ndarray) -> str:
+    """[H, W, 3] uint8 as an image's address in a page."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

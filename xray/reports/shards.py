@@ -1,0 +1,215 @@
+"""What a check of shards found, as a table, as lines and as a page of figures and pictures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.checks.check import CheckReport
+from data_pipelines.checks.check_shard import Media, Range, ShardCheck, Stats, Thumbnail
+from xray.reports.figures import COLOR, pixels_of, subplots
+from xray.reports.html import Picture, paragraph, write_report
+from xray.reports.tables import ResultTable
+
+ROWS = 40  # shards with a row each; of more, the broken ones
+TAGS = 30  # shown
+BINS = 40
+COLUMNS = ("shard", "samples", "images", "clips", "MB", "min mean max", "clip s", "no text", "is")
+# A histogram's name, and what is written under it.
+SIZES = (("width", "width"), ("height", "height"), ("aspect", "width / height"))
+LENGTHS = (("seconds", "seconds of a clip"), ("frames", "frames of a clip"))
+TEXTS = (("words", "words of a caption"), ("captions", "captions of a sample"))
+
+
+def check_table(report: CheckReport) -> ResultTable:
+    """A row per shard and one for all; of more than 40 shards only the broken ones.
+
+    A column that says nothing of any shard is left out: all nine fill a terminal.
+    """
+    shown = report.shards
+    if len(shown) > ROWS:
+        shown = [shard for shard in shown if shard.error or shard.causes]
+    names = ["/".join(s.path.removesuffix(".tar").split("/")[-2:]) for s in shown]
+    rows = [_row(shard, name) for shard, name in zip(shown, names, strict=True)]
+    if len(report.shards) > 1:
+        *texts, _ = _row(_total(report), f"all {len(report.shards):,}")
+        rows.append((*texts, "broken" if report.broken else "whole"))
+    there = [any(column) for column in zip(*rows, strict=True)]
+    columns = tuple(compress(COLUMNS, there))
+    return ResultTable(report.pattern, columns, [tuple(compress(row, there)) for row in rows])
+
+
+def totals(report: CheckReport) -> str:
+    """All shards in one line, by modality."""
+    total = _total(report)
+    parts = [f"{len(report.shards):,} shards", f"{total.samples:,} samples"]
+    for name, media in (("images", total.images), ("clips", total.clips)):
+        if media.samples:
+            usable = f"{media.usable:,} of {media.samples:,} {name} usable"
+            parts.append(f"{usable}, {media.captioned:,} captioned")
+    if total.without_caption:
+        first = next(s for s in report.shards if s.without_caption)
+        where = f"first {first.first_without_caption} in {first.path}"
+        parts.append(f"{total.without_caption:,} without caption ({where})")
+    causes = [f"{count:,} {cause}" for cause, count in sorted(total.causes.items())]
+    if errors := sum(bool(shard.error) for shard in report.shards):
+        causes.append(f"{errors:,} broken shards")
+    return f"{'; '.join(parts)}: {', '.join(causes) if causes else 'all whole'}"
+
+
+def findings(report: CheckReport, most: int) -> list[str]:
+    """Broken shards, then at most so many bad samples, a line each."""
+    lines = [shard.error for shard in report.shards if shard.error]
+    bad = [bad for shard in report.shards for bad in shard.bad]
+    lines += [f"{b.shard}, {b.key}, {b.cause}: {b.detail}" for b in bad[:most]]
+    left = sum(sum(shard.causes.values()) for shard in report.shards) - len(bad[:most])
+    lines += [f"and {left:,} more"] if left else []
+    return [" ".join(line.split()) for line in lines]
+
+
+def summary(report: CheckReport) -> dict[str, Any]:
+    """What there is for json: all but the pictures and the rarer tags."""
+    content = asdict(report)
+    del content["stats"]["sheet"]
+    if "hashtag" in report.stats.names:
+        content["stats"]["names"]["hashtag"] = dict(_top(report.stats, "hashtag"))
+    return content
+
+
+def _total(report: CheckReport) -> ShardCheck:
+    total = ShardCheck("")
+    for shard in report.shards:
+        total.samples += shard.samples
+        total.bytes += shard.bytes
+        total.seconds += shard.seconds
+        total.without_caption += shard.without_caption
+        for ours, theirs in ((total.images, shard.images), (total.clips, shard.clips)):
+            ours.samples += theirs.samples
+            ours.usable += theirs.usable
+            ours.captioned += theirs.captioned
+        for cause, count in shard.causes.items():
+            total.causes[cause] = total.causes.get(cause, 0) + count
+    total.width, total.height = report.stats.range("width"), report.stats.range("height")
+    return total
+
+
+def _row(shard: ShardCheck, name: str) -> Sequence[str]:
+    return (
+        name,
+        f"{shard.samples:,}",
+        _usable(shard.images),
+        _usable(shard.clips),
+        f"{shard.bytes / 1e6:,.1f}",
+        _size(shard.width, shard.height),
+        f"{shard.seconds:,.1f}" if shard.seconds else "",
+        f"{shard.without_caption:,}" if shard.without_caption else "",
+        _state(shard),
+    )
+
+
+def _usable(media: Media) -> str:
+    if media.usable == media.samples:
+        return f"{media.samples:,}" if media.samples else ""
+    return f"{media.usable:,} of {media.samples:,}"
+
+
+def _size(width: Range, height: Range) -> str:
+    if not width.most:
+        return ""
+    pairs = ((width.least, height.least), (width.mean, height.mean), (width.most, height.most))
+    return "\n".join(dict.fromkeys(f"{w:.0f}x{h:.0f}" for w, h in pairs))
+
+
+def _state(shard: ShardCheck) -> str:
+    if shard.matches_index is False or shard.matches_sha256 is False:
+        return "changed"
+    if shard.error:
+        return "unreadable"
+    if shard.causes:
+        return f"{sum(shard.causes.values()):,} bad"
+    return "sha256 ok" if shard.matches_sha256 else "whole"
+
+
+def write_stats(report: CheckReport, out: Path) -> None:
+    """One self-contained page: figures of sizes, lengths and names, and a sheet of samples."""
+    stats = report.stats
+    parts = [
+        paragraph(totals(report)),
+        _figure("Sizes", "Of pictures and clips, upright, in pixels.", stats, SIZES),
+        _figure("Clips", "Their lengths.", stats, LENGTHS),
+        _figure("Captions", "Their lengths, and how many there are.", stats, TEXTS),
+        _bars("Tags", f"The {TAGS} most frequent hashtags.", _top(stats, "hashtag")),
+        _bars("Languages", "Of captions whose data name one.", _top(stats, "language")),
+        _bars("Files", "Usable media by ending.", _top(stats, "extension")),
+        sheet("Samples", stats.sheet),
+        check_table(report).html(),
+    ]
+    write_report(out, "xray: data", parts)
+
+
+def _top(stats: Stats, name: str) -> list[tuple[str, int]]:
+    """The most frequent names; ties by name, so that the order of shards does not matter."""
+    counted = stats.names.get(name, {}).items()
+    return sorted(counted, key=lambda item: (-item[1], item[0]))[:TAGS]
+
+
+def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, str]]) -> str:
+    """Histograms side by side; "" where nothing was counted."""
+    shown = [(stats.numbers[name], unit) for name, unit in panels if name in stats.numbers]
+    if not shown:
+        return ""
+    figure, axes = subplots(len(shown), (3.1 * len(shown), 2.5))
+    for axis, (counts, unit) in zip(axes, shown, strict=True):
+        values, weights = list(counts), list(counts.values())
+        whole = all(float(value).is_integer() for value in values)
+        axis.hist(values, bins=_bins(min(values), max(values), whole), weights=weights, color=COLOR)
+        axis.set_xlabel(unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return Picture(title, caption, pixels_of(figure)).html()
+
+
+def _bins(least: float, most: float, whole: bool) -> np.ndarray:
+    """Edges of equal bins; of whole numbers, each bin holds equally many."""
+    if whole:
+        step = max(1, round((most - least + 1) / BINS))
+        return np.arange(least, most + 1 + step, step) - 0.5
+    return np.linspace(least, most, BINS + 1) if most > least else np.array([least - 1, least + 1])
+
+
+def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
+    """Bars of names, the most frequent on top; "" where nothing was counted."""
+    if not counts:
+        return ""
+    figure, axes = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
+    axis = axes[0]
+    # A "$" would start a formula, and a very long name would leave no room for the bar.
+    labels = [name[:32].replace("$", r"\$") for name, _ in counts]
+    bars = axis.barh(range(len(counts)), [count for _, count in counts], color=COLOR)
+    axis.bar_label(bars, labels=[f"{count:,}" for _, count in counts], fontsize=7, padding=2)
+    axis.set_yticks(range(len(counts)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.margins(x=0.1, y=0.01)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    return Picture(title, caption, pixels_of(figure)).html()
+
+
+def sheet(title: str, thumbnails: Sequence[Thumbnail]) -> str:
+    """Pictures in rows, each over its key and caption; "" where there are none."""
+    if not thumbnails:
+        return ""
+    cells = [
+        f'<figure><img alt="{html.escape(t.key)}" src="data:image/png;base64,{t.png}">'
+        f"<figcaption><code>{html.escape(t.key)}</code><br>{html.escape(t.caption)}</figcaption>"
+        "</figure>"
+        for t in thumbnails
+    ]
+    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(128px,1fr));gap:1rem"
+    return f'<h2>{html.escape(title)}</h2><div style="{grid}">{"".join(cells)}</div>'

@@ -1,0 +1,1 @@
+"""Embedding files, the job that writes them, and exact search over them."""

@@ -1,0 +1,359 @@
+"""The job of `xray embed`: whatever an artifact encodes, as one file of embeddings.
+
+The samples are cut into parts by position, each a file of its own until all are there
+(`OUT.parts/`); of several processes each does every nth part, and the first puts them together. A
+part's rows do not depend on who makes it, so one process and many write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+
+from data_pipelines.ingest.corpus import Corpus, Shards
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import (
+    Columns,
+    open_first,
+    pack_texts,
+    save_columns,
+    unpack_texts,
+)
+from xray import dist
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
+from xray.config.identity import differences
+from xray.errors import ConfigError, DataError
+from xray.files import hold
+from xray.precompute.inference import Place, Places, cut, pixels_of
+from xray.progress import Progress
+from xray.search.embedding_file import (
+    Block,
+    Dtype,
+    Facts,
+    Names,
+    by_digest,
+    calibrate,
+    check_out,
+    open_embeddings,
+    shortened,
+    write_embeddings,
+)
+from xray.search.encoding import (
+    Batch,
+    of_pixels,
+    of_texts,
+    one_behind,
+    set_keep_rate,
+    warn_of_prefix,
+    width_of,
+)
+
+PARTS = 256  # of a corpus, unless they would be too small or too large
+LEAST, MOST = 256, 16_384  # samples of a part
+Precision = Literal["fp32", "bf16"]
+Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
+Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each that is bad
+
+
+@dataclass
+class EmbedConfig:
+    """What is kept of each sample, and how it is computed."""
+
+    dtype: Dtype = "fp32"
+    dim: int = 0  # the first so many features, normalised again; 0 = all
+    keep_rate: float | None = None  # instead of the artifact's own
+    precision: Precision = "fp32"  # of the encoder
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+    batch_size: int = 64
+    workers: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the option to change."""
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError(f"--dtype {self.dtype}: use {', '.join(get_args(Dtype))}")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"--precision {self.precision}: use {', '.join(get_args(Precision))}")
+        if self.dim < 0 or self.batch_size < 1 or self.workers < 0:
+            raise ConfigError("--dim and --workers must be at least 0, --batch-size at least 1")
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """rows: in the file. left_out: samples without any, by cause, listed in `listed`. reused: parts
+    that an earlier call had made; of `parts`, where none had to be made."""
+
+    rows: int
+    left_out: Mapping[str, int]
+    listed: Path
+    reused: int
+    parts: int
+
+
+def embed(
+    encoder: VisionEncoder | TextEncoder,
+    corpus: Corpus,
+    config: EmbedConfig,
+    out: Path,
+    progress: Progress | None = None,
+) -> EmbedReport:
+    """Write the embeddings of a corpus, in its order; the same call goes on where it was stopped.
+
+    All ranks call it. Raises ConfigError for what the artifact cannot encode or `out` that is
+    another's, DataError where nothing can be read.
+    """
+    check_out(out)
+    job = dist.main_first(lambda: _Job(encoder, corpus, config, out))
+    listed = out.with_name(f"{out.name}.left_out.jsonl")
+    if dist.is_main() and job.dim < job.width:
+        warn_of_prefix(encoder, job.dim)
+    if dist.main_first(job.finished):
+        facts = open_embeddings(out).facts
+        return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
+    with dist.main_first(job.claim):
+        missing = [part for part in range(len(job.parts)) if job.load(part) is None]
+        todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
+        mine = todo[dist.rank() :: dist.world_size()]
+        dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
+        dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
+    if dist.is_main():  # nobody holds them any more
+        shutil.rmtree(job.folder)
+    facts = open_embeddings(out).facts
+    return EmbedReport(
+        facts["rows"], facts["left_out"], listed, len(job.parts) - len(todo), len(job.parts)
+    )
+
+
+class _Job:
+    """What is asked for, and the parts of it that are there."""
+
+    def __init__(
+        self,
+        encoder: VisionEncoder | TextEncoder,
+        corpus: Corpus,
+        config: EmbedConfig,
+        out: Path,
+    ) -> None:
+        self.encoder, self.corpus, self.config, self.out = encoder, corpus, config, out
+        self.places = Places(corpus, range(len(corpus.counts)))
+        if not len(self.places):
+            raise DataError(f"{corpus.where} holds no samples")
+        self.text = corpus.modality == "text"
+        self.width = width_of(encoder, self.text)
+        self.dim = config.dim or self.width
+        if self.dim > self.width:
+            raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
+        set_keep_rate(encoder, config.keep_rate, self.text)
+        size = min(max(LEAST, -(-len(self.places) // PARTS)), MOST)
+        self.parts = list(cut(range(len(self.places)), size))
+        self.folder = out.with_name(f"{out.name}.parts")
+        self.identity = {
+            "artifact": encoder.artifact.digest,
+            "source": corpus.digest,
+            "modality": corpus.modality,
+            "dim": self.dim,
+            "keep_rate": None if self.text else cast(VisionEncoder, encoder).keep_rate,
+            "precision": config.precision,
+            "captions": config.captions,
+        }
+
+    def finished(self) -> bool:
+        """Whether the file is there; raises ConfigError where it is of another command."""
+        if not self.out.exists():
+            return False
+        asked = {**self.identity, "dtype": self.config.dtype}
+        there = by_digest(open_embeddings(self.out).facts)
+        changed = differences({name: there.get(name) for name in asked}, asked)
+        if changed:
+            raise ConfigError(
+                f"{self.out} holds other embeddings ({'; '.join(changed)}): delete it, or choose "
+                "another --out"
+            )
+        if dist.is_main() and self._claimed() == self.identity:  # by a kill before they went
+            shutil.rmtree(self.folder)
+        return True
+
+    def claim(self) -> AbstractContextManager[object]:
+        """Make the folder of parts one of this command; refuse another's. What is returned holds
+        it, on rank 0, until it is left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(self.folder, "written to", "--out") if dist.is_main() else None
+        held = self._claimed()
+        if held is None:
+            (self.folder / "job.json").write_text(json.dumps(self.identity))
+        elif changed := differences(held, self.identity):
+            raise ConfigError(
+                f"{self.folder} holds parts of another command ({'; '.join(changed)}): delete it, "
+                "or choose another --out"
+            )
+        return lock or nullcontext()
+
+    def _claimed(self) -> Any:
+        """What the folder of parts is of, None where that is not there, or cut off by a kill."""
+        try:
+            return json.loads((self.folder / "job.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"{part:06d}"
+
+    def load(self, part: int) -> tuple[Columns, Mapping[str, Any]] | None:
+        """The columns and facts of a part, None where it is not there or of another command."""
+        numbers = self.parts[part]
+        wanted = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
+        columns, facts = open_first([self._path(part)], wanted)
+        return (columns, facts) if facts else None
+
+    @torch.inference_mode()
+    def run(self, todo: Sequence[int], progress: Progress | None) -> None:
+        """Make some parts, in order."""
+        batches = self._texts(todo) if self.text else self._media(todo)
+        total, done = sum(len(self.parts[part]) for part in todo), 0
+        for part in todo:
+            numbers = self.parts[part]
+            rows: list[Rows] = []
+            bad: dict[Place, str] = {}
+            while len(rows) + len(bad) < len(numbers):
+                found, causes = next(batches)
+                rows += found
+                bad |= causes
+                done += len(found) + len(causes)
+                if progress is not None:
+                    progress(done, total)
+            self._save(part, rows, bad)
+
+    def _save(self, part: int, rows: Sequence[Rows], bad: Mapping[Place, str]) -> None:
+        names = [(*self.corpus.name(*place), text) for place, _, texts in rows for text in texts]
+        columns: Columns = {}
+        for at, name in enumerate(("keys", "paths", "texts")):
+            columns[name], columns[f"{name}_ends"] = pack_texts(row[at] for row in names)
+        none = np.empty((0, self.dim), np.float32)
+        columns["rows"] = np.concatenate([none, *(found for _, found, _ in rows)])
+        wrong = np.flatnonzero(~np.isfinite(columns["rows"]).all(axis=1))
+        if len(wrong):  # one would make int8's scale, and with it every row, NaN
+            key, path, _ = names[wrong[0]]
+            raise DataError(f"{path}:{key}: the model's features are NaN or infinite")
+        left_out = [[*self.corpus.name(*place), cause] for place, cause in bad.items()]
+        numbers = self.parts[part]
+        facts = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
+        save_columns(self._path(part), columns, {**facts, "left_out": left_out})
+
+    def _media(self, todo: Sequence[int]) -> Iterator[Found]:
+        """Rows of pictures or clips, a batch at a time; no batch is of two parts."""
+        encode = of_pixels(self.encoder)
+        device = next(self.encoder.parameters()).device
+        size = self.config.batch_size
+        batches = (batch for part in todo for batch in cut(self.parts[part], size))
+        data = data_of(self.encoder.artifact, self.config.workers)
+        read = pixels_of(self.corpus, self.places, data, batches)
+
+        def batches_of_rows() -> Iterator[Batch]:
+            for here, pixels, bad in read:
+                rows = None
+                if pixels is not None:
+                    with self._precision(device):
+                        rows = encode(pixels.to(device, non_blocking=True)).float()
+                yield Batch(here, rows, bad)
+
+        for here, rows, bad in one_behind(batches_of_rows()):
+            found: Any = [] if rows is None else shortened(rows.numpy(), self.dim)
+            yield [(p, row[None], [""]) for p, row in zip(here, found, strict=True)], bad
+
+    def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
+        """Rows of all captions of samples, a part at a time; texts of like length go together."""
+        encode = of_texts(self.encoder)
+        device = next(self.encoder.parameters()).device
+        for part in todo:
+            own: list[tuple[Place, list[str]]] = []
+            bad: dict[Place, str] = {}
+            for number in self.parts[part]:
+                place = self.places[number]
+                try:
+                    own.append((place, self.corpus.texts(*place)))
+                except BadSample as error:
+                    bad[place] = error.cause
+            flat = [text for _, texts in own for text in texts]
+            order = np.argsort([len(text) for text in flat], kind="stable")
+            rows = np.empty((len(flat), self.dim), np.float32)
+            for at in cut(range(len(flat)), self.config.batch_size):
+                mine = order[at.start : at.stop]
+                with self._precision(device):
+                    vectors = encode([flat[number] for number in mine]).float()
+                rows[mine] = shortened(vectors.cpu().numpy(), self.dim)
+            ends = np.cumsum([len(texts) for _, texts in own])
+            parts = np.split(rows, ends[:-1]) if own else []
+            yield [(p, r, t) for (p, t), r in zip(own, parts, strict=True)], bad
+
+    def _precision(self, device: torch.device) -> Any:
+        low = self.config.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+    def finish(self, listed: Path) -> None:
+        """Put the parts together, and list the samples that were left out."""
+        counts, bad = 0, []
+        low, high = np.full(self.dim, np.inf, np.float32), np.full(self.dim, -np.inf, np.float32)
+        for columns, facts in self._loaded():
+            counts += len(columns["rows"])
+            bad += facts["left_out"]
+            low = np.minimum(low, columns["rows"].min(axis=0, initial=np.inf))
+            high = np.maximum(high, columns["rows"].max(axis=0, initial=-np.inf))
+        causes = dict(Counter(cause for _, _, cause in bad))
+        if not counts:
+            shutil.rmtree(self.folder, ignore_errors=True)  # its lock is still open
+            told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
+            raise DataError(f"nothing in {self.corpus.where} can be embedded ({told})")
+        whole = self._facts(counts, causes)
+        if self.config.dtype == "int8":
+            scale, offset = calibrate(low, high)
+            whole |= {"scale": scale.tolist(), "offset": offset.tolist()}
+        listed.unlink(missing_ok=True)  # of samples that are whole by now
+        if bad:
+            rows = [dict(zip(("key", "path", "cause"), row, strict=True)) for row in bad]
+            listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_embeddings(self.out, whole, (self._block(columns) for columns, _ in self._loaded()))
+
+    def _loaded(self) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
+        for part in range(len(self.parts)):
+            found = self.load(part)
+            if found is None:
+                raise DataError(
+                    f"{self._path(part)} is not here: all hosts must share the folder of --out"
+                )
+            yield found
+
+    def _block(self, columns: Columns) -> Block:
+        keys, paths, texts = (
+            unpack_texts(columns[name], columns[f"{name}_ends"])
+            for name in ("keys", "paths", "texts")
+        )
+        return columns["rows"], Names(keys, paths, texts if self.text else None)
+
+    def _facts(self, rows: int, left_out: Mapping[str, int]) -> Facts:
+        artifact: Artifact = self.encoder.artifact
+        return {
+            **self.identity,
+            "rows": rows,
+            "dtype": self.config.dtype,
+            "width": self.width,
+            "artifact": {
+                "digest": artifact.digest,
+                "stage": artifact.stage,
+                "where": artifact.origin,
+            },
+            "source": {
+                "digest": self.corpus.digest,
+                "where": self.corpus.where,
+                "kind": "shards" if isinstance(self.corpus, Shards) else "files",
+            },
+            "left_out": dict(left_out),
+        }

@@ -1,0 +1,153 @@
+"""Exact search over embeddings: every row is compared, a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xray.errors import ConfigError
+from xray.search.embedding_file import Embeddings, by_digest, quantise, restored
+
+ROWS = 2048  # compared at a time: with 512 dimensions, 4 MB of fp32 that a core's cache holds
+OVERSAMPLE = 4
+SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "keep_rate", "captions", "modality"]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The best rows of each query, best first: rows [Q, k] int64, scores [Q, k] (cosines)."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+
+def search(
+    embeddings: Embeddings,
+    queries: np.ndarray,
+    top: int,
+    oversample: int = OVERSAMPLE,
+    rescore: Embeddings | None = None,
+) -> Hits:
+    """The rows of highest cosine with each of some queries [Q, D], normalised float32.
+
+    binary: `oversample` times as many by Hamming distance, then those again by the query as it is
+    against their signs (Yamada et al., 2106.00882); oversample = 1: by Hamming distance alone.
+    rescore: the same rows in a finer dtype, by which that many candidates are compared again.
+    """
+    k = min(top, len(embeddings))
+    binary = embeddings.facts["dtype"] == "binary"
+    again = rescore if rescore is not None else embeddings if binary and oversample > 1 else None
+    wanted = min(len(embeddings), k * oversample) if again is not None else k
+    compare = _by_bits if binary else _by_cosine
+    best = _Best(wanted)
+    with _one_thread():
+        for start, values in compare(embeddings, queries):
+            best.add(start, values)
+    rows, values = best.rows.numpy(), best.values
+    if again is None:
+        return Hits(rows, _cosines(values, embeddings) if binary else values.numpy())
+    scores = np.empty((len(queries), k), np.float32)
+    chosen = np.empty((len(queries), k), np.int64)
+    for number, candidates in enumerate(rows):
+        found = restored(again.take(candidates), again.facts) @ queries[number]
+        order = np.argsort(-found, kind="stable")[:k]
+        chosen[number], scores[number] = candidates[order], found[order]
+    return Hits(chosen, scores)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: it reads about as fast as memory can, and several that meet after every
+    chunk wait for each other, on a busy machine many times as long as they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
+    """Raise ConfigError unless two files are of the same samples, by the same artifact and dim,
+    wherever these lay."""
+    one, two = by_digest(embeddings.facts), by_digest(other.facts)
+    for name in SAME_ROWS:
+        ours, theirs = one.get(name), two.get(name)
+        if ours != theirs:
+            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs}, not {ours})")
+
+
+class _Best:
+    """The best rows that were met so far: values and rows [Q, k]."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.values, self.rows = torch.empty(0), torch.empty(0)
+
+    def add(self, start: int, values: Tensor) -> None:
+        """Compare with [Q, n] values of the rows from `start`."""
+        found, places = values.topk(min(self.k, values.shape[1]), dim=1)
+        places = places + start
+        if start:
+            found, places = torch.cat([self.values, found], 1), torch.cat([self.rows, places], 1)
+        self.values, order = found.topk(min(self.k, found.shape[1]), dim=1)
+        self.rows = places.gather(1, order)
+
+
+def _by_cosine(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    """(first row, [Q, n] products) of all chunks. int8: sum of q (c scale + offset)."""
+    facts, asked = embeddings.facts, torch.from_numpy(queries)
+    shift = torch.zeros(len(asked), 1)
+    if facts["dtype"] == "int8":
+        shift = asked @ torch.tensor(facts["offset"], dtype=torch.float32)[:, None]
+        asked = asked * torch.tensor(facts["scale"], dtype=torch.float32)
+    room = torch.empty(ROWS, facts["dim"])  # used again: fresh memory is dear
+    start = 0
+    for chunk in embeddings.chunks():
+        for at in range(0, len(chunk), ROWS):
+            rows = _tensor(chunk[at : at + ROWS])
+            if facts["dtype"] != "fp32":
+                rows = room[: len(rows)].copy_(rows)
+            yield start, (rows @ asked.t()).t() + shift
+            start += len(rows)
+
+
+def _tensor(rows: np.ndarray) -> Tensor:
+    """Mapped rows as a tensor, which nobody writes to."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(rows)
+
+
+def _by_bits(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    """(first row, [Q, n]) of all chunks: the Hamming distance and the row, as one number that is
+    the higher the better; of rows equally near the first is best."""
+    asked = _words(quantise(queries, embeddings.facts))
+    start = 0
+    for chunk in embeddings.chunks():
+        words, rows = _words(chunk), np.arange(start, start + len(chunk))
+        values = np.empty((len(asked), len(chunk)), np.int64)
+        for number, query in enumerate(asked):
+            distance = np.bitwise_count(words ^ query).sum(axis=1, dtype=np.int64)
+            values[number] = -((distance << 40) | rows)
+        yield start, torch.from_numpy(values)
+        start += len(chunk)
+
+
+def _words(stored: np.ndarray) -> np.ndarray:
+    """Bytes [n, w] in words as wide as they fill."""
+    size = next(size for size in (8, 4, 2, 1) if stored.shape[1] % size == 0)
+    return np.ascontiguousarray(stored).view(f"u{size}")
+
+
+def _cosines(values: Tensor, embeddings: Embeddings) -> np.ndarray:
+    """The cosine of the signs, from `_by_bits`."""
+    distance = (-values.numpy()) >> 40
+    return (1 - 2 * distance / embeddings.facts["dim"]).astype(np.float32)

@@ -1,0 +1,120 @@
+"""What a search found, as a table and as a page of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.checks.check_shard import Thumbnail, png_of
+from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.decode.transforms import media_of
+from data_pipelines.ingest.corpus import MEDIA, Corpus, Shards, open_corpus
+from data_pipelines.shards.bad_sample import BadSample
+from xray.config import DataConfig
+from xray.errors import DataError
+from xray.reports.html import paragraph, write_report
+from xray.reports.shards import sheet
+from xray.reports.tables import ResultTable
+from xray.search.embedding_file import Facts, Names
+
+SIDE = 192  # of a shown picture's longer side, in pixels
+LETTERS = 120  # of a caption
+EMPTY = np.full((SIDE * 3 // 4, SIDE, 3), 225, np.uint8)
+
+
+def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable:
+    """A row per hit, best first."""
+    texts = names.texts or names.paths
+    rows: list[Sequence[str]] = [
+        (str(rank), f"{score:.4f}", key, text)
+        for rank, (score, key, text) in enumerate(
+            zip(scores, names.keys, texts, strict=True), start=1
+        )
+    ]
+    return ResultTable(query, ("rank", "score", "key", "text" if names.texts else "path"), rows)
+
+
+def write_page(
+    out: Path, query: str, facts: Facts, names: Names, scores: Sequence[float]
+) -> list[str]:
+    """A self-contained page of what was found; returns why pictures are missing, if any are."""
+    found: list[Thumbnail] = []
+    missing: list[str] = []
+    looked = _Media(facts)
+    texts = names.texts or [""] * len(names.keys)
+    for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
+        pixels, caption = EMPTY, text
+        try:
+            if names.texts is None:
+                pixels, caption = looked.shown(key, path)
+        except DataError as error:
+            missing.append(f"{key}: {error}")
+        label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
+        found.append(Thumbnail(str(rank), path, key, label, png_of(pixels)))
+    asked = ""
+    if query.lower().endswith(MEDIA):
+        whole = open_corpus([query])
+        shown = Thumbnail("", "", Path(query).name, "", png_of(_pixels_of(whole, 0, 0)))
+        asked = sheet("Looked for", [shown])
+    made = facts["artifact"]
+    note = f"{len(found)} of {facts['rows']:,} embeddings ({facts['dtype']}, {facts['dim']} "
+    note += f"dimensions) by the {made['stage']} artifact {made['digest'][:12]}; cosines"
+    listing = hits_table("Found", names, scores).html() if names.texts else sheet("Found", found)
+    write_report(out, query, [paragraph(note), asked, listing])
+    return missing
+
+
+class _Media:
+    """The pictures and clips that embeddings were made of, found again by key and path."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.corpus: Corpus | None = None
+        self.shards: dict[str, int] = {}
+
+    def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
+        """(picture, its first caption or ""); raises DataError where it cannot be read any more."""
+        where = self.facts["source"]["where"]
+        if self.facts["source"]["kind"] == "files":
+            return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
+        if self.corpus is None:
+            self.corpus = open_corpus([where], self.facts["modality"])
+            if isinstance(self.corpus, Shards):
+                names = self.corpus.source.manifest.names
+                self.shards = {name: number for number, name in enumerate(names)}
+        if not isinstance(self.corpus, Shards) or path not in self.shards:
+            raise DataError(f"{where} has no {path} any more")
+        shard = self.shards[path]
+        keys = self.corpus.source.index(shard).keys
+        if key not in keys:
+            raise DataError(f"{path} has no {key} any more")
+        return _shown(self.corpus, shard, keys.index(key))
+
+
+def _shown(corpus: Corpus, shard: int, member: int) -> tuple[np.ndarray, str]:
+    try:
+        caption = corpus.texts(shard, member)[0][:LETTERS]
+    except BadSample:
+        caption = ""
+    return _pixels_of(corpus, shard, member), caption
+
+
+def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:
+    """A picture, or the first frame of a clip, small: [H, W, 3] uint8."""
+    sample, data = corpus.sample(shard, member, SIDE, 1), DataConfig()
+    try:
+        media = media_of(sample)
+        if sample.modality == "image":
+            image = decode_image(media, (SIDE, SIDE))
+        else:
+            first = FrameChoice(1, start=0.0, offsets=(0.0,))
+            decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+            image = Image.fromarray(decoder.decode(media, first, SIDE).pixels[0])
+    except BadSample as error:
+        raise DataError(str(error)) from error
+    image.thumbnail((SIDE, SIDE))
+    return np.asarray(image)

@@ -1,0 +1,70 @@
+"""What is looked for in embeddings, a text or a picture, by the artifact that made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipelines.decode.transforms import load_pixels
+from data_pipelines.ingest.corpus import MEDIA, open_corpus
+from data_pipelines.shards.bad_sample import BadSample
+from xray.artifacts.artifact import Artifact, open_artifact
+from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
+from xray.config.schedule import value_at
+from xray.errors import ArtifactError, ConfigError, DataError
+from xray.search.embedding_file import Facts, shortened
+
+
+def open_maker(facts: Facts, where: str = "", llm: str = "") -> Artifact:
+    """The artifact that embeddings were made with; raises ArtifactError for another.
+
+    where: its folder or URL, if it is not where it was.
+    """
+    made = facts["artifact"]
+    try:
+        artifact = open_artifact(where or made["where"], llm)
+    except ArtifactError as error:
+        if where:
+            raise
+        raise ArtifactError(f"{error}; say where it is now with --artifact") from error
+    if artifact.digest != made["digest"]:
+        raise ArtifactError(
+            f"{artifact.path} ({artifact.digest[:12]}) is not the {made['stage']} artifact that "
+            f"the embeddings were made with ({made['digest'][:12]}): give that one as --artifact"
+        )
+    return artifact
+
+
+def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.device) -> np.ndarray:
+    """The row of a text, or of the picture or clip in a file, [1, D] as the embeddings are cut.
+
+    Raises ConfigError for what the artifact cannot encode, DataError for a file that it cannot be.
+    """
+    if not query.strip():
+        raise ConfigError("there is nothing to look for: give a text, or a picture's file")
+    encoder = restore_encoder(artifact).to(device)
+    if isinstance(encoder, VisionEncoder):
+        encoder.keep_rate = facts["keep_rate"] or encoder.keep_rate
+    if query.lower().endswith(MEDIA):
+        return shortened(_picture(encoder, query), facts["dim"])
+    if not isinstance(encoder, Encoder | TextEncoder):
+        raise ConfigError(
+            f"{artifact.path} is of stage {artifact.stage}, which reads no text: look for a "
+            "picture's file"
+        )
+    return shortened(encoder.encode_text([query]).numpy(), facts["dim"])
+
+
+def _picture(encoder: VisionEncoder | TextEncoder, name: str) -> np.ndarray:
+    if isinstance(encoder, TextEncoder):
+        raise ConfigError(f"{encoder.artifact.path} is of stage text: look for a text")
+    data = data_of(encoder.artifact, 0)
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    try:
+        pixels = load_pixels(open_corpus([name]).sample(0, 0, *size), data, None)[None]
+    except BadSample as error:
+        raise DataError(f"{Path(name)}: {error}") from error
+    encode = encoder.encode_pixels if isinstance(encoder, Encoder) else encoder.features
+    return encode(pixels).numpy()

@@ -1,0 +1,73 @@
+"""Samples that could not be used: counted by cause, listed, quarantined, and too many of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from data_pipelines.stream import quarantine
+from data_pipelines.stream.loader import Loaded, Replaced
+from data_pipelines.stream.quarantine import Entry
+from data_pipelines.stream.sampling import SamplePlan
+from xray import dist
+from xray.errors import DataError
+from xray.training.state import TrainState
+
+log = logging.getLogger("xray")
+GRACE = 1000  # samples; data.max_bad_fraction is taken of at least this many
+WARNED = 20  # samples named in the log; the file lists all
+
+
+class BadSamples:
+    """Keeps the account of a run in its state and in `bad_samples.jsonl`; every rank calls it."""
+
+    def __init__(self, out: Path, state: TrainState, plans: Mapping[str, SamplePlan]) -> None:
+        self.path = out / "bad_samples.jsonl"
+        self.state = state
+        self.plans = plans
+        self.shards: Counter[str] = Counter()
+        quarantine.obey(state.quarantine, plans)
+
+    def account(self, loaded: Sequence[Loaded], read: int, limit: float) -> None:
+        """Add what a step had replaced; raises DataError past limit x samples read. Collective."""
+        mine = [entry for item in loaded for entry in item.bad]
+        everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]
+        bad = self.state.bad
+        for entry in everyone:
+            bad[entry.cause] = bad.get(entry.cause, 0) + 1
+            self.shards[f"{entry.source}/{entry.shard}"] += 1
+            if sum(bad.values()) <= WARNED:
+                log.warning("replaced %r of %s: %s", entry.key, entry.shard, entry.cause)
+                if sum(bad.values()) == WARNED:
+                    log.warning("further ones are listed in %s only", self.path)
+        self._keep(everyone)
+        if sum(bad.values()) > limit * max(read, GRACE):
+            causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(bad.items()))
+            names = ", ".join(f"{shard} ({n})" for shard, n in self.shards.most_common(3))
+            raise DataError(
+                f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
+                f"data.max_bad_fraction={limit}; most in {names}; all are in {self.path}"
+            ).on_all_ranks()
+
+    def _keep(self, everyone: Sequence[Replaced]) -> None:
+        known = set(self.state.quarantine)
+        new = {Entry(e.source, e.shard, e.key, e.cause) for e in everyone if e.quarantine} - known
+        fresh = sorted(new, key=lambda entry: (entry.source, entry.shard, entry.key))
+        self.state.quarantine += fresh
+        failure = None
+        try:  # it opens the shard's index, which one rank alone may fail at
+            quarantine.obey(fresh, self.plans)
+        except (DataError, OSError) as error:
+            failure = DataError(str(error))
+        dist.agree(failure)
+
+        def write() -> None:
+            with self.path.open("a") as file:
+                for entry in everyone:
+                    file.write(json.dumps({"step": self.state.step + 1, **asdict(entry)}) + "\n")
+
+        dist.on_main(write)

@@ -1,0 +1,76 @@
+"""An artifact from any checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from stages import stage_class
+from xray.artifacts.artifact import Artifact, open_artifact
+from xray.config import TrainConfig
+from xray.config import loading as cfg
+from xray.errors import ArtifactError
+from xray.training.checkpoint import complete_checkpoints, ranked, read_state, step_of
+from xray.training.metrics import read_metrics
+from xray.training.portable_state import read_buffers, read_weights
+from xray.training.run import Run
+
+Weights = Literal["last", "ema"]
+
+
+def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
+    """A run by its folder, as its config.yaml says; overrides: where its data are now, for one.
+
+    Raises ArtifactError where it holds none, and what Run raises.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ArtifactError(f"{folder} holds no run: it has no config.yaml")
+    values = cfg.read_yaml(folder / "config.yaml")
+    stage = stage_class(str(values.get("stage", "")))
+    config = cfg.load_config(stage.Config, stage.name, values, overrides)
+    config.out = str(folder)
+    return Run(stage, config)
+
+
+def choose(folder: Path, which: str, train: TrainConfig) -> Path:
+    """A run's checkpoint: of a step, `last`, or `best` by what train.best_by measured.
+
+    Raises ArtifactError naming those there are.
+    """
+    there = complete_checkpoints(folder / "checkpoints")
+    if which == "best":
+        found = ranked(there, train)[:1]
+    elif which == "last":
+        found = there[-1:]
+    else:
+        found = [path for path in there if str(step_of(path)) == which]
+    if not found:
+        steps = ", ".join(str(step_of(path)) for path in there) or "no checkpoint at all"
+        why = f" with a measured {train.best_by}" if which == "best" else ""
+        raise ArtifactError(f"{folder} has no checkpoint {which!r}{why}: there are {steps}")
+    return found[0]
+
+
+def export_checkpoint(
+    folder: Path, which: str, out: Path, weights: Weights, overrides: dict[str, Any]
+) -> Artifact:
+    """Write the artifact that a run's checkpoint makes; raises ArtifactError where out exists."""
+    if out.exists():
+        raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
+    run = find_run(folder, overrides)
+    checkpoint = choose(folder, which, run.config.train)
+    state = read_state(checkpoint)
+    module = run.build()
+    module.load_state_dict(read_buffers(checkpoint), strict=False)
+    trained = read_weights(checkpoint, None if weights == "last" else weights)
+    own = {name: value for name, value in module.named_parameters() if name in trained}
+    if own.keys() != trained.keys():
+        raise ArtifactError(f"checkpoint {checkpoint} is not of this run's model")
+    for name, parameter in own.items():
+        parameter.data.copy_(trained[name])
+    rows = read_metrics(folder / "metrics.jsonl")
+    metrics = next((dict(row) for row in rows if row["step"] == state.step), {})
+    for name in ("step", "samples", "seconds"):
+        metrics.pop(name, None)
+    run.write_artifact(out, module, module.state_dict(), state, metrics, weights)
+    return open_artifact(out)

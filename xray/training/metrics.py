@@ -1,0 +1,204 @@
+"""Where metrics go: metrics.jsonl always, tensorboard, wandb and the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from xray import dist
+from xray.config import RunConfig, TrainConfig
+from xray.config.identity import to_dict
+from xray.errors import ArtifactError, ConfigError, brief
+from xray.files import write_text
+from xray.progress import LINE_SECONDS
+from xray.training.state import TrainState
+
+log = logging.getLogger("xray")
+console = Console(stderr=True, highlight=False)
+_STATE = ("step", "samples", "seconds")
+
+
+def check_sinks(config: TrainConfig) -> None:
+    """Raise ConfigError for a sink whose library is missing, before anything is trained."""
+    for name, wanted, install in (
+        ("tensorboard", config.tensorboard, "tensorboard"),
+        ("wandb", bool(config.wandb), "'xray-trainer[wandb]'"),
+    ):
+        spec = importlib.util.find_spec(name) if wanted else None
+        # without an origin it is but a folder of that name, as wandb leaves behind
+        if wanted and (spec is None or spec.origin is None):
+            raise ConfigError(
+                f"train.{name} needs the package {name}: pip install {install}, or leave it out "
+                f"(train.{name}={'false' if name == 'tensorboard' else ''})"
+            )
+
+
+class Sinks:
+    """A run's metrics on rank 0, cut at the step it goes on from.
+
+    Raises ConfigError on every rank where wandb does not start, ArtifactError where files cannot
+    be written.
+    """
+
+    def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
+        self.last: dict[str, float] = {}
+        self.main = dist.is_main()
+        self.wandb: Any = None
+        if config.train.wandb:
+            self.wandb = dist.main_first(lambda: _wandb(out, config) if dist.is_main() else None)
+        dist.on_main(lambda: self._open(out, name, config, state))
+
+    def _open(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
+        path = out / "metrics.jsonl"
+        kept = lines_up_to(path, state.step)
+        write_text(path, "".join(kept))
+        if kept:
+            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
+        self.file = path.open("a", buffering=1)
+        self.board = _tensorboard(out, state) if config.train.tensorboard else None
+        self.terminal = Terminal(name, config.steps, state.step)
+
+    def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
+        """Show a step, and record it where it is due, which is collective."""
+        if self.main:
+            self.terminal.show(state, values)
+        if logged:
+            dist.on_main(lambda: self._record(state, values))
+
+    def _record(self, state: TrainState, values: Mapping[str, float]) -> None:
+        self.last = dict(values)
+        facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
+        try:
+            self.file.write(json.dumps({**facts, **values}) + "\n")
+            if self.board is not None:
+                for key, value in values.items():
+                    self.board.add_scalar(key, value, state.samples)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.file.name} cannot be written: {brief(error)}; the same command goes on "
+                "from the last checkpoint"
+            ) from error
+        if self.wandb is not None:  # which leaves out steps that it has from before a kill
+            self.wandb.log({**facts, **values}, step=state.step)
+
+    def close(self) -> None:
+        if not self.main:
+            return
+        self.terminal.close()
+        self.file.close()
+        if self.board is not None:
+            with contextlib.suppress(OSError):  # it writes late; metrics.jsonl has all
+                self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _tensorboard(out: Path, state: TrainState) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tb"), purge_step=state.samples + 1)
+
+
+def _wandb(out: Path, config: RunConfig) -> Any:
+    """The run of this folder: the same one again when it is resumed."""
+    import wandb
+
+    name = out / "wandb_id"
+    if not name.exists():
+        write_text(name, secrets.token_hex(4))
+    try:
+        run = wandb.init(
+            project=config.train.wandb,
+            id=name.read_text(),
+            name=f"{out.parent.name}/{out.name}",
+            dir=str(out),
+            config=to_dict(config),
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"train.wandb={config.train.wandb}: wandb does not start: {brief(error)} WANDB_MODE="
+            "offline keeps the run on disk"
+        ) from error
+    run.define_metric("*", step_metric="samples")
+    log.info("wandb: %s", run.url or run.dir)
+    return run
+
+
+class Terminal:
+    """A progress bar; lines without a tty."""
+
+    def __init__(self, name: str, steps: int, step: int) -> None:
+        self.name, self.steps = name, steps
+        self.resumed_at, self.started, self.printed = step, time.monotonic(), 0.0
+        self.progress = Progress(
+            TextColumn("[bold]{task.description:>8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(name, total=steps, completed=step, note="")
+
+    def show(self, state: TrainState, values: Mapping[str, float]) -> None:
+        elapsed = time.monotonic() - self.started
+        done = state.step - self.resumed_at
+        rate = state.samples / state.step * done / elapsed
+        note = f"loss {values['loss']:.4f}  {rate:,.0f} samples/s"
+        note += f"  data wait {values['data/wait']:.0%}"
+        self.progress.update(self.task, completed=state.step, note=note)
+        if console.is_terminal or (
+            time.monotonic() - self.printed <= LINE_SECONDS and state.step != self.steps
+        ):
+            return
+        self.printed = time.monotonic()
+        eta = (self.steps - state.step) * elapsed / done
+        line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {eta:.0f} s"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """Whole metric lines of steps that a resumed run will not do again."""
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if row["step"] <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, [] where there is none."""
+    return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]

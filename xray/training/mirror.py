@@ -1,0 +1,158 @@
+"""Copies of a run at a URL, for machines whose disks go away with them.
+
+URL/STAGE/  checkpoints/step_00000200/...  run.json  config.yaml  metrics.jsonl  artifact/...
+
+A folder's last file (COMPLETE, manifest.json) is copied last: one that lacks it does not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.shards.remote import filesystem, persist
+from xray.errors import DataError
+from xray.files import inside
+
+log = logging.getLogger("xray")
+PATIENCE = 60.0  # seconds to go on trying to copy a file
+BESIDE = ("config.yaml", "metrics.jsonl", "wandb_id", "run.json")
+LAST = ("COMPLETE", "manifest.json")  # of a folder
+
+
+class Mirror:
+    """The copies of one stage's run; used by rank 0 alone.
+
+    Copying goes on beside training. What fails is said and tried again with the next checkpoint: a
+    lost mirror does not end a run. Checkpoints that an earlier machine has left there stay.
+    """
+
+    def __init__(self, url: str, stage: str, out: Path) -> None:
+        self.url, self.out = f"{url.rstrip('/')}/{stage}", out
+        self._thread: threading.Thread | None = None
+        self._fs: Any = None
+        self._sent: set[str] = set()  # checkpoints, which may be removed there again
+
+    def send(self, folders: list[Path]) -> None:
+        """Have these folders of the run, and no other checkpoints, at the URL before long."""
+        self.wait()
+        self._thread = threading.Thread(target=self._send, args=(folders,), name="mirror")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was sent has arrived, or was given up."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def holds(self, check: Callable[[Path], None]) -> bool:
+        """Whether a run is there; check is given a folder with its run.json.
+
+        Raises DataError where the URL cannot be reached, and what check raises.
+        """
+        if not self._has("run.json"):
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            self._get_file("run.json", Path(folder) / "run.json")
+            check(Path(folder))
+        return True
+
+    def fetch(self) -> None:
+        """Bring the newest checkpoint, the artifact and the records to the run's empty folder.
+
+        Raises DataError where the URL cannot be reached, ArtifactError for files outside of these.
+        """
+        found = self._folders("checkpoints")
+        names = [n for n in found if n.startswith("step_") and n[5:].isdigit()]
+        there = [n for n in names if self._has(f"checkpoints/{n}/COMPLETE")]
+        folders = [f"checkpoints/{max(there)}"] if there else []
+        if self._has("artifact/manifest.json"):
+            folders.append("artifact")
+        for folder in folders:
+            log.info("fetches %s/%s", self.url, folder)
+            self._get(folder)
+        for name in BESIDE:  # run.json, the last, is what says that all is here
+            if self._has(name):
+                self._get_file(name, self.out / name)
+
+    # --------------------------------------------------------------------------------------------
+
+    def _send(self, folders: list[Path]) -> None:
+        try:
+            current = {folder.name for folder in folders}
+            for name in BESIDE:  # before what they tell of: a run goes on from both
+                if (self.out / name).is_file():
+                    self._put_file(self.out / name)
+            for folder in folders:
+                name = str(folder.relative_to(self.out))
+                last = next(last for last in LAST if (folder / last).is_file())
+                if self._has(f"{name}/{last}"):
+                    continue
+                files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != last]
+                for file in [*files, folder / last]:
+                    self._put_file(file)
+            for stale in self._sent - current:
+                path = self._path(f"checkpoints/{stale}")
+                self._try(lambda path=path: self._fs.rm(path, recursive=True))
+            self._sent = current
+        except (DataError, OSError) as error:
+            log.warning(
+                "%s is not up to date: %s; it is tried again at the next checkpoint, or by the "
+                "same command",
+                self.url, error,
+            )  # fmt: skip
+
+    def _path(self, name: str) -> str:
+        if self._fs is None:
+            self._fs, self._root = filesystem(self.url, PATIENCE)
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _try(self, work: Any) -> Any:
+        return persist(self.url, PATIENCE, work)
+
+    def _has(self, name: str) -> bool:
+        path = self._path(name)
+        return bool(self._try(lambda: self._fs.exists(path)))
+
+    def _folders(self, name: str) -> list[str]:
+        def names() -> list[str]:
+            try:
+                found = self._fs.ls(path, detail=False)
+            except FileNotFoundError:
+                return []
+            return [str(each).rstrip("/").rpartition("/")[2] for each in found]
+
+        path = self._path(name)
+        self._fs.invalidate_cache()
+        return list(self._try(names))
+
+    def _put_file(self, file: Path) -> None:
+        target = self._path(str(file.relative_to(self.out)))
+
+        def put() -> None:
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(file), target)
+
+        self._try(put)
+
+    def _get(self, folder: str) -> None:
+        """A folder, under another name until it is whole."""
+        target = self.out / folder
+        temporary = target.with_name(f"tmp-{target.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        path = self._path(folder)
+        for found in self._try(lambda: self._fs.find(path)):
+            name = found[len(path) :].lstrip("/")
+            self._get_file(f"{folder}/{name}", inside(temporary, name))
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+    def _get_file(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(name)
+        self._try(lambda: self._fs.get_file(path, str(target)))

@@ -1,0 +1,164 @@
+"""The state of training by parameter name, which any number of ranks and any ZeRO stage takes up.
+
+portable/ 00000.safetensors ...  index.json, with `weight/NAME` and `SLOT/NAME` for each moment of
+the optimizer, in fp32. The ranks take turns in writing the files, and hold one at a time; of a
+moment a rank reads only what it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xray import dist
+from xray.errors import ArtifactError, brief
+from xray.files import inside, usual_mode
+from xray.training.engine import Engine
+
+FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
+VERSION = 1
+FILE_BYTES = 1 << 29  # of tensors in one file, if they are not larger themselves
+WEIGHT = "weight"
+
+
+def save_portable(engine: Engine, checkpoint: Path) -> None:
+    """Write the state below a checkpoint's folder; collective.
+
+    Raises ArtifactError on every rank where one of them cannot write.
+    """
+    folder, failure = checkpoint / FOLDER, None
+    if dist.is_main():
+        failure = _attempt(folder.mkdir)
+    dist.agree(failure)
+    files: dict[str, list[str]] = {}
+    for number, names in enumerate(_layout(engine)):
+        file = f"{number:05d}.safetensors"
+        writes = dist.rank() == number % dist.world_size()
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            for slot in (None, *engine.slots):
+                value = engine.read(name, slot)
+                if writes:
+                    tensors[f"{slot or WEIGHT}/{name}"] = value.cpu()
+        files[file] = names
+        if writes:  # the others go on into the next collective, whatever happens here
+            failure = _attempt(partial(_write, tensors, folder / file)) or failure
+    buffers, facts = engine.buffers(), {"version": VERSION, "steps": engine.steps}
+    index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
+    if dist.is_main():
+        failure = _attempt(partial(_write, buffers, folder / BUFFERS)) or failure
+        failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
+    dist.agree(failure)
+
+
+def load_portable(engine: Engine, checkpoint: Path) -> None:
+    """Take up a state that any number of ranks saved in any ZeRO stage; collective.
+
+    Raises ArtifactError where it is damaged, or of other parameters or another optimizer.
+    """
+    index = _index(checkpoint)
+    _check(index, engine, checkpoint)
+    for file, names in index["files"].items():
+        with _tensors(checkpoint, file) as tensors:
+            for name in names:
+                for slot in (None, *engine.slots):
+                    engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
+    with _named(checkpoint / FOLDER / BUFFERS):
+        engine.write_buffers(read_buffers(checkpoint))
+    engine.set_steps(int(index["steps"]))
+
+
+def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, or a slot of them, by name, without an engine.
+
+    Raises ArtifactError where it is damaged or has no such slot.
+    """
+    found: dict[str, Tensor] = {}
+    index = _index(checkpoint)
+    if slot is not None and slot not in index["slots"]:
+        raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of its weights")
+    for file, names in index["files"].items():
+        with _tensors(checkpoint, file) as tensors:
+            found |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
+    return found
+
+
+def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint has of its module besides; raises ArtifactError where it is damaged."""
+    with _tensors(checkpoint, BUFFERS) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _index(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / FOLDER / INDEX
+    with _named(path):
+        index = dict(json.loads(path.read_text()))
+        if index["version"] != VERSION:
+            raise ArtifactError(
+                f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
+            )
+        return {**index, "files": dict(index["files"]), "slots": list(index["slots"])}
+
+
+@contextmanager
+def _tensors(checkpoint: Path, file: str) -> Iterator[Any]:
+    """The open file; raises ArtifactError for one that lies outside or cannot be read."""
+    path = inside(checkpoint / FOLDER, file)
+    with _named(path), safe_open(path, "pt") as tensors:
+        yield tensors
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise what reading runs into as an ArtifactError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtifactError(f"checkpoint {path} cannot be read: {brief(error)}") from error
+
+
+def _layout(engine: Engine) -> list[list[str]]:
+    """The parameters of each file, in order."""
+    files: list[list[str]] = []
+    room = 0
+    for name, numel in engine.trained.items():
+        size = 4 * numel * (1 + len(engine.slots))
+        if size > room:
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    with usual_mode(path):
+        save_file(tensors, path)
+
+
+def _attempt(work: Callable[[], object]) -> ArtifactError | None:
+    """Do a piece of writing; returns what went wrong."""
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        return ArtifactError(brief(error))
+    return None
+
+
+def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
+    saved = {name for names in index["files"].values() for name in names}
+    changed = sorted(saved ^ engine.trained.keys())
+    if changed or tuple(index["slots"]) != engine.slots:
+        what = f"parameter {changed[0]}" if changed else f"the optimizer's {index['slots']}"
+        raise ArtifactError(
+            f"checkpoint {checkpoint} is not of this model or optimizer: {what} (of "
+            f"{len(changed)}) is in one of them only; choose another out="
+        )

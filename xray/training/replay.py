@@ -1,0 +1,127 @@
+"""A step that must not be taken, kept so that it can be looked at: `xray debug replay BUNDLE`.
+
+bundles/step_00000003/  bundle.json  portable/  state.json     the state before the fourth step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xray import dist
+from xray.errors import ArtifactError, ConfigError, DataError, brief
+from xray.training import checkpoint
+from xray.training.accumulation import Accumulator
+from xray.training.engine import Engine
+from xray.training.run import Run, samples_of
+from xray.training.state import TrainState
+from xray.training.step_data import Feed, training_stream
+from xray.training.step_shape import step_shape
+
+FOLDER, FACTS = "bundles", "bundle.json"
+
+
+def write_bundle(
+    run: Run, engine: Engine, state: TrainState, what: str, values: dict[str, float]
+) -> str:
+    """Keep the state before a step and what is known of it; returns words about where. Collective.
+
+    what: the value that is not finite.
+    """
+    path = run.out / FOLDER / f"step_{state.step:08d}"
+    try:
+        checkpoint.write_checkpoint(engine, path, state)
+    except ArtifactError as error:
+        return f"(no bundle of it could be written: {error})"
+    if dist.is_main():
+        facts: dict[str, Any] = {
+            "step": state.step,
+            "seed": run.config.seed,
+            "world": dist.world_size(),
+            "what": what,
+            "values": {name: repr(value) for name, value in sorted(values.items())},
+        }
+        try:
+            facts["samples"] = samples_of(run, state.step)
+            (path / FACTS).write_text(json.dumps(facts, indent=1))
+        except (DataError, OSError) as error:
+            return f"(no bundle of it could be written: {brief(error)})"
+    return f"(`xray debug replay {path}` does it again and shows where it comes from)"
+
+
+def read_bundle(path: Path) -> dict[str, Any]:
+    """What is written of a bundle; raises ArtifactError where there is none."""
+    try:
+        return dict(json.loads((path / FACTS).read_text()))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path} is no bundle: it has no {FACTS}; bundles are in RUN/{FOLDER}/"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}/{FACTS} cannot be read: {brief(error)}") from error
+
+
+def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float], list[str]]:
+    """Do a bundle's step again, without its update: its values as means over ranks, and what was
+    not finite, in the order in which it came up.
+
+    With the number of processes that the bundle was made with, values are those of the run.
+    """
+    facts, config = read_bundle(path), run.config
+    if facts["world"] != dist.world_size():
+        raise ConfigError(
+            f"{path} was written by {facts['world']} processes: replay it with as many "
+            f"(torchrun --nproc_per_node {facts['world']} -m xray debug replay ...)"
+        )
+    module = run.build()
+    engine = Engine(module, config)
+    state = checkpoint.load_checkpoint(engine, path)
+    found: list[str] = []
+    watch(module, found.append)
+    step = state.step
+    stream = training_stream(run.stage, config, run.plans, range(step, step + 1), pin=False)
+    with closing(Feed(stream)) as feed:
+        loaded, failure = feed.next()
+    if failure is not None:
+        raise ArtifactError(f"{path} cannot be replayed: {failure}")
+    progress = config.progress(step)
+    shape = step_shape(run.stage, config.blocks, progress)
+    micros = Accumulator(engine, run.stage, device, config.seed)
+    values = micros.train(step, progress, shape.micro, loaded)
+    everyone = dist.gather_objects(values)
+    means = {name: math.fsum(each[name] for each in everyone) / len(everyone) for name in values}
+    engine.set_lr(0.0, progress)
+    engine.step()
+    engine.destroy()
+    return means | {"grad_norm": engine.grad_norm}, found
+
+
+def watch(module: nn.Module, report: Callable[[str], None]) -> None:
+    """Report the first few outputs of modules and gradients of parameters that are not finite."""
+    seen: set[str] = set()
+
+    def check(what: str, value: Any) -> None:
+        values = value if isinstance(value, tuple | list) else [value]
+        broken = any(isinstance(v, Tensor) and not v.isfinite().all() for v in values)
+        if broken and what not in seen and len(seen) < MOST:
+            seen.add(what)
+            report(what)
+
+    for name, each in module.named_modules():
+        if name and not any(True for _ in each.children()):
+            each.register_forward_hook(
+                lambda _, __, output, name=name: check(f"the output of {name}", output)
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda g, name=name: check(f"the gradient of {name}", g))
+
+
+MOST = 8  # findings that are shown

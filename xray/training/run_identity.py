@@ -1,0 +1,80 @@
+"""What a run is, written down when it begins and compared when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.shards.source import Source
+from stages.base import Stage
+from xray.artifacts.artifact import Artifact
+from xray.config import RunConfig
+from xray.config.identity import differences, filled, identity
+from xray.errors import ConfigError
+from xray.files import sha256_file
+
+
+def run_record(
+    stage: Stage,
+    config: RunConfig,
+    sources: Mapping[str, Source],
+    parents: Mapping[str, Artifact],
+) -> dict[str, Any]:
+    """Everything that makes a run's result."""
+    return {
+        "stage": stage.name,
+        "config": identity(config),
+        "data": {name: source.digest for name, source in sorted(sources.items())},
+        "parents": {slot: artifact.digest for slot, artifact in parents.items()},
+        "inputs": {**stage.inputs(), **_pretrained(config)},
+    }
+
+
+def _pretrained(config: RunConfig) -> dict[str, str]:
+    """The hash of the weights a backbone starts from, if they are a file."""
+    path = Path(config.model.pretrained)
+    return {"pretrained": sha256_file(path)} if path.is_file() else {}
+
+
+def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
+    """Raise ConfigError when a folder holds a run that differs in what makes its result.
+
+    defaults: of settings that a run begun by an older version did not know. place: what the folder
+    is to the user.
+    """
+    old = _begun(out, defaults)
+    changed = differences(old, json.loads(json.dumps(record))) if old else []
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{place} holds another run: {changed[0]}{more}; choose another "
+            f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
+        )
+
+
+def holds_another_run(config: RunConfig) -> bool:
+    """Whether the config's folder is of a run with other settings, as far as is told without data.
+
+    The text section is left out: a run completes it from the LLM.
+    """
+    old = _begun(Path(config.out), identity(type(config)()))
+    if not old:
+        return False
+    own = json.loads(json.dumps(identity(config)))
+    return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
+
+
+def _begun(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run in a folder, {} where there is none.
+
+    defaults: of settings that a run begun by an older version did not know.
+    """
+    try:
+        old = dict(json.loads((out / "run.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    return {**old, "config": filled(old.get("config", {}), defaults)}

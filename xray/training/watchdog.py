@@ -1,0 +1,116 @@
+"""Names the rank that hangs or falls behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from xray import dist
+
+FOLDER = "stuck"
+SAVING = 4  # times the patience: a large state on a slow disk
+GRACE = 5.0  # seconds in which the other ranks notice that nothing moves, too
+COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # where a rank waits for the others
+
+
+class Watchdog:
+    """Ends a run in which nothing moves any more, and says who is to blame.
+
+    The training loop says where it is; a thread looks whether that changes. After `patience`
+    seconds every rank writes its place and the stacks of its threads to `stuck/rank_00000.*`, the
+    lowest that can prints what they tell, and all exit with code 1.
+    """
+
+    def __init__(self, out: Path, patience: float) -> None:
+        self.folder = out / FOLDER
+        self.patience = patience
+        self._place, self._step, self._since, self._factor = "starting", 0, time.monotonic(), 1.0
+        self._done = threading.Event()
+        if patience > 0:
+            self._clear()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def at(self, place: str, step: int, factor: float = 1.0) -> None:
+        """Where this rank is now, for at most factor times the patience."""
+        self._place, self._step = place, step
+        self._since, self._factor = time.monotonic(), factor
+
+    def close(self) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(5.0, self.patience / 5)):
+            if time.monotonic() - self._since > self.patience * self._factor:
+                self._end()
+
+    def _end(self) -> None:
+        seconds = time.monotonic() - self._since
+        try:
+            self._write()
+            time.sleep(GRACE + self.patience / 5)
+            known = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+            if known and known[0]["rank"] == dist.rank():
+                line = verdict(known, dist.world_size(), seconds, self.folder)
+                print(f"xray: {line}", file=sys.stderr, flush=True)
+        except OSError as error:
+            print(
+                f"xray: nothing has moved for {seconds:.0f} s at step {self._step + 1}, rank "
+                f"{dist.rank()} is in {self._place}; {self.folder} cannot be written: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(1.0)  # for who prints; a launcher ends all with the first
+        os._exit(1)
+
+    def _write(self) -> None:
+        """The stacks of this rank's threads, then where it is."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        inside = frame.f_code.co_filename if frame else ""
+        waits = any(part in inside for part in COLLECTIVES)
+        facts = {"rank": dist.rank(), "host": socket.gethostname(), "pid": os.getpid()}
+        facts |= {"place": self._place, "step": self._step, "waits": waits}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file(".txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        self._file(".tmp").write_text(json.dumps(facts))
+        os.replace(self._file(".tmp"), self._file(".json"))
+
+    def _file(self, ending: str) -> Path:
+        return self.folder / f"rank_{dist.rank():05d}{ending}"
+
+    def _clear(self) -> None:
+        """Remove what an earlier hang has left of this rank, and of ranks that are no more."""
+        for path in self.folder.glob("rank_*"):
+            rank = int(path.stem.removeprefix("rank_"))
+            if rank == dist.rank() or (dist.is_main() and rank >= dist.world_size()):
+                path.unlink(missing_ok=True)
+
+
+def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
+    """Who holds up the others, by what the ranks have written about themselves."""
+    silent = sorted(set(range(world)) - {facts["rank"] for facts in known})
+    step = min(facts["step"] for facts in known)
+    behind = [f for f in known if f["step"] == step and not f["waits"]]
+    if silent:
+        who = "; ".join(
+            f"rank {rank} has written nothing: it is dead, frozen or cut off" for rank in silent[:5]
+        )
+    elif behind and len(behind) < world:
+        who = "; ".join(
+            f"rank {f['rank']} ({f['host']}, process {f['pid']}) is in {f['place']}, while the "
+            "others wait for it"
+            for f in behind[:5]
+        )
+    else:
+        who = f"no rank stands out, rank 0 is in {known[0]['place']}"
+    return (
+        f"nothing has moved for {seconds:.0f} s at step {step + 1}: {who}; the stacks of all "
+        f"ranks are in {folder}; the same command goes on from the last checkpoint, and "
+        "train.hang_seconds is how long a step may take"
+    )

@@ -1,0 +1,156 @@
+"""What a model sees, as pictures: reconstructions and the tokens that token reduction keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from xray.artifacts.encoders import VisionEncoder
+from xray.models.mae_decoder import MaeDecoder, Masking, patchify, unpatchify
+
+SIDE = 144  # pixels per shown picture, at least
+GAP = 4
+MARGIN = 104  # pixels for the rows' names
+TEXT = 13
+VEIL = (64.0, 96.0, 176.0)  # over tokens that are gone: no background is this blue
+
+
+@dataclass
+class Sheet:
+    """Rows of pictures: cells [R, C, 3, H, W] in 0..255, a name per row and per column."""
+
+    rows: list[str]
+    columns: list[str]
+    cells: Tensor
+
+    def draw(self) -> np.ndarray:
+        """One [H', W', 3] uint8 picture."""
+        R, C, _, H, W = self.cells.shape
+        zoom = max(1, round(SIDE / max(H, W)))
+        cells = self.cells.round().clamp(0, 255).byte()
+        cells = cells.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+        h, w = H * zoom + GAP, W * zoom + GAP
+        top = TEXT + 2 * GAP if any(self.columns) else 0
+        canvas = Image.new("RGB", (MARGIN + C * w, top + R * h), "white")
+        draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
+        for c, name in enumerate(self.columns):
+            short = name if font.getlength(name) < w else name[: max(1, w // 8 - 1)] + "…"
+            draw.text((MARGIN + c * w, GAP), short, fill="black", font=font)
+        for r, name in enumerate(self.rows):
+            draw.multiline_text((GAP, top + r * h + GAP), name, fill="black", font=font)
+            for c in range(C):
+                cell = Image.fromarray(cells[r, c].permute(1, 2, 0).numpy())
+                canvas.paste(cell, (MARGIN + c * w, top + r * h))
+        return np.array(canvas)
+
+
+@torch.no_grad()
+def reconstructions(
+    encoder: VisionEncoder,
+    decoder: MaeDecoder,
+    options: Mapping[str, Any],
+    pixels: Tensor,
+    names: Sequence[str] = (),
+    seed: int = 0,
+) -> Sheet:
+    """Masked, reconstructed and original pictures of [B, T, 3, S, S] uint8; a clip by tubelets.
+
+    options: the artifact's mae section. Under norm_pix_loss a patch is predicted up to its mean and
+    variance; these are taken from the original to show it. Visible patches are shown as they are.
+    """
+    vision, normalize = encoder.vision, encoder.normalize
+    x = normalize(pixels)
+    grid = vision.token_grid(x)
+    masking = Masking(
+        options["mask_ratio"], options["video_mask_ratio"], options.get("video_mask", "tube")
+    )
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(x), masking.noise_size(grid), generator=generator)
+    visible, mask, restore = masking.draw(noise, grid, x.shape[1])
+    tokens = vision(x, visible=visible)
+    predicted = decoder(tokens.cls, tokens.patches, restore, grid)
+    target = patchify(vision.tubelets(x), vision.patch_size, vision.tubelet)
+    if options["norm_pix_loss"]:
+        deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
+    removed = mask[..., None]
+
+    def frames(patches: Tensor) -> Tensor:
+        """The first frame of each tubelet: [B * t, 3, H, W]."""
+        whole = unpatchify(patches, grid, vision.patch_size)[:, :: vision.tubelet]
+        return whole.flatten(0, 1)
+
+    original, filled = frames(target), frames(target * (1 - removed) + predicted * removed)
+    original, filled = (y * normalize.std + normalize.mean for y in (original, filled))
+    hidden = frames(removed.expand_as(target))
+    cells = torch.stack([original * (1 - hidden) + 128 * hidden, filled, original])
+    share = f"{mask.mean():.0%}"
+    return Sheet(
+        [f"masked\n{share}", "reconstructed", "original"], _columns(names, len(x), grid[0]), cells
+    )
+
+
+@torch.no_grad()
+def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = ()) -> Sheet:
+    """The picture, then what is left of it after each reducing block; a clip by tubelets.
+
+    Tokens that were fused or dropped are veiled in blue; what ToMe merged shows its mean colour.
+    """
+    vision = encoder.vision
+    x = encoder.normalize(pixels)
+    rate = encoder.keep_rate
+    tokens = vision(x, rate, track=True)
+    t, h, w = vision.token_grid(x)
+    frames = vision.tubelets(pixels)[:, :: vision.tubelet].flatten(0, 1).float()
+    n = h * w if vision.video == "frames" else t * h * w  # that attend to each other
+    left = vision.token_counts(n, rate)
+    rows, shown = [f"input\n{n} tokens"], [frames]
+    for block, assign in zip(vision.rates(rate), tokens.assign, strict=True):
+        rows.append(f"block {block}\n{left[block]} tokens")
+        if vision.reduction == "tome":
+            shown.append(_merged(frames, assign, (h, w)))
+        else:
+            kept = (_group_sizes(assign) == 1) & (assign >= 0)
+            mask = F.interpolate(kept.float().reshape(-1, 1, h, w), size=frames.shape[-2:])
+            veiled = 0.25 * frames + 0.75 * torch.tensor(VEIL)[:, None, None]
+            shown.append(frames * mask + veiled * (1 - mask))
+    return Sheet(rows, _columns(names, len(x), t), torch.stack(shown))
+
+
+def _group_sizes(assign: Tensor) -> Tensor:
+    """[B, n] -> [B, n]: how many input tokens share each input token's token; dropped: any."""
+    place = assign.clamp(min=0)
+    count = torch.zeros(len(assign), int(assign.max()) + 1)
+    return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
+
+
+def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
+    """frames [B * t, 3, H, W] with every merged token in the mean colour of what it holds."""
+    B, n = assign.shape
+    colour = F.adaptive_avg_pool2d(frames, grid).flatten(2)  # [B * t, 3, h * w]
+    colour = colour.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, 3, n)
+    place = assign[:, None].expand(-1, 3, -1)
+    groups = torch.zeros(B, 3, int(assign.max()) + 1)
+    sizes = _group_sizes(assign)
+    mean = groups.scatter_add(2, place, colour).gather(2, place) / sizes[:, None]
+
+    def spread(values: Tensor) -> Tensor:
+        """[B, c, n] -> [B * t, c, H, W]"""
+        pictures = values.unflatten(2, (-1, *grid)).transpose(1, 2).flatten(0, 1)
+        return F.interpolate(pictures, size=frames.shape[-2:])
+
+    alone = spread((sizes == 1).float()[:, None])
+    return frames * alone + spread(mean) * (1 - alone)
+
+
+def _columns(names: Sequence[str], samples: int, slots: int) -> list[str]:
+    """A name over the first picture of each sample."""
+    given = list(names) or [""] * samples
+    return [name if slot == 0 else "" for name in given for slot in range(slots)]
