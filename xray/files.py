@@ -1,12 +1,14 @@
-"""Files as other people can read them, and as a list of them may name them."""
+"""Files: atomic writes, locks, hashes, permissions, and names that stay inside a folder."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,18 +19,18 @@ from xray.errors import ArtifactError, ConfigError
 
 @contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
-    """A file written inside gets the permissions that open() gives; safetensors' are 0600."""
+    """Give a file written inside the permissions of open(); safetensors would make them 0600."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
     path.chmod(mode)
 
 
-def hold(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
-    """Be the only process that works in a folder, until the file is closed or the process ends.
+def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
+    """Lock a folder for this process until the returned file is closed or the process ends.
 
-    A process that is forked off holds nothing of it. None where the file system has no locks.
-    Raises ConfigError where another process holds it.
+    Forked children do not inherit the lock. Returns None if the file system has no locks. Raises
+    ConfigError if another process holds the lock; `what` says what that process does with it.
     """
     file = (folder / "lock").open("a+")
     try:
@@ -51,38 +53,70 @@ def hold(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that a file gives stays in that file's folder, whatever links lie there."""
+    """Return True if a relative name stays inside its folder. Links are not followed."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of a name below a folder; raises ArtifactError where that is outside, by a link."""
+    """Return folder / name; raises ArtifactError if it leads outside, also through a link."""
     if not is_inside(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{folder} names a file outside of it: {name}")
     return folder / name
 
 
 @contextmanager
-def locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Hold a lock that the processes of a host share; `flags` of flock."""
+def locked(path: Path, flags: int = 0) -> Iterator[IO[str]]:
+    """Hold an exclusive lock on a file, shared by the processes of a host.
+
+    flags: of flock; with LOCK_NB a lock that is held raises BlockingIOError. A child that inherits
+    the file keeps the lock if this process is killed.
+    """
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
         try:
-            yield
+            yield file
         finally:  # closing alone would leave the lock to a child forked meanwhile
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+@contextmanager
+def replacing(target: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path for a file or a folder, and rename it to `target` at the end.
+
+    An error leaves `target` as it was and removes the temporary. temporary: by default the name
+    of `target` with .tmp, so that a killed writer leaves at most one; writers that run at the same
+    time need one each, see `unique_temporary`.
+    """
+    temporary = temporary or target.with_name(f"{target.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def unique_temporary(target: Path) -> Path:
+    """Return a temporary name beside `target` that no other writer uses."""
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, temporary: Path | None = None) -> None:
+    """Write a text file atomically."""
+    with replacing(path, temporary) as name:
+        name.write_text(text)
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync every file below a folder, so that a rename that follows cannot outrun its content."""
+    """Flush every file below a folder to disk: a later rename cannot precede its content."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -90,8 +124,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    state = hashlib.sha256()
+    hash_file(path, state)
+    return state.hexdigest()
+
+
+def hash_file(path: Path, state: hashlib._Hash) -> None:
+    """Feed a file's bytes to a hash."""
     with path.open("rb") as file:
-        state = hashlib.sha256()
         while piece := file.read(1 << 22):
             state.update(piece)
-    return state.hexdigest()

@@ -30,13 +30,13 @@ from data_pipelines.shards.tar_index import (
     cache_path,
     load_index,
     media_extensions,
-    sha256_of,
 )
 from data_pipelines.shards.utf8 import printable
 from data_pipelines.tags.reader import TagReader
 from data_pipelines.text.captions import Caption, read_captions
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.files import sha256_file
 
 FRAMES = 5  # read of each clip, first, middle and last among them
 FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their places in its fifths
@@ -194,7 +194,7 @@ def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
             wrong.append(f"other samples, {row.bytes:,} bytes, recorded {sizes}")
     checksums = {r.sha256 for r in recorded if r.sha256}
     if checksums:
-        sha256 = sha256_of(tar)
+        sha256 = sha256_file(tar)
         row.matches_sha256 = checksums == {sha256}
         if not row.matches_sha256:
             others = " and ".join(sorted(c[:12] for c in checksums))

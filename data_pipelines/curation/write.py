@@ -22,7 +22,7 @@ from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of, read_captions
 from xray.errors import ConfigError, DataError
-from xray.files import is_inside
+from xray.files import is_inside, replacing
 
 RECORD = "curation.json"
 
@@ -86,7 +86,7 @@ class _Writer:
         if not len(members) or target.is_file():
             return len(members)  # a tar without samples cannot be read
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
+        with replacing(target, temporary), temporary.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w") as archive:
                 for slot, member in enumerate(members.tolist()):
                     key = self.source.index(shard).key(member)
@@ -102,7 +102,6 @@ class _Writer:
                         archive.addfile(info, io.BytesIO(content))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
         return len(members)
 
     def _curated(self, shard: int, member: int, numbers: np.ndarray) -> dict[str, bytes]:

@@ -26,12 +26,12 @@ from data_pipelines.shards.tar_index import (
     VIDEO_EXTENSIONS,
     Modality,
     media_extensions,
-    sha256_of,
 )
 from data_pipelines.shards.utf8 import printable
 from data_pipelines.text.captions import captions_of
 from xray.config import DataConfig
 from xray.errors import ConfigError, DataError
+from xray.files import sha256_file
 
 BLOCK = 1 << 24  # bytes of a text file that are looked through at a time
 MEDIA = tuple(f".{ending}" for ending in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
@@ -168,7 +168,7 @@ class Lines:
 
     @functools.cached_property
     def digest(self) -> str:
-        return sha256_of(self.path)
+        return sha256_file(self.path)
 
     @property
     def where(self) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import webdataset
 from PIL import Image, ImageDraw
 
 from xray.errors import ConfigError
+from xray.files import replacing
 
 COLORS = {
     "red": (214, 40, 40),
@@ -106,21 +105,24 @@ def make_demo(root: Path, config: DemoConfig) -> None:
             f"data.root={root} holds other files, and this recipe generates its data there "
             "(prepare.demo): name a new folder, or a recipe over your own data"
         )
-    temporary = root.with_name(f".{root.name}.xray-demo")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # an empty folder at root is replaced
+    with replacing(root, root.with_name(f".{root.name}.xray-demo")) as folder:
+        _write_sets(folder, config)
+
+
+def _write_sets(folder: Path, config: DemoConfig) -> None:
     rng = np.random.default_rng(config.seed)
     seen = [pair for pair in PAIRS if pair not in HELD_OUT]
     for name, count, motion in (("photos", config.photos, False), ("clips", config.clips, True)):
         scenes = [_random_scene(rng, seen, motion) for _ in range(count)]
-        _write(temporary / name, scenes, config, rng)
+        _write(folder / name, scenes, config, rng)
     options = list(itertools.product(HELD_OUT, GROUNDS, SIZES, PLACES))
     scenes = [Scene(*options[i][0], *options[i][1:]) for i in rng.permutation(len(options))]
-    _write(temporary / "heldout", scenes[: config.heldout], config, rng)
-    _write(temporary / "gallery", scenes[config.heldout :], config, rng)
+    _write(folder / "heldout", scenes[: config.heldout], config, rng)
+    _write(folder / "gallery", scenes[config.heldout :], config, rng)
     names = [" ".join(pair) for pair in HELD_OUT]
-    (temporary / "classes.txt").write_text("\n".join(names) + "\n")
-    (temporary / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1))
-    os.replace(temporary, root)  # an empty folder may be there
+    (folder / "classes.txt").write_text("\n".join(names) + "\n")
+    (folder / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1))
 
 
 def _check_same(known: Path, config: DemoConfig) -> None:

@@ -31,6 +31,7 @@ from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import ConfigError, DataError
+from xray.files import write_text
 
 Progress = Callable[[int, int], None]
 Skipped = dict[str, str]  # key, file, cause, detail
@@ -163,9 +164,7 @@ def _remove(folder: Path, pattern: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(path, text, _temporary(path))
 
 
 def _temporary(path: Path) -> Path:

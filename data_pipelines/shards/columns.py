@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from xray.files import usual_mode
+from xray.files import replacing, unique_temporary, usual_mode
 
 DTYPES = {
     "I64": np.int64, "I32": np.int32, "U8": np.uint8, "F32": np.float32,
@@ -30,14 +29,12 @@ Columns = dict[str, np.ndarray]
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write columns (of DTYPES) and facts (json) in one rename."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     try:
-        with usual_mode(temporary):
+        with replacing(path, unique_temporary(path)) as temporary, usual_mode(temporary):
             save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    os.replace(temporary, path)
 
 
 def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:

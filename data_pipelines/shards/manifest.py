@@ -11,7 +11,6 @@ import glob
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from data_pipelines.shards.tar_index import (
     media_extensions,
 )
 from xray.errors import DataError
-from xray.files import is_inside
+from xray.files import is_inside, replacing, unique_temporary
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
@@ -345,6 +344,5 @@ def remote_index(
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path, unique_temporary(path)) as temporary:
+        temporary.write_bytes(content)

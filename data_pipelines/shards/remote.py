@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xray.errors import DataError
-from xray.files import locked
+from xray.files import locked, replacing
 
 T = TypeVar("T")
 Body = TypeVar("Body", io.BufferedWriter, io.BytesIO)
@@ -96,19 +96,14 @@ def fetch_file(url: str, target: Path, patience: float) -> str:
 
     Raises FileNotFoundError, and DataError after `patience` s. One process at a time per target.
     """
-    temporary = target.with_name(f"{target.name}.tmp")
+    with replacing(target) as temporary:
 
-    def download() -> str:
-        with _HashedFile(temporary, sys.maxsize, "") as body:
-            _stream(url, body, None, patience)
-        return body.digest.hexdigest()
+        def download() -> str:
+            with _HashedFile(temporary, sys.maxsize, "") as body:
+                _stream(url, body, None, patience)
+            return body.digest.hexdigest()
 
-    try:
-        digest = persist(url, patience, download)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+        return persist(url, patience, download)
 
 
 class ShardCache:
@@ -212,15 +207,13 @@ class ShardCache:
         if size is not None and size > self.limit:
             raise DataError(too_large)
         try:
-            with _HashedFile(temporary, self.limit, too_large) as body:
-                _stream(url, body, size, self.patience)
-            if sha256 is not None and body.digest.hexdigest() != sha256.lower():
-                raise OSError(f"sha256 {body.digest.hexdigest()} where {sha256} was expected")
-            os.replace(temporary, path)
+            with replacing(path, temporary):
+                with _HashedFile(temporary, self.limit, too_large) as body:
+                    _stream(url, body, size, self.patience)
+                if sha256 is not None and body.digest.hexdigest() != sha256.lower():
+                    raise OSError(f"sha256 {body.digest.hexdigest()} where {sha256} was expected")
         except FileNotFoundError as error:
             raise DataError(f"shard {url} does not exist") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
         with locked(self.folder / "folder.lock"):

@@ -28,6 +28,7 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from xray.errors import DataError
+from xray.files import sha256_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg")
@@ -209,7 +210,7 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
         "extensions": extensions,
         "size": status.st_size,
         "mtime": status.st_mtime_ns,
-        "sha256": sha256_of(path) if checksum else "",
+        "sha256": sha256_file(path) if checksum else "",
         "digest": _digest(columns, extensions),
     }
     return ShardIndex(str(path), columns, facts)
@@ -221,15 +222,6 @@ def _check_end(path: Path, offset: int) -> None:
         file.seek(offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"no header at byte {offset:,}")
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            state.update(block)
-    return state.hexdigest()
 
 
 def _digest(columns: Columns, extensions: list[str]) -> str:

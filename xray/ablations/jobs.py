@@ -18,7 +18,7 @@ from typing import IO, Any
 from xray import dist
 from xray.ablations.trials import Trial
 from xray.errors import ConfigError, Preempted
-from xray.files import write_text
+from xray.files import locked, write_text
 from xray.progress import LINE_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -51,9 +51,9 @@ def alone(out: Path) -> Iterator[IO[str]]:
     Raises ConfigError where another process works in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = stack.enter_context(locked(out / "lock", fcntl.LOCK_NB))
         except BlockingIOError:
             pids = (out / "processes").read_text() if (out / "processes").is_file() else ""
             raise ConfigError(

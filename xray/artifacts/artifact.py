@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.tar_index import user_cache
 from xray.artifacts.location import Place
 from xray.errors import ArtifactError, brief
-from xray.files import is_inside, locked, sha256_file, sync_tree, usual_mode
+from xray.files import is_inside, locked, replacing, sha256_file, sync_tree, usual_mode
 from xray.version import __version__
 
 SCHEMA = 1
@@ -212,15 +211,12 @@ def write_artifact(
 
 @contextlib.contextmanager
 def _whole_or_none(path: Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when all is written; of a failure nothing is left."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield an empty folder that becomes `path` at the end; raises ArtifactError if it cannot."""
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.mkdir(parents=True)
+            yield temporary
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # it may be all that fills the disk
         raise ArtifactError(
             f"artifact {path} cannot be written: {brief(error)}; the same command tries it again"
         ) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +14,7 @@ from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
 from xray.exports.to_timm import to_timm
-from xray.files import sync_tree
+from xray.files import replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
 Format = Literal["timm", "open_clip", "onnx", "safetensors"]
@@ -41,10 +39,8 @@ def convert(
         raise ConfigError(f"--keep-rate and --frames are for --to onnx: {form} keeps all it can do")
     if out.exists():
         raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out) as temporary:
+        temporary.mkdir(parents=True)
         export = _write(artifact, form, temporary, keep_rate, frames)
         rate = artifact.manifest["keep_rate"]
         if form in ("timm", "open_clip") and rate != 1.0:
@@ -55,9 +51,6 @@ def convert(
         _check(artifact, form, export)
         (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")
         sync_tree(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return export
 
 

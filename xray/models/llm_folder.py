@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from xray.errors import ConfigError, brief
-from xray.files import is_inside
+from xray.files import hash_file, is_inside
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
@@ -48,9 +48,7 @@ def llm_digest(folder: Path) -> str:
     state = hashlib.sha256()
     for path in sorted(path for pattern in HASHED for path in folder.glob(pattern)):
         state.update(path.name.encode())
-        with path.open("rb") as file:
-            while piece := file.read(1 << 22):
-                state.update(piece)
+        hash_file(path, state)
     return state.hexdigest()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from stages import stage_class
 from xray import dist
 from xray.config import loading as cfg
 from xray.config.prepare import LlmConfig
+from xray.files import replacing
 from xray.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -50,12 +49,10 @@ def make_llm(config: LlmConfig, root: str) -> None:
         for member in range(len(index))
         for caption in captions_of(index.read(member, TEXT_FILES))
     ]
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     sizes = config.vocab_size, config.width, config.depth, config.heads
-    build_tiny_llm(captions, temporary, *sizes, config.family)
-    os.replace(temporary, folder)
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        build_tiny_llm(captions, temporary, *sizes, config.family)
 
 
 def store_captions(config: Any, device: torch.device) -> None:

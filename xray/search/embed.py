@@ -33,7 +33,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
 from xray.config.identity import differences
 from xray.errors import ConfigError, DataError
-from xray.files import hold
+from xray.files import lock_folder
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress
 from xray.search.embedding_file import (
@@ -186,7 +186,7 @@ class _Job:
         """Make the folder of parts one of this command; refuse another's. What is returned holds
         it, on rank 0, until it is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = hold(self.folder, "written to", "--out") if dist.is_main() else None
+        lock = lock_folder(self.folder, "written to", "--out") if dist.is_main() else None
         held = self._claimed()
         if held is None:
             (self.folder / "job.json").write_text(json.dumps(self.identity))

@@ -10,9 +10,7 @@ dimension, binary holds the signs, eight dimensions to a byte.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xray.errors import ConfigError, DataError, brief
-from xray.files import usual_mode
+from xray.files import replacing, usual_mode
 
 VERSION = 1
 GROUP = 16_384  # rows of a Parquet file that are read at a time
@@ -118,18 +116,6 @@ def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     write(out, {"version": VERSION, **facts}, _grouped(blocks))
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Another name to write at, which becomes the file's once it is whole."""
-    temporary = path.with_name(f"{path.name}.tmp")  # always the same: a kill leaves one at most
-    try:
-        with usual_mode(temporary):
-            yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _grouped(blocks: Iterable[Block]) -> Iterator[Block]:
     """The same rows, GROUP of them at a time or a few more."""
     held: list[Block] = []
@@ -161,7 +147,8 @@ def _write_parquet(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     # what does not shrink is not packed: it is read where it lies
     packing: Any = {name: "zstd" for name in ("key", "path", *texts)} | {"embedding": "none"}
     with (
-        _replacing(out) as temporary,
+        replacing(out) as temporary,
+        usual_mode(temporary),
         pq.ParquetWriter(
             temporary, schema, compression=packing, use_dictionary=["path"], write_statistics=False
         ) as writer,
@@ -179,8 +166,10 @@ def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     shape = (facts["rows"], row_length(facts))
     header = {"descr": np.dtype(STORED[facts["dtype"]]).str, "fortran_order": False, "shape": shape}
     with (
-        _replacing(out) as rows_file,  # the last to be there: what is looked for
-        _replacing(_names_of(out)) as names_file,
+        replacing(out) as rows_file,
+        usual_mode(rows_file),  # the last to be there: what is looked for
+        replacing(_names_of(out)) as names_file,
+        usual_mode(names_file),
         names_file.open("w") as lines,
         rows_file.open("wb") as file,
     ):

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipelines.shards.remote import filesystem, persist
 from xray.errors import DataError
-from xray.files import inside
+from xray.files import inside, replacing
 
 log = logging.getLogger("xray")
 PATIENCE = 60.0  # seconds to go on trying to copy a file
@@ -143,14 +143,12 @@ class Mirror:
     def _get(self, folder: str) -> None:
         """A folder, under another name until it is whole."""
         target = self.out / folder
-        temporary = target.with_name(f"tmp-{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
         path = self._path(folder)
-        for found in self._try(lambda: self._fs.find(path)):
-            name = found[len(path) :].lstrip("/")
-            self._get_file(f"{folder}/{name}", inside(temporary, name))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with replacing(target, target.with_name(f"tmp-{target.name}")) as temporary:
+            for found in self._try(lambda: self._fs.find(path)):
+                name = found[len(path) :].lstrip("/")
+                self._get_file(f"{folder}/{name}", inside(temporary, name))
+            shutil.rmtree(target, ignore_errors=True)
 
     def _get_file(self, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

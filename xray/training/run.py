@@ -20,7 +20,7 @@ from xray.artifacts.model_card import artifact_card
 from xray.config import RunConfig, dump
 from xray.config.identity import config_hash, hash_json, identity, to_dict
 from xray.errors import DataError
-from xray.files import hold, write_text
+from xray.files import lock_folder, write_text
 from xray.training.checkpoint import complete_checkpoints
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
@@ -128,7 +128,7 @@ class Run:
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.out, "trained in")
+            self._lock = lock_folder(self.out, "trained in")
             dump(self.config, self.out / "config.yaml")
             if not (self.out / "run.json").exists():
                 write_text(self.out / "run.json", json.dumps(self.record, indent=1))

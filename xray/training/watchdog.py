@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from xray import dist
+from xray.files import write_text
 
 FOLDER = "stuck"
 SAVING = 4  # times the patience: a large state on a slow disk
@@ -78,8 +79,7 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file(".txt").open("w") as file:
             faulthandler.dump_traceback(file)
-        self._file(".tmp").write_text(json.dumps(facts))
-        os.replace(self._file(".tmp"), self._file(".json"))
+        write_text(self._file(".json"), json.dumps(facts), self._file(".tmp"))
 
     def _file(self, ending: str) -> Path:
         return self.folder / f"rank_{dist.rank():05d}{ending}"

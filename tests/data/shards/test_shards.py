@@ -18,10 +18,11 @@ from data_pipelines.shards.manifest import find_shards, open_manifest, write_man
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.sidecar import CopySlots, write_sidecar
 from data_pipelines.shards.source import open_source, open_sources
-from data_pipelines.shards.tar_index import index_shard, sha256_of
+from data_pipelines.shards.tar_index import index_shard
 from xray import dist
 from xray.config import DataConfig, SourceConfig
 from xray.errors import DataError
+from xray.files import sha256_file
 
 
 def test_columns_come_back_mapped(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_index_reads_what_is_in_the_tar(tmp_path: Path) -> None:
         assert index.read(1) == {"c.jpg": b"x", "txt": b"two"}
     assert (tmp_path / "0.tar.index").is_file()
     assert index_shard(path).facts["sha256"] == ""
-    assert index_shard(path, checksum=True).facts["sha256"] == sha256_of(path)
+    assert index_shard(path, checksum=True).facts["sha256"] == sha256_file(path)
     write_tar(path, {"z.jpg": jpeg(), "z.txt": b"three"})
     assert index_shard(path).keys == ["z"]  # rebuilt when the tar changes
 
