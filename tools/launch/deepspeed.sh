@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# DeepSpeed's own launcher:
+# Starts a run with DeepSpeed's launcher:
 #
 #   tools/launch/deepspeed.sh run full data.root=/data                       all GPUs of this host
-#   GPUS=2 tools/launch/deepspeed.sh train mae --recipe quickstart           two processes here
-#   HOSTFILE=hostfile tools/launch/deepspeed.sh run full data.root=/data     over ssh, with pdsh
+#   GPUS=2 tools/launch/deepspeed.sh train mae --recipe quickstart           two processes on this host
+#   HOSTFILE=hostfile tools/launch/deepspeed.sh run full data.root=/data     several hosts, over ssh with pdsh
 #   HOSTFILE=hostfile NODE_RANK=1 ENDPOINT=host0:29400 tools/launch/deepspeed.sh ...
-#                                            without ssh: on each host, with its line in the hostfile
+#     several hosts, without ssh: run this on each host; NODE_RANK is its line in the hostfile, from 0
 #
-# The hosts of a hostfile (see hostfile.example) need the same Python in the same place, and out= on
-# a disk that all of them see; over ssh their environment is what .deepspeed_env says (NAME=value).
-# It restarts nothing; torchrun.sh does.
+# hostfile.example shows the format of a hostfile. All hosts need the same Python at the same path, and
+# out= must be on a disk that all hosts can access. Over ssh, .deepspeed_env sets environment variables
+# on the hosts (NAME=value). This launcher does not restart failed processes; torchrun.sh does.
 set -euo pipefail
 
 args=(--no_local_rank)
