@@ -29,6 +29,7 @@ ROWS: dict[str, set[str]] = {
     "xray.precompute": {"xray.artifacts"},
     "xray.search": {"xray.precompute", "xray.reports"},
     "xray": {"xray.artifacts"},  # xray/__init__.py and api.py
+    "xray.embeddings": {"xray.search"},
     "xray.training": {"stages"},
     "xray.doctor": {"data_pipelines", "xray.version"},
     "xray.planning": {"xray.training"},
