@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.mae import MaeConfig, MaeModule
-from tools.benchmarks.timing import hardware, interleaved, speedup
+from tools.common.fresh_process import in_fresh_process
+from tools.common.timing import hardware, interleaved, speedup
 from xray.config.loading import load_config
 from xray.losses import info_nce
 from xray.models import ModelConfig, VisionBackbone
@@ -196,15 +196,7 @@ def memory(bench: Bench, sizes: list[str]) -> None:
             cells = []
             for keep, explicit in ((1.0, True), (1.0, False), (0.7, False), (0.5, False)):
                 arguments = [bench.device, size, CLIP_FRAMES, way, keep, explicit]
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tools.benchmarks.bench_backbone",
-                    "--peak",
-                    json.dumps(arguments),
-                ]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                cells.append(f"{float(done.stdout):,.0f}")
+                cells.append(f"{in_fresh_process(peak, *arguments):,.0f}")
             rows.append([size, way, *cells])
     heads = ["model", "", "explicit attention", "keep 1", "keep .7", "keep .5"]
     table("(d) Peak memory above weights and input, MiB, 16x224 clip", heads, rows)
@@ -288,11 +280,7 @@ def main() -> None:
         "--tables", nargs="+", choices=[*TABLES, *OTHERS], default=[*TABLES, *OTHERS]
     )
     parser.add_argument("--large", default=LARGE, help="the model of table e")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a new process
     options = parser.parse_args()
-    if options.peak:
-        print(peak(*json.loads(options.peak)))
-        return
     if len(options.tables) > 1:  # each in a process of its own: none finds another's heap
         for name in options.tables:
             command = [

@@ -17,8 +17,6 @@ the wall's, from which the time that others have is missing.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.benchmarks.bench_plan import Table, print_tables
-from tools.benchmarks.bench_tag_losses import high_water
-from tools.benchmarks.timing import hardware, interleaved, speedup
-from tools.experiments.clip_pair import BATCH, END, KEEP, SIZES, Pair, frozen_steps
+from tools.common.clip_pair import BATCH, END, KEEP, SIZES, Pair, frozen_steps
+from tools.common.fresh_process import high_water, in_fresh_process
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware, interleaved, speedup
 from xray.dist import choose_device
 from xray.losses import info_nce
 
@@ -171,21 +169,10 @@ def measure(form: str, rows: int, samples: int) -> int:
     return high_water() - before
 
 
-def in_fresh_process(*arguments: object) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.benchmarks.bench_clip",
-        "--measure",
-        *map(str, arguments),
-    ]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def loss_memory() -> Table:
     """(d)"""
     matrix = 4 * ALL**2
-    held = in_fresh_process("full", MEASURED, MEASURED) / (4 * MEASURED**2)
+    held = in_fresh_process(measure, "full", MEASURED, MEASURED) / (4 * MEASURED**2)
     full, rows = held * matrix, []
 
     def add(form: str, own: int, peak: float) -> None:
@@ -195,8 +182,8 @@ def loss_memory() -> Table:
     add(f"ClipLoss: {held:.1f} matrices, as measured at N = {MEASURED:,}; computed", ALL, full)
     for form, name in (("local", "ClipLoss(local_loss=True)"), ("ours", "ours")):
         for own in OWN:
-            add(name, own, in_fresh_process(form, own, ALL))
-    add("ours", ALL, in_fresh_process("ours", ALL, ALL))
+            add(name, own, in_fresh_process(measure, form, own, ALL))
+    add("ours", ALL, in_fresh_process(measure, "ours", ALL, ALL))
     heads = ["loss", "own rows", "peak, MB", f"of one matrix ({matrix / 1e6:,.0f} MB)"]
     sizes = f"N = {ALL:,}, {WIDTH} features in fp32, forward and backward"
     title = f"(d) Memory of the contrast above the features of all, {sizes}"
@@ -241,12 +228,7 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="see above")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
     parser.add_argument("--out", type=Path, help="write the tables there, too")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # this script calls itself
     options = parser.parse_args()
-    if options.measure:
-        form, *sizes = options.measure
-        print(measure(form, *map(int, sizes)))
-        return
     cuda = choose_device(options.device).type == "cuda"
     options.sizes = options.sizes or (list(SIZES) if cuda else ["b16"])
     options.precision = options.precision or ("bf16" if cuda else "fp32")

@@ -39,10 +39,11 @@ from data_pipelines.shards.process_pool import over_shards
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.tags.concept_matcher import PUNCTUATION, spaced
 from data_pipelines.text.captions import captions_of
-from tools.benchmarks.bench_dedup import apart, duplicates
-from tools.benchmarks.bench_plan import Table, print_tables
-from tools.benchmarks.bench_soak import write_shards
-from tools.benchmarks.timing import hardware
+from tools.benchmarks.bench_dedup import duplicates
+from tools.common.fresh_process import in_fresh_process
+from tools.common.media import write_shards
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ENTRIES, WORDS, BATCH = 500_000, 60_000, 1_000_000
@@ -216,7 +217,7 @@ def sampling(options: argparse.Namespace) -> list[Table]:
     """(b)"""
     rows = []
     for captions in (options.captions // 100, options.captions // 10, options.captions):
-        found = apart(sampled, captions)
+        found = in_fresh_process(sampled, captions)
         cells = [f"{captions:,}", f"{found['matches']:,.0f}", f"{found['kept']:,.0f}"]
         cells += [f"{found[name]:.1f}" for name in ("counting", "drawing")]
         rows.append([*cells, f"{found['gigabytes']:.2f}"])

@@ -42,9 +42,11 @@ from data_pipelines.decode.transforms import center_crop, load_clip, load_pixels
 from data_pipelines.shards.source import Sample, Source, open_source
 from data_pipelines.stream.loader import Fields, iterate_steps
 from data_pipelines.stream.sampling import StepSampler, StepShape, make_plans, micro_batches
-from tools.benchmarks.bench_plan import Table, plan_at_scale, print_tables
-from tools.benchmarks.bench_soak import clip_of, jpeg_of, soak, stack_rows, write_shards
-from tools.benchmarks.timing import hardware, interleaved, speedup
+from tools.benchmarks.bench_plan import plan_at_scale
+from tools.benchmarks.bench_soak import soak
+from tools.common.media import clip_of, jpeg_of, stack_rows, write_shards
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware, interleaved, speedup
 from xray.config import BlockConfig, DataConfig
 from xray.models.heads import Normalize
 

@@ -6,22 +6,14 @@ import argparse
 import io
 import resource
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.curation.dedup import dhash, near_values, ones
 from data_pipelines.shards.source import open_source
-from tools.benchmarks.bench_plan import Table
-
-
-def apart(work: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
-    """A call in a fresh process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+from tools.common.fresh_process import in_fresh_process
+from tools.common.tables import Table
 
 
 def near_among(number: int, distance: int) -> dict[str, float]:
@@ -49,7 +41,7 @@ def duplicates(options: argparse.Namespace) -> list[Table]:
     rows = []
     for number in (options.hashes // 10, options.hashes):
         for distance in (1, 3):
-            found = apart(near_among, number, distance)
+            found = in_fresh_process(near_among, number, distance)
             cells = [f"{number:,}", str(distance), f"{found['found']:.2%}"]
             rows.append([*cells, f"{found['seconds']:.1f}", f"{found['bytes']:.0f}"])
     heads = ["hashes", "bits", "copies found (100%)", "s", "bytes per hash, at the peak"]

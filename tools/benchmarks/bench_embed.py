@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from data_pipelines.ingest.corpus import open_corpus
-from tools.benchmarks.bench_plan import Table, print_tables
-from tools.benchmarks.timing import hardware, interleaved, speedup
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware, interleaved, speedup
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder
 from xray.dist import choose_device

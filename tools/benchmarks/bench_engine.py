@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from data_pipelines.ingest.demo import DemoConfig, make_demo
 from stages.mae import MaeConfig, MaeModule, MaeStage
-from tools.benchmarks.bench_plan import Table, print_tables
-from tools.benchmarks.timing import hardware, interleaved
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware, interleaved
 from xray.config import BlockConfig, SourceConfig
 from xray.dist import choose_device
 from xray.optim import parameter_groups, set_lr

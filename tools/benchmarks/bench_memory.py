@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tools.benchmarks.bench_plan import Table, print_tables
-from tools.benchmarks.timing import hardware
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware
 
 BASE: dict[str, Any] = {
     "model": {

@@ -7,74 +7,26 @@ no sample comes twice; every slot exactly once on a smaller source that is read 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from data_pipelines.shards.columns import open_columns, pack_texts, save_columns
-from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, open_manifest
+from data_pipelines.shards.columns import open_columns
+from data_pipelines.shards.manifest import Manifest, open_manifest
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.tar_index import INDEX_VERSION
 from data_pipelines.stream.sampling import SamplePlan, micro_batches
+from tools.common.manifests import GROUP, uneven, write_manifest
+from tools.common.tables import Table
 from xray.config import BlockConfig
 
 SHARDS, SAMPLES = 10**6, 10**9
 RANKS, BLOCK, LANES = 4096, 32_768, 4096
-GROUP = 8  # shards shuffled together, as data.shuffle_shards by default
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a part of the benchmark prints, as markdown."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-
-    def __str__(self) -> str:
-        lines = [self.heads, ["---"] * len(self.heads), *self.rows]
-        return f"\n{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def print_tables(tables: Iterable[Table], machine: str, path: Path | None) -> None:
-    """Print each table as it is made; write all, and the machine they are of, to a .json."""
-    made = []
-    for table in tables:
-        print(table, flush=True)
-        made.append(asdict(table))
-    if path:
-        path.write_text(json.dumps({"hardware": machine, "tables": made}, indent=2) + "\n")
-
-
-def write_manifest(
-    path: Path, names: Sequence[str], mtimes: np.ndarray, counts: np.ndarray
-) -> None:
-    """The manifest of shards that nobody will read, written as a real one is."""
-    blob, ends = pack_texts(names)
-    nothing = np.zeros((len(names), 32), np.uint8)
-    columns = {"names": blob, "name_ends": ends, "mtimes": mtimes}
-    columns |= {"sizes": np.zeros(len(names), np.int64), "digests": nothing, "sha256": nothing}
-    columns["counts"] = np.repeat(counts.astype(np.int32)[:, None], 4, axis=1)
-    versions = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION}
-    save_columns(path, columns, {**versions, "digest": "none"})
-
-
-def uneven(shards: int, samples: int) -> np.ndarray:
-    """Samples per shard, between half and one and a half times the mean, and their sum given."""
-    mean = samples // shards
-    counts = np.random.default_rng(0).integers(mean // 2, mean + mean // 2 + 1, shards)
-    step = np.sign(samples - counts.sum())
-    counts[: abs(samples - counts.sum()) % shards] += step
-    return counts + (samples - counts.sum()) // shards
 
 
 def open_plan(path: Path, lanes: int) -> SamplePlan:

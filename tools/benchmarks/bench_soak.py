@@ -6,25 +6,18 @@ allocate without end. What was replaced is compared, cause by cause, with a walk
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-import av
 import numpy as np
 import psutil
-import torch
-import webdataset as wds
-from PIL import Image
-from torch import Tensor
 
 from data_pipelines.decode import transforms
 from data_pipelines.decode.sandbox import ClipDecoder
@@ -38,7 +31,8 @@ from data_pipelines.stream.sampling import (
     make_plans,
     micro_batches,
 )
-from tools.benchmarks.bench_plan import Table
+from tools.common.media import clip_of, jpeg_of, moving_picture, stack_rows, write_shards
+from tools.common.tables import Table
 from xray.config import BlockConfig, DataConfig
 
 CAUSES = {
@@ -70,44 +64,6 @@ process.main()
 """
 
 
-def moving_picture(seed: int, size: tuple[int, int], frames: int) -> list[Image.Image]:
-    """A smooth picture of noise that shifts sideways."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    wide = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
-    return [Image.fromarray(np.roll(wide, 2 * shift, axis=1)) for shift in range(frames)]
-
-
-def jpeg_of(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def clip_of(frames: Iterable[Image.Image], size: tuple[int, int]) -> bytes:
-    """An mp4 of H.264 at 30 frames per second with a key frame each second."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        options = {"g": "30", "preset": "veryfast"}
-        stream = container.add_stream("libx264", rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
-    return buffer.getvalue()
-
-
-def write_shards(folder: Path, files: Iterable[tuple[str, dict[str, bytes]]], each: int) -> None:
-    """Tars of `each` samples of (key, files by ending)."""
-    folder.mkdir()
-    with contextlib.ExitStack() as stack:
-        for number, (key, content) in enumerate(files):
-            if number % each == 0:
-                stack.close()
-                path = str(folder / f"{number // each:05d}.tar")
-                writer = stack.enter_context(wds.TarWriter(path, encoder=False))
-            writer.write({"__key__": key, **content})
-
-
 def _photos() -> Iterator[tuple[str, dict[str, bytes]]]:
     for number in range(1000):
         data = jpeg_of(moving_picture(number, (96, 72), 1)[0])
@@ -127,11 +83,6 @@ def _clips() -> Iterator[tuple[str, dict[str, bytes]]]:
 @functools.lru_cache(maxsize=2)
 def _decoder(pid: int, seconds: float, gigabytes: float) -> ClipDecoder:
     return ClipDecoder(seconds, gigabytes, (sys.executable, "-c", FAULTY))
-
-
-def stack_rows(rows: Sequence[Fields]) -> dict[str, Tensor]:
-    """A batch, as a stage's `collate` makes it."""
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def injected(plans: dict[str, SamplePlan], sampler: StepSampler) -> Counter[str]:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,8 +22,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tools.benchmarks.bench_plan import Table
-from tools.benchmarks.timing import hardware, interleaved, speedup
+from tools.common.fresh_process import high_water, in_fresh_process
+from tools.common.tables import Table
+from tools.common.timing import hardware, interleaved, speedup
 from xray.losses.tags import TagLoss
 
 Kind = Literal["softmax", "bce", "asymmetric"]
@@ -53,12 +52,6 @@ def train(loss: TagLoss, inputs: tuple[Tensor, ...]) -> None:
     loss(features, weight, bias, tags, targets)[0].mean().backward()
 
 
-def high_water() -> int:
-    """Bytes that this process had resident at most. (ru_maxrss would begin with the parent's.)"""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
 def measure(kind: Kind, chunk: int, batch: int, tags: int) -> int:
     """Bytes above the inputs and their gradients; in a fresh process only."""
     loss = TagLoss(kind, chunk=chunk)
@@ -69,24 +62,13 @@ def measure(kind: Kind, chunk: int, batch: int, tags: int) -> int:
     return high_water() - before - sum(x.grad.nbytes for x in inputs if x.grad is not None)
 
 
-def in_fresh_process(*arguments: object) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.benchmarks.bench_tag_losses",
-        "--measure",
-        *map(str, arguments),
-    ]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def memory(options: argparse.Namespace) -> Table:
     """(a)"""
     rows = []
     for kind in options.kinds:
         dense = 0
         for chunk in (0, *options.chunks):
-            peak = in_fresh_process(kind, chunk, options.batch, options.tags)
+            peak = in_fresh_process(measure, kind, chunk, options.batch, options.tags)
             dense = dense or peak
             ratio = f"1/{dense / peak:.0f}" if chunk else ""
             name = f"{chunk:,}" if chunk else "dense"
@@ -122,12 +104,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=["softmax"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the tables there, too")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)  # this script calls itself
     options = parser.parse_args()
-    if options.measure:
-        kind, *sizes = options.measure
-        print(measure(kind, *map(int, sizes)))
-        return
     machine = hardware("cpu")
     print(machine, flush=True)
     tables = []

@@ -25,8 +25,9 @@ from data_pipelines.shards.columns import open_columns
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.source import Source
 from data_pipelines.stream.sampling import SamplePlan
-from tools.benchmarks.bench_plan import GROUP, Table, print_tables, uneven, write_manifest
-from tools.benchmarks.timing import hardware
+from tools.common.manifests import GROUP, uneven, write_manifest
+from tools.common.tables import Table, print_tables
+from tools.common.timing import hardware
 
 SAMPLES, PER_SHARD = 25 * 10**9, 10_000
 DEVICES, PER_NODE, BLOCK, LANES = 1024, 8, 65_536, 1024

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from data_pipelines.shards.source import open_source
 from stages import stage_class
-from tools.benchmarks.timing import hardware
-from tools.experiments.hashtag_experiments import spread
+from tools.common.tables import spread
+from tools.common.timing import hardware
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, data_of

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.ingest.corpus import open_corpus
-from tools.benchmarks.bench_plan import Table
+from tools.common.tables import Table
 from xray import dist
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, restore_encoder

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.shards.source import open_source
-from tools.benchmarks.timing import hardware, interleaved, speedup
+from tools.common.timing import hardware, interleaved, speedup
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import VisionEncoder
 from xray.config import DataConfig

@@ -21,9 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,8 @@ from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.reader import TagReader, TagRules
 from data_pipelines.tags.vocabulary import build_vocabulary, count_tags
 from stages import stage_class
-from tools.benchmarks.timing import hardware
+from tools.common.tables import spread
+from tools.common.timing import hardware
 from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Tagger, data_of
@@ -211,11 +211,6 @@ def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
     ]
     lines.append(f"| *chance* | {' | '.join(f'{value:.1f}' for value in chances)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    half = (max(values) - min(values)) / 2
-    return f"{mean(values):.1f} ± {half:.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def main() -> None:

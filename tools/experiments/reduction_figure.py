@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from tools.benchmarks.timing import hardware
+from tools.common.timing import hardware
 from tools.experiments.compare_reductions import COLOURS, REDUCTIONS, Variant, select, speeds
 from xray.ablations.comparison import deviation, mean
 from xray.artifacts.artifact import open_artifact

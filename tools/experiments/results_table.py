@@ -1,19 +1,22 @@
 """Print a run's results as the Markdown table that README and docs show.
 
-usage: python -m tools.experiments.results_table runs/quickstart/results.json
+python -m tools.experiments.results_table runs/quickstart/results.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from xray.evaluation.results_table import result_table
 
 
 def main() -> None:
-    print(result_table(json.loads(Path(sys.argv[1]).read_text())).markdown(), end="")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="results.json of a run")
+    results = json.loads(parser.parse_args().results.read_text())
+    print(result_table(results).markdown(), end="")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Peak memory of work in a fresh process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def in_fresh_process(work: Callable[..., T], *arguments: object) -> T:
+    """Call a function of a module in a new process, so that nothing else adds to its memory."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def high_water() -> int:
+    """Return the peak resident bytes of this process. (ru_maxrss would start at the parent's.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
