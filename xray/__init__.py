@@ -1,6 +1,6 @@
 """xray: one vision backbone trained in three stages, MAE, hashtags and CLIP with an LLM.
 
-`xray.load(ARTIFACT)` is a model of pictures, clips and texts; see xray/api.py.
+`xray.load(ARTIFACT)` returns a model that encodes images, clips and texts; see xray/api.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model`, which need torch, are imported when they are asked for (PEP 562)."""
+    """Import `load` and `Model` on first use (PEP 562), because they need torch."""
     if name not in ("load", "Model"):
         raise AttributeError(f"module 'xray' has no attribute {name!r}")
     from xray import api

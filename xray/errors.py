@@ -1,4 +1,4 @@
-"""Errors a user can act on: each prints as one line and ends the command with exit code 2."""
+"""Errors that a user can act on; a command prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ E = TypeVar("E", bound="XrayError")
 
 
 class XrayError(Exception):
-    """The base of every error meant for the user."""
+    """Base class of all errors for the user."""
 
-    agreed = False  # raised on every rank alike, so that one may speak for all
+    agreed = False  # True if every rank raises it: then only rank 0 prints it
 
     def on_all_ranks(self: E) -> E:
-        """This error, raised on every rank alike."""
+        """Mark this error as raised on every rank and return it."""
         self.agreed = True
         return self
 
 
 class ConfigError(XrayError):
-    """A setting that is unknown, of the wrong type, or impossible together with another."""
+    """A setting that is unknown, has the wrong type, or conflicts with another."""
 
 
 class ArtifactError(XrayError):
-    """An artifact or a checkpoint that is missing, changed, or of another model."""
+    """An artifact or checkpoint that is missing, changed, or belongs to another model."""
 
 
 class DataError(XrayError):
@@ -31,13 +31,13 @@ class DataError(XrayError):
 
 
 class TrainingError(XrayError):
-    """A run that must not go on: a loss or a gradient that is not finite."""
+    """A run that cannot continue, such as one with a loss that is not finite."""
 
 
 class Preempted(XrayError):  # noqa: N818 - not an error: the run was told to stop and saved
-    """A run that saved a checkpoint because a scheduler asked it to end."""
+    """A run that saved a checkpoint and stopped because it was asked to."""
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error's text, not too long for a log."""
+    """Return the first line of an error's text, at most 120 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -1,4 +1,4 @@
-"""Long work shows how far it is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work on stderr: a bar on a terminal, otherwise a line every 15 s."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Progress = Callable[[int, int], None]  # told (done, all)
-LINE_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
+Progress = Callable[[int, int], None]  # called with (done, total)
+LINE_SECONDS = 15.0  # between lines if stderr is not a terminal
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """What is told (done, all) of a piece of work shows it on stderr."""
+    """Yield a function that shows (done, total) of a task on stderr."""
     if not sys.stderr.isatty():
         yield _lines(what)
         return
@@ -27,23 +27,23 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
 
 def progress_of(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
-    """A bar over results that come one by one: (results, how many) -> the results."""
+    """Return a wrapper (results, total) -> results that shows progress while it iterates."""
 
-    def follow(found: Iterable[Any], total: int) -> Iterator[Any]:
-        with progress_bar(what) as tell:
-            for number, result in enumerate(found, start=1):
+    def follow(results: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress_bar(what) as show:
+            for number, result in enumerate(results, start=1):
                 yield result
-                tell(number, total)
+                show(number, total)
 
     return follow
 
 
 def _lines(what: str) -> Progress:
-    """Lines with an estimate; none for work that is soon done."""
+    """Return a function that prints lines with an estimate; short work prints none."""
     began = printed = time.monotonic()
-    first: int | None = None  # done when it was first told: a second call goes on where one ended
+    first: int | None = None  # `done` at the first call: resumed work does not begin at 0
 
-    def tell(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal printed, first
         now = time.monotonic()
         first = done if first is None else first
@@ -53,4 +53,4 @@ def _lines(what: str) -> Progress:
         left = (total - done) * (now - began) / (done - first)
         print(f"{what}  {done:,}/{total:,}  eta {left:.0f} s", file=sys.stderr, flush=True)
 
-    return tell
+    return show

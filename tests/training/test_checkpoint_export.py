@@ -162,5 +162,5 @@ def test_what_cannot_be_exported_is_said(averaged: Path, tmp_path: Path) -> None
         export_checkpoint(tmp_path, "last", tmp_path / "a", "last", {})
     with pytest.raises(ArtifactError, match="is there already"):
         export_checkpoint(averaged, "last", averaged, "last", {})
-    with pytest.raises(ConfigError, match=r"train\.export=ema needs an average"):
+    with pytest.raises(ConfigError, match=r"train\.export=ema needs averaged weights"):
         settings("mae", averaged, tmp_path, "train.export=ema")

@@ -1,4 +1,4 @@
-"""What the config says about data: sources, blocks, and how samples are read."""
+"""Settings of the data: sources, blocks of a step, decoding, augmentation and the cache."""
 
 from __future__ import annotations
 
@@ -12,71 +12,71 @@ from xray.errors import ConfigError
 
 @dataclass
 class SourceConfig:
-    """One set of webdataset shards."""
+    """A set of webdataset shards."""
 
     shards: str = ""  # a folder, glob, {000..123} pattern or URL, under data.root if relative
-    modality: Literal["image", "video", "text"] = "image"  # text: captions alone (text stage)
-    animations: Literal["image", "video"] = "image"  # what GIF and WebP files count as
-    # where tags are found: the json field hashtag.field, #tags or words of captions, or the
-    # vocabulary's tags in captions
+    modality: Literal["image", "video", "text"] = "image"  # text: captions only (text stage)
+    animations: Literal["image", "video"] = "image"  # how GIF and WebP files are read
+    # origin of the tags: the json field hashtag.field, #tags in captions, words of captions, or
+    # names of the vocabulary found in captions
     tags: Literal["hashtags", "caption_hashtags", "caption_words", "concepts"] = "hashtags"
     keep: str = ""  # a keep-list of `xray data curate`; "" = all samples
-    # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the txt file;
-    # {} = curation.captions (what a curation chose), else captions, else caption, else txt
+    # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the .txt file;
+    # {} = the first that exists of curation.captions (of a curation), captions, caption and txt
     captions: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class BlockConfig:
-    """A single-modality part of every step."""
+    """A part of every step that has one modality and comes from one source."""
 
     source: str = ""
     samples: int = 0
-    weight: float | None = None  # of this block's loss; None = its share
+    weight: float | None = None  # of this block's loss; None = its share of the step
 
 
 @dataclass
 class DataConfig:
-    """What a step is made of and how samples are read."""
+    """Blocks of a training step and how samples are read."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     blocks: list[BlockConfig] = field(default_factory=list)
-    # of blocks without a weight: what their shares of the loss are taken of
+    # blocks without a weight share the loss in proportion to their samples or their tokens
     weigh_blocks_by: Literal["samples", "tokens"] = "samples"
-    modalities: list[str] = field(
-        default_factory=lambda: ["image", "video", "text"]
-    )  # of blocks left in
-    validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, never trained on
+    # blocks of other modalities are left out
+    modalities: list[str] = field(default_factory=lambda: ["image", "video", "text"])
+    validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, not trained on
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
-    shuffle_shards: int = 8  # shards whose samples are shuffled together
-    # a number, or steps over the stage's progress: [[0.0, 96], [0.6, 160], [0.9, 224]]
-    resolution: Any = 224  # pixels, square
+    shuffle_shards: int = 8  # samples of this many shards are shuffled together
+    # a number, or steps over the progress of the stage: [[0.0, 96], [0.6, 160], [0.9, 224]]
+    resolution: Any = 224  # pixels per side
     frames: Any = 8  # per clip
     frame_sampling: Literal["uniform", "strided", "segment"] = "uniform"  # which frames of a clip
     frame_rate: float = 8.0  # frames per second (strided)
-    segment_seconds: float = 2.0  # of the random stretch that is sampled (segment)
-    crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])  # area of the random crop
-    flip: bool = True  # off where text, signs or left and right matter
+    segment_seconds: float = 2.0  # length of the random segment (segment)
+    # area of the random crop, from low to high
+    crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    flip: bool = True  # horizontal flip; turn off if text or left and right matter
     # brightness, contrast, saturation, hue; 0 = off
     color_jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
-    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude of 30
-    erase: float = 0.0  # probability that a random rectangle is blacked out
+    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude (0-30)
+    erase: float = 0.0  # probability of erasing a random rectangle
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    # image and video tokens per forward, instead of train.micro_batch; 0 = off
+    # image and video tokens per forward pass, instead of train.micro_batch; 0 = off
     tokens_per_batch: int = runtime(0)
-    max_bad_fraction: float = runtime(0.01)  # of samples read; beyond it the run stops
-    decode_seconds: float = runtime(30.0)  # a clip that takes longer is given up for good
-    decode_gb: float = runtime(2.0)  # resident memory of a decode process, likewise
-    cache: str = runtime("")  # folder for remote shards; "" = the user's cache
-    cache_gb: float = runtime(50.0)  # its limit
-    fetch_patience: float = runtime(600.0)  # seconds to go on trying to fetch one shard
-    root: str = runtime("")  # of relative shards: a folder or a URL
+    max_bad_fraction: float = runtime(0.01)  # share of samples read; above it the run stops
+    decode_seconds: float = runtime(30.0)  # limit for one clip; a slower clip is rejected
+    decode_gb: float = runtime(2.0)  # limit for the resident memory of a decoder, likewise
+    cache: str = runtime("")  # folder for remote shards; "" = the user's cache folder
+    cache_gb: float = runtime(50.0)  # size limit of the cache
+    fetch_patience: float = runtime(600.0)  # seconds to keep trying to fetch one shard
+    root: str = runtime("")  # base of relative shards: a folder or a URL
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
 
 
 def validate_data(data: DataConfig) -> None:
-    """Check rules that span fields; raises ConfigError naming the key to change."""
+    """Check the settings together; raises ConfigError that names the key to change."""
     names = [block.source for block in [*data.blocks, *data.validation]]
     for block in [*data.blocks, *data.validation]:
         if block.source not in data.sources:
@@ -91,7 +91,7 @@ def validate_data(data: DataConfig) -> None:
         if names.count(block.source) > 1:
             raise ConfigError(
                 f"source {block.source!r} appears twice in data.blocks and data.validation: "
-                "merge the blocks, or give validation a source of its own"
+                "merge the blocks, or use another source for validation"
             )
     _validate_augmentation(data)
     if data.lanes is not None and data.lanes < 1:
@@ -106,7 +106,7 @@ def validate_data(data: DataConfig) -> None:
     schedule.check(data.frames, "data.frames")
     for modality in data.modalities:
         if modality not in ("image", "video", "text"):
-            raise ConfigError(f"data.modalities: {modality!r} is none of image, video and text")
+            raise ConfigError(f"data.modalities: {modality!r} is not one of image, video, text")
     if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise ConfigError(f"data.crop_scale={data.crop_scale} must be [low, high] within (0, 1]")
 

@@ -1,11 +1,11 @@
-"""Which of DeepSpeed's own keys `zero.deepspeed` may set, and what sets the others.
+"""DeepSpeed keys that `zero.deepspeed` may set, and the xray keys that set the others.
 
-DeepSpeed takes a misspelled top-level key without a word, so those that may be given are listed.
+DeepSpeed ignores a misspelled top-level key silently, so the allowed keys are listed here.
 """
 
 from __future__ import annotations
 
-# Of DeepSpeed's reference; below zero_optimization and torch_autocast, what is not OWNED.
+# Allowed top-level keys; inside zero_optimization and torch_autocast, all keys not in OWNED.
 OPEN = (
     "comms_logger",
     "communication_data_type",
@@ -15,17 +15,17 @@ OPEN = (
     "torch_autocast",
     "zero_optimization",
 )
-# key -> the key of ours that decides it, or why it has to be left alone.
+# DeepSpeed key -> the xray key that sets it, or the reason why it must not be set.
 OWNED = {
     "activation_checkpointing": "set model.grad_checkpointing",
     "amp": "set train.precision",
     "bf16": "set train.precision: bf16 is autocast over fp32 weights",
     "bfloat16": "set train.precision: bf16 is autocast over fp32 weights",
-    "checkpoint": "checkpoints are our own: set train.save_every",
+    "checkpoint": "xray writes its own checkpoints: set train.save_every",
     "compile": "set train.compile",
     "data_types": "set train.precision",
     "fp16": "set train.precision: bf16 needs no loss scale",
-    "gradient_accumulation_steps": "set train.micro_batch: the rest follows",
+    "gradient_accumulation_steps": "set train.micro_batch: the steps follow from it",
     "gradient_allreduce_op": "gradients are means over processes",
     "gradient_clipping": "set optim.clip_grad",
     "optimizer": "set optim.name",

@@ -1,4 +1,4 @@
-"""What a config is, in plain containers: hashed, and compared with another."""
+"""Identity of a config: the fields that change the result, their hash, and differences."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain nested containers."""
+    """Convert a dataclass to nested dicts and lists."""
     return dataclasses.asdict(config)
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The config without its runtime fields."""
+    """Return the config as nested dicts, without its runtime fields."""
     result = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -36,17 +36,17 @@ def _identity_of(value: Any) -> Any:
 
 
 def config_hash(config: Any) -> str:
-    """sha256 of the identity fields."""
+    """Return the sha256 of the identity fields."""
     return hash_json(identity(config))
 
 
 def hash_json(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def filled(values: Any, defaults: Any) -> Any:
-    """Nested containers with what they lack taken from defaults: for records of older versions."""
+    """Add keys that are missing from `defaults`, at every level, to read older records."""
     if not (isinstance(values, Mapping) and isinstance(defaults, Mapping)):
         return values
     own = {key: filled(value, defaults.get(key)) for key, value in values.items()}
@@ -54,7 +54,7 @@ def filled(values: Any, defaults: Any) -> Any:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines `key: old -> new` for two nested containers."""
+    """List the differences of two nested containers as lines `key: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for key in sorted({*old, *new}):

@@ -1,4 +1,4 @@
-"""Yaml layers to a checked config: shipped files <- files given <- `key=value`, strict."""
+"""Load a checked config from layers: shipped yaml, the user's yaml, then `key=value`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from yaml import MarkedYAMLError
 from xray.config import nearest
 from xray.errors import ConfigError
 
-# Sections whose value may be the name of a shipped yaml: `model=vit_b16`, `zero=2`.
+# Sections whose value may be the name of a shipped yaml file: `model=vit_b16`, `zero=2`.
 PRESETS = ("model", "zero")
-OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")  # what only the model they were given for has
+# Settings that belong to one model and are dropped if a later layer names another.
+OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")
 
 C = TypeVar("C")
 Layer = Mapping[str, Any]
 
 
 def config_path(name: str) -> Path:
-    """A shipped yaml such as `stage/mae`, from a checkout or an installed wheel."""
+    """Return the path of a shipped yaml such as `stage/mae`, also from an installed wheel."""
     spec = importlib.util.find_spec("configs")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / f"{name}.yaml"
 
 
 def shipped(group: str) -> list[str]:
-    """Names of the shipped yaml files of a group (`model`, `zero`, `recipe`, ...)."""
+    """List the shipped yaml files of a group (`model`, `zero`, `recipe`, ...) by name."""
     return sorted(p.stem for p in config_path(f"{group}/x").parent.glob("*.yaml"))
 
 
 def find_yaml(group: str, name: str) -> Path:
-    """A .yaml file given, or the shipped one of a group by name; raises ConfigError for neither."""
+    """Return the path of a .yaml file, or of a shipped one by name; raises ConfigError."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -51,7 +52,7 @@ def find_yaml(group: str, name: str) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a yaml mapping; raises ConfigError when it is missing or is no mapping."""
+    """Read a yaml mapping; raises ConfigError if it is missing or not a mapping."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
@@ -59,7 +60,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path} is not valid yaml: {error.problem}{line}") from error
-    except Exception as error:  # of bytes that are no text, for one
+    except Exception as error:  # e.g. a binary file
         raise ConfigError(f"{path} is not valid yaml: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")
@@ -67,7 +68,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=1", "a.c=x"]` -> nested dict; raises ConfigError for anything else."""
+    """Parse `["a.b=1", "a.c=x"]` to a nested dict; raises ConfigError for other forms."""
     for item in items:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r} is not an override: write key=value")
@@ -81,7 +82,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_override(key: str, value: str) -> dict[str, Any]:
-    """One override as a nested dict; a value is read as yaml, but a text is taken as it stands."""
+    """Parse one override to a nested dict. The value is read as yaml; plain text keeps its form."""
     parsed = OmegaConf.from_dotlist([f"{key}={value}"])
     found = OmegaConf.select(parsed, key)
     sentence = isinstance(found, DictConfig) and not value.lstrip().startswith("{")  # `query: `
@@ -91,7 +92,7 @@ def _parse_override(key: str, value: str) -> dict[str, Any]:
 
 
 def load_preset(group: str, name: str) -> dict[str, Any]:
-    """The section that `configs/GROUP/NAME.yaml` holds."""
+    """Read the section in `configs/GROUP/NAME.yaml`."""
     path = config_path(f"{group}/{name}")
     if not path.is_file():
         names = shipped(group)
@@ -102,10 +103,10 @@ def load_preset(group: str, name: str) -> dict[str, Any]:
 
 
 def merge(*layers: Layer) -> dict[str, Any]:
-    """Merge nested mappings, later ones winning; lists replace.
+    """Merge nested mappings; later layers win, and lists replace.
 
-    A section of PRESETS may be a preset's name. Naming a model drops what an earlier layer gave
-    as its `kwargs` and reducing blocks: they belong to the name.
+    A section of PRESETS may be the name of a preset. A layer that names a model drops the settings
+    in OF_THE_NAME of earlier layers, because they belong to the earlier model.
     """
     result: dict[str, Any] = {}
     for layer in layers:
@@ -123,9 +124,10 @@ def merge(*layers: Layer) -> dict[str, Any]:
 
 
 def build(schema: type[C], *layers: Layer, section: str = "") -> C:
-    """Check layers against a dataclass; raises ConfigError for unknown keys and wrong types.
+    """Merge layers and check them against a dataclass.
 
-    section: what the keys stand below, with its dot, to a reader of the error.
+    section: prefix of the keys in error messages, with its dot. Raises ConfigError for unknown keys
+    and wrong types.
     """
     merged = merge(*layers)
     try:
@@ -142,13 +144,13 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
 
 
 def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
-    """base.yaml <- stage/STAGE.yaml <- layers, as one checked dataclass."""
+    """Merge base.yaml, stage/STAGE.yaml and the layers into one checked dataclass."""
     shipped_layers = (read_yaml(config_path("base")), read_yaml(config_path(f"stage/{stage}")))
     return build(schema, *shipped_layers, *layers, {"stage": stage})
 
 
 def _meaning(error: OmegaConfBaseException) -> str:
-    """What omegaconf found, in words for who wrote the value."""
+    """Translate an omegaconf error for the person who wrote the value."""
     text = _first_line(error)
     if "is not a ListConfig" in text:
         return "give a list, such as [1, 2]"

@@ -1,41 +1,43 @@
-"""Settings of the two towers: vision backbone and text tower."""
+"""Settings of the vision backbone and the text tower."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from xray.config.fields import runtime as runtime
+from xray.config.fields import runtime
 from xray.errors import ConfigError
 
 
 @dataclass
 class ModelConfig:
-    """The vision backbone."""
+    """Settings of the vision backbone."""
 
     name: str = "vit_tiny_patch16_224"  # any standard timm VisionTransformer
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm (embed_dim, depth, ...)
     tubelet: int = 2  # frames per video token
-    video: Literal["joint", "frames"] = "joint"  # attention over space and time, or frame by frame
-    frame_pool: Literal["mean", "attention"] = "mean"  # of the frames' CLS tokens (video: frames)
+    video: Literal["joint", "frames"] = "joint"  # attention over space and time, or per frame
+    # pooling of the frames' CLS tokens (video: frames)
+    frame_pool: Literal["mean", "attention"] = "mean"
     reduce: Literal["none", "evit", "tome", "random"] = "evit"
     reduce_at: list[int] | None = None  # zero-based blocks; None = depth/4, 2/4, 3/4
-    fuse: bool = True  # evit, random: the other tokens become one instead of nothing
-    keep_rate: float = 1.0  # share of patch tokens kept at each reducing block, at the end
+    fuse: bool = True  # evit, random: fuse the dropped tokens into one
+    keep_rate: float = 1.0  # final share of patch tokens kept at each reducing block
     keep_rates: list[float] | None = None  # instead of keep_rate: one per reducing block
-    keep_rate_levels: int = 8  # steps from 1 to keep_rate
-    keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])  # of the stage
+    keep_rate_levels: int = 8  # number of steps from 1 down to keep_rate
+    # progress at which the steps begin and end
+    keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])
     drop_path: float = 0.0
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
     grad_checkpointing: bool = runtime(False)
 
     @property
     def final_rates(self) -> list[float]:
-        """The keep rates at the end: one for all reducing blocks, or one for each."""
+        """Final keep rates: one for all reducing blocks, or one for each."""
         return [self.keep_rate] if self.keep_rates is None else self.keep_rates
 
     def validate(self) -> None:
-        """Check rules that span fields; raises ConfigError naming the key to change."""
+        """Check the settings; raises ConfigError that names the key to change."""
         key = "keep_rate" if self.keep_rates is None else "keep_rates"
         for rate in self.final_rates:
             if not 0 < rate <= 1:
@@ -56,27 +58,27 @@ Features = Literal["live", "fp32", "bf16", "int8"]
 
 @dataclass
 class TextConfig:
-    """The text tower; a run that starts from a text artifact takes the structure from there."""
+    """Settings of the text tower; a run that starts from a text artifact takes its structure."""
 
-    llm: str = runtime("")  # a transformers folder or a hub name; its files' hash is recorded
-    tune: Literal["none", "lora", "full"] = "lora"  # what is trained of the LLM
+    llm: str = runtime("")  # a transformers folder or a hub name; the hash of its files is recorded
+    tune: Literal["none", "lora", "full"] = "lora"  # trained part of the LLM
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    # mean over tokens, the last, the first (cls), or tokens through learned latents, then the mean;
-    # auto = what a sentence encoder's folder says, else the mean
+    # mean over tokens, the last token, the first (cls), or attention with learned latents, then the
+    # mean; auto = the setting in a sentence encoder's folder, otherwise mean
     pooling: Literal["auto", "mean", "last", "cls", "latent"] = "auto"
-    latents: int = 64  # of pooling=latent
-    prompt: str = ""  # an instruction before every caption: read, but not pooled
-    max_length: int = 64  # tokens, the prompt's too; longer captions are cut
+    latents: int = 64  # number of latents (pooling=latent)
+    prompt: str = ""  # an instruction before every caption; its tokens are not pooled
+    max_length: int = 64  # tokens, including the prompt; longer captions are truncated
     lora_rank: int = 16  # 0 = no LoRA
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_targets: list[str] = field(default_factory=list)  # names; [] = every linear layer
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights that are not trained
-    # sentence vectors come from the model, or from what xray data text-features stored (clip stage)
+    lora_targets: list[str] = field(default_factory=list)  # layer names; [] = every linear layer
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights
+    # sentence vectors from the model, or as stored by xray data text-features (clip stage)
     features: Features = "live"
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check the settings; raises ConfigError that names the key to change."""
         for name in ("max_length", "latents"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"text.{name}={getattr(self, name)} must be at least 1")
@@ -94,11 +96,11 @@ class TextConfig:
             )
         if self.features != "live" and self.tune != "none":
             raise ConfigError(
-                f"text.features={self.features} are of a model that stays as it is: set "
+                f"text.features={self.features} reads stored vectors of a frozen model: set "
                 "text.tune=none, or text.features=live"
             )
         if self.tune == "full" and self.dtype != "fp32":
             raise ConfigError(
-                f"text.dtype={self.dtype} is for weights that are not trained: "
-                "leave it at fp32 with text.tune=full"
+                f"text.dtype={self.dtype} is for frozen weights: set text.dtype=fp32 with "
+                "text.tune=full"
             )

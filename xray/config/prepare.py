@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass
 class LlmConfig:
-    """A small random text model and a tokenizer of the captions, where no other is at hand."""
+    """Sizes of a small, randomly initialised language model with a tokenizer of the captions."""
 
     path: str = ""
     captions: str = ""  # shards under data.root
@@ -16,12 +16,12 @@ class LlmConfig:
     width: int = 128
     depth: int = 2
     heads: int = 4
-    family: Literal["qwen3", "clip"] = "qwen3"  # a decoder, or CLIP's classic text transformer
+    family: Literal["qwen3", "clip"] = "qwen3"  # a decoder, or CLIP's text transformer
 
 
 @dataclass
 class PrepareConfig:
-    """What a recipe makes before its first stage, once."""
+    """Data and language model that a recipe makes once, before its first stage."""
 
-    demo: dict[str, Any] | None = None  # sizes of the generated data set at data.root
+    demo: dict[str, Any] | None = None  # sizes of the data set generated at data.root
     llm: LlmConfig | None = None

@@ -1,8 +1,4 @@
-"""Typed configuration: dataclasses <- yaml layers <- `key=value`, strict, dumped and hashed.
-
-A field is *identity* (it changes the result, is hashed, and must be equal when a run is resumed)
-unless it is declared with `runtime()`: workers, micro-batch, ZeRO stage, logging, saving, paths.
-"""
+"""Settings of one stage's run; each stage adds its own section."""
 
 from __future__ import annotations
 
@@ -12,12 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from xray.config.data import BlockConfig as BlockConfig
-from xray.config.data import DataConfig as DataConfig
-from xray.config.data import SourceConfig as SourceConfig
-from xray.config.data import validate_data
-from xray.config.fields import nearest as nearest
-from xray.config.fields import runtime as runtime
+from xray.config.data import BlockConfig, DataConfig, validate_data
+from xray.config.fields import runtime
 from xray.config.identity import to_dict
 from xray.config.model import ModelConfig
 from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
@@ -26,7 +18,7 @@ from xray.errors import ConfigError
 
 @dataclass
 class RunConfig:
-    """Everything one stage's run is made of; stages add their own section."""
+    """Settings of one stage's run. A stage subclasses it and adds its section."""
 
     stage: str = ""
     seed: int = 0
@@ -37,36 +29,38 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     zero: ZeroConfig = runtime(factory=ZeroConfig)
     init_from: list[str] = runtime(factory=list)  # artifacts of earlier stages
-    license: str = runtime("")  # of the weights, as the model card says: an SPDX identifier
-    out: str = runtime("")  # this stage's folder
+    license: str = runtime("")  # of the weights, for the model card: an SPDX identifier
+    out: str = runtime("")  # folder of the run
 
     @property
     def blocks(self) -> list[BlockConfig]:
-        """The blocks of a step that `data.modalities` leaves in."""
+        """Blocks of a step whose modality is in `data.modalities`."""
         sources = self.data.sources
         return [b for b in self.data.blocks if sources[b.source].modality in self.data.modalities]
 
     @property
     def validation(self) -> list[BlockConfig]:
-        """The validation blocks that `data.modalities` leaves in."""
+        """Validation blocks whose modality is in `data.modalities`."""
         sources = self.data.sources
         blocks = self.data.validation
         return [b for b in blocks if sources[b.source].modality in self.data.modalities]
 
     @property
     def global_batch(self) -> int:
+        """Samples of a step, over all blocks and ranks."""
         return sum(block.samples for block in self.blocks)
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the stage."""
         return max(1, round(self.train.samples / self.global_batch))
 
     def progress(self, step: int) -> float:
-        """Where a step lies in the stage, in (0, 1): what every schedule is a function of."""
+        """Progress of the stage at a step, in (0, 1); every schedule is a function of it."""
         return (step + 0.5) / self.steps
 
     def validate(self) -> None:
-        """Check rules that span fields; raises ConfigError naming the key to change."""
+        """Check the settings together; raises ConfigError that names the key to change."""
         validate_data(self.data)
         if not self.blocks:
             raise ConfigError(
@@ -81,8 +75,8 @@ class RunConfig:
         self.zero.validate()
         if self.train.compile and self.zero.stage == 3:
             raise ConfigError(
-                "train.compile=true does not go with zero.stage=3, which gathers a layer's "
-                "parameters when it is called, within what is compiled: set zero.stage to 2 or less"
+                "train.compile=true does not work with zero.stage=3, which gathers the parameters "
+                "of a layer inside the compiled code: set zero.stage to 2 or less"
             )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers={self.data.workers} must be 0 or more")
@@ -96,5 +90,5 @@ class RunConfig:
 
 
 def dump(config: Any, path: Path) -> None:
-    """Write the resolved config as yaml that can be given back."""
+    """Write the resolved config as yaml, which `xray train` accepts."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))

@@ -1,4 +1,4 @@
-"""Values that change over a stage: a number, or steps `[[progress, value], ...]`."""
+"""Schedules: a number, or steps `[[progress, value], ...]` over the progress of a stage."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from xray.errors import ConfigError
 
 
 def steps_of(schedule: Any) -> list[tuple[float, int]]:
-    """The (start, value) steps of a schedule."""
+    """Return the (start, value) steps of a schedule."""
     if isinstance(schedule, int):
         return [(0.0, schedule)]
     return [(float(start), int(value)) for start, value in schedule]
 
 
 def value_at(schedule: Any, progress: float) -> int:
-    """The value of the last step begun at `progress` in [0, 1]."""
+    """Return the value of a schedule at `progress` in [0, 1]."""
     return [value for start, value in steps_of(schedule) if start <= progress][-1]
 
 
 def largest(schedule: Any) -> int:
-    """The largest value a schedule takes."""
+    """Return the largest value of a schedule."""
     return max(value for _, value in steps_of(schedule))
 
 
 def check(schedule: Any, key: str, least: int = 1) -> None:
-    """Raise ConfigError for anything but an integer, or rising steps from 0.0, of values >= least.
+    """Check a schedule: an integer, or steps that rise from progress 0.0.
 
-    least: the smallest allowed value.
+    least: the smallest value allowed. Raises ConfigError that names `key`.
     """
     form = f"{key}={schedule} must be a whole number or [[0.0, A], [0.5, B], ...]"
     if isinstance(schedule, int) and not isinstance(schedule, bool):
@@ -43,7 +43,7 @@ def check(schedule: Any, key: str, least: int = 1) -> None:
             and isinstance(pair[0], float | int)
             and isinstance(pair[1], int)
         ):
-            raise ConfigError(f"{form}: {pair} is no [progress, value]")
+            raise ConfigError(f"{form}: {pair} is not [progress, value]")
         if pair[1] < least:
             raise ConfigError(f"{key}: {pair[1]} must be at least {least}")
     starts = [pair[0] for pair in pairs]

@@ -7,27 +7,26 @@ from typing import Any, Literal
 
 from xray.config import schedule
 from xray.config.deepspeed_keys import OPEN, OWNED
-from xray.config.fields import nearest as nearest
-from xray.config.fields import runtime as runtime
+from xray.config.fields import nearest, runtime
 from xray.errors import ConfigError
 
 
 @dataclass
 class TowerOptim:
-    """How a tower is trained beside what is new on top of it."""
+    """Learning rate and freezing of a tower, relative to the new layers on top of it."""
 
     lr: float = 1.0  # factor of the lr
-    layer_decay: float = 1.0  # further factor per block, from the top down
-    freeze: float = 0.0  # share of the stage through which it is held still; 1 = all of it
+    layer_decay: float = 1.0  # additional factor per block, from the top down
+    freeze: float = 0.0  # share of the stage in which the tower is frozen; 1 = the whole stage
 
 
 @dataclass
 class OptimConfig:
-    """Optimizer and schedule; lr = base_lr * global_batch / 256."""
+    """Settings of the optimizer and its schedule; lr = base_lr * global_batch / 256."""
 
     name: Literal["adamw", "lion"] = "adamw"
     base_lr: float = 1e-3
-    min_lr: float = 0.0  # at the end, as a share of the peak
+    min_lr: float = 0.0  # final rate, as a share of the peak
     warmup: float = 0.05  # share of the stage's samples
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -38,7 +37,7 @@ class OptimConfig:
     clip_grad: float = 1.0  # global norm; 0 = off
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check the settings; raises ConfigError that names the key to change."""
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
         if self.eps <= 0:
@@ -53,14 +52,14 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}.freeze={tower.freeze} must be in [0, 1]")
             if tower.lr <= 0 or not 0 < tower.layer_decay <= 1:
                 raise ConfigError(
-                    f"optim.{name}: lr={tower.lr} must be above 0 (freeze holds it still), and "
+                    f"optim.{name}: lr={tower.lr} must be above 0 (set freeze instead), and "
                     f"layer_decay={tower.layer_decay} in (0, 1]"
                 )
 
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed's partitioning."""
+    """Settings of DeepSpeed's ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
@@ -68,7 +67,7 @@ class ZeroConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check the settings; raises ConfigError that names the key to change."""
         if self.offload and self.stage == 0:
             raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
         for key, value in self.deepspeed.items():
@@ -85,36 +84,39 @@ class ZeroConfig:
 
 @dataclass
 class TrainConfig:
-    """Length, precision and housekeeping of a stage."""
+    """Length, precision, logging and checkpoints of a stage."""
 
-    samples: int = 0  # samples seen in this stage, all blocks together
+    samples: int = 0  # samples seen in the stage, over all blocks
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
-    compile: bool = runtime(False)  # the blocks of the backbone by torch.compile
-    # samples per device and forward; 0 = the rank's whole block; may be steps as data.resolution
+    compile: bool = runtime(False)  # torch.compile the blocks of the backbone
+    # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
+    # in data.resolution
     micro_batch: Any = runtime(0)
-    log_every: int = runtime(10)  # steps; 0 = at the end only, as below
+    log_every: int = runtime(10)  # steps; 0 = at the end only
     save_every: int = runtime(200)  # steps
-    keep_checkpoints: int = runtime(2)  # the newest
-    mirror: str = runtime("")  # a URL to which checkpoints and artifact are copied: URL/STAGE/
-    keep_every: int = runtime(0)  # steps; besides, those at its multiples; 0 = none
-    keep_best: int = runtime(0)  # besides, as many with the best `best_by`
-    best_by: str = runtime("val/loss")  # a metric of metrics.jsonl, at the step that is saved
+    keep_checkpoints: int = runtime(2)  # number of newest checkpoints to keep
+    mirror: str = runtime("")  # a URL: checkpoints and the artifact are copied to URL/STAGE/
+    keep_every: int = runtime(0)  # steps; also keep checkpoints at its multiples; 0 = none
+    keep_best: int = runtime(0)  # also keep this many with the best `best_by`
+    best_by: str = runtime("val/loss")  # a metric of metrics.jsonl at the saved step
     best_is: Literal["lowest", "highest"] = runtime("lowest")
     validate_every: int = runtime(0)  # steps; 0 = at the end only
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
     tensorboard: bool = runtime(True)  # metrics.jsonl is always written
-    wandb: str = runtime("")  # a project's name; "" = off
-    # a loss more than `spike` standard deviations above its mean: leave the step out, or say so
+    wandb: str = runtime("")  # project name; "" = off
+    # action if a loss is more than `spike` standard deviations above its running mean
     spikes: Literal["ignore", "warn", "skip"] = "warn"
     spike: float = 6.0
-    hang_seconds: float = runtime(1200.0)  # a step may take before the run is ended; 0 = for ever
-    ema: float = 0.0  # decay per step of a moving average of the weights; 0 = none is kept
-    export: Literal["last", "ema"] = "last"  # which weights the artifact has
+    hang_seconds: float = runtime(1200.0)  # limit for a step, then the run ends; 0 = no limit
+    ema: float = 0.0  # decay per step of the averaged weights; 0 = no average
+    export: Literal["last", "ema"] = "last"  # weights of the artifact
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check the settings; raises ConfigError that names the key to change."""
         if self.samples < 1:
-            raise ConfigError("train.samples is not set: give the samples to see in this stage")
+            raise ConfigError(
+                "train.samples is not set: set the number of samples to see in this stage"
+            )
         if self.spike <= 0 or self.hang_seconds < 0:
             raise ConfigError(
                 f"train.spike={self.spike} must be above 0, and train.hang_seconds="
@@ -123,7 +125,9 @@ class TrainConfig:
         if not 0 <= self.ema < 1:
             raise ConfigError(f"train.ema={self.ema} must be in [0, 1), e.g. 0.9999")
         if self.export == "ema" and not self.ema:
-            raise ConfigError("train.export=ema needs an average: set train.ema, e.g. to 0.9999")
+            raise ConfigError(
+                "train.export=ema needs averaged weights: set train.ema, e.g. to 0.9999"
+            )
         for name in ("log_every", "save_every", "validate_every", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
@@ -136,14 +140,14 @@ class TrainConfig:
         ):
             raise ConfigError(
                 f"train.keep_best compares {self.best_by}, which is measured every "
-                f"train.validate_every={self.validate_every} steps: let train.save_every="
-                f"{self.save_every} be a multiple of that"
+                f"train.validate_every={self.validate_every} steps: set train.save_every="
+                f"{self.save_every} to a multiple of it"
             )
         schedule.check(self.micro_batch, "train.micro_batch", least=0)
 
 
 @dataclass
 class DebugConfig:
-    """First aid."""
+    """Settings for debugging."""
 
-    overfit_batch: bool = False  # every step is the first one's samples, without augmentation
+    overfit_batch: bool = False  # train on the samples of the first step only, without augmentation
