@@ -26,6 +26,10 @@ WEB = ("https://", "http://")
 # The part of a shell line that comes before the arguments of `xray`.
 LAUNCHED = re.compile(r"^(?:\w+=\S+ )*(?:torchrun .*-m |python -m )?xray (?=[a-z])")
 LAUNCHER = re.compile(r"^(?:\w+=\S+ )*(?:sbatch .*)?tools/launch/\w+\.(?:sh|sbatch) (?=[a-z])")
+FILE = re.compile(
+    r"\b(?:xray|stages|data_pipelines|configs|tools|tests|docs)/[\w./-]+"
+    r"\.(?:py|ya?ml|md|json|csv|png|sh|sbatch)\b"
+)
 OPTION = re.compile(r"^\[?(--?[a-z][\w-]*)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -114,6 +118,12 @@ def test_blocks_parse(page: Path) -> None:
         compile(code, str(page), "exec")
     for content in blocks(text, "yaml"):
         assert isinstance(yaml.safe_load(content), dict)
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = {name for name in FILE.findall(page.read_text()) if "NAME" not in name}
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
 def test_the_checks_find_mistakes() -> None:
