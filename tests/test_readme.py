@@ -30,6 +30,7 @@ FILE = re.compile(
     r"\b(?:xray|stages|data_pipelines|configs|tools|tests|docs)/[\w./-]+"
     r"\.(?:py|ya?ml|md|json|csv|png|sh|sbatch)\b"
 )
+MODULE = re.compile(r"-m ((?:tools|data_pipelines)\.[\w.]*\w)")
 OPTION = re.compile(r"^\[?(--?[a-z][\w-]*)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -122,7 +123,9 @@ def test_blocks_parse(page: Path) -> None:
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = {name for name in FILE.findall(page.read_text()) if "NAME" not in name}
+    text = page.read_text()
+    named = {name for name in FILE.findall(text) if "NAME" not in name}
+    named |= {f"{name.replace('.', '/')}.py" for name in MODULE.findall(text)}
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
