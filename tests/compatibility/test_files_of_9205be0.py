@@ -1,0 +1,504 @@
+"""Files written by commit 9205be0 open, resume, evaluate and export as they did then.
+
+tests/fixtures/9205be0/README.md says what the files are. The tests know the command line, the
+public API and the files alone: they import no module of xray, because modules may move.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURE = ROOT / "tests" / "fixtures" / "9205be0"
+SCRIPT = ROOT / "tests" / "fixtures" / "record_9205be0.py"
+RUNNER = Path(__file__).with_name("run_commands.py")
+HELPERS = runpy.run_path(str(SCRIPT), run_name="helpers")
+RECORD = json.loads((FIXTURE / "record.json").read_text())
+NAMES = json.loads((FIXTURE / "names.json").read_text())  # of side files, as commands printed them
+# Results are equal bit for bit on this machine and torch; elsewhere they are close.
+SAME_MACHINE = HELPERS["machine"]() == {key: RECORD[key] for key in ("torch", "cpu")}
+STAGES = ("mae", "hashtag", "text", "clip")
+SHARDS = ("data/photos", "data/clips", "data/heldout", "data/gallery")
+LLM = next((FIXTURE / "data" / "hub").glob("*/snapshots/*")).relative_to(FIXTURE)
+RECIPE = ("--recipe", "recipe.yaml")
+MEASURED = re.compile(r"seconds|samples/s|tokens/s|memory/gb|data/.*|save/.*")  # differ in each run
+
+READING: dict[str, list[str]] = {
+    "features": [str(SCRIPT), "features", "out"],
+    **{f"lineage_{s}": ["lineage", f"runs/full/{s}", "--verify", "--json"] for s in STAGES},
+    "eval_clip": [
+        *("eval", "runs/full/clip", *RECIPE),
+        *("--suite", "zero_shot,retrieval,knn", "--out", "out/clip.json"),
+    ],
+    "eval_hashtag": [
+        *("eval", "runs/full/hashtag", *RECIPE, "--suite", "tags", "--out", "out/hashtag.json"),
+    ],
+    "eval_keep_rates": [
+        *("eval", "runs/full/clip", *RECIPE, "--suite", "zero_shot"),
+        *("--keep-rates", "1,.5", "--out", "out/keep_rates.json"),
+    ],
+    "check": ["data", "check", *SHARDS, "--json", "out/check.json"],
+    "index": ["data", "index", *SHARDS, "--checksum"],
+    "tags": ["data", "tags", "data/photos", "data/clips", "--out", "out/tags.json", "min_count=2"],
+    "metadata": [
+        *("data", "metadata", "data/photos", "min_count=2", "min_pmi=0"),
+        *("--out", "out/metadata.txt"),
+    ],
+    "curate": [
+        *("data", "curate", "data/photos", "metadata=metadata.txt", "t=4", "seed=3"),
+        *("dedup.exact=true", f"filters.scores={NAMES['scores']}", "filters.min_score=-1"),
+        *("--json", "out/curation.json", "--report", "out/curation.html"),
+    ],
+    "teacher": [
+        *("data", "pseudo-tags", "runs/full/hashtag", "data/photos", "data/clips"),
+        "threshold=0.01",
+    ],
+    "teacher_clip": [
+        *("data", "pseudo-tags", "runs/full/clip", "data/photos", "--vocabulary", "tags.json"),
+    ],
+    "embeddings": ["data", "embeddings", "runs/full/hashtag", "data/photos"],
+    "scores": ["data", "scores", "runs/full/clip", "data/photos"],
+    "embed": ["embed", "runs/full/clip", "data/photos", "--out", "embeddings/photos.parquet"],
+    "embed_int8": [
+        *("embed", "runs/full/clip", "data/photos", "--out", "embeddings/photos.npy"),
+        *("--dtype", "int8", "--dim", "8"),
+    ],
+    "embed_texts": [
+        *("embed", "runs/full/text", "data/photos", "--out", "embeddings/texts.parquet", "--texts"),
+    ],
+    "embed_other": [
+        *("embed", "runs/full/hashtag", "data/photos", "--out", "embeddings/photos.parquet"),
+    ],
+    "embed_new": ["embed", "runs/full/clip", "data/photos", "--out", "out/photos.parquet"],
+    "search": [
+        *("search", "embeddings/photos.parquet", HELPERS["TEXTS"][0]),
+        *("--artifact", "runs/full/clip", "--top", "3"),
+    ],
+    "search_int8": [
+        *("search", "embeddings/photos.npy", HELPERS["TEXTS"][0]),
+        *("--artifact", "runs/full/clip", "--top", "3", "--rescore", "embeddings/photos.parquet"),
+    ],
+    **{
+        f"export_{name}": ["export", *arguments, "--out", f"out/export_{name}"]
+        for name, arguments in HELPERS["EXPORTS"].items()
+    },
+    "replay": ["debug", "replay", "runs/broken/bundles/step_00000001"],
+    "config": ["config", "recipe.yaml"],
+    "report": ["report", "runs/unfinished/clip"],
+}
+TRAINING: dict[str, list[str]] = {
+    "finished": ["run", "recipe.yaml"],
+    "refused_recipe": ["run", "recipe.yaml", "mae.mask_ratio=0.5"],
+    "refused_resume": [
+        *("train", "hashtag", "--resume", "runs/unfinished/hashtag", "hashtag.loss=softmax"),
+    ],
+    "refused_data": [
+        *("train", "hashtag", "--resume", "runs/unfinished/hashtag"),
+        "data.sources.photos.shards=gallery",
+    ],
+    "resume_mae": ["run", "recipe.yaml", "stages=[mae]", "out=runs/unfinished"],
+    "resume_hashtag": ["train", "hashtag", "--resume", "runs/unfinished/hashtag"],
+    "resume_clip": ["train", "clip", "--resume", "runs/unfinished/clip", f"text.llm={LLM}"],
+    "init_from": [
+        *("train", "clip", *RECIPE, "--init-from", "runs/full/hashtag"),
+        *("--out", "runs/next", "train.samples=24", "text.features=live"),
+    ],
+    "again": ["run", "recipe.yaml", "out=runs/again"],
+    "ablate": ["ablate", "ablation.yaml"],
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A copy of the fixture in which commands ran.
+
+    before: the state of every file, by path, before the first command.
+    """
+
+    folder: Path
+    codes: Mapping[str, int]
+    before: Mapping[str, tuple[int, str]]
+
+    def text(self, name: str, stream: str = "out") -> str:
+        """The output of a command, with its line breaks and the tables' padding as one space."""
+        return " ".join((self.folder / "out" / f"{name}.{stream}").read_text().split())
+
+    def check(self, *names: str, code: int = 0) -> None:
+        """Fail unless the commands ended with an exit code."""
+        for name in names:
+            assert self.codes[name] == code, f"{name}: {self.text(name, 'err')[-2000:]}"
+
+    def json(self, path: str) -> Any:
+        return json.loads((self.folder / path).read_text())
+
+    def changed(self, *parts: str) -> set[str]:
+        """Files below some folders that were written, added or removed, except reports."""
+        now = states(self.folder)
+        paths = {p for p in {*now, *self.before} if p.startswith(parts)}
+        different = {path for path in paths if now.get(path) != self.before.get(path)}
+        return {path for path in different if not path.endswith((".html", ".lock", "/lock"))}
+
+
+def states(folder: Path) -> dict[str, tuple[int, str]]:
+    """The modification time and sha256 of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def run_in_copy(folder: Path, commands: Mapping[str, list[str]]) -> Done:
+    """Copy the fixture, run the commands there in one process, and return what they left."""
+    shutil.copytree(FIXTURE, folder)
+    (folder / "out").mkdir()
+    before = states(folder)
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in group} | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_CACHE": str(folder / "data" / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(RUNNER), "out"]
+    given = json.dumps(commands)
+    done = subprocess.run(command, input=given, text=True, cwd=folder, env=env, timeout=600)
+    codes = json.loads((folder / "out" / "codes.json").read_text())
+    assert done.returncode == 0 and codes.keys() == commands.keys(), codes
+    return Done(folder, codes, before)
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A copy after the commands that train nothing."""
+    return run_in_copy(tmp_path_factory.mktemp("reading") / "fixture", READING)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A copy after the commands that train, resume or refuse to."""
+    return run_in_copy(tmp_path_factory.mktemp("training") / "fixture", TRAINING)
+
+
+def assert_close(found: Any, recorded: Any, tolerance: float, where: str = "") -> None:
+    """Compare nested values: equal, or numbers within a tolerance on another machine."""
+    if isinstance(recorded, Mapping):
+        assert found.keys() == recorded.keys(), where
+        for key, value in recorded.items():
+            assert_close(found[key], value, tolerance, f"{where}.{key}")
+    elif isinstance(recorded, list):
+        assert len(found) == len(recorded), where
+        for number, (one, two) in enumerate(zip(found, recorded, strict=True)):
+            assert_close(one, two, tolerance, f"{where}[{number}]")
+    elif isinstance(recorded, float) and not SAME_MACHINE:
+        assert found == pytest.approx(recorded, rel=tolerance, abs=tolerance), where
+    else:
+        assert found == recorded, where
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    """Compare the artifacts of two runs: bit for bit, or nearly on another machine."""
+    files = sorted(path.name for path in two.glob("*.safetensors"))
+    assert files and files == sorted(path.name for path in one.glob("*.safetensors"))
+    for name in files:
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys()
+        for key in b:
+            assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape, (name, key)
+            if SAME_MACHINE:
+                assert torch.equal(a[key], b[key]), (name, key)
+            else:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=2e-3)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_rows(found: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> None:
+    """Compare metrics: the same names in every row, and the same values but for speeds."""
+    assert [list(row) for row in found] == [list(row) for row in recorded]
+    for one, two in zip(found, recorded, strict=True):
+        kept = [{k: v for k, v in row.items() if not MEASURED.fullmatch(k)} for row in (one, two)]
+        assert_close(*kept, tolerance=0.02, where=f"step {two['step']}")
+
+
+def assert_contains(found: Any, recorded: Any, where: str) -> None:
+    """Fail unless a config has every key of a recorded one, with the same value."""
+    if isinstance(recorded, Mapping):
+        for key, value in recorded.items():
+            assert key in found, f"{where}.{key}"
+            assert_contains(found[key], value, f"{where}.{key}")
+    else:
+        assert found == recorded, where
+
+
+def embeddings_of(path: Path) -> tuple[list[str], np.ndarray]:
+    """Keys and rows of a .parquet file of float32 embeddings."""
+    table = pq.read_table(path)
+    rows = [np.frombuffer(row, np.float32) for row in table["embedding"].to_pylist()]
+    return table["key"].to_pylist(), np.stack(rows)
+
+
+# the fixture itself ------------------------------------------------------------------------------
+
+
+def test_the_fixture_names_no_place_of_a_machine() -> None:
+    files = [path for path in FIXTURE.rglob("*") if path.is_file()]
+    assert len(files) > 200
+    for path in files:
+        found = re.search(rb"/(root|home|tmp|work|Users)/", path.read_bytes())
+        assert found is None, f"{path} holds {found}"
+
+
+# artifacts ---------------------------------------------------------------------------------------
+
+
+def test_artifacts_encode_and_tag_as_recorded(reading: Done) -> None:
+    reading.check("features")
+    found = load_file(reading.folder / "out" / "features.safetensors")
+    recorded = load_file(FIXTURE / "features.safetensors")
+    assert found.keys() == recorded.keys() and len(recorded) == 8
+    for name, rows in recorded.items():
+        torch.testing.assert_close(found[name], rows, rtol=1e-4, atol=1e-5)
+        assert rows.norm(dim=1).allclose(torch.ones(len(rows)))
+    tags = reading.json("out/found_tags.json")
+    for stage, pictures in RECORD["tags"].items():
+        for one, two in zip(tags[stage], pictures, strict=True):
+            assert dict(one) == pytest.approx(dict(two), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lineage_verifies_every_file(reading: Done, stage: str) -> None:
+    reading.check(f"lineage_{stage}")
+    chain = json.loads((reading.folder / "out" / f"lineage_{stage}.out").read_text())
+    ancestors = {"mae": [], "hashtag": ["mae"], "text": [], "clip": ["hashtag", "mae", "text"]}
+    assert [link["stage"] for link in chain] == [stage, *ancestors[stage]]
+    manifest = (FIXTURE / "runs" / "full" / stage / "artifact" / "manifest.json").read_bytes()
+    assert chain[0]["manifest"] == hashlib.sha256(manifest).hexdigest()
+    assert chain[0]["files"].keys() == json.loads(manifest)["files"].keys()
+    assert set(chain[0]["files"].values()) == {"ok"}
+    assert [link["where"] for link in chain[1:]] == ["gone"] * (len(chain) - 1)
+    assert all(link["sound"] and link["config_hash"] for link in chain)
+
+
+@pytest.mark.parametrize("name", ["clip", "hashtag", "keep_rates"])
+def test_evaluation_gives_the_recorded_numbers(reading: Done, name: str) -> None:
+    reading.check(f"eval_{name}")
+    found, recorded = (
+        reading.json(f"out/{name}.json"),
+        json.loads((FIXTURE / "results" / f"{name}.json").read_text()),
+    )
+    for results in (found, recorded):  # the speed of this machine
+        for suite in results.values():
+            for key in suite.keys() & {"samples_per_s", "speed"}:
+                assert suite.pop(key) > 0
+    assert_close(found, recorded, tolerance=0.13)  # one of the 8 samples
+
+
+@pytest.mark.parametrize("name", ["step", "ema", "safetensors"])
+def test_exports_hold_the_recorded_tensors(reading: Done, name: str) -> None:
+    reading.check(f"export_{name}")
+    found = HELPERS["digests"](reading.folder / "out" / f"export_{name}")
+    recorded = RECORD["exports"][name]
+    assert {key: value[:2] for key, value in found.items()} == {
+        key: value[:2] for key, value in recorded.items()
+    }
+    if SAME_MACHINE or name != "safetensors":  # the latter merges LoRA, which rounds
+        assert found == recorded
+
+
+def test_a_bundle_is_replayed(reading: Done) -> None:
+    reading.check("replay")
+    assert "step 2, loss: nan then, nan now" in reading.text("replay")
+
+
+# data --------------------------------------------------------------------------------------------
+
+
+def test_shards_are_sound_and_their_side_files_are_used_as_they_are(reading: Done) -> None:
+    side = ("index", "teacher", "teacher_clip", "embeddings", "scores", "curate", "check")
+    reading.check(*side)
+    assert "24 images, 0 clips" in reading.text("index")
+    for key, name in (("teacher", "hashtag.teacher"), ("scores", "filters.scores")):
+        assert f"{name}={NAMES[key]}" in reading.text(key)
+    assert f"data.sources.NAME.keep={NAMES['keep']}" in reading.text("curate")
+    assert reading.changed("data/") == set()
+
+
+def test_vocabulary_metadata_and_keep_list_are_chosen_again(reading: Done) -> None:
+    reading.check("tags", "metadata", "curate")
+    for name in ("tags.json", "curation.json"):
+        assert reading.json(f"out/{name}") == json.loads((FIXTURE / name).read_text()), name
+    metadata = (reading.folder / "out" / "metadata.txt").read_text()
+    assert metadata == (FIXTURE / "metadata.txt").read_text()
+
+
+# embeddings --------------------------------------------------------------------------------------
+
+
+def test_embedding_files_are_continued_or_refused(reading: Done) -> None:
+    reading.check("embed", "embed_int8", "embed_texts")
+    for name in ("embed", "embed_int8", "embed_texts"):
+        assert re.search(r"(\d+) of \1 parts were there", reading.text(name)), name
+    reading.check("embed_other", code=2)
+    assert "holds other embeddings (artifact" in reading.text("embed_other", "err")
+    assert reading.changed("embeddings/") == set()
+
+
+def test_new_embeddings_equal_old_ones(reading: Done) -> None:
+    reading.check("embed_new")
+    keys, rows = embeddings_of(FIXTURE / "embeddings" / "photos.parquet")
+    found_keys, found = embeddings_of(reading.folder / "out" / "photos.parquet")
+    assert found_keys == keys and len(keys) == 24
+    np.testing.assert_allclose(found, rows, rtol=1e-4, atol=1e-5)
+    old, new = (
+        pq.read_schema(path / "photos.parquet")
+        for path in (FIXTURE / "embeddings", reading.folder / "out")
+    )
+    assert old.names == new.names and old.types == new.types
+    facts = [json.loads(schema.metadata[b"xray"]) for schema in (old, new)]
+    for fact in facts:
+        del fact["artifact"]["where"], fact["source"]["where"]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize("name", ["search", "search_int8"])
+def test_search_finds_the_nearest_rows(reading: Done, name: str) -> None:
+    reading.check(name)
+    keys, rows = embeddings_of(FIXTURE / "embeddings" / "photos.parquet")
+    query = load_file(FIXTURE / "features.safetensors")["clip/text"][0].numpy()
+    best = [keys[number] for number in np.argsort(-rows @ query)[:3]]
+    assert re.findall(r"\b\d{9}\b", reading.text(name))[:3] == best
+
+
+# runs --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_recipe_is_not_trained_again(training: Done) -> None:
+    training.check("finished")
+    for stage in STAGES:
+        assert f"stage {stage} is finished" in training.text("finished", "err")
+    assert not (FIXTURE / "runs" / "full" / "report.html").exists()
+    assert "Results" in (training.folder / "runs" / "full" / "report.html").read_text()
+    assert training.changed(*(f"runs/full/{stage}/" for stage in STAGES)) == set()
+    found, recorded = (
+        json.loads((folder / "runs" / "full" / "results.json").read_text())
+        for folder in (training.folder, FIXTURE)
+    )
+    assert_close(found, recorded, tolerance=0.13)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("refused_recipe", "config.mae.mask_ratio: 0.75 -> 0.5"),
+        ("refused_resume", "config.hashtag.loss: 'bce' -> 'softmax'"),
+        ("refused_data", "config.data.sources.photos.shards: 'photos' -> 'gallery'"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(training: Done, name: str, key: str) -> None:
+    training.check(name, code=2)
+    assert "holds another run" in training.text(name, "err") and key in training.text(name, "err")
+
+
+@pytest.mark.parametrize("stage", ["mae", "hashtag", "clip"])
+def test_an_unfinished_run_ends_like_an_uninterrupted_one(training: Done, stage: str) -> None:
+    training.check(f"resume_{stage}")
+    assert "step_00000004" in training.text(f"resume_{stage}", "err")
+    run = training.folder / "runs" / "unfinished" / stage
+    whole = FIXTURE / "runs" / ("full" if stage == "mae" else "uninterrupted") / stage
+    assert_same_weights(run / "artifact", whole / "artifact")
+    rows, cut = rows_of(run), rows_of(FIXTURE / "runs" / "unfinished" / stage)
+    assert [row["step"] for row in cut] == [1, 2, 3, 4, 5]
+    assert rows[:4] == cut[:4]
+    assert_same_rows(rows, rows_of(whole))
+
+
+def test_a_run_that_is_begun_again_gives_the_same(training: Done) -> None:
+    training.check("again")
+    for stage in STAGES:
+        run, old = (f / stage for f in (training.folder / "runs/again", FIXTURE / "runs/full"))
+        assert_same_rows(rows_of(run), rows_of(old))
+        assert_same_weights(run / "artifact", old / "artifact")
+        record, recorded = (json.loads((path / "run.json").read_text()) for path in (run, old))
+        for facts in (record, recorded):  # manifests hold paths, versions and times
+            facts["parents"] = sorted(facts["parents"])
+            facts["inputs"].pop("artifact", None)
+        assert_contains(record, recorded, stage)
+
+
+@pytest.mark.parametrize("run", ["unfinished/mae", "unfinished/hashtag", "unfinished/clip"])
+def test_configs_of_resumed_runs_keep_their_values(training: Done, run: str) -> None:
+    found, recorded = (
+        yaml.safe_load((folder / "runs" / run / "config.yaml").read_text())
+        for folder in (training.folder, FIXTURE)
+    )
+    if run.endswith("clip"):  # where the LLM is now
+        assert Path(found["text"].pop("llm")).resolve() == (training.folder / LLM).resolve()
+        del recorded["text"]["llm"]
+    assert len(recorded) > 10
+    assert_contains(found, recorded, run)
+
+
+def test_recipes_resolve_to_the_recorded_configs(reading: Done) -> None:
+    reading.check("config")
+    found = yaml.safe_load((reading.folder / "out" / "config.out").read_text())
+    for stage in STAGES:
+        path = FIXTURE / "runs" / "full" / stage / "config.yaml"
+        recorded = yaml.safe_load(path.read_text())
+        if stage == "clip":  # the stage completes them from the text artifact
+            recorded["text"] = {k: recorded["text"][k] for k in ("llm", "features", "tune")}
+        assert_contains(found[stage], recorded, stage)
+
+
+def test_an_old_artifact_starts_a_new_stage(training: Done) -> None:
+    training.check("init_from")
+    manifest = training.json("runs/next/artifact/manifest.json")
+    old = (FIXTURE / "runs" / "full" / "hashtag" / "artifact" / "manifest.json").read_bytes()
+    parent = manifest["parents"]["vision"]
+    assert parent["manifest"] == hashlib.sha256(old).hexdigest() and manifest["step"] == 2
+    lineage = {Path(name).stem for name in manifest["files"] if name.startswith("lineage/")}
+    assert lineage == {parent["manifest"], json.loads(old)["parents"]["vision"]["manifest"]}
+    assert parent["path"] == str((training.folder / "runs/full/hashtag/artifact").resolve())
+
+
+def test_an_unfinished_run_is_reported(reading: Done) -> None:
+    reading.check("report")
+    page = (reading.folder / "runs" / "unfinished" / "clip" / "report.html").read_text()
+    assert "contrast" in page and page.count("<img") + page.count("<svg") > 0
+
+
+def test_an_ablation_trains_nothing_and_compares_the_same(training: Done) -> None:
+    training.check("ablate")
+    assert training.changed("runs/ablation/stages/", "runs/ablation/runs/") == set()
+    folders = training.folder / "runs" / "ablation", FIXTURE / "runs" / "ablation"
+    assert (folders[0] / "report.html").is_file() and not (folders[1] / "report.html").exists()
+    for name in ("table.csv", "runs.csv"):
+        found, recorded = (list(csv.reader((folder / name).open())) for folder in folders)
+        assert len(recorded) >= 3 and found == recorded, name
+    found, recorded = (json.loads((f / "ablation.json").read_text()) for f in folders)
+    assert_contains(found, recorded, "ablation.json")
