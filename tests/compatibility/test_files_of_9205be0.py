@@ -440,7 +440,7 @@ def test_a_finished_recipe_is_not_trained_again(training: Done) -> None:
     [
         ("refused_recipe", "config.mae.mask_ratio: 0.75 -> 0.5"),
         ("refused_resume", "config.hashtag.loss: 'bce' -> 'softmax'"),
-        ("refused_data", "data.photos: "),
+        ("refused_data", "config.data.sources.photos.shards: 'photos' -> 'gallery'"),
     ],
 )
 def test_a_run_with_other_settings_is_refused(training: Done, name: str, key: str) -> None:
