@@ -29,7 +29,7 @@ def test_the_value_of_the_last_step_begun() -> None:
     [
         ("96", "must be a whole number or"),
         ([], "must be a whole number or"),
-        ([[0.0]], r"\[0.0\] is no \[progress, value\]"),
+        ([[0.0]], r"\[0.0\] is not \[progress, value\]"),
         ([[0.0, 9.5]], "is no"),
         ([[0.1, 9]], "must rise from 0.0"),
         ([[0.0, 9], [0.5, 8], [0.4, 7]], "must rise from 0.0"),
