@@ -13,6 +13,17 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
+# The CPU's attention has the FLOPs of the GPU's; torch counts it from 2.15 on.
+FLOPS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+    **flop_registry,
+}
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts what every operation allocates until it is freed, by what it was allocated for.
@@ -74,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
             result = args[0].new_empty(len(args[1][0]), *args[0].shape[args[1][0].ndim :])
         else:
             result = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
+        count = FLOPS.get(function._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         tree_map_only(Tensor, self.add, result)
