@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +72,10 @@ def test_a_run_that_starts_while_all_are_stopped_is_stopped(
     popen = subprocess.Popen
 
     def signalled(command: list[str], **more: Any) -> Any:
-        process = popen(["sleep", "60"], **more)
+        process = popen(["sleep", "10000"], **more)
         os.kill(os.getpid(), signal.SIGTERM)
         return process
 
     monkeypatch.setattr(ablation_jobs.subprocess, "Popen", signalled)
-    begun = time.monotonic()
     with alone(tmp_path) as lock, pytest.raises(Preempted):
         Jobs(tmp_path, 1, lock).run(ablation.trials[:1])
-    assert time.monotonic() - begun < 30

@@ -17,8 +17,8 @@ here = [pathlib.Path(sys.argv[1]) / f"rank_{rank}" for rank in range(2)]
 here[dist.rank()].touch()
 while not all(path.exists() for path in here):  # from here on nobody has to wait for long
     time.sleep(0.1)
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
-done = dist.main_first(lambda: dist.is_main() and time.sleep(20) or time.monotonic())
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+done = dist.main_first(lambda: dist.is_main() and time.sleep(33) or time.monotonic())
 first = dist.broadcast_object(done)
 assert first <= done, "rank 0 is first"
 dist.leave()
@@ -48,19 +48,16 @@ import os, sys, time
 import torch.distributed
 from xray import dist
 torch.distributed.init_process_group("gloo")
-until, over = time.time() + 10, torch.zeros(1)
-while not over:
-    for _ in range(3):
+for _ in range(1000):
+    for _ in range(4):
         torch.distributed.all_reduce(torch.zeros(100))
-    over.fill_(time.time() > until)
-    torch.distributed.all_reduce(over)
     dist.settle(1)
     child = os.fork()
     if child == 0:
         os._exit(0)
     asked = time.monotonic()
     while os.waitpid(child, os.WNOHANG)[0] == 0:
-        assert time.monotonic() - asked < 20, "a forked process hangs"
+        assert time.monotonic() - asked < 600, "a forked process hangs"
         time.sleep(0.001)
 dist.leave()
 """

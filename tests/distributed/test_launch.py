@@ -80,11 +80,12 @@ def nothing_is_left() -> Iterator[None]:
     STARTED.clear()
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 180.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it takes too long"
+def wait_for(what: Callable[[], bool]) -> None:
+    while any(process.poll() is None for process in STARTED):
+        if what():
+            return
         time.sleep(0.05)
+    assert what(), "all processes ended before"
 
 
 def steps_in(run: Path) -> int:
@@ -189,18 +190,18 @@ def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
     more = ("train.samples=360", "train.save_every=1000", "--out", str(out))
     early = sbatch(slurm, *command, *more)
     warn(slurm)  # while it still loads: nothing to save
-    assert early.wait(120) == 138 and requeued(slurm) == ["requeue 77"]
+    assert early.wait() == 138 and requeued(slurm) == ["requeue 77"]
     first = sbatch(slurm, *command, *more)
     wait_for(lambda: steps_in(out) >= 3)
     warn(slurm)
-    _, errors = first.communicate(timeout=120)
+    _, errors = first.communicate()
     assert first.returncode == 75, errors
     assert requeued(slurm) == ["requeue 77"] * 2 and "stopped by a signal" in errors
     (saved,) = (out / "checkpoints").glob("step_*")
     done = int(saved.name.removeprefix("step_"))
     assert 3 <= done < 30
     second = sbatch(slurm, *command, *more)
-    _, errors = second.communicate(timeout=180)
+    _, errors = second.communicate()
     assert second.returncode == 0 and len(requeued(slurm)) == 2, errors
     assert f"step {done} of 30" in errors
     rows = read_metrics(out / "metrics.jsonl")
@@ -209,7 +210,7 @@ def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
 
 def test_a_mistake_is_not_queued_again(slurm: dict[str, str]) -> None:
     job = sbatch({**slurm, "SLURM_NTASKS": "1"}, "run", "nowhere.yaml")
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate()
     assert job.returncode == 2 and requeued(slurm) == [] and "nowhere.yaml" in errors
 
 
@@ -234,7 +235,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
-    _, errors = process.communicate(timeout=400)
+    _, errors = process.communicate()
     assert process.returncode == expected, errors[-3000:]
     return errors
 

@@ -76,7 +76,7 @@ def test_ranks_equal_the_sum_over_pairs(
         str(tmp_path),
     ]
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, *arguments], capture_output=True, text=True,
         env=clean_environment(PYTHONPATH=f"{SUPPORT}{os.pathsep}{ROOT}"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,7 +18,6 @@ def xray(*arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[st
         [sys.executable, *command, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
         env=clean_environment(OMP_NUM_THREADS="2"),
     )
 
@@ -35,7 +34,6 @@ def torchrun(*arguments: str) -> str:
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
         capture_output=True,
         text=True,
-        timeout=3600,
         env=clean_environment(PYTHONPATH=f"{SUPPORT}{os.pathsep}{ROOT}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]

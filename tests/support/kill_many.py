@@ -130,7 +130,7 @@ def main() -> None:
     if (folder / str(runs)).exists():  # the last one is let through
         wait(start(folder / str(runs), settings), folder / str(runs))
         runs += 1
-    deadline = time.monotonic() + 60  # a loader worker looks for its parent every 5 seconds
+    deadline = time.monotonic() + 600  # a loader worker looks for its parent every 5 seconds
     while (left := left_of(sessions)) and time.monotonic() < deadline:
         time.sleep(0.5)
     print(json.dumps({"met": met, "runs": runs, "left": left, "seconds": seconds}))

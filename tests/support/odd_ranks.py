@@ -25,27 +25,41 @@ from xray.errors import XrayError
 from xray.models.backbone import VisionBackbone
 from xray.training import step_data as feed
 
-SECONDS = 0.3
+OWN, SECONDS = 0.1, 0.4  # of every rank for a forward pass, and of the slow one for more
 ONCE = (ALL_TOKENS, "train.samples=48", "train.log_every=4")
 TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal")
 
 
-def slow_forward(patch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """Stands for time.perf_counter: moves by what a test says that a rank takes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, honest = 0.0, VisionBackbone.forward
+
+        def forward(backbone: VisionBackbone, *given: Any) -> Any:
+            self.now += OWN
+            return honest(backbone, *given)
+
+        patch.setattr(VisionBackbone, "forward", forward)
+        patch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def slow_forward(patch: pytest.MonkeyPatch, clock: Clock) -> None:
     honest = VisionBackbone.forward
 
     def slow(self: VisionBackbone, *given: Any) -> Any:
-        time.sleep(SECONDS)
+        clock.now += SECONDS
         return honest(self, *given)
 
     patch.setattr(VisionBackbone, "forward", slow)
 
 
-def slow_data(patch: pytest.MonkeyPatch) -> None:
+def slow_data(patch: pytest.MonkeyPatch, clock: Clock) -> None:
     honest = feed.iterate_steps
 
     def slow(*given: Any) -> Iterator[Any]:
         for item in honest(*given):
-            time.sleep(SECONDS)
+            clock.now += SECONDS
             yield item
 
     patch.setattr(feed, "iterate_steps", slow)
@@ -93,8 +107,9 @@ def main() -> None:
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     for slow, zero in ((slow_forward, 0), (slow_forward, 1), (slow_data, 0)):
         with pytest.MonkeyPatch.context() as patch:
+            clock = Clock(patch)
             if not dist.is_main():
-                slow(patch)
+                slow(patch, clock)
             train("mae", demo, out / f"{slow.__name__}-{zero}", *ONCE, f"zero.stage={zero}")
     for name in TROUBLE:
         run = dist.broadcast_object(in_the_way(out, name) if dist.is_main() else None)

@@ -15,6 +15,21 @@ from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.source import Source
 
 
+class Clock:
+    """Stands for `time` in a module under test: sleeping moves it, and nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
 def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (40, 20)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, format="JPEG")

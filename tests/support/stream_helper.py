@@ -43,7 +43,7 @@ def settings(root: str) -> DataConfig:
         shuffle_shards=2,
         color_jitter=[0.4, 0.4, 0.4, 0.1],
         erase=0.3,
-        decode_seconds=20,
+        decode_seconds=3600,
     )
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import hostile_decoder
 import pytest
-from clips import HOSTILE, clip
+from clips import clip
 from shards import write_tar
 from tiny import settings, train
 
 from data_pipelines.decode import transforms
-from data_pipelines.decode.sandbox import ClipDecoder
 from data_pipelines.stream import quarantine
 from stages import stage_class
 from xray.errors import ConfigError, DataError
@@ -27,7 +26,7 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     files = {f"{i:03d}.mp4": clip(48, 4) for i in range(8)}
     files["003.mp4"] = hostile_decoder.HANG
     write_tar(tmp_path / "0.tar", files)
-    decoder = ClipDecoder(6.0, 2.0, HOSTILE)
+    decoder = hostile_decoder.Decoder(2.0)
     monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
     config = (
         f"data.sources.clips.shards={tmp_path / '0.tar'}", "data.modalities=[video]",

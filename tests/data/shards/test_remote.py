@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from shards import Clock
 
 from data_pipelines.shards import remote
 from data_pipelines.shards.remote import ShardCache, expand, fetch_small, is_remote
@@ -34,21 +35,6 @@ BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 LIMIT = 10_000_000
 PATIENCE = 60.0  # seconds, of the clock below
-
-
-class Clock:
-    """Stands for `time` in the module under test: sleeping moves it, and nothing else."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.waits: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.waits.append(seconds)
-        self.now += seconds
 
 
 async def settle() -> None:
@@ -440,7 +426,11 @@ def test_other_protocols(
 
 
 def test_prefetch(server: Server, cache: ShardCache) -> None:
-    a, b, c = server.fail("/a.tar", ["held half-way"]), server.root + "/b.tar", server.root + "/none.tar"
+    a, b, c = (
+        server.fail("/a.tar", ["held half-way"]),
+        server.root + "/b.tar",
+        server.root + "/none.tar",
+    )
     for url in (a, a, b, a, c):
         cache.prefetch(url)
     until(at(cache, b).exists)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import jpeg, write_tar
+from shards import Clock, jpeg, write_tar
 
 from data_pipelines.shards import manifest as manifests
+from data_pipelines.shards import remote
 from data_pipelines.shards.columns import open_columns, pack_texts, save_columns, unpack_texts
 from data_pipelines.shards.manifest import find_shards, open_manifest, write_manifest
 from data_pipelines.shards.remote import ShardCache
@@ -194,7 +195,7 @@ def test_remote_shards_are_fetched_once(
     for name in ("shards.manifest", *(f"0000{i}.tar.index" for i in range(3))):
         (folder / "s" / name).unlink()
     for _ in range(2):
-        cache = ShardCache(tmp_path / "cache", 10**9, 5)
+        cache = ShardCache(tmp_path / "cache", 10**9, 600)
         source = open_source("s", "s/{00000..00002}.tar", "image", url, cache=cache)
         for place in source.places():
             ours, theirs = source.sample(*place, 8, 1), local.sample(*place, 8, 1)
@@ -204,12 +205,13 @@ def test_remote_shards_are_fetched_once(
 
 
 def test_a_remote_manifest_spares_reading_the_shards(
-    server: tuple[str, Path, list[str]], tmp_path: Path
+    server: tuple[str, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(remote, "time", Clock())
     url, folder, seen = server
     make(folder / "s")
     write_manifest(str(folder / "s"), checksum=True)
-    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    cache = ShardCache(tmp_path / "cache", 10**9, 600)
     source = open_source("s", f"{url}/s/", "image", cache=cache)
     assert len(source) == 12 and not [line for line in seen if ".tar" in line]
     source.sample(1, 2, 8, 1)
@@ -219,7 +221,6 @@ def test_a_remote_manifest_spares_reading_the_shards(
     ]
     changed = (folder / "s" / "00002.tar").read_bytes().replace(b"21.txt", b"2x.txt")
     (folder / "s" / "00002.tar").write_bytes(changed)
-    cache.patience = 0.1
     with pytest.raises(DataError, match=r"00002.tar cannot be fetched.*sha256"):
         source.sample(2, 0, 8, 1)
 
@@ -229,7 +230,7 @@ def test_evicted_between_fetch_and_open(
 ) -> None:
     url, folder, _ = server
     make(folder / "s", shards=1)
-    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    cache = ShardCache(tmp_path / "cache", 10**9, 600)
     source = open_source("s", f"{url}/s/00000.tar", "image", cache=cache)
     real, calls = cache.fetch, []
 
@@ -270,11 +271,11 @@ def test_remote_shards_that_were_uploaded_again(
 ) -> None:
     url, folder, _ = server
     make(folder / "s")
-    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    cache = ShardCache(tmp_path / "cache", 10**9, 600)
     assert len(write_manifest(f"{url}/s/", cache)) == 3
     make(folder / "s", samples=2)
     for stale in folder.glob("s/*.index"):
         stale.unlink()
-    cache = ShardCache(tmp_path / "cache", 10**9, 5)
+    cache = ShardCache(tmp_path / "cache", 10**9, 600)
     again = write_manifest(f"{url}/s/", cache)
     assert again.counts("image", "image").tolist() == [2, 2, 2]
