@@ -35,7 +35,7 @@ def test_a_rank_that_is_slow_is_named(ended: tuple[Path, str]) -> None:
     for run in ("slow_forward-0", "slow_forward-1", "slow_data-0"):
         rows = read_metrics(out / run / "metrics.jsonl")
         assert [row["rank/slowest"] >= 3 for row in rows] == [True], rows
-    assert len(re.findall(r"rank 1 \(\S+\) holds up the others: [01]\.", said)) >= 3
+    assert len(re.findall(r"rank 1 \(\S+\) holds up the others: 0\.[2-9]", said)) >= 3
 
 
 @pytest.mark.parametrize("name", TROUBLE)

@@ -25,7 +25,7 @@ from xray.errors import XrayError
 from xray.models.backbone import VisionBackbone
 from xray.training import step_data as feed
 
-OWN, SECONDS = 0.1, 0.4  # of every rank for a forward pass, and of the slow one for more
+OWN, SECONDS = 0.05, 0.4  # of every rank for a forward pass, and of the slow one for more
 ONCE = (ALL_TOKENS, "train.samples=48", "train.log_every=4")
 TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal")
 

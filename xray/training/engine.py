@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,8 @@ from xray.errors import ConfigError
 from xray.optim import SLOTS, make_optimizer, parameter_groups, reduce_bucket, set_lr
 
 AVERAGE = "ema"  # the slot of the weights' moving average
+# DeepSpeed's methods for the gradient norm of one group of parameters
+GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 
 deepspeed_logger.setLevel(logging.ERROR)
 
@@ -124,6 +127,19 @@ class Piece:
         return flat.view(-1)[self.start : self.start + self.size]
 
 
+def unmasked(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a norm that is not finite infinite again, which DeepSpeed replaces by -1.
+
+    Before 0.19.8 DeepSpeed adds the squares of all groups' norms, -1 too, and takes the step.
+    """
+
+    def norm(*args: Any, **kwargs: Any) -> Tensor:
+        found = norm_of(*args, **kwargs)
+        return torch.where(found < 0, math.inf, found)
+
+    return norm
+
+
 class Engine:
     """One stage's module under DeepSpeed."""
 
@@ -147,6 +163,8 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        for name in GROUP_NORMS if self.stage > 0 else ():
+            setattr(self._engine.optimizer, name, unmasked(getattr(self._engine.optimizer, name)))
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
