@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +41,6 @@ from xray.errors import ConfigError
 from xray.optim import SLOTS, make_optimizer, parameter_groups, reduce_bucket, set_lr
 
 AVERAGE = "ema"  # the slot of the weights' moving average
-# DeepSpeed's methods for the gradient norm of one group of parameters
-GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 
 deepspeed_logger.setLevel(logging.ERROR)
 
@@ -127,19 +124,6 @@ class Piece:
         return flat.view(-1)[self.start : self.start + self.size]
 
 
-def unmasked(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a norm that is not finite infinite again, which DeepSpeed replaces by -1.
-
-    Before 0.19.8 DeepSpeed adds the squares of all groups' norms, -1 too, and takes the step.
-    """
-
-    def norm(*args: Any, **kwargs: Any) -> Tensor:
-        found = norm_of(*args, **kwargs)
-        return torch.where(found < 0, math.inf, found)
-
-    return norm
-
-
 class Engine:
     """One stage's module under DeepSpeed."""
 
@@ -163,8 +147,8 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
-        for name in GROUP_NORMS if self.stage > 0 else ():
-            setattr(self._engine.optimizer, name, unmasked(getattr(self._engine.optimizer, name)))
+        if self.stage > 0:  # called before DeepSpeed asks whether gradients overflowed
+            self._engine.optimizer._update_scale = self._check_overflow
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
@@ -215,7 +199,13 @@ class Engine:
                 return
         self._engine.step()
         if ends and self.stage > 0:
-            self._norm = float(self._engine.get_global_grad_norm())
+            overflow = self._engine.optimizer.overflow  # DeepSpeed keeps the norm before it
+            self._norm = math.inf if overflow else float(self._engine.get_global_grad_norm())
+
+    def _check_overflow(self, *_: Any) -> None:
+        """Look for gradients that are not finite; DeepSpeed before 0.19.8 does in fp16 alone."""
+        optimizer = self._engine.optimizer
+        optimizer.check_overflow(getattr(optimizer, "partition_gradients", True))
 
     def skip(self) -> None:
         """End a step without it: no parameter and no moment changes, in any ZeRO stage."""
@@ -223,16 +213,11 @@ class Engine:
         if self.stage == 0:
             engine.zero_grad()
             return
-        # DeepSpeed's own way with a gradient that overflowed; its norm is what tells it so.
-        infinite = torch.tensor(math.inf)
-        norm, told = (
-            ("_get_norm_groups", [infinite])
-            if self.stage == 3
-            else ("scaled_global_norm", infinite)
-        )
-        setattr(engine.optimizer, norm, lambda *_: told)
+        # DeepSpeed's own way with a gradient that overflowed
+        optimizer = engine.optimizer
+        optimizer.check_overflow = lambda *_, **__: setattr(optimizer, "overflow", True)
         engine.step()
-        delattr(engine.optimizer, norm)
+        del optimizer.check_overflow
 
     @torch.no_grad()
     def update_average(self, steps: int) -> None:
