@@ -10,11 +10,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "tools" / "lowest_versions.py"
-sys.path.append(str(TOOL.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
 from lowest_versions import lowest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "lowest_versions.py"
 
 
 def test_every_requirement_has_its_bound() -> None:
@@ -38,7 +39,11 @@ def test_every_requirement_has_its_bound() -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("torch", "no lower bound"), ("torch<3", "no lower bound"), ("numpy>=1.0", "two lower bounds")],
+    [
+        ("torch", "no lower bound"),
+        ("torch<3", "no lower bound"),
+        ("numpy>=1.0", "two lower bounds"),
+    ],
 )
 def test_a_requirement_that_cannot_be_tried(line: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "setup.cfg"

@@ -156,8 +156,8 @@ def test_models_that_cannot_be_used_say_why(name: str) -> None:
 
 @pytest.mark.slow
 def test_every_vision_transformer_of_timm_is_built_or_refused_with_a_reason() -> None:
-    refused = {}
-    for name in timm.list_models(module="vision_transformer"):
+    refused, names = {}, timm.list_models(module="vision_transformer")
+    for name in names:
         try:
             with torch.device("meta"):
                 backbone = VisionBackbone(ModelConfig(name=name), 224 // 14 * 16 * 14, 4)
@@ -165,7 +165,8 @@ def test_every_vision_transformer_of_timm_is_built_or_refused_with_a_reason() ->
         except ConfigError as error:
             refused[name] = str(error)
     assert all("its blocks are" in r or "its attention is" in r for r in refused.values()), refused
-    assert len(refused) == 10
+    assert set(UNUSABLE) & set(names) <= refused.keys()
+    assert len(refused) < len(names) / 10
 
 
 # clips frame by frame ---------------------------------------------------------------------------
