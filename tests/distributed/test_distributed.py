@@ -48,7 +48,7 @@ import os, sys, time
 import torch.distributed
 from xray import dist
 torch.distributed.init_process_group("gloo")
-for _ in range(1000):
+for _ in range(600):
     for _ in range(4):
         torch.distributed.all_reduce(torch.zeros(100))
     dist.settle(1)
