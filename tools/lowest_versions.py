@@ -1,10 +1,11 @@
-"""Prints the lowest versions that setup.cfg allows, as constraints for pip.
+"""Print the lowest versions that setup.cfg allows, as constraints for pip.
 
-usage: python tools/lowest_versions.py > lowest.txt; pip install -c lowest.txt -e ".[dev]"
+python tools/lowest_versions.py > lowest.txt && pip install -c lowest.txt -e ".[dev]"
 """
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import re
 from pathlib import Path
@@ -14,25 +15,30 @@ REQUIREMENT = re.compile(r"(?P<name>[\w-]+)(\[[\w,]+\])?>=(?P<bound>[\w.]+)(,<[\
 
 
 def lowest(file: Path = FILE) -> dict[str, str]:
-    """Read the lower bound of every package that is installed with the extra `dev`.
+    """Read the lower bound of every package that the extra `dev` installs.
 
-    Raises ValueError for a requirement without one, and for two bounds of a package.
+    Raises ValueError for a requirement without a lower bound and for a package with two bounds.
     """
     config = configparser.ConfigParser()
     config.read_string(file.read_text())
     lines = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
-    found: dict[str, str] = {}
+    bounds: dict[str, str] = {}
     for line in filter(None, map(str.strip, lines.splitlines())):
         if line.startswith("#"):
             continue
         match = REQUIREMENT.fullmatch(line)
         if match is None:
             raise ValueError(f"{file}: {line!r} has no lower bound: write it as name>=version")
-        if found.setdefault(match["name"], match["bound"]) != match["bound"]:
+        if bounds.setdefault(match["name"], match["bound"]) != match["bound"]:
             raise ValueError(f"{file}: {match['name']} has two lower bounds")
-    return found
+    return bounds
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for name, bound in lowest().items():
+        print(f"{name}=={bound}")
 
 
 if __name__ == "__main__":
-    for name, bound in lowest().items():
-        print(f"{name}=={bound}")
+    main()

@@ -147,8 +147,6 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
-        if self.stage > 0:  # called before DeepSpeed asks whether gradients overflowed
-            self._engine.optimizer._update_scale = self._check_overflow
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
@@ -199,13 +197,7 @@ class Engine:
                 return
         self._engine.step()
         if ends and self.stage > 0:
-            overflow = self._engine.optimizer.overflow  # DeepSpeed keeps the norm before it
-            self._norm = math.inf if overflow else float(self._engine.get_global_grad_norm())
-
-    def _check_overflow(self, *_: Any) -> None:
-        """Look for gradients that are not finite; DeepSpeed before 0.19.8 does in fp16 alone."""
-        optimizer = self._engine.optimizer
-        optimizer.check_overflow(getattr(optimizer, "partition_gradients", True))
+            self._norm = float(self._engine.get_global_grad_norm())
 
     def skip(self) -> None:
         """End a step without it: no parameter and no moment changes, in any ZeRO stage."""
@@ -213,11 +205,16 @@ class Engine:
         if self.stage == 0:
             engine.zero_grad()
             return
-        # DeepSpeed's own way with a gradient that overflowed
-        optimizer = engine.optimizer
-        optimizer.check_overflow = lambda *_, **__: setattr(optimizer, "overflow", True)
+        # DeepSpeed's own way with a gradient that overflowed; its norm is what tells it so.
+        infinite = torch.tensor(math.inf)
+        norm, told = (
+            ("_get_norm_groups", [infinite])
+            if self.stage == 3
+            else ("scaled_global_norm", infinite)
+        )
+        setattr(engine.optimizer, norm, lambda *_: told)
         engine.step()
-        del optimizer.check_overflow
+        delattr(engine.optimizer, norm)
 
     @torch.no_grad()
     def update_average(self, steps: int) -> None:

@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from source_code import ROOT
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from tools.lowest_versions import lowest
 
-from lowest_versions import lowest
-
-ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "lowest_versions.py"
 
 
 def test_every_requirement_has_its_bound() -> None:
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, check=True)
-    found = {r.name: r.specifier for r in map(Requirement, done.stdout.split())}
-    assert {"torch", "transformers", "fsspec", "pytest", "onnxscript"} <= found.keys()
+    pins = {r.name: r.specifier for r in map(Requirement, done.stdout.split())}
+    assert {"torch", "transformers", "fsspec", "pytest", "onnxscript"} <= pins.keys()
     declared = [
         Requirement(line)
         for line in map(str.strip, (ROOT / "setup.cfg").read_text().splitlines())
@@ -29,12 +27,12 @@ def test_every_requirement_has_its_bound() -> None:
     ]
     for requirement in declared:
         assert [s.operator for s in requirement.specifier if s.operator != "<"] == [">="]
-        if (pins := found.get(requirement.name)) is not None:
-            (pin,) = pins
+        if (specifier := pins.get(requirement.name)) is not None:
+            (pin,) = specifier
             assert pin.operator == "==" and requirement.specifier.contains(pin.version)
             (bound,) = (s for s in requirement.specifier if s.operator == ">=")
             assert Version(pin.version) == Version(bound.version)
-    assert {r.name for r in declared} - found.keys() == {"ray", "wandb"}  # in no test
+    assert {r.name for r in declared} - pins.keys() == {"ray", "wandb"}  # in no test
 
 
 @pytest.mark.parametrize(
