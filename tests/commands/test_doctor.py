@@ -94,7 +94,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-        "from pathlib import Path; from xray.doctor import disk;"
+        "from pathlib import Path; from xray.doctor.checks import disk;"
         "print(*disk(Path(sys.argv[1])))"
     )  # no file may grow beyond 1000 bytes: what a full disk looks like
     done = subprocess.run(
