@@ -1,7 +1,7 @@
 """A step of a stage with fake tensors: what it would hold and compute, before anything runs.
 
-The stage's own module and losses run, and the schedule is that of `accumulate.py`; of a block's
-equal micro-batches one is run.
+The stage's own module and losses run in the schedule of the real step (gradient_cache.py); of a
+block's equal micro-batches one is run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data_pipelines.stream.sampling import StepShape
+from data_pipelines.stream.sampling import MicroBatch, StepShape
 from stages import stage_class
-from stages.base import Facts, StageModule
+from stages.base import Batch, Facts, StageModule
 from xray.config.schedule import steps_of
 from xray.optim import parameter_groups
 from xray.planning.memory_tracker import LiveBytes, materialize
 from xray.planning.meta_modules import example, sketch_module
+from xray.training.gradient_cache import Pass, cached_losses, schedule, surrogate_loss
 from xray.training.step_shape import step_shape
 
 GRADIENTS = "gradients"
@@ -101,12 +102,12 @@ def rehearse(config: Any, facts: Facts, progress: float) -> Rehearsal:
         for tensor in (*module.parameters(), *module.buffers()):
             live.add(tensor, "module")
         module.train()
-        run = _Step(config, module, width, progress, live)
-        return run.all(shape, stage.spans_batch)
+        step = _FakeStep(config, module, width, progress, live)
+        return step.run(shape, stage.spans_batch)
 
 
-class _Step:
-    """The micro-batches of one step, one for each block."""
+class _FakeStep:
+    """The passes of one step, of which equal ones are run once and counted as often as they are."""
 
     def __init__(
         self, config: Any, module: StageModule, width: int, progress: float, live: LiveBytes
@@ -116,106 +117,101 @@ class _Step:
         self.trained = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._accumulated)
-        self.flops = self.recomputed = 0
+        self.rows: dict[int, dict[str, Tensor]] = {}  # cached features of a micro-batch, by block
+        self.gradients: dict[int, dict[str, Tensor]] = {}  # of its cached loss, likewise
+        self.peaks: list[tuple[Peak, Peak]] = []  # of backward passes; see _backward
 
     def _accumulated(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.live.add(parameter.grad, GRADIENTS)
 
-    def all(self, shape: StepShape, spans: bool) -> Rehearsal:
+    def run(self, shape: StepShape, spans_batch: bool) -> Rehearsal:
+        """Run the schedule of the real step."""
         counts = Counter(micro.block for micro in shape.micro)
-        firsts = [next(m for m in shape.micro if m.block == block) for block in counts]
-        sizes = {m.block: self._size(m.block, m.stop - m.start, shape) for m in firsts}
-        slopes = {
-            block: self._contrast(sizes[block], count)
-            for block, count in counts.items()
-            if spans and count > 1
-        }
-        found: list[tuple[Peak, Peak]] = []
-        whole = sum(4 * parameter.numel() for parameter in self.trained)
-        for number, (block, count) in enumerate(counts.items()):
-            first, bare = self._micro(sizes[block], count, slopes.get(block))
-            if number or count > 1:  # the gradients of those before it are there
-                later = dataclasses.replace(bare, gradients=whole)
-                first = max(first, later, key=lambda peak: peak.total)
-            found.append((first, bare))
-            self.module.zero_grad()
+        sizes = {m.block: self._size(m, shape) for m in reversed(shape.micro)}
+        flops: dict[tuple[str, int], int] = {}
+        total = recomputed = 0
+        for each in schedule(shape.micro, spans_batch):
+            key = each.kind, each.block
+            if key not in flops:
+                flops[key] = self._run(each, sizes[each.block], counts[each.block])
+            total += flops[key]
+            recomputed += flops[key] if each.kind == "features" else 0
         tokens = sum(
-            count * sizes[block][0] * self._tokens(sizes[block]) for block, count in counts.items()
+            n * sizes[block][0] * self._tokens(sizes[block]) for block, n in counts.items()
         )
         return Rehearsal(
-            with_gradients=max((a for a, _ in found), key=lambda peak: peak.total),
-            alone=max((b for _, b in found), key=lambda peak: peak.total),
-            flops=self.flops,
-            recomputed=self.recomputed,
+            with_gradients=max((a for a, _ in self.peaks), key=lambda peak: peak.total),
+            alone=max((b for _, b in self.peaks), key=lambda peak: peak.total),
+            flops=total,
+            recomputed=recomputed,
             micros=sum(counts.values()),
             tokens=tokens,
         )
 
-    def _size(self, block: int, samples: int, shape: StepShape) -> tuple[int, int, int]:
-        source = self.config.blocks[block].source
-        clip = self.config.data.sources[source].modality == "video"
-        return samples, shape.frames if clip else 1, shape.resolution
+    def _size(self, micro: MicroBatch, shape: StepShape) -> tuple[int, int, int]:
+        clip = self.config.data.sources[micro.source].modality == "video"
+        return micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
 
     def _tokens(self, size: tuple[int, int, int]) -> int:
         if self.config.stage == "text":
             return int(self.config.text.max_length)
         return stage_class(self.config.stage)(self.config).tokens(*size[1:])
 
+    def _run(self, each: Pass, size: tuple[int, int, int], count: int) -> int:
+        """Run a pass and return its FLOPs."""
+        if each.kind == "features":
+            self._features(each.block, size)
+        elif each.kind == "loss":
+            self._loss(each.block, count)
+        else:
+            self._backward(each.block, size, count)
+        return self.live.flops
+
+    def _example(self, size: tuple[int, int, int]) -> Batch:
+        self.live.kind = "batch"
+        batch = example(self.config, self.module, size, self.width)
+        self.live.kind = "activations"
+        self.live.reset()
+        return batch
+
     def _autocast(self) -> Any:
         enabled = self.config.train.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
-    def _example(self, size: tuple[int, int, int]) -> Any:
-        self.live.kind = "batch"
-        batch = example(self.config, self.module, size, self.width)
-        self.live.kind = "activations"
-        return batch
+    def _features(self, block: int, size: tuple[int, int, int]) -> None:
+        batch = self._example(size)
+        with torch.no_grad(), self._autocast():
+            self.rows[block] = self.module.features(batch, self.progress)
 
-    def _micro(
-        self, size: tuple[int, int, int], count: int, slopes: dict[str, Tensor] | None
-    ) -> tuple[Peak, Peak]:
-        """(the most with its own gradients as they come, the most without any)."""
-        live, batch = self.live, self._example(size)
-        live.reset()
+    def _loss(self, block: int, count: int) -> None:
+        """Cache the gradients of a split block's features, which are kept during its backwards."""
+        self.live.kind = "features"
+        self.live.reset()
+        rows = [self.rows.pop(block)] * count
+        first, *_ = cached_losses(self.module.loss_from_features, rows, training=True)
+        self.gradients[block] = first.gradients
+
+    def _backward(self, block: int, size: tuple[int, int, int], count: int) -> None:
+        """Record the peaks with and without gradients."""
+        live, gradients, batch = self.live, self.gradients.get(block), self._example(size)
         with self._autocast():
             features = self.module.features(batch, self.progress)
-            if slopes is None:
+            if gradients is None:
                 live.kind = "logits"
                 loss = self.module.loss_from_features(features).loss
                 live.kind = "activations"
-        if slopes is not None:
-            parts = [
-                (features[name] * (slope[: size[0]] if slope.ndim else slope)).sum()
-                for name, slope in slopes.items()
-            ]
-            loss = torch.stack(parts).sum()
+        if gradients is not None:
+            loss = surrogate_loss(features, gradients)
         del features
         loss.backward()
-        self.flops += count * live.flops
-        return _peak(live.peak), _peak(live.bare)
-
-    def _contrast(self, size: tuple[int, int, int], count: int) -> dict[str, Tensor]:
-        """The features' gradients of a block that is cut, which are kept until it is through."""
-        live, batch = self.live, self._example(size)
-        live.reset()
-        with torch.no_grad(), self._autocast():
-            row = self.module.features(batch, self.progress)
-        self.flops += count * live.flops
-        self.recomputed += count * live.flops
-        live.kind = "features"
-        leaves = {
-            name: torch.zeros((count * len(v), *v.shape[1:]) if v.ndim else (), dtype=v.dtype)
-            for name, v in row.items()
-        }
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        live.reset()
-        loss = self.module.loss_from_features(leaves).loss
-        grads = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True)
-        self.flops += live.flops
-        live.kind = "activations"
-        return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+        first, bare = _peak(live.peak), _peak(live.bare)
+        if self.peaks or count > 1:  # all gradients of the micro-batches before it are there
+            whole = sum(4 * parameter.numel() for parameter in self.trained)
+            later = dataclasses.replace(bare, gradients=whole)
+            first = max(first, later, key=lambda peak: peak.total)
+        self.peaks.append((first, bare))
+        self.module.zero_grad()
 
 
 def _peak(held: dict[str, int]) -> Peak:

@@ -1,0 +1,91 @@
+"""Gradient cache (2101.06983): exact gradients of a loss over a block that is split.
+
+A loss that compares all samples of a block needs the features of all its micro-batches at once.
+The schedule first computes these features without a graph, then the loss and its gradient with
+respect to the features, then runs each micro-batch again and backpropagates that gradient.
+Training executes the schedule with real tensors, planning with fake ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data_pipelines.stream.sampling import MicroBatch
+from stages.base import StepOutput
+
+LossFunction = Callable[[dict[str, Tensor]], StepOutput]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a step.
+
+    features: forward of a micro-batch without a graph. loss: loss of a split block and its
+    gradient with respect to the cached features. backward: forward with a graph, and backward.
+    """
+
+    kind: Literal["features", "loss", "backward"]
+    block: int
+    numbers: tuple[int, ...]  # indices of the micro-batches in the step
+
+
+@dataclass(frozen=True)
+class CachedLoss:
+    """Loss of a split block, and its gradient for one micro-batch's features."""
+
+    output: StepOutput
+    gradients: dict[str, Tensor]
+
+
+def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
+    """Passes of a step in order; only a loss that spans the batch caches split blocks."""
+    numbers: dict[int, list[int]] = defaultdict(list)
+    for number, micro in enumerate(micros):
+        numbers[micro.block].append(number)
+    for block, members in numbers.items():
+        if spans_batch and len(members) > 1:
+            yield from (Pass("features", block, (number,)) for number in members)
+            yield Pass("loss", block, tuple(members))
+    for number, micro in enumerate(micros):
+        yield Pass("backward", micro.block, (number,))
+
+
+def cached_losses(
+    loss: LossFunction, rows: Sequence[dict[str, Tensor]], training: bool
+) -> list[CachedLoss]:
+    """Loss of a block from the features of its micro-batches, with the gradient for each of them.
+
+    A 0-d feature is a parameter of the loss, such as the logit scale: it is the same in all rows,
+    and its gradient goes to the first one. Without training there are no gradients.
+    """
+    whole = {
+        name: torch.cat([row[name] for row in rows]) if value.ndim else value
+        for name, value in rows[0].items()
+    }
+    with torch.set_grad_enabled(training):
+        leaves = {name: v.detach().requires_grad_(training) for name, v in whole.items()}
+        output = loss(leaves)
+        if not training:
+            return [CachedLoss(output, {}) for _ in rows]
+        gradients = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
+    output = StepOutput(output.loss.detach(), output.metrics)
+    parts: list[dict[str, Tensor]] = [{} for _ in rows]
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None:  # features of a teacher
+            continue
+        sizes = [len(row[name]) for row in rows] if gradient.ndim else []
+        pieces = gradient.split(sizes) if sizes else [gradient]
+        for part, piece in zip(parts, pieces, strict=False):
+            part[name] = piece
+    return [CachedLoss(output, part) for part in parts]
+
+
+def surrogate_loss(features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+    """A scalar whose gradient with respect to the features is the cached one."""
+    return torch.stack([(features[name] * each).sum() for name, each in gradients.items()]).sum()
