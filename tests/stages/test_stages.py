@@ -254,7 +254,7 @@ def test_validation_is_the_same_each_time_and_checked_first(demo: Path, tmp_path
 def test_a_run_killed_before_its_export_goes_on(demo: Path, tmp_path: Path) -> None:
     from xray.training.trainer import Trainer
 
-    def fail(self: Trainer, metrics: dict) -> None:
+    def fail(self: Trainer, *_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

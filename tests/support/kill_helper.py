@@ -16,18 +16,19 @@ def die() -> None:
 
 def arm(moment: str) -> None:
     import xray.training.checkpoint
+    import xray.training.metrics
     import xray.training.trainer
 
     kind, _, which = moment.partition(":")
     if kind == "step":
-        write = xray.training.trainer.Sinks.write
+        write = xray.training.metrics.Sinks.write
 
         def write_and_die(self, state, values, logged):  # type: ignore[no-untyped-def]
             write(self, state, values, logged)
             if state.step == int(which):
                 die()
 
-        xray.training.trainer.Sinks.write = write_and_die  # type: ignore[method-assign]
+        xray.training.metrics.Sinks.write = write_and_die  # type: ignore[method-assign]
     elif kind == "save":  # all files are written, the folder is not yet renamed
         sync = xray.training.checkpoint.sync_tree
         saves = []
@@ -42,8 +43,8 @@ def arm(moment: str) -> None:
     else:  # between two stages
         export = xray.training.trainer.Trainer._export
 
-        def export_and_die(self, metrics):  # type: ignore[no-untyped-def]
-            artifact = export(self, metrics)
+        def export_and_die(self, *given):  # type: ignore[no-untyped-def]
+            artifact = export(self, *given)
             if artifact.stage == which:
                 die()
             return artifact

@@ -38,8 +38,9 @@ from xray.optim import parameter_groups, set_lr
 from xray.training import checkpoint
 from xray.training.checkpoint import load_checkpoint, save_checkpoint
 from xray.training.engine import Engine, init_distributed
+from xray.training.loop import TrainingLoop
 from xray.training.state import TrainState
-from xray.training.step_data import Feed
+from xray.training.step_data import StepData
 from xray.training.trainer import Trainer
 
 SIDE, PATCHES = 112, 49
@@ -179,9 +180,9 @@ def _loop(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -
     trainer = Trainer(MaeStage, config, device)
     loop, model, rest = (Stopwatch(clock) for _ in range(3))
     timed = [
-        (Trainer, "_loop", loop),
+        (TrainingLoop, "run_steps", loop),
         *((Engine, name, model) for name in ("__call__", "backward", "step")),
-        (Feed, "next", rest),
+        (StepData, "fetch", rest),
         (checkpoint, "save_checkpoint", rest),
     ]
     with ExitStack() as patches:

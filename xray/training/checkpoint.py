@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from data_pipelines.stream import quarantine
@@ -21,7 +20,7 @@ from xray.errors import ArtifactError
 from xray.files import sync_tree
 from xray.training.engine import Engine
 from xray.training.portable_state import load_portable, save_portable
-from xray.training.state import Level, TrainState
+from xray.training.state import TrainState
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -66,9 +65,8 @@ def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
 
 def read_state(checkpoint: Path) -> TrainState:
     try:
-        facts = json.loads((checkpoint / "state.json").read_text())
-        facts["level"] = Level(**facts.get("level", {}))
-        return TrainState(**facts, quarantine=quarantine.load(checkpoint / "quarantine.jsonl"))
+        values = json.loads((checkpoint / "state.json").read_text())
+        return TrainState.from_json(values, quarantine.load(checkpoint / "quarantine.jsonl"))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{checkpoint}/state.json cannot be read: {error}") from error
 
@@ -118,8 +116,7 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
         temporary.mkdir(parents=True)
 
     def end() -> None:
-        facts = {key: value for key, value in asdict(state).items() if key != "quarantine"}
-        (temporary / "state.json").write_text(json.dumps(facts, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state.to_json(), indent=1))
         quarantine.save(state.quarantine, temporary / "quarantine.jsonl")
         (temporary / "COMPLETE").write_text("")
         sync_tree(temporary)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages import stage_class
+from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.config import TrainConfig
 from xray.config import loading as cfg
@@ -19,9 +20,10 @@ Weights = Literal["last", "ema"]
 
 
 def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
-    """A run by its folder, as its config.yaml says; overrides: where its data are now, for one.
+    """Open the run of a folder by its config.yaml; overrides: for example, a new data.root.
 
-    Raises ArtifactError where it holds none, and what Run raises.
+    Raises ArtifactError if the folder holds no run, ConfigError if the overrides make it another
+    one, and what Run.open raises.
     """
     if not (folder / "config.yaml").is_file():
         raise ArtifactError(f"{folder} holds no run: it has no config.yaml")
@@ -29,7 +31,9 @@ def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
     stage = stage_class(str(values.get("stage", "")))
     config = cfg.load_config(stage.Config, stage.name, values, overrides)
     config.out = str(folder)
-    return Run(stage, config)
+    run = Run.open(stage, config)
+    dist.main_first(run.check_folder)
+    return run
 
 
 def choose(folder: Path, which: str, train: TrainConfig) -> Path:

@@ -1,4 +1,4 @@
-"""Losses far above where they have been: said, written down, and left out where that is asked."""
+"""Detection of loss spikes: logged, recorded, and skipped if train.spikes=skip."""
 
 from __future__ import annotations
 
@@ -12,62 +12,58 @@ from xray.training.run import Run, samples_of
 from xray.training.state import TrainState
 
 log = logging.getLogger("xray")
-MOST_IN_A_ROW = 10  # steps that may be left out
+MOST_IN_A_ROW = 10  # consecutive steps that may be skipped
 
 
-class Spikes:
-    """Watches a run's losses; every rank, with the same numbers."""
+class SpikeDetector:
+    """Compares each loss with the run's loss statistics; every rank does so with equal numbers."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state = run, state
         self.path = run.out / "spikes.jsonl"
 
-    def found(self, loss: float) -> bool:
-        """Take up the loss of the step that is about to be made; whether to leave the step out.
+    def skips(self, loss: float) -> bool:
+        """Add the loss of the coming update to the statistics; returns True to skip the update.
 
-        A step that is left out does not move the level; one that is made moves it as far as a
-        loss does that is just no spike. Raises TrainingError where too many are left out in a row.
+        A skipped loss leaves the statistics as they are. A spike that is not skipped counts as a
+        loss at the threshold. Raises TrainingError for too many skipped steps in a row.
         """
-        train, level = self.run.config.train, self.state.level
-        above = level.above(loss)
-        if train.spikes == "ignore" or above <= train.spike:
-            level.add(loss)
-            level.spikes = 0
+        train, losses = self.run.config.train, self.state.losses
+        deviation = losses.deviation(loss)
+        if train.spikes == "ignore" or deviation <= train.spike:
+            losses.add(loss)
+            losses.spikes = 0
             return False
         skip = train.spikes == "skip"
-        self._tell(loss, above, skip)
+        if dist.is_main():
+            self._report(loss, deviation, skip)
         if not skip:
-            level.add(level.mean + train.spike * (loss - level.mean) / above)
+            losses.add(losses.mean + train.spike * (loss - losses.mean) / deviation)
             return False
-        level.spikes += 1
-        if level.spikes > MOST_IN_A_ROW:
+        losses.spikes += 1
+        if losses.spikes > MOST_IN_A_ROW:
             raise TrainingError(
-                f"step {self.state.step + 1}: {level.spikes} steps in a row have a loss more than "
-                f"train.spike={train.spike} deviations above its mean {level.mean:.4g}: this is no "
-                f"spike; they are in {self.path}, the checkpoints are kept"
+                f"step {self.state.step + 1}: the loss of {losses.spikes} steps in a row is more "
+                f"than train.spike={train.spike} standard deviations above its mean "
+                f"{losses.mean:.4g}: these are no spikes, the loss has changed; the steps are in "
+                f"{self.path}, the checkpoints are kept"
             ).on_all_ranks()
         return True
 
-    def _tell(self, loss: float, above: float, skip: bool) -> None:
-        if not dist.is_main():
-            return
-        state = self.state
+    def _report(self, loss: float, deviation: float, skip: bool) -> None:
+        """Log a spike and append it, with its samples, to spikes.jsonl."""
+        state, mean = self.state, self.state.losses.mean
         log.warning(
-            "step %d: the loss, %.4g, is %.1f standard deviations above its mean of %.4g%s; the "
-            "samples are in %s",
-            state.step + 1, loss, above, state.level.mean,
-            ": the step is left out" if skip else "", self.path,
+            "step %d: the loss %.4g is %.1f standard deviations above its mean %.4g%s; the samples "
+            "are in %s",
+            state.step + 1, loss, deviation, mean, ": the step is skipped" if skip else "",
+            self.path,
         )  # fmt: skip
-        facts: dict[str, Any] = {
-            "step": state.step + 1,
-            "loss": loss,
-            "mean": state.level.mean,
-            "above": above,
-        }
+        record: dict[str, Any] = {"step": state.step + 1, "loss": loss, "mean": mean}
+        record |= {"above": deviation, "skipped": skip}
         try:
-            facts |= {"mean": state.level.mean, "skipped": skip}
-            facts |= {"samples": samples_of(self.run, state.step)}
+            record["samples"] = samples_of(self.run, state.step)
             with self.path.open("a") as file:
-                file.write(json.dumps(facts) + "\n")
-        except (DataError, OSError) as error:  # of this rank alone: the others go on
+                file.write(json.dumps(record) + "\n")
+        except (DataError, OSError) as error:  # on rank 0 only: the other ranks continue
             log.warning("%s cannot be written: %s", self.path, brief(error))

@@ -22,7 +22,7 @@ from xray.training.accumulation import Accumulator
 from xray.training.engine import Engine
 from xray.training.run import Run, samples_of
 from xray.training.state import TrainState
-from xray.training.step_data import Feed, training_stream
+from xray.training.step_data import StepData, training_stream
 from xray.training.step_shape import step_shape
 
 FOLDER, FACTS = "bundles", "bundle.json"
@@ -87,8 +87,8 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     watch(module, found.append)
     step = state.step
     stream = training_stream(run.stage, config, run.plans, range(step, step + 1), pin=False)
-    with closing(Feed(stream)) as feed:
-        loaded, failure = feed.next()
+    with closing(StepData(stream)) as data:
+        failure, loaded = data.fetch(), data.take()
     if failure is not None:
         raise ArtifactError(f"{path} cannot be replayed: {failure}")
     progress = config.progress(step)

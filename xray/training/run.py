@@ -1,9 +1,11 @@
-"""A stage's run in a folder: its data, its parents and what it is, whether or not it is trained."""
+"""A stage's run in a folder: its config, data, parents and identity."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from data_pipelines.curation.keep_list import keep_listed
 from data_pipelines.shards.source import Source, check_same_on_all_ranks, open_sources
-from data_pipelines.stream.sampling import make_plans
-from stages.base import Stage, StageModule, split_parents
+from data_pipelines.stream.sampling import SamplePlan, make_plans
+from stages.base import Parents, Stage, StageModule, split_parents
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
@@ -31,100 +33,115 @@ from xray.training.step_shape import check_batches
 log = logging.getLogger("xray")
 
 
+@dataclass
 class Run:
-    """What a config asks for, checked against its data, its parents and what its folder holds.
+    """A stage's run: config, checked data and parents, and the record that identifies it."""
 
-    Raises ConfigError, ArtifactError or DataError where the cause can be known.
-    """
+    stage: Stage
+    config: RunConfig
+    parents: Parents
+    sources: dict[str, Source]
+    plans: dict[str, SamplePlan]  # of the training blocks, by source
+    validation_plans: dict[str, SamplePlan]
+    record: dict[str, Any]  # contents of run.json
+    mirror: Mirror | None  # on rank 0, if train.mirror is set
 
-    def __init__(self, stage_class: type[Stage], config: Any) -> None:
+    @classmethod
+    def open(cls, stage_class: type[Stage], config: RunConfig) -> Run:
+        """Open and check parents and data; writes nothing to the run's folder. Collective.
+
+        Raises ConfigError, ArtifactError or DataError.
+        """
         config.validate()
-        self.config: RunConfig = config
-        self.out = Path(config.out)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
-        self.parents = {
-            slot: artifact
-            for slot, artifact in (("vision", parents.vision), ("text", parents.text))
-            if artifact is not None
-        }
-        self.stage = stage_class(config)
-        check_batches(self.stage, config)
+        stage = stage_class(config)
+        check_batches(stage, config)
         check_sinks(config.train)
         names = [block.source for block in [*config.blocks, *config.validation]]
         opened = open_sources(config.data, names)
 
-        def prepared() -> dict[str, Source]:
+        def prepare() -> dict[str, Source]:
             kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
-            return self.stage.prepare(kept, parents)
+            return stage.prepare(kept, parents)
 
-        self.sources = dist.main_first(prepared)
-        check_same_on_all_ranks(self.sources)
-        if self.stage.spans_batch:
-            self._warn_of_repeats()
-        self.plans, self.validation_plans = (
-            make_plans(blocks, self.sources, config.data, config.seed)
+        sources = dist.main_first(prepare)
+        check_same_on_all_ranks(sources)
+        if stage.spans_batch:
+            _warn_about_repeats(config, sources)
+        plans, validation_plans = (
+            make_plans(blocks, sources, config.data, config.seed)
             for blocks in (config.blocks, config.validation)
         )
-        self.record = run_record(self.stage, config, self.sources, self.parents)
-        self.mirror = mirror_of(self)
-        dist.main_first(self._check)
-        self._start_from = parents
+        record = run_record(stage, config, sources, named(parents))
+        url = config.train.mirror
+        mirror = Mirror(url, stage.name, Path(config.out)) if url and dist.is_main() else None
+        return cls(stage, config, parents, sources, plans, validation_plans, record, mirror)
 
-    def _warn_of_repeats(self) -> None:
-        """A sample that is in a block twice is to be told from itself."""
-        for block in self.config.blocks:
-            there = len(self.sources[block.source])
-            if block.samples > there and dist.is_main() and not self.config.debug.overfit_batch:
-                log.warning(
-                    "source %s has %d samples, and a block %d: each is compared with itself; set "
-                    "its samples in data.blocks to %d or less",
-                    *(block.source, there, block.samples, there),
-                )
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
-    def _check(self) -> None:
-        """That the folder holds this run or none, and the mirror likewise, which fills it then."""
-        defaults = identity(type(self.config)())
-        check_same_run(self.out, self.record, defaults, str(self.out))
-        if self.mirror is not None:
-            url, begun = self.mirror.url, (self.out / "run.json").exists()
-            try:
-                there = self.mirror.holds(
-                    lambda folder: check_same_run(folder, self.record, defaults, url)
-                )
-            except DataError as error:
-                if not begun:
-                    raise
-                log.warning("%s; the run goes on with what is in %s", error, self.out)
-                return
-            if there and not begun:
-                self.mirror.fetch()
+    def check_folder(self) -> None:
+        """Raise ConfigError if the folder holds another run."""
+        self._check(self.out, str(self.out))
+
+    def _check(self, folder: Path, place: str) -> None:
+        check_same_run(folder, self.record, identity(type(self.config)()), place)
+
+    def restore(self) -> None:
+        """Check the folder and the mirror, and fetch a mirrored run into a new folder. Collective.
+
+        Raises ConfigError if one of them holds another run, DataError if the folder is new and the
+        mirror cannot be reached.
+        """
+
+        def work() -> None:
+            self.check_folder()
+            if self.mirror is not None:
+                self._fetch(self.mirror)
+
+        dist.main_first(work)
+
+    def _fetch(self, mirror: Mirror) -> None:
+        begun = (self.out / "run.json").exists()
+        try:
+            mirrored = mirror.holds(lambda folder: self._check(folder, mirror.url))
+        except DataError as error:
+            if not begun:
+                raise
+            log.warning("%s; the run continues with the files in %s", error, self.out)
+            return
+        if mirrored and not begun:
+            mirror.fetch()
 
     def copy(self) -> None:
-        """Have the mirror, if there is one, look like the run before long."""
+        """Start copying new checkpoints and the artifact to the mirror, if one is set."""
         if self.mirror is not None:
             artifact = [path for path in [self.out / "artifact"] if path.is_dir()]
             self.mirror.send([*complete_checkpoints(self.out / "checkpoints"), *artifact])
 
     def finished(self) -> Artifact | None:
-        """The artifact of this run, verified, if it ran to its end before."""
+        """Verified artifact of this run, if it was trained to the end before."""
         path = self.out / "artifact"
         if not path.exists():
             return None
         log.info("stage %s is finished: %s", self.stage.name, path)
         artifact = open_artifact(path)
-        self.copy()  # which may have been cut off
+        self.copy()  # an earlier copy may have been interrupted
         if self.mirror is not None:
             self.mirror.wait()
         return artifact
 
     def build(self) -> StageModule:
-        """The module as it is before the first step, the same on every rank."""
+        """Module before the first step, equal on every rank."""
         torch.manual_seed(self.config.seed)
-        return self.stage.build(self._start_from)
+        return self.stage.build(self.parents)
 
     def begin(self) -> None:
-        """Write down what this run is, for the next time; raises ConfigError where it is trained
-        by others."""
+        """Lock the run's folder and write its config and record. Collective.
+
+        Raises ConfigError if another process trains in the folder.
+        """
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -144,7 +161,7 @@ class Run:
         metrics: dict[str, float],
         weights: str,
     ) -> None:
-        """Write the artifact of a module with these weights (`last`, or `ema`: their average)."""
+        """Write the artifact of a module; weights: `last`, or `ema` for their moving average."""
         facts = {
             "stage": self.stage.name,
             "config": to_dict(self.config),
@@ -162,25 +179,37 @@ class Run:
         }
         parts = self.stage.export(module, state_dict)
         files = self.stage.export_files()
-        write_artifact(path, parts, files, facts, self.parents, artifact_card)
+        write_artifact(path, parts, files, facts, named(self.parents), artifact_card)
 
 
-def mirror_of(run: Run) -> Mirror | None:
-    """Where rank 0 copies a run to."""
-    url = run.config.train.mirror
-    return Mirror(url, run.stage.name, run.out) if url and dist.is_main() else None
+def named(parents: Parents) -> dict[str, Artifact]:
+    """Parent artifacts by slot, without empty slots."""
+    slots = {"vision": parents.vision, "text": parents.text}
+    return {slot: artifact for slot, artifact in slots.items() if artifact is not None}
+
+
+def _warn_about_repeats(config: RunConfig, sources: Mapping[str, Source]) -> None:
+    """Warn if a block holds a sample twice: a contrastive loss would tell it from itself."""
+    for block in config.blocks:
+        available = len(sources[block.source])
+        if block.samples > available and dist.is_main() and not config.debug.overfit_batch:
+            log.warning(
+                "source %s has %d samples, but a block %d: samples are contrasted with themselves; "
+                "set its samples in data.blocks to %d or less",
+                *(block.source, available, block.samples, available),
+            )
 
 
 def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
-    """Position, shard and key of what the sample plan gives a step, by source."""
+    """Position, shard and key of the samples that a step draws, by source."""
     drawn = 0 if run.config.debug.overfit_batch else step
-    found: dict[str, list[dict[str, Any]]] = {}
+    samples: dict[str, list[dict[str, Any]]] = {}
     for block in run.config.blocks:
         plan = run.plans[block.source]
         positions = plan.positions(drawn, block.samples)
         shards, slots = plan.locate(positions)
         rows = zip(positions.tolist(), shards.tolist(), slots.tolist(), strict=True)
-        found[block.source] = [
+        samples[block.source] = [
             {
                 "position": position,
                 "shard": plan.source.manifest.name(shard),
@@ -188,4 +217,4 @@ def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
             }
             for position, shard, slot in rows
         ]
-    return found
+    return samples

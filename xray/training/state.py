@@ -1,51 +1,65 @@
-"""Where a run's loss has been, and what lies far above it."""
+"""Training state that a checkpoint keeps beside the engine's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from data_pipelines.stream.quarantine import Entry
 
-HORIZON, STEPS = 100, 20  # of the loss's moving mean; known before spikes are looked for
+HORIZON = 100  # steps that the running mean of the loss covers
+WARM_UP = 20  # steps before spikes are detected
 
 
 @dataclass
-class Level:
-    """Where the loss has been: moving mean and variance, over about HORIZON steps."""
+class LossStatistics:
+    """Running mean and variance of the training loss, used to detect spikes."""
 
     steps: int = 0
     mean: float = 0.0
     variance: float = 0.0
-    spikes: int = 0  # in a row, up to now
+    spikes: int = 0  # consecutive ones, up to now
 
     def add(self, loss: float) -> None:
-        """Take up a step's loss."""
+        """Update mean and variance with a step's loss."""
         share = max(1 / HORIZON, 1 / (self.steps + 1))  # the plain mean at first
-        away = loss - self.mean
-        self.mean += share * away
-        self.variance = (1 - share) * (self.variance + share * away * away)
+        difference = loss - self.mean
+        self.mean += share * difference
+        self.variance = (1 - share) * (self.variance + share * difference * difference)
         self.steps += 1
 
-    def above(self, loss: float) -> float:
-        """How many standard deviations a loss lies above the mean; 0 before STEPS are known.
+    def deviation(self, loss: float) -> float:
+        """Standard deviations that a loss lies above the mean; 0 during the warm-up.
 
-        The deviation counts as 1 % of the mean at least.
+        The standard deviation counts as at least 1 % of the mean.
         """
-        if self.steps < STEPS:
+        if self.steps < WARM_UP:
             return 0.0
         return (loss - self.mean) / max(self.variance**0.5, 0.01 * abs(self.mean), 1e-12)
 
 
 @dataclass
 class TrainState:
-    """What a run needs besides the engine's state: the data stream and the randomness follow."""
+    """Training state saved beside the engine's. Data position and random draws derive from it."""
 
     step: int = 0  # optimizer steps done
     samples: int = 0
     seconds: float = 0.0  # spent training
-    bad: dict[str, int] = field(default_factory=dict)  # samples replaced, by cause
-    quarantine: list[Entry] = field(default_factory=list)  # samples not to be tried again
+    bad: dict[str, int] = field(default_factory=dict)  # replaced samples, by cause
+    quarantine: list[Entry] = field(default_factory=list)  # samples that are not tried again
     world: int = 1
     zero_stage: int = 0
     score: float | None = None  # the metric `train.best_by` at this step
-    level: Level = field(default_factory=Level)  # of the losses so far
+    losses: LossStatistics = field(default_factory=LossStatistics)
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of state.json; the quarantine has a file of its own."""
+        values = asdict(self)
+        del values["quarantine"]
+        return {"level" if name == "losses" else name: v for name, v in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], quarantine: list[Entry]) -> TrainState:
+        """State from the contents of state.json; raises TypeError for an unknown key."""
+        losses = LossStatistics(**values.pop("level", {}))
+        return cls(**values, quarantine=quarantine, losses=losses)

@@ -1,67 +1,66 @@
-"""What a step is made of on this rank: its samples' sizes, its micro-batches, their stream."""
+"""Micro-batches of training and validation steps on this rank."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from data_pipelines.shards.meter import Reading, add
 from data_pipelines.stream.loader import Loaded, iterate_steps
-from data_pipelines.stream.sampling import (
-    SamplePlan,
-    StepSampler,
-    StepShape,
-)
+from data_pipelines.stream.sampling import SamplePlan, StepSampler, StepShape
 from stages.base import Stage
 from xray.config import RunConfig
 from xray.errors import DataError
 from xray.training.step_shape import step_shape
 
 
-class Feed:
-    """A stream of steps, with an account of how long it was waited for."""
+class StepData:
+    """A stream of steps, read one step ahead: `fetch` the next step, `take` what was fetched."""
 
     def __init__(self, stream: Generator[list[Loaded]]) -> None:
         self._stream = stream
-        self._waited = 0.0
+        self._fetched: list[Loaded] = []
 
-    def next(self) -> tuple[list[Loaded], DataError | None]:
-        """The next step's micro-batches, or why there are none."""
-        start = time.perf_counter()
+    def fetch(self) -> DataError | None:
+        """Read the next step's micro-batches; returns the error that prevents it."""
         try:
-            return next(self._stream), None
+            self._fetched = next(self._stream)
         except DataError as error:
-            return [], error
-        finally:
-            self._waited += time.perf_counter() - start
+            return error
+        return None
+
+    def take(self) -> list[Loaded]:
+        """Hand over the fetched micro-batches, without keeping them."""
+        loaded, self._fetched = self._fetched, []
+        return loaded
 
     def close(self) -> None:
-        """Let go of the stream's workers, which would keep this process from its end."""
+        """End the stream's workers, which would keep this process alive."""
         self._stream.close()
 
-    def waited(self) -> dict[str, float]:
-        """The seconds since the last call that went into waiting for data."""
-        seconds, self._waited = self._waited, 0.0
-        return {"data/wait": seconds}
 
-    def readings(self, loaded: list[Loaded]) -> dict[str, float]:
-        """Decoding in ms per sample by modality, and the cache's share of hits, on this rank."""
-        total: Reading = {}
-        for item in loaded:
-            add(total, item.reading)
-        values = {
-            f"data/{name}_ms": 1e3 * seconds / times
-            for name, (times, seconds) in total.items()
-            if name in ("image", "video")
-        }
-        hits, misses = (total.get(name, (0, 0.0))[0] for name in ("hit", "miss"))
-        return values | ({"data/cache_hits": hits / (hits + misses)} if hits + misses else {})
+def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
+    """Decoding time in ms per sample by modality, and the cache's hit rate, on this rank."""
+    total: Reading = {}
+    for item in loaded:
+        add(total, item.reading)
+    values = {
+        f"data/{name}_ms": 1e3 * seconds / times
+        for name, (times, seconds) in total.items()
+        if name in ("image", "video")
+    }
+    hits, misses = (total.get(name, (0, 0.0))[0] for name in ("hit", "miss"))
+    return values | ({"data/cache_hits": hits / (hits + misses)} if hits + misses else {})
+
+
+def replaced_samples(loaded: Sequence[Loaded]) -> int:
+    """Number of samples that could not be used."""
+    return sum(len(item.bad) for item in loaded)
 
 
 def training_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], steps: range, pin: bool
 ) -> Generator[list[Loaded]]:
-    """The micro-batches of each step, in order."""
+    """Micro-batches of each training step, in order."""
 
     def shape(step: int) -> StepShape:
         return step_shape(stage, config.blocks, config.progress(step))
@@ -75,7 +74,7 @@ def training_stream(
 def validation_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], shape: StepShape
 ) -> Generator[list[Loaded]]:
-    """One step: the fixed validation samples, without randomness."""
+    """The fixed validation samples as one step, without randomness."""
     sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
     workers = config.data.workers
     return iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)

@@ -15,12 +15,12 @@ from xray import dist
 SLOW = 1.5  # times the median rank's time
 
 
-class Slowest:
-    """How long each rank takes for its own part of the steps between two lines of the log.
+class Stragglers:
+    """Each rank's own time per step since the last comparison, and the slowest rank.
 
-    That is to wait for its data, and the forward passes of its towers: in all else of a step ranks
-    wait for each other, so that a slow one takes no longer than they do. In ZeRO 3 they do so in
-    the forward passes, too, where parameters are gathered, and data alone tell them apart.
+    A rank's own time is waiting for data and the forward passes of its towers: in the rest of a
+    step ranks wait for each other, so that all of them take equally long. Under ZeRO 3 forward
+    passes gather parameters from all ranks, so that only slow data loading shows.
     """
 
     def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:
@@ -28,10 +28,10 @@ class Slowest:
         self._seconds, self._steps = 0.0, 0
         self._in_step = False
         self._begun: Any = None
-        self._passes: list[tuple[Any, Any]] = []  # of GPUs: events, read when they are past
+        self._passes: list[tuple[Any, Any]] = []  # CUDA events, read in `compare`
         for tower in towers.values() if dist.world_size() > 1 else ():
-            tower.register_forward_pre_hook(self._begin)
-            tower.register_forward_hook(self._end)
+            tower.register_forward_pre_hook(self._begin_forward)
+            tower.register_forward_hook(self._end_forward)
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -40,39 +40,41 @@ class Slowest:
         event.record()
         return event
 
-    def _begin(self, *_: Any) -> None:
+    def _begin_forward(self, *_: Any) -> None:
         self._begun = self._now()
 
-    def _end(self, *_: Any) -> None:
-        if not self._in_step:  # a validation's
+    def _end_forward(self, *_: Any) -> None:
+        if not self._in_step:  # a forward pass of validation
             return
         if self._cuda:
             self._passes.append((self._begun, self._now()))
         else:
             self._seconds += self._now() - self._begun
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """Count the forward passes that follow."""
         self._in_step = True
 
-    def stop(self, waited: float) -> None:
-        """A step is done, whose data had to be waited for some seconds."""
+    def end(self, waited: float) -> None:
+        """End a step that waited some seconds for data."""
         self._seconds += waited
         self._steps += 1
         self._in_step = False
 
     def compare(self) -> tuple[dict[str, float], str | None]:
-        """The slowest rank's time over the median one's, and a warning; collective."""
+        """Ratio of the slowest rank's time to the median rank's, and a warning; collective."""
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
         everyone = dist.gather_objects((self._seconds / max(1, self._steps), socket.gethostname()))
         self._seconds, self._steps, self._passes = 0.0, 0, []
         times = [seconds for seconds, _ in everyone]
         slowest = max(range(len(times)), key=times.__getitem__)
-        usual = statistics.median_low(times)
-        ratio = times[slowest] / max(usual, 1e-9)
+        median = statistics.median_low(times)
+        ratio = times[slowest] / max(median, 1e-9)
         warning = None
         if ratio > SLOW:
             warning = (
-                f"rank {slowest} ({everyone[slowest][1]}) holds up the others: "
-                f"{times[slowest]:.2f} s a step for its own part, the median rank {usual:.2f} s"
+                f"rank {slowest} ({everyone[slowest][1]}) delays the others: it needs "
+                f"{times[slowest]:.2f} s per step for its own data and forward passes, the median "
+                f"rank {median:.2f} s"
             )
         return {"rank/slowest": ratio}, warning

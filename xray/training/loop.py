@@ -1,0 +1,224 @@
+"""Training loop: one for all stages, on one process or many."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import closing
+from typing import NoReturn
+
+import torch
+
+from data_pipelines.stream.loader import Loaded
+from stages.base import Stage, StageModule
+from xray import dist
+from xray.config.schedule import steps_of, value_at
+from xray.errors import Preempted, TrainingError
+from xray.optim import lr_at
+from xray.training import checkpoint
+from xray.training.accumulation import Accumulator
+from xray.training.bad_samples import BadSamples
+from xray.training.engine import Engine
+from xray.training.loss_spikes import SpikeDetector
+from xray.training.metrics import Sinks
+from xray.training.replay import write_bundle
+from xray.training.run import Run
+from xray.training.state import TrainState
+from xray.training.step_data import (
+    StepData,
+    decoding_metrics,
+    replaced_samples,
+    training_stream,
+    validation_stream,
+)
+from xray.training.step_result import StepResult
+from xray.training.step_shape import step_shape
+from xray.training.stop_signals import StopSignals
+from xray.training.telemetry import DATA, Telemetry
+from xray.training.watchdog import SAVING
+
+log = logging.getLogger("xray")
+
+
+class TrainingLoop:
+    """Steps of a run from its state to the end; every rank runs it."""
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        state: TrainState,
+        device: torch.device,
+        sinks: Sinks,
+        telemetry: Telemetry,
+        signals: StopSignals,
+    ) -> None:
+        self.run, self.engine, self.state, self.device = run, engine, state, device
+        self.sinks, self.telemetry, self.signals = sinks, telemetry, signals
+        self.config = run.config
+        self.stage: Stage = run.stage
+        self.module: StageModule = engine.module
+        self.micros = Accumulator(engine, run.stage, device, run.config.seed)
+        self.bad = BadSamples(run.out, state, run.plans | run.validation_plans)
+        self.spikes = SpikeDetector(run, state)
+        self._saved: dict[str, float] = {}  # metrics of the last save, until they are logged
+
+    def run_steps(self) -> None:
+        """Train the remaining steps.
+
+        Raises Preempted after saving, DataError past `data.max_bad_fraction`, TrainingError for a
+        loss or gradient that is not finite, before the weights change.
+        """
+        remaining = range(self.state.step, self.config.steps)
+        if not remaining:  # killed between the last save and the export
+            return
+        pin = self.device.type == "cuda"
+        stream = training_stream(self.stage, self.config, self.run.plans, remaining, pin)
+        with closing(StepData(stream)) as data:
+            self.telemetry.watchdog.at(DATA, self.state.step)
+            StepResult(failure=data.fetch()).agreed(self.device)
+            started = time.monotonic() - self.state.seconds
+            for step in remaining:
+                progress, last = self.config.progress(step), step + 1 == self.config.steps
+                loaded = data.take()
+                self.telemetry.begin(step)
+                result = self._run_passes(step, loaded, None if last else data).agreed(self.device)
+                values = self._update(step, loaded, result)
+                self.state.seconds = time.monotonic() - started
+                values |= self._sizes(progress)
+                values |= self.telemetry.end(progress, result.waited, loaded)
+                if last or _every(self.state.step, self.config.train.validate_every):
+                    values |= self._validate(1.0 if last else progress)
+                self._log(values, progress, last or _every(step + 1, self.config.train.log_every))
+                if last or result.preempted or _every(step + 1, self.config.train.save_every):
+                    self._save(values)
+                if result.preempted:
+                    raise Preempted(
+                        f"stopped by a signal at step {step + 1}; the same command continues"
+                    ).on_all_ranks()
+
+    def _run_passes(self, step: int, loaded: list[Loaded], data: StepData | None) -> StepResult:
+        """Forward and backward of all micro-batches, then fetch the next step's data, if any."""
+        progress = self.config.progress(step)
+        shape = step_shape(self.stage, self.config.blocks, progress)
+        metrics = self.micros.train(step, progress, shape.micro, loaded)
+        failure = None
+        if data is not None:
+            self.telemetry.mark(DATA)
+            failure = data.fetch()
+        waited = self.telemetry.end_own_work()
+        replaced = replaced_samples(loaded)
+        return StepResult(metrics, self.signals.received, failure, replaced, waited)
+
+    def _update(self, step: int, loaded: list[Loaded], result: StepResult) -> dict[str, float]:
+        """Make the optimizer's step, or skip it as a spike; returns the metrics of the step.
+
+        Raises TrainingError for a loss or gradient that is not finite, with unchanged weights.
+        """
+        config, state, progress = self.config, self.state, self.config.progress(step)
+        if result.replaced:
+            read = state.samples + config.global_batch
+            self.bad.account(loaded, read, config.data.max_bad_fraction)
+        values = result.metrics | decoding_metrics(loaded) | self._epochs(step)
+        if not math.isfinite(values["loss"]):
+            self._stop("loss", values["loss"], values)
+        lr = lr_at(progress, config.optim, config.global_batch)
+        if self.spikes.skips(values["loss"]):
+            self.engine.skip()
+            outcome = {"skipped": 1.0}
+        else:
+            self.engine.set_lr(lr, progress)
+            self.engine.step()
+            if not math.isfinite(self.engine.grad_norm):
+                self._stop("gradient norm", self.engine.grad_norm, values)
+            self.stage.after_step(self.engine, self.module)
+            outcome = {"grad_norm": self.engine.grad_norm}
+        state.step, state.samples = step + 1, state.samples + config.global_batch
+        self.engine.update_average(state.step)
+        return values | {"lr": lr} | outcome
+
+    def _stop(self, what: str, value: float, values: dict[str, float]) -> NoReturn:
+        """End the run before weights change, with a bundle of the step. Collective."""
+        self.telemetry.mark("saving", SAVING)
+        where = write_bundle(self.run, self.engine, self.state, what, {**values, what: value})
+        raise TrainingError(
+            f"the {what} of step {self.state.step + 1} is {value}: stopped before the weights "
+            f"changed {where}; start again in another out= with a lower optim.base_lr or with "
+            "optim.clip_grad; the checkpoints are kept"
+        ).on_all_ranks()
+
+    def _validate(self, progress: float) -> dict[str, float]:
+        """Means over the fixed validation samples at the current sizes, as `val/...`."""
+        config = self.config
+        self.telemetry.mark("validation")
+        if not config.validation:
+            return {}
+        shape = step_shape(self.stage, config.validation, progress)
+        stream = validation_stream(self.stage, config, self.run.validation_plans, shape)
+        with closing(StepData(stream)) as data:
+            failure, loaded = data.fetch(), data.take()
+        replaced = replaced_samples(loaded)
+        if StepResult(failure=failure, replaced=replaced).agreed(self.device).replaced:
+            read = self.state.samples + sum(block.samples for block in config.validation)
+            self.bad.account(loaded, read, config.data.max_bad_fraction)
+        values = self.micros.evaluate(progress, shape.micro, loaded)
+        values = StepResult(values).agreed(self.device).metrics | self._sizes(progress)
+        return {f"val/{name}": value for name, value in values.items()}
+
+    def _log(self, values: dict[str, float], progress: float, logged: bool) -> None:
+        """Show the step, and write its line and the stage's warnings if it is logged."""
+        if logged:
+            values |= self.telemetry.report() | self._saved
+            self._saved = {}
+        self.sinks.write(self.state, values, logged)
+        if logged:
+            for warning in self.stage.watch(values, progress):
+                log.warning("step %d: %s", self.state.step, warning)
+            self.telemetry.restart()
+
+    def _save(self, values: dict[str, float]) -> None:
+        """Save a checkpoint; the seconds it takes are in the next logged line."""
+        train, state, mirror = self.config.train, self.state, self.run.mirror
+        state.score = values.get(train.best_by)
+        if train.keep_best and state.score is None:
+            log.warning(
+                "step %d has no metric %s (train.best_by), by which train.keep_best chooses "
+                "checkpoints; its metrics: %s",
+                state.step, train.best_by, ", ".join(sorted(values)),
+            )  # fmt: skip
+        self.telemetry.mark("saving", SAVING)
+        begun = time.monotonic()
+        if mirror is not None:
+            mirror.wait()  # it reads checkpoints that this save may remove
+        folder = checkpoint.save_checkpoint(self.engine, self.run.out / "checkpoints", state, train)
+        seconds = time.monotonic() - begun
+        self._saved = {"save/seconds": seconds}
+        self.run.copy()
+        if dist.is_main():
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        """Epochs over each source after a step."""
+        return {
+            f"{b.source}/epochs": (step + 1) * b.samples / self.run.plans[b.source].total
+            for b in self.config.blocks
+        }
+
+    def _sizes(self, progress: float) -> dict[str, float]:
+        """Current values of schedules: the keep rate (or one per block), resolution and frames."""
+        rate = self.module.keep_rate(progress)
+        if isinstance(rate, float | int):
+            values = {"keep_rate": float(rate)}
+        else:
+            values = {f"keep_rate/{number}": value for number, value in enumerate(rate)}
+        for name in ("resolution", "frames"):
+            steps = getattr(self.config.data, name)
+            if len(steps_of(steps)) > 1:
+                values[name] = float(value_at(steps, progress))
+        return values
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
