@@ -18,7 +18,7 @@ SAID = {
     "metrics": "metrics.jsonl",
     "checkpoints": "step_00000003 cannot be written: .*those before it are as they were",
     "artifact": "artifact cannot be written: .*artifact.tmp",
-    "signal": "stopped by a signal at step 2; the same command goes on",
+    "signal": "stopped by a signal at step 2; the same command continues",
 }
 
 
@@ -35,7 +35,7 @@ def test_a_rank_that_is_slow_is_named(ended: tuple[Path, str]) -> None:
     for run in ("slow_forward-0", "slow_forward-1", "slow_data-0"):
         rows = read_metrics(out / run / "metrics.jsonl")
         assert [row["rank/slowest"] >= 3 for row in rows] == [True], rows
-    assert len(re.findall(r"rank 1 \(\S+\) holds up the others: 0\.[2-9]", said)) >= 3
+    assert len(re.findall(r"rank 1 \(\S+\) delays the others: it needs 0\.[2-9]", said)) >= 3
 
 
 @pytest.mark.parametrize("name", TROUBLE)

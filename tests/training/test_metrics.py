@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages import stage_class
 from stages.base import Parents
 from xray.errors import ConfigError
-from xray.training import throughput as pace
+from xray.training import throughput
 from xray.training.gpu_specs import gpu_of
 from xray.training.metrics import read_metrics
-from xray.training.throughput import MEASURED, Pace
+from xray.training.throughput import MEASURED, Throughput
 
 CPU = torch.device("cpu")
 
@@ -85,11 +85,11 @@ def test_tokens_are_those_that_enter_the_backbone(
 
 
 def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """(those torch counts in a step's forward and backward, those that Pace adds for it)."""
+    """(those torch counts in a step's forward and backward, those that Throughput adds for it)."""
     from data_pipelines.stream.loader import Loaded
 
     module.train()
-    meter = Pace(made, module, CPU)
+    meter = Throughput(made, module, CPU)
     meter.peak = 1e12
     with FlopCounterMode(display=False) as counter:
         module(batch, 0.9).loss.backward()
@@ -135,8 +135,8 @@ def test_rates_leave_out_what_is_not_training(
 ) -> None:
     made, module = built("mae", demo, tmp_path)
     clock = iter([0.0, 2.0, 100.0, 104.0])  # steps of 2 and 4 seconds, validation between them
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
-    meter = Pace(made, module, CPU)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter = Throughput(made, module, CPU)
     for waited in (1.0, 0.5):
         meter.begin()
         meter.end(0.5, waited, [])

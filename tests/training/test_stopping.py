@@ -22,12 +22,12 @@ from torch import Tensor
 from stages.base import StepOutput
 from stages.mae import MaeModule
 from xray.errors import ArtifactError, ConfigError, TrainingError
-from xray.training import state as level_file
+from xray.training import state as state_module
 from xray.training.engine import Engine
 from xray.training.metrics import read_metrics
 from xray.training.replay import read_bundle
-from xray.training.state import Level
-from xray.training.stragglers import Slowest
+from xray.training.state import LossStatistics
+from xray.training.stragglers import Stragglers
 from xray.training.watchdog import verdict
 
 SKIP = ("train.spikes=skip", "train.spike=4.0")
@@ -44,21 +44,21 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return StepOutput(loss * (30 if len(calls) in (7, 8) else 1), metrics)
 
     monkeypatch.setattr(MaeModule, "loss_from_features", spike)
-    monkeypatch.setattr(level_file, "STEPS", 2)
+    monkeypatch.setattr(state_module, "WARM_UP", 2)
     return calls
 
 
-def test_a_level_is_the_mean_and_deviation_of_what_came() -> None:
-    level, losses = Level(), [3.0 + 0.5 * (-1) ** k for k in range(30)]
+def test_loss_statistics_are_mean_and_deviation_of_the_losses() -> None:
+    statistics, losses = LossStatistics(), [3.0 + 0.5 * (-1) ** k for k in range(30)]
     for loss in losses[:19]:
-        level.add(loss)
-    assert level.above(100.0) == 0.0  # too early to tell
+        statistics.add(loss)
+    assert statistics.deviation(100.0) == 0.0  # during the warm-up
     for loss in losses[19:]:
-        level.add(loss)
-    found = torch.tensor(losses, dtype=torch.float64)
-    assert level.mean == pytest.approx(found.mean().item())
-    assert level.variance == pytest.approx(found.var(correction=0).item())
-    assert level.above(3.0 + 6 * 0.5) == pytest.approx(6.0)
+        statistics.add(loss)
+    expected = torch.tensor(losses, dtype=torch.float64)
+    assert statistics.mean == pytest.approx(expected.mean().item())
+    assert statistics.variance == pytest.approx(expected.var(correction=0).item())
+    assert statistics.deviation(3.0 + 6 * 0.5) == pytest.approx(6.0)
 
 
 def test_a_folder_is_trained_in_by_one_process(demo: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_spike_is_said_and_made_by_default(
 ) -> None:
     caplog.set_level("WARNING", logger="xray")
     train("mae", demo, tmp_path / "run", "train.spike=4.0")
-    assert "step 4: the loss, " in caplog.text and "is left out" not in caplog.text
+    assert "step 4: the loss " in caplog.text and "is skipped" not in caplog.text
     assert all("skipped" not in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_only_spikes_is_ended(
     demo: Path, tmp_path: Path, spiky: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xray.training.loss_spikes.MOST_IN_A_ROW", 0)
-    with pytest.raises(TrainingError, match=r"step 4: 1 steps in a row.*this is no spike"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss of 1 steps in a row.*these are no spikes"):
         train("mae", demo, tmp_path / "run", *SKIP)
     assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
 
@@ -210,9 +210,9 @@ def test_a_rank_that_freezes_is_named(demo: Path, tmp_path: Path) -> None:
     assert "trainer.py" in (out / "mae" / "stuck" / "rank_00000.txt").read_text()
 
 
-def test_one_rank_has_no_slowest() -> None:
-    slowest = Slowest(torch.nn.ModuleDict(), torch.device("cpu"))
-    slowest.start()
-    slowest.stop(0.5)
-    values, warning = slowest.compare()
+def test_a_single_rank_is_no_straggler() -> None:
+    stragglers = Stragglers(torch.nn.ModuleDict(), torch.device("cpu"))
+    stragglers.begin()
+    stragglers.end(0.5)
+    values, warning = stragglers.compare()
     assert values == {"rank/slowest": 1.0} and warning is None
