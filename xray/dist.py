@@ -165,6 +165,27 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks in the order of ranks; every rank has equally many."""
+    import torch.distributed
+
+    gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
+    # torch 2.14 renamed these two collectives and warns about the old names
+    old = torch.distributed.all_gather_into_tensor
+    getattr(torch.distributed, "all_gather_single", old)(gathered, rows)
+    return gathered
+
+
+def sum_rows(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's share of the rows, summed over ranks: the reverse of `gather_rows`."""
+    import torch.distributed
+
+    own = rows.new_empty(len(rows) // world_size(), *rows.shape[1:])
+    old = torch.distributed.reduce_scatter_tensor
+    getattr(torch.distributed, "reduce_scatter_single", old)(own, rows.contiguous())
+    return own
+
+
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest of a number."""
     if world_size() == 1:

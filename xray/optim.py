@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, and schedules as pure functions of samples seen."""
+"""Parameter groups, optimizers and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 
 from xray.config import OptimConfig, TowerOptim, ZeroConfig
 
-ALONE = ("logit_scale", "logit_bias")  # in a group of their own
+ALONE = ("logit_scale", "logit_bias")  # parameters in a separate group
 SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # moments of a parameter
-# What is as deep as a tower's first block, and what comes after its last.
+# Parameters of a tower's stem, and of its blocks.
 BOTTOM = re.compile(r"embed|cls_token|reg_token|pos_temporal|norm_pre|wte|wpe|shared")
 BLOCK = re.compile(r"\.(?:blocks?|layers?|h)\.(\d+)\.")
 
 
 def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
-    """Linear warm-up, then a half cosine to min_lr; the peak is base_lr * global_batch / 256."""
+    """Linear warm-up to a peak of base_lr * global_batch / 256, then a half cosine to min_lr."""
     peak = config.base_lr * global_batch / 256
     if progress < config.warmup:
         return peak * progress / config.warmup
@@ -29,12 +29,19 @@ def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
     return floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by (lr_scale, freeze, weight_decay); `logit_scale` and bias alone.
+def freeze_towers(module: nn.Module, config: OptimConfig) -> None:
+    """Set requires_grad=False for towers that are frozen throughout (`freeze` of 1)."""
+    towers: Any = getattr(module, "towers", {})
+    for name, tower in towers.items():
+        if getattr(config, name).freeze >= 1:
+            tower.requires_grad_(False)
 
-    1-d parameters and those a tower's `no_weight_decay` names are not decayed. A tower's lr falls
-    by its `layer_decay` per block from the top; its stem is one layer below the first block. What
-    is still throughout (`freeze` of 1) is taken out of training here.
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trained parameters by (lr_scale, freeze, weight_decay); logit scale and bias separately.
+
+    Weight decay leaves out 1-d parameters and those in a tower's `no_weight_decay`. A tower's lr
+    falls by its `layer_decay` per block from the top; its stem is one layer below the first block.
     """
     towers: Any = getattr(module, "towers", {})
     settings = {name: getattr(config, name) for name in towers}
@@ -48,8 +55,6 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     for name, parameter in module.named_parameters():
         tower = name.split(".")[1] if name.startswith("towers.") else ""
         own = settings[tower] if tower else TowerOptim()
-        if own.freeze >= 1:
-            parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and name not in exempt and not name.endswith("mask_token")
@@ -57,13 +62,13 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         lr_scale = config.logit_scale_lr if name in ALONE else own.lr * own.layer_decay**below
         weight_decay = config.weight_decay if decayed else 0.0
         key = (name in ALONE, lr_scale, own.freeze, weight_decay)
-        found = {"lr_scale": lr_scale, "freeze": own.freeze, "weight_decay": weight_decay}
-        groups.setdefault(key, {"params": [], **found})["params"].append(parameter)
+        options = {"lr_scale": lr_scale, "freeze": own.freeze, "weight_decay": weight_decay}
+        groups.setdefault(key, {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
 def _depth(tower: nn.Module) -> int:
-    """Blocks of a tower."""
+    """Number of blocks of a tower."""
     return 1 + max((_block(f".{name}") for name, _ in tower.named_parameters()), default=-1)
 
 
@@ -73,30 +78,30 @@ def _block(name: str) -> int:
 
 
 def _layer(name: str, depth: int) -> int:
-    """0 is the stem, 1 the first block, depth + 1 what follows the last."""
+    """Layer of a parameter: 0 is the stem, 1 the first block, depth + 1 all after the last."""
     block = _block(name)
     return block + 1 if block >= 0 else 0 if BOTTOM.search(name) else depth + 1
 
 
 def reduce_bucket(zero: ZeroConfig, trained: int) -> int:
-    """Values that DeepSpeed reduces at a time, and allocates at once: no more than there are.
+    """Number of values in DeepSpeed's reduce buffer: at most the trained ones.
 
-    Its own default is 5e8, 2 GB, however small the model.
+    DeepSpeed allocates the buffer whole; its default is 5e8 values (2 GB) for any model.
     """
     given = zero.deepspeed.get("zero_optimization", {})
     return int(given.get("reduce_bucket_size", min(500_000_000, trained)))
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (torch's) or Lion (timm's); the lr is set before every step."""
+    """Create AdamW (torch) or Lion (timm); `set_lr` sets the lr before every step."""
     betas = (config.betas[0], config.betas[1])
     if config.name == "lion":
         return Lion(groups, lr=0.0, betas=betas)
-    # fused: one pass over memory, 3 to 6 times as fast on a CPU
+    # fused: one pass over memory, 3 to 6 times faster on a CPU
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
 def set_lr(groups: list[dict[str, Any]], lr: float, progress: float = 1.0) -> None:
-    """lr times each group's own scale; 0 while the group is frozen."""
+    """Set each group's lr to lr times its scale, or to 0 while the group is frozen."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"] if progress >= group["freeze"] else 0.0

@@ -15,7 +15,7 @@ from stages.base import Parents
 from stages.clip import ClipStage
 from stages.mae import MaeModule
 from xray.config import OptimConfig, TowerOptim
-from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
+from xray.optim import freeze_towers, lr_at, make_optimizer, parameter_groups, set_lr
 
 
 def test_lr_is_scaled_by_the_batch_and_warms_up_and_decays() -> None:
@@ -77,8 +77,9 @@ def test_towers_have_lrs_of_their_own(demo: Path, tmp_path: Path, tune: str) -> 
                 assert scale == pytest.approx(lr * decay ** (depth - block)), name
         if not name.startswith("towers."):  # the adapter has blocks too
             assert scale == (2.0 if name == "logit_scale" else 1.0), name
-    whole = parameter_groups(module, OptimConfig(vision=vision, text=TowerOptim(freeze=1)))
-    left = {id(p) for group in whole for p in group["params"]}
+    frozen = OptimConfig(vision=vision, text=TowerOptim(freeze=1))
+    freeze_towers(module, frozen)
+    left = {id(p) for group in parameter_groups(module, frozen) for p in group["params"]}
     assert {id(p) for p in module.parameters() if p.requires_grad} == left
     assert not any(p.requires_grad for p in module.towers["text"].parameters())
 

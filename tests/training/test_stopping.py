@@ -116,7 +116,9 @@ def test_a_run_that_only_spikes_is_ended(
     demo: Path, tmp_path: Path, spiky: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xray.training.loss_spikes.MOST_IN_A_ROW", 0)
-    with pytest.raises(TrainingError, match=r"step 4: the loss of 1 steps in a row.*these are no spikes"):
+    with pytest.raises(
+        TrainingError, match=r"step 4: the loss of 1 steps in a row.*these are no spikes"
+    ):
         train("mae", demo, tmp_path / "run", *SKIP)
     assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
 

@@ -157,16 +157,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        rows = local.new_empty(len(local) * dist.world_size(), *local.shape[1:])
-        torch.distributed.all_gather_into_tensor(rows, local)
-        return rows
+        return dist.gather_rows(local)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.new_empty(len(grad) // dist.world_size(), *grad.shape[1:])
-        torch.distributed.reduce_scatter_tensor(own, grad.contiguous())
-        return own
+        return dist.sum_rows(grad)
 
 
 class _SoftmaxRows(torch.autograd.Function):

@@ -20,7 +20,7 @@ from data_pipelines.stream.sampling import MicroBatch, StepShape
 from stages import stage_class
 from stages.base import Batch, Facts, StageModule
 from xray.config.schedule import steps_of
-from xray.optim import parameter_groups
+from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
 from xray.planning.meta_modules import example, sketch_module
 from xray.training.gradient_cache import Pass, cached_losses, schedule, surrogate_loss
@@ -87,7 +87,7 @@ def size_of(config: Any, facts: Facts) -> Size:
 
 def _trainable(config: Any, facts: Facts) -> tuple[StageModule, int]:
     module, width = sketch_module(config, facts)
-    parameter_groups(module, config.optim)  # takes out of training what is frozen throughout
+    freeze_towers(module, config.optim)
     return module, width
 
 

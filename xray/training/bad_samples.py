@@ -1,4 +1,4 @@
-"""Samples that could not be used: counted by cause, listed, quarantined, and too many of them."""
+"""Samples that could not be used: counted by cause, listed, quarantined, and limited."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from xray.errors import DataError
 from xray.training.state import TrainState
 
 log = logging.getLogger("xray")
-GRACE = 1000  # samples; data.max_bad_fraction is taken of at least this many
+GRACE = 1000  # samples: the fewest that data.max_bad_fraction is applied to
 WARNED = 20  # samples named in the log; the file lists all
 
 
 class BadSamples:
-    """Keeps the account of a run in its state and in `bad_samples.jsonl`; every rank calls it."""
+    """Account of a run's bad samples in its state and in `bad_samples.jsonl`, on every rank."""
 
     def __init__(self, out: Path, state: TrainState, plans: Mapping[str, SamplePlan]) -> None:
         self.path = out / "bad_samples.jsonl"
@@ -33,7 +33,10 @@ class BadSamples:
         quarantine.obey(state.quarantine, plans)
 
     def account(self, loaded: Sequence[Loaded], read: int, limit: float) -> None:
-        """Add what a step had replaced; raises DataError past limit x samples read. Collective."""
+        """Add the samples that a step replaced. Collective.
+
+        Raises DataError if more than limit x read samples, of the run's read ones, were replaced.
+        """
         mine = [entry for item in loaded for entry in item.bad]
         everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]
         bad = self.state.bad
@@ -43,23 +46,24 @@ class BadSamples:
             if sum(bad.values()) <= WARNED:
                 log.warning("replaced %r of %s: %s", entry.key, entry.shard, entry.cause)
                 if sum(bad.values()) == WARNED:
-                    log.warning("further ones are listed in %s only", self.path)
+                    log.warning("further bad samples are only listed in %s", self.path)
         self._keep(everyone)
         if sum(bad.values()) > limit * max(read, GRACE):
             causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(bad.items()))
             names = ", ".join(f"{shard} ({n})" for shard, n in self.shards.most_common(3))
             raise DataError(
                 f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
-                f"data.max_bad_fraction={limit}; most in {names}; all are in {self.path}"
+                f"data.max_bad_fraction={limit}; most are in {names}; all are listed in {self.path}"
             ).on_all_ranks()
 
     def _keep(self, everyone: Sequence[Replaced]) -> None:
+        """Extend the quarantine, and the file on rank 0."""
         known = set(self.state.quarantine)
         new = {Entry(e.source, e.shard, e.key, e.cause) for e in everyone if e.quarantine} - known
         fresh = sorted(new, key=lambda entry: (entry.source, entry.shard, entry.key))
         self.state.quarantine += fresh
         failure = None
-        try:  # it opens the shard's index, which one rank alone may fail at
+        try:  # opens the shard's index, which may fail on one rank only
             quarantine.obey(fresh, self.plans)
         except (DataError, OSError) as error:
             failure = DataError(str(error))

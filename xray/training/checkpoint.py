@@ -1,4 +1,4 @@
-"""Resume checkpoints: written under a temporary name, renamed last, complete or not there.
+"""Resume checkpoints: written under a temporary name, then renamed, so that each is complete.
 
 checkpoints/step_00000200/  portable/  state.json  quarantine.jsonl  COMPLETE
 """
@@ -24,37 +24,38 @@ from xray.training.state import TrainState
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run; rank 0 looks and tells the others."""
-    found = None
+    """Newest complete checkpoint of a run, as rank 0 sees the folder. Collective."""
+    newest = None
     if dist.is_main() and folder.is_dir():
         for stale in folder.glob("tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         complete = complete_checkpoints(folder)
-        found = str(complete[-1]) if complete else None
-    found = dist.broadcast_object(found)
-    return Path(found) if found else None
+        newest = str(complete[-1]) if complete else None
+    newest = dist.broadcast_object(newest)
+    return Path(newest) if newest else None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that count, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     steps = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit())
     return sorted(p for p in steps if (p / "COMPLETE").is_file())
 
 
 def step_of(checkpoint: Path) -> int:
+    """Step that a checkpoint's folder is named after."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
-    """Those with a finite measured `train.best_by`, best first; of equals the newest."""
-    found = ((path, read_state(path).score) for path in checkpoints)
-    scores = {path: score for path, score in found if score is not None and math.isfinite(score)}
+    """Checkpoints with a finite `train.best_by`, best first; the newest of equal ones first."""
+    measured = ((path, read_state(path).score) for path in checkpoints)
+    scores = {path: score for path, score in measured if score is not None and math.isfinite(score)}
     sign = 1 if train.best_is == "lowest" else -1
     return sorted(scores, key=lambda path: (sign * scores[path], -step_of(path)))
 
 
 def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
-    """Of a run's checkpoints, oldest first, the newest, the best and those that stay for good."""
+    """Checkpoints to keep of a run's (oldest first): the newest, the best, those of keep_every."""
     stay = set(checkpoints[-train.keep_checkpoints :])
     if train.keep_every:
         stay |= {path for path in checkpoints if step_of(path) % train.keep_every == 0}
@@ -64,6 +65,7 @@ def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
 
 
 def read_state(checkpoint: Path) -> TrainState:
+    """Read a checkpoint's state; raises ArtifactError if it is damaged."""
     try:
         values = json.loads((checkpoint / "state.json").read_text())
         return TrainState.from_json(values, quarantine.load(checkpoint / "quarantine.jsonl"))
@@ -72,24 +74,24 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
-    """Restore the engine, whatever number of ranks and ZeRO stage it was saved with."""
+    """Restore the engine from a checkpoint of any world size and ZeRO stage. Collective."""
     state = read_state(checkpoint)
     load_portable(engine, checkpoint)
     return dataclasses.replace(state, world=dist.world_size(), zero_stage=engine.stage)
 
 
 def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: TrainConfig) -> Path:
-    """Write a checkpoint of a run and remove those that need not stay. Collective.
+    """Write a checkpoint of a run and remove those that are no longer kept. Collective.
 
-    Raises ArtifactError on every rank where one cannot write; checkpoints that were there stay.
+    Raises ArtifactError on every rank if one cannot write; earlier checkpoints are then kept.
     """
     target = folder / f"step_{state.step:08d}"
     try:
         write_checkpoint(engine, target, state)
     except ArtifactError as error:
         raise ArtifactError(
-            f"checkpoint {target} cannot be written: {error}; those before it are as they "
-            "were, and the same command goes on from the last of them"
+            f"checkpoint {target} cannot be written: {error}; earlier checkpoints are unchanged, "
+            "and the same command continues from the last of them"
         ).on_all_ranks() from error
 
     def prune() -> None:
@@ -104,14 +106,14 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: Trai
 def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
     """Write the engine and the state under a temporary name, then rename. Collective.
 
-    Raises ArtifactError on every rank where one cannot write; nothing is left of it then.
+    Raises ArtifactError on every rank if one cannot write; the temporary folder is then removed.
     """
     temporary = target.with_name(f"tmp-{target.name}")
 
     def begin() -> None:
         run = target.parent.parent
-        if not run.is_dir():  # else a run would end with half of its files
-            raise FileNotFoundError(f"{run} was removed while the run went on")
+        if not run.is_dir():  # creating it again would leave a run with half of its files
+            raise FileNotFoundError(f"{run} was removed during training")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
@@ -128,6 +130,6 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
         save_portable(engine, temporary)
         dist.on_main(end)
     except ArtifactError:
-        if dist.is_main():  # it may be all that fills the disk
+        if dist.is_main():  # a full disk needs the space
             shutil.rmtree(temporary, ignore_errors=True)
         raise

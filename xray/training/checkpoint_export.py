@@ -1,4 +1,4 @@
-"""An artifact from any checkpoint of a run."""
+"""Export of an artifact from any checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
 
 
 def choose(folder: Path, which: str, train: TrainConfig) -> Path:
-    """A run's checkpoint: of a step, `last`, or `best` by what train.best_by measured.
+    """Choose a run's checkpoint: of a step, the `last`, or the `best` by train.best_by.
 
-    Raises ArtifactError naming those there are.
+    Raises ArtifactError that lists the run's checkpoints if there is none.
     """
-    there = complete_checkpoints(folder / "checkpoints")
+    checkpoints = complete_checkpoints(folder / "checkpoints")
     if which == "best":
-        found = ranked(there, train)[:1]
+        matching = ranked(checkpoints, train)[:1]
     elif which == "last":
-        found = there[-1:]
+        matching = checkpoints[-1:]
     else:
-        found = [path for path in there if str(step_of(path)) == which]
-    if not found:
-        steps = ", ".join(str(step_of(path)) for path in there) or "no checkpoint at all"
+        matching = [path for path in checkpoints if str(step_of(path)) == which]
+    if not matching:
+        steps = ", ".join(str(step_of(path)) for path in checkpoints) or "no checkpoint at all"
         why = f" with a measured {train.best_by}" if which == "best" else ""
         raise ArtifactError(f"{folder} has no checkpoint {which!r}{why}: there are {steps}")
-    return found[0]
+    return matching[0]
 
 
 def export_checkpoint(
     folder: Path, which: str, out: Path, weights: Weights, overrides: dict[str, Any]
 ) -> Artifact:
-    """Write the artifact that a run's checkpoint makes; raises ArtifactError where out exists."""
+    """Write the artifact of a run's checkpoint; raises ArtifactError if out exists."""
     if out.exists():
-        raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
+        raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
     run = find_run(folder, overrides)
     checkpoint = choose(folder, which, run.config.train)
     state = read_state(checkpoint)

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,24 @@ from stages.base import StageModule
 from xray import dist
 from xray.config import RunConfig
 from xray.errors import ConfigError
-from xray.optim import SLOTS, make_optimizer, parameter_groups, reduce_bucket, set_lr
+from xray.optim import (
+    SLOTS,
+    freeze_towers,
+    make_optimizer,
+    parameter_groups,
+    reduce_bucket,
+    set_lr,
+)
 
 AVERAGE = "ema"  # the slot of the weights' moving average
 
 deepspeed_logger.setLevel(logging.ERROR)
+# DeepSpeed 0.19 calls these by the names they had before torch 2.14.
+warnings.filterwarnings(
+    "ignore",
+    message=r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    category=FutureWarning,
+)
 
 
 def init_distributed(device: torch.device) -> None:
@@ -128,6 +142,7 @@ class Engine:
     """One stage's module under DeepSpeed."""
 
     def __init__(self, module: StageModule, config: RunConfig) -> None:
+        freeze_towers(module, config.optim)
         groups = parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")

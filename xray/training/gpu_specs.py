@@ -1,4 +1,4 @@
-"""What GPUs can do, by their vendor's data sheets."""
+"""Memory and peak throughput of GPUs, from their vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device: memory in GB, and dense TFLOP/s, without sparsity, in bf16 and fp32.
+    """Memory of a device in GB, and its dense TFLOP/s (without sparsity) in bf16 and fp32.
 
-    fp32 is that of the CUDA cores, for tf32 is off in torch.
+    fp32 is that of the CUDA cores, because torch leaves tf32 off.
     """
 
     memory: float
@@ -18,7 +18,7 @@ class Gpu:
     fp32: float
 
     def peak(self, precision: str) -> float:
-        """FLOP/s at most."""
+        """Peak FLOP/s in a precision (`bf16` or `fp32`)."""
         return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
 
 
@@ -38,7 +38,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The entry for a device's own name, as "NVIDIA H100 80GB HBM3"; None where there is none."""
+    """Find a device by the name it reports, as "NVIDIA H100 80GB HBM3"; None if unknown."""
     words = set(re.split(r"[\s-]+", name.lower()))
     matching = [key for key in GPUS if words.issuperset(key.split("-"))]
     return GPUS[max(matching, key=len)] if matching else None

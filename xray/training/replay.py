@@ -1,4 +1,4 @@
-"""A step that must not be taken, kept so that it can be looked at: `xray debug replay BUNDLE`.
+"""Bundles of steps that were not finite, and their replay by `xray debug replay BUNDLE`.
 
 bundles/step_00000003/  bundle.json  portable/  state.json     the state before the fourth step
 """
@@ -26,20 +26,21 @@ from xray.training.step_data import StepData, training_stream
 from xray.training.step_shape import step_shape
 
 FOLDER, FACTS = "bundles", "bundle.json"
+MOST = 8  # outputs and gradients that are reported
 
 
 def write_bundle(
     run: Run, engine: Engine, state: TrainState, what: str, values: dict[str, float]
 ) -> str:
-    """Keep the state before a step and what is known of it; returns words about where. Collective.
+    """Write the state before a step, its values and samples. Collective.
 
-    what: the value that is not finite.
+    what: name of the value that is not finite. Returns a note on the bundle for an error message.
     """
     path = run.out / FOLDER / f"step_{state.step:08d}"
     try:
         checkpoint.write_checkpoint(engine, path, state)
     except ArtifactError as error:
-        return f"(no bundle of it could be written: {error})"
+        return f"(its bundle could not be written: {error})"
     if dist.is_main():
         facts: dict[str, Any] = {
             "step": state.step,
@@ -52,12 +53,12 @@ def write_bundle(
             facts["samples"] = samples_of(run, state.step)
             (path / FACTS).write_text(json.dumps(facts, indent=1))
         except (DataError, OSError) as error:
-            return f"(no bundle of it could be written: {brief(error)})"
-    return f"(`xray debug replay {path}` does it again and shows where it comes from)"
+            return f"(its bundle could not be written: {brief(error)})"
+    return f"(`xray debug replay {path}` repeats the step and shows where it breaks)"
 
 
 def read_bundle(path: Path) -> dict[str, Any]:
-    """What is written of a bundle; raises ArtifactError where there is none."""
+    """Read a bundle.json; raises ArtifactError if there is none."""
     try:
         return dict(json.loads((path / FACTS).read_text()))
     except FileNotFoundError as error:
@@ -69,22 +70,23 @@ def read_bundle(path: Path) -> dict[str, Any]:
 
 
 def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float], list[str]]:
-    """Do a bundle's step again, without its update: its values as means over ranks, and what was
-    not finite, in the order in which it came up.
+    """Repeat a bundle's step without changing weights. Collective.
 
-    With the number of processes that the bundle was made with, values are those of the run.
+    Returns its values as means over ranks, which equal those of the run, and the names of outputs
+    and gradients that were not finite, in order of appearance. Raises ConfigError for another
+    world size than the bundle's.
     """
     facts, config = read_bundle(path), run.config
     if facts["world"] != dist.world_size():
         raise ConfigError(
-            f"{path} was written by {facts['world']} processes: replay it with as many "
+            f"{path} was written by {facts['world']} processes: replay it with the same number "
             f"(torchrun --nproc_per_node {facts['world']} -m xray debug replay ...)"
         )
     module = run.build()
     engine = Engine(module, config)
     state = checkpoint.load_checkpoint(engine, path)
-    found: list[str] = []
-    watch(module, found.append)
+    broken: list[str] = []
+    watch(module, broken.append)
     step = state.step
     stream = training_stream(run.stage, config, run.plans, range(step, step + 1), pin=False)
     with closing(StepData(stream)) as data:
@@ -100,17 +102,17 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     engine.set_lr(0.0, progress)
     engine.step()
     engine.destroy()
-    return means | {"grad_norm": engine.grad_norm}, found
+    return means | {"grad_norm": engine.grad_norm}, broken
 
 
 def watch(module: nn.Module, report: Callable[[str], None]) -> None:
-    """Report the first few outputs of modules and gradients of parameters that are not finite."""
+    """Report the first outputs of modules and gradients of parameters that are not finite."""
     seen: set[str] = set()
 
     def check(what: str, value: Any) -> None:
         values = value if isinstance(value, tuple | list) else [value]
-        broken = any(isinstance(v, Tensor) and not v.isfinite().all() for v in values)
-        if broken and what not in seen and len(seen) < MOST:
+        infinite = any(isinstance(v, Tensor) and not v.isfinite().all() for v in values)
+        if infinite and what not in seen and len(seen) < MOST:
             seen.add(what)
             report(what)
 
@@ -122,6 +124,3 @@ def watch(module: nn.Module, report: Callable[[str], None]) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             parameter.register_hook(lambda g, name=name: check(f"the gradient of {name}", g))
-
-
-MOST = 8  # findings that are shown

@@ -1,4 +1,4 @@
-"""What a run is, written down when it begins and compared when it is resumed."""
+"""Identity of a run: recorded when it begins, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_record(
     sources: Mapping[str, Source],
     parents: Mapping[str, Artifact],
 ) -> dict[str, Any]:
-    """Everything that makes a run's result."""
+    """Record of everything that determines a run's result."""
     return {
         "stage": stage.name,
         "config": identity(config),
@@ -33,18 +33,18 @@ def run_record(
 
 
 def _pretrained(config: RunConfig) -> dict[str, str]:
-    """The hash of the weights a backbone starts from, if they are a file."""
+    """Hash of the weights that a backbone starts from, if they are a file."""
     path = Path(config.model.pretrained)
     return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
 
 def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
-    """Raise ConfigError when a folder holds a run that differs in what makes its result.
+    """Raise ConfigError if a folder holds a run whose record differs.
 
-    defaults: of settings that a run begun by an older version did not know. place: what the folder
-    is to the user.
+    defaults: values of settings that the version which began the run did not have. place: name of
+    the folder or URL in the message.
     """
-    old = _begun(out, defaults)
+    old = _recorded(out, defaults)
     changed = differences(old, json.loads(json.dumps(record))) if old else []
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -55,22 +55,19 @@ def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], 
 
 
 def holds_another_run(config: RunConfig) -> bool:
-    """Whether the config's folder is of a run with other settings, as far as is told without data.
+    """Return True if the config's folder holds a run with other settings; data are not compared.
 
-    The text section is left out: a run completes it from the LLM.
+    The text section is left out, because a run completes it from the LLM.
     """
-    old = _begun(Path(config.out), identity(type(config)()))
+    old = _recorded(Path(config.out), identity(type(config)()))
     if not old:
         return False
     own = json.loads(json.dumps(identity(config)))
     return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
 
 
-def _begun(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The record of the run in a folder, {} where there is none.
-
-    defaults: of settings that a run begun by an older version did not know.
-    """
+def _recorded(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Record of the run in a folder, {} if there is none; see `check_same_run` for defaults."""
     try:
         old = dict(json.loads((out / "run.json").read_text()))
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from xray.errors import ConfigError
 
 
 def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> StepShape:
-    """Sizes and micro-batches of a step of these blocks at a progress."""
+    """Sizes and this rank's micro-batches of a step over these blocks at a progress in [0, 1]."""
     data, world = stage.config.data, dist.world_size()
     resolution, frames = value_at(data.resolution, progress), value_at(data.frames, progress)
     sizes = [value_at(stage.config.train.micro_batch, progress)] * len(blocks)
@@ -25,12 +25,12 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
             for block, each in zip(blocks, tokens, strict=True)
         ]
     weights = tokens if data.weigh_blocks_by == "tokens" else None
-    cut = micro_batches(blocks, sizes, dist.rank(), world, weights)
-    return StepShape(resolution, frames, cut)
+    micros = micro_batches(blocks, sizes, dist.rank(), world, weights)
+    return StepShape(resolution, frames, micros)
 
 
 def check_batches(stage: Stage, config: RunConfig) -> None:
-    """Raise ConfigError for blocks that cannot be used, or not cut as asked at any progress."""
+    """Raise ConfigError for blocks of a wrong modality, or that cannot be split as configured."""
     for block in (*config.blocks, *config.validation):
         modality = config.data.sources[block.source].modality
         if modality not in stage.modalities:
