@@ -1,6 +1,6 @@
-"""The only reader of RANK and WORLD_SIZE: a small facade over torch.distributed.
+"""Ranks and collectives: a small facade of torch.distributed, the only reader of RANK.
 
-Torch is imported inside: the command line asks for its rank before it needs torch.
+Torch is imported in functions: the command line asks for its rank before it needs torch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-LEAVING = 30.0  # seconds
-SETTLED = 0.05  # seconds
-COLLECTIVE = timedelta(hours=2)  # that one may take; train.hang_seconds speaks long before
+LEAVING = 30.0  # seconds that `leave` waits
+SETTLED = 0.05  # seconds that `settle` waits
+COLLECTIVE = timedelta(hours=2)  # limit of a collective; train.hang_seconds ends a run earlier
 SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 
 
 def setup_environment() -> None:
-    """Fill in what a launcher would have set; without one, a plain run is a world of one."""
+    """Set the variables that a launcher sets; without one the world size is 1."""
     env = os.environ
     if "RANK" not in env and SRUN in env:
         for name, value in _srun(env).items():
             env.setdefault(name, value)
-    if "LOCAL_SIZE" in env:  # what deepspeed's launcher calls it
+    if "LOCAL_SIZE" in env:  # its name in DeepSpeed's launcher
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -42,39 +42,39 @@ def setup_environment() -> None:
 
 
 def _srun(env: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, for a task of srun."""
-    found = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
-    found["WORLD_SIZE"] = env[SRUN]
+    """Variables that torchrun would set, for a task of srun."""
+    values = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
+    values["WORLD_SIZE"] = env[SRUN]
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
     tasks: list[str] = []  # of each node, from "4(x2),3"
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
         tasks += [count] * int(times or 1)
     node = int(env.get("SLURM_NODEID", "0"))
     if node < len(tasks):
-        found["LOCAL_WORLD_SIZE"] = tasks[node]
-    # The node of rank 0. The one that srun was called on may be a login node.
+        values["LOCAL_WORLD_SIZE"] = tasks[node]
+    # The node of rank 0: srun may have been called on a login node.
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    found["MASTER_ADDR"] = first_host(nodes) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    # Of its own for each job and step, below the ports that a kernel hands out.
+    values["MASTER_ADDR"] = first_host(nodes) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    # A port per job and step, below those that the kernel assigns.
     job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
-    found["MASTER_PORT"] = str(10000 + (101 * job + step) % 20000)
-    return found
+    values["MASTER_PORT"] = str(10000 + (101 * job + step) % 20000)
+    return values
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm list of hosts, as `gpu[004-007,9]-ib,login2`: gpu004-ib."""
+    """First name of a Slurm host list: gpu004-ib of `gpu[004-007,9]-ib,login2`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def environment_alone() -> dict[str, str]:
-    """The environment of a process that is to be in no group with this one."""
+    """Environment for a process outside of this one's process group."""
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in group}
 
 
 def launcher() -> str:
-    """What has started this process."""
+    """Name of the launcher that started this process."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return "torchrun"
@@ -86,9 +86,10 @@ def launcher() -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of this rank; call it before deepspeed is imported, which settles on one.
+    """Choose this rank's device (`cuda`, `cpu` or `auto`).
 
-    Raises ConfigError when CUDA is asked for and missing, or there are fewer GPUs than processes.
+    Call it before deepspeed is imported, which chooses one, too. Raises ConfigError if CUDA is
+    wanted and missing, or if there are fewer GPUs than processes.
     """
     import torch
 
@@ -121,7 +122,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes on this computer."""
+    """Number of processes on this computer."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
@@ -131,9 +132,9 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def rehearsed(world: int) -> Iterator[None]:
-    """As if this process were rank 0 of a world, whose other ranks answer without a word.
+    """Pretend to be rank 0 of `world` processes; collectives return immediately.
 
-    For counting what a step would take: collectives return at once, and nothing is sent.
+    Planning uses it to count the memory and FLOPs of a step.
     """
     import torch.distributed
 
@@ -157,7 +158,7 @@ def rehearsed(world: int) -> Iterator[None]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """All-reduce a tensor in place (sum) and return it."""
+    """Sum a tensor over ranks, in place, and return it."""
     if world_size() > 1:
         import torch.distributed
 
@@ -187,7 +188,7 @@ def sum_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:
-    """The largest of a number."""
+    """Largest value over ranks."""
     if world_size() == 1:
         return value
     import torch
@@ -210,8 +211,10 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, patience: timedelta | None = None) -> list[Any]:
-    """Every rank's value, on every rank; patience: how long to wait for the slowest, if for longer
-    than for any other collective."""
+    """Gather every rank's value on every rank.
+
+    patience: time to wait for the slowest rank, if longer than for other collectives.
+    """
     if world_size() == 1:
         return [value]
     import torch.distributed as torch_dist
@@ -227,8 +230,10 @@ def gather_objects(value: Any, patience: timedelta | None = None) -> list[Any]:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """work() on rank 0, then on the others, who may find what it has written; raises on all ranks
-    what one ran into. They wait for as long as a large corpus may take to prepare."""
+    """Call work on rank 0, then on the other ranks, which may read what it has written.
+
+    Raises an error of one rank on all ranks. The other ranks wait up to PREPARATION.
+    """
     result: list[T] = []
 
     def keep() -> None:
@@ -240,7 +245,7 @@ def main_first(work: Callable[[], T]) -> T:
 
 
 def on_main(work: Callable[[], object], patience: timedelta | None = None) -> None:
-    """work() on rank 0 alone; raises on all ranks what it ran into, so that none waits for it."""
+    """Call work on rank 0 only; raises its error on all ranks, so that none waits for it."""
     together(work if is_main() else lambda: None, patience, ArtifactError)
 
 
@@ -249,9 +254,9 @@ def together(
     patience: timedelta | None = None,
     kind: type[XrayError] = DataError,
 ) -> None:
-    """Each rank's own work(); raises on all ranks what one ran into, when all are done.
+    """Call work on each rank, wait for all, and raise an error of one rank on all ranks.
 
-    kind: what an OSError is raised as.
+    kind: type of error that an OSError is raised as.
     """
     failure: XrayError | None = None
     try:
@@ -264,10 +269,10 @@ def together(
 
 
 def leave() -> None:
-    """Let all ranks end together; the last act of a process. Waits LEAVING seconds at most.
+    """End all ranks together, as the last call of a process. Waits up to LEAVING seconds.
 
-    Gloo takes a rank that is gone for a failure of what the others are still at, and its threads
-    abort a process whose interpreter ends while one of them lets go of a tensor.
+    Gloo reports a rank that has exited as a failure of the others' collectives, and its threads
+    abort a process whose interpreter ends while one of them frees a tensor.
     """
     if world_size() == 1:
         return
@@ -283,22 +288,21 @@ def leave() -> None:
             time.sleep(0.02)
         return there >= ranks
 
-    with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it
+    with contextlib.suppress(RuntimeError):  # the rank that holds the store has exited
         store.add("xray/done", 1)
-        if wait("xray/done", world_size()):  # else it could wait for the rank that is missing
+        if wait("xray/done", world_size()):  # without all ranks it could wait forever
             torch.distributed.destroy_process_group()
-        if is_main():  # it may hold the store, so it goes last
+        if is_main():  # it may hold the store, so it exits last
             wait("xray/gone", world_size() - 1)
         else:
             store.add("xray/gone", 1)
 
 
 def settle(workers: int) -> None:
-    """Let the threads of collectives come to rest, before so many processes are forked.
+    """Wait until the threads of collectives are idle, before `workers` processes are forked.
 
-    Until Python 3.12 a process that is forked while another thread is about to enter the
-    interpreter waits for ever, and gloo's do that to let go of a tensor: a fork right after an
-    all-reduce hangs once in some hundred times.
+    Until Python 3.12 a process that is forked while another thread enters the interpreter hangs.
+    Gloo's threads do so to free a tensor: about 1 in 100 forks after an all-reduce would hang.
     """
     distributed = sys.modules.get("torch.distributed")
     if workers and distributed is not None and distributed.is_initialized():
@@ -306,7 +310,7 @@ def settle(workers: int) -> None:
 
 
 def agree(error: XrayError | None, patience: timedelta | None = None) -> None:
-    """Raise on every rank what any rank ran into: none goes on into a collective alone."""
-    for found in gather_objects(error, patience):
-        if found is not None:
-            raise found.on_all_ranks()
+    """Raise an error of any rank on every rank, so that no rank enters a collective alone."""
+    for each in gather_objects(error, patience):
+        if each is not None:
+            raise each.on_all_ranks()

@@ -16,7 +16,7 @@ from xray.training.metrics import read_metrics
 SAID = {
     "folder": "'/sys/run'",
     "metrics": "metrics.jsonl",
-    "checkpoints": "step_00000003 cannot be written: .*those before it are as they were",
+    "checkpoints": "step_00000003 cannot be written: .*earlier checkpoints are unchanged",
     "artifact": "artifact cannot be written: .*artifact.tmp",
     "signal": "stopped by a signal at step 2; the same command continues",
 }

@@ -160,7 +160,7 @@ def test_what_cannot_be_exported_is_said(averaged: Path, tmp_path: Path) -> None
         export_checkpoint(averaged, "7", tmp_path / "a", "last", {})
     with pytest.raises(ArtifactError, match="holds no run"):
         export_checkpoint(tmp_path, "last", tmp_path / "a", "last", {})
-    with pytest.raises(ArtifactError, match="is there already"):
+    with pytest.raises(ArtifactError, match="already exists"):
         export_checkpoint(averaged, "last", averaged, "last", {})
     with pytest.raises(ConfigError, match=r"train\.export=ema needs averaged weights"):
         settings("mae", averaged, tmp_path, "train.export=ema")

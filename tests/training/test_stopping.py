@@ -151,7 +151,7 @@ FACTS = {"host": "a", "pid": 7, "place": "forward and backward", "step": 11, "wa
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        ([(0, {}), (2, {})], "rank 1 has written nothing: it is dead, frozen or cut off"),
+        ([(0, {}), (2, {})], "rank 1 has written nothing: it is dead, frozen or unreachable"),
         (
             [(0, {}), (1, {"waits": False, "place": "waiting for data"}), (2, {})],
             r"rank 1 \(a, process 7\) is in waiting for data, while the others",
@@ -208,7 +208,7 @@ def test_a_rank_that_freezes_is_named(demo: Path, tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert ranks[0].returncode == 1
-    assert "rank 1 has written nothing: it is dead, frozen or cut off" in stderr
+    assert "rank 1 has written nothing: it is dead, frozen or unreachable" in stderr
     assert "trainer.py" in (out / "mae" / "stuck" / "rank_00000.txt").read_text()
 
 

@@ -1,10 +1,10 @@
-"""DeepSpeed behind a small facade: the only importer of deepspeed.
+"""Facade of DeepSpeed: the only module that imports it.
 
-What DeepSpeed gets silently wrong is settled here: clipping is always written out (its default is
-1.0), bf16 is autocast over fp32 weights (its own bf16 counts one optimizer step too many at stage
-0) with gradients in fp32, and values are clamped through the fp32 master, which a write to the
-parameter does not reach. Its own keys come in by `zero.deepspeed` alone, which knows misspellings.
-Its checkpoints are not used: they fit one number of ranks, and are pickles (see portable.py).
+It avoids what DeepSpeed does wrong without an error: clipping is always set (the default is 1.0);
+bf16 is autocast over fp32 weights with fp32 gradients (DeepSpeed's own bf16 counts one optimizer
+step too many at stage 0); clamping goes through the fp32 master, which a write to the parameter
+does not reach. DeepSpeed's own keys come only from `zero.deepspeed`, which checks their spelling.
+Its checkpoints are not used: they fit one world size and are pickles (see portable_state.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from xray.optim import (
     set_lr,
 )
 
-AVERAGE = "ema"  # the slot of the weights' moving average
+AVERAGE = "ema"  # slot of the weights' moving average
 
 deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19 calls these by the names they had before torch 2.14.
@@ -65,11 +65,11 @@ def init_distributed(device: torch.device) -> None:
     if device.type == "cpu" and dist.local_world_size() > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.local_world_size()))
     with contextlib.suppress(AttributeError):
-        # Built by a compiler at first use and needed for inference only.
+        # Compiled at its first use, and only needed for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if dist.world_size() == 1:  # no port to find, none to collide on
+        if dist.world_size() == 1:  # without a port, which another process may hold
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with contextlib.redirect_stdout(None):
@@ -77,7 +77,7 @@ def init_distributed(device: torch.device) -> None:
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The typed config in DeepSpeed's terms; raises ConfigError for what it does not take."""
+    """Translate the config to DeepSpeed's; raises ConfigError for keys that DeepSpeed refuses."""
     config.zero.validate()
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload:
@@ -85,7 +85,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         if config.zero.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     ours: dict[str, Any] = {
-        # Blocks differ in micro-batch; DeepSpeed only multiplies this out, it cuts nothing.
+        # Blocks differ in micro-batch. DeepSpeed only computes the batch size from it.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # see Engine.begin
         "gradient_clipping": float(config.optim.clip_grad),
@@ -95,7 +95,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": config.train.precision == "bf16",
             "dtype": "bfloat16",
-            # Of these layers ZeRO would round gradients to bf16 before it sums them over ranks.
+            # ZeRO would round these layers' gradients to bf16 before it sums them over ranks.
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": 10**9,
@@ -107,25 +107,26 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     except ValidationError as error:
         where = {f"{'.'.join(map(str, e['loc']))} ({e['msg'].lower()})" for e in error.errors()}
         raise ConfigError(
-            f"zero.deepspeed: DeepSpeed does not take zero_optimization.{', '.join(sorted(where))}"
+            f"zero.deepspeed: DeepSpeed refuses zero_optimization.{', '.join(sorted(where))}"
         ) from None
     return ours
 
 
 def _check_compiler() -> None:
-    """Raises ConfigError where torch.compile would fail at the first step."""
+    """Raise ConfigError if torch.compile would fail at the first step."""
     wanted = (os.environ.get("CXX"), "g++", "clang++")
     if not torch.cuda.is_available() and not any(map(shutil.which, filter(None, wanted))):
         raise ConfigError(
-            "train.compile=true needs a C++ compiler on a CPU: install g++, or leave it at false"
+            "train.compile=true needs a C++ compiler on a CPU: install g++, or set it to false"
         )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a parameter of which this rank keeps the fp32 master and the moments.
+    """Part of a parameter whose fp32 master and moments are on this rank.
 
-    flat: what the optimizer steps. start: in flat; own: in the flattened parameter.
+    flat: tensor that the optimizer updates. start: offset in flat; own: offset in the flattened
+    parameter; size: number of values.
     """
 
     flat: Tensor
@@ -134,25 +135,27 @@ class Piece:
     size: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its values in a tensor like `flat`."""
+        """View of its values in a tensor that is laid out as `flat`."""
         return flat.view(-1)[self.start : self.start + self.size]
 
 
 class Engine:
-    """One stage's module under DeepSpeed."""
+    """A stage's module and its optimizer under DeepSpeed."""
 
     def __init__(self, module: StageModule, config: RunConfig) -> None:
         freeze_towers(module, config.optim)
         groups = parameter_groups(module, config.optim)
         if not groups:
-            raise ConfigError(f"stage {config.stage} has nothing to train: all of it is frozen")
+            raise ConfigError(
+                f"stage {config.stage} has nothing to train: all parameters are frozen"
+            )
         if config.train.compile:
             _check_compiler()
             module.compile_blocks()
         self.stage = config.zero.stage
         self.slots = SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
         self._ema = config.train.ema
-        self._norm: float | None = None  # of the last step's gradient
+        self._norm: float | None = None  # of the last step's gradients
         settings = deepspeed_config(config)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket(config.zero, trained)
@@ -165,32 +168,34 @@ class Engine:
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if dist.world_size() == 1:
-            # Stage 0 would copy all gradients into one buffer and back, for no other rank.
+            # Without other ranks stage 0 would copy all gradients to a buffer and back.
             self._engine.allreduce_no_retain = lambda *_, **__: None
-        # by the tensor that the optimizer steps; every rank averages what it keeps
+        # Keys are the tensors that the optimizer updates: each rank averages its own part.
         self._average = {flat: flat.clone() for flat in self._flats} if self._ema else {}
 
     @property
     def module(self) -> Any:
+        """The stage's module."""
         return self._engine.module
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def train(self, mode: bool = True) -> None:
-        if self.module.training != mode:  # it goes through all submodules
+        """Set the module to training or evaluation."""
+        if self.module.training != mode:  # setting it visits all submodules
             self._engine.train(mode)
 
     def begin(self, number: int, total: int) -> None:
         """Announce micro-batch `number` of the step's `total`, which may differ between steps.
 
-        The end of a step is said outright: DeepSpeed would find it by counting all micro-batches so
-        far, which is wrong once their number per step has changed.
+        This sets the end of a step explicitly: DeepSpeed counts all micro-batches so far, which is
+        wrong once their number per step has changed.
         """
         engine = self._engine
         if engine.gradient_accumulation_steps() != total:
             engine.set_train_batch_size(total * dist.world_size())
-            if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # a copy that ZeRO keeps
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
                 engine.optimizer.gradient_accumulation_steps = total
         engine.set_gradient_accumulation_boundary(number + 1 == total)
 
@@ -199,12 +204,12 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Count a micro-batch; the step's last one updates the parameters.
+        """Count a micro-batch; the last one of a step updates the parameters.
 
-        A gradient that is not finite updates nothing, in any ZeRO stage; `grad_norm` tells.
+        Gradients that are not finite update nothing in any ZeRO stage; `grad_norm` shows them.
         """
         ends = self._engine.is_gradient_accumulation_boundary()
-        if ends and self.stage == 0:  # DeepSpeed keeps no norm here, and checks nothing
+        if ends and self.stage == 0:  # where DeepSpeed computes no norm and checks nothing
             grads = [p.grad for p in self._trained.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
             if not math.isfinite(self._norm):
@@ -215,46 +220,46 @@ class Engine:
             self._norm = float(self._engine.get_global_grad_norm())
 
     def skip(self) -> None:
-        """End a step without it: no parameter and no moment changes, in any ZeRO stage."""
+        """End a step without an update of parameters or moments, in any ZeRO stage."""
         engine = self._engine
         if self.stage == 0:
             engine.zero_grad()
             return
-        # DeepSpeed's own way with a gradient that overflowed; its norm is what tells it so.
+        # ZeRO skips a step whose gradients overflow, which it detects by their norm.
         infinite = torch.tensor(math.inf)
-        norm, told = (
+        norm, value = (
             ("_get_norm_groups", [infinite])
             if self.stage == 3
             else ("scaled_global_norm", infinite)
         )
-        setattr(engine.optimizer, norm, lambda *_: told)
+        setattr(engine.optimizer, norm, lambda *_: value)
         engine.step()
         delattr(engine.optimizer, norm)
 
     @torch.no_grad()
     def update_average(self, steps: int) -> None:
-        """Move the weights' average, if one is kept, towards the weights after so many steps.
+        """Update the moving average of the weights, if train.ema is set.
 
-        The decay grows to train.ema as (1 + steps) / (10 + steps), so that it forgets the start.
+        The decay grows to train.ema as (1 + steps) / (10 + steps), to forget the initial weights.
         """
         if self._average:
             decay = min(self._ema, (1 + steps) / (10 + steps))
             torch._foreach_lerp_([*self._average.values()], [*self._average], 1 - decay)
 
     def set_lr(self, lr: float, progress: float) -> None:
-        """The lr of a step at a progress, by group."""
+        """Set the lr of each parameter group for a step at a progress."""
         set_lr(self._engine.optimizer.param_groups, lr, progress)
 
     @property
     def grad_norm(self) -> float:
-        """The last step's global gradient norm, before clipping."""
+        """Global gradient norm of the last step, before clipping."""
         assert self._norm is not None, "no step was made"
         return self._norm
 
     @torch.no_grad()
     def clamp(self, parameter: Tensor, low: float, high: float) -> None:
         """Clamp a parameter and its fp32 master."""
-        if self.stage == 3:  # by partition: the full setter fails on fewer elements than ranks
+        if self.stage == 3:  # the setter of full values fails for fewer elements than ranks
             local = safe_get_local_fp32_param(parameter)
             safe_set_local_fp32_param(parameter, local.clamp(low, high))
         elif self.stage > 0:
@@ -264,34 +269,38 @@ class Engine:
             parameter.clamp_(low, high)
 
     def full_parameter(self, parameter: Tensor) -> Tensor:
-        """The fp32 value of a parameter, from its master where there is one."""
+        """Full fp32 value of a parameter, from its master if there is one."""
         master = safe_get_full_fp32_param(parameter)
         return (parameter.detach() if master is None else master).float().clone()
 
     def state_dict(self, slot: str | None = None) -> dict[str, Tensor]:
-        """The full fp32 weights on CPU, in every ZeRO stage, those that are trained from a slot if
-        one is named; collective."""
+        """Full fp32 weights on the CPU in every ZeRO stage; collective.
+
+        slot: read the trained weights from this slot, for example their average.
+        """
         with self._gathered(list(self.module.parameters()), write=False):
-            found = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+            weights = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
         if slot is not None:
-            found |= spread(self.module, {n: self.read(n, slot).cpu() for n in self.trained})
-        return found
+            weights |= by_all_names(
+                self.module, {n: self.read(n, slot).cpu() for n in self.trained}
+            )
+        return weights
 
     def _gathered(self, parameters: list[Any], write: bool = True) -> Any:
         if self.stage < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
-    # the state of training, by parameter ------------------------------------------------------
+    # training state by parameter -------------------------------------------------------------
 
     @property
     def trained(self) -> dict[str, int]:
-        """How many values each parameter has that is trained, by name."""
+        """Number of values of each trained parameter, by name."""
         return {name: getattr(p, "ds_numel", p.numel()) for name, p in self._trained.items()}
 
     @torch.no_grad()
     def read(self, name: str, slot: str | None = None) -> Tensor:
-        """A parameter's full fp32 master, or a moment of it; collective."""
+        """Read a parameter's full fp32 master, or a slot of it; collective."""
         parameter = self._trained[name]
         shape = getattr(parameter, "ds_shape", parameter.shape)
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
@@ -303,7 +312,7 @@ class Engine:
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor, slot: str | None = None) -> None:
-        """Set a parameter and its master, or a moment of it; collective in stage 3.
+        """Write a parameter and its master, or a slot of it; collective in stage 3.
 
         Raises ValueError for another shape.
         """
@@ -323,70 +332,71 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, as its moments' bias correction counts them."""
+        """Optimizer steps as the bias correction of moments counts them."""
         return max(
             (int(s["step"]) for s in self._optimizer.state.values() if "step" in s), default=0
         )
 
     def set_steps(self, steps: int) -> None:
-        """Set what `steps` reads."""
+        """Set the number of `steps`."""
         if isinstance(self._optimizer, torch.optim.AdamW):
             for flat, state in self._optimizer.state.items():
                 state["step"] = torch.tensor(float(steps), device=flat.device)
 
     def buffers(self) -> dict[str, Tensor]:
-        """What a module keeps that is no parameter."""
+        """Persistent buffers of the module, on the CPU."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         state = self.module.state_dict()
         return {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in names}
 
     @torch.no_grad()
     def write_buffers(self, values: dict[str, Tensor]) -> None:
-        """Set what `buffers` reads; raises KeyError for another name."""
+        """Set persistent buffers; raises KeyError for an unknown name."""
         state = self.module.state_dict()
         for name, value in values.items():
             state[name].copy_(value)
 
     @property
     def _flats(self) -> list[Tensor]:
-        """The tensors that the optimizer steps on this rank."""
+        """Tensors that the optimizer updates on this rank."""
         pieces = (self._piece(parameter) for parameter in self._trained.values())
         return list({id(piece.flat): piece.flat for piece in pieces if piece is not None}.values())
 
     @property
     def _optimizer(self) -> Any:
-        """The optimizer inside ZeRO's."""
+        """The torch optimizer, which ZeRO wraps."""
         return self._engine.optimizer.optimizer if self.stage > 0 else self._engine.optimizer
 
     def _values(self, piece: Piece, slot: str | None) -> Tensor | None:
-        """The master, or a moment, that holds a piece; None before the first step."""
+        """Master or slot that holds a piece; None for a moment before the first step."""
         if slot == AVERAGE:
             return self._average[piece.flat]
         return piece.flat if slot is None else self._optimizer.state[piece.flat].get(slot)
 
     def _piece(self, parameter: Any) -> Piece | None:
-        """What this rank keeps of a parameter; None for nothing."""
+        """Part of a parameter that this rank keeps; None if it keeps nothing of it."""
         if self.stage == 0:
             return Piece(parameter, 0, 0, parameter.numel())
         zero = self._engine.optimizer
         if self.stage == 3:
             group, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            own = dist.rank() * size  # the last ranks' parts are padded
+            own = dist.rank() * size  # the parts of the last ranks are padded
             size = max(0, min(size, parameter.ds_numel - own))
             return Piece(zero.fp32_partitioned_groups_flat[group], start, own, size)
-        found = parameter._hp_mapping
-        if found is None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
             return None
-        flat = zero.single_partition_of_fp32_groups[found.param_group_index]
-        at, own = found.hp_fragment_address, found.lp_fragment_address.start
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        at, own = mapping.hp_fragment_address, mapping.lp_fragment_address.start
         return Piece(flat, at.start, own, at.numel)
 
     def destroy(self) -> None:
+        """Free DeepSpeed's hooks and buffers."""
         self._engine.destroy()
 
 
-def spread(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values of parameters, by every name that a state dict has for them."""
+def by_all_names(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Repeat values of shared parameters for every name that a state dict has for them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
         other: values[names[id(parameter)]]

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, tensorboard, wandb and the terminal."""
+"""Sinks of metrics: metrics.jsonl, tensorboard, wandb and the terminal."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ _STATE = ("step", "samples", "seconds")
 
 
 def check_sinks(config: TrainConfig) -> None:
-    """Raise ConfigError for a sink whose library is missing, before anything is trained."""
+    """Raise ConfigError for a configured sink whose library is missing."""
     for name, wanted, install in (
         ("tensorboard", config.tensorboard, "tensorboard"),
         ("wandb", bool(config.wandb), "'xray-trainer[wandb]'"),
     ):
         spec = importlib.util.find_spec(name) if wanted else None
-        # without an origin it is but a folder of that name, as wandb leaves behind
+        # A spec without an origin is a plain folder of that name, such as wandb leaves behind.
         if wanted and (spec is None or spec.origin is None):
             raise ConfigError(
-                f"train.{name} needs the package {name}: pip install {install}, or leave it out "
+                f"train.{name} needs the package {name}: pip install {install}, or turn it off "
                 f"(train.{name}={'false' if name == 'tensorboard' else ''})"
             )
 
 
 class Sinks:
-    """A run's metrics on rank 0, cut at the step it goes on from.
+    """Writer of a run's metrics on rank 0, without lines after the step that the run resumes from.
 
-    Raises ConfigError on every rank where wandb does not start, ArtifactError where files cannot
-    be written.
+    Raises, on every rank, ConfigError if wandb does not start, ArtifactError if files cannot be
+    written.
     """
 
     def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
@@ -77,7 +77,7 @@ class Sinks:
         self.terminal = Terminal(name, config.steps, state.step)
 
     def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
-        """Show a step, and record it where it is due, which is collective."""
+        """Show a step in the terminal; write its line if it is logged, which is collective."""
         if self.main:
             self.terminal.show(state, values)
         if logged:
@@ -93,19 +93,20 @@ class Sinks:
                     self.board.add_scalar(key, value, state.samples)
         except OSError as error:
             raise ArtifactError(
-                f"{self.file.name} cannot be written: {brief(error)}; the same command goes on "
+                f"{self.file.name} cannot be written: {brief(error)}; the same command continues "
                 "from the last checkpoint"
             ) from error
-        if self.wandb is not None:  # which leaves out steps that it has from before a kill
+        if self.wandb is not None:  # it ignores steps that it received before a kill
             self.wandb.log({**facts, **values}, step=state.step)
 
     def close(self) -> None:
+        """Finish all files and wandb's run."""
         if not self.main:
             return
         self.terminal.close()
         self.file.close()
         if self.board is not None:
-            with contextlib.suppress(OSError):  # it writes late; metrics.jsonl has all
+            with contextlib.suppress(OSError):  # it may write only now; metrics.jsonl is complete
                 self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -118,7 +119,7 @@ def _tensorboard(out: Path, state: TrainState) -> Any:
 
 
 def _wandb(out: Path, config: RunConfig) -> Any:
-    """The run of this folder: the same one again when it is resumed."""
+    """wandb's run of this folder, the same one after a resume."""
     import wandb
 
     name = out / "wandb_id"
@@ -136,8 +137,8 @@ def _wandb(out: Path, config: RunConfig) -> Any:
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"train.wandb={config.train.wandb}: wandb does not start: {brief(error)} WANDB_MODE="
-            "offline keeps the run on disk"
+            f"train.wandb={config.train.wandb}: wandb does not start: {brief(error)} Set "
+            "WANDB_MODE=offline to keep its run on disk"
         ) from error
     run.define_metric("*", step_metric="samples")
     log.info("wandb: %s", run.url or run.dir)
@@ -145,7 +146,7 @@ def _wandb(out: Path, config: RunConfig) -> Any:
 
 
 class Terminal:
-    """A progress bar; lines without a tty."""
+    """Progress bar, or progress lines if there is no tty."""
 
     def __init__(self, name: str, steps: int, step: int) -> None:
         self.name, self.steps = name, steps
@@ -165,6 +166,7 @@ class Terminal:
         self.task = self.progress.add_task(name, total=steps, completed=step, note="")
 
     def show(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """Show a step's loss and rate."""
         elapsed = time.monotonic() - self.started
         done = state.step - self.resumed_at
         rate = state.samples / state.step * done / elapsed
@@ -181,18 +183,19 @@ class Terminal:
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Stop the progress bar."""
         self.progress.stop()
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """Whole metric lines of steps that a resumed run will not do again."""
+    """Complete lines of a metrics.jsonl up to a step."""
     if not path.is_file():
         return []
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
             row = json.loads(line)
-        except ValueError:  # cut off by a kill
+        except ValueError:  # incomplete because of a kill
             continue
         if row["step"] <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
@@ -200,5 +203,5 @@ def lines_up_to(path: Path, step: int) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, [] where there is none."""
+    """Rows of a metrics.jsonl, [] if there is none."""
     return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]

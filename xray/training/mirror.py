@@ -1,13 +1,15 @@
-"""Copies of a run at a URL, for machines whose disks go away with them.
+"""Mirror of a run at a URL, for machines whose disks do not outlive them.
 
 URL/STAGE/  checkpoints/step_00000200/...  run.json  config.yaml  metrics.jsonl  artifact/...
 
-A folder's last file (COMPLETE, manifest.json) is copied last: one that lacks it does not exist.
+The file that marks a folder as complete (COMPLETE, manifest.json) is copied last; a folder without
+it is ignored.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -20,40 +22,41 @@ from xray.errors import DataError
 from xray.files import inside, replacing
 
 log = logging.getLogger("xray")
-PATIENCE = 60.0  # seconds to go on trying to copy a file
+PATIENCE = 60.0  # seconds to retry an operation
 BESIDE = ("config.yaml", "metrics.jsonl", "wandb_id", "run.json")
-LAST = ("COMPLETE", "manifest.json")  # of a folder
+LAST = ("COMPLETE", "manifest.json")  # file that completes a folder
 
 
 class Mirror:
-    """The copies of one stage's run; used by rank 0 alone.
+    """Mirror of one stage's run, used on rank 0.
 
-    Copying goes on beside training. What fails is said and tried again with the next checkpoint: a
-    lost mirror does not end a run. Checkpoints that an earlier machine has left there stay.
+    Files are copied in a thread during training. A failure is logged and retried with the next
+    checkpoint: a lost mirror does not end a run. Checkpoints that an earlier machine copied are
+    never removed.
     """
 
     def __init__(self, url: str, stage: str, out: Path) -> None:
         self.url, self.out = f"{url.rstrip('/')}/{stage}", out
         self._thread: threading.Thread | None = None
         self._fs: Any = None
-        self._sent: set[str] = set()  # checkpoints, which may be removed there again
+        self._sent: set[str] = set()  # own checkpoints at the URL, which may be removed there
 
     def send(self, folders: list[Path]) -> None:
-        """Have these folders of the run, and no other checkpoints, at the URL before long."""
+        """Start copying these folders of the run; other checkpoints sent before are removed."""
         self.wait()
         self._thread = threading.Thread(target=self._send, args=(folders,), name="mirror")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was sent has arrived, or was given up."""
+        """Wait until the last copy is done or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def holds(self, check: Callable[[Path], None]) -> bool:
-        """Whether a run is there; check is given a folder with its run.json.
+        """Return True if the URL holds a run; check gets a folder with its run.json.
 
-        Raises DataError where the URL cannot be reached, and what check raises.
+        Raises DataError if the URL cannot be reached, and what check raises.
         """
         if not self._has("run.json"):
             return False
@@ -63,20 +66,19 @@ class Mirror:
         return True
 
     def fetch(self) -> None:
-        """Bring the newest checkpoint, the artifact and the records to the run's empty folder.
+        """Fetch the newest checkpoint, the artifact and the records into the run's new folder.
 
-        Raises DataError where the URL cannot be reached, ArtifactError for files outside of these.
+        Raises DataError if the URL cannot be reached, ArtifactError for names outside the folder.
         """
-        found = self._folders("checkpoints")
-        names = [n for n in found if n.startswith("step_") and n[5:].isdigit()]
-        there = [n for n in names if self._has(f"checkpoints/{n}/COMPLETE")]
-        folders = [f"checkpoints/{max(there)}"] if there else []
+        steps = [n for n in self._folders("checkpoints") if re.fullmatch(r"step_\d+", n)]
+        complete = [n for n in steps if self._has(f"checkpoints/{n}/COMPLETE")]
+        folders = [f"checkpoints/{max(complete)}"] if complete else []
         if self._has("artifact/manifest.json"):
             folders.append("artifact")
         for folder in folders:
             log.info("fetches %s/%s", self.url, folder)
             self._get(folder)
-        for name in BESIDE:  # run.json, the last, is what says that all is here
+        for name in BESIDE:  # run.json, the last one, marks the folder as complete
             if self._has(name):
                 self._get_file(name, self.out / name)
 
@@ -85,7 +87,7 @@ class Mirror:
     def _send(self, folders: list[Path]) -> None:
         try:
             current = {folder.name for folder in folders}
-            for name in BESIDE:  # before what they tell of: a run goes on from both
+            for name in BESIDE:  # before the checkpoints that they describe
                 if (self.out / name).is_file():
                     self._put_file(self.out / name)
             for folder in folders:
@@ -102,7 +104,7 @@ class Mirror:
             self._sent = current
         except (DataError, OSError) as error:
             log.warning(
-                "%s is not up to date: %s; it is tried again at the next checkpoint, or by the "
+                "%s is not up to date: %s; the copy is retried at the next checkpoint, or by the "
                 "same command",
                 self.url, error,
             )  # fmt: skip
@@ -122,10 +124,10 @@ class Mirror:
     def _folders(self, name: str) -> list[str]:
         def names() -> list[str]:
             try:
-                found = self._fs.ls(path, detail=False)
+                paths = self._fs.ls(path, detail=False)
             except FileNotFoundError:
                 return []
-            return [str(each).rstrip("/").rpartition("/")[2] for each in found]
+            return [str(each).rstrip("/").rpartition("/")[2] for each in paths]
 
         path = self._path(name)
         self._fs.invalidate_cache()
@@ -141,12 +143,12 @@ class Mirror:
         self._try(put)
 
     def _get(self, folder: str) -> None:
-        """A folder, under another name until it is whole."""
+        """Fetch a folder under a temporary name, then rename it."""
         target = self.out / folder
         path = self._path(folder)
         with replacing(target, target.with_name(f"tmp-{target.name}")) as temporary:
-            for found in self._try(lambda: self._fs.find(path)):
-                name = found[len(path) :].lstrip("/")
+            for file in self._try(lambda: self._fs.find(path)):
+                name = file[len(path) :].lstrip("/")
                 self._get_file(f"{folder}/{name}", inside(temporary, name))
             shutil.rmtree(target, ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""The state of training by parameter name, which any number of ranks and any ZeRO stage takes up.
+"""Training state by parameter name, which any world size and ZeRO stage can load.
 
-portable/ 00000.safetensors ...  index.json, with `weight/NAME` and `SLOT/NAME` for each moment of
-the optimizer, in fp32. The ranks take turns in writing the files, and hold one at a time; of a
-moment a rank reads only what it keeps.
+portable/ 00000.safetensors ...  index.json, with `weight/NAME`, and `SLOT/NAME` for each moment of
+the optimizer, in fp32. Ranks take turns in writing the files, and hold one file in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from xray.training.engine import Engine
 
 FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
 VERSION = 1
-FILE_BYTES = 1 << 29  # of tensors in one file, if they are not larger themselves
+FILE_BYTES = 1 << 29  # most bytes in one file, except for larger parameters
 WEIGHT = "weight"
 
 
 def save_portable(engine: Engine, checkpoint: Path) -> None:
-    """Write the state below a checkpoint's folder; collective.
+    """Write the state to a checkpoint's folder; collective.
 
-    Raises ArtifactError on every rank where one of them cannot write.
+    Raises ArtifactError on every rank if one of them cannot write.
     """
     folder, failure = checkpoint / FOLDER, None
     if dist.is_main():
@@ -49,7 +49,7 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
                 if writes:
                     tensors[f"{slot or WEIGHT}/{name}"] = value.cpu()
         files[file] = names
-        if writes:  # the others go on into the next collective, whatever happens here
+        if writes:  # an error is kept: the other ranks are in the next collective
             failure = _attempt(partial(_write, tensors, folder / file)) or failure
     buffers, facts = engine.buffers(), {"version": VERSION, "steps": engine.steps}
     index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
@@ -60,9 +60,9 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
 
 
 def load_portable(engine: Engine, checkpoint: Path) -> None:
-    """Take up a state that any number of ranks saved in any ZeRO stage; collective.
+    """Load a state that was saved with any world size and ZeRO stage; collective.
 
-    Raises ArtifactError where it is damaged, or of other parameters or another optimizer.
+    Raises ArtifactError if it is damaged, or of other parameters or another optimizer.
     """
     index = _index(checkpoint)
     _check(index, engine, checkpoint)
@@ -77,40 +77,41 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
 
 
 def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, or a slot of them, by name, without an engine.
+    """Read a checkpoint's trained parameters, or a slot of them, by name, without an engine.
 
-    Raises ArtifactError where it is damaged or has no such slot.
+    Raises ArtifactError if it is damaged or has no such slot.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     index = _index(checkpoint)
     if slot is not None and slot not in index["slots"]:
-        raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of its weights")
+        raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of the weights")
     for file, names in index["files"].items():
         with _tensors(checkpoint, file) as tensors:
-            found |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
-    return found
+            weights |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
+    return weights
 
 
 def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
-    """What a checkpoint has of its module besides; raises ArtifactError where it is damaged."""
+    """Read a checkpoint's buffers; raises ArtifactError if it is damaged."""
     with _tensors(checkpoint, BUFFERS) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
 
 
 def _index(checkpoint: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's index."""
     path = checkpoint / FOLDER / INDEX
     with _named(path):
         index = dict(json.loads(path.read_text()))
         if index["version"] != VERSION:
             raise ArtifactError(
-                f"checkpoint {checkpoint} has version {index['version']}, this one reads {VERSION}"
+                f"checkpoint {checkpoint} has version {index['version']}, this xray reads {VERSION}"
             )
         return {**index, "files": dict(index["files"]), "slots": list(index["slots"])}
 
 
 @contextmanager
 def _tensors(checkpoint: Path, file: str) -> Iterator[Any]:
-    """The open file; raises ArtifactError for one that lies outside or cannot be read."""
+    """Open a file; raises ArtifactError if it is outside the folder or cannot be read."""
     path = inside(checkpoint / FOLDER, file)
     with _named(path), safe_open(path, "pt") as tensors:
         yield tensors
@@ -118,7 +119,7 @@ def _tensors(checkpoint: Path, file: str) -> Iterator[Any]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raise what reading runs into as an ArtifactError that names the file."""
+    """Raise errors of reading as an ArtifactError that names the file."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -126,7 +127,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _layout(engine: Engine) -> list[list[str]]:
-    """The parameters of each file, in order."""
+    """Parameter names of each file, in order."""
     files: list[list[str]] = []
     room = 0
     for name, numel in engine.trained.items():
@@ -145,7 +146,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _attempt(work: Callable[[], object]) -> ArtifactError | None:
-    """Do a piece of writing; returns what went wrong."""
+    """Call work and return its error, if any."""
     try:
         work()
     except (OSError, SafetensorError) as error:
@@ -154,11 +155,12 @@ def _attempt(work: Callable[[], object]) -> ArtifactError | None:
 
 
 def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
+    """Raise ArtifactError for other parameters or another optimizer."""
     saved = {name for names in index["files"].values() for name in names}
     changed = sorted(saved ^ engine.trained.keys())
     if changed or tuple(index["slots"]) != engine.slots:
         what = f"parameter {changed[0]}" if changed else f"the optimizer's {index['slots']}"
         raise ArtifactError(
-            f"checkpoint {checkpoint} is not of this model or optimizer: {what} (of "
-            f"{len(changed)}) is in one of them only; choose another out="
+            f"checkpoint {checkpoint} is of another model or optimizer: {what} (of "
+            f"{len(changed)}) is only in one of them; choose another out="
         )

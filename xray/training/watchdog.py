@@ -1,4 +1,4 @@
-"""Names the rank that hangs or falls behind."""
+"""Watchdog: ends a run that hangs, and names the rank at fault."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from xray import dist
 from xray.files import write_text
 
 FOLDER = "stuck"
-SAVING = 4  # times the patience: a large state on a slow disk
-GRACE = 5.0  # seconds in which the other ranks notice that nothing moves, too
-COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # where a rank waits for the others
+SAVING = 4  # times the patience, for a large state on a slow disk
+GRACE = 5.0  # seconds for the other ranks to notice the hang, too
+COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # code in which a rank waits for others
 
 
 class Watchdog:
-    """Ends a run in which nothing moves any more, and says who is to blame.
+    """Thread that ends a run without progress.
 
-    The training loop says where it is; a thread looks whether that changes. After `patience`
-    seconds every rank writes its place and the stacks of its threads to `stuck/rank_00000.*`, the
-    lowest that can prints what they tell, and all exit with code 1.
+    The training loop reports its phases with `at`. If none is reported for `patience` seconds,
+    every rank writes its phase and the stacks of its threads to `stuck/rank_00000.*`, the lowest
+    rank that is alive prints a verdict, and all exit with code 1. A patience of 0 disables it.
     """
 
     def __init__(self, out: Path, patience: float) -> None:
@@ -38,11 +38,12 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, place: str, step: int, factor: float = 1.0) -> None:
-        """Where this rank is now, for at most factor times the patience."""
+        """Report that this rank enters a phase, which may take factor times the patience."""
         self._place, self._step = place, step
         self._since, self._factor = time.monotonic(), factor
 
     def close(self) -> None:
+        """Stop watching."""
         self._done.set()
 
     def _watch(self) -> None:
@@ -61,16 +62,18 @@ class Watchdog:
                 print(f"xray: {line}", file=sys.stderr, flush=True)
         except OSError as error:
             print(
-                f"xray: nothing has moved for {seconds:.0f} s at step {self._step + 1}, rank "
+                f"xray: no progress for {seconds:.0f} s at step {self._step + 1}, rank "
                 f"{dist.rank()} is in {self._place}; {self.folder} cannot be written: {error}",
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(1.0)  # for who prints; a launcher ends all with the first
+        time.sleep(
+            1.0
+        )  # the printing rank needs it: a launcher ends all ranks when the first one exits
         os._exit(1)
 
     def _write(self) -> None:
-        """The stacks of this rank's threads, then where it is."""
+        """Write the stacks of this rank's threads, then its phase."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         inside = frame.f_code.co_filename if frame else ""
         waits = any(part in inside for part in COLLECTIVES)
@@ -85,7 +88,7 @@ class Watchdog:
         return self.folder / f"rank_{dist.rank():05d}{ending}"
 
     def _clear(self) -> None:
-        """Remove what an earlier hang has left of this rank, and of ranks that are no more."""
+        """Remove files of an earlier hang: of this rank, and of ranks that no longer exist."""
         for path in self.folder.glob("rank_*"):
             rank = int(path.stem.removeprefix("rank_"))
             if rank == dist.rank() or (dist.is_main() and rank >= dist.world_size()):
@@ -93,13 +96,14 @@ class Watchdog:
 
 
 def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
-    """Who holds up the others, by what the ranks have written about themselves."""
+    """Sentence that names the ranks the others wait for, from what each rank has written."""
     silent = sorted(set(range(world)) - {facts["rank"] for facts in known})
     step = min(facts["step"] for facts in known)
     behind = [f for f in known if f["step"] == step and not f["waits"]]
     if silent:
         who = "; ".join(
-            f"rank {rank} has written nothing: it is dead, frozen or cut off" for rank in silent[:5]
+            f"rank {rank} has written nothing: it is dead, frozen or unreachable"
+            for rank in silent[:5]
         )
     elif behind and len(behind) < world:
         who = "; ".join(
@@ -110,7 +114,7 @@ def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
     else:
         who = f"no rank stands out, rank 0 is in {known[0]['place']}"
     return (
-        f"nothing has moved for {seconds:.0f} s at step {step + 1}: {who}; the stacks of all "
-        f"ranks are in {folder}; the same command goes on from the last checkpoint, and "
-        "train.hang_seconds is how long a step may take"
+        f"no progress for {seconds:.0f} s at step {step + 1}: {who}; the stacks of all ranks are "
+        f"in {folder}; the same command continues from the last checkpoint; train.hang_seconds "
+        "limits the time without progress"
     )
