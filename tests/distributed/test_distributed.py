@@ -1,4 +1,4 @@
-"""Two gloo processes against one: same losses, same files; see test_matrix.py for each stage."""
+"""Two gloo processes against one; test_zero_stage_matrix.py compares them for each stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed
 from xray import dist
 here = [pathlib.Path(sys.argv[1]) / f"rank_{rank}" for rank in range(2)]
 here[dist.rank()].touch()
-while not all(path.exists() for path in here):  # from here on nobody has to wait for long
+while not all(path.exists() for path in here):  # no rank waits long after this
     time.sleep(0.1)
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
 done = dist.main_first(lambda: dist.is_main() and time.sleep(33) or time.monotonic())
@@ -26,13 +26,13 @@ assert not torch.distributed.is_initialized(), "its threads could outlive the in
 """
 
 
-def test_ranks_wait_for_what_rank_0_prepares(tmp_path: Path) -> None:
+def test_ranks_wait_for_the_preparation_on_rank_0(tmp_path: Path) -> None:
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     torchrun(str(script), str(tmp_path))
 
 
-def test_a_recipe_gives_the_same_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
+def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
     settings = [f"data.root={demo}", "train.samples=48"]
     one = xray("run", RECIPE, *settings, f"out={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
@@ -63,8 +63,8 @@ dist.leave()
 """
 
 
-def test_processes_that_are_forked_after_a_collective_begin(tmp_path: Path) -> None:
-    """Without `settle` one of 100 to 200 hangs before it runs anything (Python 3.11)."""
+def test_processes_forked_after_a_collective_start(tmp_path: Path) -> None:
+    """Without `settle`, one of 100 to 200 processes hangs at its start (Python 3.11)."""
     script = tmp_path / "forking.py"
     script.write_text(FORKING)
     torchrun(str(script))

@@ -1,4 +1,4 @@
-"""A run of two stages, killed at random moments: it ends as if nothing had happened."""
+"""Runs of two stages, killed at random moments, have the results of runs that were not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from run_comparison import assert_equal_runs
 
 
 def killed(demo: Path, out: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill runs `kills` times; checks every one that came to its end, and returns when it was."""
+    """Kill runs `kills` times and check each that ended; returns the number of kills by moment."""
     settings = [f"data.root={demo}", "stages=[mae,clip]", "train.samples=120"]
     settings.append("train.save_every=1")
     done = subprocess.run(

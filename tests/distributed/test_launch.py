@@ -1,4 +1,4 @@
-"""The templates of tools/launch, run: in a Slurm of two small scripts, on one host and on two."""
+"""Templates of tools/launch, run under scripts that act as Slurm, on one host and on two."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SLURM = {
 
 
 def environment(first: Path, **more: str) -> dict[str, str]:
-    """For a template: the commands of a folder, this Python, this code, one thread."""
+    """Environment of a template: commands of a folder, this Python, this code, one thread."""
     paths = f"{first}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = f"{SUPPORT}{os.pathsep}{ROOT}"
     return clean_environment(PATH=paths, PYTHONPATH=source, OMP_NUM_THREADS="1", **more)
@@ -63,7 +63,7 @@ def launch(template: Path, env: dict[str, str], *arguments: str) -> subprocess.P
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """All that it has started too, at once, as a power cut would."""
+    """Kill a process and its children at once, as a power failure would."""
     tree = psutil.Process(process.pid)
     for each in [tree, *tree.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -92,7 +92,7 @@ def steps_in(run: Path) -> int:
     return len(read_metrics(run / "metrics.jsonl"))
 
 
-# what srun says -------------------------------------------------------------------------------
+# variables of srun -------------------------------------------------------------------------------
 
 
 def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
@@ -105,10 +105,10 @@ def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
     return {name: os.environ.get(name, "") for name in names}
 
 
-def test_a_task_of_srun_finds_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_srun_derives_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     found = placed(monkeypatch, **SLURM)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "11", "1")
-    assert found["LOCAL_WORLD_SIZE"] == "3"  # of the third node
+    assert found["LOCAL_WORLD_SIZE"] == "3"  # on the third node
     assert found["MASTER_ADDR"] == "gpu007-ib"  # rank 0's node, not where srun was called
     assert dist.launcher() == "srun"
     other = placed(monkeypatch, SLURM_JOB_ID="4712")
@@ -117,13 +117,13 @@ def test_a_task_of_srun_finds_its_place(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(set(ports)) == 3 and all(10000 <= port < 30000 for port in ports)
 
 
-def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_are_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = placed(monkeypatch, **SLURM, RANK="3", WORLD_SIZE="4", MASTER_PORT="1234")
     assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_PORT"]) == ("3", "4", "1234")
 
 
-def test_the_batch_step_itself_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without srun, a plain command in a job's script is a run of one process."""
+def test_the_batch_script_is_not_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in a job's script runs as one process if it is not started by srun."""
     found = placed(monkeypatch, SLURM_JOB_ID="1", SLURM_NTASKS="8")
     assert (found["RANK"], found["WORLD_SIZE"]) == ("0", "1") and dist.launcher() == "plain python"
 
@@ -138,7 +138,7 @@ def test_the_batch_step_itself_is_no_task(monkeypatch: pytest.MonkeyPatch) -> No
         ("", ""),
     ],
 )
-def test_the_first_of_a_list_of_hosts(nodes: str, first: str) -> None:
+def test_first_host_of_a_list(nodes: str, first: str) -> None:
     assert dist.first_host(nodes) == first
 
 
@@ -147,7 +147,7 @@ def test_the_first_of_a_list_of_hosts(nodes: str, first: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """A cluster of srun and scontrol, for jobs of two tasks."""
+    """Commands srun and scontrol for jobs of two tasks."""
     commands = tmp_path / "bin"
     commands.mkdir()
     env = environment(commands, FAKE_SLURM=str(tmp_path), SLURM_JOB_ID="77", SLURM_NTASKS="2")
@@ -168,9 +168,11 @@ def sbatch(env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
 
 
 def warn(env: dict[str, str]) -> None:
-    """What Slurm does when the time is nearly up: the signal that the script asks for, to tasks."""
+    """Send the tasks the signal that the script requests for the end of its time, as Slurm does."""
     text = (LAUNCH / "slurm.sbatch").read_text()
-    (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", text, re.MULTILINE)  # not B:, the script
+    (name,) = re.findall(
+        r"^#SBATCH --signal=(\w+)@\d+$", text, re.MULTILINE
+    )  # without B:, which would signal the script only
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
     file = Path(env["FAKE_SLURM"]) / "srun.pid"
     wait_for(lambda: file.is_file() and bool(file.read_text()))
@@ -182,14 +184,14 @@ def requeued(env: dict[str, str]) -> list[str]:
     return log.read_text().splitlines() if log.is_file() else []
 
 
-def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
+def test_a_job_that_runs_out_of_time_is_requeued_and_continues(
     slurm: dict[str, str], demo: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     command = ("train", "mae", "--recipe", RECIPE, f"data.root={demo}", "data.workers=0")
     more = ("train.samples=360", "train.save_every=1000", "--out", str(out))
     early = sbatch(slurm, *command, *more)
-    warn(slurm)  # while it still loads: nothing to save
+    warn(slurm)  # during start-up: there is nothing to save
     assert early.wait() == 138 and requeued(slurm) == ["requeue 77"]
     first = sbatch(slurm, *command, *more)
     wait_for(lambda: steps_in(out) >= 3)
@@ -208,7 +210,7 @@ def test_a_job_that_runs_out_of_time_goes_on_in_the_next(
     assert [row["step"] for row in rows] == list(range(1, 31))
 
 
-def test_a_mistake_is_not_queued_again(slurm: dict[str, str]) -> None:
+def test_an_error_is_not_requeued(slurm: dict[str, str]) -> None:
     job = sbatch({**slurm, "SLURM_NTASKS": "1"}, "run", "nowhere.yaml")
     _, errors = job.communicate()
     assert job.returncode == 2 and requeued(slurm) == [] and "nowhere.yaml" in errors
@@ -221,9 +223,9 @@ def test_templates_are_scripts(name: str) -> None:
     assert name.endswith(".sbatch") or os.access(path, os.X_OK)
 
 
-# one host and two -----------------------------------------------------------------------------
+# one host and two hosts ------------------------------------------------------------------------
 
-SAMPLES = "train.samples=1200"  # 100 steps: time to lose a host in
+SAMPLES = "train.samples=1200"  # 100 steps: long enough to lose a host
 
 
 def start(
@@ -253,7 +255,7 @@ def listens(endpoint: str) -> bool:
 
 
 def hosts(nodes: str) -> list[dict[str, str]]:
-    """The settings of two hosts that are loopback addresses."""
+    """Settings of two hosts that are loopback addresses."""
     common = {"NNODES": nodes, "NPROC": "1", "ENDPOINT": f"127.0.0.1:{free_port()}"}
     common |= {"GLOO_SOCKET_IFNAME": "lo"}
     return [{**common, "ADDRESS": f"127.0.0.{number}"} for number in (1, 2)]
@@ -271,7 +273,7 @@ def assert_equal(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes on one host, nothing lost."""
+    """A run of two processes on one host, without a loss."""
     folder = tmp_path_factory.mktemp("whole")
     finish(start("torchrun.sh", demo, folder / "run", folder, NPROC="2"))
     return folder / "run"
@@ -279,7 +281,7 @@ def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_metrics_of_two_processes_are_means(demo: Path, whole: Path, tmp_path: Path) -> None:
-    """Of one process all samples are its own: there is nothing to be taken a mean of."""
+    """A single process has all samples: its metrics are the expected means."""
     settings = ("data.resolution=[[0.0,16],[0.6,32]]", "data.frames=[[0.0,2],[0.3,4]]")
     train("mae", demo, tmp_path / "one", SAMPLES, *settings)
     assert_same_losses(tmp_path / "one", whole, 100)
@@ -293,7 +295,7 @@ def test_metrics_of_two_processes_are_means(demo: Path, whole: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_two_hosts_give_what_one_does(demo: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_hosts_have_the_results_of_one(demo: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     both = [start("torchrun.sh", demo, out, tmp_path, **env) for env in hosts("2")]
     for process in both:
@@ -302,13 +304,13 @@ def test_two_hosts_give_what_one_does(demo: Path, whole: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_lost_host(demo: Path, whole: Path, tmp_path: Path) -> None:
-    """Those that are left go on from the last checkpoint, and end as if nothing had been lost."""
+def test_a_run_continues_after_a_lost_host(demo: Path, whole: Path, tmp_path: Path) -> None:
+    """The remaining host continues from the last checkpoint, with the results of a whole run."""
     out = tmp_path / "run"
     first, second = hosts("1:2")
     more = ("train.save_every=5",)
     stays = start("torchrun.sh", demo, out, tmp_path, *more, **first)
-    # both are this computer: the first to listen there is the one where they meet
+    # both are this computer: the first one to listen is the rendezvous
     wait_for(lambda: listens(first["ENDPOINT"]))
     lost = start("torchrun.sh", demo, out, tmp_path, *more, **second)
     wait_for(lambda: steps_in(out) >= 12)
@@ -333,7 +335,9 @@ def test_sigterm_to_torchrun_saves(demo: Path, whole: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["template", "hosts", "plain"])
-def test_deepspeed_starts_it(demo: Path, whole: Path, tmp_path: Path, way: str) -> None:
+def test_the_deepspeed_launcher_starts_a_run(
+    demo: Path, whole: Path, tmp_path: Path, way: str
+) -> None:
     out, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
     settings = [{"GPUS": "2"}]
     if way == "hosts":

@@ -1,4 +1,4 @@
-"""Two processes of which one is slow or in trouble, and what both of them end with."""
+"""Two processes of which one is slow or fails."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SAID = {
 
 @pytest.fixture(scope="module")
 def ended(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Their folders, and what was said."""
+    """Folder of the runs, and their output."""
     out = tmp_path_factory.mktemp("ranks")
     return out, torchrun(str(SUPPORT / "odd_ranks.py"), str(demo), str(out))
 
 
-def test_a_rank_that_is_slow_is_named(ended: tuple[Path, str]) -> None:
-    """At what it does alone; that the other one waits for it meanwhile is no slowness of that."""
+def test_a_straggler_is_named(ended: tuple[Path, str]) -> None:
+    """Only a rank's own work counts, not its waiting for others."""
     out, said = ended
     for run in ("slow_forward-0", "slow_forward-1", "slow_data-0"):
         rows = read_metrics(out / run / "metrics.jsonl")
@@ -39,14 +39,14 @@ def test_a_rank_that_is_slow_is_named(ended: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize("name", TROUBLE)
-def test_what_one_rank_runs_into_ends_both(ended: tuple[Path, str], name: str) -> None:
-    """With the same error, marked as such: rank 0 says it for both."""
+def test_an_error_of_one_rank_ends_both(ended: tuple[Path, str], name: str) -> None:
+    """Both raise the same error, marked as agreed, so that rank 0 prints it once."""
     one, two = ((ended[0] / f"{name}.{rank}").read_text() for rank in (0, 1))
     assert one == two
     assert re.match(rf"True \w+ .*{SAID[name]}", one), one
 
 
-def test_two_processes_go_on_from_copies_alone(ended: tuple[Path, str]) -> None:
+def test_two_processes_continue_from_a_mirror_alone(ended: tuple[Path, str]) -> None:
     out, _ = ended
     names = [path.name for path in complete_checkpoints(out / "again" / "checkpoints")]
     assert names == ["step_00000003", "step_00000006"]

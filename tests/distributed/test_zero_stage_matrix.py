@@ -1,4 +1,4 @@
-"""Stages x ZeRO 0 to 3 on two processes: losses, exact resume, and changes of both on the way.
+"""Stages x ZeRO 0 to 3 on two processes: losses, exact resume, changes of stage and world size.
 
 Each run of the tests has {mae, clip} x {0, 1, 3} and a few more; the whole is slow.
 """
@@ -25,7 +25,7 @@ CELLS = marked(WHOLE, QUICK)
 
 @pytest.fixture(scope="module")
 def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process in ZeRO 0."""
+    """Runs of one process in ZeRO 0."""
     out = tmp_path_factory.mktemp("plain")
     for stage, changes in CHANGES.items():
         train(STAGES.get(stage, stage), demo, out / stage, *changes)
@@ -39,7 +39,7 @@ def cells(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Path:
-    """Two processes; what one process began is there."""
+    """Runs of two processes, some of which one process began."""
     out = tmp_path_factory.mktemp("cells")
     slow = request.config.getoption("--slow")
     for stage, zero in WHOLE if slow else QUICK:
@@ -49,14 +49,14 @@ def cells(
 
 
 @pytest.mark.parametrize(("stage", "zero"), marked(dict.fromkeys([*WHOLE, *MORE]), [*QUICK, *MORE]))
-def test_losses_are_those_of_one_plain_process(
+def test_losses_equal_those_of_one_process_without_zero(
     cells: Path, plain: Path, stage: str, zero: int
 ) -> None:
     assert_same_losses(plain / stage, cells / f"{stage}-{zero}", 6)
 
 
 @pytest.mark.parametrize(("stage", "zero"), CELLS)
-def test_a_resumed_run_is_the_same_bit_for_bit(cells: Path, stage: str, zero: int) -> None:
+def test_a_resumed_run_is_bit_equal(cells: Path, stage: str, zero: int) -> None:
     assert_same(cells / f"{stage}-{zero}", cells / f"{stage}-{zero}-to-{zero}", exact=True)
 
 
@@ -67,15 +67,15 @@ def test_the_zero_stage_may_change(cells: Path, stage: str, first: int, second: 
 
 
 @pytest.mark.parametrize(("stage", "zero"), CELLS)
-def test_two_processes_go_on_where_one_was(cells: Path, plain: Path, stage: str, zero: int) -> None:
+def test_two_processes_resume_a_run_of_one(cells: Path, plain: Path, stage: str, zero: int) -> None:
     assert_same_losses(plain / stage, cells / f"{stage}-joined-{zero}", 6)
 
 
 @pytest.mark.parametrize(("stage", "zero"), CELLS)
-def test_one_process_goes_on_where_two_were(
+def test_one_process_resumes_a_run_of_two(
     demo: Path, cells: Path, plain: Path, tmp_path: Path, stage: str, zero: int
 ) -> None:
-    """In the next ZeRO stage, so that both change at once."""
+    """The ZeRO stage changes at the same time."""
     out = halfway(cells / f"{stage}-{zero}", tmp_path / "run")
     train(stage, demo, out, *settings(stage, (zero + 1) % 4))
     assert_same_losses(plain / stage, out, 6)

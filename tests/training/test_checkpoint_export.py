@@ -1,4 +1,4 @@
-"""Which checkpoints stay, averaged weights, and artifacts from any of them."""
+"""Retention of checkpoints, averaged weights, and export of artifacts from checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def steps_of(out: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def averaged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with an average, all of whose checkpoints stay."""
+    """A run of six steps with averaged weights, which keeps all checkpoints."""
     out = tmp_path_factory.mktemp("averaged") / "run"
     train("mae", demo, out, ALL_TOKENS, EMA, "train.save_every=1", "train.keep_every=1")
     return out
@@ -46,7 +46,7 @@ def weights_of(run: Path, step: int, which: str, out: Path) -> dict[str, Tensor]
     return artifact.load("backbone")
 
 
-def test_the_newest_the_multiples_and_the_best_stay(demo: Path, tmp_path: Path) -> None:
+def test_newest_periodic_and_best_checkpoints_are_kept(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     keep = ("train.save_every=1", "train.keep_checkpoints=1", "train.keep_every=3")
     best = ("train.keep_best=1", "train.best_by=val/loss", "optim.base_lr=0.3")
@@ -59,7 +59,7 @@ def test_the_newest_the_multiples_and_the_best_stay(demo: Path, tmp_path: Path) 
     assert artifact.manifest["metrics"]["val/loss"] == max(losses)
 
 
-def test_an_unmeasured_metric_is_said(
+def test_a_missing_best_by_metric_is_reported(
     demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ConfigError, match=r"train\.keep_best.*train\.save_every=3"):
@@ -67,7 +67,7 @@ def test_an_unmeasured_metric_is_said(
     caplog.set_level("WARNING", logger="xray")
     out = tmp_path / "run"
     train("mae", demo, out, "train.keep_best=2", "train.best_by=photos/los")
-    assert "has no photos/los to choose train.keep_best by: it has" in caplog.text
+    assert "has no metric photos/los (train.best_by)" in caplog.text
     assert steps_of(out) == [3, 6]
     text = (out / "config.yaml").read_text().replace("keep_best: 2", "keep_best: 0")
     (out / "config.yaml").write_text(text)
@@ -75,7 +75,7 @@ def test_an_unmeasured_metric_is_said(
         export_checkpoint(out, "best", tmp_path / "best", "last", {})
 
 
-def test_the_average_is_that_of_the_weights_of_each_step(averaged: Path, tmp_path: Path) -> None:
+def test_averaged_weights_follow_the_weights_of_each_step(averaged: Path, tmp_path: Path) -> None:
     plain = {step: weights_of(averaged, step, "last", tmp_path) for step in range(1, 7)}
     found = weights_of(averaged, 6, "ema", tmp_path)
     before = weights_of(averaged, 1, "ema", tmp_path)
@@ -89,7 +89,7 @@ def test_the_average_is_that_of_the_weights_of_each_step(averaged: Path, tmp_pat
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_the_average_is_the_same_in_every_zero_stage(
+def test_averaged_weights_are_equal_in_every_zero_stage(
     demo: Path, tmp_path: Path, averaged: Path, zero: int
 ) -> None:
     more = ("train.save_every=1", "train.keep_every=1", "train.export=ema", f"zero.stage={zero}")
@@ -97,7 +97,7 @@ def test_the_average_is_the_same_in_every_zero_stage(
     for path in complete_checkpoints(out / "checkpoints"):
         if step_of(path) > 3:
             (path / "COMPLETE").unlink()
-    (out / "run.json").unlink()  # it exports something else
+    (out / "run.json").unlink()  # the config differs in train.export
     artifact = train("mae", demo, out, ALL_TOKENS, EMA, *more)
     found, expected = artifact.load("backbone"), weights_of(averaged, 6, "ema", tmp_path)
     assert found.keys() == expected.keys() and artifact.manifest["weights"] == "ema"
@@ -105,7 +105,9 @@ def test_the_average_is_the_same_in_every_zero_stage(
         assert torch.allclose(found[name], value, atol=1e-5), name
 
 
-def test_an_export_is_the_artifact_of_the_end(averaged: Path, tmp_path: Path) -> None:
+def test_an_export_of_the_last_checkpoint_equals_the_artifact(
+    averaged: Path, tmp_path: Path
+) -> None:
     done = open_artifact(averaged)
     artifact = export_checkpoint(averaged, "last", tmp_path / "artifact", "last", {})
     for part in ("backbone", "decoder"):
@@ -130,7 +132,7 @@ def test_every_stage_exports(demo: Path, tmp_path: Path, stage: str) -> None:
         assert artifact.manifest["files"][file] == digest, file
 
 
-def test_what_is_no_checkpoint_or_no_number_is_not_the_best(tmp_path: Path) -> None:
+def test_incomplete_or_unmeasured_checkpoints_are_never_the_best(tmp_path: Path) -> None:
     for name, score in (("1", math.nan), ("2", 2.0), ("3", 1.0), ("4_kept", 0.5), ("5", None)):
         folder = tmp_path / "checkpoints" / f"step_{name}"
         folder.mkdir(parents=True)
@@ -151,11 +153,11 @@ def test_what_is_no_checkpoint_or_no_number_is_not_the_best(tmp_path: Path) -> N
         ("/home/me@host/mae@best", "/home/me@host/mae", "best"),
     ],
 )
-def test_a_step_follows_the_last_at(given: str, folder: str, which: str) -> None:
+def test_the_step_follows_the_last_at_sign(given: str, folder: str, which: str) -> None:
     assert split_run(given) == (folder, which)
 
 
-def test_what_cannot_be_exported_is_said(averaged: Path, tmp_path: Path) -> None:
+def test_impossible_exports_raise(averaged: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no checkpoint '7': there are 1, 2, 3, 4, 5, 6"):
         export_checkpoint(averaged, "7", tmp_path / "a", "last", {})
     with pytest.raises(ArtifactError, match="holds no run"):

@@ -1,4 +1,4 @@
-"""What a training run makes of its data: quarantine, budget, mixing, and what it reports."""
+"""Data of a training run: quarantine, token budget, mixing, and metrics of the data."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     assert (found.source, found.shard, found.key) == ("clips", "0.tar", "003")
     assert artifact.manifest["bad_samples"] == {
         "video decode timed out": 1,
-        "in quarantine": 3,  # four epochs in all
+        "in quarantine": 3,  # over four epochs
     }
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").open()]
     assert [row["key"] for row in listed] == ["003"] * 4
 
-    # Back to the checkpoint of step 4: the clip is known, and not tried again.
+    # From the checkpoint of step 4 on, the clip is known and is not tried again.
     shutil.rmtree(tmp_path / "run" / "artifact")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
     opened: list[bytes] = []
@@ -57,7 +57,7 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     decoder.close()
 
 
-def test_too_many_bad_samples_name_the_worst_shards(demo: Path, tmp_path: Path) -> None:
+def test_too_many_bad_samples_raise_and_name_the_worst_shards(demo: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "good.tar", {f"a{i}.mp4": clip(48, 4) for i in range(6)})
     write_tar(tmp_path / "poor.tar", {f"b{i}.mp4": b"junk" for i in range(6)})
     with pytest.raises(DataError, match=r"undecodable video.*poor.tar"):
@@ -67,8 +67,8 @@ def test_too_many_bad_samples_name_the_worst_shards(demo: Path, tmp_path: Path) 
         )  # fmt: skip
 
 
-def test_a_budget_of_tokens_makes_forwards_cost_the_same(demo: Path, tmp_path: Path) -> None:
-    """4 x 4 tokens of an image, 2 x 4 x 4 of a clip: twice as many images per forward."""
+def test_a_token_budget_equalizes_the_cost_of_micro_batches(demo: Path, tmp_path: Path) -> None:
+    """An image has 4 x 4 tokens, a clip 2 x 4 x 4: a forward takes twice as many images."""
     config = settings("hashtag", demo, tmp_path, "data.tokens_per_batch=64")
     cut = step_shape(stage_class("hashtag")(config), config.blocks, 0.5).micro
     sizes = [(micro.source, micro.stop - micro.start) for micro in cut]
@@ -78,13 +78,13 @@ def test_a_budget_of_tokens_makes_forwards_cost_the_same(demo: Path, tmp_path: P
         m.source: m.scale
         for m in step_shape(stage_class("hashtag")(config), config.blocks, 0.5).micro
     }
-    # 8 images of 16 tokens, 4 clips of 32: as many; each block is one of two forwards
+    # 8 images of 16 tokens and 4 clips of 32 have equally many: one forward for each block
     assert scales == {"photos": 1.0, "clips": 1.0}
     with pytest.raises(ConfigError, match="both set the size"):
         settings("hashtag", demo, tmp_path, "data.tokens_per_batch=64", "train.micro_batch=2")
 
 
-def test_a_budget_gives_the_loss_of_whole_blocks(demo: Path, tmp_path: Path) -> None:
+def test_a_token_budget_gives_the_loss_of_whole_blocks(demo: Path, tmp_path: Path) -> None:
     plain = train("hashtag", demo, tmp_path / "a", "train.samples=36")
     cut = train("hashtag", demo, tmp_path / "b", "train.samples=36", "data.tokens_per_batch=64")
     assert plain.manifest["config_hash"] == cut.manifest["config_hash"]
@@ -92,7 +92,7 @@ def test_a_budget_gives_the_loss_of_whole_blocks(demo: Path, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_run_reports_its_data(demo: Path, tmp_path: Path) -> None:
+def test_a_run_logs_metrics_of_its_data(demo: Path, tmp_path: Path) -> None:
     train("mae", demo, tmp_path / "run", "data.workers=1")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(0 <= row["data/wait"] <= 1 for row in rows)
@@ -101,7 +101,7 @@ def test_a_run_reports_its_data(demo: Path, tmp_path: Path) -> None:
     assert rows[-1]["clips/epochs"] == pytest.approx(6 * 4 / 24)
 
 
-def test_hashtags_train_on_mixed_pictures(demo: Path, tmp_path: Path) -> None:
+def test_hashtag_trains_on_mixed_images(demo: Path, tmp_path: Path) -> None:
     more = ("hashtag.mixup=0.8", "hashtag.cutmix=1.0", "train.samples=36")
     one, two = (train("hashtag", demo, tmp_path / name, *more) for name in "ab")
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab"]

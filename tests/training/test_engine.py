@@ -1,17 +1,17 @@
-"""DeepSpeed behind the facade against a plain torch loop, and what stops a run.
+"""The engine against a plain torch loop, and steps that stop a run.
 
-What DeepSpeed gets silently wrong, and what holds it off:
-clipping at 1 by default          test_steps_equal_a_plain_loop, test_clipping_is_always_written_out
-misspelled keys                   test_deepspeeds_own_keys_are_checked
+Errors that DeepSpeed does not report, and the tests that the engine avoids them:
+clipping at 1 by default          test_steps_equal_a_plain_loop, test_clipping_is_always_set
+misspelled keys                   test_keys_of_deepspeed_are_checked
 one step too many in bf16         test_steps_equal_a_plain_loop, bf16 at ZeRO 0
 gradients rounded in bf16         the same at ZeRO 1, test_bf16_keeps_small_updates
-frozen parameters lost            test_what_is_frozen_or_unused_is_the_same_in_every_stage
-decay without a gradient          the same: as DeepSpeed has it, but in every stage alike
-steps by NaN                      test_a_gradient_that_is_not_finite_changes_nothing
-weights or groups mixed up in     test_portable.py: its checkpoints are not used, nor universal ones
+frozen parameters lost            test_frozen_and_unused_parameters_are_equal_in_every_stage
+decay without a gradient          the same: applied as in DeepSpeed, in every stage
+NaN in a step                     test_gradients_that_are_not_finite_change_nothing
+weights or groups mixed up in     test_portable_state.py: its checkpoints are not used
   checkpoints, `latest` too early   (test_resume.py kills runs that are saving)
 masters that a clamp misses       test_stages.py, test_logit_scale_master_obeys_the_clamp
-partitioned parameters seen       test_matrix.py trains ZeRO 3 with all of them partitioned
+partitioned parameters used       test_zero_stage_matrix.py trains ZeRO 3 with all partitioned
   outside of forward
 """
 
@@ -49,7 +49,7 @@ class Tiny(nn.Module):
         return 100 * self.out(self.hidden(x).tanh()).float().square().mean()
 
 
-# More of ZeRO than its stages: what is small enough to stay whole, or in one piece, is cut, too.
+# Thresholds that make ZeRO partition even these small parameters, in several pieces.
 CUT = {"stage3_param_persistence_threshold": 0, "sub_group_size": 20, "reduce_bucket_size": 30}
 ZERO = {
     **{str(stage): ZeroConfig(stage) for stage in (0, 1, 2, 3)},  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def run_config(zero: int | ZeroConfig, precision: str = "fp32", clip: float = 0.
 
 
 def take(engine: Engine, step: list[Tensor], lr: float = LR) -> float:
-    """A step of micro-batches; returns the gradient's norm."""
+    """Make a step of micro-batches and return the gradient norm."""
     engine.set_lr(lr, 1.0)
     for number, x in enumerate(step):
         engine.begin(number, len(step))
@@ -86,7 +86,7 @@ def steps() -> list[list[Tensor]]:
 
 
 def plain(precision: str, clip: float) -> tuple[dict[str, Tensor], list[float]]:
-    """AdamW steps by accumulated gradients."""
+    """Weights and gradient norms of a plain AdamW loop with gradient accumulation."""
     module, norms = Tiny(), []
     decayed = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
@@ -119,7 +119,7 @@ def test_steps_equal_a_plain_loop(zero: str, precision: str, clip: float) -> Non
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_the_state_is_read_and_written_by_parameter(zero: str) -> None:
-    """What one engine reads, another goes on from; bit for bit in the same kind of ZeRO."""
+    """A second engine continues from the state of the first, bit for bit in equal ZeRO settings."""
     init_distributed(torch.device("cpu"))
     engines = [Engine(Tiny(), run_config(ZERO[zero])) for _ in range(2)]  # type: ignore[arg-type]
     first, second = engines
@@ -140,7 +140,7 @@ def test_the_state_is_read_and_written_by_parameter(zero: str) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_keeps_small_updates(zero: int) -> None:
-    """Weights of 1 and steps of 1e-4: in bf16, whose next number is 1.0078, all would be lost."""
+    """Weights of 1 with updates of 1e-4, which bf16 weights would round away (next: 1.0078)."""
     init_distributed(torch.device("cpu"))
     module = Tiny()
     nn.init.ones_(module.out.weight)
@@ -157,7 +157,7 @@ def test_bf16_keeps_small_updates(zero: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_what_is_frozen_or_unused_is_the_same_in_every_stage(zero: int) -> None:
+def test_frozen_and_unused_parameters_are_equal_in_every_stage(zero: int) -> None:
     init_distributed(torch.device("cpu"))
     module = Tiny()
     module.frozen, module.unused = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)
@@ -175,7 +175,7 @@ def test_what_is_frozen_or_unused_is_the_same_in_every_stage(zero: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_gradient_that_is_not_finite_changes_nothing(zero: int) -> None:
+def test_gradients_that_are_not_finite_change_nothing(zero: int) -> None:
     init_distributed(torch.device("cpu"))
     engine = Engine(Tiny(), run_config(zero))  # type: ignore[arg-type]
     first, second, third, _ = steps()
@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(zero: int) -> None:
     engine.destroy()
 
 
-def test_clipping_is_always_written_out() -> None:
+def test_clipping_is_always_set() -> None:
     assert deepspeed_config(run_config(1))["gradient_clipping"] == 0.0
     with pytest.raises(ConfigError, match=r"zero.offload=true needs zero.stage of 1 to 3"):
         deepspeed_config(run_config(ZeroConfig(0, offload=True)))
@@ -210,13 +210,13 @@ def test_clipping_is_always_written_out() -> None:
         ({"zero_optimization": 3}, r"zero.deepspeed.zero_optimization=3 must be a dict"),
     ],
 )
-def test_deepspeeds_own_keys_are_checked(given: dict[str, Any], message: str) -> None:
-    """DeepSpeed itself takes an unknown key without a word, and clips at 1."""
+def test_keys_of_deepspeed_are_checked(given: dict[str, Any], message: str) -> None:
+    """DeepSpeed ignores an unknown key, and clips at 1 by default."""
     with pytest.raises(ConfigError, match=message):
         deepspeed_config(run_config(ZeroConfig(1, deepspeed=given)))
 
 
-def test_deepspeeds_own_keys_reach_it(tmp_path: Path) -> None:
+def test_keys_of_deepspeed_reach_it(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": False},
         "torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]},
@@ -247,7 +247,7 @@ def losses(demo: Path, out: Path, stage: str, *more: str) -> list[tuple[float, f
 
 @pytest.mark.parametrize("stage", ["mae", "clip"])
 def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, stage: str) -> None:
-    """Masks, dropped paths and reduced tokens are the same when a block is run again."""
+    """A repeated block has the same masks, dropped paths and reduced tokens."""
     random = "model.drop_path=0.3"
     expected = losses(demo, tmp_path / "plain", stage, random)
     for zero in (0, 3):
@@ -260,7 +260,7 @@ def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, st
 
 @pytest.mark.slow  # half a minute of compiling on a quiet machine
 def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
-    """Keep rates, resolutions and clips change the number of tokens; few graphs serve them all."""
+    """A few graphs serve all numbers of tokens, which keep rates, resolutions and clips change."""
     for stage in ("mae", "hashtag", "clip"):
         expected = losses(demo, tmp_path / f"{stage}-plain", stage)
         for name, more in (
@@ -275,7 +275,7 @@ def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in range(1, 13)
 
 
-def test_compiling_is_refused_where_it_cannot_be(
+def test_compiling_is_refused_if_it_would_fail(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"does not go with zero.stage=3.*zero.stage to 2"):

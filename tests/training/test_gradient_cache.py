@@ -1,12 +1,17 @@
-"""The cached schedule: a block that is cut trains as the whole one."""
+"""Gradient cache: a block split into micro-batches trains as the whole block."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import ALL_TOKENS, train
+from torch import Tensor, nn
 
+from data_pipelines.stream.sampling import MicroBatch
+from stages.base import StepOutput
+from xray.training.gradient_cache import cached_losses, schedule, surrogate_loss
 from xray.training.metrics import read_metrics
 
 PLAIN = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
@@ -25,7 +30,7 @@ def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.mark.parametrize(
     ("stage", "zero"), [("clip", 0), ("clip", 1), ("clip", 2), ("clip", 3), ("text", 0)]
 )
-def test_a_cut_block_trains_as_the_whole(
+def test_a_split_block_trains_as_the_whole(
     demo: Path, whole: dict[str, Path], tmp_path: Path, stage: str, zero: int
 ) -> None:
     blocks = [] if stage == "clip" else ["data.blocks=[{source: photos, samples: 8}]"]
@@ -37,3 +42,57 @@ def test_a_cut_block_trains_as_the_whole(
     for a, b in zip(mine, theirs, strict=True):
         for name in ("loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-4), (name, a["step"])
+
+
+class Contrastive(nn.Module):
+    """Two linear towers and a loss that compares all samples of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def features(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        towers = {"image": self.image(images), "text": self.text(texts)}
+        return towers | {"scale": self.scale * 1, "teacher": torch.ones(len(images), 1)}
+
+    def loss(self, features: dict[str, Tensor]) -> StepOutput:
+        logits = features["scale"] * features["image"] @ features["text"].T
+        return StepOutput(nn.functional.cross_entropy(logits, torch.arange(len(logits))), {})
+
+
+def test_the_schedule_gives_the_gradients_of_the_whole_block() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images, texts = (torch.randn(8, width, generator=generator) for width in (6, 5))
+    whole, split = Contrastive(), Contrastive()
+    expected = whole.loss(whole.features(images, texts)).loss
+    expected.backward()
+    bounds = [(0, 3), (3, 6), (6, 8)]
+    micros = [MicroBatch(0, "photos", start, stop, 1.0) for start, stop in bounds]
+    rows, cached, kinds = [], [], []
+    for each in schedule(micros, spans_batch=True):
+        kinds.append(each.kind)
+        part = slice(*bounds[each.numbers[0]])
+        if each.kind == "features":
+            with torch.no_grad():
+                rows.append(split.features(images[part], texts[part]))
+        elif each.kind == "loss":
+            cached = cached_losses(split.loss, rows, training=True)
+        else:
+            features = split.features(images[part], texts[part])
+            surrogate_loss(features, cached[each.numbers[0]].gradients).backward()
+    assert kinds == ["features"] * 3 + ["loss"] + ["backward"] * 3
+    assert all(torch.equal(each.output.loss, cached[0].output.loss) for each in cached)
+    torch.testing.assert_close(cached[0].output.loss, expected.detach())
+    for (name, mine), theirs in zip(split.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+def test_a_block_is_cached_only_if_it_is_split_and_its_loss_spans_it() -> None:
+    micros = [MicroBatch(block, "photos", 0, 2, 1.0) for block in (0, 1, 1)]
+    plain = [("backward", (0,)), ("backward", (1,)), ("backward", (2,))]
+    cached = [("features", (1,)), ("features", (2,)), ("loss", (1, 2))]
+    for spans_batch, expected in ((False, plain), (True, cached + plain)):
+        passes = [(each.kind, each.numbers) for each in schedule(micros, spans_batch)]
+        assert passes == expected

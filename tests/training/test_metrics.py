@@ -1,4 +1,4 @@
-"""What is logged of a run: rates, means, and where they go."""
+"""Logged metrics of a run: rates, means, and their sinks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def built(stage: str, demo: Path, out: Path, *overrides: str) -> tuple[Any, Any]:
-    """A stage and its module, with its data looked at."""
+    """A stage that has read its data, and its module."""
     from data_pipelines.shards.source import open_sources
 
     config = settings(stage, demo, out, *overrides)
@@ -34,7 +34,7 @@ def built(stage: str, demo: Path, out: Path, *overrides: str) -> tuple[Any, Any]
     return made, made.build(Parents())
 
 
-def test_every_line_says_how_fast_it_goes(demo: Path, tmp_path: Path) -> None:
+def test_every_logged_line_has_the_throughput(demo: Path, tmp_path: Path) -> None:
     more = ("train.log_every=2", "train.tensorboard=false")
     train("hashtag", demo, tmp_path / "run", *more)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -42,7 +42,7 @@ def test_every_line_says_how_fast_it_goes(demo: Path, tmp_path: Path) -> None:
     for row in rows:
         assert {*MEASURED, "data/wait", "grad_norm", "keep_rate"} - row.keys() == {"mfu"}
         assert 0 <= row["data/wait"] <= 1 and 0.05 < row["memory/gb"] < 50
-        # of 12 samples 8 are pictures of 16 tokens and 4 clips of 32
+        # 8 of 12 samples are images of 16 tokens, 4 are clips of 32
         assert row["tokens/s"] / row["samples/s"] == pytest.approx((8 * 16 + 4 * 32) / 12)
     train_seconds = rows[-1]["seconds"]
     assert sum(24 / row["samples/s"] for row in rows) < 1.1 * train_seconds
@@ -58,7 +58,7 @@ def test_every_line_says_how_fast_it_goes(demo: Path, tmp_path: Path) -> None:
         ("clip", ("clip.mask_ratio=0.4", "clip.mask_span=[0.0,0.5]")),
     ],
 )
-def test_tokens_are_those_that_enter_the_backbone(
+def test_counted_tokens_enter_the_backbone(
     demo: Path, tmp_path: Path, stage: str, more: tuple[str, ...]
 ) -> None:
     made, module = built(stage, demo, tmp_path, *more)
@@ -85,7 +85,7 @@ def test_tokens_are_those_that_enter_the_backbone(
 
 
 def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """(those torch counts in a step's forward and backward, those that Throughput adds for it)."""
+    """FLOPs of a step: as torch counts them in forward and backward, as Throughput does."""
     from data_pipelines.stream.loader import Loaded
 
     module.train()
@@ -103,17 +103,17 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     ("stage", "more"),
     [
         ("mae", ()),
-        ("clip", ()),  # the LLM is read, and not trained
+        ("clip", ()),  # the LLM is not trained
         ("clip", ("optim.vision.freeze=1.0", "text.tune=full")),
         ("clip", ("text.tune=lora", "text.lora_rank=4")),
         ("text", ("text.tune=full",)),
     ],
 )
-def test_model_flops_are_those_of_a_step(
+def test_model_flops_equal_those_of_a_step(
     demo: Path, tmp_path: Path, stage: str, more: tuple[str, ...]
 ) -> None:
     blocks = "data.blocks=[{source: photos, samples: 8}]"
-    # so wide that what is left out of the count, norms and heads, is little of it
+    # wide, so that norms and heads, which are not counted, are a small part
     wide = "model.kwargs={patch_size: 8, embed_dim: 96, depth: 4, num_heads: 2}"
     plain = ("clip.adapter_blocks=0",) if stage == "clip" else ()
     made, module = built(stage, demo, tmp_path, blocks, wide, *plain, *more)
@@ -126,11 +126,11 @@ def test_model_flops_are_those_of_a_step(
         batch |= {name: torch.ones_like(ids) for name in ("attention_mask", "pooled_mask")}
         batch["input_ids"] = ids
     counted, ours = flops_of(made, module, batch)
-    # attention is left out of the text's, and in so small a model it is a tenth
+    # attention of the text tower is not counted: a tenth in a model this small
     assert ours == pytest.approx(counted, rel=0.12 if stage == "text" else 0.05)
 
 
-def test_rates_leave_out_what_is_not_training(
+def test_rates_leave_out_time_between_steps(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, module = built("mae", demo, tmp_path)
@@ -158,7 +158,9 @@ def test_rates_leave_out_what_is_not_training(
         ("NVIDIA GeForce GTX 1080", None, None),
     ],
 )
-def test_peaks_are_found_by_name(name: str, bf16: float | None, fp32: float | None) -> None:
+def test_peak_flops_are_found_by_device_name(
+    name: str, bf16: float | None, fp32: float | None
+) -> None:
     gpu = gpu_of(name)
     peaks = (None, None) if gpu is None else (gpu.peak("bf16"), gpu.peak("fp32"))
     assert peaks == (bf16, fp32)
@@ -168,24 +170,24 @@ def test_peaks_are_found_by_name(name: str, bf16: float | None, fp32: float | No
 def test_a_missing_library_is_named_before_training(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(ConfigError, match=rf"train.{name} needs .*pip install .*{name}"):
         train("mae", demo, tmp_path / "run", "train.wandb=xray")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_that_name_is_not_the_library(
+def test_a_folder_of_the_same_name_is_not_the_library(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
-    (tmp_path / "wandb").mkdir()  # what its runs leave behind
+    (tmp_path / "wandb").mkdir()  # as its runs leave behind
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="pip install"):
         train("mae", demo, tmp_path / "run", "train.wandb=xray")
 
 
-def test_a_resumed_run_is_the_same_for_wandb(
+def test_a_resumed_run_continues_its_wandb_run(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.util.find_spec("wandb")

@@ -1,4 +1,4 @@
-"""Runs that go on from their copies at a URL."""
+"""Runs that continue from their mirror at a URL."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xray.artifacts.artifact import open_artifact
 from xray.errors import ArtifactError, ConfigError
 from xray.training.checkpoint import complete_checkpoints
 
-OF_THE_MACHINE = ("bad_samples.jsonl", "lock")  # files that a copy has no use for
+OF_THE_MACHINE = ("bad_samples.jsonl", "lock")  # files that are not mirrored
 
 
 @pytest.fixture
 def copied(demo: Path, tmp_path: Path) -> tuple[Path, Path, str]:
-    """A run, its copies and their URL."""
+    """A run, its mirror and the setting of its URL."""
     out, there = tmp_path / "run", tmp_path / "bucket"
     train("mae", demo, out, ALL_TOKENS, f"train.mirror=file://{there}")
     return out, there / "mae", f"train.mirror=file://{there}"
@@ -37,23 +37,23 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_copies_are_the_run(copied: tuple[Path, Path, str]) -> None:
+def test_the_mirror_equals_the_run(copied: tuple[Path, Path, str]) -> None:
     out, there, _ = copied
     assert files(out) == files(there)
     assert complete(there) == ["step_00000003", "step_00000006"]
 
 
-def test_a_run_goes_on_from_its_copies_alone(
+def test_a_run_continues_from_its_mirror_alone(
     demo: Path, tmp_path: Path, copied: tuple[Path, Path, str]
 ) -> None:
     out, there, url = copied
     begun = tmp_path / "begun"
     shutil.move(out, begun)
     assert train("mae", demo, out, ALL_TOKENS, url).digest == open_artifact(begun).digest
-    # what was finished is fetched, not trained again
+    # a finished run is fetched, not trained again
     assert files(out).items() <= files(begun).items() and len(complete(out)) == 1
     for name in ("artifact/manifest.json", "checkpoints/step_00000006/COMPLETE"):
-        (there / name).unlink()  # as where the machine went away while it copied
+        (there / name).unlink()  # as if the machine had been lost during a copy
     shutil.rmtree(out)
     train("mae", demo, out, ALL_TOKENS, url)
     assert not (out / "checkpoints" / "tmp-step_00000006").exists()
@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_its_copies_alone(
     assert files(out).items() <= files(there).items() and len(complete(out)) == 2
 
 
-def test_copies_of_another_run_are_refused(
+def test_a_mirror_of_another_run_is_refused(
     demo: Path, tmp_path: Path, copied: tuple[Path, Path, str]
 ) -> None:
     message = r"file://.*bucket/mae holds another run: config.mae.mask_ratio: 0.75 -> 0.5; choose"
@@ -70,7 +70,7 @@ def test_copies_of_another_run_are_refused(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_that_is_begun_does_not_mix_with_another_mirror(
+def test_a_begun_run_refuses_the_mirror_of_another(
     demo: Path, tmp_path: Path, copied: tuple[Path, Path, str]
 ) -> None:
     out, before = tmp_path / "other", files(copied[1])
@@ -80,18 +80,18 @@ def test_a_run_that_is_begun_does_not_mix_with_another_mirror(
     assert files(copied[1]) == before
 
 
-def test_the_artifact_is_copied_by_the_same_command(
+def test_the_same_command_copies_a_missing_artifact(
     demo: Path, copied: tuple[Path, Path, str]
 ) -> None:
-    """As where the machine went away after the artifact was written, before it was copied."""
+    """The machine was lost after the artifact was written and before it was copied."""
     out, there, url = copied
     shutil.rmtree(there / "artifact")
     train("mae", demo, out, ALL_TOKENS, url)
     assert files(out) == files(there)
 
 
-def test_copies_cannot_name_files_outside(demo: Path, tmp_path: Path) -> None:
-    """Keys of an object store may hold "..", those of a folder cannot."""
+def test_a_mirror_cannot_name_files_outside_the_run(demo: Path, tmp_path: Path) -> None:
+    """Keys of an object store may contain ".."; paths in a folder cannot."""
     bucket = fsspec.filesystem("memory")
     url = "train.mirror=memory://outside"
     train("mae", demo, tmp_path / "a" / "b" / "run", ALL_TOKENS, url)

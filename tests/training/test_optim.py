@@ -27,7 +27,7 @@ def test_lr_is_scaled_by_the_batch_and_warms_up_and_decays() -> None:
     assert lr_at(0.5, OptimConfig(base_lr=1e-3, warmup=0), 256) == pytest.approx(5e-4)
 
 
-def test_groups_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
+def test_parameters_are_grouped_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
     module = MaeModule(settings("mae", demo, tmp_path))
     config = OptimConfig(vision=TowerOptim(layer_decay=0.5), weight_decay=0.1)
     groups = parameter_groups(module, config)
@@ -43,7 +43,7 @@ def test_groups_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
 
 
 def scales(module: nn.Module, config: OptimConfig) -> dict[str, float]:
-    """Each parameter's factor of the lr; every trained one is in one group."""
+    """Scale of each parameter's lr; every trained parameter must be in exactly one group."""
     names = {id(p): name for name, p in module.named_parameters()}
     groups = parameter_groups(module, config)
     found = [(names[id(p)], g["lr_scale"]) for g in groups for p in g["params"]]
@@ -52,7 +52,7 @@ def scales(module: nn.Module, config: OptimConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_towers_have_lrs_of_their_own(demo: Path, tmp_path: Path, tune: str) -> None:
+def test_each_tower_has_its_own_lr(demo: Path, tmp_path: Path, tune: str) -> None:
     stage = ClipStage(settings("clip", demo, tmp_path, f"text.tune={tune}", "text.lora_rank=2"))
     stage.prepare({}, Parents())
     vision, text = TowerOptim(lr=0.5, layer_decay=0.7), TowerOptim(lr=0.1, layer_decay=0.3)
@@ -90,7 +90,7 @@ SIZES = {
 }  # fmt: skip
 GPT2 = {"n_embd": 8, "n_layer": 3, "n_head": 2, "vocab_size": 40}
 T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 3, "num_heads": 2, "vocab_size": 40}
-# class, its sizes, its blocks and what is below the first of them
+# class: sizes, its blocks, and the modules below the first block
 FAMILIES: dict[str, tuple[dict[str, int], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "Bert": (SIZES, lambda m: m.encoder.layer, lambda m: [m.embeddings]),
     "ModernBert": (
@@ -107,7 +107,7 @@ FAMILIES: dict[str, tuple[dict[str, int], Callable[[Any], Any], Callable[[Any], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_decay_knows_the_blocks_of_a_family(family: str) -> None:
+def test_layer_decay_finds_the_blocks_of_each_model_family(family: str) -> None:
     sizes, blocks_of, below_of = FAMILIES[family]
     kind = f"{family}EncoderModel" if family == "T5" else f"{family}Model"
     llm = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**sizes))
@@ -121,7 +121,7 @@ def test_layer_decay_knows_the_blocks_of_a_family(family: str) -> None:
 
     blocks = list(blocks_of(llm))
     assert len(blocks) == 3
-    expected = dict.fromkeys(found, 3.0)  # what follows the last block
+    expected = dict.fromkeys(found, 3.0)  # modules after the last block
     expected |= dict.fromkeys(of(below_of(llm)), 3.0 * 0.5**4)
     for number, block in enumerate(blocks):
         expected |= dict.fromkeys(of([block]), 3.0 * 0.5 ** (3 - number))
@@ -129,7 +129,7 @@ def test_layer_decay_knows_the_blocks_of_a_family(family: str) -> None:
     assert not wrong and len(set(found.values())) >= 4
 
 
-def test_a_frozen_group_has_no_lr_until_its_share_is_over() -> None:
+def test_a_frozen_group_has_lr_0_until_its_freeze_ends() -> None:
     module = nn.Module()
     module.towers = nn.ModuleDict({"vision": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
     module.head = nn.Linear(2, 2)
@@ -146,7 +146,7 @@ def test_a_frozen_group_has_no_lr_until_its_share_is_over() -> None:
     assert lrs(0.6) == {"vision": 0.01, "text": 0.02, "head": 0.02}
 
 
-def test_logit_scale_is_alone_and_frozen_parameters_are_left_out() -> None:
+def test_logit_scale_has_a_group_and_frozen_parameters_have_none() -> None:
     module = nn.Linear(3, 3)
     module.logit_scale = nn.Parameter(torch.ones(1))
     module.bias.requires_grad_(False)
@@ -156,7 +156,7 @@ def test_logit_scale_is_alone_and_frozen_parameters_are_left_out() -> None:
     assert alone["weight_decay"] == 0
 
 
-def test_lion_by_hand() -> None:
+def test_lion_equals_its_formula() -> None:
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     groups = [{"params": [weight], "lr_scale": 0.5, "freeze": 0.0, "weight_decay": 0.1}]
     config = OptimConfig(name="lion", betas=[0.9, 0.99])

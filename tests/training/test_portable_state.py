@@ -1,4 +1,4 @@
-"""Checkpoints that any number of ranks and any ZeRO stage take up."""
+"""Checkpoints that any world size and ZeRO stage can load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from xray.training.metrics import Sinks
 
 @pytest.fixture(scope="module")
 def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs of six steps, by stage and what was asked for; each is made once."""
+    """Function that trains six steps of a stage with some settings, once for each."""
     made: dict[tuple[str, ...], Path] = {}
 
     def folder(*asked: str) -> Path:
@@ -48,7 +48,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("stage", ["mae", "clip"])
 @pytest.mark.parametrize(("first", "second"), CHANGES)
-def test_a_run_goes_on_in_any_zero_stage(
+def test_a_run_resumes_in_any_zero_stage(
     demo: Path, tmp_path: Path, whole: Callable[..., Path], stage: str, first: int, second: int
 ) -> None:
     begun = whole(stage, ALL_TOKENS, f"zero.stage={first}")
@@ -66,7 +66,7 @@ def test_lion_has_one_moment(demo: Path, tmp_path: Path, whole: Callable[..., Pa
         assert_same(begun, out, exact=zero == 0)
 
 
-def test_a_state_of_many_files_is_the_same(
+def test_a_state_of_many_files_is_equal(
     demo: Path, tmp_path: Path, whole: Callable[..., Path]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_a_state_of_many_files_is_the_same(
 
 @contextmanager
 def no_room(limit: int = 0) -> Iterator[None]:
-    """No file may grow beyond so many bytes."""
+    """Limit the size of files in bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -100,17 +100,17 @@ def no_room(limit: int = 0) -> Iterator[None]:
 
 
 def assert_goes_on_from_the_third(demo: Path, out: Path, whole: Callable[..., Path]) -> None:
-    """A run whose second checkpoint failed ends, when it is run again, as an unbroken one."""
+    """Check that a run whose second checkpoint failed ends, when repeated, like an unbroken one."""
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000003"]
     train("mae", demo, out, ALL_TOKENS)
     assert_same(whole("mae", ALL_TOKENS), out, exact=True)
 
 
 @pytest.mark.parametrize("file", ["00000.safetensors", "index.json", "state.json"])
-def test_a_full_disk_leaves_what_was_saved(
+def test_a_full_disk_keeps_earlier_checkpoints(
     demo: Path, tmp_path: Path, whole: Callable[..., Path], file: str
 ) -> None:
-    """The limit of a file's size stands for the disk: a write past it fails in the same way."""
+    """A limit on file size replaces a full disk: a write beyond it fails in the same way."""
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         if file.endswith("safetensors"):
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_what_was_saved(
 
             def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
                 saved.append(path)
-                if len(saved) <= 2:  # the first checkpoint's two
+                if len(saved) <= 2:  # the two files of the first checkpoint
                     return save_file(tensors, path)
                 with no_room(4096):
                     save_file(tensors, path)
@@ -134,12 +134,14 @@ def test_a_full_disk_leaves_what_was_saved(
                 return write(self, *given, **more)  # type: ignore[arg-type]
 
             patch.setattr(Path, "write_text", none_left)
-        with pytest.raises(ArtifactError, match=r"step_00000006 cannot be written: .*those before"):
+        with pytest.raises(
+            ArtifactError, match=r"step_00000006 cannot be written: .*earlier checkpoints"
+        ):
             train("mae", demo, out, ALL_TOKENS)
     assert_goes_on_from_the_third(demo, out, whole)
 
 
-def test_a_read_only_disk_leaves_what_was_saved(
+def test_a_read_only_disk_keeps_earlier_checkpoints(
     demo: Path, tmp_path: Path, whole: Callable[..., Path]
 ) -> None:
     out, make = tmp_path / "run", Path.mkdir
@@ -157,7 +159,7 @@ def test_a_read_only_disk_leaves_what_was_saved(
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line in which a run ended."""
+    """Error line of a run that fails."""
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         guarded(train)("mae", *arguments)
@@ -165,12 +167,13 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return next(line for line in errors if line.startswith("xray: "))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's
-def test_other_faults_of_a_disk_end_in_one_line(
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # of tensorboard's thread
+def test_other_disk_faults_are_reported_in_one_line(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A place where nobody may make a folder, metrics on a full disk, and a folder that is removed
-    while the run goes on."""
+    """A path that cannot be created, metrics on a full disk, a folder removed during training."""
     assert "'/sys/run'" in said(capsys, demo, Path("/sys/run"))
     out = tmp_path / "full"
     with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +196,7 @@ def test_other_faults_of_a_disk_end_in_one_line(
             shutil.rmtree(out, ignore_errors=True)
 
         patch.setattr(MaeStage, "after_step", remove)
-        line = said(capsys, demo, out)  # of a checkpoint, or of the metrics before
+        line = said(capsys, demo, out)  # for a checkpoint, or for the metrics before it
         assert str(out) in line and "cannot be written" in line
     assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""Killed runs, bad folders and changed artifacts, through the command line."""
+"""Killed runs, folders of other runs and changed artifacts, through the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from child_process import RECIPE, clean_environment, xray
 from run_comparison import assert_equal_runs
+from tiny import settings
+
+from stages.mae import MaeStage
+from xray.training.run import Run
+from xray.training.trainer import Trainer
 
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
-    settings = [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
-    return xray("run", RECIPE, *settings, killed_at=killed_at)
+    given = [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
+    return xray("run", RECIPE, *given, killed_at=killed_at)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("moment", ["step:5", "save:2", "artifact:mae"])
-def test_killed_runs_end_like_unkilled_ones(
+def test_killed_runs_have_the_results_of_others(
     demo: Path, tmp_path: Path, unkilled: Path, moment: str
 ) -> None:
     out = tmp_path / "run"
@@ -57,7 +63,7 @@ def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
     assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
 
 
-def test_a_plan_tells_what_is_finished_from_what_would_be_refused(
+def test_a_plan_shows_finished_stages_and_those_with_other_settings(
     demo: Path, unkilled: Path
 ) -> None:
     def states(*more: str) -> str:
@@ -68,7 +74,9 @@ def test_a_plan_tells_what_is_finished_from_what_would_be_refused(
     assert other == "other settings there finished"
 
 
-def test_a_run_of_an_older_version_is_known_by_its_settings(demo: Path, unkilled: Path) -> None:
+def test_a_run_of_an_older_version_without_new_settings_is_accepted(
+    demo: Path, unkilled: Path
+) -> None:
     file = unkilled / "mae" / "run.json"
     record = json.loads(file.read_text())
     for section, key in (("model", "video"), ("mae", "video_mask"), ("model", "keep_rates")):
@@ -96,14 +104,14 @@ def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT]])
-def test_a_signal_saves_and_asks_to_be_run_again(
+def test_a_signal_saves_and_exits_with_the_code_to_rerun(
     demo: Path, tmp_path: Path, numbers: list[signal.Signals]
 ) -> None:
-    """SIGINT after SIGTERM is the first interrupt: only a second ends without saving."""
+    """SIGINT after SIGTERM is the first interrupt: only a second one ends without saving."""
     out = tmp_path / "run"
-    settings = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
+    given = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "xray", "run", RECIPE, *settings, "train.save_every=100000"],
+        [sys.executable, "-m", "xray", "run", RECIPE, *given, "train.save_every=100000"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -115,10 +123,17 @@ def test_a_signal_saves_and_asks_to_be_run_again(
         assert process.poll() is None
         time.sleep(0.2)
     for number in numbers:
-        os.killpg(process.pid, number)  # as torchrun and terminals do: loader workers get it too
+        os.killpg(process.pid, number)  # torchrun and terminals signal the loader workers, too
     _, stderr = process.communicate()
     assert process.returncode == 75 and "stopped by a signal at step" in stderr
     assert len(list((out / "mae" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_opening_a_run_writes_nothing(demo: Path, tmp_path: Path) -> None:
+    out, device = tmp_path / "run", torch.device("cpu")
+    Trainer(MaeStage, settings("mae", tmp_path / "nowhere", out), device)  # reads no data either
+    opened = Run.open(MaeStage, settings("mae", demo, out, f"train.mirror=file://{tmp_path}/copy"))
+    assert opened.record["stage"] == "mae" and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ends a run or leaves a step out, and what is kept of it: spikes, bundles, hangs."""
+"""Spikes, steps that are not finite and their bundles, hangs and stragglers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SKIP = ("train.spikes=skip", "train.spike=4.0")
 
 @pytest.fixture
 def spiky(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The losses of the fourth step (two micro-batches each) are thirty times as large."""
+    """Make the losses of the fourth step (two micro-batches) thirty times as large."""
     honest, calls = MaeModule.loss_from_features, []
 
     def spike(self: MaeModule, features: dict[str, Tensor]) -> StepOutput:
@@ -61,7 +61,7 @@ def test_loss_statistics_are_mean_and_deviation_of_the_losses() -> None:
     assert statistics.deviation(3.0 + 6 * 0.5) == pytest.approx(6.0)
 
 
-def test_a_folder_is_trained_in_by_one_process(demo: Path, tmp_path: Path) -> None:
+def test_only_one_process_trains_in_a_folder(demo: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from xray.files import hold\n"
         "held = hold(Path(sys.argv[1]), 'trained in'); print(1, flush=True); input()"
@@ -73,10 +73,10 @@ def test_a_folder_is_trained_in_by_one_process(demo: Path, tmp_path: Path) -> No
             train("mae", demo, tmp_path)
         assert not (tmp_path / "run.json").exists()
         other.kill()
-    train("mae", demo, tmp_path)  # what a killed process held is free
+    train("mae", demo, tmp_path)  # the lock of a killed process is free
 
 
-def test_a_spike_is_left_out_in_every_zero_stage(
+def test_a_spike_is_skipped_in_every_zero_stage(
     demo: Path, tmp_path: Path, spiky: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[dict[str, Tensor]] = []
@@ -95,7 +95,7 @@ def test_a_spike_is_left_out_in_every_zero_stage(
         assert not all(torch.equal(value, states[4][name]) for name, value in states[3].items())
         rows = read_metrics(out / "metrics.jsonl")
         assert [row.get("skipped") for row in rows] == [None, None, None, 1.0, None, None]
-        norms.append(rows[4]["grad_norm"])  # with nothing left over from the step before
+        norms.append(rows[4]["grad_norm"])  # without gradients of the skipped step
         (line,) = (out / "spikes.jsonl").read_text().splitlines()
         facts = json.loads(line)
         assert facts["step"] == 4 and facts["loss"] == rows[3]["loss"] > 20 * rows[2]["loss"]
@@ -103,7 +103,7 @@ def test_a_spike_is_left_out_in_every_zero_stage(
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
 
 
-def test_a_spike_is_said_and_made_by_default(
+def test_a_spike_is_logged_and_not_skipped_by_default(
     demo: Path, tmp_path: Path, spiky: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING", logger="xray")
@@ -112,7 +112,7 @@ def test_a_spike_is_said_and_made_by_default(
     assert all("skipped" not in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_a_run_that_only_spikes_is_ended(
+def test_too_many_skipped_steps_end_the_run(
     demo: Path, tmp_path: Path, spiky: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xray.training.loss_spikes.MOST_IN_A_ROW", 0)
@@ -123,8 +123,8 @@ def test_a_run_that_only_spikes_is_ended(
     assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
 
 
-def test_a_step_that_breaks_is_done_again(demo: Path, tmp_path: Path) -> None:
-    """A learning rate without bounds: the second step's loss is not finite, by itself."""
+def test_a_step_that_is_not_finite_is_replayed(demo: Path, tmp_path: Path) -> None:
+    """With an extreme learning rate the loss of the second step is not finite."""
     out = tmp_path / "run"
     wild = ["optim.base_lr=1e30", "optim.warmup=0", "optim.clip_grad=0", "stages=[mae]"]
     done = xray("run", RECIPE, f"data.root={demo}", f"out={out}", *wild)
@@ -163,7 +163,7 @@ FACTS = {"host": "a", "pid": 7, "place": "forward and backward", "step": 11, "wa
         ([(0, {}), (1, {}), (2, {})], "no rank stands out, rank 0 is in forward and backward"),
     ],
 )
-def test_the_verdict_names_who_holds_up_the_others(
+def test_the_verdict_names_the_rank_that_others_wait_for(
     known: list[tuple[int, dict]], expected: str, tmp_path: Path
 ) -> None:
     facts = [{**FACTS, "rank": rank, **own} for rank, own in known]
@@ -176,7 +176,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_a_rank_that_freezes_is_named(demo: Path, tmp_path: Path) -> None:
+def test_a_frozen_rank_is_named(demo: Path, tmp_path: Path) -> None:
     out, port = tmp_path / "run", free_port()
     frozen = tmp_path / "frozen"
     settings = ["stages=[mae]", "mae.train.samples=48000"]
