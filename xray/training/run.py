@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Run:
     validation_plans: dict[str, SamplePlan]
     record: dict[str, Any]  # contents of run.json
     mirror: Mirror | None  # on rank 0, if train.mirror is set
+    lock: IO[str] | None = None  # of the folder, on rank 0 from `begin` to `release`
 
     @classmethod
     def open(cls, stage_class: type[Stage], config: RunConfig) -> Run:
@@ -145,12 +146,17 @@ class Run:
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.out, "trained in")
+            self.lock = lock_folder(self.out, "trained in")
             dump(self.config, self.out / "config.yaml")
             if not (self.out / "run.json").exists():
                 write_text(self.out / "run.json", json.dumps(self.record, indent=1))
 
         dist.on_main(write)
+
+    def release(self) -> None:
+        """Release the folder's lock."""
+        if self.lock is not None:
+            self.lock.close()
 
     def write_artifact(
         self,

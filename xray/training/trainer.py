@@ -58,15 +58,16 @@ class Trainer:
         run, config, device = self.run, self.config, self.device
         module = run.build()
         engine = Engine(module, config)
-        run.begin()
-        state = self._restore(engine)
         with ExitStack() as stack:
             stack.callback(engine.destroy)
+            run.begin()
+            stack.callback(run.release)
+            state = self._restore(engine)
             signals = stack.enter_context(StopSignals())
             sinks = Sinks(run.out, run.stage.name, config, state)
             stack.callback(sinks.close)
             if run.mirror is not None:
-                stack.callback(run.mirror.wait)
+                stack.callback(run.mirror.wait)  # while signals are still handled
             watchdog = Watchdog(run.out, config.train.hang_seconds)
             stack.callback(watchdog.close)
             telemetry = Telemetry(run.stage, module, device, watchdog)
