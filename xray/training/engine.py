@@ -174,7 +174,7 @@ class Engine:
         self._average = {flat: flat.clone() for flat in self._flats} if self._ema else {}
 
     @property
-    def module(self) -> Any:
+    def module(self) -> StageModule:
         """The stage's module."""
         return self._engine.module
 

@@ -161,7 +161,7 @@ class Run:
     def write_artifact(
         self,
         path: Path,
-        module: Any,
+        module: StageModule,
         state_dict: dict[str, Tensor],
         state: TrainState,
         metrics: dict[str, float],
