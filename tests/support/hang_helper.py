@@ -32,9 +32,9 @@ class Clock:
 
 
 if __name__ == "__main__":
-    from xray.cli import main
+    from xray.commands.main import main
 
-    from xray import watchdog
+    from xray.training import watchdog
 
     watchdog.time = Clock(Path(sys.argv.pop(1)))  # type: ignore[assignment]
     main()
