@@ -23,12 +23,12 @@ def killed(demo: Path, out: Path, kills: int, seed: int) -> dict[str, int]:
         env=clean_environment(OMP_NUM_THREADS="1"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["left"] == [] and sum(found["met"].values()) == kills
-    for number in range(found["runs"]):
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["left"] == [] and sum(outcome["met"].values()) == kills
+    for number in range(outcome["runs"]):
         assert_equal_runs(out / "unkilled", out / str(number))
-    print(found)
-    return found["met"]
+    print(outcome)
+    return outcome["met"]
 
 
 def test_three_kills(demo: Path, tmp_path: Path) -> None:

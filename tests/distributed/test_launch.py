@@ -106,26 +106,33 @@ def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
 
 
 def test_a_task_of_srun_derives_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = placed(monkeypatch, **SLURM)
-    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "11", "1")
-    assert found["LOCAL_WORLD_SIZE"] == "3"  # on the third node
-    assert found["MASTER_ADDR"] == "gpu007-ib"  # rank 0's node, not where srun was called
+    variables = placed(monkeypatch, **SLURM)
+    assert (variables["RANK"], variables["WORLD_SIZE"], variables["LOCAL_RANK"]) == ("9", "11", "1")
+    assert variables["LOCAL_WORLD_SIZE"] == "3"  # on the third node
+    assert variables["MASTER_ADDR"] == "gpu007-ib"  # rank 0's node, not where srun was called
     assert dist.launcher() == "srun"
     other = placed(monkeypatch, SLURM_JOB_ID="4712")
     step = placed(monkeypatch, SLURM_STEP_ID="1")
-    ports = [int(x["MASTER_PORT"]) for x in (found, other, step)]
+    ports = [int(x["MASTER_PORT"]) for x in (variables, other, step)]
     assert len(set(ports)) == 3 and all(10000 <= port < 30000 for port in ports)
 
 
 def test_variables_that_are_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = placed(monkeypatch, **SLURM, RANK="3", WORLD_SIZE="4", MASTER_PORT="1234")
-    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_PORT"]) == ("3", "4", "1234")
+    variables = placed(monkeypatch, **SLURM, RANK="3", WORLD_SIZE="4", MASTER_PORT="1234")
+    assert (variables["RANK"], variables["WORLD_SIZE"], variables["MASTER_PORT"]) == (
+        "3",
+        "4",
+        "1234",
+    )
 
 
 def test_the_batch_script_is_not_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command in a job's script runs as one process if it is not started by srun."""
-    found = placed(monkeypatch, SLURM_JOB_ID="1", SLURM_NTASKS="8")
-    assert (found["RANK"], found["WORLD_SIZE"]) == ("0", "1") and dist.launcher() == "plain python"
+    variables = placed(monkeypatch, SLURM_JOB_ID="1", SLURM_NTASKS="8")
+    assert (variables["RANK"], variables["WORLD_SIZE"]) == (
+        "0",
+        "1",
+    ) and dist.launcher() == "plain python"
 
 
 @pytest.mark.parametrize(

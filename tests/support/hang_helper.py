@@ -33,7 +33,6 @@ class Clock:
 
 if __name__ == "__main__":
     from xray.commands.main import main
-
     from xray.training import watchdog
 
     watchdog.time = Clock(Path(sys.argv.pop(1)))  # type: ignore[assignment]

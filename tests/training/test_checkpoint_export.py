@@ -77,15 +77,15 @@ def test_a_missing_best_by_metric_is_reported(
 
 def test_averaged_weights_follow_the_weights_of_each_step(averaged: Path, tmp_path: Path) -> None:
     plain = {step: weights_of(averaged, step, "last", tmp_path) for step in range(1, 7)}
-    found = weights_of(averaged, 6, "ema", tmp_path)
+    average = weights_of(averaged, 6, "ema", tmp_path)
     before = weights_of(averaged, 1, "ema", tmp_path)
     name = "blocks.1.attn.qkv.weight"
     expected = before[name].double()
     for step in range(2, 7):
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * plain[step][name].double()
-    assert torch.allclose(expected, found[name].double(), atol=1e-6)
-    assert not torch.equal(found[name], plain[6][name])
+    assert torch.allclose(expected, average[name].double(), atol=1e-6)
+    assert not torch.equal(average[name], plain[6][name])
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -99,10 +99,10 @@ def test_averaged_weights_are_equal_in_every_zero_stage(
             (path / "COMPLETE").unlink()
     (out / "run.json").unlink()  # the config differs in train.export
     artifact = train("mae", demo, out, ALL_TOKENS, EMA, *more)
-    found, expected = artifact.load("backbone"), weights_of(averaged, 6, "ema", tmp_path)
-    assert found.keys() == expected.keys() and artifact.manifest["weights"] == "ema"
+    average, expected = artifact.load("backbone"), weights_of(averaged, 6, "ema", tmp_path)
+    assert average.keys() == expected.keys() and artifact.manifest["weights"] == "ema"
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, atol=1e-5), name
+        assert torch.allclose(average[name], value, atol=1e-5), name
 
 
 def test_an_export_of_the_last_checkpoint_equals_the_artifact(

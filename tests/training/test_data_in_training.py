@@ -33,10 +33,10 @@ def test_the_quarantine_is_part_of_a_checkpoint(
         "train.samples=32", "train.save_every=4", "data.max_bad_fraction=0.1",
     )  # fmt: skip
     artifact = train("mae", demo, tmp_path / "run", *config)
-    (found,) = quarantine.load(
+    (entry,) = quarantine.load(
         tmp_path / "run" / "checkpoints" / "step_00000008" / "quarantine.jsonl"
     )
-    assert (found.source, found.shard, found.key) == ("clips", "0.tar", "003")
+    assert (entry.source, entry.shard, entry.key) == ("clips", "0.tar", "003")
     assert artifact.manifest["bad_samples"] == {
         "video decode timed out": 1,
         "in quarantine": 3,  # over four epochs

@@ -229,11 +229,11 @@ def test_keys_of_deepspeed_reach_it(tmp_path: Path) -> None:
     assert sorted(given) == list(OPEN)
     init_distributed(torch.device("cpu"))
     engine = Engine(Tiny(), run_config(ZeroConfig(1, deepspeed=given), "bf16"))  # type: ignore[arg-type]
-    found = engine._engine.config
-    assert found["zero_optimization"] == {"stage": 1} | given.pop("zero_optimization")
+    keys = engine._engine.config
+    assert keys["zero_optimization"] == {"stage": 1} | given.pop("zero_optimization")
     autocast = {"enabled": True, "dtype": "bfloat16"}
-    assert found["torch_autocast"] == autocast | given.pop("torch_autocast")
-    assert all(found[key] == value for key, value in given.items())
+    assert keys["torch_autocast"] == autocast | given.pop("torch_autocast")
+    assert all(keys[key] == value for key, value in given.items())
     for step in steps():
         take(engine, step)
     assert (tmp_path / "flops").is_file()
@@ -252,10 +252,10 @@ def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, st
     expected = losses(demo, tmp_path / "plain", stage, random)
     for zero in (0, 3):
         again = (random, "model.grad_checkpointing=true", f"zero.stage={zero}")
-        for found, (loss, norm) in zip(
+        for row, (loss, norm) in zip(
             losses(demo, tmp_path / str(zero), stage, *again), expected, strict=True
         ):
-            assert found == pytest.approx((loss, norm), rel=1e-3)
+            assert row == pytest.approx((loss, norm), rel=1e-3)
 
 
 @pytest.mark.slow  # half a minute of compiling on a quiet machine
@@ -269,8 +269,8 @@ def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
             ("2", ["zero.stage=2", "zero.offload=true"]),
         ):
             out = tmp_path / f"{stage}-{name}"
-            found = losses(demo, out, stage, "train.compile=true", *more)
-            for one, other in zip(found, expected, strict=True):
+            compiled = losses(demo, out, stage, "train.compile=true", *more)
+            for one, other in zip(compiled, expected, strict=True):
                 assert one == pytest.approx(other, rel=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in range(1, 13)
 

@@ -46,9 +46,9 @@ def scales(module: nn.Module, config: OptimConfig) -> dict[str, float]:
     """Scale of each parameter's lr; every trained parameter must be in exactly one group."""
     names = {id(p): name for name, p in module.named_parameters()}
     groups = parameter_groups(module, config)
-    found = [(names[id(p)], g["lr_scale"]) for g in groups for p in g["params"]]
-    assert len(dict(found)) == len(found)
-    return dict(found)
+    scale_of = [(names[id(p)], g["lr_scale"]) for g in groups for p in g["params"]]
+    assert len(dict(scale_of)) == len(scale_of)
+    return dict(scale_of)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -114,19 +114,21 @@ def test_layer_decay_finds_the_blocks_of_each_model_family(family: str) -> None:
     module = nn.Module()
     module.towers = nn.ModuleDict({"text": nn.ModuleDict({"llm": llm})})
     config = OptimConfig(text=TowerOptim(lr=3.0, layer_decay=0.5))
-    found = {id(p): g["lr_scale"] for g in parameter_groups(module, config) for p in g["params"]}
+    scales_by_id = {
+        id(p): g["lr_scale"] for g in parameter_groups(module, config) for p in g["params"]
+    }
 
     def of(modules: Sequence[nn.Module]) -> set[int]:
         return {id(p) for m in modules for p in m.parameters()}
 
     blocks = list(blocks_of(llm))
     assert len(blocks) == 3
-    expected = dict.fromkeys(found, 3.0)  # modules after the last block
+    expected = dict.fromkeys(scales_by_id, 3.0)  # modules after the last block
     expected |= dict.fromkeys(of(below_of(llm)), 3.0 * 0.5**4)
     for number, block in enumerate(blocks):
         expected |= dict.fromkeys(of([block]), 3.0 * 0.5 ** (3 - number))
-    wrong = [n for n, p in llm.named_parameters() if found[id(p)] != expected[id(p)]]
-    assert not wrong and len(set(found.values())) >= 4
+    wrong = [n for n, p in llm.named_parameters() if scales_by_id[id(p)] != expected[id(p)]]
+    assert not wrong and len(set(scales_by_id.values())) >= 4
 
 
 def test_a_frozen_group_has_lr_0_until_its_freeze_ends() -> None:

@@ -53,7 +53,7 @@ class TrainState:
     losses: LossStatistics = field(default_factory=LossStatistics)
 
     def to_json(self) -> dict[str, Any]:
-        """Contents of state.json; the quarantine has a file of its own."""
+        """Contents of state.json; the quarantine has its own file."""
         values = asdict(self)
         del values["quarantine"]
         return {"level" if name == "losses" else name: v for name, v in values.items()}

@@ -46,7 +46,7 @@ class Trainer:
     def finished(self) -> Artifact | None:
         """Verified artifact of this run, if it was trained to the end before.
 
-        Raises ConfigError, ArtifactError or DataError for what `fit` could not train.
+        Raises ConfigError, ArtifactError or DataError if the run cannot be trained.
         """
         return self.run.finished()
 
