@@ -17,7 +17,7 @@ SAID = {
     "folder": "'/sys/run'",
     "metrics": "metrics.jsonl",
     "checkpoints": "step_00000003 cannot be written: .*earlier checkpoints are unchanged",
-    "artifact": "artifact cannot be written: .*artifact.tmp",
+    "artifact": "artifact cannot be written: .*/no/notes",
     "signal": "stopped by a signal at step 2; the same command continues",
 }
 

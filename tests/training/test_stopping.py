@@ -63,8 +63,8 @@ def test_loss_statistics_are_mean_and_deviation_of_the_losses() -> None:
 
 def test_only_one_process_trains_in_a_folder(demo: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from xray.files import hold\n"
-        "held = hold(Path(sys.argv[1]), 'trained in'); print(1, flush=True); input()"
+        "import sys; from pathlib import Path; from xray.files import lock_folder\n"
+        "held = lock_folder(Path(sys.argv[1]), 'trained in'); print(1, flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
