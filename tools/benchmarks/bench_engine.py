@@ -32,7 +32,7 @@ from data_pipelines.ingest.demo import DemoConfig, make_demo
 from stages.mae import MaeConfig, MaeModule, MaeStage
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved
-from xray.config import BlockConfig, SourceConfig
+from xray.config import BlockConfig, SourceConfig, TrainConfig
 from xray.dist import choose_device
 from xray.optim import parameter_groups, set_lr
 from xray.training import checkpoint
@@ -209,7 +209,7 @@ def checkpoints(options: argparse.Namespace, device: torch.device) -> Table:
             state = {"state": torch.zeros(size // 4)}
             ways: dict[str, Callable[[], object]] = {
                 "plain": partial(save_file, state, folder / "plain.safetensors"),
-                "save": partial(save_checkpoint, engine, folder, TrainState(step=1), 1),
+                "save": partial(save_checkpoint, engine, folder, TrainState(step=1), TrainConfig()),
                 "load": partial(load_checkpoint, engine, folder / "step_00000001"),
             }
             seconds = interleaved(ways, 5)
