@@ -42,7 +42,7 @@ def setup_environment() -> None:
 
 
 def _srun(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that torchrun would set, for a task of srun."""
+    """Return the variables that torchrun would set, for a task of srun."""
     values = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
     values["WORLD_SIZE"] = env[SRUN]
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
@@ -62,19 +62,19 @@ def _srun(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """First name of a Slurm host list: gpu004-ib of `gpu[004-007,9]-ib,login2`."""
+    """Return the first name of a Slurm host list: gpu004-ib of `gpu[004-007,9]-ib,login2`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def environment_alone() -> dict[str, str]:
-    """Environment for a process outside of this one's process group."""
+    """Return an environment for a process outside of this one's process group."""
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in group}
 
 
 def launcher() -> str:
-    """Name of the launcher that started this process."""
+    """Return the name of the launcher that started this process."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return "torchrun"
@@ -122,7 +122,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes on this computer."""
+    """Return the number of processes on this computer."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
@@ -167,7 +167,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in the order of ranks; every rank has equally many."""
+    """Return the rows of all ranks in the order of ranks; every rank has equally many."""
     import torch.distributed
 
     gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
@@ -178,7 +178,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def sum_rows(rows: torch.Tensor) -> torch.Tensor:
-    """This rank's share of the rows, summed over ranks: the reverse of `gather_rows`."""
+    """Return this rank's share of the rows, summed over ranks: the reverse of `gather_rows`."""
     import torch.distributed
 
     own = rows.new_empty(len(rows) // world_size(), *rows.shape[1:])
@@ -188,7 +188,7 @@ def sum_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:
-    """Largest value over ranks."""
+    """Return the largest value over ranks."""
     if world_size() == 1:
         return value
     import torch
@@ -200,7 +200,7 @@ def max_over_ranks(value: float, device: torch.device) -> float:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
     import torch.distributed

@@ -20,7 +20,7 @@ BLOCK = re.compile(r"\.(?:blocks?|layers?|h)\.(\d+)\.")
 
 
 def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
-    """Linear warm-up to a peak of base_lr * global_batch / 256, then a half cosine to min_lr."""
+    """Return the lr: a linear warm-up to base_lr * global_batch / 256, then a half cosine."""
     peak = config.base_lr * global_batch / 256
     if progress < config.warmup:
         return peak * progress / config.warmup
@@ -38,7 +38,7 @@ def freeze_towers(module: nn.Module, config: OptimConfig) -> None:
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trained parameters by (lr_scale, freeze, weight_decay); logit scale and bias separately.
+    """Return trained parameters by (lr_scale, freeze, weight_decay); logit scale and bias apart.
 
     Weight decay leaves out 1-d parameters and those in a tower's `no_weight_decay`. A tower's lr
     falls by its `layer_decay` per block from the top; its stem is one layer below the first block.
@@ -68,7 +68,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 
 def _depth(tower: nn.Module) -> int:
-    """Number of blocks of a tower."""
+    """Return the number of blocks of a tower."""
     return 1 + max((_block(f".{name}") for name, _ in tower.named_parameters()), default=-1)
 
 
@@ -78,13 +78,13 @@ def _block(name: str) -> int:
 
 
 def _layer(name: str, depth: int) -> int:
-    """Layer of a parameter: 0 is the stem, 1 the first block, depth + 1 all after the last."""
+    """Return a parameter's layer: 0 is the stem, 1 the first block, depth + 1 all after them."""
     block = _block(name)
     return block + 1 if block >= 0 else 0 if BOTTOM.search(name) else depth + 1
 
 
 def reduce_bucket(zero: ZeroConfig, trained: int) -> int:
-    """Number of values in DeepSpeed's reduce buffer: at most the trained ones.
+    """Return the number of values in DeepSpeed's reduce buffer: at most the trained ones.
 
     DeepSpeed allocates the buffer whole; its default is 5e8 values (2 GB) for any model.
     """

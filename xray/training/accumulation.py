@@ -60,7 +60,7 @@ class Accumulator:
     def evaluate(
         self, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
     ) -> dict[str, float]:
-        """Losses and metrics of micro-batches, without randomness."""
+        """Return the losses and metrics of micro-batches, without randomness."""
         self.engine.train(False)
         means = BlockMeans(micros)
         for number, cached in self._passes(0, progress, micros, loaded):
@@ -118,6 +118,6 @@ class BlockMeans:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def to_host(self) -> dict[str, float]:
-        """All means, in one transfer from the device."""
+        """Return all means, in one transfer from the device."""
         values = torch.stack([value.reshape(()).float() for value in self._sums.values()]).tolist()
         return dict(zip(self._sums, values, strict=True))

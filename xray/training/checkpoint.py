@@ -24,7 +24,7 @@ from xray.training.state import TrainState
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Newest complete checkpoint of a run, as rank 0 sees the folder. Collective."""
+    """Return the newest complete checkpoint of a run, as rank 0 sees the folder. Collective."""
     newest = None
     if dist.is_main() and folder.is_dir():
         for stale in folder.glob("tmp-*"):
@@ -36,18 +36,18 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     steps = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit())
     return sorted(p for p in steps if (p / "COMPLETE").is_file())
 
 
 def step_of(checkpoint: Path) -> int:
-    """Step that a checkpoint's folder is named after."""
+    """Return the step that a checkpoint's folder is named after."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
-    """Checkpoints with a finite `train.best_by`, best first; the newest of equal ones first."""
+    """Return the checkpoints with a finite `train.best_by`, best first; of equal ones the newest."""
     measured = ((path, read_state(path).score) for path in checkpoints)
     scores = {path: score for path, score in measured if score is not None and math.isfinite(score)}
     sign = 1 if train.best_is == "lowest" else -1
@@ -55,7 +55,7 @@ def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
 
 
 def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
-    """Checkpoints to keep of a run's (oldest first): the newest, the best, those of keep_every."""
+    """Return those of a run's checkpoints (oldest first) that are kept: last, best, periodic."""
     stay = set(checkpoints[-train.keep_checkpoints :])
     if train.keep_every:
         stay |= {path for path in checkpoints if step_of(path) % train.keep_every == 0}

@@ -135,7 +135,7 @@ class Piece:
     size: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """View of its values in a tensor that is laid out as `flat`."""
+        """Return a view of its values in a tensor that is laid out as `flat`."""
         return flat.view(-1)[self.start : self.start + self.size]
 
 
@@ -269,12 +269,12 @@ class Engine:
             parameter.clamp_(low, high)
 
     def full_parameter(self, parameter: Tensor) -> Tensor:
-        """Full fp32 value of a parameter, from its master if there is one."""
+        """Return the full fp32 value of a parameter, from its master if there is one."""
         master = safe_get_full_fp32_param(parameter)
         return (parameter.detach() if master is None else master).float().clone()
 
     def state_dict(self, slot: str | None = None) -> dict[str, Tensor]:
-        """Full fp32 weights on the CPU in every ZeRO stage; collective.
+        """Return the full fp32 weights on the CPU in every ZeRO stage; collective.
 
         slot: read the trained weights from this slot, for example their average.
         """
@@ -344,7 +344,7 @@ class Engine:
                 state["step"] = torch.tensor(float(steps), device=flat.device)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers of the module, on the CPU."""
+        """Return the persistent buffers of the module, on the CPU."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         state = self.module.state_dict()
         return {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in names}
@@ -368,13 +368,13 @@ class Engine:
         return self._engine.optimizer.optimizer if self.stage > 0 else self._engine.optimizer
 
     def _values(self, piece: Piece, slot: str | None) -> Tensor | None:
-        """Master or slot that holds a piece; None for a moment before the first step."""
+        """Return the master or slot that holds a piece; None for a moment before the first step."""
         if slot == AVERAGE:
             return self._average[piece.flat]
         return piece.flat if slot is None else self._optimizer.state[piece.flat].get(slot)
 
     def _piece(self, parameter: Any) -> Piece | None:
-        """Part of a parameter that this rank keeps; None if it keeps nothing of it."""
+        """Return the part of a parameter that this rank keeps; None if it keeps nothing of it."""
         if self.stage == 0:
             return Piece(parameter, 0, 0, parameter.numel())
         zero = self._engine.optimizer

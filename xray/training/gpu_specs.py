@@ -18,7 +18,7 @@ class Gpu:
     fp32: float
 
     def peak(self, precision: str) -> float:
-        """Peak FLOP/s in a precision (`bf16` or `fp32`)."""
+        """Return the peak FLOP/s in a precision (`bf16` or `fp32`)."""
         return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
 
 

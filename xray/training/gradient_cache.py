@@ -44,7 +44,7 @@ class CachedLoss:
 
 
 def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
-    """Passes of a step in order; only a loss that spans the batch caches split blocks."""
+    """Yield the passes of a step in order; split blocks are cached if the loss spans the batch."""
     numbers: dict[int, list[int]] = defaultdict(list)
     for number, micro in enumerate(micros):
         numbers[micro.block].append(number)
@@ -59,7 +59,7 @@ def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
 def cached_losses(
     loss: LossFunction, rows: Sequence[dict[str, Tensor]], training: bool
 ) -> list[CachedLoss]:
-    """Loss of a block from the features of its micro-batches, with the gradient for each of them.
+    """Return the loss of a block, from its micro-batches' features, with the gradient for each.
 
     A 0-d feature is a parameter of the loss, such as the logit scale: it is the same in all rows,
     and its gradient goes to the first one. Without training there are no gradients.
@@ -87,5 +87,5 @@ def cached_losses(
 
 
 def surrogate_loss(features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
-    """A scalar whose gradient with respect to the features is the cached one."""
+    """Return a scalar whose gradient with respect to the features is the cached one."""
     return torch.stack([(features[name] * each).sum() for name, each in gradients.items()]).sum()

@@ -99,7 +99,7 @@ class TrainingLoop:
                     ).on_all_ranks()
 
     def _run_passes(self, step: int, loaded: list[Loaded], data: StepData | None) -> StepResult:
-        """Forward and backward of all micro-batches, then fetch the next step's data, if any."""
+        """Run forward and backward of all micro-batches, then fetch the next step's data, if any."""
         progress = self.config.progress(step)
         shape = step_shape(self.stage, self.config.blocks, progress)
         metrics = self.micros.train(step, progress, shape.micro, loaded)
@@ -149,7 +149,7 @@ class TrainingLoop:
         ).on_all_ranks()
 
     def _validate(self, progress: float) -> dict[str, float]:
-        """Means over the fixed validation samples at the current sizes, as `val/...`."""
+        """Return means over the fixed validation samples at the current sizes, as `val/...`."""
         config = self.config
         self.telemetry.mark("validation")
         if not config.validation:
@@ -200,14 +200,14 @@ class TrainingLoop:
             log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
 
     def _epochs(self, step: int) -> dict[str, float]:
-        """Epochs over each source after a step."""
+        """Return the number of epochs over each source after a step."""
         return {
             f"{b.source}/epochs": (step + 1) * b.samples / self.run.plans[b.source].total
             for b in self.config.blocks
         }
 
     def _sizes(self, progress: float) -> dict[str, float]:
-        """Current values of schedules: the keep rate (or one per block), resolution and frames."""
+        """Return current values of schedules: keep rate (or one per block), resolution, frames."""
         rate = self.module.keep_rate(progress)
         if isinstance(rate, float | int):
             values = {"keep_rate": float(rate)}

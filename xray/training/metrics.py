@@ -188,7 +188,7 @@ class Terminal:
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """Complete lines of a metrics.jsonl up to a step."""
+    """Return the complete lines of a metrics.jsonl up to a step."""
     if not path.is_file():
         return []
     kept = []
@@ -203,5 +203,5 @@ def lines_up_to(path: Path, step: int) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl, [] if there is none."""
+    """Return the rows of a metrics.jsonl, [] if there is none."""
     return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]

@@ -127,7 +127,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _layout(engine: Engine) -> list[list[str]]:
-    """Parameter names of each file, in order."""
+    """Return the parameter names of each file, in order."""
     files: list[list[str]] = []
     room = 0
     for name, numel in engine.trained.items():

@@ -122,7 +122,7 @@ class Run:
             self.mirror.send([*complete_checkpoints(self.out / "checkpoints"), *artifact])
 
     def finished(self) -> Artifact | None:
-        """Verified artifact of this run, if it was trained to the end before."""
+        """Return the verified artifact of this run, if it was trained to the end before."""
         path = self.out / "artifact"
         if not path.exists():
             return None
@@ -134,7 +134,7 @@ class Run:
         return artifact
 
     def build(self) -> StageModule:
-        """Module before the first step, equal on every rank."""
+        """Return the module before the first step, equal on every rank."""
         torch.manual_seed(self.config.seed)
         return self.stage.build(self.parents)
 
@@ -189,7 +189,7 @@ class Run:
 
 
 def named(parents: Parents) -> dict[str, Artifact]:
-    """Parent artifacts by slot, without empty slots."""
+    """Return the parent artifacts by slot, without empty slots."""
     slots = {"vision": parents.vision, "text": parents.text}
     return {slot: artifact for slot, artifact in slots.items() if artifact is not None}
 

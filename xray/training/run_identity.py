@@ -22,7 +22,7 @@ def run_record(
     sources: Mapping[str, Source],
     parents: Mapping[str, Artifact],
 ) -> dict[str, Any]:
-    """Record of everything that determines a run's result."""
+    """Return the record of everything that determines a run's result."""
     return {
         "stage": stage.name,
         "config": identity(config),
@@ -33,7 +33,7 @@ def run_record(
 
 
 def _pretrained(config: RunConfig) -> dict[str, str]:
-    """Hash of the weights that a backbone starts from, if they are a file."""
+    """Return the hash of the weights that a backbone starts from, if they are a file."""
     path = Path(config.model.pretrained)
     return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
@@ -67,7 +67,7 @@ def holds_another_run(config: RunConfig) -> bool:
 
 
 def _recorded(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Record of the run in a folder, {} if there is none; see `check_same_run` for defaults."""
+    """Return the record of a folder's run, {} if there is none; defaults: see `check_same_run`."""
     try:
         old = dict(json.loads((out / "run.json").read_text()))
     except FileNotFoundError:

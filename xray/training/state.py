@@ -29,7 +29,7 @@ class LossStatistics:
         self.steps += 1
 
     def deviation(self, loss: float) -> float:
-        """Standard deviations that a loss lies above the mean; 0 during the warm-up.
+        """Return how many standard deviations a loss is above the mean; 0 during the warm-up.
 
         The standard deviation counts as at least 1 % of the mean.
         """
@@ -53,13 +53,13 @@ class TrainState:
     losses: LossStatistics = field(default_factory=LossStatistics)
 
     def to_json(self) -> dict[str, Any]:
-        """Contents of state.json; the quarantine has its own file."""
+        """Return the contents of state.json; the quarantine has its own file."""
         values = asdict(self)
         del values["quarantine"]
         return {"level" if name == "losses" else name: v for name, v in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], quarantine: list[Entry]) -> TrainState:
-        """State from the contents of state.json; raises TypeError for an unknown key."""
+        """Create the state from the contents of state.json; raises TypeError for an unknown key."""
         losses = LossStatistics(**values.pop("level", {}))
         return cls(**values, quarantine=quarantine, losses=losses)

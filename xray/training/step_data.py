@@ -39,7 +39,7 @@ class StepData:
 
 
 def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
-    """Decoding time in ms per sample by modality, and the cache's hit rate, on this rank."""
+    """Return this rank's decoding time in ms per sample by modality, and cache hit rate."""
     total: Reading = {}
     for item in loaded:
         add(total, item.reading)
@@ -53,14 +53,14 @@ def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
 
 
 def replaced_samples(loaded: Sequence[Loaded]) -> int:
-    """Number of samples that could not be used."""
+    """Return the number of samples that could not be used."""
     return sum(len(item.bad) for item in loaded)
 
 
 def training_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], steps: range, pin: bool
 ) -> Generator[list[Loaded]]:
-    """Micro-batches of each training step, in order."""
+    """Yield the micro-batches of each training step, in order."""
 
     def shape(step: int) -> StepShape:
         return step_shape(stage, config.blocks, config.progress(step))
@@ -74,7 +74,7 @@ def training_stream(
 def validation_stream(
     stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], shape: StepShape
 ) -> Generator[list[Loaded]]:
-    """The fixed validation samples as one step, without randomness."""
+    """Yield the fixed validation samples as one step, without randomness."""
     sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
     workers = config.data.workers
     return iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)

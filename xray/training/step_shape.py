@@ -11,7 +11,7 @@ from xray.errors import ConfigError
 
 
 def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> StepShape:
-    """Sizes and this rank's micro-batches of a step over these blocks at a progress in [0, 1]."""
+    """Return sizes and this rank's micro-batches of a step over blocks at a progress in [0, 1]."""
     data, world = stage.config.data, dist.world_size()
     resolution, frames = value_at(data.resolution, progress), value_at(data.frames, progress)
     sizes = [value_at(stage.config.train.micro_batch, progress)] * len(blocks)

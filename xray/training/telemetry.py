@@ -61,7 +61,7 @@ class Telemetry:
         return self.throughput.rates()
 
     def report(self) -> dict[str, float]:
-        """Peak memory and the slowest rank, with a warning that names it, for a logged step.
+        """Return peak memory and the slowest rank's time, and warn about a straggler.
 
         Collective.
         """
@@ -79,7 +79,7 @@ class Telemetry:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the device, or of this process if that is the CPU."""
+    """Return the peak bytes of the device, or of this process if the device is the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

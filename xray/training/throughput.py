@@ -71,7 +71,7 @@ class Throughput:
             self.flops += 2 * macs * _forwards(self.trained, self.config.optim.text, progress)
 
     def rates(self) -> dict[str, float]:
-        """Rates of all ranks together since `restart`."""
+        """Return the rates of all ranks together since `restart`."""
         seconds = max(self.seconds, 1e-9)
         values = {"samples/s": self.samples / seconds, "data/wait": min(1.0, self.waited / seconds)}
         if self.tokens:
@@ -82,7 +82,7 @@ class Throughput:
 
 
 def _forwards(trained: float, tower: TowerOptim, progress: float) -> float:
-    """Cost of a tower's step in forwards; trained: share of its weights that get gradients.
+    """Return a tower's cost per step in forwards; trained: share of weights with gradients.
 
     A backward costs one forward for the gradients of activations, and one for those of weights.
     """

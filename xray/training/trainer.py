@@ -44,7 +44,7 @@ class Trainer:
         return run
 
     def finished(self) -> Artifact | None:
-        """Verified artifact of this run, if it was trained to the end before.
+        """Return the verified artifact of this run, if it was trained to the end before.
 
         Raises ConfigError, ArtifactError or DataError if the run cannot be trained.
         """
@@ -83,7 +83,7 @@ class Trainer:
         return artifact
 
     def _restore(self, engine: Engine) -> TrainState:
-        """State of the newest checkpoint, loaded into the engine, or of a new run."""
+        """Return the state of the newest checkpoint, loaded into the engine, or of a new run."""
         newest = checkpoint.find_checkpoint(self.run.out / "checkpoints")
         if newest is not None:
             state = checkpoint.load_checkpoint(engine, newest)

@@ -96,7 +96,7 @@ class Watchdog:
 
 
 def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
-    """Sentence that names the ranks the others wait for, from what each rank has written."""
+    """Return a sentence that names the ranks the others wait for, from the files of all ranks."""
     silent = sorted(set(range(world)) - {facts["rank"] for facts in known})
     step = min(facts["step"] for facts in known)
     behind = [f for f in known if f["step"] == step and not f["waits"]]
