@@ -47,7 +47,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
-    """Return the checkpoints with a finite `train.best_by`, best first; of equal ones the newest."""
+    """Return checkpoints with a finite `train.best_by`, best first; of equal ones the newest."""
     measured = ((path, read_state(path).score) for path in checkpoints)
     scores = {path: score for path, score in measured if score is not None and math.isfinite(score)}
     sign = 1 if train.best_is == "lowest" else -1

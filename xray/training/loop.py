@@ -99,7 +99,7 @@ class TrainingLoop:
                     ).on_all_ranks()
 
     def _run_passes(self, step: int, loaded: list[Loaded], data: StepData | None) -> StepResult:
-        """Run forward and backward of all micro-batches, then fetch the next step's data, if any."""
+        """Run forward and backward of all micro-batches, then fetch the next step's data."""
         progress = self.config.progress(step)
         shape = step_shape(self.stage, self.config.blocks, progress)
         metrics = self.micros.train(step, progress, shape.micro, loaded)

@@ -62,7 +62,7 @@ class Stragglers:
         self._in_step = False
 
     def compare(self) -> tuple[dict[str, float], str | None]:
-        """Return the slowest rank's time relative to the median rank's, and a warning; collective."""
+        """Return the slowest rank's time over the median rank's, and a warning; collective."""
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
         everyone = dist.gather_objects((self._seconds / max(1, self._steps), socket.gethostname()))
         self._seconds, self._steps, self._passes = 0.0, 0, []
