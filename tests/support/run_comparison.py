@@ -25,7 +25,10 @@ def assert_equal_runs(one: Path, two: Path) -> None:
             assert a.keys() == b.keys()
             assert all(torch.equal(a[k], b[k]) for k in a), file
         rows = [
-            [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
+            [
+                json.loads(line)
+                for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
+            ]
             for folder in (one, two)
         ]
         for row in (*rows[0], *rows[1]):

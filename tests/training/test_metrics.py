@@ -205,5 +205,5 @@ def test_a_resumed_run_continues_its_wandb_run(
     assert (out / "wandb_id").read_text() == name
     runs = sorted(path.name for path in (out / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(run.endswith(name) for run in runs)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -207,6 +207,8 @@ def test_a_frozen_rank_is_named(demo: Path, tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
     assert ranks[0].returncode == 1
     assert "rank 1 has written nothing: it is dead, frozen or unreachable" in stderr
     assert "trainer.py" in (out / "mae" / "stuck" / "rank_00000.txt").read_text()
