@@ -41,7 +41,10 @@ def test_the_quarantine_is_part_of_a_checkpoint(
         "video decode timed out": 1,
         "in quarantine": 3,  # over four epochs
     }
-    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").open()]
+    listed = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    ]
     assert [row["key"] for row in listed] == ["003"] * 4
 
     # From the checkpoint of step 4 on, the clip is known and is not tried again.
