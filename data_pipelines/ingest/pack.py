@@ -26,8 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.ingest.listing import Item, list_items
+from data_pipelines.ingest.items import Item
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
+from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import ConfigError, DataError
@@ -84,9 +85,7 @@ def pack(
     Raises ConfigError for a wrong input, setting or folder, DataError where nothing is usable.
     """
     _check(source, out, config)
-    items = list_items(source)
-    if not items:
-        raise DataError(f"{source} holds no pictures or clips ({', '.join(IMAGE_EXTENSIONS)}, ...)")
+    items = list_files(str(source), user="xray data pack")
     _claim(out, items, config)
     shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
     known = _read_skipped(out)

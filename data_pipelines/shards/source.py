@@ -255,27 +255,6 @@ def make_cache(data: DataConfig) -> ShardCache:
     return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
 
 
-def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
-    """The sources that a run's blocks use; rank 0 indexes first, the others open its manifest."""
-    remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
-    cache = make_cache(data) if remote else None
-
-    def open_all() -> dict[str, Source]:
-        found = {}
-        for name in names:
-            config = data.sources[name]
-            kinds = config.modality, data.root, config.animations
-            try:
-                found[name] = open_source(name, config.shards, *kinds, cache, verify=dist.is_main())
-            except DataError as error:
-                raise DataError(f"data.sources.{name}: {error}") from error
-        return found
-
-    sources = dist.main_first(open_all)
-    check_same_on_all_ranks(sources)
-    return sources
-
-
 def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
     """Raise DataError where hosts see other shards: their plans would differ without a word."""
     everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})

@@ -72,7 +72,7 @@ def keys(source: Source) -> list[str]:
 def test_a_run_reads_what_is_kept(
     demo: Path, curated: tuple[Path, str, str], tmp_path: Path
 ) -> None:
-    from data_pipelines.shards.source import open_sources
+    from data_pipelines.ingest.run_sources import open_sources
     from stages.base import Parents
 
     _, name, _ = curated

@@ -99,10 +99,8 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
     import json
     from itertools import islice
 
-    from data_pipelines.ingest.corpus import Files, Shards
-
-    if isinstance(corpus, Files | Shards) and corpus.others:
-        what = "files" if isinstance(corpus, Files) else "samples"
+    if corpus.others:
+        what = "files" if corpus.kind == "files" else "samples"
         print(f"not looked at: {corpus.others:,} {what} that are no {corpus.modality} (--modality)")
     if not causes:
         return

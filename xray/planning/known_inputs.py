@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_pipelines.curation.keep_list import keep_listed
+from data_pipelines.ingest.run_sources import open_sources
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.source import Source, open_sources
+from data_pipelines.shards.source import Source
 from data_pipelines.tags.vocabulary import Vocabulary
 from stages.base import Facts
 from stages.hashtag import HashtagStage

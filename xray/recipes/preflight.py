@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.shards.source import open_sources
+from data_pipelines.ingest.run_sources import open_sources
 from stages import stage_class
 from stages.base import split_parents
 from xray import dist

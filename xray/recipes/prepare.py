@@ -57,7 +57,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
 def store_captions(config: Any, device: torch.device) -> None:
     """Write the text features that a clip run asks for, where they are not there."""
-    from data_pipelines.shards.source import open_sources
+    from data_pipelines.ingest.run_sources import open_sources
     from stages.base import split_parents
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.language_model import Language

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 
-from data_pipelines.ingest.corpus import Corpus, Shards
+from data_pipelines.ingest.corpus import Corpus
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import (
     Columns,
@@ -353,7 +353,7 @@ class _Job:
             "source": {
                 "digest": self.corpus.digest,
                 "where": self.corpus.where,
-                "kind": "shards" if isinstance(self.corpus, Shards) else "files",
+                "kind": self.corpus.kind,
             },
             "left_out": dict(left_out),
         }

@@ -12,7 +12,7 @@ from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
-from data_pipelines.ingest.corpus import MEDIA, Corpus, Shards, open_corpus
+from data_pipelines.ingest.corpus import MEDIA, Corpus, open_corpus
 from data_pipelines.shards.bad_sample import BadSample
 from xray.config import DataConfig
 from xray.errors import DataError
@@ -83,10 +83,9 @@ class _Media:
             return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
         if self.corpus is None:
             self.corpus = open_corpus([where], self.facts["modality"])
-            if isinstance(self.corpus, Shards):
-                names = self.corpus.source.manifest.names
-                self.shards = {name: number for number, name in enumerate(names)}
-        if not isinstance(self.corpus, Shards) or path not in self.shards:
+            names = self.corpus.source.manifest.names
+            self.shards = {name: number for number, name in enumerate(names)}
+        if path not in self.shards:
             raise DataError(f"{where} has no {path} any more")
         shard = self.shards[path]
         keys = self.corpus.source.index(shard).keys

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.shards.source import Source, check_same_on_all_ranks, open_sources
+from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.shards.source import Source, check_same_on_all_ranks
 from data_pipelines.stream.sampling import SamplePlan, make_plans
 from stages.base import Parents, Stage, StageModule, split_parents
 from xray import dist

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.ingest.listing import list_items
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.ingest.recode import pack_clip, pack_picture
+from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import index_shard
 from xray.errors import ConfigError, DataError
@@ -185,7 +185,7 @@ def test_an_imagefolder_with_splits(tmp_path: Path) -> None:
 
 def test_class_folders_give_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {f"{c}/1.jpg": picture() for c in ("dog", "cat", "eel")})
-    labels = [item.meta for item in list_items(source)]
+    labels = [item.meta for item in list_files(str(source))]
     assert labels == [{"label_name": n, "label": i} for i, n in enumerate(("cat", "dog", "eel"))]
     report, _ = packed(source, tmp_path / "out")
     assert report.classes == 3 and report.outside == ()
@@ -195,7 +195,7 @@ def test_class_folders_give_labels(tmp_path: Path) -> None:
     found = [meta_of(files).get("label_name") for files in samples.values()]
     assert found == [None, "cat", None, "dog", "eel"]
     write(source, {"cat/1.txt": b"a cat"})  # makes it a folder of captions
-    assert not any(item.meta for item in list_items(source))
+    assert not any(item.meta for item in list_files(str(source)))
 
 
 def test_rows_that_differ_in_the_caption_alone_are_one_sample(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_rows_that_differ_in_the_caption_alone_are_one_sample(tmp_path: Path) ->
         "path,caption,start\na.jpg,one,1\nb.jpg,x,1\na.jpg,two,1\na.jpg,one,1\n"
         "c.mp4,first,0\nc.mp4,then,5\n"
     )
-    a, b, first, then = list_items(table)
+    a, b, first, then = list_files(str(table))
     assert a.describe()[0] == ["one", "two"] and b.describe()[0] == ["x"]
     assert [item.meta["start"] for item in (first, then)] == [0, 5]  # not of the same moment
 
@@ -249,7 +249,7 @@ def test_several_captions_of_a_row(tmp_path: Path) -> None:
     files = samples["000000000"]
     assert files["txt"] == b"one" and meta_of(files)["captions"] == ["one", "two"]
     write(tmp_path, {"list.csv": "path,text,n\nb.jpg,42,42\n"})
-    assert list_items(tmp_path / "list.csv")[0].describe() == (["42"], {"text": "42", "n": 42})
+    assert list_files(str(tmp_path / "list.csv"))[0].describe() == (["42"], {"text": "42", "n": 42})
 
 
 @pytest.mark.parametrize(
@@ -263,10 +263,12 @@ def test_several_captions_of_a_row(tmp_path: Path) -> None:
         ("l.jsonl", '["a.jpg"]', "l.jsonl line 1 is not a json object"),
         ("l.jsonl", '{"image": {"bytes": ""}}', "column 'image' of .* holds dict"),
         ("l.parquet", "not parquet", "l.parquet cannot be read as parquet"),
-        ("l.txt", "a.jpg", r"l.txt is neither a folder nor a list of files \(.csv, .tsv"),
-        ("l.tar", "", "l.tar already holds .tar shards: use them as they are"),
+        ("l.txt", "a.jpg", "l.txt: xray data pack takes a folder .*, not a .txt file of one text"),
+        ("l.tar", "", "not .tar shards: use shards as they are, as data.sources.NAME.shards=.*tar"),
+        ("l.xyz", "", "l.xyz is of no known kind: xray data pack takes a folder of pictures"),
+        ("l.csv", "path,caption\n", "l.csv has no rows"),
         ("in/metadata.csv", "a,b\nc,d", r"metadata.csv has no column of paths.*\(a, b\)"),
-        ("in/0/00000.tar", "", "in already holds .tar shards.*data.sources.NAME.shards"),
+        ("in/0/00000.tar", "", "in holds .tar shards below it, such as 0/00000.tar"),
     ],
 )
 def test_a_wrong_input_is_named(
@@ -276,7 +278,7 @@ def test_a_wrong_input_is_named(
         pytest.importorskip("pyarrow")
     write(tmp_path, {name: content})
     source = tmp_path / ("in" if name.startswith("in/") else name)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         pack(source, tmp_path / "out", PackConfig())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -285,14 +287,14 @@ def test_a_wrong_input_is_named(
 def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     write(tmp_path, {"l.parquet": "x"})
-    with pytest.raises(ConfigError, match=r"l\.parquet needs pyarrow: pip install pyarrow"):
-        list_items(tmp_path / "l.parquet")
+    with pytest.raises(DataError, match=r"l\.parquet needs pyarrow: pip install pyarrow"):
+        list_files(str(tmp_path / "l.parquet"))
 
 
 def test_inputs_that_cannot_be_packed(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {"a.jpg": picture(), "file": "x"})
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="nowhere does not exist"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         pack(tmp_path / "nowhere", out, PackConfig())
     with pytest.raises(ConfigError, match="lies inside"):
         pack(source, source / "packed", PackConfig())
@@ -300,7 +302,7 @@ def test_inputs_that_cannot_be_packed(tmp_path: Path) -> None:
         pack(source, source / "file", PackConfig())
     with pytest.raises(ConfigError, match="per_shard=10001: use 1 to 10000"):
         pack(source, out, PackConfig(per_shard=10_001))
-    with pytest.raises(DataError, match="holds no pictures or clips"):
+    with pytest.raises(DataError, match=r"holds neither \.tar shards nor pictures or clips"):
         pack(write(tmp_path / "empty", {"a.md": ""}), out, PackConfig())
 
 
@@ -621,7 +623,7 @@ def test_the_stamp_sees_every_change(tmp_path: Path) -> None:
     source = write(tmp_path, {"a.jpg": picture(), "l.jsonl": '{"path": "a.jpg", "x": 1}'})
 
     def stamps() -> str:
-        return "".join(item.stamp() for item in list_items(source / "l.jsonl"))
+        return "".join(item.stamp() for item in list_files(str(source / "l.jsonl")))
 
     seen = [stamps()]
     (source / "l.jsonl").write_text('{"path": "a.jpg", "x": 2}')

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from shards import Clock, jpeg, write_tar
 
+from data_pipelines.ingest.run_sources import open_sources
 from data_pipelines.shards import manifest as manifests
 from data_pipelines.shards import remote
 from data_pipelines.shards.columns import open_columns, pack_texts, save_columns, unpack_texts
 from data_pipelines.shards.manifest import find_shards, open_manifest, write_manifest
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.sidecar import CopySlots, write_sidecar
-from data_pipelines.shards.source import open_source, open_sources
+from data_pipelines.shards.source import open_source
 from data_pipelines.shards.tar_index import index_shard
 from xray import dist
 from xray.config import DataConfig, SourceConfig

@@ -1,0 +1,40 @@
+"""Kind of data that a user can give, and the request to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from data_pipelines.ingest.items import Item
+from data_pipelines.shards.remote import ShardCache
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import Modality
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings of the source to open.
+
+    modality "" takes the first of image, video and text that there is. animations: what GIF and
+    WebP count as. verify: compare the shards' manifest with the tars' sizes and times.
+    """
+
+    name: str
+    modality: Modality | Literal[""] = ""
+    animations: Modality = "image"
+    cache: ShardCache | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of data: its description in messages, a test of a path or pattern, and its readers.
+
+    items: lists plain files; None for kinds that are no plain files.
+    """
+
+    what: str
+    fits: Callable[[str], bool]
+    open: Callable[[str, Request], Source]
+    items: Callable[[str], list[Item]] | None = None

@@ -1,0 +1,142 @@
+"""Source of plain files: a folder, a list or single files, read as one shard that was not packed.
+
+A sample's files are its picture or clip, and its captions and metadata as `json`, as in a shard
+that `xray data pack` makes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.ingest.items import MEDIA, Item, ending_of
+from data_pipelines.ingest.kind import Request
+from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.columns import pack_texts
+from data_pipelines.shards.manifest import COUNTED, Manifest
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions, user_cache
+from xray.errors import DataError
+
+WORDS = {"image": "pictures", "video": "clips"}
+
+
+@dataclass(frozen=True)
+class SingleShard(Source):
+    """Source of one shard that is no tar; what is derived from it goes to the user's cache.
+
+    place: the folder that the samples' keys and names are relative to.
+    """
+
+    place: str = ""
+
+    def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
+        """Return where a file derived from this source is kept."""
+        return [user_cache("index") / f"{self.digest[:32]}.{name}"]
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples."""
+        raise NotImplementedError
+
+    def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
+        blob, ends = pack_texts(self.keys())
+        facts = {"extensions": [], "digest": self.manifest.digest}
+        columns = {"keys": blob, "key_ends": ends}
+        return ShardIndex(self.manifest.path(shard), columns, facts), np.arange(len(ends))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the samples are."""
+        return self.manifest.digest
+
+
+@dataclass(frozen=True)
+class FileSource(SingleShard):
+    """Pictures or clips in files. others: files of the input that are of another modality."""
+
+    items: Sequence[Item] = field(default=(), repr=False)
+    others: int = 0
+
+    def keys(self) -> list[str]:
+        """Return the names of the files, without their endings."""
+        return [os.path.splitext(item.name)[0] for item in self.items]
+
+    def read(
+        self, shard: int, member: int, extensions: Sequence[str] | None = None
+    ) -> dict[str, bytes]:
+        """Read a file with its captions and metadata; raises BadSample for one that is gone."""
+        item = self.items[member]
+        files, ending = {}, ending_of(item.name)
+        try:
+            if extensions is None or ending in extensions:
+                files[ending] = item.path.read_bytes()
+            if extensions is None or "json" in extensions:
+                files |= _json_of(item)
+        except OSError as error:
+            cause = "unreadable file" if item.path.is_file() else "missing file"
+            raise BadSample(cause, f"{item.path}: {error.strerror}") from error
+        return files
+
+
+def _json_of(item: Item) -> dict[str, bytes]:
+    """Captions and metadata as a sample's json; a broken sidecar is passed on as it is."""
+    try:
+        captions, meta = item.describe()
+    except BadSample:
+        return {"json": next(path for path in item.sidecars if path.suffix == ".json").read_bytes()}
+    record = {**meta, "captions": captions} if captions else meta
+    return {"json": json.dumps(record, default=str).encode()} if record else {}
+
+
+def source_of_files(items: Sequence[Item], where: str, place: str, request: Request) -> FileSource:
+    """Return the files of one modality as a source; raises DataError if there are none."""
+    listed = [item for item in items if item.listed]
+    kinds: tuple[Modality, ...] = ("image", "video")
+    if request.modality:
+        kinds = (request.modality,)
+    for kind in kinds:
+        endings = media_extensions(kind, request.animations)
+        text = kind == "text"
+        mine = [item for item in listed if text or ending_of(item.name) in endings]
+        if mine:
+            state = hashlib.sha256(kind.encode())
+            for item in mine:
+                state.update(f"{item.stamp()}\n".encode("utf-8", "surrogateescape"))
+            manifest = manifest_of_one(where, len(mine), state.hexdigest())
+            found = FileSource(request.name, kind, request.animations, manifest, place=place)
+            return replace(found, items=tuple(mine), others=len(listed) - len(mine))
+    wanted = WORDS.get(request.modality, "pictures or clips")
+    raise DataError(f"{where} holds no {wanted}")
+
+
+def manifest_of_one(where: str, samples: int, digest: str) -> Manifest:
+    """Return the manifest of a single shard at a path that is no tar."""
+    path = Path(where)
+    blob, ends = pack_texts([path.name])
+    columns = {
+        "names": blob,
+        "name_ends": ends,
+        "sizes": np.zeros(1, np.int64),
+        "mtimes": np.zeros(1, np.int64),
+        "counts": np.full((1, len(COUNTED)), samples, np.int32),
+        "digests": np.frombuffer(bytes.fromhex(digest), np.uint8)[None],
+        "sha256": np.zeros((1, 32), np.uint8),
+    }
+    return Manifest(str(path.parent), columns, {"digest": digest})
+
+
+def list_file(where: str) -> list[Item]:
+    """Return a single picture or clip, named by its absolute path."""
+    path = Path(where).absolute()
+    return [Item(path, str(path).lstrip(os.sep))]
+
+
+def is_media(where: str) -> bool:
+    """Whether a path ends as a picture or clip does."""
+    return ending_of(where) in MEDIA

@@ -1,0 +1,145 @@
+"""The one way into a user's data: find out its kind, and open it with the reader of that kind.
+
+Commands say which kinds they take. A kind is a file with its functions and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from data_pipelines.ingest.folders import list_folder
+from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.kind import Kind, Request
+from data_pipelines.ingest.plain_files import is_media, list_file, source_of_files
+from data_pipelines.ingest.tables import READERS, list_table
+from data_pipelines.ingest.text_lines import is_text, open_lines
+from data_pipelines.shards.manifest import open_manifest
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.source import Source, make_cache, open_source
+from data_pipelines.shards.tar_index import Modality
+from xray.config import DataConfig
+from xray.errors import ConfigError, DataError
+
+MODALITIES: tuple[Modality, ...] = ("image", "video", "text")
+WILD = "*?[{"
+
+
+def _open_shards(where: str, request: Request) -> Source:
+    cache = request.cache
+    if cache is None and is_remote(where):
+        cache = make_cache(DataConfig())
+    verify = request.verify
+    if request.modality:
+        modality = request.modality
+    else:
+        manifest = open_manifest(where, cache, verify)
+        counts = {kind: manifest.counts(kind, request.animations).sum() for kind in MODALITIES}
+        modality = next((kind for kind in MODALITIES if counts[kind]), "image")
+        verify = False  # the manifest was compared with the tars a moment ago
+    return open_source(request.name, where, modality, "", request.animations, cache, verify)
+
+
+def _files(items: Callable[[str], list[Item]], place: Callable[[str], str]) -> Any:
+    """Return the function that opens files as a source."""
+
+    def open_files(where: str, request: Request) -> Source:
+        return source_of_files(items(where), where, place(os.path.abspath(where)), request)
+
+    return open_files
+
+
+def _is_shards(where: str) -> bool:
+    if os.path.isdir(where):
+        with os.scandir(where) as entries:
+            return any(entry.name.endswith(".tar") for entry in entries)
+    return is_remote(where) or where.endswith(".tar") or _is_pattern(where)
+
+
+def _is_pattern(where: str) -> bool:
+    return any(c in where for c in WILD) and not os.path.exists(where)
+
+
+def _is_list(where: str) -> bool:
+    return os.path.splitext(where)[1].lower() in READERS
+
+
+# The first that fits is the kind of a path.
+KINDS: Mapping[str, Kind] = {
+    "shards": Kind(".tar shards", _is_shards, _open_shards),
+    "folder": Kind(
+        "a folder of pictures and clips", os.path.isdir, _files(list_folder, str), list_folder
+    ),
+    "list": Kind(
+        "a .csv, .tsv, .jsonl or .parquet list of files",
+        _is_list,
+        _files(list_table, os.path.dirname),
+        list_table,
+    ),
+    "file": Kind("a picture or clip", is_media, _files(list_file, lambda _: os.sep), list_file),
+    "text": Kind("a .txt file of one text per line", is_text, open_lines),
+}
+ALL: tuple[str, ...] = tuple(KINDS)
+
+
+def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> str:
+    """Return the kind of the data at a path, pattern or URL.
+
+    user: who asks for it, in errors. Raises DataError for a path that does not exist, that is of
+    no known kind, or of a kind that is not among `accept`.
+    """
+    if not where:
+        raise DataError("no data is named: the path is empty")
+    taken = " or ".join(KINDS[name].what for name in accept)
+    fitting = [name for name, kind in KINDS.items() if kind.fits(_path_of(where))]
+    if is_remote(where):
+        if len(fitting) > 1:
+            raise DataError(f"{where}: only .tar shards are read from a URL; download the file")
+    elif not os.path.exists(where) and not _is_pattern(where):
+        raise DataError(f"{where} does not exist")
+    if not fitting:
+        raise DataError(f"{where} is of no known kind: {user} takes {taken}")
+    if fitting[0] not in accept:
+        own = KINDS[fitting[0]].what
+        raise DataError(f"{where}: {user} takes {taken}, not {own}{_advice(where, fitting[0])}")
+    return fitting[0]
+
+
+def _path_of(where: str) -> str:
+    """Return a URL without its query."""
+    return where.partition("?")[0] if is_remote(where) else where
+
+
+def _advice(where: str, kind: str) -> str:
+    """Return what to do with data of a kind that a command does not take."""
+    if kind == "shards":
+        return f": use shards as they are, as data.sources.NAME.shards={where}"
+    if kind in ("folder", "list"):
+        list_files(where)  # raises an error of its own if there is nothing to pack
+        out = os.path.splitext(where.rstrip("/"))[0] + "_shards"
+        return f". Make shards: xray data pack {shlex.quote(where)} {shlex.quote(out)}"
+    return ""
+
+
+def list_files(
+    where: str, accept: Collection[str] = ("folder", "list"), user: str = "xray"
+) -> list[Item]:
+    """Return the files of a folder or list, in a fixed order; accept, user: as in `kind_of`."""
+    kind = KINDS[kind_of(where, accept, user)]
+    assert kind.items is not None
+    return kind.items(where)
+
+
+def open_data(
+    where: str, request: Request, accept: Collection[str] = ALL, user: str = "xray"
+) -> Source:
+    """Open a user's data as a source; raises DataError for data that cannot be used.
+
+    accept, user: as in `kind_of`.
+    """
+    if request.modality not in ("", *MODALITIES):
+        raise ConfigError(f"modality {request.modality}: use image, video or text")
+    where = os.path.expanduser(where)
+    return KINDS[kind_of(where, accept, user)].open(where, request)
