@@ -11,8 +11,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.checks.check_shard import Recorded, ShardCheck, Stats, check_shard
+from data_pipelines.checks.check_shard import (
+    Recorded,
+    ShardCheck,
+    Stats,
+    check_files,
+    check_shard,
+)
+from data_pipelines.ingest.user_data import kind_of, list_files
 from data_pipelines.shards.columns import open_columns
 from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, find_shards
 from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
@@ -21,6 +29,7 @@ from data_pipelines.shards.utf8 import printable
 from xray.config import DataConfig
 from xray.errors import DataError
 
+PART = 1000  # files of a folder or a list that are one row
 Progress = Callable[[int, int], None]  # (shards done, all shards)
 
 
@@ -52,26 +61,24 @@ def check(
     workers: int,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Read every sample of the shards at a pattern; a shard that cannot be read is a row of it.
+    """Read every sample of shards, a folder or a list.
 
-    Raises DataError where there are no shards, or a worker process was killed.
+    A row is a shard, also one that cannot be read, or a part of the files. Raises DataError for
+    other data, and if a worker process was killed.
     """
-    paths = find_shards(pattern)
-    recorded = _recorded(paths, cache)
+    jobs = _jobs(os.path.expanduser(pattern), cache, config)
     rows, stats = {}, Stats()
     context = get_context("spawn")
     try:
-        with ProcessPoolExecutor(min(workers, len(paths)), context, _end_with_ctrl_c) as pool:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_ctrl_c) as pool:
             try:
                 # No list of them: a future keeps its result, with the thumbnails in it.
-                for future in as_completed(
-                    {pool.submit(check_shard, p, recorded.get(p), cache, config) for p in paths}
-                ):
+                for future in as_completed({pool.submit(*job) for job in jobs.values()}):
                     row, more = future.result()
                     rows[row.path] = row
                     stats.add(more)
                     if progress is not None:
-                        progress(len(rows), len(paths))
+                        progress(len(rows), len(jobs))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -79,7 +86,21 @@ def check(
         raise DataError(
             "a worker process was killed, maybe for memory: try again with fewer workers"
         ) from error
-    return CheckReport(pattern, [rows[printable(path)] for path in paths], stats)
+    return CheckReport(pattern, [rows[printable(name)] for name in jobs], stats)
+
+
+def _jobs(where: str, cache: ShardCache, config: DataConfig) -> dict[str, tuple[Any, ...]]:
+    """Return a function with its arguments for each row of a check, by the row's name."""
+    if kind_of(where, ("shards", "folder", "list"), "xray data check and stats") == "shards":
+        paths = find_shards(where)
+        recorded = _recorded(paths, cache)
+        return {path: (check_shard, path, recorded.get(path), cache, config) for path in paths}
+    items, jobs = list_files(where), {}
+    for start in range(0, len(items), PART):
+        part = items[start : start + PART]
+        name = where if len(part) == len(items) else f"{where}:{start + 1}-{start + len(part)}"
+        jobs[name] = (check_files, name, part, config)
+    return jobs
 
 
 def _end_with_ctrl_c() -> None:

@@ -21,6 +21,8 @@ from PIL import Image
 
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.plain_files import read_item
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.manifest import remote_index
 from data_pipelines.shards.remote import ShardCache, is_remote
@@ -180,6 +182,24 @@ def check_shard(
         reader.read_all(index)
     except (DataError, OSError) as error:
         reader.row.error = printable(str(error).replace(local, path))
+    return reader.finished()
+
+
+def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[ShardCheck, Stats]:
+    """Check a part of the files of a folder or a list, as one row."""
+    reader = _ShardReader(name, config)
+    reader.row.samples = len(items)
+    for item in items:
+        key = printable(item.name)
+        try:
+            if not item.listed:
+                raise BadSample("not in metadata", "no row names it")
+            files = read_item(item)
+        except BadSample as error:
+            reader.note(key, error)
+            continue
+        reader.row.bytes += sum(map(len, files.values()))
+        reader.read_sample(key, files)
     return reader.finished()
 
 

@@ -78,14 +78,14 @@ class PackReport:
 
 
 def pack(
-    source: Path, out: Path, config: PackConfig, progress: Progress | None = None
+    source: Path | str, out: Path, config: PackConfig, progress: Progress | None = None
 ) -> PackReport:
     """Write the shards that are missing; progress is called with (samples done, all samples).
 
     Raises ConfigError for a wrong input, setting or folder, DataError where nothing is usable.
     """
-    _check(source, out, config)
-    items = list_files(str(source), user="xray data pack")
+    _check(Path(source), out, config)
+    items = list_files(os.path.expanduser(source), user="xray data pack")
     _claim(out, items, config)
     shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
     known = _read_skipped(out)

@@ -70,18 +70,22 @@ class FileSource(SingleShard):
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
-        """Read a file with its captions and metadata; raises BadSample for one that is gone."""
-        item = self.items[member]
-        files, ending = {}, ending_of(item.name)
-        try:
-            if extensions is None or ending in extensions:
-                files[ending] = item.path.read_bytes()
-            if extensions is None or "json" in extensions:
-                files |= _json_of(item)
-        except OSError as error:
-            cause = "unreadable file" if item.path.is_file() else "missing file"
-            raise BadSample(cause, f"{item.path}: {error.strerror}") from error
-        return files
+        """Read the files of one sample; raises BadSample for a file that is gone."""
+        return read_item(self.items[member], extensions)
+
+
+def read_item(item: Item, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
+    """Read a file with its captions and metadata; raises BadSample for a file that is gone."""
+    files, ending = {}, ending_of(item.name)
+    try:
+        if extensions is None or ending in extensions:
+            files[ending] = item.path.read_bytes()
+        if extensions is None or "json" in extensions:
+            files |= _json_of(item)
+    except OSError as error:
+        cause = "unreadable file" if item.path.is_file() else "missing file"
+        raise BadSample(cause, f"{item.path}: {error.strerror}") from error
+    return files
 
 
 def _json_of(item: Item) -> dict[str, bytes]:

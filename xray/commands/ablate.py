@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import Overrides
+from xray.commands.common import Overrides, guarded
 from xray.errors import ConfigError
 
 
+@guarded
 def ablate(
     file: Annotated[str, typer.Argument(help="A shipped ablation's name or a .yaml file")],
     overrides: Overrides = None,

@@ -1,27 +1,40 @@
-"""What all commands share: settings on the command line, and errors as one line."""
+"""Shared by all commands: arguments, errors as one line, and settings in the help text."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib
+import inspect
+import io
+import json
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from xray import dist
-from xray.errors import Preempted, TrainingError, XrayError
+from xray.errors import ConfigError, Preempted, TrainingError, XrayError
 
+C = TypeVar("C", bound=Callable[..., None])
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings"),
 ]
+ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder or a URL")]
 # 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
 EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
+SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Print a user's error as one line; rank 0 speaks for ranks that agreed on it."""
+    """Print a user's error as one line; rank 0 prints an error that all ranks raise."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -39,7 +52,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             if dist.is_main():
                 print(
-                    "xray: interrupted; the same command goes on from what is saved",
+                    "xray: interrupted; run the same command again to continue from what is saved",
                     file=sys.stderr,
                 )
             raise SystemExit(130) from None
@@ -47,4 +60,89 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")]
+def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (data, settings) of a command's arguments; raises ConfigError without data."""
+    settings = [item for item in items if SETTING.match(item)]
+    data = [item for item in items if item not in settings]
+    if not data:
+        raise ConfigError("no data is named: give a path, a pattern or a URL")
+    return data, settings
+
+
+# settings in the help text ---------------------------------------------------------------------
+
+
+def takes(config: str, *given: str) -> Callable[[C], C]:
+    """Decorate a command so that its help lists the fields of a config dataclass.
+
+    config: `package.module:Class`, imported only for the help. given: fields that the command
+    sets itself.
+    """
+
+    def mark(command: C) -> C:
+        command.takes = (config, given)  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
+def command_class(command: Callable[..., None]) -> type[TyperCommand]:
+    """Return the class of a command, whose help lists the settings that the command takes."""
+    if not hasattr(command, "takes"):
+        return TyperCommand
+    name, given = command.takes
+
+    class SettingsCommand(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            module, _, config = name.partition(":")
+            rows = settings_of(getattr(importlib.import_module(module), config))
+            with formatter.section("Settings, KEY=VALUE with their defaults"):
+                formatter.write_dl([row for row in rows if row[0].split("=")[0] not in given])
+
+    return SettingsCommand
+
+
+def settings_of(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (`key=default`, description) of each field of a dataclass and of those within it.
+
+    A description is the field's choices and the comment beside or above it.
+    """
+    comments: dict[str, str] = {}
+    for owner in reversed(config.__mro__[:-1]):
+        comments |= _comments(owner)
+    types = get_type_hints(config)
+    defaults = config()
+    for own in dataclasses.fields(config):
+        value, key = getattr(defaults, own.name), f"{prefix}{own.name}"
+        if dataclasses.is_dataclass(value):
+            yield from settings_of(type(value), f"{key}.")
+            continue
+        choices = get_args(types[own.name]) if get_origin(types[own.name]) is Literal else ()
+        told = [" | ".join(map(str, choices)), comments.get(own.name, "")]
+        yield f"{key}={_shown(value)}", "; ".join(filter(None, told))
+
+
+def _comments(config: type) -> dict[str, str]:
+    """Return the comment of each field of a class: the lines above it, and those beside it."""
+    source = textwrap.dedent(inspect.getsource(config))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
+    lines = source.splitlines()
+    texts = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno
+            while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
+                first -= 1
+            numbers = range(first, (node.end_lineno or node.lineno) + 1)
+            found = [comments[n].string.lstrip("# ") for n in numbers if n in comments]
+            texts[node.target.id] = " ".join(found)
+    return texts
+
+
+def _shown(value: Any) -> str:
+    """Return a default as it is written on the command line."""
+    if isinstance(value, str):
+        return f"'{value}'" if " " in value else value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

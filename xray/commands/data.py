@@ -1,4 +1,4 @@
-"""`xray data ...`: make, index, check and look at data."""
+"""`xray data demo`, `index`, `pack`, `check`, `stats` and `tiny-llm`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xray.commands.common import Overrides, guarded
+from xray.commands.common import Overrides, guarded, takes
+from xray.commands.data_common import Cache, Data, Shards, Workers
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.checks.check import CheckReport
 
-data_app = typer.Typer(help="Make and inspect data.", no_args_is_help=True)
-Shards = Annotated[
-    list[str], typer.Argument(help="Folders, globs, {000..123} patterns or URLs of .tar shards")
-]
 LISTED = 20  # bad samples that `check` prints
-Workers = Annotated[int, typer.Option(min=1, help="Processes")]
-Cache = Annotated[str, typer.Option(help="Folder for remote shards (default: the user's cache)")]
 
 
-@data_app.command("demo")
+@takes("data_pipelines.ingest.demo:DemoConfig")
 @guarded
 def data_demo(
-    folder: Annotated[Path, typer.Argument(help="Where to write it")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write")],
     overrides: Overrides = None,
 ) -> None:
     """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
@@ -38,15 +33,15 @@ def data_demo(
     print(f"demo data in {folder}")
 
 
-@data_app.command("index")
 @guarded
 def data_index(
     shards: Shards,
-    checksum: Annotated[bool, typer.Option(help="Also take the sha256 of every tar")] = False,
+    checksum: Annotated[bool, typer.Option(help="Also compute the sha256 of every tar")] = False,
     workers: Workers = 2,
     cache: Cache = "",
 ) -> None:
-    """Index shards and write their manifest, so that the first run need not."""
+    """Index shards and write their manifest ahead of the first run."""
+    from data_pipelines.ingest.user_data import kind_of
     from data_pipelines.shards.manifest import write_manifest
     from data_pipelines.shards.source import make_cache
     from data_pipelines.shards.tar_index import Modality
@@ -54,6 +49,7 @@ def data_index(
 
     kept = make_cache(DataConfig(cache=cache))
     for pattern in shards:
+        kind_of(pattern, ("shards",), "xray data index")
         manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
         kinds: tuple[Modality, ...] = ("image", "video", "text")
         images, clips, texts = (int(manifest.counts(kind, "image").sum()) for kind in kinds)
@@ -63,18 +59,17 @@ def data_index(
         )
 
 
-@data_app.command("pack")
+@takes("data_pipelines.ingest.pack:PackConfig")
 @guarded
 def data_pack(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder or a list of files")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the shards go")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A folder or a list of files")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards")],
     overrides: Overrides = None,
 ) -> None:
-    """Turn your own pictures and clips into shards: a folder with .txt/.json beside the media, a
-    HF imagefolder, or a .csv, .tsv, .jsonl or .parquet list of files.
+    """Pack pictures and clips into shards: a folder with .txt and .json files beside the media,
+    class folders, a Hugging Face imagefolder, or a .csv, .tsv, .jsonl or .parquet list of files.
 
-    Settings: per_shard=1000 short_side=0 (shrink to) quality=92 gop=0 (key-frame distance of
-    re-encoded clips) crf=20 workers=2. The same command goes on where it was stopped.
+    After an interruption, run the same command again: it continues.
     """
     from data_pipelines.ingest.pack import PackConfig, pack
     from data_pipelines.shards.manifest import write_manifest
@@ -97,20 +92,19 @@ def data_pack(
         print(f"left out: {causes}; listed in {out / 'pack_skipped.jsonl'}")
 
 
-@data_app.command("check")
 @guarded
 def data_check(
-    shards: Shards,
+    data: Data,
     workers: Workers = 2,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write what was found to this file")
+        Path | None, typer.Option("--json", help="Also write the findings to this file")
     ] = None,
     cache: Cache = "",
 ) -> None:
-    """Decode every sample and compare every tar with its index; exit code 1 where one is broken."""
+    """Decode every sample and compare tars with their index; exit code 1 if anything is broken."""
     from xray.reports.shards import check_table, findings, summary, totals
 
-    report = _checked(shards, workers, cache)
+    report = _checked(data, workers, cache)
     if json_file is not None:
         json_file.write_text(json.dumps(summary(report), indent=1) + "\n")
     check_table(report).print()
@@ -121,25 +115,24 @@ def data_check(
         raise SystemExit(1)
 
 
-@data_app.command("stats")
 @guarded
 def data_stats(
-    shards: Shards,
+    data: Data,
     out: Annotated[Path, typer.Option(help="The page to write")] = Path("stats.html"),
     workers: Workers = 2,
     cache: Cache = "",
 ) -> None:
-    """Draw sizes, lengths, tags, languages and a sheet of samples into one HTML page."""
+    """Write one HTML page of sizes, lengths, tags, languages and a sheet of samples."""
     from xray.reports.shards import totals, write_stats
 
-    report = _checked(shards, workers, cache)
+    report = _checked(data, workers, cache)
     write_stats(report, out)
     print(totals(report))
     print(f"statistics in {out}")
 
 
-def _checked(shards: list[str], workers: int, cache: str) -> CheckReport:
-    """All patterns read, as one report."""
+def _checked(data: list[str], workers: int, cache: str) -> CheckReport:
+    """Check all data into one report."""
     from data_pipelines.checks.check import CheckReport, check
     from data_pipelines.shards.source import make_cache
     from xray.config import DataConfig
@@ -151,17 +144,17 @@ def _checked(shards: list[str], workers: int, cache: str) -> CheckReport:
         with progress_bar("reading") as progress:
             return check(pattern, kept, config, workers, progress)
 
-    return functools.reduce(CheckReport.joined, map(read, shards))
+    return functools.reduce(CheckReport.joined, map(read, data))
 
 
-@data_app.command("tiny-llm")
+@takes("xray.config.prepare:LlmConfig", "path", "captions")
 @guarded
 def data_tiny_llm(
-    folder: Annotated[str, typer.Argument(help="Where to write it")],
-    captions: Annotated[str, typer.Option(help="Shards whose captions train the tokenizer")],
+    folder: Annotated[str, typer.Argument(help="Folder to write")],
+    captions: Annotated[str, typer.Option(help="Data whose captions train the tokenizer")],
     overrides: Overrides = None,
 ) -> None:
-    """Make a small random LLM and a tokenizer, for machines without a pretrained one."""
+    """Make a small random LLM and its tokenizer, for machines without a pretrained one."""
     from xray.config.loading import build, parse_overrides
     from xray.config.prepare import LlmConfig
     from xray.recipes.prepare import make_llm

@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xray.errors import ConfigError
-
 if TYPE_CHECKING:
     from data_pipelines.shards.source import Source
 
-
-Items = Annotated[
+SHARDS = "Folders, globs, {000..123} patterns or URLs of .tar shards"
+DATA = f"{SHARDS}; folders or lists (.csv, .tsv, .jsonl, .parquet) of pictures and clips"
+Shards = Annotated[list[str], typer.Argument(help=SHARDS)]
+ShardsAndSettings = Annotated[
+    list[str],
+    typer.Argument(metavar="SHARDS... [KEY=VALUE]...", help=f"{SHARDS}, and settings"),
+]
+Data = Annotated[list[str], typer.Argument(metavar="DATA...", help=DATA)]
+DataAndSettings = Annotated[
     list[str],
     typer.Argument(
-        metavar="SHARDS... [KEY=VALUE]...",
-        help="Folders, globs, {000..123} patterns or URLs of .tar shards, and settings",
+        metavar="DATA... [KEY=VALUE]...", help=f"{DATA}; .txt files of captions; and settings"
     ),
 ]
-
-
 Modality = Annotated[str, typer.Option(help="image or video (default: what there is)")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes")]
+Cache = Annotated[str, typer.Option(help="Folder for remote shards (default: the user's cache)")]
 
 
-SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+def open_shards(pattern: str, modality: str, user: str) -> Source:
+    """Open shards for a command that writes a sidecar beside them."""
+    return _open(pattern, modality, ("shards",), user)
 
 
-def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(shards, settings); raises ConfigError where no shards are named."""
-    settings = [item for item in items if SETTING.match(item)]
-    shards = [item for item in items if item not in settings]
-    if not shards:
-        raise ConfigError("no shards are named")
-    return shards, settings
+def open_any(pattern: str, modality: str, user: str) -> Source:
+    """Open any kind of data for a command that only reads it."""
+    from data_pipelines.ingest.user_data import ALL
+
+    return _open(pattern, modality, ALL, user)
 
 
-def open_any(pattern: str, modality: str = "") -> Source:
-    """The shards at a pattern as what they hold: pictures, else clips, else texts alone."""
-    from data_pipelines.shards.manifest import open_manifest, resolve
-    from data_pipelines.shards.source import make_cache, open_source
-    from xray.config import DataConfig
+def _open(pattern: str, modality: Any, accept: tuple[str, ...], user: str) -> Source:
+    from data_pipelines.ingest.kind import Request
+    from data_pipelines.ingest.user_data import open_data
 
-    if modality not in ("", "image", "video", "text"):
-        raise ConfigError(f"--modality {modality}: use image, video or text")
-    cache = make_cache(DataConfig())
-    manifest = open_manifest(resolve(pattern), cache)
-    held = [kind for kind in ("image", "video", "text") if manifest.counts(kind, "image").sum()]
-    kind: Any = modality or (held or ["image"])[0]
-    # what was compared with the tars a moment ago is not compared again
-    return open_source(Path(pattern).name, pattern, kind, cache=cache, verify=False)
+    return open_data(pattern, Request(Path(pattern).name, modality), accept, user)

@@ -1,4 +1,5 @@
-"""`xray data pseudo-tags`, `embeddings`, `scores`, `text-features`: what models say of shards."""
+"""`xray data pseudo-tags`, `embeddings`, `scores` and `text-features`: a model's results as
+sidecars of shards."""
 
 from __future__ import annotations
 
@@ -8,89 +9,80 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xray.commands.common import guarded
-from xray.commands.data import data_app
-from xray.commands.data_common import Items, Modality, open_any, split_items
+from xray.commands.common import ArtifactName, guarded, split_settings, takes
+from xray.commands.data_common import Modality, ShardsAndSettings, open_shards
 from xray.errors import ConfigError
-from xray.precompute.pseudo_tags import open_teacher
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.shards.sidecar import Sidecar
 
 
-@data_app.command("pseudo-tags")
+@takes("xray.precompute.pseudo_tags:PseudoTagsConfig")
 @guarded
 def data_pseudo_tags(
-    artifact: Annotated[str, typer.Argument(help="A hashtag or clip artifact, folder or URL")],
-    items: Items,
+    artifact: ArtifactName,
+    items: ShardsAndSettings,
     vocabulary: Annotated[
-        Path | None, typer.Option(help="The tags that a clip artifact looks for")
+        Path | None, typer.Option(help="Vocabulary of the tags, for a clip artifact")
     ] = None,
     modality: Modality = "",
 ) -> None:
-    """Have a hashtag or clip artifact tag samples, and judge the tags they have.
+    """Predict tags of samples with a hashtag or clip ARTIFACT, and score the tags they have.
 
-    Writes a sidecar beside the shards, and prints its name for hashtag.teacher. The same command
-    goes on where it was stopped. Settings: tags=hashtags field=hashtags captions={} (the samples'
-    own tags) top=5 threshold=0.1 temperature=1.0 template='a photo of {}' (a clip artifact's)
-    llm='' (where its LLM is, if that was moved) batch_size=64 workers=2.
+    Writes a sidecar beside the shards and prints its name, for hashtag.teacher. After an
+    interruption, run the same command again: it continues.
     """
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import data_of
     from xray.config.loading import build, parse_overrides
-    from xray.precompute.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
+    from xray.precompute.pseudo_tags import PseudoTagsConfig, open_teacher, write_pseudo_tags
 
-    shards, settings = split_items(items)
+    shards, settings = split_settings(items)
     config = build(PseudoTagsConfig, parse_overrides(settings))
     config.validate()
     teacher = open_artifact(artifact, config.llm)
     tagger, tags = open_teacher(teacher, vocabulary, config.template)
     for pattern in shards:
-        source = open_any(pattern, modality)
+        source = open_shards(pattern, modality, "xray data pseudo-tags")
         with progress_bar("tagging") as progress:
             data = data_of(teacher, config.workers)
-            found = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
+            made = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
         print(
-            f"{pattern}: {found.added:,} of {found.untagged:,} untagged samples got tags, "
-            f"{len(source):,} in all; hashtag.teacher={found.name}"
+            f"{pattern}: {made.added:,} of {made.untagged:,} untagged samples got tags, "
+            f"{len(source):,} in all; hashtag.teacher={made.name}"
         )
-        print_left_out(found.causes)
+        _print_left_out(made.causes)
 
 
-@data_app.command("embeddings")
+@takes("xray.precompute.features:FeaturesConfig")
 @guarded
 def data_embeddings(
-    artifact: Annotated[str, typer.Argument(help="An artifact with a backbone: folder or URL")],
-    items: Items,
-    modality: Modality = "",
+    artifact: ArtifactName, items: ShardsAndSettings, modality: Modality = ""
 ) -> None:
-    """Embed pictures or clips, for the duplicates that dedup.embeddings drops.
+    """Embed pictures or clips with the backbone of ARTIFACT, to find duplicates.
 
-    Writes a sidecar beside the shards, and prints its name. The same command goes on where it was
-    stopped. Settings: batch_size=64 workers=2.
+    Writes a sidecar beside the shards and prints its name, for dedup.embeddings. After an
+    interruption, run the same command again: it continues.
     """
     from xray.precompute.features import write_embeddings
 
-    _write_features(write_embeddings, artifact, items, modality, "dedup.embeddings")
+    _write_features(
+        write_embeddings, artifact, items, modality, "xray data embeddings", "dedup.embeddings"
+    )
 
 
-@data_app.command("scores")
+@takes("xray.precompute.features:FeaturesConfig")
 @guarded
-def data_scores(
-    artifact: Annotated[str, typer.Argument(help="A clip artifact: folder or URL")],
-    items: Items,
-    modality: Modality = "",
-) -> None:
-    """Score how well each caption fits its picture or clip (cosine), for filters.min_score.
+def data_scores(artifact: ArtifactName, items: ShardsAndSettings, modality: Modality = "") -> None:
+    """Score how well each caption fits its picture or clip: their cosine by a clip ARTIFACT.
 
-    Writes a sidecar beside the shards, and prints its name. The same command goes on where it was
-    stopped. Settings: captions={} (their json fields) llm='' (where the LLM is, if that was moved)
-    batch_size=64 workers=2.
+    Writes a sidecar beside the shards and prints its name, for filters.scores and
+    filters.min_score. After an interruption, run the same command again: it continues.
     """
     from xray.precompute.features import write_scores
 
-    _write_features(write_scores, artifact, items, modality, "filters.scores")
+    _write_features(write_scores, artifact, items, modality, "xray data scores", "filters.scores")
 
 
 def _write_features(
@@ -98,6 +90,7 @@ def _write_features(
     artifact: str,
     items: list[str],
     modality: str,
+    user: str,
     key: str,
 ) -> None:
     from xray import dist
@@ -106,7 +99,7 @@ def _write_features(
     from xray.config.loading import build, parse_overrides
     from xray.precompute.features import FeaturesConfig
 
-    shards, settings = split_items(items)
+    shards, settings = split_settings(items)
     config = build(FeaturesConfig, parse_overrides(settings))
     config.validate()
     opened = open_artifact(artifact, config.llm)
@@ -116,28 +109,27 @@ def _write_features(
     if key == "filters.scores" and not isinstance(encoder, Encoder):
         raise ConfigError(f"{opened.path} is of stage {opened.stage}: scores need a clip artifact")
     for pattern in shards:
-        source = open_any(pattern, modality)
+        source = open_shards(pattern, modality, user)
         with progress_bar("encoding") as progress:
             data = data_of(opened, config.workers)
-            found, causes = write(source, encoder, config, data, progress)
-        print(f"{pattern}: {len(source):,} samples; {key}={found.name}")
-        print_left_out(causes)
+            sidecar, causes = write(source, encoder, config, data, progress)
+        print(f"{pattern}: {len(source):,} samples; {key}={sidecar.name}")
+        _print_left_out(causes)
 
 
-@data_app.command("text-features")
+@takes("xray.precompute.text_features:TextFeaturesConfig", "tune")
 @guarded
 def data_text_features(
-    items: Items,
+    items: ShardsAndSettings,
     init_from: Annotated[
-        str, typer.Option(help="A text artifact, folder or URL, if the clip stage starts from it")
+        str, typer.Option(help="The text artifact that the clip stage starts from: folder or URL")
     ] = "",
     modality: Modality = "",
 ) -> None:
     """Encode every caption once, for a clip stage with text.tune=none and text.features=bf16.
 
-    Takes the keys of the stage's text section: llm=FOLDER prompt='' pooling=auto max_length=64
-    attention=bidirectional dtype=fp32, and features=bf16 (or int8, fp32) captions={} (their json
-    fields) batch_size=256 workers=2. The same command goes on where it was stopped.
+    Takes the settings of the stage's text section. After an interruption, run the same command
+    again: it continues.
     """
     from xray import dist
     from xray.artifacts.artifact import open_artifact
@@ -145,25 +137,24 @@ def data_text_features(
     from xray.config.loading import build, parse_overrides
     from xray.precompute.text_features import TextFeaturesConfig, write_text_features
 
-    shards, settings = split_items(items)
+    shards, settings = split_settings(items)
     config = build(TextFeaturesConfig, {"tune": "none", **parse_overrides(settings)})
     config.validate()
     language = Language(config, open_artifact(init_from) if init_from else None)
     for pattern in shards:
-        source = open_any(pattern, modality)
+        source = open_shards(pattern, modality, "xray data text-features")
         reading = progress_of("reading captions")
         with progress_bar("encoding") as progress:
-            found = write_text_features(
+            store = write_text_features(
                 source, language, config, dist.choose_device("auto"), progress, reading
             )
-        unique = found.facts["captions_stored"]
+        unique = store.facts["captions_stored"]
         print(
             f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "
-            f"text.features={config.features} and the same text settings ({found.name})"
+            f"text.features={config.features} and the same text settings ({store.name})"
         )
 
 
-def print_left_out(causes: Mapping[str, int]) -> None:
-    """Samples that could not be read, by cause."""
+def _print_left_out(causes: Mapping[str, int]) -> None:
     if causes:
         print("left out: " + ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items())))

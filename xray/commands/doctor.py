@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from xray import dist
+from xray.commands.common import guarded
 
 SIGNS = {"ok": "", "missing": "-", "broken": "BROKEN"}
 
 
+@guarded
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     out: Annotated[Path, typer.Option(help="Where runs are to be written")] = Path("runs"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xray.commands.common import Overrides
+from xray.commands.common import Overrides, guarded
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 USABLE = 0.9  # of a device's memory: CUDA, NCCL and fragments take the rest
 
 
+@guarded
 def plan(
     name: Annotated[str, typer.Argument(metavar="RECIPE|STAGE", help="A recipe, or a stage")],
     overrides: Overrides = None,

@@ -10,8 +10,6 @@ import typer
 from xray import dist
 from xray.commands.common import Overrides, guarded
 
-debug_app = typer.Typer(help="Look into a run that went wrong.", no_args_is_help=True)
-
 
 @guarded
 def report(
@@ -23,7 +21,6 @@ def report(
     print(f"report: {report_again(run)}")
 
 
-@debug_app.command()
 @guarded
 def replay(
     bundle: Annotated[Path, typer.Argument(help="RUN/bundles/step_...")],

@@ -34,20 +34,21 @@ def prepare(recipe: Recipe) -> None:
 
 def make_llm(config: LlmConfig, root: str) -> None:
     """Build the tiny LLM once; a half-written folder is begun again."""
-    from data_pipelines.shards.manifest import find_shards, resolve
-    from data_pipelines.shards.tar_index import TEXT_FILES, index_shard
+    from data_pipelines.ingest.kind import Request
+    from data_pipelines.ingest.user_data import open_data
+    from data_pipelines.shards.manifest import resolve
+    from data_pipelines.shards.tar_index import TEXT_FILES
     from data_pipelines.text.captions import captions_of
     from xray.models.tiny_llm import build_tiny_llm
 
     folder = Path(config.path)
     if folder.is_dir():
         return
+    source = open_data(resolve(config.captions, root), Request("captions", "text"))
     captions = [
         caption
-        for path in find_shards(resolve(config.captions, root))
-        for index in [index_shard(path)]
-        for member in range(len(index))
-        for caption in captions_of(index.read(member, TEXT_FILES))
+        for place in source.places()
+        for caption in captions_of(source.read(*place, TEXT_FILES))
     ]
     sizes = config.vocab_size, config.width, config.depth, config.heads
     with replacing(folder) as temporary:
