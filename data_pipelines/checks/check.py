@@ -1,4 +1,4 @@
-"""Every sample of a set of shards, read by many processes: counts, sizes and what is broken."""
+"""Checks every sample of a data set in many processes: counts, sizes and broken samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]  # (shards done, all shards)
 
 @dataclass
 class CheckReport:
-    """What was found at a pattern; shards in the order of their names."""
+    """Result of a check; shards in the order of their names."""
 
     pattern: str
     shards: list[ShardCheck]
@@ -43,11 +43,11 @@ class CheckReport:
 
     @property
     def broken(self) -> bool:
-        """Whether a shard or a sample cannot be used as it is."""
+        """Whether any shard or sample is broken."""
         return any(shard.error or shard.causes for shard in self.shards)
 
     def joined(self, other: CheckReport) -> CheckReport:
-        """This and another pattern's report as one."""
+        """Return this report and another as one."""
         stats = Stats()
         stats.add(self.stats)
         stats.add(other.stats)
@@ -72,7 +72,7 @@ def check(
     try:
         with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_ctrl_c) as pool:
             try:
-                # No list of them: a future keeps its result, with the thumbnails in it.
+                # Not a list: a future keeps its result, thumbnails included.
                 for future in as_completed({pool.submit(*job) for job in jobs.values()}):
                     row, more = future.result()
                     rows[row.path] = row
@@ -104,13 +104,13 @@ def _jobs(where: str, cache: ShardCache, config: DataConfig) -> dict[str, tuple[
 
 
 def _end_with_ctrl_c() -> None:
-    """Ctrl-C reaches the workers too: let it end them without a traceback each."""
+    """Let Ctrl-C, which reaches the workers too, end them without tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:
-    """Path -> what the manifest of its folder says of a tar, where there is one."""
-    found = {}
+    """Return what the manifest of its folder records of each tar, by path."""
+    recorded = {}
     for folder in sorted({os.path.dirname(path) for path in paths}):
         manifest = _manifest(folder, cache)
         if manifest is None:
@@ -120,8 +120,8 @@ def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:
             digest = columns["digests"][shard].tobytes().hex()
             sha256 = manifest.checksum(shard) or ""
             path = os.path.join(folder, manifest.name(shard))
-            found[path] = Recorded(int(columns["sizes"][shard]), digest, sha256)
-    return found
+            recorded[path] = Recorded(int(columns["sizes"][shard]), digest, sha256)
+    return recorded
 
 
 def _manifest(folder: str, cache: ShardCache) -> Manifest | None:
@@ -130,7 +130,7 @@ def _manifest(folder: str, cache: ShardCache) -> Manifest | None:
         with tempfile.NamedTemporaryFile() as file:
             file.write(content or b"")
             file.flush()
-            return _read_manifest(folder, Path(file.name))  # mapped: outlives the file
+            return _read_manifest(folder, Path(file.name))  # memory-mapped: outlives the file
     if not os.path.isdir(folder or "."):
         return None
     return _read_manifest(folder, cache_path(Path(folder or ".") / "shards.manifest"))

@@ -1,7 +1,7 @@
-"""One shard of a check: every sample read as training would read it, and what was found.
+"""Checks one shard, or a part of plain files: reads every sample as training would.
 
-Nothing is written: an index that a tar no longer agrees with is a finding, not to be renewed. This
-is what the worker processes import: it must not import torch.
+Nothing is written: an index that does not match its tar is reported, not renewed. Worker processes
+import this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from xray.config import DataConfig
 from xray.errors import DataError
 from xray.files import sha256_file
 
-FRAMES = 5  # read of each clip, first, middle and last among them
-FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their places in its fifths
+FRAMES = 5  # read per clip, including first, middle and last
+FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their positions within fifths of the clip
 BAD_KEPT = 1000  # findings listed per shard; all are counted
 NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags: cut to the one above the other
 TAGS = TagReader("hashtags", {})
@@ -50,7 +50,7 @@ THUMBNAILS, SIDE = 48, 128  # of the sheet, and their longer side in pixels
 
 @dataclass(frozen=True)
 class Bad:
-    """Something wrong with one sample."""
+    """Defect of one sample."""
 
     shard: str
     key: str
@@ -60,7 +60,7 @@ class Bad:
 
 @dataclass
 class Media:
-    """Samples of one modality: all, those that decode, and those of them with a caption."""
+    """Counts of one modality: samples, those that decode, and those that also have a caption."""
 
     samples: int = 0
     usable: int = 0
@@ -69,7 +69,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Range:
-    """The least, mean and largest of a number; zeros where there was none."""
+    """Minimum, mean and maximum of a number; zeros if there was none."""
 
     least: float = 0
     mean: float = 0
@@ -78,7 +78,7 @@ class Range:
 
 @dataclass
 class ShardCheck:
-    """What one shard holds; where `error` tells of a tar that cannot be read, nothing else."""
+    """Content of one shard; only `error` is set for a tar that cannot be read."""
 
     path: str
     error: str = ""
@@ -101,7 +101,7 @@ class ShardCheck:
 
 @dataclass(frozen=True, order=True)
 class Thumbnail:
-    """A picture of the sheet, or the middle of a clip; the smallest ranks are shown."""
+    """Picture of the sheet, or the middle frame of a clip; the lowest ranks are shown."""
 
     rank: str
     shard: str
@@ -135,7 +135,7 @@ class Stats:
             self.names[name] = dict(Counter(histogram).most_common(NAMES_KEPT))
 
     def range(self, name: str) -> Range:
-        """Least, mean and largest of a number."""
+        """Return minimum, mean and maximum of a number."""
         histogram = self.numbers.get(name)
         if not histogram:
             return Range()
@@ -143,7 +143,7 @@ class Stats:
         return Range(min(histogram), mean, max(histogram))
 
     def add(self, other: Stats) -> None:
-        """Add another's counts, and its thumbnails where they rank before ours."""
+        """Add the counts of another, and merge the thumbnails by rank."""
         for name, numbers in other.numbers.items():
             for value, count in numbers.items():
                 self.number(name, value, count)
@@ -155,7 +155,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an index or a manifest says of a tar; sha256 "" = not taken."""
+    """Record of a tar in an index or a manifest; sha256 "" = not computed."""
 
     size: int
     digest: str
@@ -165,7 +165,7 @@ class Recorded:
 def check_shard(
     path: str, manifest: Recorded | None, cache: ShardCache, config: DataConfig
 ) -> tuple[ShardCheck, Stats]:
-    """What a worker does; its errors become the row's."""
+    """Check one tar; its errors go into the row."""
     reader = _ShardReader(path, config)
     local = path
     try:
@@ -204,7 +204,7 @@ def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[S
 
 
 def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
-    """Fill in whether a tar is the one that was indexed; returns what is wrong, "" if nothing."""
+    """Compare a tar with its records; return the differences as an error, "" if there are none."""
     wrong = []
     if recorded:
         own = (row.bytes, row.digest)
@@ -223,13 +223,13 @@ def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
 
 
 class _ShardReader:
-    """Reads a shard's samples and notes what it meets."""
+    """Reader of a shard's samples that counts and records defects."""
 
     def __init__(self, path: str, config: DataConfig) -> None:
         self.row, self.stats, self.config = ShardCheck(printable(path)), Stats(), config
 
     def read_all(self, index: ShardIndex) -> None:
-        """Read every sample, and look for keys that occur twice."""
+        """Read every sample, and find duplicate keys."""
         keys = index.keys
         for member, key in enumerate(keys):
             self.read_sample(printable(key), index.read(member, tar=index.path))
@@ -263,7 +263,7 @@ class _ShardReader:
             self.show(key, captions, image)
 
     def read_texts(self, key: str, files: dict[str, bytes]) -> list[Caption]:
-        """The captions, and what is to be counted of them and the tags."""
+        """Return the captions; count them and the tags."""
         try:
             tags = TAGS.tags_of(files, "hashtags")
             captions = read_captions(files)
@@ -290,7 +290,7 @@ class _ShardReader:
         return image
 
     def read_clip(self, data: bytes) -> Image.Image:
-        """Decode some frames, from the first to the last; returns the middle one."""
+        """Decode frames from the first to the last; return the middle one."""
         decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
         clip = decoder.decode(data, FrameChoice(FRAMES, offsets=FIRST_TO_LAST))
         self.count_size(clip.pixels.shape[2], clip.pixels.shape[1])
@@ -306,8 +306,8 @@ class _ShardReader:
         self.stats.number("aspect", round(width / height, 2))
 
     def show(self, key: str, captions: list[Caption], image: Image.Image) -> None:
-        """Keep a sample for the sheet where its hash is among the smallest."""
-        name = self.row.path.rpartition("/")[2]  # the same wherever the shards lie
+        """Keep a sample for the sheet if its hash is among the lowest."""
+        name = self.row.path.rpartition("/")[2]  # independent of the shards' folder
         rank = hashlib.sha256(f"{name}/{key}".encode()).hexdigest()
         sheet = self.stats.sheet
         if len(sheet) == THUMBNAILS and rank > sheet[-1].rank:
@@ -329,14 +329,14 @@ class _ShardReader:
 
 
 def png_of(pixels: np.ndarray) -> str:
-    """[H, W, 3] uint8 as a PNG in base64."""
+    """Return [H, W, 3] uint8 as a PNG in base64."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _copies(tar: str) -> Counter[str]:
-    """Key -> how often one of its files is in a tar: an index keeps the last of each name."""
+    """Return how often a file of each key is in a tar; an index keeps only the last of a name."""
     with tarfile.open(tar, "r:") as archive:
         names = Counter(member.name for member in archive if member.isfile())
     copies: Counter[str] = Counter()
@@ -348,7 +348,7 @@ def _copies(tar: str) -> Counter[str]:
 
 
 def _index(path: str, cache: ShardCache) -> ShardIndex | None:
-    """The index that a run would use, current or not."""
+    """Return the index that a run would use, current or not."""
     if is_remote(path):
         return remote_index(path, cache)
     return load_index(path, cache_path(Path(f"{path}.index")))

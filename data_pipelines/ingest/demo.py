@@ -1,7 +1,7 @@
-"""A generated data set of real files: JPEG pictures and H.264 clips of coloured shapes that move.
+"""Generated data set: JPEG pictures and H.264 clips of coloured, moving shapes.
 
-Every sample has a colour, a shape and a few further attributes, which its captions and hashtags
-name. Some colour-shape pairs never occur in training: they are what the evaluation asks about.
+Every sample has a colour, a shape and further attributes; its captions and hashtags name them.
+Some colour-shape pairs never occur in training and are used for evaluation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DemoConfig:
 
     photos: int = 2400
     clips: int = 400
-    heldout: int = 120  # photos of pairs that training never shows; the gallery gets the rest
+    heldout: int = 120  # photos of pairs that are not in training; the gallery gets the rest
     per_shard: int = 600
     side: int = 64  # pixels
     frames: int = 12
@@ -61,7 +61,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture or clip shows."""
+    """Content of a picture or clip."""
 
     color: str
     shape: str
@@ -72,11 +72,12 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """The class among the held-out pairs; -1 for a pair that training shows."""
+        """Class among the held-out pairs; -1 for a pair of the training set."""
         pair = (self.color, self.shape)
         return HELD_OUT.index(pair) if pair in HELD_OUT else -1
 
     def captions(self) -> list[str]:
+        """Return three captions."""
         thing, moves = f"{self.color} {self.shape}", f" moving {self.motion}" if self.motion else ""
         kind = "clip" if self.motion else "picture"
         return [
@@ -86,15 +87,16 @@ class Scene:
         ]
 
     def hashtags(self) -> list[str]:
+        """Return the hashtags."""
         tags = [self.color, self.shape, self.size, f"{self.ground}background"]
         tags += [f"moving{self.motion}"] if self.motion else []
         return [f"#{tag}" for tag in tags]
 
 
 def make_demo(root: Path, config: DemoConfig) -> None:
-    """Write all sets below root, where they are not yet.
+    """Write all sets below root, unless they are there.
 
-    Raises ConfigError for a folder that holds anything else: nothing of a user's is replaced.
+    Raises ConfigError for a folder with other files: nothing of the user's is replaced.
     """
     known = root / "demo.json"
     if known.is_file():
@@ -139,7 +141,7 @@ def _check_same(known: Path, config: DemoConfig) -> None:
 
 
 def example(motion: str = "") -> bytes:
-    """A generated picture as a JPEG; with a motion a clip of 12 frames as an mp4."""
+    """Return a generated picture as JPEG, or with a motion a clip of 12 frames as mp4."""
     scene = Scene("red", "circle", "white", "large", "in the middle", motion)
     return (_clip if motion else _photo)(scene, DemoConfig(), np.random.default_rng(0))
 
@@ -155,7 +157,7 @@ def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion
 
 
 def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random.Generator) -> None:
-    """Shards as img2dataset and video2dataset lay them out."""
+    """Write shards in the layout of img2dataset and video2dataset."""
     folder.mkdir(parents=True)
     for start in range(0, len(scenes), config.per_shard):
         shard = start // config.per_shard
@@ -210,7 +212,7 @@ def _clip(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:
 def _draw(
     scene: Scene, place: np.ndarray, side: int, scale: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Draw at four times the size, shrink, and add a little noise."""
+    """Draw at four times the size, shrink, and add noise."""
     big = 4 * side
     image = Image.new("RGB", (big, big), GROUNDS[scene.ground])
     canvas = ImageDraw.Draw(image)

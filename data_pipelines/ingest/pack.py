@@ -1,9 +1,8 @@
-"""A user's own files as webdataset shards, the way img2dataset and video2dataset lay them out.
+"""Packs a user's files into webdataset shards, in the layout of img2dataset and video2dataset.
 
-The list of files is cut into shards by position, and each shard is written by one process: under
-another name first, renamed when it is whole. So what is there is finished, and the same command
-goes on where it was stopped. What a shard leaves out is in a file beside it, until all shards are
-there and these files become one.
+The list of files is split into shards by position. A process writes each shard under a temporary
+name and renames it when it is complete, so the same command continues an interrupted packing.
+Skipped files are listed per shard, and in one file once all shards are written.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Skipped = dict[str, str]  # key, file, cause, detail
 Job = tuple[int, list[Item]]  # a shard's number and its samples
 
 RECORD, SKIPPED = "pack.json", "pack_skipped.jsonl"
-OF_SHARDS = "pack_skipped.*.jsonl"  # the same by shard, until all shards are there
+OF_SHARDS = "pack_skipped.*.jsonl"  # per shard, until all shards are written
 LIMITS = {
     "per_shard": (1, 10_000),
     "short_side": (0, 16_384),
@@ -52,21 +51,22 @@ LIMITS = {
 
 @dataclass
 class PackConfig:
-    """How to pack."""
+    """Settings of a packing."""
 
     per_shard: int = 1000  # samples per tar, at most 10,000
-    short_side: int = 0  # shrink what has a larger short side; 0 = keep the bytes as they are
-    quality: int = 92  # of shrunk pictures: JPEG, or PNG where they have alpha
-    gop: int = 0  # re-encode clips as H.264 with a key frame every `gop` frames; 0 = keep them
-    crf: int = 20  # of re-encoded clips
+    short_side: int = 0  # shrink to this short side; 0 = keep the bytes
+    quality: int = 92  # JPEG quality of shrunk pictures; those with alpha become PNG
+    gop: int = 0  # re-encode clips as H.264, a key frame every `gop` frames; 0 = keep them
+    crf: int = 20  # H.264 quality of re-encoded clips, lower is better
     workers: int = 2  # processes
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What is in the folder now; skipped: cause -> files; reused: shards of an earlier run.
+    """Content of the packed folder.
 
-    classes: those that folders are named after; outside: files that lie in none of these.
+    skipped: cause -> files. reused: shards of an earlier run. classes: number of class folders.
+    outside: files outside all class folders.
     """
 
     shards: int
@@ -80,9 +80,9 @@ class PackReport:
 def pack(
     source: Path | str, out: Path, config: PackConfig, progress: Progress | None = None
 ) -> PackReport:
-    """Write the shards that are missing; progress is called with (samples done, all samples).
+    """Write the missing shards; progress is called with (samples done, all samples).
 
-    Raises ConfigError for a wrong input, setting or folder, DataError where nothing is usable.
+    Raises ConfigError for a wrong setting or output folder, DataError for unusable input.
     """
     _check(Path(source), out, config)
     items = list_files(os.path.expanduser(source), user="xray data pack")
@@ -123,12 +123,12 @@ def _check(source: Path, out: Path, config: PackConfig) -> None:
 
 
 def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
-    """Make the folder one of this packing; refuse one that has shards of another."""
+    """Claim the folder for this packing; raise ConfigError if it has shards of another one."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.stamp().encode() + b"\n")
     settings = asdict(config)
-    del settings["workers"]  # changes nothing in the shards
+    del settings["workers"]  # does not change the shards
     wanted = {"config": settings, "files": digest.hexdigest()}
     out.mkdir(parents=True, exist_ok=True)
     _remove(out, f"{TEMPORARY}*")
@@ -144,7 +144,7 @@ def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
         changes += ["other files or metadata"] * (held["files"] != wanted["files"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{out} holds .tar files that are no packing: choose another folder"
+            f"{out} holds .tar files that xray data pack did not write: choose another folder"
         ) from error
     if changes:
         raise ConfigError(
@@ -171,7 +171,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _read_skipped(out: Path) -> dict[int, list[Skipped]]:
-    """What is left out, by shard; a shard's own file is newer than the list of all."""
+    """Return the skipped files by shard; a shard's own list is newer than the merged one."""
     found: dict[int, list[Skipped]] = {}
     if (out / SKIPPED).is_file():
         for record in _read_lines(out / SKIPPED):
@@ -188,7 +188,7 @@ def _write_lines(path: Path, records: list[Skipped]) -> None:
 
 
 def _merge_skipped(out: Path) -> list[Skipped]:
-    """One list for all shards, in order; a run that is killed in here does it again."""
+    """Merge the lists of all shards, in order; repeated if a run is killed here."""
     records = [record for _, shard in sorted(_read_skipped(out).items()) for record in shard]
     _write_lines(out / SKIPPED, records)
     _remove(out, OF_SHARDS)
@@ -196,7 +196,7 @@ def _merge_skipped(out: Path) -> list[Skipped]:
 
 
 def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: Progress) -> None:
-    """Write shards in processes; whichever way it ends, only whole ones are left."""
+    """Write shards in worker processes; only complete shards are left in any case."""
     done = total - sum(len(items) for _, items in jobs)
     progress(done, total)
     if not jobs:
@@ -212,7 +212,7 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
                     done += future.result()
                     progress(done, total)
             except BaseException:
-                held.close()  # ends the workers in the middle of their shards
+                held.close()  # stops the workers at once
                 raise
     except BrokenProcessPool as error:
         raise DataError(
@@ -224,7 +224,7 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
 
 
 def _follow(parent: Connection) -> None:
-    """Let a worker end when its parent does, however that ends; Ctrl-C is the parent's matter."""
+    """End a worker when its parent ends, in whatever way; the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
@@ -236,7 +236,7 @@ def _follow(parent: Connection) -> None:
 
 
 def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -> int:
-    """One tar, and the list of what it leaves out, which is there before the tar is."""
+    """Write one tar, and before it the list of the files it skips."""
     target = _tar(out, shard)
     temporary = _temporary(target)
     skipped: list[Skipped] = []
@@ -261,12 +261,12 @@ def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -
     if len(skipped) < len(items):
         os.replace(temporary, target)
     else:
-        temporary.unlink()  # a tar without samples cannot be read
+        temporary.unlink()  # a tar without samples is not readable
     return len(items)
 
 
 def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:
-    """The files of one sample by ending; raises BadSample where it has to be left out."""
+    """Return the files of one sample by ending; raises BadSample for a file to skip."""
     ending = item.path.suffix[1:].lower()
     if not item.listed:
         raise BadSample("not in metadata", "no row names it")

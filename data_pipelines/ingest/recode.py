@@ -1,6 +1,6 @@
-"""Pictures and clips on their way into shards: checked to be whole, and shrunk where asked for.
+"""Checks that pictures and clips decode, and shrinks or re-encodes them for packing.
 
-Bytes that need no change are kept as they are.
+Files that need no change keep their bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from PIL import (
 from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
 from data_pipelines.shards.bad_sample import BadSample
 
-Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, what is known of them
-TEMPORARY = ".packing."  # how the names of unfinished files begin
+Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, facts such as width and height
+TEMPORARY = ".packing."  # prefix of the names of unfinished files
 
 
 @contextmanager
 def _decoding(cause: str) -> Iterator[None]:
-    """Whatever a decoder raises as BadSample, but for a full disk: that is not the sample's."""
+    """Turn a decoder's errors into BadSample, except a full disk."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,9 +53,9 @@ def _decoding(cause: str) -> Iterator[None]:
 
 
 def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Media:
-    """A picture, shrunk where its short side is larger than that (0 = never); raises BadSample.
+    """Shrink a picture whose short side is larger than `short_side` (0 = never).
 
-    An animated GIF or WebP is kept, which may be a clip to its readers.
+    Animated GIF and WebP files are kept: a reader may use them as clips. Raises BadSample.
     """
     with _decoding("undecodable image"):
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -80,13 +80,13 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
 
 
 def _moves(image: Image.Image) -> bool:
-    """Whether to shrink it would leave one frame of many."""
+    """Whether an image is animated, so that shrinking it would lose its frames."""
     kinds = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
     return isinstance(image, kinds) and image.is_animated
 
 
 def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, folder: Path) -> Media:
-    """A clip whose first frame decodes, re-encoded to shrink it or to set its key frames.
+    """Check that a clip's first frame decodes; re-encode it to shrink it or to set key frames.
 
     folder: for a temporary file. Raises BadSample.
     """
@@ -108,7 +108,7 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
 
 
 def _probe(data: bytes) -> dict[str, Any]:
-    """Size of the upright frame, and what the container knows of the clip's length."""
+    """Return the size of the upright frame, and the clip's length if the container has it."""
     with av.open(io.BytesIO(data)) as container:
         if not container.streams.video:
             raise BadSample("undecodable video", "no video stream")
@@ -130,7 +130,7 @@ def _probe(data: bytes) -> dict[str, Any]:
 
 
 def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int) -> None:
-    """All frames of a clip at their own times, upright, as H.264 without sound."""
+    """Encode all frames of a clip, upright and at their own times, as H.264 without sound."""
     options = {"crf": str(crf), "bf": "0"}  # no B-frames: each frame ends where it says
     if gop:
         options |= {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"}
@@ -165,12 +165,12 @@ def _set_up(encoder: Any, given: Any) -> None:
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise turns that the container asks for."""
+    """Return the counter-clockwise quarter turns that the container sets."""
     return round(frame.rotation / 90) % 4
 
 
 def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
-    """A frame at a size (width, height), turned as the container asks for."""
+    """Resize a frame to (width, height) and rotate it as the container sets."""
     turns = _quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
     form = "yuv444p" if turns else "yuv420p"  # three equal planes turn as one array
@@ -179,5 +179,5 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
         planes: Any = np.rot90(frame.to_ndarray(), turns, axes=(1, 2))
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), form)
         frame = frame.reformat(format="yuv420p")
-    frame.pict_type = 0  # else the encoder repeats the source's key frames
+    frame.pict_type = 0  # or the encoder repeats the source's key frames
     return frame

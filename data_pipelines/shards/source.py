@@ -1,4 +1,4 @@
-"""A data source: a manifest, and which samples of its shards take part."""
+"""Data source: the manifest of its shards, and the samples of them that are used."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from xray.config import DataConfig
 from xray.errors import DataError
 
 OPEN_INDEXES = 128  # kept mapped per source and process
-EVICTIONS = 5  # of one shard, between its fetch and its opening, before the run gives up
+EVICTIONS = 5  # of a shard between fetch and open, after which the run gives up
 
 
 class Slots(Protocol):
-    """Which members of each shard have slots, and how many."""
+    """Members of each shard that have slots, and the number of slots."""
 
     counts: np.ndarray  # slots per shard, [S] int64
     digest: str
 
     def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(members, copies) of a shard's slots."""
+        """Return (members, copies) of a shard's slots."""
 
     def texts(self, shard: int, slot: int) -> np.ndarray | None:
-        """Numbers of the captions that a slot's sample is to be used with, None = all."""
+        """Return the numbers of the captions to use with a slot's sample; None = all."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a stage's transform gets: the files by ending, and what the plan says about them."""
+    """Input of a stage's transform: files by ending, and their place in the plan."""
 
     files: dict[str, bytes]
     source: str
@@ -60,7 +60,7 @@ class Sample:
     key: str
     resolution: int
     frames: int
-    animations: Modality = "image"  # what GIF and WebP count as
+    animations: Modality = "image"  # modality of GIF and WebP files
     shard: int = 0
     member: int = 0  # of the shard's index
     copy: int = 0  # which of the sample's repeats in an epoch this is
@@ -71,8 +71,8 @@ class Sample:
 class Source:
     """Shards of one modality and, per shard, the members that its slots stand for.
 
-    A slot is a place in the epoch. By default the slots of a shard are its members of the
-    modality, once each; `slots` says otherwise where a stage leaves some out or repeats some.
+    A slot is a place in the epoch. By default, the slots of a shard are its members of the
+    modality, once each. A stage that leaves out or repeats samples sets `slots`.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Source:
     manifest: Manifest
     cache: ShardCache | None = None
     slots: Slots | None = field(default=None, repr=False)
-    classes: tuple[str, ...] = ()  # names of the numbered classes, where the samples come with them
+    classes: tuple[str, ...] = ()  # names of the numbered classes, if known
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -94,7 +94,7 @@ class Source:
         return int(self.counts.sum(dtype=np.int64))
 
     def with_slots(self, slots: Slots) -> Source:
-        """The same shards with another slot map."""
+        """Return the same shards with another slot map."""
         return replace(self, slots=slots)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,29 +112,29 @@ class Source:
         size = int(self.manifest.columns["sizes"][shard])
         if self.cache is not None:
             index = remote_index(path, self.cache, size, self.manifest.checksum(shard))
-        else:  # not looked at again: the manifest was compared with the tars when it was opened
+        else:  # the manifest was compared with the tars when it was opened
             wanted = self.manifest.columns["digests"][shard].tobytes().hex()
-            found = [load_index(path, kept) for kept in kept_at(Path(f"{path}.index"))]
-            current = [i for i in found if i is not None and i.facts["digest"] == wanted]
+            kept = [load_index(path, place) for place in kept_at(Path(f"{path}.index"))]
+            current = [i for i in kept if i is not None and i.facts["digest"] == wanted]
             index = current[0] if current else index_shard(path)
         if index.facts["digest"] != self.manifest.columns["digests"][shard].tobytes().hex():
             raise DataError(f"shard {path} changed since it was indexed: restart the run")
         return index, index.members_with(media_extensions(self.modality, self.animations))
 
     def member(self, shard: int, slot: int) -> int:
-        """The member that a slot stands for."""
+        """Return the member that a slot stands for."""
         return int(self.members(shard)[slot])
 
     def members(self, shard: int) -> np.ndarray:
-        """The members of all slots of a shard."""
+        """Return the members of all slots of a shard."""
         return self._opened(shard)[1] if self.slots is None else self.slots.of(shard)[0]
 
     def derived(self, name: str, shard: int | None = None) -> Path:
-        """Where to write what was derived from a shard, or from all: beside it, as its index is."""
+        """Return the path to write a file derived from a shard, or from all shards."""
         return self.derived_at(name, shard)[-1]
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
-        """Where that may be: whoever may write there has written it, or this user elsewhere."""
+        """Return the paths where a derived file may be: beside the data, or in the user's cache."""
         these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
         where = these if shard is None else self.manifest.path(shard)
         if self.cache is not None:
@@ -144,7 +144,7 @@ class Source:
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
-        """The files of one member; a remote tar is fetched first. Raises DataError."""
+        """Read the files of one member, fetching a remote tar first; raises DataError."""
         index = self.index(shard)
         for _ in range(EVICTIONS):
             try:
@@ -158,7 +158,7 @@ class Source:
         )
 
     def _local(self, shard: int) -> str:
-        """Where the tar can be read: a remote one's copy, fetched if need be."""
+        """Return the local copy of a remote tar, fetched if necessary; "" for a local tar."""
         if self.cache is None:
             return ""
         size = int(self.manifest.columns["sizes"][shard])
@@ -168,7 +168,7 @@ class Source:
         return str(local)
 
     def prefetch(self, shard: int) -> None:
-        """Begin to fetch a remote tar; nothing for a local one."""
+        """Start fetching a remote tar; do nothing for a local one."""
         if self.cache is not None:
             size = int(self.manifest.columns["sizes"][shard])
             self.cache.prefetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
@@ -176,7 +176,7 @@ class Source:
     def sample(
         self, shard: int, member: int, resolution: int, frames: int, slot: int | None = None
     ) -> Sample:
-        """Read one member of one shard, all its files; with its slot, as what that is."""
+        """Read all files of one member; with its slot, also its copy number and captions."""
         files, key = self.read(shard, member), self.index(shard).key(member)
         kind = self.modality, key, resolution, frames, self.animations
         sample = Sample(files, self.name, *kind, shard, member)
@@ -186,21 +186,21 @@ class Source:
         return replace(sample, copy=copy, texts=None if texts is None else tuple(texts.tolist()))
 
     def identity(self, shard: int, member: int) -> str:
-        """What a sample's own draws are seeded by: the names of its shard and itself.
+        """Return the seed text of a sample's random draws: the names of its shard and of itself.
 
-        Where the shards are, and what their source is called, changes none of them.
+        Neither the shards' folder nor the source's name changes it.
         """
         return f"{self.manifest.name(shard).rpartition('/')[2]}\0{self.index(shard).key(member)}"
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """(shard, member) of every slot, in order."""
+        """Yield (shard, member) of every slot, in order."""
         for shard in range(len(self.manifest)):
             for member in self.members(shard).tolist():
                 yield shard, member
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 over what the samples are: keys, sizes and the slot map, not their folder."""
+        """sha256 over the samples' keys, sizes and slot map; independent of their folder."""
         kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
         state = hashlib.sha256(kind.encode())
         if self.slots is not None:
@@ -217,7 +217,7 @@ def open_source(
     cache: ShardCache | None = None,
     verify: bool = True,
 ) -> Source:
-    """Open a source's manifest; raises DataError for shards that cannot be used."""
+    """Open shards as a source; raises DataError for shards that cannot be used."""
     where = resolve(pattern, root)
     if is_remote(where):
         cache = cache or make_cache(DataConfig())
@@ -249,14 +249,14 @@ def _check_cache_holds(source: Source) -> None:
 
 
 def make_cache(data: DataConfig) -> ShardCache:
-    """The cache of remote shards that a config asks for."""
+    """Return the cache of remote shards that a config sets."""
     folder = Path(data.cache) if data.cache else user_cache("shards")
     folder.mkdir(parents=True, exist_ok=True)
     return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
 
 
 def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
-    """Raise DataError where hosts see other shards: their plans would differ without a word."""
+    """Raise DataError if hosts see different shards: their plans would silently differ."""
     everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})
     for name, source in sources.items():
         ranks = [rank for rank, digests in enumerate(everyone) if digests[name] != source.digest]

@@ -130,10 +130,10 @@ def test_bad_samples_are_left_out_and_named(artifacts: dict[str, Artifact], tmp_
     command = ("embed", artifacts["clip"].path, folder, "--out", tmp_path / "x.parquet")
     told = xray(*command, "--batch-size", 2, "--workers", 1)
     assert "4 rows" in told and "undecodable image: 2 (deep/1.jpg:deep/1, deep/4.jpg" in told
-    assert "not looked at: 1 files that are no image" in told
+    assert "skipped: 1 files that are not image" in told
     write_tar(tmp_path / "0.tar", {"0.jpg": photo(0), "1.mp4": b""})
     told = xray("embed", artifacts["clip"].path, tmp_path, "--out", tmp_path / "z.npy")
-    assert "1 rows" in told and "not looked at: 1 samples that are no image" in told
+    assert "1 rows" in told and "skipped: 1 samples that are not image" in told
     found = open_embeddings(tmp_path / "x.parquet")
     assert found.names([0, 1, 2, 3]).paths == [f"deep/{n}.jpg" for n in (0, 2, 3, 5)]
     files = [folder / "deep" / f"{n}.jpg" for n in (0, 2, 3, 5)]
@@ -310,7 +310,7 @@ def test_mistakes_give_one_line(artifacts: dict[str, Artifact], demo: Path, tmp_
     for arguments, says in (
         ((clip, tmp_path / "gone", *out), "gone does not exist"),
         ((clip, tmp_path / "gone.jpg", *out), "gone.jpg does not exist"),
-        ((clip, tmp_path / "none", *out), "holds no pictures, clips or shards"),
+        ((clip, tmp_path / "none", *out), "holds neither .tar shards nor pictures or clips"),
         ((clip, tmp_path / "no.txt", *out), "no.txt is empty"),
         ((clip, lines, lines, *out), "or one folder"),
         ((clip, lines, "--out", "x.csv"), "must end in .parquet or .npy"),
@@ -326,12 +326,12 @@ def test_mistakes_give_one_line(artifacts: dict[str, Artifact], demo: Path, tmp_
     embedded(artifacts["clip"], tmp_path / "a.txt", tmp_path / "x.npy")
     for arguments, says in (
         ((tmp_path / "gone.npy", "a dog"), "gone.npy does not exist"),
-        ((lines, "a dog"), "they are in a .parquet or .npy"),
-        ((tmp_path / "x.npy", " "), "nothing to look for"),
+        ((lines, "a dog"), "it must end in .parquet or .npy"),
+        ((tmp_path / "x.npy", " "), "the query is empty"),
         ((tmp_path / "x.npy", "gone.jpg"), "gone.jpg does not exist"),
         ((tmp_path / "x.npy", "a dog", "--html", "x.png"), "must end in .html"),
         ((tmp_path / "x.npy", "a dog", "--artifact", mae), "is not the clip artifact"),
         ((tmp_path / "x.npy", "a dog", "--rescore", tmp_path / "mae.npy"), "other rows"),
-        ((tmp_path / "mae.npy", "a dog"), "reads no text: look for a picture"),
+        ((tmp_path / "mae.npy", "a dog"), "encodes no text: give the file of a picture"),
     ):
         assert says in xray("search", *arguments, expect=2), says

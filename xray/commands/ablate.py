@@ -1,4 +1,4 @@
-"""`xray ablate`: a grid over recipes, with one comparison."""
+"""`xray ablate`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from xray.errors import ConfigError
 
 @guarded
 def ablate(
-    file: Annotated[str, typer.Argument(help="A shipped ablation's name or a .yaml file")],
+    file: Annotated[str, typer.Argument(help="A shipped ablation's name, or a .yaml file")],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, then stop")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the runs, then stop")] = False,
 ) -> None:
-    """Train the arms of FILE with every seed, what they share once, and compare them.
+    """Train the arms of FILE with every seed, shared stages once, and compare them.
 
-    base=RECIPE, seeds=[0,1], jobs=2, baseline=, metrics=[...], out= and arms.NAME.KEY= are the
-    ablation's; any other KEY=VALUE is set in the recipe of every arm. The same command goes on
-    where it stopped; exit code 1 when a run failed.
+    base=RECIPE, seeds=[0,1], jobs=2, baseline=, metrics=[...], out= and arms.NAME.KEY= are settings
+    of the ablation; any other KEY=VALUE is set in the recipe of every arm. After an interruption,
+    run the same command again: it continues. Exit code 1 if a run failed.
     """
     from xray.ablations.trials import load_ablation, write_recipes
 
     if dist.world_size() > 1:
-        raise ConfigError("xray ablate starts its own processes: run it as one, without a launcher")
+        raise ConfigError("xray ablate starts its own processes: run it without a launcher")
     ablation = load_ablation(file, overrides or [])
     from xray.ablations.cost import flops_of, plan_of
 
@@ -49,7 +49,7 @@ def ablate(
         for failure in failures:
             trial = failure.trial
             print(
-                f"xray: {trial.arm}, seed {trial.seed} ended with code {failure.code}: "
+                f"xray: {trial.arm}, seed {trial.seed} failed with exit code {failure.code}: "
                 f"{failure.line} ({trial.folder}/log.txt)",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""Commands about artifacts: show, lineage, export."""
+"""`xray show`, `lineage` and `export`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from xray.commands.common import ArtifactName, Overrides, guarded
 def show(
     artifact: ArtifactName,
     files: Annotated[list[Path], typer.Argument(help="Pictures and clips")],
-    out: Annotated[Path, typer.Option(help="Where to write: .png or .html")] = Path("show.png"),
+    out: Annotated[Path, typer.Option(help=".png or .html to write")] = Path("show.png"),
     keep_rate: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Instead of the artifact's own")
+        float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")
     ] = None,
 ) -> None:
-    """Draw what ARTIFACT sees: tokens kept at each reducing block, MAE reconstructions."""
+    """Draw the tokens that ARTIFACT keeps at each reducing block, and MAE reconstructions."""
     from xray.artifacts.artifact import open_artifact
     from xray.visualize.explain import show as write
 
@@ -32,10 +32,10 @@ def show(
 @guarded
 def lineage(
     artifact: ArtifactName,
-    verify: Annotated[bool, typer.Option("--verify", help="Re-hash every file")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Show what ARTIFACT was made from; exit code 1 where something of it was changed."""
+    """Print the artifacts and data that ARTIFACT was made from; exit code 1 if any was changed."""
     from xray.artifacts.lineage import lineage as walk
     from xray.artifacts.lineage import told
 
@@ -54,34 +54,35 @@ def export(
         str,
         typer.Argument(
             metavar="RUN[@STEP]|ARTIFACT",
-            help="Without --to a stage's folder, its checkpoint @400, @best or @last; with --to an "
-            "artifact: a folder or a URL",
+            help="Without --to: a stage's folder, with @400, @best or @last for a checkpoint; "
+            "with --to: an artifact, folder or URL",
         ),
     ],
     overrides: Overrides = None,
     to: Annotated[
-        str, typer.Option(help="timm, open_clip, onnx or safetensors: convert ARTIFACT")
+        str, typer.Option(help="Convert ARTIFACT to timm, open_clip, onnx or safetensors")
     ] = "",
     out: Annotated[
-        str, typer.Option(help="The folder to write (RUN/artifact_STEP; with --to FORMAT_export)")
+        str,
+        typer.Option(help="Folder to write (default: RUN/artifact_STEP; with --to: FORMAT_export)"),
     ] = "",
     weights: Annotated[
         str,
-        typer.Option(help="Of a run: last, or ema, the moving average that train.ema kept"),
+        typer.Option(help="Weights of RUN: last, or ema (the moving average of train.ema)"),
     ] = "last",
     keep_rate: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="Of --to onnx, instead of the artifact's own"),
+        typer.Option(min=0.01, max=1.0, help="For --to onnx: replaces the artifact's own"),
     ] = None,
     frames: Annotated[
-        int, typer.Option(min=1, help="Of --to onnx: 1 for images, more for clips of so many")
+        int, typer.Option(min=1, help="For --to onnx: frames per clip, 1 for images")
     ] = 1,
 ) -> None:
     """Write an artifact from a checkpoint of RUN; with --to, convert ARTIFACT for another library.
 
-    xray export runs/a/clip@400 writes the artifact that the stage would have ended with there.
-    xray export runs/a/clip/artifact --to timm writes a folder that timm.create_model loads, with a
-    model card (README.md). What is written is compared with the original before it is kept.
+    xray export runs/a/clip@400 writes the artifact of a run that ended at step 400. xray export
+    runs/a/clip/artifact --to timm writes a folder for timm.create_model, with a model card
+    (README.md). The converted model is compared with the original before it is kept.
     """
     from xray.config.loading import parse_overrides
     from xray.errors import ConfigError
@@ -90,14 +91,14 @@ def export(
     if to:
         if weights != "last":
             raise ConfigError(
-                "--weights chooses of a run: leave out --to, convert what that writes"
+                "--weights is for RUN, not for --to: export an artifact first, then convert it"
             )
         _convert(source, to, Path(out or f"{to}_export"), given, keep_rate, frames)
         return
     if keep_rate is not None or frames != 1:
         raise ConfigError("--keep-rate and --frames are for --to onnx")
     if weights not in ("last", "ema"):
-        raise ConfigError(f"--weights {weights}: it is last or ema")
+        raise ConfigError(f"--weights {weights}: use last or ema")
     from xray.training.checkpoint_export import export_checkpoint
 
     chosen: Literal["last", "ema"] = "ema" if weights == "ema" else "last"
@@ -108,7 +109,7 @@ def export(
 
 
 def split_run(text: str) -> tuple[str, str]:
-    """RUN@STEP as (folder, step); an @ before the last / is the path's."""
+    """Split RUN@STEP into (folder, step); an @ before the last / belongs to the path."""
     folder, at, which = text.rpartition("@")
     return (folder, which or "last") if at and "/" not in which else (text, "last")
 
@@ -122,15 +123,15 @@ def _convert(
 
     text = given.get("text", {})
     if given.keys() - {"text"} or not isinstance(text, dict) or text.keys() - {"llm"}:
-        raise ConfigError("with --to the only setting is text.llm=, where the LLM lies now")
+        raise ConfigError("with --to, the only setting is text.llm=, the folder of the LLM now")
     folder, _ = split_run(source)
     if folder != source and (Path(folder) / "config.yaml").is_file():
-        raise ArtifactError(f"{source} is a checkpoint: make an artifact of it first, without --to")
+        raise ArtifactError(f"{source} is a checkpoint: export an artifact first, without --to")
     dist.choose_device("cpu")
     artifact = open_artifact(source, text.get("llm", ""))
     export = convert(artifact, form, out, keep_rate, frames)
     print(f"{form}: {out}, described in {out}/README.md")
     for name, value in export.differences.items():
-        print(f"   {name}: differ from the original by at most {value:.2g}")
+        print(f"   {name}: differs from the original by at most {value:.2g}")
     for note in export.notes:
         print(f"   {note}")

@@ -19,11 +19,11 @@ SIGNS = {"ok": "", "missing": "-", "broken": "BROKEN"}
 @guarded
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
-    out: Annotated[Path, typer.Option(help="Where runs are to be written")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder for runs")] = Path("runs"),
 ) -> None:
-    """Say what this computer has, and what is missing for what; exit code 1 when it cannot train.
+    """Check this machine: hardware, libraries, and which features each missing one disables.
 
-    Under a launcher, one process of each host answers.
+    Exit code 1 if it cannot train. Under a launcher, one process per host reports.
     """
     from xray.doctor.checks import examine
 
@@ -51,7 +51,7 @@ def doctor(
 
 
 def _plain(text: str) -> str:
-    """Without what rich would take for markup."""
+    """Escape rich markup."""
     from rich.markup import escape
 
     return escape(text)

@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import guarded
+from xray.commands.common import ArtifactName, guarded
 from xray.errors import ConfigError
 from xray.progress import progress_bar
 
 if TYPE_CHECKING:
     from data_pipelines.ingest.corpus import Corpus
 
-SHOWN = 5  # samples named that were left out
+SHOWN = 5  # left-out samples that are printed
 
-Llm = Annotated[
-    str, typer.Option(help="Where the LLM is that the artifact is based on, if that was moved")
-]
+Llm = Annotated[str, typer.Option(help="Folder of the artifact's LLM, if it was moved")]
 
 
 @guarded
 def embed(
-    artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
+    artifact: ArtifactName,
     source: Annotated[
         list[str],
         typer.Argument(
@@ -34,27 +32,30 @@ def embed(
             "clips, single files, or a .txt of one text per line"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Where to write: .parquet or .npy")],
+    out: Annotated[Path, typer.Option(help=".parquet or .npy file to write")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or binary")] = "fp32",
     dim: Annotated[
-        int, typer.Option(help="Keep the first so many features (Matryoshka); 0 = all")
+        int, typer.Option(help="Number of leading features to keep (Matryoshka); 0 = all")
     ] = 0,
     texts: Annotated[
-        bool, typer.Option("--texts", help="Embed the captions of shards, not the pictures")
+        bool, typer.Option("--texts", help="Embed captions instead of pictures")
     ] = False,
-    captions: Annotated[str, typer.Option(help="Their json fields, a,b; else the usual")] = "",
-    modality: Annotated[str, typer.Option(help="image or video; else what there is")] = "",
+    captions: Annotated[
+        str, typer.Option(help="Json fields of captions, a,b (default: the usual ones)")
+    ] = "",
+    modality: Annotated[str, typer.Option(help="image or video (default: what there is)")] = "",
     keep_rate: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Instead of the artifact's own")
+        float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")
     ] = None,
-    precision: Annotated[str, typer.Option(help="The encoder's: fp32 or bf16")] = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Samples at a time")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read, of each rank")] = 2,
+    precision: Annotated[str, typer.Option(help="Precision of the encoder: fp32 or bf16")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass")] = 64,
+    workers: Annotated[int, typer.Option(help="Loader processes per rank")] = 2,
     llm: Llm = "",
 ) -> None:
-    """Embed pictures, clips or texts: normalised features, in a clip artifact's joint space.
+    """Embed pictures, clips or texts as normalised features; a clip artifact's share one space.
 
-    The same command goes on where it was stopped. With torchrun, each process does a part.
+    After an interruption, run the same command again: it continues. With torchrun, each process
+    does a part.
     """
     from data_pipelines.ingest.corpus import open_corpus
     from xray.artifacts.artifact import open_artifact
@@ -88,7 +89,7 @@ def embed(
 
 
 def _join(device: Any) -> None:
-    """Join the process group, where there is more than one process."""
+    """Join the process group if there is more than one process."""
     if dist.world_size() > 1:
         from xray.training.engine import init_distributed
 
@@ -101,38 +102,43 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
 
     if corpus.others:
         what = "files" if corpus.kind == "files" else "samples"
-        print(f"not looked at: {corpus.others:,} {what} that are no {corpus.modality} (--modality)")
+        print(f"skipped: {corpus.others:,} {what} that are not {corpus.modality} (--modality)")
     if not causes:
         return
-    told = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
+    summary = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
     with listed.open() as lines:
         first = [json.loads(line) for line in islice(lines, SHOWN)]
     names = ", ".join(f"{row['path']}:{row['key']}" for row in first)
     more = ", ..." if sum(causes.values()) > SHOWN else ""
-    print(f"left out: {told} ({names}{more}); listed in {listed}")
+    print(f"left out: {summary} ({names}{more}); listed in {listed}")
 
 
 @guarded
 def search(
     embeddings: Annotated[
-        Path, typer.Argument(metavar="X", help="What xray embed wrote: .parquet or .npy")
+        Path, typer.Argument(metavar="X", help="Embedding file of xray embed: .parquet or .npy")
     ],
     query: Annotated[str, typer.Argument(help="A text, or the file of a picture or clip")],
-    top: Annotated[int, typer.Option(min=1, help="How many to find")] = 10,
-    html: Annotated[Path | None, typer.Option(help="Also write a page of the pictures")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of hits")] = 10,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write an HTML page of the pictures")
+    ] = None,
     artifact: Annotated[
-        str, typer.Option(help="Where the artifact is that X was made with, if that was moved")
+        str, typer.Option(help="Folder or URL of the artifact that made X, if it was moved")
     ] = "",
     oversample: Annotated[
         int,
-        typer.Option(min=1, help="Candidates per hit, compared again; binary: 1 = Hamming only"),
+        typer.Option(
+            min=1, help="Candidates per hit that are ranked again; binary: 1 = Hamming only"
+        ),
     ] = 4,
     rescore: Annotated[
-        Path | None, typer.Option(help="The same embeddings in a finer dtype, to compare again by")
+        Path | None,
+        typer.Option(help="The same embeddings in a finer dtype, to rank candidates again"),
     ] = None,
     llm: Llm = "",
 ) -> None:
-    """Find the pictures, clips or texts of X that are nearest to a text or a picture."""
+    """Find the pictures, clips or texts of X that are nearest to QUERY."""
     from xray.search.embedding_file import open_embeddings
     from xray.search.exact import check_same_rows
     from xray.search.exact import search as find
@@ -146,12 +152,12 @@ def search(
     if finer is not None:
         check_same_rows(opened, finer)
     maker = open_maker(opened.facts, artifact, llm)
-    asked = encode_query(maker, opened.facts, query, dist.choose_device("auto"))
-    hits = find(opened, asked, top, oversample, finer)
+    rows = encode_query(maker, opened.facts, query, dist.choose_device("auto"))
+    hits = find(opened, rows, top, oversample, finer)
     names, scores = opened.names(hits.rows[0].tolist()), hits.scores[0].tolist()
     hits_table(query, names, scores).print()
     if html is not None:
         missing = write_page(html, query, opened.facts, names, scores)
         print(f"written: {html}")
         if missing:
-            print(f"{len(missing)} pictures are missing, the first is {missing[0]}")
+            print(f"{len(missing)} pictures are missing; the first: {missing[0]}")

@@ -1,4 +1,4 @@
-"""`xray plan`: memory, FLOPs, steps and hours of a recipe or a stage, before anything runs."""
+"""`xray plan`: memory, FLOPs, steps and hours of a recipe or a stage, without running it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ if TYPE_CHECKING:
     from xray.planning.known_inputs import Known
     from xray.training.gpu_specs import Gpu
 
-USABLE = 0.9  # of a device's memory: CUDA, NCCL and fragments take the rest
+USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 
 
 @guarded
 def plan(
     name: Annotated[str, typer.Argument(metavar="RECIPE|STAGE", help="A recipe, or a stage")],
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many of them")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices")] = 1,
     gpu: Annotated[str, typer.Option(help="h100, a100, ... or none")] = "h100",
     gb: Annotated[float, typer.Option(min=0, help="Memory of a device (default: the GPU's)")] = 0,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of its peak reached")] = 0.4,
-    tags: Annotated[int, typer.Option(min=0, help="Size of a vocabulary not built yet")] = 0,
+    mfu: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Model FLOPs utilisation: share of the GPU's peak"),
+    ] = 0.4,
+    tags: Annotated[
+        int, typer.Option(min=0, help="Size of a vocabulary that is not built yet")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Print what RECIPE or STAGE takes, without a GPU or data; exit code 1 where it does not fit.
+    """Print the resources that RECIPE or STAGE needs, without a GPU or data; exit code 1 if it does
+    not fit.
 
-    Memory is of one device when most is held, from a step with tensors that have no values; hours
-    assume that a share of the GPU's peak is reached (--mfu). A stage takes its settings from
-    key=value.
+    Memory is the peak of one device, from a step with tensors without values. Hours assume --mfu.
+    A stage takes its settings from KEY=VALUE.
     """
     from xray.planning.estimate import cheapest_fit, resources
     from xray.planning.known_inputs import known
@@ -69,7 +74,7 @@ def plan(
 
 
 def _configs(name: str, overrides: list[str]) -> tuple[list[Any], Any]:
-    """The stages' checked configs, and the tiny LLM that a recipe makes."""
+    """Return the stages' validated configs, and the tiny LLM that a recipe makes."""
     from stages import STAGES, stage_class
     from xray.config import loading as cfg
 
@@ -84,17 +89,17 @@ def _configs(name: str, overrides: list[str]) -> tuple[list[Any], Any]:
 
 
 def _advice(stage: str, memory: Memory, change: Change | None, capacity: float) -> str:
-    needs = f"{stage} does not fit: {_gb(memory.total)} where {_gb(capacity)} can be used"
+    needs = f"{stage} does not fit: it needs {_gb(memory.total)} of {_gb(capacity)} usable"
     if change is None:
-        return f"{needs}; no setting of this plan makes it fit: take more devices or memory"
-    host = f" and {_gb(change.memory.host)} of the computer's" if change.memory.host else ""
+        return f"{needs}; no setting makes it fit: use more devices or memory"
+    host = f" and {_gb(change.memory.host)} of host memory" if change.memory.host else ""
     return f"{needs}; {change} makes it {_gb(change.memory.total)}{host}"
 
 
 def _facts(
     needs: Resources, own: Known, gpu: Gpu | None, mfu: float, change: Change | None
 ) -> dict[str, Any]:
-    """A stage's part of the JSON, and of the table."""
+    """Return a stage's part of the JSON and of the table."""
     config, size = needs.config, needs.size
     epochs = {
         block.source: config.steps * block.samples / len(own.sources[block.source])
@@ -129,13 +134,13 @@ PARTS = {
     "logits": "logits and loss",
     "batch": "batch",
     "buffers": "DeepSpeed's buffers",
-    "total": "in all",
-    "host": "the computer's, per device",
+    "total": "total",
+    "host": "host, per device",
 }
 
 
 def _print(rows: list[dict[str, Any]], notes: list[str], title: str, how: str) -> None:
-    """A column per stage."""
+    """Print a table with a column per stage."""
     from xray.reports.tables import ResultTable, short
 
     table = ResultTable(title, ("", *(row["stage"] for row in rows)))
@@ -144,7 +149,7 @@ def _print(rows: list[dict[str, Any]], notes: list[str], title: str, how: str) -
         table.rows.append((what, *values))
 
     line("parameters", [short(r["parameters"]) for r in rows])
-    line("of them trained", [short(r["trained"]) for r in rows])
+    line("trained parameters", [short(r["trained"]) for r in rows])
     line("samples", [short(r["samples"]) for r in rows])
     line("steps", [short(r["steps"]) for r in rows])
     line("epochs", ["\n".join(_epochs(r)) for r in rows])
@@ -170,5 +175,5 @@ def _epochs(row: dict[str, Any]) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    """Bytes as GB, or as MB below one."""
+    """Format bytes as GB, or as MB below one."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

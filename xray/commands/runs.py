@@ -1,4 +1,4 @@
-"""Commands on the folder of a run: an artifact from a checkpoint, a step done again."""
+"""`xray report` and `xray debug replay`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from xray.commands.common import Overrides, guarded
 
 @guarded
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A recipe's folder, or a stage's")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a recipe's run or of a stage")
+    ],
 ) -> None:
-    """Write RUN/report.html again, of what is there by now: also while it trains."""
+    """Write RUN/report.html again from the current state; RUN may still be training."""
     from xray.recipes.report import report_again
 
     print(f"report: {report_again(run)}")
@@ -26,7 +28,7 @@ def replay(
     bundle: Annotated[Path, typer.Argument(help="RUN/bundles/step_...")],
     overrides: Overrides = None,
 ) -> None:
-    """Do a step again that was not finite: its loss, its gradient, and where they broke first."""
+    """Repeat a step that was not finite, and print its loss, gradient and first broken layers."""
     from xray.config.loading import parse_overrides
     from xray.training.checkpoint_export import find_run
     from xray.training.engine import init_distributed
@@ -51,6 +53,6 @@ def replay(
         keys = ", ".join(f"{s['shard']}:{s['key']}" for s in samples[:4])
         print(f"   {source}: {keys}{', ...' if len(samples) > 4 else ''} (all in bundle.json)")
     if was != now:
-        print("not the same as then: look for hardware that computes wrong, or kernels whose sums")
-        print("are not ordered (a GPU)")
+        print("the result differs: suspect faulty hardware, or kernels whose sums are")
+        print("not deterministic (GPU)")
         raise SystemExit(1)

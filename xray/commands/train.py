@@ -1,4 +1,4 @@
-"""Commands that train: run (a recipe) and train (one stage)."""
+"""`xray run` (a recipe) and `xray train` (one stage)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @guarded
 def run(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a .yaml file")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml file")],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, then stop")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the stages, then stop")] = False,
 ) -> None:
     """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report."""
     from xray.recipes.plan_table import plan_table
     from xray.recipes.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    table = plan_table(loaded)  # on every rank: it raises for what cannot be built
+    table = plan_table(loaded)  # on every rank: it raises for models that cannot be built
     if dist.is_main():
         table.print()
     if plan:
@@ -47,12 +47,12 @@ def train(
         typer.Argument(metavar="[FILE.yaml|KEY=VALUE]...", help="Config files and settings"),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
-    model: Annotated[str, typer.Option(help="A shipped model, as model=NAME")] = "",
+    model: Annotated[str, typer.Option(help="A shipped model, same as model=NAME")] = "",
     init_from: Annotated[list[str] | None, typer.Option(help="An artifact: folder or URL")] = None,
-    out: Annotated[str, typer.Option(help="The run's folder (default: runs/STAGE)")] = "",
-    resume: Annotated[str, typer.Option(help="Go on with a run's folder, with its config")] = "",
+    out: Annotated[str, typer.Option(help="Folder of the run (default: runs/STAGE)")] = "",
+    resume: Annotated[str, typer.Option(help="Folder of a run to continue, with its config")] = "",
 ) -> None:
-    """Train one stage; the same command again goes on where it stopped."""
+    """Train one stage. After an interruption, run the same command again: it continues."""
     from stages import stage_class
     from xray.config import loading as cfg
 
@@ -92,7 +92,7 @@ def train(
 
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
-    """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
+    """Evaluate the artifacts, print the results, write results.json and report.html."""
     from xray.evaluation.results_table import result_table
     from xray.evaluation.suites import evaluated
     from xray.recipes.report import write_run_report

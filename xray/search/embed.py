@@ -1,8 +1,8 @@
-"""The job of `xray embed`: whatever an artifact encodes, as one file of embeddings.
+"""Job of `xray embed`: encodes all samples of a corpus into one file of embeddings.
 
-The samples are cut into parts by position, each a file of its own until all are there
-(`OUT.parts/`); of several processes each does every nth part, and the first puts them together. A
-part's rows do not depend on who makes it, so one process and many write the same bytes.
+The samples are split into parts by position, each written to its own file in `OUT.parts/`. Of n
+processes each makes every nth part; rank 0 joins them. A part's rows do not depend on the process
+that makes it, so one process and many write the same bytes.
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ from xray.search.encoding import (
     width_of,
 )
 
-PARTS = 256  # of a corpus, unless they would be too small or too large
-LEAST, MOST = 256, 16_384  # samples of a part
+PARTS = 256  # per corpus, unless they would be too small or too large
+LEAST, MOST = 256, 16_384  # samples per part
 Precision = Literal["fp32", "bf16"]
 Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
-Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each that is bad
+Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each bad sample
 
 
 @dataclass
 class EmbedConfig:
-    """What is kept of each sample, and how it is computed."""
+    """Settings of an embedding job."""
 
     dtype: Dtype = "fp32"
-    dim: int = 0  # the first so many features, normalised again; 0 = all
-    keep_rate: float | None = None  # instead of the artifact's own
+    dim: int = 0  # number of leading features to keep, normalised again; 0 = all
+    keep_rate: float | None = None  # replaces the artifact's own
     precision: Precision = "fp32"  # of the encoder
-    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+    captions: dict[str, float] = field(default_factory=dict)  # json fields; {} = the usual ones
     batch_size: int = 64
     workers: int = 2
 
     def validate(self) -> None:
-        """Raises ConfigError naming the option to change."""
+        """Raise ConfigError naming the option to change."""
         if self.dtype not in get_args(Dtype):
             raise ConfigError(f"--dtype {self.dtype}: use {', '.join(get_args(Dtype))}")
         if self.precision not in get_args(Precision):
@@ -89,8 +89,11 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """rows: in the file. left_out: samples without any, by cause, listed in `listed`. reused: parts
-    that an earlier call had made; of `parts`, where none had to be made."""
+    """Result of an embedding job.
+
+    left_out: samples without rows, by cause, listed in the file `listed`. reused: those of the
+    `parts` that an earlier call made.
+    """
 
     rows: int
     left_out: Mapping[str, int]
@@ -106,10 +109,10 @@ def embed(
     out: Path,
     progress: Progress | None = None,
 ) -> EmbedReport:
-    """Write the embeddings of a corpus, in its order; the same call goes on where it was stopped.
+    """Write the embeddings of a corpus, in its order; the same call continues an interrupted one.
 
-    All ranks call it. Raises ConfigError for what the artifact cannot encode or `out` that is
-    another's, DataError where nothing can be read.
+    All ranks call it. Raises ConfigError for a modality that the artifact cannot encode and for an
+    `out` of another job, DataError if nothing can be read.
     """
     check_out(out)
     job = dist.main_first(lambda: _Job(encoder, corpus, config, out))
@@ -121,11 +124,11 @@ def embed(
         return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
     with dist.main_first(job.claim):
         missing = [part for part in range(len(job.parts)) if job.load(part) is None]
-        todo: list[int] = dist.broadcast_object(missing)  # by now another rank may have made some
+        todo: list[int] = dist.broadcast_object(missing)  # another rank may have made some by now
         mine = todo[dist.rank() :: dist.world_size()]
         dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
         dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
-    if dist.is_main():  # nobody holds them any more
+    if dist.is_main():  # the lock is released
         shutil.rmtree(job.folder)
     facts = open_embeddings(out).facts
     return EmbedReport(
@@ -134,7 +137,7 @@ def embed(
 
 
 class _Job:
-    """What is asked for, and the parts of it that are there."""
+    """Request of an embedding job, and its finished parts."""
 
     def __init__(
         self,
@@ -167,7 +170,7 @@ class _Job:
         }
 
     def finished(self) -> bool:
-        """Whether the file is there; raises ConfigError where it is of another command."""
+        """Whether the file is complete; raises ConfigError for a file of another command."""
         if not self.out.exists():
             return False
         asked = {**self.identity, "dtype": self.config.dtype}
@@ -178,13 +181,15 @@ class _Job:
                 f"{self.out} holds other embeddings ({'; '.join(changed)}): delete it, or choose "
                 "another --out"
             )
-        if dist.is_main() and self._claimed() == self.identity:  # by a kill before they went
+        if dist.is_main() and self._claimed() == self.identity:  # a kill left them
             shutil.rmtree(self.folder)
         return True
 
     def claim(self) -> AbstractContextManager[object]:
-        """Make the folder of parts one of this command; refuse another's. What is returned holds
-        it, on rank 0, until it is left."""
+        """Claim the folder of parts; raise ConfigError if it belongs to another command.
+
+        Returns a context that holds the folder's lock, on rank 0.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(self.folder, "written to", "--out") if dist.is_main() else None
         held = self._claimed()
@@ -198,7 +203,7 @@ class _Job:
         return lock or nullcontext()
 
     def _claimed(self) -> Any:
-        """What the folder of parts is of, None where that is not there, or cut off by a kill."""
+        """Return the job of the folder of parts; None if it is missing or incomplete."""
         try:
             return json.loads((self.folder / "job.json").read_text())
         except (OSError, ValueError):
@@ -208,7 +213,7 @@ class _Job:
         return self.folder / f"{part:06d}"
 
     def load(self, part: int) -> tuple[Columns, Mapping[str, Any]] | None:
-        """The columns and facts of a part, None where it is not there or of another command."""
+        """Return the columns and facts of a part; None if it is missing or of another command."""
         numbers = self.parts[part]
         wanted = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
         columns, facts = open_first([self._path(part)], wanted)
@@ -240,7 +245,7 @@ class _Job:
         none = np.empty((0, self.dim), np.float32)
         columns["rows"] = np.concatenate([none, *(found for _, found, _ in rows)])
         wrong = np.flatnonzero(~np.isfinite(columns["rows"]).all(axis=1))
-        if len(wrong):  # one would make int8's scale, and with it every row, NaN
+        if len(wrong):  # one row would make int8's scale, and so all rows, NaN
             key, path, _ = names[wrong[0]]
             raise DataError(f"{path}:{key}: the model's features are NaN or infinite")
         left_out = [[*self.corpus.name(*place), cause] for place, cause in bad.items()]
@@ -249,7 +254,7 @@ class _Job:
         save_columns(self._path(part), columns, {**facts, "left_out": left_out})
 
     def _media(self, todo: Sequence[int]) -> Iterator[Found]:
-        """Rows of pictures or clips, a batch at a time; no batch is of two parts."""
+        """Yield rows of pictures or clips by batch; no batch spans two parts."""
         encode = of_pixels(self.encoder)
         device = next(self.encoder.parameters()).device
         size = self.config.batch_size
@@ -270,7 +275,7 @@ class _Job:
             yield [(p, row[None], [""]) for p, row in zip(here, found, strict=True)], bad
 
     def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
-        """Rows of all captions of samples, a part at a time; texts of like length go together."""
+        """Yield rows of all captions by part; texts of similar length share a batch."""
         encode = of_texts(self.encoder)
         device = next(self.encoder.parameters()).device
         for part in todo:
@@ -299,7 +304,7 @@ class _Job:
         return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
     def finish(self, listed: Path) -> None:
-        """Put the parts together, and list the samples that were left out."""
+        """Join the parts, and list the samples that were left out."""
         counts, bad = 0, []
         low, high = np.full(self.dim, np.inf, np.float32), np.full(self.dim, -np.inf, np.float32)
         for columns, facts in self._loaded():
@@ -316,7 +321,7 @@ class _Job:
         if self.config.dtype == "int8":
             scale, offset = calibrate(low, high)
             whole |= {"scale": scale.tolist(), "offset": offset.tolist()}
-        listed.unlink(missing_ok=True)  # of samples that are whole by now
+        listed.unlink(missing_ok=True)  # may be of an earlier run
         if bad:
             rows = [dict(zip(("key", "path", "cause"), row, strict=True)) for row in bad]
             listed.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,11 +1,11 @@
-"""Embeddings in a file: one row per picture, clip or text, with its key and where it lies.
+"""Embeddings in a file: one row per picture, clip or text, with its key and path.
 
-X.parquet   columns key, path, (text,) embedding: fixed-size binary, the row's numbers as they lie
-            in memory: lists of numbers are read several times slower, and hold int8 in four bytes
+X.parquet   columns key, path, (text,) embedding. An embedding is fixed-size binary, the numbers as
+            in memory: lists of numbers are read several times slower, and use 4 bytes per int8
 X.npy       the rows alone, and X.npy.json with keys and facts
 
-The facts say what the rows are: dtype, dim, artifact, source; int8 has a scale and an offset per
-dimension, binary holds the signs, eight dimensions to a byte.
+The facts describe the rows: dtype, dim, artifact, source. int8 has a scale and an offset per
+dimension; binary holds the signs, eight dimensions per byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xray.errors import ConfigError, DataError, brief
 from xray.files import replacing, usual_mode
 
 VERSION = 1
-GROUP = 16_384  # rows of a Parquet file that are read at a time
+GROUP = 16_384  # rows per Parquet row group
 ENDINGS = (".parquet", ".npy")
 FACTS = b"xray"  # of the schema's metadata
 Dtype = Literal["fp32", "fp16", "int8", "binary"]
@@ -40,30 +40,30 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Names:
-    """What some rows are of: keys, paths, and texts where they are of texts."""
+    """Names of rows: keys, paths, and for embeddings of texts the texts."""
 
     keys: list[str]
     paths: list[str]
     texts: list[str] | None = None
 
 
-Block = tuple[np.ndarray, Names]  # rows [n, D] float32, and what they are of
+Block = tuple[np.ndarray, Names]  # rows [n, D] float32, and their names
 
 
 # numbers --------------------------------------------------------------------------------------
 
 
 def shortened(rows: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` features of rows [N, D], normalised again."""
+    """Return the first `dim` features of rows [N, D], normalised again."""
     part = rows[:, :dim].astype(np.float32)
     return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
 
 
 def calibrate(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, offset) of each dimension's least and largest value, [D] each, for int8.
+    """Return int8's (scale, offset), [D] each, from each dimension's least and largest value.
 
-    A code c stands for c * scale + offset: 256 of them, evenly over the range, so that a value
-    within it is wrong by scale / 2 at most.
+    A code c stands for c * scale + offset. The 256 codes cover the range evenly, so a value within
+    it has an error of at most scale / 2.
     """
     scale = (high.astype(np.float64) - low) / 255
     scale = np.where(scale > 0, scale, 1.0)
@@ -71,7 +71,7 @@ def calibrate(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def quantise(rows: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
-    """Rows [N, D] float32 as they are stored: [N, D], of signs [N, D / 8] bytes."""
+    """Return rows [N, D] float32 in their stored dtype: [N, D], or [N, D / 8] bytes of signs."""
     if facts["dtype"] == "binary":
         return np.packbits(rows > 0, axis=1)
     if facts["dtype"] == "int8":
@@ -81,7 +81,7 @@ def quantise(rows: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
 
 
 def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
-    """What stored rows stand for, [N, D] float32; a sign is +-1/sqrt(D)."""
+    """Return the values of stored rows, [N, D] float32; a sign is +-1/sqrt(D)."""
     if facts["dtype"] == "binary":
         signs = np.unpackbits(stored, axis=1, count=facts["dim"]).astype(np.float32)
         return (2 * signs - 1) / np.float32(np.sqrt(facts["dim"]))
@@ -92,12 +92,12 @@ def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
 
 
 def by_digest(facts: Mapping[str, Any]) -> Facts:
-    """Facts with the artifact and the source by their digests alone, wherever they lay."""
+    """Return facts with only the digests of the artifact and the source, not their paths."""
     return {**facts, **{name: facts[name]["digest"] for name in ("artifact", "source")}}
 
 
 def row_length(facts: Mapping[str, Any]) -> int:
-    """Numbers that are stored of a row."""
+    """Return the count of numbers stored per row."""
     return -(-facts["dim"] // 8) if facts["dtype"] == "binary" else facts["dim"]
 
 
@@ -105,19 +105,19 @@ def row_length(facts: Mapping[str, Any]) -> int:
 
 
 def check_out(out: Path) -> None:
-    """Raise ConfigError for a file that is neither .parquet nor .npy."""
+    """Raise ConfigError for a file name that ends in neither .parquet nor .npy."""
     if out.suffix not in ENDINGS:
         raise ConfigError(f"--out {out} must end in {' or '.join(ENDINGS)}")
 
 
 def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
-    """Write rows as they come, `facts["rows"]` of them, in one rename (of .npy: one each)."""
+    """Write blocks of `facts["rows"]` rows in all; the finished file appears in one rename."""
     write = _write_parquet if out.suffix == ".parquet" else _write_npy
     write(out, {"version": VERSION, **facts}, _grouped(blocks))
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The same rows, GROUP of them at a time or a few more."""
+    """Yield the same rows in blocks of at least GROUP, but for the last."""
     held: list[Block] = []
     for block in blocks:
         held.append(block)
@@ -144,7 +144,7 @@ def _write_parquet(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     fields = [pa.field(name, pa.string(), nullable=False) for name in ("key", "path", *texts)]
     fields.append(pa.field("embedding", pa.binary(width), nullable=False))
     schema = pa.schema(fields, metadata={FACTS: json.dumps(facts).encode()})
-    # what does not shrink is not packed: it is read where it lies
+    # embeddings do not compress: stored plain, they are read in place
     packing: Any = {name: "zstd" for name in ("key", "path", *texts)} | {"embedding": "none"}
     with (
         replacing(out) as temporary,
@@ -166,8 +166,8 @@ def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     shape = (facts["rows"], row_length(facts))
     header = {"descr": np.dtype(STORED[facts["dtype"]]).str, "fortran_order": False, "shape": shape}
     with (
-        replacing(out) as rows_file,
-        usual_mode(rows_file),  # the last to be there: what is looked for
+        replacing(out) as rows_file,  # renamed last: its presence means that both are complete
+        usual_mode(rows_file),
         replacing(_names_of(out)) as names_file,
         usual_mode(names_file),
         names_file.open("w") as lines,
@@ -193,7 +193,7 @@ def _names_of(out: Path) -> Path:
 
 
 class Embeddings(ABC):
-    """The rows of a file, of which none is held: they are mapped, or read a group at a time."""
+    """Rows of a file that are not held in memory: memory-mapped, or read by group."""
 
     facts: Facts
 
@@ -202,35 +202,37 @@ class Embeddings(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[np.ndarray]:
-        """All rows as they are stored, in order, some at a time."""
+        """Yield all rows in their stored dtype, in order, by chunk."""
 
     @abstractmethod
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows as they are stored."""
+        """Return some rows in their stored dtype."""
 
     @abstractmethod
     def names(self, rows: Sequence[int]) -> Names:
-        """What some rows are of."""
+        """Return the names of some rows."""
 
 
 def open_embeddings(path: Path) -> Embeddings:
-    """A file of embeddings; raises DataError where it is none."""
+    """Open a file of embeddings; raises DataError for any other file."""
     if path.suffix not in ENDINGS:
-        raise DataError(f"{path} holds no embeddings: they are in a {' or '.join(ENDINGS)}")
+        raise DataError(f"{path} is not an embedding file: it must end in {' or '.join(ENDINGS)}")
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     try:
         found = ParquetEmbeddings(path) if path.suffix == ".parquet" else NpyEmbeddings(path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         detail = brief(error)
-        raise DataError(f"{path} holds no embeddings of xray embed: {detail}") from error
+        raise DataError(f"{path} is not an embedding file of xray embed: {detail}") from error
     if found.facts["version"] != VERSION:
-        raise DataError(f"{path} has version {found.facts['version']}, this reads {VERSION}")
+        raise DataError(
+            f"{path} has version {found.facts['version']}, but this xray reads version {VERSION}"
+        )
     return found
 
 
 class NpyEmbeddings(Embeddings):
-    """X.npy, mapped."""
+    """X.npy, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         content = json.loads(_names_of(path).read_text())
@@ -253,7 +255,7 @@ class NpyEmbeddings(Embeddings):
 
 
 class ParquetEmbeddings(Embeddings):
-    """X.parquet, a row group at a time."""
+    """X.parquet, read by row group."""
 
     def __init__(self, path: Path) -> None:
         self.file = pq.ParquetFile(path, memory_map=True)

@@ -1,4 +1,4 @@
-"""What an artifact makes of pixels and of texts, on its device: [B, D], whatever it is of."""
+"""Features of pixels and of texts by any artifact, on its device: [B, D]."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xray.precompute.inference import Place
 
 
 class Batch(NamedTuple):
-    """Places that can be read, their rows [n, D], the cause by place of the others."""
+    """Readable places, their rows [n, D], and the cause by place of the others."""
 
     here: list[Place]
     rows: Tensor | None
@@ -25,20 +25,20 @@ class Batch(NamedTuple):
 def set_keep_rate(
     encoder: VisionEncoder | TextEncoder, keep_rate: float | None, text: bool
 ) -> None:
-    """Encode at another keep rate; raises ConfigError where there are no tokens to keep."""
+    """Set another keep rate; raises ConfigError for texts."""
     if keep_rate is None:
         return
     if text or not isinstance(encoder, VisionEncoder):
-        raise ConfigError("--keep-rate: it is of pictures and clips, and these are texts")
+        raise ConfigError("--keep-rate applies to pictures and clips, and these are texts")
     encoder.choose(keep_rate)
 
 
 def width_of(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
-    """The features an artifact makes; raises ConfigError for what it cannot encode."""
+    """Return the number of features; raises ConfigError for a modality it cannot encode."""
     what = f"{encoder.artifact.path} is of stage {encoder.artifact.stage}"
     if isinstance(encoder, TextEncoder):
         if not text:
-            raise ConfigError(f"{what}: it encodes texts (a .txt, or --texts), no pictures")
+            raise ConfigError(f"{what}: it encodes texts (a .txt, or --texts), not pictures")
         return int(encoder.text.width)
     if isinstance(encoder, Encoder):
         return int(encoder.artifact.manifest["config"]["clip"]["embed_dim"])
@@ -48,7 +48,7 @@ def width_of(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
 
 
 def of_pixels(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor]:
-    """Pixels [B, T, 3, H, W] to [B, D] on their device."""
+    """Return the encoder of pixels [B, T, 3, H, W] to [B, D], on their device."""
     if isinstance(encoder, Encoder):
         return encoder.image_features
     assert isinstance(encoder, VisionEncoder)
@@ -56,7 +56,7 @@ def of_pixels(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor
 
 
 def of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], Tensor]:
-    """N texts to [N, D]."""
+    """Return the encoder of N texts to [N, D]."""
     assert isinstance(encoder, Encoder | TextEncoder)
     device = next(encoder.parameters()).device
 
@@ -71,7 +71,7 @@ def of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], 
 
 
 def one_behind(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same with rows on the CPU, each once the next is begun: a GPU does not wait for them."""
+    """Move rows to the CPU one batch late, so that a GPU does not wait for the copy."""
     before: tuple[Batch, Any] | None = None
     for batch in batches:
         rows, ready = batch.rows, None
@@ -93,7 +93,7 @@ def _there(batch: Batch, ready: Any) -> Batch:
 
 
 def warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
-    """Say on stderr where the first `dim` features were not trained to stand alone."""
+    """Warn on stderr if the first `dim` features were not trained to be used alone."""
     trained = encoder.matryoshka if isinstance(encoder, Encoder) else []
     if dim not in trained:
         told = f"those of {', '.join(map(str, trained))} were" if trained else "none was"

@@ -1,4 +1,4 @@
-"""Exact search over embeddings: every row is compared, a chunk at a time."""
+"""Exact search over embeddings: compares every row, in chunks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from xray.errors import ConfigError
 from xray.search.embedding_file import Embeddings, by_digest, quantise, restored
 
-ROWS = 2048  # compared at a time: with 512 dimensions, 4 MB of fp32 that a core's cache holds
+ROWS = 2048  # per comparison: 4 MB of fp32 at 512 dimensions, which fits a core's cache
 OVERSAMPLE = 4
 SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "keep_rate", "captions", "modality"]
 
 
 @dataclass(frozen=True)
 class Hits:
-    """The best rows of each query, best first: rows [Q, k] int64, scores [Q, k] (cosines)."""
+    """Best rows of each query, best first: rows [Q, k] int64, scores [Q, k] (cosines)."""
 
     rows: np.ndarray
     scores: np.ndarray
@@ -33,11 +33,11 @@ def search(
     oversample: int = OVERSAMPLE,
     rescore: Embeddings | None = None,
 ) -> Hits:
-    """The rows of highest cosine with each of some queries [Q, D], normalised float32.
+    """Find the rows of highest cosine with each query [Q, D], normalised float32.
 
-    binary: `oversample` times as many by Hamming distance, then those again by the query as it is
-    against their signs (Yamada et al., 2106.00882); oversample = 1: by Hamming distance alone.
-    rescore: the same rows in a finer dtype, by which that many candidates are compared again.
+    Binary rows: the `oversample` * `top` nearest by Hamming distance are ranked again by the cosine
+    of the query with their signs (Yamada et al., 2106.00882); oversample = 1 keeps the Hamming
+    ranking. rescore: the same rows in a finer dtype, used to rank that many candidates again.
     """
     k = min(top, len(embeddings))
     binary = embeddings.facts["dtype"] == "binary"
@@ -62,8 +62,8 @@ def search(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: it reads about as fast as memory can, and several that meet after every
-    chunk wait for each other, on a busy machine many times as long as they work."""
+    """Run torch on one thread: one thread saturates memory bandwidth, and several would spend most
+    of a busy machine's time waiting for each other after every chunk."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,24 +73,24 @@ def _one_thread() -> Iterator[None]:
 
 
 def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
-    """Raise ConfigError unless two files are of the same samples, by the same artifact and dim,
-    wherever these lay."""
+    """Raise ConfigError unless two files have the same samples, artifact and dim; their folders may
+    differ."""
     one, two = by_digest(embeddings.facts), by_digest(other.facts)
     for name in SAME_ROWS:
         ours, theirs = one.get(name), two.get(name)
         if ours != theirs:
-            raise ConfigError(f"--rescore: it is of other rows ({name}: {theirs}, not {ours})")
+            raise ConfigError(f"--rescore has other rows ({name}: {theirs}, not {ours})")
 
 
 class _Best:
-    """The best rows that were met so far: values and rows [Q, k]."""
+    """Best rows so far: values and rows [Q, k]."""
 
     def __init__(self, k: int) -> None:
         self.k = k
         self.values, self.rows = torch.empty(0), torch.empty(0)
 
     def add(self, start: int, values: Tensor) -> None:
-        """Compare with [Q, n] values of the rows from `start`."""
+        """Add the values [Q, n] of the rows from `start`."""
         found, places = values.topk(min(self.k, values.shape[1]), dim=1)
         places = places + start
         if start:
@@ -100,13 +100,13 @@ class _Best:
 
 
 def _by_cosine(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-    """(first row, [Q, n] products) of all chunks. int8: sum of q (c scale + offset)."""
+    """Yield (first row, [Q, n] products) of all chunks; int8: sum of q (c scale + offset)."""
     facts, asked = embeddings.facts, torch.from_numpy(queries)
     shift = torch.zeros(len(asked), 1)
     if facts["dtype"] == "int8":
         shift = asked @ torch.tensor(facts["offset"], dtype=torch.float32)[:, None]
         asked = asked * torch.tensor(facts["scale"], dtype=torch.float32)
-    room = torch.empty(ROWS, facts["dim"])  # used again: fresh memory is dear
+    room = torch.empty(ROWS, facts["dim"])  # reused: allocation is slow
     start = 0
     for chunk in embeddings.chunks():
         for at in range(0, len(chunk), ROWS):
@@ -118,7 +118,7 @@ def _by_cosine(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[in
 
 
 def _tensor(rows: np.ndarray) -> Tensor:
-    """Mapped rows as a tensor, which nobody writes to."""
+    """Return memory-mapped rows as a tensor, which is only read."""
     import warnings
 
     with warnings.catch_warnings():
@@ -127,8 +127,10 @@ def _tensor(rows: np.ndarray) -> Tensor:
 
 
 def _by_bits(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-    """(first row, [Q, n]) of all chunks: the Hamming distance and the row, as one number that is
-    the higher the better; of rows equally near the first is best."""
+    """Yield (first row, [Q, n]) of all chunks: Hamming distance and row in one number.
+
+    Higher is better; of equally near rows the first is best.
+    """
     asked = _words(quantise(queries, embeddings.facts))
     start = 0
     for chunk in embeddings.chunks():
@@ -142,12 +144,12 @@ def _by_bits(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[int,
 
 
 def _words(stored: np.ndarray) -> np.ndarray:
-    """Bytes [n, w] in words as wide as they fill."""
+    """Return bytes [n, w] as the widest words that fit."""
     size = next(size for size in (8, 4, 2, 1) if stored.shape[1] % size == 0)
     return np.ascontiguousarray(stored).view(f"u{size}")
 
 
 def _cosines(values: Tensor, embeddings: Embeddings) -> np.ndarray:
-    """The cosine of the signs, from `_by_bits`."""
+    """Return the cosine of the signs, from the numbers of `_by_bits`."""
     distance = (-values.numpy()) >> 40
     return (1 - 2 * distance / embeddings.facts["dim"]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a search found, as a table and as a page of pictures."""
+"""Hits of a search, as a table and as a page of pictures."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable
 from xray.search.embedding_file import Facts, Names
 
-SIDE = 192  # of a shown picture's longer side, in pixels
+SIDE = 192  # longer side of a picture, in pixels
 LETTERS = 120  # of a caption
 EMPTY = np.full((SIDE * 3 // 4, SIDE, 3), 225, np.uint8)
 
 
 def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable:
-    """A row per hit, best first."""
+    """Return a row per hit, best first."""
     texts = names.texts or names.paths
     rows: list[Sequence[str]] = [
         (str(rank), f"{score:.4f}", key, text)
@@ -41,16 +41,16 @@ def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable
 def write_page(
     out: Path, query: str, facts: Facts, names: Names, scores: Sequence[float]
 ) -> list[str]:
-    """A self-contained page of what was found; returns why pictures are missing, if any are."""
+    """Write a self-contained page of the hits; return the errors of missing pictures."""
     found: list[Thumbnail] = []
     missing: list[str] = []
-    looked = _Media(facts)
+    media = _Media(facts)
     texts = names.texts or [""] * len(names.keys)
     for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
         pixels, caption = EMPTY, text
         try:
             if names.texts is None:
-                pixels, caption = looked.shown(key, path)
+                pixels, caption = media.shown(key, path)
         except DataError as error:
             missing.append(f"{key}: {error}")
         label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
@@ -59,17 +59,17 @@ def write_page(
     if query.lower().endswith(MEDIA):
         whole = open_corpus([query])
         shown = Thumbnail("", "", Path(query).name, "", png_of(_pixels_of(whole, 0, 0)))
-        asked = sheet("Looked for", [shown])
+        asked = sheet("Query", [shown])
     made = facts["artifact"]
     note = f"{len(found)} of {facts['rows']:,} embeddings ({facts['dtype']}, {facts['dim']} "
     note += f"dimensions) by the {made['stage']} artifact {made['digest'][:12]}; cosines"
-    listing = hits_table("Found", names, scores).html() if names.texts else sheet("Found", found)
+    listing = hits_table("Hits", names, scores).html() if names.texts else sheet("Hits", found)
     write_report(out, query, [paragraph(note), asked, listing])
     return missing
 
 
 class _Media:
-    """The pictures and clips that embeddings were made of, found again by key and path."""
+    """Reader of the pictures and clips of an embedding file, by key and path."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -77,7 +77,7 @@ class _Media:
         self.shards: dict[str, int] = {}
 
     def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
-        """(picture, its first caption or ""); raises DataError where it cannot be read any more."""
+        """Return (picture, first caption or ""); raises DataError if it is gone."""
         where = self.facts["source"]["where"]
         if self.facts["source"]["kind"] == "files":
             return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
@@ -86,11 +86,11 @@ class _Media:
             names = self.corpus.source.manifest.names
             self.shards = {name: number for number, name in enumerate(names)}
         if path not in self.shards:
-            raise DataError(f"{where} has no {path} any more")
+            raise DataError(f"{where} no longer has {path}")
         shard = self.shards[path]
         keys = self.corpus.source.index(shard).keys
         if key not in keys:
-            raise DataError(f"{path} has no {key} any more")
+            raise DataError(f"{path} no longer has {key}")
         return _shown(self.corpus, shard, keys.index(key))
 
 
@@ -103,7 +103,7 @@ def _shown(corpus: Corpus, shard: int, member: int) -> tuple[np.ndarray, str]:
 
 
 def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:
-    """A picture, or the first frame of a clip, small: [H, W, 3] uint8."""
+    """Return a thumbnail of a picture or of a clip's first frame: [H, W, 3] uint8."""
     sample, data = corpus.sample(shard, member, SIDE, 1), DataConfig()
     try:
         media = media_of(sample)

@@ -1,4 +1,4 @@
-"""What is looked for in embeddings, a text or a picture, by the artifact that made them."""
+"""Encodes a query, a text or a picture, with the artifact that made the embeddings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from xray.search.embedding_file import Facts, shortened
 
 
 def open_maker(facts: Facts, where: str = "", llm: str = "") -> Artifact:
-    """The artifact that embeddings were made with; raises ArtifactError for another.
+    """Open the artifact that made the embeddings; raises ArtifactError for another one.
 
-    where: its folder or URL, if it is not where it was.
+    where: its folder or URL now, if it was moved.
     """
     made = facts["artifact"]
     try:
@@ -28,7 +28,7 @@ def open_maker(facts: Facts, where: str = "", llm: str = "") -> Artifact:
     except ArtifactError as error:
         if where:
             raise
-        raise ArtifactError(f"{error}; say where it is now with --artifact") from error
+        raise ArtifactError(f"{error}; give its folder or URL now as --artifact") from error
     if artifact.digest != made["digest"]:
         raise ArtifactError(
             f"{artifact.path} ({artifact.digest[:12]}) is not the {made['stage']} artifact that "
@@ -38,12 +38,12 @@ def open_maker(facts: Facts, where: str = "", llm: str = "") -> Artifact:
 
 
 def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.device) -> np.ndarray:
-    """The row of a text, or of the picture or clip in a file, [1, D] as the embeddings are cut.
+    """Encode a text, or a file of a picture or clip, to [1, D], shortened like the embeddings.
 
-    Raises ConfigError for what the artifact cannot encode, DataError for a file that it cannot be.
+    Raises ConfigError for a query that the artifact cannot encode, DataError for an unusable file.
     """
     if not query.strip():
-        raise ConfigError("there is nothing to look for: give a text, or a picture's file")
+        raise ConfigError("the query is empty: give a text, or the file of a picture or clip")
     encoder = restore_encoder(artifact).to(device)
     if isinstance(encoder, VisionEncoder):
         encoder.keep_rate = facts["keep_rate"] or encoder.keep_rate
@@ -51,15 +51,15 @@ def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.dev
         return shortened(_picture(encoder, query), facts["dim"])
     if not isinstance(encoder, Encoder | TextEncoder):
         raise ConfigError(
-            f"{artifact.path} is of stage {artifact.stage}, which reads no text: look for a "
-            "picture's file"
+            f"{artifact.path} is of stage {artifact.stage}, which encodes no text: give the "
+            "file of a picture or clip"
         )
     return shortened(encoder.encode_text([query]).numpy(), facts["dim"])
 
 
 def _picture(encoder: VisionEncoder | TextEncoder, name: str) -> np.ndarray:
     if isinstance(encoder, TextEncoder):
-        raise ConfigError(f"{encoder.artifact.path} is of stage text: look for a text")
+        raise ConfigError(f"{encoder.artifact.path} is of stage text: give a text as the query")
     data = data_of(encoder.artifact, 0)
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
     try:

@@ -615,7 +615,7 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
         pack(source, out, PackConfig())
     assert tree(out) == before
     (out / "pack.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds \.tar files that are no packing"):
+    with pytest.raises(ConfigError, match=r"holds \.tar files that xray data pack did not write"):
         pack(source, out, PackConfig())
 
 
