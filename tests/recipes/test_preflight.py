@@ -58,7 +58,7 @@ def test_what_is_whole_passes(demo: Path, tmp_path: Path) -> None:
         ),
         (["eval.knn.test=no*"], DataError, "no .tar shards at"),
         (["hashtag.vocabulary=no.json"], ArtifactError, "no.json does not exist"),
-        (["clip.data.sources.photos.shards=no"], DataError, "neither a folder of .tar shards"),
+        (["clip.data.sources.photos.shards=no"], DataError, "no does not exist"),
     ],
 )
 def test_what_is_missing_is_named(

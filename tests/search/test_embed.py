@@ -312,7 +312,7 @@ def test_mistakes_give_one_line(artifacts: dict[str, Artifact], demo: Path, tmp_
         ((clip, tmp_path / "gone.jpg", *out), "gone.jpg does not exist"),
         ((clip, tmp_path / "none", *out), "holds neither .tar shards nor pictures or clips"),
         ((clip, tmp_path / "no.txt", *out), "no.txt is empty"),
-        ((clip, lines, lines, *out), "or one folder"),
+        ((clip, lines, lines, *out), "give one folder, list, text file or pattern of shards"),
         ((clip, lines, "--out", "x.csv"), "must end in .parquet or .npy"),
         ((clip, lines, *out, "--dtype", "int4"), "use fp32, fp16, int8, binary"),
         ((clip, lines, *out, "--dim", 17), "--dim 17: the artifact has 16 dimensions"),
