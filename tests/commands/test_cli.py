@@ -60,7 +60,7 @@ def test_config_prints_what_is_resolved() -> None:
         (["run", "quickstart", "mae=5"], "mae=5 must be a section of keys"),
         (["run", "quickstart", "model.tubelet=0"], "at least 1"),
         (["lineage", "nothing"], "nothing is no artifact"),
-        (["data", "index", "nothing"], "nothing is neither a folder"),
+        (["data", "index", "nothing"], "nothing does not exist"),
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:
