@@ -29,6 +29,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Sample, Source
+from xray.artifacts.offers import VISION, slot_of
 from xray.config import RunConfig, TextConfig
 from xray.config.schedule import largest, steps_of, value_at
 from xray.errors import ConfigError
@@ -159,7 +160,11 @@ class Stage(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[RunConfig]]
-    accepts: ClassVar[tuple[str, ...]]  # stages whose artifacts it may start from
+    # capabilities (xray.artifacts.offers) of its artifact, and of those it can start from
+    offers: ClassVar[frozenset[str]] = frozenset({VISION})
+    accepts: ClassVar[frozenset[str]] = frozenset({VISION})
+    heads: ClassVar[Mapping[str, str]] = {}  # config section of a head, if not the usual one
+    summary: ClassVar[str] = ""  # a sentence for the model card; "" = written from `offers`
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")  # of the sources it can use
     spans_batch: ClassVar[bool] = False  # the loss compares samples of the whole block
 
@@ -237,14 +242,12 @@ def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
     """Sort artifacts into vision and text parents; raises ConfigError for what cannot be used."""
     parents = Parents()
     for artifact in artifacts:
-        kind = artifact.stage
-        if kind not in stage.accepts:
-            can = ", ".join(stage.accepts) or "nothing"
+        if not artifact.offers & stage.accepts:
             raise ConfigError(
                 f"stage {stage.name} cannot start from {artifact.path}, an artifact of stage "
-                f"{kind}; it starts from: {can}"
+                f"{artifact.stage}: it needs one that offers {' or '.join(sorted(stage.accepts))}"
             )
-        slot = "text" if kind == "text" else "vision"
+        slot = slot_of(artifact.offers)
         if getattr(parents, slot) is not None:
             raise ConfigError(f"--init-from names two {slot} artifacts: give one")
         setattr(parents, slot, artifact)

@@ -33,6 +33,7 @@ from stages.clip_monitor import ContrastGuard, loss_at_chance
 from stages.clip_teacher import Teacher, load_teacher
 from xray import dist
 from xray.artifacts.language_model import Language
+from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
 from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
 from xray.models.heads import Projection, text_head
@@ -168,7 +169,8 @@ def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
 class ClipStage(Stage):
     name = "clip"
     Config = ClipConfig
-    accepts = ("mae", "hashtag", "clip", "text")
+    offers = frozenset({VISION, JOINT})
+    accepts = frozenset({VISION, SENTENCES})
     spans_batch = True
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:

@@ -30,6 +30,7 @@ from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
 from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
 from xray import dist
+from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.losses.tags import (
@@ -173,14 +174,14 @@ def pad_labels(rows: Sequence[Batch]) -> Batch:
 class HashtagStage(Stage):
     name = "hashtag"
     Config = HashtagConfig
-    accepts = ("mae", "hashtag", "clip")
+    offers = frozenset({VISION, TAGS})
     teacher_digest = ""  # of the artifact that judged or added tags
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and give the labelled ones slots."""
         options, data = self.config.hashtag, self.config.data
         self.vocabulary = self.find_vocabulary(sources)
-        if parents.vision is not None and parents.vision.stage == self.name:
+        if parents.vision is not None and TAGS in parents.vision.offers:
             path = parents.vision.file("vocabulary.json")
             _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
         training = {block.source for block in self.config.blocks}
@@ -257,7 +258,7 @@ class HashtagStage(Stage):
         softmax = self.config.hashtag.loss == "softmax"
         module.head.expect(torch.from_numpy(mean_frequency(seen)), softmax)
         load_vision(module, parents.vision)
-        if parents.vision is not None and parents.vision.stage == self.name:
+        if parents.vision is not None and TAGS in parents.vision.offers:
             module.head.load_state_dict(parents.vision.load("head"))
         return module
 

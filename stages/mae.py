@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Sample
 from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
+from xray.artifacts.offers import DECODER, VISION
 from xray.config import ModelConfig, RunConfig
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
@@ -117,7 +118,7 @@ class MaeModule(VisionModule):
 class MaeStage(Stage):
     name = "mae"
     Config = MaeConfig
-    accepts = ("mae", "hashtag", "clip")
+    offers = frozenset({VISION, DECODER})
 
     def build(self, parents: Parents) -> MaeModule:
         module = MaeModule(self.config)

@@ -17,6 +17,7 @@ from data_pipelines.text.caption_probe import look_at
 from data_pipelines.text.captions import choose_captions, kept_captions, texts_of
 from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
 from xray.artifacts.language_model import Language
+from xray.artifacts.offers import SENTENCES
 from xray.config import RunConfig, TextConfig
 from xray.errors import ConfigError, DataError
 from xray.losses import contrast, info_nce, row_ids
@@ -93,7 +94,7 @@ class TextModule(StageModule):
 class TextStage(Stage):
     name = "text"
     Config = TextRunConfig
-    accepts = ("text",)
+    offers = accepts = frozenset({SENTENCES})
     modalities = ("image", "video", "text")
     spans_batch = True
 

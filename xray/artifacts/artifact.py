@@ -29,6 +29,7 @@ from torch import Tensor
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.tar_index import user_cache
 from xray.artifacts.location import Place
+from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
 from xray.files import is_inside, locked, replacing, sha256_file, sync_tree, usual_mode
 from xray.version import __version__
@@ -59,6 +60,11 @@ class Artifact:
     @property
     def stage(self) -> str:
         return str(self.manifest["stage"])
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """Capabilities, by the names of xray.artifacts.offers."""
+        return offers_of(self.manifest)
 
     def load(self, part: str) -> dict[str, Tensor]:
         """The tensors of a part; raises ArtifactError when it has none of that name."""
@@ -129,6 +135,8 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     for section in SECTIONS:
         if not isinstance(manifest.get(section), dict):
             raise ArtifactError(f"{where} is damaged: it has no {section}")
+    if not offers_are_sound(manifest):
+        raise ArtifactError(f"{where} is damaged: its offers, heads or summary cannot be read")
     for parent in manifest["parents"].values():
         if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
             raise ArtifactError(f"{where} is damaged: it does not say what its parents are")

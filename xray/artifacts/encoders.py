@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import Language, text_config
+from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, head_section
 from xray.config import DataConfig, ModelConfig
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
@@ -97,7 +98,7 @@ class ImageEncoder(VisionEncoder):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        options = artifact.manifest["config"]["clip"]
+        options = head_section(artifact.manifest, JOINT)
         self.vision_projection = Projection(self.vision.embed_dim, options["embed_dim"])
         head = artifact.load("head")
         self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
@@ -123,7 +124,7 @@ class Encoder(ImageEncoder):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        options = artifact.manifest["config"]["clip"]
+        options = head_section(artifact.manifest, JOINT)
         text = dataclasses.replace(text_config(artifact), tune="none")
         language = Language(text, artifact)
         self.text, self.tokenizer = language.build(), language.tokenizer
@@ -226,7 +227,7 @@ class Tagger(VisionEncoder):
 
     def activate(self, logits: Tensor) -> Tensor:
         """[B, V] logits to probabilities."""
-        if self.artifact.manifest["config"]["hashtag"].get("loss", "softmax") == "softmax":
+        if head_section(self.artifact.manifest, TAGS).get("loss", "softmax") == "softmax":
             return logits.softmax(dim=1)
         return logits.sigmoid()
 
@@ -248,15 +249,23 @@ class PromptTagger(nn.Module):
 def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
     """What an artifact can be asked: a clip's both towers, a text's, a hashtag's head, or the
     backbone."""
-    if artifact.stage == "text":
+    if VISION in artifact.offers:
+        return vision_encoder(artifact, Encoder)
+    if SENTENCES in artifact.offers:
         return TextEncoder.after(artifact)
-    kinds: dict[str, type[VisionEncoder]] = {"clip": Encoder, "hashtag": Tagger}
-    return kinds.get(artifact.stage, VisionEncoder)(artifact)
+    raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no encoder")
+
+
+def vision_encoder(artifact: Artifact, joint: type[ImageEncoder] = ImageEncoder) -> VisionEncoder:
+    """The backbone of an artifact, with its tag head or as `joint` if it has one of these."""
+    if JOINT in artifact.offers:
+        return joint(artifact)
+    return (Tagger if TAGS in artifact.offers else VisionEncoder)(artifact)
 
 
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
     """The decoder of a mae artifact, in eval mode."""
-    options = artifact.manifest["config"]["mae"]
+    options = head_section(artifact.manifest, DECODER)
     sizes = (options["decoder_dim"], options["decoder_depth"], options["decoder_heads"])
     decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
     decoder.load_state_dict(artifact.load("decoder"))

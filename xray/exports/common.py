@@ -14,7 +14,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder, data_config
+from xray.artifacts.encoders import VisionEncoder, data_config, vision_encoder
+from xray.artifacts.offers import VISION
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.files import usual_mode
@@ -44,10 +45,11 @@ class Export:
 
 def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
     """What sees of an artifact, without a text tower; raises ArtifactError where nothing does."""
-    if artifact.stage == "text":
-        raise ArtifactError(f"{artifact.origin} is of stage text: it has no backbone for {what}")
-    kinds: dict[str, type[VisionEncoder]] = {"clip": ImageEncoder, "hashtag": Tagger}
-    return kinds.get(artifact.stage, VisionEncoder)(artifact)
+    if VISION not in artifact.offers:
+        raise ArtifactError(
+            f"{artifact.origin} is of stage {artifact.stage}: it has no backbone for {what}"
+        )
+    return vision_encoder(artifact)
 
 
 def side_of(artifact: Artifact) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
+from xray.artifacts.offers import slot_of
 from xray.config import loading as cfg
 from xray.config import nearest
 from xray.config.loading import PRESETS
@@ -182,9 +183,9 @@ def _link(recipe: Recipe) -> None:
     """Let each stage start from the last enabled one that hands on what it accepts."""
     last: dict[str, Any] = {}
     for config in recipe.runs:
-        accepts = stage_class(config.stage).accepts
+        kind = stage_class(config.stage)
         for slot in ("vision", "text"):
             parent = last.get(slot)
-            if parent is not None and parent.stage in accepts:
+            if parent is not None and stage_class(parent.stage).offers & kind.accepts:
                 config.init_from = [*config.init_from, str(Path(parent.out) / "artifact")]
-        last["text" if config.stage == "text" else "vision"] = config
+        last[slot_of(kind.offers)] = config

@@ -171,6 +171,9 @@ class Run:
         """Write the artifact of a module; weights: `last`, or `ema` for their moving average."""
         facts = {
             "stage": self.stage.name,
+            "offers": sorted(self.stage.offers),
+            "heads": dict(self.stage.heads),
+            "summary": self.stage.summary,
             "config": to_dict(self.config),
             "config_hash": config_hash(self.config),
             "data_digest": hash_json(self.record["data"]),

@@ -1,0 +1,62 @@
+"""Capabilities of artifacts, so that readers depend on what an artifact holds and not on its stage.
+
+A stage writes them into the manifest: `offers`, a list of the names below; `heads`, the section of
+the run's config that describes a head, where it is not the usual one; `summary`, a sentence for the
+model card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xray.errors import ArtifactError
+
+VISION = "vision"  # a backbone
+DECODER = "decoder"  # the decoder of a masked auto-encoder
+TAGS = "tags"  # a tag head with its vocabulary
+SENTENCES = "sentences"  # a text tower tuned on captions
+JOINT = "joint"  # images, clips and texts in one space
+
+# Manifests written before they held `offers`.
+OFFERS_OF_STAGE = {
+    "mae": (VISION, DECODER),
+    "hashtag": (VISION, TAGS),
+    "text": (SENTENCES,),
+    "clip": (VISION, JOINT),
+}
+USUAL_SECTION = {DECODER: "mae", TAGS: "hashtag", JOINT: "clip"}
+
+
+def offers_of(manifest: Mapping[str, Any]) -> frozenset[str]:
+    """Capabilities of the artifact that a manifest describes."""
+    return frozenset(manifest.get("offers", OFFERS_OF_STAGE.get(manifest["stage"], ())))
+
+
+def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether the keys that a stage writes about its artifact have the right types."""
+    names, heads = manifest.get("offers", []), manifest.get("heads", {})
+    if not isinstance(names, list) or not isinstance(heads, dict):
+        return False
+    summary = manifest.get("summary", "")
+    return all(isinstance(value, str) for value in [*names, *heads.values(), summary])
+
+
+def head_section(manifest: Mapping[str, Any], capability: str) -> Mapping[str, Any]:
+    """Options of the head behind a capability: a section of the run's config.
+
+    Raises ArtifactError if the manifest has no such section.
+    """
+    name = manifest.get("heads", {}).get(capability, USUAL_SECTION[capability])
+    section = manifest["config"].get(name)
+    if not isinstance(section, Mapping):
+        raise ArtifactError(
+            f"an artifact of stage {manifest['stage']} offers {capability!r}, but its manifest has "
+            f"no section config.{name} for it"
+        )
+    return section
+
+
+def slot_of(offers: frozenset[str]) -> str:
+    """The parent slot that an artifact fills: `vision`, or `text` if it has no backbone."""
+    return "text" if SENTENCES in offers and VISION not in offers else "vision"
