@@ -27,13 +27,14 @@ from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, DataError
 from xray.evaluation import feature_extraction as features
 from xray.evaluation import suites
-from xray.evaluation.attentive_probe import attentive_probe
+from xray.evaluation.attentive_probe import ATTENTIVE_PROBE, attentive_probe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets
-from xray.evaluation.finetune import Classifier, finetune
+from xray.evaluation.evaluator import Evaluator
+from xray.evaluation.finetune import FINETUNE, Classifier, finetune
 from xray.evaluation.keep_rates import over_keep_rates
 from xray.evaluation.robustness import _heads as heads_of
-from xray.evaluation.suites import Suite
+from xray.evaluation.zero_shot import NamedClasses
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,8 @@ def config(*overrides: str) -> EvalConfig:
     return build(EvalConfig, parse_overrides(overrides).get("eval", {}))
 
 
-def suite(clip: Artifact, demo: Path, *overrides: str) -> Suite:
-    return Suite(Encoder(clip), config(*overrides), str(demo), 0)
+def evaluator(clip: Artifact, demo: Path, *overrides: str) -> Evaluator:
+    return Evaluator(Encoder(clip), config(*overrides), str(demo), 0)
 
 
 def test_folders_and_tables_give_the_numbers_of_shards(
@@ -126,7 +127,7 @@ def test_folders_and_tables_give_the_numbers_of_shards(
 
 
 def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = suite(
+    sets = evaluator(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.retrieval.shards=heldout", "eval.knn={train: gallery, test: heldout, k: 5}",
     )  # fmt: skip
@@ -144,7 +145,7 @@ def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.M
 
 
 def test_views_are_averaged_and_normalised(clip: Artifact, demo: Path) -> None:
-    sets = suite(clip, demo, "eval.views={clips: 3, crops: 3}", "eval.batch_size=20").sets
+    sets = evaluator(clip, demo, "eval.views={clips: 3, crops: 3}", "eval.batch_size=20").sets
     source = sets.open("video_retrieval", "clips", "video")
     found = sets.features(source, "joint")
     assert found.views.shape == (24, 9, 16)
@@ -181,7 +182,7 @@ def test_texts_are_encoded_once_for_all_keep_rates(
         return original(encoder, texts)
 
     monkeypatch.setattr(Encoder, "encode_text", counted)
-    sets = suite(
+    sets = evaluator(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.retrieval.shards=heldout",
     )  # fmt: skip
@@ -212,13 +213,14 @@ def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path)
 def test_fine_tuning_learns_and_is_the_same_again(clip: Artifact, folder: Path) -> None:
     data = "eval.knn={train: grounds.csv, test: grounds.csv}"
     settings = "eval.finetune={epochs: 60, batch_size: 8, base_lr: .06, layer_decay: 1, mixup: .2}"
-    run = suite(clip, folder, data, settings).sets
-    found = finetune(run)
+    run = evaluator(clip, folder, data, settings).sets
+    found = finetune(run, run.config.of(FINETUNE))
     assert found["top1"] > 0.9 and found["top1_low"] <= found["top1"] <= found["top1_high"]
-    short = suite(clip, folder, data, "eval.finetune.epochs=1").sets
-    first = finetune(short)
+    short = evaluator(clip, folder, data, "eval.finetune.epochs=1").sets
+    one_epoch = short.config.of(FINETUNE)
+    first = finetune(short, one_epoch)
     torch.rand(3)
-    assert finetune(short) == first and first["train_loss"] > found["train_loss"]
+    assert finetune(short, one_epoch) == first and first["train_loss"] > found["train_loss"]
 
 
 def test_a_broken_picture_to_tune_on_is_one_line(
@@ -246,15 +248,15 @@ def test_fine_tuning_starts_from_the_artifact(clip: Artifact, demo: Path) -> Non
 
 def test_an_attentive_probe_learns_clips(clip: Artifact, folder: Path) -> None:
     """The ground of a clip, of two looks at it."""
-    sets = suite(
+    sets = evaluator(
         clip, folder, "eval.attentive_probe.epochs=60", "eval.views.clips=2",
         "eval.knn={train: clips.csv, test: clips.csv, modality: video}",
     ).sets  # fmt: skip
-    found = attentive_probe(sets)
-    assert found["top1"] > 0.9 and attentive_probe(sets) == found
-    short = dataclasses.replace(sets.config.attentive_probe, epochs=1)
-    sets.config = dataclasses.replace(sets.config, attentive_probe=short)
-    assert attentive_probe(sets)["top1"] < found["top1"]
+    settings = sets.config.of(ATTENTIVE_PROBE)
+    found = attentive_probe(sets, settings)
+    assert found["top1"] > 0.9 and attentive_probe(sets, settings) == found
+    short = dataclasses.replace(settings, epochs=1)
+    assert attentive_probe(sets, short)["top1"] < found["top1"]
 
 
 def mistakes(root: Path) -> list[tuple[list[str], str]]:
@@ -285,7 +287,10 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
             ["robustness", "eval.knn={train: set, test: set}", "eval.robustness.attacks=[bim]"],
             "there are fgsm, pgd, square",
         ),
-        (["tags", "eval.tags.a.shards=set"], "suite tags is of a hashtag artifact"),
+        (
+            ["tags", "eval.tags.a.shards=set"],
+            "suite tags needs an artifact that offers tags, this one offers joint, vision",
+        ),
         (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
         (["knn", "eval.knn.trian=set"], "unknown key 'eval.knn.trian'; did you mean 'train'"),
         (["knn", "eval.knn.train=set"], "eval.knn.train is set: set eval.knn.test, too"),
@@ -313,7 +318,7 @@ def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
 
 
 def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> None:
-    run = suite(clip, demo, "eval.knn={train: gallery, test: heldout, k: 5}")
+    run = evaluator(clip, demo, "eval.knn={train: gallery, test: heldout, k: 5}")
     run.sets.vision.vision.reduction = "none"
     with pytest.raises(ConfigError, match=r"model\.reduce=none: it keeps every token"):
         over_keep_rates(run, [0.5], ["knn"])
@@ -322,12 +327,12 @@ def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> No
         over_keep_rates(run, [0.4], ["knn"])
     sets = config("eval.zero_shot={shards: heldout, classes: classes.txt}")
     with pytest.raises(ConfigError, match="attacks are of its linear probe"):
-        Suite(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
+        Evaluator(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
 
 
 def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> None:
     """Some of them, and the strongest changes nothing where eps is nearly nothing."""
-    found = suite(
+    found = evaluator(
         clip, folder, "eval.zero_shot.shards=set", "eval.robustness.attacked=7",
         "eval.robustness={corruptions: [], resolutions: [], aspects: [], eps: [1e-6, 30]}",
     ).run(["robustness"])["robustness"]  # fmt: skip
@@ -340,7 +345,7 @@ def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> 
 def test_classes_from_elsewhere_are_known_before_anything_is_changed(
     clip: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = suite(
+    run = evaluator(
         clip, folder, "eval.zero_shot.shards=set", "eval.robustness.shift=grounds.csv"
     )  # fmt: skip
     seen: list[str] = []
@@ -358,7 +363,7 @@ def test_classes_from_elsewhere_are_known_before_anything_is_changed(
 
 def test_logits_are_where_features_are(clip: Artifact, demo: Path) -> None:
     """On another device than the weights that are not the module's."""
-    run = suite(
+    run = evaluator(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.linear_probe={train: gallery, test: heldout}",
     )  # fmt: skip
@@ -377,14 +382,14 @@ def test_class_names_are_matched_however_they_are_written(
     found = []
     for listed in (names, names[::-1], [f"thing {n}" for n in range(len(names))]):
         (tmp_path / "classes.txt").write_text("\n".join(listed))
-        sets = suite(
+        sets = evaluator(
             clip, folder, "eval.zero_shot.shards=set",
             f"eval.zero_shot.classes={tmp_path / 'classes.txt'}",
         ).sets  # fmt: skip
-        read, source = sets.class_names()
-        labels = sets.zero_shot_labels(torch.arange(len(names)), source, read)
-        found.append([read[label] for label in labels])
-    assert found[0] == found[1] == list(source.classes)
+        classes = NamedClasses.open(sets)
+        labels = classes.number(torch.arange(len(names)), classes.source)
+        found.append([classes.names[label] for label in labels])
+    assert found[0] == found[1] == list(classes.source.classes)
     assert found[2] == [f"thing {n}" for n in range(len(names))]
 
 
@@ -393,7 +398,14 @@ def test_what_is_had_is_kept(
 ) -> None:
     settings = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
     seen: list[object] = []
-    monkeypatch.setitem(suites.RUN, "finetune", lambda sets: seen.append(1) or 1 / 0)
+
+    def fails(*_: object) -> dict[str, float]:
+        seen.append(1)
+        raise ZeroDivisionError
+
+    broken = dataclasses.replace(FINETUNE, run=fails)
+    patched = tuple(broken if own is FINETUNE else own for own in suites.SUITES)
+    monkeypatch.setattr(suites, "SUITES", patched)
     out = tmp_path / "results.json"
     done = xray("eval", clip.path, *settings, "--suite", "knn,finetune", "--out", out)
     assert isinstance(done.exception, ZeroDivisionError) and list(json.loads(out.read_text())) == [
@@ -411,11 +423,11 @@ def test_what_is_had_is_kept(
 
 
 def test_features_that_are_no_numbers_are_refused(clip: Artifact, demo: Path) -> None:
-    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    run = evaluator(clip, demo, "eval.retrieval.shards=heldout")
     run.sets.vision.vision.blocks[0].attn.qkv.weight.data[0, 0] = torch.nan
     with pytest.raises(DataError, match="features are NaN"):
         run.run(["retrieval"])
-    run = suite(clip, demo, "eval.retrieval.shards=heldout")
+    run = evaluator(clip, demo, "eval.retrieval.shards=heldout")
     next(run.sets.joint.text_adapter.parameters()).data[0] = torch.nan
     with pytest.raises(DataError, match="text tower's features"):
         run.run(["retrieval"])

@@ -29,8 +29,8 @@ from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
+from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import extract, read_all_captions
-from xray.evaluation.suites import Suite
 from xray.exports import convert as converting
 from xray.exports.convert import convert
 from xray.exports.to_open_clip import no_plain_vit
@@ -132,7 +132,7 @@ def test_the_open_clip_export_evaluates_alike(demo: Path, control: Path, both: P
     }
     artifact = open_artifact(control)
     encoder: Any = restore_encoder(artifact)
-    ours = Suite(encoder, cfg.build(EvalConfig, sets), str(demo), 0).run([*sets])
+    ours = Evaluator(encoder, cfg.build(EvalConfig, sets), str(demo), 0).run([*sets])
     model = open_clip.create_model(f"local-dir:{both}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{both}")
 

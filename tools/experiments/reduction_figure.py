@@ -26,10 +26,11 @@ from tools.experiments.compare_reductions import COLOURS, REDUCTIONS, Variant, s
 from xray.ablations.comparison import deviation, mean
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import VisionEncoder
+from xray.config.loading import build
 from xray.config.schedule import value_at
 from xray.errors import XrayError
-from xray.evaluation.config import EvalConfig, RetrievalConfig
-from xray.evaluation.suites import prepared
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.evaluator import Evaluator
 from xray.models.flops import vision_macs
 
 WAYS = {"text_to_image_R@10": "text to image", "image_to_text_R@10": "image to text"}
@@ -53,11 +54,11 @@ def untrained(
     """The same measures of artifacts that were trained with all tokens."""
     found: dict[Variant, dict[str, list[float]]] = {v: {w: [] for w in WAYS} for v in variants}
     for path in paths:
-        suite = prepared(open_artifact(str(path)), config, root, 1)
+        evaluator = Evaluator.open(open_artifact(str(path)), config, root, 1)
         for variant in variants:
-            select(suite.sets.vision, variant)
-            suite.sets.forget()
-            measures = suite.run(["retrieval"])["retrieval"]
+            select(evaluator.sets.vision, variant)
+            evaluator.sets.forget()
+            measures = evaluator.run(["retrieval"])["retrieval"]
             for way in WAYS:
                 found[variant][way].append(measures[way])
             print(path.parent.name, *variant, f"{100 * measures['text_to_image_R@10']:.1f}")
@@ -85,7 +86,7 @@ def compare(folder: Path, root: str, shards: str, rounds: int) -> dict[str, Any]
     seeds = [run["seed"] for run in facts["runs"] if run["arm"] == base]
     recipes = [folder / "runs" / base / f"seed_{seed}" / "recipe.yaml" for seed in seeds]
     paths = [Path(OmegaConf.load(recipe).clip.out) / "artifact" for recipe in recipes]
-    config = EvalConfig(retrieval=RetrievalConfig(shards=shards))
+    config = build(EvalConfig, {"retrieval": {"shards": shards}})
     others = [variant for variant in own if variant[0] != "none"]
     found = untrained(paths, others, config, root)
     cost = costs(paths[0], list(own), rounds)

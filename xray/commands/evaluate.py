@@ -1,10 +1,10 @@
-"""`xray eval`: one artifact, any suites, and where the results go."""
+"""`xray eval`: evaluate an artifact, print the results and write them to a file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,9 @@ from xray.commands.common import Overrides, guarded
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from xray.evaluation.suites import Results, Suite
+    from xray.evaluation.config import EvalConfig
+    from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.rows import Measures
 
 
 @guarded
@@ -32,26 +34,26 @@ def evaluate(
 ) -> None:
     """Evaluate ARTIFACT: each measure with its 95 % interval, beside chance.
 
-    Suites: zero_shot, retrieval, video_retrieval, captions, knn, linear_probe, attentive_probe,
-    finetune, robustness, tags. Their sets are eval.SUITE.shards, or .train and .test: shards, a
-    folder of folders named after classes, or a .csv with path and label or caption.
+    `xray config eval` prints the suites and their settings. Data sets are eval.SUITE.shards, or
+    .train and .test: shards, a folder with a folder per class, or a .csv file with the columns
+    path and label or caption.
     """
     from xray.artifacts.artifact import open_artifact
+    from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.results_table import result_table
-    from xray.evaluation.suites import prepared
+    from xray.evaluation.suites import suite_named
 
     config, root, workers, llm = _settings(overrides or [], recipe)
     rates = _rates(keep_rates)
-    suites = suite.split(",") if suite else None
     opened = open_artifact(artifact, llm)
     target = _target(out)
+    evaluator = Evaluator.open(opened, config, root, workers)
     if rates:
-        _over_rates(prepared(opened, config, root, workers), rates, suites, target)
+        _over_rates(evaluator, rates, suite, target)
         return
-    ready = prepared(opened, config, root, workers)
-    results: Results = {}
-    try:  # each as it is had: the next may take hours, or fail
-        for name, measures in ready.each(suites or ready.asked()):
+    results: dict[str, Measures] = {}
+    try:  # write each result at once: the next suite may take hours, or fail
+        for name, measures in evaluator.each(_names(suite) or evaluator.default_suites()):
             results[name] = measures
             if target is not None:
                 target.write_text(json.dumps(results, indent=1))
@@ -60,14 +62,17 @@ def evaluate(
             result_table(results).print()
     if target is not None:
         print(f"written: {target}")
-        if "robustness" in results:
-            from xray.evaluation.plots import plot_robustness
+        for name, measures in results.items():
+            if plot := suite_named(name).plot:
+                plot(measures, target.with_suffix(f".{name}.png"))
 
-            plot_robustness(results["robustness"], target.with_suffix(".robustness.png"))
+
+def _names(suites: str) -> list[str]:
+    return suites.split(",") if suites else []
 
 
-def _settings(overrides: list[str], recipe: str) -> tuple[Any, str, int, str]:
-    """The config, data root and workers of the sets, and the folder of the LLM."""
+def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:
+    """Read the config, the root and the workers of the data, and the folder of the LLM."""
     from xray.config.loading import build, parse_overrides
     from xray.evaluation.config import EvalConfig
 
@@ -104,34 +109,31 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _over_rates(
-    suite: Suite, rates: list[float], suites: list[str] | None, target: Path | None
-) -> None:
-    from xray.evaluation.keep_rates import NOT_OF_RATES, keep_rate_table, over_keep_rates
-    from xray.evaluation.plots import plot_keep_rates
+def _over_rates(evaluator: Evaluator, rates: list[float], suites: str, target: Path | None) -> None:
+    from xray.evaluation.keep_rates import (
+        check_comparable,
+        keep_rate_table,
+        over_keep_rates,
+        plot_keep_rates,
+    )
+    from xray.evaluation.suites import suite_named
 
-    suite.check(suites or [])
-    names = [name for name in suites or suite.asked() if name not in NOT_OF_RATES]
-    if not names or len(names) < len(suites or []):
-        raise ConfigError(
-            f"--keep-rates compares none of {', '.join(NOT_OF_RATES)}: --suite knn, say"
-        )
-    found = over_keep_rates(suite, rates, names)
-    keep_rate_table(found).print()
+    names = _names(suites)
+    evaluator.check(names)
+    names = names or [n for n in evaluator.default_suites() if suite_named(n).compared]
+    check_comparable(names)
+    by_rate = over_keep_rates(evaluator, rates, names)
+    keep_rate_table(by_rate).print()
     if target is not None:
-        _write(target, found)
-        plot_keep_rates(found, target.with_suffix(".png"))
+        target.write_text(json.dumps(by_rate, indent=1))
+        print(f"written: {target}")
+        plot_keep_rates(by_rate, target.with_suffix(".png"))
 
 
 def _target(out: str) -> Path | None:
-    """The .json to write, in a folder that is there; `results.json` of a folder."""
+    """Return the .json file to write, `results.json` in a folder; creates its folder."""
     if not out:
         return None
     path = Path(out) if out.endswith(".json") else Path(out) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _write(path: Path, results: Results) -> None:
-    path.write_text(json.dumps(results, indent=1))
-    print(f"written: {path}")

@@ -12,6 +12,8 @@ from xray import dist
 from xray.commands.common import Overrides, guarded
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from xray.artifacts.artifact import Artifact
     from xray.recipes.recipe import Recipe
 
@@ -93,17 +95,19 @@ def train(
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     """Evaluate the artifacts, print the results, write results.json and report.html."""
+    """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
+    from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.results_table import result_table
-    from xray.evaluation.suites import evaluated
     from xray.recipes.report import write_run_report
     from xray.reports.tables import ResultTable
 
     table: ResultTable | None = None
-    asked = recipe.eval.in_recipe([artifact.stage for artifact in artifacts])
-    results: dict[str, dict[str, float]] = {}
+    asked = recipe.eval.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
+    results: dict[str, Mapping[str, float]] = {}
     for artifact in artifacts:
         if suites := asked[artifact.stage]:
-            results |= evaluated(artifact, recipe.eval, recipe.root, recipe.workers, suites)
+            run = artifact, recipe.eval, recipe.root, recipe.workers
+            results |= Evaluator.open(*run).run(suites)
     if results:
         table = result_table(results)
         (recipe.out / "results.json").write_text(json.dumps(results, indent=1))

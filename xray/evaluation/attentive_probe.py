@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,15 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Source
+from xray.artifacts.offers import VISION
 from xray.config import OptimConfig
-from xray.errors import DataError
+from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
-from xray.evaluation.config import AttentiveProbeConfig
-from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of
+from xray.evaluation.knn import KNN
+from xray.evaluation.rows import titled, top1_rows
+from xray.evaluation.suite import LabelledConfig, Suite
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+
+@dataclass
+class AttentiveProbeConfig(LabelledConfig):
+    """Settings of the probe's training; the defaults are V-JEPA's."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError(f"{key}: epochs and batch_size must be at least 1")
 
 
 class AttentiveProbe(nn.Module):
@@ -46,13 +68,12 @@ class AttentiveProbe(nn.Module):
         return self.head((pooled + self.mlp(self.norm_mlp(pooled)))[:, 0])
 
 
-def attentive_probe(sets: Sets) -> dict[str, float]:
+def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float]:
     """Top-1 of V-JEPA's recipe: AdamW, lr 1e-3, weight decay .01, 20 epochs, half a cosine.
 
     Tokens are taken once, as they leave the backbone at the artifact's keep rate, and wait in a
     file of half floats: memory does not grow with the set. The query attends across a clip's views.
     """
-    config = sets.config.attentive_probe
     source, test_source = sets.labelled("attentive_probe", config)
     with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
         train, labels = _tokens(sets, source, Path(folder) / "train")
@@ -76,7 +97,7 @@ def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
     """Patch tokens of all views of a source, [N, V * n, D] float16 in a file, and labels [N]."""
     encoder = sets.vision
     labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
-    for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.look):
+    for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.views):
         x = encoder.normalize(pixels.flatten(0, 1).to(encoder.normalize.mean.device))
         patches = encoder.vision(x, encoder.keep_rate).patches
         rows = patches.reshape(len(pixels), -1, patches.shape[-1]).half().cpu().numpy()
@@ -140,3 +161,15 @@ def _fit(
             F.cross_entropy(found, labels[rows.sort().values].to(device)).backward()
             optimizer.step()
     return probe.eval()
+
+
+ATTENTIVE_PROBE = Suite(
+    "attentive_probe",
+    AttentiveProbeConfig,
+    needs=frozenset({VISION}),
+    run=attentive_probe,
+    rows=top1_rows("attentive probe top1"),
+    title=titled("attentive probe"),
+    compared=("top1",),
+    sets_from=KNN,
+)

@@ -23,15 +23,16 @@ from xray.config import DataConfig
 from xray.errors import DataError
 from xray.progress import progress_of
 
-# Makes another picture of one: [T, 3, S, S] uint8, and draws of the sample's own.
+# Changes an image or clip [T, 3, S, S] uint8; draws from the sample's own generator.
 Change = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 @dataclass
 class Features:
-    """rows: [N, D] normalised. labels: [N] long, -1 where a sample has none.
+    """Features and labels of a source.
 
-    views: [N, V, D] normalised; rows are their normalised mean.
+    rows: [N, D] normalised. labels: [N] long, -1 for a sample without a label. views: [N, V, D]
+    normalised; rows are their normalised mean.
     """
 
     rows: Tensor
@@ -40,8 +41,8 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How samples are looked at: times and squares of a clip, and a change of the pictures."""
+class Views:
+    """Views of a sample: times and squares of a clip, and a change to each image."""
 
     clips: int = 1
     crops: int = 1
@@ -50,7 +51,10 @@ class Look:
 
 
 def label_of(files: dict[str, bytes]) -> int:
-    """The class number: the cls file, else an integer json field `label`, else -1."""
+    """Read the class number: the cls file, else an integer json field `label`, else -1.
+
+    Raises DataError for a cls file that holds no number, and for a number that is too large.
+    """
     label = metadata_of(files).get("label") if "cls" not in files else None
     if "cls" in files:
         try:
@@ -65,43 +69,43 @@ def label_of(files: dict[str, bytes]) -> int:
 
 
 def labels_of(source: Source) -> Tensor:
-    """The class numbers of a source in order, [N], without its pictures."""
+    """Read the class numbers of a source in order, [N], without its images."""
     files = ("cls", "json")
     return torch.tensor([label_of(source.read(*place, files)) for place in source.places()])
 
 
-def look_at(sample: Sample, source: Source, data: DataConfig, look: Look) -> Tensor:
-    """Views of a sample, [V, T, 3, S, S] uint8; the same at every call. V = 1 for an image."""
-    if sample.modality == "video" and look.clips * look.crops > 1:
-        views = load_views(sample, data, look.clips, look.crops)
+def view_pixels(sample: Sample, source: Source, data: DataConfig, views: Views) -> Tensor:
+    """Load the views of a sample, [V, T, 3, S, S] uint8, the same at every call; images have 1."""
+    if sample.modality == "video" and views.clips * views.crops > 1:
+        pixels = load_views(sample, data, views.clips, views.crops)
     else:
-        views = load_pixels(sample, data, None)[None]
-    if look.change is None:
-        return views
+        pixels = load_pixels(sample, data, None)[None]
+    if views.change is None:
+        return pixels
     own = zlib.crc32(source.identity(sample.shard, sample.member).encode())
-    change, rng = look.change, np.random.default_rng([look.seed, own])
-    return torch.stack([change(view, rng) for view in views])
+    change, rng = views.change, np.random.default_rng([views.seed, own])
+    return torch.stack([change(view, rng) for view in pixels])
 
 
 def stacked(rows: Sequence[Fields]) -> Fields:
-    """Rows of equal fields as one batch."""
+    """Stack rows of equal shapes into a batch."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def batches_of(
-    source: Source, data: DataConfig, batch_size: int, look: Look | None = None
+    source: Source, data: DataConfig, batch_size: int, views: Views | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of a source in order: views [B, V, T, 3, S, S] uint8, labels [B]; shows progress.
+    """Yield a whole source in order: pixels [B, V, T, 3, S, S] uint8, labels [B]; shows progress.
 
-    So many samples at a time that their views are about batch_size.
+    A batch has about batch_size views.
     """
-    look = look or Look()
-    views = look.clips * look.crops if source.modality == "video" else 1
-    size = max(1, batch_size // views)
+    chosen = views or Views()
+    per_sample = chosen.clips * chosen.crops if source.modality == "video" else 1
+    size = max(1, batch_size // per_sample)
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
-        found = look_at(sample, source, data, look)
-        return {"pixels": found, "label": torch.tensor(label_of(sample.files))}
+        pixels = view_pixels(sample, source, data, chosen)
+        return {"pixels": pixels, "label": torch.tensor(label_of(sample.files))}
 
     batches = iterate_source(source, transform, stacked, data, size)
     for batch in progress_of(source.name)(batches, math.ceil(len(source) / size)):
@@ -113,30 +117,30 @@ def extract_spaces(
     encode: Callable[[Tensor], Mapping[str, Tensor]],
     data: DataConfig,
     batch_size: int = 64,
-    look: Look | None = None,
+    views: Views | None = None,
 ) -> dict[str, Features]:
     """Encode a whole source once, in order, into each space that `encode` names.
 
-    encode: [B, T, 3, S, S] uint8 -> rows by space. Nothing but the rows grows with the source.
-    Raises DataError for features that are no numbers.
+    encode: [B, T, 3, S, S] uint8 -> rows by space. Only the rows grow with the source. Raises
+    DataError for features that are NaN or infinite.
     """
-    views: dict[str, Tensor] = {}
+    spaces: dict[str, Tensor] = {}
     labels, done = torch.empty(len(source), dtype=torch.long), 0
-    for pixels, own in batches_of(source, data, batch_size, look):
+    for pixels, own in batches_of(source, data, batch_size, views):
         until = done + len(pixels)
         for space, rows in encode(pixels.flatten(0, 1)).items():
             rows = rows.unflatten(0, pixels.shape[:2])
-            if space not in views:
-                views[space] = rows.new_empty(len(source), *rows.shape[1:])
-            if not rows.isfinite().all():  # whose similarities no rank would tell from the best
+            if space not in spaces:
+                spaces[space] = rows.new_empty(len(source), *rows.shape[1:])
+            if not rows.isfinite().all():  # NaN similarities would rank first
                 raise DataError(f"{source.name}: the model's features are NaN or infinite")
-            views[space][done:until] = rows
+            spaces[space][done:until] = rows
         labels[done:until], done = own, until
-    return {space: Features(_pooled(rows), labels, rows) for space, rows in views.items()}
+    return {space: Features(_pooled(rows), labels, rows) for space, rows in spaces.items()}
 
 
 def _pooled(views: Tensor) -> Tensor:
-    """[N, V, D] -> [N, D]: a sample's only view as it is, else the normalised mean."""
+    """Pool views [N, V, D] -> [N, D]: the only view unchanged, else the normalised mean."""
     return views[:, 0] if views.shape[1] == 1 else F.normalize(views.mean(dim=1), dim=-1)
 
 
@@ -146,26 +150,26 @@ def extract(
     data: DataConfig,
     batch_size: int = 64,
 ) -> Features:
-    """Encode a whole source in order; data gives resolution, frames and workers."""
+    """Encode a whole source in order; `data` gives resolution, frames and workers."""
     return extract_spaces(source, lambda pixels: {"": encode(pixels)}, data, batch_size)[""]
 
 
 def spaces_of(encoder: VisionEncoder) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What encodes pixels into all spaces of an artifact by one pass of the backbone, on CPU."""
+    """Make the function that encodes pixels into all spaces by one pass of the backbone, on CPU."""
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> dict[str, Tensor]:
         cls = encoder.cls(pixels)
-        found = {"backbone": F.normalize(cls.float(), dim=-1).cpu()}
+        spaces = {"backbone": F.normalize(cls.float(), dim=-1).cpu()}
         if isinstance(encoder, Encoder):
-            found["joint"] = encoder.joint(cls).cpu()
-        return found
+            spaces["joint"] = encoder.joint(cls).cpu()
+        return spaces
 
     return encode
 
 
 def read_all_captions(source: Source, fields: Mapping[str, float] | None = None) -> list[list[str]]:
-    """The captions of each sample of a source, in order; none where it has none."""
+    """Read the captions of each sample of a source, in order; an empty list if it has none."""
     result = []
     for shard, member in source.places():
         try:
@@ -173,3 +177,15 @@ def read_all_captions(source: Source, fields: Mapping[str, float] | None = None)
         except BadSample:
             result.append([])
     return result
+
+
+def flat_captions(captions: Sequence[Sequence[str]], key: str) -> tuple[list[str], Tensor]:
+    """List all captions [M], and the number of the sample that each belongs to, [M].
+
+    Raises DataError naming the config's key if a sample has none.
+    """
+    empty = sum(not own for own in captions)
+    if empty:
+        raise DataError(f"{key}: {empty} samples have no caption")
+    owner = [number for number, own in enumerate(captions) for _ in own]
+    return [caption for own in captions for caption in own], torch.tensor(owner)

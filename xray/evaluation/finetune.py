@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +17,16 @@ from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Source
 from data_pipelines.stream.loader import Fields, WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
+from xray.artifacts.offers import VISION
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest
+from xray.errors import ConfigError
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
-from xray.evaluation.config import FinetuneConfig
-from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
+from xray.evaluation.knn import KNN
+from xray.evaluation.rows import titled, top1_rows
+from xray.evaluation.suite import LabelledConfig, Suite
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
 from xray.models.mixup import mix
@@ -30,6 +34,41 @@ from xray.models.token_reduction import KeepRate
 from xray.models.weight_loading import load_adapted
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 from xray.progress import progress_of
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+
+@dataclass
+class FinetuneConfig(LabelledConfig):
+    """Settings of the training: MAE's for a ViT-B, with smaller batches, half the epochs and half
+    the peak learning rate."""
+
+    epochs: int = 50
+    batch_size: int = 32
+    base_lr: float = 8e-3  # x batch_size / 256
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    warmup: float = 0.1  # fraction of the steps
+    drop_path: float = 0.1
+    smoothing: float = 0.1  # label smoothing
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    flip: bool = True
+    rand_augment: list[int] = field(
+        default_factory=lambda: [0, 9]
+    )  # operations, magnitude (0 to 30)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    seed: int = 0
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ConfigError(f"{key}: epochs must be at least 1 and batch_size at least 2")
+        if len(self.crop_scale) != 2 or not 0 < min(self.crop_scale) <= max(self.crop_scale) <= 1:
+            raise ConfigError(f"{key}.crop_scale must be [smallest, largest] in (0, 1]")
+        if len(self.rand_augment) != 2 or min(self.rand_augment) < 0:
+            raise ConfigError(f"{key}.rand_augment must be [operations, magnitude]")
 
 
 class Classifier(nn.Module):
@@ -71,12 +110,11 @@ class _Training(WholeDataset):
         return found if isinstance(found, str) else {**found, "label": self.labels[number]}
 
 
-def finetune(sets: Sets) -> dict[str, float]:
+def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
     """Top-1 on test after training: AdamW, layer-wise lr decay, drop path, label smoothing.
 
     One process, seeded: the same numbers again on the same machine and threads.
     """
-    config = sets.config.finetune
     source, test = sets.labelled("finetune", config)
     given = labels_of(source)
     classes = Classes.of(given, source)
@@ -88,9 +126,9 @@ def finetune(sets: Sets) -> dict[str, float]:
         training = _Training(source, labels, sets.data, config)
         loss = _train(model, training, config, sets.data.workers, device)
     hits = _predict(model, test, sets, device) == truth
-    found = share("top1", hits) | {"chance_top1": guess(labels, truth)}
+    measures = share("top1", hits) | {"chance_top1": guess(labels, truth)}
     counts = {"samples": float(len(truth)), "train_samples": float(len(labels))}
-    return found | counts | {"train_loss": loss}
+    return measures | counts | {"train_loss": loss}
 
 
 def _train(
@@ -150,8 +188,19 @@ def _predict(model: Classifier, source: Source, sets: Sets, device: Any) -> Tens
     """[N] classes, by the mean over views of the softmax."""
     model.eval()
     found = []
-    for pixels, _ in batches_of(source, sets.data, sets.config.batch_size, sets.look):
+    for pixels, _ in batches_of(source, sets.data, sets.config.batch_size, sets.views):
         logits = model(model.normalize(pixels.flatten(0, 1).to(device)))
         mean = logits.softmax(dim=-1).unflatten(0, pixels.shape[:2]).mean(dim=1)
         found.append(mean.argmax(dim=1).cpu())
     return torch.cat(found)
+
+
+FINETUNE = Suite(
+    "finetune",
+    FinetuneConfig,
+    needs=frozenset({VISION}),
+    run=finetune,
+    rows=top1_rows("fine-tuning top1"),
+    title=titled("fine-tuning"),
+    sets_from=KNN,
+)

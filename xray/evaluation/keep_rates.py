@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
+from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.results_table import title_of
-from xray.evaluation.suites import Measures, Suite
+from xray.evaluation.suites import SUITES, suite_named
 from xray.models.flops import vision_macs
+from xray.reports.figures import subplots
 from xray.reports.tables import ResultTable
 
 ROUNDS = 15  # of timing, after one of warm-up
-MAIN = ("top1", "text_to_image_R@1", "image_to_text_R@1")  # what a suite is judged by
-NOT_OF_RATES = ("tags", "captions", "robustness", "finetune")
 
-Rates = dict[str, Measures]  # keep rate -> measures
+Rates = dict[str, dict[str, float]]  # keep rate -> measures
 
 
 def over_keep_rates(
-    suite: Suite, rates: Sequence[float], names: Sequence[str], batch: int = 32
+    evaluator: Evaluator, rates: Sequence[float], names: Sequence[str], batch: int = 32
 ) -> Rates:
-    """Main measures, GFLOPs, samples/s and its ratio to keep 1, of each rate.
+    """Measure accuracy, GFLOPs, samples/s and the speed-up over keep rate 1 at each rate.
 
-    Speed is of the forward pass on random pictures (clips, where the samples are) at the artifact's
-    resolution; the rates take turns, so that other work on the machine disturbs all alike, and the
-    ratio is the median over rounds. FLOPs are 2 x multiply-adds. Raises ConfigError for rates that
-    the model cannot have.
+    Speed is that of the forward pass on random images (videos, if all samples are videos) at the
+    artifact's resolution. The rates take turns, so that other work on the machine disturbs all of
+    them equally; the speed-up is the median over rounds. FLOPs are 2 x multiply-adds. Raises
+    ConfigError for rates that the model cannot have.
     """
-    encoder, sets = suite.sets.vision, suite.sets
+    encoder, sets = evaluator.sets.vision, evaluator.sets
     if encoder.vision.reduction == "none" and min(rates) < 1:
         raise ConfigError(f"{sets.what} with model.reduce=none: it keeps every token")
     if encoder.vision.reduction == "tome" and min(rates) < 0.5:
@@ -39,21 +40,21 @@ def over_keep_rates(
     rates = sorted({1.0, *rates}, reverse=True)
     own = encoder.keep_rate
     size = value_at(sets.data.resolution, 1.0)
-    video = all(_modality(suite, name) == "video" for name in names)
+    suites = [suite_named(name) for name in names]
+    video = all(sets.config.of(suite).modality == "video" for suite in suites)
     frames = value_at(sets.data.frames, 1.0) if video else 1
-    found: Rates = {}
+    by_rate: Rates = {}
     for rate in rates:
         encoder.keep_rate = rate
         sets.forget()
-        results = suite.run(names)
-        macs = vision_macs(encoder.vision, frames, size, rate)
-        found[f"{rate:g}"] = {"gflops": 2 * macs / 1e9} | {
-            f"{name}/{key}{end}": measures[f"{key}{end}"]
-            for name, measures in results.items()
-            for key in MAIN
-            for end in ("", "_low", "_high")
-            if f"{key}{end}" in measures
+        results = evaluator.run(names)
+        row = by_rate[f"{rate:g}"] = {
+            "gflops": 2 * vision_macs(encoder.vision, frames, size, rate) / 1e9
         }
+        for suite in suites:
+            for key in suite.compared:
+                for end in ("", "_low", "_high"):
+                    row[f"{suite.name}/{key}{end}"] = results[suite.name][f"{key}{end}"]
     device = encoder.normalize.mean.device
     pixels = torch.randint(256, (batch, frames, 3, size, size), dtype=torch.uint8, device=device)
 
@@ -61,25 +62,28 @@ def over_keep_rates(
         @torch.no_grad()
         def run() -> None:
             encoder.keep_rate = rate
-            encoder.cls(pixels).cpu()  # which waits for a GPU
+            encoder.cls(pixels).cpu()  # waits for a GPU
 
         return run
 
     seconds = _interleaved([forward(rate) for rate in rates])
     encoder.keep_rate = own
-    for rate, row in zip(rates, seconds.t(), strict=True):
-        found[f"{rate:g}"]["frames"] = frames
-        found[f"{rate:g}"]["samples_per_s"] = batch / row.median().item()
-        found[f"{rate:g}"]["speed"] = (seconds[:, 0] / row).median().item()
-    return found
+    for row, column in zip(by_rate.values(), seconds.t(), strict=True):
+        row["frames"] = frames
+        row["samples_per_s"] = batch / column.median().item()
+        row["speed"] = (seconds[:, 0] / column).median().item()
+    return by_rate
 
 
-def _modality(suite: Suite, name: str) -> str:
-    return str(getattr(suite.sets.config, name).modality)
+def check_comparable(names: Sequence[str]) -> None:
+    """Raise ConfigError for suites that cannot be compared across keep rates, and for none."""
+    excluded = [suite.name for suite in SUITES if not suite.compared]
+    if not names or any(name in excluded for name in names):
+        raise ConfigError(f"--keep-rates compares none of {', '.join(excluded)}: --suite knn, say")
 
 
 def _interleaved(runs: Sequence[Callable[[], None]]) -> torch.Tensor:
-    """Seconds, [rounds, runs], of runs that take turns."""
+    """Time runs that take turns: seconds, [rounds, runs]."""
     seconds = torch.zeros(ROUNDS + 1, len(runs), dtype=torch.float64)
     for number in range(ROUNDS + 1):
         for column, run in enumerate(runs):
@@ -89,19 +93,24 @@ def _interleaved(runs: Sequence[Callable[[], None]]) -> torch.Tensor:
     return seconds[1:]
 
 
-def per_second(found: Rates) -> str:
-    """What the speed counts: images, or clips."""
-    frames = next(iter(found.values()))["frames"]
+def _compared(by_rate: Rates) -> list[str]:
+    """List the keys of the measures that are compared: SUITE/MEASURE."""
+    keys = next(iter(by_rate.values()))
+    return [key for key in keys if "/" in key and not key.endswith(("_low", "_high"))]
+
+
+def _speed_unit(by_rate: Rates) -> str:
+    frames = next(iter(by_rate.values()))["frames"]
     return "images/s" if frames == 1 else f"clips/s ({frames:.0f} frames)"
 
 
-def keep_rate_table(found: Rates) -> ResultTable:
-    """A row per keep rate."""
-    measures = [key for key in next(iter(found.values())) if key.endswith(MAIN)]
+def keep_rate_table(by_rate: Rates) -> ResultTable:
+    """Make a table with a row per keep rate."""
+    measures = _compared(by_rate)
     titles = [f"{title_of(*key.split('/', 1))} %" for key in measures]
-    columns = ("keep rate", *titles, "GFLOPs", per_second(found), "x of keep 1")
+    columns = ("keep rate", *titles, "GFLOPs", _speed_unit(by_rate), "x of keep 1")
     table = ResultTable("Accuracy against speed", columns)
-    for rate, r in found.items():
+    for rate, r in by_rate.items():
         shares = [
             f"{100 * r[key]:.1f} [{100 * r[f'{key}_low']:.1f}, {100 * r[f'{key}_high']:.1f}]"
             for key in measures
@@ -109,3 +118,24 @@ def keep_rate_table(found: Rates) -> ResultTable:
         speed = f"{r['gflops']:.3g}", f"{r['samples_per_s']:.0f}", f"{r['speed']:.2f}"
         table.rows.append((rate, *shares, *speed))
     return table
+
+
+def plot_keep_rates(by_rate: Rates, path: Path) -> None:
+    """Plot each measure with its interval over speed, one point per keep rate."""
+    figure, (axis,) = subplots(1, (7.4, 3.8))
+    speeds = [r["samples_per_s"] for r in by_rate.values()]
+    for key in _compared(by_rate):
+        values = [100 * r[key] for r in by_rate.values()]
+        below = [100 * (r[key] - r[f"{key}_low"]) for r in by_rate.values()]
+        above = [100 * (r[f"{key}_high"] - r[key]) for r in by_rate.values()]
+        label = title_of(*key.split("/", 1))
+        axis.errorbar(
+            speeds, values, [below, above], marker="o", ms=4, lw=1.2, capsize=2, label=label
+        )
+        for rate, x, y in zip(by_rate, speeds, values, strict=True):
+            axis.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
+    axis.set(xlabel=f"{_speed_unit(by_rate)} of the forward pass", ylabel="%")
+    axis.set_title("One artifact at several keep rates", fontsize=10)
+    axis.grid(alpha=0.25)
+    figure.legend(fontsize=7, loc="outside right upper")  # beside the curves, never on them
+    figure.savefig(path)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from xray.errors import DataError
+from xray.artifacts.offers import VISION
+from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.rows import Measures, titled, top1_rows
+from xray.evaluation.suite import LabelledConfig, Suite
 from xray.evaluation.zero_shot import HELD
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+
+@dataclass
+class KnnConfig(LabelledConfig):
+    """Number of neighbours, and the temperature of their votes."""
+
+    k: int = 20
+    temperature: float = 0.07
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.k < 1 or self.temperature <= 0:
+            raise ConfigError(f"{key}: k must be at least 1, and temperature above 0")
 
 
 def knn(
@@ -19,7 +41,11 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, float]:
-    """Top-1 accuracy and chance (`guess`); features [N, D] and [M, D] normalised, labels >= 0."""
+    """Measure top-1 accuracy, with chance (`guess`).
+
+    Features [N, D] and [M, D] are normalised; labels [N] and [M] are at least 0. Raises DataError
+    for fewer than k training samples.
+    """
     check_labels(train_labels, "kNN")
     check_labels(test_labels, "kNN")
     if k > len(train):
@@ -33,6 +59,22 @@ def knn(
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1
         votes.scatter_add_(1, train_labels[nearest], weight)
         hits.append(votes.argmax(dim=1) == truth)
-    found = share("top1", torch.cat(hits))
     chance = guess(train_labels, test_labels)
-    return {**found, "chance_top1": chance, "samples": float(len(test))}
+    return share("top1", torch.cat(hits)) | {"chance_top1": chance, "samples": float(len(test))}
+
+
+def _run(sets: Sets, config: KnnConfig) -> Measures:
+    train, test = sets.probe("knn", config)
+    settings = config.k, config.temperature
+    return knn(train.rows, train.labels, test.rows, test.labels, *settings)
+
+
+KNN = Suite(
+    "knn",
+    KnnConfig,
+    needs=frozenset({VISION}),
+    run=_run,
+    rows=top1_rows("kNN top1"),
+    title=titled("kNN"),
+    compared=("top1",),
+)

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from xray.artifacts.offers import VISION
 from xray.config import OptimConfig
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.knn import KNN
+from xray.evaluation.rows import Measures, titled, top1_rows
+from xray.evaluation.suite import LabelledConfig, Suite
 from xray.optim import lr_at
 from xray.progress import progress_of
 
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, tried on a held-out part of the training
 HELD_OUT = 0.2  # of the training samples
+
+
+@dataclass
+class LinearProbeConfig(LabelledConfig):
+    """The solver of the logistic regression."""
+
+    solver: Literal["lbfgs", "sgd", "mae"] = "lbfgs"
 
 
 class LinearHead(NamedTuple):
@@ -48,9 +63,9 @@ def linear_probe(
     check_labels(test_labels, "a linear probe")
     train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
     head = fit_head(train, train_labels, solver)
-    found = share("top1", head.predict(test) == test_labels)
-    found["chance_top1"] = guess(train_labels, test_labels)
-    return found | {"l2": head.strength, "samples": float(len(test))}
+    measures = share("top1", head.predict(test) == test_labels)
+    measures["chance_top1"] = guess(train_labels, test_labels)
+    return measures | {"l2": head.strength, "samples": float(len(test))}
 
 
 def fit_head(train: Tensor, labels: Tensor, solver: str) -> LinearHead:
@@ -191,3 +206,20 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor], LinearHead]] = {
     "sgd": _sgd,
     "mae": _mae,
 }
+
+
+def _run(sets: Sets, config: LinearProbeConfig) -> Measures:
+    train, test = sets.probe("linear_probe", config)
+    return linear_probe(train.views, train.labels, test.views, test.labels, config.solver)
+
+
+LINEAR_PROBE = Suite(
+    "linear_probe",
+    LinearProbeConfig,
+    needs=frozenset({VISION}),
+    run=_run,
+    rows=top1_rows("linear probe top1"),
+    title=titled("linear probe"),
+    compared=("top1",),
+    sets_from=KNN,
+)

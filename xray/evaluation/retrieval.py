@@ -1,24 +1,51 @@
-"""Retrieval: cross-modal, both ways, R@k; and of captions by captions.
+"""Cross-modal retrieval in both directions: R@k and median rank, of images and of videos.
 
-text -> image: every caption is a query, and the picture it belongs to is right. image -> text: a
-picture is found when any of its captions is among the first k (the CLIP benchmark's rule). Answers
-of equal similarity are in random order: what counts is the probability of a hit, and the mean
-place, so that collapsed features score like a guess.
+Text to image: every caption is a query, and its own image is correct. Image to text: a query is
+correct if any of its captions is among the first k (the CLIP benchmark's rule). Results of equal
+similarity are in random order: R@k is the probability of a hit and the rank is a mean, so
+that collapsed features score at chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from xray.artifacts.offers import JOINT
 from xray.errors import DataError
-from xray.evaluation.confidence import median, share, share_interval
+from xray.evaluation.confidence import median, share
+from xray.evaluation.feature_extraction import flat_captions, read_all_captions
+from xray.evaluation.rows import Measures, Row, rank_row, share_row
+from xray.evaluation.suite import CaptionedConfig, Suite
 from xray.evaluation.zero_shot import HELD
 
-COPIES = 4  # of a piece of similarities that are held at once
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+COPIES = 4  # of a chunk of similarities in memory at once
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass
+class RetrievalConfig(CaptionedConfig):
+    """Images with captions. `same`: what is correct for a caption, its own sample alone or every
+    sample that has the same caption."""
+
+    same: Literal["sample", "caption"] = "sample"
+
+
+@dataclass
+class VideoRetrievalConfig(RetrievalConfig):
+    """Videos with captions."""
+
+    modality: Literal["image", "video", "text"] = "video"
+    same: Literal["sample", "caption"] = "caption"
 
 
 def retrieval(
@@ -28,12 +55,12 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     kind: Tensor | None = None,
 ) -> dict[str, float]:
-    """R@k both ways and the median place of the best right answer, with chance.
+    """Measure R@k in both directions and the median rank of the best correct result, with chance.
 
-    images: [N, D]. texts: [M, D]. owner: [M], the picture each text belongs to. All normalised.
-    kind: [M] long, alike for texts that are the same: what is right for one is right for all of
-    them; None = each is right for its own picture alone. Intervals are over pictures, each with its
-    captions.
+    images: [N, D]. texts: [M, D]. owner: [M], the image of each text. Features are normalised.
+    kind: [M] long, equal for equal texts: they share their correct images; None = each text is
+    correct for its own image alone. Intervals resample images, each with its captions. Raises
+    DataError for fewer than two images or an image without a caption.
     """
     N, M = len(images), len(texts)
     if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
@@ -59,30 +86,30 @@ def retrieval(
 
 
 class Ranks(NamedTuple):
-    """Where the best right answers are: [Q] each."""
+    """Ranks of the best correct results, as counts of [Q] queries."""
 
-    above: Tensor  # answers that are more similar
-    right: Tensor  # right ones, of one similarity
-    wrong: Tensor  # wrong ones of the same
+    above: Tensor  # results that are more similar
+    right: Tensor  # correct results of the best correct one's similarity
+    wrong: Tensor  # wrong results of the same similarity
 
     def hits(self, k: int) -> Tensor:
-        """Probability that a right one is among the first k, [Q] double."""
+        """Compute the probability that a correct result is among the first k, [Q] double."""
         return 1 - _missed(self.right.double(), self.right + self.wrong, k - self.above)
 
     def mean_places(self) -> Tensor:
-        """Places before the first right one, on average over the order of equals, [Q]."""
+        """Compute the mean number of results before the first correct one, ties shuffled, [Q]."""
         return self.above + self.wrong / (self.right + 1)
 
 
 def right_pairs(owner: Tensor, kind: Tensor) -> Tensor:
-    """Which kinds of text are right for which pictures: sparse [K, N] of ones."""
+    """Pair each kind of text with its correct images: sparse [K, N] of ones."""
     pairs = torch.stack([kind, owner]).unique(dim=1)
     ones = torch.ones(pairs.shape[1])
     return torch.sparse_coo_tensor(pairs, ones, check_invariants=True).coalesce()
 
 
 def text_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Ranks:
-    """The best picture that is right for each text."""
+    """Rank the best correct image of each text."""
     ranks, rows = [], max(1, HELD // COPIES // len(images))
     for part, own in zip(texts.split(rows), kind.split(rows), strict=True):
         ranks.append(_ranks(part @ images.t(), right.index_select(0, own).to_dense() > 0))
@@ -90,7 +117,7 @@ def text_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Ra
 
 
 def image_ranks(images: Tensor, texts: Tensor, right: Tensor, kind: Tensor) -> Ranks:
-    """The best text that is right for each picture."""
+    """Rank the best correct text of each image."""
     ranks, rows = [], max(1, HELD // COPIES // len(texts))
     for own in torch.arange(len(images)).split(rows):
         kinds = right.index_select(1, own).to_dense().t() > 0  # [rows, K]
@@ -106,8 +133,8 @@ def _ranks(similarity: Tensor, right: Tensor) -> Ranks:
 
 
 def _missed(right: Tensor, answers: Tensor, k: Tensor) -> Tensor:
-    """Probability that a random ranking of all answers has none of c right ones among the first k:
-    C(A-c, k) / C(A, k), [Q]."""
+    """Compute the probability that a random ranking of A results has none of its c correct ones
+    among the first k, C(A-c, k) / C(A, k): [Q]."""
     missed = torch.ones(len(right), dtype=torch.float64)
     for i in range(int(k.max())):
         factor = ((answers - right - i) / (answers - i).clamp(min=1)).clamp(min=0)
@@ -120,7 +147,7 @@ def _chance(right: Tensor, answers: int, k: int) -> float:
 
 
 def _chance_median(right: Tensor, answers: int) -> float:
-    """The median place of the first right answer in a random ranking, over all that is asked."""
+    """Compute the median rank of the first correct result in random rankings, over all queries."""
     kinds, counts = right.unique(return_counts=True)
     missed, k, half = torch.ones(len(kinds), dtype=torch.float64), 0, len(right) / 2
     while (left := float((missed * counts).sum())) > half * (1 + 1e-9):
@@ -129,28 +156,76 @@ def _chance_median(right: Tensor, answers: int) -> float:
     return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
-def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
-    """Share of captions whose nearest other one is of the same picture, with chance.
+def _run(name: str) -> Callable[[Sets, RetrievalConfig], Measures]:
+    """Make the function that runs the suite of this name."""
 
-    texts: [M, D] normalised. owner: [M], the picture each belongs to. Of several nearest ones, the
-    right ones' share counts. Raises DataError where no picture has two.
-    """
-    M = len(texts)
-    partners = (torch.bincount(owner)[owner] - 1).double()
-    asked = torch.nonzero(partners > 0)[:, 0]
-    if not len(asked):
-        raise DataError("caption retrieval needs samples with two captions or more")
-    found = []
-    for rows in asked.split(max(1, HELD // M)):
-        similarity = texts[rows] @ texts.t()
-        similarity[torch.arange(len(rows)), rows] = -torch.inf
-        nearest = similarity == similarity.amax(dim=1, keepdim=True)
-        same = owner[rows, None] == owner
-        found.append((nearest & same).sum(dim=1) / nearest.sum(dim=1))
-    hits = torch.zeros(int(owner.max()) + 1).index_add(0, owner[asked], torch.cat(found))
-    weights = torch.bincount(owner[asked], minlength=len(hits))
-    low, high = share_interval(hits[weights > 0], weights[weights > 0])
-    top1 = float(torch.cat(found).double().mean())
-    chance = float((partners[asked] / (M - 1)).mean())
-    ends = {"top1_low": low, "top1_high": high}
-    return {"top1": top1, **ends, "chance_top1": chance, "captions": float(M)}
+    def run(sets: Sets, config: RetrievalConfig) -> Measures:
+        source = sets.open(name, config.shards, config.modality)
+        captions = read_all_captions(source, config.captions)
+        texts, owner = flat_captions(captions, f"eval.{name}.shards")
+        kind = _text_kinds(texts) if config.same == "caption" else None
+        images, rows = sets.features(source, "joint").rows, sets.texts(texts)
+        measures = retrieval(images, rows, owner, kind=kind)
+        for size in sets.joint.matryoshka:
+            image_part, text_part = (F.normalize(x[:, :size], dim=-1) for x in (images, rows))
+            part = retrieval(image_part, text_part, owner, kind=kind)
+            recalls = {key: value for key, value in part.items() if key.startswith(DIRECTIONS)}
+            measures |= {f"{key}/{size}": value for key, value in recalls.items()}
+        return measures
+
+    return run
+
+
+def _text_kinds(texts: list[str]) -> Tensor:
+    """Number the distinct texts in order of appearance, [M]."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return torch.tensor([number[text] for text in texts])
+
+
+def _title(medium: str) -> Callable[[str], str]:
+    """Make the titles of measures, such as: text to clip R@5, first 64 features."""
+
+    def title(measure: str) -> str:
+        name, slash, prefix = measure.partition("/")
+        direction = name.replace("image", medium).replace("_", " ")
+        return direction + (f", first {prefix} features" if slash else "")
+
+    return title
+
+
+def _rows(medium: str, plural: str) -> Callable[[Measures], Iterator[Row]]:
+    title = _title(medium)
+
+    def rows(measures: Measures) -> Iterator[Row]:
+        over = f"{measures['images']:.0f} {plural}, {measures['texts']:.0f} captions"
+        recalls = [name for name in measures if name.startswith(DIRECTIONS)]
+        prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
+        for prefix, direction in product(prefixes, DIRECTIONS):
+            for measure in ("R@1", "R@5", "R@10", "median_rank"):
+                name = f"{direction}_{measure}"
+                key = f"{name}/{prefix}" if prefix else name
+                if key in measures:
+                    row = rank_row if measure == "median_rank" else share_row
+                    yield row(title(key), measures, key, measures[f"chance_{name}"], over)
+
+    return rows
+
+
+RETRIEVAL = Suite(
+    "retrieval",
+    RetrievalConfig,
+    needs=frozenset({JOINT}),
+    run=_run("retrieval"),
+    rows=_rows("image", "pictures"),
+    title=_title("image"),
+    compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
+)
+VIDEO_RETRIEVAL = Suite(
+    "video_retrieval",
+    VideoRetrievalConfig,
+    needs=frozenset({JOINT}),
+    run=_run("video_retrieval"),
+    rows=_rows("clip", "clips"),
+    title=_title("clip"),
+    compared=RETRIEVAL.compared,
+)

@@ -1,11 +1,12 @@
-"""Accuracy of a zero-shot and of a linear-probe head on changed pictures."""
+"""Robustness: accuracy of a zero-shot and a linear-probe head on corrupted and attacked images."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,28 +14,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.shards.source import Source
-from xray.artifacts.encoders import Encoder, class_weights
+from xray.artifacts.encoders import Encoder
+from xray.artifacts.offers import VISION
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
-from xray.evaluation.config import RobustnessConfig
-from xray.evaluation.corruptions import aspect, corruption
-from xray.evaluation.datasets import Sets
+from xray.evaluation.corruptions import CORRUPTIONS, aspect, corruption
 from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
-from xray.evaluation.linear_probe import fit_head
+from xray.evaluation.linear_probe import LINEAR_PROBE, fit_head
+from xray.evaluation.robustness_results import ATTACKS, plot_robustness, robustness_rows
+from xray.evaluation.rows import titled
+from xray.evaluation.suite import Suite, SuiteConfig
+from xray.evaluation.zero_shot import ZERO_SHOT, NamedClasses
 
-Measures = dict[str, float]
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+Scores = dict[str, float]
+
+
+@dataclass
+class RobustnessConfig(SuiteConfig):
+    """Changes to the labelled samples of eval.zero_shot and eval.linear_probe."""
+
+    optional_sets = ("shift",)
+
+    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    resolutions: list[float] = field(
+        default_factory=lambda: [0.5, 0.75, 1.5]
+    )  # times the artifact's
+    aspects: list[float] = field(
+        default_factory=lambda: [0.5, 2.0]
+    )  # the width is stretched by these
+    attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd", "square"])
+    eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # /255, L-infinity
+    steps: int = 5  # of pgd
+    queries: int = 100  # of the black-box attack
+    attacked: int = 200  # samples that are attacked, evenly spaced
+    shift: str = ""  # labelled samples of the same classes from another source
+    seed: int = 0
+
+    def validate(self, key: str) -> None:
+        for names, known, field_name in (
+            (self.corruptions, tuple(CORRUPTIONS), "corruptions"),
+            (self.attacks, ATTACKS, "attacks"),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(
+                        f"{key}.{field_name} names {name!r}: there are {', '.join(known)}"
+                    )
+        if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
+            raise ConfigError(f"{key}.severities={self.severities} must be of 1 to 5")
+        if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
+            raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
+        if min(self.steps, self.queries, self.attacked) < 1:
+            raise ConfigError(f"{key}: steps, queries and attacked must be at least 1")
 
 
 @dataclass
 class Head:
-    """A classifier on features of one space, with its own labelled samples.
+    """A classifier on the features of one space, with its labelled samples.
 
-    places: labels of another source as this head's classes. predict: features -> [N] classes.
-    logits: [B, D] -> [B, C], with a gradient.
+    number: numbers another source's labels by this head's classes. predict: features -> [N]
+    classes. logits: [B, D] -> [B, C], differentiable.
     """
 
     name: str
@@ -42,13 +89,13 @@ class Head:
     source: Source
     labels: Tensor
     chance: float
-    places: Callable[[Tensor, Source], Tensor]
+    number: Callable[[Tensor, Source], Tensor]
     predict: Callable[[Features], Tensor]
     logits: Callable[[Tensor], Tensor]
 
 
-def robustness(sets: Sets) -> Measures:
-    """Accuracy of each head that has data: clean, corrupted, reshaped, attacked, elsewhere.
+def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
+    """Measure accuracy of each head that has data: clean, corrupted, reshaped, attacked, shifted.
 
     Measures are HEAD/CHANGE/STRENGTH: `zero_shot/gaussian_noise/3`, `linear_probe/pgd/1` (of 255).
     """
@@ -58,62 +105,63 @@ def robustness(sets: Sets) -> Measures:
             f"{sets.what}: corruptions and attacks are of its linear probe, set "
             "eval.linear_probe.train and .test (zero-shot is a clip artifact's)"
         )
-    if sets.config.robustness.shift:  # labels that a head does not know are found before hours
+    if config.shift:  # fail on unknown labels before hours of work
         for head in heads:
-            elsewhere = _elsewhere(head, sets)
-            head.places(labels_of(elsewhere), elsewhere)
-    found: Measures = {}
+            source = _shift_source(head, config, sets)
+            head.number(labels_of(source), source)
+    measures: Scores = {}
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
-        found[f"{head.name}/samples"] = float(len(head.labels))
-        found[f"{head.name}/chance"] = head.chance
-        found[f"{head.name}/attacked_samples"] = 0.0
+        measures[f"{head.name}/samples"] = float(len(head.labels))
+        measures[f"{head.name}/chance"] = head.chance
+        measures[f"{head.name}/attacked_samples"] = 0.0
         hits[head.name] = {"clean": _hits(head, sets.features(head.source, head.space))}
     for source in {id(head.source): head.source for head in heads}.values():
         own = [head for head in heads if head.source is source]
-        for name, change, data in _changes(sets):
-            seed = zlib.crc32(name.encode()) + sets.config.robustness.seed
-            look = replace(sets.look, change=change, seed=seed)
-            spaces = sets.encode(replace(source, name=f"{source.name} {name}"), look, data)
+        for name, change, data in _changes(config, sets):
+            seed = zlib.crc32(name.encode()) + config.seed
+            views = replace(sets.views, change=change, seed=seed)
+            spaces = sets.encode(replace(source, name=f"{source.name} {name}"), views, data)
             for head in own:
                 hits[head.name][name] = _hits(head, spaces[head.space])
     for head in heads:
-        found |= _scores(head.name, hits[head.name], sets.config.robustness)
-        found |= _attacked(head, sets)
-        found |= _shifted(head, sets, found[f"{head.name}/clean"])
-    return found
+        measures |= _scores(head.name, hits[head.name], config)
+        measures |= _attacked(head, config, sets)
+        measures |= _shifted(head, config, sets, measures[f"{head.name}/clean"])
+    return measures
 
 
 def _heads(sets: Sets) -> Iterator[Head]:
-    given, encoder = sets.config.configured(), sets.vision
-    if "zero_shot" in given and isinstance(encoder, Encoder):
-        names, source = sets.class_names()
-        weights = class_weights(sets.texts, names, sets.config.zero_shot.templates)
-        labels = sets.features(source, "joint").labels
-        labels = sets.zero_shot_labels(labels, source, names)
+    configured, encoder = sets.config.configured(), sets.vision
+    if ZERO_SHOT.name in configured and isinstance(encoder, Encoder):
+        classes = NamedClasses.open(sets)
+        weights = classes.weights(sets)
+        labels = sets.features(classes.source, "joint").labels
         scale = float(encoder.logit_scale.detach())
         yield Head(
-            "zero_shot", "joint", source, labels, 1 / len(names),
-            lambda found, other: sets.zero_shot_labels(found, other, names),
-            lambda found: (found.rows @ weights.t()).argmax(dim=1),
+            "zero_shot", "joint", classes.source, classes.number(labels, classes.source),
+            1 / len(classes.names), classes.number,
+            lambda features: (features.rows @ weights.t()).argmax(dim=1),
             lambda x: scale * x @ weights.to(x).t(),
         )  # fmt: skip
-    if "linear_probe" in given:
-        config = sets.config.linear_probe
+    if LINEAR_PROBE.name in configured:
+        config = sets.config.of(LINEAR_PROBE)
         train, test = sets.probe("linear_probe", config)
-        fitted = fit_head(train.views, train.labels, config.solver)
+        head = fit_head(train.views, train.labels, config.solver)
         sources = sets.labelled("linear_probe", config)
-        classes = Classes.of(sets.features(sources[0]).labels, sources[0])
+        places = Classes.of(sets.features(sources[0]).labels, sources[0]).places
         yield Head(
             "linear_probe", "backbone", sources[1], test.labels,
-            guess(train.labels, test.labels), classes.places,
-            lambda found: fitted.predict(found.views), fitted.logits,
+            guess(train.labels, test.labels), places,
+            lambda features: head.predict(features.views), head.logits,
         )  # fmt: skip
 
 
-def _changes(sets: Sets) -> Iterator[tuple[str, Change | None, DataConfig]]:
-    """(name, change, how samples are read) of everything that features are extracted for."""
-    config, data = sets.config.robustness, sets.data
+def _changes(
+    config: RobustnessConfig, sets: Sets
+) -> Iterator[tuple[str, Change | None, DataConfig]]:
+    """Yield (name, change, data settings) of every changed data set to extract features of."""
+    data = sets.data
     for kind in config.corruptions:
         for severity in config.severities:
             yield f"{kind}/{severity}", corruption(kind, severity), data
@@ -125,40 +173,40 @@ def _changes(sets: Sets) -> Iterator[tuple[str, Change | None, DataConfig]]:
         yield f"aspect/{ratio:g}", aspect(ratio), data
 
 
-def _hits(head: Head, found: Features) -> Tensor:
-    return head.predict(found) == head.labels
+def _hits(head: Head, features: Features) -> Tensor:
+    return head.predict(features) == head.labels
 
 
-def _scores(head: str, hits: dict[str, Tensor], config: RobustnessConfig) -> Measures:
-    """Accuracy on each changed set, and the mean of each corruption and of all of them."""
-    found: Measures = {}
+def _scores(head: str, hits: dict[str, Tensor], config: RobustnessConfig) -> Scores:
+    """Measure accuracy on each changed data set, and the means of each corruption and of all."""
+    scores: Scores = {}
     for name, own in hits.items():
-        found |= share(f"{head}/{name}", own)
+        scores |= share(f"{head}/{name}", own)
     corrupted = []
     for kind in config.corruptions:
         rows = torch.stack([hits[f"{kind}/{severity}"] for severity in config.severities])
-        found |= _mean(f"{head}/{kind}", rows)
+        scores |= _mean(f"{head}/{kind}", rows)
         corrupted.append(rows)
-    return found | (_mean(f"{head}/corrupted", torch.cat(corrupted)) if corrupted else {})
+    return scores | (_mean(f"{head}/corrupted", torch.cat(corrupted)) if corrupted else {})
 
 
-def _mean(name: str, hits: Tensor) -> Measures:
-    """Of [changes, N]: a sample is drawn with all its changes."""
+def _mean(name: str, hits: Tensor) -> Scores:
+    """Average hits [changes, N]; the bootstrap draws a sample with all its changes."""
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
 
 
-def _elsewhere(head: Head, sets: Sets) -> Source:
-    return sets.open("robustness.shift", sets.config.robustness.shift, head.source.modality)
+def _shift_source(head: Head, config: RobustnessConfig, sets: Sets) -> Source:
+    return sets.open("robustness.shift", config.shift, head.source.modality)
 
 
-def _shifted(head: Head, sets: Sets, clean: float) -> Measures:
-    """Accuracy on a set from elsewhere of the same classes, and what is lost."""
-    if not sets.config.robustness.shift:
+def _shifted(head: Head, config: RobustnessConfig, sets: Sets, clean: float) -> Scores:
+    """Measure accuracy on a data set of the same classes from another source, and the loss."""
+    if not config.shift:
         return {}
-    source = _elsewhere(head, sets)
-    found = sets.features(source, head.space)
-    labels = head.places(found.labels, source)
-    scores = share(f"{head.name}/shift", head.predict(found) == labels)
+    source = _shift_source(head, config, sets)
+    features = sets.features(source, head.space)
+    labels = head.number(features.labels, source)
+    scores = share(f"{head.name}/shift", head.predict(features) == labels)
     gap = clean - scores[f"{head.name}/shift"]
     return scores | {
         f"{head.name}/shift_gap": gap,
@@ -167,24 +215,24 @@ def _shifted(head: Head, sets: Sets, clean: float) -> Measures:
 
 
 @dataclass
-class Chosen:
-    """Slots of some samples of a source, evenly spaced over it."""
+class SomeSlots:
+    """Slots of some samples of a source, evenly spaced."""
 
     members: dict[int, np.ndarray]
     counts: np.ndarray
     digest: str = "chosen"
 
     @classmethod
-    def of_source(cls, source: Source, samples: int) -> tuple[Chosen, Tensor]:
-        """The slots and the numbers of the samples, in order."""
+    def of_source(cls, source: Source, samples: int) -> tuple[SomeSlots, Tensor]:
+        """Choose samples; returns their slots and their numbers in order."""
         chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).round())
         places = list(source.places())
-        found: dict[int, list[int]] = {}
+        by_shard: dict[int, list[int]] = {}
         for number in chosen.astype(int).tolist():
             shard, member = places[number]
-            found.setdefault(shard, []).append(member)
-        members = {shard: np.array(own) for shard, own in found.items()}
-        counts = np.array([len(found.get(shard, ())) for shard in range(len(source.manifest))])
+            by_shard.setdefault(shard, []).append(member)
+        members = {shard: np.array(own) for shard, own in by_shard.items()}
+        counts = np.array([len(by_shard.get(shard, ())) for shard in range(len(source.manifest))])
         return cls(members, counts), torch.from_numpy(chosen).long()
 
     def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,12 +243,12 @@ class Chosen:
         return None
 
 
-def _attacked(head: Head, sets: Sets) -> Measures:
-    """Accuracy under each attack at each eps, on some of the samples, each looked at once."""
-    config, encoder = sets.config.robustness, sets.vision
+def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
+    """Measure accuracy under each attack at each eps, on some of the samples, one view each."""
+    encoder = sets.vision
     if not config.attacks:
         return {}
-    slots, rows = Chosen.of_source(head.source, config.attacked)
+    slots, rows = SomeSlots.of_source(head.source, config.attacked)
     source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
     labels, device = head.labels[rows], encoder.normalize.mean.device
 
@@ -221,16 +269,16 @@ def _attacked(head: Head, sets: Sets) -> Measures:
         hits.setdefault("attacked_clean", []).append(_right(logits, x, truth))
         for name, attack in _attacks(config, logits, generator):
             hits.setdefault(name, []).append(_right(logits, attack(x, truth), truth))
-    found = {f"{head.name}/attacked_samples": float(len(labels))}
+    scores = {f"{head.name}/attacked_samples": float(len(labels))}
     for name, parts in hits.items():
-        found |= share(f"{head.name}/{name}", torch.cat(parts))
-    return found
+        scores |= share(f"{head.name}/{name}", torch.cat(parts))
+    return scores
 
 
 def _attacks(
     config: RobustnessConfig, logits: Logits, generator: torch.Generator
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
-    """(ATTACK/EPS, pictures and labels -> pictures)."""
+    """Yield (ATTACK/EPS, attack), where an attack maps images and labels to images."""
     makers: dict[str, Callable[..., Tensor]] = {
         "fgsm": fgsm,
         "pgd": partial(pgd, steps=config.steps, generator=generator),
@@ -244,3 +292,15 @@ def _attacks(
 @torch.no_grad()
 def _right(logits: Logits, x: Tensor, labels: Tensor) -> Tensor:
     return (logits(x).argmax(dim=1) == labels).cpu()
+
+
+ROBUSTNESS = Suite(
+    "robustness",
+    RobustnessConfig,
+    needs=frozenset({VISION}),
+    run=robustness,
+    rows=robustness_rows,
+    title=titled("robustness"),
+    reads=(ZERO_SHOT, LINEAR_PROBE),
+    plot=plot_robustness,
+)

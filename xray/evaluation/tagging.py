@@ -1,8 +1,11 @@
-"""A tag head on samples with tags: views through the model, and the measures of `tagging.py`."""
+"""Evaluation of a tag head on samples with tags; the measures are those of tag_metrics.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -12,11 +15,40 @@ from data_pipelines.decode.transforms import load_views
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loader import Fields, iterate_source
 from data_pipelines.tags.labels import Labeller, label
-from data_pipelines.tags.reader import TagRules
+from data_pipelines.tags.reader import Origin, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
+from xray.artifacts import offers
+from xray.artifacts.encoders import Tagger
 from xray.config import DataConfig
-from xray.evaluation.config import TaggingConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.evaluation.rows import Measures, Row, share_row, titled
+from xray.evaluation.suite import Suite, SuiteConfig
 from xray.evaluation.tag_metrics import TagMetrics, average_views, measured_tags
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+
+@dataclass
+class TaggingConfig(SuiteConfig):
+    """Samples with tags, and the views that their probabilities are averaged over."""
+
+    required_sets = ("shards",)
+
+    shards: str = ""
+    modality: Literal["image", "video"] = "image"
+    tags: Origin = "hashtags"  # where a sample's tags come from
+    field: str = "hashtags"  # their json field
+    # json fields of the captions that tags are read from, and their weights
+    captions: dict[str, float] = dataclass_field(default_factory=dict)
+    clips: int = 1  # times per video
+    crops: int = 1  # squares per image or frame: 1 or 3
+
+    def validate(self, key: str) -> None:
+        if not self.shards:
+            raise ConfigError(f"{key}.shards is not set")
+        if self.clips < 1 or self.crops not in (1, 3):
+            raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
 
 
 def tagging(
@@ -27,7 +59,10 @@ def tagging(
     data: DataConfig,
     batch_size: int,
 ) -> tuple[dict[str, float], TagMetrics]:
-    """The measures of a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
+    """Measure a tag head on a source.
+
+    probabilities: [B, T, 3, S, S] uint8 -> [B, V].
+    """
     rules = TagRules(field=config.field)
     work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
     labels = label(work, data.workers)
@@ -49,6 +84,51 @@ def tagging(
 
     for batch in iterate_source(source, transform, collate, data, batch_size):
         views = batch["pixels"].shape[1]
-        found = probabilities(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, views))
-        metrics.add(average_views(found), batch["tags"])
+        by_view = probabilities(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, views))
+        metrics.add(average_views(by_view), batch["tags"])
     return metrics.results(), metrics
+
+
+def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
+    encoder = sets.encoder
+    if not isinstance(encoder, Tagger):
+        raise ArtifactError(f"{sets.what}: only a hashtag artifact has tags")
+    vocabulary = Vocabulary.load(encoder.artifact.file("vocabulary.json"))
+    results: dict[str, float] = {}
+    for name, own in config.items():
+        source = sets.open(f"tags.{name}", own.shards, own.modality)
+        settings = (vocabulary, own, sets.data, sets.config.batch_size)
+        measures, _ = tagging(source, encoder.probabilities, *settings)
+        results |= {f"{name}/{measure}": value for measure, value in measures.items()}
+    return results
+
+
+def _rows(measures: Measures) -> Iterator[Row]:
+    """Make the rows of each data set."""
+    for name in dict.fromkeys(key.split("/")[0] for key in measures):
+        prefix = f"{name}/"
+        own = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}
+        yield from _rows_of_set(name, own)
+
+
+def _rows_of_set(name: str, r: Measures) -> Iterator[Row]:
+    samples = r["samples"] + r["untagged"]
+    over = f"{r['samples']:.0f} of {samples:.0f} samples, {r['tags']:.0f} tags"
+    for measure in ("precision@1", "recall@5"):
+        yield share_row(f"{name} {measure}", r, measure, r[f"chance_{measure}"], over)
+    for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
+        tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
+        yield share_row(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
+    least = r["least_dead@10"] / r["vocabulary"]
+    yield share_row(f"{name} dead tags", r, "dead_share@10", least, f"{r['vocabulary']:.0f} tags")
+    yield f"{name} calibration error", f"{100 * r['ece']:.1f}", "", over
+
+
+TAGS = Suite(
+    "tags",
+    dict[str, TaggingConfig],
+    needs=frozenset({offers.TAGS}),
+    run=_run,
+    rows=_rows,
+    title=titled("tags"),
+)

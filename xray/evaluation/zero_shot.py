@@ -1,21 +1,110 @@
-"""Zero-shot classification: class names in prompt templates against picture features.
+"""Zero-shot classification: class names in prompt templates against image features.
 
-The prediction is the class of the largest cosine (CLIP, 2103.00020).
+The prediction is the class of the largest cosine similarity (CLIP, 2103.00020).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor
 
-from xray.evaluation.class_labels import check_named
+from data_pipelines.ingest.labelled import spaced
+from data_pipelines.shards.manifest import resolve
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.utf8 import read_utf8
+from xray.artifacts.encoders import class_weights
+from xray.artifacts.offers import JOINT
+from xray.errors import ConfigError
+from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
+from xray.evaluation.rows import Measures, Row, share_row, titled
+from xray.evaluation.suite import Suite, SuiteConfig
 
-HELD = 2**26  # similarities that are held at a time: 256 MiB
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+HELD = 2**26  # similarities in memory at a time: 256 MiB
+
+
+@dataclass
+class ZeroShotConfig(SuiteConfig):
+    """Labelled samples and a file of class names, one per line; "" = the names of the data set."""
+
+    required_sets = ("shards",)
+    optional_sets = ("classes",)
+
+    shards: str = ""
+    classes: str = ""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    modality: Literal["image", "video"] = "image"
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if not self.templates or not all("{}" in template for template in self.templates):
+            raise ConfigError(f"{key}.templates: each needs {{}} where the class name goes")
+
+
+@dataclass(frozen=True)
+class NamedClasses:
+    """The classes of zero-shot classification: their names by number, and the labelled source."""
+
+    names: list[str]
+    source: Source
+    origin: str  # the pattern that the names come from
+
+    @classmethod
+    def open(cls, sets: Sets) -> NamedClasses:
+        """Open the source and read the class names.
+
+        Raises ConfigError or DataError if there are no names, or fewer than two.
+        """
+        config = sets.config.of(ZERO_SHOT)
+        source = sets.open("zero_shot", config.shards, config.modality)
+        if not config.classes:
+            if not source.classes:
+                raise ConfigError(
+                    f"{config.shards} has no class names: set eval.zero_shot.classes to a file "
+                    "of them, one per line"
+                )
+            names = list(source.classes)
+        else:
+            names = _read_names(resolve(config.classes, sets.data.root))
+        origin = config.classes or config.shards
+        if len(names) < 2:
+            raise ConfigError(f"{origin} names {len(names)} class: zero-shot needs at least two")
+        return cls(names, source, origin)
+
+    def number(self, labels: Tensor, source: Source) -> Tensor:
+        """Number a source's labels [N] by their places among the names.
+
+        If no name of the source is among the names but the counts are equal, classes are matched
+        by position. Raises DataError if only some of the names are the same.
+        """
+        own = source.classes
+        if len(own) != len(self.names) or set(own) & set(self.names):
+            labels = renumber(labels, source, self.names, f"those of {self.origin}")
+        check_named(labels, len(self.names), source.name)
+        return labels
+
+    def weights(self, sets: Sets) -> Tensor:
+        """Encode the names in the prompt templates: [C, E], normalised."""
+        return class_weights(sets.texts, self.names, sets.config.of(ZERO_SHOT).templates)
+
+
+def _read_names(path: str) -> list[str]:
+    lines = read_utf8(path, "eval.zero_shot.classes").splitlines()
+    return list(spaced(line.strip() for line in lines if line.strip()))
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy and chance; features [N, D], labels [N], weights [C, D]."""
+    """Measure top-1 and top-5 accuracy, with chance.
+
+    features: [N, D]. labels: [N]. weights: [C, D].
+    """
     classes = len(weights)
     check_named(labels, classes, "zero-shot")
     rows = max(1, HELD // classes)
@@ -30,3 +119,27 @@ def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, fl
         "samples": float(len(labels)),
         "classes": float(classes),
     }
+
+
+def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
+    classes = NamedClasses.open(sets)
+    features = sets.features(classes.source, "joint")
+    labels = classes.number(features.labels, classes.source)
+    return zero_shot(features.rows, labels, classes.weights(sets))
+
+
+def _rows(measures: Measures) -> Iterator[Row]:
+    over = f"{measures['samples']:.0f} samples, {measures['classes']:.0f} classes"
+    for key in ("top1", "top5"):
+        yield share_row(f"zero-shot {key}", measures, key, measures[f"chance_{key}"], over)
+
+
+ZERO_SHOT = Suite(
+    "zero_shot",
+    ZeroShotConfig,
+    needs=frozenset({JOINT}),
+    run=_run,
+    rows=_rows,
+    title=titled("zero-shot"),
+    compared=("top1",),
+)

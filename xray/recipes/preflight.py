@@ -37,5 +37,7 @@ def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = {results[path] for path in coming}
         dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
-    for suites in evaluation.in_recipe([run.stage for run in runs]).values():
+    for suites in evaluation.in_recipe(
+        {run.stage: stage_class(run.stage).offers for run in runs}
+    ).values():
         check_sets(evaluation, suites, root)

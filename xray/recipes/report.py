@@ -25,6 +25,8 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.results_table import result_table
+from xray.evaluation.retrieval import RETRIEVAL
+from xray.evaluation.zero_shot import ZERO_SHOT
 from xray.files import write_text
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags
@@ -121,9 +123,9 @@ def _examples(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[str]:
             parts.append(tags(artifacts["hashtag"], images))
     if "clip" in artifacts:
         encoder, data = Encoder(artifacts["clip"]), runs["clip"].data
-        if recipe.eval.retrieval.shards:
+        if recipe.eval.of(RETRIEVAL).shards:
             parts.append(retrieved(encoder, recipe, data))
-        if recipe.eval.zero_shot.shards:
+        if recipe.eval.of(ZERO_SHOT).shards:
             parts.append(confused(encoder, recipe, data))
     return parts
 

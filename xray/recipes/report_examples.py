@@ -15,11 +15,13 @@ from data_pipelines.shards.source import Source
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.encoders import Encoder, Tagger, class_weights
+from xray.artifacts.encoders import Encoder, Tagger
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import label_of
+from xray.evaluation.retrieval import RETRIEVAL
+from xray.evaluation.zero_shot import NamedClasses
 from xray.recipes.recipe import Recipe
 from xray.reports.figures import subplots, svg
 from xray.reports.html import Card, cards, paragraph
@@ -54,7 +56,7 @@ def tags(artifact: Artifact, pixels: Tensor) -> str:
 
 def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Captions for which the right picture is found first, and others."""
-    config = recipe.eval.retrieval
+    config = recipe.eval.of(RETRIEVAL)
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
     looked = look(sets.open("retrieval", config.shards, config.modality), data, config.captions)
     known = [number for number, own in enumerate(looked.captions) if own]
@@ -81,15 +83,13 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
 
 def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Which classes zero-shot classification takes for which."""
-    config = recipe.eval.zero_shot
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
-    names, source = sets.class_names()
-    looked = look(source, data)
+    classes = NamedClasses.open(sets)
+    looked = look(classes.source, data)
     if not looked.labels:
         return ""
-    labels = sets.zero_shot_labels(torch.tensor(looked.labels), source, names)
-    weights = class_weights(encoder.encode_text, names, config.templates)
-    found = (_encoded(encoder, looked.pixels) @ weights.t()).argmax(dim=1)
+    names, labels = classes.names, classes.number(torch.tensor(looked.labels), classes.source)
+    found = (_encoded(encoder, looked.pixels) @ classes.weights(sets).t()).argmax(dim=1)
     share = (found == labels).float().mean()
     note = paragraph(f"Of {len(labels)} samples, {share:.0%} are taken for what they are.")
     if len(names) > MATRIX:

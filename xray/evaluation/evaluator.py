@@ -1,0 +1,77 @@
+"""Runs evaluation suites on an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from xray import dist
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import TextEncoder, VisionEncoder, restore_encoder
+from xray.errors import ArtifactError, ConfigError
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.datasets import Sets, check_sets
+from xray.evaluation.rows import Measures
+from xray.evaluation.suites import SUITES, suite_named
+
+Results = Mapping[str, Measures]  # by suite
+
+
+class Evaluator:
+    """Runs suites on one encoder; features that several suites need are extracted once."""
+
+    def __init__(
+        self, encoder: VisionEncoder | TextEncoder, config: EvalConfig, root: str, workers: int
+    ) -> None:
+        config.validate()
+        self.config = config
+        self.sets = Sets(encoder, config.filled(), root, workers)
+        self.offers = encoder.artifact.offers
+
+    @classmethod
+    def open(cls, artifact: Artifact, config: EvalConfig, root: str, workers: int) -> Evaluator:
+        """Load an artifact's encoder on the fastest device."""
+        encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
+        return cls(encoder, config, root, workers)
+
+    def run(self, names: Sequence[str]) -> Results:
+        """Run suites and return their results; raises as `check`."""
+        return dict(self.each(names))
+
+    def each(self, names: Sequence[str]) -> Iterator[tuple[str, Measures]]:
+        """Check all suites, then yield each with its results as soon as it has run."""
+        self.check(names)
+        for name in names:
+            suite = suite_named(name)
+            yield name, suite.run(self.sets, self.sets.config.of(suite))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise an error if one of these suites cannot run.
+
+        ConfigError for an unknown suite and for data that is not set or not there; ArtifactError
+        for a suite that needs what the artifact does not offer.
+        """
+        configured = self.sets.config.configured()
+        for name in names:
+            suite = suite_named(name)
+            if not suite.needs <= self.offers:
+                raise ArtifactError(
+                    f"{self.sets.what}: suite {name} needs an artifact that offers "
+                    f"{', '.join(sorted(suite.needs))}, this one offers "
+                    f"{', '.join(sorted(self.offers))}"
+                )
+            if name not in configured and not any(s.name in configured for s in suite.reads):
+                raise ConfigError(f"suite {name} has no data: set eval.{suite.data_keys()}")
+        check_sets(self.sets.config, names, self.sets.data.root)
+
+    def default_suites(self) -> list[str]:
+        """List the suites that have data and that the artifact can run; ConfigError for none."""
+        suites = self.config.possible(self.offers)
+        if not suites:
+            configured = self.config.configured()
+            data = f"the data are for {', '.join(configured)}"
+            able = ", ".join(suite.name for suite in SUITES if suite.needs <= self.offers)
+            raise ConfigError(
+                f"{self.sets.what}: it can be asked for {able}; "
+                f"{data if configured else 'there are no data: give --recipe'}"
+            )
+        return suites

@@ -1,0 +1,104 @@
+"""The record that describes an evaluation suite, and the settings that several suites share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from xray.errors import ConfigError
+from xray.evaluation.rows import Measures, Row
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+C = TypeVar("C")
+
+# A key that names a data set holds shards (a folder, glob, {000..123} pattern or URL), a folder
+# with a folder per class, or a .csv file with the columns path and label or caption.
+
+
+@dataclass
+class SuiteConfig:
+    """Settings of a suite; a subclass names those of its keys that hold data sets."""
+
+    required_sets: ClassVar[tuple[str, ...]] = ()
+    optional_sets: ClassVar[tuple[str, ...]] = ()
+
+    def sets(self) -> dict[str, str]:
+        """Return the patterns of the data sets that are set, by key."""
+        keys = (*self.required_sets, *self.optional_sets)
+        return {key: getattr(self, key) for key in keys if getattr(self, key)}
+
+    def has_data(self) -> bool:
+        """Tell if all required data sets are set."""
+        return bool(self.required_sets) and all(key in self.sets() for key in self.required_sets)
+
+    def validate(self, key: str) -> None:
+        """Raise ConfigError naming the key to change; `key` is the section's, such as eval.knn."""
+        there = [name for name in self.required_sets if name in self.sets()]
+        missing = [name for name in self.required_sets if name not in there]
+        if there and missing:
+            raise ConfigError(f"{key}.{there[0]} is set: set {key}.{missing[0]}, too")
+
+
+@dataclass
+class CaptionedConfig(SuiteConfig):
+    """Images or videos with captions; the suite `captions` also takes texts alone."""
+
+    required_sets = ("shards",)
+
+    shards: str = ""
+    modality: Literal["image", "video", "text"] = "image"
+    captions: dict[str, float] = field(default_factory=dict)  # json fields and their weights
+
+
+@dataclass
+class LabelledConfig(SuiteConfig):
+    """Labelled samples for training and for test; a probe without sets takes those of eval.knn."""
+
+    required_sets = ("train", "test")
+
+    train: str = ""
+    test: str = ""
+    modality: Literal["image", "video"] = "image"
+
+
+@dataclass(frozen=True)
+class Suite(Generic[C]):
+    """An evaluation suite: its settings, what it needs, how it runs and how results are shown.
+
+    Chance is one of the measures that `run` returns; `rows` puts it beside the result.
+    """
+
+    name: str  # of its section in the config, and of its results
+    Config: type[C]  # of its section; dict[str, X] for several data sets with names
+    needs: frozenset[str]  # capabilities that the artifact must offer (xray/artifacts/offers.py)
+    run: Callable[[Sets, C], Measures]
+    rows: Callable[[Measures], Iterable[Row]]  # of the results table
+    title: Callable[[str], str]  # of a measure, in plots and reports
+    compared: tuple[str, ...] = ()  # measures that --keep-rates compares; () = it cannot
+    sets_from: Suite[Any] | None = None  # whose data sets it takes if it has none
+    reads: tuple[Suite[Any], ...] = ()  # suites whose data sets and heads it uses
+    plot: Callable[[Measures, Path], None] | None = None
+
+    def sections(self, section: C) -> dict[str, SuiteConfig]:
+        """Return the suite's settings by their key below eval: one, or one for each named set."""
+        if isinstance(section, dict):
+            return {f"{self.name}.{name}": part for name, part in section.items()}
+        assert isinstance(section, SuiteConfig)
+        return {self.name: section}
+
+    def has_data(self, section: C) -> bool:
+        """Tell if the suite has data sets of its own."""
+        parts = self.sections(section).values()
+        return bool(parts) and all(part.has_data() for part in parts)
+
+    def data_keys(self) -> str:
+        """Return the keys below eval that give the suite its data."""
+        if self.reads:
+            return ", or eval.".join(suite.data_keys() for suite in self.reads)
+        types = getattr(self.Config, "__args__", None)  # of dict[str, X]
+        config: Any = types[1] if types else self.Config
+        return f"{self.name}{'.NAME' if types else ''}." + " and .".join(config.required_sets)
