@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from xray.artifacts.artifact import Artifact
 
 Batch = dict[str, Tensor]
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # a state dict, or the part of one
+C = TypeVar("C", bound=RunConfig)
 Task = Literal["loss", "features"]
 
 
@@ -144,10 +145,10 @@ class Parents:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run would read from its data and parents.
+    """Sizes that a run learns from its data and parents, given to `xray plan` beforehand.
 
-    tags: of the vocabulary. llm: a folder with a config.json, None where there is none. text: the
-    text section that a text artifact would bring.
+    tags: size of the vocabulary. llm: a folder with a config.json, None if it is not known. text:
+    the text section that a parent text artifact brings.
     """
 
     tags: int = 0
@@ -155,8 +156,8 @@ class Facts:
     text: TextConfig | None = None
 
 
-class Stage(ABC):
-    """What to learn: builds the module, turns samples into batches, exports the artifact."""
+class Stage(ABC, Generic[C]):
+    """A learning task: builds the module, turns samples into batches, exports the artifact."""
 
     name: ClassVar[str]
     Config: ClassVar[type[RunConfig]]
@@ -168,7 +169,7 @@ class Stage(ABC):
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")  # of the sources it can use
     spans_batch: ClassVar[bool] = False  # the loss compares samples of the whole block
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: C) -> None:
         self.config = config
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
@@ -194,7 +195,7 @@ class Stage(ABC):
         """Stack the samples of a micro-batch."""
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def after_step(self, engine: Any, module: Any) -> None:  # noqa: B027 - most stages need none
+    def after_step(self, engine: Any, module: Any) -> None:
         """Act on parameters after an optimizer step, through the engine's fp32 master."""
 
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
@@ -236,6 +237,44 @@ class Stage(ABC):
     def inputs(self) -> dict[str, str]:
         """Hashes of what the run depends on besides config, data and parents."""
         return {}
+
+    def models(self) -> dict[str, str]:
+        """Paths or names of the other models that the run reads, by their role."""
+        text = text_section(self.config)
+        return {} if text is None else {"llm": text.llm}
+
+    # for `xray plan`, which reads no weights ----------------------------------------------------
+
+    def count(self, sources: dict[str, Source], facts: Facts) -> tuple[Facts, list[str]]:
+        """Complete the facts from the config and from the sources that can be opened.
+
+        Returns them with a note on everything that had to be assumed.
+        """
+        return facts, []
+
+    def meta_module(self, facts: Facts) -> StageModule:
+        """Build the module under torch's meta device, without data, weights or parents."""
+        return self.build(Parents())
+
+    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
+        """Make a micro-batch of zeros as `collate` returns it, with captions of full length."""
+        return {"pixels": torch.zeros(samples, frames, 3, side, side, dtype=torch.uint8)}
+
+    def spans(self) -> list[tuple[float, float]]:
+        """Parts [start, end] of the progress in which the cost of a step changes gradually.
+
+        A sudden change is a part of no length. Schedules of the shared config are known.
+        """
+        model = self.config.model
+        if model.reduce == "none" or min(model.final_rates) == 1:
+            return []
+        return [(model.keep_rate_span[0], model.keep_rate_span[1])]
+
+
+def text_section(config: RunConfig) -> TextConfig | None:
+    """The section of the LLM that a run reads; None for a stage without a text tower."""
+    section = getattr(config, "text", None)
+    return section if isinstance(section, TextConfig) else None
 
 
 def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from data_pipelines.text.captions import choose_captions, kept_captions
 from data_pipelines.text.feature_store import TextStore, open_store, store_facts
 from stages.base import (
     Batch,
+    Facts,
     Parents,
     Stage,
     State,
@@ -31,6 +33,9 @@ from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
 from stages.clip_monitor import ContrastGuard, loss_at_chance
 from stages.clip_teacher import Teacher, load_teacher
+from stages.hashtag import example_labels, vocabulary_size
+from stages.mae import example_noise
+from stages.text import example_captions, meta_tower
 from xray import dist
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
@@ -67,6 +72,7 @@ class ClipModule(VisionModule):
             self.towers["text"] = text
         self.text_frozen_until = 1.0 if config.text.tune == "none" else config.optim.text.freeze
         self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
+        self.sentence_width = width
         sizes = (width, options.embed_dim, options.adapter_blocks)
         self.text_adapter = text_head(options.text_head, *sizes)
         # [1] and not 0-d: DeepSpeed cannot flatten 0-d parameters
@@ -166,7 +172,7 @@ def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
     }
 
 
-class ClipStage(Stage):
+class ClipStage(Stage[ClipConfig]):
     name = "clip"
     Config = ClipConfig
     offers = frozenset({VISION, JOINT})
@@ -252,6 +258,43 @@ class ClipStage(Stage):
         grid = self._sketch.geometry.grid(frames, side, side)
         per_slot = self.config.model.video == "frames"
         return math.prod(visible_places(grid, self.config.clip.masked(progress), per_slot))
+
+    def count(self, sources: dict[str, Source], facts: Facts) -> tuple[Facts, list[str]]:
+        options, notes = self.config.clip, list[str]()
+        if options.teacher:
+            notes.append(f"clip.teacher={options.teacher} is not counted")
+        if not options.hashtag_weight:
+            return facts, notes
+        tags, assumed = vocabulary_size(self.config, self.config.hashtag, sources, facts.tags)
+        return dataclasses.replace(facts, tags=tags), notes + assumed
+
+    def meta_module(self, facts: Facts) -> ClipModule:
+        """Without a known LLM the tower is left out, and its width is that of the joint space."""
+        tower = None if facts.llm is None else meta_tower(self.config.text, facts)
+        width = self.config.clip.embed_dim if tower is None else tower.width
+        live = tower if self.config.text.features == "live" else None
+        tags = facts.tags if self.config.clip.hashtag_weight else 0
+        return ClipModule(self.config, live, width, None, tags)
+
+    def example_batch(self, module: ClipModule, samples: int, frames: int, side: int) -> Batch:
+        batch = super().example_batch(module, samples, frames, side)
+        options = self.config.clip
+        if "text" in module.towers:
+            batch |= example_captions(samples, options.captions, self.config.text.max_length)
+        else:
+            batch["sentences"] = torch.zeros(samples, options.captions, module.sentence_width)
+        if options.mae_weight:
+            size = samples, frames, side
+            batch["mask_noise"] = example_noise(self.config, self.config.mae, *size)
+        return batch | example_labels(samples) if options.hashtag_weight else batch
+
+    def spans(self) -> list[tuple[float, float]]:
+        options = self.config.clip
+        masked = [(options.mask_span[0], options.mask_span[1])] if options.mask_ratio else []
+        return [*super().spans(), *masked, (options.mask_until, options.mask_until)]
+
+    def models(self) -> dict[str, str]:
+        return {**super().models(), "teacher": self.config.clip.teacher}
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
         limit = math.log(self.config.clip.logit_scale_max)

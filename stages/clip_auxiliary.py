@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +13,34 @@ from torch import Tensor, nn
 from data_pipelines.shards.sidecar import Sidecar
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.tags.labels import Labeller, label, mean_frequency, tag_frequency
+from data_pipelines.tags.reader import TagRules
 from stages.base import Batch, VisionModule, sketch
-from stages.hashtag import HashtagStage, pad_labels, tag_targets
+from stages.hashtag import HashtagOptions, find_vocabulary, pad_labels, tag_targets
 from stages.mae import make_decoder, masking, reconstruct
+from xray.errors import ConfigError
 from xray.losses.tags import TagLoss
+from xray.models.backbone import VisionBackbone
 from xray.models.heads import TagHead
+
+if TYPE_CHECKING:
+    from stages.clip_config import ClipConfig
+
+# Options of section hashtag that this module reads: any other one is refused.
+READ = {item.name for item in fields(TagRules)} | {"vocabulary", "loss", "smoothing", "chunk"}
+
+
+def check_unread(options: HashtagOptions) -> None:
+    """Raise ConfigError for an option of section hashtag that is set and that nothing here reads.
+
+    Those are the options about sampling, augmentation and label noise of the hashtag stage.
+    """
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.name not in READ and value != getattr(type(options)(), item.name):
+            raise ConfigError(
+                f"hashtag.{item.name}={value} does nothing in the clip stage, whose samples and "
+                "labels stay as they are: leave it out of the section clip.hashtag"
+            )
 
 
 class AuxiliaryLosses(nn.Module):
@@ -25,7 +49,7 @@ class AuxiliaryLosses(nn.Module):
     config: a run's, with the sections of the mae and hashtag stages. They are not handed on.
     """
 
-    def __init__(self, config: Any, vision: Any, tags: int) -> None:
+    def __init__(self, config: ClipConfig, vision: VisionBackbone, tags: int) -> None:
         super().__init__()
         self.mae, self.hashtag = config.mae, config.hashtag
         self.decoder = make_decoder(self.mae, vision) if config.clip.mae_weight else None
@@ -53,11 +77,11 @@ class AuxiliaryLosses(nn.Module):
 class AuxiliaryData:
     """What the auxiliary losses need of each sample: noise of the masks, tags."""
 
-    def __init__(self, config: Any, sources: dict[str, Source]) -> None:
+    def __init__(self, config: ClipConfig, sources: dict[str, Source]) -> None:
         self.config = config
         self.tags = 0
         if config.clip.hashtag_weight:
-            self.vocabulary = HashtagStage(config).find_vocabulary(sources)
+            self.vocabulary = find_vocabulary(config, config.hashtag, sources)
             self.tags = len(self.vocabulary)
             self.labels = {name: self._label(source) for name, source in sources.items()}
             seen = [

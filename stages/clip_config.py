@@ -6,17 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stages.clip_auxiliary import check_unread
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
 from xray.models.heads import TextHead
 from xray.models.patch_dropout import mask_ratio_at
-
-UNREAD = (
-    *("balance", "epoch_length", "strip", "teacher", "pseudo_weight", "min_lift"),
-    *("sampled", "truncate", "truncate_after", "mixup", "cutmix"),
-)
 
 
 @dataclass
@@ -111,17 +107,3 @@ class ClipConfig(RunConfig):
         if self.clip.logit_bias is not None:
             return self.clip.logit_bias
         return -math.log(max(block.samples for block in self.blocks))
-
-
-# Of the hashtag stage's settings those about its slots, its noise and its teacher.
-
-
-def check_unread(options: HashtagOptions) -> None:
-    """Raise ConfigError for settings of the hashtag stage that do nothing here."""
-    usual = HashtagOptions()
-    for name in UNREAD:
-        if getattr(options, name) != getattr(usual, name):
-            raise ConfigError(
-                f"hashtag.{name}={getattr(options, name)} does nothing in the clip stage, whose "
-                "samples and labels stay as they are: leave it out of the section clip.hashtag"
-            )

@@ -14,6 +14,7 @@ from torch import Tensor
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.artifacts.language_model import text_config
+from xray.artifacts.offers import JOINT
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.files import sha256_file
@@ -56,7 +57,7 @@ class FromArtifact:
             artifact = open_artifact(path)
         except ArtifactError as error:
             raise ArtifactError(f"clip.teacher: {error}") from error
-        if artifact.stage != "clip":
+        if JOINT not in artifact.offers:
             raise ArtifactError(
                 f"clip.teacher={path} is of stage {artifact.stage}: a clip artifact can teach, or "
                 f"{OPEN_CLIP}MODEL:WEIGHTS"

@@ -28,7 +28,17 @@ from data_pipelines.tags.labels import (
 )
 from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
-from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
+from stages.base import (
+    Batch,
+    Facts,
+    Parents,
+    Stage,
+    State,
+    StepOutput,
+    VisionModule,
+    load_vision,
+    part,
+)
 from xray import dist
 from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
@@ -99,6 +109,7 @@ class HashtagConfig(RunConfig):
         self.hashtag.validate()
 
 
+EXAMPLE_TAGS = 8  # per sample
 LEAST_WEIGHT = 1e-6  # of a sample's labels: no division by 0
 # (features, weight, bias) -> losses [B], and the likeliest tags [B] where all are looked at
 HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -171,7 +182,47 @@ def pad_labels(rows: Sequence[Batch]) -> Batch:
     }
 
 
-class HashtagStage(Stage):
+def find_vocabulary(
+    config: RunConfig, options: HashtagOptions, sources: Mapping[str, Source]
+) -> Vocabulary:
+    """Load the vocabulary that hashtag.vocabulary names, or build one from the run's samples."""
+    if options.vocabulary:
+        return Vocabulary.load(Path(options.vocabulary))
+    counts, names = TagCounts(), [block.source for block in config.blocks]
+    for name in names:
+        own = config.data.sources[name]
+        counts.join(
+            count_tags(sources[name], own.tags, options, config.data.workers, captions=own.captions)
+        )
+    return build_vocabulary(counts, options, ", ".join(names))[0]
+
+
+def vocabulary_size(
+    config: RunConfig, options: HashtagOptions, sources: Mapping[str, Source], given: int
+) -> tuple[int, list[str]]:
+    """Size of the vocabulary for planning, and a note if it had to be assumed.
+
+    given: a size that the user states, 0 = none.
+    """
+    if given:
+        return given, []
+    if options.vocabulary or all(block.source in sources for block in config.blocks):
+        found = len(find_vocabulary(config, options, sources))
+        if found:
+            return found, []
+    return options.max_size, [
+        f"the vocabulary is not known yet: counted with the {options.max_size:,} tags of "
+        "hashtag.max_size; --tags or hashtag.vocabulary say it"
+    ]
+
+
+def example_labels(samples: int) -> Batch:
+    """Tags and weights of a micro-batch, for planning; the number per sample hardly matters."""
+    tags = torch.zeros(samples, EXAMPLE_TAGS, dtype=torch.long)
+    return {"tags": tags, "weights": torch.zeros(samples, EXAMPLE_TAGS)}
+
+
+class HashtagStage(Stage[HashtagConfig]):
     name = "hashtag"
     Config = HashtagConfig
     offers = frozenset({VISION, TAGS})
@@ -180,7 +231,7 @@ class HashtagStage(Stage):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and give the labelled ones slots."""
         options, data = self.config.hashtag, self.config.data
-        self.vocabulary = self.find_vocabulary(sources)
+        self.vocabulary = find_vocabulary(self.config, options, sources)
         if parents.vision is not None and TAGS in parents.vision.offers:
             path = parents.vision.file("vocabulary.json")
             _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
@@ -218,21 +269,6 @@ class HashtagStage(Stage):
             f"{text}; the teacher dropped {dropped:.1%} of their tags, and gave tags to "
             f"{found.taught:,} samples without"
         )
-
-    def find_vocabulary(self, sources: Mapping[str, Source]) -> Vocabulary:
-        """The vocabulary that is named, else that of the run's samples."""
-        options, data = self.config.hashtag, self.config.data
-        if options.vocabulary:
-            return Vocabulary.load(Path(options.vocabulary))
-        counts = TagCounts()
-        names = [block.source for block in self.config.blocks]
-        for name in names:
-            own = data.sources[name]
-            found = count_tags(
-                sources[name], own.tags, options, data.workers, captions=own.captions
-            )
-            counts.join(found)
-        return build_vocabulary(counts, options, ", ".join(names))[0]
 
     def _teacher(self, source: Source) -> Sidecar | None:
         name, own = self.config.hashtag.teacher, self.config.data.sources[source.name]
@@ -280,6 +316,16 @@ class HashtagStage(Stage):
 
     def export_files(self) -> dict[str, Any]:
         return {"vocabulary.json": self.vocabulary}
+
+    def count(self, sources: dict[str, Source], facts: Facts) -> tuple[Facts, list[str]]:
+        tags, notes = vocabulary_size(self.config, self.config.hashtag, sources, facts.tags)
+        return replace(facts, tags=tags), notes
+
+    def meta_module(self, facts: Facts) -> HashtagModule:
+        return HashtagModule(self.config, [1] * facts.tags)
+
+    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
+        return super().example_batch(module, samples, frames, side) | example_labels(samples)
 
     def inputs(self) -> dict[str, str]:
         digests = {"vocabulary": self.vocabulary.digest, "teacher": self.teacher_digest}

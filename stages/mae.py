@@ -13,7 +13,17 @@ from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Sample
-from stages.base import Batch, Parents, Stage, State, StepOutput, VisionModule, load_vision, part
+from stages.base import (
+    Batch,
+    Parents,
+    Stage,
+    State,
+    StepOutput,
+    VisionModule,
+    load_vision,
+    part,
+    sketch,
+)
 from xray.artifacts.offers import DECODER, VISION
 from xray.config import ModelConfig, RunConfig
 from xray.config.schedule import value_at
@@ -67,6 +77,14 @@ def masking(options: MaeOptions) -> Masking:
     return Masking(options.mask_ratio, options.video_mask_ratio, options.video_mask)
 
 
+def example_noise(
+    config: RunConfig, options: MaeOptions, samples: int, frames: int, side: int
+) -> Tensor:
+    """Zeros in the place of `mask_noise`, for planning."""
+    grid = sketch(config).geometry.grid(frames, side, side)
+    return torch.zeros(samples, masking(options).noise_size(grid))
+
+
 def make_decoder(options: MaeOptions, vision: VisionBackbone) -> MaeDecoder:
     sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
     return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
@@ -115,7 +133,7 @@ class MaeModule(VisionModule):
         return StepOutput(masked_patch_mse(**features), {})
 
 
-class MaeStage(Stage):
+class MaeStage(Stage[MaeConfig]):
     name = "mae"
     Config = MaeConfig
     offers = frozenset({VISION, DECODER})
@@ -148,6 +166,14 @@ class MaeStage(Stage):
         side = value_at(self.config.data.resolution, progress)
         grid = self._sketch.geometry.grid(frames, side, side)
         return math.prod(masking(self.config.mae).kept(grid, frames))
+
+    def example_batch(self, module: MaeModule, samples: int, frames: int, side: int) -> Batch:
+        batch = super().example_batch(module, samples, frames, side)
+        size = samples, frames, side
+        return {**batch, "mask_noise": example_noise(self.config, self.config.mae, *size)}
+
+    def spans(self) -> list[tuple[float, float]]:
+        return []  # no token is reduced: see MaeModule.keep_rate
 
     @functools.cached_property
     def _decoder_sketch(self) -> MaeDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.text.caption_probe import look_at
 from data_pipelines.text.captions import choose_captions, kept_captions, texts_of
-from stages.base import Batch, Parents, Stage, StageModule, State, StepOutput, part
+from stages.base import Batch, Facts, Parents, Stage, StageModule, State, StepOutput, part
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import SENTENCES
 from xray.config import RunConfig, TextConfig
@@ -91,7 +92,24 @@ class TextModule(StageModule):
         return StepOutput((ways[0] + ways[1]) / 2, metrics)
 
 
-class TextStage(Stage):
+def meta_tower(config: TextConfig, facts: Facts) -> TextTower:
+    """The tower as `Language` would build it, without weights; `facts.llm` must be known."""
+    assert facts.llm is not None
+    text = config if facts.text is None else facts.text
+    if text.pooling == "auto":
+        text = dataclasses.replace(text, pooling="mean")  # only latent pooling has weights
+    if facts.text is None and text.tune == "none":
+        text = dataclasses.replace(text, lora_rank=0)
+    return TextTower(text, facts.llm, weights=False)
+
+
+def example_captions(samples: int, each: int, length: int) -> Batch:
+    """Captions of full length without padding, for planning."""
+    ones = torch.ones(samples, each, length, dtype=torch.long)
+    return {"input_ids": ones, "attention_mask": ones.clone(), "pooled_mask": ones.clone()}
+
+
+class TextStage(Stage[TextRunConfig]):
     name = "text"
     Config = TextRunConfig
     offers = accepts = frozenset({SENTENCES})
@@ -100,7 +118,9 @@ class TextStage(Stage):
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
-        self.config.text = self.language.config
+        resolved = self.language.config
+        assert isinstance(resolved, TextOptions)  # the one given, with settings filled in
+        self.config.text = resolved
         negatives, found = self.config.text.negatives, 0
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
@@ -146,6 +166,17 @@ class TextStage(Stage):
 
     def visible(self, frames: int, progress: float) -> int:
         return 0
+
+    def meta_module(self, facts: Facts) -> TextModule:
+        return TextModule(meta_tower(self.config.text, facts), self.config.text.temperature)
+
+    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
+        options = self.config.text
+        more = options.negatives_each if options.negatives else 0
+        return example_captions(samples, 2 + more, options.max_length)
+
+    def spans(self) -> list[tuple[float, float]]:
+        return []
 
     def export(self, module: TextModule, state: State) -> dict[str, State]:
         tower: Any = module.towers["text"]

@@ -24,7 +24,6 @@ from xray.commands.main import app
 from xray.planning.estimate import _rungs, cheapest_fit, memory_of, resources
 from xray.planning.fake_step import rehearse, size_of, starts_of
 from xray.planning.known_inputs import known
-from xray.planning.meta_modules import example
 from xray.recipes.recipe import load_recipe
 
 FACTS = Facts(tags=50)
@@ -76,7 +75,7 @@ CPU_ATTENTION = {
 def test_flops_are_those_of_a_real_step(stage: str, demo: Path, tmp_path: Path) -> None:
     config = settings(stage, demo, tmp_path, IMAGES, "model.keep_rate_span=[0,0]")
     module = built(config)
-    batch = example(config, module, (8, 1, 32), 0)
+    batch = stage_class(stage)(config).example_batch(module, 8, 1, 32)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter:
         features = module.features(batch, 1.0)

@@ -123,22 +123,20 @@ def compare(
 def measure(config: Any, facts: Any, device: torch.device) -> int:
     """Bytes at the peak of a step that is really run."""
     from data_pipelines.stream.loader import Loaded
-    from stages import stage_class
+    from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
-    from xray.planning.meta_modules import example, sketch_module
     from xray.training.accumulation import Accumulator
     from xray.training.engine import Engine, init_distributed
     from xray.training.step_shape import step_shape
 
     init_distributed(device)
-    stage: Any = stage_class(config.stage)(config)
+    stage, module = planned(config, facts)
     shape = step_shape(stage, config.blocks, PROGRESS)
-    module, width = sketch_module(config, facts)
     loaded = []
     for micro in shape.micro:
         clip = config.data.sources[micro.source].modality == "video"
         size = micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
-        batch = example(config, module, size, width)
+        batch = stage.example_batch(module, *size)
         for name in set(batch) & {"pixels", "mask_noise"}:
             kind = batch[name].dtype
             values = torch.rand(batch[name].shape)

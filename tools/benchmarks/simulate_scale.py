@@ -157,14 +157,14 @@ def save_rate(folder: Path) -> float:
     from stages.base import Facts
     from tools.benchmarks.bench_memory import BASE
     from xray.config import loading as cfg
+    from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
-    from xray.planning.meta_modules import sketch_module
     from xray.training.engine import Engine, init_distributed
     from xray.training.portable_state import save_portable
 
     init_distributed(torch.device("cpu"))
     config = cfg.load_config(stage_class("mae").Config, "mae", BASE)
-    module = sketch_module(config, Facts())[0]
+    module = planned(config, Facts())[1]
     materialize(module)
     engine = Engine(module, config)
     for name in engine.trained:

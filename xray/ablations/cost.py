@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.base import text_section
 from xray.ablations.trials import Ablation, Trial, samples_of, stage_runs
 from xray.errors import XrayError
 from xray.files import write_text
@@ -52,7 +53,7 @@ def _counted(trial: Trial, before: Flops) -> Flops:
             key = trial.keys[run.stage]
             if key in before:
                 continue
-            unknown = run.stage in ("text", "clip") and own.facts.llm is None  # no folder yet
+            unknown = text_section(run) is not None and own.facts.llm is None  # no folder yet
             found[key] = None if unknown else resources(run, own.facts, 1).flops * run.steps
     return found
 

@@ -24,7 +24,7 @@ from xray.ablations.comparison import (
 )
 from xray.ablations.cost import Flops, arm_flops, tera
 from xray.ablations.jobs import Failure
-from xray.ablations.trials import Ablation
+from xray.ablations.trials import Ablation, sees_pictures
 from xray.evaluation.results_table import title_of
 from xray.files import write_text
 from xray.reports.figures import COLOR, subplots, svg
@@ -284,7 +284,7 @@ class Page:
 
 def pictures(found: Outcome) -> int:
     """Samples of the stages that see pictures and clips."""
-    return sum(count for stage, count in found.samples.items() if stage != "text")
+    return sum(count for stage, count in found.samples.items() if sees_pictures(stage))
 
 
 def _named(arm: str) -> str:

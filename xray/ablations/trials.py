@@ -19,8 +19,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stages import STAGES
+from stages import STAGES, stage_class
+from stages.base import text_section
 from xray.ablations.spec import AblationConfig, check_own, nest, read_ablation
+from xray.artifacts.offers import VISION
 from xray.config import loading as cfg
 from xray.config import nearest
 from xray.config.identity import hash_json, identity, to_dict
@@ -156,12 +158,8 @@ def _trial(
 
 def _inputs(run: Any) -> dict[str, str]:
     """What a stage reads that its identity does not name: where it lies may be another's place."""
-    found = {"data": run.data.root, "weights": run.model.pretrained}
-    if run.stage in ("text", "clip"):
-        found["llm"] = run.text.llm
-    if run.stage == "clip":
-        found["teacher"] = run.clip.teacher
-    return found
+    models = stage_class(run.stage)(run).models()
+    return {"data": run.data.root, "weights": run.model.pretrained, **models}
 
 
 def _share_llm(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -173,10 +171,11 @@ def _share_llm(recipe: Recipe, out: Path) -> dict[str, Any]:
     before, made.path = made.path, str(out / "llms" / hash_json(settings)[:12])
     layer: dict[str, Any] = {"prepare": {"llm": {"path": made.path}}}
     for run in recipe.runs:
-        if run.stage in ("text", "clip") and run.text.llm == before:
-            run.text.llm = made.path
+        text = text_section(run)
+        if text is not None and text.llm == before:
+            text.llm = made.path
             own = {"llm": made.path}
-            layer[run.stage] = own if run.stage == "text" else {"text": own}
+            layer[run.stage] = own if getattr(run, run.stage, None) is text else {"text": own}
     return layer
 
 
@@ -188,7 +187,7 @@ def _matched(
         raise ConfigError(f"arm {arm}: {MATCH}={like} is no other arm{nearest(like, recipes)}")
     if MATCH in ablation.arms[like]:
         raise ConfigError(f"arm {arm}: {MATCH}={like}, which is matched itself: name another arm")
-    own, other = ([run for run in recipes[name].runs if run.stage != "text"]
+    own, other = ([run for run in recipes[name].runs if sees_pictures(run.stage)]
                   for name in (arm, like))  # fmt: skip
     if not own:
         raise ConfigError(f"arm {arm}: {MATCH} lengthens a stage that sees pictures: it has none")
@@ -200,6 +199,11 @@ def _matched(
             "stages see more than all of that arm"
         )
     return {last.stage: {"train": {"samples": samples}}}
+
+
+def sees_pictures(stage: str) -> bool:
+    """Tell whether a stage trains a backbone, and does not read captions alone."""
+    return VISION in stage_class(stage).offers
 
 
 def samples_of(run: Any) -> int:

@@ -60,6 +60,7 @@ def embed(
     from data_pipelines.ingest.corpus import open_corpus
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import restore_encoder
+    from xray.artifacts.offers import VISION
     from xray.search.embed import EmbedConfig, check_out
     from xray.search.embed import embed as write
 
@@ -77,7 +78,7 @@ def embed(
     device = dist.choose_device("auto")
     _join(device)
     opened = dist.main_first(lambda: open_artifact(artifact, llm))
-    wanted = texts or opened.stage == "text"
+    wanted = texts or VISION not in opened.offers
     corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, config.captions))
     encoder = restore_encoder(opened).to(device)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:

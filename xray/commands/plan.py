@@ -54,7 +54,7 @@ def plan(
     with known(configs, tiny, tags) as found:
         for config, own in zip(configs, found, strict=True):
             notes += [f"{config.stage}: {note}" for note in own.notes]
-            if config.stage == "text" and own.facts.llm is None:
+            if not own.countable:
                 continue
             needs = resources(config, own.facts, devices)
             change = None

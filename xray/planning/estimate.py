@@ -1,6 +1,6 @@
 """What a stage takes of a device: memory by part, FLOPs, hours, checkpoint; and what makes it fit.
 
-The bytes of a micro-batch come from `rehearsal.py`. How DeepSpeed keeps the rest, as `engine.py`
+The bytes of a micro-batch come from `fake_step.py`. How DeepSpeed keeps the rest, as `engine.py`
 sets it up (fp32 weights, bf16 by autocast), is arithmetic on the numbers of parameters; what it
 allocates beside them was read in DeepSpeed 0.19 and measured by `tools/benchmarks/bench_memory.py`.
 """
@@ -11,11 +11,14 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from data_pipelines.stream.sampling import local_samples
+from stages import stage_class
 from stages.base import Facts
 from xray import dist
+from xray.artifacts.offers import VISION
+from xray.config import RunConfig
 from xray.config.schedule import steps_of
 from xray.optim import SLOTS, reduce_bucket
 from xray.planning.fake_step import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
@@ -23,6 +26,7 @@ from xray.training.gpu_specs import Gpu
 
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
 FP32 = 4
+ZeroStage = Literal[0, 1, 2, 3]
 SLICES = 3  # of a part of a stage in which each step is another one
 
 
@@ -49,7 +53,7 @@ class Memory:
 class Resources:
     """A stage's plan for one device of `world`."""
 
-    config: Any
+    config: RunConfig
     world: int
     size: Size
     memory: Memory
@@ -69,7 +73,7 @@ class Resources:
         return self.config.steps * self.flops / (self.world * peak * mfu) / 3600
 
 
-def resources(config: Any, facts: Facts, world: int) -> Resources:
+def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
     """Rehearse a stage for `world` devices; raises ConfigError for blocks that do not divide."""
     with dist.rehearsed(world):
         size = size_of(config, facts)
@@ -92,7 +96,7 @@ def resources(config: Any, facts: Facts, world: int) -> Resources:
     )
 
 
-def _points(config: Any) -> dict[float, float]:
+def _points(config: RunConfig) -> dict[float, float]:
     """Points of progress to rehearse, each with the share of the stage that is like it.
 
     Where a step changes at once that is the start of what follows; while it changes all the time
@@ -112,7 +116,7 @@ def _points(config: Any) -> dict[float, float]:
 # memory ---------------------------------------------------------------------------------------
 
 
-def memory_of(config: Any, size: Size, rehearsal: Rehearsal, world: int) -> Memory:
+def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -> Memory:
     """The most that a device holds in a step: in a backward, or in the optimizer's update."""
     stage, offload = config.zero.stage, config.zero.offload
     slots = _slots(config)
@@ -143,12 +147,12 @@ def memory_of(config: Any, size: Size, rehearsal: Rehearsal, world: int) -> Memo
     return Memory(held, llm, steady, optimizer, 0, 0, 0, update + kept, host)
 
 
-def _slots(config: Any) -> int:
+def _slots(config: RunConfig) -> int:
     """What is kept of each trained value beside itself: moments, and its average."""
     return len(SLOTS[config.optim.name]) + (config.train.ema > 0)
 
 
-def _kept(config: Any, size: Size, own: int) -> int:
+def _kept(config: RunConfig, size: Size, own: int) -> int:
     """What ZeRO 3 holds throughout: its buckets, a gradient buffer, weights that stay gathered."""
     if config.zero.stage < 3:
         return 0
@@ -161,7 +165,9 @@ def _kept(config: Any, size: Size, own: int) -> int:
     )
 
 
-def _backward(config: Any, size: Size, rehearsal: Rehearsal, own: int) -> tuple[Peak, int, int]:
+def _backward(
+    config: RunConfig, size: Size, rehearsal: Rehearsal, own: int
+) -> tuple[Peak, int, int]:
     """(the micro-batch, gradients, DeepSpeed's buffers) when a backward holds most."""
     stage, trained = config.zero.stage, FP32 * size.trained
     before = rehearsal.micros > 1  # gradients of other micro-batches are there
@@ -191,7 +197,7 @@ class Change:
         return " ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
-def cheapest_fit(config: Any, facts: Facts, world: int, capacity: float) -> Change | None:
+def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -> Change | None:
     """The first change that fits into `capacity` bytes, or None.
 
     In the order of what they cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then
@@ -218,19 +224,20 @@ def cheapest_fit(config: Any, facts: Facts, world: int, capacity: float) -> Chan
     return None
 
 
-def _rungs(config: Any) -> Iterator[tuple[int, bool, bool]]:
+def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, bool, bool]]:
     """(ZeRO stage, checkpointing, offload), cheapest first, none cheaper than what is set."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
-    stages = range(config.zero.stage, 3 if config.train.compile else 4)  # refused in 3
+    most = 2 if config.train.compile else 3  # which refuses stage 3
+    stages: list[ZeroStage] = [n for n in get_args(ZeroStage) if config.zero.stage <= n <= most]
     yield from ((stage, has, offload) for stage in stages)
-    if not has and config.stage != "text":
+    if not has and VISION in stage_class(config.stage).offers:
         yield from ((stage, True, offload) for stage in stages)
     if not offload:
-        yield from ((max(1, stage), has, True) for stage in stages)
-        yield from ((max(1, stage), True, True) for stage in stages)
+        yield from ((stage or 1, has, True) for stage in stages)
+        yield from ((stage or 1, True, True) for stage in stages)
 
 
-def _smaller(config: Any, world: int) -> list[int]:
+def _smaller(config: RunConfig, world: int) -> list[int]:
     """Micro-batches that divide every block's share, each at most half of the one before."""
     shares = [local_samples(block, world) for block in config.blocks]
     now = max(min(value or share, share)
@@ -243,7 +250,7 @@ def _smaller(config: Any, world: int) -> list[int]:
     return found
 
 
-def _changed(config: Any, micro: int | None, checkpointing: bool) -> Any:
+def _changed(config: RunConfig, micro: int | None, checkpointing: bool) -> RunConfig:
     model = dataclasses.replace(config.model, grad_checkpointing=checkpointing)
     changed = dataclasses.replace(config, model=model)
     if micro is not None:
@@ -252,7 +259,7 @@ def _changed(config: Any, micro: int | None, checkpointing: bool) -> Any:
     return changed
 
 
-def _difference(config: Any, changed: Any, micro: int | None) -> dict[str, Any]:
+def _difference(config: RunConfig, changed: RunConfig, micro: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if micro is not None:
         found["train.micro_batch"] = micro

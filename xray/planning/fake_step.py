@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_pipelines.stream.sampling import MicroBatch, StepShape
 from stages import stage_class
-from stages.base import Batch, Facts, StageModule
+from stages.base import Batch, Facts, Stage, StageModule, text_section
+from xray.artifacts.offers import VISION
+from xray.config import RunConfig
 from xray.config.schedule import steps_of
 from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
-from xray.planning.meta_modules import example, sketch_module
 from xray.training.gradient_cache import Pass, cached_losses, schedule, surrogate_loss
 from xray.training.step_shape import step_shape
 
@@ -68,9 +69,9 @@ class Rehearsal:
     tokens: int  # of images and clips, before any are masked or reduced
 
 
-def size_of(config: Any, facts: Facts) -> Size:
-    """The parameters of a stage's module."""
-    module = _trainable(config, facts)[0]
+def size_of(config: RunConfig, facts: Facts) -> Size:
+    """Count the parameters of a stage's module."""
+    module = planned(config, facts)[1]
     trained = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
     held = {n: p for n, p in module.named_parameters() if not p.requires_grad}
     llm = [p for n, p in module.named_parameters() if n.startswith("towers.text.")]
@@ -85,34 +86,38 @@ def size_of(config: Any, facts: Facts) -> Size:
     )
 
 
-def _trainable(config: Any, facts: Facts) -> tuple[StageModule, int]:
-    module, width = sketch_module(config, facts)
-    freeze_towers(module, config.optim)
-    return module, width
-
-
-def rehearse(config: Any, facts: Facts, progress: float) -> Rehearsal:
-    """Run rank 0's part of a step at a progress, in the world of `dist`."""
-    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, device="cpu"))
+def planned(config: RunConfig, facts: Facts) -> tuple[Stage, StageModule]:
+    """Make a stage and its module on the meta device, frozen where the config says so."""
+    plain = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, pretrained=""),
+        train=dataclasses.replace(config.train, device="cpu"),
+    )
     stage = stage_class(config.stage)(plain)
-    module, width = _trainable(config, facts)
+    with torch.device("meta"):
+        module = stage.meta_module(facts)
+    freeze_towers(module, config.optim)
+    return stage, module
+
+
+def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
+    """Run rank 0's part of a step at a progress, in the world of `dist`."""
+    stage, module = planned(config, facts)
     shape = step_shape(stage, config.blocks, progress)
     with FakeTensorMode(), LiveBytes() as live:
         materialize(module)
         for tensor in (*module.parameters(), *module.buffers()):
             live.add(tensor, "module")
         module.train()
-        step = _FakeStep(config, module, width, progress, live)
+        step = _FakeStep(stage, module, progress, live)
         return step.run(shape, stage.spans_batch)
 
 
 class _FakeStep:
     """The passes of one step, of which equal ones are run once and counted as often as they are."""
 
-    def __init__(
-        self, config: Any, module: StageModule, width: int, progress: float, live: LiveBytes
-    ) -> None:
-        self.config, self.module, self.width = config, module, width
+    def __init__(self, stage: Stage, module: StageModule, progress: float, live: LiveBytes) -> None:
+        self.stage, self.config, self.module = stage, stage.config, module
         self.progress, self.live = progress, live
         self.trained = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.trained:
@@ -154,9 +159,10 @@ class _FakeStep:
         return micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
 
     def _tokens(self, size: tuple[int, int, int]) -> int:
-        if self.config.stage == "text":
-            return int(self.config.text.max_length)
-        return stage_class(self.config.stage)(self.config).tokens(*size[1:])
+        text = text_section(self.config)
+        if text is not None and VISION not in self.stage.offers:
+            return text.max_length
+        return self.stage.tokens(*size[1:])
 
     def _run(self, each: Pass, size: tuple[int, int, int], count: int) -> int:
         """Run a pass and return its FLOPs."""
@@ -170,7 +176,7 @@ class _FakeStep:
 
     def _example(self, size: tuple[int, int, int]) -> Batch:
         self.live.kind = "batch"
-        batch = example(self.config, self.module, size, self.width)
+        batch = self.stage.example_batch(self.module, *size)
         self.live.kind = "activations"
         self.live.reset()
         return batch
@@ -178,6 +184,7 @@ class _FakeStep:
     def _autocast(self) -> Any:
         enabled = self.config.train.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
 
     def _features(self, block: int, size: tuple[int, int, int]) -> None:
         batch = self._example(size)
@@ -219,23 +226,15 @@ def _peak(held: dict[str, int]) -> Peak:
     return Peak(*(held.get(kind, 0) for kind in kinds))
 
 
-def starts_of(config: Any) -> Sequence[float]:
-    """The points of progress from which on a step is another one."""
+def starts_of(config: RunConfig) -> Sequence[float]:
+    """Points of progress, ascending and below 1, at which the cost of a step changes."""
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = {start for schedule in schedules for start, _ in steps_of(schedule)}
     starts |= {config.optim.vision.freeze, config.optim.text.freeze}
     starts |= {point for span in moving(config) for point in span}
-    if config.stage == "clip":
-        starts.add(config.clip.mask_until)
     return sorted(start for start in starts if start < 1)
 
 
-def moving(config: Any) -> list[tuple[float, float]]:
-    """The parts of a stage in which a schedule moves on and on."""
-    spans = []
-    reduces = config.stage in ("hashtag", "clip") and config.model.reduce != "none"
-    if reduces and min(config.model.final_rates) < 1:
-        spans.append(config.model.keep_rate_span)
-    if config.stage == "clip" and config.clip.mask_ratio:
-        spans.append(config.clip.mask_span)
-    return [(start, end) for start, end in spans]
+def moving(config: RunConfig) -> list[tuple[float, float]]:
+    """Parts of the progress in which a schedule changes at every step."""
+    return stage_class(config.stage)(config).spans()

@@ -7,54 +7,63 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from data_pipelines.curation.keep_list import keep_listed
 from data_pipelines.ingest.run_sources import open_sources
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source
-from data_pipelines.tags.vocabulary import Vocabulary
-from stages.base import Facts
-from stages.hashtag import HashtagStage
+from stages import stage_class
+from stages.base import Facts, text_section
 from xray.artifacts.language_model import STRUCTURE
-from xray.config import TextConfig
+from xray.artifacts.offers import SENTENCES, VISION
+from xray.config import RunConfig, TextConfig
 from xray.config.prepare import LlmConfig
 from xray.errors import DataError
 from xray.models.tiny_llm import tiny_settings
 
-VISION_ALONE = ("mae", "hashtag")
-
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A stage's facts, its sources that can be opened, and what had to be assumed."""
+    """A stage's facts, its sources that can be opened, and notes on what had to be assumed.
+
+    countable: False for a stage that is nothing but an LLM, if that is not known.
+    """
 
     facts: Facts
     sources: dict[str, Source]
     notes: list[str]
+    countable: bool
 
 
 @contextmanager
 def known(
-    configs: Sequence[Any], tiny: LlmConfig | None = None, tags: int = 0
+    configs: Sequence[RunConfig], tiny: LlmConfig | None = None, tags: int = 0
 ) -> Iterator[list[Known]]:
-    """What is known of each stage; a folder of a recipe's tiny LLM is there for as long."""
+    """Give what is known of each stage, in the order of the run.
+
+    A tiny LLM that the recipe will make is described in a temporary folder for as long.
+    """
     with TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
         if tiny is not None and not Path(tiny.path).is_dir():
             sizes = tiny.vocab_size, tiny.width, tiny.depth, tiny.heads
             tiny_settings(tiny.family, *sizes).save_pretrained(folder)
             made[tiny.path] = Path(folder)
-        tuned = next((c.text for c in configs if c.stage == "text"), None)
-        yield [_known(config, made, tuned, tags) for config in configs]
+        found, tuned = list[Known](), None
+        for config in configs:
+            found.append(_known(config, made, tuned, tags))
+            if SENTENCES in stage_class(config.stage).offers:
+                tuned = text_section(config)
+        yield found
 
 
-def _known(config: Any, made: dict[str, Path], tuned: TextConfig | None, tags: int) -> Known:
+def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, tags: int) -> Known:
+    """Facts of one stage. tuned: the text section of an earlier stage that tunes the LLM."""
     sources, notes = _sources(config), list[str]()
-    llm, text = None, None
-    if config.stage not in VISION_ALONE:
-        name = config.text.llm or (tuned.llm if tuned is not None else "")  # as clip takes it
+    kind, own, text, llm = stage_class(config.stage), text_section(config), None, None
+    if own is not None:
+        name = own.llm or (tuned.llm if tuned is not None else "")  # as the stage itself takes it
         llm = made.get(name) or _llm(name)
         if llm is None:
             named = f"text.llm={name} is not at hand" if name else "no text.llm"
@@ -62,22 +71,14 @@ def _known(config: Any, made: dict[str, Path], tuned: TextConfig | None, tags: i
                 f"{named}: the LLM is not counted; give a folder with its config.json, which is "
                 "enough"
             )
-        if config.stage == "clip" and tuned is not None:
-            text = _inherited(config.text, tuned)
-        if config.stage == "clip" and config.clip.teacher:
-            notes.append(f"clip.teacher={config.clip.teacher} is not counted")
-    if config.stage == "hashtag" or (config.stage == "clip" and config.clip.hashtag_weight):
-        tags = tags or _tags(config, sources)
-        if not tags:
-            tags = config.hashtag.max_size
-            notes.append(
-                f"the vocabulary is not known yet: counted with the {tags:,} tags of "
-                "hashtag.max_size; --tags or hashtag.vocabulary say it"
-            )
-    return Known(Facts(tags, llm, text), sources, notes)
+        if SENTENCES in kind.accepts and tuned is not None:
+            text = _inherited(own, tuned)
+    facts, assumed = kind(config).count(sources, Facts(tags, llm, text))
+    countable = own is None or llm is not None or VISION in kind.offers
+    return Known(facts, sources, notes + assumed, countable)
 
 
-def _sources(config: Any) -> dict[str, Source]:
+def _sources(config: RunConfig) -> dict[str, Source]:
     """Those on this computer."""
     found: dict[str, Source] = {}
     for block in config.blocks:
@@ -111,12 +112,3 @@ def _inherited(own: TextConfig, tuned: TextConfig) -> TextConfig:
         structure["lora_rank"] = 0
     names = [item.name for item in dataclasses.fields(TextConfig)]
     return TextConfig(**{name: getattr(own, name) for name in names} | structure)
-
-
-def _tags(config: Any, sources: dict[str, Source]) -> int:
-    """Of the vocabulary that is named or that the data give; 0 = neither is there."""
-    if config.hashtag.vocabulary:
-        return len(Vocabulary.load(Path(config.hashtag.vocabulary)))
-    if any(block.source not in sources for block in config.blocks):
-        return 0
-    return len(HashtagStage(config).find_vocabulary(sources))

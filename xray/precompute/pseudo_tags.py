@@ -185,13 +185,14 @@ def open_teacher(
     from data_pipelines.tags.vocabulary import Vocabulary
     from xray import dist
     from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
+    from xray.artifacts.offers import JOINT, TAGS
 
     device = dist.choose_device("auto")
-    if artifact.stage == "hashtag":
+    if TAGS in artifact.offers:
         if vocabulary is not None:
             raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
         return Tagger(artifact).to(device), Vocabulary.load(artifact.file("vocabulary.json"))
-    if artifact.stage != "clip":
+    if JOINT not in artifact.offers:
         raise ConfigError(
             f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import stage_class
+from xray.config import RunConfig
 from xray.config.schedule import steps_of, value_at
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, short
@@ -37,7 +38,7 @@ def plan_table(recipe: Recipe) -> ResultTable:
     return table
 
 
-def _state(config: Any) -> str:
+def _state(config: RunConfig) -> str:
     out = Path(config.out)
     if holds_another_run(config):
         return "other settings there"
@@ -46,7 +47,7 @@ def _state(config: Any) -> str:
     return "continues" if (out / "run.json").is_file() else "new"
 
 
-def _inputs(config: Any) -> tuple[str, str]:
+def _inputs(config: RunConfig) -> tuple[str, str]:
     """(pixels and frames over the stage, GMACs of an image + a clip's forward at the end)."""
     data, stage = config.data, stage_class(config.stage)(config)
     modalities = {data.sources[block.source].modality for block in config.blocks}

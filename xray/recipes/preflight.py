@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from typing import Any
 
 from data_pipelines.curation.keep_list import keep_listed
 from data_pipelines.ingest.run_sources import open_sources
@@ -13,11 +12,12 @@ from stages import stage_class
 from stages.base import split_parents
 from xray import dist
 from xray.artifacts.artifact import open_artifact
+from xray.config import RunConfig
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
 
 
-def preflight(runs: list[Any], evaluation: EvalConfig, root: str) -> None:
+def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
     """Look at the data, LLM and parents of every stage after the first, which looks at its own.
 
     Sidecars that are written for it are those that the stage reads later. Raises ConfigError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages import stage_class
 from xray import dist
@@ -15,6 +15,8 @@ from xray.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+
+    from xray.config import RunConfig, TextConfig
 
 
 def prepare(recipe: Recipe) -> None:
@@ -56,8 +58,8 @@ def make_llm(config: LlmConfig, root: str) -> None:
         build_tiny_llm(captions, temporary, *sizes, config.family)
 
 
-def store_captions(config: Any, device: torch.device) -> None:
-    """Write the text features that a clip run asks for, where they are not there."""
+def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
+    """Write the text features that a run reads, unless they are there already."""
     from data_pipelines.ingest.run_sources import open_sources
     from stages.base import split_parents
     from xray.artifacts.artifact import open_artifact
@@ -71,9 +73,9 @@ def store_captions(config: Any, device: torch.device) -> None:
     names = [block.source for block in [*config.blocks, *config.validation]]
 
     def write() -> None:
-        language = Language(config.text, parents.text)
+        language = Language(text, parents.text)
         for name, source in open_sources(config.data, names).items():
-            given = dataclasses.asdict(config.text)
+            given = dataclasses.asdict(text)
             captions = config.data.sources[name].captions
             job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
             with progress_bar(f"captions of {name}") as progress:

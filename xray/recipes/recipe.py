@@ -16,21 +16,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
 from xray.artifacts.offers import slot_of
+from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
-from xray.config import nearest
 from xray.config.loading import PRESETS
 from xray.config.prepare import PrepareConfig
 from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
-
-if TYPE_CHECKING:
-    pass
 
 OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
 SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
@@ -42,7 +39,7 @@ class Recipe:
 
     name: str
     out: Path
-    runs: list[Any] = field(default_factory=list)  # a checked config per enabled stage
+    runs: list[RunConfig] = field(default_factory=list)  # a checked config per enabled stage
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     root: str = ""
@@ -171,7 +168,7 @@ def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [shared, own, {stage: options} if options else {}]
 
 
-def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> Any:
+def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> RunConfig:
     parts = [part for layer in layers for part in _sections(stage, layer)]
     config = cfg.load_config(stage_class(stage).Config, stage, *parts)
     config.out = config.out or str(out / stage)
@@ -181,7 +178,7 @@ def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) ->
 
 def _link(recipe: Recipe) -> None:
     """Let each stage start from the last enabled one that hands on what it accepts."""
-    last: dict[str, Any] = {}
+    last: dict[str, RunConfig] = {}
     for config in recipe.runs:
         kind = stage_class(config.stage)
         for slot in ("vision", "text"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from data_pipelines.shards.source import Source, open_source
 from stages import STAGES, stage_class
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder
-from xray.config import DataConfig
+from xray.artifacts.offers import DECODER, JOINT, TAGS, VISION
+from xray.config import DataConfig, RunConfig
 from xray.config import loading as cfg
 from xray.config.identity import to_dict
 from xray.config.schedule import value_at
@@ -49,11 +50,13 @@ def write_run_report(
     parts = [results.html()] if results is not None else []
     parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
     by_stage = {artifact.stage: artifact for artifact in artifacts}
-    vision = [run for run in recipe.runs if run.stage in ("hashtag", "clip")]
-    for run in [run for run in recipe.runs if run.stage == "mae"] + vision[-1:]:
-        if run.stage in by_stage:
-            parts += [picture.html() for picture in _pictures(by_stage[run.stage], run.data)]
-    parts += _examples(recipe, by_stage)
+    done = [(by_stage[run.stage], run) for run in recipe.runs if run.stage in by_stage]
+    seeing = [pair for pair in done if VISION in pair[0].offers]
+    with_decoder = [pair for pair in seeing if DECODER in pair[0].offers]
+    others = [pair for pair in seeing if DECODER not in pair[0].offers]
+    for artifact, run in with_decoder + others[-1:]:
+        parts += [picture.html() for picture in _pictures(artifact, run.data)]
+    parts += _examples(recipe, seeing)
     if artifacts:
         parts.append(_stage_table(artifacts).html())
         versions = artifacts[-1].manifest["versions"]
@@ -113,16 +116,15 @@ def report_again(folder: Path) -> Path:
     return write_run_report(recipe, artifacts, table)
 
 
-def _examples(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[str]:
+def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> list[str]:
     """What the models say of samples, where there are data to ask about."""
     parts = []
-    runs = {run.stage: run for run in recipe.runs}
-    if "hashtag" in artifacts:
-        images = dict(_samples(runs["hashtag"].data)).get("image")
+    for artifact, run in [pair for pair in done if TAGS in pair[0].offers][-1:]:
+        images = dict(_samples(run.data)).get("image")
         if images is not None:
-            parts.append(tags(artifacts["hashtag"], images))
-    if "clip" in artifacts:
-        encoder, data = Encoder(artifacts["clip"]), runs["clip"].data
+            parts.append(tags(artifact, images))
+    for artifact, run in [pair for pair in done if JOINT in pair[0].offers][-1:]:
+        encoder, data = Encoder(artifact), run.data
         if recipe.eval.of(RETRIEVAL).shards:
             parts.append(retrieved(encoder, recipe, data))
         if recipe.eval.of(ZERO_SHOT).shards:

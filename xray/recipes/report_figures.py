@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from stages import STAGES, stage_class
+from xray.artifacts.offers import VISION
+from xray.config import RunConfig
 from xray.config.schedule import value_at
 from xray.reports.figures import subplots, svg
 from xray.reports.html import gallery
 from xray.reports.tables import ResultTable
 
-COLORS = {"mae": "#3b6ea5", "hashtag": "#b4552d", "text": "#6f5b9a", "clip": "#2f7d5b"}
+COLOURS = ("#3b6ea5", "#b4552d", "#6f5b9a", "#2f7d5b", "#a33c63", "#8a6d1f", "#4a4a4a")
 SIZE = (4.4, 2.6)  # inches: a phone's width, or two beside each other
 Rows = Sequence[Mapping[str, float]]
 
@@ -53,11 +55,12 @@ def _panel(
     start, lows, highs = 0.0, list[float](), list[float]()
     for stage, rows in metrics.items():
         points = [(start + row["samples"], value(row)) for row in rows]
-        known = [(x, y) for x, y in points if y is not None and not (seen and stage == "text")]
+        left_out = seen and VISION not in stage_class(stage).offers
+        known = [(x, y) for x, y in points if y is not None and not left_out]
         if known:
             xs, ys = zip(*known, strict=True)
             mark = "o" if len(known) == 1 else None
-            axis.plot(xs, ys, color=COLORS[stage], label=stage, linewidth=1.3, marker=mark)
+            axis.plot(xs, ys, color=_colour(stage), label=stage, linewidth=1.3, marker=mark)
             lows.append(min(ys))
             highs.append(max(ys))
         start += rows[-1]["samples"]
@@ -75,6 +78,11 @@ def _panel(
     return svg(figure, f"{title} over samples seen")
 
 
+def _colour(stage: str) -> str:
+    """A stage's colour, the same in every report."""
+    return COLOURS[list(STAGES).index(stage) % len(COLOURS)]
+
+
 def _thousands(value: float, position: int) -> str:
     for size, sign in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -82,7 +90,7 @@ def _thousands(value: float, position: int) -> str:
     return f"{value:g}"
 
 
-def data_mix(runs: Sequence[Any], metrics: Mapping[str, Rows]) -> ResultTable:
+def data_mix(runs: Sequence[RunConfig], metrics: Mapping[str, Rows]) -> ResultTable:
     """What a step of each stage is made of, and how often each source was gone through."""
     columns = ("stage", "source", "samples of a step", "share", "epochs", "size at the end")
     table = ResultTable("Data", columns)
@@ -100,7 +108,7 @@ def data_mix(runs: Sequence[Any], metrics: Mapping[str, Rows]) -> ResultTable:
                     f"{block.samples:,}",
                     f"{block.samples / run.global_batch:.0%}",
                     "" if epochs is None else f"{epochs:.3g}",
-                    "" if run.stage == "text" else size[source.modality],
+                    size[source.modality] if VISION in stage_class(run.stage).offers else "",
                 )
             )
     return table

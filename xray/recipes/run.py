@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages import stage_class
+from stages.base import text_section
 from xray import dist
 from xray.recipes.prepare import prepare, store_captions
 from xray.recipes.recipe import Recipe
@@ -25,8 +26,9 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     preflight(recipe.runs, recipe.eval, recipe.root)
     artifacts = []
     for config in recipe.runs:
-        if config.stage == "clip" and config.text.features != "live":
-            store_captions(config, device)
+        text = text_section(config)
+        if text is not None and text.features != "live":
+            store_captions(config, text, device)
         trainer = Trainer(stage_class(config.stage), config, device)
         artifacts.append(trainer.finished() or trainer.fit())
     return artifacts

@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipelines.decode.user_media import read_media
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder, data_config, restore_decoder
+from xray.artifacts.offers import DECODER
 from xray.errors import ConfigError
 from xray.models.token_reduction import KeepRate
 from xray.reports.html import Picture, paragraph, write_report
@@ -60,7 +61,7 @@ class Explainer:
         if keep_rate is not None:
             self.encoder.choose(keep_rate)
         self.kinds = []
-        if artifact.stage == "mae":
+        if DECODER in artifact.offers:
             self.decoder = restore_decoder(artifact, self.encoder.vision)
             self.kinds.append(self._reconstructed)
         if self.encoder.vision.rates(self.encoder.keep_rate):
