@@ -13,9 +13,8 @@ from torch import Tensor
 
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
-from xray.artifacts.language_model import text_config
+from xray.artifacts.manifest_config import image_side, text_config
 from xray.artifacts.offers import JOINT
-from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.files import sha256_file
 
@@ -67,7 +66,7 @@ class FromArtifact:
             artifact = dataclasses.replace(artifact, llm=llm)
         self.encoder = Encoder(artifact).to(device)
         self.digest, self.scale = artifact.digest, float(self.encoder.logit_scale)
-        self.side = value_at(artifact.manifest["config"]["data"]["resolution"], 1.0)
+        self.side = image_side(artifact)
 
     def tokens(self, captions: Sequence[str]) -> Tokens:
         return self.encoder.tokenizer(captions)

@@ -14,6 +14,7 @@ from tiny import train
 from data_pipelines.shards.tar_index import index_shard
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder
+from xray.artifacts.manifest_config import decoder_config
 from xray.visualize.token_maps import SIDE, kept_tokens, reconstructions
 
 
@@ -81,7 +82,7 @@ def test_what_is_bright_was_kept(
 def test_visible_patches_are_shown_as_they_are(mae: Artifact) -> None:
     pixels = noise(2, 4, 3, 32, 32)
     encoder = VisionEncoder(mae)
-    decoder, options = restore_decoder(mae, encoder.vision), mae.manifest["config"]["mae"]
+    decoder, options = restore_decoder(mae, encoder.vision), decoder_config(mae)
     masked, filled, original = reconstructions(encoder, decoder, options, pixels).cells
     assert torch.equal(original.round().byte(), pixels[:, ::2].flatten(0, 1))
     seen = same_patches(masked, original)

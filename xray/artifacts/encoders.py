@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.language_model import Language, text_config
-from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, head_section
-from xray.config import DataConfig, ModelConfig
+from xray.artifacts.language_model import Language
+from xray.artifacts.manifest_config import data_config as data_config
+from xray.artifacts.manifest_config import (
+    decoder_config,
+    joint_head,
+    model_config,
+    tags_head,
+    text_config,
+)
+from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
+from xray.config import DataConfig
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.models.backbone import VisionBackbone
@@ -27,22 +35,14 @@ TEXTS = 256  # captions that are encoded at a time
 
 
 def restore_vision(artifact: Artifact) -> VisionBackbone:
-    """The backbone of a vision artifact, in eval mode; its weights need no download."""
-    config = artifact.manifest["config"]
-    model = dataclasses.replace(ModelConfig(**config["model"]), pretrained="")
-    data = config["data"]
-    with torch.device("meta"):  # weights that are loaded over need no start
-        backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
+    """Build the backbone of an artifact with its weights, in eval mode."""
+    data = data_config(artifact)
+    with torch.device("meta"):  # its weights are loaded over
+        backbone = VisionBackbone(
+            model_config(artifact), largest(data.resolution), largest(data.frames)
+        )
     load_adapted(backbone.to_empty(device="cpu"), artifact.load("backbone"), str(artifact.path))
     return backbone.eval()
-
-
-def data_config(artifact: Artifact) -> DataConfig:
-    """How an artifact's pictures and clips are read, its sources left out."""
-    section = artifact.manifest["config"]["data"]
-    names = {item.name for item in dataclasses.fields(DataConfig)}
-    left_out = ("sources", "blocks", "validation")
-    return DataConfig(**{k: v for k, v in section.items() if k in names and k not in left_out})
 
 
 def class_weights(
@@ -61,10 +61,10 @@ class VisionEncoder(nn.Module):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
         self.artifact = artifact
-        config = artifact.manifest["config"]
+        data = data_config(artifact)
         self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
         self.vision = restore_vision(artifact)
-        self.normalize = Normalize(config["data"]["mean"], config["data"]["std"])
+        self.normalize = Normalize(data.mean, data.std)
         self.eval()
 
     def choose(self, keep_rate: KeepRate) -> None:
@@ -98,8 +98,8 @@ class ImageEncoder(VisionEncoder):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        options = head_section(artifact.manifest, JOINT)
-        self.vision_projection = Projection(self.vision.embed_dim, options["embed_dim"])
+        options = self.options = joint_head(artifact)
+        self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
         head = artifact.load("head")
         self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
         self.logit_scale = head["logit_scale"].exp()
@@ -124,14 +124,13 @@ class Encoder(ImageEncoder):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        options = head_section(artifact.manifest, JOINT)
         text = dataclasses.replace(text_config(artifact), tune="none")
         language = Language(text, artifact)
         self.text, self.tokenizer = language.build(), language.tokenizer
-        kind = options.get("text_head", "adapter")
-        sizes = (self.text.width, options["embed_dim"], options["adapter_blocks"])
-        self.text_adapter = text_head(kind, *sizes)
-        self.matryoshka: list[int] = options.get("matryoshka", [])  # prefixes that are trained, too
+        options = self.options
+        sizes = (self.text.width, options.embed_dim, options.adapter_blocks)
+        self.text_adapter = text_head(options.text_head, *sizes)
+        self.matryoshka = options.matryoshka
         head = artifact.load("head")
         # the bias of the sigmoid loss changes no order
         alone = ("logit_scale", "logit_bias")
@@ -216,6 +215,7 @@ class Tagger(VisionEncoder):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         weights = artifact.load("head")
+        self.loss = tags_head(artifact).loss
         self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
         self.head.load_state_dict(weights)
         self.eval()
@@ -227,7 +227,7 @@ class Tagger(VisionEncoder):
 
     def activate(self, logits: Tensor) -> Tensor:
         """[B, V] logits to probabilities."""
-        if head_section(self.artifact.manifest, TAGS).get("loss", "softmax") == "softmax":
+        if self.loss == "softmax":
             return logits.softmax(dim=1)
         return logits.sigmoid()
 
@@ -264,10 +264,15 @@ def vision_encoder(artifact: Artifact, joint: type[ImageEncoder] = ImageEncoder)
 
 
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
-    """The decoder of a mae artifact, in eval mode."""
-    options = head_section(artifact.manifest, DECODER)
-    sizes = (options["decoder_dim"], options["decoder_depth"], options["decoder_heads"])
-    decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
+    """Build the decoder of a mae artifact with its weights, in eval mode."""
+    sizes = decoder_config(artifact)
+    decoder = MaeDecoder(
+        vision.embed_dim,
+        vision.patch_values,
+        sizes.decoder_dim,
+        sizes.decoder_depth,
+        sizes.decoder_heads,
+    )
     decoder.load_state_dict(artifact.load("decoder"))
     return decoder.eval()
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from xray.artifacts.artifact import Artifact
+from xray.artifacts.manifest_config import text_config
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.llm_folder import find_llm, llm_digest, own_pooling
@@ -91,19 +92,6 @@ class Language:
         patterns = ("*.json", "*.model", "*.txt")
         found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
         return {f"llm/{path.name}": path for path in found}
-
-
-def text_config(artifact: Artifact) -> TextConfig:
-    """The structure of an artifact's text tower."""
-    section = artifact.manifest["config"].get("text")
-    if section is None:
-        raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
-    names = {item.name for item in dataclasses.fields(TextConfig)}
-    config = TextConfig(**{key: value for key, value in section.items() if key in names})
-    config = dataclasses.replace(config, llm=artifact.llm or config.llm)
-    # A tower that was tuned whole has no LoRA, whatever is trained of it later.
-    has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
-    return config if has_lora else dataclasses.replace(config, lora_rank=0)
 
 
 def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:

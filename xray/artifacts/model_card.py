@@ -7,25 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xray.artifacts.lineage import Link, lineage
+from xray.artifacts.manifest_config import license_of
+from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
 from xray.config.schedule import value_at
 
-WHAT = {
-    "mae": "A vision backbone pretrained by masked auto-encoding of images and clips.",
-    "hashtag": "A vision backbone with a head that tells the hashtags of images and clips.",
-    "text": "A language model tuned so that its vectors tell captions apart.",
-    "clip": "A vision backbone and a text tower in one space: images, clips and texts compared.",
+T = TypeVar("T")
+# What an artifact is, and how it is used, by the first of these capabilities that it offers.
+PURPOSES = {
+    JOINT: "A vision backbone and a text tower in one space: images, clips and texts compared.",
+    TAGS: "A vision backbone with a head that tells the hashtags of images and clips.",
+    DECODER: "A vision backbone pretrained by masked auto-encoding of images and clips.",
+    VISION: "A vision backbone for images and clips.",
+    SENTENCES: "A language model tuned so that its vectors tell captions apart.",
 }
-USE = {
-    "mae": ['features = model.encode_image("photo.jpg")  # [1, D], of unit length'],
-    "hashtag": ['print(model.tag("photo.jpg"))  # [[("beach", 0.41), ...]]'],
-    "text": ['vectors = model.encode_text(["a dog on a beach"])  # [1, D], of unit length'],
-    "clip": [
+USES = {
+    JOINT: [
         'likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T',
         'clips = model.encode_video("clip.mp4")  # [1, E], of unit length',
     ],
+    TAGS: ['print(model.tag("photo.jpg"))  # [[("beach", 0.41), ...]]'],
+    VISION: ['features = model.encode_image("photo.jpg")  # [1, D], of unit length'],
+    SENTENCES: ['vectors = model.encode_text(["a dog on a beach"])  # [1, D], of unit length'],
 }
 # Metrics that tell of the machine or the schedule, not of the model.
 LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "mfu")
@@ -43,7 +48,7 @@ def artifact_card(folder: Path) -> str:
         "import xray",
         "",
         'model = xray.load("FOLDER")  # this folder, or its URL',
-        *USE[stage],
+        *_first(USES, offers_of(chain[0].manifest or {}), []),
     ]
     return card(chain, "xray", f"{stage} model", code, [])
 
@@ -56,17 +61,22 @@ def card(
     chain: the artifact's lineage. code: how it is loaded. more: sections before the lineage.
     """
     manifest = chain[0].manifest or {}
-    licence = str(manifest["config"].get("license", ""))
-    modality = "text" if manifest["stage"] == "text" else "vision"
+    licence, offers = license_of(manifest), offers_of(manifest)
+    summary = manifest.get("summary") or _first(PURPOSES, offers, "")
     front = ["---", f"license: {licence or 'unknown'}", f"library_name: {library}"]
-    front += [f"tags: [xray, {modality}, {manifest['stage']}]", "---", ""]
-    body = [f"# {title}", "", WHAT[manifest["stage"]], *_shape(manifest), ""]
+    front += [f"tags: [xray, {slot_of(offers)}, {manifest['stage']}]", "---", ""]
+    body = [f"# {title}", "", summary, *_shape(manifest), ""]
     body += ["## How to load it", "", "```python", *code, "```", "", *more]
     body += ["## Lineage", "", *_lineage(chain), ""]
     body += ["## Data", "", *_data(chain), ""]
     body += ["## Metrics", "", *_metrics(manifest), ""]
     body += ["## Licence", "", f"{licence}." if licence else UNKNOWN]
     return "\n".join([*front, *body]) + "\n"
+
+
+def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:
+    """The entry of the first key that is offered."""
+    return next((value for key, value in table.items() if key in offers), usual)
 
 
 def _shape(manifest: Mapping[str, Any]) -> list[str]:

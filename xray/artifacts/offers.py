@@ -30,7 +30,7 @@ USUAL_SECTION = {DECODER: "mae", TAGS: "hashtag", JOINT: "clip"}
 
 def offers_of(manifest: Mapping[str, Any]) -> frozenset[str]:
     """Capabilities of the artifact that a manifest describes."""
-    return frozenset(manifest.get("offers", OFFERS_OF_STAGE.get(manifest["stage"], ())))
+    return frozenset(manifest.get("offers", OFFERS_OF_STAGE.get(str(manifest.get("stage")), ())))
 
 
 def offers_are_sound(manifest: Mapping[str, Any]) -> bool:

@@ -14,9 +14,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.encoders import VisionEncoder, data_config, vision_encoder
+from xray.artifacts.encoders import VisionEncoder, vision_encoder
 from xray.artifacts.offers import VISION
-from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.files import usual_mode
 from xray.models.token_reduction import KeepRate
@@ -50,11 +49,6 @@ def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
             f"{artifact.origin} is of stage {artifact.stage}: it has no backbone for {what}"
         )
     return vision_encoder(artifact)
-
-
-def side_of(artifact: Artifact) -> int:
-    """The side in pixels at which an artifact is evaluated."""
-    return value_at(data_config(artifact).resolution, 1.0)
 
 
 def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:

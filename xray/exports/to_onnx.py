@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder
+from xray.artifacts.manifest_config import data_config, image_side
 from xray.errors import ConfigError, brief
-from xray.exports.common import Export, difference, pictures, save_json, side_of, vision_of
+from xray.exports.common import Export, difference, pictures, save_json, vision_of
 from xray.models.token_reduction import KeepRate
 
 OPSET = 18
@@ -58,7 +59,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ConfigError("--to onnx needs pip install 'xray-trainer[onnx]'") from error
-    encoder, side = vision_of(artifact, "onnx"), side_of(artifact)
+    encoder, side = vision_of(artifact, "onnx"), image_side(artifact)
     if keep_rate is not None:
         encoder.choose(keep_rate)
     rate, reduction = encoder.keep_rate, encoder.vision.reduction
@@ -129,12 +130,12 @@ def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
 
 
 def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> dict[str, Any]:
-    data = artifact.manifest["config"]["data"]
+    data = data_config(artifact)
     return {
         "input": {"name": "pixels", "side": side, "frames": frames, "dtype": "float32"},
         "outputs": tower.outputs,
-        "mean": data["mean"],
-        "std": data["std"],
+        "mean": data.mean,
+        "std": data.std,
         "interpolation": "bicubic",
         "crop": "the largest centred square",
         "keep_rate": tower.keep_rate,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, ImageEncoder
+from xray.artifacts.manifest_config import data_config, image_side
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.exports.common import (
     CAPTIONS,
@@ -26,7 +27,6 @@ from xray.exports.common import (
     pictures,
     save_json,
     save_tensors,
-    side_of,
     vision_of,
 )
 
@@ -47,7 +47,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
         raise ConfigError(
             "--to open_clip needs pip install 'xray-trainer[open_clip]' to check what it writes"
         ) from error
-    encoder, side = vision_of(artifact, "open_clip"), side_of(artifact)
+    encoder, side = vision_of(artifact, "open_clip"), image_side(artifact)
     if not isinstance(encoder, ImageEncoder):
         raise ArtifactError(
             f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; a "
@@ -167,7 +167,7 @@ def no_clip_text(encoder: Encoder) -> str:
 def _config(
     artifact: Artifact, encoder: ImageEncoder, texts: Encoder | None, side: int
 ) -> dict[str, Any]:
-    vision, data = encoder.vision, artifact.manifest["config"]["data"]
+    vision, data = encoder.vision, data_config(artifact)
     blocks: Any = vision.blocks
     first = blocks[0]
     image = {
@@ -207,7 +207,7 @@ def _config(
     if artifact.has_tensor("head", "logit_bias"):
         model["init_logit_bias"] = 0.0  # it is in the weights
     reads = {"interpolation": "bicubic", "resize_mode": "shortest", "size": side}
-    preprocess = {**reads, "mean": data["mean"], "std": data["std"]}
+    preprocess = {**reads, "mean": data.mean, "std": data.std}
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 

@@ -25,8 +25,13 @@ from xray.artifacts.encoders import (
     encode_captions,
     restore_encoder,
 )
-from xray.artifacts.language_model import text_config
-from xray.config import ModelConfig
+from xray.artifacts.manifest_config import (
+    data_config,
+    image_side,
+    model_config,
+    stage_sections,
+    text_config,
+)
 from xray.config.schedule import largest
 from xray.exports.common import (
     CAPTIONS,
@@ -36,12 +41,10 @@ from xray.exports.common import (
     pictures,
     save_json,
     save_tensors,
-    side_of,
 )
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower, merge_lora
 
-SECTIONS = ("model", "text", "clip", "hashtag", "mae")  # of the run's config
 PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}
 
 
@@ -68,21 +71,19 @@ def to_safetensors(artifact: Artifact, out: Path) -> Export:
 
 
 def _config(artifact: Artifact) -> dict[str, Any]:
-    section = artifact.manifest["config"]
-    found = {name: section[name] for name in SECTIONS if name in section}
-    data = {k: section["data"][k] for k in ("resolution", "frames", "mean", "std")}
+    data = {k: getattr(data_config(artifact), k) for k in ("resolution", "frames", "mean", "std")}
+    found = stage_sections(artifact.manifest)
     keep_rate = artifact.manifest["keep_rate"]
     return {"stage": artifact.stage, "keep_rate": keep_rate, "data": data, **found}
 
 
 def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> float:
     """The difference of a new backbone with the file's weights, of images."""
-    config = artifact.manifest["config"]
-    model = ModelConfig(**{**config["model"], "pretrained": ""})
-    data = config["data"]
-    backbone = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"])).eval()
+    data = data_config(artifact)
+    sizes = largest(data.resolution), largest(data.frames)
+    backbone = VisionBackbone(model_config(artifact), *sizes).eval()
     backbone.load_state_dict(load_file(out / "vision.safetensors"))
-    pixels, rate = pictures(side_of(artifact)), encoder.keep_rate
+    pixels, rate = pictures(image_side(artifact)), encoder.keep_rate
     with torch.no_grad():
         theirs = backbone(encoder.normalize(pixels), rate).cls
     return difference(theirs, ours(encoder, pixels, rate))

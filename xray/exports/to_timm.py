@@ -10,6 +10,7 @@ import torch
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder
+from xray.artifacts.manifest_config import data_config, image_side, license_of, model_config
 from xray.errors import ArtifactError, brief
 from xray.exports.common import (
     NAMED,
@@ -21,7 +22,6 @@ from xray.exports.common import (
     pictures,
     save_json,
     save_tensors,
-    side_of,
     vision_of,
 )
 
@@ -31,7 +31,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
 
     Raises ArtifactError for a backbone that is none of timm's without what is left out.
     """
-    encoder, side = vision_of(artifact, "timm"), side_of(artifact)
+    encoder, side = vision_of(artifact, "timm"), image_side(artifact)
     settings = timm_config(artifact, encoder, side)
     state = image_state(encoder, side)
     try:
@@ -58,9 +58,9 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
 
 def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[str, Any]:
     """What timm builds the model by, and how its transforms are to read pictures."""
-    section, vision = artifact.manifest["config"], encoder.vision
+    model, data, vision = model_config(artifact), data_config(artifact), encoder.vision
     arguments = {
-        **section["model"]["kwargs"],
+        **model.kwargs,
         "img_size": [side, side],
         "class_token": True,
         "no_embed_class": vision.position_prefix == 0,
@@ -68,7 +68,7 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
         "fc_norm": is_there(vision.fc_norm),
     }
     return {
-        "architecture": section["model"]["name"].partition(".")[0],
+        "architecture": model.name.partition(".")[0],
         "num_classes": 0,
         "num_features": vision.embed_dim,
         "model_args": arguments,
@@ -80,12 +80,12 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
-            "mean": section["data"]["mean"],
-            "std": section["data"]["std"],
+            "mean": data.mean,
+            "std": data.std,
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "license": section.get("license", "") or "unknown",
+            "license": license_of(artifact.manifest) or "unknown",
         },
     }

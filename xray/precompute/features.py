@@ -54,7 +54,7 @@ def write_embeddings(
     encode, width = encoder.features, encoder.vision.embed_dim
     if isinstance(encoder, Encoder):
         encode = encoder.encode_pixels
-        width = encoder.artifact.manifest["config"]["clip"]["embed_dim"]
+        width = encoder.options.embed_dim
 
     def embed(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:
         return list(encode(pixels).numpy())

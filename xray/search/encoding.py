@@ -41,7 +41,7 @@ def width_of(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
             raise ConfigError(f"{what}: it encodes texts (a .txt, or --texts), not pictures")
         return int(encoder.text.width)
     if isinstance(encoder, Encoder):
-        return int(encoder.artifact.manifest["config"]["clip"]["embed_dim"])
+        return encoder.options.embed_dim
     if text:
         raise ConfigError(f"{what}: texts are encoded by a clip or text artifact")
     return int(encoder.vision.embed_dim)

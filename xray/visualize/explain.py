@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data_pipelines.decode.user_media import read_media
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.encoders import VisionEncoder, data_config, restore_decoder
+from xray.artifacts.encoders import VisionEncoder, restore_decoder
+from xray.artifacts.manifest_config import data_config, decoder_config
 from xray.artifacts.offers import DECODER
 from xray.errors import ConfigError
 from xray.models.token_reduction import KeepRate
@@ -72,10 +73,10 @@ class Explainer:
         return [kind(pixels, names) for kind in self.kinds]
 
     def _reconstructed(self, pixels: Tensor, names: Sequence[str]) -> Picture:
-        options = self.artifact.manifest["config"]["mae"]
+        options = decoder_config(self.artifact)
         sheet = reconstructions(self.encoder, self.decoder, options, pixels, names)
         caption = "Masked, reconstructed, original."
-        if options["norm_pix_loss"]:
+        if options.norm_pix_loss:
             caption += " Each patch's mean and variance are taken from the original."
         return self._picture("MAE reconstructions", caption, sheet, pixels)
 

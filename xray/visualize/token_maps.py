@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from xray.artifacts.encoders import VisionEncoder
-from xray.models.mae_decoder import MaeDecoder, Masking, patchify, unpatchify
+from xray.artifacts.manifest_config import DecoderConfig
+from xray.models.mae_decoder import MaeDecoder, patchify, unpatchify
 
 SIDE = 144  # pixels per shown picture, at least
 GAP = 4
@@ -55,29 +55,27 @@ class Sheet:
 def reconstructions(
     encoder: VisionEncoder,
     decoder: MaeDecoder,
-    options: Mapping[str, Any],
+    options: DecoderConfig,
     pixels: Tensor,
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Sheet:
     """Masked, reconstructed and original pictures of [B, T, 3, S, S] uint8; a clip by tubelets.
 
-    options: the artifact's mae section. Under norm_pix_loss a patch is predicted up to its mean and
+    options: training of the decoder. Under norm_pix_loss a patch is predicted up to its mean and
     variance; these are taken from the original to show it. Visible patches are shown as they are.
     """
     vision, normalize = encoder.vision, encoder.normalize
     x = normalize(pixels)
     grid = vision.token_grid(x)
-    masking = Masking(
-        options["mask_ratio"], options["video_mask_ratio"], options.get("video_mask", "tube")
-    )
+    masking = options.masking
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(x), masking.noise_size(grid), generator=generator)
     visible, mask, restore = masking.draw(noise, grid, x.shape[1])
     tokens = vision(x, visible=visible)
     predicted = decoder(tokens.cls, tokens.patches, restore, grid)
     target = patchify(vision.tubelets(x), vision.patch_size, vision.tubelet)
-    if options["norm_pix_loss"]:
+    if options.norm_pix_loss:
         deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
     removed = mask[..., None]

@@ -1,0 +1,123 @@
+"""Typed views of the run's config in a manifest, with today's defaults for keys of later versions.
+
+All raise ArtifactError if the manifest lacks the section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.offers import DECODER, JOINT, TAGS, head_section
+from xray.config import DataConfig, ModelConfig, TextConfig
+from xray.config.schedule import value_at
+from xray.errors import ArtifactError
+from xray.models.heads import TextHead
+from xray.models.mae_decoder import Masking
+
+T = TypeVar("T")
+OF_RUN = ("data", "optim", "train", "debug", "zero")  # sections that say how a run is done
+OF_TRAINING = ("sources", "blocks", "validation")  # keys of the data section
+
+
+@dataclass(frozen=True)
+class JointHead:
+    """Projections into the joint space."""
+
+    embed_dim: int
+    adapter_blocks: int
+    text_head: TextHead = "adapter"
+    matryoshka: list[int] = field(default_factory=list)  # prefixes trained to work alone
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A MAE decoder and the masks it was trained with."""
+
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    mask_ratio: float
+    video_mask_ratio: float
+    norm_pix_loss: bool
+    video_mask: str = "tube"
+
+    @property
+    def masking(self) -> Masking:
+        """The masks of training."""
+        return Masking(self.mask_ratio, self.video_mask_ratio, self.video_mask)
+
+
+@dataclass(frozen=True)
+class TagsHead:
+    """A tag head, by the loss that trained it."""
+
+    loss: str = "softmax"
+
+
+def model_config(artifact: Artifact) -> ModelConfig:
+    """Read the backbone's settings; its weights are in the artifact and need no download."""
+    config = _read(ModelConfig, _section(artifact, "model"))
+    return dataclasses.replace(config, pretrained="")
+
+
+def data_config(artifact: Artifact) -> DataConfig:
+    """Read how images and clips are decoded and normalised, without the training sources."""
+    section = _section(artifact, "data")
+    return _read(DataConfig, {k: v for k, v in section.items() if k not in OF_TRAINING})
+
+
+def image_side(artifact: Artifact) -> int:
+    """Read the side in pixels of an image at the end of training."""
+    return value_at(data_config(artifact).resolution, 1.0)
+
+
+def text_config(artifact: Artifact) -> TextConfig:
+    """Read the structure of the text tower."""
+    if "text" not in artifact.manifest["config"]:
+        raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
+    config = _read(TextConfig, _section(artifact, "text"))
+    config = dataclasses.replace(config, llm=artifact.llm or config.llm)
+    # a tower that was tuned whole has no LoRA, whatever a later stage trains of it
+    has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
+    return config if has_lora else dataclasses.replace(config, lora_rank=0)
+
+
+def joint_head(artifact: Artifact) -> JointHead:
+    """Read the projections into the joint space."""
+    return _read(JointHead, head_section(artifact.manifest, JOINT))
+
+
+def decoder_config(artifact: Artifact) -> DecoderConfig:
+    """Read the MAE decoder's sizes and masks."""
+    return _read(DecoderConfig, head_section(artifact.manifest, DECODER))
+
+
+def tags_head(artifact: Artifact) -> TagsHead:
+    """Read how the tag head was trained."""
+    return _read(TagsHead, head_section(artifact.manifest, TAGS))
+
+
+def license_of(manifest: Mapping[str, Any]) -> str:
+    """Read the licence of the weights as the run stated it, "" if it did not."""
+    return str(manifest["config"].get("license", ""))
+
+
+def stage_sections(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the sections of the model and of the stages, without those of a single run."""
+    return {k: v for k, v in manifest["config"].items() if isinstance(v, dict) and k not in OF_RUN}
+
+
+def _section(artifact: Artifact, name: str) -> Mapping[str, Any]:
+    section = artifact.manifest["config"].get(name)
+    if not isinstance(section, Mapping):
+        raise ArtifactError(f"the manifest of {artifact.path} has no section config.{name}")
+    return section
+
+
+def _read(schema: type[T], section: Mapping[str, Any]) -> T:
+    names = {item.name for item in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    return schema(**{key: value for key, value in section.items() if key in names})
