@@ -1,4 +1,4 @@
-"""The stages, in the order they run. A new stage is its file, its yaml and a line here."""
+"""Stages, in the order they run. To add one: its file, configs/stage/NAME.yaml and a line here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = {
 
 
 def stage_class(name: str) -> type[Stage]:
-    """The class of a stage by name; raises ConfigError for an unknown one."""
+    """Return the class of a stage by name; raises ConfigError if there is none."""
     if name not in STAGES:
         raise ConfigError(
             f"unknown stage {name!r}: there are {', '.join(STAGES)}{nearest(name, STAGES)}"

@@ -1,4 +1,4 @@
-"""The narrow waist: what a stage is to the trainer.
+"""Interface between a stage and the trainer.
 
 Batch keys, all with the micro-batch B first:
     pixels          [B, T, 3, S, S] uint8; T = 1 for images
@@ -49,14 +49,14 @@ Task = Literal["loss", "features"]
 
 
 class StepOutput(NamedTuple):
-    """A step's loss and what else is worth a line in the log."""
+    """A step's loss and the metrics to log."""
 
     loss: Tensor  # scalar, the mean over the local micro-batch
     metrics: dict[str, Tensor]  # detached scalars
 
 
 class StageModule(nn.Module, ABC):
-    """What the engine wraps: everything trainable, and the loss. `forward` is its only entry.
+    """The module that the engine wraps: all trainable parameters, and the loss.
 
     `progress` in [0, 1] is the only schedule input; the module knows no rank and no step.
     """
@@ -70,19 +70,19 @@ class StageModule(nn.Module, ABC):
         return features if task == "features" else self.loss_from_features(features)
 
     def keep_rate(self, progress: float) -> KeepRate:
-        """The token reduction's rate at this progress, or one per block; 1 = nothing is reduced."""
+        """Return the keep rate at this progress, or one per reducing block; 1 = all tokens."""
         return 1.0
 
     def compile_blocks(self) -> None:
-        """Compile the blocks of the backbone (and decoder) in place: one graph serves all of them,
-        and takes any number of tokens. What reduces tokens stays as it is."""
+        """Compile the transformer blocks in place: they share one graph, for any number of tokens.
+        Token reduction is not compiled."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.compile()
 
     @abstractmethod
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """What the loss is computed from.
+        """Compute the features that the loss is a function of.
 
         Where the stage spans the batch: rows of samples [B, ...], and 0-d tensors for parameters of
         the loss, such as the logit scale.
@@ -90,7 +90,8 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        """The loss and its metrics; where the stage spans the batch, of the features alone."""
+        """Compute the loss and its metrics; from the features alone if the stage spans the
+        batch."""
 
 
 class VisionModule(StageModule):
@@ -115,7 +116,7 @@ class VisionModule(StageModule):
         visible: Tensor | None = None,
         keep_rate: KeepRate | None = None,
     ) -> Tokens:
-        """Normalised pixels [B, T, 3, S, S] through the backbone, which may be held still.
+        """Encode normalised pixels [B, T, 3, S, S]; without gradient while the backbone is frozen.
 
         keep_rate: instead of what the stage has come to.
         """
@@ -129,7 +130,7 @@ class VisionModule(StageModule):
 
 
 def set_training(tower: nn.Module, training: bool, progress: float, frozen_until: float) -> bool:
-    """Whether a tower is trained at a progress; one that is not is put in eval, its dropout off."""
+    """Set a tower to train or eval mode, and tell whether it is trained at this progress."""
     trained = frozen_until < 1 and progress >= frozen_until
     tower.train(training and trained)
     return trained
@@ -137,7 +138,7 @@ def set_training(tower: nn.Module, training: bool, progress: float, frozen_until
 
 @dataclass
 class Parents:
-    """What a stage starts from; None means from scratch."""
+    """Parent artifacts of a run; None means training from scratch."""
 
     vision: Artifact | None = None
     text: Artifact | None = None
@@ -173,61 +174,63 @@ class Stage(ABC, Generic[C]):
         self.config = config
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        """Look at data and parents before anything is built; may narrow the sources' slots."""
+        """Read data and parents before anything is built; may leave out samples of a source."""
         return sources
 
-    def foresee(self, sources: dict[str, Source], parents: Parents, pending: set[str]) -> None:
-        """Raise what `prepare` would, before an earlier stage of a recipe trains.
+    def foresee(
+        self, sources: dict[str, Source], parents: Parents, pending: frozenset[str]
+    ) -> None:
+        """Raise what `prepare` would raise, before an earlier stage of a recipe trains.
 
-        parents: those that are there. pending: the stages of those that are not.
+        parents: those that exist. pending: what the others will offer.
         """
         self.prepare(sources, parents)
 
     @abstractmethod
     def build(self, parents: Parents) -> StageModule:
-        """The module, with the parents' weights in it."""
+        """Build the module with the parents' weights."""
 
     @abstractmethod
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        """One sample to tensors, in a loader worker; raises BadSample."""
+        """Turn one sample into tensors, in a loader worker; raises BadSample."""
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         """Stack the samples of a micro-batch."""
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     def after_step(self, engine: Any, module: Any) -> None:
-        """Act on parameters after an optimizer step, through the engine's fp32 master."""
+        """Change parameters after an optimizer step, through the engine's fp32 master weights."""
 
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
-        """Warnings about how training goes, each saying what to change; asked at logged steps."""
+        """Return warnings about the training so far, each naming the setting to change."""
         return []
 
     def chance(self, samples: int) -> float:
-        """The loss of a block of samples by a model that tells nothing apart; 0 = not known."""
+        """Return the loss of guessing at random in a block of this many samples; 0 = not known."""
         return 0.0
 
     @abstractmethod
     def export(self, module: Any, state: State) -> dict[str, State]:
-        """The full state dict -> the artifact's parts, e.g. {"backbone": ..., "head": ...}."""
+        """Split the full state dict into the artifact's parts: {"backbone": ...}."""
 
     def export_files(self) -> dict[str, Any]:
-        """Other files of the artifact: name -> a path to copy or an object with `save(path)`."""
+        """Return further files by name: a path, or an object with `save(path)`."""
         return {}
 
     def macs(self, frames: int, progress: float = 1.0) -> int:
-        """Multiply-adds of a forward of one image (frames = 1) or clip in training; 0 where nothing
-        is seen."""
+        """Count multiply-adds of a forward pass of an image (frames = 1) or clip in training."""
         side = value_at(self.config.data.resolution, progress)
         keep_rate = keep_rate_at(self.config.model, progress)
         seen = self.visible(frames, progress)
         return vision_macs(self._sketch, frames, side, keep_rate, seen)
 
     def visible(self, frames: int, progress: float) -> int:
-        """Patch tokens of an image (frames = 1) or clip that enter the backbone in training."""
+        """Count the patch tokens of an image (frames = 1) or clip that enter the backbone in
+        training."""
         return self.tokens(frames, value_at(self.config.data.resolution, progress))
 
     def tokens(self, frames: int, resolution: int) -> int:
-        """Tokens of an image (frames = 1) or clip before any is masked or reduced."""
+        """Count the tokens of an image (frames = 1) or clip before masking and token reduction."""
         return math.prod(self._sketch.geometry.grid(frames, resolution, resolution))
 
     @functools.cached_property
@@ -235,11 +238,11 @@ class Stage(ABC, Generic[C]):
         return sketch(self.config)
 
     def inputs(self) -> dict[str, str]:
-        """Hashes of what the run depends on besides config, data and parents."""
+        """Return hashes of the run's inputs other than config, data and parents, by name."""
         return {}
 
     def models(self) -> dict[str, str]:
-        """Paths or names of the other models that the run reads, by their role."""
+        """Return paths or names of the other models that the run reads, by role."""
         text = text_section(self.config)
         return {} if text is None else {"llm": text.llm}
 
@@ -261,7 +264,7 @@ class Stage(ABC, Generic[C]):
         return {"pixels": torch.zeros(samples, frames, 3, side, side, dtype=torch.uint8)}
 
     def spans(self) -> list[tuple[float, float]]:
-        """Parts [start, end] of the progress in which the cost of a step changes gradually.
+        """List parts [start, end] of the progress in which the cost of a step changes gradually.
 
         A sudden change is a part of no length. Schedules of the shared config are known.
         """
@@ -272,13 +275,14 @@ class Stage(ABC, Generic[C]):
 
 
 def text_section(config: RunConfig) -> TextConfig | None:
-    """The section of the LLM that a run reads; None for a stage without a text tower."""
+    """Return the section of the LLM that a run reads; None for a stage without a text tower."""
     section = getattr(config, "text", None)
     return section if isinstance(section, TextConfig) else None
 
 
 def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
-    """Sort artifacts into vision and text parents; raises ConfigError for what cannot be used."""
+    """Sort artifacts into vision and text parents; raises ConfigError for one that the stage cannot
+    use."""
     parents = Parents()
     for artifact in artifacts:
         if not artifact.offers & stage.accepts:
@@ -294,7 +298,7 @@ def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
 
 
 def make_backbone(config: RunConfig) -> VisionBackbone:
-    """The backbone of a run, its position table as large as the stage's largest input."""
+    """Make the backbone of a run, with position embeddings for the stage's largest input."""
     data = config.data
     backbone = VisionBackbone(config.model, largest(data.resolution), largest(data.frames))
     for _, side in steps_of(data.resolution):
@@ -303,18 +307,18 @@ def make_backbone(config: RunConfig) -> VisionBackbone:
 
 
 def sketch(config: RunConfig) -> VisionBackbone:
-    """The backbone without memory or weights, to be counted."""
+    """Make the backbone on the meta device, to count its tokens and operations."""
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=""))
     with torch.device("meta"):
         return make_backbone(plain)
 
 
 def load_vision(module: VisionModule, parent: Artifact | None) -> None:
-    """Start the backbone from a parent's."""
+    """Load the backbone's weights from a parent artifact, if there is one."""
     if parent is not None:
         load_adapted(module.vision, parent.load("backbone"), str(parent.path))
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries under a prefix, without it."""
+    """Select the entries under a prefix and remove the prefix from their names."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Stage 3: images and clips lie with their captions; the text side is an LLM (LLM2CLIP)."""
+"""CLIP stage: contrastive training of images and clips with captions read by an LLM (LLM2CLIP)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LOOKED_AT = 256  # rows of a rank that the metrics are taken of
 
 
 class ClipModule(VisionModule):
-    """Backbone + projection against LLM + adapter, with a learnable log logit scale.
+    """Backbone and projection, LLM and adapter, and a learnable log logit scale.
 
     text: None where sentence vectors of this width come with the batch. teacher: not a part of it.
     tags: of the auxiliary tag head.
@@ -86,8 +86,8 @@ class ClipModule(VisionModule):
             self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """image [B, E], text [B, C, E], normalised; the logit scale and bias; in training also a
-        teacher's image and text, and auxiliary losses [B]."""
+        """Return image [B, E] and text [B, C, E] features, normalised, the logit scale and bias; in
+        training also the teacher's features and auxiliary losses [B]."""
         pixels = self.normalize(batch["pixels"])
         cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
         sentences = self.text_adapter(self._sentences(batch, progress))
@@ -107,7 +107,7 @@ class ClipModule(VisionModule):
         return found
 
     def _sentences(self, batch: Batch, progress: float) -> Tensor:
-        """What the LLM makes, or made, of captions, [B, C, W] float32."""
+        """Encode captions with the LLM, or take their stored vectors: [B, C, W] float32."""
         if "sentences" in batch:
             return batch["sentences"]
         tower: Any = self.towers["text"]
@@ -116,7 +116,7 @@ class ClipModule(VisionModule):
             return tower(*(batch[key] for key in TOKENS)).float()
 
     def _visible(self, pixels: Tensor, progress: float) -> Tensor | None:
-        """The image tokens that are not left out, None for all."""
+        """Draw the image tokens that stay under patch dropout; None = all of them."""
         ratio = self.options.masked(progress)
         if not self.training or ratio == 0:
             return None
@@ -147,7 +147,7 @@ class ClipModule(VisionModule):
         return StepOutput(loss, metrics)
 
     def _terms(self, features: dict[str, Tensor]) -> Iterator[tuple[str, float, Tensor]]:
-        """(name, weight, value) of what is added to the contrastive loss."""
+        """Yield (name, weight, value) of each term that is added to the contrastive loss."""
         options = self.options
         if "teacher_image" in features and self.teacher is not None:
             sides = features["image"], features["text"].flatten(0, 1), features["logit_scale"]
@@ -160,7 +160,7 @@ class ClipModule(VisionModule):
 
 @torch.no_grad()
 def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
-    """How some own rows lie: cosines of pairs, of all; pictures whose caption is the nearest."""
+    """Compute mean cosines of positive and of all pairs, and in-batch top-1, on this rank."""
     image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
     with torch.autocast(image.device.type, enabled=False):  # bf16 finds many equally near
         cosines = image @ text.t()
@@ -200,8 +200,10 @@ class ClipStage(Stage[ClipConfig]):
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 
-    def foresee(self, sources: dict[str, Source], parents: Parents, pending: set[str]) -> None:
-        if "text" not in pending:
+    def foresee(
+        self, sources: dict[str, Source], parents: Parents, pending: frozenset[str]
+    ) -> None:
+        if SENTENCES not in pending:
             Language(self.config.text, parents.text)
         for name, source in sources.items():
             look_at(source, self.config.data.sources[name].captions)
@@ -269,7 +271,7 @@ class ClipStage(Stage[ClipConfig]):
         return dataclasses.replace(facts, tags=tags), notes + assumed
 
     def meta_module(self, facts: Facts) -> ClipModule:
-        """Without a known LLM the tower is left out, and its width is that of the joint space."""
+        """Build the module; if the LLM is unknown, without a text tower."""
         tower = None if facts.llm is None else meta_tower(self.config.text, facts)
         width = self.config.clip.embed_dim if tower is None else tower.width
         live = tower if self.config.text.features == "live" else None

@@ -1,4 +1,4 @@
-"""The losses of the earlier stages beside the contrastive one: all of them in one stage."""
+"""Auxiliary losses of the clip stage: masked reconstruction and tag classification."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_unread(options: HashtagOptions) -> None:
 
 
 class AuxiliaryLosses(nn.Module):
-    """MAE's decoder and the tag head, where their weights are above 0; losses per sample.
+    """MAE decoder and tag head, if their weights are above 0; they give a loss per sample.
 
     config: a run's, with the sections of the mae and hashtag stages. They are not handed on.
     """
@@ -59,7 +59,7 @@ class AuxiliaryLosses(nn.Module):
     def forward(
         self, module: VisionModule, batch: Batch, pixels: Tensor, cls: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """mae_loss and hashtag_loss, [B] each; 0 for a sample without tags."""
+        """Compute mae_loss and hashtag_loss, [B] each; 0 for a sample without tags."""
         found = {}
         if self.decoder is not None:
             noise = batch["mask_noise"]
@@ -75,7 +75,7 @@ class AuxiliaryLosses(nn.Module):
 
 
 class AuxiliaryData:
-    """What the auxiliary losses need of each sample: noise of the masks, tags."""
+    """Inputs of the auxiliary losses for each sample: noise for the masks, and tags."""
 
     def __init__(self, config: ClipConfig, sources: dict[str, Source]) -> None:
         self.config = config
@@ -99,7 +99,7 @@ class AuxiliaryData:
         return label(work, data.workers)
 
     def start(self, losses: AuxiliaryLosses) -> None:
-        """Begin with what is known of the tags."""
+        """Initialise the tag head's bias from the tags' frequencies."""
         if losses.tag_head is not None:
             losses.tag_head.expect(self.frequency, self.config.hashtag.loss == "softmax")
 
@@ -124,5 +124,5 @@ class AuxiliaryData:
         return {**found, **pad_labels(rows)} if self.tags else found
 
     def inputs(self) -> dict[str, str]:
-        """Hashes of what they depend on."""
+        """Return hashes of the inputs."""
         return {"vocabulary": self.vocabulary.digest} if self.tags else {}

@@ -1,4 +1,4 @@
-"""The clip stage's settings."""
+"""Settings of the clip stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ClipOptions:
     hashtag_weight: float = 0.0  # of the hashtag stage's, with those of section hashtag
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         if not 1 <= self.first_scale <= self.logit_scale_max:
             raise ConfigError(
                 f"clip.logit_scale={self.first_scale} must be in [1, clip.logit_scale_max="
@@ -68,13 +68,13 @@ class ClipOptions:
             )
 
     def masked(self, progress: float) -> float:
-        """The share of image tokens that training leaves out at a progress."""
+        """Return the share of image tokens that patch dropout leaves out at a progress."""
         span = self.mask_span[0], self.mask_span[1]
         return mask_ratio_at(self.mask_ratio, span, self.mask_until, progress)
 
     @property
     def first_scale(self) -> float:
-        """The logit scale at the start."""
+        """Initial logit scale."""
         usual = 10.0 if self.loss == "sigmoid" else 1 / 0.07
         return usual if self.logit_scale is None else self.logit_scale
 
@@ -103,7 +103,7 @@ class ClipConfig(RunConfig):
 
     @property
     def first_bias(self) -> float:
-        """The sigmoid loss's bias at the start: as likely a pair as one of a block's is right."""
+        """Initial bias of the sigmoid loss: minus the log of the largest block's samples."""
         if self.clip.logit_bias is not None:
             return self.clip.logit_bias
         return -math.log(max(block.samples for block in self.blocks))

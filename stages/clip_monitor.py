@@ -1,4 +1,4 @@
-"""What can be seen to go wrong in contrastive training, and what to change."""
+"""Detects failing contrastive training from its metrics and says which setting to change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = 64  # samples that are called few
 
 
 def loss_at_chance(options: ClipOptions, samples: int) -> float:
-    """The loss of a block by a model that tells nothing apart."""
+    """Return the contrastive loss of a model that guesses, for a block of this many samples."""
     if options.loss == "info_nce":
         return math.log(samples) + math.log(options.captions) / 2
     # every pair as likely as one of a block's is right
@@ -26,7 +26,7 @@ def loss_at_chance(options: ClipOptions, samples: int) -> float:
 
 
 class ContrastGuard:
-    """Looks at the logged values of a run's blocks; says each thing once."""
+    """Monitor of the logged metrics of each block; gives each warning once."""
 
     def __init__(self, blocks: Sequence[BlockConfig], options: ClipOptions) -> None:
         self.blocks, self.options = blocks, options
@@ -34,7 +34,7 @@ class ContrastGuard:
         self._said: set[str] = set()
 
     def look(self, values: Mapping[str, float], progress: float) -> list[str]:
-        """Warnings that are due at a progress."""
+        """Return the warnings that are due at a progress."""
         found: dict[str, str] = {}
         for block in self.blocks:
             own = {

@@ -1,4 +1,5 @@
-"""A teacher of the clip stage: a clip artifact, or a model of open_clip where that is installed."""
+"""Distillation teachers of the clip stage: a clip artifact, or a model of open_clip if it is
+installed."""
 
 from __future__ import annotations
 
@@ -23,23 +24,23 @@ Tokens = dict[str, Tensor]
 
 
 class Teacher(Protocol):
-    """Reads captions by its own tokenizer, and pixels at its own size."""
+    """A model with its own tokenizer and image size whose features the stage learns from."""
 
     digest: str
     scale: float
 
     def tokens(self, captions: Sequence[str]) -> Tokens:
-        """Captions of one sample -> what it reads, [C, L]; in loader workers."""
+        """Tokenize the captions of one sample, [C, L]; runs in loader workers."""
 
     def pad(self, rows: Sequence[Tokens]) -> Tokens:
-        """[C, L] of each sample -> [B, C, longest L]."""
+        """Stack [C, L] of each sample to [B, C, longest L]."""
 
     def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """[B, T, 3, H, W] uint8 and tokens -> images [B, E] and texts [B, C, E], normalised."""
+        """Encode pixels [B, T, 3, H, W] uint8 to [B, E] and tokens to [B, C, E], normalised."""
 
 
 def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
-    """A teacher by an artifact's folder or URL, or open_clip:MODEL:WEIGHTS; raises ConfigError.
+    """Load a teacher from an artifact's folder or URL, or open_clip:MODEL:WEIGHTS.
 
     llm: the run's own, which an artifact's may be where it is not at its place any more.
     """
@@ -49,7 +50,7 @@ def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
 
 
 class FromArtifact:
-    """A clip artifact that teaches."""
+    """A clip artifact as a teacher."""
 
     def __init__(self, path: str, device: torch.device, llm: str = "") -> None:
         try:
@@ -81,7 +82,7 @@ class FromArtifact:
 
 
 class OpenClip:
-    """A model of open_clip that teaches; a clip's feature is the mean of its frames'."""
+    """A model of open_clip as a teacher; the feature of a clip is the mean over its frames."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         try:
@@ -126,7 +127,7 @@ class OpenClip:
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, T, 3, H, W] uint8 at another size, as uint8 again."""
+    """Resize pixels [B, T, 3, H, W] uint8, rounding to uint8."""
     if pixels.shape[-2:] == size:
         return pixels
     flat = F.interpolate(

@@ -1,4 +1,4 @@
-"""Stage 2: multi-label tag classification of images and clips with one shared head."""
+"""Hashtag stage: multi-label tag classification of images and clips with one shared head."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ log = logging.getLogger("xray")
 
 @dataclass
 class HashtagOptions(TagRules):
-    """The vocabulary and its tags' balance, the labels and the loss."""
+    """Vocabulary, class balance, labels and loss."""
 
     vocabulary: str = ""  # a vocabulary.json of `xray data tags`; "" = built from the run's shards
     balance: Balance = "sqrt"  # repeat samples with rare tags: by 1/sqrt(count), 1/count, or not
@@ -82,7 +82,7 @@ class HashtagOptions(TagRules):
     cutmix: float = 0.0  # a rectangle is taken from the other picture
 
     def validate(self, section: str = "hashtag") -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         super().validate(section)
         for name in ("mixup", "cutmix", "min_lift", "chunk", "sampled"):
             if getattr(self, name) < 0:
@@ -157,7 +157,7 @@ class HashtagModule(VisionModule):
         return StepOutput(loss, metrics)
 
     def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:
-        """What the head is to make of its features and weights."""
+        """Return the function that the head applies to its features and weights."""
         if not (self.training and self.options.sampled):
             return lambda x, weight, bias: self.loss(x, weight, bias, tags, targets)
         drawn, log_q = (x.to(tags.device) for x in draw_classes(self.drawn, self.options.sampled))
@@ -168,13 +168,16 @@ class HashtagModule(VisionModule):
 
 
 def tag_targets(weights: Tensor, loss: str) -> Tensor:
-    """Targets of labels' weights [B, K]: themselves, but for the softmax. There a sample's labels
-    share 1 among them, or their sum where that is less: it counts for what is known of it."""
+    """Make the target distribution of labels with weights [B, K].
+
+    Under the softmax loss the targets of a sample sum to 1, or to the sum of its weights if that is
+    smaller; other losses take the weights as they are.
+    """
     return weights if loss != "softmax" else weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def pad_labels(rows: Sequence[Batch]) -> Batch:
-    """Tags and weights of samples -> [B, K], padded."""
+    """Pad tags and weights of samples to [B, K]."""
     filling = {"tags": -1, "weights": 0}
     return {
         name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value)
@@ -200,7 +203,7 @@ def find_vocabulary(
 def vocabulary_size(
     config: RunConfig, options: HashtagOptions, sources: Mapping[str, Source], given: int
 ) -> tuple[int, list[str]]:
-    """Size of the vocabulary for planning, and a note if it had to be assumed.
+    """Return the size of the vocabulary for planning, and a note if it had to be assumed.
 
     given: a size that the user states, 0 = none.
     """
@@ -217,7 +220,7 @@ def vocabulary_size(
 
 
 def example_labels(samples: int) -> Batch:
-    """Tags and weights of a micro-batch, for planning; the number per sample hardly matters."""
+    """Make tags and weights of a micro-batch for planning; their number hardly matters."""
     tags = torch.zeros(samples, EXAMPLE_TAGS, dtype=torch.long)
     return {"tags": tags, "weights": torch.zeros(samples, EXAMPLE_TAGS)}
 
@@ -229,7 +232,7 @@ class HashtagStage(Stage[HashtagConfig]):
     teacher_digest = ""  # of the artifact that judged or added tags
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        """Read or build the vocabulary, label the samples and give the labelled ones slots."""
+        """Read or build the vocabulary, label the samples and keep the labelled ones, balanced."""
         options, data = self.config.hashtag, self.config.data
         self.vocabulary = find_vocabulary(self.config, options, sources)
         if parents.vision is not None and TAGS in parents.vision.offers:
@@ -257,7 +260,7 @@ class HashtagStage(Stage[HashtagConfig]):
         return {name: found.source for name, found in self.balanced.items()}
 
     def _labelled(self, work: Labeller, balanced: Balanced) -> str:
-        """How many samples have tags, and what the teacher made of them."""
+        """Describe how many samples have tags, and how the teacher changed them."""
         tagged = "{:,} of {:,} samples have tags of the vocabulary"
         if work.teacher is None:  # what was counted for the balance; no table is read again
             return tagged.format(balanced.unique, len(work.source))
@@ -333,7 +336,7 @@ class HashtagStage(Stage[HashtagConfig]):
 
 
 def _check_same(vocabulary: Vocabulary, digest: str, what: str) -> None:
-    """Raise ArtifactError where two vocabularies would be mixed."""
+    """Raise ArtifactError if a vocabulary differs from the run's."""
     if vocabulary.digest != digest:
         raise ArtifactError(
             f"{what} is of another vocabulary than this run's {len(vocabulary)} tags: set "

@@ -1,4 +1,4 @@
-"""Stage 1: masked auto-encoding of images (random masks) and clips (tube masks)."""
+"""MAE stage: masked auto-encoding of images (random masks) and clips (tube masks)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MaeOptions:
     decoder_heads: int = 16
 
     def validate(self, model: ModelConfig) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         for name in ("mask_ratio", "video_mask_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"mae.{name}={getattr(self, name)} must be in (0, 1)")
@@ -80,7 +80,7 @@ def masking(options: MaeOptions) -> Masking:
 def example_noise(
     config: RunConfig, options: MaeOptions, samples: int, frames: int, side: int
 ) -> Tensor:
-    """Zeros in the place of `mask_noise`, for planning."""
+    """Make zeros of the shape of `mask_noise`, for planning."""
     grid = sketch(config).geometry.grid(frames, side, side)
     return torch.zeros(samples, masking(options).noise_size(grid))
 
@@ -98,7 +98,8 @@ def reconstruct(
     noise: Tensor,
     progress: float,
 ) -> dict[str, Tensor]:
-    """Predictions and targets [B, n, P] of all patches of normalised pixels, and the mask [B, n].
+    """Reconstruct normalised pixels: predictions and targets [B, n, P] of all patches, and the mask
+    [B, n].
 
     Every visible token goes through the backbone: the decoder puts it back in its place.
     """
@@ -114,7 +115,7 @@ def reconstruct(
 
 
 class MaeModule(VisionModule):
-    """Backbone over visible tokens, decoder over all."""
+    """Backbone over the visible tokens, decoder over all tokens."""
 
     def __init__(self, config: MaeConfig) -> None:
         super().__init__(config)
@@ -156,7 +157,7 @@ class MaeStage(Stage[MaeConfig]):
         }
 
     def macs(self, frames: int, progress: float = 1.0) -> int:
-        """Encoder over the visible tokens and decoder over all."""
+        """Count the encoder over the visible tokens and the decoder over all tokens."""
         side = value_at(self.config.data.resolution, progress)
         seen = self.visible(frames, progress)
         encoder = vision_macs(self._sketch, frames, side, visible=seen)

@@ -1,4 +1,4 @@
-"""Text stage: captions of one picture lie together (caption-contrastive tuning, 2411.04997)."""
+"""Text stage: contrastive tuning of an LLM on captions of the same image (2411.04997)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOBODY = 1 << 40  # the id of a text that belongs to no row
 
 @dataclass
 class TextOptions(TextConfig):
-    """The LLM and the contrast."""
+    """LLM and contrastive loss."""
 
     temperature: float = 0.05
     negatives: str = ""  # json field of texts that are like a sample's captions, and wrong
@@ -57,7 +57,7 @@ class TextRunConfig(RunConfig):
 
 
 class TextModule(StageModule):
-    """The LLM tower under InfoNCE between two captions of each sample."""
+    """LLM tower with InfoNCE between two captions of each sample."""
 
     def __init__(self, tower: TextTower, temperature: float) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class TextModule(StageModule):
         self.temperature = temperature
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Two captions [B, D] and n negatives [B, n, D], normalised; which of these are [B, n]."""
+        """Encode two captions [B, D] and n negatives [B, n, D], normalised, and a mask [B, n] of
+        real negatives."""
         tower: Any = self.towers["text"]
         pooled = F.normalize(tower(*(batch[key] for key in TOKENS)).float(), dim=-1)
         there = batch["attention_mask"].any(dim=-1).float()
@@ -93,7 +94,7 @@ class TextModule(StageModule):
 
 
 def meta_tower(config: TextConfig, facts: Facts) -> TextTower:
-    """The tower as `Language` would build it, without weights; `facts.llm` must be known."""
+    """Build the tower as `Language` would, without weights; `facts.llm` must be known."""
     assert facts.llm is not None
     text = config if facts.text is None else facts.text
     if text.pooling == "auto":
@@ -104,7 +105,7 @@ def meta_tower(config: TextConfig, facts: Facts) -> TextTower:
 
 
 def example_captions(samples: int, each: int, length: int) -> Batch:
-    """Captions of full length without padding, for planning."""
+    """Make captions of full length without padding, for planning."""
     ones = torch.ones(samples, each, length, dtype=torch.long)
     return {"input_ids": ones, "attention_mask": ones.clone(), "pooled_mask": ones.clone()}
 
@@ -143,7 +144,8 @@ class TextStage(Stage[TextRunConfig]):
         return TextModule(self.language.build(), self.config.text.temperature)
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        """Two of a sample's captions, then its negatives; those that it lacks are all padding."""
+        """Tokenize two of a sample's captions, then its negatives; missing negatives are all
+        padding."""
         fields, options = self.config.data.sources[sample.source].captions, self.config.text
         captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:

@@ -1,4 +1,4 @@
-"""The Python API: an artifact as a model of pictures, clips and texts.
+"""Python API: an artifact as a model of images, clips and texts.
 
 model = xray.load("runs/quickstart/clip")
 likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"]).T
@@ -39,7 +39,7 @@ TEMPLATE = "a photo of a {}"
 def load(
     artifact: str | Path, *, device: str = "auto", keep_rate: KeepRate | None = None, llm: str = ""
 ) -> Model:
-    """The model of an artifact.
+    """Load the model of an artifact.
 
     Args:
         artifact: its folder, its stage's folder, or a URL that fsspec reads (fetched once).
@@ -54,7 +54,7 @@ def load(
 
 
 class Model:
-    """What an artifact can be asked; all features are float32, of unit length, on CPU.
+    """Model of an artifact; all features are float32, normalised, on CPU.
 
     `artifact` has the manifest, `encoder` the torch module behind it. A method that the artifact
     has not the parts for raises ArtifactError, a file or value that cannot be read DataError.
@@ -75,28 +75,28 @@ class Model:
 
     @property
     def stage(self) -> str:
-        """mae, hashtag, text or clip."""
+        """Name of the stage that made the artifact."""
         return self.artifact.stage
 
     @property
     def resolution(self) -> int:
-        """The side of the pictures that it sees, in pixels."""
+        """Side in pixels of the images that the model sees."""
         return value_at(self.data.resolution, 1.0)
 
     @property
     def frames(self) -> int:
-        """Frames that it sees of a clip."""
+        """Number of frames that the model sees of a clip."""
         return value_at(self.data.frames, 1.0)
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The tags of a hashtag artifact, the most frequent first."""
+        """Tags of a hashtag artifact, the most frequent first."""
         if not isinstance(self.encoder, Tagger):
             raise self._cannot("tags", "a hashtag artifact")
         return Vocabulary.load(self.artifact.file("vocabulary.json")).tags
 
     def preprocess(self, media: str | Path | Image.Image) -> Tensor:
-        """A picture, [3, S, S] uint8, or a clip file, [T, 3, S, S]: as in evaluation.
+        """Decode an image to [3, S, S] uint8, or a clip file to [T, 3, S, S], as in evaluation.
 
         The largest centred square, resized once; the middle frames. The model itself normalises.
         """
@@ -105,18 +105,19 @@ class Model:
         return pixels if _is_clip(media) else pixels[0]
 
     def encode_image(self, images: Media | Sequence[Media], batch_size: int = 64) -> Tensor:
-        """Pictures -> [N, E]: in the joint space with texts (clip), else CLS features.
+        """Encode images to [N, E]: in the joint space with texts (clip), else CLS features.
 
         A tensor is one picture [3, S, S] or many [N, 3, S, S], uint8 from `preprocess`.
         """
         return self._encode(_each(images, (3,), "encode_image"), False, batch_size)
 
     def encode_video(self, clips: Media | Sequence[Media], batch_size: int = 8) -> Tensor:
-        """Clips -> [N, E] as `encode_image`; a tensor is [T, 3, S, S] or [N, T, 3, S, S] uint8."""
+        """Encode clips to [N, E], as `encode_image`; a tensor is [T, 3, S, S] or [N, T, 3, S, S]
+        uint8."""
         return self._encode(_each(clips, (4,), "encode_video"), True, batch_size)
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Texts -> [N, E]: in the joint space (clip), or sentence vectors (text)."""
+        """Encode texts to [N, E]: in the joint space (clip), or sentence vectors (text)."""
         if not isinstance(self.encoder, Encoder | TextEncoder):
             raise self._cannot("encode_text", "a clip or text artifact")
         wrong = "encode_text takes a text or a list of texts, and at least one"
@@ -135,7 +136,8 @@ class Model:
         template: str = TEMPLATE,
         batch_size: int = 64,
     ) -> list[list[tuple[str, float]]]:
-        """The `top` tags of each picture or clip, the likeliest first, with their probabilities.
+        """Return the `top` tags of each image or clip with their probabilities, most probable
+        first.
 
         A hashtag artifact has tags of its own. A clip artifact chooses among `tags`, each put into
         `template` in place of {}: a softmax over the likeness to these prompts. A tensor is one
@@ -155,7 +157,7 @@ class Model:
     def _tagger(
         self, tags: Iterable[str] | None, template: str
     ) -> tuple[Callable[[Tensor], Tensor], Sequence[str]]:
-        """[B, T, 3, S, S] -> [B, V] probabilities, and the V names."""
+        """Return a function from [B, T, 3, S, S] to probabilities [B, V], and the V names."""
         if isinstance(self.encoder, Tagger):
             if tags is not None:
                 raise ConfigError("a hashtag artifact has tags of its own (model.tags): give none")
@@ -181,7 +183,7 @@ class Model:
         return torch.cat([encode(pixels) for pixels in batches])
 
     def _read(self, media: Media) -> Tensor:
-        """[T, 3, S, S] uint8."""
+        """Read one item as [T, 3, S, S] uint8."""
         if isinstance(media, Tensor):
             return media if media.ndim == 4 else media[None]
         if isinstance(media, Image.Image):
@@ -213,7 +215,8 @@ def _is_clip(media: str | Path | Image.Image) -> bool:
 
 
 def _each(media: Media | Sequence[Media], dimensions: tuple[int, ...], what: str) -> list[Media]:
-    """One or many as a list; raises DataError for what is neither. dimensions: of one's tensor."""
+    """Return one item or many as a list; raises DataError otherwise. dimensions: of an item's
+    tensor."""
     if isinstance(media, Tensor) and media.ndim == dimensions[0] + 1:
         if media.ndim in dimensions:
             raise DataError(
@@ -242,7 +245,7 @@ def _each(media: Media | Sequence[Media], dimensions: tuple[int, ...], what: str
 
 
 def _batches(each: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """[B, T, 3, S, S] of up to `size` that follow each other and are of one shape."""
+    """Stack up to `size` consecutive items of the same shape to [B, T, 3, S, S]."""
     if size < 1:
         raise ConfigError(f"batch_size={size} must be at least 1")
     batch: list[Tensor] = []

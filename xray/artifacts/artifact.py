@@ -1,4 +1,4 @@
-"""The stage-to-stage contract: a folder of safetensors and a manifest that verifies them.
+"""Artifacts, the result of a stage: a folder of safetensors and a manifest that verifies them.
 
     artifact/  backbone.safetensors  head.safetensors ...  vocabulary.json  manifest.json
                lineage/HASH.json ...  README.md
@@ -67,7 +67,7 @@ class Artifact:
         return offers_of(self.manifest)
 
     def load(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a part; raises ArtifactError when it has none of that name."""
+        """Load the tensors of a part; raises ArtifactError if there is no such part."""
         path = self.file(f"{part}.safetensors")
         try:
             return load_file(path)
@@ -75,14 +75,14 @@ class Artifact:
             raise ArtifactError(f"{path} is no readable safetensors: {brief(error)}") from error
 
     def file(self, name: str) -> Path:
-        """A file of the manifest; raises ArtifactError when it has none of that name."""
+        """Return the path of a file; raises ArtifactError if the manifest does not name it."""
         if name not in self.manifest["files"]:
             what = name.removesuffix(".safetensors")
             raise ArtifactError(f"{self.path}, of stage {self.stage}, holds no {what}")
         return self.path / name
 
     def has_tensor(self, part: str, name: str) -> bool:
-        """Whether a part holds a tensor."""
+        """Tell whether a part has a tensor."""
         return name in self.manifest["tensors"].get(part, {})
 
 
@@ -108,7 +108,7 @@ def open_artifact(path: str | Path, llm: str = "") -> Artifact:
 
 
 def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
-    """Where an artifact lies, its manifest's bytes and content; no other file is looked at.
+    """Find an artifact and read its manifest: (place, bytes, content); no other file is read.
 
     Raises ArtifactError where there is none, or none that this version reads.
     """
@@ -124,7 +124,7 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
 
 
 def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
-    """A manifest's content; raises ArtifactError for what is none, or names files outside."""
+    """Parse a manifest; raises ArtifactError if it is damaged or names a file outside."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -147,7 +147,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
 
 
 def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
-    """Every file of an artifact, re-hashed, and what is wrong with it."""
+    """Hash every file of an artifact again and yield its name and state."""
     for name, expected in manifest["files"].items():
         found = place.sha256(name)
         yield name, "missing" if found is None else "ok" if found == expected else "changed"
@@ -156,14 +156,14 @@ def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def check_files(place: Place, manifest: Mapping[str, Any]) -> None:
-    """Raise ArtifactError for the first file that is not what the manifest says."""
+    """Raise ArtifactError for the first file that differs from the manifest."""
     for name, state in file_states(place, manifest):
         if state != "ok":
             raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
 
 
 def _fetch(place: Place, folder: Path, manifest: Mapping[str, Any], content: bytes) -> None:
-    """Have a URL's artifact in a folder of the cache, whatever of it is there."""
+    """Download the files of a URL's artifact that the cache folder lacks."""
     known = Place(str(folder))
     for name, expected in manifest["files"].items():
         if known.sha256(name) == expected:
@@ -233,7 +233,7 @@ def _whole_or_none(path: Path) -> Iterator[Path]:
 def _fill(
     temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, Any]
 ) -> None:
-    """Write the weights, and the files beside them."""
+    """Write the weights and the other files."""
     for name, tensors in parts.items():
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         tensors_file = temporary / f"{name}.safetensors"
@@ -249,7 +249,7 @@ def _fill(
 
 
 def _hand_on(parent: Artifact, folder: Path) -> None:
-    """Copy a parent's manifest, and those of its ancestors, each under its hash."""
+    """Copy the manifests of a parent and of its ancestors, each named by its hash."""
     folder.mkdir(exist_ok=True)
     shutil.copyfile(parent.path / "manifest.json", folder / f"{parent.digest}.json")
     for name in parent.manifest["files"]:
@@ -273,7 +273,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of a checkout, or "" where xray runs from an installed wheel."""
+    """Return the commit of the checkout, or "" if xray runs from an installed wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

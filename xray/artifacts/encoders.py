@@ -1,4 +1,4 @@
-"""Models from artifacts: what evaluation, and a stage that starts from another's, build on."""
+"""Models loaded from artifacts."""
 
 from __future__ import annotations
 
@@ -48,15 +48,18 @@ def restore_vision(artifact: Artifact) -> VisionBackbone:
 def class_weights(
     encode: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """[C, E] features of classes: the normalised mean of their prompts' normalised ones (CLIP,
-    2103.00020); `{}` in a template is the class name."""
+    """Compute class features [C, E]: the normalised mean of their prompts' normalised features
+    (CLIP, 2103.00020).
+
+    templates: prompts with `{}` for the class name.
+    """
     prompts = [template.replace("{}", name) for name in names for template in templates]
     features = F.normalize(encode(prompts), dim=-1).reshape(len(names), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=-1)
 
 
 class VisionEncoder(nn.Module):
-    """An artifact's backbone ready to encode [B, T, 3, H, W] uint8 pixels."""
+    """Backbone of an artifact; encodes [B, T, 3, H, W] uint8 pixels."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class VisionEncoder(nn.Module):
         self.eval()
 
     def choose(self, keep_rate: KeepRate) -> None:
-        """Encode at another keep rate; raises ConfigError for one that the model cannot have."""
+        """Set another keep rate; raises ConfigError if the model cannot have it."""
         try:
             self.vision.rates(keep_rate)
         except ConfigError as error:
@@ -77,11 +80,11 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, D] CLS features of the backbone, normalised, on CPU."""
+        """Encode [B, T, 3, H, W] to normalised CLS features [B, D] on CPU."""
         return F.normalize(self.cls(pixels).float(), dim=-1).cpu()
 
     def cls(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] pixels in 0..255 -> [B, D] CLS features as they are, on its device.
+        """Encode [B, T, 3, H, W] pixels in 0..255 to CLS features [B, D] on the model's device.
 
         A gradient flows to float pixels, through the tokens that are kept and those that are
         fused: which of them are kept is no function with a gradient.
@@ -91,7 +94,7 @@ class VisionEncoder(nn.Module):
 
 
 class ImageEncoder(VisionEncoder):
-    """A clip artifact's side of pictures and clips; it needs no text tower.
+    """Vision side of a joint space: backbone and projection, without the text tower.
 
     Features in the joint space are float32 and normalised.
     """
@@ -107,20 +110,20 @@ class ImageEncoder(VisionEncoder):
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, E] in the joint space, on CPU."""
+        """Encode [B, T, 3, H, W] to [B, E] in the joint space, normalised, on CPU."""
         return self.image_features(pixels).cpu()
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, E] in the joint space, normalised."""
+        """Encode [B, T, 3, H, W] to normalised [B, E] in the joint space, on the model's device."""
         return self.joint(self.cls(pixels))
 
     def joint(self, cls: Tensor) -> Tensor:
-        """[B, D] CLS features -> [B, E] in the joint space, normalised."""
+        """Project CLS features [B, D] to [B, E] in the joint space, normalised."""
         return F.normalize(self.vision_projection(cls).float(), dim=-1)
 
 
 class Encoder(ImageEncoder):
-    """A clip artifact's joint space: the backbone, the text tower and what projects them."""
+    """Joint space of images, clips and texts: backbone, text tower and their projections."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
@@ -141,18 +144,18 @@ class Encoder(ImageEncoder):
         self.eval()
 
     def text_features(self, tokens: Tokens) -> Tensor:
-        """Tokens [..., L] -> [..., E] in the joint space, normalised."""
+        """Encode tokens [..., L] to [..., E] in the joint space, normalised."""
         return F.normalize(self.text_adapter(self.text(**tokens)).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """N captions -> [N, E] in the joint space, on CPU."""
+        """Encode N captions to [N, E] in the joint space, normalised, on CPU."""
         device = self.normalize.mean.device
         return encode_captions(captions, self.tokenizer, self.text_features, device)
 
 
 class TextEncoder(nn.Module):
-    """What a text artifact makes of captions, or what its base model made of them before."""
+    """Text tower of a text artifact, or its base model before tuning."""
 
     def __init__(self, artifact: Artifact, language: Language) -> None:
         super().__init__()
@@ -162,13 +165,13 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def after(cls, artifact: Artifact) -> TextEncoder:
-        """The tuned model."""
+        """Load the tuned model."""
         config = dataclasses.replace(text_config(artifact), tune="none")
         return cls(artifact, Language(config, artifact))
 
     @classmethod
     def before(cls, artifact: Artifact) -> TextEncoder | None:
-        """The base model, None where its folder is gone or another's."""
+        """Load the base model; None if its folder is gone or holds another model."""
         config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
         if config.pooling == "latent":  # which the base model lacks
             config = dataclasses.replace(config, pooling="mean")
@@ -180,13 +183,13 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """N captions -> sentence vectors [N, W], normalised, on CPU."""
+        """Encode N captions to sentence vectors [N, W], normalised, on CPU."""
         device = next(self.text.parameters()).device
         return encode_captions(captions, self.tokenizer, lambda x: self.text(**x), device)
 
 
 def _base(artifact: Artifact) -> str:
-    """The hash of the folder that a text tower was begun from."""
+    """Return the hash of the LLM folder that the text tower was trained from."""
     return str(artifact.manifest["inputs"]["llm"])
 
 
@@ -196,7 +199,7 @@ def encode_captions(
     encode: Callable[[Tokens], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """What `encode` makes of N captions' tokens, normalised float32 on CPU, [N, D].
+    """Encode N captions in batches: normalised float32 [N, D] on CPU.
 
     Raises DataError for features that are no numbers.
     """
@@ -210,7 +213,7 @@ def encode_captions(
 
 
 class Tagger(VisionEncoder):
-    """A hashtag artifact's backbone and head."""
+    """Backbone and tag head of an artifact."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
@@ -222,18 +225,18 @@ class Tagger(VisionEncoder):
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
-        """[B, T, 3, H, W] -> [B, V]: a softmax over the tags, or each by itself, as trained."""
+        """Compute tag probabilities [B, V] of [B, T, 3, H, W]: softmax or sigmoid, as trained."""
         return self.activate(self.head(self.cls(pixels)).float() / temperature)
 
     def activate(self, logits: Tensor) -> Tensor:
-        """[B, V] logits to probabilities."""
+        """Turn logits [B, V] into probabilities."""
         if self.loss == "softmax":
             return logits.softmax(dim=1)
         return logits.sigmoid()
 
 
 class PromptTagger(nn.Module):
-    """A clip artifact that tags: a softmax over the likeness to each tag's prompt."""
+    """Zero-shot tagger: a softmax over the similarity to each tag's prompt."""
 
     def __init__(self, encoder: Encoder, tags: Sequence[str], template: str) -> None:
         super().__init__()
@@ -241,14 +244,17 @@ class PromptTagger(nn.Module):
         self.weights = class_weights(encoder.encode_text, tags, [template])
 
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
-        """[B, T, 3, H, W] -> [B, V], on CPU."""
+        """Compute probabilities [B, V] of [B, T, 3, H, W], on CPU."""
         scale = self.encoder.logit_scale / temperature
         return (scale * self.encoder.encode_pixels(pixels) @ self.weights.t()).softmax(dim=1)
 
 
 def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
-    """What an artifact can be asked: a clip's both towers, a text's, a hashtag's head, or the
-    backbone."""
+    """Load the most capable encoder that an artifact offers.
+
+    A joint space with both towers, a backbone with or without tag head, or a text tower. Raises
+    ArtifactError if it offers none.
+    """
     if VISION in artifact.offers:
         return vision_encoder(artifact, Encoder)
     if SENTENCES in artifact.offers:
@@ -257,14 +263,14 @@ def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
 
 
 def vision_encoder(artifact: Artifact, joint: type[ImageEncoder] = ImageEncoder) -> VisionEncoder:
-    """The backbone of an artifact, with its tag head or as `joint` if it has one of these."""
+    """Load the backbone of an artifact with its tag head, or as `joint` if it has a joint space."""
     if JOINT in artifact.offers:
         return joint(artifact)
     return (Tagger if TAGS in artifact.offers else VisionEncoder)(artifact)
 
 
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
-    """Build the decoder of a mae artifact with its weights, in eval mode."""
+    """Build the MAE decoder of an artifact with its weights, in eval mode."""
     sizes = decoder_config(artifact)
     decoder = MaeDecoder(
         vision.embed_dim,
@@ -278,5 +284,5 @@ def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
 
 
 def data_of(artifact: Artifact, workers: int) -> DataConfig:
-    """How an artifact's own run read its samples, at its final sizes."""
+    """Return how the artifact's own run read its samples, for this number of workers."""
     return dataclasses.replace(data_config(artifact), workers=workers)

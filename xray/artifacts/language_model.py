@@ -1,4 +1,4 @@
-"""The language side of a run or an artifact: which model reads captions, its tokens, its tower."""
+"""Language model of a run or an artifact: its folder, tokenizer and text tower."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_CUT = 0.1  # of captions, beyond which a run says so
 
 
 class Language:
-    """The model that captions go through: a folder, or what a text or clip artifact holds.
+    """Model that encodes captions, from a folder or from a text or clip artifact.
 
     `config` is the text section with the artifact's structure in it, `digest` the folder's hash.
     Raises ConfigError or ArtifactError for what cannot be used.
@@ -54,7 +54,7 @@ class Language:
         self.tokenizer = CaptionTokenizer(self.folder, config)
 
     def build(self) -> TextTower:
-        """The tower with its weights; raises ConfigError for a tokenizer of another model."""
+        """Build the tower with its weights; raises ConfigError for a tokenizer of another model."""
         if self.parent is None:
             tower = TextTower(self.config, self.folder)
         else:
@@ -68,18 +68,18 @@ class Language:
         return tower
 
     def changes(self) -> dict[str, Tensor]:
-        """What an artifact that leaves the tower as it is hands on of it."""
+        """Return the parent's changes to the tower, for an artifact that does not train it."""
         return {} if self.parent is None else self.parent.load("text")
 
     def identity(self) -> dict[str, Any]:
-        """All that decides a caption's sentence vector, by the names of its settings."""
+        """Return everything that determines a caption's sentence vector, by name of the setting."""
         names = ("attention", "pooling", "prompt", "max_length", "dtype")
         artifact = "" if self.parent is None else self.parent.digest
         settings = {name: getattr(self.config, name) for name in names}
         return {"llm": self.digest, "artifact": artifact, **settings}
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:
-        """Say so where many of these captions are longer than what is read of them."""
+        """Warn if many of these captions are longer than text.max_length."""
         share = cut_share(self.tokenizer, captions)
         if share > MOST_CUT:
             log.warning(
@@ -88,14 +88,15 @@ class Language:
             )  # fmt: skip
 
     def export_files(self) -> dict[str, Any]:
-        """Config and tokenizer, so that an artifact with all weights needs no base."""
+        """Return config and tokenizer files: an artifact with all weights then needs no base
+        folder."""
         patterns = ("*.json", "*.model", "*.txt")
         found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
         return {f"llm/{path.name}": path for path in found}
 
 
 def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
-    """A text section with the structure of the artifact that the run starts from."""
+    """Return the text section with the structure of the parent artifact."""
     theirs, usual = text_config(parent), TextConfig()
     has = "lora" if theirs.lora_rank else "full"
     if config.tune not in ("none", has):
@@ -115,7 +116,8 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
 
 
 def _folder(artifact: Artifact, llm: str) -> Path:
-    """Where the artifact's config and tokenizer are, and its base weights unless it holds all.
+    """Find the folder of the config, tokenizer and, unless the artifact has all weights, base
+    weights.
 
     Raises ArtifactError when the base model is not the one it was trained with.
     """
@@ -137,5 +139,5 @@ def _folder(artifact: Artifact, llm: str) -> Path:
 
 
 def _needs_base(artifact: Artifact) -> bool:
-    """Whether the artifact holds only changes to a base model, not all its weights."""
+    """Tell whether the artifact holds only changes to a base model, not all its weights."""
     return all(is_added(name) for name in artifact.manifest["tensors"].get("text", {}))

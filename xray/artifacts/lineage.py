@@ -1,4 +1,4 @@
-"""What an artifact was made from: its chain of ancestors, told by the manifests it carries."""
+"""Lineage of an artifact: its chain of ancestors, from the manifests that it carries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Known = dict[str, dict[str, Any]]  # manifests by hash
 
 @dataclass
 class Link:
-    """One artifact of a chain.
+    """One artifact of a lineage.
 
     slot: what it is to its child, "" for the artifact itself. manifest: None where nothing tells of
     it. differs: settings that its child changed. files: what was looked at, and how it is.
@@ -48,11 +48,11 @@ class Link:
 
     @property
     def sound(self) -> bool:
-        """Whether what was looked at is as it was written; what is gone was not looked at."""
+        """True if all files that were checked are unchanged."""
         return self.where != "replaced" and set(self.files.values()) <= {"ok"}
 
     def facts(self) -> dict[str, Any]:
-        """It as JSON."""
+        """Return the link as JSON."""
         found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         manifest = found.pop("manifest") or {}
         found["manifest"] = found.pop("digest")
@@ -62,7 +62,7 @@ class Link:
 
 
 def lineage(path: str | Path, verify: bool = False) -> list[Link]:
-    """An artifact and its ancestors, children first; `verify` re-hashes the files that are here.
+    """List an artifact and its ancestors, children first; `verify` hashes their files.
 
     Without it manifests alone are read. Raises ArtifactError where there is no artifact.
     """
@@ -80,7 +80,7 @@ def lineage(path: str | Path, verify: bool = False) -> list[Link]:
 
 
 def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str, State]]:
-    """The ancestors' manifests that an artifact carries, and its files of them that are damaged."""
+    """Read the ancestors' manifests in an artifact: (manifests by hash, damaged files)."""
     known: Known = {}
     damaged: dict[str, State] = {}
     for name in manifest["files"]:
@@ -113,7 +113,7 @@ def _ancestors(child: Mapping[str, Any], known: Known, depth: int) -> Iterator[L
 
 
 def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
-    """Whether an artifact lies where it was, by its manifest, and that manifest."""
+    """Tell whether an artifact is still at a path, and return the manifest found there."""
     if Place(path).remote:
         return "url", {}
     try:
@@ -128,7 +128,7 @@ def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
 def _differing(
     parent: Mapping[str, Any], child: Mapping[str, Any], sections: Mapping[str, type]
 ) -> list[str]:
-    """Lines `section.key: old -> new` of what makes the result in these sections of two configs."""
+    """List `section.key: old -> new` of the settings in these sections that change the result."""
     old, new = (
         {
             name: {key: config[name].get(key, usual) for key, usual in identity(schema()).items()}
@@ -144,7 +144,7 @@ def _differing(
 
 
 def told(chain: list[Link]) -> Iterator[str]:
-    """The lines of a chain."""
+    """Yield the lines that describe a lineage."""
     for link in chain:
         pad = "  " * link.depth
         slot = f" ({link.slot})" if link.slot else ""

@@ -1,4 +1,4 @@
-"""Where an artifact lies: a folder here, or a URL that fsspec reads."""
+"""Location of an artifact: a local folder, or a URL that fsspec reads."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Place:
         return Path(self.where)
 
     def read(self, name: str) -> bytes | None:
-        """A small file's bytes, None where there is none."""
+        """Read a small file; None if there is none."""
         if self.remote:
             return fetch_small(self._url(name), FIRST_PATIENCE)
         path = inside(self.folder, name)
         return path.read_bytes() if path.is_file() else None
 
     def sha256(self, name: str) -> str | None:
-        """A file's hash, None where there is none; what lies at a URL is read and not kept."""
+        """Hash a file; None if there is none. A file at a URL is downloaded and not kept."""
         if self.remote:
             with TemporaryDirectory() as folder:
                 return self.fetch(name, Path(folder) / "file")
@@ -50,7 +50,7 @@ class Place:
         return sha256_file(path) if path.is_file() else None
 
     def fetch(self, name: str, target: Path) -> str | None:
-        """Download a file of a URL and return its hash, None where there is none."""
+        """Download a file of a URL and return its hash; None if there is none."""
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             return fetch_file(self._url(name), target, PATIENCE)
@@ -58,8 +58,8 @@ class Place:
             return None
 
     def unnamed(self, files: list[str]) -> list[str]:
-        """Files here that lie in the subfolders of these files, and are none of them: whatever is
-        given such a folder would read them."""
+        """List files in the subfolders of these files that are not among them: a library that reads
+        such a folder would read them."""
         if self.remote:  # of which nothing but named files is fetched
             return []
         folders = {self.folder / name.partition("/")[0] for name in files if "/" in name}

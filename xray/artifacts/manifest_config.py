@@ -1,4 +1,4 @@
-"""Typed views of the run's config in a manifest, with today's defaults for keys of later versions.
+"""Typed views of the run's config in a manifest; a key that an older version lacks has its default.
 
 All raise ArtifactError if the manifest lacks the section.
 """
@@ -25,7 +25,7 @@ OF_TRAINING = ("sources", "blocks", "validation")  # keys of the data section
 
 @dataclass(frozen=True)
 class JointHead:
-    """Projections into the joint space."""
+    """Sizes of the projections into the joint space."""
 
     embed_dim: int
     adapter_blocks: int

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of an artifact and of what was exported from one.
+"""Model cards: the README.md of an artifact and of an export.
 
 A card is told from manifests alone: nothing in it was measured for it.
 """
@@ -41,7 +41,7 @@ UNKNOWN = (
 
 
 def artifact_card(folder: Path) -> str:
-    """The card of an artifact."""
+    """Write the card of an artifact as Markdown."""
     chain = lineage(folder)
     stage = chain[0].stage
     code = [
@@ -56,7 +56,7 @@ def artifact_card(folder: Path) -> str:
 def card(
     chain: Sequence[Link], library: str, title: str, code: Sequence[str], more: Sequence[str]
 ) -> str:
-    """A card in Markdown with the front matter that model hubs read.
+    """Write a card as Markdown with the front matter that model hubs read.
 
     chain: the artifact's lineage. code: how it is loaded. more: sections before the lineage.
     """
@@ -75,12 +75,12 @@ def card(
 
 
 def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:
-    """The entry of the first key that is offered."""
+    """Return the entry of the first key that is offered."""
     return next((value for key, value in table.items() if key in offers), usual)
 
 
 def _shape(manifest: Mapping[str, Any]) -> list[str]:
-    """What the towers are, in a line or two."""
+    """Describe the towers, a line each."""
     config, lines = manifest["config"], []
     if "backbone" in manifest["tensors"]:
         model, data = config["model"], config["data"]
@@ -128,7 +128,7 @@ def _data(chain: Sequence[Link]) -> list[str]:
 
 
 def _sources(manifest: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """A row for each source that a stage was trained on."""
+    """Yield a row for each source that a stage was trained on."""
     data, digests = manifest["config"]["data"], manifest.get("sources", {})
     blocks = [b for b in data["blocks"] if b["source"] in (digests or data["sources"])]
     step = sum(block["samples"] for block in blocks)

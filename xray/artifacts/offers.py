@@ -1,4 +1,4 @@
-"""Capabilities of artifacts, so that readers depend on what an artifact holds and not on its stage.
+"""Capabilities of artifacts: code that reads an artifact asks for these, not for its stage.
 
 A stage writes them into the manifest: `offers`, a list of the names below; `heads`, the section of
 the run's config that describes a head, where it is not the usual one; `summary`, a sentence for the
@@ -29,7 +29,7 @@ USUAL_SECTION = {DECODER: "mae", TAGS: "hashtag", JOINT: "clip"}
 
 
 def offers_of(manifest: Mapping[str, Any]) -> frozenset[str]:
-    """Capabilities of the artifact that a manifest describes."""
+    """Return the capabilities of the artifact that a manifest describes."""
     return frozenset(manifest.get("offers", OFFERS_OF_STAGE.get(str(manifest.get("stage")), ())))
 
 
@@ -43,7 +43,7 @@ def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
 
 
 def head_section(manifest: Mapping[str, Any], capability: str) -> Mapping[str, Any]:
-    """Options of the head behind a capability: a section of the run's config.
+    """Return the options of the head behind a capability: a section of the run's config.
 
     Raises ArtifactError if the manifest has no such section.
     """
@@ -58,5 +58,5 @@ def head_section(manifest: Mapping[str, Any], capability: str) -> Mapping[str, A
 
 
 def slot_of(offers: frozenset[str]) -> str:
-    """The parent slot that an artifact fills: `vision`, or `text` if it has no backbone."""
+    """Return the parent slot that an artifact fills: `vision`, or `text` if it has no backbone."""
     return "text" if SENTENCES in offers and VISION not in offers else "vision"

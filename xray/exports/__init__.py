@@ -1,1 +1,1 @@
-"""Artifacts in the formats of other libraries, each compared with our model before it is kept."""
+"""Exports of artifacts to other libraries' formats, each verified against the xray model."""

@@ -1,4 +1,4 @@
-"""What all exports share: pictures to compare on, differences, the backbone for images alone."""
+"""Shared parts of all exports: test images, differences, the backbone for images alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ NAMED = "model.safetensors"
 
 @dataclass
 class Export:
-    """What was written: by which code it loads, and how far its features are from ours.
+    """Result of an export: the code that loads it, and the differences of its features from
+    ours.
 
     differences: by output the largest absolute difference of unit-length features.
     """
@@ -43,7 +44,7 @@ class Export:
 
 
 def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
-    """What sees of an artifact, without a text tower; raises ArtifactError where nothing does."""
+    """Load the vision side of an artifact; raises ArtifactError if it has no backbone."""
     if VISION not in artifact.offers:
         raise ArtifactError(
             f"{artifact.origin} is of stage {artifact.stage}: it has no backbone for {what}"
@@ -52,7 +53,7 @@ def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
 
 
 def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:
-    """Smooth and noisy pictures or clips, [B, T, 3, S, S] uint8, the same at every call."""
+    """Make smooth and noisy images or clips [B, T, 3, S, S] uint8, the same at every call."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(count * frames, 3, 5, 5, generator=draw)
     smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
@@ -62,18 +63,18 @@ def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:
 
 
 def ours(encoder: VisionEncoder, pixels: Tensor, keep_rate: KeepRate) -> Tensor:
-    """Our [B, D] CLS features at a keep rate, of unit length."""
+    """Compute our CLS features [B, D] at a keep rate, normalised."""
     encoder.keep_rate = keep_rate
     return encoder.features(pixels)
 
 
 def difference(theirs: Tensor, features: Tensor) -> float:
-    """The largest absolute difference of theirs, made unit length, to our features."""
+    """Compute the largest absolute difference of their features, normalised, from ours."""
     return (F.normalize(theirs.float(), dim=-1) - features).abs().max().item()
 
 
 def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
-    """The backbone's weights as timm names them, for images alone.
+    """Return the backbone's weights by timm's names, for images alone.
 
     The stem's temporal kernels are summed, which is what a still picture meets; positions are
     those of the side in pixels; what only clips need is left out.
@@ -94,12 +95,12 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
 
 
 def is_there(module: nn.Module | None) -> bool:
-    """Whether a place that may be empty holds a module."""
+    """Tell whether an optional module is present."""
     return module is not None and not isinstance(module, nn.Identity)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file as torch writes it, readable by all."""
+    """Write a safetensors file as torch does, readable by all users."""
     with usual_mode(path):
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, path, metadata={"format": "pt"})

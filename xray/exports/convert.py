@@ -28,7 +28,7 @@ def convert(
     keep_rate: KeepRate | None = None,
     frames: int = 1,
 ) -> Export:
-    """Write an artifact in another library's format, whole or not at all.
+    """Write an artifact in another library's format; on failure nothing is left.
 
     keep_rate, frames: of an ONNX graph, whose keep rate and frames are fixed. Raises ConfigError
     for what cannot be asked, ArtifactError for a model that the format cannot hold exactly.
@@ -64,7 +64,7 @@ def _write(
 
 
 def _check(artifact: Artifact, form: str, export: Export) -> None:
-    """Raise ArtifactError where a difference is beyond the tolerance, or is not a number."""
+    """Raise ArtifactError for a difference that is above the tolerance or not a number."""
     for name, value in export.differences.items():
         if not value <= TOLERANCE:
             raise ArtifactError(
@@ -74,7 +74,7 @@ def _check(artifact: Artifact, form: str, export: Export) -> None:
 
 
 def export_card(artifact: Artifact, export: Export) -> str:
-    """The card of an export: what was compared, then the artifact's own."""
+    """Write the card of an export: the comparison, then the artifact's own card."""
     rows = [f"| {name} | {value:.2g} |" for name, value in export.differences.items()]
     told = "Largest absolute difference of unit-length features to those of the xray model"
     compared = ["## Compared with the original", "", f"{told} (refused beyond {TOLERANCE:.0e}):"]

@@ -1,4 +1,4 @@
-"""The image tower as an ONNX graph, its keep rate and size fixed, its batch of any size."""
+"""Export of the image tower as an ONNX graph with fixed keep rate and size, and any batch size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE = "model.onnx"
 
 
 class ImageTower(nn.Module):
-    """Normalised float pixels to named outputs, as one graph."""
+    """Image tower as one graph, from normalised float pixels to named outputs."""
 
     def __init__(self, encoder: VisionEncoder, keep_rate: KeepRate, clips: bool) -> None:
         super().__init__()
@@ -39,7 +39,8 @@ class ImageTower(nn.Module):
             self.head, self.activate = encoder.head, encoder.activate
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """[B, 3, S, S], or clips [B, T, 3, S, S] -> [B, D]; then joint [B, E], or tags' [B, V]."""
+        """Encode images [B, 3, S, S] or clips [B, T, 3, S, S] to [B, D], and to joint [B, E] or
+        tags [B, V]."""
         cls = self.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
         found = [F.normalize(cls, dim=-1)]
         if self.projection is not None:
@@ -102,7 +103,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
 
 
 def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
-    """Trace and save; what the exporter prints and warns of is kept from the user."""
+    """Trace and save the graph, without the exporter's own output and warnings."""
     quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
     levels = [logger.level for logger in quiet]
     for logger in quiet:

@@ -1,4 +1,4 @@
-"""A clip artifact as a folder that open_clip's `local-dir:` loads: both towers, or the image tower.
+"""Export as a folder that open_clip's `local-dir:` loads: both towers, or the image tower.
 
 open_clip's own ViT takes any width, depth and size, and its text tower is CLIP's (2103.00020): a
 causal transformer read at its end token, then one linear map.
@@ -37,7 +37,7 @@ NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers
 
 def to_open_clip(artifact: Artifact, out: Path) -> Export:
     """Write open_clip_config.json and the weights: the image tower with all tokens kept, and the
-    text tower where it is CLIP's.
+    text tower if it is CLIP's.
 
     Raises ArtifactError for a backbone that open_clip's ViT is not, ConfigError without open_clip.
     """
@@ -85,7 +85,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
 
 
 def text_side(artifact: Artifact) -> tuple[Encoder | None, str]:
-    """A clip artifact's text tower if open_clip builds it, else why not; an LLM is not loaded."""
+    """Load the text tower if open_clip can build it, else say why not; an LLM is not loaded."""
     if not artifact.has_tensor("head", "text_adapter.weight"):
         return None, (
             "the text features go through LLM2CLIP's adaptor (clip.text_head=adapter), which "
@@ -124,7 +124,7 @@ def _notes(missing: str) -> list[str]:
 
 
 def no_plain_vit(encoder: ImageEncoder) -> str:
-    """What of a backbone open_clip's VisionTransformer has not, or nothing."""
+    """Name the part of a backbone that open_clip's VisionTransformer lacks, or ""."""
     vision = encoder.vision
     if vision.reg_token is not None:
         return "it has register tokens"
@@ -147,7 +147,7 @@ def no_plain_vit(encoder: ImageEncoder) -> str:
 
 
 def no_clip_text(encoder: Encoder) -> str:
-    """Why the text tower is not the one that open_clip builds, or nothing."""
+    """Say why open_clip cannot build the text tower, or ""."""
     llm: Any = encoder.text.llm
     kind, settings = type(llm).__name__, llm.config
     if kind != "CLIPTextModel":
@@ -212,7 +212,8 @@ def _config(
 
 
 def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
-    """The image tower by open_clip's names; its stem has no bias, so positions carry ours."""
+    """Rename the image tower's weights for open_clip; its stem has no bias, so positions carry
+    ours."""
     vision, own = encoder.vision, image_state(encoder, side)
     places = own["pos_embed"][0]
     missing = vision.num_prefix_tokens - vision.position_prefix  # rows of the CLS token
@@ -245,7 +246,7 @@ def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
 
 
 def text_state(encoder: Encoder) -> dict[str, Tensor]:
-    """The text tower by open_clip's names, and its projection."""
+    """Rename the text tower's weights and projection for open_clip."""
     own = {k: v.detach() for k, v in encoder.text.llm.state_dict().items()}
     projection: Any = encoder.text_adapter
     length = encoder.tokenizer.max_length
@@ -271,7 +272,7 @@ def text_state(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _no_text(encoder: ImageEncoder) -> dict[str, Tensor]:
-    """Weights of NO_TEXT, all NaN."""
+    """Make the weights of NO_TEXT, all NaN."""
     from open_clip.transformer import TextTransformer
 
     tower = TextTransformer(**NO_TEXT, output_dim=encoder.vision_projection.out_features)
@@ -279,7 +280,7 @@ def _no_text(encoder: ImageEncoder) -> dict[str, Tensor]:
 
 
 def _scalars(artifact: Artifact) -> dict[str, Tensor]:
-    """The logit scale, as its logarithm, and the sigmoid loss's bias."""
+    """Return the log of the logit scale, and the sigmoid loss's bias."""
     head = artifact.load("head")
     return {k: head[k].reshape(()) for k in ("logit_scale", "logit_bias") if k in head}
 
@@ -289,7 +290,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _renamed(block: dict[str, Tensor], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """A block's tensors whose module has another name; those without stay out."""
+    """Yield the tensors of a block under their new names; others are left out."""
     for name, value in block.items():
         module, _, leaf = name.rpartition(".")
         if module in names:

@@ -1,4 +1,4 @@
-"""Plain weights: each tower in a file of its own with the names of the library it is from.
+"""Export as plain weights: each tower in its own file, by the names of its library.
 
 vision.safetensors   timm's names, stem and positions for clips included
 head.safetensors     projections, tag head, logit scale
@@ -49,7 +49,7 @@ PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}
 
 
 def to_safetensors(artifact: Artifact, out: Path) -> Export:
-    """Write all of an artifact's weights, an LLM's that it is based on too."""
+    """Write all of an artifact's weights, and those of its base LLM."""
     encoder = restore_encoder(artifact)
     for part, name in PARTS.items():
         if part in artifact.manifest["tensors"]:
@@ -78,7 +78,7 @@ def _config(artifact: Artifact) -> dict[str, Any]:
 
 
 def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> float:
-    """The difference of a new backbone with the file's weights, of images."""
+    """Compare a new backbone with the file's weights on images, and return the difference."""
     data = data_config(artifact)
     sizes = largest(data.resolution), largest(data.frames)
     backbone = VisionBackbone(model_config(artifact), *sizes).eval()
@@ -90,7 +90,8 @@ def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> floa
 
 
 def _write_text(encoder: Encoder | TextEncoder, out: Path) -> float:
-    """Write the language model; the difference of the sentence vectors of one loaded from there."""
+    """Write the language model, load it again, and return the difference of its sentence
+    vectors."""
     tower, tokenizer, device = encoder.text.float(), encoder.tokenizer, torch.device("cpu")
     expected = encode_captions(CAPTIONS, tokenizer, lambda x: tower(**x), device)
     llm: Any = merge_lora(tower.llm)

@@ -1,4 +1,4 @@
-"""The image backbone as a folder that `timm.create_model("local-dir:...")` loads."""
+"""Export of the image backbone as a folder that `timm.create_model("local-dir:...")` loads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
 
 
 def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[str, Any]:
-    """What timm builds the model by, and how its transforms are to read pictures."""
+    """Make timm's config: model arguments and image transforms."""
     model, data, vision = model_config(artifact), data_config(artifact), encoder.vision
     arguments = {
         **model.kwargs,

@@ -1,4 +1,5 @@
-"""What a stage takes of a device: memory by part, FLOPs, hours, checkpoint; and what makes it fit.
+"""Estimate of a stage's memory by part, FLOPs, hours and checkpoint size, and settings that make it
+fit.
 
 The bytes of a micro-batch come from `fake_step.py`. How DeepSpeed keeps the rest, as `engine.py`
 sets it up (fp32 weights, bf16 by autocast), is arithmetic on the numbers of parameters; what it
@@ -32,7 +33,7 @@ SLICES = 3  # of a part of a stage in which each step is another one
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device when most are taken, by part; host: of its share of the computer's."""
+    """Peak memory of a device in bytes, by part; host: its share of the host's memory."""
 
     weights: int
     llm: int  # weights of the text tower
@@ -51,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Resources:
-    """A stage's plan for one device of `world`."""
+    """Estimate of a stage for one of `world` devices."""
 
     config: RunConfig
     world: int
@@ -64,17 +65,17 @@ class Resources:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one: fp32 weights of what is trained, their average if it is kept, moments."""
+        """Bytes of a checkpoint: trained fp32 weights, their average if it is kept, moments."""
         return FP32 * self.size.trained * (1 + _slots(self.config))
 
     def hours(self, gpu: Gpu, mfu: float) -> float:
-        """Of the stage, if `mfu` of a device's peak is reached in what it computes."""
+        """Estimate the hours of the stage at a model FLOPs utilisation of `mfu`."""
         peak = gpu.peak(self.config.train.precision)
         return self.config.steps * self.flops / (self.world * peak * mfu) / 3600
 
 
 def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
-    """Rehearse a stage for `world` devices; raises ConfigError for blocks that do not divide."""
+    """Estimate a stage on `world` devices; raises ConfigError for blocks that do not divide."""
     with dist.rehearsed(world):
         size = size_of(config, facts)
         points = _points(config)
@@ -97,7 +98,7 @@ def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
 
 
 def _points(config: RunConfig) -> dict[float, float]:
-    """Points of progress to rehearse, each with the share of the stage that is like it.
+    """Choose points of progress to simulate, each with the share of the stage that it represents.
 
     Where a step changes at once that is the start of what follows; while it changes all the time
     (keep rate, masks) the middles of SLICES parts, and the start for its memory alone.
@@ -117,7 +118,7 @@ def _points(config: RunConfig) -> dict[float, float]:
 
 
 def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -> Memory:
-    """The most that a device holds in a step: in a backward, or in the optimizer's update."""
+    """Compute the peak memory of a step: in the backward pass, or in the optimizer's update."""
     stage, offload = config.zero.stage, config.zero.offload
     slots = _slots(config)
     trained = FP32 * size.trained
@@ -148,12 +149,12 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
 
 
 def _slots(config: RunConfig) -> int:
-    """What is kept of each trained value beside itself: moments, and its average."""
+    """Count the values kept for each trained value: moments, and its average."""
     return len(SLOTS[config.optim.name]) + (config.train.ema > 0)
 
 
 def _kept(config: RunConfig, size: Size, own: int) -> int:
-    """What ZeRO 3 holds throughout: its buckets, a gradient buffer, weights that stay gathered."""
+    """Count the bytes that ZeRO 3 always holds: buckets, a gradient buffer, gathered weights."""
     if config.zero.stage < 3:
         return 0
     whole = FP32 * size.trained + size.frozen_bytes + size.llm_bytes - FP32 * size.llm_trained
@@ -168,7 +169,7 @@ def _kept(config: RunConfig, size: Size, own: int) -> int:
 def _backward(
     config: RunConfig, size: Size, rehearsal: Rehearsal, own: int
 ) -> tuple[Peak, int, int]:
-    """(the micro-batch, gradients, DeepSpeed's buffers) when a backward holds most."""
+    """Return (micro-batch, gradients, DeepSpeed's buffers) at the peak of a backward pass."""
     stage, trained = config.zero.stage, FP32 * size.trained
     before = rehearsal.micros > 1  # gradients of other micro-batches are there
     if stage == 0:
@@ -188,7 +189,7 @@ def _backward(
 
 @dataclass(frozen=True)
 class Change:
-    """Settings, and the memory that results."""
+    """Settings to change, and the memory with them."""
 
     settings: dict[str, Any]
     memory: Memory
@@ -198,7 +199,7 @@ class Change:
 
 
 def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -> Change | None:
-    """The first change that fits into `capacity` bytes, or None.
+    """Find the first change that fits into `capacity` bytes, or None.
 
     In the order of what they cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then
     gradient checkpointing, then offloading.
@@ -225,7 +226,7 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
 
 
 def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, bool, bool]]:
-    """(ZeRO stage, checkpointing, offload), cheapest first, none cheaper than what is set."""
+    """Yield (ZeRO stage, checkpointing, offload) from the current settings, cheapest first."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
     most = 2 if config.train.compile else 3  # which refuses stage 3
     stages: list[ZeroStage] = [n for n in get_args(ZeroStage) if config.zero.stage <= n <= most]
@@ -238,7 +239,7 @@ def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, bool, bool]]:
 
 
 def _smaller(config: RunConfig, world: int) -> list[int]:
-    """Micro-batches that divide every block's share, each at most half of the one before."""
+    """List micro-batches that divide every block's share, each at most half of the one before."""
     shares = [local_samples(block, world) for block in config.blocks]
     now = max(min(value or share, share)
               for _, value in steps_of(config.train.micro_batch) for share in shares)  # fmt: skip

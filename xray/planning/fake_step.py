@@ -1,4 +1,4 @@
-"""A step of a stage with fake tensors: what it would hold and compute, before anything runs.
+"""A training step with fake tensors: its memory and FLOPs, without data, weights or GPU.
 
 The stage's own module and losses run in the schedule of the real step (gradient_cache.py); of a
 block's equal micro-batches one is run.
@@ -32,7 +32,7 @@ GRADIENTS = "gradients"
 
 @dataclass(frozen=True)
 class Size:
-    """A module's tensors, in values and in bytes."""
+    """Size of a module's tensors, in values and in bytes."""
 
     trained: int  # values, all of them fp32
     largest: int  # of them in one parameter
@@ -44,7 +44,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes beside weights and optimizer when a micro-batch holds most."""
+    """Peak memory of a micro-batch in bytes, without weights and optimizer."""
 
     activations: int
     logits: int
@@ -59,7 +59,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A step on one rank at a point of the stage's progress."""
+    """Simulated step on one rank at a point of the stage's progress."""
 
     with_gradients: Peak  # whole gradients lie beside the activations
     alone: Peak  # gradients counted elsewhere
@@ -87,7 +87,7 @@ def size_of(config: RunConfig, facts: Facts) -> Size:
 
 
 def planned(config: RunConfig, facts: Facts) -> tuple[Stage, StageModule]:
-    """Make a stage and its module on the meta device, frozen where the config says so."""
+    """Make a stage and its module on the meta device, frozen as the config says."""
     plain = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, pretrained=""),
@@ -101,7 +101,7 @@ def planned(config: RunConfig, facts: Facts) -> tuple[Stage, StageModule]:
 
 
 def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
-    """Run rank 0's part of a step at a progress, in the world of `dist`."""
+    """Simulate rank 0's part of a step at a progress, in the world of `dist`."""
     stage, module = planned(config, facts)
     shape = step_shape(stage, config.blocks, progress)
     with FakeTensorMode(), LiveBytes() as live:
@@ -114,7 +114,7 @@ def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
 
 
 class _FakeStep:
-    """The passes of one step, of which equal ones are run once and counted as often as they are."""
+    """Runs the schedule of one step; equal passes run once and are counted as often as they occur."""
 
     def __init__(self, stage: Stage, module: StageModule, progress: float, live: LiveBytes) -> None:
         self.stage, self.config, self.module = stage, stage.config, module
@@ -227,7 +227,7 @@ def _peak(held: dict[str, int]) -> Peak:
 
 
 def starts_of(config: RunConfig) -> Sequence[float]:
-    """Points of progress, ascending and below 1, at which the cost of a step changes."""
+    """List points of progress, ascending and below 1, at which the cost of a step changes."""
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = {start for schedule in schedules for start, _ in steps_of(schedule)}
     starts |= {config.optim.vision.freeze, config.optim.text.freeze}
@@ -236,5 +236,5 @@ def starts_of(config: RunConfig) -> Sequence[float]:
 
 
 def moving(config: RunConfig) -> list[tuple[float, float]]:
-    """Parts of the progress in which a schedule changes at every step."""
+    """List the parts of the progress in which a schedule changes at every step."""
     return stage_class(config.stage)(config).spans()

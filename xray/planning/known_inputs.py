@@ -1,4 +1,4 @@
-"""What a plan can know without a run: the LLM's structure, the number of tags, sizes of sources."""
+"""Inputs of a plan that are known without a run: LLM structure, vocabulary size, sources."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Known:
 def known(
     configs: Sequence[RunConfig], tiny: LlmConfig | None = None, tags: int = 0
 ) -> Iterator[list[Known]]:
-    """Give what is known of each stage, in the order of the run.
+    """Yield what is known of each stage, in the order of the run.
 
     A tiny LLM that the recipe will make is described in a temporary folder for as long.
     """
@@ -59,7 +59,7 @@ def known(
 
 
 def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, tags: int) -> Known:
-    """Facts of one stage. tuned: the text section of an earlier stage that tunes the LLM."""
+    """Collect the facts of a stage. tuned: text section of an earlier stage that tunes the LLM."""
     sources, notes = _sources(config), list[str]()
     kind, own, text, llm = stage_class(config.stage), text_section(config), None, None
     if own is not None:
@@ -79,7 +79,7 @@ def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, t
 
 
 def _sources(config: RunConfig) -> dict[str, Source]:
-    """Those on this computer."""
+    """Open the sources that are on this computer."""
     found: dict[str, Source] = {}
     for block in config.blocks:
         own = config.data.sources[block.source]
@@ -93,7 +93,7 @@ def _sources(config: RunConfig) -> dict[str, Source]:
 
 
 def _llm(name: str) -> Path | None:
-    """A folder with a config.json: a local one, or one that the hub's cache holds."""
+    """Find a folder with a config.json: a local one, or one in the hub's cache."""
     folder = Path(name).expanduser()
     if name and (folder / "config.json").is_file():
         return folder
@@ -106,7 +106,7 @@ def _llm(name: str) -> Path | None:
 
 
 def _inherited(own: TextConfig, tuned: TextConfig) -> TextConfig:
-    """A clip stage's text section behind a text stage."""
+    """Return a stage's text section with the structure that an earlier text stage gives."""
     structure = {name: getattr(tuned, name) for name in STRUCTURE}
     if tuned.tune == "full":
         structure["lora_rank"] = 0

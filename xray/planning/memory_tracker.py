@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, and FLOPs, while code runs: with fake tensors, for nothing."""
+"""Counts bytes of live tensors and FLOPs while code runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOPS = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts what every operation allocates until it is freed, by what it was allocated for.
+    """Counts bytes from allocation to release, by the kind of allocation.
 
     live: bytes by kind, of which `kind` is the current one. peak: `live` when its sum was highest;
     bare: when it was highest without `gradients`.
@@ -101,7 +101,8 @@ def _is_mask(indices: Any) -> bool:
 
 
 def materialize(module: nn.Module) -> None:
-    """Give a module of the meta device tensors of the CPU, or fake ones of it, without values."""
+    """Replace a module's meta tensors by uninitialised CPU tensors, or fake ones under
+    FakeTensorMode."""
     made: dict[int, Tensor] = {}
 
     def like(old: Tensor) -> Tensor:

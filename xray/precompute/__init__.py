@@ -1,1 +1,1 @@
-"""Jobs that run a model over shards and write what it says of each sample as sidecars."""
+"""Jobs that run a model over shards and write its output for each sample to sidecars."""

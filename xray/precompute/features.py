@@ -1,4 +1,4 @@
-"""What an artifact makes of a pool's samples, for a curation: embeddings, how well captions fit."""
+"""Embeddings and caption scores of a pool's samples, for curation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xray.precompute.inference import Model, Pack, Place, Progress, write_from_m
 
 @dataclass
 class FeaturesConfig:
-    """How samples are read."""
+    """Settings for reading samples."""
 
     captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual
     llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
@@ -33,7 +33,7 @@ class FeaturesConfig:
     workers: int = 2
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         if self.batch_size < 1 or self.workers < 0:
             raise ConfigError("batch_size must be at least 1, and workers at least 0")
 
@@ -45,7 +45,8 @@ def write_embeddings(
     data: DataConfig,
     progress: Progress | None = None,
 ) -> tuple[Sidecar, dict[str, int]]:
-    """Write normalised features of each sample's media, in the joint space of a clip artifact.
+    """Write normalised features of each sample's image or clip, in the joint space if there is
+    one.
 
     Columns: members [n] int32, embeddings [n, D] float32. Returns the sidecar, and how many samples
     could not be read by cause.
@@ -75,7 +76,7 @@ def write_scores(
     data: DataConfig,
     progress: Progress | None = None,
 ) -> tuple[Sidecar, dict[str, int]]:
-    """Write the cosine of each caption and its picture or clip in the artifact's joint space.
+    """Write the cosine of each caption and its image or clip in the joint space.
 
     Columns: score [T] float32 and, per member, ends. Returns as `write_embeddings` does.
     """
@@ -121,7 +122,7 @@ def _written(
     data: DataConfig,
     progress: Progress | None,
 ) -> tuple[Sidecar, dict[str, int]]:
-    """The sidecar of these facts, made where it is not there."""
+    """Open the sidecar of these facts, or write it."""
     name = f"{facts['kind']}-{hash_json(dict(facts))[:12]}"
     found = open_whole(source, name)
     if found is not None:

@@ -1,4 +1,5 @@
-"""Every sample of a source through a model, shard by shard; what is written already is skipped."""
+"""Inference of a model over every sample of a source, shard by shard; finished shards are
+skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member
 
 
 class Samples(Protocol):
-    """What is read by (shard, member): a source, or files."""
+    """Samples read by (shard, member): a source, or files."""
 
     @property
     def counts(self) -> np.ndarray: ...
@@ -38,7 +39,7 @@ class Samples(Protocol):
 
 
 class Places(Sequence[Place]):
-    """All samples of some shards, as (shard, member); none of them is listed in memory."""
+    """Samples of some shards as (shard, member), computed when asked for."""
 
     def __init__(self, source: Samples, shards: Sequence[int]) -> None:
         self.source, self.shards = source, shards
@@ -62,7 +63,7 @@ class _Pixels(Dataset):
         return len(self.places)
 
     def __getitem__(self, item: int) -> tuple[Place, Tensor | str]:
-        """(place, its pixels), or the reason why there are none."""
+        """Return a place with its pixels, or with the reason why there are none."""
         place = self.places[item]
         try:
             return place, load_pixels(self.source.sample(*place, *self.size), self.data, None)
@@ -83,14 +84,14 @@ def _collate(rows: list[tuple[Place, Tensor | str]]) -> Read:
 
 
 def cut(numbers: range, size: int) -> Iterator[range]:
-    """So many numbers at a time."""
+    """Split numbers into chunks of this size."""
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def pixels_of(
     source: Samples, places: Sequence[Place], data: DataConfig, batches: Iterable[Sequence[int]]
 ) -> Iterator[Read]:
-    """(places that can be read, their pixels [B, T, 3, S, S], cause by place of the others).
+    """Yield (readable places, their pixels [B, T, 3, S, S], cause of failure by place).
 
     batches: of numbers of places, in order, without randomness. Raises DataError for a shard that
     cannot be read.
@@ -121,7 +122,7 @@ def write_from_model(
     batch_size: int,
     progress: Progress | None = None,
 ) -> tuple[Sidecar, dict[str, int]]:
-    """Write a sidecar of what a model says of each sample; returns it and the bad samples' causes.
+    """Write a model's output for each sample as a sidecar; returns it, and failures by cause.
 
     A shard is written once its last sample is done, so a second call goes on.
     """
@@ -154,7 +155,7 @@ def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any
 
 
 def spread(source: Source, most: int) -> list[Place]:
-    """At most so many places, evenly spread over a source."""
+    """Choose at most this many places, evenly spaced over a source."""
     places = Places(source, range(len(source.manifest)))
     picks = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64))
     return [places[number] for number in picks.tolist()]

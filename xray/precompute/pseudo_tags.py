@@ -1,4 +1,4 @@
-"""A teacher's tags for samples: what it would add, and what it thinks of those that are there."""
+"""Pseudo-tags: a teacher's tags for samples, and its probabilities of the tags they have."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
 
 
 class Teacher(Protocol):
-    """Pixels [B, T, 3, H, W] to probabilities [B, V] over a vocabulary."""
+    """Model from pixels [B, T, 3, H, W] to probabilities [B, V] over a vocabulary."""
 
     def probabilities(self, pixels: Tensor, temperature: float) -> Tensor: ...
 
 
 @dataclass
 class PseudoTagsConfig:
-    """What a teacher adds to a sample: of its `top` likeliest tags those above `threshold`."""
+    """Settings of a teacher, which adds those of its `top` tags that are above `threshold`."""
 
     tags: Origin = "hashtags"  # where a sample's own tags are found
     field: str = "hashtags"  # their json field
@@ -57,7 +57,7 @@ class PseudoTagsConfig:
     workers: int = 2
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         if self.top < 1 or self.batch_size < 1:
             raise ConfigError("top and batch_size must be at least 1")
         if not 0 <= self.threshold < 1:
@@ -70,7 +70,7 @@ class PseudoTagsConfig:
 
 @dataclass(frozen=True)
 class PseudoTags:
-    """What was written: untagged samples, those of them that got tags, and causes of bad ones.
+    """Result: the number of untagged samples, how many of them got tags, and failures by cause.
 
     name: for `hashtag.teacher`.
     """
@@ -91,7 +91,7 @@ def write_pseudo_tags(
     teacher_digest: str,
     progress: Progress | None = None,
 ) -> PseudoTags:
-    """Write a teacher's probabilities of each sample's own and likeliest tags as a sidecar.
+    """Write a teacher's probabilities of each sample's own and most probable tags as a sidecar.
 
     Its name tells teachers, vocabularies and settings apart, and is the same for every source,
     wherever that has its own tags.
@@ -116,7 +116,7 @@ def write_pseudo_tags(
 def _prior(
     source: Source, teacher: Teacher, config: PseudoTagsConfig, data: DataConfig
 ) -> np.ndarray:
-    """Mean probability of each tag over some samples, [V]."""
+    """Compute the mean probability of each tag over some samples, [V]."""
     total, count = None, 0
     places = spread(source, PRIOR_SAMPLES)
     batches = cut(range(len(places)), config.batch_size)
@@ -137,7 +137,7 @@ class _Job:
     config: PseudoTagsConfig
 
     def run(self, pixels: Tensor, places: Sequence[Place]) -> list[Row]:
-        """A row per sample: the likeliest tags, and its own whatever their probability."""
+        """Make a row per sample: its most probable tags, and its own whatever their probability."""
         probabilities = self.teacher.probabilities(pixels, self.config.temperature).cpu()
         top = torch.topk(probabilities, min(self.config.top, probabilities.shape[1]))
         rows = []
@@ -161,7 +161,7 @@ class _Job:
 
 
 def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:
-    """(untagged samples, those of them that got a tag)."""
+    """Count the untagged samples, and those of them that got a tag."""
     untagged = added = 0
     for shard in range(len(sidecar.counts)):
         tags = np.diff(own.table(shard)["ends"], prepend=0)
@@ -178,7 +178,7 @@ def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:
 def open_teacher(
     artifact: Artifact, vocabulary: Path | None, template: str
 ) -> tuple[Teacher, Vocabulary]:
-    """An artifact as a teacher, and the tags it knows: its own, or a clip artifact's those given.
+    """Open an artifact as a teacher with its tags: its own, or for a joint space the given ones.
 
     Raises ConfigError where the artifact cannot tag, or whose tags are meant is not clear.
     """

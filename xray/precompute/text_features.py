@@ -1,4 +1,4 @@
-"""A text tower's sentence vectors of all captions of a source, each caption encoded once."""
+"""Stored sentence vectors of all captions of a source; each distinct caption is encoded once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from xray.precompute.inference import Progress
 
 @dataclass
 class TextFeaturesConfig(TextConfig):
-    """A text section, and how captions are read and kept."""
+    """Text section, and how captions are read and vectors are stored."""
 
     features: Features = "bf16"
     captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
@@ -44,7 +44,7 @@ class TextFeaturesConfig(TextConfig):
     workers: int = 2
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check all values; raises ConfigError that names the key to change."""
         super().validate()
         if self.features == "live":
             raise ConfigError("features=live stores nothing: use bf16, int8 or fp32")
@@ -54,8 +54,8 @@ class TextFeaturesConfig(TextConfig):
 
 @dataclass(frozen=True)
 class CaptionIds:
-    """64 bits of each caption's hash, by shard. Of 10^9 captions, two are alike by chance in one
-    store of 40."""
+    """Caption ids by shard: 64 bits of a hash. Among 10^9 captions, a collision has probability
+    1/40."""
 
     source: Source
     captions: dict[str, float]
@@ -68,7 +68,7 @@ class CaptionIds:
         return {"ids": ids, "ends": ends}
 
     def texts(self, shard: int) -> Iterator[tuple[int, list[str]]]:
-        """(member, its captions), where it has any."""
+        """Yield (member, captions) of members that have any."""
         for member in range(len(self.source.index(shard))):  # whatever else it is a sample of
             try:
                 found = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
@@ -79,7 +79,7 @@ class CaptionIds:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which shard and row each caption's vector lies in.
+    """Shard and row of each caption's vector.
 
     places: [T] int64, shard << 32 | row, in the order of shards; first: [T] whether a caption is
     new there; starts: [S + 1] of the shards in both.
@@ -95,7 +95,7 @@ class Layout:
 
 
 def lay_out(ids: Sidecar) -> Layout:
-    """Give each different caption a row of the first shard it is met in; ~75 bytes per caption."""
+    """Assign each distinct caption a row of the first shard that has it; ~75 bytes per caption."""
     shards = range(len(ids.counts))
     tables = [np.asarray(ids.table(shard)["ids"]) for shard in shards]
     starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
@@ -117,7 +117,7 @@ def write_text_features(
     progress: Progress | None = None,
     reading: Results | None = None,
 ) -> Sidecar:
-    """Write the store of a source's captions, or find it; its facts say how many differ.
+    """Write the store of a source's captions, or open it; its facts count the distinct ones.
 
     A shard is written once its captions are encoded, so a second call goes on. Raises DataError
     where there is no caption.
@@ -172,7 +172,7 @@ def _new(layout: Layout, shard: int) -> int:
 def _encoded(
     language: Language, tower: TextTower, texts: Sequence[str], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Sentence vectors in order, [n, W] float32 at a time; captions of like length go together."""
+    """Yield sentence vectors [n, W] float32 in order; captions of similar length are batched."""
     device = next(tower.parameters()).device
     for start in range(0, len(texts), 16 * batch_size):
         part = texts[start : start + 16 * batch_size]

@@ -1,4 +1,4 @@
-"""What a recipe would do, before anything starts."""
+"""Table of the stages of a recipe, before anything starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from xray.training.run_identity import holds_another_run
 
 
 def plan_table(recipe: Recipe) -> ResultTable:
-    """A row per stage: its parents, data, sizes, cost of a forward per sample, length and state."""
+    """Make a row per stage: parents, data, sizes, cost of a forward pass per sample, length,
+    state."""
     table = ResultTable(
         f"{recipe.name} -> {recipe.out}",
         ("stage", "starts from", "batch", "GMACs each", "length", "peak lr", "state"),
@@ -48,7 +49,7 @@ def _state(config: RunConfig) -> str:
 
 
 def _inputs(config: RunConfig) -> tuple[str, str]:
-    """(pixels and frames over the stage, GMACs of an image + a clip's forward at the end)."""
+    """Return (pixels and frames over the stage, GMACs of an image + of a clip at the end)."""
     data, stage = config.data, stage_class(config.stage)(config)
     modalities = {data.sources[block.source].modality for block in config.blocks}
     clip = value_at(data.frames, 1.0)

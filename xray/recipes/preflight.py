@@ -1,4 +1,4 @@
-"""What would stop a later stage of a recipe or its evaluation, found before anything trains."""
+"""Checks of later stages and of the evaluation before the first stage of a recipe trains."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from xray.evaluation.datasets import check_sets
 
 
 def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
-    """Look at the data, LLM and parents of every stage after the first, which looks at its own.
+    """Check the data, LLM and parents of every stage after the first; that one checks its own.
 
     Sidecars that are written for it are those that the stage reads later. Raises ConfigError,
     ArtifactError or DataError.
     """
-    results = {str(Path(run.out) / "artifact"): run.stage for run in runs}
+    results = {str(Path(run.out) / "artifact"): stage_class(run.stage).offers for run in runs}
     todo = [run for run in runs if not (Path(run.out) / "artifact").exists()]
     for config in todo:
         names = [block.source for block in [*config.blocks, *config.validation]]
@@ -35,7 +35,7 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         kind = stage_class(config.stage)
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
-        pending = {results[path] for path in coming}
+        pending = frozenset[str]().union(*(results[path] for path in coming))
         dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
     for suites in evaluation.in_recipe(
         {run.stage: stage_class(run.stage).offers for run in runs}

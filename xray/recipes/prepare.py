@@ -35,7 +35,7 @@ def prepare(recipe: Recipe) -> None:
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
-    """Build the tiny LLM once; a half-written folder is begun again."""
+    """Build the tiny LLM, unless it is there; a half-written folder is written anew."""
     from data_pipelines.ingest.kind import Request
     from data_pipelines.ingest.user_data import open_data
     from data_pipelines.shards.manifest import resolve

@@ -1,4 +1,4 @@
-"""Run the enabled stages in order: plan what starts from what, skip what is finished, evaluate.
+"""Recipes: the enabled stages in order, each starting from an earlier one, and an evaluation.
 
 A recipe is a yaml: shared sections for all stages, a section per stage, and `eval`. A stage's
 section takes the run's sections (optim, train, ...) and the stage's own options side by side:
@@ -35,7 +35,7 @@ SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
 
 @dataclass
 class Recipe:
-    """A resolved recipe: the stages' configs in order, and the evaluation."""
+    """Resolved recipe: the stages' configs in order, and the evaluation."""
 
     name: str
     out: Path
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe by name or a yaml file, with `key=value` overrides on top.
+    """Load a shipped recipe by name, or a yaml file, with `key=value` overrides on top.
 
     Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
     """
@@ -57,7 +57,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
-    """A recipe of its layers, a later one winning over every section of those before it.
+    """Resolve a recipe from layers; a later layer overrides every section of those before it.
 
     Raises ConfigError as load_recipe does.
     """
@@ -90,7 +90,7 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
 def stage_from_recipe(
     stage: str, name: str, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], Recipe]:
-    """A recipe's settings for one stage as a config layer, and the recipe to prepare.
+    """Return a recipe's settings for one stage as a config layer, and the recipe to prepare.
 
     Of the overrides only those of the data matter here: paths are built on them.
     """
@@ -104,7 +104,8 @@ def stage_from_recipe(
 
 
 def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The recipe's yaml behind those it is based on; `base` replaces the one it names."""
+    """Read a recipe's yaml and those it is based on, base first; `base` replaces the one it
+    names."""
     if name in above:
         raise ConfigError(f"recipe {name} is based on itself: {' -> '.join([*above, name])}")
     path = cfg.find_yaml("recipe", name)
@@ -117,7 +118,7 @@ def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> l
 
 
 def check_keys(layer: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that no recipe has."""
+    """Raise ConfigError for a key that is not part of a recipe."""
     valid = [*OWN_KEYS, *SHARED, *STAGES]
     for key, value in layer.items():
         section = key in STAGES or key in ("prepare", "eval")
@@ -137,7 +138,7 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values; raises ConfigError for one that is still `???`."""
+    """Resolve a recipe's values; raises ConfigError for one that is still `???`."""
     whole = OmegaConf.create(content)
 
     def refers(key: str) -> bool:  # to another that is missing: not what is to be given
@@ -151,12 +152,13 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
-    """One layer's values, its interpolations looked up in the whole recipe."""
+    """Resolve one layer's values; interpolations refer to the whole recipe."""
     return _resolve({**merged, "this layer": layer})["this layer"]
 
 
 def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A layer's shared part and its part for a stage, in the shape of the stage's config."""
+    """Split a layer into its shared part and its parts for a stage, as layers of the stage's
+    config."""
     schema = stage_class(stage).Config
     names = {item.name for item in dataclasses.fields(schema)}
     shared = {key: layer[key] for key in SHARED if key in layer}
@@ -177,7 +179,7 @@ def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) ->
 
 
 def _link(recipe: Recipe) -> None:
-    """Let each stage start from the last enabled one that hands on what it accepts."""
+    """Let each stage start from the last enabled stages whose artifacts it accepts."""
     last: dict[str, RunConfig] = {}
     for config in recipe.runs:
         kind = stage_class(config.stage)

@@ -1,4 +1,4 @@
-"""The report of a recipe's run: results, curves, lineage and pictures of real samples."""
+"""Report of a recipe's run: results, curves, lineage and examples from the data."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_run_report(
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What a report needs to be written again."""
+    """Return what is needed to write the report again."""
     return {
         "name": recipe.name,
         "root": recipe.root,
@@ -79,7 +79,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def find_recipe(folder: Path) -> Recipe:
-    """What was run in a folder, by report.json, else by the stages' folders in it.
+    """Find what was run in a folder, from report.json or else from the stages' folders.
 
     Raises ArtifactError where it holds no run.
     """
@@ -107,7 +107,7 @@ def find_recipe(folder: Path) -> Recipe:
 
 
 def report_again(folder: Path) -> Path:
-    """Write the report of what a folder holds by now; a run in training has its curves."""
+    """Write the report of a folder's current state; for a run in training, its curves so far."""
     recipe = find_recipe(folder)
     there = [Path(run.out) / "artifact" for run in recipe.runs]
     artifacts = [open_artifact(path) for path in there if path.is_dir()]
@@ -117,7 +117,7 @@ def report_again(folder: Path) -> Path:
 
 
 def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> list[str]:
-    """What the models say of samples, where there are data to ask about."""
+    """Show the models' outputs on samples of the evaluation's data, if there are any."""
     parts = []
     for artifact, run in [pair for pair in done if TAGS in pair[0].offers][-1:]:
         images = dict(_samples(run.data)).get("image")
@@ -133,7 +133,7 @@ def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> lis
 
 
 def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
-    """What the artifact makes of its first images and of its first clips."""
+    """Draw what the artifact makes of the first images and clips of its data."""
     found, explainer = [], Explainer(artifact)
     for modality, pixels in _samples(data):
         groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
@@ -142,7 +142,7 @@ def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
 
 
 def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
-    """The first samples of each modality's first source, centre-cropped."""
+    """Read the first samples of each modality's first source, centre-cropped."""
     found: dict[str, Tensor] = {}
     for block in data.blocks:
         config = data.sources[block.source]

@@ -1,4 +1,4 @@
-"""What a run's models say of real samples: tags, pictures found for captions, classes mixed up."""
+"""Examples of a run's models on real samples: tags, retrieved images, confused classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BATCH = 32
 
 @dataclass
 class Looked:
-    """Some samples of a set: pixels [N, T, 3, S, S], all captions of each, and class numbers."""
+    """Samples of a data set: pixels [N, T, 3, S, S], all captions of each, and class indices."""
 
     pixels: Tensor
     captions: list[list[str]]
@@ -44,7 +44,7 @@ class Looked:
 
 
 def tags(artifact: Artifact, pixels: Tensor) -> str:
-    """The likeliest tags of pictures [B, T, 3, S, S] uint8."""
+    """Show the most probable tags of images [B, T, 3, S, S] uint8."""
     tagger, vocabulary = Tagger(artifact), Vocabulary.load(artifact.file("vocabulary.json"))
     found = tagger.probabilities(pixels).topk(min(TAGS, len(vocabulary)), dim=1)
     shown = []
@@ -55,7 +55,7 @@ def tags(artifact: Artifact, pixels: Tensor) -> str:
 
 
 def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
-    """Captions for which the right picture is found first, and others."""
+    """Show captions whose own image is retrieved first, and some whose is not."""
     config = recipe.eval.of(RETRIEVAL)
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
     looked = look(sets.open("retrieval", config.shards, config.modality), data, config.captions)
@@ -82,7 +82,7 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
 
 
 def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
-    """Which classes zero-shot classification takes for which."""
+    """Show which classes zero-shot classification confuses."""
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
     classes = NamedClasses.open(sets)
     looked = look(classes.source, data)
@@ -98,7 +98,7 @@ def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
 
 
 def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
-    """Rows: what samples are; columns: what they are taken for."""
+    """Draw the confusion matrix: true classes in rows, predicted ones in columns."""
     counts = torch.zeros(len(names), len(names))
     counts.index_put_((labels, found), torch.ones(len(labels)), accumulate=True)
     figure, (axis,) = subplots(1, (4.4, 4.2))
@@ -115,7 +115,7 @@ def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
 
 
 def _mistakes(names: Sequence[str], labels: Tensor, found: Tensor) -> ResultTable:
-    """The most frequent ones, of more classes than a matrix can show."""
+    """List the most frequent confusions, if there are too many classes for a matrix."""
     pairs = zip(labels.tolist(), found.tolist(), strict=True)
     wrong = Counter((a, b) for a, b in pairs if a != b)
     table = ResultTable("Zero-shot classes mixed up", ("is", "taken for", "samples"))
@@ -128,7 +128,7 @@ def _encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
 
 
 def look(source: Source, data: DataConfig, fields: dict[str, float] | None = None) -> Looked:
-    """Samples evenly spaced over a source, as they are at the end of training."""
+    """Read samples evenly spaced over a source, at the sizes of the end of training."""
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
     places = list(source.places())
     step = max(1, -(-len(places) // LOOKED_AT))

@@ -1,4 +1,4 @@
-"""The curves of a run: all its stages on one axis of samples seen."""
+"""Curves of a run: all its stages on one axis of samples seen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def curves(metrics: Mapping[str, Rows]) -> str:
-    """Loss, throughput, learning rate and keep rate over the samples of all stages; "" for none.
+    """Plot loss, throughput, learning rate and keep rate over the samples of all stages; "" for
+    none.
 
     metrics: the rows of each stage's metrics.jsonl, in the order of the stages.
     """
@@ -35,7 +36,7 @@ def curves(metrics: Mapping[str, Rows]) -> str:
 
 
 def _keep_rate(row: Mapping[str, float]) -> float | None:
-    """Of blocks with rates of their own, their mean."""
+    """Return the keep rate; the mean if each block has its own."""
     own = [value for key, value in row.items() if key.split("/")[0] == "keep_rate"]
     return sum(own) / len(own) if own else None
 
@@ -47,7 +48,7 @@ def _panel(
     value: Callable[[Mapping[str, float]], float | None],
     seen: bool = False,
 ) -> str:
-    """A line per stage, each behind the one before; "" where no stage has it.
+    """Plot a line per stage, one after the other; "" if no stage has this value.
 
     seen: of the stages that see pictures alone.
     """
@@ -79,7 +80,7 @@ def _panel(
 
 
 def _colour(stage: str) -> str:
-    """A stage's colour, the same in every report."""
+    """Return the colour of a stage, the same in every report."""
     return COLOURS[list(STAGES).index(stage) % len(COLOURS)]
 
 
@@ -91,7 +92,7 @@ def _thousands(value: float, position: int) -> str:
 
 
 def data_mix(runs: Sequence[RunConfig], metrics: Mapping[str, Rows]) -> ResultTable:
-    """What a step of each stage is made of, and how often each source was gone through."""
+    """List the sources of a step of each stage, and the epochs over each source."""
     columns = ("stage", "source", "samples of a step", "share", "epochs", "size at the end")
     table = ResultTable("Data", columns)
     for run in runs:

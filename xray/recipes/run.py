@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Recipe) -> list[Artifact]:
-    """Train every stage that is not finished, in order; returns the artifacts."""
+    """Train every stage that is not finished, in order, and return all artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
     from xray.recipes.preflight import preflight
     from xray.training.engine import init_distributed

@@ -1,4 +1,4 @@
-"""`xray show`: what an artifact sees in the user's own pictures and clips."""
+"""`xray show`: kept tokens and reconstructions of the user's images and clips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = (".png", ".html")
 
 
 def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float | None) -> None:
-    """Write kept tokens, and reconstructions where there is a decoder, of images and clips.
+    """Draw kept tokens of images and clips, and reconstructions if there is a decoder.
 
     Raises ConfigError when the artifact has neither to show, DataError for a file that is no
     picture and no clip.
@@ -50,7 +50,7 @@ def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float 
 
 
 class Explainer:
-    """An artifact restored to show what it sees; `kinds` names what it can show.
+    """Draws what an artifact sees; `kinds` lists the drawings it supports.
 
     Raises ConfigError for a keep rate that the model cannot have.
     """
@@ -69,7 +69,7 @@ class Explainer:
             self.kinds.append(self._kept)
 
     def __call__(self, pixels: Tensor, names: Sequence[str] = ()) -> list[Picture]:
-        """A picture of each kind of [B, T, 3, S, S] uint8 images or one clip."""
+        """Draw a picture of each kind for [B, T, 3, S, S] uint8 images or one clip."""
         return [kind(pixels, names) for kind in self.kinds]
 
     def _reconstructed(self, pixels: Tensor, names: Sequence[str]) -> Picture:
@@ -102,7 +102,7 @@ class Explainer:
 
 
 def group(files: Sequence[Path], media: Sequence[Tensor]) -> list[tuple[list[str], Tensor]]:
-    """All images together, each clip for itself: (names, [B, T, 3, S, S])."""
+    """Group all images together and each clip by itself: (names, [B, T, 3, S, S])."""
     images = [(path.name, x) for path, x in zip(files, media, strict=True) if len(x) == 1]
     clips = [(path.name, x) for path, x in zip(files, media, strict=True) if len(x) > 1]
     groups = [([name], x[None]) for name, x in clips]
@@ -113,7 +113,7 @@ def group(files: Sequence[Path], media: Sequence[Tensor]) -> list[tuple[list[str
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures below each other on white."""
+    """Stack images vertically on white."""
     width = max(picture.shape[1] for picture in pictures)
     padded = [
         np.pad(p, ((0, 12), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures

@@ -1,4 +1,4 @@
-"""What a model sees, as pictures: reconstructions and the tokens that token reduction keeps."""
+"""Drawings of reconstructions and of the tokens that token reduction keeps."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ VEIL = (64.0, 96.0, 176.0)  # over tokens that are gone: no background is this b
 
 @dataclass
 class Sheet:
-    """Rows of pictures: cells [R, C, 3, H, W] in 0..255, a name per row and per column."""
+    """Grid of images: cells [R, C, 3, H, W] in 0..255, with a name per row and column."""
 
     rows: list[str]
     columns: list[str]
     cells: Tensor
 
     def draw(self) -> np.ndarray:
-        """One [H', W', 3] uint8 picture."""
+        """Draw the sheet as one image [H', W', 3] uint8."""
         R, C, _, H, W = self.cells.shape
         zoom = max(1, round(SIDE / max(H, W)))
         cells = self.cells.round().clamp(0, 255).byte()
@@ -60,7 +60,8 @@ def reconstructions(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Sheet:
-    """Masked, reconstructed and original pictures of [B, T, 3, S, S] uint8; a clip by tubelets.
+    """Draw masked, reconstructed and original images of [B, T, 3, S, S] uint8; a clip by
+    tubelets.
 
     options: training of the decoder. Under norm_pix_loss a patch is predicted up to its mean and
     variance; these are taken from the original to show it. Visible patches are shown as they are.
@@ -81,7 +82,7 @@ def reconstructions(
     removed = mask[..., None]
 
     def frames(patches: Tensor) -> Tensor:
-        """The first frame of each tubelet: [B * t, 3, H, W]."""
+        """Take the first frame of each tubelet: [B * t, 3, H, W]."""
         whole = unpatchify(patches, grid, vision.patch_size)[:, :: vision.tubelet]
         return whole.flatten(0, 1)
 
@@ -97,7 +98,7 @@ def reconstructions(
 
 @torch.no_grad()
 def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = ()) -> Sheet:
-    """The picture, then what is left of it after each reducing block; a clip by tubelets.
+    """Draw the image, then the tokens left after each reducing block; a clip by tubelets.
 
     Tokens that were fused or dropped are veiled in blue; what ToMe merged shows its mean colour.
     """
@@ -123,14 +124,15 @@ def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = (
 
 
 def _group_sizes(assign: Tensor) -> Tensor:
-    """[B, n] -> [B, n]: how many input tokens share each input token's token; dropped: any."""
+    """Count the input tokens that share each input token's token, [B, n] -> [B, n]; any if
+    dropped."""
     place = assign.clamp(min=0)
     count = torch.zeros(len(assign), int(assign.max()) + 1)
     return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
 
 
 def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
-    """frames [B * t, 3, H, W] with every merged token in the mean colour of what it holds."""
+    """Fill every merged token of frames [B * t, 3, H, W] with the mean colour of its patches."""
     B, n = assign.shape
     colour = F.adaptive_avg_pool2d(frames, grid).flatten(2)  # [B * t, 3, h * w]
     colour = colour.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, 3, n)
@@ -140,7 +142,7 @@ def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
     mean = groups.scatter_add(2, place, colour).gather(2, place) / sizes[:, None]
 
     def spread(values: Tensor) -> Tensor:
-        """[B, c, n] -> [B * t, c, H, W]"""
+        """Spread token values [B, c, n] over pixels [B * t, c, H, W]."""
         pictures = values.unflatten(2, (-1, *grid)).transpose(1, 2).flatten(0, 1)
         return F.interpolate(pictures, size=frames.shape[-2:])
 
@@ -149,6 +151,6 @@ def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _columns(names: Sequence[str], samples: int, slots: int) -> list[str]:
-    """A name over the first picture of each sample."""
+    """Make column names: one over the first image of each sample."""
     given = list(names) or [""] * samples
     return [name if slot == 0 else "" for name in given for slot in range(slots)]
