@@ -2,14 +2,14 @@
 
 Batch keys, all with the micro-batch B first:
     pixels          [B, T, 3, S, S] uint8; T = 1 for images
-    mask_noise      [B, h*w or t*h*w] float, uniform: the MAE masks, drawn on the data side
+    mask_noise      [B, h*w or t*h*w] float, uniform noise of the MAE masks, from the loader
     tags            [B, K] long, ids of the vocabulary, padded with -1
-    weights         [B, K] float, of the tags: 1 for a sample's own, less for others, 0 = padding
+    weights         [B, K] float, of the tags: 1 = the sample's own, less for others, 0 = padding
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
-    teacher_*       [B, C, L], captions as a teacher reads them
-    sentences       [B, C, W] float, their vectors where these are stored
-    pooled_mask     [B, C, L] long, the tokens of a caption that its vector is made of
+    teacher_*       [B, C, L], captions in the tokens of a teacher
+    sentences       [B, C, W] float, sentence vectors, if they are stored
+    pooled_mask     [B, C, L] long, the tokens that are pooled into the sentence vector
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from xray.artifacts.artifact import Artifact
 
 Batch = dict[str, Tensor]
-State = dict[str, Tensor]  # a state dict, or the part of one
+StateDict = dict[str, Tensor]  # of a module, or a part of it
 C = TypeVar("C", bound=RunConfig)
 Task = Literal["loss", "features"]
 
@@ -84,8 +84,8 @@ class StageModule(nn.Module, ABC):
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Compute the features that the loss is a function of.
 
-        Where the stage spans the batch: rows of samples [B, ...], and 0-d tensors for parameters of
-        the loss, such as the logit scale.
+        For a stage that spans the batch: rows of samples [B, ...], and 0-d tensors for parameters
+        of the loss, such as the logit scale.
         """
 
     @abstractmethod
@@ -118,7 +118,7 @@ class VisionModule(StageModule):
     ) -> Tokens:
         """Encode normalised pixels [B, T, 3, S, S]; without gradient while the backbone is frozen.
 
-        keep_rate: instead of what the stage has come to.
+        keep_rate: replaces the scheduled keep rate.
         """
         rate = self.keep_rate(progress) if keep_rate is None else keep_rate
         trained = set_training(self.vision, self.training, progress, self.frozen_until)
@@ -210,7 +210,7 @@ class Stage(ABC, Generic[C]):
         return 0.0
 
     @abstractmethod
-    def export(self, module: Any, state: State) -> dict[str, State]:
+    def export(self, module: Any, state: StateDict) -> dict[str, StateDict]:
         """Split the full state dict into the artifact's parts: {"backbone": ...}."""
 
     def export_files(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Stage(ABC, Generic[C]):
     def spans(self) -> list[tuple[float, float]]:
         """List parts [start, end] of the progress in which the cost of a step changes gradually.
 
-        A sudden change is a part of no length. Schedules of the shared config are known.
+        A sudden change is a part of length 0. Schedules of the shared sections are not listed.
         """
         model = self.config.model
         if model.reduce == "none" or min(model.final_rates) == 1:
@@ -319,6 +319,6 @@ def load_vision(module: VisionModule, parent: Artifact | None) -> None:
         load_adapted(module.vision, parent.load("backbone"), str(parent.path))
 
 
-def part(state: Mapping[str, Tensor], prefix: str) -> State:
+def part(state: Mapping[str, Tensor], prefix: str) -> StateDict:
     """Select the entries under a prefix and remove the prefix from their names."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

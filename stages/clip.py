@@ -22,7 +22,7 @@ from stages.base import (
     Facts,
     Parents,
     Stage,
-    State,
+    StateDict,
     StepOutput,
     VisionModule,
     load_vision,
@@ -47,15 +47,15 @@ from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 from xray.optim import ALONE
 
-TAUGHT = "teacher_"  # before the names of what a teacher reads
-LOOKED_AT = 256  # rows of a rank that the metrics are taken of
+TAUGHT = "teacher_"  # prefix of the batch keys of a teacher's tokens
+LOOKED_AT = 256  # rows per rank that the alignment metrics are computed on
 
 
 class ClipModule(VisionModule):
     """Backbone and projection, LLM and adapter, and a learnable log logit scale.
 
-    text: None where sentence vectors of this width come with the batch. teacher: not a part of it.
-    tags: of the auxiliary tag head.
+    text: None if the batch has sentence vectors of this width. teacher: not registered as a module.
+    tags: number of tags of the auxiliary head.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ClipModule(VisionModule):
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         image, text, scale = features["image"], features["text"], features["logit_scale"]
         captions = text.shape[1]
-        ids: list[Tensor | None] = [None, None]  # row i belongs to row i
+        ids: list[Tensor | None] = [None, None]  # row i pairs with row i
         if captions > 1:
             ids = [row_ids(image), row_ids(image).repeat_interleave(captions)]
         text = text.flatten(0, 1)
@@ -162,7 +162,7 @@ class ClipModule(VisionModule):
 def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
     """Compute mean cosines of positive and of all pairs, and in-batch top-1, on this rank."""
     image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
-    with torch.autocast(image.device.type, enabled=False):  # bf16 finds many equally near
+    with torch.autocast(image.device.type, enabled=False):  # bf16 would give many ties
         cosines = image @ text.t()
     right = cosines.argmax(dim=1) == torch.arange(len(image), device=image.device)
     return {
@@ -214,7 +214,7 @@ class ClipStage(Stage[ClipConfig]):
             width = next(iter(self.stores.values())).width
             module = ClipModule(self.config, None, width, *more)
         else:
-            with torch.random.fork_rng(devices=[]):  # new weights do not depend on the LLM's kind
+            with torch.random.fork_rng(devices=[]):  # new weights do not depend on the LLM
                 tower = self.language.build()
             module = ClipModule(self.config, tower, tower.width, *more)
         if self.auxiliary is not None and module.auxiliary is not None:
@@ -308,7 +308,7 @@ class ClipStage(Stage[ClipConfig]):
     def chance(self, samples: int) -> float:
         return loss_at_chance(self.config.clip, samples)
 
-    def export(self, module: ClipModule, state: State) -> dict[str, State]:
+    def export(self, module: ClipModule, state: StateDict) -> dict[str, StateDict]:
         text = self.language.changes()
         if "text" in module.towers:
             tower: Any = module.towers["text"]

@@ -46,7 +46,7 @@ def check_unread(options: HashtagOptions) -> None:
 class AuxiliaryLosses(nn.Module):
     """MAE decoder and tag head, if their weights are above 0; they give a loss per sample.
 
-    config: a run's, with the sections of the mae and hashtag stages. They are not handed on.
+    They are used in training only and are not part of the artifact.
     """
 
     def __init__(self, config: ClipConfig, vision: VisionBackbone, tags: int) -> None:

@@ -20,23 +20,23 @@ class ClipOptions:
     """The joint space, its loss and its temperature."""
 
     embed_dim: int = 512
-    text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's own: one linear map
-    adapter_blocks: int = 4  # of the adapter: residual MLPs between the LLM and its projection
+    text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's linear map
+    adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
     loss: Literal["info_nce", "sigmoid"] = "info_nce"
     logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
     logit_scale_max: float = 100.0
-    # of the sigmoid loss, initial; None = -ln of the largest block's samples
+    # initial bias of the sigmoid loss; None = -ln of the largest block's samples
     logit_bias: float | None = None
-    captions: int = 1  # of each sample in a step, all of them its own
-    matryoshka: list[int] = field(default_factory=list)  # prefixes that are trained to do alone
-    mask_ratio: float = 0.0  # of image tokens left out in training
-    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # in which it comes to that
-    mask_until: float = 1.0  # progress from which on nothing is left out
-    # a clip artifact or open_clip:MODEL:WEIGHTS, whose softmax is learned too; known by its hash
+    captions: int = 1  # per sample and step, all of them positives
+    matryoshka: list[int] = field(default_factory=list)  # prefix sizes that are trained too
+    mask_ratio: float = 0.0  # share of image tokens left out in training
+    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # progress of its rise
+    mask_until: float = 1.0  # progress after which no token is left out
+    # a clip artifact or open_clip:MODEL:WEIGHTS, to distil from; identified by its hash
     teacher: str = runtime("")
-    distill: float = 1.0  # weight of the teacher
-    mae_weight: float = 0.0  # of the mae stage's loss, with the settings of section mae
-    hashtag_weight: float = 0.0  # of the hashtag stage's, with those of section hashtag
+    distill: float = 1.0  # weight of the distillation loss
+    mae_weight: float = 0.0  # of the auxiliary mae loss, set by section mae
+    hashtag_weight: float = 0.0  # of the auxiliary tag loss, set by section hashtag
 
     def validate(self) -> None:
         """Check all values; raises ConfigError that names the key to change."""

@@ -11,16 +11,16 @@ from xray.config import BlockConfig
 if TYPE_CHECKING:
     from stages.clip_config import ClipOptions
 
-WARM = 0.1  # progress before which nothing is judged
-PATIENCE = 10  # looks in a row that must agree
-FEW = 64  # samples that are called few
+WARM = 0.1  # progress before which no warning is given
+PATIENCE = 10  # consecutive checks that must agree
+FEW = 64  # samples in a block below which a warning is given
 
 
 def loss_at_chance(options: ClipOptions, samples: int) -> float:
     """Return the contrastive loss of a model that guesses, for a block of this many samples."""
     if options.loss == "info_nce":
         return math.log(samples) + math.log(options.captions) / 2
-    # every pair as likely as one of a block's is right
+    # every pair is predicted positive with probability 1 / samples
     likely = 1 / samples
     return -math.log(likely) - (samples - 1) * math.log1p(-likely) if samples > 1 else 0.0
 
@@ -30,7 +30,7 @@ class ContrastGuard:
 
     def __init__(self, blocks: Sequence[BlockConfig], options: ClipOptions) -> None:
         self.blocks, self.options = blocks, options
-        self._rows: dict[str, int] = {}  # what is wrong -> for how many looks
+        self._rows: dict[str, int] = {}  # problem -> consecutive checks with it
         self._said: set[str] = set()
 
     def look(self, values: Mapping[str, float], progress: float) -> list[str]:
@@ -63,7 +63,7 @@ class ContrastGuard:
     def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
         source, options, found = block.source, self.options, {}
         chance = loss_at_chance(options, block.samples)
-        contrast = own.get("contrast", own["loss"])  # without what is added to it
+        contrast = own.get("contrast", own["loss"])  # without auxiliary terms
         if contrast > 0.98 * chance:
             found[f"stuck {source}"] = (
                 f"the contrastive loss of {source!r} is {contrast:.2f}, where guessing gives "

@@ -18,9 +18,9 @@ from xray.artifacts.manifest_config import image_side, text_config
 from xray.artifacts.offers import JOINT
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.files import sha256_file
+from xray.models.tokenizer import TokenIds
 
-OPEN_CLIP = "open_clip:"  # open_clip:MODEL:WEIGHTS, a file or one of its tags
-Tokens = dict[str, Tensor]
+OPEN_CLIP = "open_clip:"  # open_clip:MODEL:WEIGHTS; WEIGHTS: a file or a pretrained tag
 
 
 class Teacher(Protocol):
@@ -29,20 +29,21 @@ class Teacher(Protocol):
     digest: str
     scale: float
 
-    def tokens(self, captions: Sequence[str]) -> Tokens:
+    def tokens(self, captions: Sequence[str]) -> TokenIds:
         """Tokenize the captions of one sample, [C, L]; runs in loader workers."""
 
-    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+    def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
         """Stack [C, L] of each sample to [B, C, longest L]."""
 
-    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def features(self, pixels: Tensor, tokens: TokenIds) -> tuple[Tensor, Tensor]:
         """Encode pixels [B, T, 3, H, W] uint8 to [B, E] and tokens to [B, C, E], normalised."""
 
 
 def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
     """Load a teacher from an artifact's folder or URL, or open_clip:MODEL:WEIGHTS.
 
-    llm: the run's own, which an artifact's may be where it is not at its place any more.
+    llm: the run's own LLM, tried if the artifact's LLM is no longer at its path. Raises ConfigError
+    or ArtifactError for a teacher that cannot be loaded.
     """
     if name.startswith(OPEN_CLIP):
         return OpenClip(name, device)
@@ -69,14 +70,14 @@ class FromArtifact:
         self.digest, self.scale = artifact.digest, float(self.encoder.logit_scale)
         self.side = image_side(artifact)
 
-    def tokens(self, captions: Sequence[str]) -> Tokens:
+    def tokens(self, captions: Sequence[str]) -> TokenIds:
         return self.encoder.tokenizer(captions)
 
-    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+    def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
         return self.encoder.tokenizer.pad(rows)
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def features(self, pixels: Tensor, tokens: TokenIds) -> tuple[Tensor, Tensor]:
         sized = resized(pixels, (self.side, self.side))
         return self.encoder.image_features(sized), self.encoder.text_features(tokens)
 
@@ -109,14 +110,14 @@ class OpenClip:
         size = visual.image_size
         self.size = size if isinstance(size, tuple) else (size, size)
 
-    def tokens(self, captions: Sequence[str]) -> Tokens:
+    def tokens(self, captions: Sequence[str]) -> TokenIds:
         return {"input_ids": self.tokenizer(list(captions))}
 
-    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+    def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
         return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def features(self, pixels: Tensor, tokens: TokenIds) -> tuple[Tensor, Tensor]:
         frames = resized(pixels, self.size).flatten(0, 1).float().div(255)
         frames = (frames - self.mean) / self.std
         image = F.normalize(self.model.encode_image(frames).float(), dim=-1)

@@ -33,7 +33,7 @@ from stages.base import (
     Facts,
     Parents,
     Stage,
-    State,
+    StateDict,
     StepOutput,
     VisionModule,
     load_vision,
@@ -62,24 +62,24 @@ class HashtagOptions(TagRules):
     """Vocabulary, class balance, labels and loss."""
 
     vocabulary: str = ""  # a vocabulary.json of `xray data tags`; "" = built from the run's shards
-    balance: Balance = "sqrt"  # repeat samples with rare tags: by 1/sqrt(count), 1/count, or not
-    epoch_length: float = 1.5  # places in an epoch per sample, which the repeats fill
-    strip: bool = True  # a repeat keeps the tags only that are rare enough for it
+    balance: Balance = "sqrt"  # repeats of samples with rare tags: by 1/sqrt(count), 1/count, none
+    epoch_length: float = 1.5  # draws per sample in an epoch; those above 1 are repeats
+    strip: bool = True  # a repeat keeps only the tags that are rare enough to cause it
     teacher: str = ""  # sidecar of `xray data pseudo-tags`, which prints its name; "" = none
-    pseudo_weight: float = 0.5  # of the teacher's tags, which untagged samples get
-    # a sample's tag is dropped where the teacher finds it less probable than this many times its
-    # mean; 0 = off
+    pseudo_weight: float = 0.5  # of the teacher's tags on untagged samples
+    # a sample's tag is dropped if the teacher's probability is below this multiple of the tag's
+    # mean probability; 0 = off
     min_lift: float = 0.0
     loss: Literal["softmax", "bce", "asymmetric"] = "softmax"
-    smoothing: float = 0.0  # of the targets
-    chunk: int = 0  # tags of a piece of the loss, which never holds all logits; 0 = all at once
-    sampled: int = 0  # softmax over the own and this many drawn tags; 0 = over all
-    # share of a micro-batch taken for wrong labels: the largest losses, above what targets permit
+    smoothing: float = 0.0  # label smoothing
+    chunk: int = 0  # tags per chunk of the loss, which saves memory of logits; 0 = all at once
+    sampled: int = 0  # sampled softmax with this many drawn tags; 0 = over all tags
+    # share of a micro-batch treated as mislabelled: the largest losses above their lower bound
     truncate: float = 0.0
-    truncate_after: float = 0.3  # of the stage: losses say nothing before
-    # Beta(a, a) of the mixing within a micro-batch; 0 = off; with both, one is drawn for each
-    mixup: float = 0.0  # the pictures are blended
-    cutmix: float = 0.0  # a rectangle is taken from the other picture
+    truncate_after: float = 0.3  # progress from which on losses are truncated
+    # Beta(a, a) of the mixing within a micro-batch; 0 = off; if both are set, one is drawn
+    mixup: float = 0.0  # blends images
+    cutmix: float = 0.0  # pastes a rectangle of another image
 
     def validate(self, section: str = "hashtag") -> None:
         """Check all values; raises ConfigError that names the key to change."""
@@ -110,8 +110,8 @@ class HashtagConfig(RunConfig):
 
 
 EXAMPLE_TAGS = 8  # per sample
-LEAST_WEIGHT = 1e-6  # of a sample's labels: no division by 0
-# (features, weight, bias) -> losses [B], and the likeliest tags [B] where all are looked at
+LEAST_WEIGHT = 1e-6  # sum of a sample's label weights, against division by 0
+# (features, weight, bias) -> losses [B], and top tags [B] unless tags are sampled
 HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -135,7 +135,7 @@ class HashtagModule(VisionModule):
             tags = torch.cat([tags, tags.roll(1, 0)], dim=1)
             targets = torch.cat([share * targets, (1 - share) * targets.roll(1, 0)], dim=1)
         cls = self.encode(pixels, progress).cls
-        progressed = torch.tensor(progress)  # on the CPU: it is asked for there
+        progressed = torch.tensor(progress)  # on the CPU, where it is read
         return {"cls": cls, "tags": tags, "targets": targets, "progress": progressed}
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
@@ -147,7 +147,7 @@ class HashtagModule(VisionModule):
         if self.options.loss == "softmax":
             floor = target_entropy(targets, self.options.smoothing, len(self.drawn))
             metrics["excess"] = loss.detach() - floor.mean()
-            # a sample of many tags, or of sure ones, is not the more doubtful for it
+            # relative to the number and certainty of a sample's tags
             doubts = (losses - floor) / targets.sum(dim=1).clamp(min=LEAST_WEIGHT)
         if top is not None:
             metrics["top1_is_a_tag"] = (tags == top[:, None]).any(dim=1).float().mean()
@@ -229,7 +229,7 @@ class HashtagStage(Stage[HashtagConfig]):
     name = "hashtag"
     Config = HashtagConfig
     offers = frozenset({VISION, TAGS})
-    teacher_digest = ""  # of the artifact that judged or added tags
+    teacher_digest = ""  # hash of the artifact whose sidecar is used
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and keep the labelled ones, balanced."""
@@ -262,7 +262,7 @@ class HashtagStage(Stage[HashtagConfig]):
     def _labelled(self, work: Labeller, balanced: Balanced) -> str:
         """Describe how many samples have tags, and how the teacher changed them."""
         tagged = "{:,} of {:,} samples have tags of the vocabulary"
-        if work.teacher is None:  # what was counted for the balance; no table is read again
+        if work.teacher is None:  # the balance has counted them already
             return tagged.format(balanced.unique, len(work.source))
         found = count_labels(balanced.labels)
         text = tagged.format(found.own, len(work.source))
@@ -314,7 +314,7 @@ class HashtagStage(Stage[HashtagConfig]):
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return {"pixels": torch.stack([row["pixels"] for row in rows]), **pad_labels(rows)}
 
-    def export(self, module: HashtagModule, state: State) -> dict[str, State]:
+    def export(self, module: HashtagModule, state: StateDict) -> dict[str, StateDict]:
         return {"backbone": part(state, "towers.vision."), "head": part(state, "head.")}
 
     def export_files(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from stages.base import (
     Batch,
     Parents,
     Stage,
-    State,
+    StateDict,
     StepOutput,
     VisionModule,
     load_vision,
@@ -41,7 +41,7 @@ class MaeOptions:
 
     mask_ratio: float = 0.75  # images
     video_mask_ratio: float = 0.9  # clips
-    video_mask: Literal["tube", "random"] = "tube"  # the same places in every time slot, or any
+    video_mask: Literal["tube", "random"] = "tube"  # the same places in each time slot, or any
     norm_pix_loss: bool = True
     decoder_dim: int = 512
     decoder_depth: int = 4
@@ -101,7 +101,7 @@ def reconstruct(
     """Reconstruct normalised pixels: predictions and targets [B, n, P] of all patches, and the mask
     [B, n].
 
-    Every visible token goes through the backbone: the decoder puts it back in its place.
+    The backbone keeps every visible token: the decoder needs each one at its place.
     """
     vision = module.vision
     grid = vision.token_grid(pixels)
@@ -123,7 +123,7 @@ class MaeModule(VisionModule):
         self.decoder = make_decoder(config.mae, self.vision)
 
     def keep_rate(self, progress: float) -> KeepRate:
-        return 1.0  # the decoder puts every visible token back in its place
+        return 1.0  # the decoder needs every visible token at its place
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         pixels = self.normalize(batch["pixels"])
@@ -142,7 +142,7 @@ class MaeStage(Stage[MaeConfig]):
     def build(self, parents: Parents) -> MaeModule:
         module = MaeModule(self.config)
         load_vision(module, parents.vision)
-        self.geometry = module.vision.geometry  # the masks are drawn on the data side
+        self.geometry = module.vision.geometry  # transform draws the masks
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
@@ -181,5 +181,5 @@ class MaeStage(Stage[MaeConfig]):
         with torch.device("meta"):
             return make_decoder(self.config.mae, self._sketch)
 
-    def export(self, module: MaeModule, state: State) -> dict[str, State]:
+    def export(self, module: MaeModule, state: StateDict) -> dict[str, StateDict]:
         return {"backbone": part(state, "towers.vision."), "decoder": part(state, "decoder.")}

@@ -16,7 +16,7 @@ from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.text.caption_probe import look_at
 from data_pipelines.text.captions import choose_captions, kept_captions, texts_of
-from stages.base import Batch, Facts, Parents, Stage, StageModule, State, StepOutput, part
+from stages.base import Batch, Facts, Parents, Stage, StageModule, StateDict, StepOutput, part
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import SENTENCES
 from xray.config import RunConfig, TextConfig
@@ -25,7 +25,7 @@ from xray.losses import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 
-NOBODY = 1 << 40  # the id of a text that belongs to no row
+NOBODY = 1 << 40  # id of a text that is no row's positive
 
 
 @dataclass
@@ -33,8 +33,8 @@ class TextOptions(TextConfig):
     """LLM and contrastive loss."""
 
     temperature: float = 0.05
-    negatives: str = ""  # json field of texts that are like a sample's captions, and wrong
-    negatives_each: int = 1  # of them per sample and step; a sample may have fewer
+    negatives: str = ""  # json field of hard negatives: wrong texts similar to the captions
+    negatives_each: int = 1  # negatives per sample and step; a sample may have fewer
 
 
 @dataclass
@@ -120,7 +120,7 @@ class TextStage(Stage[TextRunConfig]):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
         resolved = self.language.config
-        assert isinstance(resolved, TextOptions)  # the one given, with settings filled in
+        assert isinstance(resolved, TextOptions)  # the given section with defaults resolved
         self.config.text = resolved
         negatives, found = self.config.text.negatives, 0
         for name, source in sources.items():
@@ -180,7 +180,7 @@ class TextStage(Stage[TextRunConfig]):
     def spans(self) -> list[tuple[float, float]]:
         return []
 
-    def export(self, module: TextModule, state: State) -> dict[str, State]:
+    def export(self, module: TextModule, state: StateDict) -> dict[str, StateDict]:
         tower: Any = module.towers["text"]
         return {"text": tower.changes(part(state, "towers.text."))}
 

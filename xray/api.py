@@ -32,7 +32,7 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError, DataError, brief
 from xray.models.token_reduction import KeepRate
 
-Media = str | Path | Image.Image | Tensor  # a file, a picture, or what `preprocess` made of one
+Media = str | Path | Image.Image | Tensor  # a file, an image, or a result of `preprocess`
 TEMPLATE = "a photo of a {}"
 
 
@@ -42,13 +42,13 @@ def load(
     """Load the model of an artifact.
 
     Args:
-        artifact: its folder, its stage's folder, or a URL that fsspec reads (fetched once).
-        device: auto (a GPU where there is one), or torch's name of one: cpu, cuda, cuda:1.
+        artifact: its folder, its stage's folder, or a URL that fsspec reads (downloaded once).
+        device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1.
         keep_rate: share of patch tokens kept at each reducing block, or one per block, instead of
             the artifact's own; 1 = all.
-        llm: where the LLM lies that the artifact is based on, if not where it was in training.
+        llm: folder of the base LLM, if it has moved since training.
 
-    Raises ArtifactError for what is no whole artifact, ConfigError for an impossible keep rate.
+    Raises ArtifactError for a missing or damaged artifact, ConfigError for an impossible keep rate.
     """
     return Model(open_artifact(artifact, llm), device, keep_rate)
 
@@ -56,8 +56,8 @@ def load(
 class Model:
     """Model of an artifact; all features are float32, normalised, on CPU.
 
-    `artifact` has the manifest, `encoder` the torch module behind it. A method that the artifact
-    has not the parts for raises ArtifactError, a file or value that cannot be read DataError.
+    artifact: with the manifest. encoder: the torch module. A method that the artifact cannot support
+    raises ArtifactError; a file or value that cannot be read raises DataError.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Model:
     def preprocess(self, media: str | Path | Image.Image) -> Tensor:
         """Decode an image to [3, S, S] uint8, or a clip file to [T, 3, S, S], as in evaluation.
 
-        The largest centred square, resized once; the middle frames. The model itself normalises.
+        Takes the largest centred square, resized once, and the middle frames. The model normalises.
         """
         self._vision("preprocess")
         pixels = self._read(media)
@@ -107,7 +107,7 @@ class Model:
     def encode_image(self, images: Media | Sequence[Media], batch_size: int = 64) -> Tensor:
         """Encode images to [N, E]: in the joint space with texts (clip), else CLS features.
 
-        A tensor is one picture [3, S, S] or many [N, 3, S, S], uint8 from `preprocess`.
+        A tensor is one image [3, S, S] or many [N, 3, S, S], uint8 from `preprocess`.
         """
         return self._encode(_each(images, (3,), "encode_image"), False, batch_size)
 
@@ -139,9 +139,9 @@ class Model:
         """Return the `top` tags of each image or clip with their probabilities, most probable
         first.
 
-        A hashtag artifact has tags of its own. A clip artifact chooses among `tags`, each put into
-        `template` in place of {}: a softmax over the likeness to these prompts. A tensor is one
-        picture, [3, S, S]; in a list also a clip, [T, 3, S, S].
+        A hashtag artifact has its own tags. A clip artifact chooses among `tags` by a softmax over the
+        similarity to prompts: `template` with the tag in place of {}. A tensor is one image
+        [3, S, S]; in a list also a clip [T, 3, S, S].
         """
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from data_pipelines.shards.source import open_source
 from xray.commands.main import app
 from xray.config import DataConfig
-from xray.recipes.report_examples import _matrix, _mistakes, look
+from xray.recipes.report_examples import _matrix, _mistakes, read_examples
 from xray.recipes.report_figures import curves
 from xray.reports.html import Card, cards, gallery, write_report
 from xray.reports.tables import ResultTable
@@ -110,7 +110,7 @@ def test_samples_keep_their_captions_and_classes(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     write_tar(tmp_path / "set" / "0.tar", files)
     source = open_source("set", str(tmp_path / "set"), "image")
-    found = look(source, DataConfig(resolution=16))
+    found = read_examples(source, DataConfig(resolution=16))
     assert found.labels == [0, 1, 3, 4, 5] and len(found.pixels) == 5
     assert found.captions == [[], ["picture 1"], ["picture 3"], [], ["picture 5"]]
 

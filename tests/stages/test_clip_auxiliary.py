@@ -26,7 +26,7 @@ def changed(value: Any) -> Any:
 
 def test_an_option_that_is_new_is_refused_until_it_is_read() -> None:
     check_unread(WithANewOption())
-    with pytest.raises(ConfigError, match="hashtag.sharpness=0.7 does nothing in the clip stage"):
+    with pytest.raises(ConfigError, match=r"hashtag\.sharpness=0.7 does nothing in the clip stage"):
         check_unread(WithANewOption(sharpness=0.7))
 
 
@@ -37,5 +37,5 @@ def test_every_option_is_read_or_refused(item: Any) -> None:
     if item.name in READ:
         check_unread(options)
     else:
-        with pytest.raises(ConfigError, match=f"hashtag.{item.name}="):
+        with pytest.raises(ConfigError, match=rf"hashtag\.{item.name}="):
             check_unread(options)

@@ -25,7 +25,7 @@ from stages.base import (
     Batch,
     Parents,
     Stage,
-    State,
+    StateDict,
     StepOutput,
     VisionModule,
     load_vision,
@@ -88,7 +88,7 @@ class ColourStage(Stage[ColourConfig]):
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         return {"pixels": load_pixels(sample, self.config.data, rng)}
 
-    def export(self, module: ColourModule, state: State) -> dict[str, State]:
+    def export(self, module: ColourModule, state: StateDict) -> dict[str, StateDict]:
         return {"backbone": part(state, "towers.vision."), "head": part(state, "head.")}
 
 
@@ -126,7 +126,7 @@ def call(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def run(registered: None, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that a signal stopped after two of its three steps, and that was resumed."""
+    """A run that a signal stopped after two of its three steps, and that was resumed."""
     out = tmp_path_factory.mktemp("colour")
     with pytest.MonkeyPatch.context() as patch:
         stop = lambda *given: signal.raise_signal(signal.SIGTERM)  # noqa: E731

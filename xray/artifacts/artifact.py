@@ -4,8 +4,8 @@
                lineage/HASH.json ...  README.md
 
 The manifest holds the sha256 of every file, the resolved config, hashes of config and data, and the
-parents by the hash of their manifests, which lie in lineage/ with those of all ancestors; nothing
-in an artifact is pickled, and nothing in it depends on where it lies.
+parents by the hash of their manifests. These are copied to lineage/ with those of all ancestors.
+Nothing is pickled, and an artifact can be moved.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from xray.version import __version__
 SCHEMA = 1
 PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
 LINEAGE = "lineage"  # the folder of the ancestors' manifests
-SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # of a manifest: objects
-State = Literal["ok", "changed", "missing", "unnamed"]
+SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # objects in a manifest
+FileState = Literal["ok", "changed", "missing", "unnamed"]
 COMPLAINTS = {
     "missing": "is missing: the artifact is incomplete",
     "unnamed": "is no file that the artifact's manifest names: remove it",
@@ -54,8 +54,8 @@ class Artifact:
     path: Path
     manifest: dict[str, Any]
     digest: str  # sha256 of manifest.json
-    origin: str  # where it was opened: the URL it was fetched from, or its folder's full path
-    llm: str = ""  # the folder of the LLM it is based on, if not where that was in training
+    origin: str  # the URL it was fetched from, or its folder's full path
+    llm: str = ""  # folder of the base LLM, if it has moved since training
 
     @property
     def stage(self) -> str:
@@ -89,8 +89,8 @@ class Artifact:
 def open_artifact(path: str | Path, llm: str = "") -> Artifact:
     """Open an artifact in a folder or at a URL, and verify every byte of it.
 
-    A URL's is fetched into the user's cache, once per host. llm: where the LLM lies that it is
-    based on, if it is there no more. Raises ArtifactError when it is missing, incomplete, changed,
+    An artifact at a URL is downloaded into the user's cache, once per host. llm: folder of the base
+    LLM, if it has moved. Raises ArtifactError for an artifact that is missing, incomplete, changed
     or of a newer schema.
     """
     place, content, manifest = find_manifest(path)
@@ -110,10 +110,10 @@ def open_artifact(path: str | Path, llm: str = "") -> Artifact:
 def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
     """Find an artifact and read its manifest: (place, bytes, content); no other file is read.
 
-    Raises ArtifactError where there is none, or none that this version reads.
+    Raises ArtifactError if there is none that this version can read.
     """
     base = str(path).rstrip("/") if is_remote(str(path)) else str(Path(path).expanduser())
-    for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder will do
+    for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder is accepted
         try:
             content = place.read("manifest.json")
         except OSError as error:
@@ -146,7 +146,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     return manifest
 
 
-def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
+def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, FileState]]:
     """Hash every file of an artifact again and yield its name and state."""
     for name, expected in manifest["files"].items():
         found = place.sha256(name)
@@ -188,9 +188,8 @@ def write_artifact(
 ) -> None:
     """Write an artifact under a temporary name and rename it; never overwrites one.
 
-    card: the text of README.md, told from the folder. It repeats the manifest, which therefore does
-    not name it: people may edit it. Raises ArtifactError where the artifact cannot be written;
-    nothing is left of it then.
+    card: makes the text of README.md from the folder. The manifest has no hash of it, so people may
+    edit it. Raises ArtifactError if the artifact cannot be written, and removes what was written.
     """
     with _whole_or_none(path) as temporary:
         _fill(temporary, parts, files)

@@ -27,17 +27,17 @@ from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, text_head
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.token_reduction import KeepRate
-from xray.models.tokenizer import CaptionTokenizer, Tokens
+from xray.models.tokenizer import CaptionTokenizer, TokenIds
 from xray.models.weight_loading import load_adapted
 from xray.progress import progress_of
 
-TEXTS = 256  # captions that are encoded at a time
+TEXTS = 256  # captions per batch
 
 
 def restore_vision(artifact: Artifact) -> VisionBackbone:
     """Build the backbone of an artifact with its weights, in eval mode."""
     data = data_config(artifact)
-    with torch.device("meta"):  # its weights are loaded over
+    with torch.device("meta"):  # its weights are loaded below
         backbone = VisionBackbone(
             model_config(artifact), largest(data.resolution), largest(data.frames)
         )
@@ -86,8 +86,8 @@ class VisionEncoder(nn.Module):
     def cls(self, pixels: Tensor) -> Tensor:
         """Encode [B, T, 3, H, W] pixels in 0..255 to CLS features [B, D] on the model's device.
 
-        A gradient flows to float pixels, through the tokens that are kept and those that are
-        fused: which of them are kept is no function with a gradient.
+        Float pixels receive a gradient through kept and fused tokens. The choice of the kept tokens
+        has no gradient.
         """
         pixels = pixels.to(self.normalize.mean.device)
         return self.vision(self.normalize(pixels), self.keep_rate).cls
@@ -135,7 +135,7 @@ class Encoder(ImageEncoder):
         self.text_adapter = text_head(options.text_head, *sizes)
         self.matryoshka = options.matryoshka
         head = artifact.load("head")
-        # the bias of the sigmoid loss changes no order
+        # the bias of the sigmoid loss does not change a ranking
         alone = ("logit_scale", "logit_bias")
         state = {name: value for name, value in head.items() if name not in alone}
         wrong = self.load_state_dict(state, strict=False).unexpected_keys
@@ -143,7 +143,7 @@ class Encoder(ImageEncoder):
             raise ArtifactError(f"{artifact.path}: head.safetensors has an unknown {wrong[0]}")
         self.eval()
 
-    def text_features(self, tokens: Tokens) -> Tensor:
+    def text_features(self, tokens: TokenIds) -> Tensor:
         """Encode tokens [..., L] to [..., E] in the joint space, normalised."""
         return F.normalize(self.text_adapter(self.text(**tokens)).float(), dim=-1)
 
@@ -173,7 +173,7 @@ class TextEncoder(nn.Module):
     def before(cls, artifact: Artifact) -> TextEncoder | None:
         """Load the base model; None if its folder is gone or holds another model."""
         config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
-        if config.pooling == "latent":  # which the base model lacks
+        if config.pooling == "latent":  # the base model has no such weights
             config = dataclasses.replace(config, pooling="mean")
         try:
             language = Language(config)
@@ -196,12 +196,12 @@ def _base(artifact: Artifact) -> str:
 def encode_captions(
     captions: Sequence[str],
     tokenizer: CaptionTokenizer,
-    encode: Callable[[Tokens], Tensor],
+    encode: Callable[[TokenIds], Tensor],
     device: torch.device,
 ) -> Tensor:
     """Encode N captions in batches: normalised float32 [N, D] on CPU.
 
-    Raises DataError for features that are no numbers.
+    Raises DataError for NaN or infinite features.
     """
     rows, starts = [], range(0, len(captions), TEXTS)
     for start in progress_of("texts")(starts, len(starts)):

@@ -19,16 +19,16 @@ from xray.models.text_tower import TextTower, is_added
 from xray.models.tokenizer import CaptionTokenizer, cut_share
 
 log = logging.getLogger("xray")
-# What an artifact decides for those that start from it.
+# Settings that a run takes from its text parent.
 STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets", "attention", "pooling", "latents", "prompt")
-MOST_CUT = 0.1  # of captions, beyond which a run says so
+MOST_CUT = 0.1  # share of truncated captions above which a run warns
 
 
 class Language:
     """Model that encodes captions, from a folder or from a text or clip artifact.
 
-    `config` is the text section with the artifact's structure in it, `digest` the folder's hash.
-    Raises ConfigError or ArtifactError for what cannot be used.
+    config: text section with the artifact's structure. digest: hash of the folder. Raises
+    ConfigError or ArtifactError for a model that cannot be used.
     """
 
     def __init__(self, config: TextConfig, parent: Artifact | None = None) -> None:
@@ -36,7 +36,7 @@ class Language:
         if parent is None:
             self.folder = find_llm(config.llm)
             self.digest = llm_digest(self.folder)
-            if config.tune == "none":  # LoRA that is never trained would be dead weight
+            if config.tune == "none":  # untrained LoRA weights would be useless
                 config = dataclasses.replace(config, lora_rank=0)
         else:
             config = _inherited(config, parent)
@@ -48,7 +48,7 @@ class Language:
                 "text.pooling=latent has weights to be trained: set text.tune=lora or full, or "
                 "start from a text artifact (--init-from)"
             )
-        if Path(config.llm).is_dir():  # what is recorded must be found from any folder
+        if Path(config.llm).is_dir():  # the recorded path must work from any folder
             config = dataclasses.replace(config, llm=str(Path(config.llm).resolve()))
         self.config = config
         self.tokenizer = CaptionTokenizer(self.folder, config)
@@ -119,7 +119,7 @@ def _folder(artifact: Artifact, llm: str) -> Path:
     """Find the folder of the config, tokenizer and, unless the artifact has all weights, base
     weights.
 
-    Raises ArtifactError when the base model is not the one it was trained with.
+    Raises ArtifactError if the base model is not the one of training.
     """
     if not _needs_base(artifact):
         return artifact.path / "llm"

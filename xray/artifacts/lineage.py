@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from xray.artifacts.artifact import LINEAGE, State, file_states, find_manifest, parse_manifest
+from xray.artifacts.artifact import LINEAGE, FileState, file_states, find_manifest, parse_manifest
 from xray.artifacts.location import Place
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
 
-# Whether an ancestor lies where its child found it: a URL's is not looked at unless it is asked for
-# itself, and in the place of a replaced one lies another artifact.
+# State of an ancestor at the path that its child recorded. URLs are not checked; "replaced" means
+# that another artifact is there now.
 Where = Literal["found", "gone", "replaced", "url"]
 TOLD = ("samples", "data_digest", "config_hash", "inputs", "metrics", "keep_rate", "seconds",
         "versions", "git_commit")  # fmt: skip
-# What of a parent's config its child goes on with, and where the two may differ.
+# Config sections that a child continues from its parent, and in which the two may differ.
 COMPARED: dict[str, dict[str, type]] = {
     "vision": {"model": ModelConfig, "data": DataConfig},
     "text": {"text": TextConfig, "data": DataConfig},
@@ -32,8 +32,8 @@ Known = dict[str, dict[str, Any]]  # manifests by hash
 class Link:
     """One artifact of a lineage.
 
-    slot: what it is to its child, "" for the artifact itself. manifest: None where nothing tells of
-    it. differs: settings that its child changed. files: what was looked at, and how it is.
+    slot: parent slot of its child that it fills, "" for the artifact itself. manifest: None if it is
+    not known. differs: settings that its child changed. files: state of each file that was checked.
     """
 
     depth: int
@@ -44,7 +44,7 @@ class Link:
     where: Where
     manifest: dict[str, Any] | None
     differs: list[str] = field(default_factory=list)
-    files: dict[str, State] = field(default_factory=dict)
+    files: dict[str, FileState] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
@@ -64,7 +64,7 @@ class Link:
 def lineage(path: str | Path, verify: bool = False) -> list[Link]:
     """List an artifact and its ancestors, children first; `verify` hashes their files.
 
-    Without it manifests alone are read. Raises ArtifactError where there is no artifact.
+    Without `verify` only manifests are read. Raises ArtifactError if there is no artifact.
     """
     place, content, manifest = find_manifest(path)
     known, damaged = _carried(place, manifest)
@@ -79,10 +79,10 @@ def lineage(path: str | Path, verify: bool = False) -> list[Link]:
     return chain
 
 
-def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str, State]]:
+def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str, FileState]]:
     """Read the ancestors' manifests in an artifact: (manifests by hash, damaged files)."""
     known: Known = {}
-    damaged: dict[str, State] = {}
+    damaged: dict[str, FileState] = {}
     for name in manifest["files"]:
         folder, _, file = name.partition("/")
         if folder != LINEAGE:
@@ -101,7 +101,7 @@ def _ancestors(child: Mapping[str, Any], known: Known, depth: int) -> Iterator[L
     for slot, parent in child["parents"].items():
         digest, path = str(parent["manifest"]), str(parent["path"])
         where, here = _look(path, digest)
-        if where == "found" and digest not in known:  # the child is of before it carried them
+        if where == "found" and digest not in known:  # the child is older than carried lineages
             known |= _carried(Place(path), here)[0] | {digest: here}
         manifest = known.get(digest)
         link = Link(depth, slot, str(parent["stage"]), digest, path, where, manifest)

@@ -9,16 +9,16 @@ from tempfile import TemporaryDirectory
 from data_pipelines.shards.remote import fetch_file, fetch_small, is_remote
 from xray.files import inside, sha256_file
 
-FIRST_PATIENCE = 60.0  # seconds to go on trying to reach a place
-PATIENCE = 600.0  # and to fetch one of its files
+FIRST_PATIENCE = 60.0  # seconds of retries to read a manifest
+PATIENCE = 600.0  # seconds of retries to download a file
 
 
 @dataclass(frozen=True)
 class Place:
     """A folder or a URL, and the files below it by name.
 
-    Its methods raise ArtifactError for a link to the outside, DataError for a URL that cannot be
-    read.
+    Its methods raise ArtifactError for a link that points outside, and DataError for a URL that
+    cannot be read.
     """
 
     where: str
@@ -60,7 +60,7 @@ class Place:
     def unnamed(self, files: list[str]) -> list[str]:
         """List files in the subfolders of these files that are not among them: a library that reads
         such a folder would read them."""
-        if self.remote:  # of which nothing but named files is fetched
+        if self.remote:  # only named files are downloaded
             return []
         folders = {self.folder / name.partition("/")[0] for name in files if "/" in name}
         below = [path for top in folders for path in top.rglob("*")]

@@ -19,7 +19,7 @@ from xray.models.heads import TextHead
 from xray.models.mae_decoder import Masking
 
 T = TypeVar("T")
-OF_RUN = ("data", "optim", "train", "debug", "zero")  # sections that say how a run is done
+OF_RUN = ("data", "optim", "train", "debug", "zero")  # sections of the run, not of the model
 OF_TRAINING = ("sources", "blocks", "validation")  # keys of the data section
 
 

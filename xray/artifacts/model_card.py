@@ -1,6 +1,6 @@
 """Model cards: the README.md of an artifact and of an export.
 
-A card is told from manifests alone: nothing in it was measured for it.
+A card is written from manifests alone; no new measurement is made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offer
 from xray.config.schedule import value_at
 
 T = TypeVar("T")
-# What an artifact is, and how it is used, by the first of these capabilities that it offers.
+# Summary and usage by capability; an artifact takes the first one that it offers.
 PURPOSES = {
     JOINT: "A vision backbone and a text tower in one space: images, clips and texts compared.",
     TAGS: "A vision backbone with a head that tells the hashtags of images and clips.",
@@ -32,7 +32,7 @@ USES = {
     VISION: ['features = model.encode_image("photo.jpg")  # [1, D], of unit length'],
     SENTENCES: ['vectors = model.encode_text(["a dog on a beach"])  # [1, D], of unit length'],
 }
-# Metrics that tell of the machine or the schedule, not of the model.
+# Metrics of the machine or the schedule, not of the model.
 LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "mfu")
 UNKNOWN = (
     "Unknown: nobody has stated it. Set `license=` in the run's config (an SPDX identifier such as "
@@ -58,7 +58,7 @@ def card(
 ) -> str:
     """Write a card as Markdown with the front matter that model hubs read.
 
-    chain: the artifact's lineage. code: how it is loaded. more: sections before the lineage.
+    chain: the artifact's lineage. code: lines that load it. more: sections before the lineage.
     """
     manifest = chain[0].manifest or {}
     licence, offers = license_of(manifest), offers_of(manifest)

@@ -1,7 +1,7 @@
 """Capabilities of artifacts: code that reads an artifact asks for these, not for its stage.
 
 A stage writes them into the manifest: `offers`, a list of the names below; `heads`, the section of
-the run's config that describes a head, where it is not the usual one; `summary`, a sentence for the
+the run's config that describes a head, if it is not the usual one; `summary`, a sentence for the
 model card.
 """
 
@@ -18,7 +18,7 @@ TAGS = "tags"  # a tag head with its vocabulary
 SENTENCES = "sentences"  # a text tower tuned on captions
 JOINT = "joint"  # images, clips and texts in one space
 
-# Manifests written before they held `offers`.
+# For manifests of older versions, which have no `offers`.
 OFFERS_OF_STAGE = {
     "mae": (VISION, DECODER),
     "hashtag": (VISION, TAGS),

@@ -24,7 +24,7 @@ CAPTIONS = (
     "a dog on a beach",
     "Two people ride bicycles along a river, in the rain.",
     "red",
-    "a very long caption " * 40,  # longer than any text tower reads: it is cut
+    "a very long caption " * 40,  # longer than any text tower reads: truncated
 )
 NAMED = "model.safetensors"
 
@@ -34,7 +34,7 @@ class Export:
     """Result of an export: the code that loads it, and the differences of its features from
     ours.
 
-    differences: by output the largest absolute difference of unit-length features.
+    differences: largest absolute difference of normalised features, by output.
     """
 
     library: str
@@ -76,8 +76,8 @@ def difference(theirs: Tensor, features: Tensor) -> float:
 def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
     """Return the backbone's weights by timm's names, for images alone.
 
-    The stem's temporal kernels are summed, which is what a still picture meets; positions are
-    those of the side in pixels; what only clips need is left out.
+    The stem's temporal kernels are summed, as for a still image. Position embeddings are resampled
+    to the side in pixels. Weights that only clips use are left out.
     """
     vision = encoder.vision
     state = {k: v.detach().clone() for k, v in vision.state_dict().items()}

@@ -18,7 +18,7 @@ from xray.files import replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
 Format = Literal["timm", "open_clip", "onnx", "safetensors"]
-TOLERANCE = 1e-5  # of unit-length features: what another order of the same sums makes of fp32
+TOLERANCE = 1e-5  # of normalised features: fp32 rounding by another order of sums
 
 
 def convert(
@@ -30,8 +30,8 @@ def convert(
 ) -> Export:
     """Write an artifact in another library's format; on failure nothing is left.
 
-    keep_rate, frames: of an ONNX graph, whose keep rate and frames are fixed. Raises ConfigError
-    for what cannot be asked, ArtifactError for a model that the format cannot hold exactly.
+    keep_rate, frames: fixed in an ONNX graph, not used by other formats. Raises ConfigError for
+    impossible options, ArtifactError for a model that the format cannot represent exactly.
     """
     if form not in get_args(Format):
         raise ConfigError(f"--to {form}: it is one of {', '.join(get_args(Format))}")

@@ -53,7 +53,7 @@ class ImageTower(nn.Module):
 def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: int) -> Export:
     """Write model.onnx and config.json. frames: 1 for images, more for clips of so many.
 
-    Raises ConfigError for a keep rate that cannot be, and where onnx is not installed.
+    Raises ConfigError for an impossible keep rate, and if onnx is not installed.
     """
     try:
         import onnxruntime
@@ -79,12 +79,12 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
     with torch.no_grad():
         expected = tower(given)
     differences: dict[str, float] = {}
-    for count in (len(given), 1):  # the batch is free
+    for count in (len(given), 1):  # the batch size is dynamic
         found = session.run(None, {"pixels": given[:count].numpy()})
         for name, theirs, mine in zip(tower.outputs, found, expected, strict=True):
             gap = (torch.from_numpy(theirs) - mine[:count]).abs().max().item()
             differences[name] = max(gap, differences.get(name, 0.0))
-    # the graph's own trace is compared with the encoder that evaluation uses, too
+    # the traced module is also compared with the encoder that evaluation uses
     differences["features"] = max(
         differences["features"], difference(expected[0], encoder.features(pixels))
     )
@@ -123,7 +123,7 @@ def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # the exporter's own kinds
+    except Exception as error:  # the exporter has its own exception types
         raise ConfigError(f"torch cannot write this model as ONNX: {brief(error)}") from error
     finally:
         for logger, level in zip(quiet, levels, strict=True):

@@ -31,7 +31,7 @@ from xray.exports.common import (
 )
 
 MODEL = "open_clip_model.safetensors"
-# Of a text tower that is not there: one token, whose features are NaN, so that nobody uses them.
+# Placeholder for a missing text tower: one token, with NaN features so that no one uses them.
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
@@ -39,7 +39,8 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
     """Write open_clip_config.json and the weights: the image tower with all tokens kept, and the
     text tower if it is CLIP's.
 
-    Raises ArtifactError for a backbone that open_clip's ViT is not, ConfigError without open_clip.
+    Raises ArtifactError for a backbone that open_clip's ViT cannot represent, ConfigError if
+    open_clip is not installed.
     """
     try:
         import open_clip
@@ -71,7 +72,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
     name = f"local-dir:{out}"
     try:
         model = open_clip.create_model(name).eval()
-    except Exception as error:  # a shape that open_clip builds otherwise
+    except Exception as error:  # a shape that open_clip builds differently
         raise ArtifactError(f"open_clip cannot load what was written: {brief(error)}") from error
     pixels, encoder.keep_rate = pictures(side), 1.0
     with torch.no_grad():
@@ -181,7 +182,7 @@ def _config(
         "norm_kwargs": {"eps": first.norm1.eps},
     }
     if is_there(first.ls1):
-        image["ls_init_value"] = 1.0  # the scales are in the weights
+        image["ls_init_value"] = 1.0  # replaced by the weights
     text: dict[str, Any] = dict(NO_TEXT)
     if texts is not None:
         llm: Any = texts.text.llm
@@ -197,7 +198,7 @@ def _config(
             "pool_type": "eos",
             "eos_id": tokenizer.eos_token_id,
             "pad_id": tokenizer.pad_token_id,
-            "hf_tokenizer_name": ".",  # any name: open_clip takes the folder's
+            "hf_tokenizer_name": ".",  # any name: open_clip reads the folder
         }
     model = {
         "embed_dim": encoder.vision_projection.out_features,
@@ -205,7 +206,7 @@ def _config(
         "text_cfg": text,
     }
     if artifact.has_tensor("head", "logit_bias"):
-        model["init_logit_bias"] = 0.0  # it is in the weights
+        model["init_logit_bias"] = 0.0  # replaced by the weights
     reads = {"interpolation": "bicubic", "resize_mode": "shortest", "size": side}
     preprocess = {**reads, "mean": data.mean, "std": data.std}
     return {"model_cfg": model, "preprocess_cfg": preprocess}

@@ -2,9 +2,9 @@
 
 vision.safetensors   timm's names, stem and positions for clips included
 head.safetensors     projections, tag head, logit scale
-decoder.safetensors  of a mae artifact
-text/                a transformers folder, LoRA added into the weights; its tokenizer
-config.json          how they go together
+decoder.safetensors  if there is a MAE decoder
+text/                a transformers folder with LoRA merged into the weights, and its tokenizer
+config.json          stage, sizes and settings of all parts
 """
 
 from __future__ import annotations

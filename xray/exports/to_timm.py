@@ -29,7 +29,7 @@ from xray.exports.common import (
 def to_timm(artifact: Artifact, out: Path) -> Export:
     """Write config.json and model.safetensors: features of images with all tokens kept.
 
-    Raises ArtifactError for a backbone that is none of timm's without what is left out.
+    Raises ArtifactError for a backbone that timm cannot represent.
     """
     encoder, side = vision_of(artifact, "timm"), image_side(artifact)
     settings = timm_config(artifact, encoder, side)

@@ -14,7 +14,7 @@ from xray.config import TextConfig
 from xray.errors import ConfigError, brief
 from xray.models.llm_folder import OWN_CODE, check_no_code
 
-Tokens = dict[str, Tensor]
+TokenIds = dict[str, Tensor]
 TOKENS = ("input_ids", "attention_mask", "pooled_mask")
 
 
@@ -45,7 +45,7 @@ class CaptionTokenizer:
         used = [self.tokenizer.vocab_size - 1, self.tokenizer.pad_token_id]
         return max([*used, *self.tokenizer("a")["input_ids"]])
 
-    def __call__(self, captions: Sequence[str]) -> Tokens:
+    def __call__(self, captions: Sequence[str]) -> TokenIds:
         """Captions -> `input_ids`, `attention_mask` and `pooled_mask`, [C, L], padded at the right.
 
         `pooled_mask` leaves out padding, and what comes before the first token after the prompt.
@@ -70,7 +70,7 @@ class CaptionTokenizer:
         ids = self.tokenizer([self.prompt + caption for caption in captions])["input_ids"]
         return [len(row) for row in ids]
 
-    def pad(self, rows: Sequence[Tokens]) -> Tokens:
+    def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
         """[C, L] of each sample -> [B, C, longest L]."""
         longest = max(row["input_ids"].shape[-1] for row in rows)
         fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "pooled_mask": 0}

@@ -1,9 +1,9 @@
 """Estimate of a stage's memory by part, FLOPs, hours and checkpoint size, and settings that make it
 fit.
 
-The bytes of a micro-batch come from `fake_step.py`. How DeepSpeed keeps the rest, as `engine.py`
-sets it up (fp32 weights, bf16 by autocast), is arithmetic on the numbers of parameters; what it
-allocates beside them was read in DeepSpeed 0.19 and measured by `tools/benchmarks/bench_memory.py`.
+The bytes of a micro-batch come from `fake_step.py`. The rest is arithmetic on the numbers of
+parameters, for DeepSpeed as `engine.py` sets it up (fp32 weights, bf16 by autocast). DeepSpeed's
+own buffers follow its version 0.19 and were measured by `tools/benchmarks/bench_memory.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xray.training.gpu_specs import Gpu
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
 FP32 = 4
 ZeroStage = Literal[0, 1, 2, 3]
-SLICES = 3  # of a part of a stage in which each step is another one
+SLICES = 3  # simulated steps of a part in which every step differs
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Resources:
     world: int
     size: Size
     memory: Memory
-    flops: float  # of a whole step over all devices, a mean over the stage
-    recomputed: float  # of them in forwards that are run twice for the gradient cache
-    tokens: float  # of a step, likewise
-    micros: int  # micro-batches of a step, at the stage's most
+    flops: float  # per step over all devices, mean over the stage
+    recomputed: float  # FLOPs of these for the gradient cache's second forward pass
+    tokens: float  # per step over all devices, mean over the stage
+    micros: int  # micro-batches per step, maximum over the stage
 
     @property
     def checkpoint(self) -> int:
@@ -100,8 +100,8 @@ def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
 def _points(config: RunConfig) -> dict[float, float]:
     """Choose points of progress to simulate, each with the share of the stage that it represents.
 
-    Where a step changes at once that is the start of what follows; while it changes all the time
-    (keep rate, masks) the middles of SLICES parts, and the start for its memory alone.
+    After a sudden change, its start. While a step changes gradually (keep rate, masks), the middles
+    of SLICES parts, and the start for its memory only.
     """
     starts, spans = starts_of(config), moving(config)
     found: dict[float, float] = {}
@@ -171,15 +171,15 @@ def _backward(
 ) -> tuple[Peak, int, int]:
     """Return (micro-batch, gradients, DeepSpeed's buffers) at the peak of a backward pass."""
     stage, trained = config.zero.stage, FP32 * size.trained
-    before = rehearsal.micros > 1  # gradients of other micro-batches are there
+    before = rehearsal.micros > 1  # gradients of earlier micro-batches exist
     if stage == 0:
         return rehearsal.with_gradients, rehearsal.with_gradients.gradients, 0
     alone = rehearsal.alone
     if stage == 3:
-        copies = 2 * FP32 * reduce_bucket(config.zero, size.trained)  # of a bucket, to be scattered
+        copies = 2 * FP32 * reduce_bucket(config.zero, size.trained)  # of a bucket, for the scatter
         return alone, own, max(0, copies - alone.total)
     accumulated = before * (trained if stage == 1 else own)
-    end = own + before * (2 * own if stage == 2 else 0)  # when no activation is left
+    end = own + before * (2 * own if stage == 2 else 0)  # when all activations are freed
     rest = max(0, end - alone.total - accumulated)
     return alone, accumulated, rest + FP32 * reduce_bucket(config.zero, size.trained)
 
@@ -201,8 +201,8 @@ class Change:
 def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -> Change | None:
     """Find the first change that fits into `capacity` bytes, or None.
 
-    In the order of what they cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then
-    gradient checkpointing, then offloading.
+    In the order of their cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then gradient
+    checkpointing, then offloading.
     """
 
     @functools.cache
@@ -221,14 +221,14 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
             if memory.total <= capacity:
                 return Change(_difference(config, changed, micro), memory)
             if memory.weights + memory.llm + memory.optimizer > capacity:
-                break  # no micro-batch is small enough
+                break  # no micro-batch can fit
     return None
 
 
 def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, bool, bool]]:
     """Yield (ZeRO stage, checkpointing, offload) from the current settings, cheapest first."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
-    most = 2 if config.train.compile else 3  # which refuses stage 3
+    most = 2 if config.train.compile else 3  # torch.compile does not support ZeRO 3
     stages: list[ZeroStage] = [n for n in get_args(ZeroStage) if config.zero.stage <= n <= most]
     yield from ((stage, has, offload) for stage in stages)
     if not has and VISION in stage_class(config.stage).offers:

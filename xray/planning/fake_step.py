@@ -34,10 +34,10 @@ GRADIENTS = "gradients"
 class Size:
     """Size of a module's tensors, in values and in bytes."""
 
-    trained: int  # values, all of them fp32
-    largest: int  # of them in one parameter
+    trained: int  # values, all fp32
+    largest: int  # values of the largest trained parameter
     frozen: int  # values
-    frozen_bytes: int  # but for the LLM
+    frozen_bytes: int  # without the LLM
     llm_bytes: int  # of the text tower, trained or not
     llm_trained: int  # values
 
@@ -49,8 +49,8 @@ class Peak:
     activations: int
     logits: int
     batch: int
-    features: int  # of blocks that are cut, and their gradients
-    gradients: int  # complete or not, where they are not partitioned
+    features: int  # of split blocks, with their gradients
+    gradients: int  # complete or not, if they are not partitioned
 
     @property
     def total(self) -> int:
@@ -61,10 +61,10 @@ class Peak:
 class Rehearsal:
     """Simulated step on one rank at a point of the stage's progress."""
 
-    with_gradients: Peak  # whole gradients lie beside the activations
-    alone: Peak  # gradients counted elsewhere
+    with_gradients: Peak  # with unpartitioned gradients beside the activations
+    alone: Peak  # without gradients, which are counted elsewhere
     flops: int
-    recomputed: int  # of them in forwards that are run for the gradient cache alone
+    recomputed: int  # FLOPs of forward passes for the gradient cache alone
     micros: int
     tokens: int  # of images and clips, before any are masked or reduced
 

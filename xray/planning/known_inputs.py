@@ -27,7 +27,7 @@ from xray.models.tiny_llm import tiny_settings
 class Known:
     """A stage's facts, its sources that can be opened, and notes on what had to be assumed.
 
-    countable: False for a stage that is nothing but an LLM, if that is not known.
+    countable: False for a stage without a backbone whose LLM is not known.
     """
 
     facts: Facts
@@ -42,7 +42,7 @@ def known(
 ) -> Iterator[list[Known]]:
     """Yield what is known of each stage, in the order of the run.
 
-    A tiny LLM that the recipe will make is described in a temporary folder for as long.
+    A temporary folder describes a tiny LLM that the recipe will make.
     """
     with TemporaryDirectory() as folder:
         made: dict[str, Path] = {}

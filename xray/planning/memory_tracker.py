@@ -28,12 +28,12 @@ FLOPS = {
 class LiveBytes(TorchDispatchMode):
     """Counts bytes from allocation to release, by the kind of allocation.
 
-    live: bytes by kind, of which `kind` is the current one. peak: `live` when its sum was highest;
-    bare: when it was highest without `gradients`.
-    flops: of matrix products, convolutions and attention, 2 per multiply-add, as torch counts them.
+    live: bytes by kind. kind: kind of the next allocations. peak: `live` when its sum was highest.
+    bare: the same without `gradients`. flops: of matrix products, convolutions and attention, 2 per
+    multiply-add, as torch counts them.
 
-    What depends on values has none under fake tensors: a scalar that is asked for is 0, and a mask
-    that picks rows is taken to pick one for each of its own.
+    Fake tensors have no values: `item()` gives 0, and a mask that selects rows is assumed to select
+    as many rows as it has.
     """
 
     def __init__(self) -> None:

@@ -27,8 +27,8 @@ from xray.precompute.inference import Model, Pack, Place, Progress, write_from_m
 class FeaturesConfig:
     """Settings for reading samples."""
 
-    captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual
-    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the default ones
+    llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
     batch_size: int = 64
     workers: int = 2
 
@@ -48,8 +48,8 @@ def write_embeddings(
     """Write normalised features of each sample's image or clip, in the joint space if there is
     one.
 
-    Columns: members [n] int32, embeddings [n, D] float32. Returns the sidecar, and how many samples
-    could not be read by cause.
+    Columns: members [n] int32, embeddings [n, D] float32. Returns the sidecar, and the number of
+    unreadable samples by cause.
     """
 
     encode, width = encoder.features, encoder.vision.embed_dim
@@ -78,7 +78,7 @@ def write_scores(
 ) -> tuple[Sidecar, dict[str, int]]:
     """Write the cosine of each caption and its image or clip in the joint space.
 
-    Columns: score [T] float32 and, per member, ends. Returns as `write_embeddings` does.
+    Columns: score [T] float32, and ends per member. Returns the same as `write_embeddings`.
     """
 
     def score(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:

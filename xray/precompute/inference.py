@@ -23,7 +23,7 @@ from xray.errors import DataError
 from xray.progress import Progress
 
 Place = tuple[int, int]  # (shard, member)
-Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result for each
+Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a result per place
 Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table
 
 
@@ -69,7 +69,7 @@ class _Pixels(Dataset):
             return place, load_pixels(self.source.sample(*place, *self.size), self.data, None)
         except BadSample as error:
             return place, error.cause
-        except DataError as error:  # of the shard: it would lose its text in the worker
+        except DataError as error:  # of the shard: a worker would lose its message
             return place, f"! {error}"
 
 
@@ -93,8 +93,7 @@ def pixels_of(
 ) -> Iterator[Read]:
     """Yield (readable places, their pixels [B, T, 3, S, S], cause of failure by place).
 
-    batches: of numbers of places, in order, without randomness. Raises DataError for a shard that
-    cannot be read.
+    batches: indices into `places`, in order. Raises DataError for a shard that cannot be read.
     """
     loader: DataLoader[Any] = DataLoader(
         _Pixels(source, places, data),
@@ -124,12 +123,12 @@ def write_from_model(
 ) -> tuple[Sidecar, dict[str, int]]:
     """Write a model's output for each sample as a sidecar; returns it, and failures by cause.
 
-    A shard is written once its last sample is done, so a second call goes on.
+    Each shard is written when its last sample is done, so a second call continues.
     """
     todo = [s for s in range(len(source.manifest)) if saved_table(source, name, s) is None]
     places = Places(source, todo)
     total, done = len(source), len(source) - len(places)
-    read = dict.fromkeys(todo, 0)  # samples of a shard that were looked at
+    read = dict.fromkeys(todo, 0)  # samples read per shard
     found: dict[int, dict[int, Any]] = {}
     causes: dict[str, int] = {}
     batches = cut(range(len(places)), batch_size)

@@ -30,8 +30,8 @@ from xray.config import DataConfig
 from xray.config.identity import hash_json
 from xray.precompute.inference import Place, Progress, cut, pixels_of, spread, write_from_model
 
-TEACHING = ("top", "threshold", "temperature", "template")  # settings that make another teacher
-PRIOR_SAMPLES = 4096  # that a tag's mean probability is taken over
+TEACHING = ("top", "threshold", "temperature", "template")  # settings that identify a teacher
+PRIOR_SAMPLES = 4096  # samples for a tag's mean probability
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
 
 
@@ -45,14 +45,14 @@ class Teacher(Protocol):
 class PseudoTagsConfig:
     """Settings of a teacher, which adds those of its `top` tags that are above `threshold`."""
 
-    tags: Origin = "hashtags"  # where a sample's own tags are found
-    field: str = "hashtags"  # their json field
-    captions: dict[str, float] = dataclass_field(default_factory=dict)  # or those of their captions
+    tags: Origin = "hashtags"  # origin of a sample's own tags
+    field: str = "hashtags"  # json field of the tags
+    captions: dict[str, float] = dataclass_field(default_factory=dict)  # json fields of captions
     top: int = 5
     threshold: float = 0.1  # probability
-    temperature: float = 1.0  # of the softmax; above 1 is less sure
-    template: str = "a photo of {}"  # what a clip artifact compares with: {} is the tag
-    llm: str = ""  # where the LLM is that a clip artifact is based on, if not where it was
+    temperature: float = 1.0  # of the softmax; above 1 is less confident
+    template: str = "a photo of {}"  # prompt of a clip artifact: {} is the tag
+    llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
     batch_size: int = 64
     workers: int = 2
 
@@ -72,7 +72,7 @@ class PseudoTagsConfig:
 class PseudoTags:
     """Result: the number of untagged samples, how many of them got tags, and failures by cause.
 
-    name: for `hashtag.teacher`.
+    name: the value for `hashtag.teacher`.
     """
 
     name: str
@@ -93,8 +93,7 @@ def write_pseudo_tags(
 ) -> PseudoTags:
     """Write a teacher's probabilities of each sample's own and most probable tags as a sidecar.
 
-    Its name tells teachers, vocabularies and settings apart, and is the same for every source,
-    wherever that has its own tags.
+    Its name is a hash of teacher, vocabulary and settings, the same for every source.
     """
     rules = TagRules(field=config.field)
     own = label(
@@ -180,7 +179,7 @@ def open_teacher(
 ) -> tuple[Teacher, Vocabulary]:
     """Open an artifact as a teacher with its tags: its own, or for a joint space the given ones.
 
-    Raises ConfigError where the artifact cannot tag, or whose tags are meant is not clear.
+    Raises ConfigError if the artifact cannot tag, or for a vocabulary that is missing or not used.
     """
     from data_pipelines.tags.vocabulary import Vocabulary
     from xray import dist

@@ -39,7 +39,7 @@ class TextFeaturesConfig(TextConfig):
     """Text section, and how captions are read and vectors are stored."""
 
     features: Features = "bf16"
-    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the usual
+    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the default ones
     batch_size: int = 256
     workers: int = 2
 
@@ -69,7 +69,7 @@ class CaptionIds:
 
     def texts(self, shard: int) -> Iterator[tuple[int, list[str]]]:
         """Yield (member, captions) of members that have any."""
-        for member in range(len(self.source.index(shard))):  # whatever else it is a sample of
+        for member in range(len(self.source.index(shard))):  # all members, of any modality
             try:
                 found = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
             except BadSample:
@@ -81,8 +81,8 @@ class CaptionIds:
 class Layout:
     """Shard and row of each caption's vector.
 
-    places: [T] int64, shard << 32 | row, in the order of shards; first: [T] whether a caption is
-    new there; starts: [S + 1] of the shards in both.
+    places: [T] int64, shard << 32 | row, in the order of shards. first: [T] bool, the first use of a
+    caption. starts: [S + 1] offsets of the shards in both.
     """
 
     places: np.ndarray
@@ -103,7 +103,7 @@ def lay_out(ids: Sidecar) -> Layout:
     _, at, inverse = np.unique(whole, return_index=True, return_inverse=True)
     first = np.zeros(len(whole), bool)
     first[at] = True
-    before = np.cumsum(first) - first  # captions first met earlier
+    before = np.cumsum(first) - first  # distinct captions before this one
     shard = np.searchsorted(starts, at, side="right") - 1
     row = before[at] - before[starts[shard]] if len(at) else at
     return Layout(((shard << ROW_BITS) | row)[inverse], first, starts)
@@ -119,8 +119,8 @@ def write_text_features(
 ) -> Sidecar:
     """Write the store of a source's captions, or open it; its facts count the distinct ones.
 
-    A shard is written once its captions are encoded, so a second call goes on. Raises DataError
-    where there is no caption.
+    Each shard is written when its captions are encoded, so a second call continues. Raises
+    DataError if there is no caption.
     """
     assert config.features != "live"
     facts = store_facts(source, language.identity(), config.captions, config.features)

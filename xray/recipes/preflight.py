@@ -20,7 +20,7 @@ from xray.evaluation.datasets import check_sets
 def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
     """Check the data, LLM and parents of every stage after the first; that one checks its own.
 
-    Sidecars that are written for it are those that the stage reads later. Raises ConfigError,
+    Sidecars that this writes are the ones that the stage reads later. Raises ConfigError,
     ArtifactError or DataError.
     """
     results = {str(Path(run.out) / "artifact"): stage_class(run.stage).offers for run in runs}

@@ -39,7 +39,7 @@ class Recipe:
 
     name: str
     out: Path
-    runs: list[RunConfig] = field(default_factory=list)  # a checked config per enabled stage
+    runs: list[RunConfig] = field(default_factory=list)  # validated config of each enabled stage
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     root: str = ""
@@ -77,7 +77,7 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
     )
     recipe.eval.validate()
     ordered = [stage for stage in STAGES if stage in stages]
-    # a later layer wins over every section of an earlier one, shared or not
+    # a later layer overrides every section of an earlier one, shared or not
     sections = [_resolve_in(layer, merged) for layer in layers]
     for stage in ordered:
         recipe.runs.append(_stage_config(stage, sections, recipe.out))
@@ -92,7 +92,7 @@ def stage_from_recipe(
 ) -> tuple[dict[str, Any], Recipe]:
     """Return a recipe's settings for one stage as a config layer, and the recipe to prepare.
 
-    Of the overrides only those of the data matter here: paths are built on them.
+    Only the overrides of section data are used, because paths depend on them.
     """
     layers = recipe_layers(name, None)
     for layer in layers:
@@ -141,7 +141,7 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
     """Resolve a recipe's values; raises ConfigError for one that is still `???`."""
     whole = OmegaConf.create(content)
 
-    def refers(key: str) -> bool:  # to another that is missing: not what is to be given
+    def refers(key: str) -> bool:  # a reference to another missing key: that one is named instead
         section, _, name = key.rpartition(".")
         return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
 

@@ -39,7 +39,7 @@ from xray.visualize.explain import Explainer
 
 FACTS = "report.json"
 SHOWN = 6  # images per sheet
-CLIPS = 2  # each on a sheet of its own
+CLIPS = 2  # one per sheet
 
 
 def write_run_report(
@@ -81,7 +81,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
 def find_recipe(folder: Path) -> Recipe:
     """Find what was run in a folder, from report.json or else from the stages' folders.
 
-    Raises ArtifactError where it holds no run.
+    Raises ArtifactError if it holds no run.
     """
     known = folder / FACTS
     facts: dict[str, Any] = {"name": folder.name}

@@ -27,15 +27,15 @@ from xray.reports.figures import subplots, svg
 from xray.reports.html import Card, cards, paragraph
 from xray.reports.tables import ResultTable
 
-TAGS = 5  # shown of a picture
-LOOKED_AT = 240  # samples that are encoded for examples, evenly spaced over their set
-SHOWN = 3  # examples that are right, and as many that are wrong
-MATRIX = 16  # classes, at most, of a confusion matrix that can be read
+TAGS = 5  # per image
+LOOKED_AT = 240  # samples that are encoded, evenly spaced over their data set
+SHOWN = 3  # right examples, and as many wrong ones
+MATRIX = 16  # most classes of a legible confusion matrix
 BATCH = 32
 
 
 @dataclass
-class Looked:
+class Examples:
     """Samples of a data set: pixels [N, T, 3, S, S], all captions of each, and class indices."""
 
     pixels: Tensor
@@ -58,12 +58,14 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Show captions whose own image is retrieved first, and some whose is not."""
     config = recipe.eval.of(RETRIEVAL)
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
-    looked = look(sets.open("retrieval", config.shards, config.modality), data, config.captions)
-    known = [number for number, own in enumerate(looked.captions) if own]
+    examples = read_examples(
+        sets.open("retrieval", config.shards, config.modality), data, config.captions
+    )
+    known = [number for number, own in enumerate(examples.captions) if own]
     if len(known) < 2:
         return ""
-    pixels = looked.pixels[known]
-    texts = [looked.captions[number][0] for number in known]
+    pixels = examples.pixels[known]
+    texts = [examples.captions[number][0] for number in known]
     order = (encoder.encode_text(texts) @ _encoded(encoder, pixels).t()).argsort(1, descending=True)
     rank = (order == torch.arange(len(known))[:, None]).int().argmax(dim=1)
     right = (rank == 0).nonzero()[:, 0].tolist()[:SHOWN]
@@ -85,11 +87,11 @@ def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Show which classes zero-shot classification confuses."""
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
     classes = NamedClasses.open(sets)
-    looked = look(classes.source, data)
-    if not looked.labels:
+    examples = read_examples(classes.source, data)
+    if not examples.labels:
         return ""
-    names, labels = classes.names, classes.number(torch.tensor(looked.labels), classes.source)
-    found = (_encoded(encoder, looked.pixels) @ classes.weights(sets).t()).argmax(dim=1)
+    names, labels = classes.names, classes.number(torch.tensor(examples.labels), classes.source)
+    found = (_encoded(encoder, examples.pixels) @ classes.weights(sets).t()).argmax(dim=1)
     share = (found == labels).float().mean()
     note = paragraph(f"Of {len(labels)} samples, {share:.0%} are taken for what they are.")
     if len(names) > MATRIX:
@@ -127,12 +129,14 @@ def _encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.encode_pixels(part) for part in pixels.split(BATCH)])
 
 
-def look(source: Source, data: DataConfig, fields: dict[str, float] | None = None) -> Looked:
+def read_examples(
+    source: Source, data: DataConfig, fields: dict[str, float] | None = None
+) -> Examples:
     """Read samples evenly spaced over a source, at the sizes of the end of training."""
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
     places = list(source.places())
     step = max(1, -(-len(places) // LOOKED_AT))
-    found = Looked(torch.empty(0), [], [])
+    found = Examples(torch.empty(0), [], [])
     pixels = []
     for place in places[::step]:
         sample = source.sample(*place, *size)

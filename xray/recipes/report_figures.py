@@ -13,7 +13,7 @@ from xray.reports.html import gallery
 from xray.reports.tables import ResultTable
 
 COLOURS = ("#3b6ea5", "#b4552d", "#6f5b9a", "#2f7d5b", "#a33c63", "#8a6d1f", "#4a4a4a")
-SIZE = (4.4, 2.6)  # inches: a phone's width, or two beside each other
+SIZE = (4.4, 2.6)  # inches: the width of a phone, or half of a page
 Rows = Sequence[Mapping[str, float]]
 
 
@@ -50,7 +50,7 @@ def _panel(
 ) -> str:
     """Plot a line per stage, one after the other; "" if no stage has this value.
 
-    seen: of the stages that see pictures alone.
+    seen: leave out stages without a backbone.
     """
     figure, (axis,) = subplots(1, SIZE)
     start, lows, highs = 0.0, list[float](), list[float]()

@@ -26,8 +26,7 @@ FORMATS = (".png", ".html")
 def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float | None) -> None:
     """Draw kept tokens of images and clips, and reconstructions if there is a decoder.
 
-    Raises ConfigError when the artifact has neither to show, DataError for a file that is no
-    picture and no clip.
+    Raises ConfigError if the artifact has neither, DataError for a file that is no image or clip.
     """
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out {out} must end in {' or '.join(FORMATS)}")

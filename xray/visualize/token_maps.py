@@ -15,11 +15,11 @@ from xray.artifacts.encoders import VisionEncoder
 from xray.artifacts.manifest_config import DecoderConfig
 from xray.models.mae_decoder import MaeDecoder, patchify, unpatchify
 
-SIDE = 144  # pixels per shown picture, at least
+SIDE = 144  # least pixels per shown image
 GAP = 4
 MARGIN = 104  # pixels for the rows' names
 TEXT = 13
-VEIL = (64.0, 96.0, 176.0)  # over tokens that are gone: no background is this blue
+VEIL = (64.0, 96.0, 176.0)  # colour of removed tokens: a blue that backgrounds rarely have
 
 
 @dataclass
@@ -64,7 +64,7 @@ def reconstructions(
     tubelets.
 
     options: training of the decoder. Under norm_pix_loss a patch is predicted up to its mean and
-    variance; these are taken from the original to show it. Visible patches are shown as they are.
+    variance, which are taken from the original. Visible patches are shown unchanged.
     """
     vision, normalize = encoder.vision, encoder.normalize
     x = normalize(pixels)
@@ -100,7 +100,7 @@ def reconstructions(
 def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = ()) -> Sheet:
     """Draw the image, then the tokens left after each reducing block; a clip by tubelets.
 
-    Tokens that were fused or dropped are veiled in blue; what ToMe merged shows its mean colour.
+    Fused or dropped tokens are veiled in blue; tokens merged by ToMe show their mean colour.
     """
     vision = encoder.vision
     x = encoder.normalize(pixels)
@@ -108,7 +108,7 @@ def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = (
     tokens = vision(x, rate, track=True)
     t, h, w = vision.token_grid(x)
     frames = vision.tubelets(pixels)[:, :: vision.tubelet].flatten(0, 1).float()
-    n = h * w if vision.video == "frames" else t * h * w  # that attend to each other
+    n = h * w if vision.video == "frames" else t * h * w  # tokens that attend to each other
     left = vision.token_counts(n, rate)
     rows, shown = [f"input\n{n} tokens"], [frames]
     for block, assign in zip(vision.rates(rate), tokens.assign, strict=True):
