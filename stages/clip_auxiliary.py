@@ -39,7 +39,7 @@ def check_unread(options: HashtagOptions) -> None:
         if item.name not in READ and value != getattr(type(options)(), item.name):
             raise ConfigError(
                 f"hashtag.{item.name}={value} does nothing in the clip stage, whose samples and "
-                "labels stay as they are: leave it out of the section clip.hashtag"
+                "labels stay unchanged: remove it from section clip.hashtag"
             )
 
 

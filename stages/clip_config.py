@@ -92,8 +92,8 @@ class ClipConfig(RunConfig):
         self.clip.validate()
         if self.text.tune == "none" and self.optim.text != TowerOptim():
             raise ConfigError(
-                "optim.text says how the LLM is trained, and text.tune=none leaves it as it is: "
-                "set text.tune=lora or full, or drop optim.text"
+                "optim.text sets how the LLM is trained, and text.tune=none does not train it: "
+                "set text.tune=lora or full, or remove optim.text"
             )
         if self.clip.mae_weight:
             self.mae.validate(self.model)

@@ -45,11 +45,13 @@ class TextRunConfig(RunConfig):
         super().validate()
         self.text.validate()
         if self.text.features != "live":
-            raise ConfigError("text.features is for the clip stage: this one trains the model")
+            raise ConfigError("text.features is for the clip stage: the text stage trains the LLM")
         if self.optim.text.freeze:
-            raise ConfigError("optim.text.freeze is for the clip stage: this one has nothing else")
+            raise ConfigError(
+                "optim.text.freeze is for the clip stage: the text stage trains only the LLM"
+            )
         if self.text.tune == "none":
-            raise ConfigError("text.tune=none leaves nothing to train: use lora or full")
+            raise ConfigError("text.tune=none leaves nothing to train: set text.tune=lora or full")
         if self.text.temperature <= 0:
             raise ConfigError(f"text.temperature={self.text.temperature} must be above 0")
         if self.text.negatives_each < 1:
@@ -128,7 +130,7 @@ class TextStage(Stage[TextRunConfig]):
             looked = look_at(source, fields, negatives)
             if not looked.pairs:
                 raise DataError(
-                    f"none of the samples of source {name!r} that were looked at has two captions, "
+                    f"none of the samples of source {name!r} that were read has two captions, "
                     "which stage text compares: leave it out (stages=[mae,hashtag,clip]), or name "
                     f"the json fields that have more in data.sources.{name}.captions"
                 )
@@ -136,7 +138,7 @@ class TextStage(Stage[TextRunConfig]):
             found += looked.negatives
         if negatives and sources and not found:
             raise ConfigError(
-                f"text.negatives={negatives}: none of the samples looked at has such a json field"
+                f"text.negatives={negatives}: none of the samples that were read has this json field"
             )
         return sources
 

@@ -56,8 +56,8 @@ def load(
 class Model:
     """Model of an artifact; all features are float32, normalised, on CPU.
 
-    artifact: with the manifest. encoder: the torch module. A method that the artifact cannot support
-    raises ArtifactError; a file or value that cannot be read raises DataError.
+    artifact: with the manifest. encoder: the torch module. A method that the artifact does not
+    support raises ArtifactError; a file or value that cannot be read raises DataError.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class Model:
         """Return the `top` tags of each image or clip with their probabilities, most probable
         first.
 
-        A hashtag artifact has its own tags. A clip artifact chooses among `tags` by a softmax over the
-        similarity to prompts: `template` with the tag in place of {}. A tensor is one image
+        A hashtag artifact has its own tags. A clip artifact chooses among `tags` by a softmax over
+        similarities to prompts: `template` with the tag in place of {}. A tensor is one image
         [3, S, S]; in a list also a clip [T, 3, S, S].
         """
         if top < 1:
@@ -166,9 +166,9 @@ class Model:
             raise self._cannot("tag", "a hashtag or clip artifact")
         names = [] if tags is None or isinstance(tags, str) else list(tags)
         if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError("a clip artifact tags by names that you give: tag(..., tags=[...])")
+            raise ConfigError("a clip artifact needs the names of the tags: tag(..., tags=[...])")
         if "{}" not in template:
-            raise ConfigError(f"template={template!r} needs {{}} where a tag goes")
+            raise ConfigError(f"template={template!r} needs {{}} in the place of the tag")
         tagger = PromptTagger(self.encoder, list(map(printable, names)), template)
         return tagger.probabilities, names
 

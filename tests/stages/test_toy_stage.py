@@ -172,8 +172,8 @@ def test_its_artifact_is_a_model(artifact: Artifact, demo: Path, media: Path, ou
     assert features.shape == (1, 32)
     with pytest.raises(ArtifactError, match="is of stage colour: tag needs"):
         model.tag(media / "photo.jpg")
-    call("embed", artifact.path, media, "--out", out / "rows", "--workers", 0)
-    rows = np.concatenate(list(open_embeddings(out / "rows").chunks()))
+    call("embed", artifact.path, media, "--out", out / "rows.npy", "--workers", 0)
+    rows = np.concatenate(list(open_embeddings(out / "rows.npy").chunks()))
     assert np.abs(rows - features.numpy()).max(axis=1).min() < 1e-3  # stored in 16 bits
     sets = ("eval.knn.train=gallery", "eval.knn.test=heldout", "eval.knn.k=5")
     results = out / "results.json"

@@ -139,7 +139,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
         raise ArtifactError(f"{where} is damaged: its offers, heads or summary cannot be read")
     for parent in manifest["parents"].values():
         if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
-            raise ArtifactError(f"{where} is damaged: it does not say what its parents are")
+            raise ArtifactError(f"{where} is damaged: its parents have no manifest, stage or path")
     for name in manifest["files"]:
         if not is_inside(name):
             raise ArtifactError(f"{where} names a file outside its folder: {name}")
@@ -225,7 +225,7 @@ def _whole_or_none(path: Path) -> Iterator[Path]:
             yield temporary
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"artifact {path} cannot be written: {brief(error)}; the same command tries it again"
+            f"artifact {path} cannot be written: {brief(error)}; run the same command to try again"
         ) from error
 
 

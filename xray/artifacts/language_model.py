@@ -45,7 +45,7 @@ class Language:
             config = dataclasses.replace(config, pooling=own_pooling(self.folder))
         if config.pooling == "latent" and config.tune == "none" and parent is None:
             raise ConfigError(
-                "text.pooling=latent has weights to be trained: set text.tune=lora or full, or "
+                "text.pooling=latent has weights to train: set text.tune=lora or full, or "
                 "start from a text artifact (--init-from)"
             )
         if Path(config.llm).is_dir():  # the recorded path must work from any folder
@@ -84,7 +84,7 @@ class Language:
         if share > MOST_CUT:
             log.warning(
                 "%.0f %% of captions are longer than text.max_length=%d tokens and are cut there: "
-                "raise it, or choose shorter captions", 100 * share, self.config.max_length,
+                "raise it, or use shorter captions", 100 * share, self.config.max_length,
             )  # fmt: skip
 
     def export_files(self) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
     has = "lora" if theirs.lora_rank else "full"
     if config.tune not in ("none", has):
         raise ConfigError(
-            f"text.tune={config.tune} cannot go on from {parent.path}, which was tuned with {has}: "
-            f"use none or {has}"
+            f"text.tune={config.tune} cannot continue from {parent.path}, which was tuned with {has}: "
+            f"set text.tune=none or {has}"
         )
     structure = {name: getattr(theirs, name) for name in STRUCTURE}
     for name in STRUCTURE if config.tune == "lora" else STRUCTURE[3:]:

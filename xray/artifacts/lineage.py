@@ -32,8 +32,8 @@ Known = dict[str, dict[str, Any]]  # manifests by hash
 class Link:
     """One artifact of a lineage.
 
-    slot: parent slot of its child that it fills, "" for the artifact itself. manifest: None if it is
-    not known. differs: settings that its child changed. files: state of each file that was checked.
+    slot: parent slot that it fills in its child, "" for the artifact itself. manifest: None if it
+    is not known. differs: settings that its child changed. files: state of each file that was checked.
     """
 
     depth: int

@@ -36,7 +36,9 @@ def convert(
     if form not in get_args(Format):
         raise ConfigError(f"--to {form}: it is one of {', '.join(get_args(Format))}")
     if form != "onnx" and (keep_rate is not None or frames != 1):
-        raise ConfigError(f"--keep-rate and --frames are for --to onnx: {form} keeps all it can do")
+        raise ConfigError(
+            f"--keep-rate and --frames are for --to onnx: --to {form} has neither fixed"
+        )
     if out.exists():
         raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
     with replacing(out) as temporary:
@@ -68,7 +70,7 @@ def _check(artifact: Artifact, form: str, export: Export) -> None:
     for name, value in export.differences.items():
         if not value <= TOLERANCE:
             raise ArtifactError(
-                f"{artifact.origin} is another model as {form}: its {name} differ by {value:.2g}, "
+                f"{artifact.origin} exported --to {form} differs from the original: {name} by {value:.2g}, "
                 f"more than {TOLERANCE:.0e}; nothing was written"
             )
 

@@ -38,7 +38,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
         vit = timm.create_model(settings["architecture"], num_classes=0, **settings["model_args"])
         vit.load_state_dict(state)
     except Exception as error:  # timm raises many kinds
-        raise ArtifactError(f"{artifact.origin} is no model of timm's: {brief(error)}") from error
+        raise ArtifactError(f"{artifact.origin} cannot be built by timm: {brief(error)}") from error
     save_tensors(out / NAMED, state)
     save_json(out / "config.json", settings)
 

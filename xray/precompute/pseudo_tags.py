@@ -65,7 +65,7 @@ class PseudoTagsConfig:
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if "{}" not in self.template:
-            raise ConfigError(f"template={self.template!r} has no {{}} where the tag goes")
+            raise ConfigError(f"template={self.template!r} needs {{}} in the place of the tag")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class CaptionIds:
 class Layout:
     """Shard and row of each caption's vector.
 
-    places: [T] int64, shard << 32 | row, in the order of shards. first: [T] bool, the first use of a
+    places: [T] int64, shard << 32 | row, in the order of shards. first: [T] bool, first use of a
     caption. starts: [S + 1] offsets of the shards in both.
     """
 

@@ -93,7 +93,7 @@ def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     names, labels = classes.names, classes.number(torch.tensor(examples.labels), classes.source)
     found = (_encoded(encoder, examples.pixels) @ classes.weights(sets).t()).argmax(dim=1)
     share = (found == labels).float().mean()
-    note = paragraph(f"Of {len(labels)} samples, {share:.0%} are taken for what they are.")
+    note = paragraph(f"Of {len(labels)} samples, {share:.0%} are classified correctly.")
     if len(names) > MATRIX:
         return _mistakes(names, labels, found).html() + note
     return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, found)}{note}"
