@@ -138,7 +138,7 @@ class TextStage(Stage[TextRunConfig]):
             found += looked.negatives
         if negatives and sources and not found:
             raise ConfigError(
-                f"text.negatives={negatives}: none of the samples that were read has this json field"
+                f"text.negatives={negatives}: none of the samples that were read has this field"
             )
         return sources
 

@@ -101,7 +101,7 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
     has = "lora" if theirs.lora_rank else "full"
     if config.tune not in ("none", has):
         raise ConfigError(
-            f"text.tune={config.tune} cannot continue from {parent.path}, which was tuned with {has}: "
+            f"text.tune={config.tune} cannot continue from {parent.path}, tuned with {has}: "
             f"set text.tune=none or {has}"
         )
     structure = {name: getattr(theirs, name) for name in STRUCTURE}

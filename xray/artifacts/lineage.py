@@ -33,7 +33,7 @@ class Link:
     """One artifact of a lineage.
 
     slot: parent slot that it fills in its child, "" for the artifact itself. manifest: None if it
-    is not known. differs: settings that its child changed. files: state of each file that was checked.
+    is not known. differs: settings that its child changed. files: states of the checked files.
     """
 
     depth: int

@@ -70,7 +70,7 @@ def _check(artifact: Artifact, form: str, export: Export) -> None:
     for name, value in export.differences.items():
         if not value <= TOLERANCE:
             raise ArtifactError(
-                f"{artifact.origin} exported --to {form} differs from the original: {name} by {value:.2g}, "
+                f"{artifact.origin} exported --to {form} differs in its {name} by {value:.2g}, "
                 f"more than {TOLERANCE:.0e}; nothing was written"
             )
 
