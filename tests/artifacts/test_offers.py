@@ -13,6 +13,7 @@ import xray
 from stages import STAGES, stage_class
 from xray.artifacts.artifact import open_artifact, parse_manifest
 from xray.artifacts.encoders import Encoder, Tagger, restore_encoder
+from xray.artifacts.manifest_config import joint_head
 from xray.artifacts.offers import OFFERS_OF_STAGE
 from xray.errors import ArtifactError
 
@@ -53,6 +54,18 @@ def test_a_manifest_with_damaged_offers_is_refused(control: Path, key: str, valu
     content = json.dumps({**manifest, key: value}).encode()
     with pytest.raises(ArtifactError, match="its offers, heads or summary"):
         parse_manifest(content, "manifest.json")
+
+
+def test_an_old_config_has_the_old_defaults(control: Path) -> None:
+    artifact = open_artifact(control)
+    clip = artifact.manifest["config"]["clip"]
+    for key in ("text_head", "matryoshka"):
+        del clip[key]
+    head = joint_head(artifact)
+    assert (head.embed_dim, head.text_head, head.matryoshka) == (16, "adapter", [])
+    del clip["embed_dim"]
+    with pytest.raises(ArtifactError, match="config of a manifest is incomplete"):
+        joint_head(artifact)
 
 
 def test_an_artifact_that_offers_nothing_is_one_typed_error(control: Path, tmp_path: Path) -> None:

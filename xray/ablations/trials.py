@@ -24,7 +24,7 @@ from stages.base import text_section
 from xray.ablations.spec import AblationConfig, check_own, nest, read_ablation
 from xray.artifacts.offers import VISION
 from xray.config import loading as cfg
-from xray.config import nearest
+from xray.config import RunConfig, nearest
 from xray.config.identity import hash_json, identity, to_dict
 from xray.errors import ConfigError
 from xray.files import write_text
@@ -156,7 +156,7 @@ def _trial(
     return Trial(arm, seed, folder, layer, recipe)
 
 
-def _inputs(run: Any) -> dict[str, str]:
+def _inputs(run: RunConfig) -> dict[str, str]:
     """What a stage reads that its identity does not name: where it lies may be another's place."""
     models = stage_class(run.stage)(run).models()
     return {"data": run.data.root, "weights": run.model.pretrained, **models}
@@ -206,7 +206,7 @@ def sees_pictures(stage: str) -> bool:
     return VISION in stage_class(stage).offers
 
 
-def samples_of(run: Any) -> int:
+def samples_of(run: RunConfig) -> int:
     """Samples that a stage sees, all blocks together."""
     return int(run.steps * run.global_batch)
 
@@ -254,9 +254,9 @@ def _write(path: Path, layer: dict[str, Any]) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(layer)))
 
 
-def stage_runs(ablation: Ablation) -> dict[str, list[tuple[Trial, Any]]]:
+def stage_runs(ablation: Ablation) -> dict[str, list[tuple[Trial, RunConfig]]]:
     """The trials that use each different stage run, by its folder's name, and its config."""
-    found: dict[str, list[tuple[Trial, Any]]] = {}
+    found: dict[str, list[tuple[Trial, RunConfig]]] = {}
     for stage in STAGES:
         for trial in ablation.trials:
             for run in trial.recipe.runs:

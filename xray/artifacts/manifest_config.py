@@ -14,7 +14,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import DECODER, JOINT, TAGS, head_section
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.schedule import value_at
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, brief
 from xray.models.heads import TextHead
 from xray.models.mae_decoder import Masking
 
@@ -120,4 +120,7 @@ def _section(artifact: Artifact, name: str) -> Mapping[str, Any]:
 
 def _read(schema: type[T], section: Mapping[str, Any]) -> T:
     names = {item.name for item in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    return schema(**{key: value for key, value in section.items() if key in names})
+    try:
+        return schema(**{key: value for key, value in section.items() if key in names})
+    except TypeError as error:
+        raise ArtifactError(f"the config of a manifest is incomplete: {brief(error)}") from error
