@@ -91,20 +91,20 @@ class ClipModule(VisionModule):
         pixels = self.normalize(batch["pixels"])
         cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
         sentences = self.text_adapter(self._sentences(batch, progress))
-        found = {
+        features = {
             "image": F.normalize(self.vision_projection(cls).float(), dim=-1),
             "text": F.normalize(sentences.float(), dim=-1),
             "logit_scale": self.logit_scale.float().exp().squeeze(),
         }
         if self.logit_bias is not None:
-            found["logit_bias"] = self.logit_bias.float().squeeze()
+            features["logit_bias"] = self.logit_bias.float().squeeze()
         if self.training and self.teacher is not None:
             tokens = {k.removeprefix(TAUGHT): v for k, v in batch.items() if k.startswith(TAUGHT)}
             taught = self.teacher.features(batch["pixels"], tokens)
-            found |= dict(zip(("teacher_image", "teacher_text"), taught, strict=True))
+            features |= dict(zip(("teacher_image", "teacher_text"), taught, strict=True))
         if self.training and self.auxiliary is not None:
-            found |= self.auxiliary(self, batch, pixels, cls, progress)
-        return found
+            features |= self.auxiliary(self, batch, pixels, cls, progress)
+        return features
 
     def _sentences(self, batch: Batch, progress: float) -> Tensor:
         """Encode captions with the LLM, or take their stored vectors: [B, C, W] float32."""

@@ -60,18 +60,18 @@ class AuxiliaryLosses(nn.Module):
         self, module: VisionModule, batch: Batch, pixels: Tensor, cls: Tensor, progress: float
     ) -> dict[str, Tensor]:
         """Compute mae_loss and hashtag_loss, [B] each; 0 for a sample without tags."""
-        found = {}
+        terms = {}
         if self.decoder is not None:
             noise = batch["mask_noise"]
             given = reconstruct(module, self.decoder, self.mae, pixels, noise, progress)
             error = (given["predictions"].float() - given["targets"].float()).square().mean(dim=-1)
-            found["mae_loss"] = (error * given["mask"]).sum(dim=1) / given["mask"].sum(dim=1)
+            terms["mae_loss"] = (error * given["mask"]).sum(dim=1) / given["mask"].sum(dim=1)
         if self.tag_head is not None:
             tags, weights = batch["tags"], batch["weights"]
             targets = tag_targets(weights, self.hashtag.loss)
             losses, _ = self.tag_head(cls, lambda x, w, b: self.tag_loss(x, w, b, tags, targets))
-            found["hashtag_loss"] = losses * (weights.sum(dim=1) > 0)
-        return found
+            terms["hashtag_loss"] = losses * (weights.sum(dim=1) > 0)
+        return terms
 
 
 class AuxiliaryData:
@@ -104,24 +104,24 @@ class AuxiliaryData:
             losses.tag_head.expect(self.frequency, self.config.hashtag.loss == "softmax")
 
     def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
-        found: Batch = {}
+        batch: Batch = {}
         if self.config.clip.mae_weight:
             grid = self.geometry.grid(len(pixels), *pixels.shape[-2:])
             size = masking(self.config.mae).noise_size(grid)
             draw = rng if rng is not None else np.random.default_rng(0)
-            found["mask_noise"] = torch.from_numpy(draw.random(size, dtype=np.float32))
+            batch["mask_noise"] = torch.from_numpy(draw.random(size, dtype=np.float32))
         if self.tags:
             labels = self.labels[sample.source]
             for name, column in (("tags", "ids"), ("weights", "weights")):
                 row = labels.row(sample.shard, sample.member, column)
-                found[name] = torch.tensor(row, dtype=torch.long if name == "tags" else None)
-        return found
+                batch[name] = torch.tensor(row, dtype=torch.long if name == "tags" else None)
+        return batch
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        found: Batch = {}
+        batch: Batch = {}
         if self.config.clip.mae_weight:
-            found["mask_noise"] = torch.stack([row["mask_noise"] for row in rows])
-        return {**found, **pad_labels(rows)} if self.tags else found
+            batch["mask_noise"] = torch.stack([row["mask_noise"] for row in rows])
+        return {**batch, **pad_labels(rows)} if self.tags else batch
 
     def inputs(self) -> dict[str, str]:
         """Return hashes of the inputs."""

@@ -35,21 +35,21 @@ class ContrastGuard:
 
     def look(self, values: Mapping[str, float], progress: float) -> list[str]:
         """Return the warnings that are due at a progress."""
-        found: dict[str, str] = {}
+        problems: dict[str, str] = {}
         for block in self.blocks:
             own = {
                 name.removeprefix(f"{block.source}/"): value
                 for name, value in values.items()
                 if name.startswith(f"{block.source}/")
             }
-            found |= self._few(block)
+            problems |= self._few(block)
             if progress >= WARM and own:
-                found |= self._judged(block, own)
-        self._rows = {what: self._rows.get(what, 0) + 1 for what in found}
-        due = [what for what in found if self._rows[what] >= PATIENCE or what.startswith("few")]
+                problems |= self._judged(block, own)
+        self._rows = {what: self._rows.get(what, 0) + 1 for what in problems}
+        due = [what for what in problems if self._rows[what] >= PATIENCE or what.startswith("few")]
         new = [what for what in due if what not in self._said]
         self._said |= set(new)
-        return [found[what] for what in new]
+        return [problems[what] for what in new]
 
     def _few(self, block: BlockConfig) -> dict[str, str]:
         if block.samples >= FEW or self.options.loss == "sigmoid":
@@ -61,31 +61,31 @@ class ContrastGuard:
         }
 
     def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
-        source, options, found = block.source, self.options, {}
+        source, options, problems = block.source, self.options, {}
         chance = loss_at_chance(options, block.samples)
         contrast = own.get("contrast", own["loss"])  # without auxiliary terms
         if contrast > 0.98 * chance:
-            found[f"stuck {source}"] = (
+            problems[f"stuck {source}"] = (
                 f"the contrastive loss of {source!r} is {contrast:.2f}, where guessing gives "
                 f"{chance:.2f}: nothing is learned. See whether debug.overfit_batch=true learns "
                 "one batch: if it does, change optim.base_lr or check that captions belong to "
                 "their pictures"
             )
         if own["mean_cosine"] > 0.95 and own["positive_cosine"] - own["mean_cosine"] < 0.01:
-            found[f"collapsed {source}"] = (
+            problems[f"collapsed {source}"] = (
                 f"all features of {source!r} are alike (mean cosine {own['mean_cosine']:.2f}): "
                 "lower optim.base_lr or raise optim.warmup, and start again"
             )
         scale = own["logit_scale"]
         ceiling = options.logit_scale_max
         if scale > 0.999 * ceiling > options.first_scale:
-            found["clamped"] = (
+            problems["clamped"] = (
                 f"logit_scale is at clip.logit_scale_max={options.logit_scale_max:g}: usual late "
                 "in a long run; early in one, lower optim.logit_scale_lr"
             )
         if scale < 0.5 * options.first_scale:
-            found["falling"] = (
+            problems["falling"] = (
                 f"logit_scale fell from {options.first_scale:.1f} to {scale:.1f}: lower "
                 "optim.base_lr or optim.logit_scale_lr, or raise clip.logit_scale (Lion needs it)"
             )
-        return found
+        return problems

@@ -210,9 +210,9 @@ def vocabulary_size(
     if given:
         return given, []
     if options.vocabulary or all(block.source in sources for block in config.blocks):
-        found = len(find_vocabulary(config, options, sources))
-        if found:
-            return found, []
+        size = len(find_vocabulary(config, options, sources))
+        if size:
+            return size, []
     return options.max_size, [
         f"the vocabulary is not known yet: counted with the {options.max_size:,} tags of "
         "hashtag.max_size; --tags or hashtag.vocabulary say it"
@@ -257,20 +257,20 @@ class HashtagStage(Stage[HashtagConfig]):
             )
             if dist.is_main():
                 log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
-        return {name: found.source for name, found in self.balanced.items()}
+        return {name: own.source for name, own in self.balanced.items()}
 
     def _labelled(self, work: Labeller, balanced: Balanced) -> str:
         """Describe how many samples have tags, and how the teacher changed them."""
         tagged = "{:,} of {:,} samples have tags of the vocabulary"
         if work.teacher is None:  # the balance has counted them already
             return tagged.format(balanced.unique, len(work.source))
-        found = count_labels(balanced.labels)
-        text = tagged.format(found.own, len(work.source))
+        counts = count_labels(balanced.labels)
+        text = tagged.format(counts.own, len(work.source))
         before = count_labels(label(replace(work, teacher=None), self.config.data.workers))
-        dropped = 1 - found.tags / max(1, before.tags)
+        dropped = 1 - counts.tags / max(1, before.tags)
         return (
             f"{text}; the teacher dropped {dropped:.1%} of their tags, and gave tags to "
-            f"{found.taught:,} samples without"
+            f"{counts.taught:,} samples without"
         )
 
     def _teacher(self, source: Source) -> Sidecar | None:
@@ -279,17 +279,17 @@ class HashtagStage(Stage[HashtagConfig]):
             return None
         field = self.config.hashtag.field
         sidecar = teacher_sidecar(name, source, own.tags, field, own.captions)
-        found = open_sidecar(source, sidecar)
-        if found is None:
+        opened = open_sidecar(source, sidecar)
+        if opened is None:
             where = f"field={field}" if own.tags == "hashtags" else f"captions={own.captions}"
             raise ConfigError(
                 f"hashtag.teacher={name}: it has not been over the shards of source "
                 f"{source.name!r} with tags={own.tags} {where}; run xray data pseudo-tags on them "
                 "with these settings"
             )
-        _check_same(self.vocabulary, found.facts["vocabulary"], f"hashtag.teacher={name}")
-        self.teacher_digest = found.facts["teacher"]
-        return found
+        _check_same(self.vocabulary, opened.facts["vocabulary"], f"hashtag.teacher={name}")
+        self.teacher_digest = opened.facts["teacher"]
+        return opened
 
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)
@@ -302,9 +302,9 @@ class HashtagStage(Stage[HashtagConfig]):
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        found = self.balanced[sample.source]
+        balanced = self.balanced[sample.source]
         place = sample.shard, sample.member, sample.copy
-        ids, weights = found.labels_of(*place, self.config.hashtag.strip)
+        ids, weights = balanced.labels_of(*place, self.config.hashtag.strip)
         return {
             "pixels": load_pixels(sample, self.config.data, rng),
             "tags": torch.tensor(ids, dtype=torch.long),

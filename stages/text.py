@@ -124,7 +124,7 @@ class TextStage(Stage[TextRunConfig]):
         resolved = self.language.config
         assert isinstance(resolved, TextOptions)  # the given section with defaults resolved
         self.config.text = resolved
-        negatives, found = self.config.text.negatives, 0
+        negatives, with_negatives = self.config.text.negatives, 0
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
             looked = look_at(source, fields, negatives)
@@ -135,8 +135,8 @@ class TextStage(Stage[TextRunConfig]):
                     f"the json fields that have more in data.sources.{name}.captions"
                 )
             self.language.warn_of_cut(looked.captions)
-            found += looked.negatives
-        if negatives and sources and not found:
+            with_negatives += looked.negatives
+        if negatives and sources and not with_negatives:
             raise ConfigError(
                 f"text.negatives={negatives}: none of the samples that were read has this field"
             )

@@ -23,8 +23,8 @@ from stages import STAGES, stage_class
 from stages.base import text_section
 from xray.ablations.spec import AblationConfig, check_own, nest, read_ablation
 from xray.artifacts.offers import VISION
-from xray.config import loading as cfg
 from xray.config import RunConfig, nearest
+from xray.config import loading as cfg
 from xray.config.identity import hash_json, identity, to_dict
 from xray.errors import ConfigError
 from xray.files import write_text

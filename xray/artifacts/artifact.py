@@ -130,8 +130,8 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{where} cannot be read: {brief(error)}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise ArtifactError(f"{where} has schema {found}, this version reads {SCHEMA}")
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{where} has schema {schema}, this version reads {SCHEMA}")
     for section in SECTIONS:
         if not isinstance(manifest.get(section), dict):
             raise ArtifactError(f"{where} is damaged: it has no {section}")
@@ -149,8 +149,8 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
 def file_states(place: Place, manifest: Mapping[str, Any]) -> Iterator[tuple[str, FileState]]:
     """Hash every file of an artifact again and yield its name and state."""
     for name, expected in manifest["files"].items():
-        found = place.sha256(name)
-        yield name, "missing" if found is None else "ok" if found == expected else "changed"
+        actual = place.sha256(name)
+        yield name, "missing" if actual is None else "ok" if actual == expected else "changed"
     for name in place.unnamed(list(manifest["files"])):
         yield name, "unnamed"
 
@@ -168,10 +168,10 @@ def _fetch(place: Place, folder: Path, manifest: Mapping[str, Any], content: byt
     for name, expected in manifest["files"].items():
         if known.sha256(name) == expected:
             continue
-        found = place.fetch(name, folder / name)
-        if found != expected:
+        actual = place.fetch(name, folder / name)
+        if actual != expected:
             (folder / name).unlink(missing_ok=True)
-            state = "missing" if found is None else "changed"
+            state = "missing" if actual is None else "changed"
             raise ArtifactError(f"{place}/{name} {COMPLAINTS[state]}")
     for name in known.unnamed(list(manifest["files"])):
         (folder / name).unlink()
@@ -264,11 +264,11 @@ def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def package_versions() -> dict[str, str]:
-    found = {"xray": __version__, "python": platform.python_version()}
+    versions = {"xray": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def git_commit() -> str:

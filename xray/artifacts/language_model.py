@@ -91,8 +91,8 @@ class Language:
         """Return config and tokenizer files: an artifact with all weights then needs no base
         folder."""
         patterns = ("*.json", "*.model", "*.txt")
-        found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
-        return {f"llm/{path.name}": path for path in found}
+        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        return {f"llm/{path.name}": path for path in paths}
 
 
 def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:

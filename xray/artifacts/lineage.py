@@ -53,12 +53,12 @@ class Link:
 
     def facts(self) -> dict[str, Any]:
         """Return the link as JSON."""
-        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        manifest = found.pop("manifest") or {}
-        found["manifest"] = found.pop("digest")
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        manifest = values.pop("manifest") or {}
+        values["manifest"] = values.pop("digest")
         parents = {slot: parent["manifest"] for slot, parent in manifest.get("parents", {}).items()}
         told = {key: manifest.get(key) for key in TOLD}
-        return {**found, **told, "parents": parents, "sound": self.sound}
+        return {**values, **told, "parents": parents, "sound": self.sound}
 
 
 def lineage(path: str | Path, verify: bool = False) -> list[Link]:

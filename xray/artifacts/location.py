@@ -64,12 +64,12 @@ class Place:
             return []
         folders = {self.folder / name.partition("/")[0] for name in files if "/" in name}
         below = [path for top in folders for path in top.rglob("*")]
-        found = {
+        names = {
             str(path.relative_to(self.folder))
             for path in below
             if path.is_symlink() or not path.is_dir()
         }
-        return sorted(found - set(files))
+        return sorted(names - set(files))
 
     def _url(self, name: str) -> str:
         return f"{self.where}/{name}"

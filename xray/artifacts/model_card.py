@@ -142,7 +142,7 @@ def _sources(manifest: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _metrics(manifest: Mapping[str, Any]) -> list[str]:
-    found = {
+    metrics = {
         name: value
         for name, value in manifest.get("metrics", {}).items()
         if name not in LEFT_OUT
@@ -151,5 +151,5 @@ def _metrics(manifest: Mapping[str, Any]) -> list[str]:
     }
     which = "averaged over steps" if manifest.get("weights") == "ema" else "of the last step"
     told = f"In training at step {manifest['step']:,}; the weights are those {which}."
-    rows = [(name, f"{value:.4g}") for name, value in sorted(found.items())]
+    rows = [(name, f"{value:.4g}") for name, value in sorted(metrics.items())]
     return [told, "", *_table(("metric", "value"), rows)]

@@ -42,12 +42,12 @@ class ImageTower(nn.Module):
         """Encode images [B, 3, S, S] or clips [B, T, 3, S, S] to [B, D], and to joint [B, E] or
         tags [B, V]."""
         cls = self.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
-        found = [F.normalize(cls, dim=-1)]
+        outputs = [F.normalize(cls, dim=-1)]
         if self.projection is not None:
-            found.append(F.normalize(self.projection(cls), dim=-1))
+            outputs.append(F.normalize(self.projection(cls), dim=-1))
         if self.head is not None:
-            found.append(self.activate(self.head(cls)))
-        return tuple(found)
+            outputs.append(self.activate(self.head(cls)))
+        return tuple(outputs)
 
 
 def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: int) -> Export:
@@ -80,8 +80,8 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
         expected = tower(given)
     differences: dict[str, float] = {}
     for count in (len(given), 1):  # the batch size is dynamic
-        found = session.run(None, {"pixels": given[:count].numpy()})
-        for name, theirs, mine in zip(tower.outputs, found, expected, strict=True):
+        outputs = session.run(None, {"pixels": given[:count].numpy()})
+        for name, theirs, mine in zip(tower.outputs, outputs, expected, strict=True):
             gap = (torch.from_numpy(theirs) - mine[:count]).abs().max().item()
             differences[name] = max(gap, differences.get(name, 0.0))
     # the traced module is also compared with the encoder that evaluation uses

@@ -77,12 +77,12 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
     pixels, encoder.keep_rate = pictures(side), 1.0
     with torch.no_grad():
         image = model.encode_image(encoder.normalize(pixels)[:, 0])
-        found = {"image features": difference(image, encoder.encode_pixels(pixels))}
+        differences = {"image features": difference(image, encoder.encode_pixels(pixels))}
         if texts is not None:
             tokens = open_clip.get_tokenizer(name)(list(CAPTIONS))
             text = model.encode_text(tokens)
-            found["text features"] = difference(text, texts.encode_text(CAPTIONS))
-    return Export("open_clip", _code(texts is not None), found, _notes(missing))
+            differences["text features"] = difference(text, texts.encode_text(CAPTIONS))
+    return Export("open_clip", _code(texts is not None), differences, _notes(missing))
 
 
 def text_side(artifact: Artifact) -> tuple[Encoder | None, str]:

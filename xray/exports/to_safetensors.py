@@ -72,9 +72,9 @@ def to_safetensors(artifact: Artifact, out: Path) -> Export:
 
 def _config(artifact: Artifact) -> dict[str, Any]:
     data = {k: getattr(data_config(artifact), k) for k in ("resolution", "frames", "mean", "std")}
-    found = stage_sections(artifact.manifest)
+    sections = stage_sections(artifact.manifest)
     keep_rate = artifact.manifest["keep_rate"]
-    return {"stage": artifact.stage, "keep_rate": keep_rate, "data": data, **found}
+    return {"stage": artifact.stage, "keep_rate": keep_rate, "data": data, **sections}
 
 
 def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> float:
@@ -105,5 +105,5 @@ def _write_text(encoder: Encoder | TextEncoder, out: Path) -> float:
         state = tower.pooler.state_dict()
         save_tensors(out / "text" / "pooler.safetensors", state)
         loaded.pooler.load_state_dict(load_file(out / "text" / "pooler.safetensors"))
-    found = encode_captions(CAPTIONS, tokenizer, lambda x: loaded(**x), device)
-    return difference(found, expected)
+    written = encode_captions(CAPTIONS, tokenizer, lambda x: loaded(**x), device)
+    return difference(written, expected)

@@ -79,11 +79,11 @@ def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
     with dist.rehearsed(world):
         size = size_of(config, facts)
         points = _points(config)
-        found = {at: rehearse(config, facts, at) for at in points}
-    memories = [memory_of(config, size, found[start], world) for start in starts_of(config)]
+        steps = {at: rehearse(config, facts, at) for at in points}
+    memories = [memory_of(config, size, steps[start], world) for start in starts_of(config)]
 
     def mean(what: str) -> float:
-        return world * sum(share * getattr(found[at], what) for at, share in points.items())
+        return world * sum(share * getattr(steps[at], what) for at, share in points.items())
 
     return Resources(
         config,
@@ -93,7 +93,7 @@ def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
         mean("flops"),
         mean("recomputed"),
         mean("tokens"),
-        max(r.micros for r in found.values()),
+        max(r.micros for r in steps.values()),
     )
 
 
@@ -104,14 +104,14 @@ def _points(config: RunConfig) -> dict[float, float]:
     of SLICES parts, and the start for its memory only.
     """
     starts, spans = starts_of(config), moving(config)
-    found: dict[float, float] = {}
+    points: dict[float, float] = {}
     for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
         moves = any(begin <= start < stop for begin, stop in spans)
-        found[start] = 0.0 if moves else end - start
+        points[start] = 0.0 if moves else end - start
         if moves:
             part = (end - start) / SLICES
-            found |= {start + (number + 0.5) * part: part for number in range(SLICES)}
-    return found
+            points |= {start + (number + 0.5) * part: part for number in range(SLICES)}
+    return points
 
 
 # memory ---------------------------------------------------------------------------------------
@@ -209,15 +209,15 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
     def rehearsed(micro: int | None, checkpointing: bool) -> tuple[Size, list[Rehearsal]]:
         changed = _changed(config, micro, checkpointing)
         with dist.rehearsed(world):
-            found = [rehearse(changed, facts, start) for start in starts_of(changed)]
-            return size_of(changed, facts), found
+            steps = [rehearse(changed, facts, start) for start in starts_of(changed)]
+            return size_of(changed, facts), steps
 
     for stage, checkpointing, offload in _rungs(config):
         for micro in (None, *_smaller(config, world)):
-            size, found = rehearsed(micro, checkpointing)
+            size, steps = rehearsed(micro, checkpointing)
             changed = _changed(config, micro, checkpointing)
             changed.zero = dataclasses.replace(config.zero, stage=stage, offload=offload)
-            memory = max((memory_of(changed, size, r, world) for r in found), key=lambda m: m.total)
+            memory = max((memory_of(changed, size, r, world) for r in steps), key=lambda m: m.total)
             if memory.total <= capacity:
                 return Change(_difference(config, changed, micro), memory)
             if memory.weights + memory.llm + memory.optimizer > capacity:
@@ -243,12 +243,12 @@ def _smaller(config: RunConfig, world: int) -> list[int]:
     shares = [local_samples(block, world) for block in config.blocks]
     now = max(min(value or share, share)
               for _, value in steps_of(config.train.micro_batch) for share in shares)  # fmt: skip
-    found, limit = [], now // 2
+    sizes, limit = [], now // 2
     for size in range(now // 2, 0, -1):
         if size <= limit and all(share % min(size, share) == 0 for share in shares):
-            found.append(size)
+            sizes.append(size)
             limit = size // 2
-    return found
+    return sizes
 
 
 def _changed(config: RunConfig, micro: int | None, checkpointing: bool) -> RunConfig:
@@ -261,15 +261,15 @@ def _changed(config: RunConfig, micro: int | None, checkpointing: bool) -> RunCo
 
 
 def _difference(config: RunConfig, changed: RunConfig, micro: int | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if micro is not None:
-        found["train.micro_batch"] = micro
+        settings["train.micro_batch"] = micro
         if config.data.tokens_per_batch:
-            found["data.tokens_per_batch"] = 0
+            settings["data.tokens_per_batch"] = 0
     if changed.zero.stage != config.zero.stage:
-        found["zero.stage"] = changed.zero.stage
+        settings["zero.stage"] = changed.zero.stage
     if changed.model.grad_checkpointing != config.model.grad_checkpointing:
-        found["model.grad_checkpointing"] = "true"
+        settings["model.grad_checkpointing"] = "true"
     if changed.zero.offload != config.zero.offload:
-        found["zero.offload"] = "true"
-    return found
+        settings["zero.offload"] = "true"
+    return settings

@@ -50,12 +50,12 @@ def known(
             sizes = tiny.vocab_size, tiny.width, tiny.depth, tiny.heads
             tiny_settings(tiny.family, *sizes).save_pretrained(folder)
             made[tiny.path] = Path(folder)
-        found, tuned = list[Known](), None
+        stages_known, tuned = list[Known](), None
         for config in configs:
-            found.append(_known(config, made, tuned, tags))
+            stages_known.append(_known(config, made, tuned, tags))
             if SENTENCES in stage_class(config.stage).offers:
                 tuned = text_section(config)
-        yield found
+        yield stages_known
 
 
 def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, tags: int) -> Known:

@@ -62,8 +62,8 @@ def write_embeddings(
 
     def pack(shard: int, rows: Mapping[int, np.ndarray]) -> Columns:
         members = np.array(sorted(rows), np.int32)
-        found = np.array([rows[member] for member in members.tolist()], np.float32)
-        return {"members": members, "embeddings": found.reshape(len(members), width)}
+        embeddings = np.array([rows[member] for member in members.tolist()], np.float32)
+        return {"members": members, "embeddings": embeddings.reshape(len(members), width)}
 
     facts = {"kind": "embeddings", "artifact": encoder.artifact.digest, **_kind(source)}
     return _written(source, embed, pack, facts, config, data, progress)
@@ -124,7 +124,7 @@ def _written(
 ) -> tuple[Sidecar, dict[str, int]]:
     """Open the sidecar of these facts, or write it."""
     name = f"{facts['kind']}-{hash_json(dict(facts))[:12]}"
-    found = open_whole(source, name)
-    if found is not None:
-        return found, {}
+    sidecar = open_whole(source, name)
+    if sidecar is not None:
+        return sidecar, {}
     return write_from_model(source, name, model, pack, facts, {}, data, config.batch_size, progress)

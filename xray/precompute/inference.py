@@ -77,9 +77,9 @@ Read = tuple[list[Place], Tensor | None, dict[Place, str]]
 
 
 def _collate(rows: list[tuple[Place, Tensor | str]]) -> Read:
-    good = [(place, found) for place, found in rows if isinstance(found, Tensor)]
-    bad = {place: found for place, found in rows if isinstance(found, str)}
-    pixels = torch.stack([found for _, found in good]) if good else None
+    good = [(place, result) for place, result in rows if isinstance(result, Tensor)]
+    bad = {place: result for place, result in rows if isinstance(result, str)}
+    pixels = torch.stack([result for _, result in good]) if good else None
     return [place for place, _ in good], pixels, bad
 
 
@@ -129,18 +129,18 @@ def write_from_model(
     places = Places(source, todo)
     total, done = len(source), len(source) - len(places)
     read = dict.fromkeys(todo, 0)  # samples read per shard
-    found: dict[int, dict[int, Any]] = {}
+    results: dict[int, dict[int, Any]] = {}
     causes: dict[str, int] = {}
     batches = cut(range(len(places)), batch_size)
     for here, pixels, bad in pixels_of(source, places, data, batches):
         for (shard, member), result in zip(here, _run(model, pixels, here), strict=True):
-            found.setdefault(shard, {})[member] = result
+            results.setdefault(shard, {})[member] = result
         for cause in bad.values():
             causes[cause] = causes.get(cause, 0) + 1
         for shard, _ in [*here, *bad]:
             read[shard] += 1
             if read[shard] == source.counts[shard]:
-                save_table(source, name, shard, pack(shard, found.pop(shard, {})))
+                save_table(source, name, shard, pack(shard, results.pop(shard, {})))
         done += len(here) + len(bad)
         if progress is not None:
             progress(done, total)

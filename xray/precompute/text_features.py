@@ -71,10 +71,10 @@ class CaptionIds:
         """Yield (member, captions) of members that have any."""
         for member in range(len(self.source.index(shard))):  # all members, of any modality
             try:
-                found = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
+                captions = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
             except BadSample:
                 continue
-            yield member, found
+            yield member, captions
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def write_text_features(
     assert config.features != "live"
     facts = store_facts(source, language.identity(), config.captions, config.features)
     name = store_name(facts)
-    found = open_whole(source, name)
-    if found is not None:
-        return found
+    sidecar = open_whole(source, name)
+    if sidecar is not None:
+        return sidecar
     work = CaptionIds(source, config.captions)
     fields = hash_json(list(config.captions))
     of_ids = f"caption-ids-{fields[:12]}"
@@ -155,9 +155,9 @@ def write_text_features(
     made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
     tables = [table for table in made if table is not None]
     whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
-    found = finish_sidecar(source, name, tables, whole)
+    sidecar = finish_sidecar(source, name, tables, whole)
     note_store(source, facts)
-    return found
+    return sidecar
 
 
 def _of(values: np.ndarray, layout: Layout, shard: int) -> np.ndarray:
@@ -177,12 +177,12 @@ def _encoded(
     for start in range(0, len(texts), 16 * batch_size):
         part = texts[start : start + 16 * batch_size]
         order = np.argsort([len(text) for text in part], kind="stable")
-        found: Tensor | None = None
+        vectors: Tensor | None = None
         for at in range(0, len(part), batch_size):
             mine = order[at : at + batch_size]
             tokens = language.tokenizer([part[number] for number in mine])
             rows = tower(**{key: value.to(device) for key, value in tokens.items()}).float().cpu()
-            found = rows.new_empty(len(part), rows.shape[1]) if found is None else found
-            found[torch.from_numpy(mine)] = rows
-        assert found is not None
-        yield found.numpy()
+            vectors = rows.new_empty(len(part), rows.shape[1]) if vectors is None else vectors
+            vectors[torch.from_numpy(mine)] = rows
+        assert vectors is not None
+        yield vectors.numpy()

@@ -134,19 +134,19 @@ def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> lis
 
 def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
     """Draw what the artifact makes of the first images and clips of its data."""
-    found, explainer = [], Explainer(artifact)
+    pictures, explainer = [], Explainer(artifact)
     for modality, pixels in _samples(data):
         groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
-        found += [picture for group in groups for picture in explainer(group)]
-    return found
+        pictures += [picture for group in groups for picture in explainer(group)]
+    return pictures
 
 
 def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
     """Read the first samples of each modality's first source, centre-cropped."""
-    found: dict[str, Tensor] = {}
+    samples: dict[str, Tensor] = {}
     for block in data.blocks:
         config = data.sources[block.source]
-        seen = config.modality in found or config.modality == "text"
+        seen = config.modality in samples or config.modality == "text"
         if seen or config.modality not in data.modalities:
             continue
         source = open_source(
@@ -154,8 +154,8 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
         )
         pixels = list(itertools.islice(_usable(source, data), SHOWN))
         if pixels:
-            found[config.modality] = torch.stack(pixels)
-    return list(found.items())
+            samples[config.modality] = torch.stack(pixels)
+    return list(samples.items())
 
 
 def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:

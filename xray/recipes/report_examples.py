@@ -46,9 +46,9 @@ class Examples:
 def tags(artifact: Artifact, pixels: Tensor) -> str:
     """Show the most probable tags of images [B, T, 3, S, S] uint8."""
     tagger, vocabulary = Tagger(artifact), Vocabulary.load(artifact.file("vocabulary.json"))
-    found = tagger.probabilities(pixels).topk(min(TAGS, len(vocabulary)), dim=1)
+    top = tagger.probabilities(pixels).topk(min(TAGS, len(vocabulary)), dim=1)
     shown = []
-    for picture, values, ids in zip(pixels, found.values, found.indices, strict=True):
+    for picture, values, ids in zip(pixels, top.values, top.indices, strict=True):
         rows = zip(values.tolist(), ids.tolist(), strict=True)
         shown.append(Card(picture[0], [f"{vocabulary.tags[i]} {v:.0%}" for v, i in rows]))
     return cards("Likeliest tags", shown)
@@ -91,18 +91,18 @@ def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     if not examples.labels:
         return ""
     names, labels = classes.names, classes.number(torch.tensor(examples.labels), classes.source)
-    found = (_encoded(encoder, examples.pixels) @ classes.weights(sets).t()).argmax(dim=1)
-    share = (found == labels).float().mean()
+    predicted = (_encoded(encoder, examples.pixels) @ classes.weights(sets).t()).argmax(dim=1)
+    share = (predicted == labels).float().mean()
     note = paragraph(f"Of {len(labels)} samples, {share:.0%} are classified correctly.")
     if len(names) > MATRIX:
-        return _mistakes(names, labels, found).html() + note
-    return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, found)}{note}"
+        return _mistakes(names, labels, predicted).html() + note
+    return f"<h2>Zero-shot classes</h2>{_matrix(names, labels, predicted)}{note}"
 
 
-def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
+def _matrix(names: Sequence[str], labels: Tensor, predicted: Tensor) -> str:
     """Draw the confusion matrix: true classes in rows, predicted ones in columns."""
     counts = torch.zeros(len(names), len(names))
-    counts.index_put_((labels, found), torch.ones(len(labels)), accumulate=True)
+    counts.index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
     figure, (axis,) = subplots(1, (4.4, 4.2))
     axis.imshow(counts.numpy(), cmap="Blues")
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
@@ -116,9 +116,9 @@ def _matrix(names: Sequence[str], labels: Tensor, found: Tensor) -> str:
     return svg(figure, "What samples of each class are taken for")
 
 
-def _mistakes(names: Sequence[str], labels: Tensor, found: Tensor) -> ResultTable:
+def _mistakes(names: Sequence[str], labels: Tensor, predicted: Tensor) -> ResultTable:
     """List the most frequent confusions, if there are too many classes for a matrix."""
-    pairs = zip(labels.tolist(), found.tolist(), strict=True)
+    pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
     wrong = Counter((a, b) for a, b in pairs if a != b)
     table = ResultTable("Zero-shot classes mixed up", ("is", "taken for", "samples"))
     table.rows += [(names[a], names[b], str(n)) for (a, b), n in wrong.most_common(12)]
@@ -136,7 +136,7 @@ def read_examples(
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
     places = list(source.places())
     step = max(1, -(-len(places) // LOOKED_AT))
-    found = Examples(torch.empty(0), [], [])
+    examples = Examples(torch.empty(0), [], [])
     pixels = []
     for place in places[::step]:
         sample = source.sample(*place, *size)
@@ -145,11 +145,11 @@ def read_examples(
         except BadSample:
             continue
         pixels.append(one)
-        found.labels.append(label_of(sample.files))
+        examples.labels.append(label_of(sample.files))
         try:
-            found.captions.append(captions_of(sample.files, fields))
+            examples.captions.append(captions_of(sample.files, fields))
         except BadSample:  # it has none
-            found.captions.append([])
+            examples.captions.append([])
     if pixels:
-        found.pixels = torch.stack(pixels)
-    return found
+        examples.pixels = torch.stack(pixels)
+    return examples
