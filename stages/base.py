@@ -158,7 +158,11 @@ class Facts:
 
 
 class Stage(ABC, Generic[C]):
-    """A learning task: builds the module, turns samples into batches, exports the artifact."""
+    """A learning task: builds the module, turns samples into batches, exports the artifact.
+
+    A subclass sets `name` and `Config` and defines `build`, `transform` and `export`. All else has
+    a default, for a stage that trains the backbone on images and clips.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type[RunConfig]]
