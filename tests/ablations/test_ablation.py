@@ -139,8 +139,8 @@ def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
 
 def test_a_run_has_a_report_of_what_it_has(done: Path) -> None:
     page = (done / "runs" / "half" / "seed_0" / "report.html").read_text()
-    assert "Pictures found for captions" in page and "MAE reconstructions" in page
-    assert "Zero-shot classes" not in page and "Likeliest tags" not in page  # not asked, not there
+    assert "Images retrieved for captions" in page and "MAE reconstructions" in page
+    assert "Zero-shot classes" not in page and "Most probable tags" not in page  # not asked for
 
 
 def test_costs_are_the_stages(done: Path) -> None:

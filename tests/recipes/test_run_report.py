@@ -38,8 +38,8 @@ def test_a_report_is_written_again(run: Path) -> None:
     assert done.exit_code == 0, done.output
     page = (run / "report.html").read_text()
     found = headings(page)
-    assert found[:2] == ["Training", "Data"] and "Likeliest tags" in found and "Stages" in found
-    assert not {"Results", "Pictures found for captions", "Zero-shot classes"} & set(found)
+    assert found[:2] == ["Training", "Data"] and "Most probable tags" in found and "Stages" in found
+    assert not {"Results", "Images retrieved for captions", "Zero-shot classes"} & set(found)
     assert not [title for title in found if title.startswith("MAE")]
     assert "http" not in page and 'name="viewport"' in page  # nothing is fetched
     assert re.findall(r"<img alt=\"([^\"]+) over samples seen", page) == [

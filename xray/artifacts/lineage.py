@@ -156,9 +156,9 @@ def told(chain: list[Link]) -> Iterator[str]:
 def _where(link: Link) -> str:
     return {
         "found": link.path,
-        "url": f"was at {link.path}, which was not looked at",
-        "gone": f"not at {link.path} any more",
-        "replaced": f"not at {link.path} any more, where another artifact lies now",
+        "url": f"was at {link.path}, which was not checked",
+        "gone": f"no longer at {link.path}",
+        "replaced": f"no longer at {link.path}, where another artifact is now",
     }[link.where]
 
 
@@ -166,7 +166,7 @@ def _about(link: Link) -> Iterator[str]:
     yield f"manifest {link.digest}"
     manifest = link.manifest
     if manifest is None:
-        yield "nothing else is known of it: its child was written before children told"
+        yield "nothing else is known: its child was written before artifacts carried their lineage"
     else:
         data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
         yield f"{manifest.get('samples', 0):,} samples seen, data {data}, config {config}"

@@ -51,7 +51,7 @@ def tags(artifact: Artifact, pixels: Tensor) -> str:
     for picture, values, ids in zip(pixels, top.values, top.indices, strict=True):
         rows = zip(values.tolist(), ids.tolist(), strict=True)
         shown.append(Card(picture[0], [f"{vocabulary.tags[i]} {v:.0%}" for v, i in rows]))
-    return cards("Likeliest tags", shown)
+    return cards("Most probable tags", shown)
 
 
 def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
@@ -73,14 +73,12 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     shown: list[Card | tuple[Card, Card]] = []
     shown += [Card(pixels[n, 0], [f"right: {texts[n]}"]) for n in right]
     for n in wrong:
-        found = Card(pixels[int(order[n, 0]), 0], [f"found for: {texts[n]}"])
-        own = Card(pixels[n, 0], [f"right would be this one, found as number {rank[n] + 1}"])
-        shown.append((found, own))
+        nearest = Card(pixels[int(order[n, 0]), 0], [f"retrieved for: {texts[n]}"])
+        own = Card(pixels[n, 0], [f"the right image, at rank {rank[n] + 1}"])
+        shown.append((nearest, own))
     share = (rank == 0).float().mean()
-    note = (
-        f"The nearest of {len(known)} pictures to a caption of each: {share:.0%} are the right one."
-    )
-    return cards("Pictures found for captions", shown) + paragraph(note)
+    note = f"For {share:.0%} of {len(known)} captions the nearest image is the right one."
+    return cards("Images retrieved for captions", shown) + paragraph(note)
 
 
 def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
@@ -107,20 +105,20 @@ def _matrix(names: Sequence[str], labels: Tensor, predicted: Tensor) -> str:
     axis.imshow(counts.numpy(), cmap="Blues")
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-    axis.set_xlabel("taken for", fontsize=8)
-    axis.set_ylabel("is", fontsize=8)
+    axis.set_xlabel("predicted class", fontsize=8)
+    axis.set_ylabel("class", fontsize=8)
     for row, column in counts.nonzero().tolist():
         strong = counts[row, column] > 0.6 * counts.max()
         axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=8,
                   color="white" if strong else "black")  # fmt: skip
-    return svg(figure, "What samples of each class are taken for")
+    return svg(figure, "Confusion matrix of zero-shot classes")
 
 
 def _mistakes(names: Sequence[str], labels: Tensor, predicted: Tensor) -> ResultTable:
     """List the most frequent confusions, if there are too many classes for a matrix."""
     pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
     wrong = Counter((a, b) for a, b in pairs if a != b)
-    table = ResultTable("Zero-shot classes mixed up", ("is", "taken for", "samples"))
+    table = ResultTable("Zero-shot classes confused", ("class", "predicted", "samples"))
     table.rows += [(names[a], names[b], str(n)) for (a, b), n in wrong.most_common(12)]
     return table
 
