@@ -13,7 +13,9 @@ import xray
 from stages import STAGES, stage_class
 from xray.artifacts.artifact import open_artifact, parse_manifest
 from xray.artifacts.encoders import Encoder, Tagger, restore_encoder
+from xray.artifacts.lineage import lineage
 from xray.artifacts.manifest_config import joint_head
+from xray.artifacts.model_card import card
 from xray.artifacts.offers import OFFERS_OF_STAGE
 from xray.errors import ArtifactError
 
@@ -66,6 +68,22 @@ def test_an_old_config_has_the_old_defaults(control: Path) -> None:
     del clip["embed_dim"]
     with pytest.raises(ArtifactError, match="config of a manifest is incomplete"):
         joint_head(artifact)
+
+
+def test_a_stage_describes_its_head_and_its_artifact(control: Path) -> None:
+    artifact = open_artifact(control)
+    config = artifact.manifest["config"]
+    config["pair"] = config.pop("clip")
+    artifact.manifest["heads"] = {"joint": "pair"}
+    assert joint_head(artifact).embed_dim == 16
+    del config["pair"]
+    with pytest.raises(ArtifactError, match=r"no section config\.pair"):
+        joint_head(artifact)
+    link = lineage(control)[0]
+    assert link.manifest is not None
+    assert "A vision backbone and a text tower" in card([link], "xray", "x", [], [])
+    link.manifest["summary"] = "A pair of towers."
+    assert "A pair of towers." in card([link], "xray", "x", [], [])
 
 
 def test_an_artifact_that_offers_nothing_is_one_typed_error(control: Path, tmp_path: Path) -> None:
