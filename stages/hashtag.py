@@ -283,8 +283,8 @@ class HashtagStage(Stage[HashtagConfig]):
         if opened is None:
             where = f"field={field}" if own.tags == "hashtags" else f"captions={own.captions}"
             raise ConfigError(
-                f"hashtag.teacher={name}: it has not been over the shards of source "
-                f"{source.name!r} with tags={own.tags} {where}; run xray data pseudo-tags on them "
+                f"hashtag.teacher={name} has no pseudo-tags for the shards of source "
+                f"{source.name!r} with tags={own.tags} {where}: run xray data pseudo-tags on them "
                 "with these settings"
             )
         _check_same(self.vocabulary, opened.facts["vocabulary"], f"hashtag.teacher={name}")

@@ -225,7 +225,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     assert manifest["inputs"]["teacher"] == open_artifact(teacher).digest
 
     other_tags = "data.sources.photos.tags=caption_words"
-    with pytest.raises(ConfigError, match=r"it has not been over .* with tags=caption_words"):
+    with pytest.raises(ConfigError, match=r"has no pseudo-tags for .* with tags=caption_words"):
         train("hashtag", demo, tmp_path / "judged", *config, other_tags)
     assert taught(run(*command, "tags=caption_words")) == name
     train("hashtag", demo, tmp_path / "judged", *config, other_tags)
@@ -236,7 +236,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     assert "gave tags to 6 samples without" in caplog.text
     with pytest.raises(ArtifactError, match=r"hashtag.teacher=\S+ is of another vocabulary"):
         train("hashtag", demo, tmp_path / "other", *config[:-2], "hashtag.min_count=1")
-    with pytest.raises(ConfigError, match="it has not been over the shards"):
+    with pytest.raises(ConfigError, match="has no pseudo-tags for the shards"):
         train("hashtag", demo, tmp_path / "none", *config, "hashtag.teacher=nobody")
 
 
