@@ -45,7 +45,7 @@ class Language:
             config = dataclasses.replace(config, pooling=own_pooling(self.folder))
         if config.pooling == "latent" and config.tune == "none" and parent is None:
             raise ConfigError(
-                "text.pooling=latent has weights to train: set text.tune=lora or full, or "
+                "text.pooling=latent has weights to be trained: set text.tune=lora or full, or "
                 "start from a text artifact (--init-from)"
             )
         if Path(config.llm).is_dir():  # the recorded path must work from any folder

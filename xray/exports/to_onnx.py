@@ -66,7 +66,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
     rate, reduction = encoder.keep_rate, encoder.vision.reduction
     if reduction in ("tome", "random") and encoder.vision.rates(rate):
         raise ConfigError(
-            f"--to onnx supports model.reduce=evit and not {reduction}: give "
+            f"--to onnx has no graph for model.reduce={reduction}, only for evit: give "
             "--keep-rate 1 for all tokens"
         )
     tower = ImageTower(encoder, rate, frames > 1).eval()
