@@ -170,7 +170,7 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
     (ArtifactError, "tags needs a hashtag artifact", lambda c, h, m: c.tags),
     (ConfigError, "tags=\\[...\\]", lambda c, h, m: c.tag(m / "photo.jpg")),
     (ConfigError, "has tags of its own", lambda c, h, m: h.tag(m / "photo.jpg", tags=["a"])),
-    (ConfigError, "needs {} in the place", lambda c, h, m: c.tag(m / "photo.jpg", ["a"], template="a")),
+    (ConfigError, "needs {} in", lambda c, h, m: c.tag(m / "photo.jpg", ["a"], template="a")),
     (ConfigError, "top=0", lambda c, h, m: h.tag(m / "photo.jpg", top=0)),
     (ConfigError, "batch_size=0", lambda c, h, m: h.encode_image(m / "photo.jpg", batch_size=0)),
     (DataError, "give .tensor. for", lambda c, h, m: h.tag(h.preprocess(m / "clip.mp4"))),
