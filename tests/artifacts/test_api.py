@@ -186,7 +186,7 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
     (ConfigError, "device='tpu'", lambda c, h, m: xray.load(c.artifact.path, device="tpu")),
     (ConfigError, "keep rates", lambda c, h, m: xray.load(c.artifact.path, keep_rate=0.0)),
     (ConfigError, "must be numbers", lambda c, h, m: xray.load(c.artifact.path, keep_rate="0.5")),  # type: ignore[arg-type]
-    (ArtifactError, "is no artifact", lambda c, h, m: xray.load(m)),
+    (ArtifactError, "is not an artifact", lambda c, h, m: xray.load(m)),
 ]  # fmt: skip
 
 

@@ -255,7 +255,7 @@ def test_any_fsspec_url_is_loaded_from(runs: Path, tmp_path: Path, scheme: str) 
     for part in here.manifest["tensors"]:
         theirs = there.load(part)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in here.load(part).items())
-    with pytest.raises(ArtifactError, match="nothing is no artifact: it has no manifest"):
+    with pytest.raises(ArtifactError, match="nothing is not an artifact: it has no manifest"):
         open_artifact(f"{scheme}:///{tmp_path}/nothing".replace("////", "///"))
 
 

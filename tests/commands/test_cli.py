@@ -55,11 +55,11 @@ def test_config_prints_what_is_resolved() -> None:
         (["train", "hashtags"], "did you mean 'hashtag'"),
         (["train", "mae"], "data.blocks"),
         (["run", "real_small"], "data.root"),
-        (["eval", "nothing"], "nothing is no artifact"),
+        (["eval", "nothing"], "nothing is not an artifact"),
         (["run", "quickstart", "stages=[mae,"], "cannot be read"),
         (["run", "quickstart", "mae=5"], "mae=5 must be a section of keys"),
         (["run", "quickstart", "model.tubelet=0"], "at least 1"),
-        (["lineage", "nothing"], "nothing is no artifact"),
+        (["lineage", "nothing"], "nothing is not an artifact"),
         (["data", "index", "nothing"], "nothing does not exist"),
     ],
 )

@@ -414,7 +414,7 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "is a checkpoint: make an artifact": lambda a, out: (f"{a.parent}@2", "--to", "timm"),
     "--weights is for RUN": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
     "text.llm=, where the LLM lies": lambda a, out: (a, "data.root=x", "--to", "timm"),
-    "is no artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
+    "is not an artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
     "holds no run": lambda a, out: (a,),
 }
 

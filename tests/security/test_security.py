@@ -140,7 +140,9 @@ def test_in_an_artifacts_weights(
     (artifact / f"{name}.safetensors").write_bytes(hostile)
     refused(evaluated(artifact, demo), f"{name}.safetensors was changed", ran)
     forge(artifact, f"{name}.safetensors", hostile)
-    refused(evaluated(artifact, demo), f"{name}.safetensors is no readable safetensors", ran)
+    refused(
+        evaluated(artifact, demo), f"{name}.safetensors is not a readable safetensors file", ran
+    )
 
 
 def test_in_an_artifacts_other_files(runs: Path, demo: Path, tmp_path: Path, ran: Path) -> None:
@@ -176,11 +178,15 @@ def test_in_a_teacher_and_in_a_parent(runs: Path, demo: Path, tmp_path: Path, ra
     clip, hashtag = tmp_path / "clip", tmp_path / "hashtag"
     shutil.copytree(runs / "clip" / "artifact", clip)
     forge(clip, "head.safetensors", pickled(ran))
-    with pytest.raises(ArtifactError, match=r"head\.safetensors is no readable safetensors"):
+    with pytest.raises(
+        ArtifactError, match=r"head\.safetensors is not a readable safetensors file"
+    ):
         train("clip", demo, tmp_path / "out", "train.samples=12", f"clip.teacher={clip}")
     shutil.copytree(runs / "hashtag" / "artifact", hashtag)
     forge(hashtag, "backbone.safetensors", pickled(ran))
-    with pytest.raises(ArtifactError, match=r"backbone\.safetensors is no readable safetensors"):
+    with pytest.raises(
+        ArtifactError, match=r"backbone\.safetensors is not a readable safetensors file"
+    ):
         train("clip", demo, tmp_path / "out", "train.samples=12", init_from=[hashtag])
     assert not ran.exists()
 

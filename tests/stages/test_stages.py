@@ -187,7 +187,7 @@ def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: P
         train("hashtag", demo, tmp_path / "b", init_from=[chain["mae"], chain["hashtag"]])
     with pytest.raises(ArtifactError, match="of another model"):
         train("hashtag", demo, tmp_path / "c", "model.kwargs.depth=3", init_from=[chain["mae"]])
-    with pytest.raises(ArtifactError, match="is no artifact"):
+    with pytest.raises(ArtifactError, match="is not an artifact"):
         train("hashtag", demo, tmp_path / "d", init_from=[tmp_path / "nothing"])
     assert not list(tmp_path.iterdir())  # nothing was begun
 

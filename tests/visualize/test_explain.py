@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(mae: Artifact, files: list[str], tmp_path: Path) 
         "broken.jpg: undecodable image": [full, str(broken)],
         "must end in one of .jpg": [full, __file__],
         "must end in .png or .html": [full, files[0], "--out", "x.gif"],
-        "is no artifact": ["nowhere", files[0]],
+        "is not an artifact": ["nowhere", files[0]],
     }
     for message, arguments in cases.items():
         done = xray("show", *arguments)

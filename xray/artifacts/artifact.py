@@ -72,7 +72,9 @@ class Artifact:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ArtifactError(f"{path} is no readable safetensors: {brief(error)}") from error
+            raise ArtifactError(
+                f"{path} is not a readable safetensors file: {brief(error)}"
+            ) from error
 
     def file(self, name: str) -> Path:
         """Return the path of a file; raises ArtifactError if the manifest does not name it."""
@@ -120,7 +122,7 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
             raise ArtifactError(f"{place}/manifest.json cannot be read: {error}") from error
         if content is not None:
             return place, content, parse_manifest(content, f"{place}/manifest.json")
-    raise ArtifactError(f"{base} is no artifact: it has no manifest.json")
+    raise ArtifactError(f"{base} is not an artifact: it has no manifest.json")
 
 
 def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
