@@ -1,9 +1,9 @@
-"""Adversarial pictures within an L-infinity distance, and what a classifier makes of them.
+"""Adversarial attacks on a classifier of images, within an L-infinity distance.
 
-Pixels are in [0, 1], normalisation is inside the classifier: logits of [B, T, 3, H, W]. The found
-pictures are floats: they are not rounded to 8 bits. A gradient goes through the tokens that a model
-keeps and fuses; that another choice of tokens could follow from a change is not in it, which is one
-reason to look at the attack without gradients beside.
+Pixels are in [0, 1]; the classifier normalises them: [B, T, 3, H, W] -> logits. Adversarial images
+are floats, not rounded to 8 bits. With token reduction the gradient flows through the kept and the
+merged tokens, but not through the choice of tokens, so gradient-based attacks should be compared
+with the black-box attack.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ Logits = Callable[[Tensor], Tensor]  # [B, T, 3, H, W] in [0, 1] -> [B, C]
 
 
 def fgsm(logits: Logits, x: Tensor, labels: Tensor, eps: float) -> Tensor:
-    """One step of eps along the sign of the loss's gradient (1412.6572)."""
+    """Take one step of eps along the sign of the loss's gradient (1412.6572)."""
     return (x + eps * _gradient(logits, x, labels).sign()).clamp(0, 1)
 
 
 def pgd(
     logits: Logits, x: Tensor, labels: Tensor, eps: float, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """Steps of eps / 2 from a random start, each projected back (1706.06083).
+    """Take steps of eps / 2 from a random start, each projected back (1706.06083).
 
-    At eps 2/255 and 5 steps that is TeCoA's (2212.07016) step of 1/255.
+    At eps 2/255 the step is that of TeCoA (2212.07016), 1/255.
     """
     noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
-    found = (x + eps * noise).clamp(0, 1)
+    adversarial = (x + eps * noise).clamp(0, 1)
     for _ in range(steps):
-        found = found + eps / 2 * _gradient(logits, found, labels).sign()
-        found = torch.minimum(torch.maximum(found, x - eps), x + eps).clamp(0, 1)
-    return found
+        adversarial = adversarial + eps / 2 * _gradient(logits, adversarial, labels).sign()
+        adversarial = torch.minimum(torch.maximum(adversarial, x - eps), x + eps).clamp(0, 1)
+    return adversarial
 
 
 @torch.no_grad()
 def square(
     logits: Logits, x: Tensor, labels: Tensor, eps: float, queries: int, generator: torch.Generator
 ) -> Tensor:
-    """Random squares of +-eps, each kept where it lowers the margin (Square Attack, 1912.00049).
+    """Add random squares of +-eps, each kept if it lowers the margin (Square Attack, 1912.00049).
 
-    It starts from vertical stripes; the squares' area falls from .8 of the picture as there, their
-    schedule of 10,000 queries scaled to these. A sample that is wrong already is left alone.
+    The attack starts from vertical stripes. The area of the squares decreases from 0.8 of the image
+    by the paper's schedule, scaled from 10,000 queries to `queries`. Samples that are misclassified
+    without an attack are not changed.
     """
     B, _, C, H, W = x.shape
 
@@ -78,27 +79,27 @@ def square(
 
 
 def _area(progress: float) -> float:
-    """The share of a picture that a square covers, halved at shares of all queries."""
+    """Return the fraction of an image that a square covers, halved at fractions of all queries."""
     halvings = sum(progress > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
     return 0.8 / 2**halvings
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The right class's logit above the best other one; below 0 it is wrong."""
+    """Subtract the best other logit from the correct class's; negative if misclassified."""
     right = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
     return right - others
 
 
 def _gradient(logits: Logits, x: Tensor, labels: Tensor) -> Tensor:
-    """Of the cross-entropy in the pixels; raises ArtifactError where none reaches them."""
+    """Compute the gradient of the cross-entropy; raises ArtifactError if there is none."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        found = logits(x)
-        if not found.requires_grad:
+        output = logits(x)
+        if not output.requires_grad:
             raise ArtifactError(
                 "no gradient reaches the pixels through this classifier: FGSM and PGD need one, "
                 "set eval.robustness.attacks=[square]"
             )
-        loss = F.cross_entropy(found, labels, reduction="sum")
+        loss = F.cross_entropy(output, labels, reduction="sum")
     return torch.autograd.grad(loss, x)[0]

@@ -1,4 +1,4 @@
-"""Labels of one set in the numbers of another."""
+"""Labels of one data set in the numbers of another."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from xray.errors import DataError
 
 @dataclass(frozen=True)
 class Classes:
-    """A training set's classes, which a probe numbers from 0 without gaps."""
+    """The classes of a training set, which a probe numbers from 0 without gaps."""
 
-    numbers: Tensor  # those of the training set, ascending, [C]
-    names: tuple[str, ...]  # by the training set's number; () = it has none
+    numbers: Tensor  # class numbers of the training set, ascending, [C]
+    names: tuple[str, ...]  # by class number of the training set; () = no names
     where: str
 
     @classmethod
     def of(cls, labels: Tensor, source: Source) -> Classes:
-        """The classes of a training set's labels [N]; raises DataError as check_labels."""
+        """Collect the classes of a training set's labels [N]; raises DataError as check_labels."""
         check_labels(labels, source.name)
         return cls(labels.unique(), source.classes, source.name)
 
     def places(self, labels: Tensor, source: Source) -> Tensor:
-        """A source's labels as places among the classes, [N], matched by name where both have them.
+        """Number a source's labels by place among the classes, [N]; matched by name if both have
+        names.
 
         Raises DataError for a class that is not among them, and as check_labels.
         """
         check_labels(labels, source.name)
         labels = renumber(labels, source, self.names, f"the classes of {self.where}")
-        found = torch.searchsorted(self.numbers, labels).clamp(max=len(self.numbers) - 1)
-        unknown = labels[self.numbers[found] != labels].tolist()
+        places = torch.searchsorted(self.numbers, labels).clamp(max=len(self.numbers) - 1)
+        unknown = labels[self.numbers[places] != labels].tolist()
         if unknown:
             name = self.names[unknown[0]] if unknown[0] < len(self.names) else unknown[0]
             raise DataError(
                 f"class {name!r} of {source.name} is not among the {len(self.numbers)} classes of "
                 f"{self.where}"
             )
-        return found
+        return places
 
 
 def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:
-    """A source's class numbers as places in `names`, where both have names; -1 stays.
+    """Number a source's labels by place in `names`, if both have names; -1 stays -1.
 
     Raises DataError for a class that is not among them.
     """
@@ -59,7 +60,7 @@ def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -
 
 
 def check_labels(labels: Tensor, what: str) -> None:
-    """Raise DataError for samples without a class, and for a set of a single class."""
+    """Raise DataError for samples without a class, and for a data set with a single class."""
     if not (labels >= 0).all():
         missing = int((labels < 0).sum())
         raise DataError(
@@ -71,7 +72,7 @@ def check_labels(labels: Tensor, what: str) -> None:
 
 
 def check_named(labels: Tensor, classes: int, what: str) -> None:
-    """Raise DataError for a label beyond the class names, and as check_labels."""
+    """Raise DataError for a label above the number of class names, and as check_labels."""
     check_labels(labels, what)
     if int(labels.max()) >= classes:
         raise DataError(
@@ -80,8 +81,8 @@ def check_named(labels: Tensor, classes: int, what: str) -> None:
 
 
 def guess(train: Tensor, test: Tensor) -> float:
-    """Accuracy on test of any class at random, or of always training's most frequent one (one of
-    them, where there are several): whichever is better."""
+    """Compute the accuracy of guessing on test: the better of a random class and the most frequent
+    class of training."""
     numbers, counts = train.unique(return_counts=True)
-    most = numbers[counts == counts.max()]
+    most = numbers[counts == counts.max()]  # one of them at random, if there are several
     return max(1 / len(numbers), float(torch.isin(test, most).double().mean()) / len(most))

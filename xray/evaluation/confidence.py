@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap: samples drawn again with replacement (Efron, 1979)."""
+"""Confidence intervals by the bootstrap: resampling with replacement (Efron, 1979)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 from torch import Tensor
 
 RESAMPLES = 1000
-COVERED = 95  # percent between the two ends
-HELD = 2**20  # draws that are held at a time
+COVERED = 95  # percent, between both ends
+HELD = 2**20  # draws in memory at a time
 
 
 def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, float]:
-    """A share as NAME, and NAME_low and NAME_high: its 95 % percentile interval.
+    """Compute a share as NAME, with its 95 % percentile interval as NAME_low and NAME_high.
 
-    hits: [N] of the samples: 0 or 1, or what is summed over the weights [N] that each counts with
-    (captions of a picture, which are drawn together: they are not independent).
+    hits: [N], 0 or 1 per sample. With weights [N], hits are sums over as many units of a sample
+    (such as the captions of an image), which are resampled together because they depend on each
+    other.
     """
     total = len(hits) if weights is None else weights.sum().item()
     value = hits.double().sum().item() / total
@@ -25,29 +26,29 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
 
 
 def share_interval(hits: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """The ends of a share's interval; hits and weights [N] as in `share`."""
+    """Compute the ends of a share's interval; hits and weights [N] as in `share`."""
     own = hits.double().numpy()
     of = np.ones_like(own) if weights is None else weights.double().numpy()
-    found = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
-    return _ends(np.concatenate(found))
+    shares = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
+    return _ends(np.concatenate(shares))
 
 
 def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
-    """A median as NAME, with its interval; values [M], of which sample `owner` [M] has them."""
+    """Compute a median as NAME, with its interval; values [M] belong to samples `owner` [M]."""
     order = values.argsort()
     ranked, owners = values[order].double().numpy(), owner[order].numpy()
-    found = []
+    medians = []
     for counts in resamples(int(owner.max()) + 1):
-        until = counts[:, owners].cumsum(axis=1)  # values drawn so far, from the smallest
+        until = counts[:, owners].cumsum(axis=1)  # number of draws up to each value
         lower, upper = (until[:, -1:] - 1) // 2, until[:, -1:] // 2
         places = [(until <= middle).sum(axis=1) for middle in (lower, upper)]
-        found.append((ranked[places[0]] + ranked[places[1]]) / 2)
-    low, high = _ends(np.concatenate(found))
+        medians.append((ranked[places[0]] + ranked[places[1]]) / 2)
+    low, high = _ends(np.concatenate(medians))
     return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
 
 
 def resamples(samples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each sample is drawn in each resample, blocks of [b, N]; 1000 rows in all."""
+    """Yield how often each sample is drawn per resample, in blocks [b, N]; 1000 rows in all."""
     generator = np.random.default_rng(seed)
     block = max(1, min(RESAMPLES, HELD // samples))
     for start in range(0, RESAMPLES, block):

@@ -1,10 +1,9 @@
-"""Common corruptions at five severities (ImageNet-C, 1903.12261), and shifts of shape.
+"""Common corruptions at five severities (ImageNet-C, 1903.12261), and changes of aspect ratio.
 
-The eight of the fifteen whose constants are numbers. Left out: glass, motion and zoom blur, snow,
-frost, fog and elastic, which need its code's frames of frost, ImageMagick's motion blur or a plasma
-fractal, and would be other corruptions under the same name. As there, pictures are changed after
-they were cropped and resized; the constants are of 224 pixels, so a disc or a block covers more of
-a smaller picture.
+These are the eight of the fifteen corruptions that numeric constants define. Glass, motion and zoom
+blur, snow, frost, fog and elastic are left out: they need images of frost, ImageMagick's motion
+blur or a plasma fractal. As in ImageNet-C, images are corrupted after they are cropped and resized.
+The constants are for 224 pixels, so a disc or a block covers more of a smaller image.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Array = np.ndarray  # [T, 3, H, W] float in [0, 1]
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
 SHOT = (60, 25, 12, 5, 3)
 IMPULSE = (0.03, 0.06, 0.09, 0.17, 0.27)
-DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius, sigma that softens its rim
+DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius, sigma of the blur
 BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
 PIXELATE = (0.6, 0.5, 0.4, 0.3, 0.25)
@@ -35,24 +34,24 @@ JPEG = (25, 18, 15, 10, 7)
 
 
 def gaussian_noise(x: Array, severity: int, rng: Rng) -> Array:
-    """x + N(0, sd)."""
+    """Add noise from N(0, sd)."""
     return x + rng.normal(scale=NOISE[severity - 1], size=x.shape)
 
 
 def shot_noise(x: Array, severity: int, rng: Rng) -> Array:
-    """Poisson(c x) / c."""
+    """Draw from Poisson(c x) / c."""
     photons = SHOT[severity - 1]
     return rng.poisson(x * photons) / photons
 
 
 def impulse_noise(x: Array, severity: int, rng: Rng) -> Array:
-    """A share of the values becomes 0 or 1, as likely."""
+    """Set a fraction of the values to 0 or 1 with equal probability."""
     drawn, share = rng.random(x.shape), IMPULSE[severity - 1]
     return np.where(drawn < share / 2, 0.0, np.where(drawn < share, 1.0, x))
 
 
 def defocus_blur(x: Array, severity: int, rng: Rng) -> Array:
-    """The mean over a disc."""
+    """Average over a disc."""
     kernel = torch.from_numpy(disc(*DEFOCUS[severity - 1]))[None, None]
     pad = kernel.shape[-1] // 2
     planes = torch.from_numpy(x).flatten(0, 1)[:, None]
@@ -61,7 +60,7 @@ def defocus_blur(x: Array, severity: int, rng: Rng) -> Array:
 
 
 def disc(radius: int, sigma: float) -> Array:
-    """A disc that sums to 1, softened by a Gaussian of 3 x 3 taps, 5 x 5 beyond a radius of 8."""
+    """Make a disc that sums to 1, blurred by a Gaussian of 3 x 3 taps, 5 x 5 above radius 8."""
     half, reach = max(8, radius), 1 if radius <= 8 else 2
     across = np.arange(-half, half + 1)
     flat = (across[:, None] ** 2 + across**2 <= radius**2).astype(np.float64)
@@ -73,27 +72,27 @@ def disc(radius: int, sigma: float) -> Array:
 
 
 def brightness(x: Array, severity: int, rng: Rng) -> Array:
-    """The value of HSV is raised; hue and saturation stay."""
+    """Raise the value of HSV; hue and saturation stay the same."""
     value = x.max(axis=1, keepdims=True)
     raised = (value + BRIGHTNESS[severity - 1]).clip(0, 1)
     return np.where(value > 0, x * raised / np.maximum(value, 1e-12), raised)
 
 
 def contrast(x: Array, severity: int, rng: Rng) -> Array:
-    """Towards each channel's mean."""
+    """Scale the values towards each channel's mean."""
     mean = x.mean(axis=(2, 3), keepdims=True)
     return (x - mean) * CONTRAST[severity - 1] + mean
 
 
 def pixelate(frame: Image.Image, severity: int) -> Image.Image:
-    """Shrunk to a share of its sides and enlarged again, by boxes."""
+    """Downscale to a fraction of the sides and upscale again, with a box filter."""
     size = tuple(max(1, int(side * PIXELATE[severity - 1])) for side in frame.size)
     small = frame.resize(size, Image.Resampling.BOX)  # type: ignore[arg-type]
     return small.resize(frame.size, Image.Resampling.BOX)
 
 
 def jpeg_compression(frame: Image.Image, severity: int) -> Image.Image:
-    """Encoded and decoded by libjpeg."""
+    """Encode as JPEG and decode."""
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=JPEG[severity - 1])
     return Image.open(buffer)
@@ -112,7 +111,7 @@ CORRUPTIONS = (*ON_VALUES, *ON_FRAMES)
 
 
 def corruption(name: str, severity: int) -> Callable[[Tensor, Rng], Tensor]:
-    """A change of [T, 3, H, W] uint8 by a sample's own draws; severity 1 to 5."""
+    """Make a corruption of [T, 3, H, W] uint8, with a sample's generator; severity 1 to 5."""
     return partial(_corrupt, name, severity)
 
 
@@ -121,12 +120,12 @@ def _corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
         frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
         changed = [np.array(ON_FRAMES[name](frame, severity)) for frame in frames]
         return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()
-    found = ON_VALUES[name](pixels.numpy() / 255.0, severity, rng)
-    return torch.from_numpy((found.clip(0, 1) * 255).astype(np.uint8))
+    values = ON_VALUES[name](pixels.numpy() / 255.0, severity, rng)
+    return torch.from_numpy((values.clip(0, 1) * 255).astype(np.uint8))
 
 
 def aspect(ratio: float) -> Callable[[Tensor, Rng], Tensor]:
-    """Stretch a picture's width by `ratio` against its height: the centre that then fits."""
+    """Make a change that stretches the width by `ratio` relative to the height, then crops."""
     return partial(_stretch, ratio)
 
 

@@ -1,16 +1,16 @@
-"""How well a tag head finds the tags of pictures and clips, each measure beside chance.
+"""Metrics of a tag head on images and videos, each with its chance level.
 
-Blocks of probabilities [b, V] go in, one per sample and tag, and only what the measures need is
-kept: hits among the top tags, and the scores of the tags whose average precision is measured.
+Probabilities arrive in blocks [b, V]. Only what the metrics need is kept: hits among the top tags,
+and the scores of the tags whose average precision is measured.
 
     metrics = TagMetrics(counts, measured_tags(labels, samples))
     for probabilities, tags in blocks:
         metrics.add(probabilities, tags)
     metrics.results(), metrics.calibration()
 
-Ties. Among a sample's equal tags the smaller id goes first. A vocabulary is ordered by descending
-count, so a scorer that tells nothing apart guesses the frequent tags: it scores chance. Among a
-tag's equal samples all are taken at once, so that their order is of no matter.
+Ties: of a sample's tags with equal scores, the smaller id comes first. A vocabulary is ordered by
+descending count, so constant scores predict the frequent tags, which is chance. A tag's samples
+with equal scores are counted together, so that their order does not matter.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from xray.errors import DataError
 
-HELD = 2**28  # scores that are held for average precision: 1 GiB
+HELD = 2**28  # scores in memory for average precision: 1 GiB
 BINS = 15  # of the calibration
 
 
 def measured_tags(tags: Tensor, samples: int, held: int = HELD, seed: int = 0) -> Tensor:
-    """The tags whose average precision is measured: [M] ids, ascending.
+    """Choose the tags whose average precision is measured: [M] ids, ascending.
 
-    All that the samples have; where these have more than `held` scores on that many samples, a
-    random subset that fits. AP is exact on each of them, and their mean an unbiased estimate of the
-    mean over all. tags: the samples' ids in any shape, -1 is none.
+    These are all tags of the samples or, if that is more than `held` scores, a random subset that
+    fits. AP is exact for each of them, and their mean is an unbiased estimate of the mean over all.
+    tags: ids of the samples in any shape, -1 = none.
     """
     present = torch.unique(tags[tags >= 0])
     fitting = max(1, held // max(1, samples))
@@ -55,13 +55,14 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean over samples of their bin's gap (1706.04599)."""
+        """Compute the expected calibration error: the mean over samples of their bin's gap
+        (1706.04599)."""
         gap = (self.accuracy - self.confidence).abs()
         return ((gap * self.count).sum() / self.count.sum()).item()
 
 
 def calibrate(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Calibration:
-    """Compare confidence [N] in [0, 1] with how often it was right, correct [N] bool."""
+    """Compare confidence [N] in [0, 1] with accuracy, from correct [N] bool."""
     inner = torch.linspace(0, 1, bins + 1)[1:-1]
     place = torch.bucketize(confidence.float(), inner)
     count = torch.bincount(place, minlength=bins)
@@ -73,10 +74,10 @@ def calibrate(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Calibrat
 
 
 def average_precision(scores: np.ndarray, own: np.ndarray) -> float:
-    """Mean over the positives of the precision at their score: among samples that score as much or
-    more, the share of positives. Equals sum_n (R_n - R_{n-1}) P_n over the distinct scores.
+    """Average the precision at the score of each positive.
 
-    scores: [N] of one tag. own: [P] those of its positives, which are among them.
+    It equals sum_n (R_n - R_{n-1}) P_n over the distinct scores. scores: [N] of one tag. own: [P],
+    the scores of its positives, which are among them.
     """
     above = len(scores) - np.searchsorted(np.sort(scores), own)
     hits = len(own) - np.searchsorted(np.sort(own), own)
@@ -84,7 +85,9 @@ def average_precision(scores: np.ndarray, own: np.ndarray) -> float:
 
 
 def random_precision(positives: Tensor, samples: int) -> Tensor:
-    """Expected average precision of a random order, [T] float64 of [T] numbers of positives.
+    """Compute the expected average precision of a random order, [T] float64.
+
+    positives: [T], their number for each tag.
 
     With P of N positive, sum_k (1 + (k - 1) (P - 1) / (N - 1)) / k / N over the ranks k = 1..N.
     """
@@ -94,7 +97,7 @@ def random_precision(positives: Tensor, samples: int) -> Tensor:
 
 
 def top_tags(scores: Tensor, k: int) -> Tensor:
-    """The k best tags of each sample, best first, equal ones by id: [b, V] -> [b, k].
+    """Find the k best tags of each sample, best first, ties by id: [b, V] -> [b, k].
 
     Raises DataError for scores that are not finite.
     """
@@ -102,7 +105,7 @@ def top_tags(scores: Tensor, k: int) -> Tensor:
     if not torch.isfinite(values).all():  # NaN comes first in topk
         raise DataError("the tag scores of a sample are not finite: look for NaN in the weights")
     ids, least = ids[:, :k], values[:, k - 1 : k]
-    tied = (values[:, k:] == least).any(dim=1)  # topk takes any of those that are equal
+    tied = (values[:, k:] == least).any(dim=1)  # topk takes any of the tied tags
     for i in tied.nonzero().flatten().tolist():
         above, equal = scores[i] > least[i], scores[i] == least[i]
         ids[i] = torch.cat([above.nonzero(), equal.nonzero()])[:k, 0]
@@ -111,24 +114,22 @@ def top_tags(scores: Tensor, k: int) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """What is kept of b samples with tags."""
+    """Data of b samples with tags."""
 
     scores: Tensor  # [M, b] of the measured tags
-    hits: Tensor  # [b, k] whether a top tag is one of the sample's
-    guesses: Tensor  # [b, k] the same of the most frequent tags
-    confidence: Tensor  # [b] of the first tag
-    owned: Tensor  # [b] tags of each sample
+    hits: Tensor  # [b, k] bool: a top tag is one of the sample's
+    guesses: Tensor  # [b, k] the same for the most frequent tags
+    confidence: Tensor  # [b] of the top tag
+    owned: Tensor  # [b] number of tags of each sample
     tags: Tensor  # [sum of owned] their ids
 
 
 class TagMetrics:
-    """Measures of a tag head over samples that come in blocks of any size.
+    """Metrics of a tag head over samples in blocks of any size.
 
-    counts: [V], how many training samples have each tag. measured: [M] distinct ids, the tags of
-    mAP; with none there is no mAP. ks: the k of recall; a tag is dead that is in no sample's top
-    max(ks).
-
-    A sample without tags counts for dead tags only: nobody said what it shows.
+    counts: [V], number of training samples with each tag. measured: [M] distinct ids, the tags of
+    mAP; if empty there is no mAP. ks: the k of recall. A tag is dead if it is in no sample's top
+    max(ks). A sample without tags counts for dead tags only.
     """
 
     def __init__(self, counts: Tensor, measured: Tensor, ks: Sequence[int] = (1, 5, 10)) -> None:
@@ -140,7 +141,7 @@ class TagMetrics:
         self.blocks: list[_Block] = []
 
     def add(self, probabilities: Tensor, tags: Tensor) -> None:
-        """Count b samples; raises DataError for scores that are not finite and for ids >= V.
+        """Add b samples; raises DataError for scores that are not finite and for ids >= V.
 
         probabilities: [b, V], softmax over tags, on any device. tags: [b, K] ids, each once,
         padded with -1.
@@ -169,49 +170,48 @@ class TagMetrics:
         self.blocks.append(kept)
 
     def results(self) -> dict[str, float]:
-        """All measures; raises DataError where no sample has a tag.
+        """Compute all metrics; raises DataError if no sample has a tag.
 
-        precision@1: share of samples whose first tag is theirs. recall@k: |top k and own tags| /
-        |own tags|, mean over samples; one with more than k tags cannot reach 1. mAP: the mean of
-        `average_precision` over those `mAP_tags` of `tags` that are measured, among samples with
-        tags; mAP[10-99] over those of such a training count, of any decade that has some.
-        chance_*: the same of giving each sample the most frequent tags of the training, or, where
-        that is better, random ones; for AP, of scoring each tag alike on all samples, which gives
-        its share of them. random_mAP: what noise
-        reaches, far above chance for rare tags; see `random_precision`. dead@k: tags in no sample's
-        top k, of `vocabulary`; least_dead@k: how many have to be, with so few samples. ece: of
-        `calibration`.
+        precision@1: share of samples whose top tag is one of theirs. recall@k: |top k and own tags|
+        / |own tags|, mean over samples; below 1 for a sample with more than k tags. mAP: the mean
+        of `average_precision` over the `mAP_tags` measured tags, among samples with tags;
+        mAP[10-99]: over the tags with such a training count, for each decade that has tags.
+        chance_*: the same for the most frequent training tags or, if that is better, random tags;
+        for AP, for constant scores of each tag, which gives its share of the samples. random_mAP:
+        the score of noise, far above chance for rare tags (`random_precision`). dead@k: tags in no
+        sample's top k, out of `vocabulary`; least_dead@k: the smallest possible number for so few
+        samples. ece: of `calibration`.
         """
         whole = self._joined()
-        found = {
+        measures = {
             "samples": float(len(whole.owned)),
             "untagged": float(self.samples - len(whole.owned)),
             "vocabulary": float(len(self.counts)),
             "tags": float(len(torch.unique(whole.tags))),
         }
         for prefix, hits in (("", whole.hits), ("chance_", whole.guesses)):
-            found[f"{prefix}precision@1"] = hits[:, 0].double().mean().item()
+            measures[f"{prefix}precision@1"] = hits[:, 0].double().mean().item()
             for k in self.ks:
                 recall = hits[:, :k].sum(dim=1) / whole.owned.double()
-                found[f"{prefix}recall@{k}"] = recall.mean().item()
-        for measure, blind in self._blind(whole).items():
-            found[f"chance_{measure}"] = max(blind, found[f"chance_{measure}"])
-        found |= self._mean_precisions(whole) | self._dead()
-        return found | {"ece": self.calibration().error}
+                measures[f"{prefix}recall@{k}"] = recall.mean().item()
+        for name, at_random in self._random(whole).items():
+            measures[f"chance_{name}"] = max(at_random, measures[f"chance_{name}"])
+        measures |= self._mean_precisions(whole) | self._dead()
+        return measures | {"ece": self.calibration().error}
 
-    def _blind(self, whole: _Block) -> dict[str, float]:
-        """What tags drawn at random reach: more than the most frequent, if these are of others."""
+    def _random(self, whole: _Block) -> dict[str, float]:
+        """Compute the scores of random tags, which may beat training's most frequent tags."""
         V = len(self.counts)
         recalls = {f"recall@{k}": min(k, V) / V for k in self.ks}
         return {"precision@1": whole.owned.double().mean().item() / V, **recalls}
 
     def calibration(self) -> Calibration:
-        """The first tag's probability against whether it is one of the sample's, in 15 bins."""
+        """Compare the top tag's probability with its accuracy, in 15 bins."""
         whole = self._joined()
         return calibrate(whole.confidence, whole.hits[:, 0])
 
     def _joined(self) -> _Block:
-        """All samples; their scores stay in the blocks."""
+        """Join all blocks, without the scores; raises DataError if no sample has a tag."""
         if not any(len(block.owned) for block in self.blocks):
             raise DataError(
                 f"none of the {self.samples} samples has a tag of the vocabulary: say where their "
@@ -221,7 +221,7 @@ class TagMetrics:
         return _Block(torch.empty(0), *columns)
 
     def _mean_precisions(self, whole: _Block) -> dict[str, float]:
-        """mAP over all measured tags and by their training count, each with its number of tags."""
+        """Compute mAP over all measured tags and by training count, with the numbers of tags."""
         samples = len(whole.owned)
         tags, precision, positives = self._average_precisions(whole)
         measures = {
@@ -232,16 +232,16 @@ class TagMetrics:
         digits = torch.tensor([len(str(count)) for count in self.counts[tags].tolist()])
         groups = {"": digits > 0}
         groups |= {f"[{_decade(d)}]": digits == d for d in digits.unique().tolist()}
-        found = {}
+        means = {}
         for group, members in groups.items():
             if members.any():
                 for name, values in measures.items():
-                    found[f"{name}{group}"] = values[members].mean().item()
-                found[f"mAP_tags{group}"] = float(members.sum())
-        return found
+                    means[f"{name}{group}"] = values[members].mean().item()
+                means[f"mAP_tags{group}"] = float(members.sum())
+        return means
 
     def _average_precisions(self, whole: _Block) -> tuple[Tensor, Tensor, Tensor]:
-        """The measured tags that samples have, their AP, and how many have them: [T] each."""
+        """Return the measured tags that samples have, their AP and number of samples: [T] each."""
         places = torch.full((len(self.counts),), -1)
         places[self.measured] = torch.arange(len(self.measured))
         places = places[whole.tags]
@@ -253,8 +253,7 @@ class TagMetrics:
         for place, own in zip(present.tolist(), owners, strict=True):
             scores = torch.cat([block.scores[place] for block in self.blocks])
             precision.append(average_precision(scores.numpy(), scores[own].numpy()))
-        found = torch.tensor(precision, dtype=torch.float64)
-        return self.measured[present], found, sizes
+        return self.measured[present], torch.tensor(precision, dtype=torch.float64), sizes
 
     def _dead(self) -> dict[str, float]:
         V, k = len(self.counts), max(self.ks)
@@ -263,16 +262,16 @@ class TagMetrics:
         return {f"dead@{k}": dead, f"dead_share@{k}": dead / V, f"least_dead@{k}": least}
 
 
-def _hits(found: Tensor, tags: Tensor) -> Tensor:
-    """[b, k] whether each found tag is among the sample's, [b, K] padded with -1."""
-    return (found[:, :, None] == tags[:, None, :]).any(dim=2)
+def _hits(top: Tensor, tags: Tensor) -> Tensor:
+    """Tell which top tags [b, k] are among the sample's tags [b, K], padded with -1: [b, k]."""
+    return (top[:, :, None] == tags[:, None, :]).any(dim=2)
 
 
 def _decade(digits: int) -> str:
-    """The counts of so many digits: "<10", "10-99", "100-999", "1,000-9,999", ..."""
+    """Name the counts with so many digits: "<10", "10-99", "100-999", "1,000-9,999", ..."""
     return "<10" if digits == 1 else f"{10 ** (digits - 1):,}-{10**digits - 1:,}"
 
 
 def average_views(probabilities: Tensor) -> Tensor:
-    """The mean of the probabilities (not of the logits) over views: [B, views, V] -> [B, V]."""
+    """Average probabilities (not logits) over views: [B, views, V] -> [B, V]."""
     return probabilities.mean(dim=1)
