@@ -31,7 +31,7 @@ from stages.base import (
 )
 from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
-from stages.clip_monitor import ContrastGuard, loss_at_chance
+from stages.clip_monitor import ContrastGuard
 from stages.clip_teacher import Teacher, load_teacher
 from stages.hashtag import example_labels, vocabulary_size
 from stages.mae import example_noise
@@ -40,7 +40,8 @@ from xray import dist
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
-from xray.losses import distillation, info_nce, row_ids, sigmoid_loss
+from xray.losses import distillation, row_ids
+from xray.losses.contrastive import contrastive_loss
 from xray.models.heads import Projection, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text_tower import TextTower
@@ -81,8 +82,8 @@ class ClipModule(VisionModule):
         if options.mae_weight or options.hashtag_weight:
             self.auxiliary = AuxiliaryLosses(config, self.vision, tags)
         self.teacher = teacher
-        self.logit_bias = None
-        if options.loss == "sigmoid":
+        self.contrast, self.logit_bias = contrastive_loss(options.loss), None
+        if config.first_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -134,10 +135,7 @@ class ClipModule(VisionModule):
         losses = []
         for size in [*self.options.matryoshka, image.shape[1]]:
             a, b = (F.normalize(x[:, :size], dim=-1) for x in (image, text))
-            if self.options.loss == "sigmoid":
-                losses.append(sigmoid_loss(a, b, scale, features["logit_bias"], ids[0], ids[1]))
-            else:
-                losses.append(info_nce(a, b, scale, ids[0], ids[1]))
+            losses.append(self.contrast(a, b, scale, features.get("logit_bias"), *ids))
         loss = torch.stack(losses).mean()
         metrics = {"contrast": loss.detach(), "logit_scale": scale.detach()}
         metrics |= _alignment(image, text, captions)
@@ -306,7 +304,7 @@ class ClipStage(Stage[ClipConfig]):
         return self.guard.look(values, progress)
 
     def chance(self, samples: int) -> float:
-        return loss_at_chance(self.config.clip, samples)
+        return self.config.clip.chance(samples)
 
     def export(self, module: ClipModule, state: StateDict) -> dict[str, StateDict]:
         text = self.language.changes()

@@ -15,10 +15,10 @@ from data_pipelines.shards.source import Sample, Source
 from data_pipelines.tags.labels import Labeller, label, mean_frequency, tag_frequency
 from data_pipelines.tags.reader import TagRules
 from stages.base import Batch, VisionModule, sketch
-from stages.hashtag import HashtagOptions, find_vocabulary, pad_labels, tag_targets
+from stages.hashtag import HashtagOptions, find_vocabulary, pad_labels
 from stages.mae import make_decoder, masking, reconstruct
 from xray.errors import ConfigError
-from xray.losses.tags import TagLoss
+from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import TagHead
 
@@ -54,7 +54,7 @@ class AuxiliaryLosses(nn.Module):
         self.mae, self.hashtag = config.mae, config.hashtag
         self.decoder = make_decoder(self.mae, vision) if config.clip.mae_weight else None
         self.tag_head = TagHead(vision.embed_dim, tags) if config.clip.hashtag_weight else None
-        self.tag_loss = TagLoss(self.hashtag.loss, self.hashtag.smoothing, self.hashtag.chunk)
+        self.tag_loss = tag_loss(self.hashtag.loss)(self.hashtag.smoothing, self.hashtag.chunk)
 
     def forward(
         self, module: VisionModule, batch: Batch, pixels: Tensor, cls: Tensor, progress: float
@@ -68,7 +68,7 @@ class AuxiliaryLosses(nn.Module):
             terms["mae_loss"] = (error * given["mask"]).sum(dim=1) / given["mask"].sum(dim=1)
         if self.tag_head is not None:
             tags, weights = batch["tags"], batch["weights"]
-            targets = tag_targets(weights, self.hashtag.loss)
+            targets = self.tag_loss.targets(weights)
             losses, _ = self.tag_head(cls, lambda x, w, b: self.tag_loss(x, w, b, tags, targets))
             terms["hashtag_loss"] = losses * (weights.sum(dim=1) > 0)
         return terms
@@ -101,7 +101,7 @@ class AuxiliaryData:
     def start(self, losses: AuxiliaryLosses) -> None:
         """Initialise the tag head's bias from the tags' frequencies."""
         if losses.tag_head is not None:
-            losses.tag_head.expect(self.frequency, self.config.hashtag.loss == "softmax")
+            losses.tag_head.start(losses.tag_loss.initial_bias(self.frequency))
 
     def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
         batch: Batch = {}

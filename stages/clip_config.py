@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from stages.clip_auxiliary import check_unread
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
+from xray.losses.contrastive import contrastive_loss
 from xray.models.heads import TextHead
 from xray.models.patch_dropout import mask_ratio_at
 
@@ -22,7 +21,7 @@ class ClipOptions:
     embed_dim: int = 512
     text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's linear map
     adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
-    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    loss: str = "info_nce"  # a name of xray.losses.contrastive.LOSSES
     logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
     logit_scale_max: float = 100.0
     # initial bias of the sigmoid loss; None = -ln of the largest block's samples
@@ -75,8 +74,12 @@ class ClipOptions:
     @property
     def first_scale(self) -> float:
         """Initial logit scale."""
-        usual = 10.0 if self.loss == "sigmoid" else 1 / 0.07
-        return usual if self.logit_scale is None else self.logit_scale
+        initial = contrastive_loss(self.loss).logit_scale
+        return initial if self.logit_scale is None else self.logit_scale
+
+    def chance(self, samples: int) -> float:
+        """Return the loss of a block if all features are equal."""
+        return contrastive_loss(self.loss).chance(samples, self.captions)
 
 
 @dataclass
@@ -102,8 +105,10 @@ class ClipConfig(RunConfig):
             check_unread(self.hashtag)
 
     @property
-    def first_bias(self) -> float:
-        """Initial bias of the sigmoid loss: minus the log of the largest block's samples."""
-        if self.clip.logit_bias is not None:
-            return self.clip.logit_bias
-        return -math.log(max(block.samples for block in self.blocks))
+    def first_bias(self) -> float | None:
+        """Initial logit bias; None if the loss has no bias."""
+        samples = max(block.samples for block in self.blocks)
+        initial = contrastive_loss(self.clip.loss).logit_bias(samples)
+        if initial is None or self.clip.logit_bias is None:
+            return initial
+        return self.clip.logit_bias

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xray.config import BlockConfig
+from xray.losses.contrastive import contrastive_loss
 
 if TYPE_CHECKING:
     from stages.clip_config import ClipOptions
@@ -14,15 +14,6 @@ if TYPE_CHECKING:
 WARM = 0.1  # progress before which no warning is given
 PATIENCE = 10  # consecutive checks that must agree
 FEW = 64  # samples in a block below which a warning is given
-
-
-def loss_at_chance(options: ClipOptions, samples: int) -> float:
-    """Return the contrastive loss of a model that guesses, for a block of this many samples."""
-    if options.loss == "info_nce":
-        return math.log(samples) + math.log(options.captions) / 2
-    # every pair is predicted positive with probability 1 / samples
-    likely = 1 / samples
-    return -math.log(likely) - (samples - 1) * math.log1p(-likely) if samples > 1 else 0.0
 
 
 class ContrastGuard:
@@ -52,7 +43,7 @@ class ContrastGuard:
         return [problems[what] for what in new]
 
     def _few(self, block: BlockConfig) -> dict[str, str]:
-        if block.samples >= FEW or self.options.loss == "sigmoid":
+        if block.samples >= FEW or not contrastive_loss(self.options.loss).needs_large_blocks:
             return {}
         return {
             f"few {block.source}": f"a block of {block.samples} samples of {block.source!r} gives "
@@ -62,7 +53,7 @@ class ContrastGuard:
 
     def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
         source, options, problems = block.source, self.options, {}
-        chance = loss_at_chance(options, block.samples)
+        chance = options.chance(block.samples)
         contrast = own.get("contrast", own["loss"])  # without auxiliary terms
         if contrast > 0.98 * chance:
             problems[f"stuck {source}"] = (

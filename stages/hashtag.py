@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +43,8 @@ from xray import dist
 from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.losses.tags import (
-    TagLoss,
-    draw_classes,
-    sampled_softmax,
-    sampling_probabilities,
-    target_entropy,
-    truncate,
-)
+from xray.losses.sampled_softmax import draw_classes, sampled_softmax, sampling_probabilities
+from xray.losses.tags import tag_loss, truncate
 from xray.models.heads import TagHead
 from xray.models.mixup import mix
 
@@ -70,7 +64,7 @@ class HashtagOptions(TagRules):
     # a sample's tag is dropped if the teacher's probability is below this multiple of the tag's
     # mean probability; 0 = off
     min_lift: float = 0.0
-    loss: Literal["softmax", "bce", "asymmetric"] = "softmax"
+    loss: str = "softmax"  # a name of xray.losses.tags.LOSSES
     smoothing: float = 0.0  # label smoothing
     chunk: int = 0  # tags per chunk of the loss, which saves memory of logits; 0 = all at once
     sampled: int = 0  # sampled softmax with this many drawn tags; 0 = over all tags
@@ -94,8 +88,8 @@ class HashtagOptions(TagRules):
             raise ConfigError(f"{section}.truncate and {section}.smoothing must be below 1")
         if self.epoch_length < 1:
             raise ConfigError(f"{section}.epoch_length={self.epoch_length} must be at least 1")
-        if self.sampled and self.loss != "softmax":
-            raise ConfigError(f"{section}.sampled goes with {section}.loss=softmax only")
+        if not tag_loss(self.loss, f"{section}.loss").samples_classes and self.sampled:
+            raise ConfigError(f"{section}.sampled does not work with {section}.loss={self.loss}")
         if self.sampled and self.smoothing:
             raise ConfigError(f"{section}.smoothing needs all tags: set {section}.sampled=0")
 
@@ -123,13 +117,13 @@ class HashtagModule(VisionModule):
         options = config.hashtag
         self.options = options
         self.head = TagHead(self.vision.embed_dim, len(counts))
-        self.loss = TagLoss(options.loss, options.smoothing, options.chunk)
+        self.loss = tag_loss(options.loss)(options.smoothing, options.chunk)
         self.mix = options.mixup, options.cutmix
         self.drawn = sampling_probabilities(torch.tensor(counts))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         pixels = self.normalize(batch["pixels"])
-        tags, targets = batch["tags"], tag_targets(batch["weights"], self.options.loss)
+        tags, targets = batch["tags"], self.loss.targets(batch["weights"])
         if self.training and any(self.mix):
             pixels, share = mix(pixels, *self.mix)
             tags = torch.cat([tags, tags.roll(1, 0)], dim=1)
@@ -144,8 +138,8 @@ class HashtagModule(VisionModule):
         loss = losses.mean()
         metrics: dict[str, Tensor] = {}
         doubts = losses
-        if self.options.loss == "softmax":
-            floor = target_entropy(targets, self.options.smoothing, len(self.drawn))
+        floor = self.loss.floor(targets, len(self.drawn))
+        if floor is not None:
             metrics["excess"] = loss.detach() - floor.mean()
             # relative to the number and certainty of a sample's tags
             doubts = (losses - floor) / targets.sum(dim=1).clamp(min=LEAST_WEIGHT)
@@ -165,15 +159,6 @@ class HashtagModule(VisionModule):
             sampled_softmax(x, weight, bias, tags, targets, drawn, log_q),
             None,
         )
-
-
-def tag_targets(weights: Tensor, loss: str) -> Tensor:
-    """Make the target distribution of labels with weights [B, K].
-
-    Under the softmax loss the targets of a sample sum to 1, or to the sum of its weights if that is
-    smaller; other losses take the weights as they are.
-    """
-    return weights if loss != "softmax" else weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def pad_labels(rows: Sequence[Batch]) -> Batch:
@@ -294,8 +279,11 @@ class HashtagStage(Stage[HashtagConfig]):
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)
         seen = [(b.samples, self.balanced[b.source].frequency) for b in self.config.blocks]
-        softmax = self.config.hashtag.loss == "softmax"
-        module.head.expect(torch.from_numpy(mean_frequency(seen)), softmax)
+        frequency = torch.from_numpy(mean_frequency(seen))
+        module.head.start(module.loss.initial_bias(frequency))
+        if dist.is_main():
+            chance = module.loss.chance(frequency)
+            log.info("a loss of %.3f is chance: what the tags' frequencies alone give", chance)
         load_vision(module, parents.vision)
         if parents.vision is not None and TAGS in parents.vision.offers:
             module.head.load_state_dict(parents.vision.load("head"))

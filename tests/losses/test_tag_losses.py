@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,23 +13,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xray.errors import ConfigError
+from xray.losses.sampled_softmax import draw_classes, sampled_softmax, sampling_probabilities
 from xray.losses.tags import (
+    AsymmetricLoss,
+    BinaryLoss,
+    SoftmaxLoss,
     TagLoss,
-    draw_classes,
-    sampled_softmax,
-    sampling_probabilities,
+    tag_loss,
     target_entropy,
     truncate,
 )
 
 V, D = 23, 5
-KINDS: dict[str, dict[str, Any]] = {
-    "softmax": {"kind": "softmax"},
-    "bce": {"kind": "bce"},
-    "asymmetric": {"kind": "asymmetric"},
-    "focused positives": {"kind": "asymmetric", "gamma_pos": 1.0, "gamma_neg": 2.5, "margin": 0.2},
-    "shifted only": {"kind": "asymmetric", "gamma_neg": 0.0, "margin": 0.2},
-    "roots, no margin": {"kind": "asymmetric", "gamma_pos": 0.5, "gamma_neg": 0.5, "margin": 0.0},
+KINDS: dict[str, TagLoss] = {
+    "softmax": SoftmaxLoss(),
+    "bce": BinaryLoss(),
+    "asymmetric": AsymmetricLoss(),
+    "focused positives": AsymmetricLoss(gamma_pos=1.0, gamma_neg=2.5, margin=0.2),
+    "shifted only": AsymmetricLoss(gamma_neg=0.0, margin=0.2),
+    "roots, no margin": AsymmetricLoss(gamma_pos=0.5, gamma_neg=0.5, margin=0.0),
 }
 # a whole sample, a padded one, a heavy one with id 7 twice, above 1 in all, and a light one
 TAGS = torch.tensor([[3, 0, 22, 11], [9, -1, -1, -1], [7, 2, 7, 21], [16, 1, -1, -1]])
@@ -74,12 +77,13 @@ def dense_targets(tags: Tensor, targets: Tensor, classes: int) -> Tensor:
 def truth(loss: TagLoss, logits: Tensor, t: Tensor) -> Tensor:
     """The plain formulas over dense targets, [B]."""
     eps = loss.smoothing
-    if loss.kind == "softmax":
+    if isinstance(loss, SoftmaxLoss):
         t = (1 - eps) * t + eps * t.sum(1, keepdim=True) / t.shape[1]
         return -(t * logits.log_softmax(1)).sum(1)
     y = t.clamp(0, 1) * (1 - eps) + eps / 2
-    if loss.kind == "bce":
+    if isinstance(loss, BinaryLoss):
         return F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1)
+    assert isinstance(loss, AsymmetricLoss)
     p = logits.sigmoid()
     shifted = (p - loss.margin).clamp(min=0)
     positive = -((1 - p) ** loss.gamma_pos) * p.log()
@@ -93,7 +97,7 @@ def truth(loss: TagLoss, logits: Tensor, t: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_the_formula(
     kind: str, chunk: int, smoothing: float
 ) -> None:
-    loss, inputs = TagLoss(**KINDS[kind], smoothing=smoothing, chunk=chunk), head()
+    loss, inputs = replace(KINDS[kind], smoothing=smoothing, chunk=chunk), head()
     logits = F.linear(*inputs)
     expected = truth(loss, logits, dense_targets(TAGS, TARGETS, V))
     found, top = run(loss, inputs)
@@ -112,13 +116,13 @@ def test_hard_labels_give_the_papers_asymmetric_loss() -> None:
     for z in (2.0, 0.5):
         shifted = 1 / (1 + math.exp(-z)) - 0.05
         expected -= shifted**4 * math.log(1 - shifted)
-    found, _ = TagLoss("asymmetric").from_logits(logits, tags, targets)
+    found, _ = AsymmetricLoss().from_logits(logits, tags, targets)
     assert math.isclose(found.item(), expected, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str) -> None:
-    loss = TagLoss(**KINDS[kind], smoothing=0.1, chunk=3)
+    loss = replace(KINDS[kind], smoothing=0.1, chunk=3)
     tags = torch.tensor([[6, 3, -1], [1, 5, 1]])
     targets = torch.tensor([[0.5, 0.5, 0], [0.3, 0.2, 0.4]], dtype=torch.float64)
     inputs = head(rows=2, classes=7)
@@ -128,9 +132,9 @@ def test_gradcheck(kind: str) -> None:
 @pytest.mark.parametrize("trained", [n for n in itertools.product((0, 1), repeat=3) if any(n)])
 def test_gradients_of_some_inputs_only(trained: tuple[int, ...]) -> None:
     inputs = head()
-    expected = torch.autograd.grad(run(TagLoss(), inputs)[0].square().sum(), inputs)
+    expected = torch.autograd.grad(run(SoftmaxLoss(), inputs)[0].square().sum(), inputs)
     some = [x.detach().requires_grad_(bool(on)) for x, on in zip(inputs, trained, strict=True)]
-    run(TagLoss(chunk=6), some)[0].square().sum().backward()
+    run(SoftmaxLoss(chunk=6), some)[0].square().sum().backward()
     for x, on, grad in zip(some, trained, expected, strict=True):
         if on:
             torch.testing.assert_close(x.grad, grad)
@@ -144,14 +148,14 @@ def test_large_logits_stay_finite_in_fp32(kind: str, chunk: int) -> None:
     logits = torch.tensor([[300.0, -300.0, 40.0, -40.0, 0.0, 300.0, -300.0, 110.0, -95.0]])
     logits.requires_grad_()
     tags, targets = torch.tensor([[0, 1, 2, 3]]), torch.full((1, 4), 0.25)
-    loss = TagLoss(**KINDS[kind], smoothing=0.1, chunk=chunk)
+    loss = replace(KINDS[kind], smoothing=0.1, chunk=chunk)
     one, bias = torch.ones(1, 1, requires_grad=True), torch.zeros(9)
     found, _ = loss(one, logits.t(), bias, tags, targets)
     found.sum().backward()
     for x in (found, one.grad, logits.grad):
         assert x is not None and x.isfinite().all()
     exact = logits.detach().double()
-    if loss.kind != "asymmetric" or loss.margin:  # else log(1 - p) overflows, in float64 as well
+    if kind != "roots, no margin":  # else log(1 - p) overflows, in float64 as well
         expected = truth(loss, exact, dense_targets(tags, targets, 9))
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
 
@@ -162,7 +166,7 @@ def test_autocast_multiplies_in_bf16_and_reduces_in_fp32(kind: str) -> None:
     inputs = [x.requires_grad_() for x in exact]
     results = []
     for chunk in (0, 6):
-        loss = TagLoss(**KINDS[kind], chunk=chunk)
+        loss = replace(KINDS[kind], chunk=chunk)
         with torch.autocast("cpu", torch.bfloat16):
             losses, top = run(loss, inputs, TAGS, TARGETS.float())
         assert losses.dtype == torch.float32
@@ -181,11 +185,11 @@ def test_half_precision_sums_in_fp32_over_many_chunks() -> None:
     rows, classes = 8, 3000
     inputs = [x.detach().bfloat16().requires_grad_() for x in head(rows, classes)]
     tags, targets = torch.randint(classes, (rows, 3)), torch.full((rows, 3), 1 / 3)
-    losses, _ = run(TagLoss(chunk=10), inputs, tags, targets)
+    losses, _ = run(SoftmaxLoss(chunk=10), inputs, tags, targets)
     assert losses.dtype == torch.float32
     grads = torch.autograd.grad(losses.sum(), inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = truth(TagLoss(), F.linear(*exact), dense_targets(tags, targets, classes))
+    expected = truth(SoftmaxLoss(), F.linear(*exact), dense_targets(tags, targets, classes))
     for grad, one in zip(grads, torch.autograd.grad(expected.sum(), exact), strict=True):
         assert grad.dtype == torch.bfloat16
         assert (grad - one).norm() < 0.005 * one.norm()  # bf16 keeps 8 bits
@@ -216,7 +220,7 @@ def test_no_tensor_of_all_logits_and_one_of_the_weight(kind: str, autocast: bool
     inputs = [x.detach().float().requires_grad_() for x in head(rows, classes)]
     tags = torch.randint(classes, (rows, 3))
     targets = torch.full((rows, 3), 1 / 3)
-    for loss, expected in ((TagLoss(**KINDS[kind], chunk=chunk), True), (TagLoss(), False)):
+    for loss, expected in ((replace(KINDS[kind], chunk=chunk), True), (SoftmaxLoss(), False)):
         for x in inputs:
             x.grad = None
         with Sizes([*inputs, tags, targets]) as sizes:
@@ -233,7 +237,7 @@ def test_no_tensor_of_all_logits_and_one_of_the_weight(kind: str, autocast: bool
 def test_evaluation_needs_no_gradient() -> None:
     inputs = [x.detach() for x in head()]
     with torch.no_grad():
-        losses, top = run(TagLoss(chunk=6), inputs)
+        losses, top = run(SoftmaxLoss(chunk=6), inputs)
     assert not losses.requires_grad
     assert top.equal(F.linear(*inputs).argmax(1))
 
@@ -245,7 +249,7 @@ def test_the_floor_is_reached_by_the_targets_and_by_nothing_below(smoothing: flo
     t = dense_targets(single, TARGETS, V)
     smooth = (1 - smoothing) * t + smoothing * t.sum(1, keepdim=True) / V
     logits = (smooth / smooth.sum(1, keepdim=True)).clamp(min=1e-300).log().requires_grad_()
-    losses, _ = TagLoss(smoothing=smoothing).from_logits(logits, single, TARGETS)
+    losses, _ = SoftmaxLoss(smoothing=smoothing).from_logits(logits, single, TARGETS)
     torch.testing.assert_close(target_entropy(TARGETS, smoothing, V), losses.detach())
     (grad,) = torch.autograd.grad(losses.sum(), logits)
     assert grad.abs().max() < 1e-12  # a convex function's minimum
@@ -328,8 +332,36 @@ def test_small_batches_leave_out_as_many_on_average() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kind", "hinge"), ("smoothing", 1.0), ("margin", -0.1), ("chunk", -1), ("gamma_neg", -1.0)],
+    [("smoothing", 1.0), ("margin", -0.1), ("chunk", -1), ("gamma_neg", -1.0)],
 )
 def test_impossible_settings_are_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key}={value}"):
-        TagLoss(**{key: value})
+        AsymmetricLoss(**{key: value})
+
+
+def test_an_unknown_loss_is_one_error() -> None:
+    with pytest.raises(ConfigError, match=r"hashtag\.loss=softmx is unknown.*mean 'softmax'"):
+        tag_loss("softmx")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chance_is_the_mean_loss_of_the_frequencies(kind: str) -> None:
+    """Samples drawn by the frequencies, with a head that has no features."""
+    frequency = torch.tensor([0.5, 0.25, 0.25, 0.125], dtype=torch.float64)
+    loss, total, samples = KINDS[kind], 0.0, 0.0
+    if isinstance(loss, SoftmaxLoss):  # one tag each: the softmax tells tags apart
+        frequency = frequency / frequency.sum()
+    logits = loss.initial_bias(frequency)[None]
+    for present in itertools.product((0, 1), repeat=len(frequency)):
+        if isinstance(loss, SoftmaxLoss) and sum(present) != 1:
+            continue
+        p = math.prod(
+            f if there else 1 - f for f, there in zip(frequency.tolist(), present, strict=True)
+        )
+        if isinstance(loss, SoftmaxLoss):
+            p = float(frequency[present.index(1)])
+        targets = torch.tensor([present], dtype=torch.float64)
+        total += p * float(loss.from_logits(logits, torch.arange(4)[None], targets)[0])
+        samples += p
+    assert samples == pytest.approx(1)
+    assert loss.chance(frequency) == pytest.approx(total)

@@ -24,7 +24,7 @@ from data_pipelines.text.captions import Caption, choose_captions
 from stages.base import Parents, StepOutput
 from stages.clip import ClipModule, ClipStage
 from stages.clip_config import ClipConfig, ClipOptions
-from stages.clip_monitor import ContrastGuard, loss_at_chance
+from stages.clip_monitor import ContrastGuard
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.config import BlockConfig
@@ -257,7 +257,7 @@ def test_chance_is_the_loss_of_features_that_are_all_alike(
     features = {"image": same, "text": same[:, None].expand(-1, captions, -1)}
     features["logit_scale"] = torch.tensor(10.0, dtype=torch.float64)
     module = module_of(demo, tmp_path, *asked)
-    chance = loss_at_chance(module.options, 6)
+    chance = module.options.chance(6)
     assert module.loss_from_features(features).loss.item() == pytest.approx(chance, abs=1e-12)
 
     module = module_of(demo, tmp_path, *asked, SIGMOID)
@@ -270,8 +270,8 @@ def test_chance_is_the_loss_of_features_that_are_all_alike(
             for bias in biases
         ]
         low, high = (low, thirds[1]) if losses[0] < losses[1] else (thirds[0], high)
-    assert losses[0] == pytest.approx(loss_at_chance(module.options, 6), abs=1e-9)
-    assert loss_at_chance(module.options, 1) == 0
+    assert losses[0] == pytest.approx(module.options.chance(6), abs=1e-9)
+    assert module.options.chance(1) == 0
 
 
 # captions -------------------------------------------------------------------------------------

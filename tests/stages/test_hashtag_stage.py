@@ -21,11 +21,12 @@ from data_pipelines.shards.source import Source, open_source
 from data_pipelines.tags.labels import teacher_sidecar
 from stages import stage_class
 from stages.base import Parents
-from stages.hashtag import HashtagModule, HashtagStage, tag_targets
+from stages.hashtag import HashtagModule, HashtagStage
 from xray.artifacts.artifact import open_artifact
 from xray.commands.main import app
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
+from xray.losses.tags import LOSSES
 
 SHORT = ("train.samples=36", "data.modalities=[image]", "train.save_every=0")
 
@@ -85,7 +86,7 @@ def test_chunks_change_nothing(demo: Path, tmp_path: Path) -> None:
     batch = {"pixels": pixels, "tags": tags, "weights": (tags >= 0).float()}
     losses = []
     for chunk in (4, 0):
-        module.loss = type(module.loss)("softmax", 0.0, chunk)
+        module.loss = LOSSES["softmax"](0.0, chunk)
         output = module(batch, 1.0)
         (grad,) = torch.autograd.grad(output.loss, module.head.weight)
         losses.append((output.loss, grad, output.metrics["excess"]))
@@ -107,7 +108,7 @@ def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
     features = {
         "cls": torch.zeros(2, module.vision.embed_dim),
         "tags": tags,
-        "targets": tag_targets((tags >= 0).float(), "softmax"),
+        "targets": module.loss.targets((tags >= 0).float()),
         "progress": torch.tensor(0.5),
     }
     many, one = -p[:4].log().mean(), -p[0].log()
@@ -148,8 +149,8 @@ def test_a_head_starts_from_the_frequencies_of_what_is_drawn(
 def test_targets_share_what_is_known() -> None:
     weights = torch.tensor([[1.0, 1, 0], [0.2, 0.1, 0.0], [1, 0.5, 0.5]])
     expected = torch.tensor([[0.5, 0.5, 0], [0.2, 0.1, 0.0], [0.5, 0.25, 0.25]])
-    assert torch.allclose(tag_targets(weights, "softmax"), expected)
-    assert torch.equal(tag_targets(weights, "bce"), weights)
+    assert torch.allclose(LOSSES["softmax"]().targets(weights), expected)
+    assert torch.equal(LOSSES["bce"]().targets(weights), weights)
 
 
 def untagged(folder: Path, demo: Path) -> Path:

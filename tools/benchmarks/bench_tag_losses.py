@@ -17,7 +17,6 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,9 +24,8 @@ from torch import Tensor
 from tools.common.fresh_process import high_water, in_fresh_process
 from tools.common.tables import Table
 from tools.common.timing import hardware, interleaved, speedup
-from xray.losses.tags import TagLoss
+from xray.losses.tags import LOSSES, TagLoss
 
-Kind = Literal["softmax", "bce", "asymmetric"]
 WIDTH, OWN = 768, 8  # of the features, and tags per sample
 
 
@@ -52,9 +50,9 @@ def train(loss: TagLoss, inputs: tuple[Tensor, ...]) -> None:
     loss(features, weight, bias, tags, targets)[0].mean().backward()
 
 
-def measure(kind: Kind, chunk: int, batch: int, tags: int) -> int:
+def measure(kind: str, chunk: int, batch: int, tags: int) -> int:
     """Bytes above the inputs and their gradients; in a fresh process only."""
-    loss = TagLoss(kind, chunk=chunk)
+    loss = LOSSES[kind](chunk=chunk)
     train(loss, inputs_of(batch, 64))  # starts threads and loads libraries
     inputs = inputs_of(batch, tags)
     before = high_water()
@@ -83,7 +81,7 @@ def duration(options: argparse.Namespace) -> Table:
     inputs, rows = inputs_of(options.batch, options.timed_tags), []
     for kind in options.kinds:
         chunks = (0, *options.chunks)
-        runs = {str(chunk): partial(train, TagLoss(kind, chunk=chunk), inputs) for chunk in chunks}
+        runs = {str(chunk): partial(train, LOSSES[kind](chunk=chunk), inputs) for chunk in chunks}
         seconds = interleaved(runs, options.rounds)
         for name, times in seconds.items():
             ratio = 1 / speedup(seconds, name, "0")
@@ -101,7 +99,7 @@ def main() -> None:
     parser.add_argument("--timed-tags", type=int, default=100_000, help="of (b)")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=["softmax"])
+    parser.add_argument("--kinds", nargs="+", choices=list(LOSSES), default=["softmax"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the tables there, too")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
 from xray.config import DataConfig
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
+from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, text_head
 from xray.models.mae_decoder import MaeDecoder
@@ -218,9 +219,9 @@ class Tagger(VisionEncoder):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         weights = artifact.load("head")
-        self.loss = tags_head(artifact).loss
         self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
         self.head.load_state_dict(weights)
+        self.loss = tag_loss(tags_head(artifact).loss, f"{artifact.path}: hashtag.loss")()
         self.eval()
 
     @torch.no_grad()
@@ -230,9 +231,7 @@ class Tagger(VisionEncoder):
 
     def activate(self, logits: Tensor) -> Tensor:
         """Turn logits [B, V] into probabilities."""
-        if self.loss == "softmax":
-            return logits.softmax(dim=1)
-        return logits.sigmoid()
+        return self.loss.activate(logits)
 
 
 class PromptTagger(nn.Module):

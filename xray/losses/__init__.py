@@ -1,4 +1,4 @@
-"""Losses: contrastive, of reconstructed patches and of tags. They know no stage."""
+"""Losses of contrastive training, of patch reconstruction and of tags; none depends on a stage."""
 
 from xray.losses.contrastive import (
     contrast,

@@ -1,9 +1,11 @@
-"""Losses: functions of tensors, in fp32 or better. The contrastive ones alone know of ranks."""
+"""Contrastive losses over the global batch of all ranks, in fp32 or better."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -12,9 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xray import dist
+from xray.config import nearest
+from xray.errors import ConfigError
 from xray.losses.precision import full_precision
 
-# Logits that are held at a time: a contrast of more is gone through in groups of rows.
+# Logits in memory at a time; larger contrasts are computed in groups of rows.
 MOST_LOGITS = 1 << 24
 
 
@@ -25,9 +29,9 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the whole global batch: the mean of `contrast` both ways.
+    """Compute symmetric InfoNCE over the global batch: the mean of `contrast` in both directions.
 
-    No id may be below 0: every key is a query, too.
+    No id may be below 0, because every key is also a query.
     """
     rows = contrast(queries, keys, scale, query_ids, key_ids)
     return (rows + contrast(keys, queries, scale, key_ids, query_ids)) / 2
@@ -40,25 +44,25 @@ def contrast(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of own queries to find their keys among those of all ranks; their mean.
+    """Compute the mean cross-entropy of own queries against the keys of all ranks.
 
-    queries, keys: [b, D], [m, D] normalised; row i belongs to row i, or, with ids [b] and [m]
+    queries, keys: [b, D], [m, D] normalised. Query i belongs to key i or, with ids [b] and [m]
     int64, to all keys of its id, which share the target (SupCon's form outside the log,
-    2004.11362). A key of an id below 0 is left out. The mean over ranks gives value and gradient of
-    the global loss; memory is O(N D) and MOST_LOGITS.
+    2004.11362). Keys of an id below 0 are left out. The mean over ranks has the value and gradient
+    of the global loss. Memory is O(N D) plus MOST_LOGITS.
     """
     mine = row_ids(queries) if query_ids is None else query_ids
     ids = _all_ids(len(keys), key_ids, keys.device)
     with _exactly(queries):
-        queries, found = full_precision(queries), gather_rows(full_precision(keys))
+        queries, keys = full_precision(queries), gather_rows(full_precision(keys))
         if key_ids is not None:
-            found, ids = found[ids >= 0], ids[ids >= 0]
+            keys, ids = keys[ids >= 0], ids[ids >= 0]
 
         def share(piece: slice) -> Tensor:
             same = (mine[piece, None] == ids).to(queries.dtype)
             return same.div_(same.sum(dim=1, keepdim=True))
 
-        loss: Tensor = _SoftmaxRows.apply(queries, found, _scalar(scale, queries), share)
+        loss: Tensor = _SoftmaxRows.apply(queries, keys, _scalar(scale, queries), share)
     return loss
 
 
@@ -70,10 +74,10 @@ def distillation(
     teacher_keys: Tensor,
     teacher_scale: Tensor | float,
 ) -> Tensor:
-    """Cross-entropy of a teacher's softmax over all keys, both ways (CLIP-KD's CRD, 2307.12732).
+    """Compute cross-entropy with a teacher's softmax over all keys, in both directions.
 
-    Student's and teacher's rows [b, D] and [b, E], normalised, are of the same samples. It is the
-    Kullback-Leibler divergence and the teacher's entropy.
+    It is the Kullback-Leibler divergence plus the teacher's entropy (CLIP-KD's CRD, 2307.12732).
+    The rows of student [b, D] and teacher [b, E] are normalised and of the same samples.
     """
     ways = ((queries, keys, teacher_queries, teacher_keys),
             (keys, queries, teacher_keys, teacher_queries))  # fmt: skip
@@ -102,11 +106,11 @@ def sigmoid_loss(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
 ) -> Tensor:
-    """SigLIP's loss (2303.15343) over the whole global batch, own queries only.
+    """Compute SigLIP's loss (2303.15343) of own queries over the global batch.
 
-    queries, keys and their ids as in `info_nce`. The keys of other ranks come around a ring, so
-    memory is O(m D). All pairs are summed and divided by the local keys. Its mean over ranks is the
-    global loss; gradients as in `contrast`, where all ranks weigh their losses alike.
+    queries, keys and their ids as in `info_nce`. Keys of other ranks arrive around a ring, so
+    memory is O(m D). The sum over all pairs is divided by the number of local keys. The mean over
+    ranks is the global loss; gradients as in `contrast`, if all ranks weigh their losses equally.
     """
     mine = row_ids(queries) if query_ids is None else query_ids
     ids = row_ids(keys) if key_ids is None else key_ids
@@ -117,8 +121,78 @@ def sigmoid_loss(
     return loss
 
 
+class ContrastiveLoss(ABC):
+    """A contrastive loss, with the values that its parameters start from and its chance level."""
+
+    logit_scale: ClassVar[float]  # at the start of training
+    needs_large_blocks: ClassVar[bool] = True  # each sample is compared with its block alone
+
+    def logit_bias(self, samples: int) -> float | None:
+        """Return the initial bias for blocks of this size; None if the loss has no bias."""
+        return None
+
+    @abstractmethod
+    def chance(self, samples: int, captions: int = 1) -> float:
+        """Compute the loss of a block if all features are equal.
+
+        captions: per sample.
+        """
+
+    @abstractmethod
+    def __call__(
+        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
+    ) -> Tensor:
+        """Compute the loss; queries, keys, and ids of both as in `info_nce`."""
+
+
+class InfoNce(ContrastiveLoss):
+    """Symmetric InfoNCE, with CLIP's initial temperature (2103.00020)."""
+
+    logit_scale = 1 / 0.07
+
+    def chance(self, samples: int, captions: int = 1) -> float:
+        return math.log(samples) + math.log(captions) / 2
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
+    ) -> Tensor:
+        return info_nce(queries, keys, scale, *ids)
+
+
+class Sigmoid(ContrastiveLoss):
+    """SigLIP's sigmoid loss; at its initial bias a pair is as likely as one of a block."""
+
+    logit_scale = 10.0
+    needs_large_blocks = False
+
+    def logit_bias(self, samples: int) -> float:
+        return -math.log(samples)
+
+    def chance(self, samples: int, captions: int = 1) -> float:
+        p = 1 / samples
+        return -math.log(p) - (samples - 1) * math.log1p(-p) if samples > 1 else 0.0
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
+    ) -> Tensor:
+        assert bias is not None
+        return sigmoid_loss(queries, keys, scale, bias, *ids)
+
+
+LOSSES: dict[str, ContrastiveLoss] = {"info_nce": InfoNce(), "sigmoid": Sigmoid()}
+
+
+def contrastive_loss(name: str) -> ContrastiveLoss:
+    """Find a contrastive loss; raises ConfigError naming the key for an unknown one."""
+    if name not in LOSSES:
+        raise ConfigError(
+            f"clip.loss={name} is unknown: there are {', '.join(LOSSES)}{nearest(name, LOSSES)}"
+        )
+    return LOSSES[name]
+
+
 def gather_rows(local: Tensor) -> Tensor:
-    """[b, ...] -> [world * b, ...] in rank order, with gradients to every rank's rows."""
+    """Gather [b, ...] -> [world * b, ...] in rank order, with gradients to every rank's rows."""
     if dist.world_size() == 1:
         return local
     rows: Tensor = _GatherRows.apply(local.contiguous())
@@ -126,12 +200,12 @@ def gather_rows(local: Tensor) -> Tensor:
 
 
 def row_ids(rows: Tensor) -> Tensor:
-    """[b]: the numbers of own rows among those of all ranks."""
+    """Number own rows among those of all ranks, [b]."""
     return len(rows) * dist.rank() + torch.arange(len(rows), device=rows.device)
 
 
 def _all_ids(size: int, own: Tensor | None, device: torch.device) -> Tensor:
-    """The ids of all ranks' rows, [N]."""
+    """Return the ids of all ranks' rows, [N]."""
     if own is None:
         return torch.arange(size * dist.world_size(), device=device)
     with torch.no_grad():
@@ -139,7 +213,7 @@ def _all_ids(size: int, own: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _exactly(rows: Tensor) -> Any:
-    """Logits near 100 need fp32."""
+    """Disable autocast: logits near 100 need fp32."""
     return torch.autocast(rows.device.type, enabled=False)
 
 
@@ -153,7 +227,7 @@ def _pieces(rows: int, columns: int) -> list[slice]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; the gradient of own rows is the sum of what all ranks have for them."""
+    """Rows of all ranks; the gradient of own rows is the sum of all ranks' gradients for them."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -166,27 +240,27 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _SoftmaxRows(torch.autograd.Function):
-    """Cross-entropy of rows of logits that are never held all at once.
+    """Cross-entropy of rows of logits that are never in memory all at once.
 
-    The gradients are taken along with the loss, while a piece's logits are there.
-    share(piece) is what each key of a piece of rows is to get of the softmax, [rows, N].
+    The forward pass also computes the gradients, from the same logits. share(piece) is the target
+    distribution of a piece of rows over the keys, [rows, N].
     """
 
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, share: Callable[[slice], Tensor]
     ) -> Tensor:
-        size, wanted = len(queries), any(ctx.needs_input_grad)
+        size, needs_grad = len(queries), any(ctx.needs_input_grad)
         total, d_scale = queries.new_zeros(()), queries.new_zeros(())
         d_queries, d_keys = torch.empty_like(queries), torch.zeros_like(keys)
         for piece in _pieces(size, len(keys)):
             own = queries[piece]
             cosines = own @ keys.t()
-            wished = share(piece)
+            target = share(piece)
             log_z = (scale * cosines).logsumexp(dim=1)
-            total += log_z.sum() - scale * (wished * cosines).sum()
-            if wanted:
-                slope = torch.exp(scale * cosines - log_z[:, None]).sub_(wished)
+            total += log_z.sum() - scale * (target * cosines).sum()
+            if needs_grad:
+                slope = torch.exp(scale * cosines - log_z[:, None]).sub_(target)
                 d_scale += (slope * cosines).sum()
                 slope *= scale
                 d_queries[piece] = slope @ keys
@@ -202,9 +276,9 @@ class _SoftmaxRows(torch.autograd.Function):
 
 
 class _SigmoidRing(torch.autograd.Function):
-    """log sigmoid of all pairs: own queries against the keys of each rank in turn.
+    """Log sigmoid of all pairs: own queries against the keys of each rank in turn.
 
-    A block of keys travels with the gradient that the ranks add to it, and comes home with all.
+    A block of keys travels around the ring together with its gradient, to which each rank adds.
     """
 
     @staticmethod
@@ -244,7 +318,7 @@ class _SigmoidRing(torch.autograd.Function):
 
 
 def _from_previous(x: Tensor) -> Tensor:
-    """The tensor of the rank before, while this one's goes to the rank behind."""
+    """Receive the tensor of the previous rank, and send this one to the next."""
     world, rank = dist.world_size(), dist.rank()
     if world == 1:
         return x

@@ -55,13 +55,9 @@ class TagHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def expect(self, frequency: Tensor, softmax: bool) -> None:
-        """Start from each tag's frequency among samples, [V] in (0, 1), whatever the features say.
-
-        RetinaNet's prior (1708.02002). Without it the features learn the frequencies first, and
-        turn alike for it.
-        """
-        self.bias.copy_((frequency / frequency.sum()).log() if softmax else frequency.logit())
+    def start(self, bias: Tensor) -> None:
+        """Set the bias [V] that training starts from."""
+        self.bias.copy_(bias)
 
     def forward(self, features: Tensor, work: Callable[..., Any] | None = None) -> Any:
         """[B, D] -> logits [B, V], or work(features, weight, bias)."""
