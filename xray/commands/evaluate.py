@@ -22,9 +22,12 @@ def evaluate(
     artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
     overrides: Overrides = None,
     suite: Annotated[
-        str, typer.Option(help="Names with commas between (default: all with data of their own)")
+        str,
+        typer.Option(help="Names, separated by commas (default: all that have data of their own)"),
     ] = "",
-    recipe: Annotated[str, typer.Option(help="Take the sets from this recipe's eval")] = "",
+    recipe: Annotated[
+        str, typer.Option(help="Take the data sets from section eval of this recipe")
+    ] = "",
     keep_rates: Annotated[
         str, typer.Option(help="1,.9,.7,.5: accuracy against speed, without retraining")
     ] = "",

@@ -1,1 +1,1 @@
-"""Evaluations of artifacts, each a function from features to numbers beside chance."""
+"""Evaluation of artifacts: suites in one file each, their data sets, and their results."""

@@ -61,18 +61,19 @@ class AttentiveProbe(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, n, D] -> logits [B, C]."""
+        """Compute logits [B, C] of tokens [B, n, D]."""
         x = self.norm_tokens(tokens)
-        found, _ = self.attention(self.query.expand(len(x), -1, -1), x, x, need_weights=False)
-        pooled = self.query + found
+        attended, _ = self.attention(self.query.expand(len(x), -1, -1), x, x, need_weights=False)
+        pooled = self.query + attended
         return self.head((pooled + self.mlp(self.norm_mlp(pooled)))[:, 0])
 
 
 def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float]:
-    """Top-1 of V-JEPA's recipe: AdamW, lr 1e-3, weight decay .01, 20 epochs, half a cosine.
+    """Measure top-1 accuracy of V-JEPA's recipe: AdamW, a learning rate of half a cosine.
 
-    Tokens are taken once, as they leave the backbone at the artifact's keep rate, and wait in a
-    file of half floats: memory does not grow with the set. The query attends across a clip's views.
+    The backbone encodes each sample once, at the artifact's keep rate. Tokens are stored in a file
+    in half precision, so memory does not grow with the data set. The query attends to the tokens of
+    all views of a clip.
     """
     source, test_source = sets.labelled("attentive_probe", config)
     with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
@@ -82,9 +83,9 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
         probe = _fit(train, labels, config, _heads(sets), device)
-        found = _predict(probe, test, config.batch_size, device)
+        predicted = _predict(probe, test, config.batch_size, device)
     measures = {"chance_top1": guess(labels, truth), "samples": float(len(truth))}
-    return share("top1", found == truth) | measures
+    return share("top1", predicted == truth) | measures
 
 
 def _heads(sets: Sets) -> int:
@@ -94,7 +95,7 @@ def _heads(sets: Sets) -> int:
 
 @torch.no_grad()
 def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
-    """Patch tokens of all views of a source, [N, V * n, D] float16 in a file, and labels [N]."""
+    """Store patch tokens of all views, [N, V * n, D] float16, in a file; returns labels [N] too."""
     encoder = sets.vision
     labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
     for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.views):
@@ -111,8 +112,8 @@ def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A file of half floats, whose bytes are there: writing into one with holes on a full disk
-    would kill the process."""
+    """Map a file of half floats, allocated in full: a sparse file on a full disk would kill the
+    process."""
     size = 2 * math.prod(shape)
     try:
         with path.open("wb") as file:
@@ -131,7 +132,7 @@ def _batch(tokens: np.memmap, rows: Any, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _predict(probe: AttentiveProbe, tokens: np.memmap, size: int, device: torch.device) -> Tensor:
-    """[N] classes; a batch of tokens at a time is in memory."""
+    """Predict classes [N], with one batch of tokens in memory."""
     blocks = (slice(at, at + size) for at in range(0, len(tokens), size))
     return torch.cat([probe(_batch(tokens, rows, device)).argmax(1).cpu() for rows in blocks])
 
@@ -157,8 +158,8 @@ def _fit(
             progress = (epoch + number / per_epoch) / config.epochs
             set_lr(optimizer.param_groups, lr_at(progress, schedule, 256))
             optimizer.zero_grad()
-            found = probe(_batch(tokens, rows.sort().values.numpy(), device))
-            F.cross_entropy(found, labels[rows.sort().values].to(device)).backward()
+            logits = probe(_batch(tokens, rows.sort().values.numpy(), device))
+            F.cross_entropy(logits, labels[rows.sort().values].to(device)).backward()
             optimizer.step()
     return probe.eval()
 

@@ -1,5 +1,7 @@
-"""Supervised fine-tuning of the backbone on labels: MAE's recipe (2111.06377), the fair judge of a
-first stage whose features are not linear."""
+"""Supervised fine-tuning of the backbone on labels, by MAE's recipe (2111.06377).
+
+It is the fair comparison for MAE, whose features are not linearly separable.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ class FinetuneConfig(LabelledConfig):
 
 
 class Classifier(nn.Module):
-    """A backbone at its artifact's keep rate, and a linear layer on its CLS features."""
+    """A backbone at the artifact's keep rate, with a linear layer on its CLS features."""
 
     def __init__(self, encoder: VisionEncoder, classes: int, drop_path: float) -> None:
         super().__init__()
@@ -83,18 +85,18 @@ class Classifier(nn.Module):
         load_adapted(vision, encoder.vision.state_dict(), str(encoder.artifact.path))
         self.towers = nn.ModuleDict({"vision": vision})
         self.head = nn.Linear(vision.embed_dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: the first step is the data's
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: logits start at 0
         nn.init.zeros_(self.head.bias)
         self.normalize = Normalize(data["mean"], data["std"])
         self.keep_rate: KeepRate = encoder.keep_rate
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised [B, T, 3, H, W] -> logits [B, C]."""
+        """Compute logits [B, C] of normalised pixels [B, T, 3, H, W]."""
         return self.head(self.towers["vision"](pixels, self.keep_rate).cls.float())
 
 
 class _Training(WholeDataset):
-    """Samples by (epoch, number), augmented by draws that follow from both and the seed."""
+    """Samples by (epoch, number); augmentation depends on both and on the seed alone."""
 
     def __init__(
         self, source: Source, labels: Tensor, data: DataConfig, config: FinetuneConfig
@@ -106,19 +108,20 @@ class _Training(WholeDataset):
 
     def __getitem__(self, item: tuple[int, int]) -> Fields | str:
         epoch, number = item
-        found = self.load(number, np.random.default_rng([self.seed, epoch, number]))
-        return found if isinstance(found, str) else {**found, "label": self.labels[number]}
+        sample = self.load(number, np.random.default_rng([self.seed, epoch, number]))
+        return sample if isinstance(sample, str) else {**sample, "label": self.labels[number]}
 
 
 def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
-    """Top-1 on test after training: AdamW, layer-wise lr decay, drop path, label smoothing.
+    """Measure top-1 accuracy on test after training the backbone and a linear head.
 
-    One process, seeded: the same numbers again on the same machine and threads.
+    AdamW, layer-wise lr decay, drop path, label smoothing. Training runs in one process with a
+    fixed seed: results repeat on the same machine with the same number of threads.
     """
     source, test = sets.labelled("finetune", config)
-    given = labels_of(source)
-    classes = Classes.of(given, source)
-    labels, truth = classes.places(given, source), classes.places(labels_of(test), test)
+    numbers = labels_of(source)
+    classes = Classes.of(numbers, source)
+    labels, truth = classes.places(numbers, source), classes.places(labels_of(test), test)
     device = sets.vision.normalize.mean.device
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -134,7 +137,7 @@ def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
 def _train(
     model: Classifier, training: _Training, config: FinetuneConfig, workers: int, device: Any
 ) -> float:
-    """All epochs; returns the last one's mean loss."""
+    """Train for all epochs; returns the mean loss of the last one."""
     tower = TowerOptim(layer_decay=config.layer_decay)
     optim = OptimConfig(
         base_lr=config.base_lr, warmup=config.warmup, weight_decay=config.weight_decay,
@@ -147,7 +150,7 @@ def _train(
     for step, batch in enumerate(progress_of("fine-tuning")(batches, len(order))):
         progress = step / len(order)
         set_lr(optimizer.param_groups, lr_at(progress, optim, config.batch_size))
-        # layers of drop path and mixing draw from torch's generator, seeded for each step
+        # drop path and mixup draw from torch's generator, which is seeded in each step
         torch.manual_seed((config.seed << 32) + step)
         model.train()
         loss = _loss(model, batch["pixels"].to(device), batch["label"].to(device), config)
@@ -172,8 +175,8 @@ def _loss(model: Classifier, pixels: Tensor, labels: Tensor, config: FinetuneCon
 
 
 def _order(samples: int, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
-    """Batches of (epoch, sample) of all epochs, shuffled each; what does not fill one is left out,
-    but for a set that is smaller than a batch."""
+    """Make batches of (epoch, sample), shuffled in each epoch; an incomplete last batch is dropped,
+    unless the data set is smaller than a batch."""
     rng, size = np.random.default_rng(config.seed), min(config.batch_size, samples)
     batches = []
     for epoch in range(config.epochs):
@@ -185,14 +188,14 @@ def _order(samples: int, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
 
 @torch.no_grad()
 def _predict(model: Classifier, source: Source, sets: Sets, device: Any) -> Tensor:
-    """[N] classes, by the mean over views of the softmax."""
+    """Predict classes [N] by the mean softmax over views."""
     model.eval()
-    found = []
+    predicted = []
     for pixels, _ in batches_of(source, sets.data, sets.config.batch_size, sets.views):
         logits = model(model.normalize(pixels.flatten(0, 1).to(device)))
         mean = logits.softmax(dim=-1).unflatten(0, pixels.shape[:2]).mean(dim=1)
-        found.append(mean.argmax(dim=1).cpu())
-    return torch.cat(found)
+        predicted.append(mean.argmax(dim=1).cpu())
+    return torch.cat(predicted)
 
 
 FINETUNE = Suite(

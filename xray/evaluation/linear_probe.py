@@ -24,8 +24,8 @@ from xray.progress import progress_of
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, tried on a held-out part of the training
-HELD_OUT = 0.2  # of the training samples
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, chosen on held-out training samples
+HELD_OUT = 0.2  # fraction of the training samples
 
 
 @dataclass
@@ -36,7 +36,7 @@ class LinearProbeConfig(LabelledConfig):
 
 
 class LinearHead(NamedTuple):
-    """A fitted probe: features are centred and scaled, then a linear layer."""
+    """A fitted probe: standardisation of the features, then a linear layer."""
 
     mean: Tensor  # [D]
     deviation: Tensor  # [D]
@@ -44,12 +44,12 @@ class LinearHead(NamedTuple):
     strength: float = 0.0  # of L2
 
     def logits(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Compute logits of features [..., D] -> [..., C]."""
         scaled = (x.to(self.mean) - self.mean) / self.deviation
         return scaled @ self.weights[:-1] + self.weights[-1]
 
     def predict(self, views: Tensor) -> Tensor:
-        """[N, V, D] -> [N] classes, by the mean over views of their softmax."""
+        """Predict classes [N] of views [N, V, D] by the mean softmax over views."""
         if views.shape[1] == 1:
             return self.logits(views[:, 0]).argmax(dim=1)
         return self.logits(views).softmax(dim=-1).mean(dim=1).argmax(dim=1)
@@ -58,7 +58,10 @@ class LinearHead(NamedTuple):
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, solver: str = "lbfgs"
 ) -> dict[str, float]:
-    """Top-1 accuracy; features [N, D] and [M, D], or [N, V, D] and [M, V, D] of V views."""
+    """Measure top-1 accuracy, with chance (`guess`).
+
+    Features are [N, D] and [M, D], or [N, V, D] and [M, V, D] with V views.
+    """
     check_labels(train_labels, "a linear probe")
     check_labels(test_labels, "a linear probe")
     train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
@@ -69,45 +72,46 @@ def linear_probe(
 
 
 def fit_head(train: Tensor, labels: Tensor, solver: str) -> LinearHead:
-    """A head from features [N, V, D] of V views by one of SOLVERS; labels [N]."""
+    """Fit a head to features [N, V, D] of V views with one of SOLVERS; labels [N]."""
     return SOLVERS[solver](train, labels)
 
 
 def _rows(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, V, D] and [N] -> a row for each view, [N * V, D] and [N * V]."""
+    """Flatten views [N, V, D] and labels [N] to rows [N * V, D] and [N * V]."""
     return views.flatten(0, 1), labels.repeat_interleave(views.shape[1])
 
 
 def _lbfgs(views: Tensor, own: Tensor) -> LinearHead:
-    """L-BFGS on standardised features to convergence, in double precision.
+    """Fit by L-BFGS on standardised features to convergence, in double precision.
 
-    The L2 strength is the best of STRENGTHS on held-out samples, then all are fitted.
+    The L2 strength is the best of STRENGTHS on held-out samples; the final fit uses all samples.
     """
     train, labels = _rows(views, own)
     mean, deviation = train.mean(0).double(), train.std(0).double() + 1e-6
     x = (train.double() - mean) / deviation
-    # a sample is held out with all its views, which are nearly alike
+    # hold out a sample with all its views, which are similar
     order = torch.randperm(len(views), generator=torch.Generator().manual_seed(0))
     row_numbers = torch.arange(len(x)).view(len(views), -1)[order]
     count = round(HELD_OUT * len(views))
     held, fitted = row_numbers[:count].flatten(), row_numbers[count:].flatten()
 
     weights = x.new_zeros(x.shape[1] + 1, int(labels.max()) + 1)
-    found: dict[float, tuple[float, Tensor]] = {}
-    strongest_first = iter(sorted(STRENGTHS, reverse=True))  # each starts where the last ended
+    by_strength: dict[float, tuple[float, Tensor]] = {}
+    strongest_first = iter(sorted(STRENGTHS, reverse=True))  # each starts from the last solution
     for strength in progress_of("linear probe")(strongest_first, len(STRENGTHS)):
         weights = fit(x[fitted], labels[fitted], strength, weights)
         guess = (x[held] @ weights[:-1] + weights[-1]).argmax(dim=1)
-        found[strength] = float((guess == labels[held]).double().mean()), weights
-    strength = max(sorted(found), key=lambda strength: found[strength][0])
-    return LinearHead(mean, deviation, fit(x, labels, strength, found[strength][1]), strength)
+        by_strength[strength] = float((guess == labels[held]).double().mean()), weights
+    strength = max(sorted(by_strength), key=lambda strength: by_strength[strength][0])
+    weights = fit(x, labels, strength, by_strength[strength][1])
+    return LinearHead(mean, deviation, weights, strength)
 
 
 def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
-    """[D + 1, C] weights with the bias last, of least mean cross-entropy + strength/2 * |W|^2.
+    """Minimise the mean cross-entropy + strength/2 * |W|^2; returns weights [D + 1, C], bias last.
 
-    That is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double. start:
-    weights to begin with; the least is the same from any.
+    This is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double. start:
+    initial weights, which do not change the minimum.
     """
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -130,9 +134,9 @@ def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
 
 
 def _sgd(views: Tensor, own: Tensor) -> LinearHead:
-    """LLM2CLIP's (2411.04997): SGD, lr .1, momentum .9, no decay, batches of 1024, 50 epochs.
+    """Fit by LLM2CLIP's recipe (2411.04997) on standardised features.
 
-    On standardised features; the lr falls as half a cosine.
+    SGD, lr 0.1 with half a cosine, momentum 0.9, no weight decay, batches of 1024, 50 epochs.
     """
     train, labels = _rows(views, own)
     mean, deviation = train.mean(0), train.std(0) + 1e-6
@@ -144,10 +148,11 @@ def _sgd(views: Tensor, own: Tensor) -> LinearHead:
 
 
 def _mae(views: Tensor, own: Tensor) -> LinearHead:
-    """MAE's (2111.06377): BatchNorm without affine, a linear layer from N(0, .01), LARS.
+    """Fit by MAE's recipe (2111.06377): BatchNorm without affine, a linear layer, LARS.
 
-    lr .1 * batch / 256, no decay, 10 of 90 epochs of warm-up, batches of 16,384 or all there are;
-    on cached features of centre crops, where the paper has random ones.
+    Weights start from N(0, 0.01); lr 0.1 * batch / 256, no weight decay, 10 of 90 epochs of
+    warm-up, batches of 16,384 or all samples. Features are of centre crops; the paper uses random
+    crops.
     """
     train, labels = _rows(views, own)
     batch = min(16384, len(train))
@@ -185,7 +190,7 @@ def _descend(
     warmup: float,
     whole: bool,
 ) -> None:
-    """Seeded epochs of shuffled batches; whole: a last one that is smaller is left out."""
+    """Train on shuffled batches, with a fixed seed; whole: drop a smaller last batch."""
     generator = torch.Generator().manual_seed(0)
     schedule = OptimConfig(base_lr=lr, warmup=warmup)
     per_epoch = len(x) // batch if whole else -(-len(x) // batch)
