@@ -1,4 +1,4 @@
-"""`xray eval` as its user runs it, on shards, folders and tables, with one small artifact."""
+"""`xray eval` on shards, folders and tables, with one small artifact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def clip(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The held-out photos in folders named after their classes, and as tables beside them."""
+    """Write the held-out photos to a folder per class, and tables of them beside."""
     root = tmp_path_factory.mktemp("plain")
     names = (demo / "classes.txt").read_text().split("\n")
     source = open_source("heldout", str(demo / "heldout"), "image")
@@ -56,9 +56,9 @@ def folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files["jpg"])
         labels.append((str(path.relative_to(root)), own))
-        told = json.loads(files["json"])["captions"]
-        captions += [(str(path.relative_to(root)), text) for text in told]
-        grounds.append((str(path.relative_to(root)), told[0].split()[-2]))
+        texts = json.loads(files["json"])["captions"]
+        captions += [(str(path.relative_to(root)), text) for text in texts]
+        grounds.append((str(path.relative_to(root)), texts[0].split()[-2]))
     source, clips = open_source("clips", str(demo / "clips"), "video"), [("path", "label")]
     for number, place in enumerate(source.places()):
         files = source.read(*place)
@@ -94,10 +94,10 @@ def evaluator(clip: Artifact, demo: Path, *overrides: str) -> Evaluator:
     return Evaluator(Encoder(clip), config(*overrides), str(demo), 0)
 
 
-def test_folders_and_tables_give_the_numbers_of_shards(
+def test_folders_and_tables_give_the_same_results_as_shards(
     clip: Artifact, demo: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """Also where their classes are numbered otherwise: a name is what counts."""
+    """Classes are matched by name, whatever their numbers are."""
     names = "zero_shot,retrieval,knn,linear_probe"
     packed = results(
         clip, tmp_path, "--suite", names, f"data.root={demo}",
@@ -110,7 +110,7 @@ def test_folders_and_tables_give_the_numbers_of_shards(
         "eval.zero_shot.shards=set", "eval.retrieval.shards=captions.csv",
     )  # fmt: skip
     assert plain["zero_shot"]["classes"] == len(list((folder / "set").iterdir()))
-    for key, value in packed["retrieval"].items():  # pictures are in another order
+    for key, value in packed["retrieval"].items():  # images are in another order
         if "R@" in key and not key.endswith(("low", "high")):
             assert plain["retrieval"][key] == pytest.approx(value)
     table = results(
@@ -147,27 +147,27 @@ def test_sets_are_encoded_once(clip: Artifact, demo: Path, monkeypatch: pytest.M
 def test_views_are_averaged_and_normalised(clip: Artifact, demo: Path) -> None:
     sets = evaluator(clip, demo, "eval.views={clips: 3, crops: 3}", "eval.batch_size=20").sets
     source = sets.open("video_retrieval", "clips", "video")
-    found = sets.features(source, "joint")
-    assert found.views.shape == (24, 9, 16)
+    encoded = sets.features(source, "joint")
+    assert encoded.views.shape == (24, 9, 16)
     encoder, place = sets.joint, next(source.places())
     views = load_views(source.sample(*place, 32, 4), sets.data, 3, 3)
     rows = torch.cat([encoder.encode_pixels(view[None]) for view in views])
-    assert torch.allclose(found.rows[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
+    assert torch.allclose(encoded.rows[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
     photos = sets.features(sets.open("knn", "heldout", "image"))
     assert photos.views.shape[1] == 1 and torch.equal(photos.views[:, 0], photos.rows)
 
 
-def test_keep_rates_compare_one_artifact_with_itself(
+def test_keep_rates_measure_accuracy_against_speed(
     clip: Artifact, demo: Path, tmp_path: Path
 ) -> None:
     sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
-    found = results(clip, tmp_path, *sets, "--keep-rates", "1,.7,.5")
-    assert list(found) == ["1", "0.7", "0.5"]
-    flops = [r["gflops"] for r in found.values()]
-    assert flops == sorted(flops, reverse=True) and found["1"]["speed"] == 1
-    assert all(r["samples_per_s"] > 0 for r in found.values())
+    by_rate = results(clip, tmp_path, *sets, "--keep-rates", "1,.7,.5")
+    assert list(by_rate) == ["1", "0.7", "0.5"]
+    flops = [r["gflops"] for r in by_rate.values()]
+    assert flops == sorted(flops, reverse=True) and by_rate["1"]["speed"] == 1
+    assert all(r["samples_per_s"] > 0 for r in by_rate.values())
     own = results(clip, tmp_path, *sets, "--suite", "knn")["knn"]  # the artifact's rate is .7
-    assert found["0.7"]["knn/top1"] == own["top1"]
+    assert by_rate["0.7"]["knn/top1"] == own["top1"]
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
@@ -186,12 +186,12 @@ def test_texts_are_encoded_once_for_all_keep_rates(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.retrieval.shards=heldout",
     )  # fmt: skip
-    found = over_keep_rates(sets, [1.0, 0.5], ["zero_shot", "retrieval"], batch=2)
-    assert len(found) == 2 and len(seen) == 2  # prompts, and captions
+    by_rate = over_keep_rates(sets, [1.0, 0.5], ["zero_shot", "retrieval"], batch=2)
+    assert len(by_rate) == 2 and len(seen) == 2  # prompts, and captions
 
 
 def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path) -> None:
-    found = results(
+    measures = results(
         clip, tmp_path, "--suite", "robustness", f"data.root={demo}",
         "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.linear_probe={train: gallery, test: heldout}",
@@ -199,7 +199,9 @@ def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path)
         "resolutions: [.5], aspects: [2], attacked: 10, eps: [8], shift: heldout}",
     )["robustness"]  # fmt: skip
     for head in ("zero_shot", "linear_probe"):
-        own = {key.removeprefix(f"{head}/"): value for key, value in found.items() if head in key}
+        own = {
+            key.removeprefix(f"{head}/"): value for key, value in measures.items() if head in key
+        }
         assert own["samples"] == 24 and own["attacked_samples"] == 10
         assert own["contrast"] == pytest.approx((own["contrast/1"] + own["contrast/5"]) / 2)
         assert own["corrupted"] == pytest.approx((own["contrast"] + own["pixelate"]) / 2)
@@ -210,20 +212,22 @@ def test_robustness_as_json_and_plot(clip: Artifact, demo: Path, tmp_path: Path)
     assert (tmp_path / "results.robustness.png").stat().st_size > 10_000
 
 
-def test_fine_tuning_learns_and_is_the_same_again(clip: Artifact, folder: Path) -> None:
+def test_fine_tuning_learns_and_is_reproducible(clip: Artifact, folder: Path) -> None:
     data = "eval.knn={train: grounds.csv, test: grounds.csv}"
     settings = "eval.finetune={epochs: 60, batch_size: 8, base_lr: .06, layer_decay: 1, mixup: .2}"
     run = evaluator(clip, folder, data, settings).sets
-    found = finetune(run, run.config.of(FINETUNE))
-    assert found["top1"] > 0.9 and found["top1_low"] <= found["top1"] <= found["top1_high"]
+    measures = finetune(run, run.config.of(FINETUNE))
+    assert (
+        measures["top1"] > 0.9 and measures["top1_low"] <= measures["top1"] <= measures["top1_high"]
+    )
     short = evaluator(clip, folder, data, "eval.finetune.epochs=1").sets
     one_epoch = short.config.of(FINETUNE)
     first = finetune(short, one_epoch)
     torch.rand(3)
-    assert finetune(short, one_epoch) == first and first["train_loss"] > found["train_loss"]
+    assert finetune(short, one_epoch) == first and first["train_loss"] > measures["train_loss"]
 
 
-def test_a_broken_picture_to_tune_on_is_one_line(
+def test_a_broken_training_image_is_one_line_of_error(
     clip: Artifact, folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "set", tmp_path / "set")
@@ -247,16 +251,16 @@ def test_fine_tuning_starts_from_the_artifact(clip: Artifact, demo: Path) -> Non
 
 
 def test_an_attentive_probe_learns_clips(clip: Artifact, folder: Path) -> None:
-    """The ground of a clip, of two looks at it."""
+    """Classify the background of a clip from two views."""
     sets = evaluator(
         clip, folder, "eval.attentive_probe.epochs=60", "eval.views.clips=2",
         "eval.knn={train: clips.csv, test: clips.csv, modality: video}",
     ).sets  # fmt: skip
     settings = sets.config.of(ATTENTIVE_PROBE)
-    found = attentive_probe(sets, settings)
-    assert found["top1"] > 0.9 and attentive_probe(sets, settings) == found
+    measures = attentive_probe(sets, settings)
+    assert measures["top1"] > 0.9 and attentive_probe(sets, settings) == measures
     short = dataclasses.replace(settings, epochs=1)
-    assert attentive_probe(sets, short)["top1"] < found["top1"]
+    assert attentive_probe(sets, short)["top1"] < measures["top1"]
 
 
 def mistakes(root: Path) -> list[tuple[list[str], str]]:
@@ -298,7 +302,7 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
     ]
 
 
-def test_mistakes_give_one_line(clip: Artifact, folder: Path) -> None:
+def test_each_mistake_is_one_line_of_error(clip: Artifact, folder: Path) -> None:
     for (name, *settings), message in mistakes(folder):
         done = xray("eval", clip.path, "--suite", name, f"data.root={folder}", *settings)
         assert done.exit_code == 2, (name, settings, done.stdout)
@@ -306,7 +310,7 @@ def test_mistakes_give_one_line(clip: Artifact, folder: Path) -> None:
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
+def test_invalid_keep_rates_are_refused(clip: Artifact, demo: Path) -> None:
     sets = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
     for rates, names, message in (
         ("1,0", "knn", "in (0, 1]"),
@@ -317,7 +321,7 @@ def test_keep_rates_that_cannot_be(clip: Artifact, demo: Path) -> None:
         assert done.exit_code == 2 and message in done.stderr
 
 
-def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> None:
+def test_keep_rates_and_attacks_the_model_cannot_do_are_refused(clip: Artifact, demo: Path) -> None:
     run = evaluator(clip, demo, "eval.knn={train: gallery, test: heldout, k: 5}")
     run.sets.vision.vision.reduction = "none"
     with pytest.raises(ConfigError, match=r"model\.reduce=none: it keeps every token"):
@@ -330,19 +334,19 @@ def test_what_the_model_does_not_do_is_refused(clip: Artifact, demo: Path) -> No
         Evaluator(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
 
 
-def test_pictures_of_a_folder_are_attacked_too(clip: Artifact, folder: Path) -> None:
-    """Some of them, and the strongest changes nothing where eps is nearly nothing."""
-    found = evaluator(
+def test_attacks_on_images_of_a_folder(clip: Artifact, folder: Path) -> None:
+    """Only some samples are attacked; an eps near 0 changes nothing."""
+    measures = evaluator(
         clip, folder, "eval.zero_shot.shards=set", "eval.robustness.attacked=7",
         "eval.robustness={corruptions: [], resolutions: [], aspects: [], eps: [1e-6, 30]}",
     ).run(["robustness"])["robustness"]  # fmt: skip
-    assert found["zero_shot/attacked_samples"] == 7
+    assert measures["zero_shot/attacked_samples"] == 7
     for attack in ("fgsm", "pgd", "square"):
-        assert found[f"zero_shot/{attack}/1e-06"] == found["zero_shot/attacked_clean"]
-    assert found["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in found
+        assert measures[f"zero_shot/{attack}/1e-06"] == measures["zero_shot/attacked_clean"]
+    assert measures["zero_shot/pgd/30"] == 0 and "zero_shot/corrupted" not in measures
 
 
-def test_classes_from_elsewhere_are_known_before_anything_is_changed(
+def test_unknown_classes_of_the_shifted_set_fail_before_any_corruption(
     clip: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = evaluator(
@@ -361,8 +365,8 @@ def test_classes_from_elsewhere_are_known_before_anything_is_changed(
     assert seen == ["eval.zero_shot"]
 
 
-def test_logits_are_where_features_are(clip: Artifact, demo: Path) -> None:
-    """On another device than the weights that are not the module's."""
+def test_logits_are_on_the_device_of_the_features(clip: Artifact, demo: Path) -> None:
+    """Also if the head's weights are on another device."""
     run = evaluator(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.linear_probe={train: gallery, test: heldout}",
@@ -374,12 +378,12 @@ def test_logits_are_where_features_are(clip: Artifact, demo: Path) -> None:
             assert head.logits(torch.rand(2, width, device="meta")).device.type == "meta"
 
 
-def test_class_names_are_matched_however_they_are_written(
+def test_class_names_are_matched_by_name_or_by_position(
     clip: Artifact, folder: Path, tmp_path: Path
 ) -> None:
-    """In another order, with underscores; all others by their order."""
+    """By name in another order or with underscores; by position if no name matches."""
     names = sorted(path.name for path in (folder / "set").iterdir())
-    found = []
+    matched = []
     for listed in (names, names[::-1], [f"thing {n}" for n in range(len(names))]):
         (tmp_path / "classes.txt").write_text("\n".join(listed))
         sets = evaluator(
@@ -388,12 +392,12 @@ def test_class_names_are_matched_however_they_are_written(
         ).sets  # fmt: skip
         classes = NamedClasses.open(sets)
         labels = classes.number(torch.arange(len(names)), classes.source)
-        found.append([classes.names[label] for label in labels])
-    assert found[0] == found[1] == list(classes.source.classes)
-    assert found[2] == [f"thing {n}" for n in range(len(names))]
+        matched.append([classes.names[label] for label in labels])
+    assert matched[0] == matched[1] == list(classes.source.classes)
+    assert matched[2] == [f"thing {n}" for n in range(len(names))]
 
 
-def test_what_is_had_is_kept(
+def test_results_are_written_after_each_suite(
     clip: Artifact, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [f"data.root={demo}", "eval.knn={train: gallery, test: heldout, k: 5}"]
@@ -417,12 +421,12 @@ def test_what_is_had_is_kept(
         ("finetune,retrieval", "eval.retrieval.shards=heldot"),
         ("finetune,robustness", "eval.robustness.shift=heldot"),
         ("finetune,zero_shot", "eval.zero_shot={shards: heldout, classes: clases.txt}"),
-    ):  # nothing is begun that cannot be ended
+    ):  # nothing starts if a later suite would fail
         refused = xray("eval", clip.path, *settings, *more, "--suite", suites_asked)
         assert refused.exit_code == 2 and len(seen) == 1, refused.output
 
 
-def test_features_that_are_no_numbers_are_refused(clip: Artifact, demo: Path) -> None:
+def test_features_that_are_nan_are_refused(clip: Artifact, demo: Path) -> None:
     run = evaluator(clip, demo, "eval.retrieval.shards=heldout")
     run.sets.vision.vision.blocks[0].attn.qkv.weight.data[0, 0] = torch.nan
     with pytest.raises(DataError, match="features are NaN"):

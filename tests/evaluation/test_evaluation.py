@@ -60,14 +60,14 @@ def test_zero_shot_averages_normalised_prompts() -> None:
         zero_shot(torch.ones(1, 2), torch.tensor([-1]), weights)
 
 
-def test_linear_probe_separates_what_can_be_separated() -> None:
+def test_linear_probe_reaches_nearly_the_bayes_accuracy() -> None:
     torch.manual_seed(0)
     centres = 3 * torch.randn(5, 16)
     labels = torch.arange(200) % 5
     train, test = (centres[labels] + torch.randn(200, 16) for _ in range(2))
-    found = linear_probe(train, labels, test, labels)
+    measures = linear_probe(train, labels, test, labels)
     nearest = (torch.cdist(test, centres).argmin(1) == labels).float().mean()  # Bayes, nearly
-    assert found["top1"] >= nearest - 0.03 and found["l2"] in STRENGTHS
+    assert measures["top1"] >= nearest - 0.03 and measures["l2"] in STRENGTHS
     noise = linear_probe(torch.randn(200, 16), labels, torch.randn(200, 16), labels)
     assert noise["top1"] < 0.35
     with pytest.raises(DataError, match="needs a class for every sample"):
@@ -98,19 +98,19 @@ def test_lbfgs_equals_sklearn(strength: float) -> None:
     assert (head.predict(test[:, None]).numpy() == judge.predict(test)).all()
 
 
-def test_the_probe_is_sklearns_on_standardised_features() -> None:
+def test_linear_probe_equals_sklearn_on_standardised_features() -> None:
     torch.manual_seed(1)
     labels = torch.arange(300) % 6
     train, test = (torch.randn(300, 12) + F.one_hot(labels, 12) for _ in range(2))
-    found = linear_probe(train, labels, test, labels)
+    measures = linear_probe(train, labels, test, labels)
     mean, deviation = train.double().mean(0), train.double().std(0)
-    judge = LogisticRegression(C=1 / (found["l2"] * 300), tol=1e-10, max_iter=10_000)
+    judge = LogisticRegression(C=1 / (measures["l2"] * 300), tol=1e-10, max_iter=10_000)
     judge.fit((train - mean) / deviation, labels)
-    assert found["top1"] == judge.score((test - mean) / deviation, labels)
+    assert measures["top1"] == judge.score((test - mean) / deviation, labels)
 
 
 @pytest.mark.parametrize("solver", ["sgd", "mae"])
-def test_other_solvers_separate_what_can_be_separated(solver: str) -> None:
+def test_other_solvers_reach_nearly_the_bayes_accuracy(solver: str) -> None:
     torch.manual_seed(0)
     centres, labels = 3 * torch.randn(5, 16), torch.arange(1500) % 5
     train, test = (7 + centres[labels] + torch.randn(1500, 16) for _ in range(2))
@@ -121,7 +121,7 @@ def test_other_solvers_separate_what_can_be_separated(solver: str) -> None:
     assert spread.mean().abs() < 0.01 and abs(spread.std() - 1) < 0.05
 
 
-def test_lars_is_maes() -> None:
+def test_lars_equals_the_update_rule_of_mae() -> None:
     """A step without decay: lr * .001 * |w| / |g| along the gradient of a matrix, momentum .9."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(4, 3))
@@ -136,7 +136,7 @@ def test_lars_is_maes() -> None:
     assert torch.allclose(weight, expected, atol=1e-6)
 
 
-def test_views_of_a_clip_vote_by_their_softmax() -> None:
+def test_views_of_a_clip_are_averaged_after_the_softmax() -> None:
     head = LinearHead(torch.zeros(2), torch.ones(2), torch.tensor([[1.0, 0], [0, 1], [0, 0]]))
     # of the logits' mean the second class is the larger, of the softmaxes' the first
     views = torch.tensor([[[2.0, 0.0], [2.0, 0.0], [0.0, 9.0]]])
@@ -144,7 +144,7 @@ def test_views_of_a_clip_vote_by_their_softmax() -> None:
     assert head.predict(views).item() == 0
 
 
-def test_zero_shot_weights_and_accuracy_are_open_clips() -> None:
+def test_zero_shot_weights_and_accuracy_equal_open_clip() -> None:
     torch.manual_seed(0)
     table = torch.nn.EmbeddingBag(128, 16)
 
@@ -164,9 +164,9 @@ def test_zero_shot_weights_and_accuracy_are_open_clips() -> None:
     assert torch.allclose(mine, theirs.t(), atol=1e-6)
     features, labels = unit(40, 16), torch.arange(40) % 6
     top = (features @ theirs).topk(5, dim=1).indices
-    found = zero_shot(features, labels, mine)
-    assert found["top1"] == pytest.approx(float((top[:, 0] == labels).double().mean()))
-    assert found["top5"] == pytest.approx(float((top == labels[:, None]).any(1).double().mean()))
+    measures = zero_shot(features, labels, mine)
+    assert measures["top1"] == pytest.approx(float((top[:, 0] == labels).double().mean()))
+    assert measures["top5"] == pytest.approx(float((top == labels[:, None]).any(1).double().mean()))
 
 
 def test_one_class_is_refused() -> None:
@@ -192,11 +192,11 @@ def test_views_of_a_sample_are_held_out_together() -> None:
     labels = torch.arange(120) % 4
     noisy = torch.randn(120, 1, 40) + 0.7 * F.one_hot(labels, 40)[:, None]
     alone, views = noisy, noisy + 1e-3 * torch.randn(120, 9, 40)
-    found = [fit_head(rows, labels, "lbfgs").strength for rows in (alone, views)]
-    assert found[0] == found[1] > min(STRENGTHS)
+    strengths = [fit_head(rows, labels, "lbfgs").strength for rows in (alone, views)]
+    assert strengths[0] == strengths[1] > min(STRENGTHS)
 
 
-def test_titles_tell_suites_apart() -> None:
+def test_titles_name_the_suite() -> None:
     assert title_of("retrieval", "text_to_image_R@5/64") == "text to image R@5, first 64 features"
     assert title_of("video_retrieval", "image_to_text_R@1") == "clip to text R@1"
     assert title_of("finetune", "top1") == "fine-tuning top1"

@@ -1,4 +1,4 @@
-"""Retrieval, its chance and its intervals against brute force."""
+"""Retrieval, its chance levels and its intervals against brute force."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_retrieval_equals_brute_force() -> None:
         assert result[f"image_to_text_R@{k}"] == pytest.approx(to_text / 30)
 
 
-def test_chance_of_retrieval_is_what_random_features_reach() -> None:
+def test_chance_of_retrieval_equals_the_score_of_random_features() -> None:
     torch.manual_seed(0)
     owner = torch.arange(40).repeat_interleave(3)
     runs = [
@@ -46,8 +46,8 @@ def test_chance_of_retrieval_is_what_random_features_reach() -> None:
         assert mean == pytest.approx(runs[0][f"chance_{way}_R@5"], abs=0.02)
 
 
-def test_retrieval_of_texts_that_are_the_same_equals_brute_force() -> None:
-    """A class of clips shares its captions: any of its clips is right, as in sets of actions."""
+def test_retrieval_with_equal_texts_equals_brute_force() -> None:
+    """Clips of a class share their captions, as in action data sets: any of them is correct."""
     images, texts = unit(24, 6), unit(40, 6)
     owner = torch.cat([torch.arange(24), torch.arange(16)])
     kind = torch.arange(40) % 7
@@ -77,14 +77,14 @@ def test_retrieval_of_texts_that_are_the_same_equals_brute_force() -> None:
 
 
 @pytest.mark.parametrize("samples", [10, 11])
-def test_the_median_place_of_one_right_answer_by_chance(samples: int) -> None:
+def test_chance_of_the_median_rank_with_one_correct_result(samples: int) -> None:
     rows = unit(samples, 4)
     result = retrieval(rows, rows, torch.arange(samples))
     assert result["chance_text_to_image_median_rank"] == (samples + 1) / 2
 
 
 @pytest.mark.parametrize("samples", [5, 20, 50])
-def test_collapsed_features_score_a_guess(samples: int) -> None:
+def test_collapsed_features_score_at_chance(samples: int) -> None:
     same = torch.ones(samples, 4) / 2
     for captions in (1, 3):
         owner = torch.arange(samples).repeat_interleave(captions)
@@ -95,25 +95,25 @@ def test_collapsed_features_score_a_guess(samples: int) -> None:
                 assert result[f"{way}_R@{k}"] == pytest.approx(guessed, abs=1e-6)
 
 
-def test_equals_share_a_hit() -> None:
-    rows = unit(50, 6).repeat_interleave(2, 0)  # every picture and caption is there twice
+def test_ties_share_a_hit() -> None:
+    rows = unit(50, 6).repeat_interleave(2, 0)  # every image and caption occurs twice
     result = retrieval(rows, rows, torch.arange(100))
     for way in ("text_to_image", "image_to_text"):
         assert result[f"{way}_R@1"] == pytest.approx(0.5) and result[f"{way}_R@5"] == 1
         assert result[f"{way}_median_rank"] == 1.5
 
 
-def test_every_picture_needs_a_caption() -> None:
+def test_every_image_needs_a_caption() -> None:
     same = torch.ones(50, 4) / 2
     with pytest.raises(DataError, match="each with a caption"):
         retrieval(same, same[:49], torch.arange(49))
 
 
-def test_retrieval_in_pieces_is_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retrieval_in_chunks_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
     images, texts = unit(30, 6), unit(80, 6)
     owner = torch.cat([torch.arange(30), torch.arange(30), torch.arange(20)])
     whole = retrieval(images, texts, owner)
-    monkeypatch.setattr(retrieval_module, "HELD", 7 * 80)  # 7 pictures, 18 texts at a time
+    monkeypatch.setattr(retrieval_module, "HELD", 7 * 80)  # 7 images, 18 texts at a time
     assert retrieval(images, texts, owner) == whole
 
 
@@ -124,17 +124,17 @@ def test_median_rank_equals_brute_force() -> None:
     to_image = [1 + (similarity[:, j] > similarity[owner[j], j]).sum() for j in range(93)]
     best = [similarity[i, owner.numpy() == i].max() for i in range(31)]
     to_text = [1 + (similarity[i] > best[i]).sum() for i in range(31)]
-    found = retrieval(images, texts, owner)
-    assert found["text_to_image_median_rank"] == np.median(to_image)
-    assert found["image_to_text_median_rank"] == np.median(to_text)
-    low, high = (found[f"text_to_image_median_rank_{end}"] for end in ("low", "high"))
+    measures = retrieval(images, texts, owner)
+    assert measures["text_to_image_median_rank"] == np.median(to_image)
+    assert measures["image_to_text_median_rank"] == np.median(to_text)
+    low, high = (measures[f"text_to_image_median_rank_{end}"] for end in ("low", "high"))
     assert low <= np.median(to_image) <= high and low < high
     generator = np.random.default_rng(0)
     places = [generator.permutation(93)[:3].min() + 1 for _ in range(4000)]
-    assert found["chance_image_to_text_median_rank"] == pytest.approx(np.median(places), abs=1)
+    assert measures["chance_image_to_text_median_rank"] == pytest.approx(np.median(places), abs=1)
 
 
-def test_an_interval_is_the_binomial_one_and_covers_the_truth() -> None:
+def test_an_interval_equals_the_binomial_one_and_covers_the_truth() -> None:
     hits = torch.arange(200) < 60
     low, high = bootstrap.share_interval(hits)
     draws = np.random.default_rng(1).binomial(200, 0.3, 100_000) / 200
@@ -146,8 +146,8 @@ def test_an_interval_is_the_binomial_one_and_covers_the_truth() -> None:
     assert 88 <= covered <= 100
 
 
-def test_captions_of_a_picture_are_drawn_together() -> None:
-    """Five captions that always share their fate tell no more than one."""
+def test_captions_of_an_image_are_resampled_together() -> None:
+    """Five captions with equal hits carry no more information than one."""
     hits = (torch.arange(100) < 37).float()
     weights = torch.full((100,), 5)
     assert bootstrap.share("R", 5 * hits, weights) == pytest.approx(bootstrap.share("R", hits))
@@ -155,12 +155,12 @@ def test_captions_of_a_picture_are_drawn_together() -> None:
     assert five == bootstrap.median("M", hits, torch.arange(100))
 
 
-def test_a_resampled_median_is_numpys() -> None:
+def test_a_resampled_median_equals_numpy() -> None:
     values, owner = torch.randn(40).double(), torch.arange(40) // 2
-    found = bootstrap.median("M", values, owner)
+    interval = bootstrap.median("M", values, owner)
     medians = [
         np.median(np.repeat(values.numpy(), row[owner.numpy()]))
         for counts in bootstrap.resamples(20)
         for row in counts
     ]
-    assert (found["M_low"], found["M_high"]) == tuple(np.percentile(medians, [2.5, 97.5]))
+    assert (interval["M_low"], interval["M_high"]) == tuple(np.percentile(medians, [2.5, 97.5]))

@@ -1,4 +1,4 @@
-"""Corruptions against their formulas, and attacks against classifiers whose answer is known."""
+"""Corruptions against their formulas, and attacks against classifiers with a known optimum."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def corrupted(name: str, severity: int, pixels: torch.Tensor = FRAMES, seed: int
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_grow_and_follow_the_draws(name: str) -> None:
+def test_corruptions_grow_with_severity_and_depend_on_the_seed(name: str) -> None:
     error = [np.abs(corrupted(name, s) - FRAMES.numpy().astype(float)).mean() for s in (1, 3, 5)]
     assert 0 < error[0] < error[1] < error[2]
     assert (corrupted(name, 3) == corrupted(name, 3)).all()
@@ -49,12 +49,12 @@ def test_noise_has_the_published_strength() -> None:
         spread = corrupted("shot_noise", severity, gray).std() / 255
         assert spread == pytest.approx((x / photons) ** 0.5, rel=0.02)
     for severity, share in ((1, 0.03), (5, 0.27)):
-        found = corrupted("impulse_noise", severity, gray)
-        assert (found == 0).mean() == pytest.approx(share / 2, rel=0.05)
-        assert (found == 255).mean() == pytest.approx(share / 2, rel=0.05)
+        changed = corrupted("impulse_noise", severity, gray)
+        assert (changed == 0).mean() == pytest.approx(share / 2, rel=0.05)
+        assert (changed == 255).mean() == pytest.approx(share / 2, rel=0.05)
 
 
-def test_defocus_is_a_mean_over_a_disc() -> None:
+def test_defocus_averages_over_a_disc() -> None:
     for radius, sigma in corruptions.DEFOCUS:
         assert disc(radius, sigma).sum() == pytest.approx(1)
     sharp = disc(3, 0.1)  # a Gaussian of .1 pixels changes nothing
@@ -63,11 +63,11 @@ def test_defocus_is_a_mean_over_a_disc() -> None:
     blurred = np.asarray(soft.filter(ImageFilter.GaussianBlur(0.5)), float)
     assert np.corrcoef(blurred.ravel(), disc(6, 0.5).ravel())[0, 1] > 0.995
     x = FRAMES[:1].double().numpy() / 255
-    found = corruptions.defocus_blur(x, 1, np.random.default_rng(0))
+    changed = corruptions.defocus_blur(x, 1, np.random.default_rng(0))
     offsets = [(i, j) for i in range(-3, 4) for j in range(-3, 4) if i * i + j * j <= 9]
     for c, row, column in ((0, 12, 20), (2, 30, 9)):
         mean = np.mean([x[0, c, row + i, column + j] for i, j in offsets])
-        assert found[0, c, row, column] == pytest.approx(mean)
+        assert changed[0, c, row, column] == pytest.approx(mean)
 
 
 def test_brightness_and_contrast_follow_their_formulas() -> None:
@@ -83,7 +83,7 @@ def test_brightness_and_contrast_follow_their_formulas() -> None:
     assert (corrupted("brightness", 5, black) == 127).all()
 
 
-def test_jpeg_and_pixelate_are_pillows() -> None:
+def test_jpeg_and_pixelate_equal_pillow() -> None:
     frame = Image.fromarray(FRAMES[0].permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=10)
@@ -96,17 +96,17 @@ def test_jpeg_and_pixelate_are_pillows() -> None:
     assert len(np.unique(blocks[0, 0, 0])) == 16  # 40 x .4
 
 
-def test_aspect_stretches_what_is_in_the_centre() -> None:
+def test_aspect_stretches_the_centre() -> None:
     circle = (torch.cartesian_prod(torch.arange(-20, 20), torch.arange(-20, 20)) ** 2).sum(1) < 49
     pixels = 255 * circle.view(1, 1, 40, 40).expand(1, 3, 40, 40).byte()
     for ratio, (height, width) in ((2.0, (14, 28)), (0.5, (28, 14))):
-        found = aspect(ratio)(pixels, np.random.default_rng(0))[0, 0] > 127
-        assert found.any(1).sum().item() == pytest.approx(height, abs=2)
-        assert found.any(0).sum().item() == pytest.approx(width, abs=2)
+        changed = aspect(ratio)(pixels, np.random.default_rng(0))[0, 0] > 127
+        assert changed.any(1).sum().item() == pytest.approx(height, abs=2)
+        assert changed.any(0).sum().item() == pytest.approx(width, abs=2)
 
 
 class Linear:
-    """Two classes by w . x, of pictures around the middle of the range."""
+    """A classifier of two classes by w . x."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -119,32 +119,32 @@ class Linear:
         return torch.stack([-score, score], dim=1)
 
 
-def test_gradient_attacks_find_a_linear_models_optimum() -> None:
-    """The best moves every pixel by eps against w's sign: the margin falls by 2 eps |w|_1."""
+def test_gradient_attacks_reach_the_optimum_of_a_linear_model() -> None:
+    """Moving every pixel by eps against the sign of w lowers the margin by 2 eps |w|_1."""
     model, eps = Linear(), 0.01
     lowest = _margin(model(model.x), model.labels) - 2 * eps * model.w.abs().sum()
     one = fgsm(model, model.x, model.labels, eps)
     many = pgd(model, model.x, model.labels, eps, 5, torch.Generator().manual_seed(0))
-    for found in (one, many):
-        assert (found - model.x).abs().max() <= eps + 1e-12
-        assert torch.allclose(_margin(model(found), model.labels), lowest)
+    for changed in (one, many):
+        assert (changed - model.x).abs().max() <= eps + 1e-12
+        assert torch.allclose(_margin(model(changed), model.labels), lowest)
 
 
 def test_the_black_box_lowers_margins_within_eps() -> None:
     model, eps = Linear(), 0.02
     generator = torch.Generator().manual_seed(0)
-    found = square(model, model.x, model.labels, eps, 200, generator)
-    assert (found - model.x).abs().max() <= eps + 1e-12
-    clean, attacked = (_margin(model(x), model.labels) for x in (model.x, found))
+    changed = square(model, model.x, model.labels, eps, 200, generator)
+    assert (changed - model.x).abs().max() <= eps + 1e-12
+    clean, attacked = (_margin(model(x), model.labels) for x in (model.x, changed))
     assert (attacked < clean).all() and (attacked < 0).float().mean() > 0.5
     assert (attacked >= clean - 2 * eps * model.w.abs().sum() - 1e-9).all()
 
 
-def test_wrong_samples_are_left_alone_by_the_black_box() -> None:
+def test_the_black_box_does_not_change_misclassified_samples() -> None:
     model = Linear()
     wrong = 1 - model.labels
-    found = square(model, model.x, wrong, 0.1, 20, torch.Generator().manual_seed(0))
-    assert torch.equal(found, model.x)
+    changed = square(model, model.x, wrong, 0.1, 20, torch.Generator().manual_seed(0))
+    assert torch.equal(changed, model.x)
 
 
 def test_an_attack_without_a_gradient_is_refused() -> None:
@@ -153,8 +153,10 @@ def test_an_attack_without_a_gradient_is_refused() -> None:
         fgsm(lambda x: model(x.detach()), model.x, model.labels, 0.01)
 
 
-def test_the_gradient_through_token_selection_is_the_true_one(demo: Path, tmp_path: Path) -> None:
-    """Of a trained clip artifact at keep rate .7, against differences; pixels stay as they were."""
+def test_the_gradient_through_token_selection_equals_finite_differences(
+    demo: Path, tmp_path: Path
+) -> None:
+    """With a trained clip artifact at keep rate 0.7; the input pixels are not changed."""
     encoder = Encoder(train("clip", demo, tmp_path / "clip", "train.samples=12")).double()
     assert encoder.keep_rate == 0.7
     torch.manual_seed(0)

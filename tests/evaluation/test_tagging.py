@@ -1,4 +1,4 @@
-"""The tag head's measures against plain loops in float64 and values worked out by hand."""
+"""Metrics of a tag head against plain loops in float64 and values computed by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNTS = torch.tensor([3000 // (i + 1) for i in range(V)])
 
 
 def samples(levels: int = 0) -> tuple[Tensor, Tensor]:
-    """Probabilities [N, V] and 1 to 4 tags of each sample; few levels make many ties."""
+    """Make probabilities [N, V] and 1 to 4 tags per sample; few levels make many ties."""
     torch.manual_seed(levels)
     probabilities = (2 * torch.randn(N, V)).softmax(dim=1)
     if levels:
@@ -44,12 +44,12 @@ def measure(probabilities: Tensor, tags: Tensor, counts: Tensor, **options: Any)
 
 
 def step_area(scores: list[float], positive: list[bool]) -> float:
-    """Precision x step of recall, summed over the distinct scores from the highest on."""
+    """Sum precision x step of recall over the distinct scores, from the highest."""
     area, recall = 0.0, 0.0
     for threshold in sorted(set(scores), reverse=True):
-        found = [own for score, own in zip(scores, positive, strict=True) if score >= threshold]
-        new = sum(found) / sum(positive)
-        area += (new - recall) * sum(found) / len(found)
+        measures = [own for score, own in zip(scores, positive, strict=True) if score >= threshold]
+        new = sum(measures) / sum(positive)
+        area += (new - recall) * sum(measures) / len(measures)
         recall = new
     return area
 
@@ -59,17 +59,17 @@ def test_measures_equal_plain_loops(levels: int) -> None:
     probabilities, tags = samples(levels)
     own = [{tag for tag in row if tag >= 0} for row in tags.tolist()]
     table = probabilities.double().tolist()
-    found = measure(probabilities, tags, COUNTS).results()
+    measures = measure(probabilities, tags, COUNTS).results()
 
     best = [sorted(range(V), key=lambda tag, row=row: (-row[tag], tag)) for row in table]
     for name, order in (("", best), ("chance_", [list(range(V))] * N)):
         first = sum(order[i][0] in own[i] for i in range(N)) / N
         blind = sum(map(len, own)) / N / V if name else 0.0  # a random tag
-        assert found[f"{name}precision@1"] == pytest.approx(max(first, blind))
+        assert measures[f"{name}precision@1"] == pytest.approx(max(first, blind))
         for k in (1, 5, 10):
             recall = sum(len(own[i] & set(order[i][:k])) / len(own[i]) for i in range(N)) / N
-            assert found[f"{name}recall@{k}"] == pytest.approx(max(recall, k / V if name else 0))
-    assert found["dead@10"] == V - len({tag for order in best for tag in order[:10]})
+            assert measures[f"{name}recall@{k}"] == pytest.approx(max(recall, k / V if name else 0))
+    assert measures["dead@10"] == V - len({tag for order in best for tag in order[:10]})
 
     of_all: list[tuple[float, float]] = []
     of_decade: dict[str, list[tuple[float, float]]] = {}
@@ -82,26 +82,26 @@ def test_measures_equal_plain_loops(levels: int) -> None:
             name = names[int(math.log10(COUNTS[tag])) + 1]
             of_decade.setdefault(name, []).append(pair)
     groups = {"": of_all} | {f"[{name}]": pairs for name, pairs in of_decade.items()}
-    assert {name for name in found if name.startswith("mAP_tags")} == {
+    assert {name for name in measures if name.startswith("mAP_tags")} == {
         f"mAP_tags{group}" for group in groups
     }
     for group, pairs in groups.items():
-        assert found[f"mAP_tags{group}"] == len(pairs)
-        assert found[f"mAP{group}"] == pytest.approx(np.mean([ap for ap, _ in pairs]), abs=1e-12)
+        assert measures[f"mAP_tags{group}"] == len(pairs)
+        assert measures[f"mAP{group}"] == pytest.approx(np.mean([ap for ap, _ in pairs]), abs=1e-12)
         chance = np.mean([chance for _, chance in pairs])
-        assert found[f"chance_mAP{group}"] == pytest.approx(chance, abs=1e-12)
+        assert measures[f"chance_mAP{group}"] == pytest.approx(chance, abs=1e-12)
 
 
 def test_average_precision_by_hand() -> None:
     scores = np.array([0.9, 0.8, 0.7, 0.6])
     assert average_precision(scores, scores[[0, 2]]) == pytest.approx((1 + 2 / 3) / 2)
-    scores = np.array([0.9, 0.5, 0.5, 0.5, 0.1])  # two of the three equal ones are positive
+    scores = np.array([0.9, 0.5, 0.5, 0.5, 0.1])  # two of the three tied scores are positive
     assert average_precision(scores, scores[[1, 3]]) == pytest.approx(2 / 4)
     assert average_precision(scores, scores[[4]]) == pytest.approx(1 / 5)
 
 
 @pytest.mark.parametrize("levels", [0, 8])
-def test_blocks_of_any_size_give_the_same(levels: int) -> None:
+def test_block_size_does_not_change_the_metrics(levels: int) -> None:
     probabilities, tags = samples(levels)
     tags[20:25] = -1
     whole = measure(probabilities, tags, COUNTS)
@@ -115,28 +115,32 @@ def test_blocks_of_any_size_give_the_same(levels: int) -> None:
         assert torch.equal(metrics.calibration().accuracy, whole.calibration().accuracy)
 
 
-def test_equal_scores_score_chance_which_is_counted_by_hand() -> None:
+def test_constant_scores_are_at_chance() -> None:
     counts = torch.tensor([900, 50, 7, 30, 20])
     tags = torch.tensor([[0, -1], [1, 0], [3, -1], [2, 4]])
-    found = measure(torch.full((4, 5), 0.2), tags, counts, ks=(1, 2)).results()
-    assert found["chance_precision@1"] == 2 / 4  # always tag 0
-    assert found["chance_recall@1"] == (1 + 1 / 2) / 4
-    assert found["chance_recall@2"] == (1 + 1) / 4  # always tags 0 and 1
-    assert found["chance_mAP"] == pytest.approx((2 + 1 + 1 + 1 + 1) / 5 / 4)
-    assert found["chance_mAP[100-999]"] == pytest.approx(2 / 4)
-    assert found["chance_mAP[<10]"] == pytest.approx(1 / 4)
-    assert found["mAP_tags[10-99]"] == 3 and "mAP[1,000-9,999]" not in found
+    measures = measure(torch.full((4, 5), 0.2), tags, counts, ks=(1, 2)).results()
+    assert measures["chance_precision@1"] == 2 / 4  # always tag 0
+    assert measures["chance_recall@1"] == (1 + 1 / 2) / 4
+    assert measures["chance_recall@2"] == (1 + 1) / 4  # always tags 0 and 1
+    assert measures["chance_mAP"] == pytest.approx((2 + 1 + 1 + 1 + 1) / 5 / 4)
+    assert measures["chance_mAP[100-999]"] == pytest.approx(2 / 4)
+    assert measures["chance_mAP[<10]"] == pytest.approx(1 / 4)
+    assert measures["mAP_tags[10-99]"] == 3 and "mAP[1,000-9,999]" not in measures
     for name in ("precision@1", "recall@1", "recall@2", "mAP", "mAP[100-999]", "mAP[<10]"):
-        assert found[name] == found[f"chance_{name}"], name
-    assert found["dead@2"] == 3 and found["dead_share@2"] == 3 / 5 and found["least_dead@2"] == 0
+        assert measures[name] == measures[f"chance_{name}"], name
+    assert (
+        measures["dead@2"] == 3
+        and measures["dead_share@2"] == 3 / 5
+        and measures["least_dead@2"] == 0
+    )
     # by training count, where ids are not in its order
-    found = measure(torch.full((4, 5), 0.2), tags, counts.flip(0), ks=(1, 2)).results()
-    assert found["chance_recall@2"] == max((1 + 1 / 2) / 4, 2 / 5)
-    # the most frequent one, tag 4, is of one sample; a random one hits more often
-    assert found["chance_precision@1"] == (1 + 2 + 1 + 2) / 4 / 5
+    measures = measure(torch.full((4, 5), 0.2), tags, counts.flip(0), ks=(1, 2)).results()
+    assert measures["chance_recall@2"] == max((1 + 1 / 2) / 4, 2 / 5)
+    # the most frequent tag, 4, is in one sample; a random tag hits more often
+    assert measures["chance_precision@1"] == (1 + 2 + 1 + 2) / 4 / 5
 
 
-def test_the_best_and_the_worst_scorer() -> None:
+def test_perfect_and_worst_scores() -> None:
     _, tags = samples()
     own = (tags[:, :, None] == torch.arange(V)).any(dim=1)  # [N, V]
     owned = own.sum(dim=1)
@@ -153,10 +157,10 @@ def test_the_best_and_the_worst_scorer() -> None:
     assert worst["mAP"] < worst["chance_mAP"]
 
 
-def test_random_precision_is_what_noise_reaches() -> None:
+def test_random_precision_equals_the_score_of_noise() -> None:
     # 2 of 3: the orders ++-, +-+, -++ have AP 1, 5/6 and 7/12
-    found = random_precision(torch.tensor([1, 2, 3]), 3)
-    assert found.tolist() == pytest.approx([11 / 18, (1 + 5 / 6 + 7 / 12) / 3, 1])
+    measures = random_precision(torch.tensor([1, 2, 3]), 3)
+    assert measures.tolist() == pytest.approx([11 / 18, (1 + 5 / 6 + 7 / 12) / 3, 1])
     assert random_precision(torch.tensor([1]), 1).item() == 1
     _, tags = samples()
     runs = [measure(torch.rand(N, V), tags, COUNTS).results() for _ in range(60)]
@@ -170,24 +174,24 @@ def test_calibration_by_hand() -> None:
     # four bins, each (lower, upper]: 0.25 is in the first
     confidence = torch.tensor([0.1, 0.25, 0.6, 0.7, 0.75, 1.0])
     correct = torch.tensor([False, True, True, False, True, False])
-    found = calibrate(confidence, correct, bins=4)
-    assert found.count.tolist() == [2, 0, 3, 1]
-    assert found.confidence.tolist() == pytest.approx([0.175, 0, 2.05 / 3, 1])
-    assert found.accuracy.tolist() == pytest.approx([0.5, 0, 2 / 3, 0])
-    assert found.error == pytest.approx((2 * 0.325 + 3 * (0.05 / 3) + 1 * 1) / 6)
+    measures = calibrate(confidence, correct, bins=4)
+    assert measures.count.tolist() == [2, 0, 3, 1]
+    assert measures.confidence.tolist() == pytest.approx([0.175, 0, 2.05 / 3, 1])
+    assert measures.accuracy.tolist() == pytest.approx([0.5, 0, 2 / 3, 0])
+    assert measures.error == pytest.approx((2 * 0.325 + 3 * (0.05 / 3) + 1 * 1) / 6)
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.15, 0.8, 0.05]])
     metrics = measure(probabilities, torch.tensor([[0, 2], [2, -1]]), torch.ones(3).long())
     assert metrics.results()["ece"] == pytest.approx((0.3 + 0.8) / 2)
     assert metrics.calibration().count.nonzero().flatten().tolist() == [10, 11]
 
 
-def test_a_sample_without_tags_is_no_evidence() -> None:
+def test_samples_without_tags_count_for_dead_tags_only() -> None:
     probabilities, tags = samples()
     expected = measure(probabilities, tags, COUNTS).results()
     bare = torch.tensor([[-1, -1, -1, -1]])
     loud = torch.zeros(1, V).index_fill(1, torch.tensor([0]), 1.0)
-    found = measure(torch.cat([loud, probabilities]), torch.cat([bare, tags]), COUNTS).results()
-    assert found == expected | {"untagged": 1.0}
+    measures = measure(torch.cat([loud, probabilities]), torch.cat([bare, tags]), COUNTS).results()
+    assert measures == expected | {"untagged": 1.0}
     with pytest.raises(DataError, match="none of the 1 samples has a tag"):
         measure(loud, bare, COUNTS).results()
 
@@ -195,9 +199,9 @@ def test_a_sample_without_tags_is_no_evidence() -> None:
 def test_dead_tags_by_hand() -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04], [0.5, 0.1, 0.3, 0.06, 0.04]])
     tags = torch.tensor([[0], [-1]])
-    found = measure(probabilities, tags, torch.ones(5).long(), ks=(1, 2)).results()
-    assert found["dead@2"] == 2 and found["dead_share@2"] == 2 / 5
-    assert found["least_dead@2"] == 1 and found["vocabulary"] == 5
+    measures = measure(probabilities, tags, torch.ones(5).long(), ks=(1, 2)).results()
+    assert measures["dead@2"] == 2 and measures["dead_share@2"] == 2 / 5
+    assert measures["least_dead@2"] == 1 and measures["vocabulary"] == 5
 
 
 @pytest.mark.parametrize("k", [1, 5, V])
@@ -219,16 +223,16 @@ def test_average_precision_of_a_subset_is_exact_and_its_mean_unbiased() -> None:
         assert chosen.tolist() == sorted(set(chosen.tolist()) & set(present))
         metrics = TagMetrics(COUNTS, chosen)
         metrics.add(probabilities, tags)
-        found = metrics.results()
-        assert found["mAP_tags"] == len(chosen) == 12 and found["tags"] == len(present)
-        assert found["recall@5"] == of_all["recall@5"]
+        measures = metrics.results()
+        assert measures["mAP_tags"] == len(chosen) == 12 and measures["tags"] == len(present)
+        assert measures["recall@5"] == of_all["recall@5"]
         if seed < 10:
             alone = [
                 step_area(probabilities[:, tag].tolist(), (tags == tag).any(dim=1).tolist())
                 for tag in chosen
             ]
-            assert found["mAP"] == pytest.approx(np.mean(alone), abs=1e-12)
-        means.append(found["mAP"])
+            assert measures["mAP"] == pytest.approx(np.mean(alone), abs=1e-12)
+        means.append(measures["mAP"])
     error = np.std(means) / len(means) ** 0.5
     assert error > 0 and abs(np.mean(means) - of_all["mAP"]) < 4 * error
     nothing = TagMetrics(COUNTS, measured_tags(tags, N)[:0])
@@ -238,7 +242,7 @@ def test_average_precision_of_a_subset_is_exact_and_its_mean_unbiased() -> None:
     assert torch.equal(measured_tags(tags, N, 12 * N, 3), measured_tags(tags.flip(0), N, 12 * N, 3))
 
 
-def test_what_cannot_be_measured() -> None:
+def test_impossible_inputs_are_refused() -> None:
     probabilities, tags = samples()
     broken = probabilities.clone()
     broken[3, 5] = torch.nan

@@ -1,4 +1,4 @@
-"""The contrastive losses against open_clip's, on the features of one process."""
+"""Contrastive losses against those of open_clip, in one process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xray.losses import info_nce, sigmoid_loss
 open_clip_loss = pytest.importorskip("open_clip.loss")
 
 BATCH, WIDTH = 24, 16
-# The same sums in another order: what differs is the rounding.
+# The sums are in another order, so rounding differs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 def leaves(dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Features of images and texts, [B, D] normalised, then a scale and a bias, or the scale."""
+    """Make features of images and texts, [B, D] normalised, a scale and, for count 4, a bias."""
     torch.manual_seed(0)
     images, texts = F.normalize(torch.randn(2, BATCH, WIDTH, dtype=torch.float64), dim=-1)
     given = [images, texts, torch.tensor(14.3), torch.tensor(-9.5)][:count]
@@ -35,11 +35,11 @@ def loss_and_gradients(loss: Callable[..., Tensor], inputs: list[Tensor]) -> lis
 @pytest.mark.parametrize(
     ("ours", "theirs", "count"), [(info_nce, "ClipLoss", 3), (sigmoid_loss, "SigLipLoss", 4)]
 )
-def test_losses_and_gradients_equal_open_clips(
+def test_losses_and_gradients_equal_open_clip(
     ours: Callable[..., Tensor], theirs: str, count: int, dtype: torch.dtype
 ) -> None:
-    found = loss_and_gradients(ours, leaves(dtype, count))
+    actual = loss_and_gradients(ours, leaves(dtype, count))
     expected = loss_and_gradients(getattr(open_clip_loss, theirs)(), leaves(dtype, count))
     limit = TOLERANCE[dtype]
-    for mine, other in zip(found, expected, strict=True):
+    for mine, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=limit, atol=limit)

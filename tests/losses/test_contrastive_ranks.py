@@ -18,7 +18,7 @@ from torch import Tensor
 def by_pairs(
     name: str, images: Tensor, texts: Tensor, given: dict[str, Tensor], same: Tensor
 ) -> Tensor:
-    """The losses as their papers write them, pair by pair."""
+    """Compute the losses pair by pair, as in their papers."""
     logits = given["scale"] * images @ texts.t()
     if name == "sigmoid_loss":
         signs = 2 * same.to(logits.dtype) - 1
@@ -37,7 +37,7 @@ def by_pairs(
 
 
 def expected() -> dict[str, list[list[float]]]:
-    found = {}
+    actual = {}
     for name, pairing in cases():
         given = inputs(torch.float64)
         leaves = [given[n].requires_grad_() for n in ("weight", "scale", "bias")]
@@ -49,8 +49,8 @@ def expected() -> dict[str, list[list[float]]]:
         loss = by_pairs(name, images, texts, given, query_ids[:, None] == key_ids)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         row = [loss.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
-        found[f"{name}, {pairing}"] = [x.flatten().tolist() for x in row]
-    return found
+        actual[f"{name}, {pairing}"] = [x.flatten().tolist() for x in row]
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_ranks_equal_the_sum_over_pairs(
         env=clean_environment(PYTHONPATH=f"{SUPPORT}{os.pathsep}{ROOT}"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    actual = json.loads((tmp_path / "found.json").read_text())
     tolerance = 1e-9 if dtype == "float64" else 1e-5
     wanted = expected()
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == wanted.keys()
     for case, values in wanted.items():
-        for mine, theirs in zip(found[case], values, strict=True):
+        for mine, theirs in zip(actual[case], values, strict=True):
             assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance), case

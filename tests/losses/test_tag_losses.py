@@ -33,7 +33,7 @@ KINDS: dict[str, TagLoss] = {
     "shifted only": AsymmetricLoss(gamma_neg=0.0, margin=0.2),
     "roots, no margin": AsymmetricLoss(gamma_pos=0.5, gamma_neg=0.5, margin=0.0),
 }
-# a whole sample, a padded one, a heavy one with id 7 twice, above 1 in all, and a light one
+# a full row; a padded one; one with id 7 twice and a sum above 1; one with a small sum
 TAGS = torch.tensor([[3, 0, 22, 11], [9, -1, -1, -1], [7, 2, 7, 21], [16, 1, -1, -1]])
 TARGETS = torch.tensor(
     [[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.6, 0.2, 0.7, 0.3], [0.3, 0.2, 0, 0]],
@@ -43,7 +43,7 @@ TARGETS = torch.tensor(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Waiting for other threads takes longer than all the work on tensors as small as these."""
+    """Use one thread: tensors are so small that waiting for threads takes longest."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 
 def head(rows: int = 4, classes: int = V) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, weight and bias in float64, leaves."""
+    """Make features, weight and bias: float64 leaves."""
     torch.manual_seed(0)
     shapes = ((rows, D), (classes, D), (classes,))
     features, weight, bias = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes)
@@ -66,16 +66,16 @@ def run(
 
 
 def dense_targets(tags: Tensor, targets: Tensor, classes: int) -> Tensor:
-    found = torch.zeros(len(tags), classes, dtype=torch.float64)
+    actual = torch.zeros(len(tags), classes, dtype=torch.float64)
     for row, (ids, values) in enumerate(zip(tags.tolist(), targets.tolist(), strict=True)):
         for tag, value in zip(ids, values, strict=True):
             if tag >= 0:
-                found[row, tag] += value
-    return found
+                actual[row, tag] += value
+    return actual
 
 
 def truth(loss: TagLoss, logits: Tensor, t: Tensor) -> Tensor:
-    """The plain formulas over dense targets, [B]."""
+    """Compute the losses [B] by the plain formulas, from dense targets."""
     eps = loss.smoothing
     if isinstance(loss, SoftmaxLoss):
         t = (1 - eps) * t + eps * t.sum(1, keepdim=True) / t.shape[1]
@@ -94,30 +94,28 @@ def truth(loss: TagLoss, logits: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [0, 1, 5, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients_are_those_of_the_formula(
-    kind: str, chunk: int, smoothing: float
-) -> None:
+def test_values_and_gradients_equal_the_formula(kind: str, chunk: int, smoothing: float) -> None:
     loss, inputs = replace(KINDS[kind], smoothing=smoothing, chunk=chunk), head()
     logits = F.linear(*inputs)
     expected = truth(loss, logits, dense_targets(TAGS, TARGETS, V))
-    found, top = run(loss, inputs)
-    torch.testing.assert_close(found, expected)
+    actual, top = run(loss, inputs)
+    torch.testing.assert_close(actual, expected)
     assert top.equal(logits.argmax(1))
-    weights = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)  # of the caller
-    ours = torch.autograd.grad(found, inputs, weights)
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)  # gradients of the caller
+    ours = torch.autograd.grad(actual, inputs, weights)
     for ours_one, one in zip(ours, torch.autograd.grad(expected, inputs, weights), strict=True):
         torch.testing.assert_close(ours_one, one)
 
 
-def test_hard_labels_give_the_papers_asymmetric_loss() -> None:
+def test_hard_labels_give_the_asymmetric_loss_of_the_paper() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64)
     tags, targets = torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.float64)
     expected = -math.log(1 / (1 + math.exp(1)))
     for z in (2.0, 0.5):
         shifted = 1 / (1 + math.exp(-z)) - 0.05
         expected -= shifted**4 * math.log(1 - shifted)
-    found, _ = AsymmetricLoss().from_logits(logits, tags, targets)
-    assert math.isclose(found.item(), expected, rel_tol=1e-12)
+    actual, _ = AsymmetricLoss().from_logits(logits, tags, targets)
+    assert math.isclose(actual.item(), expected, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,19 +148,19 @@ def test_large_logits_stay_finite_in_fp32(kind: str, chunk: int) -> None:
     tags, targets = torch.tensor([[0, 1, 2, 3]]), torch.full((1, 4), 0.25)
     loss = replace(KINDS[kind], smoothing=0.1, chunk=chunk)
     one, bias = torch.ones(1, 1, requires_grad=True), torch.zeros(9)
-    found, _ = loss(one, logits.t(), bias, tags, targets)
-    found.sum().backward()
-    for x in (found, one.grad, logits.grad):
+    actual, _ = loss(one, logits.t(), bias, tags, targets)
+    actual.sum().backward()
+    for x in (actual, one.grad, logits.grad):
         assert x is not None and x.isfinite().all()
     exact = logits.detach().double()
     if kind != "roots, no margin":  # else log(1 - p) overflows, in float64 as well
         expected = truth(loss, exact, dense_targets(tags, targets, 9))
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_multiplies_in_bf16_and_reduces_in_fp32(kind: str) -> None:
-    exact = [x.detach().bfloat16().float() for x in head()]  # loses nothing in the cast
+    exact = [x.detach().bfloat16().float() for x in head()]  # exact in bf16
     inputs = [x.requires_grad_() for x in exact]
     results = []
     for chunk in (0, 6):
@@ -196,7 +194,7 @@ def test_half_precision_sums_in_fp32_over_many_chunks() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """The storages that operations make, kept so that no address comes twice."""
+    """Records the storages that operations allocate; keeps them, so that no address repeats."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -243,7 +241,7 @@ def test_evaluation_needs_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_floor_is_reached_by_the_targets_and_by_nothing_below(smoothing: float) -> None:
+def test_the_floor_is_the_minimum_of_the_loss(smoothing: float) -> None:
     single = TAGS.clone()
     single[2, 2] = 5  # no id twice
     t = dense_targets(single, TARGETS, V)
@@ -261,12 +259,12 @@ def test_the_floor_of_equal_tags_is_log_k() -> None:
 
 
 def exponentials(losses: Tensor, logits: Tensor, t: Tensor) -> Tensor:
-    """The sum of exponentials that a softmax loss was made with, [B]."""
+    """Recover the sum of exponentials of a softmax loss, [B]."""
     return ((losses + (t * logits).sum(1)) / t.sum(1)).exp()
 
 
 def test_sampled_sum_of_exponentials_is_unbiased() -> None:
-    """The mean over all V^M draws of M classes, by their probabilities, is the exact sum."""
+    """The expectation over all V^M draws of M classes is the exact sum."""
     classes, number = 6, 3
     inputs = head(3, classes)
     tags = torch.tensor([[2, 4, -1], [0, -1, -1], [5, 1, 5]])
@@ -282,10 +280,10 @@ def test_sampled_sum_of_exponentials_is_unbiased() -> None:
     torch.testing.assert_close(mean, logits.exp().sum(1))
 
 
-def test_sampled_softmax_is_its_formula_and_its_gradient() -> None:
+def test_sampled_softmax_equals_its_formula_and_gradient() -> None:
     inputs, drawn = head(), torch.tensor([7, 3, 3, 20, 0, 1])
     q = sampling_probabilities(torch.arange(V, 0, -1))
-    found = sampled_softmax(*inputs, TAGS, TARGETS, drawn, q[drawn].log())
+    actual = sampled_softmax(*inputs, TAGS, TARGETS, drawn, q[drawn].log())
     logits, expected = F.linear(*inputs), []
     for row, ids in enumerate(TAGS.tolist()):
         own = {tag for tag in ids if tag >= 0}
@@ -293,8 +291,8 @@ def test_sampled_softmax_is_its_formula_and_its_gradient() -> None:
         terms += [logits[row, c].exp() / q[c] / len(drawn) for c in drawn.tolist() if c not in own]
         total, share = torch.stack(terms).sum(), dense_targets(TAGS, TARGETS, V)[row]
         expected.append(share.sum() * total.log() - (share * logits[row]).sum())
-    torch.testing.assert_close(found, torch.stack(expected))
-    grads = torch.autograd.grad(found.square().sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(actual, torch.stack(expected))
+    grads = torch.autograd.grad(actual.square().sum(), inputs, retain_graph=True)
     plain = torch.autograd.grad(torch.stack(expected).square().sum(), inputs)
     torch.testing.assert_close(grads, plain)
 
@@ -305,9 +303,9 @@ def test_draws_follow_the_probabilities_of_a_million_classes() -> None:
     ids, log_q = draw_classes(q, 200_000, torch.Generator().manual_seed(0))
     assert ids.equal(draw_classes(q, 200_000, torch.Generator().manual_seed(0))[0])
     torch.testing.assert_close(log_q, q[ids].log().float())
-    found = torch.histc(ids.float(), 20, 0, 10**6) / len(ids)  # 20 groups of ranks
+    actual = torch.histc(ids.float(), 20, 0, 10**6) / len(ids)  # 20 groups of ranks
     expected = q.view(20, -1).sum(1).float()
-    assert ((found - expected).abs() < 5 * (expected / len(ids)).sqrt()).all()
+    assert ((actual - expected).abs() < 5 * (expected / len(ids)).sqrt()).all()
 
 
 def test_truncation_drops_the_most_doubtful_and_their_gradients() -> None:
@@ -322,7 +320,7 @@ def test_truncation_drops_the_most_doubtful_and_their_gradients() -> None:
     assert truncate(losses, losses, 0.99, 0.99).item() == 1.0  # one is always left
 
 
-def test_small_batches_leave_out_as_many_on_average() -> None:
+def test_small_batches_leave_out_the_same_share_on_average() -> None:
     losses = torch.arange(8.0)
     torch.manual_seed(0)
     means = [truncate(losses, losses, 0.1, float(torch.rand(()))).item() for _ in range(4000)]
@@ -334,7 +332,7 @@ def test_small_batches_leave_out_as_many_on_average() -> None:
     ("key", "value"),
     [("smoothing", 1.0), ("margin", -0.1), ("chunk", -1), ("gamma_neg", -1.0)],
 )
-def test_impossible_settings_are_named(key: str, value: Any) -> None:
+def test_errors_name_the_invalid_setting(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key}={value}"):
         AsymmetricLoss(**{key: value})
 
@@ -345,11 +343,11 @@ def test_an_unknown_loss_is_one_error() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chance_is_the_mean_loss_of_the_frequencies(kind: str) -> None:
-    """Samples drawn by the frequencies, with a head that has no features."""
+def test_chance_is_the_expected_loss_of_the_frequencies(kind: str) -> None:
+    """Over all combinations of tags, by their probabilities, with a constant prediction."""
     frequency = torch.tensor([0.5, 0.25, 0.25, 0.125], dtype=torch.float64)
     loss, total, samples = KINDS[kind], 0.0, 0.0
-    if isinstance(loss, SoftmaxLoss):  # one tag each: the softmax tells tags apart
+    if isinstance(loss, SoftmaxLoss):  # one tag per sample
         frequency = frequency / frequency.sum()
     logits = loss.initial_bias(frequency)[None]
     for present in itertools.product((0, 1), repeat=len(frequency)):
