@@ -10,18 +10,16 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from xray.artifacts.offers import VISION
 from xray.evaluation import suites
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.rows import Measures, Row, share_row, titled
 from xray.evaluation.suite import Suite, SuiteConfig
-
-if TYPE_CHECKING:  # its module reads SUITES
-    from xray.evaluation.datasets import Sets
 
 
 @dataclass

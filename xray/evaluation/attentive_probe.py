@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +20,13 @@ from xray.config import OptimConfig
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of
 from xray.evaluation.knn import KNN
 from xray.evaluation.rows import titled, top1_rows
 from xray.evaluation.suite import LabelledConfig, Suite
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 
 @dataclass
@@ -126,7 +124,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, np.float16, "r+", shape=shape)
 
 
-def _batch(tokens: np.memmap, rows: Any, device: torch.device) -> Tensor:
+def _batch(tokens: np.memmap, rows: slice | np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(tokens[rows])).to(device).float()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from xray.artifacts.encoders import TextEncoder
 from xray.artifacts.offers import SENTENCES
 from xray.errors import ArtifactError, DataError
 from xray.evaluation.confidence import share_interval
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions, read_all_captions
 from xray.evaluation.rows import Measures, Row, share_row, titled
 from xray.evaluation.suite import CaptionedConfig, Suite
 from xray.evaluation.zero_shot import HELD
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 
 def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:

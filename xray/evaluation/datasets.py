@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,9 +18,11 @@ from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_co
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.class_labels import Classes
-from xray.evaluation.config import EvalConfig
 from xray.evaluation.feature_extraction import Features, Views, extract_spaces, spaces_of
 from xray.evaluation.suite import LabelledConfig
+
+if TYPE_CHECKING:  # config imports the suites, which import this module
+    from xray.evaluation.config import EvalConfig
 
 
 def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from xray.config.schedule import largest
 from xray.errors import ConfigError
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
 from xray.evaluation.knn import KNN
 from xray.evaluation.rows import titled, top1_rows
@@ -36,9 +36,6 @@ from xray.models.token_reduction import KeepRate
 from xray.models.weight_loading import load_adapted
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 from xray.progress import progress_of
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 
 @dataclass
@@ -135,7 +132,11 @@ def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
 
 
 def _train(
-    model: Classifier, training: _Training, config: FinetuneConfig, workers: int, device: Any
+    model: Classifier,
+    training: _Training,
+    config: FinetuneConfig,
+    workers: int,
+    device: torch.device,
 ) -> float:
     """Train for all epochs; returns the mean loss of the last one."""
     tower = TowerOptim(layer_decay=config.layer_decay)
@@ -187,7 +188,7 @@ def _order(samples: int, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
 
 
 @torch.no_grad()
-def _predict(model: Classifier, source: Source, sets: Sets, device: Any) -> Tensor:
+def _predict(model: Classifier, source: Source, sets: Sets, device: torch.device) -> Tensor:
     """Predict classes [N] by the mean softmax over views."""
     model.eval()
     predicted = []

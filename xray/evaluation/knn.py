@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,12 +11,10 @@ from xray.artifacts.offers import VISION
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.rows import Measures, titled, top1_rows
 from xray.evaluation.suite import LabelledConfig, Suite
 from xray.evaluation.zero_shot import HELD
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,12 @@ from xray.artifacts.offers import VISION
 from xray.config import OptimConfig
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.knn import KNN
 from xray.evaluation.rows import Measures, titled, top1_rows
 from xray.evaluation.suite import LabelledConfig, Suite
 from xray.optim import lr_at
 from xray.progress import progress_of
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, chosen on held-out training samples
 HELD_OUT = 0.2  # fraction of the training samples

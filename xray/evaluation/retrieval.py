@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,11 @@ from torch import Tensor
 from xray.artifacts.offers import JOINT
 from xray.errors import DataError
 from xray.evaluation.confidence import median, share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions, read_all_captions
 from xray.evaluation.rows import Measures, Row, rank_row, share_row
 from xray.evaluation.suite import CaptionedConfig, Suite
 from xray.evaluation.zero_shot import HELD
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 COPIES = 4  # of a chunk of similarities in memory at once
 DIRECTIONS = ("text_to_image", "image_to_text")

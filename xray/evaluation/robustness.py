@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,15 +22,13 @@ from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
 from xray.evaluation.corruptions import CORRUPTIONS, aspect, corruption
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
 from xray.evaluation.linear_probe import LINEAR_PROBE, fit_head
 from xray.evaluation.robustness_results import ATTACKS, plot_robustness, robustness_rows
 from xray.evaluation.rows import titled
 from xray.evaluation.suite import Suite, SuiteConfig
 from xray.evaluation.zero_shot import ZERO_SHOT, NamedClasses
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 Scores = dict[str, float]
 

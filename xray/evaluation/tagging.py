@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,10 @@ from xray.artifacts import offers
 from xray.artifacts.encoders import Tagger
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
+from xray.evaluation.datasets import Sets
 from xray.evaluation.rows import Measures, Row, share_row, titled
 from xray.evaluation.suite import Suite, SuiteConfig
 from xray.evaluation.tag_metrics import TagMetrics, average_views, measured_tags
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +21,9 @@ from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
 from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
 from xray.evaluation.rows import Measures, Row, share_row, titled
 from xray.evaluation.suite import Suite, SuiteConfig
-
-if TYPE_CHECKING:
-    from xray.evaluation.datasets import Sets
 
 HELD = 2**26  # similarities in memory at a time: 256 MiB
 

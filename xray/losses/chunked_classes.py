@@ -54,10 +54,10 @@ class Chunked(torch.autograd.Function):
         ctx: Any, grad_total: Tensor, grad_picked: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         features, weight, bias, tags, state = ctx.saved_tensors
-        loss, wanted = ctx.loss, ctx.needs_input_grad
-        grad_features = full_precision(torch.zeros_like(features)) if wanted[0] else None
-        grad_weight = torch.empty_like(weight) if wanted[1] else None
-        grad_bias = torch.empty_like(bias) if wanted[2] else None
+        loss, needed = ctx.loss, ctx.needs_input_grad
+        grad_features = full_precision(torch.zeros_like(features)) if needed[0] else None
+        grad_weight = torch.empty_like(weight) if needed[1] else None
+        grad_bias = torch.empty_like(bias) if needed[2] else None
         low = features.to(ctx.dtype)
         for piece, rows, logits in _chunks(low, weight, bias, loss.chunk):
             index, inside = _own_in(piece, tags)
