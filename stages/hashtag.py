@@ -283,7 +283,7 @@ class HashtagStage(Stage[HashtagConfig]):
         module.head.start(module.loss.initial_bias(frequency))
         if dist.is_main():
             chance = module.loss.chance(frequency)
-            log.info("a loss of %.3f is chance: what the tags' frequencies alone give", chance)
+            log.info("chance: predicting the tags' frequencies gives a loss of %.3f", chance)
         load_vision(module, parents.vision)
         if parents.vision is not None and TAGS in parents.vision.offers:
             module.head.load_state_dict(parents.vision.load("head"))
