@@ -330,7 +330,7 @@ def test_keep_rates_and_attacks_the_model_cannot_do_are_refused(clip: Artifact, 
     with pytest.raises(ConfigError, match=r"at least 0\.5"):
         over_keep_rates(run, [0.4], ["knn"])
     sets = config("eval.zero_shot={shards: heldout, classes: classes.txt}")
-    with pytest.raises(ConfigError, match="attacks are of its linear probe"):
+    with pytest.raises(ConfigError, match="robustness is measured with a linear probe"):
         Evaluator(VisionEncoder(clip), sets, str(demo), 0).run(["robustness"])
 
 

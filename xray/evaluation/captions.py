@@ -49,7 +49,7 @@ def _run(sets: Sets, config: CaptionedConfig) -> Measures:
     """Measure the tuned model, and its base model as `before_*`, if the base model is there."""
     encoder = sets.encoder
     if not isinstance(encoder, TextEncoder):
-        raise ArtifactError(f"{sets.what}: captions are compared by a text artifact")
+        raise ArtifactError(f"{sets.what}: it has no tuned text tower")
     source = sets.open("captions", config.shards, config.modality)
     captions = [own for own in read_all_captions(source, config.captions) if own]
     texts, owner = flat_captions(captions, "eval.captions.shards")

@@ -54,7 +54,7 @@ class Sets:
     def joint(self) -> Encoder:
         """Return the encoder of a joint space; raises ArtifactError if the artifact has none."""
         if not isinstance(self.encoder, Encoder):
-            raise ArtifactError(f"{self.what}: only a clip artifact compares pictures with text")
+            raise ArtifactError(f"{self.what}: it has no joint space of images and texts")
         return self.encoder
 
     @property

@@ -53,9 +53,7 @@ class FinetuneConfig(LabelledConfig):
     smoothing: float = 0.1  # label smoothing
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     flip: bool = True
-    rand_augment: list[int] = field(
-        default_factory=lambda: [0, 9]
-    )  # operations, magnitude (0 to 30)
+    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude <= 30
     mixup: float = 0.0
     cutmix: float = 0.0
     seed: int = 0

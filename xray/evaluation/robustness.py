@@ -41,12 +41,9 @@ class RobustnessConfig(SuiteConfig):
 
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    resolutions: list[float] = field(
-        default_factory=lambda: [0.5, 0.75, 1.5]
-    )  # times the artifact's
-    aspects: list[float] = field(
-        default_factory=lambda: [0.5, 2.0]
-    )  # the width is stretched by these
+    # factors of the artifact's resolution, and of the width relative to the height
+    resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])
+    aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])
     attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd", "square"])
     eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # /255, L-infinity
     steps: int = 5  # of pgd
@@ -66,7 +63,7 @@ class RobustnessConfig(SuiteConfig):
                         f"{key}.{field_name} names {name!r}: there are {', '.join(known)}"
                     )
         if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
-            raise ConfigError(f"{key}.severities={self.severities} must be of 1 to 5")
+            raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
             raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
         if min(self.steps, self.queries, self.attacked) < 1:
@@ -99,8 +96,8 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
     heads = list(_heads(sets))
     if not heads:
         raise ConfigError(
-            f"{sets.what}: corruptions and attacks are of its linear probe, set "
-            "eval.linear_probe.train and .test (zero-shot is a clip artifact's)"
+            f"{sets.what}: robustness is measured with a linear probe, set eval.linear_probe.train "
+            "and .test (a zero-shot head needs a joint space)"
         )
     if config.shift:  # fail on unknown labels before hours of work
         for head in heads:

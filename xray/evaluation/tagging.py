@@ -90,7 +90,7 @@ def tagging(
 def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
     encoder = sets.encoder
     if not isinstance(encoder, Tagger):
-        raise ArtifactError(f"{sets.what}: only a hashtag artifact has tags")
+        raise ArtifactError(f"{sets.what}: it has no tag head")
     vocabulary = Vocabulary.load(encoder.artifact.file("vocabulary.json"))
     results: dict[str, float] = {}
     for name, own in config.items():
