@@ -114,7 +114,7 @@ def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
 
 
 class _FakeStep:
-    """Runs the schedule of one step; equal passes run once and are counted as often as they occur."""
+    """Runs the schedule of one step; equal passes run once and are counted several times."""
 
     def __init__(self, stage: Stage, module: StageModule, progress: float, live: LiveBytes) -> None:
         self.stage, self.config, self.module = stage, stage.config, module
@@ -184,7 +184,6 @@ class _FakeStep:
     def _autocast(self) -> Any:
         enabled = self.config.train.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
 
     def _features(self, block: int, size: tuple[int, int, int]) -> None:
         batch = self._example(size)
