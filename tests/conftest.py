@@ -1,4 +1,4 @@
-"""Shared fixtures: a small demo data set, a tiny LLM, and real data where they are."""
+"""Fixtures shared by all tests: a small demo data set, a tiny LLM, and short training runs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import functools
 import http.server
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # models this small gain nothing from more threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-APART = ("test_cli", "test_own_data")
+# Files whose tests share no fixture and take long: their tests run on any worker.
+UNGROUPED = ("test_cli", "test_own_data")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -24,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # a file's tests share what it sets up; those of a few are long and apart
-        if item.path.stem not in APART:
+    for item in items:  # the tests of a file share fixtures, so one worker runs them all
+        if item.path.stem not in UNGROUPED:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--slow"):
         for item in items:
@@ -46,35 +48,56 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Trained(Protocol):
+    """Signature of the `trained` fixture."""
+
+    def __call__(self, stage: str, *overrides: str, init_from: Iterable[Path] = ()) -> Path: ...
+
+
 @pytest.fixture(scope="session")
-def control(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip artifact with CLIP's own text transformer and all tokens kept, of ten steps."""
-    from tiny import ALL_TOKENS, train
+def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train a stage on the demo data, once per set of arguments, and return its artifact's folder.
+
+    The run's folder is its parent. Tests share both: one that changes a file uses `tiny.copy_run`.
+    """
+    from tiny import train
+
+    @functools.cache
+    def run(stage: str, overrides: tuple[str, ...], parents: tuple[Path, ...]) -> Path:
+        out = tmp_path_factory.mktemp(f"trained_{stage}")
+        artifact: Path = train(stage, demo, out, *overrides, init_from=parents).path
+        return artifact
+
+    def artifact_of(stage: str, *overrides: str, init_from: Iterable[Path] = ()) -> Path:
+        return run(stage, overrides, tuple(init_from))
+
+    return artifact_of
+
+
+@pytest.fixture(scope="session")
+def control(demo: Path, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip artifact of ten steps with CLIP's own text transformer and all tokens kept."""
+    from tiny import ALL_TOKENS
 
     from xray.config.prepare import LlmConfig
     from xray.recipes.prepare import make_llm
 
-    root = tmp_path_factory.mktemp("control")
-    make_llm(LlmConfig(str(root / "llm"), "photos", 300, 32, 2, 4, "clip"), str(demo))
+    llm = tmp_path_factory.mktemp("control") / "llm"
+    make_llm(LlmConfig(str(llm), "photos", 300, 32, 2, 4, "clip"), str(demo))
     text = ("text.tune=full", "text.attention=causal", "text.pooling=last", "text.lora_rank=0")
-    own = (f"text.llm={root / 'llm'}", "clip.text_head=linear", "license=apache-2.0")
-    train("clip", demo, root / "run", ALL_TOKENS, "train.samples=120", *text, *own)
-    return root / "run" / "artifact"
+    own = (f"text.llm={llm}", "clip.text_head=linear", "license=apache-2.0")
+    return trained("clip", ALL_TOKENS, "train.samples=120", *text, *own)
 
 
 @pytest.fixture(scope="session")
-def tagger(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hashtag artifact with reduced tokens, of two steps."""
-    from tiny import train
-
-    root = tmp_path_factory.mktemp("tagger")
-    train("hashtag", demo, root / "run", "train.samples=24")
-    return root / "run" / "artifact"
+def tagger(trained: Trained) -> Path:
+    """A hashtag artifact of two steps with reduced tokens."""
+    return trained("hashtag", "train.samples=24")
 
 
 @pytest.fixture(scope="session")
 def media(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photo.jpg, other.jpg and clip.mp4 out of the demo's shards."""
+    """A folder with photo.jpg, other.jpg and clip.mp4, taken from the demo's shards."""
     from data_pipelines.shards.tar_index import index_shard
 
     folder = tmp_path_factory.mktemp("media")
@@ -91,7 +114,7 @@ def media(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real photos and clips; tests that need them are skipped where there are none."""
+    """A folder of real photos and clips; tests that need it are skipped if it is missing."""
     if not SHARED.is_dir():
         pytest.skip("needs the real data set beside the checkout (../shared/data)")
     return SHARED

@@ -1,9 +1,10 @@
-"""Stored sentence vectors: each caption once, equal to live ones, refused where they do not fit."""
+"""Stored sentence vectors: written once per caption, equal to live ones, checked when opened."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from shards import jpeg, write_tar
-from tiny import ALL_TOKENS, train
+from tiny import QUICK, train
 from typer.testing import CliRunner
 
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import read_captions
 from data_pipelines.text.feature_store import TextStore, open_store, packed, store_facts, unpacked
+from xray.artifacts.artifact import open_artifact
 from xray.artifacts.language_model import Language
 from xray.commands.main import app
 from xray.config import TextConfig
@@ -25,17 +27,17 @@ from xray.precompute import text_features
 from xray.precompute.text_features import TextFeaturesConfig, write_text_features
 from xray.training.metrics import read_metrics
 
-# Of two shards, each of four samples; "a red circle" is met three times.
+# Captions of two shards with four samples each; "a red circle" occurs three times.
 CAPTIONS = [
     [["a red circle", "one round thing"], ["a blue star"], [], ["a red circle", "a star"]],
     [["a dot"], ["a red circle"], ["one green box"], []],
 ]
-DIFFERENT = 6
+UNIQUE = 6
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards of four samples, some without captions."""
+    """A folder of two shards with four samples each, some without captions."""
     (tmp_path / "shards").mkdir()
     for shard, rows in enumerate(CAPTIONS, start=1):
         files: dict[str, bytes] = {}
@@ -51,12 +53,13 @@ def config_of(demo: Path, **more: Any) -> TextFeaturesConfig:
     return TextFeaturesConfig(**given)
 
 
-def stored_as_it_is(source: Source, config: TextFeaturesConfig) -> TextStore:
+def open_stored(source: Source, config: TextFeaturesConfig) -> TextStore:
     identity = Language(config).identity()
     return open_store(source, store_facts(source, identity, config.captions, config.features))  # type: ignore[arg-type]
 
 
 def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
+    """Write a store, or complete it; return it and its number of captions."""
     language = Language(config)
     facts = store_facts(source, language.identity(), config.captions, config.features)  # type: ignore[arg-type]
     written = write_text_features(source, language, config, torch.device("cpu"))
@@ -64,7 +67,7 @@ def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
 
 
 def assert_live(source: Source, store: TextStore, config: TextFeaturesConfig) -> None:
-    """Every caption's stored vector is what the tower makes of it alone."""
+    """Require that each stored vector equals the tower's output for its caption alone."""
     language = Language(config)
     tower = language.build().eval()
     tolerance = 1e-5 if config.features == "fp32" else 0.03
@@ -74,14 +77,14 @@ def assert_live(source: Source, store: TextStore, config: TextFeaturesConfig) ->
         for number, text in enumerate(texts):
             with torch.no_grad():
                 live = tower(**language.tokenizer([text]))[0]
-            found = store.vectors(shard, member, [number])[0]
-            assert np.allclose(found, live.numpy(), atol=tolerance), text
+            kept = store.vectors(shard, member, [number])[0]
+            assert np.allclose(kept, live.numpy(), atol=tolerance), text
 
 
 @pytest.mark.parametrize(
     ("kind", "size", "error"), [("fp32", 4, 0.0), ("bf16", 2, 2**-8), ("int8", 1, 0.501 / 127)]
 )
-def test_formats_lose_half_of_their_last_bit(kind: Any, size: int, error: float) -> None:
+def test_formats_round_to_half_of_their_last_bit(kind: Any, size: int, error: float) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     vectors[3] = 0
     kept, scales = packed(vectors, kind)
@@ -94,7 +97,7 @@ def test_formats_lose_half_of_their_last_bit(kind: Any, size: int, error: float)
         assert np.array_equal(back, theirs)
 
 
-def test_every_caption_is_encoded_once_and_found_again(
+def test_each_caption_is_encoded_once_and_read_back(
     demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
@@ -107,13 +110,14 @@ def test_every_caption_is_encoded_once_and_found_again(
 
     monkeypatch.setattr(text_features, "_encoded", counted)
     store, unique = stored(source, config)
-    assert unique == DIFFERENT
+    assert unique == UNIQUE
     assert sorted(encoded) == sorted({c for rows in CAPTIONS for own in rows for c in own})
     assert_live(source, store, config)
-    assert stored(source, config)[0].digest == store.digest and len(encoded) == unique  # as it was
+    # Nothing is encoded again.
+    assert stored(source, config)[0].digest == store.digest and len(encoded) == unique
 
 
-def test_an_interrupted_store_goes_on(
+def test_an_interrupted_store_is_completed(
     demo: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = open_source("s", str(shards), "image"), config_of(demo)
@@ -135,12 +139,12 @@ def test_an_interrupted_store_goes_on(
     steps: list[tuple[int, int]] = []
     cpu = torch.device("cpu")
     write_text_features(source, language, config, cpu, lambda *x: steps.append(x))
-    assert steps == [(DIFFERENT, DIFFERENT)]  # the first shard's are not encoded again
+    assert steps == [(UNIQUE, UNIQUE)]  # the first shard's are not encoded again
     assert_live(source, open_store(source, facts), config)
 
 
-def test_more_shards_and_fewer_have_stores_of_their_own(demo: Path, shards: Path) -> None:
-    """Places count the shards: a shard that comes first, or one alone, is another matter."""
+def test_each_selection_of_shards_has_its_own_store(demo: Path, shards: Path) -> None:
+    """Vectors are addressed by the shard's number, which changes with the selection."""
     config = config_of(demo, features="fp32")
     whole = open_source("s", str(shards), "image")
     assert_live(whole, stored(whole, config)[0], config)
@@ -153,7 +157,9 @@ def test_more_shards_and_fewer_have_stores_of_their_own(demo: Path, shards: Path
     assert_live(alone, stored(alone, config)[0], config)
 
 
-def test_a_store_that_does_not_fit_is_refused_with_the_reason(demo: Path, shards: Path) -> None:
+def test_a_store_with_other_settings_is_refused_with_the_difference(
+    demo: Path, shards: Path
+) -> None:
     source = open_source("s", str(shards), "image")
     stored(source, config_of(demo))
 
@@ -183,7 +189,7 @@ def damage(path: Path, start: int, bad: bytes) -> None:
     path.write_bytes(content[:start] + bad + content[start + len(bad) :])
 
 
-def test_a_damaged_store_is_named_and_written_again(demo: Path, shards: Path) -> None:
+def test_a_damaged_store_is_named_and_can_be_rewritten(demo: Path, shards: Path) -> None:
     source, config = open_source("s", str(shards), "image"), config_of(demo, features="fp32")
     store, _ = stored(source, config)
     expected, digest = store.vectors(1, 1, [0]), store.digest
@@ -193,47 +199,48 @@ def test_a_damaged_store_is_named_and_written_again(demo: Path, shards: Path) ->
 
     table.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is missing, damaged or"):
-        stored_as_it_is(source, config).vectors(1, 1, [0])  # "a red circle" lies in the first
+        open_stored(source, config).vectors(1, 1, [0])  # "a red circle" is in this table
     assert stored(source, config)[0].digest == digest and table.read_bytes() == whole
 
-    last = 4 * 32 * 4  # bytes of the shard's four vectors
+    last = 4 * 32 * 4  # size of the shard's four vectors in bytes
     damage(table, len(whole) - last, b"\xff" * last)  # nan
     with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and xray"):
         for member, captions in enumerate(CAPTIONS[0]):
-            stored_as_it_is(source, config).vectors(0, member, range(len(captions)))
+            open_stored(source, config).vectors(0, member, range(len(captions)))
     table.unlink()
     assert np.array_equal(stored(source, config)[0].vectors(1, 1, [0]), expected)
 
     summary.unlink()
     with pytest.raises(ConfigError, match=r"text-features-\w+ is gone; write them"):
-        stored_as_it_is(source, config)
+        open_stored(source, config)
     assert stored(source, config)[0].digest == digest
 
 
-def test_training_on_stored_vectors_is_training_on_live_ones(demo: Path, tmp_path: Path) -> None:
-    """fp32: the same losses; bf16 and int8: nearly. The artifact encodes text by itself."""
-    more = (ALL_TOKENS, "train.samples=48", "model.drop_path=0.0", "text.max_length=32")
-    live = train("clip", demo, tmp_path / "live", *more)
-    rows = read_metrics(tmp_path / "live" / "metrics.jsonl")
+def test_training_on_stored_vectors_equals_training_on_live_ones(
+    demo: Path, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With fp32 the losses are equal, with bf16 and int8 close. Artifacts keep their text tower."""
+    live = open_artifact(trained("clip", *QUICK))
+    rows = read_metrics(live.path.parent / "metrics.jsonl")
     folders = [str(demo / name) for name in ("photos", "clips")]
     for kind, tolerance in (("fp32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2)):
         keys = [f"llm={demo / 'llm'}", "max_length=32", f"features={kind}", "workers=0"]
         done = CliRunner().invoke(app, ["data", "text-features", *folders, *keys])
         assert done.exit_code == 0 and f"text.features={kind}" in done.output, done.output
-        offline = train("clip", demo, tmp_path / kind, *more, f"text.features={kind}")
+        offline = train("clip", demo, tmp_path / kind, *QUICK, f"text.features={kind}")
         others = read_metrics(tmp_path / kind / "metrics.jsonl")
         assert [r["loss"] for r in others] == pytest.approx(
             [r["loss"] for r in rows], rel=tolerance
         )
         assert offline.manifest["files"].keys() == live.manifest["files"].keys()
     with pytest.raises(ConfigError, match="prompt"):
-        train("clip", demo, tmp_path / "x", *more, "text.features=bf16", "text.prompt=x")
+        train("clip", demo, tmp_path / "x", *QUICK, "text.features=bf16", "text.prompt=x")
 
 
-def test_captions_of_a_picture_come_by_weight_and_number() -> None:
+def test_captions_of_an_image_have_weights_and_numbers() -> None:
     files = {"json": json.dumps({"captions": ["a", "b"], "long": "c"}).encode()}
-    found = read_captions(files, {"captions": 1, "long": 3})
-    assert [(c.text, c.weight, c.number) for c in found] == [
+    captions = read_captions(files, {"captions": 1, "long": 3})
+    assert [(c.text, c.weight, c.number) for c in captions] == [
         ("a", 0.5, 0),
         ("b", 0.5, 1),
         ("c", 3, 2),

@@ -1,9 +1,10 @@
-"""The hashtag stage as its user runs it: vocabulary, teacher, losses, evaluation."""
+"""The hashtag stage as users run it: vocabulary, teacher, losses, evaluation."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +39,13 @@ def run(*command: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def teacher(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hashtag run on the demo's photos, balanced."""
-    out = tmp_path_factory.mktemp("teacher") / "hashtag"
-    train("hashtag", demo, out, *SHORT, "hashtag.balance=sqrt", "hashtag.epoch_length=2")
-    return out
+def teacher(trained: Callable[..., Path]) -> Path:
+    """A hashtag artifact trained on the demo's photos with balanced tags."""
+    return trained("hashtag", *SHORT, "hashtag.balance=sqrt", "hashtag.epoch_length=2")
 
 
-def test_rare_tags_are_repeated(demo: Path, teacher: Path) -> None:
-    config = settings("hashtag", demo, teacher, *SHORT, "hashtag.balance=sqrt")
+def test_rare_tags_are_repeated(demo: Path, tmp_path: Path) -> None:
+    config = settings("hashtag", demo, tmp_path, *SHORT, "hashtag.balance=sqrt")
     config.hashtag.epoch_length = 2.0
     stage = stage_class("hashtag")(config)
     source = open_source("photos", "photos", "image", str(demo))
@@ -56,8 +55,7 @@ def test_rare_tags_are_repeated(demo: Path, teacher: Path) -> None:
     sample = replace(prepared.sample(0, 3, 32, 1), copy=1)
     batch = stage.collate([stage.transform(sample, None)] * 2)
     assert batch["tags"].shape == batch["weights"].shape and (batch["weights"] == 1).all()
-    found = stage.balanced["photos"]
-    whole = found.labels_of(0, 3, 0, strip=True)[0]
+    whole = stage.balanced["photos"].labels_of(0, 3, 0, strip=True)[0]
     assert set(batch["tags"][0].tolist()) <= set(whole.tolist())
 
 
@@ -78,7 +76,7 @@ def test_all_losses_train(demo: Path, tmp_path: Path, options: tuple[str, ...]) 
     assert top == ("hashtag.sampled=6" not in options)
 
 
-def test_chunks_change_nothing(demo: Path, tmp_path: Path) -> None:
+def test_chunks_change_neither_loss_nor_gradient(demo: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = HashtagModule(settings("hashtag", demo, tmp_path, "hashtag.chunk=4"), [5] * 11)
     pixels = torch.randint(0, 256, (3, 1, 3, 32, 32), dtype=torch.uint8)
@@ -95,7 +93,7 @@ def test_chunks_change_nothing(demo: Path, tmp_path: Path) -> None:
     assert losses[0][2] > 0
 
 
-def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
+def test_truncation_drops_doubtful_samples_not_those_with_many_tags(
     demo: Path, tmp_path: Path
 ) -> None:
     options = "hashtag.truncate=0.5", "hashtag.truncate_after=0"
@@ -119,10 +117,10 @@ def test_truncation_leaves_out_what_is_doubtful_not_what_has_many_tags(
 
 @pytest.mark.parametrize("loss", ["softmax", "bce"])
 @pytest.mark.parametrize("balance", ["none", "sqrt"])
-def test_a_head_starts_from_the_frequencies_of_what_is_drawn(
+def test_a_head_starts_from_the_tag_frequencies_of_the_drawn_samples(
     demo: Path, tmp_path: Path, loss: str, balance: str
 ) -> None:
-    """Counted over an epoch's slots, as the loader reads them."""
+    """Frequencies are counted over the slots of an epoch, as the loader reads them."""
     options = f"hashtag.loss={loss}", f"hashtag.balance={balance}", "hashtag.epoch_length=3"
     config = settings("hashtag", demo, tmp_path, *options)
     names = [block.source for block in config.blocks]
@@ -140,13 +138,13 @@ def test_a_head_starts_from_the_frequencies_of_what_is_drawn(
                 seen[torch.tensor(ids)] += 1
         frequency += seen / own.slots * block.samples / config.global_batch
     head = stage.build(Parents()).head
-    said = head(torch.zeros(1, head.in_features))[0]
-    likely = said.softmax(dim=0) if loss == "softmax" else said.sigmoid()
+    logits = head(torch.zeros(1, head.in_features))[0]
+    likely = logits.softmax(dim=0) if loss == "softmax" else logits.sigmoid()
     wanted = frequency / frequency.sum() if loss == "softmax" else frequency
-    assert torch.allclose(likely, wanted, atol=0.15 * float(wanted.max()))  # repeats are drawn
+    assert torch.allclose(likely, wanted, atol=0.15 * float(wanted.max()))  # repeats are random
 
 
-def test_targets_share_what_is_known() -> None:
+def test_softmax_targets_sum_to_at_most_1() -> None:
     weights = torch.tensor([[1.0, 1, 0], [0.2, 0.1, 0.0], [1, 0.5, 0.5]])
     expected = torch.tensor([[0.5, 0.5, 0], [0.2, 0.1, 0.0], [0.5, 0.25, 0.25]])
     assert torch.allclose(LOSSES["softmax"]().targets(weights), expected)
@@ -154,34 +152,34 @@ def test_targets_share_what_is_known() -> None:
 
 
 def untagged(folder: Path, demo: Path) -> Path:
-    """The demo's first shard without the tags of every other sample, and a broken picture."""
+    """Copy the demo's first shard; remove every second sample's tags and break one photo."""
     source, files = open_source("photos", "photos", "image", str(demo)), {}
     for member in range(12):
-        found = source.read(0, member)
-        content = json.loads(found["json"])
+        stored = source.read(0, member)
+        content = json.loads(stored["json"])
         if member % 2:
             del content["hashtags"]
-        files[f"{member:03d}.jpg"] = b"junk" if member == 4 else found["jpg"]
+        files[f"{member:03d}.jpg"] = b"junk" if member == 4 else stored["jpg"]
         files[f"{member:03d}.json"] = json.dumps(content).encode()
     folder.mkdir()
     write_tar(folder / "0.tar", files)
     return folder
 
 
-def taught(output: str) -> str:
-    """The name of the sidecar that pseudo-tags printed."""
-    found = re.search(r"hashtag\.teacher=(\S+)", output)
-    assert found is not None
-    return found[1]
+def teacher_name(output: str) -> str:
+    """Read the sidecar's name from the output of pseudo-tags."""
+    match = re.search(r"hashtag\.teacher=(\S+)", output)
+    assert match is not None
+    return match[1]
 
 
 def tables_of(name: str, source: Source) -> Sidecar:
-    found = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
-    assert found is not None
-    return found
+    sidecar = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))
+    assert sidecar is not None
+    return sidecar
 
 
-def test_a_teacher_tags_and_the_stage_learns_from_it(
+def test_the_stage_learns_from_a_teachers_pseudo_tags(
     demo: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="xray")
@@ -189,7 +187,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     command = ("data", "pseudo-tags", teacher, folder, "threshold=0.0", "top=2", "workers=0")
     output = run(*command)
     assert "6 of 6 untagged samples got tags" in output and "undecodable image: 1" in output
-    name = taught(output)
+    name = teacher_name(output)
     source = open_source("mine", str(folder), "image")
     sidecar = tables_of(name, source)
     assert sidecar.facts["teacher"] == open_artifact(teacher).digest
@@ -200,20 +198,21 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
         if member != 4:
             assert table["chosen"][row].sum() == 2
             assert 0 < table["scores"][row].sum() <= 1 + 1e-5
-    # the same again does nothing, and gives the same
-    assert taught(run(*command)) == name
+    # a second run does nothing and prints the same name
+    assert teacher_name(run(*command)) == name
     again = tables_of(name, source)
     assert again.digest == sidecar.digest
-    # other settings are another sidecar
+    # other settings give another sidecar
     other = open_sidecar(
-        source, teacher_sidecar(taught(run(*command, "top=1")), source, "hashtags", "hashtags", {})
+        source,
+        teacher_sidecar(teacher_name(run(*command, "top=1")), source, "hashtags", "hashtags", {}),
     )
     assert other is not None and other.table(0)["chosen"].sum() == 11
     assert tables_of(name, source).digest == sidecar.digest
 
     config = (
         *SHORT, f"data.sources.photos.shards={folder}", f"hashtag.teacher={name}",
-        f"hashtag.vocabulary={teacher}/artifact/vocabulary.json", "data.max_bad_fraction=0.5",
+        f"hashtag.vocabulary={teacher}/vocabulary.json", "data.max_bad_fraction=0.5",
     )  # fmt: skip
     stage = stage_class("hashtag")(settings("hashtag", demo, tmp_path / "run", *config))
     prepared = stage.prepare({"photos": open_source("photos", str(folder), "image")}, Parents())
@@ -228,7 +227,7 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
     other_tags = "data.sources.photos.tags=caption_words"
     with pytest.raises(ConfigError, match=r"has no pseudo-tags for .* with tags=caption_words"):
         train("hashtag", demo, tmp_path / "judged", *config, other_tags)
-    assert taught(run(*command, "tags=caption_words")) == name
+    assert teacher_name(run(*command, "tags=caption_words")) == name
     train("hashtag", demo, tmp_path / "judged", *config, other_tags)
     assert (
         "photos: 6 of 12 samples have tags of the vocabulary; the teacher dropped 0.0%"
@@ -241,20 +240,22 @@ def test_a_teacher_tags_and_the_stage_learns_from_it(
         train("hashtag", demo, tmp_path / "none", *config, "hashtag.teacher=nobody")
 
 
-def test_vocabulary_command_and_evaluation(demo: Path, teacher: Path, tmp_path: Path) -> None:
+def test_the_tags_command_and_the_tags_evaluation(
+    demo: Path, teacher: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "v" / "tags.json"
     text = run("data", "tags", demo / "photos", demo / "clips", "min_count=2", "--out", out)
     assert "in the vocabulary" in text and out.with_suffix(".html").stat().st_size > 10_000
     text = run("eval", teacher, f"eval.tags.heldout.shards={demo}/heldout", "--suite", "tags",
                "--out", tmp_path / "r.json")  # fmt: skip
     assert "heldout precision@1" in text and "heldout mAP" in text
-    found = json.loads((tmp_path / "r.json").read_text())["tags"]
-    assert found["heldout/samples"] == 24 and 0 <= found["heldout/ece"] <= 1
+    results = json.loads((tmp_path / "r.json").read_text())["tags"]
+    assert results["heldout/samples"] == 24 and 0 <= results["heldout/ece"] <= 1
     result = CliRunner().invoke(app, ["data", "pseudo-tags", str(teacher), "threshold=2"])
     assert result.exit_code == 2
 
 
-def test_views_of_pictures_and_clips(demo: Path, tmp_path: Path) -> None:
+def test_views_of_images_and_clips(demo: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(size=(90, 30)), "b.jpg": jpeg(size=(30, 40))})
     data = DataConfig(resolution=30)
     source = open_source("s", str(tmp_path), "image")
@@ -262,7 +263,7 @@ def test_views_of_pictures_and_clips(demo: Path, tmp_path: Path) -> None:
     views = load_views(sample, data, clips=5, crops=3)
     assert views.shape == (3, 1, 3, 30, 30)
     middle = load_pixels(sample, data, None)
-    assert (views[1].int() - middle.int()).abs().max() <= 2  # another JPEG decoder
+    assert (views[1].int() - middle.int()).abs().max() <= 2  # decoded by another JPEG library
     clips = open_source("clips", "clips", "video", str(demo))
     clip = clips.sample(0, 0, 32, 4)
     assert load_views(clip, data, clips=2, crops=3).shape == (6, 4, 3, 32, 32)

@@ -1,9 +1,10 @@
-"""The contract of every stage: it builds small, its loss falls, the next takes its export."""
+"""Requirements on each stage: its loss falls, and the next stage starts from its artifact."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ CHAIN = {"mae": [], "hashtag": ["mae"], "text": [], "clip": ["hashtag", "text"]}
 
 
 @pytest.fixture(scope="module")
-def chain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All stages, each from its parents, with enough steps for the loss to fall."""
-    root = tmp_path_factory.mktemp("chain")
+def chain(trained: Callable[..., Path]) -> dict[str, Path]:
+    """Runs of all stages, each from its parents, with enough steps for the loss to fall."""
+    artifacts: dict[str, Path] = {}
     for stage, parents in CHAIN.items():
-        start = [root / parent / "artifact" for parent in parents]
-        train(stage, demo, root / stage, "train.samples=480", init_from=start)
-    return {stage: root / stage for stage in CHAIN}
+        start = [artifacts[parent] for parent in parents]
+        artifacts[stage] = trained(stage, "train.samples=480", init_from=start)
+    return {stage: artifact.parent for stage, artifact in artifacts.items()}
 
 
 def test_every_stage_is_covered() -> None:
@@ -34,13 +35,13 @@ def test_every_stage_is_covered() -> None:
 
 
 @pytest.mark.parametrize("stage", CHAIN)
-def test_loss_falls(chain: dict[str, Path], stage: str) -> None:
+def test_the_loss_falls(chain: dict[str, Path], stage: str) -> None:
     losses = [row["loss"] for row in read_metrics(chain[stage] / "metrics.jsonl")]
     assert len(losses) == 40 and all(map(math.isfinite, losses))
     assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
 
 
-def test_children_hold_their_parents_hash(chain: dict[str, Path]) -> None:
+def test_a_child_records_the_hash_of_its_parent(chain: dict[str, Path]) -> None:
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.lineage import lineage
 
@@ -58,7 +59,7 @@ def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
     assert {row["keep_rate"] for row in read_metrics(chain["mae"] / "metrics.jsonl")} == {1}
 
 
-def test_a_clip_artifact_embeds_and_scores(
+def test_a_clip_artifact_writes_embeddings_and_scores_for_curation(
     chain: dict[str, Path], demo: Path, tmp_path: Path
 ) -> None:
     from data_pipelines.curation.config import CurationConfig, DedupConfig, FilterConfig
@@ -73,24 +74,24 @@ def test_a_clip_artifact_embeds_and_scores(
     shutil.copytree(demo / "heldout", photos)
     source = open_source("photos", str(photos), "image")
 
-    def made(command: str, key: str) -> Sidecar:
+    def sidecar_of(command: str, key: str) -> Sidecar:
         options = ["data", command, str(chain["clip"]), str(photos), "workers=0", "batch_size=5"]
-        found = CliRunner().invoke(app, options)
-        assert found.exit_code == 0, found.output
-        sidecar = open_sidecar(source, found.output.split(f"{key}=")[1].split()[0])
+        done = CliRunner().invoke(app, options)
+        assert done.exit_code == 0, done.output
+        sidecar = open_sidecar(source, done.output.split(f"{key}=")[1].split()[0])
         assert sidecar is not None
         return sidecar
 
     artifact = open_artifact(chain["clip"])
     encoder = Encoder(artifact)
-    found = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64)
-    embeddings = made("embeddings", "dedup.embeddings")
+    features = extract(source, encoder.encode_pixels, data_of(artifact, 0), 64)
+    embeddings = sidecar_of("embeddings", "dedup.embeddings")
     rows = torch.cat([torch.from_numpy(embeddings.table(s)["embeddings"].copy())
                       for s in range(len(embeddings.counts))])  # fmt: skip
-    assert torch.allclose(rows, found.rows, atol=1e-5)
-    scores = made("scores", "filters.scores")
+    assert torch.allclose(rows, features.rows, atol=1e-5)
+    scores = sidecar_of("scores", "filters.scores")
     first = torch.from_numpy(scores.row(0, 0, "score").copy())
-    expected = encoder.encode_text(read_all_captions(source)[0]) @ found.rows[0]
+    expected = encoder.encode_text(read_all_captions(source)[0]) @ features.rows[0]
     assert torch.allclose(first, expected, atol=1e-5)
     every = torch.cat([torch.from_numpy(scores.table(s)["score"].copy())
                        for s in range(len(scores.counts))])  # fmt: skip
@@ -106,7 +107,9 @@ def test_a_clip_artifact_embeds_and_scores(
     assert result.exit_code == 2 and "scores need a clip artifact" in result.output
 
 
-def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+def test_a_clip_artifact_writes_pseudo_tags(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
     from data_pipelines.shards.sidecar import open_sidecar
     from data_pipelines.shards.source import open_source
     from data_pipelines.tags.labels import teacher_sidecar
@@ -120,8 +123,8 @@ def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path
     shard = next((demo / "heldout").glob("*.tar"))
     (photos / "0.tar").write_bytes(shard.read_bytes())
     command = ["data", "pseudo-tags", str(chain["clip"]), str(photos), "threshold=0", "workers=0"]
-    found = CliRunner().invoke(app, command)
-    assert found.exit_code == 2 and "needs --vocabulary" in found.output
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "needs --vocabulary" in refused.output
     options = ["temperature=2", "template=one {}", "--vocabulary", str(tags)]
     output = CliRunner().invoke(app, [*command, *options]).output
     source = open_source("photos", str(photos), "image")
@@ -141,7 +144,7 @@ def test_a_clip_artifact_tags(chain: dict[str, Path], demo: Path, tmp_path: Path
         assert torch.allclose(scores, row[ids], atol=1e-6)
 
 
-def test_frozen_text_tower_is_not_changed(chain: dict[str, Path]) -> None:
+def test_a_frozen_text_tower_keeps_its_parents_weights(chain: dict[str, Path]) -> None:
     from xray.artifacts.artifact import open_artifact
 
     before = open_artifact(chain["text"]).load("text")
@@ -149,7 +152,9 @@ def test_frozen_text_tower_is_not_changed(chain: dict[str, Path]) -> None:
     assert before and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: Path) -> None:
+def test_an_encoder_gives_the_features_of_the_stages_module(
+    chain: dict[str, Path], demo: Path
+) -> None:
     from stages.base import split_parents
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import Encoder
@@ -180,7 +185,9 @@ def test_encoder_gives_what_the_stage_module_gave(chain: dict[str, Path], demo: 
     assert torch.allclose(features["text"][:, 0], text, atol=1e-5)
 
 
-def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+def test_wrong_parents_are_refused_by_name(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"stage mae cannot start from .* of stage text"):
         train("mae", demo, tmp_path / "a", init_from=[chain["text"]])
     with pytest.raises(ConfigError, match="two vision artifacts"):
@@ -189,15 +196,19 @@ def test_wrong_parents_are_named(chain: dict[str, Path], demo: Path, tmp_path: P
         train("hashtag", demo, tmp_path / "c", "model.kwargs.depth=3", init_from=[chain["mae"]])
     with pytest.raises(ArtifactError, match="is not an artifact"):
         train("hashtag", demo, tmp_path / "d", init_from=[tmp_path / "nothing"])
-    assert not list(tmp_path.iterdir())  # nothing was begun
+    assert not list(tmp_path.iterdir())  # no run was started
 
 
-def test_vocabulary_must_match_the_head(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_does_not_match_the_head_is_refused(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ArtifactError, match=r"the head of .* is of another vocabulary"):
         train("hashtag", demo, tmp_path / "x", "hashtag.max_size=5", init_from=[chain["hashtag"]])
 
 
-def test_another_llm_is_refused(chain: dict[str, Path], demo: Path, tmp_path: Path) -> None:
+def test_an_llm_other_than_the_text_stages_is_refused(
+    chain: dict[str, Path], demo: Path, tmp_path: Path
+) -> None:
     from xray.config.prepare import LlmConfig
     from xray.recipes.prepare import make_llm
 
@@ -214,14 +225,14 @@ def test_another_llm_is_refused(chain: dict[str, Path], demo: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: int) -> None:
-    """Pushed over its ceiling before each clamp, the fp32 master and the export come back down."""
+    """The fp32 master weight and the export obey the limit after a push above it in each step."""
     from xray.training.engine import Engine
 
     seen = []
     clamp = Engine.clamp
 
     def record(self: Engine, parameter: torch.Tensor, low: float, high: float) -> None:
-        clamp(self, parameter, high + 0.5, high + 1)  # the push, as a wild optimizer step would
+        clamp(self, parameter, high + 0.5, high + 1)  # the push, like a too large optimizer step
         free = float(self.full_parameter(parameter))
         clamp(self, parameter, low, high)
         seen.append((free, float(self.full_parameter(parameter)), high))
@@ -240,7 +251,9 @@ def test_logit_scale_master_obeys_the_clamp(demo: Path, tmp_path: Path, zero: in
     assert float(artifact.load("head")["logit_scale"].exp()) <= 20.0001
 
 
-def test_validation_is_the_same_each_time_and_checked_first(demo: Path, tmp_path: Path) -> None:
+def test_validation_is_deterministic_and_checked_before_training(
+    demo: Path, tmp_path: Path
+) -> None:
     source = "data.sources.val={shards: heldout, modality: image}"
     val = [source, "data.validation=[{source: val, samples: 8}]"]
     three = ["train.micro_batch=3", "data.blocks=[{source: photos, samples: 3}]"]
@@ -251,7 +264,7 @@ def test_validation_is_the_same_each_time_and_checked_first(demo: Path, tmp_path
     assert len(losses) == 5 and len({*losses, artifact.manifest["metrics"]["val/loss"]}) == 1
 
 
-def test_a_run_killed_before_its_export_goes_on(demo: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_export_can_be_resumed(demo: Path, tmp_path: Path) -> None:
     from xray.training.trainer import Trainer
 
     def fail(self: Trainer, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ SMALL: dict[str, Any] = {
 # Runs whose sums are ordered otherwise are compared with all tokens kept: of two that score
 # nearly alike, rounding decides which is left out, and the loss jumps by 1e-4.
 ALL_TOKENS = "model.keep_rate=1.0"
+# Four steps of the clip stage: all tokens kept, no drop path, no periodic checkpoints.
+QUICK = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
 OWN: dict[str, dict[str, Any]] = {
     "mae": {"mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}},
     "hashtag": {"hashtag": {"min_count": 2, "balance": "none"}},
@@ -64,3 +67,9 @@ def train(stage: str, root: Path, out: Path, *overrides: str, init_from: Any = (
     config.init_from = [str(path) for path in init_from]
     trainer = Trainer(stage_class(stage), config, device)
     return trainer.finished() or trainer.fit()
+
+
+def copy_run(artifact: Path, to: Path) -> Path:
+    """Copy an artifact's whole run, with its checkpoints and logs, and return the new artifact."""
+    shutil.copytree(artifact.parent, to)
+    return to / artifact.name

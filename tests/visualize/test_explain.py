@@ -1,7 +1,8 @@
-"""Pictures say what the model did: checked against the tokens, then drawn by the command."""
+"""Images of kept tokens and MAE reconstructions, and the command that draws them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,36 +10,35 @@ import pytest
 import torch
 from child_process import xray
 from PIL import Image
-from tiny import train
 
 from data_pipelines.shards.tar_index import index_shard
-from xray.artifacts.artifact import Artifact
+from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import decoder_config
 from xray.visualize.token_maps import SIDE, kept_tokens, reconstructions
 
 
 @pytest.fixture(scope="module")
-def mae(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return train("mae", demo, tmp_path_factory.mktemp("mae"), "train.samples=24")
+def mae(trained: Callable[..., Path]) -> Artifact:
+    return open_artifact(trained("mae", "train.samples=24"))
 
 
 @pytest.fixture(scope="module")
-def hashtag(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return train("hashtag", demo, tmp_path_factory.mktemp("hashtag"), "train.samples=24")
+def hashtag(tagger: Path) -> Artifact:
+    return open_artifact(tagger)
 
 
 @pytest.fixture(scope="module")
 def files(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two pictures and a clip out of the shards."""
-    folder, found = tmp_path_factory.mktemp("media"), []
+    """Paths of two photos and a clip, taken from the demo's shards."""
+    folder, paths = tmp_path_factory.mktemp("media"), []
     for source, ending, count in (("photos", "jpg", 2), ("clips", "mp4", 1)):
         shard = index_shard(next((demo / source).glob("*.tar")))
         for member in range(count):
             path = folder / f"{source}{member}.{ending}"
             path.write_bytes(shard.read(member, (ending,))[ending])
-            found.append(str(path))
-    return found
+            paths.append(str(path))
+    return paths
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def same_patches(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B, 3, 32, 32] twice -> [B, 16]: which 8 px patches are equal."""
+    """Compare two batches [B, 3, 32, 32] patch by patch (8 px) -> bool [B, 16]."""
     equal = (a.round() == b.round()).all(1).float()
     return torch.nn.functional.avg_pool2d(equal[:, None], 8).flatten(1) == 1
 
@@ -56,9 +56,7 @@ def same_patches(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     ("reduction", "fuse"),
     [("evit", True), ("evit", False), ("random", True), ("random", False), ("tome", True)],
 )
-def test_what_is_bright_was_kept(
-    hashtag: Artifact, reduction: str, fuse: bool, frames: int
-) -> None:
+def test_kept_tokens_are_bright(hashtag: Artifact, reduction: str, fuse: bool, frames: int) -> None:
     encoder = VisionEncoder(hashtag)
     encoder.vision.reduction, encoder.vision.fuse = reduction, fuse
     encoder.choose(0.6)
@@ -71,28 +69,28 @@ def test_what_is_bright_was_kept(
     ]
     for cells, left in zip(sheet.cells[1:], counts, strict=True):
         bright = same_patches(cells, sheet.cells[0]).reshape(3, tokens).sum(1)
-        if reduction == "tome":  # the merged ones show a mean
+        if reduction == "tome":  # merged tokens show their mean
             assert (bright < left).all()
         elif not fuse:
             assert (bright == left).all()
-        else:  # all but the fused one, if that was kept with others
+        else:  # except the fused token, if it was kept with others
             assert (bright <= left - 1).all() and (bright >= left - 3).all()
 
 
-def test_visible_patches_are_shown_as_they_are(mae: Artifact) -> None:
+def test_visible_patches_are_shown_unchanged(mae: Artifact) -> None:
     pixels = noise(2, 4, 3, 32, 32)
     encoder = VisionEncoder(mae)
     decoder, options = restore_decoder(mae, encoder.vision), decoder_config(mae)
     masked, filled, original = reconstructions(encoder, decoder, options, pixels).cells
     assert torch.equal(original.round().byte(), pixels[:, ::2].flatten(0, 1))
     seen = same_patches(masked, original)
-    assert (seen.sum(1) == 2).all()  # tubes of .9 over 16 places
+    assert (seen.sum(1) == 2).all()  # 90 % of the 16 tubes are masked
     assert torch.equal(same_patches(filled, original), seen)
     hidden = masked.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3).permute(0, 2, 1, 3, 4)[~seen]
     assert (hidden == 128).all()
 
 
-def test_the_command_writes_a_picture_and_a_page(
+def test_the_command_writes_an_image_and_a_page(
     mae: Artifact, hashtag: Artifact, files: list[str], tmp_path: Path
 ) -> None:
     done = xray("show", str(hashtag.path), *files, "--out", str(tmp_path / "kept.png"))
@@ -103,11 +101,14 @@ def test_the_command_writes_a_picture_and_a_page(
     done = xray("show", str(mae.path), *files, "--out", str(page), "--keep-rate", "0.5")
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 4  # two kinds, of the pictures and of the clip
+    # Two kinds of image, each for the photos and for the clip.
+    assert text.count("data:image/png;base64,") == 4
     assert "MAE reconstructions, clip" in text and "keep rate 0.5" in text
 
 
-def test_mistakes_are_one_line(mae: Artifact, files: list[str], tmp_path: Path) -> None:
+def test_mistakes_give_an_error_of_one_line(
+    mae: Artifact, files: list[str], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(Path(files[0]).read_bytes()[:300])
     full = str(mae.path)
