@@ -1,4 +1,4 @@
-"""The Python API: its pixels and features are those of evaluation, its mistakes are one line."""
+"""The Python API: features equal those of evaluation, mistakes raise errors of one line."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def clip(control: Path) -> xray.Model:
 
 @pytest.fixture(scope="module")
 def hashtag(tagger: Path) -> xray.Model:
-    return xray.load(tagger.parent)  # a stage's folder will do
+    return xray.load(tagger.parent)  # the folder of a run works too
 
 
 def files_of(demo: Path, source: str, ending: str, folder: Path) -> list[Path]:
-    """The media of a source's shards as files, in order."""
+    """Write the media of a source's shards to files, in order."""
     opened = open_source("s", source, "image" if ending == "jpg" else "video", str(demo))
     paths = []
     for number, (shard, member) in enumerate(opened.places()):
@@ -42,7 +42,7 @@ def files_of(demo: Path, source: str, ending: str, folder: Path) -> list[Path]:
     return paths
 
 
-def test_import_is_fast_and_knows_its_names() -> None:
+def test_import_is_lazy_and_unknown_names_are_refused() -> None:
     code = (
         "import sys, xray\n"
         "assert not {'torch', 'timm', 'transformers', 'PIL'} & set(sys.modules)\n"
@@ -54,7 +54,7 @@ def test_import_is_fast_and_knows_its_names() -> None:
 
 
 @pytest.mark.parametrize(("source", "ending"), [("heldout", "jpg"), ("clips", "mp4")])
-def test_features_are_those_of_evaluation(
+def test_features_equal_those_of_evaluation(
     clip: xray.Model, hashtag: xray.Model, demo: Path, tmp_path: Path, source: str, ending: str
 ) -> None:
     paths = files_of(demo, source, ending, tmp_path)
@@ -66,15 +66,15 @@ def test_features_are_those_of_evaluation(
         opened = open_source("s", source, modality, str(demo))
         expected = extract(opened, encode, data_config(model.artifact), batch_size=8).rows
         ask = model.encode_image if modality == "image" else model.encode_video
-        found = ask([str(path) for path in paths], batch_size=8)
-        assert torch.equal(found, expected) and found.dtype == torch.float32
-        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(paths)))
+        features = ask([str(path) for path in paths], batch_size=8)
+        assert torch.equal(features, expected) and features.dtype == torch.float32
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(len(paths)))
         pixels = torch.stack([model.preprocess(path) for path in paths[:8]])
         assert torch.equal(ask(pixels), expected[:8])
 
 
 def photograph(folder: Path, kind: str) -> Path:
-    """A picture six times as large as is seen, of a kind that decoders treat apart."""
+    """Write a photo larger than the model's input, of a kind that decoders treat differently."""
     ramp = np.linspace(0, 255, 200 * 320 * 3).reshape(200, 320, 3)
     picture = Image.fromarray((ramp + 20 * np.sin(ramp)).clip(0, 255).astype(np.uint8))
     if kind == "png":
@@ -88,7 +88,7 @@ def photograph(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["jpg", "turned", "gray", "png"])
-def test_a_picture_that_pillow_opened_is_its_file(
+def test_an_image_opened_by_pillow_equals_its_file(
     clip: xray.Model, tmp_path: Path, kind: str
 ) -> None:
     path = photograph(tmp_path, kind)
@@ -96,25 +96,25 @@ def test_a_picture_that_pillow_opened_is_its_file(
     assert expected.shape == (3, 32, 32) and expected.dtype == torch.uint8
     opened = Image.open(path)
     assert torch.equal(clip.preprocess(opened), expected)
-    opened.load()  # and is left as it was
+    opened.load()  # preprocessing did not change the image
     ImageOps.exif_transpose(opened).save(tmp_path / "whole.png")
     assert torch.equal(clip.preprocess(opened), clip.preprocess(tmp_path / "whole.png"))
     image = clip.encode_image([opened.convert("RGB"), str(path)])
     assert image.shape == (2, 16)
 
 
-def test_texts_and_likeness(clip: xray.Model) -> None:
+def test_texts_are_encoded_like_the_text_tower(clip: xray.Model) -> None:
     texts = ["a red circle", "a blue square", "a green star on white"]
-    found = clip.encode_text(texts)
+    features = clip.encode_text(texts)
     encoder: Any = clip.encoder
     with torch.no_grad():
         tokens = encoder.tokenizer(texts)
         expected = encoder.text(**tokens) @ encoder.text_adapter.weight.t()
-    torch.testing.assert_close(found, F.normalize(expected, dim=-1))
-    torch.testing.assert_close(clip.encode_text(texts[1]), found[1:2])
+    torch.testing.assert_close(features, F.normalize(expected, dim=-1))
+    torch.testing.assert_close(clip.encode_text(texts[1]), features[1:2])
 
 
-def test_keep_rate_is_the_callers(tagger: Path, media: Path) -> None:
+def test_the_caller_can_set_the_keep_rate(tagger: Path, media: Path) -> None:
     usual, whole = xray.load(tagger), xray.load(tagger, keep_rate=1.0)
     encoder: Any = usual.encoder
     assert encoder.keep_rate == 0.7
@@ -127,9 +127,9 @@ def test_keep_rate_is_the_callers(tagger: Path, media: Path) -> None:
 
 def test_tags_of_a_head_are_ranked(hashtag: xray.Model, media: Path) -> None:
     paths = [media / "photo.jpg", media / "clip.mp4", media / "other.jpg"]
-    found = hashtag.tag(paths, top=len(hashtag.tags))
+    tagged = hashtag.tag(paths, top=len(hashtag.tags))
     assert isinstance(hashtag.encoder, Tagger)
-    for path, row in zip(paths, found, strict=True):
+    for path, row in zip(paths, tagged, strict=True):
         pixels = hashtag.preprocess(path)
         pixels = pixels if pixels.ndim == 4 else pixels[None]
         expected = hashtag.encoder.probabilities(pixels[None])[0]
@@ -139,21 +139,21 @@ def test_tags_of_a_head_are_ranked(hashtag: xray.Model, media: Path) -> None:
             assert value == pytest.approx(expected[hashtag.tags.index(name)].item(), abs=1e-6)
     assert [len(row) for row in hashtag.tag(paths[0], top=2)] == [2]
     pixels = [hashtag.preprocess(path) for path in paths]
-    assert hashtag.tag(pixels, top=len(hashtag.tags)) == found
+    assert hashtag.tag(pixels, top=len(hashtag.tags)) == tagged
 
 
-def test_tags_by_prompts_are_a_softmax(clip: xray.Model, media: Path) -> None:
+def test_tags_by_prompts_have_softmax_probabilities(clip: xray.Model, media: Path) -> None:
     names, picture = ["red circle", "blue square", "green star"], media / "photo.jpg"
-    (found,) = clip.tag(picture, tags=names, template="the {} of today")
+    (tagged,) = clip.tag(picture, tags=names, template="the {} of today")
     image = clip.encode_image(picture)[0]
     texts = clip.encode_text([f"the {name} of today" for name in names])
     head = clip.artifact.load("head")["logit_scale"].exp()
     expected = dict(zip(names, (head * texts @ image).softmax(0).tolist(), strict=True))
-    assert dict(found) == pytest.approx(expected, abs=1e-5)
-    assert [name for name, _ in found] == sorted(expected, key=lambda n: -expected[n])
+    assert dict(tagged) == pytest.approx(expected, abs=1e-5)
+    assert [name for name, _ in tagged] == sorted(expected, key=lambda n: -expected[n])
 
 
-def test_from_a_url(
+def test_an_artifact_is_loaded_from_a_url(
     control: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -193,7 +193,7 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
 @pytest.mark.parametrize(
     ("kind", "words", "ask"), MISTAKES, ids=[words for _, words, _ in MISTAKES]
 )
-def test_a_mistake_is_one_typed_line(
+def test_a_mistake_raises_a_typed_error_of_one_line(
     kind: type[Exception], words: str, ask: Callable[..., object],
     clip: xray.Model, hashtag: xray.Model, media: Path,
 ) -> None:  # fmt: skip
@@ -202,14 +202,14 @@ def test_a_mistake_is_one_typed_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_picture_is_said(clip: xray.Model, media: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_named(clip: xray.Model, media: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes((media / "photo.jpg").read_bytes()[:300])
     with pytest.raises(DataError, match=r"broken\.jpg: undecodable image"):
         clip.encode_image([str(broken)])
 
 
-def test_names_may_come_once(clip: xray.Model, media: Path) -> None:
+def test_tag_names_may_come_from_a_generator(clip: xray.Model, media: Path) -> None:
     names = ["a", "b"]
     once = clip.tag(media / "photo.jpg", (name for name in names))
     assert once == clip.tag(media / "photo.jpg", names) and len(once[0]) == 2

@@ -1,4 +1,4 @@
-"""What an artifact tells of itself, wherever it was put, and what it loads from there."""
+"""Lineage of artifacts, and loading them after they were moved, copied or put at a URL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Copy = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of each stage, of one step."""
+    """A folder with a run of one step per stage, which these tests move and change."""
     root, short = tmp_path_factory.mktemp("chain"), "train.samples=12"
     train("mae", demo, root / "mae", short, "model.keep_rate=1.0")
     train("hashtag", demo, root / "hashtag", short, init_from=[root / "mae" / "artifact"])
@@ -45,7 +45,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def copied(runs: Path, tmp_path: Path) -> Copy:
-    """A stage's artifact elsewhere."""
+    """Return a function that copies a stage's artifact to another folder."""
 
     def copy(stage: str) -> Path:
         shutil.copytree(runs / stage / "artifact", tmp_path / "elsewhere" / stage)
@@ -56,6 +56,7 @@ def copied(runs: Path, tmp_path: Path) -> Copy:
 
 @contextmanager
 def gone(path: Path) -> Iterator[None]:
+    """Rename a folder while the block runs."""
     aside = path.with_name(f"{path.name}.aside")
     path.rename(aside)
     try:
@@ -66,7 +67,7 @@ def gone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def changed(path: Path) -> Iterator[None]:
-    """One bit of a file's last byte flipped, which the file's format does not notice."""
+    """Flip one bit of a file's last byte while the block runs; its format cannot notice."""
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
@@ -84,13 +85,13 @@ def put(folder: Path, url: str) -> None:
     fs.put(str(folder), path, recursive=True)
 
 
-# the chain --------------------------------------------------------------------------------------
+# lineage ----------------------------------------------------------------------------------------
 
 
-def test_the_chain_with_hashes_samples_and_what_differs(runs: Path) -> None:
-    found = xray("lineage", runs / "clip", "--json")
-    assert found.exit_code == 0, found.stderr
-    rows = json.loads(found.stdout)
+def test_lineage_lists_hashes_samples_and_changed_settings(runs: Path) -> None:
+    done = xray("lineage", runs / "clip", "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
     assert [(row["stage"], row["slot"], row["depth"]) for row in rows] == [
         ("clip", "", 0), ("hashtag", "vision", 1), ("mae", "vision", 2), ("text", "text", 1),
     ]  # fmt: skip
@@ -102,7 +103,7 @@ def test_the_chain_with_hashes_samples_and_what_differs(runs: Path) -> None:
         content = json.loads(manifest.read_text())
         for key in ("samples", "data_digest", "config_hash", "versions", "inputs", "metrics"):
             assert row[key] == content[key], key
-        assert row["files"] == {}  # nothing was hashed
+        assert row["files"] == {}  # no file was hashed
     assert clip["parents"] == {"vision": hashtag["manifest"], "text": text["manifest"]}
     assert "model.keep_rate: 1.0 -> 0.7" in mae["differs"]
     assert not any("keep_rate" in line for line in hashtag["differs"])
@@ -113,7 +114,7 @@ def test_the_chain_with_hashes_samples_and_what_differs(runs: Path) -> None:
     assert f"inputs: llm {clip['inputs']['llm'][:12]}" in words and "torch" in words
 
 
-def test_verify_hashes_every_file_and_says_which_changed(
+def test_verify_hashes_every_file_and_names_the_changed_one(
     runs: Path, demo: Path, tmp_path: Path
 ) -> None:
     weights = runs / "hashtag" / "artifact" / "backbone.safetensors"
@@ -122,7 +123,7 @@ def test_verify_hashes_every_file_and_says_which_changed(
     assert whole.exit_code == 0
     assert whole.stdout.count(" ok\n") == sum(len(manifest["files"]) for manifest in named)
     with changed(weights):
-        assert xray("lineage", runs / "clip").exit_code == 0  # manifests alone are read
+        assert xray("lineage", runs / "clip").exit_code == 0  # only manifests are read
         broken = xray("lineage", runs / "clip", "--verify")
         assert broken.exit_code == 1 and "backbone.safetensors changed" in broken.stdout
         with pytest.raises(ArtifactError, match=r"backbone\.safetensors was changed after"):
@@ -140,7 +141,7 @@ def test_verify_hashes_every_file_and_says_which_changed(
     extra.unlink()
 
 
-def test_an_artifact_tells_its_history_alone(runs: Path, copied: Copy) -> None:
+def test_an_artifact_alone_contains_its_lineage(runs: Path, copied: Copy) -> None:
     clip = copied("clip")
     with gone(runs):
         rows = lineage(clip, verify=True)
@@ -152,22 +153,22 @@ def test_an_artifact_tells_its_history_alone(runs: Path, copied: Copy) -> None:
     assert rows[2].digest in words.stdout
 
 
-def test_an_ancestor_whose_place_another_took_is_told_apart(runs: Path, copied: Copy) -> None:
+def test_another_artifact_at_an_ancestors_path_is_detected(runs: Path, copied: Copy) -> None:
     mae = runs / "mae"
     with gone(mae):
         shutil.copytree(runs / "text", mae)
-        found = xray("lineage", runs / "hashtag")
+        done = xray("lineage", runs / "hashtag")
         shutil.rmtree(mae)
-    assert found.exit_code == 1
-    assert f"no longer at {mae / 'artifact'}, where another artifact is now" in found.stdout
+    assert done.exit_code == 1
+    assert f"no longer at {mae / 'artifact'}, where another artifact is now" in done.stdout
     forged = copied("hashtag")
     with changed(next((forged / "lineage").iterdir())):
-        found = xray("lineage", forged)
-    assert found.exit_code == 1 and ".json changed" in found.stdout
+        done = xray("lineage", forged)
+    assert done.exit_code == 1 and ".json changed" in done.stdout
 
 
-def test_what_was_written_before_manifests_were_handed_on(copied: Copy, runs: Path) -> None:
-    """Its ancestors tell of themselves where they are found."""
+def test_artifacts_without_their_ancestors_manifests_still_open(copied: Copy, runs: Path) -> None:
+    """Older artifacts do not contain them; lineage reads the ancestors if they are found."""
     old = copied("clip")
     manifest = json.loads((old / "manifest.json").read_text())
     manifest["files"] = {k: v for k, v in manifest["files"].items() if "lineage/" not in k}
@@ -184,17 +185,17 @@ def test_what_was_written_before_manifests_were_handed_on(copied: Copy, runs: Pa
         open_artifact(old)
 
 
-# elsewhere --------------------------------------------------------------------------------------
+# other places -----------------------------------------------------------------------------------
 
 
-def test_an_artifact_is_used_where_nothing_else_of_its_run_is(
+def test_a_copied_artifact_works_without_its_run(
     runs: Path, copied: Copy, demo: Path, tmp_path: Path
 ) -> None:
     clip, hashtag, mae = copied("clip"), copied("hashtag"), copied("mae")
     pixels = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
     before = Encoder(open_artifact(runs / "clip")).encode_pixels(pixels)
     sets = [f"eval.retrieval={{shards: {demo / 'heldout'}}}", "--suite", "retrieval"]
-    llm = tmp_path / "llm of this machine"
+    llm = tmp_path / "copied llm"
     shutil.copytree(demo / "llm", llm)
     with gone(runs), gone(demo / "llm"):
         lost = xray("eval", clip, *sets)
@@ -212,18 +213,18 @@ def test_an_artifact_is_used_where_nothing_else_of_its_run_is(
         short = ["train.samples=12", f"text.llm={llm}"]
         child = train("clip", demo, tmp_path / "c", *short, init_from=[clip])
         assert child.manifest["parents"]["vision"]["path"] == str(clip)
-        taught = [f"clip.teacher={clip}", *short]  # whose LLM is the run's
+        taught = [f"clip.teacher={clip}", *short]  # the teacher uses the LLM of the run
         assert train("clip", demo, tmp_path / "t", *taught).manifest["inputs"]["teacher"]
         assert train("hashtag", demo, tmp_path / "h", short[0], init_from=[mae]).path.is_dir()
 
 
-def test_a_url_is_as_good_as_a_folder(
+def test_a_url_works_like_a_folder(
     runs: Path, demo: Path, tmp_path: Path, server: tuple[str, Path, list[str]]
 ) -> None:
     address, folder, seen = server
     for stage in ("hashtag", "text", "clip"):
         shutil.copytree(runs / stage / "artifact", folder / stage / "artifact")
-    url = f"{address}/hashtag"  # a stage's folder will do
+    url = f"{address}/hashtag"  # the folder of a run works too
     child = train("clip", demo, tmp_path / "clip", "train.samples=12",
                   init_from=[url, f"{address}/text/artifact/"])  # fmt: skip
     parent = child.manifest["parents"]["vision"]
@@ -231,12 +232,12 @@ def test_a_url_is_as_good_as_a_folder(
     digest = hashlib.sha256((runs / "hashtag" / "artifact" / "manifest.json").read_bytes())
     assert parent["manifest"] == digest.hexdigest()
     begun = len(seen)
-    rows = lineage(child.path, verify=True)  # asks nobody but who is named
+    rows = lineage(child.path, verify=True)  # lineage does not contact the server
     assert [row.where for row in rows] == ["found", "url", "found", "url"] and len(seen) == begun
     assert "which was not checked" in xray("lineage", child.path).stdout
     begun = len(seen)
-    found = xray("lineage", f"{address}/clip")
-    assert found.exit_code == 0 and found.stdout.count("samples seen") == 4
+    done = xray("lineage", f"{address}/clip")
+    assert done.exit_code == 0 and done.stdout.count("samples seen") == 4
     assert not any("safetensors" in request for request in seen[begun:])
     assert "head.safetensors ok" in xray("lineage", f"{address}/clip", "--verify").stdout
     sets = [f"eval.retrieval={{shards: {demo / 'heldout'}}}", "--suite", "retrieval"]
@@ -247,7 +248,7 @@ def test_a_url_is_as_good_as_a_folder(
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_any_fsspec_url_is_loaded_from(runs: Path, tmp_path: Path, scheme: str) -> None:
+def test_an_artifact_is_loaded_from_any_fsspec_url(runs: Path, tmp_path: Path, scheme: str) -> None:
     url = f"{scheme}:///{tmp_path}/bucket/clip".replace("////", "///")
     put(runs / "clip" / "artifact", url)
     here, there = open_artifact(runs / "clip"), open_artifact(url)
@@ -259,13 +260,13 @@ def test_any_fsspec_url_is_loaded_from(runs: Path, tmp_path: Path, scheme: str) 
         open_artifact(f"{scheme}:///{tmp_path}/nothing".replace("////", "///"))
 
 
-def test_a_url_is_fetched_once_per_host_and_its_copy_is_verified(
+def test_a_url_is_fetched_once_per_host_and_the_copy_is_verified(
     runs: Path, server: tuple[str, Path, list[str]]
 ) -> None:
     address, folder, seen = server
     shutil.copytree(runs / "hashtag" / "artifact", folder / "hashtag")
     url = f"{address}/hashtag"
-    with ThreadPoolExecutor(4) as ranks:  # each with a lock of its own, as processes have
+    with ThreadPoolExecutor(4) as ranks:  # each takes its own lock, as processes do
         opened = list(ranks.map(open_artifact, [url] * 4))
     files = opened[0].manifest["files"]
     for name in files:

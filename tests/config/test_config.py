@@ -1,3 +1,5 @@
+"""Configs: layers, overrides, errors that name the key, and the identity hash."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +17,7 @@ def mae(*overrides: str) -> MaeConfig:
     return cfg.load_config(MaeConfig, "mae", cfg.parse_overrides(overrides))
 
 
-def test_layers_win_in_order() -> None:
+def test_later_layers_override_earlier_ones() -> None:
     config = mae("optim.base_lr=0.5", "model=vit_b16", "model.keep_rate=0.5")
     assert config.optim.base_lr == 0.5  # over configs/stage/mae.yaml
     assert config.optim.betas == [0.9, 0.95]  # from it
@@ -55,7 +57,7 @@ def test_mistakes_name_the_key(override: str, message: str) -> None:
         ("null", None),
     ],
 )
-def test_texts_are_taken_as_they_stand(given: str, value: object) -> None:
+def test_text_values_are_kept_unchanged(given: str, value: object) -> None:
     assert cfg.parse_overrides([f"text.prompt={given}"]) == {"text": {"prompt": value}}
 
 
@@ -86,7 +88,7 @@ def test_impossible_intervals_are_refused(override: str, message: str) -> None:
         mae("train.samples=8", override).train.validate()
 
 
-def test_naming_a_model_drops_the_kwargs_of_another() -> None:
+def test_naming_a_model_drops_the_previous_models_kwargs() -> None:
     from xray.recipes.recipe import load_recipe
 
     (run,) = load_recipe("quickstart", ["stages=[mae]", "model=vit_s16"]).runs
@@ -101,7 +103,7 @@ def test_runtime_fields_are_not_hashed() -> None:
     assert config_hash(mae("mae.mask_ratio=0.6")) != base
 
 
-def test_dump_can_be_given_back(tmp_path: Path) -> None:
+def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
     config = mae("model=vit_s16", "data.sources.a.shards=x", "train.samples=5")
     dump(config, tmp_path / "config.yaml")
     again = cfg.load_config(MaeConfig, "mae", cfg.read_yaml(tmp_path / "config.yaml"))
@@ -120,7 +122,7 @@ def test_every_shipped_yaml_is_valid() -> None:
     for name in cfg.shipped("recipe"):
         recipe = load_recipe(name, ["data.root=somewhere", *NEEDED.get(name, [])])
         assert recipe.runs, name
-    with pytest.raises(ConfigError, match=r"^text\.llm is not set"):  # which clip.text.llm names
+    with pytest.raises(ConfigError, match=r"^text\.llm is not set"):  # clip.text.llm refers to it
         load_recipe("real_pretrained", ["data.root=somewhere"])
 
 
@@ -136,6 +138,6 @@ def test_every_shipped_yaml_is_valid() -> None:
         (["data.sources.a.shards=x", "data.blocks=[{source: a, samples: 4}]"], "train.samples"),
     ],
 )
-def test_rules_across_fields(overrides: list[str], message: str) -> None:
+def test_rules_across_fields_are_checked(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         mae(*overrides).validate()

@@ -1,4 +1,4 @@
-"""Values that change over a stage, and the stream of samples under them."""
+"""Values that change during a stage, such as the resolution, and the stream of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xray.training.metrics import read_metrics
 STEPS = [[0.0, 96], [0.6, 160], [0.9, 224]]
 
 
-def test_the_value_of_the_last_step_begun() -> None:
+def test_the_value_is_that_of_the_last_step_reached() -> None:
     assert [value_at(STEPS, p) for p in (0.0, 0.59, 0.6, 0.89, 0.9, 1.0)] == [
         96, 96, 160, 160, 224, 224,
     ]  # fmt: skip
@@ -37,7 +37,7 @@ def test_the_value_of_the_last_step_begun() -> None:
         ([[0.0, 0]], "0 must be at least 1"),
     ],
 )
-def test_mistakes(schedule: Any, message: str) -> None:
+def test_invalid_schedules_are_refused(schedule: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(schedule, "data.resolution")
 
@@ -71,7 +71,7 @@ def test_the_samples_do_not_depend_on_the_schedule(demo: Path, tmp_path: Path) -
     assert {(r.resolution, r.frames) for r in changed[1]} == {(32, 4)}
 
 
-def test_a_stage_grows_and_hands_on_its_final_size(demo: Path, tmp_path: Path) -> None:
+def test_a_stage_grows_and_its_artifact_has_the_final_size(demo: Path, tmp_path: Path) -> None:
     grown = train(
         "hashtag", demo, tmp_path / "run", "data.resolution=[[0.0,16],[0.5,32]]",
         "data.frames=[[0.0,2],[0.7,4]]", "train.micro_batch=[[0.0,0],[0.5,2]]",
@@ -82,15 +82,20 @@ def test_a_stage_grows_and_hands_on_its_final_size(demo: Path, tmp_path: Path) -
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["resolution"] for row in rows] == [16] * 3 + [32] * 3
     assert [row["frames"] for row in rows] == [2] * 4 + [4] * 2
-    for row in rows[1:5:2]:  # validation has the sizes and rates of its moment
+    for row in rows[1:5:2]:  # validation uses the current sizes and keep rates
         assert row["val/resolution"] == row["resolution"]
         assert row["val/keep_rate/2"] == row["keep_rate/2"]
     assert grown.manifest["metrics"]["val/keep_rate/2"] == 0.5
     assert rows[-1]["keep_rate/2"] == 0.5 and grown.manifest["keep_rate"] == [0.9, 0.7, 0.5]
-    assert grown.load("backbone")["pos_embed"].shape == (1, 17, 32)  # 32 px: the largest grid
+    # The grid of the largest size, 32 px.
+    assert grown.load("backbone")["pos_embed"].shape == (
+        1,
+        17,
+        32,
+    )
 
 
-def test_every_size_must_fit_the_patches(demo: Path, tmp_path: Path) -> None:
+def test_each_size_must_be_a_multiple_of_the_patch_size(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"20 pixels \(data.resolution\) are not"):
         train("mae", demo, tmp_path, "data.resolution=[[0.0,20],[0.5,32]]")
     with pytest.raises(ConfigError, match=r"train.micro_batch=3 does not divide"):

@@ -1,3 +1,5 @@
+"""Reconstruction loss and InfoNCE on small examples."""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +9,7 @@ from xray.losses import info_nce
 from xray.losses.reconstruction import masked_patch_mse
 
 
-def test_masked_mse_counts_removed_patches_only() -> None:
+def test_masked_mse_averages_over_masked_patches_only() -> None:
     predictions, targets = torch.rand(2, 6, 4), torch.rand(2, 6, 4)
     mask = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]])
     expected = torch.stack(
@@ -16,7 +18,7 @@ def test_masked_mse_counts_removed_patches_only() -> None:
     assert torch.allclose(masked_patch_mse(predictions, targets, mask), expected)
 
 
-def test_info_nce_by_hand() -> None:
+def test_info_nce_equals_its_formula() -> None:
     a = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
     b = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
     logits = 10 * a @ b.t()

@@ -1,4 +1,4 @@
-"""From a user's own files to a trained model: pack, check, train."""
+"""A user's own files become a trained model: pack, check, train."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
 
 
-def test_img2dataset_and_video2dataset_output_as_it_is(
+def test_img2dataset_and_video2dataset_shards_train_unchanged(
     demo: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     images, clips = shared_data / "captions_val", shared_data / "actions_val"

@@ -1,4 +1,4 @@
-"""What would stop a later stage is said before the first one trains."""
+"""Preflight: errors of later stages are found before the first stage trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xray.recipes.recipe import load_recipe
 from xray.training.engine import init_distributed
 
 
-def look(demo: Path, out: Path, *overrides: str) -> None:
+def check_recipe(demo: Path, out: Path, *overrides: str) -> None:
     recipe = load_recipe(str(RECIPE), [f"data.root={demo}", f"out={out}", *overrides])
     init_distributed(torch.device("cpu"))
     preflight(recipe.runs, recipe.eval, recipe.root)
@@ -24,7 +24,7 @@ def look(demo: Path, out: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos with one caption each and no tags."""
+    """A shard of photos with one caption each and no tags."""
     root = tmp_path_factory.mktemp("plain")
     files = {}
     for number in range(12):
@@ -34,8 +34,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_is_whole_passes(demo: Path, tmp_path: Path) -> None:
-    look(demo, tmp_path)
+def test_a_complete_recipe_passes_and_writes_nothing(demo: Path, tmp_path: Path) -> None:
+    check_recipe(demo, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -61,11 +61,11 @@ def test_what_is_whole_passes(demo: Path, tmp_path: Path) -> None:
         (["clip.data.sources.photos.shards=no"], DataError, "no does not exist"),
     ],
 )
-def test_what_is_missing_is_named(
+def test_a_missing_file_is_named_by_its_key(
     demo: Path, tmp_path: Path, overrides: list[str], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        look(demo, tmp_path, *overrides)
+        check_recipe(demo, tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,20 @@ def test_what_is_missing_is_named(
         ("mae,text", r"has two captions, which stage text compares: leave it out \(stages="),
     ],
 )
-def test_data_that_a_stage_cannot_learn_from(
+def test_data_that_a_stage_cannot_learn_from_is_refused(
     demo: Path, plain: Path, tmp_path: Path, stages: str, words: str
 ) -> None:
     blocks = "data.blocks=[{source: photos, samples: 4}]"
     with pytest.raises(DataError, match=words):
-        look(demo, tmp_path, f"stages=[{stages}]", f"data.sources.photos.shards={plain}", blocks)
+        check_recipe(
+            demo, tmp_path, f"stages=[{stages}]", f"data.sources.photos.shards={plain}", blocks
+        )
     captions = "hashtag.min_count=1", "data.sources.photos.tags=caption_words"
     shards = f"data.sources.photos.shards={plain}"
-    look(demo, tmp_path, "stages=[mae,hashtag,clip]", shards, blocks, *captions)
+    check_recipe(demo, tmp_path, "stages=[mae,hashtag,clip]", shards, blocks, *captions)
 
 
-def test_nothing_trains_before(demo: Path, tmp_path: Path) -> None:
+def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = f"data.root={demo}", f"out={out}", "stages=[mae,clip]", "clip.text.llm=/nope"
     done = xray("run", str(RECIPE), *settings)

@@ -1,4 +1,4 @@
-"""The text stage: hard negatives, texts without pictures, languages; and its metric."""
+"""The text stage: hard negatives, text without images, languages, and caption retrieval."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOCKS = "data.blocks=[{source: pairs, samples: 8}]"
 
 
 def texts(root: Path, rows: list[dict[str, Any]], endings: tuple[str, ...] = ("json",)) -> None:
-    """A shard of samples that are json alone, in root/pairs."""
+    """Write a shard of samples with only a json file to root/pairs."""
     (root / "pairs").mkdir(parents=True)
     files = {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)}
     write_tar(root / "pairs" / "0.tar", files)
@@ -42,8 +42,10 @@ def sample(row: dict[str, Any]) -> Sample:
     return Sample({"json": json.dumps(row).encode()}, "photos", "image", "k", 32, 4)
 
 
-def brute_force(first: Tensor, second: Tensor, wrong: Tensor, there: Tensor, tau: float) -> Tensor:
-    """Each caption against all of the other side and all negatives that are there."""
+def loss_by_pairs(
+    first: Tensor, second: Tensor, wrong: Tensor, there: Tensor, tau: float
+) -> Tensor:
+    """Compute the loss of each caption against all others and all present negatives."""
     total = torch.zeros((), dtype=torch.float64)
     extra = wrong[there > 0]
     for a, b in ((first, second), (second, first)):
@@ -52,7 +54,9 @@ def brute_force(first: Tensor, second: Tensor, wrong: Tensor, there: Tensor, tau
     return total / 2
 
 
-def test_negatives_are_nobodys_and_missing_ones_are_none(demo: Path, tmp_path: Path) -> None:
+def test_negatives_match_no_caption_and_missing_ones_are_ignored(
+    demo: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     first, second = F.normalize(torch.randn(2, 5, 8, dtype=torch.float64), dim=-1)
     wrong = F.normalize(torch.randn(5, 3, 8, dtype=torch.float64), dim=-1)
@@ -62,7 +66,7 @@ def test_negatives_are_nobodys_and_missing_ones_are_none(demo: Path, tmp_path: P
     for value in (first, second, wrong):
         value.requires_grad_()
     loss = module.loss_from_features(given).loss
-    expected = brute_force(first, second, wrong, there, 0.1)
+    expected = loss_by_pairs(first, second, wrong, there, 0.1)
     assert torch.allclose(loss, expected, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad(loss, [first, second, wrong]),
@@ -72,15 +76,15 @@ def test_negatives_are_nobodys_and_missing_ones_are_none(demo: Path, tmp_path: P
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 
-def test_a_sample_brings_its_captions_and_negatives(demo: Path, tmp_path: Path) -> None:
+def test_a_sample_gives_its_captions_and_negatives(demo: Path, tmp_path: Path) -> None:
     config = settings("text", demo, tmp_path, "text.negatives=wrong", "text.negatives_each=2")
     stage = TextStage(config)
     stage.prepare({}, Parents())
     row = {"captions": ["a red circle", "one round thing"], "wrong": ["a blue star"]}
-    found = stage.transform(sample(row), None)
-    lengths = found["attention_mask"].sum(dim=1)
-    assert found["input_ids"].shape[0] == 4 and (lengths[:3] > 0).all() and lengths[3] == 0
-    batch = stage.collate([found, stage.transform(sample({**row, "wrong": []}), None)])
+    tokens = stage.transform(sample(row), None)
+    lengths = tokens["attention_mask"].sum(dim=1)
+    assert tokens["input_ids"].shape[0] == 4 and (lengths[:3] > 0).all() and lengths[3] == 0
+    batch = stage.collate([tokens, stage.transform(sample({**row, "wrong": []}), None)])
     module = stage.build(Parents())
     features = module.features(batch, 0.0)
     assert features["there"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
@@ -90,7 +94,7 @@ def test_a_sample_brings_its_captions_and_negatives(demo: Path, tmp_path: Path) 
     assert grads and all(grad.isfinite().all() for grad in grads)
 
 
-def test_negatives_train_and_a_cut_block_is_the_whole(demo: Path, tmp_path: Path) -> None:
+def test_training_with_negatives_is_the_same_for_a_split_block(demo: Path, tmp_path: Path) -> None:
     things = [(c, s) for c in ("red", "blue", "green") for s in ("star", "dot", "box")]
     rows = [
         {"captions": [f"a {c} {s}", f"one {s}, {c}"], "wrong": [f"a {s} and a {c}"][: i % 3]}
@@ -100,19 +104,19 @@ def test_negatives_train_and_a_cut_block_is_the_whole(demo: Path, tmp_path: Path
     common = (OTHERS, BLOCKS, "text.negatives=wrong", f"text.llm={demo / 'llm'}")
     common += ("train.samples=32", "optim.base_lr=0.1")
     train("text", tmp_path, tmp_path / "whole", *common)
-    train("text", tmp_path, tmp_path / "cut", *common, "train.micro_batch=2")
-    whole, cut = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=2e-4)
+    train("text", tmp_path, tmp_path / "split", *common, "train.micro_batch=2")
+    whole, split = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "split"))
+    assert [r["loss"] for r in split] == pytest.approx([r["loss"] for r in whole], rel=2e-4)
     assert whole[-1]["loss"] < whole[0]["loss"]
 
 
-def test_texts_alone_are_for_the_text_stage(demo: Path, tmp_path: Path) -> None:
+def test_other_stages_refuse_text_without_images(demo: Path, tmp_path: Path) -> None:
     texts(tmp_path, [{"captions": ["a", "b"]}] * 8)
     with pytest.raises(ConfigError, match=r"stage mae cannot use source 'pairs' of modality text"):
         train("mae", tmp_path, tmp_path / "mae", OTHERS, BLOCKS)
 
 
-def test_settings_that_find_nothing_are_named(demo: Path, tmp_path: Path) -> None:
+def test_settings_that_match_no_data_are_refused_by_key(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"text.negatives=wrnog: none of the samples"):
         train("text", demo, tmp_path / "a", "text.negatives=wrnog")
     for stage in ("text", "clip"):
@@ -120,7 +124,7 @@ def test_settings_that_find_nothing_are_named(demo: Path, tmp_path: Path) -> Non
             train(stage, demo, tmp_path / stage, "data.sources.photos.captions={captoins: 1}")
 
 
-def test_an_artifact_decides_what_it_was_made_with(demo: Path, tmp_path: Path) -> None:
+def test_a_prompt_other_than_the_parents_is_refused(demo: Path, tmp_path: Path) -> None:
     blocks = "data.blocks=[{source: photos, samples: 8}]"
     tuned = train("text", demo, tmp_path / "text", blocks, "train.samples=8", "text.prompt=look at")
     with pytest.raises(ConfigError, match=r"text.prompt='see' cannot be: .* was made"):
@@ -129,43 +133,43 @@ def test_an_artifact_decides_what_it_was_made_with(demo: Path, tmp_path: Path) -
     assert made.manifest["config"]["text"]["prompt"] == "look at"
 
 
-def test_captions_in_many_languages(demo: Path, tmp_path: Path) -> None:
-    """A field per language, within one json field, by dots; and texts that say their language."""
+def test_captions_in_several_languages_form_pairs(demo: Path, tmp_path: Path) -> None:
+    """Captions come from a nested field per language, or from texts with a language each."""
     row = {"captions": {"en": "a red circle", "de": "ein roter Kreis"}}
     fields = "data.sources.photos.captions={captions.en: 1, captions.de: 1}"
     stage = TextStage(settings("text", demo, tmp_path, fields))
     stage.prepare({}, Parents())
     pair = stage.transform(sample(row), None)["input_ids"]
-    told = {"captions": [{"text": t, "language": k} for k, t in row["captions"].items()]}
+    labelled = {"captions": [{"text": t, "language": k} for k, t in row["captions"].items()]}
     other = TextStage(settings("text", demo, tmp_path))
     other.prepare({}, Parents())
-    assert torch.equal(pair, other.transform(sample(told), None)["input_ids"])
+    assert torch.equal(pair, other.transform(sample(labelled), None)["input_ids"])
 
 
-def test_caption_retrieval_by_hand() -> None:
+def test_caption_retrieval_on_a_small_example() -> None:
     vectors = F.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.8, 0.2], [0, 1]]), dim=-1)
     owner = torch.tensor([0, 0, 1, 1, 2])
-    found = caption_retrieval(vectors, owner)
+    scores = caption_retrieval(vectors, owner)
     # 0 -> 1 right; 1 -> 0 or 3; 2 -> 4 wrong; 3 -> 1 wrong; 4 has no partner
     nearest_of_1 = vectors[1] @ vectors[0] > vectors[1] @ vectors[3]
-    assert found["top1"] == pytest.approx((1 + float(nearest_of_1)) / 4)
-    assert found["chance_top1"] == pytest.approx(1 / 4) and found["captions"] == 5
+    assert scores["top1"] == pytest.approx((1 + float(nearest_of_1)) / 4)
+    assert scores["chance_top1"] == pytest.approx(1 / 4) and scores["captions"] == 5
     same = caption_retrieval(torch.ones(6, 2), torch.tensor([0, 0, 1, 1, 2, 2]))
-    assert same["top1"] == pytest.approx(1 / 5)  # collapsed features score like a guess
+    assert same["top1"] == pytest.approx(1 / 5)  # collapsed features score at chance
     with pytest.raises(DataError, match="two captions"):
         caption_retrieval(torch.ones(3, 2), torch.arange(3))
 
 
-def test_tuning_brings_captions_of_a_picture_together(demo: Path, tmp_path: Path) -> None:
+def test_tuning_improves_caption_retrieval(demo: Path, tmp_path: Path) -> None:
     more = ("text.tune=full", "text.lora_rank=0", "train.samples=192", "optim.base_lr=0.02")
     blocks = "data.blocks=[{source: photos, samples: 32}]"
     tuned: Artifact = train("text", demo, tmp_path / "text", *more, blocks)
     asked = ["eval", str(tuned.path), "eval.captions.shards=heldout", f"data.root={demo}"]
     done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "r.json")])
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "r.json").read_text())["captions"]
-    assert found["top1"] > found["before_top1"] > 0 and "before tuning" in done.output
-    (demo / "llm").rename(demo / "moved")  # the base is gone: what is left is said
+    results = json.loads((tmp_path / "r.json").read_text())["captions"]
+    assert results["top1"] > results["before_top1"] > 0 and "before tuning" in done.output
+    (demo / "llm").rename(demo / "moved")  # without the base LLM, only the tuned score is shown
     try:
         again = CliRunner().invoke(app, asked)
         assert again.exit_code == 0 and "before tuning" not in again.output
@@ -173,13 +177,15 @@ def test_tuning_brings_captions_of_a_picture_together(demo: Path, tmp_path: Path
         (demo / "moved").rename(demo / "llm")
 
 
-def test_clips_are_found_by_their_captions(demo: Path, tmp_path: Path) -> None:
+def test_video_retrieval_equals_retrieval_over_extracted_features(
+    demo: Path, tmp_path: Path
+) -> None:
     clip = train("clip", demo, tmp_path / "clip", "train.samples=24", "clip.matryoshka=[4]")
     asked = ["eval", str(clip.path), f"data.root={demo}", "eval.video_retrieval.shards=clips"]
     done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "r.json")])
     assert done.exit_code == 0 and "text to clip R@1" in done.output, done.output
-    found = json.loads((tmp_path / "r.json").read_text())["video_retrieval"]
-    titles = [row[0] for row in result_table({"video_retrieval": found}).rows]
+    results = json.loads((tmp_path / "r.json").read_text())["video_retrieval"]
+    titles = [row[0] for row in result_table({"video_retrieval": results}).rows]
     assert "clip to text R@5" in titles and "clip to text R@5, first 4 features" in titles
     source, encoder = open_source("s", "clips", "video", str(demo)), Encoder(clip)
     images = extract(source, encoder.encode_pixels, data_of(clip, 0)).rows
@@ -190,8 +196,8 @@ def test_clips_are_found_by_their_captions(demo: Path, tmp_path: Path) -> None:
     for ending, rows in (("", (images, texts)), ("/4", cut)):
         for name, value in retrieval(*rows, owner).items():
             if name.startswith(("text_to", "image_to")):
-                assert found[name + ending] == pytest.approx(value)
-    assert len({found["text_to_image_R@10"], found["text_to_image_R@10/4"]}) == 2
+                assert results[name + ending] == pytest.approx(value)
+    assert len({results["text_to_image_R@10"], results["text_to_image_R@10/4"]}) == 2
 
     for more in (["--suite", "captions"], []):
         only = [*asked[:3], "eval.captions.shards=photos", *more]
@@ -200,7 +206,7 @@ def test_clips_are_found_by_their_captions(demo: Path, tmp_path: Path) -> None:
     assert "it can be asked for zero_shot, retrieval" in " ".join(wrong.stderr.split())
 
 
-def test_pictures_without_media_are_counted_as_text(tmp_path: Path) -> None:
+def test_samples_without_media_are_counted_as_text(tmp_path: Path) -> None:
     files = {"0.jpg": jpeg(), "0.txt": b"a", "1.txt": b"b"}
     write_tar(tmp_path / "0.tar", files)
     done = CliRunner().invoke(app, ["data", "index", str(tmp_path)])
