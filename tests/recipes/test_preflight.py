@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_process import RECIPE, xray
+from child_process import RECIPE
 from shards import photo, write_tar
+from typer.testing import CliRunner
 
+from xray.commands.main import app
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.recipes.preflight import preflight
 from xray.recipes.recipe import load_recipe
@@ -91,6 +93,6 @@ def test_data_that_a_stage_cannot_learn_from_is_refused(
 def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = f"data.root={demo}", f"out={out}", "stages=[mae,clip]", "clip.text.llm=/nope"
-    done = xray("run", str(RECIPE), *settings)
-    assert done.returncode == 2 and "text.llm=/nope" in done.stderr + done.stdout
+    done = CliRunner().invoke(app, ["run", RECIPE, *settings])
+    assert done.exit_code == 2 and "text.llm=/nope" in done.stderr + done.stdout
     assert not out.exists()
