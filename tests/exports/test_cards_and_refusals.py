@@ -68,9 +68,9 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "--keep-rate and --frames are for": lambda a, out: (a.parent, "--keep-rate", 0.5),
     "is there already": lambda a, out: (a, "--to", "timm", "--out", a),
     "is a checkpoint: make an artifact": lambda a, out: (f"{a.parent}@2", "--to", "timm"),
-    "--weights chooses of a run": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
+    "--weights is for RUN": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
     "text.llm=, where the LLM lies": lambda a, out: (a, "data.root=x", "--to", "timm"),
-    "is no artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
+    "is not an artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
     "holds no run": lambda a, out: (a,),
 }
 

@@ -23,8 +23,8 @@ from xray.config import ModelConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
+from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import read_all_captions
-from xray.evaluation.suites import Suite
 from xray.exports.convert import convert
 from xray.exports.to_open_clip import no_plain_vit
 from xray.models.backbone import VisionBackbone
@@ -85,7 +85,7 @@ def test_the_open_clip_export_has_our_evaluation_results(
     }
     artifact = open_artifact(control)
     encoder: Any = restore_encoder(artifact)
-    ours = Suite(encoder, cfg.build(EvalConfig, sets), str(demo), 0).run([*sets])
+    ours = Evaluator(encoder, cfg.build(EvalConfig, sets), str(demo), 0).run([*sets])
     model = open_clip.create_model(f"local-dir:{open_clip_export}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{open_clip_export}")
 

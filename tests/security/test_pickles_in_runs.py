@@ -39,7 +39,9 @@ def test_artifact_weights_that_are_pickles_are_refused(
     (artifact / f"{name}.safetensors").write_bytes(hostile)
     assert_refused(evaluate(artifact, demo), f"{name}.safetensors was changed", ran)
     forge(artifact, f"{name}.safetensors", hostile)
-    assert_refused(evaluate(artifact, demo), f"{name}.safetensors is no readable safetensors", ran)
+    assert_refused(
+        evaluate(artifact, demo), f"{name}.safetensors is not a readable safetensors file", ran
+    )
 
 
 def test_other_artifact_files_that_are_pickles_are_refused(
@@ -79,11 +81,15 @@ def test_teachers_and_parents_with_pickles_are_refused(
     clip, hashtag = tmp_path / "clip", tmp_path / "hashtag"
     shutil.copytree(artifacts["clip"], clip)
     forge(clip, "head.safetensors", pickled(ran))
-    with pytest.raises(ArtifactError, match=r"head\.safetensors is no readable safetensors"):
+    with pytest.raises(
+        ArtifactError, match=r"head\.safetensors is not a readable safetensors file"
+    ):
         train("clip", demo, tmp_path / "out", "train.samples=12", f"clip.teacher={clip}")
     shutil.copytree(artifacts["hashtag"], hashtag)
     forge(hashtag, "backbone.safetensors", pickled(ran))
-    with pytest.raises(ArtifactError, match=r"backbone\.safetensors is no readable safetensors"):
+    with pytest.raises(
+        ArtifactError, match=r"backbone\.safetensors is not a readable safetensors file"
+    ):
         train("clip", demo, tmp_path / "out", "train.samples=12", init_from=[hashtag])
     assert not ran.exists()
 

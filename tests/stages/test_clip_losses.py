@@ -15,7 +15,6 @@ from tiny import QUICK, settings, train
 from torch import Tensor
 
 from stages.clip import ClipModule
-from stages.clip_monitor import loss_at_chance
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.optim import parameter_groups
@@ -192,7 +191,7 @@ def test_loss_at_chance_is_the_loss_of_identical_features(
     features = {"image": same, "text": same[:, None].expand(-1, captions, -1)}
     features["logit_scale"] = torch.tensor(10.0, dtype=torch.float64)
     module = module_of(demo, tmp_path, *overrides)
-    chance = loss_at_chance(module.options, 6)
+    chance = module.options.chance(6)
     assert module.loss_from_features(features).loss.item() == pytest.approx(chance, abs=1e-12)
 
     module = module_of(demo, tmp_path, *overrides, SIGMOID)
@@ -205,5 +204,5 @@ def test_loss_at_chance_is_the_loss_of_identical_features(
             for bias in biases
         ]
         low, high = (low, thirds[1]) if losses[0] < losses[1] else (thirds[0], high)
-    assert losses[0] == pytest.approx(loss_at_chance(module.options, 6), abs=1e-9)
-    assert loss_at_chance(module.options, 1) == 0
+    assert losses[0] == pytest.approx(module.options.chance(6), abs=1e-9)
+    assert module.options.chance(1) == 0
