@@ -1,3 +1,5 @@
+"""Tests of MAE's masks, patch targets and decoder."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,47 +22,46 @@ from xray.models.mae_decoder import (
 )
 
 
-def test_visible_counts_of_the_papers() -> None:
+def test_visible_counts_equal_those_in_the_papers() -> None:
     assert visible_tokens(196, 0.75) == 49  # MAE
     assert 8 * visible_tokens(196, 0.9, tube=True) == 160  # VideoMAE, 8 time slots
     assert visible_tokens(1568, 0.9) == 156  # random over all tokens
     assert visible_tokens(4, 0.9) == visible_tokens(4, 0.9, tube=True) == 1
 
 
-def test_masks_restore_and_tubes() -> None:
+def test_masks_are_tubes_and_ids_restore_undoes_the_shuffle() -> None:
     noise = torch.rand(5, 16)
     visible, mask, restore = make_mask(noise, 4, slots=3)
     assert visible.shape == (5, 12) and mask.sum(1).eq(36).all()
     assert mask.gather(1, visible).eq(0).all()
     tubes = mask.reshape(5, 3, 16)
     assert torch.equal(tubes[:, 0], tubes[:, 1]) and torch.equal(tubes[:, 0], tubes[:, 2])
-    # visible then removed, gathered by ids_restore, is the order of the patches
+    # ids_restore maps visible patches to the first positions and removed ones to the others
     removed = torch.arange(48).expand(5, -1)[mask.bool()].reshape(5, 36)
-    place = restore[:, :].gather(1, visible)
-    assert torch.equal(place, torch.arange(12).expand(5, -1))
+    assert torch.equal(restore.gather(1, visible), torch.arange(12).expand(5, -1))
     assert torch.equal(
         restore.gather(1, removed).sort(1).values, torch.arange(12, 48).expand(5, -1)
     )
 
 
 def test_masking_of_images_and_clips() -> None:
-    tube, free = Masking(0.75, 0.9, "tube"), Masking(0.75, 0.9, "random")
+    tube, random = Masking(0.75, 0.9, "tube"), Masking(0.75, 0.9, "random")
     grid = (8, 14, 14)
-    assert tube.noise_size(grid) == 196 and free.noise_size(grid) == 1568
+    assert tube.noise_size(grid) == 196 and random.noise_size(grid) == 1568
     image = torch.rand(2, 196)
-    for masking in (tube, free):
+    for masking in (tube, random):
         assert masking.draw(image, (1, 14, 14), 1)[0].shape == (2, 49)
     assert tube.draw(image, grid, 16)[0].shape == (2, 160)
-    visible, mask, restore = free.draw(torch.rand(2, 1568), grid, 16)
+    visible, mask, restore = random.draw(torch.rand(2, 1568), grid, 16)
     assert visible.shape == (2, 156) and mask.sum() == 2 * (1568 - 156)
-    assert len({int(m.sum()) for m in mask[0].reshape(8, 196)}) > 1  # not the same in each slot
+    assert len({int(m.sum()) for m in mask[0].reshape(8, 196)}) > 1  # slots differ
     order = torch.cat([visible, torch.full((2, 1568 - 156), -1)], dim=1)
     assert torch.equal(order.gather(1, restore) < 0, mask.bool())
 
 
 @pytest.mark.parametrize("video", ["joint", "frames"])
-def test_a_step_learns_frame_by_frame_and_jointly(video: str) -> None:
-    """The loss of odd clips: predictions and targets agree in shape, gradients reach all."""
+def test_every_parameter_gets_a_gradient(video: str) -> None:
+    """Clips with an odd number of frames: predictions and targets also have equal shapes."""
     config = settings("mae", Path("."), Path("."), f"model.video={video}")
     module = MaeStage(config).build(Parents())
     batch = {
@@ -75,24 +76,24 @@ def test_a_step_learns_frame_by_frame_and_jointly(video: str) -> None:
     assert not without
 
 
-def test_random_masks_need_joint_attention() -> None:
+def test_random_masks_require_joint_attention() -> None:
     with pytest.raises(ConfigError, match=r"set mae.video_mask=tube"):
         settings("mae", Path("."), Path("."), "model.video=frames", "mae.video_mask=random")
 
 
-def test_mask_depends_on_its_own_noise_only() -> None:
+def test_mask_of_a_sample_depends_on_its_noise_only() -> None:
     noise = torch.rand(4, 16)
-    whole = make_mask(noise, 4, 2)
-    alone = make_mask(noise[2:3], 4, 2)
-    assert all(torch.equal(a[2:3], b) for a, b in zip(whole, alone, strict=True))
+    batch = make_mask(noise, 4, 2)
+    single = make_mask(noise[2:3], 4, 2)
+    assert all(torch.equal(a[2:3], b) for a, b in zip(batch, single, strict=True))
 
 
-def test_patchify_by_hand_and_back() -> None:
+def test_patchify_equals_manual_slicing_and_is_invertible() -> None:
     clip = torch.rand(2, 4, 3, 16, 24)
     patches = patchify(clip, (8, 8), 2)
     assert patches.shape == (2, 2 * 2 * 3, 2 * 8 * 8 * 3)
-    by_hand = clip[1, 2:4, :, 8:16, 16:24].permute(0, 2, 3, 1).reshape(-1)
-    assert torch.equal(patches[1, 6 + 3 + 2], by_hand)
+    expected = clip[1, 2:4, :, 8:16, 16:24].permute(0, 2, 3, 1).reshape(-1)
+    assert torch.equal(patches[1, 6 + 3 + 2], expected)
     assert torch.equal(unpatchify(patches, (2, 2, 3), (8, 8)), clip)
 
 
@@ -102,14 +103,14 @@ def test_targets_have_zero_mean_and_unit_variance() -> None:
     assert (target.var(-1) - 1).abs().max() < 1e-3
 
 
-def test_decoder_sees_only_what_is_visible() -> None:
+def test_decoder_is_invariant_to_the_order_of_visible_tokens() -> None:
     torch.manual_seed(0)
     decoder = MaeDecoder(8, 24, 16, 1, 2).eval()
     visible, _, restore = make_mask(torch.rand(2, 16), 4)
     tokens = torch.randn(2, 4, 8)
     out = decoder(torch.randn(2, 8), tokens, restore, (1, 4, 4))
     assert out.shape == (2, 16, 24) and visible.shape == (2, 4)
-    # shuffling the visible tokens together with ids_restore changes nothing
+    # shuffling the visible tokens together with ids_restore leaves the output unchanged
     order = torch.tensor([2, 0, 3, 1])
     inverse = order.argsort()
     moved = torch.where(restore < 4, inverse[restore.clamp(max=3)], restore)

@@ -1,4 +1,4 @@
-"""The text tower: bidirectional, blind to padding, and its weights where they belong."""
+"""Tests of the text tower: attention, padding, pooling, LoRA and loading from folders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def folder(demo: Path) -> Path:
 
 
 def family(name: str, settings: dict[str, Any], demo: Path, path: Path) -> Path:
-    """A folder with a tiny random model of a family, and the demo's tokenizer."""
+    """Write a folder with a tiny random model of a family and the demo data's tokenizer."""
     config = getattr(transformers, f"{name}Config")(**settings)
     kind = AutoModelForTextEncoding if name == "T5" else AutoModel
     kind.from_config(config).save_pretrained(path)
@@ -65,7 +65,7 @@ def family(name: str, settings: dict[str, Any], demo: Path, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
-def test_families_read_both_ways_and_never_see_padding(
+def test_families_are_bidirectional_and_ignore_padding(
     name: str, demo: Path, tmp_path: Path
 ) -> None:
     path = family(name, (DECODERS | ENCODERS)[name], demo, tmp_path)
@@ -91,7 +91,7 @@ def test_attention_is_bidirectional_also_with_padding(folder: Path) -> None:
         check_bidirectional(llm)
 
 
-def test_a_family_that_cannot_look_ahead_is_refused(demo: Path, tmp_path: Path) -> None:
+def test_causal_only_family_is_rejected(demo: Path, tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     settings = TextConfig(tune="none", lora_rank=0)
@@ -100,7 +100,7 @@ def test_a_family_that_cannot_look_ahead_is_refused(demo: Path, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_the_classic_text_transformer_is_causal_and_read_at_its_end(tmp_path: Path) -> None:
+def test_clip_text_transformer_is_causal_and_pooled_at_its_end(tmp_path: Path) -> None:
     captions = [SHORT, LONG] * 20
     build_tiny_llm(captions, tmp_path, 300, 32, 2, 4, "clip")
     config = TextConfig(str(tmp_path), "full", "causal", pooling="last", lora_rank=0, max_length=24)
@@ -111,32 +111,30 @@ def test_the_classic_text_transformer_is_causal_and_read_at_its_end(tmp_path: Pa
     assert (tokens["input_ids"][torch.arange(2), ends] == 1).all()  # <eos>
     assert torch.equal(tower(**tokens), hidden[torch.arange(2), ends])
     alone = tower.llm(**{k: v[:1, :2] for k, v in tokens.items() if k in TOKENS[:2]})
-    assert torch.allclose(alone.last_hidden_state, hidden[:1, :2], atol=1e-5)  # nothing from ahead
+    assert torch.allclose(alone.last_hidden_state, hidden[:1, :2], atol=1e-5)  # causal
     with pytest.raises(ConfigError, match="CLIPTextModel stays causal"):
         Language(TextConfig(str(tmp_path), tune="none")).build()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls", "latent"])
-def test_pooling_is_blind_to_padding_and_takes_any_leading_shape(
-    folder: Path, pooling: Any
-) -> None:
+def test_pooling_ignores_padding_and_accepts_any_leading_shape(folder: Path, pooling: Any) -> None:
     config = TextConfig(str(folder), "full", pooling=pooling, lora_rank=0, max_length=32)
     language = Language(config)
     tower, tokenizer = language.build().eval(), language.tokenizer
     alone, together = tower(**tokenizer([SHORT])), tower(**tokenizer([SHORT, LONG]))
     assert torch.allclose(alone[0], together[0], atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-4)
-    by_two = tokenizer.pad([tokenizer([SHORT, SHORT]), tokenizer([LONG, SHORT])])
-    found = tower(**by_two)
-    assert found.shape == (2, 2, 32) and torch.allclose(found[:, 0], together, atol=1e-5)
+    pairs = tokenizer.pad([tokenizer([SHORT, SHORT]), tokenizer([LONG, SHORT])])
+    output = tower(**pairs)
+    assert output.shape == (2, 2, 32) and torch.allclose(output[:, 0], together, atol=1e-5)
     empty = tower(*(torch.zeros(1, 4, dtype=torch.long) for _ in TOKENS))
     assert empty.isfinite().all()
 
 
 @torch.no_grad()
-def test_a_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
-    """BERT's kind adds a token before and one after: the one after is pooled with the caption."""
+def test_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
+    """BERT adds a token at both ends; the last one is pooled with the caption."""
     path = family("Bert", SIZES, demo, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(demo / "llm")
     around = TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
@@ -147,12 +145,12 @@ def test_a_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
         inside = tokens["input_ids"][row][tokens["pooled_mask"][row].bool()]
         plain = AutoTokenizer.from_pretrained(demo / "llm")([SHORT, LONG][row])["input_ids"]
         assert inside.tolist() == [*plain, 1]
-    with pytest.raises(ConfigError, match="what the tokenizer adds take 2 tokens"):
+    with pytest.raises(ConfigError, match="the tokenizer's special tokens take 2 tokens"):
         CaptionTokenizer(path, TextConfig(max_length=2))
 
 
 @torch.no_grad()
-def test_a_prompt_is_read_but_not_pooled(folder: Path) -> None:
+def test_prompt_is_read_but_not_pooled(folder: Path) -> None:
     config = TextConfig(str(folder), "none", prompt="find the picture: ", max_length=48)
     language = Language(config)
     tower, tokens = language.build().eval(), language.tokenizer([SHORT, LONG])
@@ -169,7 +167,9 @@ def test_a_prompt_is_read_but_not_pooled(folder: Path) -> None:
         CaptionTokenizer(folder, TextConfig(prompt="find the picture: ", max_length=4))
 
 
-def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_path: Path) -> None:
+def test_pooling_is_read_from_a_sentence_encoders_folder(
+    demo: Path, folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder, tmp_path / "llm")
     (tmp_path / "llm" / "1_Pooling").mkdir()
     modes = tmp_path / "llm" / "1_Pooling" / "config.json"
@@ -178,12 +178,14 @@ def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_
         json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     )
     assert Language(TextConfig(str(tmp_path / "llm"), "none")).config.pooling == "cls"
-    for asked in ('{"pooling_mode_max_tokens": true}', "[1]", "no json"):
-        modes.write_text(asked)
-        if asked == "[1]":
-            Language(TextConfig(str(tmp_path / "llm"), "none"))
-            continue
-        with pytest.raises(ConfigError, match=r"set text.pooling|fetch it again"):
+    modes.write_text("[1]")  # sets no pooling
+    Language(TextConfig(str(tmp_path / "llm"), "none"))
+    for content, message in (
+        ('{"pooling_mode_max_tokens": true}', "set text.pooling"),
+        ("no json", "download it again"),
+    ):
+        modes.write_text(content)
+        with pytest.raises(ConfigError, match=message):
             Language(TextConfig(str(tmp_path / "llm"), "none"))
     modes.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
     with pytest.raises(ConfigError, match="asks for pooling_mode_mean_tokens and pooling_mode_max"):
@@ -199,23 +201,23 @@ def test_pooling_of_a_sentence_encoder_is_its_own(demo: Path, folder: Path, tmp_
 @pytest.mark.parametrize(
     ("tune", "share"), [("none", (0, 0)), ("lora", (0.001, 0.5)), ("full", (1, 1))]
 )
-def test_what_is_trained(folder: Path, tune: Any, share: tuple[float, float]) -> None:
+def test_share_of_trained_parameters(folder: Path, tune: Any, share: tuple[float, float]) -> None:
     tower = TextTower(TextConfig(tune=tune, lora_rank=4), folder)
     total = sum(p.numel() for p in tower.parameters())
     trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
     assert share[0] <= trained / total <= share[1]
 
 
-def test_frozen_weights_may_be_half_and_lora_stays_whole(folder: Path) -> None:
+def test_lora_is_fp32_when_frozen_weights_are_bf16(folder: Path) -> None:
     tower = TextTower(TextConfig(tune="lora", lora_rank=2, dtype="bf16"), folder)
-    kinds = {".lora_" in name: p.dtype for name, p in tower.named_parameters()}
-    assert kinds == {False: torch.bfloat16, True: torch.float32}
-    with pytest.raises(ConfigError, match=r"text.dtype=bf16 is for weights"):
+    dtypes = {".lora_" in name: p.dtype for name, p in tower.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    with pytest.raises(ConfigError, match=r"text.dtype=bf16 is for frozen weights"):
         TextConfig(tune="full", dtype="bf16").validate()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "latent"])
-def test_changes_round_trip(folder: Path, pooling: Any) -> None:
+def test_changes_are_restored_by_load_changes(folder: Path, pooling: Any) -> None:
     config = TextConfig(tune="lora", lora_rank=4, pooling=pooling, latents=4)
     tower = TextTower(config, folder)
     for parameter in tower.parameters():
@@ -243,9 +245,7 @@ def test_folders_are_found_and_hashed(folder: Path, tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(folder)) <= 300
 
 
-def test_folders_that_do_not_fit_are_refused_with_the_key(
-    demo: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_errors_of_unusable_folders_name_the_key(demo: Path, folder: Path, tmp_path: Path) -> None:
     small = family("Llama", {**GROUPED, "vocab_size": 40}, demo, tmp_path / "small")
     with pytest.raises(ConfigError, match=r"gives token \d+, the model there embeds 40"):
         Language(TextConfig(str(small), "none")).build()
@@ -256,27 +256,29 @@ def test_folders_that_do_not_fit_are_refused_with_the_key(
     shutil.copy(folder / "config.json", bare)
     for file in folder.glob("model*"):
         shutil.copy(file, bare)
-    with pytest.raises(ConfigError, match=r"bare has no tokenizer: none of .*tokenizer.json"):
+    with pytest.raises(
+        ConfigError, match=r"bare has no tokenizer: it contains none of .*tokenizer.json"
+    ):
         Language(TextConfig(str(bare), "none"))
     (bare / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"bare/config.json is no json: fetch it again"):
+    with pytest.raises(ConfigError, match=r"bare/config.json is not valid JSON: download it"):
         Language(TextConfig(str(bare), "none"))
     with pytest.raises(ConfigError, match="latent has weights to be trained"):
         Language(TextConfig(str(folder), "none", pooling="latent"))
 
 
-def test_weights_that_are_not_all_there_are_refused(demo: Path, tmp_path: Path) -> None:
-    """transformers would draw what is missing at random, each time anew."""
+def test_incomplete_weights_are_rejected(demo: Path, tmp_path: Path) -> None:
+    """transformers would initialise the missing weights randomly on each load."""
     path = family("Llama", GROUPED, demo, tmp_path)
     settings = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
-    with pytest.raises(ConfigError, match=r"layers.2.* is missing or of another shape"):
+    with pytest.raises(ConfigError, match=r"layers.2.* is missing or has another shape"):
         Language(TextConfig(str(path), "none")).build()
 
 
-def test_what_reads_otherwise_than_asked_is_refused(demo: Path, tmp_path: Path) -> None:
+def test_models_that_contradict_the_text_section_are_rejected(demo: Path, tmp_path: Path) -> None:
     bert = family("Bert", SIZES, demo, tmp_path / "bert")
-    with pytest.raises(ConfigError, match="BertModel reads in both directions"):
+    with pytest.raises(ConfigError, match="BertModel has bidirectional attention"):
         Language(TextConfig(str(bert), "none", "causal", pooling="last")).build()
     with pytest.raises(ConfigError, match="the first token, which sees no other"):
         TextConfig(attention="causal", pooling="cls").validate()
@@ -286,12 +288,14 @@ def test_what_reads_otherwise_than_asked_is_refused(demo: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="encoder-decoder"):
         Language(TextConfig(str(bart), "none")).build()
     roberta = family("Roberta", ENCODERS["Roberta"], demo, tmp_path / "roberta")
-    with pytest.raises(ConfigError, match="more than the 69 tokens"):  # 70 places, padding's first
+    with pytest.raises(
+        ConfigError, match="more than the 69 tokens"
+    ):  # 70 positions, one for padding
         Language(TextConfig(str(roberta), "none", max_length=70)).build()
 
 
-def test_unused_extra_tokens_are_no_other_models(demo: Path, tmp_path: Path) -> None:
-    """Gemma 3's text model has a token for pictures beyond its table."""
+def test_unused_tokens_beyond_the_embedding_table_are_accepted(demo: Path, tmp_path: Path) -> None:
+    """Gemma 3's text model has an image token beyond its embedding table."""
     path = family("Llama", GROUPED, demo, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(demo / "llm")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(40)]})
@@ -300,7 +304,7 @@ def test_unused_extra_tokens_are_no_other_models(demo: Path, tmp_path: Path) -> 
     Language(TextConfig(str(path), "none")).build()
 
 
-def test_cut_captions_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_captions_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     language = Language(TextConfig(str(folder), "none", max_length=12))
     with caplog.at_level("WARNING", "xray"):
         language.warn_of_cut([SHORT])
@@ -309,7 +313,7 @@ def test_cut_captions_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -
     assert "50 % of captions are longer than text.max_length=12" in caplog.text
 
 
-def test_adapter_starts_as_norm_and_projection() -> None:
+def test_adapter_is_norm_and_projection_at_the_start() -> None:
     adapter = TextAdapter(8, 4, 2)
     x = torch.randn(3, 8)
     plain = adapter.project(adapter.norm(torch.nn.functional.normalize(x, dim=-1)))

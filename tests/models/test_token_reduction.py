@@ -1,4 +1,4 @@
-"""Token reduction: plain implementations, published counts, and what it must work with."""
+"""Tests of token reduction against simple implementations and published counts."""
 
 from __future__ import annotations
 
@@ -27,45 +27,46 @@ REDUCTIONS = ["evit", "tome", "random"]
 def backbone(reduce: str, **more: object) -> VisionBackbone:
     torch.manual_seed(0)
     kwargs = {**SMALL, **more.pop("kwargs", {})}  # type: ignore[dict-item]
-    ours = VisionBackbone(ModelConfig(kwargs=kwargs, reduce=reduce, **more), 64, 4)  # type: ignore[arg-type]
-    for parameter in ours.parameters():
+    model = VisionBackbone(ModelConfig(kwargs=kwargs, reduce=reduce, **more), 64, 4)  # type: ignore[arg-type]
+    for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return ours.eval()
+    return model.eval()
 
 
-def assert_same(ours: VisionBackbone, a: Callable[[], Tensor], b: Callable[[], Tensor]) -> None:
-    """Values to 1e-10 and gradients to 1e-8, in float64."""
-    found = []
+def assert_same(model: VisionBackbone, a: Callable[[], Tensor], b: Callable[[], Tensor]) -> None:
+    """Compare outputs to 1e-10 and gradients to 1e-8, in float64."""
+    results = []
     for run in (a, b):
-        ours.zero_grad()
+        model.zero_grad()
         out = run()
         out.square().sum().backward()
-        grads = {k: p.grad.clone() for k, p in ours.named_parameters() if p.grad is not None}
-        found.append((out.detach(), grads))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-10)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, grad in found[0][1].items():
-        assert torch.allclose(grad, found[1][1][name], atol=1e-8), name
+        grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        results.append((out.detach(), grads))
+    (output, gradients), (expected_output, expected_gradients) = results
+    assert torch.allclose(output, expected_output, atol=1e-10)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, grad in gradients.items():
+        assert torch.allclose(grad, expected_gradients[name], atol=1e-8), name
 
 
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("rates", [[0.7, 0.7, 0.7], [0.9, 0.5, 0.3]])
-def test_evit_equals_a_plain_implementation(frames: int, fuse: bool, rates: list[float]) -> None:
-    ours = backbone("evit", fuse=fuse).double()
+def test_evit_equals_a_simple_implementation(frames: int, fuse: bool, rates: list[float]) -> None:
+    model = backbone("evit", fuse=fuse).double()
     pixels = torch.randn(3, frames, 3, 64, 64, dtype=torch.float64)
     assert_same(
-        ours, lambda: ours(pixels, rates).cls, lambda: plain_evit(ours, pixels, rates, fuse)
+        model, lambda: model(pixels, rates).cls, lambda: plain_evit(model, pixels, rates, fuse)
     )
 
 
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("registers", [0, 3, 4])
 @pytest.mark.parametrize("rate", [0.75, 0.5])
-def test_tome_equals_a_plain_implementation(frames: int, registers: int, rate: float) -> None:
-    ours = backbone("tome", kwargs={"reg_tokens": registers}).double()
+def test_tome_equals_a_simple_implementation(frames: int, registers: int, rate: float) -> None:
+    model = backbone("tome", kwargs={"reg_tokens": registers}).double()
     pixels = torch.randn(3, frames, 3, 64, 64, dtype=torch.float64)
-    assert_same(ours, lambda: ours(pixels, rate).cls, lambda: plain_tome(ours, pixels, rate))
+    assert_same(model, lambda: model(pixels, rate).cls, lambda: plain_tome(model, pixels, rate))
 
 
 @torch.no_grad()
@@ -76,22 +77,23 @@ def test_cls_attention_equals_explicit_attention() -> None:
 
 
 @torch.no_grad()
-def test_random_is_fresh_in_training_and_fixed_in_evaluation() -> None:
-    ours = backbone("random")
+def test_random_varies_in_training_and_is_fixed_in_evaluation() -> None:
+    model = backbone("random")
     pixels = torch.randn(1, 1, 3, 64, 64).expand(2, -1, -1, -1, -1)
-    fixed = ours(pixels, 0.5, track=True)
-    assert torch.equal(fixed.cls, ours(pixels, 0.5).cls)
+    fixed = model(pixels, 0.5, track=True)
+    assert torch.equal(fixed.cls, model(pixels, 0.5).cls)
     assert torch.equal(fixed.assign[0][0], fixed.assign[0][1])
     kept = (fixed.assign[0][0] < 8).nonzero()[:, 0]
     assert len(kept) == 8 and not torch.equal(kept, torch.arange(8))
-    ours.train()
-    fresh = ours(pixels, 0.5, track=True).assign[0]
-    assert not torch.equal(fresh[0], fresh[1])
+    model.train()
+    varied = model(pixels, 0.5, track=True).assign[0]
+    assert not torch.equal(varied[0], varied[1])
 
 
-# counts -----------------------------------------------------------------------------------------
+# token and MAC counts ----------------------------------------------------------------------------
 
-TABLE = {  # methods.md 2.2: tokens after blocks 3, 6, 9 and GMACs of DeiT-S, fused and not
+# (keep rate, fuse) -> tokens after blocks 3, 6, 9 and GMACs of DeiT-S, as EViT's paper has them
+TABLE = {
     (0.9, True): ([178, 162, 147], 4.02),
     (0.8, True): ([158, 128, 104], 3.48),
     (0.7, True): ([139, 99, 71], 3.03),
@@ -105,15 +107,17 @@ TABLE = {  # methods.md 2.2: tokens after blocks 3, 6, 9 and GMACs of DeiT-S, fu
 }
 
 
-def on_meta(name: str, resolution: int = 224, frames: int = 16, **more: object) -> VisionBackbone:
+def meta_backbone(
+    name: str, resolution: int = 224, frames: int = 16, **more: object
+) -> VisionBackbone:
     with torch.device("meta"):
         return VisionBackbone(ModelConfig(name=name, **more), resolution, frames)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rate", "fuse"), TABLE)
-def test_counts_and_macs_of_the_published_table(rate: float, fuse: bool) -> None:
+def test_counts_and_macs_equal_the_published_table(rate: float, fuse: bool) -> None:
     counts, gmacs = TABLE[rate, fuse]
-    model = on_meta("vit_small_patch16_224", fuse=fuse)
+    model = meta_backbone("vit_small_patch16_224", fuse=fuse)
     assert [model.token_counts(196, rate)[i] for i in (3, 6, 9)] == counts
     assert round(vision_macs(model, 1, 224, rate) / 1e9, 2) == gmacs
     assert round(vision_macs(model) / 1e9, 2) == 4.60
@@ -130,10 +134,10 @@ def test_counts_and_macs_of_the_published_table(rate: float, fuse: bool) -> None
         ([4, 8, 11], 0.5, 0.603, 0.582),
     ],
 )
-def test_shares_of_macs_at_other_layers(
+def test_relative_macs_with_other_reducing_blocks(
     at: list[int], rate: float, image: float, video: float
 ) -> None:
-    model = on_meta("vit_base_patch16_224", reduce_at=at)
+    model = meta_backbone("vit_base_patch16_224", reduce_at=at)
     for frames, share in ((1, image), (16, video)):
         ratio = vision_macs(model, frames, 224, rate) / vision_macs(model, frames)
         assert ratio == pytest.approx(share, abs=6e-4)
@@ -144,16 +148,16 @@ def test_shares_of_macs_at_other_layers(
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 4, "qk_norm": True}])
 @torch.no_grad()
-def test_macs_are_what_torch_counts(reduce: str, frames: int, kwargs: dict) -> None:
-    ours, rate = backbone(reduce, kwargs=kwargs), 1.0 if reduce == "none" else 0.6
+def test_macs_equal_torchs_flop_counter(reduce: str, frames: int, kwargs: dict) -> None:
+    model, rate = backbone(reduce, kwargs=kwargs), 1.0 if reduce == "none" else 0.6
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        ours(torch.randn(1, frames, 3, 64, 64), rate)
-    assert counter.get_total_flops() == 2 * vision_macs(ours, frames, 64, rate)
+        model(torch.randn(1, frames, 3, 64, 64), rate)
+    assert counter.get_total_flops() == 2 * vision_macs(model, frames, 64, rate)
 
 
 @torch.no_grad()
-def test_macs_of_frames_and_masked_encoders_are_what_torch_counts() -> None:
+def test_macs_of_frames_and_masked_encoders_equal_torchs_flop_counter() -> None:
     frames = backbone("evit", video="frames", frame_pool="attention")
     visible = torch.arange(5)[None]
     decoder = MaeDecoder(64, 24, 32, 2, 2)
@@ -178,129 +182,130 @@ def test_macs_of_frames_and_masked_encoders_are_what_torch_counts() -> None:
 
 @pytest.mark.parametrize("fuse", [True, False])
 @torch.no_grad()
-def test_tome_and_random_leave_as_many_tokens_as_evit(fuse: bool) -> None:
+def test_tome_and_random_keep_as_many_tokens_as_evit(fuse: bool) -> None:
     pixels = torch.randn(1, 4, 3, 64, 64)
     for rate in (0.9, 0.7, 0.5):
-        left = {
+        counts = {
             reduce: [
                 int(a.max()) + 1 for a in backbone(reduce, fuse=fuse)(pixels, rate, None, True)[2]
             ]
             for reduce in REDUCTIONS
         }
         kept = [backbone("evit", fuse=fuse).token_counts(32, rate)[i] for i in (2, 4, 6)]
-        assert left["tome"] == kept
+        assert counts["tome"] == kept
         if fuse:
-            assert left["evit"] == left["random"] == kept
+            assert counts["evit"] == counts["random"] == kept
 
 
-# bookkeeping ------------------------------------------------------------------------------------
+# assignment of input tokens ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @torch.no_grad()
-def test_assign_says_where_each_token_went_at_each_depth(reduce: str) -> None:
-    ours = backbone(reduce)
-    tokens = ours(torch.randn(2, 1, 3, 64, 64), 0.7, track=True)
+def test_assign_maps_each_input_token_at_each_depth(reduce: str) -> None:
+    model = backbone(reduce)
+    tokens = model(torch.randn(2, 1, 3, 64, 64), 0.7, track=True)
     assert len(tokens.assign) == 3 and all(a.shape == (2, 16) for a in tokens.assign)
-    for depth, left in enumerate(ours.token_counts(16, 0.7)[2:7:2]):
-        for row in tokens.assign[depth]:  # every token has inputs, and every input a token
-            assert torch.equal(torch.bincount(row, minlength=left) > 0, torch.ones(left).bool())
+    for depth, count in enumerate(model.token_counts(16, 0.7)[2:7:2]):
+        for row in tokens.assign[depth]:  # every remaining token holds at least one input token
+            assert torch.equal(torch.bincount(row, minlength=count) > 0, torch.ones(count).bool())
     for early, late in zip(tokens.assign, tokens.assign[1:], strict=False):
-        for a, b in zip(early, late, strict=True):  # what was joined stays together
+        for a, b in zip(early, late, strict=True):  # merged tokens stay merged
             for token in a.unique():
                 assert len(b[a == token].unique()) == 1
     dense = tokens.dense()
     assert torch.equal(dense[1, 5], tokens.patches[1, tokens.assign[-1][1, 5]])
-    assert ours(torch.randn(1, 1, 3, 64, 64), track=True).dense().shape == (1, 16, 64)
+    assert model(torch.randn(1, 1, 3, 64, 64), track=True).dense().shape == (1, 16, 64)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("video", ["joint", "frames"])
 @torch.no_grad()
-def test_a_rate_that_changes_nothing_is_tracked_too(reduce: str, video: str) -> None:
-    """.95 of 20 tokens is 19, and one fused; .99 of 20 is 20."""
-    ours = backbone(reduce, video=video)
+def test_rates_that_remove_no_token_are_tracked(reduce: str, video: str) -> None:
+    """A rate of .95 keeps 19 of 20 tokens plus the fused one; a rate of .99 keeps 20."""
+    model = backbone(reduce, video=video)
     clip = torch.randn(1, 2 if video == "frames" else 1, 3, 64, 80)
     for rate in (0.95, 0.99):
-        tokens = ours(clip, rate, track=True)
+        tokens = model(clip, rate, track=True)
         assert len(tokens.assign) == 3
         assert tokens.patches.shape[1] == len(clip[0]) * 20
         assert torch.equal(tokens.assign[0].sort(1).values[0], torch.arange(len(clip[0]) * 20))
 
 
-def test_tome_keeps_to_fused_attention_in_training() -> None:
-    """A mask with a gradient would take SDPA from its fused kernels."""
-    ours, seen = backbone("tome"), []
+def test_tome_allows_fused_attention_in_training() -> None:
+    """SDPA does not use its fused kernels if the mask needs a gradient."""
+    model, all_masks = backbone("tome"), []
     fused = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(*args: Tensor, attn_mask: Tensor | None = None, **more: float) -> Tensor:
-        seen.append(attn_mask)
+    def recording(*args: Tensor, attn_mask: Tensor | None = None, **more: float) -> Tensor:
+        all_masks.append(attn_mask)
         return fused(*args, attn_mask=attn_mask, **more)
 
-    with patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
-        ours(torch.randn(1, 1, 3, 64, 64), 0.7).cls.sum().backward()
-    masks = [mask for mask in seen if mask is not None]
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", recording):
+        model(torch.randn(1, 1, 3, 64, 64), 0.7).cls.sum().backward()
+    masks = [mask for mask in all_masks if mask is not None]
     assert len(masks) == 5 and not any(mask.requires_grad for mask in masks)
 
 
 @torch.no_grad()
-def test_dropped_tokens_are_nowhere() -> None:
+def test_dropped_tokens_have_no_assignment_and_zero_features() -> None:
     tokens = backbone("evit", fuse=False)(torch.randn(1, 1, 3, 64, 64), 0.5, track=True)
     assert [(a >= 0).sum().item() for a in tokens.assign] == [8, 4, 2]
-    gone = tokens.assign[-1][0] < 0
-    assert tokens.dense()[0, gone].abs().max() == 0 and tokens.dense()[0, ~gone].abs().min() > 0
+    dropped = tokens.assign[-1][0] < 0
+    dense = tokens.dense()[0]
+    assert dense[dropped].abs().max() == 0 and dense[~dropped].abs().min() > 0
 
 
-# what it must work with -------------------------------------------------------------------------
+# together with checkpointing, autocast and compilation -------------------------------------------
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_checkpointing_and_drop_path_do_not_change_gradients(reduce: str) -> None:
-    ours = backbone(reduce, drop_path=0.3).train()
+    model = backbone(reduce, drop_path=0.3).train()
     pixels, grads = torch.randn(3, 4, 3, 64, 64), []
     for checkpointing in (False, True):
-        ours.set_grad_checkpointing(checkpointing)
-        ours.zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
         torch.manual_seed(1)
-        ours(pixels, 0.7).cls.square().sum().backward()
-        grads.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
+        model(pixels, 0.7).cls.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_bf16_autocast(reduce: str) -> None:
-    ours = backbone(reduce)
+    model = backbone(reduce)
     pixels = torch.randn(2, 4, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = ours(pixels, 0.7)
+        tokens = model(pixels, 0.7)
     tokens.cls.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
-    exact = ours(pixels, 0.7).cls
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    exact = model(pixels, 0.7).cls
     assert torch.nn.functional.cosine_similarity(tokens.cls.float(), exact).min() > 0.98
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_it_compiles_whole(reduce: str) -> None:
-    """No graph break; aot_eager traces forward and backward without a C++ compiler."""
+def test_compiles_without_graph_breaks(reduce: str) -> None:
+    """aot_eager traces forward and backward and needs no C++ compiler."""
     torch._dynamo.reset()
-    ours = backbone(reduce, kwargs={"depth": 4})
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=False)
+    model = backbone(reduce, kwargs={"depth": 4})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     pixels = torch.randn(2, 1, 3, 64, 64)
-    for rate in (0.85, 0.7):  # a schedule steps through rates: a graph for each
-        expected, found = ours(pixels, rate).cls, compiled(pixels, rate).cls
-        assert torch.allclose(expected, found, atol=1e-5)
-        found.sum().backward()
+    for rate in (0.85, 0.7):  # the schedule's steps: each rate has its graph
+        expected, actual = model(pixels, rate).cls, compiled(pixels, rate).cls
+        assert torch.allclose(expected, actual, atol=1e-5)
+        actual.sum().backward()
 
 
-def test_rates_that_cannot_be() -> None:
+def test_invalid_rates_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"keep_rate=0.4 must be at least 0.5 .*tome"):
         backbone("tome", keep_rate=0.4)
     with pytest.raises(ConfigError, match="2 keep rates for 3 reducing blocks"):
         backbone("evit", keep_rates=[0.7, 0.5])
     with pytest.raises(ConfigError, match="must be blocks 0 to 7"):
         backbone("evit", reduce_at=[3, 8])
-    with pytest.raises(ConfigError, match="must rise"):
+    with pytest.raises(ConfigError, match="must be in increasing order"):
         backbone("evit", reduce_at=[5, 3])
     pixels = torch.randn(1, 1, 3, 64, 64)
     with pytest.raises(ConfigError, match=r"must be numbers in \(0, 1\]"):

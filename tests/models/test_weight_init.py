@@ -1,4 +1,4 @@
-"""What a backbone starts with before any training."""
+"""Tests of the backbone's initial weights and positions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from xray.models import ModelConfig, VisionBackbone
 from xray.models.position_embedding import sincos_positions
 
 
-def test_image_and_first_slot_of_a_clip_agree() -> None:
+def test_positions_of_an_image_equal_the_first_slot_of_a_clip() -> None:
     image, clip = sincos_positions((1, 4, 4), 32), sincos_positions((3, 4, 4), 32)
     assert torch.equal(image, clip[:16])
     assert len({tuple(row.tolist()) for row in clip}) == 48
 
 
-def by_hand(row: int, column: int, width: int) -> list[float]:
-    """Sines, then cosines, of the row times 10000^(-k / (D/4)); then of the column."""
+def reference_embedding(row: int, column: int, width: int) -> list[float]:
+    """Return sines, then cosines, of the row times 10000^(-k / (D/4)); then of the column."""
     rates = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
-    return [
-        f(place * rate) for place in (row, column) for f in (math.sin, math.cos) for rate in rates
-    ]
+    return [f(i * rate) for i in (row, column) for f in (math.sin, math.cos) for rate in rates]
 
 
-def test_patches_start_where_they_lie() -> None:
+def test_position_table_starts_with_sine_cosine_embeddings() -> None:
     config = ModelConfig(
         name="vit_tiny_patch16_224",
         kwargs={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -36,35 +34,35 @@ def test_patches_start_where_they_lie() -> None:
     vit = VisionBackbone(config, resolution=(24, 40), frames=4)
     table = vit.pos_embed.detach()[0, 1:].reshape(3, 5, 32)
     for row, column in ((0, 0), (2, 1), (1, 4)):
-        expected = torch.tensor(by_hand(row, column, 32))
+        expected = torch.tensor(reference_embedding(row, column, 32))
         torch.testing.assert_close(table[row, column], expected, atol=1e-6, rtol=0)
-    assert vit.pos_embed.requires_grad  # they are learned from there
+    assert vit.pos_embed.requires_grad  # training changes them
     assert vit.pos_temporal is not None and vit.pos_temporal.abs().max() < 0.1
 
 
-def test_a_width_without_such_positions_is_refused() -> None:
+def test_width_that_is_not_a_multiple_of_4_is_rejected() -> None:
     kwargs = {"patch_size": 8, "embed_dim": 54, "depth": 2, "num_heads": 3}
     with pytest.raises(ConfigError, match="embed_dim=54 must be a multiple of 4"):
         VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
 
 
 @pytest.mark.parametrize("width", [48, 192])
-def test_weights_spread_as_xavier_says(width: int) -> None:
+def test_initial_weights_are_xavier_uniform(width: int) -> None:
     kwargs = {"patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 3}
     vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
     maps = [module.weight for module in vit.blocks.modules() if isinstance(module, nn.Linear)]
     assert len(maps) == 8
-    stem = vit.patch_embed.proj.weight.sum(dim=2).flatten(1)  # of an image
+    stem = vit.patch_embed.proj.weight.sum(dim=2).flatten(1)  # the kernel for an image
     for weight in [*maps, stem]:
-        bound = math.sqrt(6 / sum(weight.shape))  # out + in
+        bound = math.sqrt(6 / sum(weight.shape))  # outputs + inputs
         assert 0.98 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_timms_own_start_can_be_asked_for() -> None:
+def test_weight_init_keyword_selects_timms_initialisation() -> None:
     kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"}
     torch.manual_seed(0)
     vit = VisionBackbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs), 32)
     torch.manual_seed(0)
-    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **kwargs)
-    assert torch.equal(vit.blocks[1].mlp.fc1.weight, peer.blocks[1].mlp.fc1.weight)
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **kwargs)
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, reference.blocks[1].mlp.fc1.weight)

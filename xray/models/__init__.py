@@ -1,4 +1,4 @@
-"""Models: plain modules that know no rank and no stage."""
+"""Models as plain `nn.Module`s, independent of ranks and training stages."""
 
 from xray.config import ModelConfig
 from xray.models.backbone import Tokens, VisionBackbone

@@ -1,10 +1,11 @@
 """The shared vision backbone: timm's VisionTransformer for images and clips, with token reduction.
 
-Parameter names are timm's. Added are: the stem over tubelets (an image takes its temporal sum),
-`pos_temporal` (clip positions after the first), a CLS token where timm's model has none, and
-`frame_query` (attention pooling over frames).
+Parameter names are timm's. The backbone adds a stem over tubelets (for an image, its kernels are
+summed over time), `pos_temporal` (positions of the time slots after the first), a CLS token if
+timm's model has none, and `frame_query` (attention pooling over frames).
 
-B batch, T frames, t time slots, h x w patch grid, n = t*h*w patch tokens, P prefix tokens, D width.
+Shapes: B batch, T frames, t time slots, h x w patch grid, n = t*h*w patch tokens, P prefix tokens,
+D width.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ from xray.models.weight_loading import load_pretrained, resample_time
 
 
 class Tokens(NamedTuple):
-    """The backbone's output: a tuple, which ZeRO-3 looks into.
+    """Output of the backbone. It is a tuple because ZeRO 3 searches tuples for tensors.
 
-    cls [B, D]; patches [B, m, D]; assign, after each block that reduced: the patch token that each
-    of the n input tokens lies in, [B, n] long, -1 if it was dropped; None unless tracked.
+    Attributes:
+        cls: CLS feature, [B, D].
+        patches: features of the m remaining patch tokens, [B, m, D].
+        assign: one tensor per reducing block, [B, n] long: the index of the patch token that holds
+            each input token after the block, or -1 if it was dropped. None without `track=True`.
     """
 
     cls: Tensor
@@ -46,27 +50,31 @@ class Tokens(NamedTuple):
     assign: tuple[Tensor, ...] | None = None
 
     def dense(self) -> Tensor:
-        """A feature for every input token, [B, n, D]: its token's; zero if it was dropped.
+        """Return one feature per input token, [B, n, D].
 
-        Raises ValueError when the call was not made with `track=True`.
+        An input token has the feature of the token that it was merged into, or zeros if it was
+        dropped. Raises ValueError if the backbone was called without `track=True`.
         """
         if self.assign is None:
-            raise ValueError("dense() needs to know where tokens went: call with track=True")
+            raise ValueError(
+                "dense() needs the token assignment: call the backbone with track=True"
+            )
         if not self.assign:
             return self.patches
-        place = self.assign[-1][..., None].expand(-1, -1, self.patches.shape[-1])
-        return self.patches.gather(1, place.clamp(min=0)) * (place >= 0)
+        index = self.assign[-1][..., None].expand(-1, -1, self.patches.shape[-1])
+        return self.patches.gather(1, index.clamp(min=0)) * (index >= 0)
 
 
 class VisionBackbone(nn.Module):
-    """A timm VisionTransformer for images and clips, with a CLS token.
+    """VisionTransformer of timm for images and clips, with a CLS token.
 
     Args:
         config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough.
-        resolution: side or (height, width) of the position table's picture, in pixels.
-        frames: frames of the position table's clip.
+        resolution: image size of the position table in pixels: a side, or (height, width).
+        frames: number of frames of the position table.
 
-    Other sizes are met by interpolation. Raises ConfigError for a model of other blocks.
+    The position table is interpolated for inputs of other sizes. Raises ConfigError for a timm
+    model that is not a VisionTransformer of standard blocks.
     """
 
     def __init__(
@@ -85,10 +93,10 @@ class VisionBackbone(nn.Module):
         self.tubelet = config.tubelet
         self.video = config.video
         self.geometry = Geometry(self.patch_size, 1 if config.video == "frames" else config.tubelet)
-        slots, *_ = self.geometry.grid(frames, *size)  # raises for sides that do not fit
+        slots, *_ = self.geometry.grid(frames, *size)  # raises if a side is not whole patches
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.cls_added = vit.cls_token is None
-        # positions cover none of the prefix tokens, or all that timm's model has
+        # the position table has rows for all prefix tokens of timm's model, or for none
         self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
         self.grad_checkpointing = config.grad_checkpointing
@@ -107,11 +115,12 @@ class VisionBackbone(nn.Module):
             self.pos_temporal = nn.Parameter(torch.empty(1, slots - 1, vit.embed_dim))
             nn.init.trunc_normal_(self.pos_temporal, std=0.02)
         if self.video == "frames" and config.frame_pool == "attention":
-            self.frame_query = nn.Parameter(torch.zeros(vit.embed_dim))  # starts as the mean
+            # with a zero query, attention pooling equals the mean at the start of training
+            self.frame_query = nn.Parameter(torch.zeros(vit.embed_dim))
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
         self.norm = vit.norm
-        self.fc_norm = vit.fc_norm  # timm's name for the final norm of models that pool first
+        self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
 
         self.reduction = config.reduce
         self.fuse = config.fuse
@@ -121,9 +130,12 @@ class VisionBackbone(nn.Module):
         if any(not 0 <= i < depth for i in self.reduce_at):
             raise ConfigError(f"model.reduce_at={self.reduce_at} must be blocks 0 to {depth - 1}")
         if sorted(set(self.reduce_at)) != self.reduce_at:
-            raise ConfigError(f"model.reduce_at={self.reduce_at} must rise: keep_rates follow it")
+            raise ConfigError(
+                f"model.reduce_at={self.reduce_at} must be in increasing order without repetition: "
+                "model.keep_rates follows the same order"
+            )
         if config.keep_rates is not None and self.reduction != "none":
-            self.rates(config.keep_rates)  # as many as blocks
+            self.rates(config.keep_rates)  # raises if their number is not that of reduce_at
         load_pretrained(self, config)
 
     def forward(
@@ -133,19 +145,21 @@ class VisionBackbone(nn.Module):
         visible: Tensor | None = None,
         track: bool = False,
     ) -> Tokens:
-        """All tokens after the final norm.
+        """Encode images or clips and return all tokens after the final norm.
 
         Args:
-            pixels: [B, T, 3, H, W], normalised; T = 1 for images. An odd frame out is repeated to
-                fill its tubelet.
-            keep_rate: share of patch tokens kept at each block of `reduce_at`, or one per block.
-                It is the call's: `config.keep_rate` is what a stage's schedule ends at.
-            visible: [B, m] patch tokens to encode (masked auto-encoding), or None for all. With
-                `video: frames` the same number of each frame, frame by frame.
+            pixels: [B, T, 3, H, W], normalised; T = 1 for images. The last frame is repeated to
+                complete the last tubelet.
+            keep_rate: share of patch tokens kept at each block of `reduce_at`, or one share per
+                block. `config.keep_rate` has no effect here: it is the target of the schedule,
+                and the caller passes the current value.
+            visible: [B, m] indices of the patch tokens to encode (masked auto-encoding), or None
+                for all. With `video: frames`, the indices are sorted by frame and each frame has
+                the same number of them.
             track: also return `assign`.
 
-        With `video: frames` the CLS tokens of the frames are pooled and their patch tokens follow
-        each other, as do their places in `assign`.
+        With `video: frames`, the CLS tokens of the frames are pooled into one. The patch tokens of
+        all frames are concatenated in time order, and `assign` indexes the concatenated tokens.
         """
         if self.video == "joint":
             return self._encode(pixels, keep_rate, visible, track)
@@ -158,9 +172,10 @@ class VisionBackbone(nn.Module):
         if assign:
             frame = torch.arange(T, device=pixels.device).repeat(B)[:, None]
             counts = self.token_counts(assign[0].shape[1], keep_rate)
-            left = [counts[at] for at in self.rates(keep_rate)]
+            remaining = [counts[at] for at in self.rates(keep_rate)]
             assign = tuple(
-                (a + frame * n * (a >= 0)).reshape(B, -1) for a, n in zip(assign, left, strict=True)
+                (a + frame * n * (a >= 0)).reshape(B, -1)
+                for a, n in zip(assign, remaining, strict=True)
             )
         patches = patches.reshape(B, -1, self.embed_dim)
         return Tokens(self._pool(cls.unflatten(0, (B, T))), patches, assign)
@@ -187,23 +202,29 @@ class VisionBackbone(nn.Module):
         return Tokens(x[:, 0], x[:, P:], state.assign)
 
     def rates(self, keep_rate: KeepRate) -> dict[int, float]:
-        """Block number -> the keep rate below 1 there; raises ConfigError for impossible ones."""
-        if isinstance(keep_rate, float | int | str):  # a str is refused below
+        """Map each reducing block's number to its keep rate, for rates below 1.
+
+        Raises ConfigError for rates outside (0, 1] and for a wrong number of rates.
+        """
+        if isinstance(keep_rate, float | int | str):  # a str is rejected below
             keep_rate = [keep_rate] * len(self.reduce_at)
         rates: list[Any] = list(keep_rate)
         if len(rates) != len(self.reduce_at):
             raise ConfigError(
                 f"{len(rates)} keep rates for {len(self.reduce_at)} reducing blocks "
-                f"{self.reduce_at}: give model.keep_rates one per block of model.reduce_at"
+                f"{self.reduce_at}: set model.keep_rates to one rate per block of model.reduce_at"
             )
         if not all(isinstance(rate, float | int) and 0 < rate <= 1 for rate in rates):
             raise ConfigError(f"keep rates {rates} must be numbers in (0, 1]")
         if self.reduction == "none" and any(rate < 1 for rate in rates):
-            raise ConfigError("model.reduce=none keeps every token: set it to evit, or keep_rate 1")
+            raise ConfigError(
+                f"model.reduce=none keeps every token, but the keep rates are {rates}: "
+                "set model.reduce=evit, or model.keep_rate=1"
+            )
         return {at: rate for at, rate in zip(self.reduce_at, rates, strict=True) if rate < 1}
 
     def token_counts(self, tokens: int, keep_rate: KeepRate = 1.0) -> list[int]:
-        """Patch tokens that leave each block, for `tokens` that enter the first."""
+        """Return the number of patch tokens after each block, for `tokens` before the first."""
         counts, rates = [], self.rates(keep_rate)
         for number in range(len(self.blocks)):
             kept = kept_tokens(tokens, rates.get(number, 1.0))
@@ -215,7 +236,7 @@ class VisionBackbone(nn.Module):
     def _block(
         self, block: Block, x: Tensor, state: TokenState, rate: float
     ) -> tuple[Tensor, TokenState]:
-        """timm's block; below rate 1 the tokens are reduced between attention and MLP."""
+        """Run timm's block; with a rate below 1, reduce tokens between attention and MLP."""
         if rate == 1 and state.sizes is None:
             return block(x), state
         attention: Any = block.attn
@@ -228,34 +249,37 @@ class VisionBackbone(nn.Module):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
 
     def _pool(self, cls: Tensor) -> Tensor:
-        """The frames' CLS tokens, [B, T, D] -> [B, D]: their mean, or weighted by attention."""
+        """Pool the frames' CLS tokens, [B, T, D] -> [B, D], by mean or by attention."""
         if self.frame_query is None:
             return cls.mean(dim=1)
         weights = ((cls * self.frame_query).sum(-1) * cls.shape[-1] ** -0.5).softmax(dim=1)
         return (weights[..., None] * cls).sum(dim=1)
 
-    # the geometry of tokens -------------------------------------------------------------------
+    # token geometry ---------------------------------------------------------------------------
 
     @property
     def patch_values(self) -> int:
-        """Pixel values of one token: tubelet * p * p * 3."""
+        """Number of pixel values per patch token: tubelet * p * p * 3."""
         return self.tubelet * self.patch_size[0] * self.patch_size[1] * 3
 
     def tubelets(self, pixels: Tensor) -> Tensor:
-        """The frames the tokens stand for, [B, T, 3, H, W] -> [B, t*tubelet, 3, H, W]."""
+        """Repeat frames so that each token covers one tubelet.
+
+        [B, T, 3, H, W] -> [B, t*tubelet, 3, H, W].
+        """
         if self.video == "frames":
             return pixels.repeat_interleave(self.tubelet, dim=1)
         return whole_tubelets(pixels, self.tubelet)
 
     def token_grid(self, pixels: Tensor) -> tuple[int, int, int]:
-        """(t, h, w) of the patch tokens of [B, T, 3, H, W]; t = 1 for an image.
+        """Return the patch grid (t, h, w) of pixels [B, T, 3, H, W]; t = 1 for an image.
 
-        Raises ConfigError for sides that are not whole patches.
+        Raises ConfigError if a side is not a multiple of the patch size.
         """
         return self.geometry.grid(pixels.shape[1], *pixels.shape[-2:])
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Stem, positions and prefix tokens: [B, P + n, D], patch tokens t-major."""
+        """Apply stem and positions and prepend prefix tokens: [B, P + n, D], time slot by slot."""
         slots, h, w = self.token_grid(pixels)
         if pixels.shape[1] > 1:
             pixels = whole_tubelets(pixels, self.tubelet)
@@ -277,40 +301,46 @@ class VisionBackbone(nn.Module):
             if self.reg_token is None
             else torch.cat([self.cls_token, self.reg_token], dim=1)
         )
-        if self.position_prefix:  # an added CLS has no row, and comes first
+        if self.position_prefix:  # an added CLS token comes first and has no position: pad with 0
             rows = F.pad(table[:, : self.position_prefix], (0, 0, int(self.cls_added), 0))
             prefix = prefix + rows
         if slots == 1 and self.training and self.pos_temporal is not None:
-            # ZeRO reduces only the gradients of the micro-batch that ends a step: an image must
-            # touch what a clip before it touched. Adding 0 is exact.
+            # ZeRO reduces the gradients of the step's last micro-batch only. If that one holds
+            # images, it must still use the parameters that clips before it used. Adding 0 is exact.
             prefix = prefix + 0 * self.pos_temporal.sum()
         return self.pos_drop(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
 
-    # timm's surface ---------------------------------------------------------------------------
+    # timm's interface -------------------------------------------------------------------------
 
     def forward_features(self, pixels: Tensor, keep_rate: KeepRate = 1.0) -> Tensor:
-        """[B, T, 3, H, W] -> [B, 1 + m, D], CLS first."""
+        """Encode pixels into one tensor, [B, T, 3, H, W] -> [B, 1 + m, D], CLS first."""
         tokens = self(pixels, keep_rate)
         return torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must leave alone."""
+        """Return the names of parameters without weight decay."""
         return {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups: the stem, then each block, then the final norm."""
+        """Return timm's layer groups: the stem, then each block, then the final norm."""
         stem = r"^cls_token|^reg_token|^pos_embed|^pos_temporal|^patch_embed|^norm_pre"
         top = r"^norm|^fc_norm|^frame_query"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (top, (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable activation checkpointing of the blocks."""
         self.grad_checkpointing = enable
 
 
 def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """timm's attention by SDPA, with its queries and keys: [B, N, D], 2 x [B, H, N, d].
+    """Run timm's attention with SDPA and also return its queries and keys.
 
-    bias: added to the logits, [B, 1, 1, N], or None.
+    Args:
+        attn: timm's attention module with H heads of width d.
+        x: [B, N, D].
+        bias: added to the attention logits, [B, 1, 1, N], or None.
+
+    Returns the output [B, N, D], queries and keys, each [B, H, N, d].
     """
     B, N, _ = x.shape
     qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)

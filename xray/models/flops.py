@@ -1,7 +1,8 @@
-"""Multiply-adds of a forward pass, counted from the modules: 1 MAC = 2 FLOPs.
+"""Multiply-accumulate operations (MACs) of a forward pass, counted from the modules.
 
-Counted are the stem, the linear layers, attention and token reduction; norms, activations and
-additions are not, as in the published tables. A training step costs three forwards.
+1 MAC = 2 FLOPs. The count includes the stem, linear layers, attention and token reduction. As in
+published tables, it excludes norms, activations and additions. A training step costs about three
+forward passes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ def vision_macs(
     keep_rate: KeepRate = 1.0,
     visible: int | None = None,
 ) -> int:
-    """MACs of one image (frames = 1) or clip; visible: tokens that a masked encoder sees."""
+    """Return the MACs of encoding one image (frames = 1) or clip.
+
+    Args:
+        resolution: side or (height, width), in pixels.
+        keep_rate: share of patch tokens kept at each reducing block, or one share per block.
+        visible: number of patch tokens that a masked encoder reads; None for all.
+    """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     p, r = backbone.patch_size
     slots, h, w = backbone.geometry.grid(frames, height, width)
     passes = slots if backbone.video == "frames" else 1
     image = backbone.video == "frames" or frames == 1
     tokens = slots * h * w // passes
-    depth = 1 if image else backbone.tubelet  # an image meets the summed kernels
+    depth = 1 if image else backbone.tubelet  # an image uses the kernels summed over time
     total = tokens * backbone.embed_dim * 3 * p * r * depth
     n = tokens if visible is None else visible // passes
     counts = backbone.token_counts(n, keep_rate)
@@ -40,7 +47,7 @@ def vision_macs(
 
 
 def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int:
-    """A block that n patch tokens enter and `after` leave."""
+    """Return the MACs of a block with n patch tokens before it and `after` tokens after it."""
     attn, P = block.attn, backbone.num_prefix_tokens
     width = attn.num_heads * attn.head_dim
     N = P + n
@@ -53,7 +60,7 @@ def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int
 
 
 def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
-    """MACs of the MAE decoder over `tokens` patches, `visible` of them encoded."""
+    """Return the MACs of the MAE decoder for `tokens` patches, `visible` of them encoded."""
     total = (visible + 1) * linear_macs(decoder.embed) + tokens * linear_macs(decoder.predict)
     N = tokens + 1
     blocks: Any = decoder.blocks
@@ -64,8 +71,11 @@ def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
 
 
 def linear_macs(module: nn.Module, trained: bool = False) -> int:
-    """MACs per token of a module's linear layers, or of those whose weights are trained."""
-    # by their sizes: of weights that ZeRO 3 has partitioned none is left to be counted
+    """Return the MACs per token of a module's linear layers.
+
+    trained: count only layers whose weights are trained.
+    """
+    # use the layers' feature sizes: weights that ZeRO 3 has partitioned have no elements
     return sum(
         m.in_features * m.out_features
         for m in module.modules()

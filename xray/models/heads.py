@@ -1,4 +1,4 @@
-"""Small heads on top of the towers."""
+"""Input normalisation and the small heads on top of the towers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ TextHead = Literal["adapter", "linear"]
 
 
 class Normalize(nn.Module):
-    """uint8 pixels in [0, 255] to normalised floats, by fixed channel statistics."""
+    """Conversion of uint8 pixels to floats, normalised with fixed channel statistics.
 
-    mean: Tensor  # [3, 1, 1], of 255
+    mean, std: one value per channel, for pixels in [0, 1].
+    """
+
+    mean: Tensor  # [3, 1, 1], for pixels in [0, 255]
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -24,12 +27,13 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, T, 3, H, W] uint8 -> float."""
-        return pixels.to(self.mean.dtype).sub_(self.mean).div_(self.std)  # one temporary, not 3
+        """Normalise pixels [B, T, 3, H, W], uint8 -> float."""
+        # in place: one temporary tensor instead of three
+        return pixels.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
 
 class Projection(nn.Linear):
-    """A bias-free map into the joint space."""
+    """Linear map without bias into the joint space, [B, width] -> [B, joint]."""
 
     def __init__(self, width: int, joint: int) -> None:
         super().__init__(width, joint, bias=False)
@@ -37,16 +41,18 @@ class Projection(nn.Linear):
 
 
 class TextProjection(Projection):
-    """CLIP's own head of a text tower (2103.00020): [B, width] -> [B, joint], not normalised."""
+    """Text head of CLIP (2103.00020), [B, width] -> [B, joint], not normalised."""
 
     def forward(self, sentence: Tensor) -> Tensor:
+        """Project sentence vectors in fp32, [B, width] -> [B, joint]."""
         return super().forward(sentence.float())
 
 
 class TagHead(nn.Linear):
-    """CLS features to one logit per tag, or to what a function makes of features and weights.
+    """Linear classifier of tags, [B, D] -> [B, V].
 
-    A loss that never holds all logits needs the weights where they are whole: in this forward.
+    A loss that computes logits in chunks reads the weights inside this forward, because ZeRO 3
+    gathers partitioned weights only there. It is passed to `forward` as `work`.
     """
 
     def __init__(self, width: int, tags: int) -> None:
@@ -60,14 +66,14 @@ class TagHead(nn.Linear):
         self.bias.copy_(bias)
 
     def forward(self, features: Tensor, work: Callable[..., Any] | None = None) -> Any:
-        """[B, D] -> logits [B, V], or work(features, weight, bias)."""
+        """Return the logits, [B, D] -> [B, V], or the result of work(features, weight, bias)."""
         if work is None:
             return super().forward(features)
         return work(features, self.weight, self.bias)
 
 
 class ResidualMlp(nn.Module):
-    """x + W2 GELU(W1 LN(x)) with expansion 2."""
+    """Residual block x + W2 GELU(W1 LN(x)) with expansion 2, [B, D] -> [B, D]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -78,13 +84,14 @@ class ResidualMlp(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block, [B, D] -> [B, D]."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class TextAdapter(nn.Module):
-    """Sentence vectors into the joint space: normalise, residual MLPs, norm, projection.
+    """Text head of LLM2CLIP (2411.04997), [B, width] -> [B, joint], not normalised.
 
-    The form of LLM2CLIP's adaptor (2411.04997). [B, width] -> [B, joint], not normalised.
+    It normalises the sentence vector, then applies residual MLPs, a LayerNorm and a linear map.
     """
 
     def __init__(self, width: int, joint: int, blocks: int) -> None:
@@ -94,9 +101,10 @@ class TextAdapter(nn.Module):
         self.project = nn.Linear(width, joint)
 
     def forward(self, sentence: Tensor) -> Tensor:
+        """Project sentence vectors in fp32, [B, width] -> [B, joint]."""
         return self.project(self.norm(self.blocks(F.normalize(sentence.float(), dim=-1))))
 
 
 def text_head(kind: TextHead, width: int, joint: int, blocks: int) -> nn.Module:
-    """What projects sentence vectors: CLIP's linear map, or LLM2CLIP's adaptor of some blocks."""
+    """Build the text head: CLIP's linear map, or LLM2CLIP's adapter of `blocks` residual MLPs."""
     return TextProjection(width, joint) if kind == "linear" else TextAdapter(width, joint, blocks)

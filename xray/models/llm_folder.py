@@ -1,4 +1,4 @@
-"""A folder as transformers and sentence-transformers write it: found, hashed, loaded, read."""
+"""Finding, hashing and loading a language model's folder in the format of transformers."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from xray.files import hash_file, is_inside
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
 HASHED = ("*.safetensors", "*.json", "*.model", "*.txt")  # weights, config and tokenizer
-OWN_CODE = {"trust_remote_code": False}  # of a folder is never run; None would ask the user
+NO_REMOTE_CODE = {"trust_remote_code": False}  # with None, transformers asks on the terminal
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def find_llm(name: str) -> Path:
-    """The folder of a local model, or of a hub name fetched into the hub's cache."""
+    """Return the folder of a local model, or download a hub model into the hub's cache.
+
+    Raises ConfigError if `name` is empty, not a model's folder, or not available from the hub.
+    """
     if not name:
         raise ConfigError(
-            "text.llm is not set: give a folder or hub name of a transformers language model, "
-            "or start from a text artifact (--init-from)"
+            "text.llm is not set: set it to a folder or hub name of a transformers language "
+            "model, or start from a text artifact (--init-from)"
         )
     folder = Path(name).expanduser()
     if _json(folder / "config.json"):
         return folder
     if folder.exists() or name.startswith((".", "/", "~")):
-        raise ConfigError(f"text.llm={name} is no transformers folder: it has no config.json")
+        raise ConfigError(f"text.llm={name} is not a transformers folder: it has no config.json")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=FETCHED))
     except Exception as error:  # no network, no such repository, no permission
         raise ConfigError(
-            f"text.llm={name} is neither a folder nor to be had from the hub: {brief(error)}"
+            f"text.llm={name} is not a folder, and the hub cannot provide it: {brief(error)}"
         ) from error
 
 
 def llm_digest(folder: Path) -> str:
-    """sha256 over the weights, config and tokenizer of a folder."""
+    """Return the sha256 of a folder's weights, config and tokenizer."""
     state = hashlib.sha256()
     for path in sorted(path for pattern in HASHED for path in folder.glob(pattern)):
         state.update(path.name.encode())
@@ -58,9 +61,15 @@ def load_llm(
     weights: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The folder's decoder or encoder without a head; without `weights` only its structure.
+    """Load a folder's decoder or encoder without its head.
 
-    Of an encoder-decoder (T5) it is the encoder. Raises ConfigError.
+    For an encoder-decoder (T5), load the encoder only.
+
+    Args:
+        weights: load the weights; without them, the model is built with random ones.
+        dtype: data type of the weights.
+
+    Raises ConfigError for a folder without a usable text model or with incomplete weights.
     """
     from transformers import (
         MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -71,13 +80,13 @@ def load_llm(
 
     quiet_transformers()
     try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True, **OWN_CODE)
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
     except Exception as error:
         check_no_code(folder)
         raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
     if hasattr(settings, "vision_config") or hasattr(settings, "audio_config"):
-        raise ConfigError(f"{folder} holds a multimodal model: give one of text alone in text.llm")
-    settings.use_cache = False  # of keys and values, for generation
+        raise ConfigError(f"{folder} holds a multimodal model: set text.llm to a text-only model")
+    settings.use_cache = False  # the cache of keys and values serves generation only
     if attention == "bidirectional":
         settings.is_causal = False
     if weights:
@@ -86,36 +95,36 @@ def load_llm(
     if settings.is_encoder_decoder and not encodes:
         raise ConfigError(
             f"{folder} holds an encoder-decoder ({settings.model_type}) whose encoder "
-            "transformers cannot load alone: use T5's kind, a decoder or an encoder"
+            "transformers cannot load alone: set text.llm to a T5 model, a decoder or an encoder"
         )
     kind = AutoModelForTextEncoding if encodes else AutoModel
     try:
         if weights:
-            given = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-            llm, found = kind.from_pretrained(
-                folder, config=settings, local_files_only=True, **OWN_CODE, **given
+            options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            llm, loading_info = kind.from_pretrained(
+                folder, config=settings, local_files_only=True, **NO_REMOTE_CODE, **options
             )
         else:
-            found = {}
-            llm = kind.from_config(settings, dtype=dtype, **OWN_CODE)
+            loading_info = {}
+            llm = kind.from_config(settings, dtype=dtype, **NO_REMOTE_CODE)
     except Exception as error:
         raise ConfigError(
             f"transformers cannot load the weights in {folder} ({brief(error)}): if the files are "
-            "cut short or damaged, fetch them again"
+            "incomplete or damaged, download them again"
         ) from error
-    _check_whole(folder, found)
-    if hasattr(llm, "pooler"):  # BERT's, which nothing here would train
+    _check_complete(folder, loading_info)
+    if hasattr(llm, "pooler"):  # BERT's pooler is not used, so it would get no gradient
         llm.pooler = None
     return llm
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse weights that are pickles, which run what they like, and files outside the folder."""
+    """Reject pickled weights, which can run any code, and weight files outside the folder."""
     pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{folder}/{pickles[0]} is a pickle, which is not loaded: use a folder with "
-            "model.safetensors (save_pretrained of transformers writes one)"
+            f"{folder}/{pickles[0]} is a pickle, which xray does not load: use a folder with "
+            "model.safetensors (save_pretrained of transformers writes it)"
         )
     index = _json(folder / "model.safetensors.index.json").get("weight_map", {})
     outside = [name for name in index.values() if not is_inside(str(name))]
@@ -125,30 +134,30 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
-    """Refuse weights of which some are missing: transformers would draw them at random."""
-    missing = [name for name in found.get("missing_keys", ()) if "pooler." not in name]
-    wrong = [str(entry[0]) for entry in found.get("mismatched_keys", ())]
+def _check_complete(folder: Path, loading_info: Mapping[str, Any]) -> None:
+    """Reject incomplete weights: transformers would initialise the missing ones randomly."""
+    missing = [name for name in loading_info.get("missing_keys", ()) if "pooler." not in name]
+    wrong = [str(entry[0]) for entry in loading_info.get("mismatched_keys", ())]
     if missing or wrong:
         names = sorted([*missing, *wrong])
         raise ConfigError(
-            f"the weights in {folder} are not all of the model that its config.json says: "
-            f"{names[0]} (of {len(names)}) is missing or of another shape"
+            f"the weights in {folder} do not fit the model in its config.json: {names[0]} "
+            f"(one of {len(names)}) is missing or has another shape"
         )
 
 
 def check_no_code(folder: Path) -> None:
-    """Raise ConfigError for a folder that names code of its own (auto_map), which is never run."""
+    """Raise ConfigError if a folder asks for its own Python code (auto_map), which is never run."""
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _json(folder / name):
             raise ConfigError(
-                f"{folder}/{name} names code of its own (auto_map), and code of a model's folder "
-                "is not run: use a model that transformers knows"
+                f"{folder}/{name} asks for its own Python code (auto_map), which xray does not "
+                "run: use a model that transformers supports without it"
             )
 
 
 def quiet_transformers() -> None:
-    """Keep its bars and notes out of ours."""
+    """Turn off transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -156,9 +165,10 @@ def quiet_transformers() -> None:
 
 
 def own_pooling(folder: Path) -> Pooling:
-    """How a sentence encoder's folder says it is pooled (1_Pooling/config.json), else the mean.
+    """Return the pooling that a sentence encoder's folder asks for, by default the mean.
 
-    Raises ConfigError where it asks for more than one of ours does.
+    The setting is read from 1_Pooling/config.json, a file of sentence-transformers. Raises
+    ConfigError for a pooling that xray does not have.
     """
     modes, modules = (_json(folder / name) for name in ("1_Pooling/config.json", "modules.json"))
     names: dict[str, Pooling] = {
@@ -166,27 +176,29 @@ def own_pooling(folder: Path) -> Pooling:
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "last",
     }
-    asked = [mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True]
-    known = ", ".join(get_args(Pooling))
-    if len(asked) > 1 or any(mode not in names for mode in asked):
+    enabled = [
+        mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True
+    ]
+    choices = ", ".join(get_args(Pooling))
+    if len(enabled) > 1 or any(mode not in names for mode in enabled):
         raise ConfigError(
-            f"{folder}/1_Pooling/config.json asks for {' and '.join(asked)}, which is not there: "
-            f"set text.pooling to one of {known}"
+            f"{folder}/1_Pooling/config.json asks for {' and '.join(enabled)}, which xray does not "
+            f"support: set text.pooling to one of {choices}"
         )
     if "Dense" in json.dumps(modules):
         raise ConfigError(
-            f"{folder}/modules.json has a Dense module after the pooling, which is not there: to "
-            f"go without it, set text.pooling to one of {known}"
+            f"{folder}/modules.json has a Dense module after the pooling, which xray does not "
+            f"support: to use the model without it, set text.pooling to one of {choices}"
         )
-    return names[asked[0]] if asked else "mean"
+    return names[enabled[0]] if enabled else "mean"
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A json file's object; {} where there is no file; a list as {"list": ...}."""
+    """Read a JSON object; return {} if there is no file, and {"list": ...} for a list."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path} is no json: fetch it again") from error
+        raise ConfigError(f"{path} is not valid JSON: download it again") from error
     return content if isinstance(content, dict) else {"list": content}

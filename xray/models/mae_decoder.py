@@ -1,8 +1,9 @@
 """Masked auto-encoding around the backbone: masks, patch targets and the light decoder.
 
-Conventions. mask: 1 is removed, 0 is kept. ids_restore undoes the shuffle: visible tokens followed
-by mask tokens, gathered by ids_restore, lie in the order of the patches. A patch is a tubelet of
-`tubelet x p x p` pixels in (frame, row, column, channel) order; an image is its repeated frame.
+Conventions: In `mask`, 1 is removed and 0 is kept. `ids_restore` undoes the shuffle: visible tokens
+followed by mask tokens, gathered by `ids_restore`, are in the order of the patches. A patch is a
+tubelet of `tubelet x p x p` pixels in (frame, row, column, channel) order. An image is treated as
+a clip of repeated frames.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from xray.models.position_embedding import sincos_positions
 
 
 def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
-    """How many stay visible, at least one: 49 of 196 at .75 and 156 of 1568 at .9, as in MAE.
+    """Return the number of visible tokens, at least one.
 
-    In a tube mask the removed are rounded down instead, as in VideoMAE: 20 of 196 at .9.
+    The number is rounded down, as in MAE: 49 of 196 at 0.75, 156 of 1568 at 0.9. For a tube mask,
+    the number of removed tokens is rounded down, as in VideoMAE: 20 visible of 196 at 0.9.
     """
     if tube:
         return max(1, tokens - math.floor(mask_ratio * tokens + 1e-6))
@@ -28,25 +30,34 @@ def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
 
 
 class Masking(NamedTuple):
-    """Which tokens are masked: at random in an image; in a clip in tubes, or at random."""
+    """Mask settings: images are masked at random, clips in tubes or at random.
+
+    Attributes:
+        mask_ratio: share of tokens removed from an image.
+        video_mask_ratio: share of tokens removed from a clip.
+        video_mask: "tube" masks the same positions in every time slot, "random" masks any token.
+    """
 
     mask_ratio: float
     video_mask_ratio: float
-    video_mask: str  # "tube": the same places in every time slot; "random": over all tokens
+    video_mask: str
 
     def noise_size(self, grid: tuple[int, int, int]) -> int:
-        """Random numbers per sample that `draw` takes."""
+        """Return the number of random numbers per sample that `draw` takes."""
         t, h, w = grid
         return h * w if self.video_mask == "tube" else t * h * w
 
     def draw(
         self, noise: Tensor, grid: tuple[int, int, int], frames: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks of images (frames = 1) or clips from noise [B, noise_size]; see make_mask."""
+        """Draw masks of images (frames = 1) or clips from noise [B, noise_size].
+
+        Returns `make_mask`'s (visible, mask, ids_restore).
+        """
         return make_mask(noise, *self.kept(grid, frames))
 
     def kept(self, grid: tuple[int, int, int], frames: int) -> tuple[int, int]:
-        """(places that stay visible, time slots in which they do)."""
+        """Return (visible positions, time slots that share them)."""
         clip = frames > 1
         tube = clip and self.video_mask == "tube"
         ratio = self.video_mask_ratio if clip else self.mask_ratio
@@ -54,18 +65,19 @@ class Masking(NamedTuple):
 
 
 def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks from per-sample noise: the `kept` places of least noise stay visible in every slot.
+    """Make masks from noise: the `kept` positions with the lowest noise stay visible.
 
     Args:
-        noise: [B, places] uniform.
-        slots: time slots that share the mask (tubes); 1 where the places are all tokens.
+        noise: uniform random numbers, one per position, [B, positions].
+        kept: number of visible positions.
+        slots: number of time slots that share the mask (tubes); 1 if each token has its position.
 
-    Returns visible [B, m] (patch numbers, slot by slot), mask [B, n], ids_restore [B, n].
+    Returns visible [B, m] (patch indices, slot by slot), mask [B, n], ids_restore [B, n].
     """
     B, spatial = noise.shape
     shuffle = noise.argsort(dim=1, stable=True)
     offsets = torch.arange(slots, device=noise.device)[None, :, None] * spatial
-    visible = (shuffle[:, None, :kept] + offsets).flatten(1)  # tubes: the same place in each slot
+    visible = (shuffle[:, None, :kept] + offsets).flatten(1)  # the same positions in each slot
     removed = (shuffle[:, None, kept:] + offsets).flatten(1)
     ids_restore = torch.cat([visible, removed], dim=1).argsort(dim=1)
     mask = torch.ones(B, slots * spatial, device=noise.device)
@@ -73,7 +85,10 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
 
 
 def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
-    """[B, T, 3, H, W] in whole tubelets -> [B, n, tubelet*p*p*3], patches t-major."""
+    """Cut pixels into patches, [B, T, 3, H, W] -> [B, n, tubelet*p*p*3], time slot by slot.
+
+    T must be a multiple of `tubelet`.
+    """
     B, T, C, H, W = pixels.shape
     (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
     x = pixels.reshape(B, t, tubelet, C, h, p, w, r)
@@ -81,7 +96,7 @@ def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int]) -> Tensor:
-    """The inverse of patchify for a clip: [B, n, tubelet*p*p*3] -> [B, T, 3, H, W]."""
+    """Invert `patchify`, [B, n, tubelet*p*p*3] -> [B, T, 3, H, W]."""
     (t, h, w), (p, r) = grid, patch
     B, _, size = patches.shape
     tubelet = size // (3 * p * r)
@@ -90,14 +105,20 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, in
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """MAE's target: zero mean and unit (unbiased) variance over all values of each patch."""
+    """Normalise each patch to zero mean and unit (unbiased) variance, as MAE's target."""
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 class MaeDecoder(nn.Module):
-    """Predicts every patch from the visible tokens (MAE, 2111.06377; tubes as in VideoMAE)."""
+    """Decoder that predicts every patch from the visible tokens (MAE, 2111.06377).
+
+    Args:
+        width: width D of the encoder's tokens.
+        outputs: values predicted per patch.
+        dim, depth, heads: width, blocks and attention heads of the decoder.
+    """
 
     def __init__(self, width: int, outputs: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -115,7 +136,10 @@ class MaeDecoder(nn.Module):
     def forward(
         self, cls: Tensor, visible: Tensor, ids_restore: Tensor, grid: tuple[int, int, int]
     ) -> Tensor:
-        """cls [B, D], visible [B, m, D] -> predictions [B, n, outputs]."""
+        """Predict all patches: cls [B, D] and visible [B, m, D] -> [B, n, outputs].
+
+        ids_restore: [B, n] from `make_mask`; grid: the patch grid (t, h, w).
+        """
         x = self.embed(visible)
         B, m, dim = x.shape
         hidden = self.mask_token.expand(B, ids_restore.shape[1] - m, -1).to(x.dtype)

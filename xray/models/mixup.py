@@ -9,11 +9,16 @@ from torch import Tensor
 
 
 def mix(pixels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each sample with the one before it in the batch, the same way for all its frames.
+    """Mix each sample with the one before it in the batch, in the same way for all its frames.
 
-    pixels: [B, T, 3, H, W] float. mixup, cutmix: the a of Beta(a, a), 0 = off; with both, one of
-    them is drawn. Returns the mixed pixels and the share [] that is each sample's own. Randomness
-    is torch's on the CPU, which the trainer seeds for each micro-batch.
+    Random numbers come from torch's CPU generator, which the trainer seeds for each micro-batch.
+
+    Args:
+        pixels: [B, T, 3, H, W] float.
+        mixup, cutmix: parameter a of the distribution Beta(a, a) of the mixing ratio; 0 = off. If
+            both are on, one of them is drawn per call.
+
+    Returns the mixed pixels and the share of each sample that is its original content, [].
     """
     cut = cutmix > 0 and (mixup == 0 or bool(torch.rand(()) < 0.5))
     alpha = cutmix if cut else mixup

@@ -1,4 +1,4 @@
-"""Leaving out image tokens in training: FLIP's masking (2212.00794), PatchDropout (2208.07220)."""
+"""Random removal of image tokens in training, as FLIP (2212.00794), PatchDropout (2208.07220)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-LEVELS = 8  # steps that a rising ratio takes, so that compiled graphs see few shapes
+LEVELS = 8  # the ratio rises in this many steps, so that compiled graphs see few shapes
 
 
 def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progress: float) -> float:
-    """The share left out at a progress: 0 before span, `ratio` after it, 0 again from `until` on.
+    """Return the share of tokens removed at a training progress in [0, 1].
 
-    Inside the span it rises in LEVELS steps.
+    The share is 0 before `span`, rises inside it in LEVELS steps, is `ratio` after it, and is 0
+    again from `until` on.
     """
     start, end = span
     if progress < start or progress >= until:
@@ -24,7 +25,10 @@ def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progres
 
 
 def visible_places(grid: tuple[int, int, int], ratio: float, per_slot: bool) -> tuple[int, int]:
-    """(time slots that are drawn from, patch tokens that stay in each)."""
+    """Return (groups drawn separately, patch tokens kept in each).
+
+    A group is one time slot with `per_slot`, otherwise the whole grid.
+    """
     t, h, w = grid
     slots, size = (t, h * w) if per_slot else (1, t * h * w)
     return slots, max(1, round(size * (1 - ratio)))
@@ -33,12 +37,12 @@ def visible_places(grid: tuple[int, int, int], ratio: float, per_slot: bool) -> 
 def draw_visible(
     grid: tuple[int, int, int], batch: int, ratio: float, per_slot: bool, device: torch.device
 ) -> Tensor:
-    """Places of the patch tokens that stay, [B, m], drawn for each sample by itself.
+    """Draw the indices of the kept patch tokens, [B, m], separately for each sample.
 
-    per_slot: the same number in each time slot, slot by slot (`video: frames`).
+    per_slot: keep the same number in each time slot, and sort by slot (for `video: frames`).
     """
     slots, kept = visible_places(grid, ratio, per_slot)
     size = math.prod(grid) // slots
-    places = torch.rand(batch, slots, size, device=device).topk(kept, dim=2).indices
+    index = torch.rand(batch, slots, size, device=device).topk(kept, dim=2).indices
     starts = size * torch.arange(slots, device=device)[:, None]
-    return (places + starts).flatten(1)
+    return (index + starts).flatten(1)

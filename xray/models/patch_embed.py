@@ -1,4 +1,4 @@
-"""The stem over tubelets: one Conv3d for images and clips."""
+"""Stem over tubelets: one Conv3d for images and clips."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from xray.errors import ConfigError
 
 
 class Geometry(NamedTuple):
-    """How pixels are cut into tokens: patch (height, width), and frames per time slot."""
+    """Size of a patch token in pixels: patch (height, width) and frames per time slot."""
 
     patch: tuple[int, int]
     frames: int
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) tokens; raises ConfigError for sides that are not whole patches."""
+        """Return the token grid (t, h, w) of a clip; height and width in pixels.
+
+        Raises ConfigError if a side is not a multiple of the patch size.
+        """
         for side, patch in zip((height, width), self.patch, strict=True):
             if side % patch:
                 raise ConfigError(
                     f"{side} pixels (data.resolution) are not a multiple of the patch size "
-                    f"{patch}: use {max(1, side // patch) * patch}"
+                    f"{patch}: set data.resolution={max(1, side // patch) * patch}"
                 )
         return -(-frames // self.frames), height // self.patch[0], width // self.patch[1]
 
 
 class TubeletConv(nn.Conv3d):
-    """[B, T, 3, H, W] -> [B, n, D], t-major; an image (T = 1) is its own repeated frame.
+    """Convolution over tubelets, [B, T, 3, H, W] -> [B, n, D], time slot by slot.
 
-    A repeated frame meets the sum of the temporal kernels, so an image costs one 2-d convolution,
-    and with kernels inflated by averaging gives exactly what timm's stem gives.
+    An image (T = 1) is treated as a tubelet of repeated frames. The output for repeated frames is
+    that of the kernels summed over time, so an image costs one 2-d convolution. With kernels from
+    `inflate`, an image gives exactly the output of timm's stem.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Embed pixels, [B, T, 3, H, W] -> [B, n, D]."""
         if pixels.shape[1] == 1:
             folded = self.weight.sum(dim=2)
             patches = F.conv2d(pixels[:, 0], folded, self.bias, self.stride[1:])
@@ -44,7 +49,7 @@ class TubeletConv(nn.Conv3d):
 
 
 class TubeletEmbed(nn.Module):
-    """timm's `patch_embed` with a tubelet stem that starts as the average of its kernels."""
+    """Replacement of timm's `patch_embed` for tubelets, initialised from timm's 2-d kernels."""
 
     def __init__(self, proj: nn.Conv2d, norm: nn.Module, tubelet: int) -> None:
         super().__init__()
@@ -59,16 +64,20 @@ class TubeletEmbed(nn.Module):
                 self.proj.bias.copy_(proj.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Embed and normalise pixels, [B, T, 3, H, W] -> [B, n, D]."""
         return self.norm(self.proj(pixels))
 
 
 def inflate(kernel: Tensor, tubelet: int) -> Tensor:
-    """[D, 3, p, p] -> [D, 3, tubelet, p, p] by averaging: a still clip gives what an image does."""
+    """Repeat a 2-d kernel over time and divide by `tubelet`: [D, 3, p, p] -> [D, 3, tubelet, p, p].
+
+    A clip of equal frames then gives the same output as the image.
+    """
     return (kernel / tubelet)[:, :, None].expand(-1, -1, tubelet, -1, -1).contiguous()
 
 
 def whole_tubelets(pixels: Tensor, tubelet: int) -> Tensor:
-    """Repeat the last frame until [B, T, 3, H, W] is whole tubelets; an image becomes one."""
+    """Repeat the last frame until T is a multiple of `tubelet`, [B, T, 3, H, W]."""
     missing = -pixels.shape[1] % tubelet
     if not missing:
         return pixels

@@ -1,4 +1,4 @@
-"""Sine and cosine positions (1706.03762), as MAE has them in two dimensions (2111.06377)."""
+"""Sine-cosine position embeddings (1706.03762) in two dimensions, as in MAE (2111.06377)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """[N] -> [N, width] sines then cosines with frequencies 10000^(-i / (width/2))."""
+    """Embed positions, [N] -> [N, width]: sines, then cosines.
+
+    The frequencies are 10000^(-i / (width/2)) for i from 0 to width/2 - 1.
+    """
     rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
     rates = 10000 ** (-rates / (width / 2))
     angles = positions[:, None].float() * rates
@@ -17,10 +20,10 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 def sincos_positions(
     grid: tuple[int, int, int], width: int, device: torch.device | None = None
 ) -> Tensor:
-    """Positions of a grid, [t*h*w, width]: half for rows, half for columns, plus time.
+    """Embed the positions of a grid (t, h, w), [t*h*w, width]; width is a multiple of 4.
 
-    Time is added and is zero in the first slot, so that an image and a clip agree there. width is a
-    multiple of 4.
+    Half of the channels encode rows, half encode columns. A time embedding is added to all
+    channels. It is zero in the first slot, so that an image equals a clip's first slot.
     """
     t, h, w = grid
     ticks = torch.arange(max(grid), device=device)

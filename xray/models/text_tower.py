@@ -1,4 +1,4 @@
-"""The text tower: a transformers language model, read bidirectionally, and pooled."""
+"""Text tower: a transformers language model whose hidden states are pooled to one vector."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextTower(nn.Module):
-    """A language model, optionally with LoRA, whose pooled hidden states encode a caption.
+    """Language model, optionally with LoRA, whose pooled hidden states encode a caption.
 
     Args:
-        config: the text section, its pooling settled.
+        config: the text section, with `pooling` set.
         folder: the model's folder.
-        weights: load the base weights; without them `load_changes` must bring all weights.
+        weights: load the base weights; without them, `load_changes` must provide all weights.
 
-    Raises ConfigError for a model whose attention cannot be as `config.attention` says.
+    Raises ConfigError if the model does not support `config.attention` or `config.max_length`.
     """
 
     def __init__(self, config: TextConfig, folder: Path, weights: bool = True) -> None:
@@ -34,18 +34,18 @@ class TextTower(nn.Module):
         self.llm = load_llm(folder, config.attention, weights, DTYPES[config.dtype])
         self.width = _width(self.llm)
         if any(parameter.is_meta for parameter in self.llm.parameters()):
-            pass  # a sketch, whose attention cannot be tried
+            pass  # a model on the meta device cannot run, so its attention cannot be tested
         elif config.attention == "bidirectional":
             check_bidirectional(self.llm)
-        elif _sees_ahead(self.llm):
+        elif _attends_to_later_tokens(self.llm):
             raise ConfigError(
-                f"{type(self.llm).__name__} reads in both directions: set "
+                f"{type(self.llm).__name__} has bidirectional attention: set "
                 "text.attention=bidirectional"
             )
         _check_length(self.llm, config.max_length)
         self.pooling = config.pooling
         self.pooler = LatentPooler(self.width, config.latents) if self.pooling == "latent" else None
-        self.own_weights = config.tune == "full"
+        self.tunes_base = config.tune == "full"
         if config.lora_rank and config.tune != "full":
             _add_lora(self.llm, config)
         for name, parameter in self.named_parameters():
@@ -54,23 +54,29 @@ class TextTower(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that have an embedding."""
+        """Number of tokens that have an embedding."""
         llm: Any = self.llm
         return int(llm.get_input_embeddings().num_embeddings)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
-        """Three times [..., L] -> sentence vectors [..., width]."""
+        """Encode captions into sentence vectors, each input [..., L] -> [..., width].
+
+        pooled_mask: 1 for the tokens to pool, which leave out padding and the prompt.
+        """
         mask, pooled = attention_mask.flatten(0, -2), pooled_mask.flatten(0, -2)
-        found = self.llm(input_ids=input_ids.flatten(0, -2), attention_mask=mask)
-        return self._pool(found.last_hidden_state, pooled).unflatten(0, input_ids.shape[:-1])
+        output = self.llm(input_ids=input_ids.flatten(0, -2), attention_mask=mask)
+        return self._pool(output.last_hidden_state, pooled).unflatten(0, input_ids.shape[:-1])
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """[N, L, D] and the tokens that count, [N, L] -> [N, D]; 0 where none does, but for cls."""
+        """Pool hidden states [N, L, D] over the tokens in mask [N, L], -> [N, D].
+
+        With mean and latent pooling, a row without such tokens gives zeros.
+        """
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "last":
-            places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-            last = (places * mask).argmax(dim=1)
+            positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+            last = (positions * mask).argmax(dim=1)
             return hidden[torch.arange(len(hidden), device=mask.device), last]
         if self.pooler is not None:
             hidden = self.pooler(hidden)
@@ -78,25 +84,32 @@ class TextTower(nn.Module):
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def changes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part of the tower's state that its base folder does not hold."""
-        return {name: t for name, t in state.items() if self.own_weights or is_added(name)}
+        """Return the entries of the tower's state that its base folder does not have."""
+        return {name: t for name, t in state.items() if self.tunes_base or is_added(name)}
 
     def load_changes(self, state: Mapping[str, Tensor], origin: str) -> None:
-        """Load what `changes` gave; raises ArtifactError when it does not fit this tower."""
-        own = self.state_dict()
-        wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-        missing = [k for k in own if is_added(k) and k not in state]
+        """Load the entries that `changes` returned.
+
+        origin: source of the entries, for the error message. Raises ArtifactError if the entries
+        do not fit this tower.
+        """
+        current = self.state_dict()
+        wrong = [k for k in state if k not in current or current[k].shape != state[k].shape]
+        missing = [k for k in current if is_added(k) and k not in state]
         if wrong or missing:
             raise ArtifactError(
-                f"{origin} does not fit the LLM: {(wrong or missing)[0]} differs; use the LLM, "
-                "text.lora_rank and text.pooling it was trained with"
+                f"{origin} does not fit the LLM: {(wrong or missing)[0]} differs; use the "
+                "text.llm, text.lora_rank and text.pooling that it was trained with"
             )
-        self.own_weights = self.own_weights or any(not is_added(k) for k in state)
+        self.tunes_base = self.tunes_base or any(not is_added(k) for k in state)
         self.load_state_dict(dict(state), strict=False)
 
 
 class LatentPooler(nn.Module):
-    """Tokens read learned latents, then an MLP, before the mean (as NV-Embed, 2405.17428)."""
+    """Latent attention of NV-Embed (2405.17428), applied to hidden states before the mean.
+
+    Tokens attend to learned latents, then pass an MLP; both are residual.
+    """
 
     def __init__(self, width: int, latents: int) -> None:
         super().__init__()
@@ -108,7 +121,7 @@ class LatentPooler(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, L, D] -> [N, L, D]."""
+        """Transform hidden states, [N, L, D] -> [N, L, D]."""
         hidden = hidden.to(self.latents.dtype)
         latents = self.latents.expand(len(hidden), -1, -1)
         hidden = hidden + self.attention(hidden, latents, latents, need_weights=False)[0]
@@ -116,7 +129,10 @@ class LatentPooler(nn.Module):
 
 
 def merge_lora(llm: nn.Module) -> nn.Module:
-    """The model with its LoRA added into its weights, in fp32, and none left; it is changed."""
+    """Merge the LoRA weights into the base weights in fp32 and remove the LoRA layers.
+
+    The model is changed in place and returned.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [(name, m) for name, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -130,23 +146,23 @@ def merge_lora(llm: nn.Module) -> nn.Module:
 
 
 def is_added(name: str) -> bool:
-    """Whether a tower's parameter is no part of the base model."""
+    """Return True if a tower's parameter is not part of the base model."""
     return ".lora_" in name or name.startswith("pooler.")
 
 
 def check_bidirectional(llm: nn.Module) -> None:
     """Raise ConfigError unless a later token changes earlier hidden states, padded or not."""
-    if not _sees_ahead(llm):
+    if not _attends_to_later_tokens(llm):
         raise ConfigError(
-            f"the attention of {type(llm).__name__} stays causal with is_causal=False: use a "
-            "family that honours it (Llama, Qwen, Gemma, Mistral, Phi, an encoder), or set "
-            "text.attention=causal and text.pooling=last"
+            f"the attention of {type(llm).__name__} stays causal with is_causal=False: set "
+            "text.llm to a model that supports it (Llama, Qwen, Gemma, Mistral, Phi, an encoder), "
+            "or set text.attention=causal and text.pooling=last"
         )
 
 
 @torch.no_grad()
-def _sees_ahead(llm: nn.Module) -> bool:
-    """Whether a later token changes earlier hidden states, padded and not."""
+def _attends_to_later_tokens(llm: nn.Module) -> bool:
+    """Test if a later token changes earlier hidden states, with padding and without."""
     was_training = llm.training
     llm.eval()
     ids = torch.arange(3, 11)[None]
@@ -167,17 +183,17 @@ def _width(llm: nn.Module) -> int:
 
 
 def _check_length(llm: Any, max_length: int) -> None:
-    most = getattr(llm.config, "max_position_embeddings", None)
-    for name, module in llm.named_modules():  # RoBERTa's begin behind the padding's
+    limit = getattr(llm.config, "max_position_embeddings", None)
+    for name, module in llm.named_modules():  # RoBERTa's positions start after the padding index
         if (
             name.endswith("position_embeddings")
             and getattr(module, "padding_idx", None) is not None
         ):
-            most -= module.padding_idx + 1
-    if most is not None and max_length > most:
+            limit -= module.padding_idx + 1
+    if limit is not None and max_length > limit:
         raise ConfigError(
-            f"text.max_length={max_length} is more than the {most} tokens that "
-            f"{type(llm).__name__} can read: set text.max_length={most} or less"
+            f"text.max_length={max_length} is more than the {limit} tokens that "
+            f"{type(llm).__name__} can read: set text.max_length={limit} or less"
         )
 
 
@@ -196,4 +212,4 @@ def _add_lora(llm: nn.Module, config: TextConfig) -> None:
         raise ConfigError(f"text.lora_targets={config.lora_targets}: {error}") from error
     for name, parameter in llm.named_parameters():
         if is_added(name):
-            parameter.data = parameter.data.float()  # whatever the base is held in
+            parameter.data = parameter.data.float()  # fp32 also if the base model is bf16

@@ -1,4 +1,4 @@
-"""Which timm models the backbone can be: a VisionTransformer of standard blocks."""
+"""Creation of timm models, restricted to a VisionTransformer of standard blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from xray.config import ModelConfig
 from xray.errors import ConfigError
 
-UNUSED = ("patch_drop_rate", "in_chans", "num_classes", "drop_path_rate", "img_size")
+REJECTED_KWARGS = ("patch_drop_rate", "in_chans", "num_classes", "drop_path_rate", "img_size")
 
 
 def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer:
-    """timm's model before any training; raises ConfigError that says why one cannot be used."""
-    for key in UNUSED:
+    """Create timm's model without pretrained weights; resolution is (height, width) in pixels.
+
+    Raises ConfigError with the reason if the model cannot be the backbone.
+    """
+    for key in REJECTED_KWARGS:
         if key in config.kwargs:
-            raise ConfigError(f"model.kwargs.{key} is not for the backbone{_instead(key)}")
+            raise ConfigError(
+                f"model.kwargs.{key} is not a setting of the backbone{_replacement(key)}"
+            )
     try:
         vit = timm.create_model(
             config.name,
@@ -27,25 +32,25 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
             drop_path_rate=config.drop_path,
             **config.kwargs,
         )
-    except Exception as error:  # timm raises many kinds for a bad name or keyword
+    except Exception as error:  # timm raises many types of errors for a bad name or keyword
         raise ConfigError(
             f"timm cannot build model.name={config.name} with model.kwargs={config.kwargs}: {error}"
         ) from error
-    reason = _why_not(vit)
+    reason = _unsupported(vit)
     if reason or not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
     return vit
 
 
-def _instead(key: str) -> str:
-    own = {"drop_path_rate": "model.drop_path", "img_size": "data.resolution"}
-    return f": set {own[key]}" if key in own else ""
+def _replacement(key: str) -> str:
+    replacements = {"drop_path_rate": "model.drop_path", "img_size": "data.resolution"}
+    return f": set {replacements[key]}" if key in replacements else ""
 
 
-def _why_not(vit: Any) -> str:
-    """What differs from a VisionTransformer of standard blocks, or nothing."""
+def _unsupported(vit: Any) -> str:
+    """Return the difference from a VisionTransformer of standard blocks, or an empty string."""
     kind = type(vit)
-    if kind is not VisionTransformer:  # a subclass has tokens or positions of its own
+    if kind is not VisionTransformer:  # subclasses handle tokens or positions differently
         return f"it is timm's {kind.__name__} ({kind.__module__}), not its VisionTransformer"
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its stem is {type(vit.patch_embed).__name__}, not one convolution over patches"

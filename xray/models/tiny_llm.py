@@ -1,4 +1,4 @@
-"""Small text models with random weights and a tokenizer of given captions."""
+"""Small text models with random weights and a tokenizer trained on captions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def build_tiny_llm(
     family: Family = "qwen3",
     seed: int = 0,
 ) -> None:
-    """Write a small model with random weights and a BPE tokenizer of the captions.
+    """Write a small model with random weights and a BPE tokenizer trained on the captions.
 
-    family: qwen3 is a decoder, and stands where a pretrained LLM would: for machines without one
-    and for tests. clip is the classic text transformer of CLIP (2103.00020), the control; it is to
-    be used with text.attention=causal and text.pooling=last.
+    family: qwen3 is a decoder that replaces a pretrained LLM in tests and on machines without one.
+    clip is the text transformer of CLIP (2103.00020), used as the control; use it with
+    text.attention=causal and text.pooling=last.
     """
     from transformers import AutoModel
 
@@ -42,7 +42,7 @@ def build_tiny_llm(
 
 
 def _tokenizer(captions: Iterable[str], vocab_size: int, ends: bool) -> Any:
-    """Byte-level BPE, lower case; `ends`: every caption ends in <eos>."""
+    """Train a byte-level BPE in lower case; ends: append <eos> to every caption."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ def _tokenizer(captions: Iterable[str], vocab_size: int, ends: bool) -> Any:
 
 
 def tiny_settings(family: Family, vocabulary: int, width: int, depth: int, heads: int) -> Any:
-    """Its transformers configuration."""
+    """Return the transformers configuration of a small model."""
     from transformers import CLIPTextConfig, Qwen3Config
 
     common: dict[str, Any] = {
@@ -78,5 +78,5 @@ def tiny_settings(family: Family, vocabulary: int, width: int, depth: int, heads
         "eos_token_id": 1,
     }
     if family == "clip":
-        return CLIPTextConfig(**common, bos_token_id=1, hidden_act="gelu")  # as open_clip's
+        return CLIPTextConfig(**common, bos_token_id=1, hidden_act="gelu")  # as in open_clip
     return Qwen3Config(**common, num_key_value_heads=heads, head_dim=width // heads)

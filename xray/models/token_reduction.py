@@ -1,9 +1,10 @@
-"""Token reduction inside chosen blocks: fewer tokens after the attention, no parameters.
+"""Token reduction inside chosen blocks: fewer tokens after the attention, without parameters.
 
-One interface: `reduce(x, q, k, state, spec) -> (x, state)`, called after the attention residual,
-before the MLP. x: [B, P + n, D] with P prefix tokens (CLS first), q and k: [B, H, P + n, d].
+All methods have one interface, `reduce(x, q, k, state, spec) -> (x, state)`. It is called after the
+attention residual and before the MLP. x: [B, P + n, D] with P prefix tokens (CLS first), q and k:
+[B, H, P + n, d].
 
-B batch, n patch tokens, P prefix tokens, D width, H heads, d head width, N0 input tokens.
+Shapes: B batch, n patch tokens, P prefix tokens, D width, H heads, d head width, N0 input tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from torch import Tensor
 from xray.config import ModelConfig
 from xray.errors import ConfigError
 
-KeepRate = float | Sequence[float]  # for all reducing blocks, or one for each
+KeepRate = float | Sequence[float]  # one rate for all reducing blocks, or one rate per block
 
 
 class TokenState(NamedTuple):
-    """What reduction carries from block to block.
+    """State of the reduction, passed from block to block.
 
-    sizes: [B, P + n], how many input tokens each token holds; None while nothing was merged.
-    assign: the patch token each input token lies in after each reducing block so far, every one
-        [B, N0] long, -1 for a token that was dropped; None where nobody asked for it.
+    Attributes:
+        sizes: number of input tokens merged into each token, [B, P + n]; None before any merge.
+        assign: one tensor per reducing block so far, [B, N0] long: the index of the patch token
+            that holds each input token, or -1 if it was dropped. None if it is not tracked.
     """
 
     sizes: Tensor | None = None
@@ -35,7 +37,14 @@ class TokenState(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """One reduction: patch tokens to keep, whether the others are fused into one more token."""
+    """Parameters of one reduction.
+
+    Attributes:
+        kept: number of patch tokens to keep.
+        fuse: fuse the other tokens into one additional token.
+        prefix: number of prefix tokens.
+        training: whether the model is in training mode.
+    """
 
     kept: int
     fuse: bool
@@ -47,14 +56,15 @@ Reduce = Callable[[Tensor, Tensor, Tensor, TokenState, Spec], tuple[Tensor, Toke
 
 
 def kept_tokens(tokens: int, rate: float) -> int:
-    """ceil(rate * tokens), safe against products such as .55 * 20 = 11.000000000000002."""
+    """Return ceil(rate * tokens), tolerating rounding such as .55 * 20 = 11.000000000000002."""
     return math.ceil(rate * tokens - 1e-6)
 
 
 def rate_at(progress: float, keep_rate: float, levels: int, span: list[float]) -> float:
-    """The keep rate at a stage's progress: a half cosine from 1 over `span`, in `levels` steps.
+    """Return the keep rate at a training progress in [0, 1].
 
-    The rate steps and not the token count, so that few shapes occur and the last is the target.
+    The rate falls from 1 to `keep_rate` over `span` along a half cosine, in `levels` steps. Steps
+    limit the number of different token counts, and the last step is exactly the target.
     """
     start, end = span
     share = 1.0 if progress >= end else max((progress - start) / max(end - start, 1e-12), 0.0)
@@ -63,7 +73,7 @@ def rate_at(progress: float, keep_rate: float, levels: int, span: list[float]) -
 
 
 def keep_rate_at(model: ModelConfig, progress: float) -> KeepRate:
-    """The keep rate that a model's schedule has come to; a list where blocks have their own."""
+    """Return a model's scheduled keep rate at a progress; a list if `keep_rates` is per block."""
     if model.reduce == "none":
         return 1.0
     levels, span = model.keep_rate_levels, model.keep_rate_span
@@ -72,7 +82,10 @@ def keep_rate_at(model: ModelConfig, progress: float) -> KeepRate:
 
 
 def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
-    """The CLS token's attention to each patch token, mean over heads, fp32 or better: [B, n]."""
+    """Return the CLS token's attention to each patch token, averaged over heads, [B, n].
+
+    The attention is computed in fp32, or in fp64 for fp64 inputs.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         row = q[:, :, :1].to(dtype) @ k.to(dtype).transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -82,22 +95,22 @@ def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
 def reduce_tokens(
     kind: str, x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """One reduction of `kind`; where no token would go, only `assign` is continued."""
+    """Run the reduction `kind`; if it would remove no token, only update `assign`."""
     B, n = x.shape[0], x.shape[1] - spec.prefix
     if spec.kept < n and not (kind == "tome" and spec.kept + spec.fuse >= n):
         return REDUCTIONS[kind](x, q, k, state, spec)
     if state.assign is not None:
-        state = _moved(state, torch.arange(n, device=x.device).expand(B, -1))
+        state = _reassigned(state, torch.arange(n, device=x.device).expand(B, -1))
     return x, state
 
 
 def evit(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Keep the tokens the CLS attends to most and fuse the others into one (EViT, 2202.07800).
+    """Keep the tokens that CLS attends to most and fuse the others into one (EViT, 2202.07800).
 
-    The fused token is the sum of the others weighted by their raw attention, not renormalised; a
-    later reducing block treats it like any other token.
+    The fused token is the sum of the others, weighted by their attention without renormalisation.
+    Later reducing blocks treat it like any other token.
     """
     attention = cls_attention(q, k, spec.prefix)
     return _keep(x, attention, attention, state, spec)
@@ -106,20 +119,27 @@ def evit(
 def random(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """The control: EViT with a random choice; in evaluation a fixed one for all samples."""
+    """Reduce like EViT with a random choice of tokens, as the control.
+
+    In evaluation mode, the choice is fixed and equal for all samples.
+    """
     attention = cls_attention(q, k, spec.prefix)
     if spec.training:
         scores = torch.rand_like(attention)
     else:
-        places = torch.arange(1, attention.shape[1] + 1, device=x.device, dtype=torch.float64)
-        scores = ((places * 12.9898).sin() * 43758.5453).frac().expand_as(attention)
+        # a hash of the token's position: deterministic and independent of the device
+        positions = torch.arange(1, attention.shape[1] + 1, device=x.device, dtype=torch.float64)
+        scores = ((positions * 12.9898).sin() * 43758.5453).frac().expand_as(attention)
     return _keep(x, scores, attention, state, spec)
 
 
 def _keep(
     x: Tensor, scores: Tensor, attention: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Keep the `spec.kept` patch tokens of highest score, best first; fuse or drop the others."""
+    """Keep the `spec.kept` patch tokens with the highest scores, best first; fuse or drop the rest.
+
+    scores, attention: [B, n].
+    """
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     index = scores.topk(spec.kept, dim=1).indices  # [B, k]
     patches = x[:, P:]
@@ -130,30 +150,34 @@ def _keep(
             parts.append(weights[:, None] @ patches)  # [B, 1, D]
     if state.assign is not None:
         rest = spec.kept if spec.fuse else -1
-        place = torch.full((B, n), rest, dtype=torch.long, device=x.device)
-        place.scatter_(1, index, torch.arange(spec.kept, device=x.device).expand(B, -1))
-        state = _moved(state, place)
+        new_index = torch.full((B, n), rest, dtype=torch.long, device=x.device)
+        new_index.scatter_(1, index, torch.arange(spec.kept, device=x.device).expand(B, -1))
+        state = _reassigned(state, new_index)
     return torch.cat(parts, dim=1), state
 
 
 def tome(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Merge the most similar tokens until as many are left as EViT leaves (ToMe, 2210.09461).
+    """Merge the most similar tokens until as many remain as with EViT (ToMe, 2210.09461).
 
-    Tokens at even places of the sequence look for their best partner, by the cosine of the keys'
-    mean over heads, among those at odd places; the best pairs become size-weighted means. Prefix
-    tokens stay out of it. Raises ConfigError for more merges than there are pairs.
+    Each token at an even position of the sequence is matched to the most similar token at an odd
+    position, by the cosine of the keys' mean over heads. The most similar pairs are merged into
+    size-weighted means. Prefix tokens are not merged. Raises ConfigError if the reduction needs
+    more merges than there are pairs.
     """
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     merges = n - (spec.kept + spec.fuse)
-    even = P % 2  # the first patch token at an even place of the whole sequence
+    even = P % 2  # the first patch token at an even position of the whole sequence
     dtype = torch.promote_types(k.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):  # close cosines must stay apart
+    with torch.autocast(x.device.type, enabled=False):  # bf16 would round close cosines to ties
         metric = F.normalize(k.to(dtype).mean(dim=1)[:, P:], dim=-1)
         similarity = metric[:, even::2] @ metric[:, 1 - even :: 2].transpose(1, 2)  # [B, a, b]
     if merges > similarity.shape[1]:
-        raise ConfigError(f"reduce=tome cannot merge {merges} of {n} tokens: keep_rate must be .5+")
+        raise ConfigError(
+            f"model.reduce=tome cannot merge {merges} of {n} tokens: set model.keep_rate (or "
+            "model.keep_rates) to at least 0.5"
+        )
     best, partner = similarity.max(dim=2)
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, stay = order[:, :merges], order[:, merges:].sort(dim=1).values
@@ -163,7 +187,7 @@ def tome(
     if sizes is None:
         sizes = torch.ones(B, P + n, dtype=dtype, device=x.device)
     scale = sizes[:, P:, None].to(x.dtype)
-    weighted = torch.cat([x[:, P:] * scale, scale], dim=2)  # the size travels as a last channel
+    weighted = torch.cat([x[:, P:] * scale, scale], dim=2)  # the last channel sums the sizes
     sources, targets = weighted[:, even::2], weighted[:, 1 - even :: 2]
 
     def pick(index: Tensor) -> Tensor:
@@ -172,32 +196,35 @@ def tome(
     into = target[..., None].expand(-1, -1, weighted.shape[-1])
     joined = torch.cat([pick(stay), targets.scatter_add(1, into, pick(merged))], dim=1)
     x = torch.cat([x[:, :P], joined[..., :-1] / joined[..., -1:]], dim=1)
-    # without its gradient, which is zero but would keep attention from its fused kernels
+    # Detach: the gradient is zero, and an attention mask with gradient disables fused kernels.
     sizes = torch.cat([sizes[:, :P], joined[..., -1].detach().to(sizes.dtype)], dim=1)
     if state.assign is not None:
-        first = stay.shape[1]  # of the targets, which follow those that stay
-        place = torch.empty(B, n, dtype=torch.long, device=x.device)
-        place[:, 1 - even :: 2] = torch.arange(first, first + targets.shape[1], device=x.device)
-        where = torch.empty(B, sources.shape[1], dtype=torch.long, device=x.device)
-        where.scatter_(1, stay, torch.arange(first, device=x.device).expand(B, -1))
-        where.scatter_(1, merged, target + first)
-        place[:, even::2] = where
-        state = _moved(state, place)
+        first = stay.shape[1]  # index of the first target: targets follow unmerged sources
+        new_index = torch.empty(B, n, dtype=torch.long, device=x.device)
+        new_index[:, 1 - even :: 2] = torch.arange(first, first + targets.shape[1], device=x.device)
+        source_index = torch.empty(B, sources.shape[1], dtype=torch.long, device=x.device)
+        source_index.scatter_(1, stay, torch.arange(first, device=x.device).expand(B, -1))
+        source_index.scatter_(1, merged, target + first)
+        new_index[:, even::2] = source_index
+        state = _reassigned(state, new_index)
     return x, state._replace(sizes=sizes)
 
 
 def size_bias(state: TokenState, dtype: torch.dtype) -> Tensor | None:
-    """ToMe's proportional attention: log size of each key, added to the logits, [B, 1, 1, N]."""
+    """Return ToMe's proportional attention bias, the log size of each key, [B, 1, 1, N].
+
+    The bias is added to the attention logits. Returns None before any merge.
+    """
     return None if state.sizes is None else state.sizes.log()[:, None, None].to(dtype)
 
 
-def _moved(state: TokenState, place: Tensor) -> TokenState:
-    """Append where the input tokens are after the tokens of [B, n] moved to `place`."""
+def _reassigned(state: TokenState, new_index: Tensor) -> TokenState:
+    """Append the input tokens' assignment after each of n tokens got a new index, [B, n]."""
     assert state.assign is not None
     if not state.assign:
-        return state._replace(assign=(place,))
+        return state._replace(assign=(new_index,))
     before = state.assign[-1]
-    now = place.gather(1, before.clamp(min=0)).where(before >= 0, before)
+    now = new_index.gather(1, before.clamp(min=0)).where(before >= 0, before)
     return state._replace(assign=(*state.assign, now))
 
 

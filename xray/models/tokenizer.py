@@ -1,4 +1,4 @@
-"""Captions to tokens: a folder's tokenizer, its prompt and what of a caption is pooled."""
+"""Tokenization of captions: a folder's tokenizer, the prompt, and the mask of pooled tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from xray.config import TextConfig
 from xray.errors import ConfigError, brief
-from xray.models.llm_folder import OWN_CODE, check_no_code
+from xray.models.llm_folder import NO_REMOTE_CODE, check_no_code
 
-TokenIds = dict[str, Tensor]
+TokenIds = dict[str, Tensor]  # one tensor per name in TOKENS
 TOKENS = ("input_ids", "attention_mask", "pooled_mask")
 
 
 class CaptionTokenizer:
-    """A folder's tokenizer, with the prompt and the length of a text section.
+    """Tokenizer of a model's folder, with the prompt and the maximum length of a text section.
 
-    The prompt comes before every caption: it is read, but not pooled (LLM2CLIP, 2411.04997). Raises
-    ConfigError for a folder without a usable tokenizer, and a prompt that leaves no room.
+    The prompt is put before every caption. The model reads it, but its tokens are not pooled
+    (LLM2CLIP, 2411.04997). Raises ConfigError for a folder without a usable tokenizer, and for a
+    prompt that leaves no tokens to captions.
     """
 
     def __init__(self, folder: Path, config: TextConfig) -> None:
@@ -30,27 +31,33 @@ class CaptionTokenizer:
         self.prompt, self.max_length = config.prompt, config.max_length
         if self.prompt and not self.tokenizer.is_fast:
             raise ConfigError(
-                f"the tokenizer in {folder} cannot say where text.prompt ends: leave it empty"
+                f"the tokenizer in {folder} has no fast version, so the end of text.prompt is "
+                "unknown: set text.prompt to an empty string"
             )
         used = len(self.tokenizer(self.prompt)["input_ids"])
         if used >= self.max_length:
             raise ConfigError(
-                f"text.prompt and what the tokenizer adds take {used} tokens and leave none of "
-                f"text.max_length={self.max_length} to captions: raise it"
+                f"text.prompt and the tokenizer's special tokens take {used} tokens and leave none "
+                f"of text.max_length={self.max_length} to captions: increase text.max_length"
             )
 
     @property
     def largest_id(self) -> int:
-        """Of its own vocabulary, padding, and what it adds to a caption; unused extras aside."""
+        """Largest token id that a caption can contain.
+
+        It covers the vocabulary, padding and the special tokens put around a caption, but not
+        additional tokens that no caption contains.
+        """
         used = [self.tokenizer.vocab_size - 1, self.tokenizer.pad_token_id]
         return max([*used, *self.tokenizer("a")["input_ids"]])
 
     def __call__(self, captions: Sequence[str]) -> TokenIds:
-        """Captions -> `input_ids`, `attention_mask` and `pooled_mask`, [C, L], padded at the right.
+        """Tokenize C captions into `input_ids`, `attention_mask` and `pooled_mask`, each [C, L].
 
-        `pooled_mask` leaves out padding, and what comes before the first token after the prompt.
+        Rows are padded on the right. `pooled_mask` is 0 for padding and for all tokens up to the
+        end of the prompt.
         """
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             [self.prompt + caption for caption in captions],
             truncation=True,
             max_length=self.max_length,
@@ -58,20 +65,20 @@ class CaptionTokenizer:
             return_tensors="pt",
             return_offsets_mapping=bool(self.prompt),
         )
-        mask = found["attention_mask"]
+        mask = encoded["attention_mask"]
         pooled = mask
         if self.prompt:
-            after = found["offset_mapping"][..., 1] > len(self.prompt)
+            after = encoded["offset_mapping"][..., 1] > len(self.prompt)
             pooled = mask * (after.long().cumsum(dim=1) > 0)
-        return {"input_ids": found["input_ids"], "attention_mask": mask, "pooled_mask": pooled}
+        return {"input_ids": encoded["input_ids"], "attention_mask": mask, "pooled_mask": pooled}
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption with its prompt, uncut."""
+        """Count the tokens of each caption with its prompt, without truncation."""
         ids = self.tokenizer([self.prompt + caption for caption in captions])["input_ids"]
         return [len(row) for row in ids]
 
     def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
-        """[C, L] of each sample -> [B, C, longest L]."""
+        """Stack the tokens of B samples, [C, L] each -> [B, C, longest L], padded on the right."""
         longest = max(row["input_ids"].shape[-1] for row in rows)
         fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "pooled_mask": 0}
         return {
@@ -83,7 +90,7 @@ class CaptionTokenizer:
 
 
 def cut_share(tokenizer: CaptionTokenizer, captions: Sequence[str]) -> float:
-    """The share of captions that `text.max_length` cuts."""
+    """Return the share of captions that `text.max_length` truncates."""
     lengths = tokenizer.lengths(captions) if captions else []
     return sum(length > tokenizer.max_length for length in lengths) / max(1, len(lengths))
 
@@ -92,15 +99,17 @@ def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **OWN_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
     except Exception as error:
         check_no_code(folder)
         raise ConfigError(f"{folder} has no usable tokenizer: {brief(error)}") from error
-    # without its files transformers makes one up, of which every word is unknown
+    # without vocabulary files, transformers returns a tokenizer for which every word is unknown
     files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
-    of_bytes = not tokenizer.vocab_files_names  # it needs no file
-    if not (of_bytes or any((folder / name).is_file() for name in files)):
-        raise ConfigError(f"{folder} has no tokenizer: none of {', '.join(sorted(files))} is there")
+    needs_files = bool(tokenizer.vocab_files_names)  # a byte-level one, such as ByT5's, needs none
+    if needs_files and not any((folder / name).is_file() for name in files):
+        raise ConfigError(
+            f"{folder} has no tokenizer: it contains none of {', '.join(sorted(files))}"
+        )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""What a backbone starts with before any training: MAE's weights and positions (2111.06377)."""
+"""Initialisation of a backbone without pretrained weights, as in MAE (2111.06377)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from xray.models.position_embedding import sincos_positions
 
 @torch.no_grad()
 def start_weights(vit: VisionTransformer) -> None:
-    """Xavier weights, whose spread follows the width: timm's .02 suits a thousand and more."""
+    """Initialise linear layers and the stem with Xavier-uniform weights.
+
+    Their standard deviation depends on the width; timm's 0.02 suits widths of 1000 and more.
+    """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -24,16 +27,16 @@ def start_weights(vit: VisionTransformer) -> None:
 
 @torch.no_grad()
 def start_positions(vit: VisionTransformer) -> None:
-    """Sines and cosines of where patches lie: from timm's start, which is noise, a short run has
-    to learn that first.
+    """Initialise the position table with sine-cosine embeddings of the patch positions.
 
-    Raises ConfigError for a width that they cannot fill.
+    timm initialises it with noise, from which a short run must first learn the positions. Raises
+    ConfigError if the width is not a multiple of 4.
     """
     if vit.embed_dim % 4:
         raise ConfigError(
-            f"model.kwargs.embed_dim={vit.embed_dim} must be a multiple of 4: rows and "
-            "columns have a sine and a cosine each"
+            f"model.kwargs.embed_dim={vit.embed_dim} must be a multiple of 4: the position "
+            "embedding has a sine and a cosine for rows and for columns"
         )
-    table: Any = vit.pos_embed  # never None: create_timm refuses such a model
-    places = sincos_positions((1, *vit.patch_embed.grid_size), vit.embed_dim, table.device)
-    table[:, -len(places) :] = places  # prefix tokens, where it has them, come before
+    table: Any = vit.pos_embed  # never None: create_timm rejects such a model
+    positions = sincos_positions((1, *vit.patch_embed.grid_size), vit.embed_dim, table.device)
+    table[:, -len(positions) :] = positions  # rows of prefix tokens, if any, come first

@@ -1,4 +1,4 @@
-"""Loading weights into the backbone: strict by name, with a few adaptations, each logged."""
+"""Loading of weights into the backbone, strict by name, with a few logged adaptations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from xray.models.backbone import VisionBackbone
 
 log = logging.getLogger("xray")
-HUBS = ("hf-hub:", "local-dir:")  # timm's own prefixes
-HEADS = ("head.", "head_drop.", "attn_pool.")  # of timm's models; the backbone has none
+HUBS = ("hf-hub:", "local-dir:")  # prefixes that timm defines
+HEADS = ("head.", "head_drop.", "attn_pool.")  # parts of timm's models that the backbone lacks
 
 
 def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
-    """Load timm's weights: `timm` (of the name's tag), a hub name or a .safetensors file."""
+    """Load the weights that `model.pretrained` names.
+
+    It is `timm` (the default weights of `model.name`), a hub name or a .safetensors file. Raises
+    ConfigError if the weights are not available and ArtifactError if they do not fit.
+    """
     if not config.pretrained:
         return
     source = config.pretrained
@@ -36,11 +40,13 @@ def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
         _from_timm(config) if source == "timm" or source.startswith(HUBS) else _from_file(source)
     )
     state = {key: value for key, value in state.items() if not key.startswith(HEADS)}
-    own = backbone.state_dict()
+    current = backbone.state_dict()
     for norm, other in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
-        if f"{norm}weight" in own and f"{norm}weight" not in state:  # pooled before, or after, it
+        # timm calls the final norm fc_norm in models that pool before it
+        if f"{norm}weight" in current and f"{norm}weight" not in state:
             state = {_renamed(key, other, norm): value for key, value in state.items()}
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(("norm.", "fc_norm."))}
+    norms = ("norm.", "fc_norm.")
+    state = {k: v for k, v in state.items() if k in current or not k.startswith(norms)}
     load_adapted(backbone, state, f"model.pretrained={source}")
 
 
@@ -48,7 +54,7 @@ def _from_timm(config: ModelConfig) -> dict[str, Tensor]:
     name = config.name if config.pretrained == "timm" else config.pretrained
     try:
         return timm.create_model(name, pretrained=True, **config.kwargs).state_dict()
-    except Exception as error:  # no network, no such name, other sizes: many kinds
+    except Exception as error:  # no network, unknown name, wrong sizes: timm raises many types
         raise ConfigError(
             f"timm finds no weights for model.pretrained={config.pretrained} ({name}): {error}"
         ) from error
@@ -57,14 +63,14 @@ def _from_timm(config: ModelConfig) -> dict[str, Tensor]:
 def _from_file(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ConfigError(
-            f"model.pretrained={path} is no file: give a .safetensors file, `timm`, or a hub name "
-            "such as hf-hub:timm/vit_base_patch16_224.mae"
+            f"model.pretrained={path} is not a file: set it to a .safetensors file, `timm`, or a "
+            "hub name such as hf-hub:timm/vit_base_patch16_224.mae"
         )
     try:
         return load_file(path)
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # safetensors raises its own error types
         raise ArtifactError(
-            f"model.pretrained={path} is no readable safetensors: {error}"
+            f"model.pretrained={path} is not a readable safetensors file: {error}"
         ) from error
 
 
@@ -73,73 +79,84 @@ def _renamed(key: str, old: str, new: str) -> str:
 
 
 def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load a backbone's weights strictly by name.
+    """Load a backbone's weights, strictly by name.
 
-    Adapted, and logged: a 2-d stem is inflated, position tables are resized, and what timm's models
-    do not have (an added CLS, clip positions, frame pooling) keeps its initial value if absent.
-    Raises ArtifactError naming what differs.
+    Three adaptations are made and logged: a 2-d stem is inflated, position tables are resized, and
+    parameters that timm's models do not have (an added CLS token, clip positions, frame pooling)
+    keep their initial values if absent.
+
+    Args:
+        backbone: the model to load into.
+        state: weights by parameter name.
+        origin: source of the weights, for messages.
+
+    Raises ArtifactError that names the first difference.
     """
     state = dict(state)
-    own = backbone.state_dict()
+    current = backbone.state_dict()
     stem = state.get("patch_embed.proj.weight")
     if stem is not None and stem.ndim == 4:
         state["patch_embed.proj.weight"] = inflate(stem, backbone.tubelet)
     table = state.get("pos_embed")
-    if table is not None and table.shape != own["pos_embed"].shape:
-        places = table.shape[1] - backbone.position_prefix
-        if math.isqrt(max(0, places)) ** 2 != places:
+    if table is not None and table.shape != current["pos_embed"].shape:
+        positions = table.shape[1] - backbone.position_prefix
+        if math.isqrt(max(0, positions)) ** 2 != positions:
             raise ArtifactError(
-                f"{origin}: its {places} positions are no square grid: give VisionBackbone the "
-                "resolution it was made with"
+                f"{origin}: its {positions} positions are not a square grid: set data.resolution "
+                "to the resolution that it was trained with"
             )
         state["pos_embed"] = resample_abs_pos_embed(
             table, new_size=list(backbone.grid), num_prefix_tokens=backbone.position_prefix
         )
         log.info("%s: position embedding resized to %s", origin, backbone.grid)
-    _adapt_time(state, own, origin)
+    _adapt_time(state, current, origin)
     added = {"frame_query"} | ({"cls_token"} if backbone.cls_added else set())
     for key in added:
-        if key in own and key not in state:
-            state[key] = own[key]
-            log.info("%s has no %s: it starts anew", origin, key)
-    if "frame_query" not in own and state.pop("frame_query", None) is not None:
+        if key in current and key not in state:
+            state[key] = current[key]
+            log.info("%s has no %s: it keeps its initial value", origin, key)
+    if "frame_query" not in current and state.pop("frame_query", None) is not None:
         log.info("%s: frame_query is dropped (model.video=%s)", origin, backbone.video)
-    problems = [f"lacks {key}" for key in own if key not in state]
-    problems += [f"has an unknown {key}" for key in state if key not in own]
+    problems = [f"{key} is missing" for key in current if key not in state]
+    problems += [f"{key} is unknown" for key in state if key not in current]
     problems += [
-        f"{key} is {list(state[key].shape)}, the model's {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} has shape {list(state[key].shape)} instead of {list(current[key].shape)}"
+        for key in current
+        if key in state and state[key].shape != current[key].shape
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ArtifactError(
-            f"{origin} is of another model: {problems[0]}{more}; "
-            "set model.name and model.kwargs to what it was trained with"
+            f"{origin} has the weights of another model: {problems[0]}{more}; "
+            "set model.name and model.kwargs to the values that it was trained with"
         )
     backbone.load_state_dict(state)
 
 
-def _adapt_time(state: dict[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:
-    """Fit the clip positions: resized in time, zero if absent, dropped where there are none."""
-    given, wanted = state.pop("pos_temporal", None), own.get("pos_temporal")
-    if wanted is None:
-        if given is not None:
+def _adapt_time(state: dict[str, Tensor], current: Mapping[str, Tensor], origin: str) -> None:
+    """Fit the clip positions in `state` to the model.
+
+    They are resized in time, set to zero if absent, and dropped if the model has none.
+    """
+    loaded, target = state.pop("pos_temporal", None), current.get("pos_temporal")
+    if target is None:
+        if loaded is not None:
             log.info("%s: clip positions dropped", origin)
         return
-    if given is None:
-        state["pos_temporal"] = torch.zeros_like(wanted)
+    if loaded is None:
+        state["pos_temporal"] = torch.zeros_like(target)
         return
-    if given.shape[1] != wanted.shape[1]:
-        given = resample_time(given, wanted.shape[1] + 1)[:, 1:]
-        log.info("%s: clip positions resized to %d", origin, wanted.shape[1] + 1)
-    state["pos_temporal"] = given
+    if loaded.shape[1] != target.shape[1]:
+        loaded = resample_time(loaded, target.shape[1] + 1)[:, 1:]
+        log.info("%s: clip positions resized to %d", origin, target.shape[1] + 1)
+    state["pos_temporal"] = loaded
 
 
 def resample_time(pos_temporal: Tensor, slots: int) -> Tensor:
-    """Clip positions after the first, [1, s, D] -> [1, slots, D] with the zero of the first slot.
+    """Resample clip positions linearly in time, [1, s, D] -> [1, slots, D].
 
-    Linear, first slot on first and last on last.
+    The input has the positions after the first slot; the output begins with the first slot's zero.
+    The first and last slots of input and output coincide.
     """
     table = F.pad(pos_temporal, (0, 0, 1, 0))
     if slots == table.shape[1]:
