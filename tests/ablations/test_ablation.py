@@ -1,4 +1,4 @@
-"""`xray ablate`: one run end to end, its numbers, and what its file may not say."""
+"""Tests of `xray ablate`: a run from start to end, its results, and errors in ablation files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from xray.errors import ConfigError
 
 
 def one_thread(*command: str) -> subprocess.CompletedProcess[str]:
-    """xray with sums in one order: those of more threads differ in the last bits."""
+    """Run xray with one thread, because sums over several threads differ in the last bits."""
     return subprocess.run(
         [sys.executable, "-m", "xray", *command],
         capture_output=True,
@@ -48,7 +48,7 @@ def arguments(folder: Path, demo: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arms, two seeds: killed with all its runs once training had begun, then gone on with."""
+    """Run two arms with two seeds, kill all processes during training, and run it again."""
     folder = tmp_path_factory.mktemp("ablation")
     command = [sys.executable, "-m", "xray", *arguments(folder, demo)]
     with (folder / "log").open("wb") as log:
@@ -70,19 +70,19 @@ def done(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shared_parents_are_trained_once(done: Path) -> None:
     stages = sorted(path.name.split("-")[0] for path in (done / "stages").iterdir())
-    assert stages == ["clip"] * 4 + ["mae"] * 2  # of each seed: two clips after one mae
+    assert stages == ["clip"] * 4 + ["mae"] * 2  # per seed: one mae, and two clips that share it
     manifests = [
         json.loads((path / "artifact" / "manifest.json").read_text())
         for path in (done / "stages").glob("clip-*")
     ]
     parents = [manifest["parents"]["vision"]["manifest"] for manifest in manifests]
     assert sorted(map(parents.count, parents)) == [2, 2, 2, 2]
-    for folder in (done / "stages").glob("mae-*"):  # every step is done once, over both processes
+    for folder in (done / "stages").glob("mae-*"):  # every step ran once, over both processes
         rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
         assert rows == list(range(1, 7))
 
 
-def test_an_arm_is_the_recipe_run_by_itself(demo: Path, done: Path, tmp_path: Path) -> None:
+def test_arm_equals_a_separate_run_of_its_recipe(demo: Path, done: Path, tmp_path: Path) -> None:
     settings = ["clip.model.keep_rate=0.5", "seed=1", "stages=[mae,clip]"]
     settings += ["eval.zero_shot.shards=''", f"data.root={demo}", f"out={tmp_path}"]
     alone = one_thread("run", RECIPE, *settings)
@@ -99,7 +99,7 @@ def test_an_arm_is_the_recipe_run_by_itself(demo: Path, done: Path, tmp_path: Pa
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(results)
 
 
-def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
+def test_tables_show_the_results_of_the_runs(done: Path) -> None:
     metric = "retrieval.text_to_image_R@5"
     values = {
         arm: [
@@ -111,15 +111,15 @@ def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
         for arm in ("all_tokens", "half")
     }
     facts = json.loads((done / "ablation.json").read_text())
-    for arm, own in values.items():
+    for arm, results in values.items():
         cell = facts["arms"][arm]["metrics"][metric]
-        assert cell["n"] == 2 and cell["mean"] == pytest.approx(statistics.mean(own))
-        assert cell["std"] == pytest.approx(statistics.stdev(own))
+        assert cell["n"] == 2 and cell["mean"] == pytest.approx(statistics.mean(results))
+        assert cell["std"] == pytest.approx(statistics.stdev(results))
     differences = [b - a for a, b in zip(*values.values(), strict=True)]
     cell = facts["arms"]["half"]["metrics"][metric]
     assert cell["difference"] == pytest.approx(statistics.mean(differences))
     d = statistics.stdev(differences)
-    if d > 0:  # Student's t with one degree of freedom is Cauchy's
+    if d > 0:  # Student's t-distribution with one degree of freedom is the Cauchy distribution
         t = statistics.mean(differences) / (d / math.sqrt(2))
         assert cell["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)))
     else:
@@ -137,13 +137,13 @@ def test_the_table_is_what_the_runs_came_to(done: Path) -> None:
     assert "**Difference to " in "".join(lines) and lines[-1].startswith("± is the standard")
 
 
-def test_a_run_has_a_report_of_what_it_has(done: Path) -> None:
+def test_report_of_a_run_has_only_its_sections(done: Path) -> None:
     page = (done / "runs" / "half" / "seed_0" / "report.html").read_text()
     assert "Images retrieved for captions" in page and "MAE reconstructions" in page
-    assert "Zero-shot classes" not in page and "Most probable tags" not in page  # not asked for
+    assert "Zero-shot classes" not in page and "Most probable tags" not in page  # not evaluated
 
 
-def test_costs_are_the_stages(done: Path) -> None:
+def test_cost_of_a_run_is_the_sum_over_its_stages(done: Path) -> None:
     facts = json.loads((done / "ablation.json").read_text())
     for run in facts["runs"]:
         assert run["samples_mae"] == run["samples_clip"] == 72
@@ -154,14 +154,14 @@ def test_costs_are_the_stages(done: Path) -> None:
     assert full == sum(stages[name] for name in facts["arms"]["all_tokens"]["stages"].values())
 
 
-def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Path) -> None:
-    """A third arm that cannot be evaluated fails by itself; what is finished stays as it is."""
+def test_second_run_trains_nothing_and_reports_a_failed_arm(demo: Path, done: Path) -> None:
+    """Only the third arm, which cannot be evaluated, fails; finished trials stay unchanged."""
     before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     broken = ["arms.broken.clip.model.keep_rate=1.0", "arms.broken.eval.retrieval.shards=nothing"]
     again = one_thread(*arguments(done.parent, demo), *broken, "seeds=[0]")
     assert again.returncode == 1
-    assert "broken, seed 0 ended with code 2: xray:" in again.stderr
-    assert "all_tokens, seed 0" not in again.stderr  # finished: not run again
+    assert "broken, seed 0 failed with code 2: xray:" in again.stderr
+    assert "all_tokens, seed 0" not in again.stderr  # finished, so it does not run again
     assert before == {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     facts = json.loads((done / "ablation.json").read_text())
     assert [failed["arm"] for failed in facts["failed"]] == ["broken"]
@@ -169,10 +169,10 @@ def test_again_trains_nothing_and_a_failed_arm_is_reported(demo: Path, done: Pat
     assert facts["arms"]["half"]["metrics"]["clip.photos/loss"]["p"] is None  # one seed
 
 
-# the file -----------------------------------------------------------------------------------------
+# ablation files -----------------------------------------------------------------------------------
 
 
-def test_axes_are_a_product_over_seeds(tmp_path: Path) -> None:
+def test_axes_give_every_combination_for_each_seed(tmp_path: Path) -> None:
     text = f"base: {RECIPE}\nseeds: [3, 4]\naxes: {{clip.loss: [info_nce, sigmoid], mae.loss: [1]}}"
     with pytest.raises(Exception, match=r"arm clip\.loss=info_nce,mae\.loss=1: unknown"):
         load(tmp_path, text)
@@ -186,37 +186,37 @@ def test_axes_are_a_product_over_seeds(tmp_path: Path) -> None:
         assert {run.seed for run in trial.recipe.runs} == {trial.seed}
         assert trial.recipe.runs[1].train.samples == 24
     uses = stage_runs(ablation)
-    assert sorted(len(own) for own in uses.values()) == [1] * 8 + [4] * 6  # mae, hashtag, text
+    assert sorted(map(len, uses.values())) == [1] * 8 + [4] * 6  # mae, hashtag, text
     clip = ablation.trials[3].recipe.runs[-1]
     assert (clip.clip.loss, clip.model.keep_rate) == ("sigmoid", 0.5)
 
 
-def test_an_arm_wins_over_the_command_line_over_common(tmp_path: Path) -> None:
+def test_arm_overrides_command_line_and_command_line_overrides_common(tmp_path: Path) -> None:
     text = (
         f"base: {RECIPE}\ncommon: {{train.samples: 48, clip.train.samples: 60}}\n"
         "arms: {a: {}, b: {clip.train.samples: 36}, c: {train.samples: 24}}"
     )
-    found = load(tmp_path, text, "mae.train.samples=12", "seeds=[0]").trials
-    samples = {t.arm: [run.train.samples for run in t.recipe.runs] for t in found}
+    trials = load(tmp_path, text, "mae.train.samples=12", "seeds=[0]").trials
+    samples = {t.arm: [run.train.samples for run in t.recipe.runs] for t in trials}
     assert samples == {"a": [12, 48, 48, 60], "b": [12, 48, 48, 36], "c": [24, 24, 24, 24]}
 
 
-def test_samples_of_an_arm_can_match_anothers(tmp_path: Path) -> None:
+def test_match_samples_equalises_the_samples_of_two_arms(tmp_path: Path) -> None:
     text = f"""
 base: {RECIPE}
 arms:
   full: {{mae.train.samples: 120}}
   alone: {{stages: [text, clip], match_samples: full}}
 """
-    found = {trial.arm: trial.recipe.runs for trial in load(tmp_path, text).trials}
-    pictures = {
+    runs_by_arm = {trial.arm: trial.recipe.runs for trial in load(tmp_path, text).trials}
+    samples = {
         arm: sum(samples_of(run) for run in runs if run.stage != "text")
-        for arm, runs in found.items()
+        for arm, runs in runs_by_arm.items()
     }
-    assert pictures == {"full": 120 + 72 + 72, "alone": 264}
+    assert samples == {"full": 120 + 72 + 72, "alone": 264}
 
 
-def test_arms_that_make_an_llm_have_one_each_that_differs(tmp_path: Path) -> None:
+def test_arms_share_a_prepared_llm_only_if_its_settings_are_equal(tmp_path: Path) -> None:
     text = """
 base: quickstart
 arms:
@@ -254,7 +254,7 @@ def test_shipped_ablations(name: str, base: str) -> None:
     ("text", "message"),
     [
         ("arms: {a: {}}", "base is not set"),
-        ("base: R", "has no arms: give arms, or axes"),
+        ("base: R", "has no arms: set arms or axes"),
         ("base: R\narms: {}", "has no arms"),
         ("base: R\naxis: {}", "unknown key 'axis'; did you mean 'axes'"),
         ("base: quickstrat\narms: {a: {}}", "did you mean 'quickstart'"),
@@ -264,26 +264,29 @@ def test_shipped_ablations(name: str, base: str) -> None:
         ("base: R\naxes: {modle.keep_rate: [1.0]}", "did you mean 'model'"),
         ("base: R\naxes: {clip.loss: sigmoid}", "axes.clip.loss=sigmoid must be a list"),
         ("base: R\naxes: {clip.loss: [sigmoid, sigmoid]}", "arm loss=sigmoid twice"),
-        ("base: R\narms: {a: {}, bb: {}}\nbaseline: b", "baseline=b is no arm; did you mean 'bb'"),
+        (
+            "base: R\narms: {a: {}, bb: {}}\nbaseline: b",
+            "baseline=b is not an arm; did you mean 'bb'",
+        ),
         ("base: R\narms: {a: {}, a: {clip.loss: sigmoid}}", "duplicate key a"),
         ("base: R\narms: {a: {}, b: {clip.loss: info_nce}}", "arms a and b are the same"),
         ("base: R\narms: {a: {}}\nmetrics: [retreival.x]", "did you mean 'retrieval'"),
         ("base: R\narms: {a: {}}\nmetrics: [top1]", "write SUITE.MEASURE or STAGE.METRIC"),
         ("base: R\narms: {a: {seed: 1}}", "arm a: seed cannot be set here: use seeds"),
         ("base: R\narms: {a: {clip.out: x}}", "arm a: clip.out cannot be set here"),
-        ("base: R\narms: {a: {match_samples: b}}", "match_samples=b is no other arm"),
+        ("base: R\narms: {a: {match_samples: b}}", "match_samples=b is not another arm"),
         ("base: R\narms: {a: 5}", "arm a must be a section"),
-        ("base: R\narms: {a/b: {}}", "an arm is named by letters"),
+        ("base: R\narms: {a/b: {}}", "arm name 'a/b' must consist of letters"),
         (
             "base: R\narms: {a: {clip.text.llm: '???'}}",
-            "arms.a.clip.text.llm is not set: give arms.a",
+            "arms.a.clip.text.llm is not set: add arms.a",
         ),
         ("base: R\narms: {a: {}}\nseeds: [1, 1]", "seeds=[1, 1] must be different"),
         ("base: R\narms: {a: {}}\nseeds: no", "seeds"),
         ("base: R\ncommon: {clp.loss: x}\narms: {a: {}}", "unknown key 'clp'"),
     ],
 )
-def test_bad_files_give_one_line(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_files_give_one_error_line(text: str, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", text.replace("base: R", f"base: {RECIPE}"))
     done = CliRunner().invoke(app, ["ablate", file, f"data.root={tmp_path}", "--plan"])
     assert done.exit_code == 2, done.output
@@ -291,7 +294,7 @@ def test_bad_files_give_one_line(text: str, message: str, tmp_path: Path) -> Non
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_an_unknown_ablation_and_an_unknown_measure(demo: Path, done: Path) -> None:
+def test_unknown_ablation_and_unknown_metric(demo: Path, done: Path) -> None:
     unknown = CliRunner().invoke(app, ["ablate", "losess"])
     assert unknown.exit_code == 2 and "did you mean 'losses'" in unknown.stderr
     again = CliRunner().invoke(
@@ -303,23 +306,22 @@ def test_an_unknown_ablation_and_an_unknown_measure(demo: Path, done: Path) -> N
 # results ------------------------------------------------------------------------------------------
 
 
-def test_what_failed_does_not_hide_what_did_not(tmp_path: Path) -> None:
+def test_metric_of_a_failed_run_does_not_hide_the_others(tmp_path: Path) -> None:
     text = f"base: {RECIPE}\nseeds: [0]\nmetrics: [hashtag.loss, clip.loss]\narms: {{a: {{}}}}"
     ablation = load(tmp_path, text, f"out={tmp_path}")
-    ended = Outcome("a", 0, {"clip.loss": 2.0}, {}, {})
-    assert chosen_metrics(ablation, [ended]) == ["clip.loss"]
+    outcome = Outcome("a", 0, {"clip.loss": 2.0}, {}, {})
+    assert chosen_metrics(ablation, [outcome]) == ["clip.loss"]
     with pytest.raises(ConfigError, match=r"no run has hashtag\.loss; hashtag has none"):
-        check_metrics(ablation, [ended])
+        check_metrics(ablation, [outcome])
 
 
-def test_a_place_is_no_percentage(tmp_path: Path) -> None:
+def test_median_rank_is_not_shown_as_a_percentage(tmp_path: Path) -> None:
     ablation = load(tmp_path, f"base: {RECIPE}\nseeds: [0]\narms: {{a: {{}}}}", f"out={tmp_path}")
     rank = "retrieval.text_to_image_median_rank"
-    ended = [
-        Outcome("a", 0, {rank: 3.5, "retrieval.chance_text_to_image_median_rank": 60.0}, {}, {})
-    ]
-    metrics = chosen_metrics(ablation, ended)
-    cells = compare(ablation, ended, metrics)
-    table = Page(ablation, ended, metrics, cells, {rank: 60.0}, {}).results()
+    values = {rank: 3.5, "retrieval.chance_text_to_image_median_rank": 60.0}
+    outcomes = [Outcome("a", 0, values, {}, {})]
+    metrics = chosen_metrics(ablation, outcomes)
+    cells = compare(ablation, outcomes, metrics)
+    table = Page(ablation, outcomes, metrics, cells, {rank: 60.0}, {}).results()
     assert metrics == [rank] and "%" not in table.columns[2]
     assert table.rows == [("a", "1", "3.5"), ("chance", "", "60")]

@@ -1,4 +1,4 @@
-"""The runs of an ablation as processes: devices, order, the folder's lock, signals."""
+"""Tests of an ablation's processes: devices, order, the lock of the folder, signals."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ import pytest
 from ablation_files import load
 from child_process import RECIPE
 
-from xray.errors import ConfigError
+from xray.ablations import jobs as ablation_jobs
+from xray.ablations.jobs import Job, Jobs, alone
+from xray.errors import ConfigError, Preempted
 
 
-def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xray.ablations import jobs as ablation_jobs
-    from xray.ablations.jobs import Jobs, alone
-
+def test_concurrent_runs_get_different_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     with alone(tmp_path) as lock:
         monkeypatch.setattr(ablation_jobs, "visible_gpus", lambda: ["2", "5"])
         jobs = Jobs(tmp_path, 0, lock)
-        seen = [jobs._environment(slot) for slot in range(jobs.at_once)]
-        assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["2", "5"]
-        assert all("RANK" not in env for env in seen)
+        environments = [jobs._environment(slot) for slot in range(jobs.at_once)]
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["2", "5"]
+        assert all("RANK" not in env for env in environments)
         monkeypatch.setattr(ablation_jobs, "visible_gpus", lambda: [])
         assert Jobs(tmp_path, 0, lock).at_once == 1 and Jobs(tmp_path, 3, lock).at_once == 3
 
 
-def test_what_others_train_is_waited_for(tmp_path: Path) -> None:
-    """Of arms with one parent the first alone may start, and one of another seed beside it."""
-    from xray.ablations.jobs import Job, Jobs, alone
-
+def test_trial_waits_for_a_stage_run_that_another_trains(tmp_path: Path) -> None:
+    """Only one of two arms with the same parent may start, and beside it one of another seed."""
     text = f"base: {RECIPE}\nseeds: [0, 1]\ncommon: {{stages: [mae, clip]}}\n"
     ablation = load(tmp_path, text + "axes: {clip.loss: [info_nce, sigmoid]}", f"out={tmp_path}")
     zero_a, zero_b, one_a, _ = ablation.trials
@@ -49,24 +48,18 @@ def test_what_others_train_is_waited_for(tmp_path: Path) -> None:
         assert jobs._next([zero_b, one_a]) is zero_b
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    from xray.ablations.jobs import alone
-
+def test_folder_in_use_is_rejected(tmp_path: Path) -> None:
     with (
         alone(tmp_path),
-        pytest.raises(ConfigError, match=re.escape(f"out={tmp_path} is worked")),
+        pytest.raises(ConfigError, match=re.escape(f"out={tmp_path} is in use")),
         alone(tmp_path),
     ):
         pass
 
 
-def test_a_run_that_starts_while_all_are_stopped_is_stopped(
+def test_signal_during_the_start_of_a_run_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xray.ablations import jobs as ablation_jobs
-    from xray.ablations.jobs import Jobs, alone
-    from xray.errors import Preempted
-
     ablation = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}")
     (tmp_path / "runs" / "a" / "seed_0").mkdir(parents=True)
     popen = subprocess.Popen

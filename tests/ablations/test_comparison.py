@@ -1,4 +1,4 @@
-"""The statistics of an ablation's table: p-values, deviations and what a measure's chance is."""
+"""Tests of the statistics of an ablation: p-values, standard deviations and chance levels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xray.ablations.comparison import chance_of, deviation, paired_t, student_p
 
 
 def density(x: np.ndarray, df: int) -> np.ndarray:
-    """Of Student's t."""
+    """Return the density of Student's t-distribution."""
     scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
     return scale * (1 + x**2 / df) ** (-(df + 1) / 2)
 
 
 @pytest.mark.parametrize("df", range(1, 10))
-def test_p_is_what_is_left_of_the_density(df: int) -> None:
+def test_p_equals_the_integral_of_the_density(df: int) -> None:
     for t in (0.1, 0.7, 2.0, 6.0):
         x = np.linspace(0, t, 200_001)
         assert student_p(t, df) == pytest.approx(1 - 2 * np.trapezoid(density(x, df), x), abs=1e-9)
@@ -27,21 +27,22 @@ def test_p_is_what_is_left_of_the_density(df: int) -> None:
 def test_paired_t() -> None:
     rng = np.random.default_rng(0)
     for n in (2, 3, 5, 10):
-        own = rng.normal(0.3, 1.0, n).tolist()
-        t = np.mean(own) / (np.std(own, ddof=1) / math.sqrt(n))
-        assert paired_t(own) == pytest.approx(student_p(float(t), n - 1))
-        assert deviation(own) == pytest.approx(np.std(own, ddof=1))
-    assert student_p(4.303, 2) == pytest.approx(0.05, abs=1e-4)  # a printed table's
+        values = rng.normal(0.3, 1.0, n).tolist()
+        t = np.mean(values) / (np.std(values, ddof=1) / math.sqrt(n))
+        assert paired_t(values) == pytest.approx(student_p(float(t), n - 1))
+        assert deviation(values) == pytest.approx(np.std(values, ddof=1))
+    # critical values of published t-tables
+    assert student_p(4.303, 2) == pytest.approx(0.05, abs=1e-4)
     assert student_p(2.776, 4) == pytest.approx(0.05, abs=1e-4)
     assert math.isnan(paired_t([1.0])) and paired_t([0.0, 0.0]) == 1.0
-    assert math.isnan(paired_t([0.5, 0.5]))  # two runs that differ alike prove nothing
-    alike = [a / 40 - (a - 2) / 40 for a in (18, 25, 31)]  # so, but for their last bits
-    assert deviation(alike) > 0 and math.isnan(paired_t(alike))
+    assert math.isnan(paired_t([0.5, 0.5]))  # equal differences have no variance
+    rounded = [a / 40 - (a - 2) / 40 for a in (18, 25, 31)]  # equal up to rounding
+    assert deviation(rounded) > 0 and math.isnan(paired_t(rounded))
     assert paired_t([0.05, 0.05 + 1e-6, 0.05 - 1e-6]) < 1e-6
 
 
-def test_chance_of_every_kind_of_measure() -> None:
-    there = {
+def test_chance_level_of_every_kind_of_metric() -> None:
+    available = {
         *("zero_shot.top1", "zero_shot.chance_top1", "zero_shot.chance_top1_low"),
         *("tags.photos/mAP", "tags.photos/recall@5", "tags.photos/chance_recall@5"),
         *("retrieval.text_to_image_R@5", "retrieval.chance_text_to_image_R@5"),
@@ -49,8 +50,8 @@ def test_chance_of_every_kind_of_measure() -> None:
         *("robustness.knn/fgsm/1", "robustness.knn/fgsm/1_low", "robustness.knn/chance"),
         *("robustness.knn/samples", "clip.loss"),
     }
-    found = {name: chance_of(name, there) for name in there}
-    assert {name: chance for name, chance in found.items() if chance} == {
+    levels = {name: chance_of(name, available) for name in available}
+    assert {name: chance for name, chance in levels.items() if chance} == {
         "zero_shot.top1": "zero_shot.chance_top1",
         "tags.photos/recall@5": "tags.photos/chance_recall@5",
         "retrieval.text_to_image_R@5": "retrieval.chance_text_to_image_R@5",

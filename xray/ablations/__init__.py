@@ -1,1 +1,1 @@
-"""Ablations: a grid of runs over seeds, what they share, and their comparison."""
+"""Ablations: a grid of runs over arms and seeds, their shared stage runs, and their comparison."""

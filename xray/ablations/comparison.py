@@ -1,7 +1,7 @@
-"""What the runs of an ablation came to: numbers by arm, their spread, and how sure a difference is.
+"""Results of an ablation's runs: mean and deviation by arm, and significance of differences.
 
-The spread is over seeds. An arm is compared with the baseline seed by seed (a paired t-test), as
-both see the same samples in the same order with a seed.
+The standard deviation is over seeds. Each arm is compared with the baseline by a t-test paired by
+seed, because runs with the same seed see the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -19,50 +19,64 @@ from xray.config import nearest
 from xray.errors import ConfigError
 
 CHANCE = "chance_"
-ROUNDING = 1e-9  # far above that of differences, far below the spread of any two measurements
+# Relative limit between rounding errors of equal differences and the spread of measurements.
+ROUNDING = 1e-9
 
 
 @dataclass
 class Outcome:
-    """A finished trial's numbers; samples and seconds by stage, those of shared runs included."""
+    """Results of a finished trial, including those of the stage runs it shares.
+
+    Attributes:
+        values: results by name, SUITE.MEASURE or STAGE.METRIC.
+        samples: training samples by stage.
+        seconds: training time by stage, in seconds.
+    """
 
     arm: str
     seed: int
-    values: dict[str, float]  # SUITE.MEASURE and STAGE.METRIC
+    values: dict[str, float]
     samples: dict[str, int]
     seconds: dict[str, float]
 
 
 @dataclass
 class Cell:
-    """A metric of an arm over its seeds."""
+    """Table cell: one metric of one arm over its seeds.
 
-    values: dict[int, float]  # by seed
-    differences: list[float] = field(default_factory=list)  # to the baseline, of seeds both have
+    Attributes:
+        values: the metric by seed.
+        differences: value minus the baseline's value, for seeds that both arms have.
+    """
+
+    values: dict[int, float]
+    differences: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
+        """Mean over seeds."""
         return mean(list(self.values.values()))
 
     @property
-    def spread(self) -> float:
-        """The standard deviation over seeds."""
+    def std(self) -> float:
+        """Standard deviation over seeds; nan for fewer than two."""
         return deviation(list(self.values.values()))
 
     @property
     def difference(self) -> float:
+        """Mean difference to the baseline."""
         return mean(self.differences)
 
     @property
     def p(self) -> float:
-        """Of the paired t-test; nan where fewer than two seeds can be compared."""
+        """p-value of the paired t-test; nan for fewer than two pairs."""
         return paired_t(self.differences)
 
     def facts(self) -> dict[str, Any]:
-        """It as JSON, null where a number cannot be had."""
+        """Return the cell as JSON, with null for numbers that are not defined."""
         numbers = {
             "mean": self.mean,
-            "std": self.spread,
+            "std": self.std,
             "difference": self.difference,
             "p": self.p,
         }
@@ -73,18 +87,22 @@ class Cell:
 Comparison = dict[str, dict[str, Cell]]  # by arm, then by metric
 
 
-def outcome(trial: Trial) -> Outcome:
+def read_outcome(trial: Trial) -> Outcome:
     """Read a finished trial's results.json and its artifacts' manifests."""
     file = trial.folder / "results.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    sections = json.loads(file.read_text()) if file.is_file() else {}
     manifests = {
         run.stage: find_manifest(Path(run.out) / "artifact")[2] for run in trial.recipe.runs
     }
-    found |= {stage: manifest["metrics"] for stage, manifest in manifests.items()}
+    sections |= {stage: manifest["metrics"] for stage, manifest in manifests.items()}
     return Outcome(
         trial.arm,
         trial.seed,
-        {f"{part}.{name}": value for part, own in found.items() for name, value in _numbers(own)},
+        {
+            f"{section}.{name}": value
+            for section, results in sections.items()
+            for name, value in _numbers(results)
+        },
         {stage: manifest["samples"] for stage, manifest in manifests.items()},
         {stage: manifest["seconds"] for stage, manifest in manifests.items()},
     )
@@ -94,66 +112,71 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [(k, float(v)) for k, v in values.items() if isinstance(v, int | float)]
 
 
-def chance_of(metric: str, there: Container[str]) -> str:
-    """The name of the measure that says what guessing gives, "" where none does.
+def chance_of(metric: str, available: Container[str]) -> str:
+    """Return the name of a metric's chance level among the available metrics, or "".
 
-    Of X it is chance_X, of a set's NAME/X NAME/chance_X, of retrieval's X/SIZE chance_X; of a
-    head's accuracies (which have intervals) HEAD/CHANGE HEAD/chance.
+    The names are: chance_X for X, NAME/chance_X for a data set's NAME/X, chance_X for retrieval's
+    X/SIZE, and HEAD/chance for HEAD/CHANGE, the accuracies with intervals of the robustness suite.
     """
     section, _, name = metric.partition(".")
     part, slash, measure = name.rpartition("/")
     first = name.partition("/")[0]
     names = [f"{part}{slash}{CHANCE}{measure}", f"{CHANCE}{first}"]
-    names += [f"{first}/chance"] if f"{metric}_low" in there else []
-    return next((own for n in names if (own := f"{section}.{n}") in there), "")
+    names += [f"{first}/chance"] if f"{metric}_low" in available else []
+    return next((full for n in names if (full := f"{section}.{n}") in available), "")
 
 
 def outcomes_of(ablation: Ablation) -> list[Outcome]:
-    """Those of the trials that are finished."""
-    return [outcome(trial) for trial in ablation.trials if trial.finished()]
+    """Read the outcomes of all finished trials."""
+    return [read_outcome(trial) for trial in ablation.trials if trial.finished()]
 
 
 def chosen_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[str]:
-    """Of the metrics asked for those that a run has, or all that have chance beside them."""
-    there = _metrics(outcomes)
-    asked = [metric for metric in ablation.config.metrics if metric in there]
-    listed = [name for name in there if not name.startswith("robustness.")]  # hundreds
-    return asked or [name for name in listed if chance_of(name, there)]
+    """Return the metrics to compare.
+
+    These are the metrics in the ablation's `metrics` that at least one run has. If there are none,
+    all metrics with a chance level are compared, except those of the robustness suite.
+    """
+    available = _metrics(outcomes)
+    chosen = [metric for metric in ablation.config.metrics if metric in available]
+    # the robustness suite has hundreds of metrics
+    by_default = [name for name in available if not name.startswith("robustness.")]
+    return chosen or [name for name in by_default if chance_of(name, available)]
 
 
 def check_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> None:
-    """Raise ConfigError for a metric that is asked for and that no run has."""
-    there = _metrics(outcomes)
+    """Raise ConfigError if no run has one of the ablation's `metrics`."""
+    available = _metrics(outcomes)
     for metric in ablation.config.metrics:
-        if metric not in there:
+        if metric not in available:
             section = metric.partition(".")[0]
-            own = ", ".join(name for name in there if name.startswith(f"{section}."))
+            choices = ", ".join(name for name in available if name.startswith(f"{section}."))
             raise ConfigError(
-                f"metrics: no run has {metric}{nearest(metric, there)}; {section} has "
-                f"{own or 'none'}"
+                f"metrics: no run has {metric}{nearest(metric, available)}; {section} has "
+                f"{choices or 'none'}"
             )
 
 
 def _metrics(outcomes: Sequence[Outcome]) -> list[str]:
-    return list(dict.fromkeys(name for found in outcomes for name in found.values))
+    return list(dict.fromkeys(name for outcome in outcomes for name in outcome.values))
 
 
 def compare(ablation: Ablation, outcomes: Sequence[Outcome], metrics: Sequence[str]) -> Comparison:
-    """Every arm's metrics; where a run failed its seed is left out."""
+    """Collect each arm's metrics over seeds; a run that failed is left out."""
     values: dict[str, dict[str, dict[int, float]]] = {
         arm: {metric: {} for metric in metrics} for arm in ablation.arms
     }
-    for found in outcomes:
-        for metric in set(metrics) & found.values.keys():
-            values[found.arm][metric][found.seed] = found.values[metric]
+    for outcome in outcomes:
+        for metric in set(metrics) & outcome.values.keys():
+            values[outcome.arm][metric][outcome.seed] = outcome.values[metric]
     base = values[ablation.config.baseline]
     return {
         arm: {
             metric: Cell(seeds, [seeds[s] - base[metric][s] for s in seeds if s in base[metric]])
-            for metric, seeds in own.items()
+            for metric, seeds in by_metric.items()
             if seeds
         }
-        for arm, own in values.items()
+        for arm, by_metric in values.items()
     }
 
 
@@ -161,12 +184,12 @@ def compare(ablation: Ablation, outcomes: Sequence[Outcome], metrics: Sequence[s
 
 
 def mean(values: Sequence[float]) -> float:
-    """nan of nothing."""
+    """Return the mean, or nan for no values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation (n - 1); nan of fewer than two."""
+    """Return the sample standard deviation (n - 1), or nan for fewer than two values."""
     if len(values) < 2:
         return math.nan
     centre = mean(values)
@@ -174,10 +197,11 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def paired_t(differences: Sequence[float]) -> float:
-    """Two-sided p of Student's paired t-test (1908): that the mean difference is 0.
+    """Return the two-sided p-value of Student's paired t-test (1908).
 
-    nan of fewer than two differences, and of equal ones, which have no spread to judge by (but for
-    rounding: shares of a count that differ alike do so to the last bits); 1 where all are 0.
+    The null hypothesis is a mean difference of 0. The result is nan for fewer than two differences
+    and for differences that are equal up to rounding, because these have no variance; it is 1 if
+    all are 0.
     """
     n = len(differences)
     if n < 2:
@@ -189,9 +213,9 @@ def paired_t(differences: Sequence[float]) -> float:
 
 
 def student_p(t: float, df: int) -> float:
-    """P(|T| >= |t|) of Student's t with a whole number of degrees of freedom.
+    """Return P(|T| >= |t|) for Student's t-distribution with `df` degrees of freedom (an integer).
 
-    The finite series of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    Source: the finite series 26.7.3 and 26.7.4 of Abramowitz and Stegun (1964).
     """
     angle = math.atan2(abs(t), math.sqrt(df))
     sine, cosine = math.sin(angle), math.cos(angle)

@@ -1,4 +1,4 @@
-"""What an ablation's stage runs take, and the plan of them."""
+"""Training cost of an ablation's stage runs, and the plan table."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from xray.planning.known_inputs import known
 from xray.progress import progress_bar
 from xray.reports.tables import ResultTable, short
 
-Flops = dict[str, float | None]  # by stage run; None where the text tower is not known
+Flops = dict[str, float | None]  # by stage run; None if the text tower does not exist yet
 
 
 def flops_of(ablation: Ablation, store: Path | None) -> Flops:
-    """Training FLOPs of every stage run, forward and backward, as `xray plan` counts them.
+    """Count the training FLOPs of every stage run, forward and backward, like `xray plan`.
 
-    store: a file that keeps them. Seeds do not matter: those of the first one are counted.
+    The count does not depend on the seed, so only the first seed is counted. store: JSON file that
+    caches the counts, or None.
     """
     first = ablation.trials[: len(ablation.arms)]
     counted: Flops = json.loads(store.read_text()) if store and store.is_file() else {}
-    with progress_bar("counting FLOPs") as tell:
+    with progress_bar("counting FLOPs") as update:
         for number, trial in enumerate(first, start=1):
             if not set(trial.keys.values()) <= counted.keys():
                 try:
                     counted |= _counted(trial, counted)
                 except XrayError as error:
                     raise type(error)(f"arm {trial.arm}: {error}") from error
-            tell(number, len(first))
+            update(number, len(first))
     if store:
-        known_ones = {key: flops for key, flops in counted.items() if flops is not None}
-        write_text(store, json.dumps(known_ones, indent=1))
+        cached = {key: flops for key, flops in counted.items() if flops is not None}
+        write_text(store, json.dumps(cached, indent=1))
     by_arm = {
         trial.arm: {stage: counted[key] for stage, key in trial.keys.items()} for trial in first
     }
@@ -47,34 +48,35 @@ def flops_of(ablation: Ablation, store: Path | None) -> Flops:
 
 
 def _counted(trial: Trial, before: Flops) -> Flops:
-    runs, found = trial.recipe.runs, dict[str, float | None]()
-    with known(runs, trial.recipe.prepare.llm) as facts:
-        for run, own in zip(runs, facts, strict=True):
+    runs, counted = trial.recipe.runs, dict[str, float | None]()
+    with known(runs, trial.recipe.prepare.llm) as inputs:
+        for run, run_inputs in zip(runs, inputs, strict=True):
             key = trial.keys[run.stage]
             if key in before:
                 continue
-            unknown = text_section(run) is not None and own.facts.llm is None  # no folder yet
-            found[key] = None if unknown else resources(run, own.facts, 1).flops * run.steps
-    return found
+            facts = run_inputs.facts
+            unknown = text_section(run) is not None and facts.llm is None  # no LLM folder yet
+            counted[key] = None if unknown else resources(run, facts, 1).flops * run.steps
+    return counted
 
 
 def plan_of(ablation: Ablation, flops: Flops) -> ResultTable:
-    """A row per stage run that differs in more than the seed, and their sum."""
+    """Make the plan table: one row per group of stage runs that differ only in the seed."""
     config, runs = ablation.config, stage_runs(ablation)
     table = ResultTable(
         f"{config.name} over {config.base} -> {ablation.out}",
-        ("stage", "of arms", "runs", "samples each", "TFLOP each", "state"),
+        ("stage", "arms", "runs", "samples each", "TFLOP each", "state"),
     )
     rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for key, uses in runs.items():
         arms = tuple(trial.arm for trial, _ in uses)
         rows.setdefault((uses[0][1].stage, arms), []).append(key)
-    total, left = 0.0, 0
+    total, remaining = 0.0, 0
     for (stage, arms), keys in rows.items():
         run = runs[keys[0]][0][1]
         each = flops[keys[0]]
         done = sum((ablation.out / "stages" / key / "artifact").is_dir() for key in keys)
-        total, left = total + (each or 0.0) * len(keys), left + len(keys) - done
+        total, remaining = total + (each or 0.0) * len(keys), remaining + len(keys) - done
         table.rows.append(
             (
                 stage,
@@ -85,20 +87,20 @@ def plan_of(ablation: Ablation, flops: Flops) -> ResultTable:
                 f"{done}/{len(keys)} done",
             )
         )
-    alone = sum(len(trial.recipe.runs) for trial in ablation.trials)
+    unshared = sum(len(trial.recipe.runs) for trial in ablation.trials)
     table.rows.append(
-        ("in all", f"{alone} in {len(ablation.trials)} runs", str(len(runs)), "",
-         tera(total), f"{left} to train")
+        ("total", f"{unshared} in {len(ablation.trials)} runs", str(len(runs)), "",
+         tera(total), f"{remaining} to train")
     )  # fmt: skip
     return table
 
 
 def tera(flops: float) -> str:
-    """FLOPs as TFLOP."""
+    """Format FLOPs in units of TFLOP."""
     return f"{flops / 1e12:,.3g}"
 
 
 def arm_flops(trials: Sequence[Trial], flops: Flops) -> float | None:
-    """Of one run of an arm, shared stages included; None where a part is not known."""
+    """Sum the FLOPs of one run of an arm, including shared stages; None if a part is unknown."""
     parts = [flops[key] for key in trials[0].keys.values()]
     return None if None in parts else sum(part for part in parts if part is not None)

@@ -1,4 +1,4 @@
-"""The runs of an ablation, each a process of its own, several at a time where devices allow."""
+"""Execution of an ablation's runs as processes, several at a time if there are several GPUs."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from xray.files import locked, write_text
 from xray.progress import LINE_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-POLL = 0.2  # seconds
+POLL_SECONDS = 0.2
 
 
 @dataclass
 class Failure:
-    """A trial whose run did not end well."""
+    """Trial whose run failed, with its exit code and the last line of its log."""
 
     trial: Trial
     code: int
-    line: str  # the last of its log
+    line: str
 
 
 @dataclass
 class Job:
-    """A running trial."""
+    """Running trial and its process; `slot` numbers the concurrent jobs."""
 
     trial: Trial
     process: subprocess.Popen[bytes]
     slot: int
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[IO[str]]:
-    """Hold an ablation's folder; its runs hold it too, and longer where this process is killed.
+    """Lock an ablation's folder and yield the lock file.
 
-    Raises ConfigError where another process works in it.
+    The runs inherit the lock, so the folder stays locked if this process is killed and they
+    continue. Raises ConfigError if another process holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -57,25 +58,28 @@ def alone(out: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = (out / "processes").read_text() if (out / "processes").is_file() else ""
             raise ConfigError(
-                f"out={out} is worked on by another xray ablate, or by runs that one left behind "
-                f"(processes {pids or 'unknown'}): wait for them, or end them"
+                f"out={out} is in use by another xray ablate or by runs that it started "
+                f"(processes {pids or 'unknown'}): wait for them, stop them, or set another out"
             ) from None
         yield file
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name for a run."""
+    """Return the names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     count = torch.cuda.device_count()
-    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 class Jobs:
-    """Runs trials, never two at once that need the same unfinished stage run.
+    """Scheduler of trials; two trials with a common unfinished stage run never run together.
 
-    at_once: 0 = one per GPU, one without. Raises Preempted after a signal, when all have saved.
+    Args:
+        out: the ablation's folder.
+        at_once: number of concurrent trials; 0 = one per GPU, or one without GPUs.
+        lock: the lock file of `out`, inherited by the trials' processes.
     """
 
     def __init__(self, out: Path, at_once: int, lock: IO[Any]) -> None:
@@ -87,31 +91,34 @@ class Jobs:
         self.stopped = False
 
     def run(self, trials: Sequence[Trial]) -> list[Failure]:
-        """Run what is not finished; returns the trials that failed, the others done."""
+        """Run all unfinished trials and return those that failed.
+
+        After a signal, all running trials save a checkpoint; then Preempted is raised.
+        """
         waiting = [trial for trial in trials if not trial.finished()]
-        told = time.monotonic()
+        last_printed = time.monotonic()
         previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
-            follow = Follow(len(waiting))
+            progress = Progress(len(waiting))
             while self.running or (waiting and not self.stopped):
                 while not self.stopped and (chosen := self._next(waiting)) is not None:
                     waiting.remove(chosen)
                     self._start(chosen)
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
                 for job in [job for job in self.running if job.process.poll() is not None]:
-                    self._end(job, follow)
-                if time.monotonic() - told > LINE_SECONDS:
-                    told = time.monotonic()
-                    follow.lines(self.running)
+                    self._end(job, progress)
+                if time.monotonic() - last_printed > LINE_SECONDS:
+                    last_printed = time.monotonic()
+                    progress.print_running(self.running)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.stopped:
-            raise Preempted("stopped by a signal; the same command goes on")
+            raise Preempted("stopped by a signal; run the same command again to continue")
         return self.failures
 
     def _next(self, waiting: Sequence[Trial]) -> Trial | None:
-        """The first that may start: none of its stage runs is in another's work."""
+        """Return the first trial that may start: no running trial trains one of its stage runs."""
         if len(self.running) >= self.at_once:
             return None
         taken = {name for job in self.running for name in job.trial.missing()}
@@ -119,7 +126,7 @@ class Jobs:
 
     def _start(self, trial: Trial) -> None:
         slot = min(set(range(self.at_once)) - {job.slot for job in self.running})
-        for name in ("results.json", "done.json"):  # of other settings, or of half a run
+        for name in ("results.json", "done.json"):  # from other settings or an interrupted run
             (trial.folder / name).unlink(missing_ok=True)
         recipe = str(trial.folder / "recipe.yaml")
         with (trial.folder / "log.txt").open("ab") as log:
@@ -132,7 +139,7 @@ class Jobs:
                 pass_fds=[self.lock.fileno()],
             )
         self.running.append(Job(trial, process, slot))
-        if self.stopped:  # by a signal that came while it was started
+        if self.stopped:  # the signal arrived before the process was in self.running
             process.send_signal(signal.SIGTERM)
         self._write_processes()
 
@@ -144,7 +151,7 @@ class Jobs:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
         return env
 
-    def _end(self, job: Job, follow: Follow) -> None:
+    def _end(self, job: Job, progress: Progress) -> None:
         self.running.remove(job)
         self._write_processes()
         code, trial = job.process.returncode, job.trial
@@ -152,7 +159,7 @@ class Jobs:
             write_text(trial.folder / "done.json", json.dumps({"key": trial.key}))
         elif not self.stopped:
             self.failures.append(Failure(trial, code, last_line(trial)))
-        follow.ended(job, code)
+        progress.print_ended(job, code)
 
     def _write_processes(self) -> None:
         pids = [os.getpid(), *(job.process.pid for job in self.running)]
@@ -164,33 +171,33 @@ class Jobs:
             job.process.send_signal(signal.SIGTERM)
 
 
-class Follow:
-    """Lines on stderr: what has ended, what is running, and an estimate."""
+class Progress:
+    """Progress lines on stderr: ended trials, running trials and an estimate of the time left."""
 
     def __init__(self, total: int) -> None:
-        self.done, self.total, self.begun = 0, total, time.monotonic()
+        self.done, self.total, self.started = 0, total, time.monotonic()
 
-    def ended(self, job: Job, code: int) -> None:
-        """A run ended."""
+    def print_ended(self, job: Job, code: int) -> None:
+        """Print that a trial ended, with its duration or its exit code."""
         now = time.monotonic()
         self.done += 1
-        left = (self.total - self.done) * (now - self.begun) / self.done
-        how = f"done in {now - job.begun:.0f} s" if code == 0 else f"ended with code {code}"
+        left = (self.total - self.done) * (now - self.started) / self.done
+        result = f"done in {now - job.started:.0f} s" if code == 0 else f"failed with code {code}"
         eta = f"  eta {left:.0f} s" if left else ""
-        _say(f"{self.done}/{self.total}  {job.trial.arm}, seed {job.trial.seed}: {how}{eta}")
+        _print(f"{self.done}/{self.total}  {job.trial.arm}, seed {job.trial.seed}: {result}{eta}")
 
-    def lines(self, running: Sequence[Job]) -> None:
-        """How far the running ones are, by their logs."""
+    def print_running(self, running: Sequence[Job]) -> None:
+        """Print the last log line of every running trial."""
         for job in running:
-            _say(f"     {job.trial.arm}, seed {job.trial.seed}: {last_line(job.trial)}")
+            _print(f"     {job.trial.arm}, seed {job.trial.seed}: {last_line(job.trial)}")
 
 
 def last_line(trial: Trial) -> str:
-    """The last line of a trial's log."""
+    """Return the last line of a trial's log."""
     log = trial.folder / "log.txt"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1].strip() if lines else "starts"
+    return lines[-1].strip() if lines else "starting"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

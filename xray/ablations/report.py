@@ -1,4 +1,4 @@
-"""The comparison of an ablation: tables, plots, report.html, tables.md, ablation.json, CSV."""
+"""Report of an ablation: tables, plots, report.html, tables.md, ablation.json and CSV files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xray.ablations.comparison import (
 )
 from xray.ablations.cost import Flops, arm_flops, tera
 from xray.ablations.jobs import Failure
-from xray.ablations.trials import Ablation, sees_pictures
+from xray.ablations.trials import Ablation, trains_vision
 from xray.evaluation.results_table import title_of
 from xray.files import write_text
 from xray.reports.figures import COLOR, subplots, svg
@@ -32,20 +32,20 @@ from xray.reports.html import gallery, paragraph, write_report
 from xray.reports.tables import ResultTable, short
 
 NOTE = (
-    "± is the standard deviation over seeds. p is of a two-sided t-test on the differences to the "
-    "baseline, paired by seed (n pairs); {count} comparisons were made, and p is not corrected for "
-    "that."
+    "± is the standard deviation over seeds. p is the p-value of a two-sided t-test on the "
+    "differences to the baseline, paired by seed (n pairs). It is not corrected for the number of "
+    "comparisons, which is {count}."
 )
 
 
 def write_comparison(
     ablation: Ablation, flops: Flops, failures: Sequence[Failure]
 ) -> tuple[list[ResultTable], Path]:
-    """Write all files of what is finished; returns the tables and the page's path."""
+    """Write all report files for the finished trials; return the tables and report.html's path."""
     outcomes = outcomes_of(ablation)
     metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
-    chance = {m: mean([o.values[own] for o in outcomes if (own := chance_of(m, o.values))])
+    chance = {m: mean([o.values[name] for o in outcomes if (name := chance_of(m, o.values))])
               for m in metrics}  # fmt: skip
     page = Page(ablation, outcomes, metrics, cells, chance, flops)
     tables = [page.results(), page.differences(), page.cost()]
@@ -63,7 +63,14 @@ def write_comparison(
 
 
 class Page:
-    """The parts of a comparison."""
+    """Content of the report: tables, plots, texts and rows of the files.
+
+    Args:
+        metrics: names of the compared metrics.
+        cells: the comparison, by arm and metric.
+        chance: chance level by metric; nan if a metric has none.
+        flops: training FLOPs by stage run.
+    """
 
     def __init__(
         self,
@@ -79,36 +86,36 @@ class Page:
         self.baseline = ablation.config.baseline
 
     def results(self) -> ResultTable:
-        """Mean and spread of every arm, beside chance."""
+        """Make the table of means and standard deviations by arm, with a row for chance."""
         title = f"{self.ablation.config.name} over {self.ablation.config.base}"
         table = ResultTable(title, ("arm", "seeds", *map(self._title, self.metrics)))
-        for arm, own in self.cells.items():
+        for arm, cells in self.cells.items():
             seeds = len({o.seed for o in self.outcomes if o.arm == arm})
-            shown = [self._mean(m, own[m]) if m in own else "" for m in self.metrics]
-            table.rows.append((_named(arm), str(seeds), *shown))
+            row = [self._mean(m, cells[m]) if m in cells else "" for m in self.metrics]
+            table.rows.append((_wrapped(arm), str(seeds), *row))
         if any(not math.isnan(value) for value in self.chance.values()):
-            guessed = [self._number(m, self.chance[m]) for m in self.metrics]
-            table.rows.append(("chance", "", *guessed))
+            row = [self._number(m, self.chance[m]) for m in self.metrics]
+            table.rows.append(("chance", "", *row))
         return table
 
     def differences(self) -> ResultTable:
-        """Of every arm to the baseline."""
+        """Make the table of each arm's differences to the baseline."""
         title = f"Difference to {self.baseline}"
         table = ResultTable(title, ("arm", *map(self._title, self.metrics)))
-        for arm, own in self.cells.items():
+        for arm, cells in self.cells.items():
             if arm != self.baseline:
-                shown = [self._difference(m, own[m]) if m in own else "" for m in self.metrics]
-                table.rows.append((_named(arm), *shown))
+                row = [self._difference(m, cells[m]) if m in cells else "" for m in self.metrics]
+                table.rows.append((_wrapped(arm), *row))
         return table
 
     def note(self) -> str:
-        """How the differences were judged."""
-        others = [own for arm, own in self.cells.items() if arm != self.baseline]
-        tested = [cell for own in others for cell in own.values() if len(cell.differences) > 1]
+        """Return the explanation of ± and p below the tables."""
+        others = [cells for arm, cells in self.cells.items() if arm != self.baseline]
+        tested = [cell for cells in others for cell in cells.values() if len(cell.differences) > 1]
         return NOTE.format(count=len(tested))
 
     def cost(self) -> ResultTable:
-        """Of one run of each arm, what it shares included."""
+        """Make the table of the cost of one run by arm, including shared stages."""
         stages = [s for s in STAGES if any(s in t.keys for t in self.ablation.trials)]
         columns = (
             "arm",
@@ -119,34 +126,38 @@ class Page:
         )
         table = ResultTable("Cost of a run", columns)
         for arm in self.ablation.arms:
-            own = [o for o in self.outcomes if o.arm == arm]
-            if not own:
+            outcomes = [o for o in self.outcomes if o.arm == arm]
+            if not outcomes:
                 continue
-            seen = [short(own[0].samples[s]) if s in own[0].samples else "" for s in stages]
-            seconds = mean([sum(o.seconds.values()) for o in own])
+            first = outcomes[0]
+            samples = [short(first.samples[s]) if s in first.samples else "" for s in stages]
+            seconds = mean([sum(o.seconds.values()) for o in outcomes])
             flops = arm_flops(self.ablation.of(arm), self.flops)
             cost = "unknown" if flops is None else tera(flops)
             table.rows.append(
-                (_named(arm), *seen, short(pictures(own[0])), cost, f"{seconds:,.0f}")
+                (_wrapped(arm), *samples, short(visual_samples(first)), cost, f"{seconds:,.0f}")
             )
         return table
 
     def settings(self) -> list[str]:
-        """What every arm changes, and how to run one by itself."""
-        rows = [(arm, "\n".join(_setting(k, v) for k, v in own.items()) or "the base as it is")
-                for arm, own in self.ablation.arms.items()]  # fmt: skip
+        """Make the HTML table of each arm's settings and the command that runs one trial."""
+        rows = [(arm, "\n".join(_setting(k, v) for k, v in changes.items()) or "the base recipe")
+                for arm, changes in self.ablation.arms.items()]  # fmt: skip
         folder = self.ablation.of(self.baseline)[0].folder
         shared = [_setting(k, v) for layer in self.ablation.common for k, v in layer.items()]
         return [
             ResultTable("Arms", ("arm", "settings"), list(rows)).html(),
-            paragraph(f"All arms: {', '.join(shared) or 'nothing else is changed'}"),
-            f"<p>A run by itself: <code>xray run {html.escape(str(folder))}/recipe.yaml</code></p>",
+            paragraph(f"Settings of all arms: {', '.join(shared) or 'none'}"),
+            f"<p>To repeat a run: <code>xray run {html.escape(str(folder))}/recipe.yaml</code></p>",
         ]
 
     # numbers --------------------------------------------------------------------------------------
 
     def _percent(self, metric: str) -> bool:
-        """Whether a metric is a share: those have chance beside them; so has a median place."""
+        """Return True if a metric is a share, shown in %.
+
+        Shares are the metrics with a chance level, except the median rank.
+        """
         return not math.isnan(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:
@@ -160,8 +171,8 @@ class Page:
         return f"{100 * value:{sign}.1f}" if self._percent(metric) else f"{value:{sign}.4g}"
 
     def _mean(self, metric: str, cell: Cell) -> str:
-        spread = self._number(metric, cell.spread)
-        return self._number(metric, cell.mean) + (f" ± {spread}" if spread else "")
+        std = self._number(metric, cell.std)
+        return self._number(metric, cell.mean) + (f" ± {std}" if std else "")
 
     def _difference(self, metric: str, cell: Cell) -> str:
         if not cell.differences:
@@ -172,7 +183,7 @@ class Page:
     # plots ----------------------------------------------------------------------------------------
 
     def plots(self) -> list[str]:
-        """A panel per metric, and the first metric against cost."""
+        """Draw one panel per metric, and the first metric against training cost, as SVG."""
         panels = [self._dots(metric) for metric in self.metrics]
         if self.metrics:
             panels.append(self._against_cost(self.metrics[0]))
@@ -182,7 +193,7 @@ class Page:
         return 100.0 if self._percent(metric) else 1.0
 
     def _dots(self, metric: str) -> str:
-        """A row per arm: its seeds as dots, their mean as a bar."""
+        """Draw one row per arm, with a dot per seed and a bar at the mean."""
         arms = [arm for arm in self.cells if metric in self.cells[arm]]
         scale = self._scale(metric)
         figure, (axis,) = subplots(1, (4.4, 0.9 + 0.3 * len(arms)))
@@ -193,8 +204,8 @@ class Page:
             axis.plot(points, [row] * len(points), "o", color=color, alpha=0.6, markersize=5)
             axis.plot([scale * cell.mean] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2)
         if self.baseline in arms:
-            middle = scale * self.cells[self.baseline][metric].mean
-            axis.axvline(middle, color="#b4552d", linewidth=0.8, linestyle="--")
+            baseline = scale * self.cells[self.baseline][metric].mean
+            axis.axvline(baseline, color="#b4552d", linewidth=0.8, linestyle="--")
         if self._percent(metric):
             axis.axvline(scale * self.chance[metric], color="#6e7781", linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(arms)), arms, fontsize=9)
@@ -202,37 +213,38 @@ class Page:
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", alpha=0.25)
         axis.set_title(self._title(metric), fontsize=10)
-        return svg(figure, f"{metric} of each arm: dots are seeds, bars their means")
+        return svg(figure, f"{metric} by arm: one dot per seed, a bar at the mean")
 
     def _against_cost(self, metric: str) -> str:
-        """Means over TFLOP of a run."""
+        """Draw the metric's mean over seeds against the training FLOPs of one run."""
         figure, (axis,) = subplots(1, (4.4, 3.0))
         points = {
-            arm: (flops / 1e12, self._scale(metric) * own[metric].mean)
-            for arm, own in self.cells.items()
-            if metric in own and (flops := arm_flops(self.ablation.of(arm), self.flops)) is not None
+            arm: (flops / 1e12, self._scale(metric) * cells[metric].mean)
+            for arm, cells in self.cells.items()
+            if metric in cells
+            and (flops := arm_flops(self.ablation.of(arm), self.flops)) is not None
         }
         for arm, point in points.items():
             axis.plot(*point, "o", color="#b4552d" if arm == self.baseline else COLOR)
             axis.annotate(arm, point, fontsize=8, xytext=(4, 3), textcoords="offset points")
-        axis.set_xlabel("TFLOP of a run", fontsize=9)
+        axis.set_xlabel("TFLOP per run", fontsize=9)
         axis.set_title(self._title(metric), fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(y=0.15)
-        most = max((flops for flops, _ in points.values()), default=1.0)
-        axis.set_xlim(0, 1.35 * most)  # a tenth more cost looks like a tenth; room for names
+        highest = max((flops for flops, _ in points.values()), default=1.0)
+        axis.set_xlim(0, 1.35 * highest)  # from 0, so that costs compare by length; room for names
         axis.grid(alpha=0.25)
-        return svg(figure, f"{metric} over the FLOPs of a run")
+        return svg(figure, f"{metric} against the FLOPs of a run")
 
     # files ----------------------------------------------------------------------------------------
 
     def markdown(self, tables: Sequence[ResultTable]) -> str:
-        """The tables for a README or an issue."""
+        """Return the tables and the note as Markdown."""
         parts = [f"**{table.title}**\n\n{table.markdown()}" for table in tables if table.rows]
         return "\n".join([*parts, f"{self.note()}\n"])
 
     def facts(self, failures: Sequence[Failure]) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return all results and failures as JSON, the content of ablation.json."""
         config = self.ablation.config
         arms = {}
         for arm, settings in self.ablation.arms.items():
@@ -259,14 +271,14 @@ class Page:
         }
 
     def run_rows(self) -> list[dict[str, Any]]:
-        """A row per run: its metrics and what it took."""
+        """Return one row per run with its metrics and cost, the content of runs.csv."""
         return [
             {
                 "arm": o.arm,
                 "seed": o.seed,
                 **{m: o.values.get(m) for m in self.metrics},
                 **{f"samples_{s}": o.samples.get(s) for s in STAGES},
-                "pictures_and_clips": pictures(o),
+                "pictures_and_clips": visual_samples(o),
                 "flops": arm_flops(self.ablation.of(o.arm), self.flops),
                 "seconds": round(sum(o.seconds.values()), 1),
             }
@@ -274,21 +286,21 @@ class Page:
         ]
 
     def metric_rows(self) -> list[dict[str, Any]]:
-        """A row per arm and metric."""
+        """Return one row per arm and metric, the content of table.csv."""
         return [
             {"arm": arm, "metric": metric, **cell.facts()}
-            for arm, own in self.cells.items()
-            for metric, cell in own.items()
+            for arm, cells in self.cells.items()
+            for metric, cell in cells.items()
         ]
 
 
-def pictures(found: Outcome) -> int:
-    """Samples of the stages that see pictures and clips."""
-    return sum(count for stage, count in found.samples.items() if sees_pictures(stage))
+def visual_samples(outcome: Outcome) -> int:
+    """Sum the training samples of the stages that train on images and clips."""
+    return sum(count for stage, count in outcome.samples.items() if trains_vision(stage))
 
 
-def _named(arm: str) -> str:
-    """An arm of axes has a line for each: as wide as one, where a terminal is narrow."""
+def _wrapped(arm: str) -> str:
+    """Break an arm's name after each axis, so that tables fit narrow terminals."""
     return arm.replace(",", ",\n")
 
 

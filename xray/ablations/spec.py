@@ -1,20 +1,20 @@
-"""The yaml of an ablation and what the command line changes of it.
+"""Reading of an ablation's yaml file, with overrides of the command line.
 
     base: quickstart                       # any recipe
     seeds: [0, 1, 2]
-    baseline: full                         # the arm that others are compared with [the first]
+    baseline: full                         # arm to compare the others with; default: the first
     common: {clip.train.samples: 9600}     # settings of all arms
-    arms:                                  # what an arm changes, as keys of a recipe
+    arms:                                  # settings that each arm changes, as keys of a recipe
       full: {}
       no_mae: {stages: [hashtag, text, clip]}
       no_mae_longer: {stages: [hashtag, text, clip], match_samples: full}
-    axes: {clip.loss: [info_nce, sigmoid]} # further arms: the product of these values
+    axes: {clip.loss: [info_nce, sigmoid]} # more arms: every combination of these values
     metrics: [retrieval.text_to_image_R@10, clip.loss]   # SUITE.MEASURE, or STAGE.METRIC
 
-An arm's settings win over the command line, which wins over `common`. `match_samples: ARM`
-lengthens an arm's last stage until it sees as many pictures and clips as ARM over all its stages.
-Every run of a seed has that seed, and so the same samples in the same order wherever its data
-section is the same.
+An arm's settings override the command line, and the command line overrides `common`.
+`match_samples: ARM` lengthens an arm's last stage so that all its stages together see as many
+images and clips as those of ARM. Runs with the same seed and data section see the same samples in
+the same order.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from xray.config import nearest
 from xray.errors import ConfigError
 from xray.recipes.recipe import check_keys
 
-SETTINGS = ("common", "arms", "axes")  # sections of a recipe's keys
-OWN = ("base", "name", "out", "seed")  # of a run: an arm may not set them
+SETTINGS = ("common", "arms", "axes")  # sections that contain keys of a recipe
+FIXED = ("base", "name", "out", "seed")  # keys of a recipe that the ablation sets for each run
 
 
 @dataclass
 class AblationConfig:
-    """An ablation's own keys."""
+    """Keys of an ablation that are not keys of a recipe; docs/ablations.md describes them."""
 
     base: str = ""
     name: str = ""
@@ -48,88 +48,103 @@ class AblationConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: str = ""
     metrics: list[str] = field(default_factory=list)
-    jobs: int = 0  # runs at a time; 0 = one per GPU, one without
+    jobs: int = 0  # concurrent runs; 0 = one per GPU, or one without GPUs
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key to change."""
+        """Raise ConfigError naming the key to change."""
         if not self.base:
-            raise ConfigError("base is not set: name the recipe that the arms change")
+            raise ConfigError("base is not set: set it to the recipe that the arms change")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"seeds={self.seeds} must be different numbers, none below 0")
+            raise ConfigError(f"seeds={self.seeds} must be different numbers of at least 0")
         if self.jobs < 0:
             raise ConfigError(f"jobs={self.jobs} must be 0 (one per GPU) or more")
 
 
 @dataclass
 class AblationFile:
-    """What an ablation asks for."""
+    """Content of an ablation file, with overrides.
+
+    Attributes:
+        config: the ablation's keys.
+        arms: settings of each arm, by dotted key.
+        common: two layers over the base recipe: the file's `common`, then the command line's.
+    """
 
     config: AblationConfig
-    arms: dict[str, dict[str, Any]]  # settings by dotted key
-    common: list[dict[str, Any]]  # layers over the base recipe: the file's, the command line's
+    arms: dict[str, dict[str, Any]]
+    common: list[dict[str, Any]]
 
 
 def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:
-    """A shipped ablation by name, or a yaml file, with `key=value` on top.
+    """Read a shipped ablation by name, or a yaml file, and apply `key=value` overrides.
 
-    A key that is not the ablation's is set in the recipe of every arm. Raises ConfigError.
+    Overrides of keys that are not the ablation's change the recipe of every arm. Raises ConfigError
+    for unknown keys, invalid values and an unknown baseline.
     """
     content = cfg.read_yaml(cfg.find_yaml("ablation", name))
-    given = cfg.parse_overrides(overrides)
-    known = [item.name for item in dataclasses.fields(AblationConfig)]
+    overrides_by_key = cfg.parse_overrides(overrides)
+    config_keys = [item.name for item in dataclasses.fields(AblationConfig)]
+    all_keys = [*config_keys, *SETTINGS]
     for key in content:
-        if key not in (*known, *SETTINGS):
-            hint = nearest(key, [*known, *SETTINGS]) or f": there are {[*known, *SETTINGS]}"
+        if key not in all_keys:
+            hint = nearest(key, all_keys) or f": use one of {', '.join(all_keys)}"
             raise ConfigError(f"{name}: unknown key {key!r}{hint}")
-    over = {key: value for key, value in given.items() if key not in (*known, *SETTINGS)}
-    config = _config(name, *({k: v for k, v in x.items() if k in known} for x in (content, given)))
-    sections = {key: _flat(content.get(key), given.get(key), key) for key in SETTINGS}
-    arms = {**_named(sections["arms"], name), **_grid(sections["axes"])}
+    config = _config(
+        name,
+        {key: value for key, value in content.items() if key in config_keys},
+        {key: value for key, value in overrides_by_key.items() if key in config_keys},
+    )
+    sections = {key: _flat(content.get(key), overrides_by_key.get(key), key) for key in SETTINGS}
+    arms = {**_listed_arms(sections["arms"], name), **_axes_arms(sections["axes"])}
     if not arms:
-        raise ConfigError(f"{name} has no arms: give arms, or axes")
+        raise ConfigError(f"{name} has no arms: set arms or axes")
     config.baseline = config.baseline or next(iter(arms))
     if config.baseline not in arms:
         raise ConfigError(
-            f"baseline={config.baseline} is no arm{nearest(config.baseline, arms)}: "
-            f"there are {', '.join(arms)}"
+            f"baseline={config.baseline} is not an arm{nearest(config.baseline, arms)}: "
+            f"the arms are {', '.join(arms)}"
         )
-    common = [nest(sections["common"]), over]
+    recipe_overrides = {k: v for k, v in overrides_by_key.items() if k not in all_keys}
+    common = [nest(sections["common"]), recipe_overrides]
     for layer in common:
         check_keys(layer)
-        check_own(layer, "" if layer is over else "common: ")
+        check_fixed(layer, "" if layer is recipe_overrides else "common: ")
     return AblationFile(config, arms, common)
 
 
-def _config(name: str, content: dict[str, Any], given: dict[str, Any]) -> AblationConfig:
-    config = cfg.build(AblationConfig, content, given)
+def _config(name: str, content: dict[str, Any], overrides: dict[str, Any]) -> AblationConfig:
+    config = cfg.build(AblationConfig, content, overrides)
     config.validate()
     stem = config.name or Path(name).stem
-    config.name = f"{stem}_{Path(config.base).stem}" if "base" in given else stem
+    config.name = f"{stem}_{Path(config.base).stem}" if "base" in overrides else stem
     config.out = config.out or f"runs/ablate_{config.name}"
     return config
 
 
-def check_own(layer: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for keys of a run that the ablation gives it."""
+def check_fixed(layer: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError if a layer sets keys that the ablation sets for each run.
+
+    where: prefix of the error message.
+    """
     keys = [key for key, _ in flatten(layer)]
-    fixed = [*OWN, *(f"{stage}.{key}" for stage in STAGES for key in ("out", "seed"))]
+    fixed = [*FIXED, *(f"{stage}.{key}" for stage in STAGES for key in ("out", "seed"))]
     for key in [key for key in fixed if key in keys]:
-        rest = "use seeds=[...]" if key.endswith("seed") else "every run has its own"
-        raise ConfigError(f"{where}{key} cannot be set here: {rest}")
+        reason = "use seeds=[...]" if key.endswith("seed") else "the ablation sets it for each run"
+        raise ConfigError(f"{where}{key} cannot be set here: {reason}")
 
 
-def _flat(own: Any, given: Any, section: str) -> dict[str, Any]:
-    """A section's settings by dotted key, those of the command line over the file's."""
-    for value in (own, given):
+def _flat(content: Any, overrides: Any, section: str) -> dict[str, Any]:
+    """Return a section's settings by dotted key; overrides replace those of the file."""
+    for value in (content, overrides):
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{section}={value} must be a section of keys")
-    return dict(flatten(own or {})) | dict(flatten(given or {}))
+    return dict(flatten(content or {})) | dict(flatten(overrides or {}))
 
 
-def flatten(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as (dotted key, value); an empty section is a value."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as (dotted key, value); an empty section is a value."""
     for key, value in settings.items():
-        path = f"{above}.{key}" if above else str(key)
+        path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:
             yield from flatten(value, path)
         else:
@@ -137,7 +152,7 @@ def flatten(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 
 
 def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key as a recipe's layer; presets (`model: vit_s16`) come first."""
+    """Convert settings by dotted key to a recipe's layer; presets (`model: vit_s16`) come first."""
     layers = []
     for key in sorted(settings, key=lambda key: key.split(".")[-1] not in cfg.PRESETS):
         value = settings[key]
@@ -147,23 +162,27 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     return cfg.merge(*layers)
 
 
-def _named(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """The arms that are named, of keys ARM.KEY."""
+def _listed_arms(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Return the arms of the section `arms`, whose keys are ARM.KEY."""
     arms: dict[str, dict[str, Any]] = {}
     for path, value in settings.items():
         name, _, key = path.partition(".")
         if not re.fullmatch(r"[\w+-]+", name):
-            raise ConfigError(f"{where}: an arm is named by letters, digits, _, + and -: {name!r}")
+            raise ConfigError(
+                f"{where}: arm name {name!r} must consist of letters, digits, _, + and -"
+            )
         arm = arms.setdefault(name, {})
         if key:
             arm[key] = value
         elif value:
-            raise ConfigError(f"{where}: arm {name} must be a section of keys, {{}} for the base")
+            raise ConfigError(
+                f"{where}: arm {name} must be a section of keys ({{}} for the base recipe)"
+            )
     return arms
 
 
-def _grid(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """An arm for every combination of the axes' values."""
+def _axes_arms(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return one arm for every combination of the axes' values."""
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"axes.{key}={values} must be a list of values")
@@ -177,12 +196,12 @@ def _grid(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         parts = [f"{short[key]}={_word(value)}" for key, value in settings.items()]
         name = ",".join(parts)
         if name in arms:
-            raise ConfigError(f"axes give arm {name} twice: leave out the second of its values")
+            raise ConfigError(f"axes give arm {name} twice: remove the repeated value")
         arms[name] = settings
     return arms
 
 
 def _word(value: Any) -> str:
-    """A value as part of an arm's name, which is a folder's too."""
+    """Format a value for an arm's name, which is also a folder name."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")

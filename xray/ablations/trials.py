@@ -1,9 +1,8 @@
-"""An ablation: arms and seeds as recipes, and the stage runs that they share.
+"""Trials of an ablation: one recipe per arm and seed, and the stage runs that trials share.
 
-Every run of a seed has that seed, and so the same samples in the same order wherever its data
-section is the same.
+Runs with the same seed and data section see the same samples in the same order.
 
-    OUT/stages/STAGE-HASH/                 # a stage run; the hash is of its settings and parents
+    OUT/stages/STAGE-HASH/                 # a stage run; HASH covers its settings and parents
     OUT/runs/ARM/seed_0/                   # recipe.yaml, results.json, report.html, log.txt
 """
 
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
 from stages.base import text_section
-from xray.ablations.spec import AblationConfig, check_own, nest, read_ablation
+from xray.ablations.spec import AblationConfig, check_fixed, nest, read_ablation
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
@@ -35,27 +34,33 @@ MATCH = "match_samples"
 
 @dataclass
 class Trial:
-    """One arm with one seed: a recipe whose stages are trained in folders that arms share."""
+    """One arm with one seed: a recipe whose stage runs may be shared with other trials.
+
+    Attributes:
+        folder: folder of the trial's recipe, results and log.
+        layer: settings of the trial's recipe.yaml, over the layers common to all arms.
+        recipe: the resolved recipe.
+    """
 
     arm: str
     seed: int
     folder: Path
-    layer: dict[str, Any]  # of the recipe, over those that all arms have
+    layer: dict[str, Any]
     recipe: Recipe
 
     @property
     def keys(self) -> dict[str, str]:
-        """Each stage's folder name."""
+        """Folder name of each stage's run."""
         return {run.stage: Path(run.out).name for run in self.recipe.runs}
 
     @property
     def key(self) -> str:
-        """What its results follow from: its stage runs, and how they are evaluated."""
-        evaluated = to_dict(self.recipe.eval), self.recipe.root
-        return hash_json([list(self.keys.values()), *evaluated])
+        """Hash of everything that determines the results: stage runs and evaluation settings."""
+        evaluation = to_dict(self.recipe.eval), self.recipe.root
+        return hash_json([list(self.keys.values()), *evaluation])
 
     def missing(self) -> list[str]:
-        """The stage runs that are not finished."""
+        """Return the folder names of the stage runs that are not finished."""
         return [
             Path(run.out).name
             for run in self.recipe.runs
@@ -63,7 +68,7 @@ class Trial:
         ]
 
     def finished(self) -> bool:
-        """Whether it was trained and evaluated to its end, as it is asked for now."""
+        """Return True if the trial was trained and evaluated with its current settings."""
         done = self.folder / "done.json"
         if self.missing() or not done.is_file():
             return False
@@ -72,26 +77,32 @@ class Trial:
 
 @dataclass
 class Ablation:
-    """A checked ablation and its trials, of all arms for one seed after the other."""
+    """Checked ablation and its trials.
+
+    Attributes:
+        arms: settings of each arm, by dotted key.
+        common: two layers over the base recipe: the file's `common`, then the command line's.
+        trials: all arms of the first seed, then all arms of the next one, and so on.
+    """
 
     config: AblationConfig
     out: Path
-    arms: dict[str, dict[str, Any]]  # settings by dotted key
-    common: list[dict[str, Any]]  # the layers over the base recipe: the file's, the command line's
+    arms: dict[str, dict[str, Any]]
+    common: list[dict[str, Any]]
     trials: list[Trial]
 
     def of(self, arm: str) -> list[Trial]:
-        """An arm's trials, in the order of the seeds."""
+        """Return an arm's trials, in the order of the seeds."""
         return [trial for trial in self.trials if trial.arm == arm]
 
 
 def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
-    """An ablation by name or yaml file, and its trials.
+    """Load an ablation by name or yaml file and resolve its trials.
 
-    Raises ConfigError for what is unknown, or cannot work together.
+    Raises ConfigError for unknown keys, arms or metrics, and for arms without a difference.
     """
-    asked = read_ablation(name, overrides)
-    ablation = Ablation(asked.config, Path(asked.config.out), asked.arms, asked.common, [])
+    file = read_ablation(name, overrides)
+    ablation = Ablation(file.config, Path(file.config.out), file.arms, file.common, [])
     ablation.trials = list(_trials(ablation))
     _check_differ(ablation)
     _check_metrics(ablation)
@@ -103,16 +114,18 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
     layers: dict[str, dict[str, Any]] = {}
     recipes: dict[str, Recipe] = {}
     for arm, settings in ablation.arms.items():
-        plain = {key: value for key, value in settings.items() if key != MATCH}
-        for key in [key for key, value in plain.items() if value == "???"]:
-            raise ConfigError(f"arms.{arm}.{key} is not set: give arms.{arm}.{key}=...")
-        layers[arm] = nest(plain)
-        check_own(layers[arm], f"arm {arm}: ")
+        recipe_settings = {key: value for key, value in settings.items() if key != MATCH}
+        for key in [key for key, value in recipe_settings.items() if value == "???"]:
+            raise ConfigError(
+                f"arms.{arm}.{key} is not set: add arms.{arm}.{key}=... to the command"
+            )
+        layers[arm] = nest(recipe_settings)
+        check_fixed(layers[arm], f"arm {arm}: ")
         recipes[arm] = _resolve(ablation, base, arm, layers[arm])
     for arm, settings in ablation.arms.items():
         if MATCH in settings:
-            longer = _matched(ablation, recipes, arm, str(settings[MATCH]))
-            layers[arm] = cfg.merge(layers[arm], longer)
+            length = _matched_length(ablation, recipes, arm, str(settings[MATCH]))
+            layers[arm] = cfg.merge(layers[arm], length)
             recipes[arm] = _resolve(ablation, base, arm, layers[arm])
     for seed in ablation.config.seeds:
         for arm in ablation.arms:
@@ -122,10 +135,10 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
 def _resolve(
     ablation: Ablation, base: Sequence[dict[str, Any]], arm: str, layer: dict[str, Any]
 ) -> Recipe:
-    """An arm's recipe, as of the first seed."""
-    own = {"name": arm, "out": str(_folder(ablation, arm, ablation.config.seeds[0]))}
+    """Resolve an arm's recipe for the first seed."""
+    fixed = {"name": arm, "out": str(_folder(ablation, arm, ablation.config.seeds[0]))}
     try:
-        return resolve_recipe([*base, cfg.merge(layer, own)])
+        return resolve_recipe([*base, cfg.merge(layer, fixed)])
     except ConfigError as error:
         raise ConfigError(f"arm {arm}: {error}") from error
 
@@ -137,13 +150,13 @@ def _folder(ablation: Ablation, arm: str, seed: int) -> Path:
 def _trial(
     ablation: Ablation, arm: str, settings: dict[str, Any], resolved: Recipe, seed: int
 ) -> Trial:
-    """An arm's recipe with its stages in folders named by what makes their results."""
+    """Make a trial whose stage runs are in folders named by a hash of their settings."""
     folder = _folder(ablation, arm, seed)
     name = f"{ablation.config.name}: {arm}, seed {seed}"
     recipe = dataclasses.replace(copy.deepcopy(resolved), name=name, out=folder)
-    own = {"name": name, "out": str(folder), "seed": seed}
-    layer = cfg.merge(settings, own, _share_llm(recipe, ablation.out))
-    moved: dict[str, str] = {}  # artifacts to where they will be
+    fixed = {"name": name, "out": str(folder), "seed": seed}
+    layer = cfg.merge(settings, fixed, _share_llm(recipe, ablation.out))
+    moved: dict[str, str] = {}  # an artifact's path in the recipe -> its path in OUT/stages
     for run in recipe.runs:
         run.seed = seed
         run.init_from = [moved.get(path, path) for path in run.init_from]
@@ -157,96 +170,109 @@ def _trial(
 
 
 def _inputs(run: RunConfig) -> dict[str, str]:
-    """What a stage reads that its identity does not name: where it lies may be another's place."""
+    """Return a stage's input paths, which the hash needs beside the stage's identity.
+
+    The identity leaves paths out. In an ablation, arms may differ in a path only.
+    """
     models = stage_class(run.stage)(run).models()
     return {"data": run.data.root, "weights": run.model.pretrained, **models}
 
 
 def _share_llm(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Let a recipe make its LLM where all arms that make the same one share it; as a layer."""
-    made = recipe.prepare.llm
-    if made is None:
+    """Move the LLM that a recipe prepares to a folder that all arms with equal settings share.
+
+    Changes the recipe and returns the change as a layer.
+    """
+    prepared = recipe.prepare.llm
+    if prepared is None:
         return {}
-    settings = {**to_dict(made), "path": "", "root": recipe.root}
-    before, made.path = made.path, str(out / "llms" / hash_json(settings)[:12])
-    layer: dict[str, Any] = {"prepare": {"llm": {"path": made.path}}}
+    settings = {**to_dict(prepared), "path": "", "root": recipe.root}
+    before, prepared.path = prepared.path, str(out / "llms" / hash_json(settings)[:12])
+    layer: dict[str, Any] = {"prepare": {"llm": {"path": prepared.path}}}
     for run in recipe.runs:
         text = text_section(run)
         if text is not None and text.llm == before:
-            text.llm = made.path
-            own = {"llm": made.path}
+            text.llm = prepared.path
+            own = {"llm": prepared.path}
             layer[run.stage] = own if getattr(run, run.stage, None) is text else {"text": own}
     return layer
 
 
-def _matched(
-    ablation: Ablation, recipes: Mapping[str, Recipe], arm: str, like: str
+def _matched_length(
+    ablation: Ablation, recipes: Mapping[str, Recipe], arm: str, target: str
 ) -> dict[str, Any]:
-    """The layer that lengthens an arm's last stage until it sees as much as another arm."""
-    if like not in recipes or like == arm:
-        raise ConfigError(f"arm {arm}: {MATCH}={like} is no other arm{nearest(like, recipes)}")
-    if MATCH in ablation.arms[like]:
-        raise ConfigError(f"arm {arm}: {MATCH}={like}, which is matched itself: name another arm")
-    own, other = ([run for run in recipes[name].runs if sees_pictures(run.stage)]
-                  for name in (arm, like))  # fmt: skip
-    if not own:
-        raise ConfigError(f"arm {arm}: {MATCH} lengthens a stage that sees pictures: it has none")
-    last = own[-1]
-    samples = samples_of(last) + sum(map(samples_of, other)) - sum(map(samples_of, own))
+    """Return the layer that lengthens an arm's last stage to the target arm's total samples."""
+    if target not in recipes or target == arm:
+        raise ConfigError(
+            f"arm {arm}: {MATCH}={target} is not another arm{nearest(target, recipes)}"
+        )
+    if MATCH in ablation.arms[target]:
+        raise ConfigError(
+            f"arm {arm}: {MATCH}={target} names an arm that has {MATCH} too: name another arm"
+        )
+    runs, target_runs = ([run for run in recipes[name].runs if trains_vision(run.stage)]
+                         for name in (arm, target))  # fmt: skip
+    if not runs:
+        raise ConfigError(
+            f"arm {arm}: {MATCH} needs a stage that trains on images or clips: add one to stages, "
+            f"or remove {MATCH}"
+        )
+    last = runs[-1]
+    samples = samples_of(last) + sum(map(samples_of, target_runs)) - sum(map(samples_of, runs))
     if samples < last.global_batch:
         raise ConfigError(
-            f"arm {arm}: {MATCH}={like} leaves {samples} samples for {last.stage}: its other "
-            "stages see more than all of that arm"
+            f"arm {arm}: {MATCH}={target} leaves {samples} samples for {last.stage}: the other "
+            f"stages of {arm} see more samples than all stages of {target}"
         )
     return {last.stage: {"train": {"samples": samples}}}
 
 
-def sees_pictures(stage: str) -> bool:
-    """Tell whether a stage trains a backbone, and does not read captions alone."""
+def trains_vision(stage: str) -> bool:
+    """Return True if a stage trains on images and clips, False if on captions only."""
     return VISION in stage_class(stage).offers
 
 
 def samples_of(run: RunConfig) -> int:
-    """Samples that a stage sees, all blocks together."""
+    """Return the number of training samples of a stage run."""
     return int(run.steps * run.global_batch)
 
 
 def _check_differ(ablation: Ablation) -> None:
-    """Raise ConfigError where two arms are the same runs."""
-    seen: dict[str, str] = {}
+    """Raise ConfigError if two arms have the same runs."""
+    arm_by_key: dict[str, str] = {}
     for arm in ablation.arms:
         key = ablation.of(arm)[0].key
-        if key in seen:
+        if key in arm_by_key:
             raise ConfigError(
-                f"arms {seen[key]} and {arm} are the same: no setting in which they differ changes "
-                "a result; leave one of them out"
+                f"arms {arm_by_key[key]} and {arm} are the same: none of their different settings "
+                "changes a result; remove one of them"
             )
-        seen[key] = arm
+        arm_by_key[key] = arm
 
 
 def _check_metrics(ablation: Ablation) -> None:
     """Raise ConfigError for a metric of a suite or stage that no arm has."""
     recipes = [trial.recipe for trial in ablation.trials]
     suites = {name for recipe in recipes for name in recipe.eval.configured()}
-    there = sorted(suites | {run.stage for recipe in recipes for run in recipe.runs})
+    sections = sorted(suites | {run.stage for recipe in recipes for run in recipe.runs})
     for metric in ablation.config.metrics:
         section, dot, _ = metric.partition(".")
-        if section not in there or not dot:
+        if section not in sections or not dot:
             raise ConfigError(
-                f"metrics: {metric!r} is none: write SUITE.MEASURE or STAGE.METRIC, of "
-                f"{', '.join(there)}{nearest(section, there)}"
+                f"metrics: {metric!r} is not a metric: write SUITE.MEASURE or STAGE.METRIC with "
+                f"one of {', '.join(sections)}{nearest(section, sections)}"
             )
 
 
 def write_recipes(ablation: Ablation) -> None:
-    """Write every trial's recipe.yaml, to be run by `xray run`."""
-    below = ablation.config.base
+    """Write every trial's recipe.yaml, which `xray run` runs."""
+    base = ablation.config.base
     for name, layer in zip(("common", "command_line"), ablation.common, strict=True):
         path = ablation.out / f"{name}.yaml"
-        _write(path, {"base": below, **layer})
-        below = str(path)
+        _write(path, {"base": base, **layer})
+        base = str(path)
     for trial in ablation.trials:
-        _write(trial.folder / "recipe.yaml", {"base": below, **trial.layer})
+        _write(trial.folder / "recipe.yaml", {"base": base, **trial.layer})
 
 
 def _write(path: Path, layer: dict[str, Any]) -> None:
@@ -255,11 +281,11 @@ def _write(path: Path, layer: dict[str, Any]) -> None:
 
 
 def stage_runs(ablation: Ablation) -> dict[str, list[tuple[Trial, RunConfig]]]:
-    """The trials that use each different stage run, by its folder's name, and its config."""
-    found: dict[str, list[tuple[Trial, RunConfig]]] = {}
+    """Return each distinct stage run's uses, (trial, stage config), by its folder's name."""
+    uses: dict[str, list[tuple[Trial, RunConfig]]] = {}
     for stage in STAGES:
         for trial in ablation.trials:
             for run in trial.recipe.runs:
                 if run.stage == stage:
-                    found.setdefault(Path(run.out).name, []).append((trial, run))
-    return found
+                    uses.setdefault(Path(run.out).name, []).append((trial, run))
+    return uses
