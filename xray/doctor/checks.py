@@ -1,6 +1,7 @@
-"""What this computer has, and what it lacks for what: every check is tried, and none stops another.
+"""Checks of this machine: hardware, libraries, and the features that each missing one disables.
 
-A check is a function that yields findings; what it raises is a finding too.
+A check is a generator of findings. An exception in a check becomes a finding, and the other checks
+still run.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from xray.errors import brief
 from xray.version import __version__
 
 GB = 1e9
-LEAST_FREE, LEAST_SHARED, LEAST_FILES = 10 * GB, 1 * GB, 4096
+MIN_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 10 * GB, 1 * GB, 4096
 
 
 def examine(out: Path) -> list[Finding]:
-    """Everything; out: the folder that runs are to be written to."""
-    found = imports(PACKAGES)
+    """Run all checks and return their findings; out: the folder for runs."""
+    libraries = imports(PACKAGES)
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", versions),
         ("processor", processor),
@@ -44,20 +45,21 @@ def examine(out: Path) -> list[Finding]:
         ("compiler", compiler),
     ]
     first = [f for name, check in checks[:1] for f in guarded(name, check)]
-    return [*first, *found, *(f for name, check in checks[1:] for f in guarded(name, check))]
+    return [*first, *libraries, *(f for name, check in checks[1:] for f in guarded(name, check))]
 
 
 def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check finds, with what it raised as the last finding."""
-    found: list[Finding] = []
+    """Run a check and return its findings; an exception becomes the last finding."""
+    findings: list[Finding] = []
     try:
-        found += check()
-    except Exception as error:  # whatever is wrong with this computer is what is asked for
-        found.append(Finding(name, f"{type(error).__name__}: {brief(error)}", "", "broken"))
-    return found
+        findings += check()
+    except Exception as error:  # a driver or library can raise any type
+        findings.append(Finding(name, f"{type(error).__name__}: {brief(error)}", "", "broken"))
+    return findings
 
 
 def versions() -> Iterator[Finding]:
+    """Check the versions of xray and Python."""
     yield Finding("xray", f"{__version__} ({Path(__file__).resolve().parents[1]})")
     old = sys.version_info < (3, 10)
     yield Finding(
@@ -68,17 +70,18 @@ def versions() -> Iterator[Finding]:
     )
 
 
-# what it computes with ------------------------------------------------------------------------
+# compute ----------------------------------------------------------------------------------------
 
 
 def processor() -> Iterator[Finding]:
+    """Check cores and memory, and their limits in a container."""
     cores = len(os.sched_getaffinity(0))
     quota = cgroup_cores(Path("/sys/fs/cgroup/cpu.max"))
-    found = f"{cores} cores" + (f", {quota:g} of them by cgroup" if quota else "")
+    found = f"{cores} cores" + (f", limited to {quota:g} by cgroup" if quota else "")
     threads = os.environ.get("OMP_NUM_THREADS")
     lacks = ""
     if quota and quota < cores and not threads:
-        lacks = f"a thread for each core is too many: set OMP_NUM_THREADS={max(1, int(quota))}"
+        lacks = f"one thread per core is too many: set OMP_NUM_THREADS={max(1, int(quota))}"
     found += f", OMP_NUM_THREADS={threads}" if threads else ""
     yield Finding("processor", found, lacks, "missing" if lacks else "ok")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -91,7 +94,7 @@ def processor() -> Iterator[Finding]:
 
 
 def cgroup_cores(path: Path) -> float | None:
-    """The cores' worth of time that a cgroup's cpu.max allows, None for all there is."""
+    """Read the CPU limit of a cgroup's cpu.max in cores; None without a limit."""
     try:
         quota, period = path.read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -107,46 +110,50 @@ def _number(path: Path) -> int | None:
 
 
 def devices() -> Iterator[Finding]:
+    """Check the GPUs, with a small computation on each, and the support of bf16."""
     import torch
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or "none"
-        lacks = "runs on the CPU: fit for tests and small models (no CUDA device is seen"
-        yield Finding("devices", "cpu", f"{lacks}; torch is built for CUDA {built})", "missing")
+        lacks = "no CUDA device: the CPU suits only tests and small models"
+        yield Finding("devices", "cpu", f"{lacks} (torch is built for CUDA {built})", "missing")
     for number in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(number)
+        properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        torch.ones(8, 8, device=f"cuda:{number}").sum().item()  # a driver may see it, and fail
+        # a driver may list a device on which every computation fails
+        torch.ones(8, 8, device=f"cuda:{number}").sum().item()
         yield Finding(
             f"cuda:{number}",
-            f"{facts.name}, {total / GB:.0f} GB, {free / GB:.0f} free, "
-            f"compute {facts.major}.{facts.minor}",
+            f"{properties.name}, {total / GB:.0f} GB, {free / GB:.0f} GB free, "
+            f"compute capability {properties.major}.{properties.minor}",
         )
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         flags = Path("/proc/cpuinfo").read_text()
         native = "avx512_bf16" in flags or "amx_bf16" in flags
-    lacks = "" if native else "train.precision=bf16 brings no speed: set fp32"
+    lacks = "" if native else "bf16 is not faster here: set train.precision=fp32"
     found = "in hardware" if native else "not in hardware"
     yield Finding("bf16", found, lacks, "ok" if native else "missing")
 
 
 def process_groups() -> Iterator[Finding]:
-    """The backends that are there, each tried on a group of one."""
+    """Check torch's communication backends, each with an all-reduce in a group of one process."""
     import torch
     import torch.distributed as group
 
     backends = {"gloo": group.is_gloo_available(), "nccl": group.is_nccl_available()}
-    for name, there in backends.items():
+    for name, available in backends.items():
         if name == "nccl" and not torch.cuda.is_available():
             continue
-        if not there:
-            yield Finding(name, "not in this torch", "no training on several", "broken")
+        if not available:
+            yield Finding(
+                name, "not built into torch", "no training on several processes", "broken"
+            )
             continue
         device = "cuda" if name == "nccl" else "cpu"
         if dist.world_size() > 1:
-            yield Finding(name, "there; not tried in a process of several")
+            yield Finding(name, "available; not tested with several processes")
             continue
         group.init_process_group(name, store=group.HashStore(), rank=0, world_size=1)
         try:
@@ -156,10 +163,11 @@ def process_groups() -> Iterator[Finding]:
         yield Finding(name, "works")
 
 
-# what it reads with ---------------------------------------------------------------------------
+# data -------------------------------------------------------------------------------------------
 
 
 def pictures() -> Iterator[Finding]:
+    """Decode a JPEG."""
     from data_pipelines.decode.decoders import decode_image
     from data_pipelines.ingest.demo import example
 
@@ -167,27 +175,27 @@ def pictures() -> Iterator[Finding]:
 
 
 def clips() -> Iterator[Finding]:
-    """Each reader on a clip that is made here."""
+    """Decode a small generated clip with each library."""
     import numpy as np
 
     from data_pipelines.decode.decoders import AvClip, DecordClip
     from data_pipelines.ingest.demo import example
 
     data = example("left")
-    for what, reader, needed in (("PyAV", AvClip, True), ("decord", DecordClip, False)):
+    for name, reader, required in (("PyAV", AvClip, True), ("decord", DecordClip, False)):
         try:
             clip = reader(data)
             shape = clip.read(np.array([0, clip.total - 1]), 0)[-1].shape
-            yield Finding(f"clips by {what}", f"an mp4 of {clip.total} frames: {shape}")
-        except Exception as error:  # each library raises types of its own
-            lacks = "no clips can be read" if needed else "PyAV reads them"
+            yield Finding(f"clips by {name}", f"an mp4 of {clip.total} frames: {shape}")
+        except Exception as error:  # each library raises its own types
+            lacks = "no clips can be read" if required else "PyAV reads all clips"
             yield Finding(
-                f"clips by {what}", brief(error), lacks, "broken" if needed else "missing"
+                f"clips by {name}", brief(error), lacks, "broken" if required else "missing"
             )
 
 
 def decode_process() -> Iterator[Finding]:
-    """The process that clips are decoded in, as in training."""
+    """Decode a clip in the separate process that training uses."""
     from data_pipelines.decode.decoders import FrameChoice
     from data_pipelines.decode.sandbox import ClipDecoder
     from data_pipelines.ingest.demo import example
@@ -200,55 +208,59 @@ def decode_process() -> Iterator[Finding]:
         decoder.close()
 
 
-# where it puts things -------------------------------------------------------------------------
+# storage ----------------------------------------------------------------------------------------
 
 
 def disk(out: Path) -> Iterator[Finding]:
-    """Really write to where runs go."""
-    place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
-    what = f"disk at {place}"
+    """Check free space at `out`, or its nearest existing parent, and write a file there."""
+    folder = next(p for p in (out, *out.absolute().parents) if p.is_dir())
+    name = f"disk at {folder}"
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 20))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        why = "it is full" if error.errno == errno.ENOSPC else brief(error)
-        yield Finding(what, why, "runs cannot be saved here: choose another out=", "broken")
+        reason = "it is full" if error.errno == errno.ENOSPC else brief(error)
+        yield Finding(name, reason, "runs cannot be saved here: choose another out=", "broken")
         return
-    free = shutil.disk_usage(place).free
-    lacks = "" if free >= LEAST_FREE else "checkpoints of a ViT-L take 4 GB each; out= elsewhere"
-    yield Finding(what, f"{free / GB:.0f} GB free, writable", lacks, "missing" if lacks else "ok")
+    free = shutil.disk_usage(folder).free
+    lacks = ""
+    if free < MIN_DISK:
+        lacks = "a checkpoint of a ViT-L takes 4 GB: choose another out= or free space"
+    yield Finding(name, f"{free / GB:.0f} GB free, writable", lacks, "missing" if lacks else "ok")
 
 
-def shared_memory(place: Path) -> Iterator[Finding]:
-    """What loader processes hand batches over in."""
-    cure = "data.workers=0, or give the container more (docker run --shm-size=8g)"
+def shared_memory(folder: Path) -> Iterator[Finding]:
+    """Check shared memory, through which loader processes send batches."""
+    fix = "set data.workers=0, or give the container more (docker run --shm-size=8g)"
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
-        total = shutil.disk_usage(place).total
+        total = shutil.disk_usage(folder).total
     except OSError as error:
-        yield Finding(f"{place}", brief(error), f"no loader processes: {cure}", "missing")
+        yield Finding(f"{folder}", brief(error), f"loader processes do not work: {fix}", "missing")
         return
-    lacks = "" if total >= LEAST_SHARED else f"little for loader processes: {cure}"
-    yield Finding(f"{place}", f"{total / GB:.2g} GB", lacks, "missing" if lacks else "ok")
+    lacks = "" if total >= MIN_SHARED_MEMORY else f"too little for many loader processes: {fix}"
+    yield Finding(f"{folder}", f"{total / GB:.2g} GB", lacks, "missing" if lacks else "ok")
 
 
 def open_files() -> Iterator[Finding]:
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most_text = "no limit" if most == resource.RLIM_INFINITY else str(most)
-    few = limit != resource.RLIM_INFINITY and limit < LEAST_FILES
-    lacks = f"many shards or loader processes may need more: ulimit -n {LEAST_FILES}" if few else ""
-    found = f"{limit} (hard limit {most_text})"
+    """Check the limit of open files."""
+    limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = "none" if hard_limit == resource.RLIM_INFINITY else str(hard_limit)
+    lacks = ""
+    if limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES:
+        lacks = f"many shards or loader processes may need more: run ulimit -n {MIN_OPEN_FILES}"
+    found = f"{limit} (hard limit {hard})"
     yield Finding("open files", found, lacks, "missing" if lacks else "ok")
 
 
-# how it is started ----------------------------------------------------------------------------
+# launch -----------------------------------------------------------------------------------------
 
 
 def network() -> Iterator[Finding]:
-    """A port to meet at, and a name that gloo can find."""
+    """Check that a port is free and that the host name has an address, which gloo needs."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield Finding("ports", f"{probe.getsockname()[1]} is free")
@@ -256,25 +268,27 @@ def network() -> Iterator[Finding]:
     try:
         yield Finding("host name", f"{name} is {socket.gethostbyname(name)}")
     except OSError as error:
-        cards = ", ".join(card for _, card in socket.if_nameindex())
-        lacks = f"processes may not find each other: set GLOO_SOCKET_IFNAME to one of {cards}"
+        interfaces = ", ".join(name for _, name in socket.if_nameindex())
+        lacks = f"processes may not find each other: set GLOO_SOCKET_IFNAME to one of {interfaces}"
         yield Finding("host name", f"{name}: {brief(error)}", lacks, "missing")
 
 
 def launchers() -> Iterator[Finding]:
+    """Report the launcher of this process and the launchers that are installed."""
     started = f"{dist.launcher()}, process {dist.rank()} of {dist.world_size()}"
     yield Finding("started by", started)
     tools = [name for name in ("torchrun", "deepspeed", "srun", "sbatch", "pdsh") if _tool(name)]
-    lacks = "" if "pdsh" in tools else "deepspeed on several hosts needs pdsh"
+    lacks = "" if "pdsh" in tools else "the deepspeed launcher needs pdsh for several hosts"
     yield Finding("launchers", ", ".join(["python", *tools]), lacks, "missing" if lacks else "ok")
 
 
 def _tool(name: str) -> bool:
-    """On the PATH, or beside this Python."""
+    """Return True if a program is on the PATH or beside this Python."""
     return bool(shutil.which(name) or (Path(sys.executable).parent / name).is_file())
 
 
 def compiler() -> Iterator[Finding]:
+    """Check for a C++ compiler."""
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), "")
     lacks = "" if found else "no torch.compile, no zero.offload: install a C++ compiler"
     yield Finding("compiler", found or "none", lacks, "ok" if found else "missing")

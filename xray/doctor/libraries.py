@@ -1,4 +1,4 @@
-"""The libraries that this package uses: which are there, which are too old, which crash."""
+"""Checks of the libraries that xray uses: installed, new enough, importable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "missing", "broken"]  # missing: something is slower or left out without it
+State = Literal["ok", "missing", "broken"]  # missing: a feature is slower or not available
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table; lacks: what does not work, or less well, and what to do."""
+    """Row of the table.
+
+    Attributes:
+        what: name of the checked item.
+        found: result of the check.
+        lacks: feature that does not work, or works less well, and how to mend it.
+        state: ok; missing (xray works without it); or broken.
+    """
 
     what: str
     found: str
@@ -27,7 +34,13 @@ DISTRIBUTION = "xray-trainer"
 
 @dataclass(frozen=True)
 class Package:
-    """A library: the name it is imported by, what needs it ("" = everything), how to get it."""
+    """Library that xray uses.
+
+    Attributes:
+        name: name of the module.
+        use: consequence of its absence; "" if xray does not work without it.
+        install: name to install it by; "" if it equals the module's.
+    """
 
     name: str
     use: str = ""
@@ -37,12 +50,12 @@ class Package:
 PACKAGES = [
     *map(Package, ("torch", "torchvision", "deepspeed", "timm", "transformers", "tokenizers")),
     *map(Package, ("safetensors", "webdataset", "omegaconf", "numpy", "PIL", "av", "regex")),
-    Package("decord", "clips are read by PyAV alone, small ones slower", "decord2"),
+    Package("decord", "PyAV reads all clips, small ones slower", "decord2"),
     Package("peft", "no LoRA: text.tune=full or none", "peft"),
     Package("pyarrow", "no .parquet lists, no xray data curate", "pyarrow"),
     Package("fsspec", "no shards from URLs", "'fsspec[http]'"),
     Package("ahocorasick", "no xray data curate, no tags=concepts", "pyahocorasick"),
-    Package("tensorboard", "train.tensorboard=false", "tensorboard"),
+    Package("tensorboard", "no train.tensorboard", "tensorboard"),
     Package("matplotlib", "no report.html", "matplotlib"),
     Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
     Package("onnxruntime", "no xray export --to onnx", f"'{DISTRIBUTION}[onnx]'"),
@@ -53,15 +66,15 @@ PACKAGES = [
         "open_clip_torch",
     ),
 ]
-# Imports one library after another, and says of each how that went: one may end the process.
+# Imports libraries in turn and prints each result at once, because an import may end the process.
 PROBE = """
 import importlib, sys
 for name in sys.argv[1:]:
     try:
-        found = importlib.import_module(name)
-        if found.__file__ is None:  # a folder of that name, as wandb leaves behind
+        module = importlib.import_module(name)
+        if module.__file__ is None:  # a folder of this name, such as wandb's folder of runs
             raise ModuleNotFoundError(name=name)
-        result = "ok " + str(getattr(found, "__version__", ""))
+        result = "ok " + str(getattr(module, "__version__", ""))
     except ModuleNotFoundError as error:
         result = ("none" if error.name == name else "bad") + " " + str(error)
     except BaseException as error:
@@ -71,59 +84,65 @@ for name in sys.argv[1:]:
 
 
 def imports(packages: Sequence[Package]) -> list[Finding]:
-    """Each library imported, in a process of its own: one may crash it."""
+    """Import each library in a separate process, because an import may crash, and report it."""
     results: dict[str, str] = {}
-    while left := [p.name for p in packages if p.name not in results]:
+    while remaining := [p.name for p in packages if p.name not in results]:
         done = subprocess.run(
-            [sys.executable, "-c", PROBE, *left], capture_output=True, text=True, errors="replace"
+            [sys.executable, "-c", PROBE, *remaining],
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         for line in done.stdout.splitlines():
             if line.startswith("@ "):
                 _, name, result = line.split(" ", 2)
                 results[name] = result
-        stopped = [name for name in left if name not in results]
-        if stopped:
-            results[stopped[0]] = f"bad its import ends the process ({done.returncode})"
-    wanted = _requirements()
-    return [_library(package, results[package.name], wanted) for package in packages]
+        not_reached = [name for name in remaining if name not in results]
+        if not_reached:  # the first of them ended the process
+            results[not_reached[0]] = f"bad its import ends the process ({done.returncode})"
+    required = _requirements()
+    return [_library(package, results[package.name], required) for package in packages]
 
 
-def _library(package: Package, result: str, wanted: dict[str, str]) -> Finding:
-    kind, _, text = result.partition(" ")
-    cure = f"pip install {package.install or package.name}"
-    if kind != "ok":
-        text = "not installed" if kind == "none" else text[:160]
-        lacks = f"{package.use}: {cure}" if package.use else f"nothing works: {cure}"
+def _library(package: Package, result: str, required: dict[str, str]) -> Finding:
+    status, _, text = result.partition(" ")
+    fix = f"pip install {package.install or package.name}"
+    if status != "ok":
+        text = "not installed" if status == "none" else text[:160]
+        lacks = f"{package.use}: {fix}" if package.use else f"nothing works: {fix}"
         return Finding(package.name, text, lacks, "missing" if package.use else "broken")
     name, version = _distribution(package.name, text)
-    if not _new_enough(version, wanted.get(name, "")):
+    if not _new_enough(version, required.get(name, "")):
         return Finding(
-            package.name, version, f"{wanted[name]} is needed: {cure} --upgrade", "broken"
+            package.name, version, f"{required[name]} is needed: {fix} --upgrade", "broken"
         )
     return Finding(package.name, f"{version} ({name})" if name != package.name else version)
 
 
 def _distribution(module: str, version: str) -> tuple[str, str]:
-    """(name, version) of what has installed a module; a module may say its own."""
+    """Return (name, version) of the distribution that installed a module.
+
+    If no distribution installed it, return the module's name and the version it reports.
+    """
     for name in importlib.metadata.packages_distributions().get(module, []):
         return name.lower(), importlib.metadata.version(name)
     return module, version
 
 
 def _requirements() -> dict[str, str]:
-    """The versions that this package asks for, by distribution; {} where it is not installed."""
+    """Return the versions that xray requires, by distribution; {} if xray is not installed."""
     try:
         from packaging.requirements import Requirement
 
-        found = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or [])
-        return {item.name.lower(): str(item.specifier) for item in found}
+        requirements = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or [])
+        return {item.name.lower(): str(item.specifier) for item in requirements}
     except ImportError:
         return {}
 
 
-def _new_enough(version: str, wanted: str) -> bool:
-    if not version or not wanted:
+def _new_enough(version: str, required: str) -> bool:
+    if not version or not required:
         return True
     from packaging.specifiers import SpecifierSet
 
-    return SpecifierSet(wanted).contains(version, prereleases=True)
+    return SpecifierSet(required).contains(version, prereleases=True)
