@@ -1,1 +1,1 @@
-"""HTML pages, tables and figures. Knows data, never artifacts."""
+"""HTML pages, tables and figures of reports. They may read data, but not artifacts."""

@@ -1,4 +1,4 @@
-"""What a curation did, as tables for the terminal and as a page."""
+"""Report of a curation: tables for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from xray.reports.html import Picture, write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable
 
-SIDE = 128  # of a picture in a sheet, in pixels
-SHARDS_SEARCHED = 50  # for the pictures of a sheet
+SIDE = 128  # side of a thumbnail, in pixels
+SHARDS_SEARCHED = 50  # thumbnails are taken from this many shards at most
 
 
 def step_table(report: CurationReport) -> ResultTable:
-    """What there was, what each step took, and what is left."""
+    """Make the table of samples and texts read, removed by each step, and kept."""
     rows: list[Sequence[str]] = [["read", *_numbers(report.read), ""]]
     for step in report.steps:
-        taken = (f"{-step.samples:,}", f"{-step.texts:,}")
-        rows.append([step.name, *taken, ", ".join(step.keys[:3])])
+        removed = (f"{-step.samples:,}", f"{-step.texts:,}")
+        rows.append([step.name, *removed, ", ".join(step.keys[:3])])
     rows.append(["kept", *_numbers(report.kept), ", ".join(report.kept_keys[:3])])
     return ResultTable("Curation", ("step", "samples", "texts", "e.g."), rows)
 
 
 def language_table(report: CurationReport) -> ResultTable:
-    """Thresholds and shares of the tail, by language."""
+    """Make the table of thresholds, tail shares and counts by language."""
     rows: list[Sequence[str]] = [
         [
             row.language or "all",
@@ -51,22 +51,22 @@ def language_table(report: CurationReport) -> ResultTable:
 
 
 def leak_table(report: CurationReport) -> ResultTable:
-    """Samples of the pool that are in an evaluation set."""
+    """Make the table of samples that also occur in an evaluation set."""
     rows = [[name, *(f"{n:,}" for n in kinds.values())] for name, kinds in report.leaks.items()]
     kinds = next(iter(report.leaks.values()), {})
     return ResultTable("Samples of evaluation sets", ("evaluation set", *kinds), list(rows))
 
 
 def tables(report: CurationReport) -> list[ResultTable]:
-    """What was taken, and of which languages and evaluation sets, where there are any."""
-    found = [step_table(report)]
+    """Return the table of steps and, if there are any, those of languages and evaluation sets."""
+    result = [step_table(report)]
     if report.settings["metadata"] != "none":
-        found.append(language_table(report))
-    return [*found, leak_table(report)] if report.leaks else found
+        result.append(language_table(report))
+    return [*result, leak_table(report)] if report.leaks else result
 
 
 def write_curation_page(report: CurationReport, source: Source, out: Path) -> None:
-    """One self-contained page: steps, languages, the head's cut, entries, and sheets of samples."""
+    """Write a self-contained page: steps, languages, balance, entries and sheets of samples."""
     parts = [table.html() for table in tables(report)]
     if report.settings["metadata"] != "none":
         parts += [
@@ -89,14 +89,14 @@ def _numbers(pair: tuple[int, int]) -> tuple[str, str]:
 
 
 def _curve(report: CurationReport) -> str:
-    """Matches over entries from the rarest to the most frequent, cumulated, before and after."""
+    """Draw cumulative matches over entries, from the rarest, before and after balancing."""
     if not report.curve.get("rank"):
         return ""
     figure, axes = subplots(2, (7.4, 3.0))
     for name, color in (("before", "#b8c4d0"), ("after", COLOR)):
         axes[0].plot(report.curve["rank"], report.curve[name], label=name, color=color)
-        whole = max(1.0, report.curve[name][-1])
-        shares = [value / whole for value in report.curve[name]]
+        total = max(1.0, report.curve[name][-1])
+        shares = [value / total for value in report.curve[name]]
         axes[1].plot(report.curve["rank"], shares, label=name, color=color)
     for axis, label in zip(axes, ("matches", "share of the matches"), strict=True):
         axis.set_xlabel("entries, from the rarest", fontsize=8)
@@ -104,7 +104,7 @@ def _curve(report: CurationReport) -> str:
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=7, frameon=False)
-    caption = "The cut of the head: frequent entries give up texts, rare ones keep theirs."
+    caption = "Balancing removes texts of frequent entries and keeps those of rare entries."
     return Picture("Balance", caption, pixels_of(figure)).html()
 
 
@@ -118,20 +118,21 @@ def _entries(title: str, rows: Sequence[EntryRow]) -> str:
 
 
 def _pictures(source: Source, keys: set[str]) -> dict[str, Thumbnail]:
-    """Those of the samples that are found in the first shards, by key."""
-    found: dict[str, Thumbnail] = {}
+    """Load thumbnails of the samples with these keys from the first shards, by key."""
+    thumbnails: dict[str, Thumbnail] = {}
     for shard in range(min(SHARDS_SEARCHED, len(source.manifest))):
         for member, key in enumerate(map(printable, source.index(shard).keys)):
-            if key in keys - found.keys():
+            if key in keys - thumbnails.keys():
                 try:
                     sample = source.sample(shard, member, SIDE, 1)
                     pixels = load_pixels(sample, DataConfig(), None)[0].permute(1, 2, 0).numpy()
                 except BadSample:
                     continue
-                found[key] = Thumbnail("", "", key, _caption(sample.files), png_of(pixels))
-        if len(found) == len(keys):
+                caption = _caption(sample.files)
+                thumbnails[key] = Thumbnail("", "", key, caption, png_of(pixels))
+        if len(thumbnails) == len(keys):
             break
-    return found
+    return thumbnails
 
 
 def _caption(files: dict[str, bytes]) -> str:

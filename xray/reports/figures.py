@@ -1,4 +1,4 @@
-"""Figures of reports: matplotlib without a window."""
+"""Figures of reports, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOR = "#3b6ea5"
 
 
 def subplots(across: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes side by side; size in inches."""
+    """Create a figure with `across` axes side by side; size (width, height) in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,13 +23,13 @@ def subplots(across: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def pixels_of(figure: Any) -> np.ndarray:
-    """A figure as [H, W, 3] uint8."""
+    """Render a figure as pixels, [H, W, 3] uint8."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def svg(figure: Any, title: str) -> str:
-    """A figure as an <img> that is sharp at any size; title: for who cannot see it."""
+    """Render a figure as an <img> element with SVG data; title: its text for screen readers."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()

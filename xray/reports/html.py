@@ -1,4 +1,4 @@
-"""Metrics as they were written, tables, and the HTML report of a run."""
+"""Self-contained HTML pages: style, pictures, cards and galleries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import numpy as np
 
 @dataclass
 class Picture:
-    """An RGB array with a caption for the report."""
+    """Section of a page with one picture, [H, W, 3] uint8, and a caption."""
 
     title: str
     caption: str
-    pixels: np.ndarray  # [H, W, 3] uint8
+    pixels: np.ndarray
 
     def html(self) -> str:
+        """Return the section as HTML."""
         title = html.escape(self.title)
         return (
             f'<h2>{title}</h2><figure><img alt="{title}" src="{_png(self.pixels)}">'
@@ -31,19 +32,23 @@ class Picture:
 
 @dataclass
 class Card:
-    """A picture [3, H, W] in 0..255 (a tensor or an array) with lines of text below it."""
+    """Small picture with lines of text below it.
+
+    pixels: tensor or array [3, H, W] with values in 0..255.
+    """
 
     pixels: Any
     lines: Sequence[str]
 
     def html(self) -> str:
+        """Return the card as HTML."""
         pixels = np.asarray(self.pixels, dtype=np.uint8).transpose(1, 2, 0)
         text = "<br>".join(map(html.escape, self.lines))
         return f'<figure><img alt="" src="{_png(pixels)}"><figcaption>{text}</figcaption></figure>'
 
 
 def cards(title: str, shown: Sequence[Card | tuple[Card, Card]]) -> str:
-    """Small pictures with text, side by side; two that belong together stay so."""
+    """Lay out cards side by side under a title; the cards of a pair stay adjacent."""
     if not shown:
         return ""
     body = ""
@@ -56,13 +61,13 @@ def cards(title: str, shown: Sequence[Card | tuple[Card, Card]]) -> str:
 
 
 def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
-    """A self-contained HTML page; `parts` are HTML."""
+    """Write a self-contained HTML page of the given parts, which are HTML."""
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
         "color:#1b1f24}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}"
         "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee4;"
         "text-align:right}th:first-child,td:first-child{text-align:left}"
-        # a shadow at the side on which a table goes on
+        # a shadow at each side to which a wide table can be scrolled
         ".wide{overflow-x:auto;background:linear-gradient(90deg,#fff,#fff0) 0/2rem 100% no-repeat "
         "local,linear-gradient(-90deg,#fff,#fff0) 100%/2rem 100% no-repeat local,linear-gradient("
         "90deg,#0004,#0000) 0/.7rem 100% no-repeat,linear-gradient(-90deg,#0004,#0000) "
@@ -87,18 +92,19 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
 
 
 def gallery(title: str, panels: Sequence[str]) -> str:
-    """Panels side by side where there is room for more than one."""
+    """Lay out panels in as many columns as the page is wide."""
     if not panels:
         return ""
     return f"<h2>{html.escape(title)}</h2><div class=gallery>{''.join(panels)}</div>"
 
 
 def paragraph(text: Any) -> str:
+    """Return a text as an HTML paragraph."""
     return f"<p class=note>{html.escape(str(text))}</p>"
 
 
 def _png(pixels: np.ndarray) -> str:
-    """[H, W, 3] uint8 as an image's address in a page."""
+    """Encode pixels, [H, W, 3] uint8, as the data URL of a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()

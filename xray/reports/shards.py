@@ -1,4 +1,4 @@
-"""What a check of shards found, as a table, as lines and as a page of figures and pictures."""
+"""Report of a check of shards: a table, text lines, and a page with figures and pictures."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ from xray.reports.figures import COLOR, pixels_of, subplots
 from xray.reports.html import Picture, paragraph, write_report
 from xray.reports.tables import ResultTable
 
-ROWS = 40  # shards with a row each; of more, the broken ones
-TAGS = 30  # shown
+ROWS = 40  # with more shards, the table lists only the broken ones
+TAGS = 30  # number of tags shown
 BINS = 40
-COLUMNS = ("shard", "samples", "images", "clips", "MB", "min mean max", "clip s", "no text", "is")
-# A histogram's name, and what is written under it.
+COLUMNS = (
+    "shard", "samples", "images", "clips", "MB", "min mean max", "clip s", "no caption", "state"
+)  # fmt: skip
+# (name of a histogram in Stats.numbers, label of its axis)
 SIZES = (("width", "width"), ("height", "height"), ("aspect", "width / height"))
 LENGTHS = (("seconds", "seconds of a clip"), ("frames", "frames of a clip"))
 TEXTS = (("words", "words of a caption"), ("captions", "captions of a sample"))
 
 
 def check_table(report: CheckReport) -> ResultTable:
-    """A row per shard and one for all; of more than 40 shards only the broken ones.
+    """Make a table with one row per shard and one for their total.
 
-    A column that says nothing of any shard is left out: all nine fill a terminal.
+    With more than 40 shards, only the broken ones are listed. Empty columns are left out, because
+    all nine fill a terminal.
     """
-    shown = report.shards
-    if len(shown) > ROWS:
-        shown = [shard for shard in shown if shard.error or shard.causes]
-    names = ["/".join(s.path.removesuffix(".tar").split("/")[-2:]) for s in shown]
-    rows = [_row(shard, name) for shard, name in zip(shown, names, strict=True)]
+    listed = report.shards
+    if len(listed) > ROWS:
+        listed = [shard for shard in listed if shard.error or shard.causes]
+    names = ["/".join(s.path.removesuffix(".tar").split("/")[-2:]) for s in listed]
+    rows = [_row(shard, name) for shard, name in zip(listed, names, strict=True)]
     if len(report.shards) > 1:
-        *texts, _ = _row(_total(report), f"all {len(report.shards):,}")
-        rows.append((*texts, "broken" if report.broken else "whole"))
-    there = [any(column) for column in zip(*rows, strict=True)]
-    columns = tuple(compress(COLUMNS, there))
-    return ResultTable(report.pattern, columns, [tuple(compress(row, there)) for row in rows])
+        *cells, _ = _row(_total(report), f"all {len(report.shards):,}")
+        rows.append((*cells, "broken" if report.broken else "ok"))
+    filled = [any(column) for column in zip(*rows, strict=True)]
+    columns = tuple(compress(COLUMNS, filled))
+    return ResultTable(report.pattern, columns, [tuple(compress(row, filled)) for row in rows])
 
 
 def totals(report: CheckReport) -> str:
-    """All shards in one line, by modality."""
+    """Summarise all shards in one line, by modality."""
     total = _total(report)
     parts = [f"{len(report.shards):,} shards", f"{total.samples:,} samples"]
     for name, media in (("images", total.images), ("clips", total.clips)):
@@ -60,21 +63,21 @@ def totals(report: CheckReport) -> str:
     causes = [f"{count:,} {cause}" for cause, count in sorted(total.causes.items())]
     if errors := sum(bool(shard.error) for shard in report.shards):
         causes.append(f"{errors:,} broken shards")
-    return f"{'; '.join(parts)}: {', '.join(causes) if causes else 'all whole'}"
+    return f"{'; '.join(parts)}: {', '.join(causes) if causes else 'no errors'}"
 
 
 def findings(report: CheckReport, most: int) -> list[str]:
-    """Broken shards, then at most so many bad samples, a line each."""
+    """List broken shards, then at most `most` bad samples, one line each."""
     lines = [shard.error for shard in report.shards if shard.error]
     bad = [bad for shard in report.shards for bad in shard.bad]
     lines += [f"{b.shard}, {b.key}, {b.cause}: {b.detail}" for b in bad[:most]]
-    left = sum(sum(shard.causes.values()) for shard in report.shards) - len(bad[:most])
-    lines += [f"and {left:,} more"] if left else []
+    not_listed = sum(sum(shard.causes.values()) for shard in report.shards) - len(bad[:most])
+    lines += [f"and {not_listed:,} more"] if not_listed else []
     return [" ".join(line.split()) for line in lines]
 
 
 def summary(report: CheckReport) -> dict[str, Any]:
-    """What there is for json: all but the pictures and the rarer tags."""
+    """Return the report as JSON, without the pictures and the rarer tags."""
     content = asdict(report)
     del content["stats"]["sheet"]
     if "hashtag" in report.stats.names:
@@ -89,10 +92,10 @@ def _total(report: CheckReport) -> ShardCheck:
         total.bytes += shard.bytes
         total.seconds += shard.seconds
         total.without_caption += shard.without_caption
-        for ours, theirs in ((total.images, shard.images), (total.clips, shard.clips)):
-            ours.samples += theirs.samples
-            ours.usable += theirs.usable
-            ours.captioned += theirs.captioned
+        for sums, media in ((total.images, shard.images), (total.clips, shard.clips)):
+            sums.samples += media.samples
+            sums.usable += media.usable
+            sums.captioned += media.captioned
         for cause, count in shard.causes.items():
             total.causes[cause] = total.causes.get(cause, 0) + count
     total.width, total.height = report.stats.range("width"), report.stats.range("height")
@@ -133,20 +136,22 @@ def _state(shard: ShardCheck) -> str:
         return "unreadable"
     if shard.causes:
         return f"{sum(shard.causes.values()):,} bad"
-    return "sha256 ok" if shard.matches_sha256 else "whole"
+    return "sha256 ok" if shard.matches_sha256 else "ok"
 
 
 def write_stats(report: CheckReport, out: Path) -> None:
-    """One self-contained page: figures of sizes, lengths and names, and a sheet of samples."""
+    """Write a self-contained page with histograms, bar charts and a sheet of samples."""
     stats = report.stats
+    sizes = "Sizes of images and clips in pixels, after rotation to upright."
+    languages = "Languages of captions, for samples that name one."
     parts = [
         paragraph(totals(report)),
-        _figure("Sizes", "Of pictures and clips, upright, in pixels.", stats, SIZES),
-        _figure("Clips", "Their lengths.", stats, LENGTHS),
-        _figure("Captions", "Their lengths, and how many there are.", stats, TEXTS),
+        _figure("Sizes", sizes, stats, SIZES),
+        _figure("Clips", "Lengths of clips.", stats, LENGTHS),
+        _figure("Captions", "Lengths of captions, and their number per sample.", stats, TEXTS),
         _bars("Tags", f"The {TAGS} most frequent hashtags.", _top(stats, "hashtag")),
-        _bars("Languages", "Of captions whose data name one.", _top(stats, "language")),
-        _bars("Files", "Usable media by ending.", _top(stats, "extension")),
+        _bars("Languages", languages, _top(stats, "language")),
+        _bars("Files", "Usable media by file extension.", _top(stats, "extension")),
         sheet("Samples", stats.sheet),
         check_table(report).html(),
     ]
@@ -154,42 +159,46 @@ def write_stats(report: CheckReport, out: Path) -> None:
 
 
 def _top(stats: Stats, name: str) -> list[tuple[str, int]]:
-    """The most frequent names; ties by name, so that the order of shards does not matter."""
+    """Return the most frequent names with their counts.
+
+    Ties are sorted by name, so that the order of shards does not matter.
+    """
     counted = stats.names.get(name, {}).items()
     return sorted(counted, key=lambda item: (-item[1], item[0]))[:TAGS]
 
 
 def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, str]]) -> str:
-    """Histograms side by side; "" where nothing was counted."""
-    shown = [(stats.numbers[name], unit) for name, unit in panels if name in stats.numbers]
-    if not shown:
+    """Draw histograms side by side; return "" if there are no values."""
+    histograms = [(stats.numbers[name], label) for name, label in panels if name in stats.numbers]
+    if not histograms:
         return ""
-    figure, axes = subplots(len(shown), (3.1 * len(shown), 2.5))
-    for axis, (counts, unit) in zip(axes, shown, strict=True):
+    figure, axes = subplots(len(histograms), (3.1 * len(histograms), 2.5))
+    for axis, (counts, label) in zip(axes, histograms, strict=True):
         values, weights = list(counts), list(counts.values())
-        whole = all(float(value).is_integer() for value in values)
-        axis.hist(values, bins=_bins(min(values), max(values), whole), weights=weights, color=COLOR)
-        axis.set_xlabel(unit, fontsize=8)
+        integer = all(float(value).is_integer() for value in values)
+        bins = _bins(min(values), max(values), integer)
+        axis.hist(values, bins=bins, weights=weights, color=COLOR)
+        axis.set_xlabel(label, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     return Picture(title, caption, pixels_of(figure)).html()
 
 
-def _bins(least: float, most: float, whole: bool) -> np.ndarray:
-    """Edges of equal bins; of whole numbers, each bin holds equally many."""
-    if whole:
-        step = max(1, round((most - least + 1) / BINS))
-        return np.arange(least, most + 1 + step, step) - 0.5
-    return np.linspace(least, most, BINS + 1) if most > least else np.array([least - 1, least + 1])
+def _bins(low: float, high: float, integer: bool) -> np.ndarray:
+    """Return the edges of equal bins; for integers, each bin covers equally many integers."""
+    if integer:
+        step = max(1, round((high - low + 1) / BINS))
+        return np.arange(low, high + 1 + step, step) - 0.5
+    return np.linspace(low, high, BINS + 1) if high > low else np.array([low - 1, low + 1])
 
 
 def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
-    """Bars of names, the most frequent on top; "" where nothing was counted."""
+    """Draw a bar per name, the most frequent on top; return "" if there are no counts."""
     if not counts:
         return ""
     figure, axes = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
     axis = axes[0]
-    # A "$" would start a formula, and a very long name would leave no room for the bar.
+    # matplotlib reads "$" as the start of a formula; a very long name leaves no room for the bar
     labels = [name[:32].replace("$", r"\$") for name, _ in counts]
     bars = axis.barh(range(len(counts)), [count for _, count in counts], color=COLOR)
     axis.bar_label(bars, labels=[f"{count:,}" for _, count in counts], fontsize=7, padding=2)
@@ -202,7 +211,7 @@ def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
 
 
 def sheet(title: str, thumbnails: Sequence[Thumbnail]) -> str:
-    """Pictures in rows, each over its key and caption; "" where there are none."""
+    """Lay out thumbnails in rows with key and caption; return "" if there are none."""
     if not thumbnails:
         return ""
     cells = [

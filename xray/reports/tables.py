@@ -1,4 +1,4 @@
-"""Tables for the terminal, Markdown and HTML."""
+"""Tables as terminal text, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -13,43 +13,46 @@ from rich.text import Text
 
 
 def short(number: int) -> str:
-    """9600 -> 9.6k, 1000000000 -> 1B."""
+    """Format a number with 3 digits and a suffix: 9600 -> 9.6k, 1000000000 -> 1B."""
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g}{suffix}"
     return str(number)
 
 
-NAME = 24  # characters of a row's name that a narrow terminal does not break
+NAME = 24  # longest row name, in characters, that is never wrapped
 
 
 @dataclass
 class ResultTable:
-    """Rows of text under headings; the first column names the row."""
+    """Table of text with a title and column heads; the first column names the row."""
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
 
     def print(self) -> None:
-        table = Table(title=Text(self.title), title_justify="left")  # no cell is read as markup
+        """Print the table on the terminal."""
+        # Text, because rich would read a plain string as markup
+        table = Table(title=Text(self.title), title_justify="left")
         names = [line for row in [self.columns, *self.rows] for line in row[0].split("\n")]
         for number, column in enumerate(self.columns):
             justify: Any = "left" if number == 0 else "right"
-            whole = number == 0 and max(map(len, names)) <= NAME
-            table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
+            no_wrap = number == 0 and max(map(len, names)) <= NAME
+            table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=no_wrap)
         for row in self.rows:
             table.add_row(*map(Text, row))
         Console(highlight=False).print(table)
 
     def html(self) -> str:
+        """Return the table as HTML, with its title."""
         cells = ["".join(f"<th>{html.escape(c)}</th>" for c in self.columns)]
         cells += ["".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in self.rows]
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         return f"<h2>{html.escape(self.title)}</h2><div class=wide><table>{body}</table></div>"
 
     def markdown(self) -> str:
-        """The rows as GitHub shows them, without the title."""
+        """Return the table in GitHub's Markdown, without its title."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         cells = [
             [cell.replace("|", "\\|").replace("\n", "<br>") for cell in row]

@@ -1,4 +1,4 @@
-"""What a vocabulary was built from, as a table and as a page: Zipf curve, head, tail, dropped."""
+"""Report of a tag vocabulary: a table, and a page with Zipf curve, head, tail and dropped tags."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from xray.reports.figures import COLOR, pixels_of, subplots
 from xray.reports.html import Picture, paragraph, write_report
 from xray.reports.tables import ResultTable
 
-SHOWN = 40  # tags of the head, of the tail, and dropped ones of each reason
+SHOWN = 40  # number of tags listed for the head, the tail and each reason of dropping
 
 
 def dropped_table(
     vocabulary: Vocabulary, counts: TagCounts, dropped: Mapping[str, Dropped]
 ) -> ResultTable:
-    """How many tags and labels are in, and how many are out for which reason."""
+    """Make the table of tags and labels in the vocabulary, and of those dropped, by reason."""
     rows: list[Sequence[str]] = [
         ["in the vocabulary", f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}", ""]
     ]
-    merged = len(counts.tags) - len(vocabulary) - sum(found.tags for found in dropped.values())
+    merged = len(counts.tags) - len(vocabulary) - sum(group.tags for group in dropped.values())
     if merged > 0:
-        rows.append(["merged into another's spelling", f"{merged:,}", "", ""])
-    for reason, found in sorted(dropped.items()):
-        first = ", ".join(tag for tag, _ in found.first[:5])
-        rows.append([reason, f"{found.tags:,}", f"{found.samples:,}", first])
-    return ResultTable("Tags", ("", "tags", "labels", "the most frequent"), rows)
+        rows.append(["merged with another spelling", f"{merged:,}", "", ""])
+    for reason, group in sorted(dropped.items()):
+        first = ", ".join(tag for tag, _ in group.first[:5])
+        rows.append([reason, f"{group.tags:,}", f"{group.samples:,}", first])
+    return ResultTable("Tags", ("", "tags", "labels", "most frequent"), rows)
 
 
 def write_tag_report(
@@ -38,38 +38,41 @@ def write_tag_report(
     examples: Mapping[str, Sequence[str]],
     out: Path,
 ) -> None:
-    """One self-contained page; examples: tag -> captions or keys of samples that have it."""
+    """Write a self-contained page.
+
+    examples: captions or keys of samples that have a tag, by tag.
+    """
     ranked = list(zip(vocabulary.tags, vocabulary.counts, strict=True))
     parts = [
         paragraph(summary(vocabulary, counts)),
         _zipf(vocabulary, counts),
-        _listed("Head", ranked[:SHOWN], vocabulary, examples),
-        _listed("Tail", ranked[SHOWN:][-SHOWN:], vocabulary, examples),
+        _tag_table("Head", ranked[:SHOWN], vocabulary, examples),
+        _tag_table("Tail", ranked[SHOWN:][-SHOWN:], vocabulary, examples),
         dropped_table(vocabulary, counts, dropped).html(),
     ]
-    for reason, found in sorted(dropped.items()):
-        rows: list[Sequence[str]] = [[t, f"{count:,}"] for t, count in found.first[:SHOWN]]
+    for reason, group in sorted(dropped.items()):
+        rows: list[Sequence[str]] = [[t, f"{count:,}"] for t, count in group.first[:SHOWN]]
         parts.append(ResultTable(f"Dropped: {reason}", ("tag", "samples"), rows).html())
     write_report(out, "xray: tags", parts)
 
 
 def summary(vocabulary: Vocabulary, counts: TagCounts) -> str:
-    """The vocabulary in one line."""
+    """Summarise the vocabulary in one line."""
     labels = sum(vocabulary.counts)
     return (
-        f"{len(vocabulary):,} tags of {len(counts.tags):,} that occur; {counts.samples:,} samples, "
+        f"{len(vocabulary):,} of {len(counts.tags):,} different tags; {counts.samples:,} samples, "
         f"{counts.tagged:,} of them tagged; {labels:,} labels, "
         f"{labels / max(1, counts.tagged):.1f} per tagged sample"
     )
 
 
 def _zipf(vocabulary: Vocabulary, counts: TagCounts) -> str:
-    """Samples per tag over the tag's rank, of all tags and of the vocabulary."""
+    """Draw samples per tag over the tag's rank, for all tags and for the vocabulary."""
     figure, axes = subplots(1, (6.2, 3.4))
     axis = axes[0]
-    everything = np.sort(np.fromiter(counts.tags.values(), np.int64))[::-1]
+    all_counts = np.sort(np.fromiter(counts.tags.values(), np.int64))[::-1]
     for values, name, color in (
-        (everything, "all tags", "#b8c4d0"),
+        (all_counts, "all tags", "#b8c4d0"),
         (np.array(vocabulary.counts), "vocabulary", COLOR),
     ):
         axis.loglog(np.arange(1, len(values) + 1), values, label=name, color=color, linewidth=1.6)
@@ -86,17 +89,17 @@ def _zipf(vocabulary: Vocabulary, counts: TagCounts) -> str:
 
 
 def zipf_slope(counts: np.ndarray) -> float:
-    """Slope of log(count) over log(rank), from rank 10 to the last; nan for fewer than 20 tags."""
+    """Fit the slope of log(count) over log(rank), from rank 10; nan for fewer than 20 tags."""
     counts = np.sort(counts)[::-1].astype(np.float64)
     if len(counts) < 20:
         return float("nan")
     rank = np.arange(1, len(counts) + 1)
-    # Tags are spaced evenly in log(rank), or the many of the tail would be all that counts.
+    # weigh ranks evenly in log(rank): without weights, the many tags of the tail dominate the fit
     weight = 1 / np.sqrt(rank[9:])
     return float(np.polyfit(np.log(rank[9:]), np.log(counts[9:]), 1, w=weight)[0])
 
 
-def _listed(
+def _tag_table(
     title: str,
     ranked: Sequence[tuple[str, int]],
     vocabulary: Vocabulary,
@@ -107,5 +110,5 @@ def _listed(
         number = vocabulary.ids[tag]
         aliases = ", ".join(vocabulary.aliases[number]) if vocabulary.aliases else ""
         rows.append([tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))])
-    heads = ("tag", "samples", "also", "some of them")
+    heads = ("tag", "samples", "aliases", "examples")
     return ResultTable(title, heads, rows).html() if rows else ""
