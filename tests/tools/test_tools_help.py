@@ -1,4 +1,4 @@
-"""Each tool that can be run prints its help."""
+"""Tests that every tool prints its help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOOLS = [
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tool_prints_its_help(
+def test_tool_prints_its_help(
     tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [tool, "--help"])

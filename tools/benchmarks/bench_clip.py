@@ -1,17 +1,18 @@
-"""CLIP's training step against open_clip's: its image and text tower, with the same weights.
+"""CLIP training of xray against open_clip: image tower, text tower and whole step, equal weights.
 
-Ours is the clip stage's own module, in which pixels are normalised. A whole step goes through
-DeepSpeed as the trainer's does, with ZeRO 0; open_clip's is that of its `train_one_epoch`. Both
-have AdamW and clip the gradient's norm at 1.
+xray runs the clip stage's module, including the normalisation of pixels, and its whole step runs
+through DeepSpeed with ZeRO 0, as in training. The step of open_clip is that of its
+`train_one_epoch`. Both use AdamW and clip the gradient norm at 1.
 
     python -m tools.benchmarks.bench_clip [--tables abcde] [--sizes b16] [--batch 8] [--rounds 5]
         [--device cuda] [--precision bf16] [--peak TFLOPS] [--out FILE.json]
 
-(a) the two models compared, (b) speed, (c) keep rate .7 against the bound of multiply-adds,
-(d) memory of InfoNCE over 32,768 samples, on a CPU, (e) a frozen LLM in every step against its
-sentence vectors stored before. On CUDA the default is bf16, b16 and l14.
-Where other work shares the cores: one thread (OMP_NUM_THREADS=1), and --processor-time instead of
-the wall's, from which the time that others have is missing.
+(a) Both models have equal outputs. (b) Speed. (c) Keep rate .7 against the bound of its
+multiply-adds. (d) Memory of InfoNCE over 32,768 samples, on a CPU. (e) A frozen LLM in every step
+against sentence vectors stored before.
+
+On CUDA the defaults are bf16, b16 and l14. If other work shares the cores, use one thread
+(OMP_NUM_THREADS=1) and --processor-time, which does not count the time of other processes.
 """
 
 from __future__ import annotations
@@ -37,91 +38,91 @@ from xray.losses import info_nce
 
 PEAK = {"H100": 989, "H200": 989, "A100": 312}  # TFLOP/s in dense bf16
 FORWARD, STEP = "forward, loss, backward", "whole step"
-ALL, WIDTH = 32_768, 512  # samples of a contrast, and their features
-OWN = (512, 4096)  # rows of a rank, of 64 and of 8
-MEASURED = 8192  # samples for which all logits are held
+SAMPLES, WIDTH = 32_768, 512  # global batch and features of table (d)
+RANK_ROWS = (512, 4096)  # rows per rank with 64 and with 8 ranks
+MEASURED = 8192  # global batch at which ClipLoss over all rows is measured: all logits fit
 
-Found = dict[str, dict[str, list[float]]]  # what was timed: seconds of each alternative
+Seconds = dict[str, dict[str, list[float]]]  # function -> implementation -> seconds per round
 
 
 def same_model(pair: Pair) -> Table:
-    """(a)"""
+    """Make table (a): parameters, outputs and losses of both models."""
     count = {
         name: sum(p.numel() for p in model.parameters())
-        for name, model in (("theirs", pair.theirs), ("ours", pair.ours))
+        for name, model in (("open_clip", pair.reference), ("xray", pair.model))
     }
-    vision = pair.ours.vision
+    vision = pair.model.vision
     clips = vision.pos_temporal.numel() + vision.patch_embed.proj.weight[:, :, 0].numel()
     with torch.no_grad(), pair.autocast():
-        out = pair.theirs(pair.images, pair.ids)
+        out = pair.reference(pair.images, pair.ids)
         pairs = ((out["image_features"], pair.image()), (out["text_features"], pair.text()))
         image, text = (f"{float((a - b).abs().max()):.1e}" for a, b in pairs)
-        losses = [float(pair.loss_of_theirs()), float(pair.our_loss())]
+        losses = [float(pair.reference_loss()), float(pair.loss())]
     rows = [
-        ["parameters", f"{count['theirs']:,}", f"{count['ours']:,}"],
-        ["of these for clips only", "0", f"{clips:,}"],
-        ["greatest difference of image features", "", image],
-        ["greatest difference of text features", "", text],
+        ["parameters", f"{count['open_clip']:,}", f"{count['xray']:,}"],
+        ["parameters for clips only", "0", f"{clips:,}"],
+        ["largest difference of image features", "", image],
+        ["largest difference of text features", "", text],
         ["loss", *(f"{loss:.6f}" for loss in losses)],
     ]
-    return Table(f"(a) {pair.size}: the same weights", ["measure", "open_clip", "ours"], rows)
+    return Table(f"(a) {pair.size} with equal weights", ["measure", "open_clip", "xray"], rows)
 
 
 def speeds(pair: Pair, options: argparse.Namespace) -> Iterator[Table]:
-    """(b) and (c)"""
+    """Time all functions and make tables (b) and (c)."""
     clock = time.process_time if options.processor_time else time.perf_counter
     timed = partial(interleaved, rounds=options.rounds, clock=clock)
-    needed = {"b": ["theirs", "ours"], "c": ["ours", "keep"]}
+    needed = {"b": ["open_clip", "xray"], "c": ["xray", "keep"]}
     wanted = {key for letter, keys in needed.items() if letter in options.tables for key in keys}
     forwards: dict[str, dict[str, Callable[[], Tensor]]] = {
-        "image tower": {"theirs": pair.image_of_theirs, "ours": pair.image},
-        "text tower": {"theirs": pair.text_of_theirs, "ours": pair.text},
-        FORWARD: {"theirs": pair.loss_of_theirs, "ours": pair.our_loss},
+        "image tower": {"open_clip": pair.reference_image, "xray": pair.image},
+        "text tower": {"open_clip": pair.reference_text, "xray": pair.text},
+        FORWARD: {"open_clip": pair.reference_loss, "xray": pair.loss},
     }
-    forwards[FORWARD]["keep"] = partial(pair.our_loss, END)
+    forwards[FORWARD]["keep"] = partial(pair.loss, END)
     if "b" not in options.tables:
         forwards = {FORWARD: forwards[FORWARD]}
-    found = {}
-    for name, ways in forwards.items():
-        found[name] = timed({key: pair.backward(ways[key]) for key in ways if key in wanted})
-    steps = {"theirs": pair.their_step()} | pair.our_steps()
-    found[STEP] = timed({key: run for key, run in steps.items() if key in wanted})
+    all_seconds = {}
+    for name, runs in forwards.items():
+        all_seconds[name] = timed({key: pair.backward(runs[key]) for key in runs if key in wanted})
+    steps = {"open_clip": pair.reference_step()} | pair.steps()
+    all_seconds[STEP] = timed({key: run for key, run in steps.items() if key in wanted})
     if "b" in options.tables:
-        yield against_open_clip(pair, options, found)
+        yield against_open_clip(pair, options, all_seconds)
     if "c" in options.tables:
-        yield against_bound(pair, found)
+        yield against_bound(pair, all_seconds)
 
 
-def against_open_clip(pair: Pair, options: argparse.Namespace, found: Found) -> Table:
-    """(b)"""
-    goals = {FORWARD: ">= 1.0x", STEP: ">= 0.92x"}
+def against_open_clip(pair: Pair, options: argparse.Namespace, all_seconds: Seconds) -> Table:
+    """Make table (b): speed of xray and open_clip."""
+    targets = {FORWARD: ">= 1.0x", STEP: ">= 0.92x"}
     macs, peak, rows = pair.macs(1.0), options.peak, []
-    for name, seconds in found.items():
-        best = [min(seconds[key]) for key in ("theirs", "ours")]
+    for name, seconds in all_seconds.items():
+        best = [min(seconds[key]) for key in ("open_clip", "xray")]
         count = macs.get(name.split()[0], sum(macs.values()))
         rate = 6 * count * pair.batch / best[1] / 1e12
         cells = [f"{1e3 * second:,.0f}" for second in best]
-        cells += [f"{speedup(seconds, 'ours', 'theirs'):.2f}x", goals.get(name, "")]
+        cells += [f"{speedup(seconds, 'xray', 'open_clip'):.2f}x", targets.get(name, "")]
         share = [f"{rate / peak:.1%}"] if peak else []
         rows.append([name, *cells, f"{rate:.2f}", *share])
-    heads = ["forward and backward of", "open_clip, ms", "ours, ms", "ours / open_clip", "target"]
-    heads += ["ours, TFLOP/s", *([f"of {peak:g}"] if peak else [])]
+    heads = ["forward and backward of", "open_clip, ms", "xray, ms", "speed, xray / open_clip"]
+    heads += ["target", "xray, TFLOP/s", *([f"share of {peak:g} TFLOP/s"] if peak else [])]
     precision = "bf16 autocast" if pair.bf16 else "fp32"
     title = f"(b) {pair.size} at 224 px, batch {pair.batch}, {precision}, best of {options.rounds}"
     title += ", processor time" * options.processor_time
     return Table(title, heads, rows)
 
 
-def against_bound(pair: Pair, found: Found) -> Table:
-    """(c)"""
-    full, less = pair.macs(1.0), pair.macs(KEEP)
-    bound, rows = sum(full.values()) / sum(less.values()), []
+def against_bound(pair: Pair, all_seconds: Seconds) -> Table:
+    """Make table (c): speed-up by keep rate KEEP against the ratio of multiply-adds."""
+    full, reduced = pair.macs(1.0), pair.macs(KEEP)
+    bound, rows = sum(full.values()) / sum(reduced.values()), []
     for name in (FORWARD, STEP):
-        gain = speedup(found[name], "keep", "ours")
+        gain = speedup(all_seconds[name], "keep", "xray")
         rows.append([name, f"{gain:.2f}x", f"{bound:.2f}x", f"{gain / bound:.0%}", ">= 90 %"])
-    gmacs = [f"{1e-9 * 3 * pair.batch * sum(m.values()):,.0f}" for m in (full, less)]
+    gmacs = [f"{1e-9 * 3 * pair.batch * sum(m.values()):,.0f}" for m in (full, reduced)]
     share = full["text"] / sum(full.values())
-    heads = ["", "speed-up", "bound", "of bound", "target"]
+    heads = ["part", "speed-up", "bound", "share of bound", "target"]
     title = f"(c) {pair.size} at keep rate {KEEP} against keep rate 1, batch {pair.batch}: "
     title += f"{gmacs[1]} of {gmacs[0]} GMACs, of which the text tower has {share:.0%}"
     return Table(title, heads, rows)
@@ -130,87 +131,99 @@ def against_bound(pair: Pair, found: Found) -> Table:
 # memory of the loss -------------------------------------------------------------------------------
 
 
-def contrast(form: str, rows: int, samples: int) -> Callable[[], Tensor]:
-    """Forward and backward of a rank's loss: own rows of all samples, whose features are there."""
+def contrast(form: str, rows: int, samples: int) -> Callable[[], None]:
+    """Return forward and backward of a rank's loss, as if all features were already gathered.
+
+    Args:
+        form: "xray", "local" (ClipLoss with local_loss) or "full" (ClipLoss over all rows).
+        rows: samples of this rank.
+        samples: samples of all ranks.
+    """
     torch.manual_seed(0)
     images, texts = (F.normalize(torch.randn(samples, WIDTH), dim=-1) for _ in range(2))
     images.requires_grad_(), texts.requires_grad_()
-    scale, own = torch.tensor(14.3, requires_grad=True), (images[:rows], texts[:rows])
+    scale, local_rows = torch.tensor(14.3, requires_grad=True), (images[:rows], texts[:rows])
 
-    def ours() -> Tensor:
-        def gathered(mine: Tensor) -> Tensor:  # as if the other ranks had sent theirs
-            return images if mine is own[0] else texts
+    def xray_loss() -> Tensor:
+        def gathered(local: Tensor) -> Tensor:  # stands for the all-gather over ranks
+            return images if local is local_rows[0] else texts
 
         with (
             patch("xray.losses.contrastive.gather_rows", gathered),
             patch("xray.losses.contrastive.dist.world_size", lambda: samples // rows),
         ):
-            return info_nce(*own, scale)
+            return info_nce(*local_rows, scale)
 
-    def theirs() -> Tensor:
-        local = form == "local"
-        loss = open_clip.ClipLoss(local_loss=local, world_size=samples // rows)
+    def open_clip_loss() -> Tensor:
+        loss = open_clip.ClipLoss(local_loss=form == "local", world_size=samples // rows)
         with patch("open_clip.loss.gather_features", lambda *_, **__: (images, texts)):
-            return loss(*own, scale)
+            return loss(*local_rows, scale)
 
     def run() -> None:
-        (ours if form == "ours" else theirs)().backward()
+        (xray_loss if form == "xray" else open_clip_loss)().backward()
 
     return run
 
 
 def measure(form: str, rows: int, samples: int) -> int:
-    """Bytes above the features of all samples; in a fresh process only."""
-    contrast(form, 64, 128)()  # starts threads and loads libraries
+    """Return the loss's peak memory above the features in bytes; call it in a fresh process."""
+    contrast(form, 64, 128)()  # starts threads and loads libraries before the measurement
     run = contrast(form, rows, samples)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
     before = high_water()
     run()
     return high_water() - before
 
 
 def loss_memory() -> Table:
-    """(d)"""
-    matrix = 4 * ALL**2
-    held = in_fresh_process(measure, "full", MEASURED, MEASURED) / (4 * MEASURED**2)
-    full, rows = held * matrix, []
+    """Make table (d): peak memory of ClipLoss and of xray's loss."""
+    matrix = 4 * SAMPLES**2
+    matrices = in_fresh_process(measure, "full", MEASURED, MEASURED) / (4 * MEASURED**2)
+    full, rows = matrices * matrix, []
 
-    def add(form: str, own: int, peak: float) -> None:
-        cells = [f"{own:,}", f"{peak / 1e6:,.0f}", f"{peak / matrix:.2f}", f"{peak / full:.3f}"]
-        rows.append([form, *cells])
+    def add(loss: str, local: int, peak: float) -> None:
+        cells = [f"{local:,}", f"{peak / 1e6:,.0f}", f"{peak / matrix:.2f}", f"{peak / full:.3f}"]
+        rows.append([loss, *cells])
 
-    add(f"ClipLoss: {held:.1f} matrices, as measured at N = {MEASURED:,}; computed", ALL, full)
-    for form, name in (("local", "ClipLoss(local_loss=True)"), ("ours", "ours")):
-        for own in OWN:
-            add(name, own, in_fresh_process(measure, form, own, ALL))
-    add("ours", ALL, in_fresh_process(measure, "ours", ALL, ALL))
-    heads = ["loss", "own rows", "peak, MB", f"of one matrix ({matrix / 1e6:,.0f} MB)"]
-    sizes = f"N = {ALL:,}, {WIDTH} features in fp32, forward and backward"
-    title = f"(d) Memory of the contrast above the features of all, {sizes}"
-    return Table(title, [*heads, "of ClipLoss (<= 0.125)"], rows)
+    computed = f"computed: {matrices:.1f} matrices, as measured at N = {MEASURED:,}"
+    add(f"ClipLoss ({computed})", SAMPLES, full)
+    for form, name in (("local", "ClipLoss(local_loss=True)"), ("xray", "xray")):
+        for local in RANK_ROWS:
+            add(name, local, in_fresh_process(measure, form, local, SAMPLES))
+    add("xray", SAMPLES, in_fresh_process(measure, "xray", SAMPLES, SAMPLES))
+    heads = [
+        "loss",
+        "rows of this rank",
+        "peak, MB",
+        f"share of one matrix ({matrix / 1e6:,.0f} MB)",
+    ]
+    sizes = f"N = {SAMPLES:,}, {WIDTH} features in fp32, forward and backward"
+    title = f"(d) Memory of the contrastive loss, above the features of all samples; {sizes}"
+    return Table(title, [*heads, "share of ClipLoss (target <= 0.125)"], rows)
 
 
 def stored_text(options: argparse.Namespace) -> Table:
-    """(e)"""
+    """Make table (e): steps with the LLM and with stored sentence vectors."""
     clock = time.process_time if options.processor_time else time.perf_counter
     batch, rows = options.batch or BATCH[options.device]["b16"], []
     for length in (32, 77):
         seconds = interleaved(frozen_steps(options, length), rounds=options.rounds, clock=clock)
         cells = [f"{1e3 * min(seconds[key]):,.0f}" for key in ("live", "stored")]
         rows.append([str(length), *cells, f"{speedup(seconds, 'stored', 'live'):.2f}x"])
-    title = f"(e) b16 at 224 px beside a frozen LLM of Qwen3-0.6B's shape, batch {batch}, best of "
-    heads = ["tokens of a caption", "in every step, ms", "stored, ms", "steps/s, stored / live"]
-    return Table(f"{title}{options.rounds}", heads, rows)
+    title = f"(e) b16 at 224 px with a frozen LLM of Qwen3-0.6B's shape, batch {batch}, best of "
+    heads = ["tokens per caption", "LLM in every step, ms", "stored vectors, ms"]
+    return Table(f"{title}{options.rounds}", [*heads, "steps/s, stored / live"], rows)
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
+    """Make the chosen tables, one after the other."""
     for size in options.sizes if set("abc") & set(options.tables) else []:
         pair = Pair(size, options)
         if "a" in options.tables:
             yield same_model(pair)
         if set("bc") & set(options.tables):
             yield from speeds(pair, options)
-        del pair  # its memory is for the next
+        del pair  # frees its memory before the next size
     if "d" in options.tables:
         yield loss_memory()
     if "e" in options.tables:
@@ -218,16 +231,19 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", default="abcde", help="any of abcde")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES))
-    parser.add_argument("--batch", type=int, help="instead of the device's own")
+    parser.add_argument("--batch", type=int, help="batch size; default: depends on the device")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--processor-time", action="store_true", help="see above")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure CPU time, on a shared machine"
+    )
+    parser.add_argument("--peak", type=float, help="peak TFLOP/s of the device, for MFU")
+    parser.add_argument("--out", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()
     cuda = choose_device(options.device).type == "cuda"
     options.sizes = options.sizes or (list(SIZES) if cuda else ["b16"])

@@ -1,13 +1,13 @@
-"""The data stream's speed: against plain pipelines, at a million shards, and with broken samples.
+"""Speed of the data stream against plain pipelines, at a million shards, and with broken samples.
 
-(a) Images per second of our stream and of webdataset, PIL and torchvision, put together as
-open_clip does it, on equal worker processes. (b) Clips: the decode process against decord in this
+(a) Images per second of xray's stream and of a plain pipeline (webdataset, PIL and torchvision, as
+in open_clip), with equal numbers of workers. (b) Clips: the decode process against decord in this
 process and against decoding every frame with PyAV; reading in the plan's order against the shards'
-order. (c) The plan at a million shards and 4,096 ranks. (d) A soak with samples that are broken,
-hang the decoder or fill its memory.
+order. (c) The sample plan at a million shards and 4,096 ranks. (d) A soak test with samples that
+are broken, hang the decoder or fill its memory.
 
-Alternatives take turns in one run, with one torch thread per process, as loader workers have it; a
-ratio compares the best round of each.
+Alternatives take turns in one run, and a ratio compares the best round of each. Every process has
+one torch thread, like the loader's workers.
 
     python -m tools.benchmarks.bench_data [--tables abcd] [--rounds 5] [--data PHOTOS] \
         [--clips CLIPS]
@@ -56,13 +56,20 @@ SIZE, BATCH, FRAMES = 224, 32, 8
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """Photos of one size, and how they are cropped."""
+    """Case of table (a): photos of one size and their crops.
+
+    Attributes:
+        size: (width, height) in pixels.
+        scale: range of the random crop's area, as a share of the photo.
+        number: number of photos.
+        batches: number of timed batches.
+    """
 
     name: str
     size: tuple[int, int]
     scale: list[float]
     number: int
-    batches: int  # that are timed
+    batches: int
     target: str
 
 
@@ -75,8 +82,8 @@ PHOTOS = (
 # images ---------------------------------------------------------------------------------------
 
 
-def our_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
-    """Normalised batches as a stage has them: the plan, the loader, and Normalize after it."""
+def xray_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
+    """Yield normalised batches as in a stage: sample plan, loader, then Normalize."""
     data = DataConfig(resolution=SIZE, crop_scale=photos.scale)
     blocks, sources = [BlockConfig("photos", BATCH)], open_source("photos", str(folder), "image")
     shape = StepShape(SIZE, 1, micro_batches(blocks, [0], 0, 1))
@@ -92,7 +99,7 @@ def our_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, 
 
 
 def plain_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
-    """The same from webdataset, PIL and torchvision, as open_clip puts them together."""
+    """Yield the same batches with webdataset, PIL and torchvision, as in open_clip."""
     data = DataConfig()
     transform = plain_transform(photos.scale, data.mean, data.std)
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -113,6 +120,7 @@ def plain_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor
 def plain_transform(
     scale: list[float], mean: list[float], std: list[float]
 ) -> Callable[[Any], Tensor]:
+    """Return torchvision's transform with random crop, flip and normalisation."""
     bicubic = tv.InterpolationMode.BICUBIC
     crop = tv.RandomResizedCrop(SIZE, tuple(scale), interpolation=bicubic)
     steps = [crop, tv.RandomHorizontalFlip(), tv.ToTensor(), tv.Normalize(mean, std)]
@@ -120,7 +128,7 @@ def plain_transform(
 
 
 def seconds_of(stream: Iterator[Tensor], warm: int, batches: int) -> float:
-    """Of some batches of an endless stream, once its workers have started."""
+    """Time some batches of an endless stream, after `warm` batches of warm-up."""
     for _ in range(warm):
         next(stream)
     start = time.perf_counter()
@@ -130,7 +138,7 @@ def seconds_of(stream: Iterator[Tensor], warm: int, batches: int) -> float:
 
 
 def enlarged(source: Source, photos: Photos) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Photos as JPEGs of the size asked for."""
+    """Yield photos of a source, resized to `photos.size` and encoded as JPEG."""
     places = list(source.places())[: photos.number]
     for number, place in enumerate(places):
         media = media_of(source.sample(*place, SIZE, 1))
@@ -140,7 +148,7 @@ def enlarged(source: Source, photos: Photos) -> Iterator[tuple[str, dict[str, by
 
 
 def images(options: argparse.Namespace) -> list[Table]:
-    """(a)"""
+    """Make table (a): images per second."""
     source, rows = open_source("photos", str(options.data), "image"), []
     for photos in PHOTOS:
         with tempfile.TemporaryDirectory() as temporary:
@@ -148,18 +156,18 @@ def images(options: argparse.Namespace) -> list[Table]:
             write_shards(folder, enlarged(source, photos), photos.number // 4)
             kilobytes = sum(p.stat().st_size for p in folder.glob("*.tar")) / photos.number / 1e3
             for workers in (0, 1, 2):
-                seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+                seconds: dict[str, list[float]] = {"xray": [], "plain": []}
                 for _ in range(options.rounds):
-                    for name, stream in (("ours", our_stream), ("plain", plain_stream)):
-                        found = stream(folder, photos, workers)
-                        seconds[name].append(seconds_of(found, 1 + workers, photos.batches))
-                        found.close()  # ends its workers before the next begin
+                    for name, make_stream in (("xray", xray_stream), ("plain", plain_stream)):
+                        stream = make_stream(folder, photos, workers)
+                        seconds[name].append(seconds_of(stream, 1 + workers, photos.batches))
+                        stream.close()  # stops its workers before the other stream starts
                 rates = [photos.batches * BATCH / min(times) for times in seconds.values()]
-                what = f"{photos.size[0]} x {photos.size[1]}, {kilobytes:.0f} kB"
-                ratio = f"{speedup(seconds, 'ours', 'plain'):.2f}x"
+                size = f"{photos.size[0]} x {photos.size[1]}, {kilobytes:.0f} kB"
+                ratio = f"{speedup(seconds, 'xray', 'plain'):.2f}x"
                 cells = [str(workers), *(f"{rate:.0f}" for rate in rates), ratio, photos.target]
-                rows.append([what, f"{photos.name}, {photos.scale}", *cells])
-    heads = ["photos", "", "workers", "ours, images/s", "plain, images/s", "ratio", "target"]
+                rows.append([size, f"{photos.name}, {photos.scale}", *cells])
+    heads = ["photos", "crops", "workers", "xray, images/s", "plain, images/s", "ratio", "target"]
     return [Table("(a) Images to normalised batches of 224 px", heads, rows)]
 
 
@@ -167,14 +175,15 @@ def images(options: argparse.Namespace) -> list[Table]:
 
 
 def every_frame(data: bytes) -> np.ndarray:
+    """Decode all frames of a clip with PyAV, [T, H, W, 3] uint8."""
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def enlarged_clip(data: bytes, size: tuple[int, int], frames: int) -> bytes:
-    """A clip's frames, forth and back for as long as asked for, enlarged."""
-    there = [Image.fromarray(frame).resize(size) for frame in every_frame(data)]
-    cycle = there + there[::-1]
+    """Resize a clip and play it forwards and backwards until it has `frames` frames."""
+    forwards = [Image.fromarray(frame).resize(size) for frame in every_frame(data)]
+    cycle = forwards + forwards[::-1]
     return clip_of((cycle[number % len(cycle)] for number in range(frames)), size)
 
 
@@ -182,34 +191,39 @@ CHOICE = FrameChoice(FRAMES)
 
 
 def by_process(decoder: ClipDecoder, clips: list[bytes]) -> None:
+    """Decode the chosen frames in the decode process, as xray does."""
     for data in clips:
         decoder.decode(data, CHOICE)
 
 
 def decord_frames(data: bytes) -> np.ndarray:
+    """Decode the chosen frames with decord in this process."""
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
     return reader.get_batch(CHOICE.indices(len(reader), reader.get_avg_fps())).asnumpy()
 
 
 def by_decord(clips: list[bytes]) -> None:
+    """Decode the chosen frames of all clips with decord."""
     for data in clips:
         decord_frames(data)
 
 
 def by_pyav(clips: list[bytes]) -> None:
+    """Decode every frame of all clips with PyAV and choose some."""
     for data in clips:
         frames = every_frame(data)
         frames[CHOICE.indices(len(frames), 30.0)]
 
 
-def our_pixels(clips: list[bytes]) -> None:
+def xray_pixels(clips: list[bytes]) -> None:
+    """Load cropped and resized clips with xray's load_clip."""
     for data in clips:
         sample = Sample({"mp4": data}, "clips", "video", "", SIZE, FRAMES)
         load_clip(data, center_crop, sample, DataConfig(), None)
 
 
 def decord_pixels(clips: list[bytes]) -> None:
-    """decord's full frames, cropped and resized by torchvision."""
+    """Decode full frames with decord, then crop and resize them with torchvision."""
     bicubic = tv.InterpolationMode.BICUBIC
     for data in clips:
         frames = torch.from_numpy(decord_frames(data)).permute(0, 3, 1, 2)
@@ -218,7 +232,7 @@ def decord_pixels(clips: list[bytes]) -> None:
 
 
 def clips(options: argparse.Namespace) -> list[Table]:
-    """(b)"""
+    """Make tables (b): decoding clips, and reading samples."""
     source = open_source("clips", str(options.clips), "video")
     places = list(source.places())[:: max(1, len(source) // 16)][:16]
     real = [media_of(source.sample(*place, SIZE, FRAMES)) for place in places]
@@ -230,28 +244,30 @@ def clips(options: argparse.Namespace) -> list[Table]:
     decoder, rows = ClipDecoder(30.0, 2.0), []
     for name, media in cases.items():
         runs = {
-            "ours": partial(by_process, decoder, media),
+            "xray": partial(by_process, decoder, media),
             "decord": partial(by_decord, media),
             "pyav": partial(by_pyav, media),
-            "our pixels": partial(our_pixels, media),
+            "xray pixels": partial(xray_pixels, media),
             "decord pixels": partial(decord_pixels, media),
         }
         seconds = interleaved(runs, 3 * options.rounds)
         times = {run: 1e3 * min(seconds[run]) / len(media) for run in runs}
-        less = times["ours"] / times["decord"]
-        cells = [f"{times[run]:.1f}" for run in ("ours", "decord", "pyav")]
-        cells += [f"{less:.2f}", f"{speedup(seconds, 'ours', 'pyav'):.2f}x"]
-        cells += [f"{times[run]:.1f}" for run in ("our pixels", "decord pixels")]
-        rows.append([name, *cells, f"{speedup(seconds, 'our pixels', 'decord pixels'):.2f}x"])
+        time_ratio = times["xray"] / times["decord"]
+        cells = [f"{times[run]:.1f}" for run in ("xray", "decord", "pyav")]
+        cells += [f"{time_ratio:.2f}", f"{speedup(seconds, 'xray', 'pyav'):.2f}x"]
+        cells += [f"{times[run]:.1f}" for run in ("xray pixels", "decord pixels")]
+        rows.append([name, *cells, f"{speedup(seconds, 'xray pixels', 'decord pixels'):.2f}x"])
     decoder.close()
-    heads = ["clip", "ours, ms", "decord, ms", "PyAV, all frames, ms", "time of decord's (<= 1.1)"]
-    heads += ["against PyAV (>= 2x)", "load_clip at 224, ms", "decord + torchvision, ms", "ratio"]
-    title = f"(b) {FRAMES} frames of a clip, one decoding thread each; ms per clip"
+    heads = ["clip", "xray, ms", "decord, ms", "PyAV, all frames, ms"]
+    heads += ["time, xray / decord (target <= 1.1)", "speed, xray / PyAV (target >= 2x)"]
+    heads += ["load_clip at 224, ms", "decord + torchvision, ms"]
+    heads += ["speed, load_clip / decord + torchvision"]
+    title = f"(b) {FRAMES} frames of a clip, one decoding thread each"
     return [Table(title, heads, rows), reading(options)]
 
 
 def reading(options: argparse.Namespace) -> Table:
-    """(b) the bytes of 2,000 samples, in the plan's order and in the shards'."""
+    """Time reading 2,000 samples in the plan's order and in the shards' order."""
     source = open_source("photos", str(options.data), "image")
     (plan,) = make_plans(
         [BlockConfig("photos", BATCH)], {"photos": source}, DataConfig(), 0
@@ -271,9 +287,10 @@ def reading(options: argparse.Namespace) -> Table:
     seconds = interleaved(runs, 3 * options.rounds)
     times = [f"{1e6 * min(seconds[name]) / number:.0f}" for name in runs]
     ratio = 1 / speedup(seconds, "planned", "sorted")
-    heads = ["samples", "plan's order, us each", "shards' order, us each", "ratio", "target"]
+    orders = ["plan order, us per sample", "shard order, us per sample"]
+    heads = ["samples", *orders, "ratio", "target"]
     rows = [[f"{number:,} of {len(source.manifest)} shards", *times, f"{ratio:.2f}", "<= 1.1"]]
-    return Table("(b) Bytes of samples, local shards, page cache warm", heads, rows)
+    return Table("(b) Reading the bytes of samples, local shards, warm page cache", heads, rows)
 
 
 TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
@@ -285,23 +302,30 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", default="abcd", help="any of abcd")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, default=SHARED / "captions_train", help="photos")
-    parser.add_argument("--clips", type=Path, default=SHARED / "actions_train", help="clips")
-    parser.add_argument("--files", type=int, default=100_000, help="empty shards of (c); 0 = none")
-    parser.add_argument("--reads", type=int, default=50_000, help="samples of (d)")
-    parser.add_argument("--json", type=Path, help="write the tables there, too")
+    parser.add_argument(
+        "--data", type=Path, default=SHARED / "captions_train", help="shards of photos"
+    )
+    parser.add_argument(
+        "--clips", type=Path, default=SHARED / "actions_train", help="shards of clips"
+    )
+    parser.add_argument(
+        "--files", type=int, default=100_000, help="empty shards of table c; 0 = none"
+    )
+    parser.add_argument("--reads", type=int, default=50_000, help="samples of table d")
+    parser.add_argument("--json", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()
     needed = [options.data] * ("a" in options.tables or "b" in options.tables)
     needed += [options.clips] * ("b" in options.tables)
     for folder in needed:
         if not folder.is_dir():
-            print(f"{folder} is no folder of shards: give --data PHOTOS and --clips CLIPS")
+            print(f"{folder} is not a folder of shards: set --data PHOTOS and --clips CLIPS")
             sys.exit(2)
     if unknown := set(options.tables) - set(TABLES):
-        parser.error(f"there is no table {', '.join(sorted(unknown))}: give any of abcd")
+        parser.error(f"--tables: unknown table {', '.join(sorted(unknown))}: use any of abcd")
     machine = hardware("cpu")
     print(machine, flush=True)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Table d of `bench_curation.py`: near-duplicates among random hashes, and dHash of real photos."""
+"""Table d of `bench_curation.py`: near-duplicates of random hashes, and dHash on real photos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from tools.common.tables import Table
 
 
 def near_among(number: int, distance: int) -> dict[str, float]:
-    """Pairs among random hashes of which one in ten is a copy with `distance` bits changed."""
+    """Search pairs among random hashes, one in ten a copy with `distance` bits changed.
+
+    Returns the share of copies found, seconds and bytes per hash. Call it in a fresh process.
+    """
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**64, number, np.uint64)
     copies = number // 10
@@ -31,63 +34,63 @@ def near_among(number: int, distance: int) -> dict[str, float]:
     start = time.perf_counter()
     pairs = near_values(values, distance)
     seconds = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    found = np.isin(originals, values[pairs]).mean()
-    return {"found": float(found), "seconds": seconds, "bytes": 1024 * grown / number}
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    recall = np.isin(originals, values[pairs]).mean()
+    return {"recall": float(recall), "seconds": seconds, "bytes": 1024 * growth / number}
 
 
 def duplicates(options: argparse.Namespace) -> list[Table]:
-    """(d)"""
+    """Make tables (d)."""
     rows = []
     for number in (options.hashes // 10, options.hashes):
         for distance in (1, 3):
-            found = in_fresh_process(near_among, number, distance)
-            cells = [f"{number:,}", str(distance), f"{found['found']:.2%}"]
-            rows.append([*cells, f"{found['seconds']:.1f}", f"{found['bytes']:.0f}"])
-    heads = ["hashes", "bits", "copies found (100%)", "s", "bytes per hash, at the peak"]
-    title = "(d) Near pairs among random hashes, one in ten a copy with so many bits changed"
+            result = in_fresh_process(near_among, number, distance)
+            cells = [f"{number:,}", str(distance), f"{result['recall']:.2%}"]
+            rows.append([*cells, f"{result['seconds']:.1f}", f"{result['bytes']:.0f}"])
+    heads = ["hashes", "changed bits", "copies found (target 100%)", "s", "peak bytes per hash"]
+    title = "(d) Near pairs among random hashes, one in ten a copy with some bits changed"
     tables = [Table(title, heads, rows)]
-    return [*tables, looks(options)] if options.data.is_dir() else tables
+    return [*tables, photo_hashes(options)] if options.data.is_dir() else tables
 
 
-def saved(image: Image.Image, quality: int) -> Image.Image:
+def jpeg_copy(image: Image.Image, quality: int) -> Image.Image:
+    """Encode an image as JPEG and decode it."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-def looks(options: argparse.Namespace) -> Table:
-    """(d) dHash of real photos: of copies, and of photos that are not the same."""
+def photo_hashes(options: argparse.Namespace) -> Table:
+    """Compare dHashes of photos with those of changed copies and of other photos."""
     source = open_source("photos", str(options.data), "image")
     places = list(source.places())[: options.photos]
     media = [next(iter(source.read(*place, ("jpg",)).values())) for place in places]
     start = time.process_time()
-    work = [dhash(Image.open(io.BytesIO(data)).convert("RGB")) for data in media]
+    results = [dhash(Image.open(io.BytesIO(data)).convert("RGB")) for data in media]
     rate = len(media) / (time.process_time() - start)
-    own = np.array(work, np.int64).view(np.uint64)
+    originals = np.array(results, np.int64).view(np.uint64)
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in media]
-    edge = [
+    boxes = [
         (i.width // 50, i.height // 50, i.width * 49 // 50, i.height * 49 // 50) for i in images
     ]
     copies = {
-        "JPEG, quality 50": [saved(image, 50) for image in images],
+        "JPEG, quality 50": [jpeg_copy(image, 50) for image in images],
         "half the size": [image.resize((image.width // 2, image.height // 2)) for image in images],
-        "2% cut off each edge": [i.crop(box) for i, box in zip(images, edge, strict=True)],
+        "2% cut off each edge": [i.crop(box) for i, box in zip(images, boxes, strict=True)],
     }
     rows = []
     for name, changed in copies.items():
         hashes = np.array([dhash(image) for image in changed], np.int64).view(np.uint64)
-        apart_by = ones(hashes ^ own)
-        rows.append([name, *(f"{np.mean(apart_by <= most):.1%}" for most in (0, 1, 3))])
-    closest = [ones(own[i + 1 :] ^ own[i]) for i in range(len(own) - 1)]
-    others = np.concatenate(closest)
-    rows.append(["pairs of other photos", *(f"{(others <= most).sum()}" for most in (0, 1, 3))])
+        distances = ones(hashes ^ originals)
+        rows.append([name, *(f"{np.mean(distances <= limit):.1%}" for limit in (0, 1, 3))])
+    pairs = [ones(originals[i + 1 :] ^ originals[i]) for i in range(len(originals) - 1)]
+    others = np.concatenate(pairs)
+    rows.append(["different photos", *(f"{(others <= limit).sum()}" for limit in (0, 1, 3))])
     heads = [
         f"{len(media):,} photos; {rate:,.0f} hashes per s and core",
         "equal",
-        "<= 1",
+        "<= 1 bit",
         "<= 3 bits",
     ]
-    return Table(
-        f"(d) dHash of photos against their copies, and {len(others):,} pairs", heads, rows
-    )
+    title = f"(d) dHash: share of copies within a distance, and number of {len(others):,} pairs of "
+    return Table(f"{title}different photos", heads, rows)

@@ -1,14 +1,16 @@
-"""How fast `xray embed` and `xray search` are, against what bounds them.
+"""Speed of `xray embed` and `xray search` against their bounds.
 
     python -m tools.benchmarks.bench_embed [--tables ab] [--rows 1000000] [--dim 512] \
         [--endings npy,parquet]
         [--model vit_base_patch16_224] [--samples 64] [--batch 16] [--workers 1] [--rounds 3]
         [--processor-time] [--out FILE.json]
 
-(a) the job of `xray embed` against the encoder's forward pass on pixels that lie in memory, in
-turns; (b) a search over random rows of each dtype, file open and encoding apart, against the time
-that this machine takes to read as many bytes of memory. --processor-time: of this process and its
-children instead of the wall's, where other work shares the cores (with OMP_NUM_THREADS=1).
+(a) The job of `xray embed` against the encoder's forward pass on pixels in memory, in turns. (b) A
+search over random rows of each dtype, without opening the file and encoding the query, against the
+time to read as many bytes from memory.
+
+If other work shares the cores, use OMP_NUM_THREADS=1 and --processor-time, which measures the CPU
+time of this process and its children.
 """
 
 from __future__ import annotations
@@ -52,16 +54,16 @@ DTYPES = ("fp32", "fp16", "int8", "binary")
 
 
 def processor_time() -> float:
-    """Seconds of this process and of the children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
-# (a) ------------------------------------------------------------------------------------------
+# embedding ------------------------------------------------------------------------------------
 
 
 def photos(folder: Path, count: int) -> Path:
-    """JPEGs with something to see at every scale, as a shard."""
+    """Write a shard of JPEGs of smooth noise, whose size is like that of photos."""
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "00000.tar", "w") as archive:
         for number in range(count):
@@ -75,7 +77,7 @@ def photos(folder: Path, count: int) -> Path:
 
 
 class RandomEncoder(VisionEncoder):
-    """A backbone of random weights, as an artifact's is restored: speed does not depend on them."""
+    """Encoder with random weights, on which the speed does not depend."""
 
     def __init__(self, name: str) -> None:
         torch.nn.Module.__init__(self)
@@ -88,7 +90,7 @@ class RandomEncoder(VisionEncoder):
 
 
 def throughput(options: argparse.Namespace, clock: Callable[[], float], device: str) -> Table:
-    """(a)"""
+    """Make table (a): throughput of embedding."""
     encoder = RandomEncoder(options.model).to(device)
     batch = torch.randint(0, 256, (options.batch, 1, 3, 224, 224), dtype=torch.uint8).to(device)
     with tempfile.TemporaryDirectory() as name:
@@ -98,7 +100,7 @@ def throughput(options: argparse.Namespace, clock: Callable[[], float], device: 
         config = EmbedConfig(batch_size=options.batch, workers=options.workers)
 
         @torch.inference_mode()
-        def bare() -> None:
+        def forward_only() -> None:
             for _ in range(options.samples // options.batch):
                 encoder.features(batch)
 
@@ -107,27 +109,34 @@ def throughput(options: argparse.Namespace, clock: Callable[[], float], device: 
             out.unlink(missing_ok=True)
             embed(encoder, corpus, config, out)
 
-        seconds = interleaved({"bare forward": bare, "xray embed": job}, options.rounds, clock)
+        runs = {"forward only": forward_only, "xray embed": job}
+        seconds = interleaved(runs, options.rounds, clock)
     rows = []
-    for what, found in seconds.items():
-        share = f"{speedup(seconds, what, 'bare forward'):.2f}x"
-        each = ", ".join(f"{second:.2f}" for second in found)
-        rate = f"{options.samples / min(found):.1f}"
-        rows.append([what, each, rate, share, ">= 0.95x" if what == "xray embed" else ""])
-    heads = ["what", "s of each round", "images per s, at best", "of the bare pass", "target"]
+    for name, times in seconds.items():
+        ratio = f"{speedup(seconds, name, 'forward only'):.2f}x"
+        rounds = ", ".join(f"{second:.2f}" for second in times)
+        rate = f"{options.samples / min(times):.1f}"
+        rows.append([name, rounds, rate, ratio, ">= 0.95x" if name == "xray embed" else ""])
+    heads = [
+        "measured",
+        "s per round",
+        "images per s, best round",
+        "speed / forward only",
+        "target",
+    ]
     return Table(
-        f"(a) {options.samples} JPEGs of {SIZE[0]} x {SIZE[1]} through {options.model} at 224, "
+        f"(a) {options.samples} JPEGs of {SIZE[0]} x {SIZE[1]} through {options.model} at 224 px, "
         f"batch {options.batch}, fp32, {options.workers} workers",
         heads,
         rows,
     )
 
 
-# (b) ------------------------------------------------------------------------------------------
+# search ---------------------------------------------------------------------------------------
 
 
 def random_blocks(count: int, dim: int) -> Iterator[Block]:
-    """Rows on the sphere."""
+    """Yield random normalised rows with names, in blocks."""
     rng = np.random.default_rng(0)
     for start in range(0, count, BLOCK):
         numbers = range(start, min(start + BLOCK, count))
@@ -136,7 +145,7 @@ def random_blocks(count: int, dim: int) -> Iterator[Block]:
 
 
 def bandwidth(clock: Callable[[], float]) -> float:
-    """Bytes per second that a sum reads of memory, at best of five."""
+    """Measure the bytes per second at which a sum reads memory, best of five."""
     values = torch.ones(1 << 28, dtype=torch.float32)
     best = float("inf")
     for _ in range(5):
@@ -147,8 +156,8 @@ def bandwidth(clock: Callable[[], float]) -> float:
 
 
 def searches(options: argparse.Namespace, clock: Callable[[], float]) -> Table:
-    """(b)"""
-    reads = bandwidth(clock)
+    """Make table (b): time of a search."""
+    bytes_per_second = bandwidth(clock)
     query = shortened(
         np.random.default_rng(1).standard_normal((1, options.dim), np.float32), 1 << 20
     )
@@ -159,8 +168,8 @@ def searches(options: argparse.Namespace, clock: Callable[[], float]) -> Table:
                 path = Path(name) / f"x.{ending}"
                 facts = {"rows": options.rows, "dim": options.dim, "dtype": dtype}
                 if dtype == "int8":
-                    most = np.full(options.dim, 5 / np.sqrt(options.dim), np.float32)
-                    scale, offset = calibrate(-most, most)
+                    limit = np.full(options.dim, 5 / np.sqrt(options.dim), np.float32)
+                    scale, offset = calibrate(-limit, limit)
                     facts |= {"scale": scale.tolist(), "offset": offset.tolist()}
                 blocks = random_blocks(options.rows, options.dim)
                 write_embeddings(path, {**facts, "modality": "image"}, blocks)
@@ -173,40 +182,44 @@ def searches(options: argparse.Namespace, clock: Callable[[], float]) -> Table:
             width = options.dim / 8 if dtype == "binary" else options.dim
             size = options.rows * width * np.dtype(STORED[dtype]).itemsize
             best = min(seconds[1:])
-            floor = size / reads
-            cells = [dtype, f".{ending}", f"{size / 1e6:,.0f}", f"{floor:.3f}", f"{best:.3f}"]
-            rows.append([*cells, f"{best / floor:.1f}x", "< 1 s"])
-    heads = ["dtype", "file", "MB", "floor, s", "best, s", "of the floor", "target"]
+            bound = size / bytes_per_second
+            cells = [dtype, f".{ending}", f"{size / 1e6:,.0f}", f"{bound:.3f}", f"{best:.3f}"]
+            rows.append([*cells, f"{best / bound:.1f}x", "< 1 s"])
+    heads = ["dtype", "file", "MB", "lower bound, s", "best, s", "best / lower bound", "target"]
     title = f"(b) top 10 of {options.rows:,} rows of {options.dim} dimensions, one query, best of "
-    title += (
-        f"{options.rounds}; floor: the bytes at the {reads / 1e9:.1f} GB/s of a sum over memory"
-    )
+    title += f"{options.rounds}; lower bound: the time to read the bytes at "
+    title += f"{bytes_per_second / 1e9:.1f} GB/s, the speed of a sum over memory"
     return Table(title, heads, rows)
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tables", default="ab")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--endings", default="npy,parquet")
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tables", default="ab", help="any of ab")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of table b")
+    parser.add_argument("--dim", type=int, default=512, help="dimensions of table b")
+    parser.add_argument("--endings", default="npy,parquet", help="file types of table b")
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm model of table a")
+    parser.add_argument("--samples", type=int, default=64, help="images of table a")
+    parser.add_argument("--batch", type=int, default=16, help="batch size of table a")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of table a")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processor-time", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure CPU time, on a shared machine"
+    )
+    parser.add_argument("--out", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()
     clock = processor_time if options.processor_time else time.perf_counter
     device = choose_device("auto").type
-    told = hardware(device) + ("; processor time" if options.processor_time else "")
-    print(told)
-    alone = (
-        time.process_time if options.processor_time else clock
-    )  # finer: a search has no children
-    kinds = {"a": lambda: throughput(options, clock, device), "b": lambda: searches(options, alone)}
-    print_tables((kinds[letter]() for letter in options.tables), told, options.out)
+    machine = hardware(device) + ("; processor time" if options.processor_time else "")
+    print(machine)
+    # a search starts no children, so the finer clock of this process suffices
+    search_clock = time.process_time if options.processor_time else clock
+    functions = {
+        "a": lambda: throughput(options, clock, device),
+        "b": lambda: searches(options, search_clock),
+    }
+    print_tables((functions[letter]() for letter in options.tables), machine, options.out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""A step through the engine against a plain PyTorch loop of the same model, and what else costs.
+"""Cost of training through the engine: a step against plain PyTorch, the loop, checkpoints.
 
     python -m tools.benchmarks.bench_engine [--tables abc] [--batch 4] [--rounds 12] [--device cuda]
         [--processor-time] [--out FILE.json]
 
-(a) forward, backward, clipping and AdamW of the mae stage's module with ViT-S/16 at 112 px: a plain
-loop, and ZeRO 0 to 3 on one process, which take turns and see the same batch, (b) what the training
-loop adds to a step (metrics, plan, progress, reduction, files), (c) time and bytes of a checkpoint
-against those of the state.
-On CUDA in bf16. Where other work shares the cores: one thread (OMP_NUM_THREADS=1) and
---processor-time instead of the wall's, from which the time that others have is missing.
+(a) A step (forward, backward, gradient clipping, AdamW) of the mae stage's module with ViT-S/16 at
+112 px: plain PyTorch and ZeRO 0 to 3 on one process, which take turns on the same batch. (b) The
+overhead of the training loop per step (metrics, sample plan, progress, files). (c) Time and bytes
+of a checkpoint against those of the state.
+
+On CUDA, steps run in bf16. If other work shares the cores, use one thread (OMP_NUM_THREADS=1) and
+--processor-time, which does not count the time of other processes.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ from xray.training.trainer import Trainer
 
 SIDE, PATCHES = 112, 49
 LR = 1e-4
-STATE = 12  # bytes of a parameter's weight and two moments
+STATE = 12  # bytes per parameter: weight and two moments in fp32
 
 
 def make_config(precision: str, zero: int) -> MaeConfig:
+    """Return the configuration of all tables for a precision and a ZeRO stage."""
     config = MaeConfig(stage="mae")
     config.model.name, config.data.resolution, config.data.frames = "vit_small_patch16_224", SIDE, 2
     config.train.precision, config.zero.stage = precision, zero  # type: ignore[assignment]
@@ -56,12 +58,13 @@ def make_config(precision: str, zero: int) -> MaeConfig:
 
 
 def make_module(config: MaeConfig, device: torch.device) -> MaeModule:
+    """Build the mae stage's module with the same weights on each call."""
     torch.manual_seed(0)
     return MaeModule(config).to(device)
 
 
 class Steps:
-    """Optimizer steps of one model in several ways, each with a copy of it."""
+    """Factory of training steps on one batch, each with a copy of the same model."""
 
     def __init__(self, device: torch.device, batch: int) -> None:
         self.device = device
@@ -72,7 +75,7 @@ class Steps:
         self.batch = {"pixels": pixels.to(torch.uint8).to(device), "mask_noise": noise.to(device)}
 
     def plain(self) -> Callable[[], Tensor]:
-        """What a loop in plain PyTorch does."""
+        """Return a step in plain PyTorch."""
         config = make_config(self.precision, 0)
         module = make_module(config, self.device)
         groups = parameter_groups(module, config.optim)
@@ -93,11 +96,12 @@ class Steps:
         return step
 
     def engine(self, zero: int) -> Engine:
+        """Return an engine with a ZeRO stage."""
         config = make_config(self.precision, zero)
         return Engine(make_module(config, self.device), config)
 
     def through(self, engine: Engine) -> Callable[[], Tensor]:
-        """The same, as the trainer does it."""
+        """Return a step through the engine, as in the trainer."""
 
         def step() -> Tensor:
             engine.begin(0, 1)
@@ -111,22 +115,22 @@ class Steps:
 
 
 def against_plain(options: argparse.Namespace, device: torch.device) -> Table:
-    """(a)"""
+    """Make table (a): steps of plain PyTorch and ZeRO."""
     steps = Steps(device, options.batch)
-    ways = {"plain PyTorch": steps.plain()}
-    ways |= {f"ZeRO {zero}": steps.through(steps.engine(zero)) for zero in options.zero}
-    losses = {name: float(step()) for name, step in ways.items()}
+    runs = {"plain PyTorch": steps.plain()}
+    runs |= {f"ZeRO {zero}": steps.through(steps.engine(zero)) for zero in options.zero}
+    losses = {name: float(step()) for name, step in runs.items()}
     spread = max(losses.values()) - min(losses.values())
     assert spread < 1e-2, f"the losses differ: {losses}"
-    seconds = interleaved(ways, options.rounds, options.clock)
+    seconds = interleaved(runs, options.rounds, options.clock)
     base, rows = seconds["plain PyTorch"], []
     target = f"<= {1.05 if device.type == 'cuda' else 1.10:.2f}x"
-    for name, own in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
-        cells = [f"{1e3 * statistics.median(own):,.0f}", f"{ratio:.3f}x"]
-        cells.append(f"{min(own) / min(base):.3f}x")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
+        cells = [f"{1e3 * statistics.median(times):,.0f}", f"{ratio:.3f}x"]
+        cells.append(f"{min(times) / min(base):.3f}x")
         rows.append([name, *cells, target if name == "ZeRO 0" else ""])
-    heads = ["a step of", "ms, median", "ratio, median of pairs", "of the best", "target"]
+    heads = ["step with", "ms, median", "ratio, median of pairs", "ratio of best rounds", "target"]
     size = sum(p.numel() for p in make_module(make_config("fp32", 0), device).parameters())
     title = f"(a) ViT-S/16 mae, {size / 1e6:.1f} M parameters, {SIDE} px, batch {options.batch}, "
     title += f"{steps.precision}, {options.rounds} rounds; first losses equal to {spread:.0e}"
@@ -134,13 +138,15 @@ def against_plain(options: argparse.Namespace, device: torch.device) -> Table:
 
 
 class Stopwatch:
-    """Seconds spent inside of calls."""
+    """Timer of the seconds inside wrapped calls; nested calls count once."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.seconds = clock, 0.0
         self.depth = 0
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a call so that its time is counted."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             start, self.depth = self.clock(), self.depth + 1
             try:
@@ -153,8 +159,8 @@ class Stopwatch:
         return timed
 
 
-def own_overhead(options: argparse.Namespace, device: torch.device) -> Table:
-    """(b)"""
+def loop_overhead(options: argparse.Namespace, device: torch.device) -> Table:
+    """Make table (b): the training loop's time per step."""
     init_distributed(device)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,14 +175,15 @@ def own_overhead(options: argparse.Namespace, device: torch.device) -> Table:
             config.train.samples = options.batch * options.steps
             config.train.log_every, config.train.save_every = log_every, 10**6
             config.out = str(folder / f"run{log_every}")
-            rows.append([f"every {log_every}", *_loop(config, device, options.clock)])
-    heads = ["metrics written", "steps", "ms of a step", "model and optimizer", "data and saving"]
-    heads += ["the loop's own", "target"]
+            every = f"{log_every} step" + "s" * (log_every > 1)
+            rows.append([every, *_loop_times(config, device, options.clock)])
+    heads = ["metrics written every", "steps", "ms per step", "model and optimizer"]
+    heads += ["data and saving", "loop overhead", "target"]
     return Table(f"(b) The training loop, batch {options.batch}, ZeRO 0", heads, rows)
 
 
-def _loop(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -> list[str]:
-    """Where the time of a run's steps went."""
+def _loop_times(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -> list[str]:
+    """Run a training and return its times, as the cells of table (b)."""
     trainer = Trainer(MaeStage, config, device)
     loop, model, rest = (Stopwatch(clock) for _ in range(3))
     timed = [
@@ -190,29 +197,30 @@ def _loop(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -
             call = watch.around(getattr(owner, name))
             patches.enter_context(patch.object(owner, name, call))
         trainer.fit()
-    own = loop.seconds - model.seconds - rest.seconds
+    overhead = loop.seconds - model.seconds - rest.seconds
     steps = config.steps
     cells = [f"{steps}", f"{1e3 * (loop.seconds - rest.seconds) / steps:.1f}"]
     cells += [f"{1e3 * seconds / steps:.1f} ms" for seconds in (model.seconds, rest.seconds)]
-    return [*cells, f"{1e3 * own / steps:.2f} ms, {own / (own + model.seconds):.2%}", "<= 1%"]
+    share = overhead / (overhead + model.seconds)
+    return [*cells, f"{1e3 * overhead / steps:.2f} ms, {share:.2%}", "<= 1%"]
 
 
 def checkpoints(options: argparse.Namespace, device: torch.device) -> Table:
-    """(c)"""
+    """Make table (c): saving and loading checkpoints."""
     steps, rows = Steps(device, options.batch), []
     for zero in options.zero:
         engine = steps.engine(zero)
-        steps.through(engine)()  # there are moments
+        steps.through(engine)()  # creates the optimizer's moments
         size = STATE * sum(engine.trained.values())
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             folder = Path(temporary)
             state = {"state": torch.zeros(size // 4)}
-            ways: dict[str, Callable[[], object]] = {
+            runs: dict[str, Callable[[], object]] = {
                 "plain": partial(save_file, state, folder / "plain.safetensors"),
                 "save": partial(save_checkpoint, engine, folder, TrainState(step=1), TrainConfig()),
                 "load": partial(load_checkpoint, engine, folder / "step_00000001"),
             }
-            seconds = interleaved(ways, 5)
+            seconds = interleaved(runs, 5)
             files = [path for path in (folder / "step_00000001").rglob("*") if path.is_file()]
             written = sum(path.stat().st_size for path in files)
         save, load, plain = (statistics.median(seconds[k]) for k in ("save", "load", "plain"))
@@ -222,28 +230,32 @@ def checkpoints(options: argparse.Namespace, device: torch.device) -> Table:
             [f"ZeRO {zero}", *cells, f"{size / save / 1e6:,.0f}", f"{size / load / 1e6:,.0f}"]
         )
         engine.destroy()
-    heads = ["one process", "state, MB", "checkpoint, MB", "bytes / state", "save, s", "load, s"]
-    heads += ["one safetensors of the state, s", "saved, MB/s", "loaded, MB/s"]
+    heads = ["ZeRO stage, one process", "state, MB", "checkpoint, MB", "bytes / state", "save, s"]
+    heads += ["load, s", "one safetensors of the state, s", "saved, MB/s", "loaded, MB/s"]
     return Table("(c) A checkpoint; the state is weights and two moments in fp32", heads, rows)
 
 
 def tables(options: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    made = {"a": against_plain, "b": own_overhead, "c": checkpoints}
+    """Make the chosen tables, one after the other."""
+    functions = {"a": against_plain, "b": loop_overhead, "c": checkpoints}
     for letter in options.tables:
-        yield made[letter](options, device)
+        yield functions[letter](options, device)
 
 
 def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", default="abc", help="any of abc")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=60, help="of table (b)")
-    parser.add_argument("--folder", help="where table (c) writes [the temporary folder]")
-    parser.add_argument("--processor-time", action="store_true", help="see above")
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    parser.add_argument("--steps", type=int, default=60, help="steps of table b")
+    parser.add_argument("--folder", help="folder for table c; default: the temporary folder")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure CPU time, on a shared machine"
+    )
+    parser.add_argument("--out", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()
     options.clock = time.process_time if options.processor_time else time.perf_counter
     device = choose_device(options.device)

@@ -1,11 +1,11 @@
-"""Peak memory of real steps, beside what `xray plan` says of them.
+"""Measured peak memory of training steps against the estimate of `xray plan`.
 
     python -m tools.benchmarks.bench_memory [--only NAME] [--device cuda] [--json FILE]
 
-A step is run by Engine and Accumulator, with random weights and pictures, three times over; counted
-is the third. On a CPU the bytes are those that torch's allocator reports to torch.profiler
-(profile_memory), added up over time; with --device cuda torch.cuda.max_memory_allocated. The batch,
-which lies outside of what is counted on a CPU, is taken off the plan there.
+Engine and Accumulator run three steps with random weights and images; the third is measured. On a
+CPU, the memory is the sum of allocations that torch.profiler reports (profile_memory). On CUDA, it
+is torch.cuda.max_memory_allocated. The measurement on a CPU does not include the batch, which is
+therefore subtracted from the estimate.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ STEPS, PROGRESS = 3, 0.9
 def compare(
     stage: str, settings: tuple[str, ...], device: str = "cpu", base: Any = None
 ) -> dict[str, Any]:
-    """{"measured", "planned", "buckets"} in bytes of one configuration; parameters and FLOPs."""
+    """Measure and estimate one configuration.
+
+    Returns bytes ("measured", "planned", and "buckets": ZeRO's communication buckets) and "flops".
+    base: settings below `settings`; None for BASE.
+    """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from stages import stage_class
@@ -121,7 +125,7 @@ def compare(
 
 
 def measure(config: Any, facts: Any, device: torch.device) -> int:
-    """Bytes at the peak of a step that is really run."""
+    """Run training steps and return the peak memory of the last one, in bytes."""
     from data_pipelines.stream.loader import Loaded
     from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
@@ -138,9 +142,9 @@ def measure(config: Any, facts: Any, device: torch.device) -> int:
         size = micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
         batch = stage.example_batch(module, *size)
         for name in set(batch) & {"pixels", "mask_noise"}:
-            kind = batch[name].dtype
+            dtype = batch[name].dtype
             values = torch.rand(batch[name].shape)
-            batch[name] = (255 * values).to(kind) if kind == torch.uint8 else values
+            batch[name] = (255 * values).to(dtype) if dtype == torch.uint8 else values
         loaded.append(Loaded(batch))
 
     def steps() -> None:
@@ -151,71 +155,72 @@ def measure(config: Any, facts: Any, device: torch.device) -> int:
             for buffer in module.buffers():
                 buffer.fill_(1)
         engine = Engine(module.to(device), config)
-        micros = Accumulator(engine, stage, device, 0)
+        accumulator = Accumulator(engine, stage, device, 0)
         for step in range(STEPS):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             with record_function(f"step {step}"):
-                micros.train(step, PROGRESS, shape.micro, loaded)
+                accumulator.train(step, PROGRESS, shape.micro, loaded)
                 engine.set_lr(1e-4, PROGRESS)
                 engine.step()
-            assert engine.grad_norm < float("inf"), "nothing was updated"
+            assert engine.grad_norm < float("inf"), "the optimizer skipped the step"
         engine.destroy()
 
-    gc.collect()  # nothing of another configuration is to be freed while this one is counted
-
+    gc.collect()  # otherwise objects of the previous configuration are freed during the measurement
     if device.type == "cuda":
         steps()
         return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps()
-    return _peak(recorded, f"step {STEPS - 1}")
+    return _peak(profiler, f"step {STEPS - 1}")
 
 
-def _peak(recorded: Any, during: str) -> int:
-    """The most bytes that were allocated at a time, during a recorded span."""
-    events = recorded.profiler.kineto_results.events()
-    span = next(e for e in events if e.name() == during)
+def _peak(profiler: Any, span_name: str) -> int:
+    """Return the peak of allocated bytes within a recorded span."""
+    events = profiler.profiler.kineto_results.events()
+    span = next(e for e in events if e.name() == span_name)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = most = 0
-    for at, change in changes:
-        live += change
-        if span.start_ns() <= at <= span.end_ns():
-            most = max(most, live)
-    return most
+    allocated = peak = 0
+    for time, change in changes:
+        allocated += change
+        if span.start_ns() <= time <= span.end_ns():
+            peak = max(peak, allocated)
+    return peak
 
 
 def table(device: str, only: str) -> Table:
+    """Make the table of all configurations whose name contains `only`."""
     rows = []
     for name, (stage, settings) in RUNS.items():
         if only and only not in name:
             continue
-        found = compare(stage, settings, device)
-        measured, planned, buckets = (found[k] / 1e6 for k in ("measured", "planned", "buckets"))
-        off = planned / measured - 1
-        without = (planned - buckets) / (measured - buckets) - 1
+        result = compare(stage, settings, device)
+        measured, planned, buckets = (result[k] / 1e6 for k in ("measured", "planned", "buckets"))
+        error = planned / measured - 1
+        error_without = (planned - buckets) / (measured - buckets) - 1
         rows.append(
             [
                 name,
                 f"{measured:,.1f}",
                 f"{planned:,.1f}",
-                f"{off:+.1%}",
+                f"{error:+.1%}",
                 f"{buckets:,.0f}",
-                f"{without:+.1%}",
+                f"{error_without:+.1%}",
             ]
         )
         print(rows[-1], flush=True)
-    heads = ["step", "measured MB", "planned MB", "off", "buckets MB", "off without them"]
-    return Table("Peak memory of a step, and the plan's", heads, rows)
+    heads = ["step", "measured MB", "planned MB", "error", "buckets MB", "error without buckets"]
+    return Table("Peak memory of a step, measured and planned", heads, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", default="", help="configurations whose names hold this")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    print_tables([table(given.device, given.only)], hardware(given.device), given.json)
+    parser.add_argument("--only", default="", help="measure only names that contain this")
+    parser.add_argument("--json", type=Path, help="also write the table to this JSON file")
+    options = parser.parse_args()
+    print_tables([table(options.device, options.only)], hardware(options.device), options.json)
 
 
 if __name__ == "__main__":

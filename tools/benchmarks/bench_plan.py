@@ -1,8 +1,9 @@
-"""Table c of `bench_data.py`: the plan at a million shards.
+"""Table c of `bench_data.py`: the sample plan at a million shards.
 
-A made-up source of 1e6 shards and 1e9 samples, 4,096 simulated ranks, block 32,768, lanes 4,096:
-the time of a rank's batch, memory and opening time of the manifest, and that no rank is idle and
-no sample comes twice; every slot exactly once on a smaller source that is read in full.
+The simulated source has 1e6 shards and 1e9 samples, 4,096 ranks, blocks of 32,768 and 4,096 lanes.
+The table shows the time of a rank's batch, memory and opening time of the manifest, and checks that
+all ranks get samples and no sample comes twice. On a smaller source, which is read completely, it
+checks that every slot is read exactly once per epoch.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ RANKS, BLOCK, LANES = 4096, 32_768, 4096
 
 
 def open_plan(path: Path, lanes: int) -> SamplePlan:
+    """Open the sample plan of a manifest whose shards do not exist."""
     source = Source("photos", "image", "image", Manifest("nowhere", *open_columns(path)))
     return SamplePlan(source, lanes, GROUP, seed=0)
 
 
 def scale(path: Path) -> list[list[str]]:
-    """Opening, memory and a rank's batch; in a process of its own that has done nothing else."""
+    """Measure opening, memory and the time of a rank's batch; call it in a fresh process."""
     before, start = _resident(), time.perf_counter()
     plan = open_plan(path, LANES)
     opened = time.perf_counter() - start
     start = time.perf_counter()
     plan.locate(np.array([0]))
     first = time.perf_counter() - start
-    grown = (_resident() - before) / 1e6
+    growth = (_resident() - before) / 1e6
     rng, share, seconds = np.random.default_rng(1), BLOCK // RANKS, []
-    last = SAMPLES // BLOCK - 1  # steps that begin in the first epoch
+    last = SAMPLES // BLOCK - 1  # number of steps that start in the first epoch
     for number in range(1010):
         step, rank = int(rng.integers(last)), int(rng.integers(RANKS))
         start = time.perf_counter()
@@ -56,9 +58,13 @@ def scale(path: Path) -> list[list[str]]:
     return [
         ["open the manifest and plan", f"{opened * 1e3:.1f} ms ({size:.0f} MB mapped)", ""],
         ["first permutation of an epoch", f"{first * 1e3:.0f} ms", ""],
-        ["resident memory of both", f"{grown:.0f} MB", "< 300 MB"],
+        ["resident memory after both", f"{growth:.0f} MB", "< 300 MB"],
         ["a rank's batch, median of 1,000", f"{np.median(seconds):.2f} ms", "< 5 ms"],
-        ["a rank's batch, 99 % / most", f"{tail:.2f} / {max(seconds):.2f} ms", "< 5 ms"],
+        [
+            "a rank's batch, 99th percentile / maximum",
+            f"{tail:.2f} / {max(seconds):.2f} ms",
+            "< 5 ms",
+        ],
     ]
 
 
@@ -67,13 +73,15 @@ def _resident() -> int:
 
 
 def shares(world: int, block: int) -> list[tuple[int, int]]:
-    """Each rank's part of a block."""
-    cut = [micro_batches([BlockConfig("photos", block)], [0], rank, world) for rank in range(world)]
-    return [(micro[0].start, micro[-1].stop) for micro in cut]
+    """Return the part of a block, (start, stop), of each rank."""
+    parts = [
+        micro_batches([BlockConfig("photos", block)], [0], rank, world) for rank in range(world)
+    ]
+    return [(part[0].start, part[-1].stop) for part in parts]
 
 
 def no_duplicates(path: Path) -> list[list[str]]:
-    """Ranks' shares at scale, and the samples of whole steps spread over the first epoch."""
+    """Count samples per rank, and duplicate samples in steps spread over the first epoch."""
     sizes = Counter(stop - start for start, stop in shares(RANKS, BLOCK))
     plan = open_plan(path, LANES)
     spread = np.random.default_rng(2).choice(SAMPLES // BLOCK - 101, 100, replace=False)
@@ -81,36 +89,36 @@ def no_duplicates(path: Path) -> list[list[str]]:
     positions = np.concatenate([plan.positions(int(step), BLOCK) for step in steps])
     inside = positions[positions < plan.total]
     shard, slot = plan.locate(inside)
-    doubles = len(positions) - len(np.unique(positions))
-    doubles += len(inside) - len(np.unique(shard << 32 | slot))
+    duplicates = len(positions) - len(np.unique(positions))
+    duplicates += len(inside) - len(np.unique(shard << 32 | slot))
     cells = " and ".join(f"{ranks:,} ranks of {size}" for size, ranks in sizes.items())
-    what = f"sample twice, in {len(positions):,} samples of {len(steps)} steps"
+    measure = f"duplicate samples, in {len(positions):,} samples of {len(steps)} steps"
     return [
         ["samples per rank and step", cells, f"{RANKS:,} ranks of {BLOCK // RANKS}"],
-        [what, f"{doubles}", "0"],
+        [measure, f"{duplicates}", "0"],
     ]
 
 
 def exactly_once(folder: Path) -> list[list[str]]:
-    """997 shards of uneven size on 64 ranks: how often each slot comes in each whole epoch."""
+    """Count the slots of 997 uneven shards that 64 ranks read exactly once in each epoch."""
     counts = np.random.default_rng(3).integers(1, 400, 997)
     path = folder / "small.manifest"
     write_manifest(path, [f"{i}.tar" for i in range(997)], np.zeros(997, np.int64), counts)
     plan, epochs = open_plan(path, 256), 3
     ends, total = np.cumsum(counts), int(counts.sum())
-    seen = np.zeros((epochs + 3, total), np.int64)  # lanes run ahead by less than two rounds
+    reads = np.zeros((epochs + 3, total), np.int64)  # a lane is ahead by less than two epochs
     for step in range((epochs + 1) * total // 4096 + 1):
         for start, stop in shares(64, 4096):
             positions = plan.positions(step, 4096, start, stop)
             shard, slot = plan.locate(positions)
-            np.add.at(seen, (positions // total, ends[shard] - counts[shard] + slot), 1)
-    once = int((seen[:epochs] == 1).sum())
-    what = f"slots read exactly once per epoch, 997 shards, 64 ranks, {epochs} epochs"
-    return [[what, f"{once:,}", f"{epochs * total:,}"]]
+            np.add.at(reads, (positions // total, ends[shard] - counts[shard] + slot), 1)
+    once = int((reads[:epochs] == 1).sum())
+    measure = f"slots read exactly once per epoch, 997 shards, 64 ranks, {epochs} epochs"
+    return [[measure, f"{once:,}", f"{epochs * total:,}"]]
 
 
 def verify_files(folder: Path, files: int) -> list[list[str]]:
-    """Opening a manifest that is compared with the sizes and times of real (empty) files."""
+    """Time opening a manifest without and with a check of its (empty) files' sizes and times."""
     shards = folder / "files"
     shards.mkdir()
     names = [f"{number:07d}.tar" for number in range(files)]
@@ -123,12 +131,12 @@ def verify_files(folder: Path, files: int) -> list[list[str]]:
         start = time.perf_counter()
         assert len(open_manifest(str(shards), verify=verify)) == files
         seconds.append(time.perf_counter() - start)
-    what = f"open a manifest, {files:,} files: unchecked / checked"
-    return [[what, f"{seconds[0] * 1e3:.1f} ms / {seconds[1]:.2f} s", ""]]
+    measure = f"open a manifest, {files:,} files: unchecked / checked"
+    return [[measure, f"{seconds[0] * 1e3:.1f} ms / {seconds[1]:.2f} s", ""]]
 
 
 def plan_at_scale(files: int) -> list[Table]:
-    """(c)"""
+    """Make table (c); files: number of real files to check, 0 for none."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, rows = Path(temporary), []
         path, pool = folder / "large.manifest", ProcessPoolExecutor(1, get_context("spawn"))
@@ -139,5 +147,5 @@ def plan_at_scale(files: int) -> list[Table]:
             rows += pool.submit(scale, path).result()
         rows += no_duplicates(path) + exactly_once(folder)
         rows += verify_files(folder, files) if files else []
-    title = f"(c) {SHARDS:,} shards, {SAMPLES:,} samples, {RANKS:,} ranks, block {BLOCK:,}"
-    return [Table(title, ["measure", "found", "target"], rows)]
+    title = f"(c) The sample plan: {SHARDS:,} shards, {SAMPLES:,} samples, {RANKS:,} ranks, "
+    return [Table(f"{title}blocks of {BLOCK:,}", ["measure", "measured", "target"], rows)]

@@ -1,10 +1,11 @@
-"""What 25 billion samples on 1,024 GPUs need, from a plan's numbers: the tables of docs/scale.md.
+"""Estimated needs of training with 25 billion samples on 1,024 GPUs, as shown in docs/scale.md.
 
     python -m xray plan vit_h14_1024 --devices 1024 text.llm=FOLDER --json > plan.json
     python -m tools.benchmarks.simulate_scale plan.json [--folder DISK] [--json FILE]
 
-Nothing is trained. The sample plan is the real one, over a made-up manifest; checkpoints are of
-a small model by `xray/training/portable_state.py`, to see what this disk takes; failures are drawn.
+No model is trained. The estimates use the numbers of `xray plan`. The sample plan is the real one
+over a manifest without files. The speed of saving is measured on this disk with the checkpoint of
+a small model. Failures are simulated.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from tools.common.timing import hardware
 
 SAMPLES, PER_SHARD = 25 * 10**9, 10_000
 DEVICES, PER_NODE, BLOCK, LANES = 1024, 8, 65_536, 1024
-IMAGE_SHARE = 7 / 8  # of the samples of a block, as in the recipe
+IMAGE_SHARE = 7 / 8  # share of images in a block, as in the recipe
 IMAGE_BYTES, CLIP_BYTES = 50e3, 1e6
 # Llama 3 (2407.21783, table 5): 419 unexpected interruptions in 54 days of 16,384 H100s
 GPU_HOURS_PER_FAILURE = 54 * 24 * 16_384 / 419
 RESTART_MINUTES = 10.0
-STORE = 10e9  # bytes/s that a shared file system takes from one job
+STORE = 10e9  # bytes/s that one job can write to the shared file system
 LINK = 50e9  # bytes/s of each GPU between nodes: 400 Gb/s
 MFU, PEAK = 0.4, 989e12
-EMBED = 1280
+EMBED = 1280  # width of the joint space
 
 
 def assumptions() -> Table:
+    """Make table (a)."""
     rows = [
         [
             "model FLOPs reached (MFU)",
@@ -65,17 +67,17 @@ def assumptions() -> Table:
         ["file system, for one job", f"{STORE / 1e9:.0f} GB/s", "assumed"],
         ["network of a GPU between nodes", f"{LINK / 1e9:.0f} GB/s", "400 Gb/s, the vendor's"],
     ]
-    return Table("(a) Assumptions", ["what", "value", "from"], rows)
+    return Table("(a) Assumptions", ["quantity", "value", "source"], rows)
 
 
 def stages(plan: dict[str, Any]) -> Table:
-    """Steps, hours and the rates that data must come at."""
+    """Make table (b): steps, hours and data rates."""
     rows = []
-    each = IMAGE_SHARE * IMAGE_BYTES + (1 - IMAGE_SHARE) * CLIP_BYTES
+    sample_bytes = IMAGE_SHARE * IMAGE_BYTES + (1 - IMAGE_SHARE) * CLIP_BYTES
     for row in plan["stages"]:
         step = row["flops_per_step"] / (DEVICES * PEAK * MFU)
         rate = row["samples"] / row["steps"] / step
-        data = "" if row["stage"] == "text" else f"{rate * each / 1e9:.1f} GB/s"
+        data = "" if row["stage"] == "text" else f"{rate * sample_bytes / 1e9:.1f} GB/s"
         rows.append(
             [
                 row["stage"],
@@ -93,20 +95,20 @@ def stages(plan: dict[str, Any]) -> Table:
         "stage",
         "samples",
         "steps",
-        "of a step",
-        "time of one",
-        "in all",
+        "FLOPs per step",
+        "time per step",
+        "total time",
         "samples/s",
-        "from storage",
+        "read from storage",
         "memory",
     ]
-    stored = SAMPLES * each / 1e15
+    stored = SAMPLES * sample_bytes / 1e15
     title = f"(b) Stages of the recipe ({SAMPLES / 1e9:.0f} B samples are {stored:.1f} PB)"
     return Table(title, heads, rows)
 
 
 def sample_plan() -> Table:
-    """The real plan over a manifest of 25 billion samples."""
+    """Make table (c): the real sample plan over a manifest of 25 billion samples."""
     shards, share = SAMPLES // PER_SHARD, BLOCK // DEVICES
     rng, seconds = np.random.default_rng(0), []
     with tempfile.TemporaryDirectory() as folder:
@@ -127,29 +129,29 @@ def sample_plan() -> Table:
         drawn = rng.choice(last, 50, replace=False)
         positions = np.concatenate([plan.positions(int(step), BLOCK) for step in drawn])
         shard, slot = plan.locate(positions)
-        doubles = len(positions) - len(np.unique(shard << 32 | slot))
-        at = last // 2
-        own = [plan.positions(at + n, BLOCK, 0, share) for n in range(20)]
-        held = len(np.unique(plan.locate(np.concatenate(own))[0]))
+        duplicates = len(positions) - len(np.unique(shard << 32 | slot))
+        middle = last // 2
+        rank_positions = [plan.positions(middle + n, BLOCK, 0, share) for n in range(20)]
+        rank_shards = len(np.unique(plan.locate(np.concatenate(rank_positions))[0]))
         size = path.stat().st_size / 1e6
     rows = [
         ["shards", f"{shards:,}"],
         ["shards per lane and epoch", f"{shards / LANES:,.0f}"],
-        ["manifest, mapped and not read", f"{size:,.0f} MB"],
+        ["manifest, memory-mapped, not read", f"{size:,.0f} MB"],
         ["first permutation of an epoch", f"{first:.2f} s"],
         [
-            "a rank's batch, median / 99 %",
+            "a rank's batch, median / 99th percentile",
             f"{np.median(seconds):.2f} / {np.percentile(seconds, 99):.2f} ms",
         ],
-        [f"samples twice, in {len(positions):,} of 50 steps", f"{doubles}"],
-        ["shards that a rank reads from in 20 steps", f"{held}"],
+        [f"duplicate samples, in {len(positions):,} of 50 steps", f"{duplicates}"],
+        ["shards that a rank reads from in 20 steps", f"{rank_shards}"],
     ]
     title = f"(c) The sample plan: {SAMPLES:,} samples, {DEVICES:,} ranks, block {BLOCK:,}"
-    return Table(title, ["measure", "found"], rows)
+    return Table(title, ["measure", "measured"], rows)
 
 
 def save_rate(folder: Path) -> float:
-    """Bytes/s of save_portable, of a ViT-S with AdamW, with its files forced to the disk."""
+    """Measure the bytes/s of save_portable for a ViT-S with AdamW, including fsync."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -172,10 +174,10 @@ def save_rate(folder: Path) -> float:
             engine.write(name, torch.zeros(module.get_parameter(name).shape), slot)
     rates = []
     for _ in range(3):
-        with tempfile.TemporaryDirectory(dir=folder) as place:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
             start = time.perf_counter()
-            save_portable(engine, Path(place))
-            files = [path for path in Path(place).rglob("*") if path.is_file()]
+            save_portable(engine, Path(temporary))
+            files = [path for path in Path(temporary).rglob("*") if path.is_file()]
             for path in files:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -184,6 +186,7 @@ def save_rate(folder: Path) -> float:
 
 
 def checkpoints(plan: dict[str, Any], folder: Path) -> Table:
+    """Make table (d): size of checkpoints and time to save them."""
     rate = save_rate(folder)
     rows = []
     for row in plan["stages"]:
@@ -199,35 +202,41 @@ def checkpoints(plan: dict[str, Any], folder: Path) -> Table:
         )
     heads = [
         "stage",
-        "trained",
+        "trained parameters",
         "checkpoint",
-        f"at {rate / 1e6:,.0f} MB/s, measured here",
-        f"at {STORE / 1e9:.0f} GB/s, assumed",
+        f"time at {rate / 1e6:,.0f} MB/s, measured here",
+        f"time at {STORE / 1e9:.0f} GB/s, assumed",
     ]
     return Table("(d) Checkpoints", heads, rows)
 
 
-def lost_work(hours: float, save_minutes: float, save_seconds: float, runs: int = 200) -> float:
-    """Wall hours that a job of `hours` takes with failures, a mean over runs that are drawn."""
+def hours_with_failures(
+    hours: float, save_minutes: float, save_seconds: float, runs: int = 200
+) -> float:
+    """Simulate a job of `hours` with failures; return its mean wall-clock hours over runs.
+
+    save_minutes: interval between checkpoints; save_seconds: duration of a save.
+    """
     mean = GPU_HOURS_PER_FAILURE / DEVICES
     rng, interval, save = np.random.default_rng(0), save_minutes / 60, save_seconds / 3600
     total = 0.0
     for _ in range(runs):
         done = 0.0
-        until = rng.exponential(mean)  # the next failure, in hours of running
+        to_failure = rng.exponential(mean)  # hours until the next failure
         while done < hours:
             part = min(interval, hours - done)
-            if until >= part + save:
-                until -= part + save
+            if to_failure >= part + save:
+                to_failure -= part + save
                 total += part + save
                 done += part
-            else:  # what was done since the last checkpoint is lost
-                total += until + RESTART_MINUTES / 60
-                until = rng.exponential(mean)
+            else:  # the work since the last checkpoint is lost
+                total += to_failure + RESTART_MINUTES / 60
+                to_failure = rng.exponential(mean)
     return total / runs
 
 
 def failures(plan: dict[str, Any]) -> Table:
+    """Make table (e): time lost to failures and saves."""
     flops = sum(row["flops_per_step"] * row["steps"] for row in plan["stages"])
     hours = flops / (DEVICES * PEAK * MFU) / 3600
     largest = max(row["checkpoint_bytes"] for row in plan["stages"])
@@ -237,7 +246,7 @@ def failures(plan: dict[str, Any]) -> Table:
         save = largest / store
         best = math.sqrt(2 * save / 3600 * mean) * 60  # Young's rule
         for minutes in (5, 15, 30, 60, 240):
-            wall = lost_work(hours, minutes, save)
+            wall = hours_with_failures(hours, minutes, save)
             rows.append(
                 [
                     f"{store / 1e9:.0f} GB/s ({save:.0f} s)",
@@ -249,31 +258,31 @@ def failures(plan: dict[str, Any]) -> Table:
                 ]
             )
     title = (
-        f"(e) Failures: {hours:,.1f} h of work on {DEVICES:,} GPUs, one every {mean:.1f} h, "
-        f"{hours / mean:.1f} expected; 200 runs drawn for each row"
+        f"(e) Failures: {hours:,.1f} h of work on {DEVICES:,} GPUs, one failure every "
+        f"{mean:.1f} h, {hours / mean:.1f} expected; 200 simulated runs for each row"
     )
-    heads = ["a save at", "every", "takes", "lost", "of the work", "best by Young's rule"]
-    return Table(title, heads, rows)
+    heads = ["save at", "every", "run takes", "lost", "share of the work"]
+    return Table(title, [*heads, "optimal interval (Young's rule)"], rows)
 
 
 def communication(plan: dict[str, Any]) -> Table:
-    """Bytes that a GPU receives in a step."""
+    """Make table (f): bytes that a GPU receives in a step."""
     ring, rows = (DEVICES - 1) / DEVICES, []
     for row in plan["stages"]:
         weights = 4 * row["trained"] * ring
         step = row["flops_per_step"] / (DEVICES * PEAK * MFU)
         gathered = 0.0
-        if row["stage"] == "clip":  # image and text features, fp32, forward and their gradients
+        if row["stage"] == "clip":  # image and text features and their gradients, fp32
             gathered = 2 * 2 * 4 * EMBED * BLOCK * ring
-        moved = 2 * weights + weights + gathered
+        received = 2 * weights + weights + gathered
         rows.append(
             [
                 row["stage"],
                 f"{2 * weights / 1e9:.2f} GB",
                 f"{weights / 1e9:.2f} GB",
                 f"{gathered / 1e9:.2f} GB" if gathered else "",
-                f"{moved / LINK * 1e3:.0f} ms",
-                f"{moved / LINK / step:.0%}",
+                f"{received / LINK * 1e3:.0f} ms",
+                f"{received / LINK / step:.0%}",
             ]
         )
     heads = [
@@ -281,13 +290,14 @@ def communication(plan: dict[str, Any]) -> Table:
         "gradients, all-reduce",
         "weights, all-gather (ZeRO 1)",
         "features of both sides",
-        f"at {LINK / 1e9:.0f} GB/s",
-        "of a step",
+        f"time at {LINK / 1e9:.0f} GB/s",
+        "share of the step time",
     ]
-    return Table("(f) What a GPU receives per step, fp32", heads, rows)
+    return Table("(f) Bytes that a GPU receives per step, fp32", heads, rows)
 
 
 def tables(plan: dict[str, Any], folder: Path) -> Iterable[Table]:
+    """Make all tables, one after the other."""
     yield assumptions()
     yield stages(plan)
     yield sample_plan()
@@ -297,14 +307,21 @@ def tables(plan: dict[str, Any], folder: Path) -> Iterable[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plan", type=Path, help="what xray plan --json printed")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to be measured")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    found = json.loads(given.plan.read_text())
-    assert found["devices"] == DEVICES, f"a plan for {DEVICES} devices is needed"
-    print_tables(tables(found, given.folder), hardware("cpu"), given.json)
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path, help="output of xray plan --json")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("."), help="folder on the disk to measure"
+    )
+    parser.add_argument("--json", type=Path, help="also write the tables to this JSON file")
+    options = parser.parse_args()
+    plan = json.loads(options.plan.read_text())
+    if plan["devices"] != DEVICES:
+        parser.error(
+            f"{options.plan} is a plan for {plan['devices']} devices: run xray plan with "
+            f"--devices {DEVICES}"
+        )
+    print_tables(tables(plan, options.folder), hardware("cpu"), options.json)
 
 
 if __name__ == "__main__":

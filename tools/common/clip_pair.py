@@ -1,7 +1,7 @@
-"""open_clip's CLIP and the clip stage's module with the same weights, for `bench_clip.py`.
+"""CLIP of open_clip and the clip stage's module with equal weights, for `bench_clip.py`.
 
-The stage's module has timm's ViT of open_clip's shape, and transformers' CLIPTextModel in the LLM's
-place: captions fill the context, and the state at the EOS token is projected.
+The stage's module has timm's ViT of the same shape, and transformers' CLIPTextModel instead of the
+LLM. Captions fill the context, and the hidden state at the EOS token is projected.
 """
 
 from __future__ import annotations
@@ -29,23 +29,22 @@ from xray.models.heads import Projection
 from xray.models.tokenizer import TOKENS
 from xray.models.weight_loading import load_adapted
 
-# open_clip's model, timm's of the same shape
+# name in open_clip, name of the timm model of the same shape
 SIZES = {
     "b16": ("ViT-B-16", "vit_base_patch16_clip_224"),
     "l14": ("ViT-L-14", "vit_large_patch14_clip_224"),
 }
 BATCH = {"cpu": {"b16": 8, "l14": 2}, "cuda": {"b16": 256, "l14": 64}}
-KEEP, START, END = 0.7, 0.0, 1.0  # the keep rate is 1 at the stage's start, and KEEP after it
+KEEP, START, END = 0.7, 0.0, 1.0  # the keep rate is 1 at progress START and KEEP at END
 LR, BETAS, DECAY = 1e-6, (0.9, 0.98), 0.2
 
-
-# Qwen3-0.6B's shape; its vocabulary is cut, which changes no multiply-add
+# Qwen3-0.6B's shape with a smaller vocabulary, which does not change the multiply-adds
 LLM = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
 LLM |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 1000}
 
 
 class MeanLlm(nn.Module):
-    """A language model of random weights, read in both directions; its mean is the sentence."""
+    """Bidirectional language model with random weights and mean pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +53,12 @@ class MeanLlm(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
-        """[B, 1, L] -> [B, 1, width]"""
+        """Encode captions, [B, 1, L] -> [B, 1, width]."""
         return self.llm(input_ids=input_ids[:, 0]).last_hidden_state.mean(dim=1, keepdim=True)
 
 
 class EosText(nn.Module):
-    """transformers' text tower of open_clip's shape, in the place of the LLM."""
+    """Text tower of transformers in open_clip's shape, used instead of the LLM."""
 
     def __init__(self, shape: dict[str, int]) -> None:
         super().__init__()
@@ -78,12 +77,15 @@ class EosText(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
-        """[B, 1, L] -> [B, 1, width]. A causal tower never sees what follows the EOS."""
+        """Encode captions, [B, 1, L] -> [B, 1, width]; tokens after EOS have no effect."""
         return self.llm(input_ids=input_ids[:, 0]).pooler_output[:, None]
 
 
 def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable[[], None]]:
-    """A step with the LLM run in it, and with its sentences given: ViT-B/16, an adapter of 2."""
+    """Return steps with a frozen LLM, and with its sentence vectors stored before.
+
+    The model has ViT-B/16 and an adapter of 2 blocks; length: tokens per caption.
+    """
     torch.manual_seed(0)
     device = torch.device(options.device)
     batch = options.batch or BATCH[options.device]["b16"]
@@ -100,7 +102,7 @@ def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable
     pixels = torch.randint(256, (batch, 1, 3, 224, 224), dtype=torch.uint8)
     ids = torch.randint(LLM["vocab_size"], (batch, 1, length))
     tokens = dict.fromkeys(TOKENS, torch.ones_like(ids)) | {"input_ids": ids}
-    given = {"sentences": torch.randn(batch, 1, LLM["hidden_size"])}
+    vectors = {"sentences": torch.randn(batch, 1, LLM["hidden_size"])}
 
     def step_of(module: nn.Module, text: dict[str, Tensor]) -> Callable[[], None]:
         rows = {k: v.to(device) for k, v in {"pixels": pixels, **text}.items()}
@@ -116,12 +118,12 @@ def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable
 
         return run
 
-    return {"live": step_of(live, tokens), "stored": step_of(stored, given)}
+    return {"live": step_of(live, tokens), "stored": step_of(stored, vectors)}
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's text tower by transformers' names."""
-    swaps = {
+    """Rename the weights of open_clip's text tower to transformers' names."""
+    replacements = {
         "transformer.resblocks.": "encoder.layers.",
         "ln_final": "final_layer_norm",
         "ln_": "layer_norm",
@@ -133,7 +135,7 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     renamed = {}
     for key, value in state.items():
-        for old, new in swaps.items():
+        for old, new in replacements.items():
             key = key.replace(old, new)
         parts = zip("qkv", value.chunk(3), strict=True) if "in_proj_" in key else [("", value)]
         for part, piece in parts:
@@ -142,7 +144,7 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Pair:
-    """open_clip's model and ours, of the same weights, and a batch for both."""
+    """The reference (open_clip's model), the clip stage's module with its weights, and a batch."""
 
     def __init__(self, size: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -152,8 +154,8 @@ class Pair:
         name, vit = SIZES[size]
         shape = open_clip.get_model_config(name)
         self.context: int = shape["text_cfg"]["context_length"]
-        self.theirs = open_clip.CLIP(**shape, output_dict=True).to(self.device)
-        self.their_loss = open_clip.ClipLoss()
+        self.reference = open_clip.CLIP(**shape, output_dict=True).to(self.device)
+        self.reference_criterion = open_clip.ClipLoss()
         settings = {
             "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [0, 0]},
             "data": {"resolution": 224, "frames": 16},
@@ -164,10 +166,10 @@ class Pair:
         }
         self.config: Any = load_config(ClipConfig, "clip", settings)
         tower = EosText(shape["text_cfg"])
-        self.ours = ClipModule(self.config, tower, tower.width)
-        self.ours.text_adapter = Projection(shape["text_cfg"]["width"], shape["embed_dim"])
+        self.model = ClipModule(self.config, tower, tower.width)
+        self.model.text_adapter = Projection(shape["text_cfg"]["width"], shape["embed_dim"])
         self._copy()
-        self.ours.to(self.device)
+        self.model.to(self.device)
         pixels = torch.randint(256, (self.batch, 1, 3, 224, 224), dtype=torch.uint8)
         last = shape["text_cfg"]["vocab_size"] - 1
         ids = torch.randint(1, last, (self.batch, 1, self.context))
@@ -175,84 +177,94 @@ class Pair:
         mask = torch.ones_like(ids)
         rows = {"pixels": pixels, "input_ids": ids, "attention_mask": mask, "pooled_mask": mask}
         self.rows = {key: value.to(self.device) for key, value in rows.items()}
-        self.images = self.ours.normalize(self.rows["pixels"])[:, 0]
+        self.images = self.model.normalize(self.rows["pixels"])[:, 0]
         self.ids = self.rows["input_ids"][:, 0]
 
     @torch.no_grad()
     def _copy(self) -> None:
-        state, ours = self.theirs.state_dict(), self.ours
-        vision = _convert_openai_clip(state, self.theirs)  # timm's names
+        state, model = self.reference.state_dict(), self.model
+        vision = _convert_openai_clip(state, self.reference)  # renamed to timm's names
         vision = {k: v for k, v in vision.items() if not k.startswith("head.")}
-        load_adapted(ours.vision, vision, "open_clip")
+        load_adapted(model.vision, vision, "open_clip")
         single = ("logit_scale", "text_projection")
         text = {k: v for k, v in state.items() if not k.startswith(("visual.", *single))}
-        ours.towers["text"].llm.load_state_dict(text_state(text))
-        ours.vision_projection.weight.copy_(self.theirs.visual.proj.t())
-        ours.text_adapter.weight.copy_(self.theirs.text_projection.t())
-        ours.logit_scale.fill_(float(self.theirs.logit_scale))
+        model.towers["text"].llm.load_state_dict(text_state(text))
+        model.vision_projection.weight.copy_(self.reference.visual.proj.t())
+        model.text_adapter.weight.copy_(self.reference.text_projection.t())
+        model.logit_scale.fill_(float(self.reference.logit_scale))
 
     def autocast(self) -> Any:
+        """Return the context of bf16 autocast, disabled for fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def macs(self, keep: float) -> dict[str, int]:
-        """Multiply-adds of one sample's forward, by tower."""
-        ours, joint = self.ours, self.config.clip.embed_dim
-        text: Any = ours.towers["text"]
+        """Return the multiply-adds of one sample's forward pass, by tower."""
+        model, joint = self.model, self.config.clip.embed_dim
+        text: Any = model.towers["text"]
         layers = text.llm.encoder.layers
         length, width = self.context, text.width
         attention = 2 * length**2 * width * len(layers)
         return {
-            "image": vision_macs(ours.vision, 1, 224, keep) + ours.vision.embed_dim * joint,
+            "image": vision_macs(model.vision, 1, 224, keep) + model.vision.embed_dim * joint,
             "text": length * linear_macs(layers) + attention + width * joint,
         }
 
-    # what is timed ----------------------------------------------------------------------------
+    # timed functions --------------------------------------------------------------------------
 
-    def image_of_theirs(self) -> Tensor:
-        return self.theirs.encode_image(self.images, normalize=True)
+    def reference_image(self) -> Tensor:
+        """Encode the images with the reference."""
+        return self.reference.encode_image(self.images, normalize=True)
 
-    def text_of_theirs(self) -> Tensor:
-        return self.theirs.encode_text(self.ids, normalize=True)
+    def reference_text(self) -> Tensor:
+        """Encode the captions with the reference."""
+        return self.reference.encode_text(self.ids, normalize=True)
 
-    def loss_of_theirs(self) -> Tensor:
-        return self.their_loss(**self.theirs(self.images, self.ids))
+    def reference_loss(self) -> Tensor:
+        """Compute the reference's loss."""
+        return self.reference_criterion(**self.reference(self.images, self.ids))
 
     def image(self) -> Tensor:
-        vision = self.ours.vision(self.ours.normalize(self.rows["pixels"])).cls
-        return F.normalize(self.ours.vision_projection(vision).float(), dim=-1)
+        """Encode the images with xray's model."""
+        vision = self.model.vision(self.model.normalize(self.rows["pixels"])).cls
+        return F.normalize(self.model.vision_projection(vision).float(), dim=-1)
 
     def text(self) -> Tensor:
-        pooled = self.ours.towers["text"](*(self.rows[key] for key in TOKENS))
-        return F.normalize(self.ours.text_adapter(pooled[:, 0]).float(), dim=-1)
+        """Encode the captions with xray's model."""
+        pooled = self.model.towers["text"](*(self.rows[key] for key in TOKENS))
+        return F.normalize(self.model.text_adapter(pooled[:, 0]).float(), dim=-1)
 
-    def our_loss(self, progress: float = START) -> Tensor:
-        return self.ours(self.rows, progress).loss
+    def loss(self, progress: float = START) -> Tensor:
+        """Compute the loss of xray's model."""
+        return self.model(self.rows, progress).loss
 
     def backward(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """A forward and backward, after which no gradient is left."""
+        """Return a function that runs forward and backward and removes the gradients."""
 
         def run() -> None:
             with self.autocast():
                 out = forward()
             out.float().mean().backward()
-            self.theirs.zero_grad(set_to_none=True)
-            self.ours.zero_grad(set_to_none=True)
+            self.reference.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
 
         return run
 
-    def their_step(self) -> Callable[[], None]:
-        """A step as open_clip's train_one_epoch makes it, with its parameter groups."""
-        model, groups = self.theirs, ([], [])
+    def reference_step(self) -> Callable[[], None]:
+        """Return a step as in open_clip's train_one_epoch, with its parameter groups."""
+        model, groups = self.reference, ([], [])
         for parameter in model.parameters():
             groups[parameter.ndim < 2].append(parameter)
-        rest, plain = groups
-        decays = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
-        optimizer = torch.optim.AdamW(decays, lr=LR, betas=BETAS, eps=1e-6)
+        decayed, plain = groups
+        parameter_groups = [
+            {"params": plain, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": DECAY},
+        ]
+        optimizer = torch.optim.AdamW(parameter_groups, lr=LR, betas=BETAS, eps=1e-6)
 
         def run() -> None:
             optimizer.zero_grad()
             with self.autocast():
-                loss = self.loss_of_theirs()
+                loss = self.reference_loss()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -261,21 +273,21 @@ class Pair:
 
         return run
 
-    def our_steps(self) -> dict[str, Callable[[], None]]:
-        """A step as the trainer makes it: "ours" at keep rate 1, "keep" at KEEP."""
-        # deepspeed settles on a device when it is imported: by now it is chosen
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Return steps as in the trainer: "xray" with keep rate 1, "keep" with keep rate KEEP."""
+        # import late: deepspeed chooses its device when it is imported
         from xray.training.accumulation import Accumulator
         from xray.training.engine import Engine, init_distributed
 
         init_distributed(self.device)
-        stage, engine = ClipStage(self.config), Engine(self.ours, self.config)
-        micros = Accumulator(engine, stage, self.device, seed=0)
-        cut, loaded = [MicroBatch(0, "images", 0, self.batch, 1.0)], [Loaded(self.rows)]
+        stage, engine = ClipStage(self.config), Engine(self.model, self.config)
+        accumulator = Accumulator(engine, stage, self.device, seed=0)
+        micro_batches, loaded = [MicroBatch(0, "images", 0, self.batch, 1.0)], [Loaded(self.rows)]
 
         def run(progress: float) -> None:
-            micros.train(0, progress, cut, loaded)
+            accumulator.train(0, progress, micro_batches, loaded)
             engine.set_lr(LR, progress)
             engine.step()
-            stage.after_step(engine, self.ours)
+            stage.after_step(engine, self.model)
 
-        return {"ours": partial(run, START), "keep": partial(run, END)}
+        return {"xray": partial(run, START), "keep": partial(run, END)}

@@ -1,4 +1,4 @@
-"""Peak memory of work in a fresh process."""
+"""Measurement of peak memory in a fresh process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ T = TypeVar("T")
 
 
 def in_fresh_process(work: Callable[..., T], *arguments: object) -> T:
-    """Call a function of a module in a new process, so that nothing else adds to its memory."""
+    """Call a module's function in a new process, whose memory holds nothing else."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def high_water() -> int:
-    """Return the peak resident bytes of this process. (ru_maxrss would start at the parent's.)"""
+    """Return the peak resident memory of this process in bytes."""
+    # getrusage's ru_maxrss would start at the parent's value
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

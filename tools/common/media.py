@@ -18,20 +18,21 @@ from data_pipelines.stream.loader import Fields
 
 
 def moving_picture(seed: int, size: tuple[int, int], frames: int) -> list[Image.Image]:
-    """A smooth picture of noise that shifts sideways."""
+    """Make frames of smooth noise that shifts sideways; size (width, height) in pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
     return [Image.fromarray(np.roll(wide, 2 * shift, axis=1)) for shift in range(frames)]
 
 
 def jpeg_of(image: Image.Image) -> bytes:
+    """Encode an image as JPEG with quality 90."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
 def clip_of(frames: Iterable[Image.Image], size: tuple[int, int]) -> bytes:
-    """An mp4 of H.264 at 30 frames per second with a key frame each second."""
+    """Encode frames as an mp4 in H.264 with 30 frames and one key frame per second."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         options = {"g": "30", "preset": "veryfast"}
@@ -44,7 +45,7 @@ def clip_of(frames: Iterable[Image.Image], size: tuple[int, int]) -> bytes:
 
 
 def write_shards(folder: Path, files: Iterable[tuple[str, dict[str, bytes]]], each: int) -> None:
-    """Tars of `each` samples of (key, files by ending)."""
+    """Write samples (key, file contents by extension) as tars of `each` samples."""
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         for number, (key, content) in enumerate(files):
@@ -56,5 +57,5 @@ def write_shards(folder: Path, files: Iterable[tuple[str, dict[str, bytes]]], ea
 
 
 def stack_rows(rows: Sequence[Fields]) -> dict[str, Tensor]:
-    """A batch, as a stage's `collate` makes it."""
+    """Stack samples into a batch, like a stage's `collate`."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

@@ -1,4 +1,4 @@
-"""Tables that the tools print, and write as JSON."""
+"""Tables that the tools print and write as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import mean
 
 @dataclass(frozen=True)
 class Table:
-    """What a part of the benchmark prints, as markdown."""
+    """Markdown table with a title; `str` returns its text."""
 
     title: str
     heads: list[str]
@@ -23,15 +23,16 @@ class Table:
 
 
 def print_tables(tables: Iterable[Table], machine: str, path: Path | None) -> None:
-    """Print each table as it is made; write all, and the machine they are of, to a .json."""
-    made = []
+    """Print each table when it is ready; write all tables and the machine's name to `path`."""
+    printed = []
     for table in tables:
         print(table, flush=True)
-        made.append(asdict(table))
+        printed.append(asdict(table))
     if path:
-        path.write_text(json.dumps({"hardware": machine, "tables": made}, indent=2) + "\n")
+        path.write_text(json.dumps({"hardware": machine, "tables": printed}, indent=2) + "\n")
 
 
 def spread(values: Sequence[float]) -> str:
+    """Format the mean of values and half their range, with one decimal."""
     half = (max(values) - min(values)) / 2
     return f"{mean(values):.1f} ± {half:.1f}" if len(values) > 1 else f"{values[0]:.1f}"

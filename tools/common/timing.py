@@ -1,4 +1,4 @@
-"""Timing of alternatives that take turns, so that a noisy machine disturbs all of them alike."""
+"""Timing of alternatives that take turns, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after one round of warm-up."""
+    """Run all alternatives in turn and return the seconds of each per round.
+
+    One round of warm-up is not counted. clock: source of time in seconds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -28,17 +31,21 @@ def interleaved(
 
 
 def synchronize() -> None:
+    """Wait for the work of the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def speedup(seconds: Mapping[str, list[float]], of: str, over: str) -> float:
-    """How many times faster `of` is than `over`, each at its best: other work only adds time."""
+    """Return the speed of `of` divided by that of `over`, each in its best round.
+
+    Other load on the machine only adds time, so the best round is the most reliable one.
+    """
     return min(seconds[over]) / min(seconds[of])
 
 
 def hardware(device: str) -> str:
-    """What the figures were measured on."""
+    """Return the name of the device, and the version of torch, for the head of a benchmark."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:

@@ -1,19 +1,19 @@
-"""What a pretrained sentence encoder, an adapter and stored vectors gain in the clip stage.
+"""Effects of a pretrained sentence encoder, an adapter and stored vectors in the clip stage.
 
-The clip stage is trained on photos with five captions each and measured by retrieval on other
-photos, with equal steps and photos and from one image tower (--tower: an earlier stage's artifact,
-such as real_small's hashtag run). Prints a table: the mean over seeds and, after ±, half the range
-between them.
+The clip stage is trained on photos with five captions each and evaluated by retrieval on other
+photos. All variants have equal steps and photos and start from the same image tower (--tower, the
+artifact of an earlier stage, such as real_small's hashtag run). Prints a table: the mean over seeds
+± half the range between them.
 
-a  CLIP's text transformer, small, from random weights
-b  a small LLM, tuned on the captions by the text stage, then frozen under an adapter
-c  a sentence encoder's folder, frozen under an adapter
-d  as e without the adapter
-e  as c from vectors that were stored in bfloat16 before
+a  a small version of CLIP's text transformer, from random weights
+b  a small LLM, tuned on the captions by the text stage, then frozen, with an adapter
+c  a frozen sentence encoder with an adapter
+d  like e, without the adapter
+e  like c, with sentence vectors that were stored in bfloat16 before
 
-Each of --rates is tried for a and for e with the first seed; b, c and d take what is best for e.
-b's text stage is run once, for all seeds. A second call with the same --work goes on where the
-first was stopped.
+Variants a and e are tried with each of --rates and the first seed; b, c and d use the best rate of
+e. The text stage of b runs once for all seeds. A second call with the same --work continues where
+the first one stopped.
 
     python -m tools.experiments.clip_experiments --data DATA --sentences FOLDER --tower \
         ARTIFACT --work DIR
@@ -50,7 +50,7 @@ from xray.files import write_text
 from xray.precompute.text_features import TextFeaturesConfig, write_text_features
 from xray.recipes.prepare import make_llm
 
-WAYS = ("text_to_image", "image_to_text")
+DIRECTIONS = ("text_to_image", "image_to_text")
 RANKS = (1, 5, 10)
 LENGTH = "text.max_length=32"
 ADAPTER = "clip.adapter_blocks=2"
@@ -71,10 +71,17 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A text side: whose folder it is, how it is trained, and whose learning rate it takes."""
+    """Text side of a run.
+
+    Attributes:
+        llm: "clip" or "qwen3" for a small model with a tokenizer of the captions, "sentences" for
+            the folder of --sentences.
+        rate_of: letter of the variant whose best learning rate is used.
+        options: overrides of the clip stage's settings.
+    """
 
     title: str
-    llm: str  # clip or qwen3 = built from the captions, sentences = given
+    llm: str
     rate_of: str
     options: tuple[str, ...]
 
@@ -89,20 +96,20 @@ VARIANTS = {
 
 
 class Bench:
-    """Runs and results in a work folder: what is there already is not made again."""
+    """Runs and results in a work folder; finished ones are reused."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.root = str(options.data)
         self.held_out = open_source("held_out", "captions_val", "image", self.root)
-        self.stored = self.work / "store.json"  # of the vectors: what it took
+        self.stored = self.work / "store.json"  # time and number of the stored vectors
         self.tower = open_artifact(options.tower)
         self.device = dist.choose_device("auto")
-        self.encoded: dict[str, Tensor] = {}  # by hash of a folder that no run changes
+        self.encoded: dict[str, Tensor] = {}  # sentence vectors by hash of a frozen model's folder
 
     def clip(self, letter: str, seed: int, rate: float) -> dict[str, float]:
-        """Train a variant and measure it."""
+        """Train and evaluate a variant."""
         variant = VARIANTS[letter]
         parents = [self.tower]
         if variant.llm == "qwen3":
@@ -120,7 +127,7 @@ class Bench:
         self, stage: str, name: str, seed: int, samples: int, *overrides: str,
         parents: list[Artifact] | None = None,
     ) -> Artifact:  # fmt: skip
-        """A stage's run in the work folder, or its artifact where it is finished."""
+        """Run a stage in the work folder, or open its artifact if it is finished."""
         from xray.training.engine import init_distributed
         from xray.training.trainer import Trainer
 
@@ -138,12 +145,12 @@ class Bench:
         return trainer.finished() or trainer.fit()
 
     def tuned_llm(self) -> Artifact:
-        """What b starts from: one run of the text stage."""
+        """Run the text stage for variant b."""
         llm = f"text.llm={self.folder('qwen3')}"
         return self.train("text", "text", 0, self.options.text_samples, *TEXT, llm)
 
     def folder(self, llm: str) -> Path:
-        """A text model's folder, built where it is to be."""
+        """Return the folder of a variant's text model; build small models on first use."""
         if llm == "sentences":
             return Path(self.options.sentences)
         path = self.work / llm
@@ -152,7 +159,7 @@ class Bench:
         return path
 
     def store(self) -> dict[str, float]:
-        """Write the sentence encoder's vectors as `xray data text-features` does, and time it."""
+        """Store the sentence vectors as in `xray data text-features`; return time and number."""
         if self.stored.exists():
             return json.loads(self.stored.read_text())
         settings = {"tune": "none", "llm": str(self.folder("sentences")), "max_length": 32}
@@ -160,49 +167,47 @@ class Bench:
         config.validate()
         photos = open_source("photos", "captions_train", "image", self.root)
         start = time.perf_counter()
-        found = write_text_features(photos, Language(config), config, self.device)
+        features = write_text_features(photos, Language(config), config, self.device)
         facts = {
             "seconds": time.perf_counter() - start,
-            "captions": found.facts["captions_stored"],
+            "captions": features.facts["captions_stored"],
         }
         write_text(self.stored, json.dumps(facts))
         return facts
 
     def measure(self, artifact: Artifact) -> dict[str, float]:
-        """Retrieval, and what the run was: kept beside its artifact."""
+        """Evaluate an artifact; keep the results, with facts of its run, in measures.json."""
         path = artifact.path.parent / "measures.json"
         if path.exists():
             return json.loads(path.read_text())
         encoder = Encoder(artifact).to(self.device)
-        found = self.retrieve(encoder)
+        metrics = self.retrieve(encoder)
         lines = (artifact.path.parent / "metrics.jsonl").read_text().splitlines()
-        ends = [json.loads(line) for line in lines]
-        times = [line["seconds"] for line in ends]
-        found["step_seconds"] = median(b - a for a, b in pairwise(times))
-        found["train_seconds"] = times[-1]
-        found["trained"] = float(trained(artifact))
-        found |= {f"end/{name}": value for name, value in tail(ends).items()}
-        write_text(path, json.dumps(found, indent=1))
-        return found
+        steps = [json.loads(line) for line in lines]
+        times = [step["seconds"] for step in steps]
+        metrics["step_seconds"] = median(b - a for a, b in pairwise(times))
+        metrics["train_seconds"] = times[-1]
+        metrics["trained"] = float(trained(artifact))
+        metrics |= {f"end/{name}": value for name, value in final_means(steps).items()}
+        write_text(path, json.dumps(metrics, indent=1))
+        return metrics
 
     def retrieve(self, encoder: Encoder) -> dict[str, float]:
-        """R@k both ways, and how often a caption's nearest other one is of the same photo."""
+        """Compute R@k in both directions and R@1 from a caption to another of the same photo."""
         data = data_of(encoder.artifact, 1)
-        pictures = extract(self.held_out, encoder.encode_pixels, data, 200)
+        images = extract(self.held_out, encoder.encode_pixels, data, 200)
         captions = read_all_captions(self.held_out)
-        flat = [caption for own in captions for caption in own]
-        owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+        flat = [caption for of_photo in captions for caption in of_photo]
+        owner = torch.tensor([i for i, of_photo in enumerate(captions) for _ in of_photo])
         with torch.no_grad():
             texts = F.normalize(encoder.text_adapter(self.sentences(encoder, flat)), dim=-1)
-        near = (texts @ texts.t()).fill_diagonal_(-1).argmax(dim=1)
-        found = retrieval(pictures.rows, texts.cpu(), owner, RANKS)
-        return {
-            **found,
-            "caption_to_caption_R@1": (owner[near.cpu()] == owner).float().mean().item(),
-        }
+        nearest = (texts @ texts.t()).fill_diagonal_(-1).argmax(dim=1)
+        metrics = retrieval(images.rows, texts.cpu(), owner, RANKS)
+        same_photo = (owner[nearest.cpu()] == owner).float().mean().item()
+        return {**metrics, "caption_to_caption_R@1": same_photo}
 
     def sentences(self, encoder: Encoder, captions: list[str]) -> Tensor:
-        """Sentence vectors of captions; those of a model that no run changes only once."""
+        """Encode captions into sentence vectors; encode them only once for a frozen model."""
         changed = bool(encoder.artifact.manifest["tensors"]["text"])
         name = "" if changed else encoder.artifact.manifest["inputs"]["llm"]
         if name not in self.encoded or changed:
@@ -215,7 +220,7 @@ class Bench:
 
 
 def trained(artifact: Artifact) -> int:
-    """Parameters that the clip stage changed."""
+    """Count the parameters that the clip stage trained."""
     tensors = artifact.manifest["tensors"]
     parts = ["backbone", "head"]
     if artifact.manifest["config"]["text"]["tune"] != "none":
@@ -224,34 +229,34 @@ def trained(artifact: Artifact) -> int:
     return sum(sizes)
 
 
-def tail(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the last tenth of the steps."""
-    last = lines[-max(1, len(lines) // 10) :]
+def final_means(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Average some training metrics over the last tenth of the steps."""
+    last = steps[-max(1, len(steps) // 10) :]
     names = ("loss", "photos/logit_scale", "photos/top1", "photos/positive_cosine")
-    return {name.split("/")[-1]: mean(line[name] for line in last) for name in names}
+    return {name.split("/")[-1]: mean(step[name] for step in last) for name in names}
 
 
-def score(found: dict[str, float]) -> float:
-    """What a learning rate is chosen by: the mean of all R@k both ways."""
-    return mean(found[f"{way}_R@{k}"] for way in WAYS for k in RANKS)
+def score(metrics: dict[str, float]) -> float:
+    """Return the mean of all R@k, by which a learning rate is chosen."""
+    return mean(metrics[f"{direction}_R@{k}"] for direction in DIRECTIONS for k in RANKS)
 
 
 def try_rates(bench: Bench, letters: list[str]) -> dict[str, dict[float, float]]:
-    """The score of each rate for those variants whose rate is wanted, with the first seed."""
+    """Score each learning rate with the first seed, for the variants that choose a rate."""
     if len(bench.options.rates) == 1:
         return {}
-    wanted = sorted({VARIANTS[letter].rate_of for letter in letters})
-    tried: dict[str, dict[float, float]] = {letter: {} for letter in wanted}
-    for letter in wanted:
+    choosing = sorted({VARIANTS[letter].rate_of for letter in letters})
+    scores: dict[str, dict[float, float]] = {letter: {} for letter in choosing}
+    for letter in choosing:
         for rate in bench.options.rates:
-            tried[letter][rate] = score(bench.clip(letter, 0, rate))
-            print(f"{letter} at {rate:g}: mean R@k {100 * tried[letter][rate]:.2f}", flush=True)
-    return tried
+            scores[letter][rate] = score(bench.clip(letter, 0, rate))
+            print(f"{letter} at {rate:g}: mean R@k {100 * scores[letter][rate]:.2f}", flush=True)
+    return scores
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: means over seeds in percent, and half the range between them."""
-    measures = [f"{way}_R@{k}" for way in WAYS for k in RANKS]
+    """Format a Markdown table of means over seeds ± half the range between them, in percent."""
+    measures = [f"{direction}_R@{k}" for direction in DIRECTIONS for k in RANKS]
     heads = [measure.replace("_", " ") for measure in measures]
     heads += ["caption to caption R@1", "trained, M", "s per step"]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
@@ -266,52 +271,62 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sentences", required=True, help="a sentence encoder's folder")
-    parser.add_argument("--tower", required=True, help="an artifact of the backbone vit_xs8")
-    parser.add_argument("--work", type=Path, required=True, help="runs are kept here")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=7_680, help="seen in each clip run")
-    parser.add_argument("--text-samples", type=int, default=7_680, help="in b's text stage")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 6e-3], help="base_lr to try"
+        "--data", type=Path, required=True, help="folder with captions_train and captions_val"
     )
-    parser.add_argument("--block", type=int, default=96, help="photos of a step")
-    parser.add_argument("--resolution", type=int, default=48)
-    parser.add_argument("--out", type=Path, help="also keep all measures in this .json")
+    parser.add_argument("--sentences", required=True, help="folder of a sentence encoder")
+    parser.add_argument("--tower", required=True, help="artifact with the backbone vit_xs8")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--samples", type=int, default=7_680, help="training samples per clip run")
+    parser.add_argument(
+        "--text-samples", type=int, default=7_680, help="training samples of b's text stage"
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[1e-3, 2e-3, 6e-3],
+        help="values of base_lr to try",
+    )
+    parser.add_argument("--block", type=int, default=96, help="photos per step")
+    parser.add_argument("--resolution", type=int, default=48, help="side of the photos in pixels")
+    parser.add_argument("--out", type=Path, help="also write all results to this JSON file")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Choose learning rates, train and evaluate all variants, and print the table."""
     options = arguments()
     dist.setup_environment()
     machine = hardware("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{machine}; {options.samples:,} samples a run, {options.seeds} seeds", flush=True)
+    print(f"{machine}; {options.samples:,} samples per run, {options.seeds} seeds", flush=True)
     bench = Bench(options)
-    tried = try_rates(bench, options.variants)
-    best = {letter: max(scores, key=scores.__getitem__) for letter, scores in tried.items()}
+    scores = try_rates(bench, options.variants)
+    best = {letter: max(by_rate, key=by_rate.__getitem__) for letter, by_rate in scores.items()}
     rows: dict[str, list[dict[str, float]]] = {letter: [] for letter in options.variants}
     for seed in range(options.seeds):
         for letter in options.variants:
             rate = best.get(VARIANTS[letter].rate_of, options.rates[0])
-            found = bench.clip(letter, seed, rate)
-            rows[letter].append(found)
-            print(f"{letter}, seed {seed}: mean R@k {100 * score(found):.2f}", flush=True)
+            metrics = bench.clip(letter, seed, rate)
+            rows[letter].append(metrics)
+            print(f"{letter}, seed {seed}: mean R@k {100 * score(metrics):.2f}", flush=True)
     print(f"\nbase_lr {best or options.rates}\n\n{table(rows)}\n", flush=True)
-    kept: dict[str, Any] = {"hardware": machine, "rates": best, "tried": tried, "runs": rows}
+    results: dict[str, Any] = {"hardware": machine, "rates": best, "tried": scores, "runs": rows}
     names = ("samples", "text_samples", "block", "resolution", "seeds", "rates")
-    kept["settings"] = {name: getattr(options, name) for name in names}
-    kept["tower"] = {name: bench.tower.manifest[name] for name in ("stage", "samples")}
-    kept["tower"]["digest"] = bench.tower.digest
+    results["settings"] = {name: getattr(options, name) for name in names}
+    results["tower"] = {name: bench.tower.manifest[name] for name in ("stage", "samples")}
+    results["tower"]["digest"] = bench.tower.digest
     if bench.stored.exists():
-        kept["store"] = bench.store()
-        print("stored {captions:,} captions in {seconds:.0f} s".format(**kept["store"]))
+        results["store"] = bench.store()
+        print("stored {captions:,} captions in {seconds:.0f} s".format(**results["store"]))
     if options.out:
-        options.out.write_text(json.dumps(kept, indent=1))
+        options.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

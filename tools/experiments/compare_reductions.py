@@ -1,8 +1,8 @@
-"""EViT, ToMe and random reduction of artifacts' backbones at equal keep rates, on a probe.
+"""Linear probe and kNN of artifacts' backbones with EViT, ToMe and random token reduction.
 
-Linear probe and kNN on classes_val (labelled photos) without retraining, multiply-adds, and the
-measured speed against keep rate 1 (of the first artifact: they share a model). Prints tables, and
-writes a JSON and a plot of accuracy over speed.
+The backbones are not retrained. The probe uses classes_val (labelled photos). The tables also show
+multiply-adds and the speed relative to keep rate 1, measured on the first artifact, because all
+share a model. Prints tables; writes a JSON file and a plot of accuracy over speed.
 
     python -m tools.experiments.compare_reductions runs/real_small/{mae,hashtag,clip}/artifact \
         --root DATA
@@ -38,13 +38,14 @@ COLOURS = {"evit": "tab:blue", "tome": "tab:orange", "random": "tab:gray"}
 
 
 def load(root: str, shards: str, resolution: int) -> Data:
-    """All pictures of a source, [N, 1, 3, S, S] uint8, and their labels."""
+    """Load all images of a source, [N, 1, 3, S, S] uint8, and their labels."""
     source = open_source(shards, shards, "image", root)
-    found = extract(source, lambda pixels: pixels, DataConfig(resolution=resolution))
-    return found.rows, found.labels
+    images = extract(source, lambda pixels: pixels, DataConfig(resolution=resolution))
+    return images.rows, images.labels
 
 
 def encode(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+    """Encode all pixels in batches, [N, 1, 3, S, S] -> [N, D]."""
     return torch.cat([encoder.features(batch) for batch in pixels.split(128)])
 
 
@@ -53,13 +54,14 @@ VARIANTS: list[Variant] = [("none", 1.0), *((r, k) for r in REDUCTIONS for k in 
 
 
 def select(encoder: VisionEncoder, variant: Variant) -> None:
+    """Set an encoder's reduction and keep rate."""
     encoder.vision.reduction, encoder.keep_rate = variant
 
 
 def speeds(
     encoder: VisionEncoder, pixels: Tensor, rounds: int, variants: list[Variant]
 ) -> dict[Variant, float]:
-    """How many times faster than keep rate 1 each variant encodes the pixels."""
+    """Measure the speed of each variant relative to keep rate 1."""
 
     def run(variant: Variant) -> None:
         select(encoder, variant)
@@ -74,39 +76,39 @@ def speeds(
 def probe(
     encoder: VisionEncoder, train: Data, test: Data, speed: dict[Variant, float]
 ) -> list[Row]:
-    """A row of measures per variant."""
+    """Measure all variants of an encoder; return a row for each."""
     rows, resolution = [], train[0].shape[-1]
     for variant in VARIANTS:
         select(encoder, variant)
-        features, tested = encode(encoder, train[0]), encode(encoder, test[0])
+        features, test_features = encode(encoder, train[0]), encode(encoder, test[0])
         reduction, rate = variant
         row = {"reduce": reduction, "keep_rate": rate, "speed": speed[variant]}
         row["mmacs"] = vision_macs(encoder.vision, 1, resolution, rate) / 1e6
-        row["linear"] = linear_probe(features, train[1], tested, test[1])["top1"]
-        row["knn"] = knn(features, train[1], tested, test[1])["top1"]
+        row["linear"] = linear_probe(features, train[1], test_features, test[1])["top1"]
+        row["knn"] = knn(features, train[1], test_features, test[1])["top1"]
         rows.append(row)
         print(_line(row), flush=True)
     return rows
 
 
 def compare(paths: list[str], root: str, rounds: int) -> dict[str, Any]:
-    """All measures of all artifacts."""
+    """Measure all variants of all artifacts; return the content of the JSON file."""
     artifacts = [open_artifact(path) for path in paths]
     resolution = value_at(artifacts[0].manifest["config"]["data"]["resolution"], 1.0)
     train = load(root, "classes_val/probe_train", resolution)
     test = load(root, "classes_val/val", resolution)
-    measured = speeds(VisionEncoder(artifacts[0]), test[0][:128], rounds, VARIANTS)
-    found = []
+    speed = speeds(VisionEncoder(artifacts[0]), test[0][:128], rounds, VARIANTS)
+    results = []
     for artifact in artifacts:
         print(f"\n{artifact.stage}\n\n| reduce | keep | MMACs | speed | linear probe % | kNN % |")
         print("|---|---:|---:|---:|---:|---:|", flush=True)
-        rows = probe(VisionEncoder(artifact), train, test, measured)
+        rows = probe(VisionEncoder(artifact), train, test, speed)
         trained = artifact.manifest["config"]["model"]["reduce"], artifact.manifest["keep_rate"]
-        found.append({"stage": artifact.stage, "trained": trained, "rows": rows})
+        results.append({"stage": artifact.stage, "trained": trained, "rows": rows})
     return {
         "hardware": hardware("cpu"),
         "images": [len(train[0]), len(test[0])],
-        "artifacts": found,
+        "artifacts": results,
     }
 
 
@@ -118,7 +120,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], out: Path) -> None:
-    """A panel per artifact: linear-probe accuracy over measured speed."""
+    """Draw linear-probe accuracy over measured speed, one panel per artifact."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,7 +136,7 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             x, y = [row["speed"] for row in rows], [100 * row["linear"] for row in rows]
             axis.plot(x, y, "o-", label=reduction, color=COLOURS[reduction], markersize=4)
         axis.set_title(f"{result['stage']} artifact", fontsize=10)
-        axis.set_xlabel("speed against keep rate 1", fontsize=8)
+        axis.set_xlabel("speed relative to keep rate 1", fontsize=8)
         axis.set_ylabel("linear probe top-1, %", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -143,10 +145,13 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
+    """Measure, print tables, and write the JSON file and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", help="artifacts, or a JSON written before: its plot")
-    parser.add_argument("--root", default="", help="the folder that holds classes_val")
-    parser.add_argument("--out", type=Path, default=Path("reductions.json"))
+    parser.add_argument(
+        "inputs", nargs="+", help="artifacts to measure, or a JSON file of this tool to plot again"
+    )
+    parser.add_argument("--root", default="", help="folder that contains classes_val")
+    parser.add_argument("--out", type=Path, default=Path("reductions.json"), help="JSON file")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     if options.inputs[0].endswith(".json"):
@@ -155,7 +160,7 @@ def main() -> None:
         result, out = compare(options.inputs, options.root, options.rounds), options.out
         out.write_text(json.dumps(result, indent=1))
     plot(result["artifacts"], out.with_suffix(".png"))
-    print(f"\n{result['hardware']}; {result['images']} images to fit and to test")
+    print(f"\n{result['hardware']}; {result['images']} images for fitting and testing")
 
 
 if __name__ == "__main__":

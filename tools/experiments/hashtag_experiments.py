@@ -1,16 +1,16 @@
-"""What balance, loss truncation, a teacher's filter and a teacher's tags gain, on real captions.
+"""Effects of balancing, loss truncation and a teacher's tags in the hashtag stage, on real photos.
 
-The tags are the words of the photos' captions that occur in many photos. A small ViT is
-trained from scratch on each variant of the data, each with several seeds, and measured on the
-validation photos' own tags. Prints a table per experiment: the mean over seeds and, after ±,
-half the range between the seeds.
+The tags of a photo are the words of its captions that occur in many photos. A small ViT is
+trained from scratch on each variant of the data, with several seeds, and evaluated on the tags of
+the validation photos. Prints a table per experiment: the mean over seeds ± half the range between
+the seeds.
 
-noise    a share of all tags replaced by random ones (by their frequency): nothing done about it,
-         with loss truncation, with the teacher's filter (the run without it being the teacher),
-         and with both
-semi     a tenth of the photos keep their tags: those alone; those, and as many others in each step
-         with the teacher's tags
-balance  none, sqrt, uniform; with all of a copy's tags instead of the rarer ones
+noise    a share of all tags is replaced by random tags, drawn by frequency: without a remedy, with
+         loss truncation, with the teacher's filter (the run without remedy is the teacher), and
+         with both
+semi     a tenth of the photos keep their tags: these photos alone, and together with as many others
+         per step that have the teacher's tags
+balance  none, sqrt, uniform; and sqrt with all tags of a repeated photo instead of the rarer ones
 
     python -m tools.experiments.hashtag_experiments --data DATA \
         [--experiments noise semi balance] [--seeds 2]
@@ -48,12 +48,12 @@ MEASURES = ("precision@1", "recall@5", "mAP")
 NOISES = (0.2, 0.4)
 TRUNCATE = ("hashtag.truncate=0.15",)
 FILTER = ("hashtag.min_lift=1.0", "hashtag.pseudo_weight=0")
-# (number of the photo, its tags) -> those it gets; None = it is left out
-Tags = Callable[[int, list[str]], list[str] | None]
+# (number of a photo, its tags) -> new tags, or None to leave the photo out
+TagChange = Callable[[int, list[str]], list[str] | None]
 
 
 class Bench:
-    """The photos, their vocabulary, and a training run on any variant of their tags."""
+    """Photos, their vocabulary, and training runs on variants of their tags."""
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.work = options, work
@@ -66,8 +66,8 @@ class Bench:
         self.vocabulary.save(work / "vocabulary.json")
         self.device = dist.choose_device("auto")
 
-    def photos_with(self, name: str, change: Tags) -> Path:
-        """The training photos as shards whose json has these hashtags."""
+    def photos_with(self, name: str, change: TagChange) -> Path:
+        """Write the training photos with changed tags as shards."""
         folder = self.work / name
         folder.mkdir()
         reader, number = TagReader("", {}), 0
@@ -76,8 +76,8 @@ class Bench:
                 for member in self.photos.members(shard).tolist():
                     files = self.photos.read(shard, member)
                     text = {ending: files[ending] for ending in TEXT_FILES if ending in files}
-                    own = self.vocabulary.encode(reader.tags_of(text, "caption_words"))
-                    tags = change(number, [self.vocabulary.tags[tag] for tag in own])
+                    numbers = self.vocabulary.encode(reader.tags_of(text, "caption_words"))
+                    tags = change(number, [self.vocabulary.tags[tag] for tag in numbers])
                     number += 1
                     if tags is None:
                         continue
@@ -87,7 +87,7 @@ class Bench:
         return folder
 
     def train(self, shards: Path, name: str, seed: int, *overrides: str) -> Artifact:
-        """A hashtag run from scratch."""
+        """Run the hashtag stage from scratch."""
         from xray.training.engine import init_distributed
         from xray.training.trainer import Trainer
 
@@ -109,35 +109,38 @@ class Bench:
         return Trainer(stage, config, self.device).fit()
 
     def measure(self, artifact: Artifact) -> dict[str, float]:
-        """On the validation photos and the words of their captions."""
+        """Evaluate an artifact on the validation photos and the words of their captions."""
         tagger = Tagger(artifact).to(self.device)
         data, config = data_of(artifact, 1), TaggingConfig("", "image", "caption_words")
         return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)[0]
 
     def teach(self, artifact: Artifact, shards: Path) -> str:
-        """Write an artifact's tags of shards beside them; returns the option that uses them."""
+        """Write an artifact's predicted tags beside the shards; return the option to use them."""
         source = open_source("photos", str(shards), "image")
         config = PseudoTagsConfig(top=8, threshold=0.03, workers=1)
         tagger = Tagger(artifact).to(self.device)
         data: DataConfig = data_of(artifact, 1)
-        found = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
-        print(f"the teacher tags {found.added:,} of {found.untagged:,} untagged photos", flush=True)
-        return f"hashtag.teacher={found.name}"
+        result = write_pseudo_tags(source, tagger, self.vocabulary, config, data, artifact.digest)
+        print(
+            f"the teacher tags {result.added:,} of {result.untagged:,} untagged photos", flush=True
+        )
+        return f"hashtag.teacher={result.name}"
 
 
 def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Run the experiment `noise`; yield (variant, metrics)."""
     rng = np.random.default_rng(seed)
     counts = np.array(bench.vocabulary.counts, float)
 
-    def random_tags(share: float) -> Tags:
+    def random_tags(share: float) -> TagChange:
         def change(_: int, tags: list[str]) -> list[str]:
             drawn = rng.choice(len(counts), len(tags), p=counts / counts.sum())
             wrong = rng.random(len(tags)) < share
-            kept = [
+            changed = [
                 bench.vocabulary.tags[other] if replace else tag
                 for tag, other, replace in zip(tags, drawn.tolist(), wrong.tolist(), strict=True)
             ]
-            return list(dict.fromkeys(kept))
+            return list(dict.fromkeys(changed))
 
         return change
 
@@ -148,39 +151,41 @@ def noise(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         shards = bench.photos_with(f"noise{share}-{seed}", random_tags(share))
         plain = bench.train(shards, f"noise{share}", seed)
         yield name, bench.measure(plain)
-        taught = bench.teach(plain, shards)
-        for what, options in (
+        teacher = bench.teach(plain, shards)
+        for remedy, options in (
             ("truncation", TRUNCATE),
-            ("filter", (taught, *FILTER)),
-            ("truncation and filter", (*TRUNCATE, taught, *FILTER)),
+            ("filter", (teacher, *FILTER)),
+            ("truncation and filter", (*TRUNCATE, teacher, *FILTER)),
         ):
-            found = bench.train(shards, f"noise{share}-{what.replace(' ', '_')}", seed, *options)
-            yield f"{name}, {what}", bench.measure(found)
+            run = f"noise{share}-{remedy.replace(' ', '_')}"
+            yield f"{name}, {remedy}", bench.measure(bench.train(shards, run, seed, *options))
 
 
 def semi(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Run the experiment `semi`; yield (variant, metrics)."""
     rng = np.random.default_rng(seed)
     tagged = rng.random(len(bench.photos)) < 0.1
     shards = bench.photos_with(f"tenth-{seed}", lambda n, tags: tags if tagged[n] else None)
     others = bench.photos_with(f"others-{seed}", lambda n, _: None if tagged[n] else [])
     alone = bench.train(shards, "tenth", seed)
     yield "10 % tagged, alone", bench.measure(alone)
-    taught = bench.teach(alone, shards)
-    assert bench.teach(alone, others) == taught
+    teacher = bench.teach(alone, shards)
+    assert bench.teach(alone, others) == teacher
     for weight in (0.5, 1.0):
         options = (
             f"data.sources.others={{shards: {others}, modality: image}}",
             "data.blocks=[{source: photos, samples: 64}, {source: others, samples: 64}]",
-            taught,
+            teacher,
             f"hashtag.pseudo_weight={weight}",
         )
-        found = bench.train(shards, f"tenth-taught{weight}", seed, *options)
-        yield f"10 % tagged, 90 % by the teacher at {weight:g}", bench.measure(found)
+        artifact = bench.train(shards, f"tenth-taught{weight}", seed, *options)
+        yield f"10 % tagged, 90 % by the teacher at {weight:g}", bench.measure(artifact)
     all_tags = bench.photos_with(f"all-{seed}", lambda _, tags: tags)
     yield "100 % tagged", bench.measure(bench.train(all_tags, "all", seed))
 
 
 def balance(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Run the experiment `balance`; yield (variant, metrics)."""
     shards = bench.photos_with(f"balance-{seed}", lambda _, tags: tags)
     for name, options in (
         ("none", ()),
@@ -189,21 +194,21 @@ def balance(bench: Bench, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         ("sqrt, all tags with each copy", ("hashtag.balance=sqrt", "hashtag.strip=false")),
     ):
         options = (*options, "hashtag.epoch_length=3")
-        found = bench.train(shards, f"balance-{name.replace(' ', '_')}", seed, *options)
-        yield name, bench.measure(found)
+        artifact = bench.train(shards, f"balance-{name.replace(' ', '_')}", seed, *options)
+        yield name, bench.measure(artifact)
 
 
 EXPERIMENTS = {"noise": noise, "semi": semi, "balance": balance}
 
 
 def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: means over seeds in percent, and half the range between them."""
+    """Format a Markdown table of means over seeds ± half the range between them, in percent."""
     first = next(iter(rows.values()))[0]
-    decades = [name for name in first if name.startswith("mAP[")]
-    measures = [*MEASURES, *decades]
+    by_frequency = [name for name in first if name.startswith("mAP[")]
+    measures = [*MEASURES, *by_frequency]
     lines = [f"({title})", "", f"| | {' | '.join(measures)} |", f"|---|{'---:|' * len(measures)}"]
-    for name, found in rows.items():
-        cells = [spread([100 * run[measure] for run in found]) for measure in measures]
+    for name, runs in rows.items():
+        cells = [spread([100 * run[measure] for run in runs]) for measure in measures]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     chances = [
         100 * first[f"{'random' if m.startswith('mAP') else 'chance'}_{m}"] for m in measures
@@ -213,35 +218,40 @@ def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main() -> None:
+    """Run the experiments and print their tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with captions_train and captions_val"
+    )
     parser.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=24_000, help="seen in each run")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--min-count", type=int, default=200, help="photos of a tag")
-    parser.add_argument("--out", type=Path, help="also keep all measures in this .json")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
+    parser.add_argument("--samples", type=int, default=24_000, help="training samples per run")
+    parser.add_argument("--resolution", type=int, default=32, help="side of the photos in pixels")
+    parser.add_argument(
+        "--min-count", type=int, default=200, help="minimum number of photos with a tag"
+    )
+    parser.add_argument("--out", type=Path, help="also write all metrics to this JSON file")
     options = parser.parse_args()
     dist.setup_environment()
-    kept: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     print(
         f"{hardware('cuda' if torch.cuda.is_available() else 'cpu')}; {options.samples:,} samples "
-        f"a run at {options.resolution} px, {options.seeds} seeds"
+        f"per run at {options.resolution} px, {options.seeds} seeds"
     )
     for name in options.experiments:
         rows: dict[str, list[dict[str, float]]] = {}
         for seed in range(options.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                for variant, found in EXPERIMENTS[name](Bench(options, Path(folder)), seed):
-                    rows.setdefault(variant, []).append(found)
-                    measures = ", ".join(f"{m} {100 * found[m]:.1f}" for m in MEASURES)
-                    print(f"{name}, seed {seed}, {variant}: {measures}", flush=True)
-        kept[name] = rows
+                for variant, metrics in EXPERIMENTS[name](Bench(options, Path(folder)), seed):
+                    rows.setdefault(variant, []).append(metrics)
+                    values = ", ".join(f"{m} {100 * metrics[m]:.1f}" for m in MEASURES)
+                    print(f"{name}, seed {seed}, {variant}: {values}", flush=True)
+        results[name] = rows
         print(f"\n{table(name, rows)}\n", flush=True)
         if options.out:
-            options.out.write_text(json.dumps(kept, indent=1))
+            options.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Print a run's results as the Markdown table that README and docs show.
+"""Markdown table of a run's results, as README and docs show it.
 
 python -m tools.experiments.results_table runs/quickstart/results.json
 """
@@ -13,6 +13,7 @@ from xray.evaluation.results_table import result_table
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="results.json of a run")
     results = json.loads(parser.parse_args().results.read_text())

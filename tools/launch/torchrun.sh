@@ -19,21 +19,21 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}
 export TORCHELASTIC_SHUTDOWN_TIMEOUT=${TORCHELASTIC_SHUTDOWN_TIMEOUT:-300}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1))}
 
-meet=(--standalone)
+rendezvous=(--standalone)
 if [ "$NNODES" != 1 ]; then
-    meet=(--rdzv_backend c10d --rdzv_endpoint "${ENDPOINT:?the first host and a port}")
-    meet+=(--rdzv_id "${JOB:-xray}")
+    rendezvous=(--rdzv_backend c10d --rdzv_endpoint "${ENDPOINT:?the first host and a port}")
+    rendezvous+=(--rdzv_id "${JOB:-xray}")
     # the name or address at which other hosts reach this host, if it differs from the host name
-    [ -z "${ADDRESS:-}" ] || meet+=(--local_addr "$ADDRESS")
+    [ -z "${ADDRESS:-}" ] || rendezvous+=(--local_addr "$ADDRESS")
 fi
 
-told=
-python -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NPROC" "${meet[@]}" \
+signalled=
+python -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NPROC" "${rendezvous[@]}" \
     --max_restarts "$MAX_RESTARTS" -m xray "$@" &
-trap 'told=1; kill -TERM $!' TERM INT USR1
+trap 'signalled=1; kill -TERM $!' TERM INT USR1
 code=0
 wait $! || code=$?
-if [ -n "$told" ]; then # the signal ended the first wait, so torchrun's exit code is lost
+if [ -n "$signalled" ]; then # the signal ended the first wait, so torchrun's exit code is lost
     wait $! || true
     code=75
 fi
