@@ -303,7 +303,7 @@ def test_invalid_rates_are_rejected() -> None:
         backbone("tome", keep_rate=0.4)
     with pytest.raises(ConfigError, match="2 keep rates for 3 reducing blocks"):
         backbone("evit", keep_rates=[0.7, 0.5])
-    with pytest.raises(ConfigError, match="must be blocks 0 to 7"):
+    with pytest.raises(ConfigError, match="must be numbers from 0 to 7"):
         backbone("evit", reduce_at=[3, 8])
     with pytest.raises(ConfigError, match="must be in increasing order"):
         backbone("evit", reduce_at=[5, 3])

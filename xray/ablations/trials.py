@@ -222,7 +222,8 @@ def _matched_length(
     if samples < last.global_batch:
         raise ConfigError(
             f"arm {arm}: {MATCH}={target} leaves {samples} samples for {last.stage}: the other "
-            f"stages of {arm} see more samples than all stages of {target}"
+            f"stages of {arm} see more samples than all stages of {target}; reduce their "
+            f"train.samples, or remove {MATCH}"
         )
     return {last.stage: {"train": {"samples": samples}}}
 

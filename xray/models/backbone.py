@@ -93,7 +93,7 @@ class VisionBackbone(nn.Module):
         self.tubelet = config.tubelet
         self.video = config.video
         self.geometry = Geometry(self.patch_size, 1 if config.video == "frames" else config.tubelet)
-        slots, *_ = self.geometry.grid(frames, *size)  # raises if a side is not whole patches
+        slots, *_ = self.geometry.grid(frames, *size)  # raises if a side does not fit
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.cls_added = vit.cls_token is None
         # the position table has rows for all prefix tokens of timm's model, or for none
@@ -128,14 +128,16 @@ class VisionBackbone(nn.Module):
         default = [depth // 4, depth // 2, 3 * depth // 4]
         self.reduce_at = sorted(set(default)) if config.reduce_at is None else config.reduce_at
         if any(not 0 <= i < depth for i in self.reduce_at):
-            raise ConfigError(f"model.reduce_at={self.reduce_at} must be blocks 0 to {depth - 1}")
+            raise ConfigError(
+                f"model.reduce_at={self.reduce_at} must be numbers from 0 to {depth - 1}"
+            )
         if sorted(set(self.reduce_at)) != self.reduce_at:
             raise ConfigError(
                 f"model.reduce_at={self.reduce_at} must be in increasing order without repetition: "
                 "model.keep_rates follows the same order"
             )
         if config.keep_rates is not None and self.reduction != "none":
-            self.rates(config.keep_rates)  # raises if their number is not that of reduce_at
+            self.rates(config.keep_rates)  # raises unless there is one rate per reducing block
         load_pretrained(self, config)
 
     def forward(

@@ -70,7 +70,7 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
     Args:
         noise: uniform random numbers, one per position, [B, positions].
         kept: number of visible positions.
-        slots: number of time slots that share the mask (tubes); 1 if each token has its position.
+        slots: number of time slots that share the mask (tubes); 1 if positions are all tokens.
 
     Returns visible [B, m] (patch indices, slot by slot), mask [B, n], ids_restore [B, n].
     """

@@ -127,7 +127,7 @@ def random(
     if spec.training:
         scores = torch.rand_like(attention)
     else:
-        # a hash of the token's position: deterministic and independent of the device
+        # a hash of the token's position replaces random numbers
         positions = torch.arange(1, attention.shape[1] + 1, device=x.device, dtype=torch.float64)
         scores = ((positions * 12.9898).sin() * 43758.5453).frac().expand_as(attention)
     return _keep(x, scores, attention, state, spec)
