@@ -144,7 +144,7 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Pair:
-    """The reference (open_clip's model), the clip stage's module with its weights, and a batch."""
+    """Reference model of open_clip, the clip stage's module with its weights, and a batch."""
 
     def __init__(self, size: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -157,7 +157,7 @@ class Pair:
         self.reference = open_clip.CLIP(**shape, output_dict=True).to(self.device)
         self.reference_criterion = open_clip.ClipLoss()
         settings = {
-            "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [0, 0]},
+            "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [1, 1]},
             "data": {"resolution": 224, "frames": 16},
             "text": {"tune": "full"},
             "clip": {"embed_dim": shape["embed_dim"], "adapter_blocks": 0},
