@@ -55,7 +55,7 @@ PACKAGES = [
     Package("pyarrow", "no .parquet lists, no xray data curate", "pyarrow"),
     Package("fsspec", "no shards from URLs", "'fsspec[http]'"),
     Package("ahocorasick", "no xray data curate, no tags=concepts", "pyahocorasick"),
-    Package("tensorboard", "no train.tensorboard", "tensorboard"),
+    Package("tensorboard", "runs need train.tensorboard=false", "tensorboard"),
     Package("matplotlib", "no report.html", "matplotlib"),
     Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
     Package("onnxruntime", "no xray export --to onnx", f"'{DISTRIBUTION}[onnx]'"),
