@@ -30,7 +30,7 @@ def test_pretrained_weights_that_are_pickles_are_refused(
 
     file = tmp_path / f"weights.{ending}"
     file.write_bytes(hostile)
-    with pytest.raises(ArtifactError, match=rf"{file} is no readable safetensors"):
+    with pytest.raises(ArtifactError, match=rf"{file} is not a readable safetensors"):
         load(str(file))
     folder = tmp_path / "timm"
     folder.mkdir()
@@ -66,14 +66,14 @@ def test_open_clip_weights_that_are_pickles_are_refused(tmp_path: Path, ran: Pat
     ("name", "message"),
     [
         ("model.safetensors", "cannot load the weights in"),
-        ("pytorch_model.bin", "pytorch_model.bin is a pickle, which is not loaded"),
-        ("pytorch_model-00001-of-00002.bin", "00002.bin is a pickle, which is not loaded"),
-        ("config.json", "config.json is no json"),
+        ("pytorch_model.bin", "pytorch_model.bin is a pickle, which xray does not load"),
+        ("pytorch_model-00001-of-00002.bin", "00002.bin is a pickle, which xray does not load"),
+        ("config.json", "config.json is not valid JSON"),
         ("tokenizer.json", "no usable tokenizer"),
-        ("tokenizer_config.json", "tokenizer_config.json is no json"),
+        ("tokenizer_config.json", "tokenizer_config.json is not valid JSON"),
         ("added_tokens.json", "no usable tokenizer"),
-        ("modules.json", "modules.json is no json"),
-        ("1_Pooling/config.json", "config.json is no json"),
+        ("modules.json", "modules.json is not valid JSON"),
+        ("1_Pooling/config.json", "config.json is not valid JSON"),
         ("generation_config.json", ""),  # not read
         ("vocab.json", ""),
         ("tokenizer.model", ""),
@@ -103,7 +103,7 @@ def test_code_in_an_llm_folder_is_not_run(demo: Path, tmp_path: Path, ran: Path)
     named = {"auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     unknown = json.dumps({**settings, **named, "model_type": "unheard_of"}).encode()
     load = llm_loader(demo, tmp_path / "unknown", {"config.json": unknown, "code.py": code})
-    with pytest.raises(ConfigError, match=r"config.json names code of its own .* is not run"):
+    with pytest.raises(ConfigError, match=r"config.json asks for its own Python code"):
         load()
     # A model type that transformers implements itself.
     own = json.dumps({**settings, **named}).encode()
