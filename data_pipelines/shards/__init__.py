@@ -1,1 +1,1 @@
-"""Shards: webdataset tars with an index, side files, and remote copies."""
+"""Shards: webdataset tars, their indexes and manifests, sidecars, and the cache of remote tars."""

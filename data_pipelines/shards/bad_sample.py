@@ -1,12 +1,15 @@
-"""Error of a sample that cannot be used."""
+"""Error type for a sample that cannot be used."""
 
 from __future__ import annotations
 
 from xray.errors import DataError
 
 
-class BadSample(DataError):  # noqa: N818 - it is counted and replaced, not raised to the user
-    """A sample that cannot be used; `cause` groups the counts."""
+class BadSample(DataError):  # noqa: N818 - the loader catches it and replaces the sample
+    """Error for one sample that cannot be used.
+
+    cause: short reason, under which such samples are counted. detail: more about this sample.
+    """
 
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)

@@ -1,7 +1,7 @@
-"""Tables of columns in one file, memory-mapped: what indexes and manifests are kept in.
+"""Memory-mapped tables of columns in one file, used for shard indexes, manifests and sidecars.
 
-The format is safetensors: a json header, then the columns. Texts are stored as one column of
-UTF-8 bytes and one of where each text ends.
+The file format is safetensors: a JSON header, then the columns. Texts are packed in two columns:
+the UTF-8 bytes of all texts, and the end of each text in them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Columns = dict[str, np.ndarray]
 
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Write columns (of DTYPES) and facts (json) in one rename."""
+    """Write columns and facts to a file, atomically.
+
+    columns: arrays of one of the types in DTYPES. facts: anything JSON can hold. Raises OSError.
+    """
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     try:
         with replacing(path, unique_temporary(path)) as temporary, usual_mode(temporary):
@@ -38,7 +41,10 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
 
 
 def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
-    """Map the columns of a file, reading none of them; raises OSError, ValueError or KeyError."""
+    """Map the columns of a file into memory, and read its facts.
+
+    Raises OSError, ValueError or KeyError for a file that is missing or damaged.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > os.fstat(file.fileno()).st_size:
@@ -55,7 +61,10 @@ def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
 
 
 def open_first(paths: Iterable[Path], wanted: Mapping[str, Any]) -> tuple[Columns, dict[str, Any]]:
-    """Columns and facts of the first of some files with these facts; ({}, {}) for none."""
+    """Open the first file whose facts contain `wanted`; ({}, {}) if there is none.
+
+    Files that are missing or damaged are skipped.
+    """
     for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError):
             columns, facts = open_columns(path)
@@ -65,19 +74,19 @@ def open_first(paths: Iterable[Path], wanted: Mapping[str, Any]) -> tuple[Column
 
 
 def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as (bytes [total] uint8, ends [n] int64)."""
+    """Pack texts as (bytes [total] uint8, ends [n] int64)."""
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), ends
 
 
 def text_at(blob: np.ndarray, ends: np.ndarray, number: int) -> str:
-    """One of the packed texts."""
+    """Return the packed text at a position."""
     start = int(ends[number - 1]) if number else 0
     return blob[start : int(ends[number])].tobytes().decode("utf-8", "surrogateescape")
 
 
 def unpack_texts(blob: np.ndarray, ends: np.ndarray) -> list[str]:
-    """All of the packed texts."""
+    """Return all packed texts."""
     whole, bounds = blob.tobytes(), [0, *ends.tolist()]
     return [whole[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise(bounds)]

@@ -1,7 +1,8 @@
-"""The manifest of a source: its shards as columns, in one memory-mapped file beside them.
+"""Manifest of a source: names, sizes and sample counts of its shards, in one memory-mapped file.
 
-A run opens the manifest and no index: what a plan needs of a shard is its count of samples. A
-million shards cost a listing of the folder, and some megabytes of mapped columns.
+The file lies beside the shards. A run opens the manifest but no shard index, because a sampling
+plan only needs the number of samples per shard. So opening a million shards takes one listing of
+the folder and some megabytes of mapped columns.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import glob
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ from xray.files import is_inside, replacing, unique_temporary
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
-# What a shard's samples may be counted as: (modality, what animations are).
+# Columns of `counts`: (modality of the samples, modality that GIF and WebP files count as).
 COUNTED: tuple[tuple[Modality, Modality], ...] = (
     ("image", "image"),
     ("image", "video"),
@@ -55,16 +57,18 @@ COUNTED: tuple[tuple[Modality, Modality], ...] = (
     ("text", "image"),
     ("text", "video"),
 )
-Progress = Callable[[Iterable[ShardIndex], int], Iterable[ShardIndex]]  # (indexes, how many)
+# (indexes, total number) -> the same indexes; shows a progress bar meanwhile
+Progress = Callable[[Iterable[ShardIndex], int], Iterable[ShardIndex]]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a source.
+    """Shards of a source.
 
-    columns: names and name_ends (packed texts: path relative to `folder`), sizes and mtimes [S]
-    int64, counts [S, 6] int32 (samples by COUNTED), digests [S, 32] uint8 (of the indexes),
-    sha256 [S, 32] uint8 (of the tars; zeros = not taken). facts: digest of all.
+    columns: names and name_ends (packed texts, paths relative to `folder`); sizes (bytes) and
+    mtimes (ns) of the tars, [S] int64; counts [S, 6] int32, samples by COUNTED; digests of the
+    indexes, [S, 32] uint8; sha256 of the tars, [S, 32] uint8, zeros = not computed. facts: digest
+    of all names and indexes.
     """
 
     folder: str
@@ -76,25 +80,28 @@ class Manifest:
 
     @property
     def digest(self) -> str:
+        """Digest (sha256) of all shard names and indexes."""
         return self.facts["digest"]
 
     def name(self, shard: int) -> str:
+        """Return the name of a shard: its path relative to the folder."""
         return text_at(self.columns["names"], self.columns["name_ends"], shard)
 
     @functools.cached_property
     def names(self) -> list[str]:
+        """Names of all shards, [S]."""
         return unpack_texts(self.columns["names"], self.columns["name_ends"])
 
     def path(self, shard: int) -> str:
-        """Where a shard is: a local path or a URL."""
+        """Return the local path or the URL of a shard."""
         return _join(self.folder, self.name(shard))
 
     def counts(self, modality: Modality, animations: Modality) -> np.ndarray:
-        """Samples of a modality per shard, [S]."""
+        """Return the number of samples of a modality in each shard, [S]."""
         return self.columns["counts"][:, COUNTED.index((modality, animations))]
 
     def checksum(self, shard: int) -> str | None:
-        """A tar's sha256, where it was taken."""
+        """Return the sha256 of a tar; None if it was not computed."""
         row = self.columns["sha256"][shard]
         return row.tobytes().hex() if row.any() else None
 
@@ -104,7 +111,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def resolve(pattern: str, root: str = "") -> str:
-    """A pattern below a root; either may be a URL."""
+    """Join a shard pattern to a root folder; either may be a URL."""
     if is_remote(pattern) or not root:
         return os.path.expanduser(pattern)
     if is_remote(root):
@@ -113,7 +120,7 @@ def resolve(pattern: str, root: str = "") -> str:
 
 
 def find_shards(pattern: str) -> list[str]:
-    """Tars of a folder, glob or {000..123} pattern; raises DataError when there is none."""
+    """List the tars of a folder, glob or {000..123} pattern; raises DataError if there are none."""
     if is_remote(pattern):
         return expand(pattern)
     if os.path.isdir(pattern):
@@ -133,22 +140,22 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = True) -> Manifest:
-    """The manifest of the shards at a pattern, from its file where that is current, else built.
+    """Open the manifest of the shards at a pattern; it is built if there is no current one.
 
-    verify: compare it with the tars' sizes and times, as one process of a run does. Raises
+    verify: compare it with the sizes and mtimes of the tars; one process of a run does so. Raises
     DataError for shards that cannot be used.
     """
     if is_remote(pattern):
         return _open_remote(pattern, _needed(cache), verify)
-    folder, wanted = _place(pattern)
-    found = [_load(folder, kept) for kept in kept_at(wanted)]
-    known = [manifest for manifest in found if manifest is not None]
-    if known and not verify:
-        return known[0]
+    folder, wanted = _manifest_path(pattern)
+    loaded = [_load(folder, path) for path in kept_at(wanted)]
+    manifests = [manifest for manifest in loaded if manifest is not None]
+    if manifests and not verify:
+        return manifests[0]
     paths = find_shards(pattern)
     stamps = _stamps(paths)
     names = [os.path.relpath(path, folder) for path in paths]
-    for manifest in known:
+    for manifest in manifests:
         if manifest.names == names and _same(manifest.columns, stamps):
             return manifest
     return write_manifest(pattern)
@@ -161,15 +168,15 @@ def write_manifest(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Index every shard at a pattern and write their manifest; current indexes are reused.
+    """Index every shard at a pattern and write the manifest; current indexes are reused.
 
-    Raises DataError for a shard that cannot be used.
+    checksum: also compute the sha256 of each tar. Raises DataError for a shard that cannot be used.
     """
     if is_remote(pattern):
-        return _write_remote(pattern, _needed(cache), progress or _logged)
-    folder, wanted = _place(pattern)
+        return _write_remote(pattern, _needed(cache), progress or _log_progress)
+    folder, wanted = _manifest_path(pattern)
     paths = find_shards(pattern)
-    indexes = (progress or _logged)(_index_all(paths, checksum, workers), len(paths))
+    indexes = (progress or _log_progress)(_index_all(paths, checksum, workers), len(paths))
     names = [os.path.relpath(path, folder) for path in paths]
     return _save(folder, cache_path(wanted), names, indexes)
 
@@ -182,16 +189,14 @@ def _index_all(paths: list[str], checksum: bool, workers: int) -> Iterator[Shard
         yield from pool.map(index_shard, paths, repeat(checksum), chunksize=4)
 
 
-def _logged(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIndex]:
-    """Say how far a long indexing has come; without a console of its own."""
-    import time
-
-    started = said = time.monotonic()
+def _log_progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIndex]:
+    """Log the progress of a long indexing every 10 s, for runs without a progress bar."""
+    started = logged = time.monotonic()
     for number, index in enumerate(indexes, start=1):
         yield index
         now = time.monotonic()
-        if now - said > 10:
-            said, left = now, (now - started) / number * (total - number)
+        if now - logged > 10:
+            logged, left = now, (now - started) / number * (total - number)
             log.info("indexed %d of %d shards, about %.0f s left", number, total, left)
 
 
@@ -231,8 +236,8 @@ def _load(folder: str, cached: Path) -> Manifest | None:
     )
 
 
-def _place(pattern: str) -> tuple[str, Path]:
-    """(folder that shard names are relative to, where the manifest is best kept)."""
+def _manifest_path(pattern: str) -> tuple[str, Path]:
+    """Return (folder that shard names are relative to, preferred path of the manifest)."""
     if os.path.isdir(pattern):
         folder, name = pattern, "shards.manifest"
     else:
@@ -272,38 +277,38 @@ def _needed(cache: ShardCache | None) -> ShardCache:
 
 
 def _remote_folder(pattern: str) -> str:
-    """The folder of a URL pattern: all of it that holds no wildcard."""
+    """Return the part of a URL pattern that has no wildcards and no tar name."""
     head = pattern.rstrip("/")
-    if head.endswith(".tar") or any(c in head for c in "*?[{"):
-        while head.endswith(".tar") or any(c in head for c in "*?[{"):
-            head = head.rpartition("/")[0]
+    while head.endswith(".tar") or any(c in head for c in "*?[{"):
+        head = head.rpartition("/")[0]
     return head
 
 
-def _is_folder(pattern: str) -> bool:
-    return _remote_folder(pattern) == pattern.rstrip("/")
-
-
 def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
-    """A manifest that lies with the shards, or one written here before, or a new one.
+    """Open the manifest beside the remote shards, else a cached one, else build it.
 
-    Remote tars are taken to be final: their sizes are not asked for; `fetch` compares them.
+    Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
+    the size of each tar that it downloads.
     """
     folder, cached = _remote_folder(pattern), _remote_manifest(pattern, cache)
-    known = _load(folder, cached)
-    if (verify or known is None) and _is_folder(pattern):
+    manifest = _load(folder, cached)
+    is_folder = folder == pattern.rstrip("/")
+    if (verify or manifest is None) and is_folder:
         content = fetch_small(f"{folder}/shards.manifest", cache.patience)
         if content is not None:
             _write(cached, content)
-            known = _load(folder, cached)
-            if known is not None and not all(map(is_inside, known.names)):
-                raise DataError(f"{folder}/shards.manifest names shards outside its folder")
-    return known or _write_remote(pattern, cache, _logged)
+            manifest = _load(folder, cached)
+            if manifest is not None and not all(map(is_inside, manifest.names)):
+                raise DataError(
+                    f"{folder}/shards.manifest names shards outside its folder: write it again "
+                    "with xray data index"
+                )
+    return manifest or _write_remote(pattern, cache, _log_progress)
 
 
 def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manifest:
     folder, urls = _remote_folder(pattern), find_shards(pattern)
-    indexes = progress((remote_index(url, cache, anew=True) for url in urls), len(urls))
+    indexes = progress((remote_index(url, cache, rebuild=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
     return _save(folder, _remote_manifest(pattern, cache), names, indexes)
 
@@ -313,8 +318,8 @@ def _remote_manifest(pattern: str, cache: ShardCache) -> Path:
 
 
 def kept_of_remote(url: str, cache: ShardCache, ending: str) -> Path:
-    """Where a file that was derived from what lies at a URL is kept."""
-    folder = cache.folder / "index"  # apart from the shards, which come and go
+    """Return the local path of a file that is derived from a URL, such as its index."""
+    folder = cache.folder / "index"  # not among the shards, which may be evicted
     folder.mkdir(exist_ok=True)
     return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.{ending}"
 
@@ -324,21 +329,24 @@ def remote_index(
     cache: ShardCache,
     size: int | None = None,
     sha256: str | None = None,
-    anew: bool = False,
+    rebuild: bool = False,
 ) -> ShardIndex:
-    """The index of a remote tar: kept here (not `anew`), lying beside it, or built from the tar."""
-    kept = kept_of_remote(url, cache, "index")
-    index = None if anew else load_index(url, kept)
+    """Return the index of a remote tar: a cached one, else the file beside it, else a new one.
+
+    rebuild: ignore the cached index and the cached tar.
+    """
+    cached = kept_of_remote(url, cache, "index")
+    index = None if rebuild else load_index(url, cached)
     if index is None:
         content = fetch_small(f"{url}.index", cache.patience)
         if content is not None:
-            _write(kept, content)
-            index = load_index(url, kept)
+            _write(cached, content)
+            index = load_index(url, cached)
     if index is None:
-        if anew:
+        if rebuild:
             cache.forget(url)
         built = build_index(cache.fetch(url, size, sha256), checksum=True)
-        save_columns(kept, built.columns, built.facts)
+        save_columns(cached, built.columns, built.facts)
         index = ShardIndex(url, built.columns, built.facts)
     return index
 

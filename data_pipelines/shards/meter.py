@@ -1,4 +1,4 @@
-"""What a loader process has spent its time on; read and reset with each micro-batch."""
+"""Counters and timers of a loader process, read and reset once per micro-batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _reading: Reading = {}
 
 @contextmanager
 def metered(name: str) -> Iterator[None]:
-    """Count one use of `name` and its seconds."""
+    """Count one call of `name` and the seconds the block takes."""
     start = time.perf_counter()
     try:
         yield
@@ -21,19 +21,20 @@ def metered(name: str) -> Iterator[None]:
 
 
 def count(name: str, times: int, seconds: float = 0.0) -> None:
+    """Add `times` and `seconds` to the counter `name`."""
     before = _reading.get(name, (0, 0.0))
     _reading[name] = (before[0] + times, before[1] + seconds)
 
 
 def take() -> Reading:
-    """What was counted since the last call in this process."""
+    """Return the counters of this process and reset them."""
     reading = dict(_reading)
     _reading.clear()
     return reading
 
 
 def add(total: Reading, more: Reading) -> None:
-    """Add a reading to a running total."""
+    """Add the counters in `more` to a running total, in place."""
     for name, (times, seconds) in more.items():
         before = total.get(name, (0, 0.0))
         total[name] = (before[0] + times, before[1] + seconds)

@@ -1,4 +1,4 @@
-"""Work on many shards by many processes, its results in the shards' order."""
+"""A process pool that runs one function on every shard and yields the results in shard order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 from xray.errors import DataError
 
 T = TypeVar("T")
-AHEAD = 4  # jobs that wait per process: results may be large
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (results, how many) -> the results
+AHEAD = 4  # submitted jobs per process; a limit, because finished results may be large
+# (results, total number) -> the same results; shows a progress bar meanwhile
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
-    """work(0), ..., work(count - 1) in order; with more than one worker, in spawned processes.
+    """Yield work(0), ..., work(count - 1) in order.
 
-    `work` is pickled once per process. Raises what it raises, and DataError for a process that was
-    killed.
+    With more than one worker, the calls run in spawned processes, and `work` is pickled once per
+    process. Raises any error that `work` raises, and DataError if a process was killed.
     """
     if workers <= 1 or count <= 1:
         yield from map(work, range(count))
@@ -41,7 +42,8 @@ def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was killed, maybe for memory: try again with fewer workers"
+            "a worker process was killed, possibly by the out-of-memory killer: try again with "
+            "fewer workers"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -49,8 +51,12 @@ def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """What is spawned in it ignores Ctrl-C until it has started, and then ends by it in silence."""
-    if threading.current_thread() is not threading.main_thread():  # signals are not its to set
+    """Make processes that are spawned in this block ignore Ctrl-C until `_start` runs in them.
+
+    A process that is interrupted during its imports would print a traceback.
+    """
+    # Python allows only the main thread to set signal handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -63,7 +69,7 @@ def _uninterrupted() -> Iterator[None]:
 def _start(work: Callable[[int], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback each
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end on Ctrl-C without a traceback
 
 
 def _call(shard: int) -> Any:

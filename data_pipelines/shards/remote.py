@@ -1,7 +1,8 @@
-"""Shards at URLs: fetched once per host into a bounded folder that all its processes share.
+"""Remote shards: downloaded once per host into a cache folder of limited size.
 
-A file lock per shard makes one process download it while the others wait; the file appears under
-its name only when it is whole. What fails in passing is tried again, what cannot succeed is not.
+All processes of a host share the folder. A file lock per shard lets one process download it while
+the others wait. A file gets its final name only when its download is complete. Temporary errors
+are retried with growing waits; permanent errors are raised at once.
 """
 
 from __future__ import annotations
@@ -31,22 +32,24 @@ T = TypeVar("T")
 Body = TypeVar("Body", io.BufferedWriter, io.BytesIO)
 log = logging.getLogger("xray")
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries: doubled from the one to the other
-CONNECT_TIMEOUT, READ_TIMEOUT = 30.0, 60.0  # seconds without a connection, or without one byte
-LIST_PATIENCE = 60.0  # seconds to go on trying to list a folder
-CHUNK, BLOCK = 2**20, 2**24  # bytes per read, and per request to an object store
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; each wait doubles up to the longest
+CONNECT_TIMEOUT, READ_TIMEOUT = 30.0, 60.0  # seconds to connect, and between received bytes
+LIST_PATIENCE = 60.0  # seconds to keep trying to list a folder
+CHUNK, BLOCK = 2**20, 2**24  # bytes per read, and bytes per request to an object store
 PREFETCH_THREADS = 2
 HTTP = ("http://", "https://")
-FINAL_STATUS = (401, 403, 405, 410, 451)  # 404 is a FileNotFoundError; all others may pass
-# fsspec drops its instances in a forked child. To finalize one there takes a second, and takes the
-# parent's idle connections off the event queue that both share: it would not notice an answer.
+# HTTP status codes that are not retried. 404 becomes FileNotFoundError; others may be temporary.
+FINAL_STATUS = (401, 403, 405, 410, 451)
+# Keeps fsspec's file systems alive. fsspec drops them in a forked child, where their finalizer
+# takes a second. It would also remove the parent's idle connections from the event queue that both
+# processes share, and the parent would never see an answer on them.
 _alive: set[Any] = set()
 Job = tuple[str, "int | None", "str | None"]  # url, size, sha256
 _caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
 
 
 def _start_in_child() -> None:
-    """Give a forked process's caches their own counts and threads."""
+    """Reset the counters and threads of all caches in a forked process."""
     for cache in list(_caches):
         cache._start()
 
@@ -55,14 +58,14 @@ os.register_at_fork(after_in_child=_start_in_child)
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL; file:// is one."""
+    """Check if a path is a URL; `file://` counts as one."""
     return "://" in path
 
 
 def expand(url: str) -> list[str]:
-    """The shards that a URL stands for: {000..123} braces, "*" patterns and folders of tars.
+    """List the shards that a URL stands for: {000..123} braces, "*" patterns, folders of tars.
 
-    Raises DataError where none is found, or the protocol needs a package that is not installed.
+    Raises DataError if there are none, or if the protocol needs a package that is not installed.
     """
     fs, path = filesystem(url, LIST_PATIENCE)
     if "{" in url:
@@ -78,13 +81,16 @@ def expand(url: str) -> list[str]:
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
     with suppress(FileNotFoundError):
-        if found := persist(url, LIST_PATIENCE, lambda: fs.glob(path)):
-            return sorted(fs.unstrip_protocol(name) for name in found)
+        if names := persist(url, LIST_PATIENCE, lambda: fs.glob(path)):
+            return sorted(fs.unstrip_protocol(name) for name in names)
     raise DataError(f"no shards at {url}")
 
 
 def fetch_small(url: str, patience: float) -> bytes | None:
-    """The bytes of a small file, None where there is none; raises DataError after `patience` s."""
+    """Download a small file to memory; None if it does not exist.
+
+    Raises DataError if it cannot be downloaded within `patience` seconds.
+    """
     with suppress(FileNotFoundError):
         body = persist(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
         return body.getvalue()
@@ -92,9 +98,10 @@ def fetch_small(url: str, patience: float) -> bytes | None:
 
 
 def fetch_file(url: str, target: Path, patience: float) -> str:
-    """Download a file whole or not at all, and return its sha256.
+    """Download a file atomically and return its sha256.
 
-    Raises FileNotFoundError, and DataError after `patience` s. One process at a time per target.
+    Only one process at a time may write to a target. Raises FileNotFoundError, and DataError if it
+    cannot be downloaded within `patience` seconds.
     """
     with replacing(target) as temporary:
 
@@ -107,10 +114,11 @@ def fetch_file(url: str, target: Path, patience: float) -> str:
 
 
 class ShardCache:
-    """A folder of fetched shards: at most `limit` bytes stay, and the one used longest ago goes.
+    """Least-recently-used cache of downloaded shards in a folder of at most `limit` bytes.
 
-    Processes may share the folder, and fork at any time. hits and misses count this process's
-    calls of fetch: those that found the shard, or waited for it, and those that downloaded it.
+    Processes may share the folder, and may fork at any time. `misses` counts the calls of `fetch`
+    in this process that downloaded a shard; `hits` counts its other calls, including those that
+    waited for another process to download it.
     """
 
     def __init__(self, folder: Path, limit: int, patience: float) -> None:
@@ -120,42 +128,46 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"the shard cache {folder} cannot be made: {error}") from error
+            raise DataError(
+                f"the shard cache {folder} cannot be created: {error}; set data.cache to a folder "
+                "you can write to"
+            ) from error
 
     def _start(self) -> None:
-        """What is a process's own: a fork leaves the threads and the counts in the parent."""
+        """Initialize the state of this process; a fork leaves threads and counts in the parent."""
         self.hits = self.misses = 0
         self._closed = False
-        self._ahead: set[str] = set()  # urls that wait for a slot or are being fetched
+        self._ahead: set[str] = set()  # URLs queued or being downloaded by the threads
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, float]]:
-        return ShardCache, (self.folder, self.limit, self.patience)  # to workers that are spawned
+        # Threads and locks cannot be pickled: a spawned worker makes its own.
+        return ShardCache, (self.folder, self.limit, self.patience)
 
     def fetch(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """The local path of a shard, downloaded where it is not there yet.
+        """Return the local path of a shard; it is downloaded if it is not in the cache.
 
-        Another process may evict the file before it is opened: on FileNotFoundError, fetch again.
-        Raises DataError for a shard that does not exist, that is larger than the cache, or that
-        cannot be had within `patience` seconds.
+        Another process may evict the file before the caller opens it: on FileNotFoundError, fetch
+        it again. Raises DataError for a shard that does not exist, is larger than the cache, or
+        cannot be downloaded within `patience` seconds.
         """
-        found = self._obtain(url, size, sha256)
-        self.hits += found
-        self.misses += not found
+        hit = self._obtain(url, size, sha256)
+        self.hits += hit
+        self.misses += not hit
         return self._path(url)
 
     def forget(self, url: str) -> None:
-        """Drop a shard that may have changed, so that the next fetch downloads it."""
+        """Delete a shard from the cache, so that the next `fetch` downloads it again."""
         self._path(url).unlink(missing_ok=True)
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> None:
-        """Fetch a shard in a background thread; a failure is left for fetch to meet."""
+        """Download a shard in a background thread; errors are raised only by a later `fetch`."""
         if url not in self._ahead:
             self._ahead.add(url)
             self._jobs.put((url, size, sha256))
             if len(self._workers) < PREFETCH_THREADS:
-                # A daemon: exit would wait for the threads of a ThreadPoolExecutor.
+                # Daemon threads, because exit would wait for the threads of a ThreadPoolExecutor.
                 self._workers.append(threading.Thread(target=self._fetch_ahead, daemon=True))
                 self._workers[-1].start()
 
@@ -166,19 +178,19 @@ class ShardCache:
                 if not self._closed:
                     self._obtain(url, size, sha256)
             except (DataError, OSError) as error:
-                log.debug("not fetched ahead: %s", error)
+                log.debug("prefetch failed: %s", error)
             finally:
                 self._ahead.discard(url)
 
     def close(self) -> None:
-        """Drop the prefetches that have not begun."""
+        """Cancel the prefetches that have not started."""
         self._closed = True
 
     def _path(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
 
     def _obtain(self, url: str, size: int | None, sha256: str | None) -> bool:
-        """Have a shard in the folder; True where this call did not have to download it."""
+        """Make sure that a shard is in the folder; True if this call did not download it."""
         path = self._path(url)
         if _touch(path, size):
             return True
@@ -188,13 +200,14 @@ class ShardCache:
         with locked(verdict):
             if _touch(path, size):
                 return True
-            # Of many that wait for one shard, only the first is to spend its patience on it.
+            # If many processes wait for one shard, only the first one retries until its patience
+            # ends. The others raise its error.
             if (after := verdict.read_text()) != before:
                 raise DataError(after.partition("\n")[2])
             try:
                 persist(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
             except DataError as error:
-                with suppress(OSError):  # a full disk must not hide the reason
+                with suppress(OSError):  # on a full disk, still raise the first error
                     verdict.write_text(f"{uuid.uuid4()}\n{error}")
                 raise
         self._evict(keep=path)
@@ -202,8 +215,8 @@ class ShardCache:
 
     def _download(self, url: str, size: int | None, sha256: str | None) -> None:
         path = self._path(url)
-        temporary = path.with_suffix(".tmp")  # one name is enough: the lock has one holder
-        too_large = f"shard {url} is over the whole cache: raise data.cache_gb"
+        temporary = path.with_suffix(".tmp")  # a fixed name: the lock allows one writer
+        too_large = f"shard {url} is larger than the whole cache: raise data.cache_gb"
         if size is not None and size > self.limit:
             raise DataError(too_large)
         try:
@@ -211,7 +224,7 @@ class ShardCache:
                 with _HashedFile(temporary, self.limit, too_large) as body:
                     _stream(url, body, size, self.patience)
                 if sha256 is not None and body.digest.hexdigest() != sha256.lower():
-                    raise OSError(f"sha256 {body.digest.hexdigest()} where {sha256} was expected")
+                    raise OSError(f"sha256 is {body.digest.hexdigest()}, expected {sha256}")
         except FileNotFoundError as error:
             raise DataError(f"shard {url} does not exist") from error
 
@@ -228,14 +241,14 @@ class ShardCache:
                     path.unlink(missing_ok=True)
                     excess -= size
             for temporary in self.folder.glob("*.tmp"):
-                # Whoever writes it holds the lock, so a free lock means that its writer died.
+                # The writer of a temporary file holds its lock, so a free lock means it has died.
                 lock = locked(temporary.with_suffix(".lock"), fcntl.LOCK_NB)
                 with suppress(BlockingIOError), lock:
                     temporary.unlink(missing_ok=True)
 
 
 class _HashedFile(io.BufferedWriter):
-    """A file while it is received: hashes what comes, and stops at the limit."""
+    """Output file that hashes what is written, and raises DataError above `limit` bytes."""
 
     def __init__(self, path: Path, limit: int, too_large: str) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -249,7 +262,7 @@ class _HashedFile(io.BufferedWriter):
 
 
 def _touch(path: Path, size: int | None) -> bool:
-    """Mark a shard as just used; False where there is none, or one of another size."""
+    """Mark a shard as used now; False if there is no file, or one of another size."""
     with suppress(FileNotFoundError):
         if size is None or path.stat().st_size == size:
             os.utime(path)
@@ -258,6 +271,7 @@ def _touch(path: Path, size: int | None) -> bool:
 
 
 def filesystem(url: str, patience: float) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it; raises DataError."""
     options: dict[str, Any] = {}
     try:
         from fsspec.core import url_to_fs
@@ -267,7 +281,8 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
 
             silence = min(READ_TIMEOUT, max(patience, 1.0))
             timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=silence)
-            headers = {"Accept-Encoding": "identity"}  # the size and sha256 are the file's own
+            # Uncompressed, so that size and sha256 can be compared.
+            headers = {"Accept-Encoding": "identity"}
             options["client_kwargs"] = {"timeout": timeout, "headers": headers, "trust_env": True}
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
@@ -280,45 +295,51 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
 
 
 def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
+    """Download a URL into an open file; raises OSError if its size is not the expected one."""
     fs, path = filesystem(url, patience)
     if url.startswith(HTTP):
-        # One GET, checked against its Content-Length; open() would ask for the size first, take
-        # any failure of that for a missing file, and leave refused answers unread.
+        # One GET, checked against its Content-Length. `open` would request the size first, report
+        # any failure of that request as a missing file, and leave error responses unread.
         fs.get_file(path, body)
-    else:  # get_file might not take an open file
+    else:  # other file systems may not accept an open file in `get_file`
         size = fs.size(path) if size is None else size
         with fs.open(path, block_size=BLOCK) as stream:
             shutil.copyfileobj(stream, body, CHUNK)
     if size not in (None, body.tell()):
-        raise OSError(f"{body.tell():,} bytes where {size:,} were expected")
+        raise OSError(f"received {body.tell():,} bytes, expected {size:,}")
     return body
 
 
 def persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
+    """Call `attempt` until it succeeds, with growing waits; return its result.
+
+    what: name for messages. Raises DataError on a permanent error or after `patience` seconds, and
+    passes on FileNotFoundError and DataError.
+    """
     start, wait, tries = time.monotonic(), FIRST_WAIT, 1
     while True:
         try:
             return attempt()
         except (DataError, FileNotFoundError):
             raise
-        except Exception as error:  # every protocol's package has its own
+        except Exception as error:  # each protocol's package has its own error types
             (cause, final), spent = _explain(error), time.monotonic() - start
             if final or spent >= patience:
                 after = "" if final else f" after {tries} tries in {spent:.0f} s"
                 raise DataError(f"{what} cannot be fetched{after}: {cause}") from error
-        # Not from the global generator: its state belongs to the run, and forks share it.
+        # The global generator belongs to the run, and forked processes share its state.
         pause = min(wait * random.SystemRandom().uniform(0.5, 1.5), patience - spent)
         wait, tries = min(2 * wait, LONGEST_WAIT), tries + 1
-        if threading.main_thread().is_alive():  # exit cuts connections, which is no news
+        if threading.main_thread().is_alive():  # connections lost at exit are not worth a warning
             log.warning("%s: %s; try %d in %.1f s", what, cause, tries, pause)
         time.sleep(pause)
 
 
 def _explain(error: Exception) -> tuple[str, bool]:
-    """The cause in one line, and whether trying again is in vain."""
-    aiohttp = sys.modules.get("aiohttp")  # where it is not imported, no error is of its kind
+    """Return (cause in one line, True for a permanent error)."""
+    aiohttp = sys.modules.get("aiohttp")  # if it is not imported, the error is not from it
     if aiohttp is not None and isinstance(error, aiohttp.ClientResponseError):
         return f"HTTP {error.status} {error.message}", error.status in FINAL_STATUS
-    text = " ".join(str(error).split()) or error.__cause__  # fsspec's timeouts say nothing
+    text = " ".join(str(error).split()) or error.__cause__  # fsspec's timeouts have no text
     final = isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError))
     return f"{type(error).__name__}: {text}", final

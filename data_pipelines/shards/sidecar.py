@@ -1,9 +1,9 @@
-"""Tables about the samples of a source that were derived from them: labels, scores, slots.
+"""Sidecars: tables derived from the samples of a source, such as labels, scores and slots.
 
-A sidecar has one file per shard, beside the shard's index (`SHARD.tar.NAME`), and a summary of all
-(`shards-HASH.NAME`), which is written last: without it there is no sidecar. A shard's table is
-either one row per member (`ends` says where each row ends in the other columns), or a list of
-`members`.
+A sidecar has one file per shard, beside the shard's index (`SHARD.tar.NAME`), and one summary file
+(`shards-HASH.NAME`). The summary is written last, so a sidecar without a summary is incomplete and
+is ignored. The table of a shard has one of two layouts: one row per member, where the column `ends`
+holds the end of each row in the other columns; or one row for each number in the column `members`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from data_pipelines.shards.source import OPEN_INDEXES, Source
 from xray.errors import DataError
 
 VERSION = 1
-Work = Callable[[int], Columns]  # a shard's table; pickled to the processes that make them
+Work = Callable[[int], Columns]  # shard number -> its table; pickled once per worker process
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The tables of a source's shards under one name.
+    """Tables of all shards of a source under one name.
 
-    totals: columns about all shards, of which counts is one: rows per shard, [S] int64. facts: what
-    it was made with.
+    totals: columns of the summary; `counts` holds the rows per shard, [S] int64. facts: settings
+    and digests that the sidecar was made with.
     """
 
     source: Source
@@ -40,15 +40,19 @@ class Sidecar:
 
     @property
     def counts(self) -> np.ndarray:
+        """Rows per shard, [S] int64."""
         return self.totals["counts"]
 
     @property
     def digest(self) -> str:
-        """sha256 over the content of all tables."""
+        """Digest (sha256) of the content of all tables."""
         return self.facts["digest"]
 
     def table(self, shard: int) -> Columns:
-        """A shard's columns, memory-mapped; raises DataError where they are of another shard."""
+        """Return the memory-mapped columns of a shard.
+
+        Raises DataError for a file that is missing, damaged or made from another shard.
+        """
         return self._opened(shard)
 
     @functools.cached_property
@@ -56,17 +60,17 @@ class Sidecar:
         return functools.lru_cache(maxsize=OPEN_INDEXES)(self._open)
 
     def _open(self, shard: int) -> Columns:
-        found = _load(self.source, self.name, shard)
-        if found is None:
+        columns = _load(self.source, self.name, shard)
+        if columns is None:
             path = self.source.derived(self.name, shard)
             raise DataError(
-                f"{path} is missing, damaged or of another shard: the command that wrote it "
-                "writes it again"
+                f"{path} is missing, damaged or made from another shard: run the command that "
+                "wrote it again"
             )
-        return found
+        return columns
 
     def row(self, shard: int, member: int, column: str) -> np.ndarray:
-        """One member's part of a column."""
+        """Return the values of one member in a column, for a table with one row per member."""
         table = self.table(shard)
         start = int(table["ends"][member - 1]) if member else 0
         return table[column][start : int(table["ends"][member])]
@@ -76,17 +80,20 @@ class Sidecar:
 
 
 def open_sidecar(source: Source, name: str) -> Sidecar | None:
-    """A source's sidecar, or None where there is none of these shards."""
+    """Open the sidecar of a source by its name; None if it was not made from these shards."""
     wanted = {"version": VERSION, "manifest": source.manifest.digest}
     columns, facts = open_first(source.derived_at(name), wanted)
     return Sidecar(source, name, columns, facts) if columns else None
 
 
 def open_whole(source: Source, name: str) -> Sidecar | None:
-    """A source's sidecar if all its tables are there, for whatever would write them again."""
-    found = open_sidecar(source, name)
-    shards = range(len(found.counts)) if found is not None else range(0)
-    return found if all(_load(source, name, shard) is not None for shard in shards) else None
+    """Open a sidecar only if the tables of all its shards can be read, else return None.
+
+    Commands that can rewrite a lost table use this; readers use `open_sidecar`.
+    """
+    sidecar = open_sidecar(source, name)
+    shards = range(len(sidecar.counts)) if sidecar is not None else range(0)
+    return sidecar if all(_load(source, name, shard) is not None for shard in shards) else None
 
 
 def write_sidecar(
@@ -97,23 +104,24 @@ def write_sidecar(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Sidecar:
-    """Make the tables that are missing, then the summary; what was made before is kept.
+    """Write the tables that are missing, then the summary; existing tables are kept.
 
-    The name has to tell tables of different settings apart.
+    `name` must differ between different settings, for example by a hash of them.
     """
     shards = len(source.manifest)
-    found = over_shards(_Writer(source, name, work), shards, workers)
-    return finish_sidecar(source, name, list(progress(found, shards) if progress else found), facts)
+    results = over_shards(_Writer(source, name, work), shards, workers)
+    tables = list(progress(results, shards) if progress else results)
+    return finish_sidecar(source, name, tables, facts)
 
 
 def save_table(source: Source, name: str, shard: int, columns: Columns) -> None:
-    """Write one shard's table."""
-    of = source.index(shard).facts["digest"]
-    save_columns(source.derived(name, shard), columns, {"version": VERSION, "shard": of})
+    """Write the table of one shard."""
+    digest = source.index(shard).facts["digest"]
+    save_columns(source.derived(name, shard), columns, {"version": VERSION, "shard": digest})
 
 
 def saved_table(source: Source, name: str, shard: int) -> tuple[int, str] | None:
-    """(rows, digest) of a shard's table, None where there is none."""
+    """Return (rows, digest) of the saved table of a shard, or None if it has none."""
     columns = _load(source, name, shard)
     return None if columns is None else _size_and_digest(columns)
 
@@ -125,7 +133,7 @@ def finish_sidecar(
     facts: Mapping[str, Any],
     totals: Mapping[str, np.ndarray] | None = None,
 ) -> Sidecar:
-    """Write the summary once all tables are there: (rows, digest) of each."""
+    """Write the summary of a sidecar from (rows, digest) of each of its tables."""
     digests = "".join(digest for _, digest in tables)
     state = hashlib.sha256(digests.encode())
     columns = dict(totals or {})
@@ -133,9 +141,9 @@ def finish_sidecar(
         state.update(columns[key].tobytes())
     columns["counts"] = np.array([count for count, _ in tables], np.int64)
     manifest = {"version": VERSION, "manifest": source.manifest.digest}
-    whole = {**facts, **manifest, "digest": state.hexdigest()}
-    save_columns(source.derived(name), columns, whole)
-    return Sidecar(source, name, columns, whole)
+    facts = {**facts, **manifest, "digest": state.hexdigest()}
+    save_columns(source.derived(name), columns, facts)
+    return Sidecar(source, name, columns, facts)
 
 
 @dataclass(frozen=True)
@@ -145,13 +153,13 @@ class _Writer:
     work: Work
 
     def __call__(self, shard: int) -> tuple[int, str]:
-        """(rows, digest) of a shard's table."""
-        found = saved_table(self.source, self.name, shard)
-        if found is None:
-            columns = self.work(shard)
-            save_table(self.source, self.name, shard, columns)
-            found = _size_and_digest(columns)
-        return found
+        """Return (rows, digest) of the table of a shard, which is written if it is missing."""
+        saved = saved_table(self.source, self.name, shard)
+        if saved is not None:
+            return saved
+        columns = self.work(shard)
+        save_table(self.source, self.name, shard, columns)
+        return _size_and_digest(columns)
 
 
 def _size_and_digest(columns: Columns) -> tuple[int, str]:
@@ -168,9 +176,9 @@ def _load(source: Source, name: str, shard: int) -> Columns | None:
 
 
 class CopySlots:
-    """Slots that repeat members: columns members and copies, by slot.
+    """Slots from a sidecar with the columns `members` and `copies`, one row per slot.
 
-    Copy j of a member is its j-th repeat in the epoch, from 0.
+    A member may have several slots in an epoch; `copies` numbers them from 0.
     """
 
     def __init__(self, sidecar: Sidecar) -> None:
@@ -178,16 +186,16 @@ class CopySlots:
         self.counts, self.digest = sidecar.counts, sidecar.digest
 
     def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(members, copies) of a shard's slots."""
+        """Return (members, copies) of the slots of a shard."""
         table = self.sidecar.table(shard)
         return table["members"], table["copies"]
 
     def texts(self, shard: int, slot: int) -> np.ndarray | None:
-        """Numbers of the captions that a slot's sample is to be used with, None = all."""
+        """Return the numbers of the captions that a slot uses; None = all captions."""
         return None
 
 
 def pack_rows(rows: list[np.ndarray], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as (values [total], ends [n])."""
+    """Concatenate rows of different lengths to (values [total], ends [n] int64)."""
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     return np.concatenate([np.empty(0, dtype), *rows]).astype(dtype), ends

@@ -1,7 +1,7 @@
-"""Webdataset tars read by offset, with an index beside each tar.
+"""Shard index: byte offsets of the samples in a webdataset tar, kept in a file beside the tar.
 
-A sample is the run of tar members that share a key: `KEY.jpg KEY.txt KEY.json`. The index keeps
-keys, offsets and sizes as columns, so that any sample is one or more `pread` calls away.
+A sample is a run of consecutive files in the tar that share a key: `KEY.jpg KEY.txt KEY.json`. The
+index holds keys, offsets and sizes as columns, so any file of any sample is read by one `pread`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg")
 TEXT_FILES = ("json", "txt")
 ANIMATIONS = ("gif", "webp")
 INDEX_VERSION = 2
-OPEN_TARS = 64  # kept open per process; a cached tar that was evicted keeps its space until then
-MOST_ENDINGS = 64  # of file names in one shard
-CHUNK = 1 << 22
+OPEN_TARS = 64  # open files per process; an evicted tar uses disk space until its file is closed
+MOST_ENDINGS = 64  # different file extensions in one shard
 LARGEST = 1 << 30  # bytes of one file of a sample
 
 Modality = Literal["image", "video", "text"]
 
 
 def media_extensions(modality: Modality, animations: Modality) -> tuple[str, ...]:
-    """The file endings of a modality; GIF and WebP count as what `animations` says.
+    """Return the file extensions of a modality; `animations` is the modality of GIF and WebP.
 
-    A WebP is mostly a still, so an image source keeps it even where animations are clips.
+    Most WebP files are still images, so an image source accepts them even if animations are clips.
     """
     if modality == "text":
         return TEXT_FILES
@@ -56,7 +55,7 @@ def media_extensions(modality: Modality, animations: Modality) -> tuple[str, ...
 
 
 def media_in(files: Mapping[str, bytes], modality: Modality, animations: Modality) -> bytes:
-    """The picture or clip among a sample's files; raises BadSample."""
+    """Return the bytes of the image or clip of a sample; raises BadSample if it has none."""
     for extension in media_extensions(modality, animations):
         if extension in files:
             return files[extension]
@@ -65,11 +64,11 @@ def media_in(files: Mapping[str, bytes], modality: Modality, animations: Modalit
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where each sample of one tar lies.
+    """Index of the samples in one tar: n samples with up to E files each.
 
-    columns: keys and key_ends (packed texts), offsets and sizes [n, E] int64, -1 = absent.
-    facts: extensions (of the E columns), size, mtime and sha256 of the tar ("" = not taken),
-    digest (over keys and sizes of all samples).
+    columns: keys and key_ends (packed texts); offsets and sizes of the files in bytes, [n, E]
+    int64, -1 = the sample has no such file. facts: extensions (names of the E columns); size, mtime
+    and sha256 of the tar ("" = not computed); digest (over keys and sizes of all samples).
     """
 
     path: str
@@ -81,30 +80,34 @@ class ShardIndex:
 
     @property
     def keys(self) -> list[str]:
+        """Keys of all samples."""
         return unpack_texts(self.columns["keys"], self.columns["key_ends"])
 
     @property
     def extensions(self) -> list[str]:
+        """File extensions that occur in the tar, [E]."""
         return self.facts["extensions"]
 
     def key(self, member: int) -> str:
+        """Return the key of a sample."""
         return text_at(self.columns["keys"], self.columns["key_ends"], member)
 
     def members_with(self, extensions: Sequence[str]) -> np.ndarray:
-        """Numbers of the samples that have one of these files."""
+        """Return the numbers of the samples that have a file with one of these extensions."""
         wanted = [i for i, e in enumerate(self.extensions) if e in extensions]
         return np.flatnonzero((self.columns["sizes"][:, wanted] >= 0).any(axis=1))
 
     def read(
         self, member: int, extensions: Sequence[str] | None = None, tar: str = ""
     ) -> dict[str, bytes]:
-        """The files of one sample by ending: all of them, or those asked for.
+        """Read the files of one sample, as extension -> bytes.
 
-        tar: the local copy, where `path` is remote. Raises DataError where the tar is not the one
-        that was indexed, FileNotFoundError where it is gone.
+        extensions: read only these; None = all files. tar: path of the local copy, if `path` is a
+        URL. Raises DataError if the tar has changed since it was indexed, FileNotFoundError if it
+        does not exist, BadSample for a file over 1 GB.
         """
-        changes = None if tar else self.facts["mtime"]  # a copy has a time of its own
-        handle = _open(tar or self.path, self.facts["size"], changes).fileno()
+        mtime = None if tar else self.facts["mtime"]  # the mtime of a local copy is different
+        handle = _open(tar or self.path, self.facts["size"], mtime).fileno()
         sizes = self.columns["sizes"][member].tolist()
         offsets = self.columns["offsets"][member].tolist()
         files = {}
@@ -115,13 +118,13 @@ class ShardIndex:
                 raise BadSample("file too large", f"{size / 1e9:.1f} GB")
             files[extension] = os.pread(handle, size, offset)
             if len(files[extension]) != size:
-                raise DataError(f"shard {self.path} changed while it was read: restart the run")
+                raise DataError(f"shard {self.path} changed during reading: restart the run")
         return files
 
 
 @functools.lru_cache(maxsize=OPEN_TARS)
 def _open(path: str, size: int, mtime: int | None) -> BinaryIO:
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the cache keeps it open
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - lru_cache keeps the file open
     status = os.fstat(file.fileno())
     if status.st_size != size or mtime not in (None, status.st_mtime_ns):
         file.close()
@@ -130,10 +133,10 @@ def _open(path: str, size: int, mtime: int | None) -> BinaryIO:
 
 
 def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
-    """The index of a tar, from its cache where that is current, else built and cached.
+    """Return the index of a tar; it is built and saved if there is no current one.
 
-    checksum: with the tar's sha256. Raises DataError for a tar that is missing, empty, truncated
-    or not a tar.
+    checksum: also compute the sha256 of the tar. Raises DataError for a file that is missing,
+    empty, truncated or not a tar.
     """
     path = Path(path)
     try:
@@ -155,7 +158,7 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
 
 
 def load_index(path: str, cached: Path) -> ShardIndex | None:
-    """The index in a file, or None where there is none that can be used."""
+    """Load an index from a file; None if the file is missing, damaged or of another version."""
     try:
         columns, facts = open_columns(cached)
         return ShardIndex(path, columns, facts) if facts["version"] == INDEX_VERSION else None
@@ -164,7 +167,7 @@ def load_index(path: str, cached: Path) -> ShardIndex | None:
 
 
 def build_index(path: Path, checksum: bool = False) -> ShardIndex:
-    """Read a tar's headers, once from front to back; raises DataError for a broken tar."""
+    """Build the index of a tar by reading all its headers; raises DataError for a broken tar."""
     keys: list[str] = []
     rows: list[dict[str, tuple[int, int]]] = []
     status = path.stat()
@@ -182,7 +185,7 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
                     keys.append(key)
                     rows.append({})
                 rows[-1][extension] = (member.offset_data, member.size)
-                cast(Any, archive).members.clear()  # tarfile keeps every header otherwise
+                cast(Any, archive).members.clear()  # else tarfile keeps every header in memory
             _check_end(path, archive.offset)
     except tarfile.TarError as error:
         last = f" after sample {keys[-1]!r}" if keys else ""
@@ -191,13 +194,13 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
             "leave it out"
         ) from error
     if not keys:
-        raise DataError(f"shard {path} holds no samples: re-create it or leave it out")
+        raise DataError(f"shard {path} contains no samples: re-create it or leave it out")
     extensions = sorted({extension for row in rows for extension in row})
     if len(extensions) > MOST_ENDINGS:
         raise DataError(
-            f"shard {path} has {len(extensions):,} kinds of file endings, such as "
-            f"{extensions[0]!r}: a sample's key ends at the first dot of its file names, so leave "
-            "dots out of keys"
+            f"shard {path} has {len(extensions):,} different file extensions, such as "
+            f"{extensions[0]!r}: the key of a sample ends at the first dot of its file name, so "
+            "use keys without dots"
         )
     table = np.full((2, len(rows), len(extensions)), -1, np.int64)
     for i, row in enumerate(rows):
@@ -217,7 +220,10 @@ def build_index(path: Path, checksum: bool = False) -> ShardIndex:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Where tarfile stopped there is nothing but zeros, or nothing: it takes bad headers for it."""
+    """Check that the archive really ends at the offset where tarfile stopped.
+
+    tarfile treats a damaged header as the end of the archive; a real end is zeros or the file end.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         if any(file.read(tarfile.BLOCKSIZE)):
@@ -225,7 +231,7 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 def _digest(columns: Columns, extensions: list[str]) -> str:
-    """sha256 over what the samples are: keys, endings and sizes, not where they lie."""
+    """Return the sha256 of keys, extensions and sizes; offsets in the tar do not count."""
     state = hashlib.sha256("\0".join(extensions).encode())
     for name in ("keys", "key_ends", "sizes"):
         state.update(np.ascontiguousarray(columns[name]).tobytes())
@@ -233,14 +239,14 @@ def _digest(columns: Columns, extensions: list[str]) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """webdataset's rule: the key ends at the first dot of the base name."""
+    """Split a file name by webdataset's rule: the key ends at the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def cache_path(wanted: Path) -> Path:
-    """Where to keep a derived file: at `wanted`; in the user's cache where that is read-only."""
+    """Return the path to write a derived file to: `wanted`, or in the user's cache if read-only."""
     folder = wanted.parent
     if folder.stat().st_mode & stat.S_IWUSR and os.access(folder, os.W_OK):
         return wanted
@@ -248,13 +254,13 @@ def cache_path(wanted: Path) -> Path:
 
 
 def kept_at(wanted: Path) -> list[Path]:
-    """Where a derived file may be: beside the data, whoever made it, or in the user's cache."""
+    """Return the paths that a derived file may have: beside the data, or in the user's cache."""
     private = cache_path(wanted)
     return [wanted] if private == wanted else [wanted, private]
 
 
 def user_cache(name: str) -> Path:
-    """A folder of the user's cache, made where it is missing."""
+    """Return a folder in the user's cache; it is created if it does not exist."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xray" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

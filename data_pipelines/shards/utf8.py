@@ -1,4 +1,4 @@
-"""Texts that users give and get: files that a setting names, names that can be printed."""
+"""UTF-8 for users' texts: reading a file that a setting names, printing any sample name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from xray.errors import ConfigError
 
 
 def printable(text: str) -> str:
-    """Text that can be written as UTF-8: names in tars need not be."""
+    """Replace characters that UTF-8 cannot encode; file names in a tar may contain such bytes."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_utf8(path: str, key: str) -> str:
-    """A file's text; raises ConfigError naming the key for one that is missing or not UTF-8."""
+    """Read a UTF-8 text file.
+
+    Raises ConfigError naming the config key for a file that cannot be read or is not UTF-8.
+    """
     try:
         return Path(path).expanduser().read_text("utf-8-sig")
     except OSError as error:

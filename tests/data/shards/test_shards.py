@@ -1,4 +1,4 @@
-"""Indexes, manifests and sources, local and remote."""
+"""Shard indexes, manifests and sources, local and remote."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from xray.errors import DataError
 from xray.files import sha256_file
 
 
-def test_columns_come_back_mapped(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    os.umask(before)
+def test_columns_are_memory_mapped(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    os.umask(umask)
     texts = ["a", "", "ünï", "x" * 300]
     blob, ends = pack_texts(texts)
     table = np.arange(12).reshape(4, 3)
     save_columns(tmp_path / "t", {"blob": blob, "ends": ends, "table": table}, {"n": 4})
     columns, facts = open_columns(tmp_path / "t")
-    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o666 & ~before  # not safetensors' own
+    # safetensors would create the file with mode 0600
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o666 & ~umask
     assert unpack_texts(columns["blob"], columns["ends"]) == texts and facts == {"n": 4}
     assert np.array_equal(columns["table"], table)
     for column in columns.values():
@@ -47,10 +48,10 @@ def test_columns_come_back_mapped(tmp_path: Path) -> None:
         open_columns(tmp_path / "bad")
 
 
-def test_index_reads_what_is_in_the_tar(tmp_path: Path) -> None:
+def test_index_reads_the_files_of_the_tar(tmp_path: Path) -> None:
     files = {"a.jpg": jpeg(), "a.txt": b"one", "b.c.jpg": b"x", "b.txt": b"two"}
     path = write_tar(tmp_path / "0.tar", files)
-    for _ in range(2):  # built, then from its cache
+    for _ in range(2):  # first built, then loaded
         index = index_shard(path)
         assert index.keys == ["a", "b"] and index.key(1) == "b"
         assert index.read(0) == {"jpg": files["a.jpg"], "txt": b"one"}
@@ -62,7 +63,9 @@ def test_index_reads_what_is_in_the_tar(tmp_path: Path) -> None:
     assert index_shard(path).keys == ["z"]  # rebuilt when the tar changes
 
 
-def test_a_read_only_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_to_a_read_only_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write_tar(folder / "0.tar", {"a.jpg": jpeg()})
@@ -94,10 +97,11 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     whole_bytes = inside.read_bytes()
     inside.write_bytes(whole_bytes[:offset] + b"\xa5" * 512 + whole_bytes[offset + 512 :])
     damaged = rf"hit.tar is .*damaged.*no header at byte {offset:,}\) after sample '4'"
-    with pytest.raises(DataError, match=damaged):  # for tarfile it is the end
+    with pytest.raises(DataError, match=damaged):  # tarfile alone takes it for the end
         index_shard(inside)
     unended = write_tar(tmp_path / "unended.tar", {f"{i}.jpg": jpeg() for i in range(3)})
-    unended.write_bytes(unended.read_bytes()[: 3 * offset // 5])  # a writer that died at the end
+    # as if its writer was killed before the end marker
+    unended.write_bytes(unended.read_bytes()[: 3 * offset // 5])
     assert len(index_shard(unended)) == 3
     write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
     with pytest.raises(DataError, match="has no image files, only txt"):
@@ -115,6 +119,7 @@ def test_find_shards(tmp_path: Path) -> None:
 
 
 def make(folder: Path, shards: int = 3, samples: int = 4) -> Path:
+    """Write shards of images with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         files = {}
@@ -166,7 +171,7 @@ def test_the_digest_does_not_depend_on_where_shards_are(tmp_path: Path) -> None:
     assert list(narrowed.places()) == [(0, 0), (1, 1)]
 
 
-def test_a_tar_that_changes_during_a_run_is_noticed(tmp_path: Path) -> None:
+def test_a_tar_that_changes_during_a_run_is_an_error(tmp_path: Path) -> None:
     folder = make(tmp_path / "s")
     source = open_source("s", str(folder), "image")
     write_tar(folder / "00002.tar", {"k.jpg": jpeg()})
@@ -182,12 +187,12 @@ def test_animations_count_as_configured(tmp_path: Path) -> None:
             assert "".join(source.index(s).key(m) for s, m in source.places()) == expected
 
 
-def test_indexing_in_processes_gives_the_same(tmp_path: Path) -> None:
+def test_indexing_in_processes_gives_the_same_digest(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a", 6), make(tmp_path / "b", 6)
     assert write_manifest(str(one)).digest == write_manifest(str(two), workers=2).digest
 
 
-def test_remote_shards_are_fetched_once(
+def test_remote_shards_are_downloaded_once(
     server: tuple[str, Path, list[str]], tmp_path: Path
 ) -> None:
     url, folder, seen = server
@@ -205,7 +210,7 @@ def test_remote_shards_are_fetched_once(
     assert sorted(gets) == [f"GET /s/0000{i}.tar" for i in range(3)]
 
 
-def test_a_remote_manifest_spares_reading_the_shards(
+def test_opening_a_remote_manifest_downloads_no_shard(
     server: tuple[str, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "time", Clock())
@@ -226,7 +231,7 @@ def test_a_remote_manifest_spares_reading_the_shards(
         source.sample(2, 0, 8, 1)
 
 
-def test_evicted_between_fetch_and_open(
+def test_a_shard_evicted_between_fetch_and_open_is_downloaded_again(
     server: tuple[str, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, folder, _ = server
@@ -246,7 +251,7 @@ def test_evicted_between_fetch_and_open(
     assert source.sample(0, 1, 8, 1).key == "01" and len(calls) == 2
 
 
-def test_hosts_that_see_other_shards_are_told(
+def test_hosts_with_different_shards_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DataConfig(sources={"s": SourceConfig(str(make(tmp_path / "a")), "image")})
@@ -261,13 +266,13 @@ def test_hosts_that_see_other_shards_are_told(
         open_sources(config, ["s"])
 
 
-def test_dots_in_names_are_explained(tmp_path: Path) -> None:
+def test_dots_in_keys_are_explained(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {f"img_7.{i}.jpg": b"x" for i in range(100)})
-    with pytest.raises(DataError, match=r"100 kinds of file endings.*leave dots out of keys"):
+    with pytest.raises(DataError, match=r"100 different file extensions.*use keys without dots"):
         index_shard(tmp_path / "0.tar")
 
 
-def test_remote_shards_that_were_uploaded_again(
+def test_remote_shards_uploaded_again_are_indexed_again(
     server: tuple[str, Path, list[str]], tmp_path: Path
 ) -> None:
     url, folder, _ = server
