@@ -1,1 +1,1 @@
-"""From bytes to pixels: decoders, their sandbox, transforms and augmentation."""
+"""Decoding: image and video decoders, the decode process, transforms and augmentation."""

@@ -1,4 +1,7 @@
-"""Changes of colour and place, the same for all frames of a clip; torchvision's, seeded by ours."""
+"""Augmentation with torchvision's transforms, identical for all frames of a clip.
+
+The random draws are seeded by our generator.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ Policy = tuple[tuple[float, ...], tuple[int, ...], float]
 
 
 def augment(pixels: Tensor, data: DataConfig, rng: np.random.Generator) -> Tensor:
-    """Flip, colour jitter, RandAugment and erasing as configured: [T, 3, S, S] uint8 to the same.
+    """Apply the configured flip, colour jitter, RandAugment and random erasing.
 
-    All randomness is drawn from `rng`; one draw serves every frame.
+    pixels: [T, 3, S, S] uint8; the result has the same shape and type. All random numbers come from
+    `rng`, and all frames use the same ones.
     """
     if data.flip and rng.random() < 0.5:
         pixels = pixels.flip(-1)
@@ -34,21 +38,21 @@ def augment(pixels: Tensor, data: DataConfig, rng: np.random.Generator) -> Tenso
 @functools.lru_cache(maxsize=8)
 def _transforms(policy: Policy) -> list[v2.Transform]:
     (brightness, contrast, saturation, hue), (operations, magnitude), erase = policy
-    found: list[v2.Transform] = []
+    transforms: list[v2.Transform] = []
     if any((brightness, contrast, saturation, hue)):
-        found.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+        transforms.append(v2.ColorJitter(brightness, contrast, saturation, hue))
     if operations:
         bilinear = v2.InterpolationMode.BILINEAR
-        found.append(v2.RandAugment(operations, magnitude, interpolation=bilinear))
+        transforms.append(v2.RandAugment(operations, magnitude, interpolation=bilinear))
     if erase:
-        found.append(v2.RandomErasing(erase))
-    return found
+        transforms.append(v2.RandomErasing(erase))
+    return transforms
 
 
 @contextmanager
 def _torch_seeded_by(rng: np.random.Generator) -> Iterator[None]:
-    """torchvision draws from torch's global generator: seed it for a while, then put it back."""
-    generator = torch.default_generator  # torch.manual_seed would reach the GPU's as well
+    """Seed torch's global CPU generator, which torchvision draws from; restore it afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs too
     state = generator.get_state()
     generator.manual_seed(int(rng.integers(2**63)))
     try:

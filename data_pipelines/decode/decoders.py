@@ -1,6 +1,6 @@
-"""Bytes to RGB: pictures here and now, clips as readers that know their length before they decode.
+"""Decoders from bytes to RGB: images at once, clips by readers that first report their length.
 
-This module is what the decode process imports: it must not import torch.
+The decode process imports this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from PIL import Image, ImageOps
 from data_pipelines.shards.bad_sample import BadSample
 from xray.errors import brief
 
-MAX_PIXELS = 64_000_000  # refuse before decoding: a decompression bomb, not a photo
-LARGE = 100_000_000  # bytes of a clip's frames that are worth another opening to shrink
-ORIENTATION = 274  # the EXIF tag; 5 to 8 turn the picture on its side
+MAX_PIXELS = 64_000_000  # a larger image is a decompression bomb; refused before decoding
+LARGE = 100_000_000  # bytes of decoded frames above which the decoder itself scales them down
+ORIENTATION = 274  # the EXIF tag; values 5 to 8 exchange width and height
 
 
-# pictures -------------------------------------------------------------------------------------
+# images ---------------------------------------------------------------------------------------
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read a picture's header, no pixels; raises BadSample for what is none or far too large."""
+    """Open an image and read its header only; raises BadSample if it is no image or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
+    except Exception as error:  # Pillow raises many different types on broken bytes
         raise BadSample("undecodable image", brief(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise BadSample("image too large", f"{image.width} x {image.height}")
@@ -40,46 +40,46 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of a picture once its EXIF orientation is applied."""
+    """Return (width, height) of an image after its EXIF orientation is applied."""
     width, height = image.size
-    return (height, width) if turned(image) > 4 else (width, height)
+    return (height, width) if orientation_of(image) > 4 else (width, height)
 
 
-def turned(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 = upright, also where the EXIF block is broken."""
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none or EXIF is broken."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a broken block says nothing about the pixels
+    except Exception:  # the pixels may be fine even if the EXIF block is broken
         return 1
     return value if value in range(1, 9) else 1
 
 
 def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB picture, upright.
+    """Decode an image to RGB, upright.
 
-    at_least: (width, height) that will do; a JPEG is then decoded at the smallest scale of 1/2,
-    1/4, 1/8 (by its DCT) that is no smaller. Raises BadSample for anything that is not whole.
+    at_least: (width, height) that is large enough. A JPEG is then decoded at the smallest DCT scale
+    (1, 1/2, 1/4 or 1/8) that is not below it. Raises BadSample for a broken or truncated image.
     """
     return upright(open_image(data), at_least)
 
 
 def upright(image: Image.Image, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """An opened picture as RGB, turned as its EXIF block says; otherwise as `decode_image`."""
+    """Decode an opened image to RGB with its EXIF orientation applied; see `decode_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if at_least is not None:
-                side = turned(image) > 4
-                image.draft("RGB", at_least[::-1] if side else at_least)
+                sideways = orientation_of(image) > 4
+                image.draft("RGB", at_least[::-1] if sideways else at_least)
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise BadSample("undecodable image", brief(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 and 32 bit are scaled, alpha is laid on white."""
+    """Convert an image of any mode to RGB; scales 16 and 32 bit to 8, puts alpha on white."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, np.float32)
         high = 65535.0 if pixels.max(initial=0) > 255 else 255.0
@@ -95,11 +95,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """Which frames of a clip to take, once its length is known.
+    """Rule that chooses frames of a clip, applied when the length of the clip is known.
 
-    uniform: one per equal part of the clip. strided: `rate` per second from a start. segment:
-    uniform over a stretch of `seconds`. `start` and `offsets` are in [0, 1): where a stretch
-    begins in the room there is, and which place of each part is taken. A clip that is too short
+    sampling: "uniform" divides the clip into equal parts and takes one frame of each; "strided"
+    takes `rate` frames per second; "segment" is uniform within a segment of `seconds`. start: in
+    [0, 1), position of the strided frames or the segment between the earliest and the latest
+    possible one. offsets: in [0, 1), position of the frame in each part. A clip that is too short
     repeats its last frame.
     """
 
@@ -111,37 +112,38 @@ class FrameChoice:
     offsets: tuple[float, ...] = ()  # () = the middle of each part
 
     def indices(self, total: int, fps: float) -> np.ndarray:
-        """`frames` ascending frame numbers, [T] int64."""
+        """Return ascending frame numbers, [T] int64, for a clip of `total` frames at `fps`."""
         steps = np.arange(self.frames)
         if self.sampling == "strided":
             stride = fps / self.rate
-            places = max(0.0, total - self.frames * stride) * self.start + stride * steps
+            positions = max(0.0, total - self.frames * stride) * self.start + stride * steps
         else:
             length = float(total)
             if self.sampling == "segment":
                 length = min(length, max(1.0, self.seconds * fps))
             offsets = np.array(self.offsets) if self.offsets else 0.5
-            places = (total - length) * self.start + (steps + offsets) * length / self.frames
-        return places.astype(np.int64).clip(0, total - 1)
+            positions = (total - length) * self.start + (steps + offsets) * length / self.frames
+        return positions.astype(np.int64).clip(0, total - 1)
 
 
 class Clip(Protocol):
-    """A clip that is open: its length is known, its frames are not decoded yet."""
+    """Opened clip of known length whose frames are not decoded yet."""
 
     total: int  # frames
     fps: float
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
-        """The frames at ascending, distinct indices, each [H, W, 3] uint8 and upright.
+        """Decode the frames at ascending, distinct indices: each [H, W, 3] uint8, upright.
 
-        least: a short side that will do, 0 = full size; see `shrunk`.
+        least: length of the short side that is large enough, 0 = full size; see `shrunk`.
         """
 
 
 def shrunk(width: int, height: int, frames: int, least: int) -> tuple[int, int] | None:
-    """The size to decode frames at, None = their own; raises BadSample for absurd sizes.
+    """Return the (width, height) that the decoder should scale frames to; None = do not scale.
 
-    Only frames that fill much memory are shrunk by the decoder: others are resized faster later.
+    Only frames that use much memory are scaled by the decoder; others are resized faster later.
+    Raises BadSample for frames of more than MAX_PIXELS.
     """
     if width * height > MAX_PIXELS:
         raise BadSample("video too large", f"{width} x {height}")
@@ -152,9 +154,11 @@ def shrunk(width: int, height: int, frames: int, least: int) -> tuple[int, int] 
 
 
 def import_decord() -> Any:
-    """decord without the CUDA libraries its import loads from the `nvidia` packages: 600 MB of
-    memory in each decode process, which is to decode on the CPU."""
-    modules: dict[str, Any] = sys.modules  # None there says that a module cannot be found
+    """Import decord without the CUDA libraries of the `nvidia` packages.
+
+    They would take 600 MB of memory in each decode process, and decoding is on the CPU.
+    """
+    modules: dict[str, Any] = sys.modules  # an entry of None makes the import of a module fail
     hidden = modules.get("nvidia")
     modules["nvidia"] = None
     try:
@@ -167,7 +171,7 @@ def import_decord() -> Any:
 
 
 class DecordClip:
-    """decord: fast access by frame number; applies a rotation of the container."""
+    """Clip read by decord: fast access by frame number; applies the container's rotation."""
 
     def __init__(self, data: bytes) -> None:
         decord = import_decord()
@@ -178,7 +182,7 @@ class DecordClip:
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         first = self._reader[int(indices[0])].asnumpy()
-        if first.shape[2] != 3:  # a small frame whose rows are padded
+        if first.shape[2] != 3:  # decord returns the padded rows of small frames
             raise ValueError(f"a frame of shape {first.shape}")
         size = shrunk(first.shape[1], first.shape[0], len(indices), least)
         if size is not None:
@@ -188,10 +192,10 @@ class DecordClip:
 
 
 class AvClip:
-    """PyAV: what decord cannot read, or would number wrongly.
+    """Clip read by PyAV, for files that decord cannot read or numbers wrongly.
 
-    Frames are decoded in order from the first, those that are not asked for without conversion to
-    RGB: after a seek, times are not reliable in just the containers that come here.
+    All frames are decoded in order from the first, and only the requested ones are converted to
+    RGB. It does not seek, because times after a seek are unreliable in just these containers.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -207,17 +211,17 @@ class AvClip:
             self.total = sum(not packet.is_discard for packet in packets) or len(packets)
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
-        wanted, found = set(indices.tolist()), {}
+        wanted, frames = set(indices.tolist()), {}
         with self._open() as container:
             for number, frame in enumerate(container.decode(video=0)):
                 last = frame
                 if number in wanted:
-                    found[number] = self._pixels(frame, len(wanted), least)
+                    frames[number] = self._pixels(frame, len(wanted), least)
                 if number >= indices[-1]:
                     break
-            for index in sorted(wanted - found.keys()):  # the stream ends early: its last frame
-                found[index] = self._pixels(last, len(wanted), least)
-        return [found[index] for index in indices.tolist()]
+            for index in sorted(wanted - frames.keys()):  # the stream ended early: last frame
+                frames[index] = self._pixels(last, len(wanted), least)
+        return [frames[index] for index in indices.tolist()]
 
     def _pixels(self, frame: Any, frames: int, least: int) -> np.ndarray:
         width, height = shrunk(frame.width, frame.height, frames, least) or (None, None)
@@ -226,12 +230,12 @@ class AvClip:
 
 
 class Animation:
-    """GIF and animated WebP, by Pillow."""
+    """GIF or animated WebP read by Pillow."""
 
     def __init__(self, data: bytes) -> None:
         self._image = open_image(data)
         self.total = int(getattr(self._image, "n_frames", 1))
-        self._image.load()  # WebP tells its timing with its first frame
+        self._image.load()  # Pillow knows the duration of a WebP frame only after loading it
         self.fps = 1000 / (self._image.info.get("duration") or 100)
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
@@ -245,17 +249,17 @@ class Animation:
 
 
 def open_clip(data: bytes) -> Clip:
-    """The first reader that can open a clip; raises BadSample."""
+    """Open a clip with the first reader that can read it; raises BadSample."""
     if data[:4] == b"GIF8" or data[8:12] == b"WEBP":
         readers: tuple[type[Any], ...] = (Animation,)
     else:
-        # decord seeks to wrong frames in AVI, whose index has no times.
+        # decord seeks to wrong frames in AVI files, because their index has no times.
         readers = (AvClip, DecordClip) if data[8:12] == b"AVI " else (DecordClip, AvClip)
     reasons = []
     for reader in readers:
         try:
             clip = reader(data)
-        except Exception as error:  # each library raises types of its own
+        except Exception as error:  # each library has its own error types
             reasons.append(brief(error))
             continue
         if clip.total > 0:
@@ -264,11 +268,11 @@ def open_clip(data: bytes) -> Clip:
 
 
 def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> list[np.ndarray]:
-    """The frames at ascending indices; PyAV takes over where decord opens a clip and fails later.
+    """Decode the frames at ascending indices; raises BadSample.
 
-    Raises BadSample.
+    PyAV is tried if decord could open the clip but cannot decode it.
     """
-    distinct, places = np.unique(indices, return_inverse=True)
+    distinct, rows = np.unique(indices, return_inverse=True)
     try:
         frames = clip.read(distinct, least)
     except BadSample:
@@ -282,4 +286,4 @@ def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> l
             raise
         except Exception as second:
             raise BadSample("undecodable video", f"{brief(first)}; {brief(second)}") from second
-    return [frames[place] for place in places.tolist()]
+    return [frames[row] for row in rows.tolist()]

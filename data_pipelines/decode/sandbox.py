@@ -1,7 +1,7 @@
-"""Clips decoded in a process of their own, with limits on time and memory that hold.
+"""Sandbox for video decoding: a separate process with hard limits on time and memory.
 
-A decoder that hangs in C code with the lock held cannot be interrupted, only killed. Each loader
-worker owns one such process; bytes and frames travel through shared memory.
+A decoder that hangs in C code while it holds the GIL cannot be interrupted, only killed. Each
+loader worker has one decode process, and exchanges bytes and frames with it by shared memory.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from data_pipelines.shards.bad_sample import BadSample
 from xray.errors import DataError
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
-START_SECONDS = 120.0  # to import the decoders on a busy machine
-LOOK_SECONDS = 0.05  # between two looks at the memory of a decode
+START_SECONDS = 120.0  # enough to import the decoders on a busy machine
+POLL_SECONDS = 0.05  # between two checks of the limits
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Killed(BadSample):
-    """A sample whose decode had to be ended by killing it: not to be tried again."""
+    """Error for a sample whose decode process was killed; it is not tried again."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Some frames of a clip, [T, H, W, 3] uint8, and what is known of all of it.
+    """Decoded frames of a clip, [T, H, W, 3] uint8, and the length and frame rate of the clip.
 
-    The pixels are shared memory: they last until the next clip is decoded.
+    The pixels are in shared memory, and valid until the next clip is decoded.
     """
 
     pixels: np.ndarray
@@ -46,7 +46,7 @@ class Frames:
 
 
 class ClipDecoder:
-    """A decode process and its limits: seconds per clip, gigabytes of resident memory."""
+    """Decode process with limits: seconds per clip, and gigabytes of resident memory."""
 
     def __init__(self, seconds: float, gigabytes: float, command: tuple[str, ...] = COMMAND):
         self.seconds = seconds
@@ -58,14 +58,15 @@ class ClipDecoder:
         self._connection: Any = None
 
     def decode(self, data: bytes, choice: FrameChoice, least: int = 0) -> Frames:
-        """The chosen frames of a clip.
+        """Decode the chosen frames of a clip.
 
-        least: a short side that will do, where full frames would fill much memory. Raises BadSample
-        for a clip that cannot be decoded, Killed for one that took too long or too much memory.
+        least: length of the short side that is large enough; frames that need much memory are
+        scaled down to it. Raises BadSample for a clip that cannot be decoded, Killed for one that
+        exceeds a limit or crashes the process, DataError if the process does not start.
         """
         if self._process is None:
             self._start()
-        elif self._resident() > self.limit // 2:  # a leak of many clips is no one clip's fault
+        elif self._resident() > self.limit // 2:  # memory leaked over many clips: start afresh
             self._stop()
             self._start()
         os.ftruncate(self._source, len(data))
@@ -90,7 +91,7 @@ class ClipDecoder:
                 [*self.command, *map(str, numbers), str(os.getpid())],
                 pass_fds=numbers,
                 stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # FFmpeg writes there about every odd file
+                stderr=subprocess.DEVNULL,  # FFmpeg writes warnings about many files
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
@@ -101,7 +102,8 @@ class ClipDecoder:
         if not ready:
             self._stop()
             raise DataError(
-                f"the decode process does not start: try {' '.join(self.command)} 0 0 0 0"
+                "the decode process does not start: run this command to see its error: "
+                f"{' '.join(self.command)} 0 0 0 0"
             )
 
     def _stop(self) -> None:
@@ -112,11 +114,11 @@ class ClipDecoder:
             self._process = None
 
     def _ask(self, *request: Any) -> tuple[Any, ...]:
-        """Send a request and wait for its answer; raises what the answer says, or Killed."""
+        """Send a request and return its answer; raises BadSample or Killed."""
         deadline = time.monotonic() + self.seconds
         try:
             self._connection.send(request)
-            while not self._connection.poll(LOOK_SECONDS):
+            while not self._connection.poll(POLL_SECONDS):
                 self._check_limits(deadline)
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -137,17 +139,17 @@ class ClipDecoder:
             )
 
     def _resident(self) -> int:
-        """Bytes of memory the decode process holds."""
+        """Return the resident memory of the decode process in bytes."""
         assert self._process is not None
         try:
             with open(f"/proc/{self._process.pid}/statm") as file:
                 return int(file.read().split()[1]) * PAGE
         except (OSError, IndexError):
-            return 0  # it is gone: the next look at its socket says so
+            return 0  # the process has ended; the next poll of its socket raises the error
 
 
 def clip_decoder(seconds: float, gigabytes: float) -> ClipDecoder:
-    """This process's decoder with these limits; a forked worker gets one of its own."""
+    """Return the decoder of this process with these limits; a forked worker gets a new one."""
     return _decoder(os.getpid(), seconds, gigabytes)
 
 

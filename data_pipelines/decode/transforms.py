@@ -1,4 +1,4 @@
-"""Bytes to `[T, 3, S, S]` uint8 tensors, with randomness handed in by the caller."""
+"""Transforms from bytes to `[T, 3, S, S]` uint8 tensors; the caller passes the random generator."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from data_pipelines.shards.tar_index import media_in
 from xray.config import DataConfig
 from xray.errors import ConfigError
 
-# It goes to torchcodec one day, whose wheels need FFmpeg's shared libraries on the machine.
+# torchvision warns that its decoder moves to torchcodec. We cannot follow yet: torchcodec's wheels
+# need FFmpeg's shared libraries on the machine.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
-ASPECT = (3 / 4, 4 / 3)  # of the random crop, as in Inception and every recipe since
+ASPECT = (3 / 4, 4 / 3)  # of the random crop (Inception, 1409.4842)
 Box = tuple[int, int, int, int]  # left, top, width, height
-Crop = Callable[[int, int], Box]  # of a picture's width and height
+Crop = Callable[[int, int], Box]  # (width, height) of the image -> box of the crop
 
 
 def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
     """Decode, crop, resize and augment one sample to [T, 3, S, S] uint8; T = 1 for an image.
 
-    Without `rng` the centre crop and the middle frames are taken, as in evaluation. Raises
-    BadSample for what cannot be decoded.
+    rng: source of all random draws; None = centre crop and middle frames, as in evaluation. Raises
+    BadSample for a sample that cannot be decoded.
     """
     media = media_of(sample)
 
@@ -59,10 +60,10 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
 
 
 def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
-    """Several looks at a sample, [clips * crops, T, 3, S, S] uint8, the same at every call.
+    """Load several views of a sample for evaluation, [clips * crops, T, 3, S, S] uint8.
 
-    A clip's frames are taken at `clips` evenly spaced times, and of each the square crops of
-    `view_boxes`. Raises BadSample.
+    Frames of a video are taken at `clips` evenly spaced times, and each is cropped as `view_boxes`
+    says. Nothing is random. Raises BadSample.
     """
     media, views = media_of(sample), []
     for time in range(clips if sample.modality == "video" else 1):
@@ -80,7 +81,7 @@ def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tens
 
 
 def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: int) -> Tensor:
-    """Frames [T, 3, H, W] of one of several evenly spaced looks at a clip."""
+    """Decode the frames [T, 3, H, W] of view number `time` of `clips` evenly spaced ones."""
     settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
     choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
@@ -90,7 +91,7 @@ def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: i
 
 
 def view_boxes(width: int, height: int, crops: int) -> list[Box]:
-    """Largest square crops along the longer side: 1 in the centre, or 3 from end to end.
+    """Return the largest square crops along the longer side: 1 in the centre, or 3 from end to end.
 
     Raises ConfigError for another number of crops.
     """
@@ -102,14 +103,14 @@ def view_boxes(width: int, height: int, crops: int) -> list[Box]:
 
 
 def media_of(sample: Sample) -> bytes:
-    """The picture or clip of a sample."""
+    """Return the bytes of the image or clip of a sample; raises BadSample if it has none."""
     return media_in(sample.files, sample.modality, sample.animations)
 
 
 def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
-    """A picture's crop at size x size, [1, 3, S, S] uint8.
+    """Decode an image, crop it and resize to size x size: [1, 3, S, S] uint8.
 
-    A JPEG is decoded at the smallest DCT scale at which the crop is not enlarged.
+    A JPEG is decoded at the smallest DCT scale at which the crop is not enlarged. Raises BadSample.
     """
     header = open_image(media)
     width, height = upright_size(header)
@@ -125,22 +126,24 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
 
 
 def load_picture(image: Image.Image, size: int) -> Tensor:
-    """The centre crop of a picture in memory, [1, 3, S, S] uint8; of one that Pillow has opened and
-    not read yet, exactly what `load_image` makes of its file. Raises BadSample."""
+    """Crop a Pillow image at its centre: [1, 3, S, S] uint8; raises BadSample.
+
+    An image that Pillow has opened but not decoded yet gives exactly the result of `load_image`.
+    """
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None:
-        place = image.fp.tell()
+        position = image.fp.tell()
         image.fp.seek(0)
         media = image.fp.read()
-        image.fp.seek(place)
+        image.fp.seek(position)
         return load_image(media, center_crop, size)
     if not min(image.size):
-        raise BadSample("decode error", "it has no pixels")
+        raise BadSample("decode error", "the image has no pixels")
     pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
     return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
 
 
 def _decode_jpeg(media: bytes) -> Tensor | None:
-    """[3, H, W] at full size, upright; None where Pillow is to have the last word."""
+    """Decode a JPEG to [3, H, W] at full size, upright; None if torchvision cannot decode it."""
     encoded = torch.frombuffer(bytearray(media), dtype=torch.uint8)
     try:
         return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -151,9 +154,12 @@ def _decode_jpeg(media: bytes) -> Tensor | None:
 def load_clip(
     media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
 ) -> Tensor:
-    """A crop of some frames of a clip, [T, 3, S, S] uint8; very large frames are shrunk as they
-    are decoded."""
-    # The smallest crop there can be: its area is at least crop_scale[0], its aspect within ASPECT.
+    """Decode frames of a clip, crop them and resize: [T, 3, S, S] uint8.
+
+    Very large frames are scaled down by the decoder. Raises BadSample.
+    """
+    # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
+    # least crop_scale[0] and its aspect ratio within ASPECT.
     smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
     least = math.ceil(sample.resolution / smallest)
     decoder = clip_decoder(data.decode_seconds, data.decode_gb)
@@ -163,7 +169,7 @@ def load_clip(
 
 
 def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None) -> FrameChoice:
-    """The frames that a config asks for, in random places; without `rng` in the middle."""
+    """Make the frame choice that a config describes, at random; without `rng`, in the middle."""
     settings = frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     if rng is None:
         return FrameChoice(*settings)
@@ -171,7 +177,7 @@ def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None
 
 
 def random_crop(width: int, height: int, scale: list[float], rng: np.random.Generator) -> Box:
-    """A random crop's box by area and aspect; the centre crop when ten tries do not fit."""
+    """Draw a crop by area and aspect ratio; after ten tries that do not fit, the centre crop."""
     area = width * height
     for _ in range(10):
         target = area * rng.uniform(scale[0], scale[1])
@@ -183,18 +189,18 @@ def random_crop(width: int, height: int, scale: list[float], rng: np.random.Gene
 
 
 def center_crop(width: int, height: int) -> Box:
-    """The largest centred square."""
+    """Return the largest square in the centre."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side
 
 
 def _scale(box: Box, size: int) -> float:
-    """The smallest scale of decoding at which a crop has all the pixels that it is to have."""
+    """Return the smallest decoding scale at which a crop has at least `size` pixels per side."""
     return min(1.0, max(size / box[2], size / box[3]))
 
 
 def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
-    """A box of the full picture in a picture that was decoded smaller."""
+    """Convert a box of the full image to an image that was decoded at a smaller scale."""
     height, width = pixels.shape[-2:]
     if (width, height) == full:
         return box
@@ -205,7 +211,7 @@ def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
 
 
 def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
-    """Crop and resize [T, 3, H, W] in one bicubic pass; the result owns its memory."""
+    """Crop frames [T, 3, H, W] and resize them (bicubic) to [T, 3, S, S], as a new tensor."""
     left, top, w, h = box
     cropped = tv.crop(frames, top, left, h, w)
     if (h, w) == (size, size):

@@ -1,4 +1,4 @@
-"""A user's pictures and clips as the pixels that evaluation sees: centre crop, middle frames."""
+"""Users' images and clips, loaded as in evaluation: centre crop, middle frames."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from xray.errors import DataError
 
 
 def modality_of(path: Path) -> Modality:
-    """What a file is by its ending; raises DataError for no picture and no clip."""
-    ending = path.suffix.lower().removeprefix(".")
-    if ending in IMAGE_EXTENSIONS:
+    """Return the modality of a file by its extension; raises DataError for an unknown one."""
+    extension = path.suffix.lower().removeprefix(".")
+    if extension in IMAGE_EXTENSIONS:
         return "image"
-    if ending in VIDEO_EXTENSIONS:
+    if extension in VIDEO_EXTENSIONS:
         return "video"
-    known = ", ".join(f".{name}" for name in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
-    raise DataError(f"{path} is neither a picture nor a clip: it must end in one of {known}")
+    supported = ", ".join(f".{name}" for name in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    raise DataError(f"{path} is neither an image nor a video: it must end in one of {supported}")
 
 
 def read_media(path: Path, data: DataConfig) -> Tensor:
-    """A picture or clip: [T, 3, S, S] uint8, T = 1 for a picture; raises DataError."""
+    """Load an image or clip as [T, 3, S, S] uint8, T = 1 for an image; raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    modality, ending = modality_of(path), path.suffix.lower().removeprefix(".")
+    modality, extension = modality_of(path), path.suffix.lower().removeprefix(".")
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
-    sample = Sample({ending: path.read_bytes()}, "file", modality, path.stem, *size)
+    sample = Sample({extension: path.read_bytes()}, "file", modality, path.stem, *size)
     try:
         return load_pixels(sample, data, None)
     except BadSample as error:
@@ -41,5 +41,5 @@ def read_media(path: Path, data: DataConfig) -> Tensor:
 
 
 def read_picture(image: Image.Image, data: DataConfig) -> Tensor:
-    """A picture in memory: [1, 3, S, S] uint8; raises DataError for one that is not whole."""
+    """Load a Pillow image as [1, 3, S, S] uint8; raises DataError if it is broken."""
     return load_picture(image, value_at(data.resolution, 1.0))

@@ -1,7 +1,8 @@
-"""The process that decodes clips: it may be killed at any moment, and then only one clip is lost.
+"""Decode process; it may be killed at any time, and then only one clip is lost.
 
-Run by `sandbox.ClipDecoder` as `python -m data_pipelines.decode.worker SOCKET INPUT OUTPUT`: an
-inherited socket for requests and two inherited memory files, for the clip's bytes and its frames.
+`sandbox.ClipDecoder` runs it as `python -m data_pipelines.decode.worker SOCKET INPUT OUTPUT PARENT`
+with file descriptors that the process inherits: a socket for requests, a memory file with the bytes
+of the clip, and a memory file for its frames. PARENT is the process id of the caller.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve requests until the other side is gone."""
+    """Serve requests until the parent closes the socket."""
     socket, source, target = (int(number) for number in sys.argv[1:4])
-    _end_with(int(sys.argv[4]))
+    _die_with(int(sys.argv[4]))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the owner ends it
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this process by SIGKILL
     serve(Connection(socket), source, target)
 
 
@@ -46,33 +47,33 @@ def serve(connection: Connection, source: int, target: int) -> None:
             frames = read_clip(clip, data, choice.indices(clip.total, clip.fps), least)
             memory.hold(frames)
             answer: Any = ("ok", clip.total, clip.fps, (len(frames), *frames[0].shape))
-            del clip, frames, data  # their memory goes before the next clip's comes
+            del clip, frames, data  # free the memory before the next clip arrives
         except BadSample as error:
             answer = ("bad", error.cause, error.detail)
         connection.send(answer)
 
 
 class Memory:
-    """The memory file that frames are handed over in; it grows with the largest clip."""
+    """Shared memory file for the frames; it grows to the size of the largest clip."""
 
     def __init__(self, file: int) -> None:
         self._file = file
         self._map: mmap.mmap | None = None
 
     def hold(self, frames: list[np.ndarray]) -> None:
-        """Put frames of one shape behind each other."""
+        """Copy frames of equal shape into the memory, one after the other."""
         size = sum(frame.nbytes for frame in frames)
         if self._map is None or len(self._map) < size:
             if os.fstat(self._file).st_size < size:
                 os.ftruncate(self._file, size)
             self._map = mmap.mmap(self._file, size)
         target = np.frombuffer(self._map, np.uint8, size).reshape(len(frames), *frames[0].shape)
-        for place, frame in zip(target, frames, strict=True):
-            np.copyto(place, frame)
+        for row, frame in zip(target, frames, strict=True):
+            np.copyto(row, frame)
 
 
-def _end_with(parent: int) -> None:
-    """Die when the parent does, also in the middle of a decode that never returns."""
+def _die_with(parent: int) -> None:
+    """Make the kernel kill this process when its parent dies, even during a hanging decode."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit()

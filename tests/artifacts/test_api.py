@@ -178,7 +178,7 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[xray.Model, xray.Model, Pat
     (DataError, "is a clip: use encode_video", lambda c, h, m: c.encode_image(m / "clip.mp4")),
     (DataError, "is no clip: use encode_image", lambda c, h, m: c.encode_video([m / "photo.jpg"])),
     (DataError, "no such file", lambda c, h, m: c.encode_image("gone.jpg")),
-    (DataError, "neither a picture nor a clip", lambda c, h, m: c.encode_image("a.txt")),
+    (DataError, "neither an image nor a video", lambda c, h, m: c.encode_image("a.txt")),
     (DataError, "uint8 pixels from", lambda c, h, m: c.encode_image(torch.ones(3, 32, 32))),
     (DataError, "was given a int", lambda c, h, m: c.encode_image(3)),  # type: ignore[arg-type]
     (DataError, "was given nothing", lambda c, h, m: c.encode_image([])),

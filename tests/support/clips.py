@@ -1,4 +1,4 @@
-"""Encoded clips, and a decoder that hangs or dies on purpose."""
+"""Encoded clips, and the command of the hostile decode process."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ HOSTILE = (sys.executable, hostile_decoder.__file__)
 
 
 def clip(side: int = 64, frames: int = 12) -> bytes:
+    """Encode a clip of a moving star, side x side pixels."""
     scene = demo_data.Scene("red", "star", "white", "large", "in the middle", "up")
     config = demo_data.DemoConfig(side=side, frames=frames)
     return demo_data._clip(scene, config, np.random.default_rng(0))

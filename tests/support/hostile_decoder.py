@@ -1,7 +1,7 @@
-"""A decode process whose decoder meets clips that never end, or take all memory.
+"""Decode process in which some clips hang, use all memory or crash.
 
-No file at hand hangs the decoders of today, so bytes that begin with HANG or BLOAT stand for the
-ones that did. All else is the real process.
+We have no file that does so to current decoders, so bytes that begin with HANG, BLOAT or CRASH
+stand for one. Everything else is the real decode process.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import sys
 import time
 
-from data_pipelines.decode import decoders as decode
-from data_pipelines.decode import worker as decode_process
+from data_pipelines.decode import decoders, worker
 from data_pipelines.decode.sandbox import ClipDecoder, Frames
 
 HANG, BLOAT, CRASH = b"HANG", b"BLOAT", b"CRASH"
-real = decode.open_clip
+real = decoders.open_clip
 
 
-def open_clip(data: bytes) -> decode.Clip:
+def open_clip(data: bytes) -> decoders.Clip:
+    """Open a clip, unless its first bytes are one of the markers."""
     if data.startswith(HANG):
         while True:
             time.sleep(10_000)
     if data.startswith(BLOAT):
-        held = []
+        memory = []
         while True:
-            held.append(bytearray(b"x" * 20_000_000))
+            memory.append(bytearray(b"x" * 20_000_000))
             time.sleep(0.01)
     if data.startswith(CRASH):
         import ctypes
@@ -34,17 +34,17 @@ def open_clip(data: bytes) -> decode.Clip:
 
 
 class Decoder(ClipDecoder):
-    """The real decoder over this process: quick to give up on a clip that hangs, and only on it."""
+    """Clip decoder over this process, with a short time limit for a clip that hangs only."""
 
     def __init__(self, gigabytes: float) -> None:
         super().__init__(3600, gigabytes, (sys.executable, __file__))
 
-    def decode(self, data: bytes, choice: decode.FrameChoice, least: int = 0) -> Frames:
+    def decode(self, data: bytes, choice: decoders.FrameChoice, least: int = 0) -> Frames:
         self.seconds = 1 if data.startswith(HANG) else 3600
         return super().decode(data, choice, least)
 
 
-decode_process.open_clip = open_clip
+worker.open_clip = open_clip
 
 if __name__ == "__main__":
-    decode_process.main()
+    worker.main()

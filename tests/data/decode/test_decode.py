@@ -1,4 +1,4 @@
-"""Pictures and clips, awkward ones too, and the limits on decoding."""
+"""Decoding of images and clips, broken ones included, and the limits of the decode process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clips import HOSTILE, clip
 from PIL import Image
 from shards import jpeg, photo
 
-from data_pipelines.decode import decoders as decode
+from data_pipelines.decode import decoders
 from data_pipelines.decode.decoders import AvClip, DecordClip, FrameChoice
 from data_pipelines.decode.sandbox import ClipDecoder, Killed
 from data_pipelines.shards.bad_sample import BadSample
@@ -32,43 +32,44 @@ def test_image_modes_become_rgb() -> None:
         buffer = io.BytesIO()
         form = "JPEG" if mode == "CMYK" else "PNG"
         Image.new(mode, (8, 6)).save(buffer, format=form)
-        image = decode.decode_image(buffer.getvalue())
+        image = decoders.decode_image(buffer.getvalue())
         assert image.mode == "RGB" and image.size == (8, 6)
     with pytest.raises(BadSample, match="undecodable image"):
-        decode.decode_image(jpeg()[:200])
+        decoders.decode_image(jpeg()[:200])
 
 
 @pytest.mark.parametrize("side", [16, 32, 48, 64])
-def test_one_frame_of_a_small_clip_is_whole(side: int) -> None:
-    """decord hands out single frames with their padding, and refuses several."""
+def test_a_single_frame_of_a_small_clip_has_no_padding(side: int) -> None:
+    """decord returns a single small frame with its padding, and fails for several."""
     data = clip(side, frames=6)
-    (frame,) = decode.read_clip(decode.open_clip(data), data, np.array([2]))
-    (same,) = decode.AvClip(data).read(np.array([2]), 0)
+    (frame,) = decoders.read_clip(decoders.open_clip(data), data, np.array([2]))
+    (same,) = AvClip(data).read(np.array([2]), 0)
     assert frame.shape == (side, side, 3)
     assert np.abs(frame.astype(int) - same.astype(int)).max() <= 4
 
 
 def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:
     data = photo(0, (400, 304))
-    full = decode.decode_image(data)
-    for least, size in (((400, 304), (400, 304)), ((200, 152), (200, 152)), ((99, 70), (100, 76))):
-        small = decode.decode_image(data, least)
+    full = decoders.decode_image(data)
+    cases = (((400, 304), (400, 304)), ((200, 152), (200, 152)), ((99, 70), (100, 76)))
+    for at_least, size in cases:
+        small = decoders.decode_image(data, at_least)
         assert small.size == size
         difference = np.asarray(small, int) - np.asarray(full.resize(size, Image.Resampling.BOX))
         assert np.abs(difference).mean() < 2
 
 
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+def test_a_decompression_bomb_is_refused_before_decoding() -> None:
     buffer = io.BytesIO()
     Image.new("1", (9000, 9000)).save(buffer, format="PNG")
     with pytest.raises(BadSample, match="image too large: 9000 x 9000"):
-        decode.decode_image(buffer.getvalue())
+        decoders.decode_image(buffer.getvalue())
 
 
-@pytest.mark.parametrize("large", [decode.LARGE, 0])
+@pytest.mark.parametrize("large", [decoders.LARGE, 0])
 def test_decord_and_pyav_agree(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At full size, and where frames are shrunk as they are decoded."""
-    monkeypatch.setattr(decode, "LARGE", large)
+    """At full size, and when the decoder scales the frames down."""
+    monkeypatch.setattr(decoders, "LARGE", large)
     data, indices = clip(256), np.array([0, 3, 4, 11])
     first, second = (reader(data) for reader in (DecordClip, AvClip))
     assert {(c.total, round(c.fps)) for c in (first, second)} == {(12, 12)}
@@ -77,15 +78,15 @@ def test_decord_and_pyav_agree(large: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert a.shape == b.shape == (4, side, side, 3)
     assert np.abs(a.astype(int) - b.astype(int)).mean() <= (0.5 if large else 2)
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "MAX_PIXELS", 1000)
+        patch.setattr(decoders, "MAX_PIXELS", 1000)
         with pytest.raises(BadSample, match="video too large: 256 x 256"):
-            decode.read_clip(first, data, indices)
+            decoders.read_clip(first, data, indices)
 
 
-def test_a_frame_asked_for_twice_is_given_twice() -> None:
+def test_a_frame_can_be_read_twice() -> None:
     data = clip(64)
-    once = decode.read_clip(DecordClip(data), data, np.array([2, 7]))
-    twice = decode.read_clip(DecordClip(data), data, np.array([2, 2, 7, 7]))
+    once = decoders.read_clip(DecordClip(data), data, np.array([2, 7]))
+    twice = decoders.read_clip(DecordClip(data), data, np.array([2, 2, 7, 7]))
     assert np.array_equal(np.stack(twice), np.stack([once[0], once[0], once[1], once[1]]))
 
 
@@ -96,35 +97,35 @@ def test_animations_are_clips() -> None:
         frames[0].save(
             buffer, form, save_all=True, append_images=frames[1:], duration=50, lossless=True
         )
-        found = decode.open_clip(buffer.getvalue())
-        assert (found.total, found.fps) == (5, 20)
-        pixels = np.stack(found.read(np.array([1, 4]), 0))
+        animation = decoders.open_clip(buffer.getvalue())
+        assert (animation.total, animation.fps) == (5, 20)
+        pixels = np.stack(animation.read(np.array([1, 4]), 0))
         assert pixels.shape == (2, 8, 10, 3)
         assert np.abs(pixels[:, 0, 0, 0].astype(int) - [40, 160]).max() <= 2
 
 
-def test_frames_of_avi_are_the_right_ones(shared_data: Path) -> None:
+def test_frames_of_avi_have_the_right_numbers(shared_data: Path) -> None:
     """decord seeks to wrong frames in this container, so PyAV reads it."""
     for name in ("msvd.avi", "mmaction_test.avi", "mjpeg.avi"):
         data = (shared_data / "awkward" / "videos" / name).read_bytes()
         with av.open(io.BytesIO(data)) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         indices = np.array([5, len(frames) // 2, len(frames) - 1])
-        found = decode.open_clip(data)
-        assert found.total == len(frames)
-        read = np.stack(found.read(indices, 0))
+        opened = decoders.open_clip(data)
+        assert opened.total == len(frames)
+        read = np.stack(opened.read(indices, 0))
         assert np.array_equal(read, np.stack([frames[i] for i in indices]))
 
 
-def test_awkward_real_files(shared_data: Path) -> None:
-    """What the manifest says decodes, decodes; what it says is to be rejected is a BadSample."""
+def test_real_files_with_unusual_content(shared_data: Path) -> None:
+    """Each file decodes or raises BadSample, as the manifest of the files says."""
     decoder = ClipDecoder(3600, 2)
     outcomes = {"decodes": 0, "must be rejected": 0}
     for row in csv.DictReader((shared_data / "awkward" / "MANIFEST.csv").open()):
         content = (shared_data / "awkward" / row["file"]).read_bytes()
         try:
             if row["file"].startswith("images/"):
-                image = decode.decode_image(content)
+                image = decoders.decode_image(content)
                 assert image.mode == "RGB" and min(image.size) > 0
             else:
                 frames = decoder.decode(content, FrameChoice(4)).pixels
@@ -140,7 +141,7 @@ def test_awkward_real_files(shared_data: Path) -> None:
     assert min(outcomes.values()) > 10
 
 
-def test_rotated_clips_come_upright_at_any_size(
+def test_rotated_clips_are_upright_at_any_size(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"rot90.mov": (568, 320), "rot180.mov": (320, 568), "rotated_metadata.mp4": (480, 270)}
@@ -149,25 +150,25 @@ def test_rotated_clips_come_upright_at_any_size(
         full = [c.read(np.array([1]), 0)[0] for c in (DecordClip(data), AvClip(data))]
         assert full[0].shape == (height, width, 3) and np.array_equal(*full)
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "LARGE", 0)
+            patch.setattr(decoders, "LARGE", 0)
             clips = DecordClip(data), AvClip(data)
             small = [c.read(np.array([1]), 128)[0].astype(int) for c in clips]
         assert min(small[0].shape[:2]) == 128 and small[0].shape == small[1].shape
         assert np.abs(small[0] - small[1]).mean() < 4
 
 
-def test_the_decode_process_gives_what_decoding_here_gives() -> None:
+def test_the_decode_process_equals_decoding_in_this_process() -> None:
     decoder = ClipDecoder(3600, 2)
-    for side, count in ((64, 2), (128, 5), (32, 1)):  # the memory grows
+    for side, count in ((64, 2), (128, 5), (32, 1)):  # the second needs more shared memory
         data, choice = clip(side), FrameChoice(count)
-        found = decoder.decode(data, choice)
-        here = decode.open_clip(data)
-        assert (found.total, found.fps) == (here.total, here.fps) == (12, 12)
-        frames = decode.read_clip(here, data, choice.indices(12, 12.0))
-        assert np.array_equal(found.pixels, np.stack(frames))
+        decoded = decoder.decode(data, choice)
+        opened = decoders.open_clip(data)
+        assert (decoded.total, decoded.fps) == (opened.total, opened.fps) == (12, 12)
+        frames = decoders.read_clip(opened, data, choice.indices(12, 12.0))
+        assert np.array_equal(decoded.pixels, np.stack(frames))
     with pytest.raises(BadSample, match="undecodable video"):
         decoder.decode(b"junk" * 100, FrameChoice(2))
-    assert decoder.decode(clip(), FrameChoice(2)).total == 12  # a bad clip does not end it
+    assert decoder.decode(clip(), FrameChoice(2)).total == 12  # the process survives a bad clip
     decoder.close()
 
 
@@ -179,32 +180,32 @@ def test_the_decode_process_gives_what_decoding_here_gives() -> None:
         (hostile_decoder.CRASH, "crashed"),
     ],
 )
-def test_a_hostile_clip_costs_only_itself(marker: bytes, cause: str) -> None:
+def test_a_hostile_clip_affects_no_other_clip(marker: bytes, cause: str) -> None:
     decoder = hostile_decoder.Decoder(0.4)
     expected = decoder.decode(clip(), FrameChoice(2)).pixels.copy()
-    before = decoder._process.pid if decoder._process else 0
+    process = decoder._process.pid if decoder._process else 0
     with pytest.raises(Killed, match=cause):
         decoder.decode(marker, FrameChoice(2))
-    assert not psutil.pid_exists(before)
+    assert not psutil.pid_exists(process)
     assert np.array_equal(decoder.decode(clip(), FrameChoice(2)).pixels, expected)
     decoder.close()
 
 
-def test_the_decode_process_dies_with_its_owner(tmp_path: Path) -> None:
-    """Also when the owner is killed outright while a clip hangs."""
+def test_the_decode_process_dies_with_its_parent() -> None:
+    """The parent is killed by SIGKILL while a clip hangs."""
     code = (
         "from data_pipelines.decode.sandbox import ClipDecoder\n"
-        "from data_pipelines.decode import FrameChoice\n"
+        "from data_pipelines.decode.decoders import FrameChoice\n"
         f"d = ClipDecoder(10**6, 2, {HOSTILE!r}); d._start(); print(d._process.pid, flush=True)\n"
         "d.decode(b'HANG', FrameChoice(1))\n"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert owner.stdout is not None
-    child = int(owner.stdout.readline())
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
     time.sleep(0.5)
     assert psutil.pid_exists(child)
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.wait()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(child).status() != "zombie":
             time.sleep(0.1)

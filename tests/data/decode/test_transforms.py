@@ -1,4 +1,4 @@
-"""Crops, frames, augmentation, captions and tags."""
+"""Crops, choice of frames, augmentation, captions and mixup."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_pixels_have_the_stated_shape_and_are_seeded(demo: Path) -> None:
             load_pixels(sample(files, modality), data, np.random.default_rng(seed))
             for seed in (1, 1, 2)
         )
-        assert torch.equal(torch.get_rng_state(), state)  # torch's own randomness is untouched
+        assert torch.equal(torch.get_rng_state(), state)  # torch's generator is not changed
         assert a.shape == (frames, 3, 16, 16) and a.dtype == torch.uint8
         assert torch.equal(a, b) and not torch.equal(a, c)
         still = load_pixels(sample(files, modality), data, None)
@@ -52,7 +52,7 @@ def test_pixels_have_the_stated_shape_and_are_seeded(demo: Path) -> None:
         {"erase": 1.0},
     ],
 )
-def test_augmentation_is_one_for_all_frames(setting: dict[str, object]) -> None:
+def test_augmentation_is_the_same_for_all_frames(setting: dict[str, object]) -> None:
     data = dataclasses.replace(DataConfig(flip=False), **setting)  # type: ignore[arg-type]
     frame = torch.from_numpy(np.array(decode_image(photo(3, (32, 32))))).permute(2, 0, 1)
     changed = 0
@@ -65,20 +65,21 @@ def test_augmentation_is_one_for_all_frames(setting: dict[str, object]) -> None:
     assert torch.equal(plain[0], frame)
 
 
-def test_a_picture_is_cropped_where_the_box_says(tmp_path: Path) -> None:
+def test_the_centre_crop_of_an_image() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     assert transforms.center_crop(60, 20) == (20, 0, 20, 20)
     middle = load_image(buffer.getvalue(), transforms.center_crop, 10)
-    assert middle.shape == (1, 3, 10, 10) and (middle[..., 1:-1] == 255).all()  # but for the seams
+    # the outer columns are mixed with black by the resize
+    assert middle.shape == (1, 3, 10, 10) and (middle[..., 1:-1] == 255).all()
 
 
 @pytest.mark.parametrize("size", [224, 96, 40])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_every_way_to_decode_a_jpeg_gives_the_same_picture(size: int, orientation: int) -> None:
-    """Whole by torchvision, by DCT scale, turned by EXIF: against Pillow at full size."""
+def test_every_jpeg_decoder_gives_the_same_image(size: int, orientation: int) -> None:
+    """torchvision at full size, Pillow at a DCT scale, EXIF rotations: against plain Pillow."""
     source = Image.open(io.BytesIO(photo(5, (400, 300), 95)))
     exif = Image.Exif()
     exif[274] = orientation
@@ -86,11 +87,11 @@ def test_every_way_to_decode_a_jpeg_gives_the_same_picture(size: int, orientatio
     source.save(buffer, format="JPEG", quality=95, exif=exif)
     upright = decode_image(buffer.getvalue())
     box = (40, 20, 200, 240)
-    found = load_image(buffer.getvalue(), lambda width, height: box, size)
+    loaded = load_image(buffer.getvalue(), lambda width, height: box, size)
     left, top, w, h = box
     region = (left, top, left + w, top + h)
     expected = upright.resize((size, size), Image.Resampling.BICUBIC, box=region)
-    difference = found[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
+    difference = loaded[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
     assert np.abs(difference).mean() < 2.5
 
 
@@ -163,7 +164,7 @@ def test_captions_are_drawn_by_weight() -> None:
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0)])
 def test_mixing_keeps_the_stated_share(mixup: float, cutmix: float) -> None:
-    """Each sample is filled with its own number: the mean tells how much of it is left."""
+    """The pixels of sample i are all i, so the mean gives its share in the mixture."""
     pixels = torch.arange(4.0).reshape(4, 1, 1, 1, 1).expand(4, 2, 3, 20, 20)
     torch.manual_seed(0)
     shares = set()
@@ -172,7 +173,7 @@ def test_mixing_keeps_the_stated_share(mixup: float, cutmix: float) -> None:
         means = mixed.mean(dim=(1, 2, 3, 4))
         expected = share * torch.arange(4.0) + (1 - share) * torch.tensor([3.0, 0, 1, 2])
         assert torch.allclose(means, expected, atol=1e-5)
-        assert torch.equal(mixed[:, 0], mixed[:, 1])  # every frame alike
+        assert torch.equal(mixed[:, 0], mixed[:, 1])  # all frames are mixed in the same way
         if cutmix:
             assert ((mixed == pixels) | (mixed == pixels.roll(1, 0))).all()
         shares.add(float(share))
