@@ -1,1 +1,1 @@
-"""The data stream: which samples a step has, and the loader that reads them."""
+"""Data stream: the plan of samples for each step, and the loader that reads them."""

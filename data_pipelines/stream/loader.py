@@ -1,4 +1,4 @@
-"""The loader: refs to batches in worker processes that hold no state."""
+"""Loader: reads micro-batches of samples in worker processes that hold no state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from data_pipelines.shards import meter
 from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.stream.sampling import ATTEMPTS, SamplePlan, SampleRef, StepSampler, turned
+from data_pipelines.stream.sampling import (
+    ATTEMPTS,
+    SamplePlan,
+    SampleRef,
+    StepSampler,
+    rotated_order,
+)
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
@@ -27,7 +33,7 @@ from xray.errors import DataError, brief
 
 Fields = dict[str, Tensor]
 
-KILLED_SECONDS = 30.0  # that a killed process may take to be gone
+KILLED_SECONDS = 30.0  # to wait for the end of a killed process
 
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 
@@ -38,34 +44,36 @@ Collate = Callable[[Sequence[Fields]], Fields]
 
 @dataclass(frozen=True)
 class Replaced:
-    """A sample that could not be used."""
+    """Record of a sample that could not be used and was replaced."""
 
     cause: str
     source: str
-    shard: str  # its name in the manifest
+    shard: str  # name in the manifest
     key: str
-    quarantine: bool  # not to be tried again
+    quarantine: bool  # True = the sample is not tried again
 
 
 @dataclass
 class Loaded:
-    """A micro-batch and the samples that had to be replaced in it."""
+    """Micro-batch, with the samples that were replaced in it."""
 
     batch: Fields
     bad: list[Replaced] = field(default_factory=list)
-    reading: Reading = field(default_factory=dict)  # decoding and the cache, in the worker
-    failure: str = ""  # why there is no batch; an exception would lose its text in the worker
+    reading: Reading = field(default_factory=dict)  # the worker's counters of decoding and cache
+    # Reason if there is no batch. A string, because an exception would lose its text on the way
+    # from the worker.
+    failure: str = ""
 
     def pin_memory(self) -> Loaded:
-        """What the DataLoader calls where batches go to a GPU."""
+        """Pin the batch in place; the DataLoader calls this if batches go to a GPU."""
         self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
         return self
 
 
 class StreamDataset(Dataset):
-    """Map-style access by SampleRef; fetches a whole micro-batch at a time.
+    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time.
 
-    Without a seed nothing is random: centre crops, middle frames, first captions.
+    seed: None = no randomness, that is centre crops, middle frames and first captions.
     """
 
     def __init__(
@@ -95,34 +103,37 @@ class StreamDataset(Dataset):
         return np.random.default_rng([self.seed, source, ref.position, attempt])
 
     def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
-        """The sample, or the first of its deterministic stand-ins that can be used."""
+        """Load a sample, or else the first of its replacements that can be used.
+
+        Appends the unusable ones to `bad`.
+        """
         plan = self.plans[ref.source]
         for attempt in range(ATTEMPTS):
-            place = (ref.shard, ref.slot)
+            shard, slot = ref.shard, ref.slot
             if attempt != ref.attempt:
-                place = plan.candidate(ref.position, attempt)
-            member = plan.source.member(*place)
-            if attempt < ref.attempt or member in plan.quarantine.get(place[0], ()):
-                bad.append(_replaced(plan.source, place[0], member, BadSample("in quarantine")))
+                shard, slot = plan.candidate(ref.position, attempt)
+            member = plan.source.member(shard, slot)
+            if attempt < ref.attempt or member in plan.quarantine.get(shard, ()):
+                bad.append(_replaced(plan.source, shard, member, BadSample("in quarantine")))
                 continue
             try:
                 size = ref.resolution, ref.frames
-                sample = plan.source.sample(place[0], member, *size, slot=place[1])
+                sample = plan.source.sample(shard, member, *size, slot=slot)
                 return self.transform(sample, self._rng(ref, attempt))
             except (BadSample, ValueError, OverflowError, RecursionError, UnicodeError) as problem:
                 error = problem if isinstance(problem, BadSample) else _unusable(problem)
-                bad.append(_replaced(plan.source, place[0], member, error))
+                bad.append(_replaced(plan.source, shard, member, error))
                 if isinstance(error, Killed):
-                    plan.quarantine.setdefault(place[0], set()).add(member)
+                    plan.quarantine.setdefault(shard, set()).add(member)
         last = bad[-1]
         raise DataError(
             f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
-            f"the last is {last.key!r} of {last.shard} ({last.cause})"
+            f"the last is {last.key!r} of {last.shard} ({last.cause}): run xray data check on it"
         )
 
 
 def _unusable(problem: Exception) -> BadSample:
-    """Odd content that a transform did not foresee: it counts, and too much of it ends the run."""
+    """Convert an unexpected error of a transform to BadSample, so that it is counted."""
     return BadSample("unusable sample", f"{type(problem).__name__}: {brief(problem)}")
 
 
@@ -132,13 +143,13 @@ def _replaced(source: Source, shard: int, member: int, error: BadSample) -> Repl
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave the end of a run to its main process, which still needs batches to save."""
+    """Ignore signals that end a run; the main process handles them and still needs batches."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _identity(loaded: Any) -> Any:
-    return loaded  # `__getitems__` has collated already
+    return loaded  # `__getitems__` has already collated the batch
 
 
 def iterate_steps(
@@ -149,7 +160,11 @@ def iterate_steps(
     workers: int,
     pin: bool,
 ) -> Generator[list[Loaded]]:
-    """The micro-batches of each step of the sampler, in order; raises DataError."""
+    """Yield the micro-batches of each step of the sampler, in order.
+
+    seed: see `StreamDataset`. pin: pin the memory of batches. Raises DataError if a batch cannot be
+    loaded or a worker is killed.
+    """
     dataset = StreamDataset(sampler.plans, transform, collate, seed)
     loader = DataLoader(
         dataset,
@@ -166,9 +181,9 @@ def iterate_steps(
         yield from _by_step(batches, sampler)
     finally:
         if workers:
-            # They ignore SIGTERM, which is how the loader would end them: one that waits for a
-            # shard or hangs in a picture would keep this process from its end. Not killed before
-            # the loader has let go of them: it takes that for a crash.
+            # The workers ignore SIGTERM, which the DataLoader would send. A worker that waits for a
+            # shard or hangs in a decoder would keep this process from exiting, so kill it. Shut
+            # down first: the DataLoader reports a worker that dies earlier as a crash.
             batches._shutdown_workers()
             for worker in batches._workers:
                 worker.kill()
@@ -177,10 +192,10 @@ def iterate_steps(
 
 def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:
     for step in sampler.steps:
-        order = turned(len(sampler.shape(step).micro), step)
-        with _naming_lost_workers(f" at step {step + 1}"):
-            came = {number: next(batches) for number in order}
-        loaded = [came[number] for number in sorted(order)]
+        order = rotated_order(len(sampler.shape(step).micro), step)
+        with _reporting_dead_workers(f" at step {step + 1}"):
+            by_number = {number: next(batches) for number in order}
+        loaded = [by_number[number] for number in sorted(order)]
         for item in loaded:
             if item.failure:
                 raise DataError(item.failure)
@@ -188,36 +203,40 @@ def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[L
 
 
 @contextmanager
-def _naming_lost_workers(when: str = "") -> Iterator[None]:
+def _reporting_dead_workers(when: str = "") -> Iterator[None]:
+    """Convert the DataLoader's error about a dead worker to DataError."""
     try:
         yield
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):  # torch's words for a worker that is gone
+        if "exited unexpectedly" not in str(error):  # the text of torch's error for a dead worker
             raise
         raise DataError(
-            f"a loader process ended{when}: killed for memory, or by a picture that crashes its "
-            f"decoder; lower data.workers, or run `xray data check` ({error})"
+            f"a loader process ended{when}: the system killed it for lack of memory, or an image "
+            f"crashed its decoder; lower data.workers, or run `xray data check` ({error})"
         ) from error
 
 
 class WholeDataset(Dataset):
-    """Every sample of a source by its number, in shard order, without randomness."""
+    """Dataset of all samples of a source, in shard order, without randomness."""
 
     def __init__(self, source: Source, transform: Transform, data: DataConfig) -> None:
         self.source = source
         self.transform = transform
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
-        self.places = list(source.places())
+        self.members = list(source.places())  # (shard, member) of each sample
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.members)
 
     def __getitem__(self, item: Any) -> Fields | str:
         return self.load(item)
 
     def load(self, number: int, rng: np.random.Generator | None = None) -> Fields | str:
-        """The sample, or why it cannot be used: an exception would lose its text in a worker."""
-        shard, member = self.places[number]
+        """Load a sample; if it cannot be used, return the reason as text.
+
+        An exception would lose its text on the way from a worker.
+        """
+        shard, member = self.members[number]
         try:
             sample = self.source.sample(shard, member, *self.size)
             return self.transform(sample, rng)
@@ -229,7 +248,10 @@ class WholeDataset(Dataset):
 def iterate_source(
     source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
 ) -> Iterator[Fields]:
-    """Batches of a whole source in order, for evaluation; raises DataError for a bad sample."""
+    """Yield batches of all samples of a source, in order, for evaluation.
+
+    Raises DataError for a sample that cannot be used.
+    """
     dataset = WholeDataset(source, transform, data)
     yield from iterate_batches(dataset, collate, data.workers, batch_size=batch_size)
 
@@ -237,8 +259,10 @@ def iterate_source(
 def iterate_batches(
     dataset: WholeDataset, collate: Collate, workers: int, **order: Any
 ) -> Iterator[Fields]:
-    """Batches in the order that DataLoader's `batch_size` or `batch_sampler` says; raises
-    DataError for a bad sample."""
+    """Yield the batches of a dataset; raises DataError for a sample that cannot be used.
+
+    order: arguments of the DataLoader, such as `batch_size` or `batch_sampler`.
+    """
 
     def collate_or_fail(rows: list[Fields | str]) -> Fields | str:
         failures = [row for row in rows if isinstance(row, str)]
@@ -246,7 +270,7 @@ def iterate_batches(
 
     loader = DataLoader(dataset, num_workers=workers, collate_fn=collate_or_fail, **order)
     dist.settle(workers)
-    with _naming_lost_workers():
+    with _reporting_dead_workers():
         for batch in loader:
             if isinstance(batch, str):
                 raise DataError(batch)

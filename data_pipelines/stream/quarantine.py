@@ -1,4 +1,4 @@
-"""Samples that are not to be tried again: their decode had to be killed."""
+"""Quarantine: samples whose decode process had to be killed, and that are not read again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xray.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample by names, which outlive a new index."""
+    """Quarantined sample, by names, which stay valid if the shards are indexed again."""
 
     source: str
     shard: str
@@ -22,7 +22,7 @@ class Entry:
 
 
 def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
-    """Have the plans pass over these samples; a name that is not there any more is ignored."""
+    """Make the plans skip these samples; names that no longer exist are ignored."""
     entries = list(entries)
     numbers = {
         name: {text: number for number, text in enumerate(plans[name].source.manifest.names)}
@@ -39,13 +39,16 @@ def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
 
 
 def save(entries: Iterable[Entry], path: Path) -> None:
+    """Write the entries to a file, one JSON object per line."""
     path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
 
 def load(path: Path) -> list[Entry]:
-    """The entries in a file, [] where there is none; raises ArtifactError."""
+    """Read the entries from a file; [] if it does not exist. Raises ArtifactError if broken."""
     try:
         lines = path.read_text().splitlines() if path.is_file() else []
         return [Entry(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+        raise ArtifactError(
+            f"the quarantine file {path} cannot be read: {error}; use another checkpoint"
+        ) from error

@@ -1,14 +1,17 @@
-"""Which sample is where: a pure function of (seed, manifest, step).
+"""Sampling plan: the samples of each step, as a pure function of (seed, manifest, step).
 
-The epochs of a source follow each other in one endless virtual sequence of slots. An epoch permutes
-the shards, and within groups of `shuffle_shards` shards permutes the slots: a slot's radius is its
-group. With N slots per epoch and A lanes, round e takes the virtual positions
-[A*c(e), A*c(e+1)) with c(e) = floor(e*N/A), and lane j the j-th of its A equal runs; what does not
-divide is carried into the next round. After m samples lane j has given floor((m + j)/A): these sum
-to m exactly, for every m. Nothing depends on ranks or workers.
+Sequence. The epochs of a source form one endless sequence of slots, numbered by virtual positions.
+Each epoch permutes the shards. Within each group of `shuffle_shards` consecutive shards it also
+permutes the slots, so a sample is shuffled only within its group.
 
-Slots are permuted by a keyed bijection (`shuffle.py`), so nothing is ever as long as the data: an
-epoch costs two columns over the shards.
+Lanes. The sequence is read by A lanes in parallel. Let an epoch have N slots. Round e covers the
+virtual positions [A*c(e), A*c(e+1)) with c(e) = floor(e*N/A). It is cut into A equal runs, and lane
+j reads run j. If N does not divide by A, the remaining slots belong to the next round. After m
+samples in total, lane j has read floor((m + j)/A) samples; the sum over the lanes is exactly m.
+Nothing depends on the number of ranks or workers.
+
+Memory. Slots are permuted by a keyed bijection (`shuffle.py`), so no array is as long as the data.
+An epoch needs two columns over the shards.
 """
 
 from __future__ import annotations
@@ -25,48 +28,48 @@ from data_pipelines.stream.shuffle import keys_of, permuted
 from xray.config import BlockConfig, DataConfig
 from xray.errors import ConfigError
 
-ATTEMPTS = 20  # stand-ins tried for a bad sample before the run stops
+ATTEMPTS = 20  # samples tried for one position before the run stops
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample to read: where it lies, and the position that seeds its randomness."""
+    """Reference to a sample to read: its slot, and the position that seeds its random draws."""
 
     source: str
     shard: int
     slot: int
-    position: int  # in the source's endless sequence
+    position: int  # virtual position in the endless sequence of the source
     resolution: int
     frames: int
-    attempt: int = 0  # stand-ins passed over because the quarantine names what they replace
+    attempt: int = 0  # candidates already skipped because they are in quarantine
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward takes of a block on one rank."""
+    """Samples of a block that one rank processes in one forward pass."""
 
     block: int
     source: str
     start: int  # within the block
     stop: int
-    scale: float  # the loss's factor, so that the step's gradient is the weighted mean of blocks
+    scale: float  # factor of the loss; makes the step's gradient the weighted mean over blocks
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """How large a step's samples are, and how the step is cut into forwards on one rank."""
+    """Sizes of the samples of a step, and the micro-batches of one rank."""
 
     resolution: int
     frames: int
     micro: list[MicroBatch]
 
 
-# What a stream of random numbers is for: no two uses share one.
+# Each use of random numbers has a separate stream.
 PURPOSE = {"shards": 1, "slots": 2, "stand-in": 3}
 
 
 class SamplePlan:
-    """The endless sequence of one source, cut into lanes."""
+    """Endless sequence of the samples of one source, divided into lanes."""
 
     def __init__(self, source: Source, lanes: int, shuffle_shards: int, seed: int) -> None:
         self.source = source
@@ -75,100 +78,107 @@ class SamplePlan:
         self.lanes = lanes
         self.group = max(1, shuffle_shards)
         self.entropy = [seed, zlib.crc32(source.name.encode())]
-        self.quarantine: dict[int, set[int]] = {}  # shard -> members not to be tried
-        # A step's lanes may be in two rounds, and a round may begin in the epoch before its own.
+        self.quarantine: dict[int, set[int]] = {}  # shard -> members that are skipped
+        # The lanes of a step may be in two rounds, and round e may begin in epoch e - 1.
         self._epoch = functools.lru_cache(maxsize=3)(self._permute_shards)
 
     def positions(
         self, step: int, samples: int, start: int = 0, stop: int | None = None
     ) -> np.ndarray:
-        """Virtual positions [start, stop) of a step's block, which is laid out lane by lane."""
+        """Return the virtual positions of samples [start, stop) of a block at a step.
+
+        samples: size of the block. Its samples are ordered by lane.
+        """
         lanes = np.arange(self.lanes)
         before = (step * samples + lanes) // self.lanes
         after = ((step + 1) * samples + lanes) // self.lanes
         ends = np.cumsum(after - before)
-        place = np.arange(start, samples if stop is None else stop)
-        lane = np.searchsorted(ends, place, side="right")
-        turn = after[lane] - ends[lane] + place  # of this lane since the beginning
+        index = np.arange(start, samples if stop is None else stop)
+        lane = np.searchsorted(ends, index, side="right")
+        turn = after[lane] - ends[lane] + index  # samples that the lane has read before
         round_ = ((turn + 1) * self.lanes - 1) // self.total
         first = round_ * self.total // self.lanes
         length = (round_ + 1) * self.total // self.lanes - first
         return self.lanes * first + lane * length + (turn - first)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shards, slots) at virtual positions."""
-        epochs, places = np.divmod(np.asarray(positions, np.int64), self.total)
-        shards, slots = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        """Return (shards, slots) at virtual positions."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.total)
+        shards, slots = np.empty(len(offsets), np.int64), np.empty(len(offsets), np.int64)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            shards[here], slots[here] = self._locate(epoch, places[here])
+            mask = epochs == epoch
+            shards[mask], slots[mask] = self._locate(epoch, offsets[mask])
         return shards, slots
 
-    def _locate(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, epoch: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (shards, slots) at offsets within an epoch."""
         order, ends = self._epoch(epoch)
-        groups, first, size = self._groups(ends, places)
+        groups, first, size = self._groups(ends, offsets)
         keys = keys_of([*self.entropy, PURPOSE["slots"], epoch], groups)
-        moved = first + permuted(places - first, size, keys)
-        which = np.searchsorted(ends, moved, side="right")
-        shards = order[which].astype(np.int64)
-        return shards, moved - (ends[which] - self.counts[shards])
+        shuffled = first + permuted(offsets - first, size, keys)
+        rank = np.searchsorted(ends, shuffled, side="right")  # in the order of the shards
+        shards = order[rank].astype(np.int64)
+        return shards, shuffled - (ends[rank] - self.counts[shards])
 
     def _groups(
-        self, ends: np.ndarray, places: np.ndarray
+        self, ends: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(group, its first place, its number of places) of each place of an epoch."""
-        groups = np.searchsorted(ends, places, side="right") // self.group
+        """Return (group, first offset of the group, slots in the group) for offsets in an epoch."""
+        groups = np.searchsorted(ends, offsets, side="right") // self.group
         last = np.minimum((groups + 1) * self.group, len(ends)) - 1
         first = np.where(groups > 0, ends[groups * self.group - 1], 0)
         return groups, first, ends[last] - first
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """A deterministic stand-in for a bad sample: at first from its own group of shards, whose
-        tars are at hand, then from anywhere."""
-        epoch, place = divmod(position, self.total)
+        """Return (shard, slot) of a replacement for a bad sample; deterministic.
+
+        The first half of the attempts stay in the same group of shards, whose tars are already
+        downloaded. Later attempts draw from the whole epoch.
+        """
+        epoch, offset = divmod(position, self.total)
         _, first, size = (
-            int(values[0]) for values in self._groups(self._epoch(epoch)[1], np.array([place]))
+            int(values[0]) for values in self._groups(self._epoch(epoch)[1], np.array([offset]))
         )
         if attempt >= ATTEMPTS // 2:
             first, size = 0, self.total
         draw = keys_of([*self.entropy, PURPOSE["stand-in"], attempt], np.array([position]))
-        stand_in = epoch * self.total + first + int(draw[0] % np.uint64(size))
-        shards, slots = self.locate(np.array([stand_in]))
-        return int(shards[0]), int(slots[0])
+        replacement = epoch * self.total + first + int(draw[0] % np.uint64(size))
+        return self.candidate(replacement, 0)
 
     def candidate(self, position: int, attempt: int) -> tuple[int, int]:
-        """(shard, slot) of the sample at a position, or of its stand-in number `attempt`."""
+        """Return (shard, slot) at a position, or of its replacement number `attempt` from 1."""
         if attempt:
             return self.replacement(position, attempt - 1)
         shards, slots = self.locate(np.array([position]))
         return int(shards[0]), int(slots[0])
 
     def quarantined(self, shard: int, slot: int) -> bool:
+        """Check if the sample of a slot is in quarantine."""
         members = self.quarantine.get(shard)
         return members is not None and self.source.member(shard, slot) in members
 
     def shards_ahead(self, positions: np.ndarray) -> np.ndarray:
-        """The shards of the groups at these positions and half a group after them."""
-        found = []
+        """Return the shards of the groups at these positions and half a group later."""
+        shards = []
         for epoch in np.unique(positions // self.total).tolist():
-            places = positions[positions // self.total == epoch] - epoch * self.total
+            offsets = positions[positions // self.total == epoch] - epoch * self.total
             order, ends = self._epoch(epoch)
-            groups, _, size = self._groups(ends, places)
-            ahead = np.minimum(places + size // 2, self.total - 1)
+            groups, _, size = self._groups(ends, offsets)
+            ahead = np.minimum(offsets + size // 2, self.total - 1)
             both = np.unique(np.concatenate([groups, self._groups(ends, ahead)[0]]))
             for group in both.tolist():
-                found.append(order[group * self.group : (group + 1) * self.group])
-        return np.unique(np.concatenate(found))
+                shards.append(order[group * self.group : (group + 1) * self.group])
+        return np.unique(np.concatenate(shards))
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shard order, where each shard of that order ends) of an epoch."""
+        """Return (shards in the order of an epoch, offset at which each of them ends)."""
         rng = np.random.default_rng([*self.entropy, PURPOSE["shards"], epoch])
         order = rng.permutation(len(self.counts)).astype(np.int32)
         return order, np.cumsum(self.counts[order], dtype=np.int64)
 
 
 def default_lanes(samples: int) -> int:
-    """The largest power of two <= min(samples, 256)."""
+    """Return the largest power of two <= min(samples, 256)."""
     return 1 << (min(samples, 256).bit_length() - 1)
 
 
@@ -179,11 +189,11 @@ def micro_batches(
     world: int,
     tokens: Sequence[int] | None = None,
 ) -> list[MicroBatch]:
-    """How a rank's share of a step is cut into forwards of sizes[block] samples; 0 = one forward.
+    """Cut a rank's samples of a step into micro-batches.
 
-    tokens: of a sample of each block, where a block without a weight is to count by its tokens
-    instead of its samples. Raises ConfigError when a block does not divide over the ranks or its
-    size.
+    sizes: samples per micro-batch of each block; 0 = the whole block of the rank. tokens: tokens
+    per sample of each block; blocks without a weight are then weighted by tokens instead of
+    samples. Raises ConfigError if a block does not divide by the world size or by its micro-batch.
     """
     shares = _block_weights(blocks, tokens or [1] * len(blocks))
     cut: list[tuple[int, int, int]] = []  # block, size, count
@@ -208,7 +218,7 @@ def micro_batches(
 
 
 def local_samples(block: BlockConfig, world: int) -> int:
-    """A rank's share of a block; raises ConfigError when it does not divide."""
+    """Return the samples of a block per rank; raises ConfigError if they do not divide."""
     if block.samples % world:
         lower = block.samples // world * world
         better = f"{lower} or {lower + world}" if lower else str(world)
@@ -220,13 +230,18 @@ def local_samples(block: BlockConfig, world: int) -> int:
 
 
 def within_budget(block: BlockConfig, world: int, tokens: int, budget: int) -> int:
-    """The largest forward of a block that divides its share and stays within a token budget."""
+    """Return the largest micro-batch of a block that keeps to a token budget.
+
+    tokens: tokens per sample. budget: tokens per micro-batch. The result divides the samples of the
+    block per rank, and is at least 1.
+    """
     local = local_samples(block, world)
     most = max(1, budget // tokens)
     return max(size for size in range(1, local + 1) if local % size == 0 and size <= most)
 
 
 def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[float]:
+    """Return the weights of the blocks, with sum 1; the default is samples x size."""
     parts = [block.samples * size for block, size in zip(blocks, sizes, strict=True)]
     raw = [
         part / sum(parts) if block.weight is None else block.weight
@@ -236,9 +251,9 @@ def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[
 
 
 class StepSampler:
-    """Yields the SampleRefs of each micro-batch of a rank, for a range of steps.
+    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps.
 
-    same: every step has the samples of step 0.
+    same: use the samples of step 0 in every step (`debug.overfit_batch`).
     """
 
     def __init__(
@@ -254,7 +269,7 @@ class StepSampler:
         self.plans = plans
         self.shape = shape
         self.steps = steps
-        self._asked: dict[int, set[int]] = {}  # block -> shards that were to be fetched last
+        self._prefetched: dict[int, set[int]] = {}  # block -> shards of the last prefetch
 
     def __len__(self) -> int:
         return sum(len(self.shape(step).micro) for step in self.steps)
@@ -263,7 +278,7 @@ class StepSampler:
         for step in self.steps:
             shape, drawn = self.shape(step), 0 if self.same else step
             self._prefetch(drawn, shape)
-            for number in turned(len(shape.micro), step):
+            for number in rotated_order(len(shape.micro), step):
                 yield self._refs(drawn, shape.micro[number], shape)
 
     def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
@@ -272,8 +287,8 @@ class StepSampler:
         positions = plan.positions(step, samples, micro.start, micro.stop)
         shards, slots = plan.locate(positions)
         refs = []
-        for place in zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True):
-            shard, slot, position = place
+        located = zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True)
+        for shard, slot, position in located:
             attempt = 0
             while plan.quarantined(shard, slot) and attempt < ATTEMPTS:
                 attempt += 1
@@ -283,23 +298,24 @@ class StepSampler:
         return refs
 
     def _prefetch(self, step: int, shape: StepShape) -> None:
-        """Have the remote shards fetched that this rank's lanes come to next."""
+        """Start to download the remote shards that the lanes of this rank read next."""
         for number, block in enumerate(self.blocks):
             plan = self.plans[block.source]
-            mine = [micro for micro in shape.micro if micro.block == number]
-            if plan.source.cache is None or not mine:
+            micro = [part for part in shape.micro if part.block == number]
+            if plan.source.cache is None or not micro:
                 continue
-            positions = plan.positions(step, block.samples, mine[0].start, mine[-1].stop)
+            positions = plan.positions(step, block.samples, micro[0].start, micro[-1].stop)
             ahead = set(plan.shards_ahead(positions).tolist())
-            for shard in sorted(ahead - self._asked.get(number, set())):
+            for shard in sorted(ahead - self._prefetched.get(number, set())):
                 plan.source.prefetch(shard)
-            self._asked[number] = ahead
+            self._prefetched[number] = ahead
 
 
-def turned(count: int, step: int) -> list[int]:
-    """The order in which a step's micro-batches go to the workers.
+def rotated_order(count: int, step: int) -> list[int]:
+    """Return the order in which the micro-batches of a step go to the loader workers.
 
-    Workers take them in turn: in the same order every time, one worker would get all the clips.
+    Batches are assigned to the workers in turn. With the same order in every step, one worker could
+    get all micro-batches of clips, which take longest.
     """
     return [(number + step) % count for number in range(count)]
 
@@ -307,7 +323,7 @@ def turned(count: int, step: int) -> list[int]:
 def make_plans(
     blocks: Sequence[BlockConfig], sources: dict[str, Source], data: DataConfig, seed: int
 ) -> dict[str, SamplePlan]:
-    """A plan for each source that the blocks use."""
+    """Make a sampling plan for each source that the blocks use."""
     plans = {}
     for block in blocks:
         lanes = data.lanes or default_lanes(block.samples)

@@ -1,7 +1,7 @@
-"""A keyed bijection of [0, n) in constant memory: a Feistel network with cycle walking.
+"""Keyed permutation of [0, n) in constant memory: a Feistel network with cycle walking.
 
-It stands for a random permutation where that would be an array as long as the data. Each element
-may have its own n and its own key, so that one call serves a whole batch.
+It replaces a random permutation, which would need an array as long as the data. Each element may
+have a different n and a different key, so one call permutes a whole batch.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ SALTS = np.arange(8, dtype=np.uint64) * GOLDEN  # one per round
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of the result depends on every bit of x. [...] uint64."""
+    """Mix the bits of uint64 values [...] with the finalizer of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def keys_of(entropy: Sequence[int], numbers: np.ndarray) -> np.ndarray:
-    """A uint64 key for each number, drawn from entropy: [n]."""
+    """Derive a uint64 key for each number from the entropy, [n]."""
     base = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return mixed(base + steps(np.asarray(numbers)))
 
 
 def steps(numbers: np.ndarray) -> np.ndarray:
-    """How far splitmix64 has moved on by its draws number 0, 1, ...: [...] uint64."""
+    """Return the increments of splitmix64's state for draws number 0, 1, ...: [...] uint64."""
     return (numbers.astype(np.uint64) + np.uint64(1)) * GOLDEN
 
 
 def permuted(x: np.ndarray, n: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Where a permutation of [0, n) chosen by a key sends x: all [B], x < n."""
+    """Permute x within [0, n) by the permutation that the key selects: all [B], x < n."""
     x, n = x.astype(np.uint64), np.asarray(n)
-    # Two halves of `half` bits each hold n; a walk out of [0, n) goes on until it is back in.
+    # The network permutes numbers of 2 * half bits, the smallest such range that contains [0, n).
+    # A result outside [0, n) is permuted again until it is inside (cycle walking).
     half = np.maximum(1, np.ceil(np.log2(np.maximum(n, 2)) / 2)).astype(np.uint64)
     limit = n.astype(np.uint64)
     outside = np.ones(len(x), bool)

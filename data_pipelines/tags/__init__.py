@@ -1,1 +1,1 @@
-"""Tags of samples: their reader, vocabulary, balance and matching."""
+"""Tags of samples: reader, vocabulary, labels, balanced sampling and concept matching."""

@@ -1,10 +1,12 @@
-"""Balanced tags: samples with rare tags are repeated within an epoch (1805.00932, 2201.08371).
+"""Tag-balanced sampling: repeats samples with rare tags within an epoch (1805.00932, 2201.08371).
 
-A tag h that occurs in f(h) samples gets the factor r(h) = max(1, phi(T / f(h))) with phi the square
-root ("sqrt") or the identity ("uniform"). A sample is repeated max r(h) times over its tags, and
-its copy j keeps the tags with r(h) > j, so that a frequent tag that rides on a rare one is not
-counted with each copy. Fractions are settled by one number u in [0, 1) per sample, drawn from
-(seed, key): floor(r + u) for every tag of the sample, whose maximum is floor(max r + u).
+A tag h that occurs in f(h) samples has the factor r(h) = max(1, phi(T / f(h))). phi is the square
+root ("sqrt") or the identity ("uniform"). A sample is repeated max r(h) times, with the maximum
+over its tags. Copy j (from 0) keeps only the tags with r(h) > j. So a frequent tag of a sample that
+also has a rare tag is not counted with every copy.
+
+Fractional factors are rounded at random: each sample has one number u in [0, 1), drawn from (seed,
+key), and r is replaced by floor(r + u) for all its tags. The maximum is then floor(max r + u).
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ from typing import Literal
 import numpy as np
 
 Balance = Literal["sqrt", "uniform", "none"]
-MOST_COPIES = 1000  # of one sample, however rare its tags
+MOST_COPIES = 1000  # upper limit of the factor of a tag
 
 
 @dataclass(frozen=True)
 class Replication:
-    """Factors of all tags, [V] float64, at least 1."""
+    """Repeat factors of all tags, [V] float64, at least 1."""
 
     factors: np.ndarray
 
     def copies(self, ids: np.ndarray, ends: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Repeats of each sample, [n]: ids of all tags, the samples' ends in them; 0 = no tags."""
+        """Return the number of copies of each sample, [n]; 0 for a sample without tags.
+
+        ids: tags of all samples. ends: end of each sample in `ids`, [n]. u: random numbers, [n].
+        """
         starts = np.concatenate([[0], ends[:-1]])
         result = np.zeros(len(ends), np.int64)
         tagged = np.flatnonzero(ends > starts)
@@ -37,59 +42,62 @@ class Replication:
         return result
 
     def kept(self, ids: np.ndarray, u: float, copy: int) -> np.ndarray:
-        """Which tags of a sample are labels of its copy (from 0), [k] bool."""
+        """Return a mask of the tags that copy number `copy` (from 0) of a sample keeps, [k]."""
         return np.floor(self.factors[ids] + u) > copy
 
 
 def replication(
     counts: np.ndarray, rarest: np.ndarray, balance: Balance, length: float
 ) -> tuple[Replication, float]:
-    """(factors, T) for which an epoch has `length` times as many slots as samples.
+    """Find (factors, T) so that an epoch has `length` times as many slots as labelled samples.
 
-    counts: samples per tag, [V]. rarest: samples by their rarest tag, [V].
+    counts: samples with each tag, [V]. rarest: samples whose rarest tag is this one, [V].
     """
     counts, rarest = counts.astype(np.float64), rarest.astype(np.float64)
-    known = counts > 0
+    used = counts > 0
     most = float(counts.max(initial=0.0))
     if balance == "none" or length <= 1 or not rarest.sum():
         return Replication(np.ones(len(counts))), 0.0
 
     def factors(threshold: float) -> np.ndarray:
-        ratio = np.divide(threshold, counts, out=np.ones_like(counts), where=known)
-        grown = np.sqrt(ratio) if balance == "sqrt" else ratio
-        return np.clip(grown, 1.0, MOST_COPIES)
+        ratio = np.divide(threshold, counts, out=np.ones_like(counts), where=used)
+        raw = np.sqrt(ratio) if balance == "sqrt" else ratio
+        return np.clip(raw, 1.0, MOST_COPIES)
 
     wanted = length * rarest.sum()
     low, high = 1e-9, most
     while (rarest * factors(high)).sum() < wanted and high < most * MOST_COPIES**2:
         high *= 2
-    for _ in range(100):
+    for _ in range(100):  # bisection on a logarithmic scale
         middle = np.sqrt(low * high)
         low, high = (middle, high) if (rarest * factors(middle)).sum() < wanted else (low, middle)
     return Replication(factors(high)), float(high)
 
 
 def rarest_of(ids: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The rarest tag of each sample that has one, [m]: by count, of equals the later."""
+    """Return the rarest tag of each sample that has tags, [m].
+
+    Of tags with equal counts, the one with the larger id counts as rarer.
+    """
     starts = np.concatenate([[0], ends[:-1]])
     starts = starts[ends > starts]
     if not len(starts):
         return np.empty(0, np.int64)
     order = np.lexsort((np.arange(len(counts)), -counts))  # most frequent first
-    place = np.empty(len(counts), np.int64)
-    place[order] = np.arange(len(counts))
-    return order[np.maximum.reduceat(place[ids], starts)]
+    rank = np.empty(len(counts), np.int64)
+    rank[order] = np.arange(len(counts))
+    return order[np.maximum.reduceat(rank[ids], starts)]
 
 
 def uniform(seed: int, identity: str) -> float:
-    """A sample's number in [0, 1), the same wherever and whenever it is asked for."""
+    """Return a number in [0, 1) that depends only on the seed and the identity of a sample."""
     text = f"{seed}\0{identity}".encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def slots_of(copies: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(members, copies) of the slots of a shard whose members are repeated so often."""
+    """Return (members, copies) of the slots of a shard, from the number of copies per member."""
     repeats = np.asarray(copies, np.int64)
     members = np.repeat(np.arange(len(repeats)), repeats)
     first = np.cumsum(repeats) - repeats

@@ -1,4 +1,4 @@
-"""Concepts looked for in a text, all at once, and where words begin and end."""
+"""Search for many concepts in a text at once (Aho-Corasick), and rules for word boundaries."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from collections.abc import Iterable
 import ahocorasick
 import regex
 
-PUNCTUATION = ",.;:?!`"  # what MetaCLIP surrounds with spaces
+PUNCTUATION = ",.;:?!`"  # MetaCLIP puts spaces around these
 SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in " \n")
 _SPACED = str.maketrans({c: f" {c} " for c in PUNCTUATION} | dict.fromkeys(f"{SPACES}\n", " "))
-# Scripts that do not put spaces between words: any place in them may be a word's edge.
+# Scripts without spaces between words: a word may begin or end between any two characters.
 UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 )
-# Between two characters, one of such a script
+# The position between two characters of which at least one is of such a script.
 BETWEEN_WORDS = regex.compile(rf"(?<=\S)(?={UNSPACED.pattern})|(?<={UNSPACED.pattern})(?=\S)")
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]")
 
 
 class ConceptMatcher:
-    """Concepts in captions: NFKC, casefolded, at word boundaries; any place is one in scripts
-    without spaces. Of overlapping matches all count ("hot dog" is a "dog", too)."""
+    """Matcher of concepts in captions.
+
+    Texts are compared after NFKC normalisation and casefolding. A match must begin and end at word
+    boundaries; in scripts without spaces, every position is one. Overlapping matches all count:
+    "hot dog" also matches "dog".
+    """
 
     def __init__(self, concepts: Iterable[str]) -> None:
         self.concepts = list(dict.fromkeys(filter(None, map(folded, concepts))))
@@ -33,40 +37,40 @@ class ConceptMatcher:
         self._automaton.make_automaton()
 
     def find(self, text: str) -> list[str]:
-        """The concepts in a text in order of their ends, each once."""
+        """Find the concepts in a text, each once, in the order in which their matches end."""
         if not self.concepts:
-            return []  # an automaton of nothing cannot be asked
+            return []  # an empty automaton raises an error
         text = folded(text)
-        found: dict[str, None] = {}
+        matches: dict[str, None] = {}
         for end, number in self._automaton.iter(text):
             concept = self.concepts[number]
             if is_edge(text, end - len(concept) + 1) and is_edge(text, end + 1):
-                found[concept] = None
-        return list(found)
+                matches[concept] = None
+        return list(matches)
 
 
 def spaced(text: str) -> str:
-    """A text with spaces at both ends, around punctuation, and for any other white space."""
+    """Put spaces around a text and around punctuation; other white space becomes spaces."""
     return f" {text.translate(_SPACED)} "
 
 
 def folded(text: str) -> str:
-    """A text without differences of case, width and spacing."""
+    """Normalise case, character width (NFKC) and spacing of a text."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def is_edge(text: str, place: int) -> bool:
-    """Whether a word may begin or end between the characters before and at a place."""
-    if place <= 0 or place >= len(text):
+def is_edge(text: str, position: int) -> bool:
+    """Check if a word may begin or end just before the character at a position."""
+    if position <= 0 or position >= len(text):
         return True
-    before, after = text[place - 1], text[place]
+    before, after = text[position - 1], text[position]
     if not (_is_word(before) and _is_word(after)):
-        return not _is_mark(after)  # a mark belongs to what it stands on
+        return not _is_mark(after)  # a combining mark belongs to the character before it
     return _is_unspaced(before) or _is_unspaced(after)
 
 
 def words_of(text: str) -> list[str]:
-    """What spaces separate, and each character of a script without spaces."""
+    """Split a text at spaces; each character of a script without spaces is a word."""
     return (text if text.isascii() else BETWEEN_WORDS.sub(" ", text)).split()
 
 

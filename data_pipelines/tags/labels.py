@@ -1,8 +1,8 @@
-"""The labels of a source's samples: its own tags, those a teacher agrees with or adds.
+"""Labels of the samples of a source: their tags, filtered or completed by a teacher model.
 
-They are a sidecar: per member the ids of the vocabulary and their weights, 1 for a tag of the
-sample's own, `pseudo_weight` x the teacher's probability for one that the teacher adds. Workers
-read rows of it; nothing is parsed twice.
+Labels are a sidecar: for each member the ids of tags in the vocabulary, and their weights. A tag of
+the sample has weight 1. A tag that the teacher adds has `pseudo_weight` times the probability that
+the teacher gives it. Loader workers read rows of the sidecar, so tags are parsed only once.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ from data_pipelines.tags.vocabulary import Vocabulary
 from xray.config.identity import hash_json
 from xray.errors import DataError
 
-# Of a teacher's sidecar: tags, their probabilities, and whether the teacher would add the tag; a
-# sample's own tags are there whatever their probability. In its totals, `prior` is the mean
-# probability of each tag.
+# Columns of a teacher's sidecar: tag ids, their probabilities, and 1 for a tag that the teacher
+# would add. The sample's original tags are always included. `totals["prior"]` holds the mean
+# probability of each tag over all samples.
 TEACHER_COLUMNS = ("ids", "scores", "chosen")
-RAREST = 1e-12  # mean probability: no division by 0
+MIN_PRIOR = 1e-12  # avoids a division by 0
 
 
 def teacher_sidecar(
     name: str, source: Source, origin: Origin, field: str, captions: Mapping[str, float]
 ) -> str:
-    """The sidecar of a teacher for what a source is of its shards, and for its own tags."""
-    where = field if origin == "hashtags" else dict(captions)
-    own = hash_json([source.modality, source.animations, origin, where])
-    return f"{name}-{own[:8]}"
+    """Return the name of a teacher's sidecar for a source: `name` plus a hash.
+
+    The hash covers the modality of the source and the fields that its tags are read from.
+    """
+    fields = field if origin == "hashtags" else dict(captions)
+    digest = hash_json([source.modality, source.animations, origin, fields])
+    return f"{name}-{digest[:8]}"
 
 
 @dataclass(frozen=True)
 class TeacherRules:
-    """What is made of a teacher's probabilities.
+    """Rules for the use of a teacher's probabilities.
 
-    min_lift: a sample's own tag is dropped where the teacher finds it less probable than this many
-    times its mean over all samples; 0 = all are kept. pseudo_weight: of the tags that the teacher
-    adds to samples without any; 0 = none are added.
+    min_lift: a tag of a sample is dropped if its probability is below `min_lift` times the mean
+    probability of this tag over all samples; 0 = keep all. pseudo_weight: weight of the tags that
+    the teacher adds to samples without tags; 0 = add none.
     """
 
     min_lift: float = 0.0
@@ -64,7 +67,7 @@ class TeacherRules:
 
 @dataclass(frozen=True)
 class Labeller:
-    """Labels of a shard; sent to the processes that make them."""
+    """Function that makes the labels of a shard; pickled to the worker processes."""
 
     source: Source
     origin: Origin
@@ -72,19 +75,19 @@ class Labeller:
     vocabulary: Vocabulary
     teacher: Sidecar | None = None
     use: TeacherRules = TeacherRules()
-    captions: Mapping[str, float] = field(default_factory=dict)  # json fields of the captions
+    captions: Mapping[str, float] = field(default_factory=dict)  # JSON fields of the captions
 
     def __call__(self, shard: int) -> Columns:
-        rows, ids, weights = self._own(shard), [], []
-        for member, own in enumerate(rows):
-            found, weight = self._judged(shard, member, own)
-            ids.append(found)
-            weights.append(weight)
+        ids, weights = [], []
+        for member, tags in enumerate(self._tags_of_members(shard)):
+            member_ids, member_weights = self._apply_teacher(shard, member, tags)
+            ids.append(member_ids)
+            weights.append(member_weights)
         packed, ends = pack_rows(ids, np.int32)
         return {"ids": packed, "weights": pack_rows(weights, np.float32)[0], "ends": ends}
 
-    def _own(self, shard: int) -> list[np.ndarray]:
-        """The tags of every member of the index; none where it is of another modality."""
+    def _tags_of_members(self, shard: int) -> list[np.ndarray]:
+        """Read the tag ids of each member of a shard; none for members of another modality."""
         rows = [np.empty(0, np.int32)] * len(self.source.index(shard))
         for member in self.source.members(shard).tolist():
             try:
@@ -95,20 +98,22 @@ class Labeller:
             rows[member] = np.array(self.vocabulary.encode(tags), np.int32)
         return rows
 
-    def _judged(self, shard: int, member: int, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, weights) once the teacher was heard."""
-        weights = np.ones(len(own), np.float32)
+    def _apply_teacher(
+        self, shard: int, member: int, tags: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids, weights) after the teacher has dropped or added tags."""
+        weights = np.ones(len(tags), np.float32)
         if self.teacher is None:
-            return own, weights
+            return tags, weights
         row = {name: self.teacher.row(shard, member, name) for name in TEACHER_COLUMNS}
-        if len(own) and self.use.min_lift:
-            lift = row["scores"] / np.maximum(self.teacher.totals["prior"][row["ids"]], RAREST)
-            agreed = np.isin(own, row["ids"][lift >= self.use.min_lift])
-            own, weights = own[agreed], weights[agreed]
-        if not len(own) and self.use.pseudo_weight:
+        if len(tags) and self.use.min_lift:
+            lift = row["scores"] / np.maximum(self.teacher.totals["prior"][row["ids"]], MIN_PRIOR)
+            agreed = np.isin(tags, row["ids"][lift >= self.use.min_lift])
+            tags, weights = tags[agreed], weights[agreed]
+        if not len(tags) and self.use.pseudo_weight:
             chosen = row["chosen"] > 0
             return row["ids"][chosen], self.use.pseudo_weight * row["scores"][chosen]
-        return own, weights
+        return tags, weights
 
     @functools.cached_property
     def _reader(self) -> TagReader:
@@ -119,7 +124,7 @@ class Labeller:
 
 
 def label(work: Labeller, workers: int = 1, progress: Progress | None = None) -> Sidecar:
-    """The labels of a source, from its sidecar where that was made with the same settings."""
+    """Make the labels of a source, or open the sidecar if it exists with the same settings."""
     teacher = work.teacher.digest if work.teacher is not None else ""
     vocabulary = work.vocabulary.digest
     use = asdict(work.use) if teacher else {}
@@ -134,13 +139,17 @@ def label(work: Labeller, workers: int = 1, progress: Progress | None = None) ->
         "slots": work.source.slots.digest if work.source.slots is not None else "",
     }
     name = f"labels-{hash_json({**facts, 'manifest': work.source.manifest.digest})[:12]}"
-    found = open_sidecar(work.source, name)
-    return found or write_sidecar(work.source, name, work, facts, workers, progress)
+    labels = open_sidecar(work.source, name)
+    return labels or write_sidecar(work.source, name, work, facts, workers, progress)
 
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """own: samples with tags of their own, `tags` in all. taught: those with a teacher's."""
+    """Numbers of labelled samples.
+
+    own: samples with tags from the data. tags: number of those tags. taught: samples whose tags all
+    come from the teacher.
+    """
 
     own: int
     tags: int
@@ -148,22 +157,22 @@ class LabelCounts:
 
 
 def count_labels(labels: Sidecar) -> LabelCounts:
-    """What labels are there; a tag of a sample's own weighs 1, a teacher's less."""
+    """Count labelled samples; a weight of 1 marks a tag from the data, a lower one the teacher."""
     own = tags = samples = 0
     for shard in range(len(labels.counts)):
         table = labels.table(shard)
-        sure = np.concatenate([[0], np.cumsum(table["weights"] == 1)])
-        of_rows = np.diff(sure[np.concatenate([[0], table["ends"]])])
+        cumulated = np.concatenate([[0], np.cumsum(table["weights"] == 1)])
+        own_tags = np.diff(cumulated[np.concatenate([[0], table["ends"]])])  # per sample
         samples += int((np.diff(table["ends"], prepend=0) > 0).sum())
-        own, tags = own + int((of_rows > 0).sum()), tags + int(of_rows.sum())
+        own, tags = own + int((own_tags > 0).sum()), tags + int(own_tags.sum())
     return LabelCounts(own, tags, samples - own)
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """A source whose slots repeat samples with rare tags.
+    """Source whose slots repeat samples with rare tags.
 
-    counts: samples per tag, [V]. unique, slots: samples with labels, and places of an epoch.
+    counts: samples with each tag, [V]. unique: number of labelled samples.
     """
 
     source: Source
@@ -175,17 +184,21 @@ class Balanced:
 
     @property
     def slots(self) -> int:
+        """Number of slots in an epoch."""
         return len(self.source)
 
     @property
     def frequency(self) -> np.ndarray:
-        """The share of slots that each tag is seen in, [V], in (0, 1)."""
+        """Share of the slots that have each tag, [V], in (0, 1)."""
         return _share(self.counts * self.replication.factors, self.slots)
 
     def labels_of(
         self, shard: int, member: int, copy: int, strip: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, weights) of a copy of a sample."""
+        """Return (ids, weights) of a copy of a sample.
+
+        strip: drop the tags that this copy does not keep (`Replication.kept`).
+        """
         ids, weights = (self.labels.row(shard, member, name) for name in ("ids", "weights"))
         if strip and copy:
             u = uniform(self.seed, self.source.identity(shard, member))
@@ -203,18 +216,18 @@ def balanced(
     seed: int,
     workers: int = 1,
 ) -> Balanced:
-    """Give a source's labelled samples their slots, an epoch of about `length` times their number.
+    """Make slots for the labelled samples of a source, in an epoch of `length` slots per sample.
 
-    Raises DataError where no sample has a label.
+    The length holds approximately. Raises DataError if no sample has a label.
     """
-    counts, rarest = _counted(labels, tags)
+    counts, rarest = _tag_counts(labels, tags)
     unique = int(rarest.sum())
     if not unique:
         raise DataError(
-            f"source {source.name!r} has no sample with a tag of the vocabulary: say where its "
-            f"tags are, data.sources.{source.name}.tags=caption_words, say"
+            f"source {source.name!r} has no sample with a tag of the vocabulary: set where its "
+            f"tags come from, for example data.sources.{source.name}.tags=caption_words"
         )
-    found, threshold = replication(counts, rarest, balance, length)
+    factors, threshold = replication(counts, rarest, balance, length)
     facts = {
         "labels": labels.digest,
         "balance": balance,
@@ -223,33 +236,37 @@ def balanced(
     }
     name = f"slots-{hash_json(facts)[:12]}"
     sidecar = open_sidecar(source, name) or write_sidecar(
-        source, name, _SlotWriter(source, labels, found, seed), facts, workers
+        source, name, _SlotWriter(source, labels, factors, seed), facts, workers
     )
-    return Balanced(source.with_slots(CopySlots(sidecar)), labels, found, counts, unique, seed)
+    return Balanced(source.with_slots(CopySlots(sidecar)), labels, factors, counts, unique, seed)
 
 
 def tag_frequency(labels: Sidecar, tags: int) -> np.ndarray:
-    """The share of the labelled samples that has each tag, [V], in (0, 1)."""
-    counts, rarest = _counted(labels, tags)
+    """Return the share of the labelled samples that have each tag, [V], in (0, 1)."""
+    counts, rarest = _tag_counts(labels, tags)
     return _share(counts, int(rarest.sum()))
 
 
-def _share(seen: np.ndarray, of: int) -> np.ndarray:
-    """Never 0 or 1, whatever is never or always seen (Laplace's rule with a half)."""
-    return np.minimum(seen + 0.5, of + 0.5) / (of + 1)
+def _share(counts: np.ndarray, total: int) -> np.ndarray:
+    """Estimate shares in (0, 1), never 0 or 1 (additive smoothing with 1/2)."""
+    return np.minimum(counts + 0.5, total + 0.5) / (total + 1)
 
 
 def mean_frequency(blocks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
-    """That of blocks of so many samples and their frequencies, [V]."""
-    return np.average([own for _, own in blocks], axis=0, weights=[n for n, _ in blocks])
+    """Average tag frequencies [V] over blocks, given as (samples, frequencies)."""
+    frequencies = [frequency for _, frequency in blocks]
+    return np.average(frequencies, axis=0, weights=[samples for samples, _ in blocks])
 
 
-def _counted(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples per tag, and by their rarest tag, [V] each; kept beside the labels."""
+def _tag_counts(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count the samples with each tag, and the samples whose rarest tag it is, [V] each.
+
+    The counts are saved beside the labels.
+    """
     name, facts = f"{labels.name}-counts", {"labels": labels.digest}
-    kept, _ = open_first(labels.source.derived_at(name), facts)
-    if kept:
-        return kept["counts"], kept["rarest"]
+    saved, _ = open_first(labels.source.derived_at(name), facts)
+    if saved:
+        return saved["counts"], saved["rarest"]
     counts, rarest = np.zeros(tags, np.int64), np.zeros(tags, np.int64)
     for ids, _ in _rows(labels):
         counts += np.bincount(ids, minlength=tags)

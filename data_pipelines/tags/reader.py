@@ -1,7 +1,8 @@
-"""Tags of a sample: where they are found, and how they are spelled.
+"""Reader of tags: extracts the tags of a sample and normalises their spelling.
 
-Canonical form: NFKC, casefold, without the leading '#'. Where a source's tags come from is its
-`tags` setting; files of aliases, stop words and concepts are lists, one entry per line.
+The canonical form of a tag is NFKC, casefolded, without the leading '#'. The `tags` setting of a
+source selects the origin of its tags. Files of aliases, stop words and concepts have one entry per
+line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from xray.errors import ConfigError
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
 
-# English words that say nothing a picture could show; caption words only.
+# English words without visual meaning, for tags from caption words only.
 _STOP = """
 a about above across after against all along also among an and another any are around as at away
 back be been before behind being below beside between both but by can close coming down during each
@@ -36,7 +37,7 @@ toward two under up using very was way wearing wears what when where which while
 without area big
 """
 STOP_WORDS = frozenset(_STOP.split())
-# Hashtags that say nothing a picture could show: about the post, its author or its audience.
+# Hashtags without visual meaning: about the post, its author or its audience.
 _NOT_VISUAL = """
 tbt throwback throwbackthursday flashbackfriday fbf ootd potd instagood instagram instadaily
 instalike instamood instapic instaphoto igers ig igdaily insta love like likes like4like likeforlike
@@ -51,47 +52,48 @@ share dm
 """
 NOT_VISUAL = frozenset(_NOT_VISUAL.split())
 WORD = regex.compile(r"[\p{L}\p{M}]+")
-# A run of letters, digits, marks, _, joiners and emoji after a # that no word or slash precedes (so
-# not in a URL), but for one of a script without spaces; "#a#b" are two. What holds no letter and no
-# emoji, as "#1", is none.
+# A hashtag is a # and a run of letters, digits, marks, _, joiners and emoji. The # may not follow a
+# letter, digit, & or /, so that parts of URLs do not match; a character of a script without spaces
+# is allowed. "#a#b" are two tags. A run without letters and emoji, such as "#1", is no tag.
 HASHTAG = regex.compile(
     rf"(?:(?<![\p{{L}}\p{{M}}\p{{N}}_&/])|(?<={UNSPACED.pattern}))"
     r"(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200c\u200d\ufe0f"
     r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
 )
-COLOURED = "\ufe0f"  # behind a character that is to be shown as an emoji; often left out
-MEANS_SOMETHING = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
+EMOJI_SELECTOR = "\ufe0f"  # shows the character before it as an emoji; often left out
+LETTER_OR_EMOJI = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
 
 
 @dataclass
 class TagRules:
-    """How tags become a vocabulary."""
+    """Rules that turn tags into a vocabulary."""
 
-    field: str = "hashtags"  # json field of `tags: hashtags`: a list, or a text with spaces
-    concepts: str = ""  # file for `tags: concepts`: one concept per line, its aliases after tabs
-    aliases: str = ""  # file: one tag per line, its aliases after tabs
-    stop: str = ""  # file of tags to leave out; "" = a list of non-visual ones, "none" = none
-    plurals: bool = False  # English plurals become the singular, where that occurs too
-    min_count: int = 5  # samples that a tag must occur in
-    max_size: int = 100_000  # tags, the most frequent ones
+    field: str = "hashtags"  # JSON field for `tags: hashtags`: a list, or a text with spaces
+    concepts: str = ""  # file for `tags: concepts`: one concept per line, aliases after tabs
+    aliases: str = ""  # file: one tag per line, aliases after tabs
+    stop: str = ""  # file of tags to leave out; "" = a built-in list of non-visual tags; "none"
+    plurals: bool = False  # merge English plurals into their singular, if it occurs too
+    min_count: int = 5  # a tag must occur in at least this number of samples
+    max_size: int = 100_000  # keep at most this number of tags, the most frequent ones
 
     def validate(self, section: str = "hashtag") -> None:
-        """Raises ConfigError naming the key to change."""
+        """Check the values; raises ConfigError naming the key to change."""
         if self.min_count < 1 or self.max_size < 1:
-            at = f"{section}." if section else ""
-            raise ConfigError(f"{at}min_count and {at}max_size must be at least 1")
+            prefix = f"{section}." if section else ""
+            raise ConfigError(f"{prefix}min_count and {prefix}max_size must be at least 1")
 
 
 def canonical(tag: str) -> str:
-    """One spelling per tag."""
-    plain = unicodedata.normalize("NFKC", tag).replace(COLOURED, "")
+    """Return the canonical spelling of a tag."""
+    plain = unicodedata.normalize("NFKC", tag).replace(EMOJI_SELECTOR, "")
     return plain.strip().lstrip("#").strip().casefold()
 
 
 class TagReader:
-    """Finds the tags of samples.
+    """Reader of the tags of samples.
 
-    aliases: alias -> tag. concepts: what `tags: concepts` looks for, all spellings.
+    field: JSON field of hashtags. aliases: alias -> tag. concepts: all spellings of the concepts
+    that `tags: concepts` searches for in captions.
     """
 
     def __init__(
@@ -102,12 +104,12 @@ class TagReader:
     def tags_of(
         self, files: dict[str, bytes], origin: Origin, fields: Mapping[str, float] | None = None
     ) -> list[str]:
-        """A sample's tags in order of appearance, each once; raises BadSample.
+        """Read the tags of a sample, each once, in order of appearance; raises BadSample.
 
-        fields: where its captions are (`read_captions`).
+        fields: JSON fields of the captions with weights (`read_captions`).
         """
         if origin == "hashtags":
-            found = self._listed(files)
+            raw = self._listed(files)
         else:
             captions = captions_of(files, fields)
             find = {
@@ -115,85 +117,92 @@ class TagReader:
                 "caption_words": words_in,
                 "concepts": self._concepts_in,
             }[origin]
-            found = [tag for caption in captions for tag in find(caption)]
-        tags = (self.aliases.get(tag, tag) for tag in map(canonical, found))
+            raw = [tag for caption in captions for tag in find(caption)]
+        tags = (self.aliases.get(tag, tag) for tag in map(canonical, raw))
         return [tag for tag in dict.fromkeys(tags) if tag]
 
     @property
     def facts(self) -> dict[str, str]:
-        """What tells readers apart."""
+        """Settings of this reader, for cache keys."""
         lists = [sorted(self.aliases.items()), sorted(self.concepts)]
         return {"field": self.field, "lists": hash_json(lists)}
 
     def _listed(self, files: dict[str, bytes]) -> list[str]:
-        found = metadata_of(files).get(self.field) or []
-        found = found.split() if isinstance(found, str) else found
-        if not isinstance(found, list):
-            raise BadSample("broken hashtags", f"{type(found).__name__}, not a list")
-        return [str(tag) for tag in found if isinstance(tag, str | int)]
+        value = metadata_of(files).get(self.field) or []
+        value = value.split() if isinstance(value, str) else value
+        if not isinstance(value, list):
+            raise BadSample("broken hashtags", f"{type(value).__name__}, not a list")
+        return [str(tag) for tag in value if isinstance(tag, str | int)]
 
     def _concepts_in(self, caption: str) -> list[str]:
         return self._matcher.find(caption)
 
     @functools.cached_property
     def _matcher(self) -> ConceptMatcher:
-        return ConceptMatcher(self.concepts)  # not before it is asked for: it may be large
+        return ConceptMatcher(self.concepts)  # built on first use, because it may be large
 
 
 def hashtags_in(caption: str) -> list[str]:
-    """The #tags of a caption, without the #."""
+    """Find the hashtags in a caption, without the #."""
     tags = [tag for match in HASHTAG.finditer(caption) for tag in match.captures(1)]
-    return [tag for tag in tags if MEANS_SOMETHING.search(tag)]
+    return [tag for tag in tags if LETTER_OR_EMOJI.search(tag)]
 
 
 def words_in(caption: str) -> list[str]:
-    """The words of a caption that may be seen in a picture."""
+    """Find the words of a caption that may have a visual meaning."""
     words = map(canonical, WORD.findall(caption))
     return [word for word in words if len(word) > 2 and word not in STOP_WORDS]
 
 
 def singulars(tag: str) -> list[str]:
-    """What an English tag may be the plural of; whether it is, is for the data to say."""
+    """Return the possible singulars of an English tag; the data decide if one of them is used."""
     if len(tag) < 4 or not tag.endswith("s") or tag.endswith(("ss", "us", "is")) or tag == "news":
         return []
-    found = [tag[:-1]]
+    candidates = [tag[:-1]]
     if tag.endswith(("ches", "shes", "sses", "xes", "zes", "oes")):
-        found.append(tag[:-2])
+        candidates.append(tag[:-2])
     if tag.endswith("ies"):
-        found.append(tag[:-3] + "y")
+        candidates.append(tag[:-3] + "y")
     if tag.endswith("ves"):
-        found += [tag[:-3] + "f", tag[:-3] + "fe"]
-    return found
+        candidates += [tag[:-3] + "f", tag[:-3] + "fe"]
+    return candidates
 
 
 @functools.lru_cache(maxsize=8)
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
-    """Lines of a file, each a tag and its aliases after tabs; raises ConfigError."""
+    """Read a file of tags: one tag per line, its aliases after tabs.
+
+    Lines that begin with "# " are comments. Raises ConfigError naming `key`.
+    """
     rows = []
     for entry in read_utf8(path, key).splitlines():
         names = tuple(filter(None, map(canonical, entry.split("\t"))))
         if names and not entry.startswith("# "):
             rows.append(names)
     if not rows:
-        raise ConfigError(f"{key}={path} is empty: one tag per line")
+        raise ConfigError(f"{key}={path} is empty: write one tag per line")
     return tuple(rows)
 
 
 def aliases_in(rows: tuple[tuple[str, ...], ...], key: str) -> dict[str, str]:
-    """Alias -> tag; raises ConfigError for an alias of two tags."""
-    found: dict[str, str] = {}
+    """Return alias -> tag for the rows of a file; raises ConfigError for an alias of two tags."""
+    tag_of: dict[str, str] = {}
     names = {row[0] for row in rows}
     for name, *aliases in rows:
         for alias in aliases:
             if alias in names and alias != name:
-                raise ConfigError(f"{key}: {alias!r} is an alias of {name!r} and a tag of its own")
-            if found.setdefault(alias, name) != name:
-                raise ConfigError(f"{key}: {alias!r} is an alias of {found[alias]!r} and {name!r}")
-    return {alias: name for alias, name in found.items() if alias != name}
+                raise ConfigError(
+                    f"{key}: {alias!r} is an alias of {name!r} and also has a line: remove one"
+                )
+            if tag_of.setdefault(alias, name) != name:
+                raise ConfigError(
+                    f"{key}: {alias!r} is an alias of {tag_of[alias]!r} and {name!r}: keep one"
+                )
+    return {alias: name for alias, name in tag_of.items() if alias != name}
 
 
 def stop_list(path: str) -> frozenset[str]:
-    """Tags that are left out of a vocabulary."""
+    """Return the tags to leave out of a vocabulary: from a file, the built-in list, or none."""
     if path == "none":
         return frozenset()
     if not path:
@@ -203,7 +212,7 @@ def stop_list(path: str) -> frozenset[str]:
 
 @dataclass
 class TagsConfig(TagRules):
-    """Where tags are found, and how they become a vocabulary."""
+    """Settings of `xray data tags`: the origin of tags, and the rules of the vocabulary."""
 
     tags: Origin = "hashtags"
-    captions: dict[str, float] = field(default_factory=dict)  # their json fields, if not the usual
+    captions: dict[str, float] = field(default_factory=dict)  # JSON field -> weight; {} = default

@@ -1,4 +1,4 @@
-"""The tags that a head can tell, with their counts and other spellings."""
+"""Vocabulary of a tag head: its tags, their counts and aliases, built from counted samples."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ from data_pipelines.tags.reader import (
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError, DataError
 
-EXAMPLES = 1000  # dropped tags that are kept by name, of each reason
+EXAMPLES = 1000  # dropped tags to remember by name, per reason
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tags by descending count; a tag's id is its place.
+    """Tags by descending count; the id of a tag is its position.
 
-    counts: samples that have it. aliases: its other spellings. settings: what it was built with.
+    counts: samples with each tag. aliases: other spellings of each tag. settings: settings that the
+    vocabulary was built with.
     """
 
     tags: tuple[str, ...]
@@ -56,25 +57,26 @@ class Vocabulary:
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """Every spelling's id."""
-        found = {alias: i for i, names in enumerate(self.aliases) for alias in names}
-        return found | {tag: i for i, tag in enumerate(self.tags)}
+        """Spelling -> id, for all tags and aliases."""
+        ids = {alias: i for i, names in enumerate(self.aliases) for alias in names}
+        return ids | {tag: i for i, tag in enumerate(self.tags)}
 
     @property
     def digest(self) -> str:
-        """What the ids mean, whatever the counts."""
+        """Digest of the tags and aliases; counts and settings do not change it."""
         return hash_json([list(self.tags), [list(names) for names in self.aliases]])
 
     def encode(self, tags: Iterable[str]) -> list[int]:
-        """Ids of the tags that are in the vocabulary, each once."""
-        found = (self.ids.get(tag) for tag in tags)
-        return list(dict.fromkeys(number for number in found if number is not None))
+        """Return the ids of those tags that are in the vocabulary, each once."""
+        ids = (self.ids.get(tag) for tag in tags)
+        return list(dict.fromkeys(number for number in ids if number is not None))
 
     def reader(self, rules: TagRules) -> TagReader:
-        """What finds this vocabulary's tags in samples."""
+        """Return a reader of tags whose concepts are the spellings of this vocabulary."""
         return TagReader(rules.field, {}, self.ids)
 
     def save(self, path: Path) -> None:
+        """Write the vocabulary to a JSON file."""
         rows = [
             {"id": i, "name": tag, "count": count, "aliases": list(names)}
             for i, (tag, count, names) in enumerate(
@@ -89,7 +91,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read a vocabulary; raises ArtifactError when it is missing, empty or changed."""
+        """Read a vocabulary; raises ArtifactError if it is missing, empty or was edited."""
         try:
             content = json.loads(path.read_text("utf-8"))
             rows, expected = content["tags"], content["sha256"]
@@ -113,13 +115,20 @@ class Vocabulary:
         if not rows:
             raise ArtifactError(f"the vocabulary {path} is empty")
         if result.digest != expected:
-            raise ArtifactError(f"{path} was changed: its tags do not match its sha256")
+            raise ArtifactError(
+                f"{path} was changed: its tags do not match its sha256; make it again with xray "
+                "data tags"
+            )
         return result
 
 
 @dataclass
 class TagCounts:
-    """How many samples have a tag, and which share a plural and its singular."""
+    """Counts of samples per tag, and per pair of a plural and its singular.
+
+    samples: all samples. tagged: samples with at least one tag. tags: samples with each tag. both:
+    samples with both tags of a pair.
+    """
 
     samples: int = 0
     tagged: int = 0
@@ -127,22 +136,22 @@ class TagCounts:
     both: Counter[tuple[str, str]] = field(default_factory=Counter)  # (plural, singular)
 
     def add(self, tags: Sequence[str]) -> None:
-        """Count a sample."""
+        """Count a sample with these tags."""
         self.samples += 1
         self.tagged += bool(tags)
         self.tags.update(tags)
-        own = set(tags)
-        self.both.update((tag, one) for tag in tags for one in singulars(tag) if one in own)
+        unique = set(tags)
+        self.both.update((tag, one) for tag in tags for one in singulars(tag) if one in unique)
 
     def join(self, other: TagCounts) -> None:
-        """Add another's counts."""
+        """Add other counts, in place."""
         self.samples += other.samples
         self.tagged += other.tagged
         self.tags.update(other.tags)
         self.both.update(other.both)
 
     def columns(self) -> Columns:
-        """As columns of a file."""
+        """Convert the counts to columns of a file."""
         tags, tag_ends = pack_texts(self.tags)
         pairs, pair_ends = pack_texts(tag for pair in self.both for tag in pair)
         return {
@@ -157,7 +166,7 @@ class TagCounts:
 
     @classmethod
     def of(cls, columns: Mapping[str, np.ndarray]) -> TagCounts:
-        """From such columns."""
+        """Make counts from the columns of a file."""
         samples, tagged = columns["sizes"].tolist()
         tags = unpack_texts(columns["tags"], columns["tag_ends"])
         names = iter(unpack_texts(columns["pairs"], columns["pair_ends"]))
@@ -172,7 +181,7 @@ class TagCounts:
 
 @dataclass(frozen=True)
 class TagCounter:
-    """Counts the tags of a shard; sent to the processes that do it."""
+    """Function that counts the tags of a shard; pickled to the worker processes."""
 
     source: Source
     origin: Origin
@@ -197,13 +206,16 @@ class TagCounter:
 
 @functools.lru_cache(maxsize=4)
 def raw_reader(field: str, aliases: str, concepts: str) -> TagReader:
-    """What finds tags before there is a vocabulary; raises ConfigError for a file's mistakes."""
-    known = aliases_in(read_list(aliases, "aliases"), "aliases") if aliases else {}
+    """Make a reader that does not need a vocabulary, from files of aliases and concepts.
+
+    Raises ConfigError for mistakes in the files.
+    """
+    tag_of = aliases_in(read_list(aliases, "aliases"), "aliases") if aliases else {}
     if not concepts:
-        return TagReader(field, known)
+        return TagReader(field, tag_of)
     rows = read_list(concepts, "concepts")
     names = {canonical(name) for row in rows for name in row}
-    return TagReader(field, aliases_in(rows, "concepts") | known, names)
+    return TagReader(field, aliases_in(rows, "concepts") | tag_of, names)
 
 
 def count_tags(
@@ -214,36 +226,40 @@ def count_tags(
     progress: Progress | None = None,
     captions: Mapping[str, float] | None = None,
 ) -> TagCounts:
-    """Tags of all samples of a source, by shard in parallel; kept beside the shards' indexes.
+    """Count the tags of all samples of a source; counts are saved beside the shard indexes.
 
-    captions: the json fields of `tags: caption_...` (`read_captions`).
+    captions: JSON field -> weight for tags from captions (`read_captions`). Raises ConfigError.
     """
     if origin == "concepts" and not rules.concepts:
-        raise ConfigError("tags=concepts looks for the entries of a list: set concepts=FILE")
+        raise ConfigError("tags=concepts needs a list of concepts: set concepts=FILE")
     reader = raw_reader(rules.field, rules.aliases, rules.concepts)
     work = TagCounter(source, origin, rules, dict(captions or {}))
     facts = {"source": source.digest, "tags": origin, "captions": work.captions, **reader.facts}
     name = f"tags-{hash_json(facts)[:12]}"
-    kept, _ = open_first(source.derived_at(name), facts)
-    if kept:
-        return TagCounts.of(kept)
+    saved, _ = open_first(source.derived_at(name), facts)
+    if saved:
+        return TagCounts.of(saved)
     counts = TagCounts()
-    found = over_shards(work, len(source.manifest), workers)
-    for more in progress(found, len(source.manifest)) if progress else found:
-        counts.join(more)
+    results = over_shards(work, len(source.manifest), workers)
+    for of_shard in progress(results, len(source.manifest)) if progress else results:
+        counts.join(of_shard)
     save_columns(source.derived(name), counts.columns(), facts)
     return counts
 
 
 @dataclass
 class Dropped:
-    """Tags that are not in a vocabulary: how many, how often they occur, and the first of them."""
+    """Tags left out of a vocabulary for one reason.
+
+    tags: their number. samples: sum of their counts. first: (tag, count) of the most frequent ones.
+    """
 
     tags: int = 0
     samples: int = 0
     first: list[tuple[str, int]] = field(default_factory=list)
 
     def add(self, tag: str, count: int) -> None:
+        """Add a tag with its count."""
         self.tags += 1
         self.samples += count
         if len(self.first) < EXAMPLES:
@@ -253,15 +269,15 @@ class Dropped:
 def build_vocabulary(
     counts: TagCounts, rules: TagRules, where: str, settings: Mapping[str, Any] | None = None
 ) -> tuple[Vocabulary, dict[str, Dropped]]:
-    """The most frequent tags, and what was left out by reason.
+    """Build a vocabulary of the most frequent tags; also return the left-out tags by reason.
 
-    where: the sources, for the message. Raises DataError when no tag is frequent enough.
+    where: names of the sources, for the error. Raises DataError if no tag is frequent enough.
     """
     merged, plurals = _merge_plurals(counts) if rules.plurals else (counts.tags, {})
     spellings: dict[str, list[str]] = {}
     files = [(rules.aliases, "aliases"), (rules.concepts, "concepts")]
-    known = [pair for path, key in files if path for pair in _alias_pairs(path, key)]
-    for alias, tag in [*known, *plurals.items()]:
+    listed = [pair for path, key in files if path for pair in _alias_pairs(path, key)]
+    for alias, tag in [*listed, *plurals.items()]:
         spellings.setdefault(plurals.get(tag, tag), []).append(alias)
     stop = stop_list(rules.stop)
     dropped: dict[str, Dropped] = {}
@@ -281,9 +297,9 @@ def build_vocabulary(
     if not kept:
         raise DataError(
             f"no tag occurs in {rules.min_count} samples of {where} ({counts.tagged:,} of "
-            f"{counts.samples:,} have a tag): lower min_count, look for tags elsewhere "
+            f"{counts.samples:,} have a tag): lower min_count, read tags from elsewhere "
             "(data.sources.NAME.tags=hashtags, caption_hashtags, caption_words or concepts), or "
-            "leave the hashtag stage out"
+            "leave out the hashtag stage"
         )
     tags, numbers = zip(*kept, strict=True)
     aliases = tuple(tuple(sorted(set(spellings.get(tag, ())))) for tag in tags)
@@ -297,7 +313,7 @@ def _alias_pairs(path: str, key: str) -> Iterable[tuple[str, str]]:
 
 
 def _merge_plurals(counts: TagCounts) -> tuple[Counter[str], dict[str, str]]:
-    """Counts with plurals added to their singulars, and plural -> singular."""
+    """Return (counts with plurals merged into their singulars, plural -> singular)."""
     merged, plurals = Counter(counts.tags), {}
     for tag in counts.tags:
         one = max(singulars(tag), key=lambda s: (counts.tags.get(s, 0), s), default="")

@@ -1,1 +1,1 @@
-"""Captions of samples, and stored sentence vectors."""
+"""Captions of samples, and stored text features of captions."""

@@ -1,4 +1,4 @@
-"""A look at the first captions of a source, before a stage is built on them."""
+"""Check of the first captions of a source, before a stage starts to train on them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.text.captions import captions_of, texts_of
 from xray.errors import DataError
 
-LOOKED_AT = 256  # captions
+MAX_CAPTIONS = 256  # to read
+MAX_SHARDS = 8  # to read of a local source
 
 
-class Looked(NamedTuple):
-    """Captions of some samples; how many of these have two, and how many have negatives."""
+class CaptionSample(NamedTuple):
+    """Captions of the first samples of a source.
+
+    pairs: samples with at least two captions. negatives: samples with hard negatives.
+    """
 
     captions: list[str]
     pairs: int
     negatives: int
 
 
-def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") -> Looked:
-    """What captions some of a source's samples have, before a run.
+def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") -> CaptionSample:
+    """Read the captions of the first samples of a source.
 
-    Raises DataError where none of them has a caption in these json fields.
+    fields: JSON fields of the captions with weights, as for `read_captions`. negatives: JSON field
+    of hard negatives, "" = none. Raises DataError if none of these samples has a caption.
     """
-    found: list[str] = []
-    pairs, wrong, causes = 0, 0, list[str]()
-    # of a remote source one shard: it has to be fetched for it
-    for shard in range(min(len(source.manifest), 8 if source.cache is None else 1)):
-        for member in source.members(shard)[:LOOKED_AT].tolist():
+    captions: list[str] = []
+    pairs, with_negatives, causes = 0, 0, list[str]()
+    # Each shard of a remote source must be downloaded first, so read only one.
+    shards = MAX_SHARDS if source.cache is None else 1
+    for shard in range(min(len(source.manifest), shards)):
+        for member in source.members(shard)[:MAX_CAPTIONS].tolist():
             try:
                 files = source.read(shard, member, TEXT_FILES)
-                own = captions_of(files, fields)
-                found += own
-                pairs += len(own) > 1
-                wrong += bool(negatives and texts_of(files, negatives))
+                texts = captions_of(files, fields)
+                captions += texts
+                pairs += len(texts) > 1
+                with_negatives += bool(negatives and texts_of(files, negatives))
             except BadSample as error:
                 causes.append(error.cause)
-            if len(found) >= LOOKED_AT:
-                return Looked(found, pairs, wrong)
-    if not found:
+            if len(captions) >= MAX_CAPTIONS:
+                return CaptionSample(captions, pairs, with_negatives)
+    if not captions:
         where = f"data.sources.{source.name}.captions={dict(fields)}" if fields else "their json"
         raise DataError(
             f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
-            f"({causes[0] if causes else 'there are none'}): see {where}, and xray data check"
+            f"({causes[0] if causes else 'it has no samples'}): check {where}, and run xray data "
+            "check"
         )
-    return Looked(found, pairs, wrong)
+    return CaptionSample(captions, pairs, with_negatives)

@@ -1,4 +1,4 @@
-"""Captions of a sample, from its json or its txt file, with weights and languages."""
+"""Captions of a sample, read from its JSON or txt file, with weights and languages."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import numpy as np
 from data_pipelines.shards.bad_sample import BadSample
 
 MOST_WEIGHT = 1e6
-FIELDS = ("curation.captions", "captions", "caption")  # where captions are, the first that is there
+FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One text about a sample; it is drawn in proportion to its weight."""
+    """One caption of a sample, drawn with a probability proportional to its weight."""
 
     text: str
     weight: float = 1.0
-    language: str = ""  # as the data calls it
-    number: int = 0  # among the captions of its sample
+    language: str = ""  # name of the language in the data
+    number: int = 0  # position among the captions of the sample
 
 
 def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
-    """The sample's json, or {} where it has none."""
+    """Parse the JSON file of a sample; {} if it has none. Raises BadSample for broken JSON."""
     if "json" not in files:
         return {}
     try:
         content = json.loads(files["json"])
-        if b"\\ud" in files["json"].lower():  # json can hold halves of characters, UTF-8 cannot
+        # JSON may hold unpaired surrogates, which UTF-8 cannot encode: replace them.
+        if b"\\ud" in files["json"].lower():
             whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
             content = json.loads(whole)
     except (ValueError, RecursionError) as error:
@@ -42,18 +43,19 @@ def metadata_of(files: dict[str, bytes]) -> dict[str, Any]:
 def read_captions(
     files: dict[str, bytes], fields: Mapping[str, float] | None = None
 ) -> list[Caption]:
-    """All captions of a sample.
+    """Read all captions of a sample.
 
-    fields: json fields, within others by dots, and their weights, e.g. {captions: 1, synthetic: 3};
-    "txt" is the txt file. A field's weight is shared by its texts. Without fields: the first of
-    FIELDS, else the txt file. A text is a string or {text, weight, language}. Raises BadSample.
+    fields: JSON field -> weight, for example {captions: 1, synthetic: 3}. Dots reach into nested
+    objects, and "txt" means the txt file. The texts of a field share its weight. Without `fields`,
+    the first existing field of FIELDS is used, else the txt file. A caption in the JSON is a string
+    or {text, weight, language}. Raises BadSample for broken captions, or if there are none.
     """
     meta = metadata_of(files)
     language = str(meta.get("language") or meta.get("lang") or "")
     if not fields:
         first = next((name for name in FIELDS if _field(meta, name)), "txt")
         fields = {first: 1.0}
-    found = []
+    result = []
     for name, weight in fields.items():
         value = (
             files.get("txt", b"").decode("utf-8", "replace")
@@ -63,28 +65,28 @@ def read_captions(
         entries = value if isinstance(value, list) else [value]
         captions = [_caption(entry, language) for entry in entries if entry]
         captions = [caption for caption in captions if caption.text]
-        whole = sum(caption.weight for caption in captions)
-        found += [Caption(c.text, weight * c.weight / whole, c.language) for c in captions]
-    if not found:
+        total = sum(caption.weight for caption in captions)
+        result += [Caption(c.text, weight * c.weight / total, c.language) for c in captions]
+    if not result:
         raise BadSample("no caption")
-    return [replace(caption, number=number) for number, caption in enumerate(found)]
+    return [replace(caption, number=number) for number, caption in enumerate(result)]
 
 
 def texts_of(files: dict[str, bytes], name: str) -> list[str]:
-    """The texts of one json field, none where it is not there; raises BadSample."""
+    """Read the texts of one JSON field; [] if it does not exist. Raises BadSample."""
     value = _field(metadata_of(files), name)
     entries = value if isinstance(value, list) else [value]
-    found = [_caption(entry, "").text for entry in entries if entry]
-    return [text for text in found if text]
+    texts = [_caption(entry, "").text for entry in entries if entry]
+    return [text for text in texts if text]
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:
-    """A field of that name, or what its dots lead to; None where there is none."""
+    """Return a field by its full name, or by its dots as a path; None if it does not exist."""
     first, _, rest = name.partition(".")
     if name in meta or not rest:
         return meta.get(name)
-    within = meta.get(first)
-    return _field(within, rest) if isinstance(within, dict) else None
+    nested = meta.get(first)
+    return _field(nested, rest) if isinstance(nested, dict) else None
 
 
 def _caption(entry: Any, language: str) -> Caption:
@@ -93,32 +95,41 @@ def _caption(entry: Any, language: str) -> Caption:
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         weight = entry.get("weight", 1.0)
         if isinstance(weight, (int, float)) and 0 < weight <= MOST_WEIGHT:
-            own = str(entry.get("language") or language)
-            return Caption(entry["text"].strip(), float(weight), own)
+            language = str(entry.get("language") or language)
+            return Caption(entry["text"].strip(), float(weight), language)
     raise BadSample("broken caption", "neither text nor {text, weight, language}")
 
 
 def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = None) -> list[str]:
-    """The texts of all captions of a sample."""
+    """Read the texts of all captions of a sample; raises BadSample."""
     return [caption.text for caption in read_captions(files, fields)]
 
 
 def kept_captions(
     files: dict[str, bytes], fields: Mapping[str, float] | None, numbers: Sequence[int] | None
 ) -> list[Caption]:
-    """The captions of a sample that a keep-list leaves; raises BadSample."""
+    """Read the captions of a sample that a keep-list keeps, by their numbers; None = all.
+
+    Raises BadSample.
+    """
     captions = read_captions(files, fields)
     if numbers is None:
         return captions
     if max(numbers) >= len(captions):
-        raise BadSample("fewer captions than curated", "data.sources.NAME.captions differ")
+        raise BadSample(
+            "fewer captions than curated",
+            "data.sources.NAME.captions differs from the fields of the curation",
+        )
     return [captions[number] for number in numbers]
 
 
 def choose_captions(
     captions: Sequence[Caption], rng: np.random.Generator | None, count: int = 1
 ) -> list[Caption]:
-    """So many captions drawn by weight, none twice before all were; without `rng` the first."""
+    """Draw `count` captions by weight; repeats come only after each caption was drawn once.
+
+    Without `rng`, the first captions are returned.
+    """
     if rng is None or len(captions) == 1:
         return [captions[number % len(captions)] for number in range(count)]
     weights = np.array([caption.weight for caption in captions])

@@ -1,7 +1,8 @@
-"""Sentence vectors of a source's captions, written once by `xray data text-features`.
+"""Store of text features: a vector for each caption of a source, by `xray data text-features`.
 
-A sidecar: per member, the places of its captions' vectors (shard << 32 | row); per shard, the
-vectors of the captions that are met there first. Equal captions share one vector.
+Equal captions share one vector. The store is a sidecar. The table of a shard holds the vectors of
+the captions that occur there first, and for each member the positions of the vectors of its
+captions; a position is `shard << 32 | row`.
 """
 
 from __future__ import annotations
@@ -27,51 +28,59 @@ ROW_BITS = 32
 def store_facts(
     source: Source, identity: Mapping[str, Any], captions: Mapping[str, float], stored: Stored
 ) -> dict[str, Any]:
-    """All that a store depends on: shards, whose numbers are in it, language side and format."""
-    own = {"captions": list(captions or FIELDS), "features": stored}
-    return {**identity, **own, "shards": source.manifest.digest}
+    """Return the settings that a store depends on: text encoder, captions, format and shards."""
+    settings = {"captions": list(captions or FIELDS), "features": stored}
+    return {**identity, **settings, "shards": source.manifest.digest}
 
 
 def store_name(facts: Mapping[str, Any]) -> str:
-    """The sidecar's name."""
+    """Return the name of the sidecar of a store."""
     return f"{KIND}-{hash_json(dict(facts))[:12]}"
 
 
 @dataclass(frozen=True)
 class TextStore:
-    """The stored vectors of a source's captions, [W] each."""
+    """Stored vectors of the captions of a source, [W] each."""
 
     sidecar: Sidecar
 
     @property
     def width(self) -> int:
+        """Number of dimensions W."""
         return int(self.sidecar.facts["width"])
 
     @property
     def digest(self) -> str:
+        """Digest of all vectors."""
         return self.sidecar.digest
 
     def vectors(self, shard: int, member: int, captions: Sequence[int]) -> np.ndarray:
-        """Of some of a member's captions by their numbers, [C, W] float32."""
-        places = self.sidecar.row(shard, member, "places")
-        return np.stack([self._vector(int(places[caption])) for caption in captions])
+        """Return the vectors of captions of a member, by caption number: [C, W] float32.
 
-    def _vector(self, place: int) -> np.ndarray:
-        where, row = divmod(place, 1 << ROW_BITS)
-        if where < len(self.sidecar.counts):
-            table = self.sidecar.table(where)
+        Raises DataError for a damaged store.
+        """
+        positions = self.sidecar.row(shard, member, "places")
+        return np.stack([self._vector(int(positions[caption])) for caption in captions])
+
+    def _vector(self, position: int) -> np.ndarray:
+        shard, row = divmod(position, 1 << ROW_BITS)
+        if shard < len(self.sidecar.counts):
+            table = self.sidecar.table(shard)
             if row < len(table["vectors"]):
-                found = unpacked(table["vectors"][row], table["scales"][row : row + 1])
-                if np.isfinite(found).all():
-                    return found
-        broken = self.sidecar.source.derived(self.sidecar.name, where)
+                vector = unpacked(table["vectors"][row], table["scales"][row : row + 1])
+                if np.isfinite(vector).all():
+                    return vector
+        path = self.sidecar.source.derived(self.sidecar.name, shard)
         raise DataError(
-            f"{broken} is damaged: delete it, and xray data text-features writes it again"
+            f"{path} is damaged: delete it, and run xray data text-features to write it again"
         )
 
 
 def packed(vectors: np.ndarray, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
-    """[U, W] float32 -> what is stored of it, and a scale per row (int8: the largest is 127)."""
+    """Convert vectors [U, W] float32 to the stored format: (values [U, W], scales [U] float32).
+
+    int8 is scaled so that the largest absolute value of each row is 127.
+    """
     scales = np.ones(len(vectors), np.float32)
     if stored == "fp32":
         return vectors.astype(np.float32), scales
@@ -79,46 +88,49 @@ def packed(vectors: np.ndarray, stored: Stored) -> tuple[np.ndarray, np.ndarray]
         scales = np.maximum(np.abs(vectors).max(axis=1, initial=0.0), 1e-30) / 127
         return np.round(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32)
     bits = vectors.astype(np.float32).view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to the nearest bfloat16, ties to even
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # round to nearest bfloat16, ties to even
     return (rounded >> 16).astype(np.uint16), scales
 
 
 def unpacked(vector: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """A stored vector [W] as float32."""
+    """Convert a stored vector [W] to float32."""
     if vector.dtype == np.uint16:
         return (vector.astype(np.uint32) << 16).view(np.float32)
     return vector.astype(np.float32) * scale
 
 
 def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
-    """A source's store; raises ConfigError that says what the nearest one differs in."""
-    found = open_sidecar(source, store_name(facts))
-    if found is not None:
-        return TextStore(found)
+    """Open the store of a source with these settings (`store_facts`).
+
+    Raises ConfigError if there is none; the message says how the most similar store differs.
+    """
+    sidecar = open_sidecar(source, store_name(facts))
+    if sidecar is not None:
+        return TextStore(sidecar)
     wanted = dict(facts)
-    near = [
-        differences({key: theirs.get(key) for key in wanted}, wanted) for theirs in _all(source)
+    others = [
+        differences({key: other.get(key) for key in wanted}, wanted) for other in _all(source)
     ]
     reason = "it has none"
-    if [] in near:
-        reason = f"{source.derived(store_name(facts))} is gone"
-    elif near:
-        closest = min(near, key=len)
+    if [] in others:
+        reason = f"{source.derived(store_name(facts))} is missing"
+    elif others:
+        closest = min(others, key=len)
         more = f" (and {len(closest) - 1} more)" if len(closest) > 1 else ""
-        reason = f"the nearest has {closest[0]}{more}"
+        reason = f"the most similar has {closest[0]}{more}"
     raise ConfigError(
-        f"no stored text features of source {source.name!r}, as its shards are now, fit this run: "
+        f"no stored text features of source {source.name!r} fit this run and its current shards: "
         f"{reason}; write them with xray data text-features and the same text settings, or set "
         "text.features=live"
     )
 
 
 def note_store(source: Source, facts: Mapping[str, Any]) -> None:
-    """Add a store to the list of a source's, from which a refusal takes its reason."""
-    others = [theirs for theirs in _all(source) if theirs != facts]
+    """Add a store to the list of stores of a source; `open_store` compares with this list."""
+    others = [other for other in _all(source) if other != facts]
     save_columns(source.derived(KIND), {}, {"stores": [*others, dict(facts)]})
 
 
 def _all(source: Source) -> list[dict[str, Any]]:
-    """The facts of all stores of a source's shards."""
+    """Return the settings of all stores of a source."""
     return list(open_first(source.derived_at(KIND), {})[1].get("stores", []))

@@ -133,7 +133,7 @@ def test_an_interrupted_store_is_completed(
         stored(source, config)
     language = Language(config)
     facts = store_facts(source, language.identity(), {}, "bf16")
-    with pytest.raises(ConfigError, match="fit this run: it has none"):
+    with pytest.raises(ConfigError, match="current shards: it has none"):
         open_store(source, facts)
     monkeypatch.setattr(text_features, "save_table", save)
     steps: list[tuple[int, int]] = []
@@ -170,7 +170,7 @@ def test_a_store_with_other_settings_is_refused_with_the_difference(
 
     assert asked().width == 32
     stored(source, config_of(demo, max_length=16))
-    with pytest.raises(ConfigError, match=r"fit this run: the nearest has prompt: ''"):
+    with pytest.raises(ConfigError, match=r"the most similar has prompt: ''"):
         asked(prompt="a ")
     with pytest.raises(ConfigError, match=r"max_length: 64 -> 32.*text.features=live"):
         asked(max_length=32)
@@ -180,7 +180,7 @@ def test_a_store_with_other_settings_is_refused_with_the_difference(
     write_tar(shards / "3.tar", files)
     grown = open_source("s", str(shards), "image")
     language = Language(TextConfig(str(demo / "llm"), "none"))
-    with pytest.raises(ConfigError, match=r"as its shards are now, fit this run: it has none"):
+    with pytest.raises(ConfigError, match=r"fit this run and its current shards: it has none"):
         open_store(grown, store_facts(grown, language.identity(), {}, "bf16"))
 
 
@@ -204,14 +204,14 @@ def test_a_damaged_store_is_named_and_can_be_rewritten(demo: Path, shards: Path)
 
     last = 4 * 32 * 4  # size of the shard's four vectors in bytes
     damage(table, len(whole) - last, b"\xff" * last)  # nan
-    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and xray"):
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and run xray"):
         for member, captions in enumerate(CAPTIONS[0]):
             open_stored(source, config).vectors(0, member, range(len(captions)))
     table.unlink()
     assert np.array_equal(stored(source, config)[0].vectors(1, 1, [0]), expected)
 
     summary.unlink()
-    with pytest.raises(ConfigError, match=r"text-features-\w+ is gone; write them"):
+    with pytest.raises(ConfigError, match=r"text-features-\w+ is missing; write them"):
         open_stored(source, config)
     assert stored(source, config)[0].digest == digest
 

@@ -1,8 +1,8 @@
-"""Runs a data stream as a training run does, and writes down what every step was made of.
+"""Runs a data stream as a training run does, and writes the samples of every step to a file.
 
-python stream_helper.py DATA OUT STEPS WORKERS [kill STEP]: goes on from OUT/start, a copy of
-OUT/state, which holds one integer and the quarantine. Started once per rank, with RANK and
-WORLD_SIZE.
+usage: stream_helper.py DATA OUT STEPS WORKERS KILL, once per rank, with RANK and WORLD_SIZE set.
+It resumes from OUT/start, a copy of OUT/state, which holds the next step and the quarantine. The
+process kills itself after step KILL; -1 = never.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ BLOCKS = [BlockConfig("photos", 12), BlockConfig("clips", 6)]
 
 
 def settings(root: str) -> DataConfig:
+    """Make the data config of the demo data."""
     sources = {
         "photos": SourceConfig("photos", "image"),
         "clips": SourceConfig("clips", "video"),
@@ -48,6 +49,7 @@ def settings(root: str) -> DataConfig:
 
 
 def main(root: str, out: Path, steps: int, workers: int, kill: int) -> None:
+    """Run the stream of this rank and append one line per step to OUT/rankN.jsonl."""
     data = settings(root)
     sources = {
         name: open_source(name, source.shards, source.modality, root)
@@ -73,16 +75,16 @@ def main(root: str, out: Path, steps: int, workers: int, kill: int) -> None:
     for step, loaded in enumerate(stream, start=first):
         rows = []
         for micro, item in zip(shape.micro, loaded, strict=True):
-            for place, digest in zip(
+            for index, digest in zip(
                 range(micro.start, micro.stop), item.batch["digest"].tolist(), strict=True
             ):
-                rows.append([micro.source, place, bytes(digest).hex()])
+                rows.append([micro.source, index, bytes(digest).hex()])
             entries += [Entry(b.source, b.shard, b.key, b.cause) for b in item.bad if b.quarantine]
         with (out / f"rank{RANK}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "rows": rows}) + "\n")
         if kill == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        if RANK == 0 and step % 3 == 2:  # what a checkpoint keeps
+        if RANK == 0 and step % 3 == 2:  # the part of a checkpoint about data
             state.mkdir(exist_ok=True)
             (state / "step").write_text(str(step + 1))
             quarantine.save(entries, state / "quarantine.jsonl")

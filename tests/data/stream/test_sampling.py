@@ -1,4 +1,4 @@
-"""The plan: exact, elastic, shuffled, and small."""
+"""The sampling plan: exact, independent of the world size, shuffled, and small in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipelines.stream.sampling import (
     StepShape,
     default_lanes,
     micro_batches,
-    turned,
+    rotated_order,
     within_budget,
 )
 from data_pipelines.stream.shuffle import keys_of, permuted
@@ -24,10 +24,10 @@ from xray.config import BlockConfig
 from xray.errors import ConfigError
 
 COUNTS = [7, 13, 1, 20, 9]
-Place = tuple[int, int]
+Slot = tuple[int, int]  # (shard, slot)
 
 
-def places(plan: SamplePlan, positions: np.ndarray | range) -> list[Place]:
+def slots_at(plan: SamplePlan, positions: np.ndarray | range | list[int]) -> list[Slot]:
     shards, slots = plan.locate(np.asarray(positions))
     return list(zip(shards.tolist(), slots.tolist(), strict=True))
 
@@ -40,7 +40,10 @@ def test_the_shuffle_is_a_bijection(n: int) -> None:
 
 
 def test_the_shuffle_is_uniform() -> None:
-    """Where 0 goes, and how far apart 0 and 1 end, over many keys: chi-square at 99.9 %."""
+    """The image of 0, and the distance of the images of 0 and 1, are uniform over keys.
+
+    A chi-square test at 99.9 %.
+    """
     n, trials = 20, 40_000
     keys, sizes = keys_of([1], np.arange(trials)), np.full(trials, n)
     first = permuted(np.zeros(trials, np.int64), sizes, keys)
@@ -48,8 +51,9 @@ def test_the_shuffle_is_uniform() -> None:
     for values, bins in ((first, n), ((second - first) % n - 1, n - 1)):
         counts = np.bincount(values, minlength=bins)
         expected = trials / bins
-        chi = ((counts - expected) ** 2 / expected).sum()
-        assert chi < 46, (bins, chi)  # 99.9 % of chi-square with 19 degrees of freedom is 43.8
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        # the 99.9 % quantile with 19 degrees of freedom is 43.8
+        assert chi_square < 46, (bins, chi_square)
 
 
 @pytest.mark.parametrize(("samples", "lanes"), [(8, 8), (10, 4), (3, 2), (64, 64), (7, 1)])
@@ -59,47 +63,49 @@ def test_every_slot_once_per_epoch(samples: int, lanes: int) -> None:
     epochs = 6
     steps = epochs * total // samples
     positions = np.concatenate([plan.positions(k, samples) for k in range(steps)])
-    assert len(set(positions.tolist())) == len(positions)  # none twice
-    per_lane_spread = 2 * total  # lanes run ahead of each other by less than two rounds
+    assert len(set(positions.tolist())) == len(positions)  # no position occurs twice
+    per_lane_spread = 2 * total  # a lane is ahead of another by less than two rounds
     assert positions.max() < steps * samples + per_lane_spread
     early = positions[positions // total < epochs - 3]
     assert np.bincount(early // total).tolist() == [total] * (epochs - 3)
-    assert set(Counter(places(plan, early)).values()) == {epochs - 3}
+    assert set(Counter(slots_at(plan, early)).values()) == {epochs - 3}
 
 
-def test_step_is_a_pure_function_and_shuffles_every_epoch() -> None:
+def test_positions_are_a_pure_function_and_epochs_are_shuffled() -> None:
     plan, again = (SamplePlan(numbered(COUNTS), 4, 2, seed=3) for _ in range(2))
     again.locate(again.positions(100, 10))
     assert np.array_equal(plan.positions(5, 10), again.positions(5, 10))
-    assert places(plan, plan.positions(5, 10)) == places(again, again.positions(5, 10))
+    assert slots_at(plan, plan.positions(5, 10)) == slots_at(again, again.positions(5, 10))
     total = sum(COUNTS)
-    first, second = places(plan, range(total)), places(plan, range(total, 2 * total))
+    first, second = slots_at(plan, range(total)), slots_at(plan, range(total, 2 * total))
     assert first != second and sorted(first) == sorted(second)
     other = SamplePlan(numbered(COUNTS), 4, 2, seed=4)
-    assert first != places(other, range(total))
+    assert first != slots_at(other, range(total))
 
 
 def test_shuffle_stays_within_groups_of_shards() -> None:
     plan = SamplePlan(numbered([10] * 6), 1, 2, seed=0)
     for group in range(3):
-        shards = {shard for shard, _ in places(plan, range(20 * group, 20 * group + 20))}
+        shards = {shard for shard, _ in slots_at(plan, range(20 * group, 20 * group + 20))}
         assert len(shards) == 2
 
 
-def test_stand_ins_are_fixed_and_near_at_first() -> None:
+def test_replacements_are_deterministic_and_first_from_the_same_group() -> None:
     plan = SamplePlan(numbered([10] * 6), 1, 2, seed=0)
-    near = {shard for shard, _ in places(plan, range(20, 40))}
-    found = [plan.candidate(25, attempt) for attempt in range(20)]
-    assert found[0] == places(plan, [25])[0]
-    assert {shard for shard, _ in found[1:11]} <= near
-    assert not {shard for shard, _ in found[11:]} <= near
-    assert found == [plan.candidate(25, attempt) for attempt in range(20)]
-    assert len(set(found)) > 10
+    group = {shard for shard, _ in slots_at(plan, range(20, 40))}
+    tried = [plan.candidate(25, attempt) for attempt in range(20)]
+    assert tried[0] == slots_at(plan, [25])[0]
+    assert {shard for shard, _ in tried[1:11]} <= group
+    assert not {shard for shard, _ in tried[11:]} <= group
+    assert tried == [plan.candidate(25, attempt) for attempt in range(20)]
+    assert len(set(tried)) > 10
 
 
-def refs(plan: SamplePlan, block: BlockConfig, steps: range, world: int) -> list[list[Place]]:
-    """What all ranks together read of each step."""
-    result: list[list[Place]] = [[] for _ in steps]
+def slots_of_steps(
+    plan: SamplePlan, block: BlockConfig, steps: range, world: int
+) -> list[list[Slot]]:
+    """Return the slots that all ranks together read in each step."""
+    result: list[list[Slot]] = [[] for _ in steps]
     for rank in range(world):
         shape = StepShape(32, 1, micro_batches([block], [0], rank, world))
         sampler = StepSampler([block], {block.source: plan}, lambda step, s=shape: s, steps)
@@ -112,12 +118,13 @@ def refs(plan: SamplePlan, block: BlockConfig, steps: range, world: int) -> list
 def test_any_world_size_reads_the_same_steps(world: int) -> None:
     block = BlockConfig("photos", 30)
     plan = SamplePlan(numbered(COUNTS), 16, 2, seed=3)
-    assert refs(plan, block, range(9), world) == refs(plan, block, range(9), 1)
-    assert refs(plan, block, range(4, 9), world) == refs(plan, block, range(9), 1)[4:]
+    expected = slots_of_steps(plan, block, range(9), 1)
+    assert slots_of_steps(plan, block, range(9), world) == expected
+    assert slots_of_steps(plan, block, range(4, 9), world) == expected[4:]
 
 
-def test_a_rank_touches_few_shards() -> None:
-    """Locality: lanes/world + 2 lanes, each within one group of shards."""
+def test_a_rank_reads_few_shards() -> None:
+    """A rank reads lanes / world + 2 lanes at most, each within one or two groups of shards."""
     plan = SamplePlan(numbered([100] * 640), 64, 4, seed=0)
     block = BlockConfig("photos", 256)
     for rank in (0, 7, 15):
@@ -130,15 +137,15 @@ def test_a_rank_touches_few_shards() -> None:
             )
 
 
-def test_the_next_shards_of_a_lane_are_known_ahead() -> None:
+def test_shards_ahead_include_the_next_group() -> None:
     plan = SamplePlan(numbered([10] * 12), 1, 2, seed=0)
-    for place, groups in ((0, 1), (9, 1), (10, 2), (19, 2)):
-        here = {shard for shard, _ in places(plan, range(20 * groups))}
-        assert set(plan.shards_ahead(np.array([place])).tolist()) == here
+    for position, groups in ((0, 1), (9, 1), (10, 2), (19, 2)):
+        shards = {shard for shard, _ in slots_at(plan, range(20 * groups))}
+        assert set(plan.shards_ahead(np.array([position])).tolist()) == shards
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_ranks_share_out_the_block(world: int) -> None:
+def test_ranks_divide_each_block(world: int) -> None:
     blocks = [BlockConfig("photos", 12), BlockConfig("clips", 24)]
     sizes = [1, 2] if world < 6 else [0, 0]
     cut = [micro_batches(blocks, sizes, rank, world) for rank in range(world)]
@@ -151,17 +158,17 @@ def test_ranks_share_out_the_block(world: int) -> None:
         assert sum(m.scale for m in rank) / len(rank) == pytest.approx(1)
 
 
-def test_blocks_that_do_not_divide() -> None:
+def test_blocks_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ConfigError, match="do not divide over 5 processes: use 10 or 15"):
         micro_batches([BlockConfig("photos", 12)], [0], 0, 5)
     with pytest.raises(ConfigError, match=r"train.micro_batch=5 does not divide"):
         micro_batches([BlockConfig("photos", 12)], [5], 0, 1)
 
 
-def test_a_token_budget_sets_the_forward_of_each_modality() -> None:
+def test_a_token_budget_sets_the_micro_batch_of_each_modality() -> None:
     images, clips = BlockConfig("photos", 96), BlockConfig("clips", 24)
     assert within_budget(images, 2, tokens=196, budget=196 * 16) == 16
-    assert within_budget(clips, 2, tokens=784, budget=196 * 16) == 4  # the same tokens
+    assert within_budget(clips, 2, tokens=784, budget=196 * 16) == 4  # the same number of tokens
     assert within_budget(clips, 2, tokens=784, budget=5 * 784) == 4  # 5 does not divide 12
     assert within_budget(clips, 1, tokens=784, budget=10**9) == 24
     assert within_budget(clips, 1, tokens=784, budget=1) == 1
@@ -172,9 +179,9 @@ def test_default_lanes() -> None:
 
 
 def test_workers_get_every_modality() -> None:
-    """Two micro-batches per step and two workers: neither worker has only the clips."""
+    """With two micro-batches per step and two workers, for example, each worker gets both."""
     for count, workers in ((2, 2), (4, 2), (3, 3), (4, 4), (1, 2)):
-        flat = [number for step in range(60) for number in turned(count, step)]
+        flat = [number for step in range(60) for number in rotated_order(count, step)]
         assert [sorted(flat[i : i + count]) for i in range(0, len(flat), count)] == [
             list(range(count))
         ] * 60
@@ -182,17 +189,17 @@ def test_workers_get_every_modality() -> None:
             assert set(flat[worker::workers]) == set(range(count))
 
 
-def test_steps_of_the_same_samples_fetch_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shard is a group of its own; a cache is there, and is asked for what comes."""
-    source, asked = dataclasses.replace(numbered([4] * 30), cache=object()), list[int]()
-    monkeypatch.setattr(Source, "prefetch", lambda self, shard: asked.append(shard))
+def test_repeated_steps_prefetch_only_their_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard is a group; the source has a cache, whose prefetches are recorded."""
+    source, prefetched = dataclasses.replace(numbered([4] * 30), cache=object()), list[int]()
+    monkeypatch.setattr(Source, "prefetch", lambda self, shard: prefetched.append(shard))
     blocks, plan = [BlockConfig("photos", 8)], SamplePlan(source, 1, 1, seed=3)
     shape = StepShape(32, 4, micro_batches(blocks, [4], 0, 1))
     for same, most in ((True, 3), (False, 30)):
-        asked.clear()
+        prefetched.clear()
         sampler = StepSampler(blocks, {"photos": plan}, lambda step: shape, range(12), same)
         steps = [refs[0] + refs[1] for refs in zip(*[iter(list(sampler))] * 2, strict=True)]
-        own = [{(ref.shard, ref.slot) for ref in refs} for refs in steps]
-        assert (len({frozenset(step) for step in own}) == 1) == same
-        assert {ref.shard for refs in steps for ref in refs} <= set(asked)
-        assert len(asked) <= most and (same or len(set(asked)) > 20)
+        slots = [frozenset((ref.shard, ref.slot) for ref in refs) for refs in steps]
+        assert (len(set(slots)) == 1) == same
+        assert {ref.shard for refs in steps for ref in refs} <= set(prefetched)
+        assert len(prefetched) <= most and (same or len(set(prefetched)) > 20)

@@ -1,4 +1,4 @@
-"""The stream from shards to batches: exact through kills, other ranks and other workers."""
+"""The stream from shards to batches: the same after kills and with other numbers of processes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ Steps = dict[int, dict[tuple[str, int], str]]
 
 
 def start(root: Path, out: Path, world: int, workers: int, kill: int = -1) -> list[int]:
-    """Run all ranks to their end; their exit codes."""
+    """Run all ranks until they end; return their exit codes."""
     out.mkdir(exist_ok=True)
-    if (out / "state").is_dir():  # read by every rank, however late, before another is written
+    if (out / "state").is_dir():  # a copy, so that a late rank does not read the next state
         shutil.copytree(out / "state", out / "start", dirs_exist_ok=True)
     args = [str(root), str(out), str(STEPS), str(workers), str(kill)]
     group = [
@@ -56,19 +56,22 @@ def start(root: Path, out: Path, world: int, workers: int, kill: int = -1) -> li
 
 
 def read(out: Path) -> Steps:
-    """(source, place in the block) -> digest of key and pixels, by step; the last one counts."""
+    """Return step -> (source, index in the block) -> digest of key and pixels.
+
+    If a step was run again after a kill, both runs must have equal digests.
+    """
     steps: Steps = {}
     for path in sorted(out.glob("rank*.jsonl"), key=lambda p: p.stat().st_mtime):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            found = steps.setdefault(row["step"], {})
-            for source, place, digest in row["rows"]:
-                assert found.setdefault((source, place), digest) == digest
+            digests = steps.setdefault(row["step"], {})
+            for source, index, digest in row["rows"]:
+                assert digests.setdefault((source, index), digest) == digest
     return steps
 
 
 def test_killed_and_resumed_with_other_ranks_and_workers(demo: Path, tmp_path: Path) -> None:
-    """2 ranks x 2 workers, killed; then 1 x 0, killed; then 2 x 1: each step as if unkilled."""
+    """Runs 2 ranks x 2 workers, then 1 x 0, both killed, then 2 x 1, and compares every step."""
     assert start(demo, tmp_path / "whole", world=1, workers=1) == [0]
     whole = read(tmp_path / "whole")
     assert sorted(whole) == list(range(STEPS)) and all(len(rows) == 18 for rows in whole.values())
@@ -80,11 +83,11 @@ def test_killed_and_resumed_with_other_ranks_and_workers(demo: Path, tmp_path: P
     assert start(demo, out, world=2, workers=1) == [0, 0]
     assert read(out) == whole
     keys = [digest for rows in whole.values() for digest in rows.values()]
-    assert len(set(keys)) == len(keys)  # repeats of a sample differ by their augmentation
+    assert len(set(keys)) == len(keys)  # a repeated sample has another augmentation
 
 
-def keys(plan: SamplePlan, data: DataConfig, steps: range, workers: int) -> list[Loaded]:
-    """One source's stream, batches of 4: each sample's key as a number."""
+def load_keys(plan: SamplePlan, data: DataConfig, steps: range, workers: int) -> list[Loaded]:
+    """Load a source in batches of 4 that hold the key of each sample as a number."""
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
         transforms.load_pixels(sample, data, rng)
@@ -100,7 +103,7 @@ def keys(plan: SamplePlan, data: DataConfig, steps: range, workers: int) -> list
     return [loaded for (loaded,) in stream]
 
 
-def test_broken_pictures_are_replaced_the_same_way_everywhere(tmp_path: Path) -> None:
+def test_broken_images_have_the_same_replacements_for_any_workers(tmp_path: Path) -> None:
     whole = {f"{i:03d}.jpg": photo(i) for i in range(40)}
     broken = {**whole, "007.jpg": jpeg()[:150], "021.jpg": b"", "033.jpg": b"<html>"}
     for shard in range(4):
@@ -110,27 +113,28 @@ def test_broken_pictures_are_replaced_the_same_way_everywhere(tmp_path: Path) ->
     runs = []
     for workers in (0, 2):
         plan = SamplePlan(source, 2, 2, seed=0)
-        runs.append(keys(plan, DataConfig(), range(20), workers))
+        runs.append(load_keys(plan, DataConfig(), range(20), workers))
     streams = [[item.batch["key"].tolist() for item in run] for run in runs]
     assert streams[0] == streams[1]
     flat = [key for batch in streams[0] for key in batch]
     assert not {7, 21, 33} & set(flat)
     bad = [entry for item in runs[0] for entry in item.bad]
-    count = Counter(entry.key for entry in bad)  # two epochs, and drawn as a stand-in once
+    # two epochs; 033 is also drawn once as a replacement
+    count = Counter(entry.key for entry in bad)
     assert count == {"007": 2, "021": 2, "033": 3}
     assert {entry.cause for entry in bad} == {"undecodable image"}
     assert not any(entry.quarantine for entry in bad)
 
 
-def test_a_source_that_is_all_broken_ends_the_run(tmp_path: Path) -> None:
+def test_a_source_without_usable_samples_ends_the_run(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {f"{i}.jpg": b"junk" for i in range(9)})
     plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
     with pytest.raises(DataError, match=r"20 samples in a row cannot be used.*0.tar"):
-        keys(plan, DataConfig(), range(2), 0)
+        load_keys(plan, DataConfig(), range(2), 0)
 
 
-def test_a_killed_worker_ends_in_one_line(tmp_path: Path) -> None:
-    """As when memory runs out, or a picture crashes its decoder."""
+def test_a_killed_worker_raises_a_data_error(tmp_path: Path) -> None:
+    """The system kills workers if memory runs out; broken images may crash a decoder."""
     write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
     plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
     block = BlockConfig("s", 1)
@@ -147,7 +151,7 @@ def test_a_killed_worker_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
-    """Workers ignore SIGTERM; one that is busy for long must not keep the run from its end."""
+    """Workers ignore SIGTERM; a worker that is busy must not keep the run from exiting."""
     write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
     plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
     block = BlockConfig("s", 1)
@@ -160,14 +164,14 @@ def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
         (tmp_path / "first").touch()
         return {"x": torch.zeros(1)}
 
-    before = {child.pid for child in psutil.Process().children()}
+    earlier = {child.pid for child in psutil.Process().children()}
     stream = iterate_steps(sampler, slow, lambda rows: dict(rows[0]), 1, workers=1, pin=False)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert {c.pid for c in psutil.Process().children() if c.status() != "zombie"} <= before
+    assert {c.pid for c in psutil.Process().children() if c.status() != "zombie"} <= earlier
 
 
-def test_a_stream_that_is_left_early_ends_in_silence(tmp_path: Path) -> None:
+def test_closing_a_stream_early_raises_no_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
     plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
     block = BlockConfig("s", 2)
@@ -189,8 +193,8 @@ def test_a_stream_that_is_left_early_ends_in_silence(tmp_path: Path) -> None:
     assert unraised == []
 
 
-def test_odd_content_is_a_bad_sample_not_the_end(tmp_path: Path) -> None:
-    """Json that breaks parsers or arithmetic, and a caption that cannot be encoded."""
+def test_hostile_json_is_a_bad_sample(tmp_path: Path) -> None:
+    """The JSON breaks parsers or arithmetic, or a caption cannot be encoded as UTF-8."""
     odd = [
         b"[" * 100_000,
         b'{"captions": [{"text": "a", "weight": Infinity}, "b"]}',
@@ -221,10 +225,10 @@ def test_odd_content_is_a_bad_sample_not_the_end(tmp_path: Path) -> None:
     assert {entry.cause for entry in bad} == {"broken json", "broken caption"}
 
 
-def test_a_hanging_clip_goes_to_quarantine_and_stays_there(
+def test_a_hanging_clip_stays_in_quarantine_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read is the same whether the clip was met, or known from a checkpoint."""
+    """A resumed run that knows the clip from its checkpoint reads the same samples."""
     clips = {f"{i:03d}.mp4": clip(48, 4) for i in range(12)}
     clips["005.mp4"] = hostile_decoder.HANG + b"." * 50
     write_tar(tmp_path / "0.tar", clips)
@@ -232,8 +236,8 @@ def test_a_hanging_clip_goes_to_quarantine_and_stays_there(
     decoder = hostile_decoder.Decoder(2.0)
     monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
     plan = SamplePlan(source, 1, 1, seed=0)
-    met = keys(plan, DataConfig(), range(6), 0)
-    bad = [entry for item in met for entry in item.bad]
+    first = load_keys(plan, DataConfig(), range(6), 0)
+    bad = [entry for item in first for entry in item.bad]
     assert [(b.key, b.cause, b.quarantine) for b in bad] == [
         ("005", "video decode timed out", True),
         ("005", "in quarantine", False),
@@ -243,16 +247,16 @@ def test_a_hanging_clip_goes_to_quarantine_and_stays_there(
     assert quarantine.load(tmp_path / "quarantine.jsonl") == entries
 
     resumed = SamplePlan(source, 1, 1, seed=0)
-    gone = Entry("s", "0.tar", "no such key", ""), Entry("other", "0.tar", "005", "")
-    quarantine.obey([*entries, *gone], {"s": resumed})
-    again = keys(resumed, DataConfig(), range(6), 0)
-    assert [i.batch["key"].tolist() for i in again] == [i.batch["key"].tolist() for i in met]
+    unknown = Entry("s", "0.tar", "no such key", ""), Entry("other", "0.tar", "005", "")
+    quarantine.obey([*entries, *unknown], {"s": resumed})
+    again = load_keys(resumed, DataConfig(), range(6), 0)
+    assert [i.batch["key"].tolist() for i in again] == [i.batch["key"].tolist() for i in first]
     assert [e.cause for item in again for e in item.bad] == ["in quarantine"] * 2
     decoder.close()
     assert not [c for c in psutil.Process().children() if "hostile" in " ".join(c.cmdline())]
 
 
-def test_a_remote_stream_is_the_local_one_and_fetched_ahead(
+def test_a_remote_stream_equals_the_local_one_and_is_prefetched(
     server: tuple[str, Path, list[str]], tmp_path: Path
 ) -> None:
     url, folder, seen = server
@@ -262,22 +266,22 @@ def test_a_remote_stream_is_the_local_one_and_fetched_ahead(
     write_manifest(str(folder), checksum=True)
     cache = ShardCache(tmp_path / "cache", 10**9, 600)
     local = SamplePlan(open_source("s", str(folder), "image"), 2, 2, seed=0)
-    expected = [i.batch["key"].tolist() for i in keys(local, DataConfig(), range(24), 0)]
+    expected = [i.batch["key"].tolist() for i in load_keys(local, DataConfig(), range(24), 0)]
     for workers in (0, 2):
         remote = SamplePlan(open_source("s", f"{url}/", "image", cache=cache), 2, 2, seed=0)
-        found = keys(remote, DataConfig(), range(24), workers)
-        assert [item.batch["key"].tolist() for item in found] == expected
+        loaded = load_keys(remote, DataConfig(), range(24), workers)
+        assert [item.batch["key"].tolist() for item in loaded] == expected
     tars = [line for line in seen if line.endswith(".tar")]
-    assert sorted(tars) == [f"GET /{shard}.tar" for shard in range(6)]  # each of them once
-    readings = [item.reading for item in found]
+    assert sorted(tars) == [f"GET /{shard}.tar" for shard in range(6)]  # each tar once
+    readings = [item.reading for item in loaded]
     assert sum(reading["hit"][0] for reading in readings) == 96
 
-    ahead = ShardCache(tmp_path / "other", 10**9, 600)
-    plan = SamplePlan(open_source("s", f"{url}/", "image", cache=ahead), 2, 2, seed=0)
+    empty = ShardCache(tmp_path / "other", 10**9, 600)
+    plan = SamplePlan(open_source("s", f"{url}/", "image", cache=empty), 2, 2, seed=0)
     block = BlockConfig("s", 4)
     shape = StepShape(16, 2, micro_batches([block], [0], 0, 1))
     next(iter(StepSampler([block], {"s": plan}, lambda step: shape, range(1))))
     wanted = plan.shards_ahead(plan.positions(0, 4)).tolist()
     assert len(wanted) > 1
     while len(list((tmp_path / "other").glob("*.tar"))) < len(wanted):
-        time.sleep(0.1)  # nothing was read, yet the shards come
+        time.sleep(0.1)  # no sample was read, so these are prefetches

@@ -1,4 +1,4 @@
-"""Tags from captions and json, the vocabulary, labels, and balance."""
+"""Tags from captions and JSON, the vocabulary, labels, and tag balance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xray.errors import ArtifactError, ConfigError, DataError
 
 
 def tagged(folder: Path, samples: Sequence[Mapping[str, object]], each: int = 4) -> Source:
-    """Shards of pictures with these json files."""
+    """Make a source of images with these JSON files, `each` samples per shard."""
     folder.mkdir(exist_ok=True)
     for first in range(0, len(samples), each):
         files = {}
@@ -36,11 +36,12 @@ def tagged(folder: Path, samples: Sequence[Mapping[str, object]], each: int = 4)
 
 
 def with_tags(folder: Path, rows: Sequence[Sequence[str]], each: int = 4) -> Source:
+    """Make a source of images with these hashtags."""
     return tagged(folder, [{"hashtags": list(row)} for row in rows], each)
 
 
 @pytest.mark.parametrize(
-    ("caption", "found"),
+    ("caption", "tags"),
     [
         ("Nice #Dog and #sunset_2024!", ["Dog", "sunset_2024"]),
         ("#a#b, \uff03c", ["a", "b", "c"]),
@@ -53,11 +54,11 @@ def with_tags(folder: Path, rows: Sequence[Sequence[str]], each: int = 4) -> Sou
         ("#❤️ #🇩🇪 #dog🐶 #👨‍👩‍👧", ["❤️", "🇩🇪", "dog🐶", "👨‍👩‍👧"]),
     ],
 )
-def test_hashtags_of_all_scripts(caption: str, found: list[str]) -> None:
-    assert hashtags_in(caption) == found
+def test_hashtags_in_all_scripts(caption: str, tags: list[str]) -> None:
+    assert hashtags_in(caption) == tags
 
 
-def test_tags_are_canonical_and_occur_once() -> None:
+def test_tags_are_canonical_and_unique() -> None:
     files = {"json": '{"captions": ["#A dog"], "hashtags": ["#Dog", "ﬁsh", "#dog", 7]}'.encode()}
     reader = TagReader("hashtags", {"fish": "goldfish"}, ["DOG"])
     assert reader.tags_of(files, "hashtags") == ["dog", "goldfish", "7"]
@@ -72,14 +73,14 @@ def test_tags_are_canonical_and_occur_once() -> None:
     assert reader.tags_of(two, "caption_words") == ["dogs", "run", "grass"]
 
 
-def test_concepts_equal_a_plain_search() -> None:
+def test_concept_matches_equal_a_simple_search() -> None:
     rng = np.random.default_rng(0)
     letters = list("ab c-é東京")
     words = ["".join(rng.choice(letters, rng.integers(1, 5))) for _ in range(60)]
     matcher = ConceptMatcher(words)
     for _ in range(400):
         text = folded("".join(rng.choice(letters, 20)))
-        plain = {
+        expected = {
             concept
             for concept in matcher.concepts
             for start in range(len(text))
@@ -87,15 +88,15 @@ def test_concepts_equal_a_plain_search() -> None:
             and is_edge(text, start)
             and is_edge(text, start + len(concept))
         }
-        assert set(matcher.find(text)) == plain
+        assert set(matcher.find(text)) == expected
 
 
-def test_concepts_end_at_words() -> None:
+def test_concepts_match_whole_words() -> None:
     matcher = ConceptMatcher(["hot dog", "dog", "cat", "東京", "ß"])
     assert matcher.find("HOT  Dogs, hot dog; concatenate") == ["hot dog", "dog"]
     assert matcher.find("大東京タワー") == ["東京"]
     assert matcher.find("a dog-house, cat's") == ["dog", "cat"]
-    assert matcher.find("doǵ") == []  # a mark belongs to its letter
+    assert matcher.find("doǵ") == []  # a combining mark belongs to its letter
     assert ConceptMatcher([]).find("dog") == []
 
 
@@ -110,12 +111,12 @@ def test_a_vocabulary_is_counted_merged_and_cut(
     counts = count_tags(source, "hashtags", rules)
     assert (counts.samples, counts.tagged) == (16, 15)
     vocabulary, dropped = build_vocabulary(counts, rules, "photos")
-    # dog: 2 with both, 2 with the plural, 2 with the alias; a sample counts once.
+    # dog: 2 samples with dog and dogs, 2 with dogs, 2 with the alias; each sample counts once.
     assert vocabulary.tags == ("dog", "cat", "bus")
     assert vocabulary.counts == (6, 4, 2)
     assert vocabulary.aliases == (("dogs", "pup", "puppy"), (), ())
     assert vocabulary.encode(["pup", "dogs", "bus", "what"]) == [0, 2]
-    assert {reason: found.first for reason, found in dropped.items()} == {
+    assert {reason: tags.first for reason, tags in dropped.items()} == {
         "in the stop list": [("tbt", 2)],
         "beyond the 3 most frequent": [("rare", 2)],
         "in fewer than 2 samples": [("once", 1)],
@@ -124,7 +125,7 @@ def test_a_vocabulary_is_counted_merged_and_cut(
     assert Vocabulary.load(tmp_path / "v.json") == vocabulary
     again = with_tags(tmp_path / "again", [*rows, ["once"], []])
     assert count_tags(again, "hashtags", rules, workers=2) == counts
-    with monkeypatch.context() as patch:  # what was counted is not read again
+    with monkeypatch.context() as patch:  # saved counts are used, so no sample is read
         patch.setattr(Source, "read", None)
         assert count_tags(source, "hashtags", rules) == counts
         with pytest.raises(TypeError):
@@ -139,7 +140,7 @@ def test_singulars() -> None:
     assert singulars("glass") == singulars("bus") == singulars("news") == singulars("as") == []
 
 
-def test_files_of_tags_say_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_in_tag_files(tmp_path: Path) -> None:
     source = with_tags(tmp_path / "s", [["a"]])
     latin, empty, twice = (tmp_path / name for name in ("latin.txt", "empty.txt", "twice.txt"))
     latin.write_bytes("dog\ncafé\n".encode("latin-1"))
@@ -157,7 +158,7 @@ def test_files_of_tags_say_what_is_wrong(tmp_path: Path) -> None:
         count_tags(source, "concepts", TagRules())
 
 
-def test_vocabulary_files_say_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_in_vocabulary_files(tmp_path: Path) -> None:
     path = tmp_path / "v.json"
     with pytest.raises(ArtifactError, match="does not exist"):
         Vocabulary.load(path)
@@ -181,14 +182,14 @@ def zipf_rows(samples: int, tags: int, seed: int) -> list[np.ndarray]:
 
 
 def slope(counts: np.ndarray) -> float:
-    known = counts > 0
-    return float(
-        np.polyfit(np.log(np.arange(1, len(counts) + 1))[known], np.log(counts[known]), 1)[0]
-    )
+    """Fit the slope of log(count) over log(rank)."""
+    used = counts > 0
+    ranks = np.arange(1, len(counts) + 1)
+    return float(np.polyfit(np.log(ranks)[used], np.log(counts[used]), 1)[0])
 
 
-def test_the_square_root_halves_the_slope() -> None:
-    """Labels of an epoch, tags stripped from copies: f -> max(f, sqrt(T f))."""
+def test_square_root_balance_halves_the_slope() -> None:
+    """A tag with frequency f occurs max(f, sqrt(T f)) times in an epoch."""
     tags = 200
     rng = np.random.default_rng(0)
     p = 1 / np.arange(1, tags + 1)
@@ -196,58 +197,59 @@ def test_the_square_root_halves_the_slope() -> None:
     rows = [np.array([tag]) for tag in drawn]
     ids, ends = pack_rows(rows, np.int32)
     counts = np.bincount(ids, minlength=tags)
-    found, threshold = replication(counts, counts, "sqrt", length=60.0)
-    assert threshold > counts.max()  # so long an epoch repeats every tag
+    square_root, threshold = replication(counts, counts, "sqrt", length=60.0)
+    assert threshold > counts.max()  # the epoch is so long that every tag is repeated
     u = rng.random(len(rows))
-    copies = found.copies(ids, ends, u)
+    copies = square_root.copies(ids, ends, u)
     assert copies.sum() == pytest.approx(60 * len(rows), rel=0.01)
-    seen = np.bincount(ids, weights=copies, minlength=tags)
+    balanced_counts = np.bincount(ids, weights=copies, minlength=tags)
     assert slope(counts) == pytest.approx(-1, abs=0.05)
-    assert slope(seen) == pytest.approx(slope(counts) / 2, abs=0.02)
+    assert slope(balanced_counts) == pytest.approx(slope(counts) / 2, abs=0.02)
     even, _ = replication(counts, counts, "uniform", length=60.0)
     assert abs(slope(np.bincount(ids, weights=even.copies(ids, ends, u), minlength=tags))) < 0.02
 
 
-def test_copies_by_hand() -> None:
-    found = Replication(np.array([1.0, 2.5, 4.0]))
+def test_copies_of_a_small_example() -> None:
+    factors = Replication(np.array([1.0, 2.5, 4.0]))
     ids, ends = pack_rows([np.array(row) for row in ([0], [0, 1], [], [1, 2])], np.int32)
     u = np.array([0.9, 0.6, 0.9, 0.4])
-    assert found.copies(ids, ends, u).tolist() == [1, 3, 0, 4]
-    labels = [found.kept(np.array([1, 2]), 0.4, copy).tolist() for copy in range(4)]
+    assert factors.copies(ids, ends, u).tolist() == [1, 3, 0, 4]
+    labels = [factors.kept(np.array([1, 2]), 0.4, copy).tolist() for copy in range(4)]
     assert labels == [[True, True], [True, True], [False, True], [False, True]]
     members, copies = slots_of([1, 3, 0, 2])
     assert members.tolist() == [0, 1, 1, 1, 3, 3] and copies.tolist() == [0, 0, 1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("length", [1.0, 1.3, 2.0])
-def test_an_epoch_has_the_length_asked_for(tmp_path: Path, length: float) -> None:
+def test_an_epoch_has_the_configured_length(tmp_path: Path, length: float) -> None:
     rows = [[f"t{tag}" for tag in row] for row in zipf_rows(400, 30, seed=1)]
     source = with_tags(tmp_path / "s", rows, each=100)
     rules = TagRules(min_count=1)
     vocabulary, _ = build_vocabulary(count_tags(source, "hashtags", rules), rules, "s")
     labels = label(Labeller(source, "hashtags", rules, vocabulary))
-    found = balanced(source, labels, len(vocabulary), "sqrt", length, seed=3)
-    assert found.unique == 400
-    assert found.slots == pytest.approx(400 * length, rel=0.05)
-    assert found.counts.tolist() == list(vocabulary.counts)
-    # Every sample is there, the first copy with all its tags, later ones with the rarer.
-    seen: Counter[int] = Counter()
+    result = balanced(source, labels, len(vocabulary), "sqrt", length, seed=3)
+    assert result.unique == 400
+    assert result.slots == pytest.approx(400 * length, rel=0.05)
+    assert result.counts.tolist() == list(vocabulary.counts)
+    # Every sample has a slot. Its first copy has all its tags, later copies only the rarer ones.
+    label_counts: Counter[int] = Counter()
     for shard in range(4):
-        members, copies = found.source.slots.of(shard)
+        members, copies = result.source.slots.of(shard)
         assert set(members.tolist()) == set(range(100))
         for member, copy in zip(members.tolist(), copies.tolist(), strict=True):
-            ids, weights = found.labels_of(shard, member, copy, strip=True)
+            ids, weights = result.labels_of(shard, member, copy, strip=True)
             assert len(ids) and (weights == 1).all()
-            whole = [int(i) for i in found.labels_of(shard, member, copy, strip=False)[0]]
+            all_ids = [int(i) for i in result.labels_of(shard, member, copy, strip=False)[0]]
             u = uniform(3, source.identity(shard, member))
-            r = found.replication.factors
-            assert ids.tolist() == [i for i in whole if copy == 0 or int(r[i] + u) > copy]
-            seen.update(ids.tolist())
+            r = result.replication.factors
+            assert ids.tolist() == [i for i in all_ids if copy == 0 or int(r[i] + u) > copy]
+            label_counts.update(ids.tolist())
     if length > 1:
-        assert seen[0] / seen[len(vocabulary) - 1] < found.counts[0] / found.counts[-1]
+        ratio = label_counts[0] / label_counts[len(vocabulary) - 1]
+        assert ratio < result.counts[0] / result.counts[-1]
 
 
-def test_slots_are_kept_and_differ_by_seed(tmp_path: Path) -> None:
+def test_slots_are_reproducible_and_depend_on_the_seed(tmp_path: Path) -> None:
     rows = [[f"t{tag}" for tag in row] for row in zipf_rows(60, 10, seed=1)]
     source, rules = with_tags(tmp_path / "s", rows, each=20), TagRules(min_count=1)
     vocabulary, _ = build_vocabulary(count_tags(source, "hashtags", rules), rules, "s")
@@ -255,19 +257,19 @@ def test_slots_are_kept_and_differ_by_seed(tmp_path: Path) -> None:
     settings = (len(vocabulary), "sqrt", 1.5)
     digests = {}
     for seed in (0, 1, 0):
-        found = balanced(source, labels, *settings, seed)  # type: ignore[arg-type]
-        assert digests.setdefault(seed, found.source.digest) == found.source.digest
+        digest = balanced(source, labels, *settings, seed).source.digest  # type: ignore[arg-type]
+        assert digests.setdefault(seed, digest) == digest
     assert len({*digests.values(), source.digest}) == 3
     again = label(Labeller(source, "hashtags", rules, vocabulary), workers=2)
     assert again.digest == labels.digest
-    # A tar that changes has other labels.
+    # Labels are made again if a tar changes.
     write_tar(tmp_path / "s" / "000.tar", {"x.jpg": jpeg(), "x.json": b'{"hashtags": ["t0"]}'})
     changed = open_source("photos", str(tmp_path / "s"), "image")
     assert open_sidecar(changed, labels.name) is None
     assert label(Labeller(changed, "hashtags", rules, vocabulary)).digest != labels.digest
 
 
-def test_a_sidecar_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_sidecar_is_continued(tmp_path: Path) -> None:
     source = with_tags(tmp_path / "s", [["a"]] * 12)
     done: list[int] = []
 
@@ -281,14 +283,14 @@ def test_a_sidecar_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         write_sidecar(source, "x", work, {})
     assert open_sidecar(source, "x") is None and done == [0, 1]
     done.clear()
-    found = write_sidecar(source, "x", work, {"of": "me"})
-    assert done == [2] and found.counts.tolist() == [4, 4, 4] and found.facts["of"] == "me"
+    written = write_sidecar(source, "x", work, {"setting": 1})
+    assert done == [2] and written.counts.tolist() == [4, 4, 4] and written.facts["setting"] == 1
     opened = open_sidecar(source, "x")
-    assert opened is not None and opened.digest == found.digest
+    assert opened is not None and opened.digest == written.digest
     assert opened.table(1)["members"].tolist() == [1, 2, 3, 4]
 
 
-def test_a_teacher_adds_tags_and_disagrees(tmp_path: Path) -> None:
+def test_a_teacher_adds_and_drops_tags(tmp_path: Path) -> None:
     source = with_tags(tmp_path / "s", [["a", "b"], [], ["a"], []])
     vocabulary = Vocabulary(("a", "b", "c"), (2, 1, 1))
     prior = np.array([0.3, 0.5, 0.3], np.float32)
@@ -312,11 +314,11 @@ def test_a_teacher_adds_tags_and_disagrees(tmp_path: Path) -> None:
 
     def labels(min_lift: float, pseudo_weight: float) -> list[tuple[list[int], list[float]]]:
         use = TeacherRules(min_lift, pseudo_weight)
-        found = label(Labeller(source, "hashtags", TagRules(), vocabulary, teacher, use))
+        made = label(Labeller(source, "hashtags", TagRules(), vocabulary, teacher, use))
         return [
             (
-                found.row(0, m, "ids").tolist(),
-                found.row(0, m, "weights").astype(float).round(3).tolist(),
+                made.row(0, m, "ids").tolist(),
+                made.row(0, m, "weights").astype(float).round(3).tolist(),
             )
             for m in range(4)
         ]
@@ -325,17 +327,17 @@ def test_a_teacher_adds_tags_and_disagrees(tmp_path: Path) -> None:
     assert labels(0, 0) == plain
     assert labels(1.0, 0) == [([0], [1]), ([], []), ([], []), ([], [])]
     assert labels(0, 0.5) == [plain[0], ([1, 2], [0.35, 0.1]), plain[2], plain[3]]
-    assert labels(1.0, 0.5)[2] == ([2], [0.4])  # its own tag was refused: it is untagged now
+    assert labels(1.0, 0.5)[2] == ([2], [0.4])  # its tag was dropped, so the teacher adds others
 
 
-def test_nothing_labelled_is_an_error(tmp_path: Path) -> None:
+def test_a_source_without_labels_is_an_error(tmp_path: Path) -> None:
     source = with_tags(tmp_path / "s", [["a"], []])
     labels = label(Labeller(source, "hashtags", TagRules(), Vocabulary(("z",), (1,))))
     with pytest.raises(DataError, match="'photos' has no sample with a tag of the vocabulary"):
         balanced(source, labels, 1, "sqrt", 1.5, seed=0)
 
 
-def test_counts_of_shards_join() -> None:
+def test_counts_of_shards_are_added() -> None:
     one, two = TagCounts(), TagCounts()
     one.add(["dog", "dogs"])
     two.add(["dogs"])
