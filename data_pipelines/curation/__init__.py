@@ -1,1 +1,1 @@
-"""Choosing from a pool of captioned pictures or clips, as MetaCLIP does; begin at `curate.py`."""
+"""Curation of a pool of captioned images or clips, as in MetaCLIP; start reading at `curate.py`."""

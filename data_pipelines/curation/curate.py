@@ -1,13 +1,13 @@
 """Curation of a pool of image-text samples by metadata (MetaCLIP 2309.16671, 2507.22062).
 
-    texts   filters, then the entries in each text          per shard, in processes
-    left    leaks, duplicates and caps over the whole pool  on hashes; only where asked for
+    texts   filters, then entries found in each text        per shard, in processes
+    left    leaks, duplicates and caps over the whole pool  on hashes; only if configured
     counts  texts per entry -> t per language -> p_e        [E] numbers
-    kept    the texts that are drawn                        per shard, in processes
+    kept    texts drawn by the sampling                     per shard, in processes
 
-Each step is a sidecar whose name holds a hash of what it was made with: what is there is not made
-again. Sampling is last, on what the filters left. Memory does not grow with the pool, but for the
-hashes of `left`.
+The result of each step is a sidecar whose name contains a hash of its settings, so existing results
+are reused. Sampling comes last, on the texts that the other steps left. Only the hashes of `left`
+need memory that grows with the pool.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from xray.errors import DataError
 
 @dataclass(frozen=True)
 class Curated:
-    """The samples and texts that a curation keeps, and how it came to them.
+    """Result of a curation.
 
-    source: with the kept samples as its slots. kept: members, and their texts.
+    source: the pool with the kept samples as slots. kept: sidecar with the kept members and texts.
+    report: effect of each step.
     """
 
     config: CurationConfig
@@ -51,13 +52,14 @@ class Curated:
 
     @property
     def slots(self) -> KeptSlots:
+        """Slots of the kept samples."""
         return KeptSlots(self.kept)
 
 
 def curate(source: Source, config: CurationConfig, progress: Progress | None = None) -> Curated:
-    """Choose a pool's samples and texts.
+    """Choose samples and texts of a pool.
 
-    Raises ConfigError naming the key to change, DataError where nothing is left.
+    Raises ConfigError naming the key to change, DataError if no sample is left.
     """
     config.validate()
     metadata = read_metadata(config.metadata, config.casefold)
@@ -76,37 +78,39 @@ def curate(source: Source, config: CurationConfig, progress: Progress | None = N
     add_sampling(report, pool, kept, metadata, drawn)
     if not report.kept[0]:
         raise DataError(
-            f"no sample of source {source.name!r} is left: of {report.read[0]:,} these steps took: "
-            f"{report.losses()}; change their settings or the metadata{_hint(report, config)}"
+            f"no sample of source {source.name!r} is left; of {report.read[0]:,}, these steps "
+            f"dropped: {report.losses()}; change their settings or the metadata"
+            f"{_hint(report, config)}"
         )
     return Curated(config, source.with_slots(KeptSlots(kept)), kept, report)
 
 
 def _hint(report: CurationReport, config: CurationConfig) -> str:
-    """What else may be wrong where nothing is left."""
+    """Return more advice for the error, if steps that depend on languages dropped samples."""
     if not {"languages", NO_METADATA} & {step.name for step in report.steps if step.samples}:
         return ""
     return (
-        f", or where a text's language is found: language={config.language} "
-        "(a json field, or package.module:function)"
+        f", or the origin of the language of a text: language={config.language} "
+        "(a JSON field, or package.module:function)"
     )
 
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the tables of the steps, or finds them."""
+    """Maker of the sidecars of the steps; existing ones are reused."""
 
     source: Source
     config: CurationConfig
     progress: Progress | None
 
     def texts(self, metadata: Metadata) -> Sidecar:
+        """Filter the texts of all samples and match them with the metadata."""
         config, name = self.config, self.config.filters.scores
         if ":" in config.language:
-            language_function(config.language)  # a mistake shows here, not in a process
+            language_function(config.language)  # raise its errors here, not in a worker process
         scored = open_scores(self.source, name) if name else None
         settings = {
-            **config.of_texts(),
+            **config.matching_settings(),
             "metadata": metadata.digest,
             "scores": scored.digest if scored is not None else "",
         }
@@ -114,7 +118,10 @@ class _Maker:
         return self._made(self.source, "texts", work, settings)
 
     def left(self, texts: Sidecar) -> tuple[Sidecar | None, Any]:
-        """What the decisions on the whole pool leave, and these; None where there are none."""
+        """Decide on leaks, duplicates and caps over the whole pool.
+
+        Returns the sidecar of what is left and the decision; no sidecar if no such step is on.
+        """
         config, dedup = self.config, self.config.dedup
         limits = config.filters.same_text, config.filters.per_value
         if not (dedup.media or dedup.embeddings or any(limits)):
@@ -132,30 +139,31 @@ class _Maker:
             "embeddings": embeddings.digest if embeddings is not None else "",
         }
         name = _named("left", settings)
-        found = open_sidecar(self.source, name)
-        if found is None:
+        left = open_sidecar(self.source, name)
+        if left is None:
             pool = Pool(self.source, texts, config.seed)
             facts = facts_of(decide(pool, config, hashes, evaluation))
-            found = write_sidecar(self.source, name, pool.table, facts)
-        return found, decision_in(found.facts)
+            left = write_sidecar(self.source, name, pool.table, facts)
+        return left, decision_in(left.facts)
 
     def kept(self, pool: TextTables, drawn: Balance) -> Sidecar:
+        """Draw the texts to keep."""
         settings = {
             "pool": pool.digest,
             "thresholds": drawn.thresholds,
             "seed": self.config.seed,
-            "captions": self.config.captions,  # that the texts' numbers are of
+            "captions": self.config.captions,  # they define the numbers of the texts
         }
         work = Sampler(pool, drawn.rates, self.config.seed)
         return self._made(self.source, "kept", work, settings)
 
     def _evaluation(self) -> dict[str, Sidecar]:
-        """Hashes of the evaluation sets; raises DataError for shards that cannot be used."""
-        found = {}
+        """Hash the media of the evaluation sets; raises DataError for unusable shards."""
+        hashes = {}
         for name, pattern in self.config.dedup.evaluation.items():
             kinds = self.source.modality, "", self.source.animations
-            found[name] = self._hashes(open_source(name, pattern, *kinds, self.source.cache))
-        return found
+            hashes[name] = self._hashes(open_source(name, pattern, *kinds, self.source.cache))
+        return hashes
 
     def _hashes(self, source: Source) -> Sidecar:
         dedup = self.config.dedup
@@ -164,16 +172,16 @@ class _Maker:
         return self._made(source, "hashes", work, {"sha256": dedup.sha256, "looks": perceptual})
 
     def _made(self, source: Source, kind: str, work: Work, settings: Mapping[str, Any]) -> Sidecar:
-        """A sidecar with these settings, made by the engine where it is not there."""
+        """Open the sidecar with these settings, or make it by the configured engine."""
         name = _named(kind, {**settings, "source": source.digest})
-        found, workers = open_sidecar(source, name), self.config.workers
-        if found is not None:
-            return found
+        existing, workers = open_sidecar(source, name), self.config.workers
+        if existing is not None:
+            return existing
         if self.config.engine == "ray":
             from data_pipelines.curation.ray_engine import make_tables
 
             make_tables(source, name, work, workers, self.progress)
-            return write_sidecar(source, name, work, settings)  # which finds them all
+            return write_sidecar(source, name, work, settings)  # writes only the summary
         return write_sidecar(source, name, work, settings, workers, self.progress)
 
 

@@ -1,8 +1,8 @@
-"""Which samples are the same: by the bytes of their media, by how they look, by an embedding.
+"""Deduplication: by the bytes of the media, by a perceptual hash, or by embeddings.
 
-The pool is compared by 64-bit hashes: 8 bytes per sample and kind, and some 50 while they are
-sorted. Among 10^8 samples, two that differ share 64 bits of a sha256 with probability 3e-4; a dHash
-says less, and pictures with little in them have few different ones.
+The pool is compared by 64-bit hashes, which need 8 bytes per sample and kind, and about 50 bytes
+while they are sorted. With 10^8 samples, the probability that any two different ones share 64 bits
+of their sha256 is 3e-4. A dHash is less specific: images with little content share few values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of
 from xray.config import DataConfig
 
-COARSE = (72, 64)  # pixels that a JPEG may be decoded at: 8 for each of the 9 x 8
-FULL = 0  # log2 of the random hashes that there may be with the same bands
-EXACT_BELOW = 20_000  # embeddings that are all compared with each other
-BLOCK = 1024  # rows of embeddings that are compared at once
+COARSE = (72, 64)  # pixels to decode a JPEG at, 8 for each value of the 9 x 8 grid of a dHash
+LOG2_BUCKET = 0  # log2 of the number of random hashes that may agree in the selected bands
+EXACT_BELOW = 20_000  # number of embeddings up to which all pairs are compared
+BLOCK = 1024  # rows of embeddings to compare at once
 ROUNDS = 10  # of k-means
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # set bits of a byte
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # set bits per byte
 
 
 # hashes of one sample -------------------------------------------------------------------------
@@ -37,10 +37,11 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  #
 
 @dataclass(frozen=True)
 class MediaHasher:
-    """Hashes of a shard's media; sent to the processes that take them.
+    """Function that hashes the media of a shard; pickled to the worker processes.
 
-    A table: members [n] int32, exact [n] int64 (of the sha256), perceptual [n] int64 (dHash; 0
-    where it is not asked for, or says nothing), broken [n] uint8 (those have no hashes).
+    Columns of the table: members [n] int32; exact [n] int64, 64 bits of the sha256; perceptual [n]
+    int64, the dHash, 0 = not computed or an image without gradients; broken [n] uint8, 1 = the
+    media cannot be read and have no hashes.
     """
 
     source: Source
@@ -55,7 +56,7 @@ class MediaHasher:
         return {**columns, "broken": broken.astype(np.uint8)}
 
     def _hashes(self, shard: int, member: int) -> tuple[int, int, int]:
-        """(exact, perceptual, whether it is broken)."""
+        """Return (exact, perceptual, broken) of a member."""
         try:
             exact = self._recorded(shard, member) if self.sha256 == "json" else None
             if exact is not None and not self.perceptual:
@@ -63,18 +64,21 @@ class MediaHasher:
             media = read_media(self.source, shard, member)
             if exact is None:
                 exact = first_64(hashlib.sha256(media).digest())
-            return exact, dhash(self._picture(media)) if self.perceptual else 0, 0
+            return exact, dhash(self._image(media)) if self.perceptual else 0, 0
         except BadSample:
             return 0, 0, 1
 
     def _recorded(self, shard: int, member: int) -> int | None:
-        noted = metadata_of(self.source.read(shard, member, ("json",))).get("sha256")
+        """Return 64 bits of the sha256 in the JSON of a sample; None if it has no valid one."""
+        recorded = metadata_of(self.source.read(shard, member, ("json",))).get("sha256")
         try:
-            return first_64(bytes.fromhex(noted)) if isinstance(noted, str) and noted else None
-        except ValueError:  # no hexadecimal digits
+            valid = isinstance(recorded, str) and recorded
+            return first_64(bytes.fromhex(recorded)) if valid else None
+        except ValueError:  # not hexadecimal
             return None
 
-    def _picture(self, media: bytes) -> Image.Image:
+    def _image(self, media: bytes) -> Image.Image:
+        """Decode an image, or the middle frame of a clip."""
         if self.source.modality == "image":
             return decode_image(media, at_least=COARSE)
         data = DataConfig()
@@ -83,13 +87,17 @@ class MediaHasher:
 
 
 def first_64(digest: bytes) -> int:
-    """The first 8 bytes of a digest, as int64."""
+    """Convert the first 8 bytes of a digest to int64."""
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def dhash(picture: Image.Image) -> int:
-    """64 bits, as int64: where brightness grows from left to right in 9 x 8 greys; 0 = nowhere."""
-    greys = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
+def dhash(image: Image.Image) -> int:
+    """Compute the difference hash of an image: 64 bits as int64.
+
+    A bit is 1 if brightness increases from left to right between two neighbours in a 9 x 8 grid of
+    greys. 0 means that it increases nowhere.
+    """
+    greys = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
     return first_64(np.packbits(greys[:, 1:] > greys[:, :-1]).tobytes())
 
 
@@ -97,47 +105,51 @@ def dhash(picture: Image.Image) -> int:
 
 
 def ones(x: np.ndarray) -> np.ndarray:
-    """Set bits of each uint64, [n]."""
+    """Count the set bits of each uint64, [n]."""
     return _ONES[np.ascontiguousarray(x).view(np.uint8).reshape(-1, 8)].sum(1)
 
 
 def near_values(values: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of distinct uint64 values that differ in at most `distance` bits: [P, 2] places.
+    """Find all pairs of distinct uint64 values that differ in at most `distance` bits.
 
-    The bits are cut into k bands. Two values that differ in r bits agree in k - r of them at
-    least, so for each choice of k - r bands the values are sorted by those. k is the least that
-    leaves few values with the same bands.
+    Returns pairs of positions in `values`, [P, 2]. The 64 bits are cut into k bands. Two values
+    that differ in r bits agree in at least k - r bands. So for each choice of k - r bands, the
+    values are grouped by these bands, and only values of the same group are compared. k is the
+    smallest number for which the groups are small.
     """
-    bands, wanted = distance + 1, np.log2(len(values) + 1) - FULL
-    while bands < distance + 4 and 64 * (bands - distance) / bands < wanted:
+    bands, needed = distance + 1, np.log2(len(values) + 1) - LOG2_BUCKET
+    while bands < distance + 4 and 64 * (bands - distance) / bands < needed:
         bands += 1
     edges = np.linspace(0, 64, bands + 1).astype(int).tolist()
     masks = [((1 << b) - 1) ^ ((1 << a) - 1) for a, b in pairwise(edges)]
-    found = [np.empty((0, 2), np.int64)]
+    pairs = [np.empty((0, 2), np.int64)]
     if distance:
-        for kept in combinations(masks, bands - distance):
-            found.append(_near_by(values, np.uint64(sum(kept)), distance))
-    return np.unique(np.concatenate(found), axis=0)
+        for selected in combinations(masks, bands - distance):
+            pairs.append(_near_in_bands(values, np.uint64(sum(selected)), distance))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _near_by(values: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
-    """Those pairs whose bits under a mask are equal."""
+def _near_in_bands(values: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
+    """Find the pairs of `near_values` whose bits under a mask are equal, [P, 2]."""
     order = np.argsort(values & mask)
-    same = (values & mask)[order]
-    found = [np.empty((0, 2), np.int64)]
+    masked = (values & mask)[order]
+    result = [np.empty((0, 2), np.int64)]
     left, gap = np.arange(len(order)), 1
-    while len(left):  # neighbours, then those two apart, while any bucket is that large
+    while len(left):  # compare elements that are `gap` apart in sorted order, within a group
         left = left[left + gap < len(order)]
-        left = left[same[left] == same[left + gap]]
+        left = left[masked[left] == masked[left + gap]]
         pairs = np.stack([order[left], order[left + gap]], axis=1)
         near = ones(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
-        found.append(np.sort(pairs[near], axis=1))
+        result.append(np.sort(pairs[near], axis=1))
         gap += 1
-    return np.concatenate(found)
+    return np.concatenate(result)
 
 
 def components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """The least member of each one's group, [count], where pairs [P, 2] are of one group."""
+    """Find the connected components of a graph of `count` nodes with edges `pairs` [P, 2].
+
+    Returns the smallest node in the component of each node, [count].
+    """
     parent = np.arange(count)
     while True:
         roots = parent[pairs]
@@ -149,63 +161,68 @@ def components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def groups_of(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """A group's number for each hash (int64), [N]: those that are connected by small distances."""
+    """Group hashes (int64) that are connected by distances of at most `distance` bits.
+
+    Returns the number of the group of each hash, [N].
+    """
     values, group = np.unique(hashes.view(np.uint64), return_inverse=True)
     return components(len(values), near_values(values, distance))[group]
 
 
 def is_near(hashes: np.ndarray, others: np.ndarray, distance: int) -> np.ndarray:
-    """Which hashes (int64) differ in at most `distance` bits from one of the others, [N] bool."""
-    values, place = np.unique(hashes.view(np.uint64), return_inverse=True)
-    theirs = np.unique(others.view(np.uint64))
-    hit = np.isin(values, theirs)
+    """Mark hashes (int64) that differ in at most `distance` bits from one of the others, [N]."""
+    values, row = np.unique(hashes.view(np.uint64), return_inverse=True)
+    other_values = np.unique(others.view(np.uint64))
+    hit = np.isin(values, other_values)
     if distance:
-        whole = np.unique(np.concatenate([values, theirs]))
-        is_other = np.isin(whole, theirs)
-        pairs = near_values(whole, distance)
-        ours = np.concatenate([pairs[is_other[pairs[:, 1]], 0], pairs[is_other[pairs[:, 0]], 1]])
-        hit |= np.isin(values, whole[ours])
-    return hit[place]
+        union = np.unique(np.concatenate([values, other_values]))
+        is_other = np.isin(union, other_values)
+        pairs = near_values(union, distance)
+        near = np.concatenate([pairs[is_other[pairs[:, 1]], 0], pairs[is_other[pairs[:, 0]], 1]])
+        hit |= np.isin(values, union[near])
+    return hit[row]
 
 
-def repeats(groups: np.ndarray, key_of: Callable[[int], str]) -> np.ndarray:
-    """Which are to go so that one of each group is left, the one with the smallest key: [N] bool.
+def mark_duplicates(groups: np.ndarray, key_of: Callable[[int], str]) -> np.ndarray:
+    """Mark all elements of each group but the one with the smallest key: [N] bool.
 
-    Equal keys: the first. key_of is asked for those with company only.
+    Of equal keys, the first element stays. key_of is called only for groups of two or more.
     """
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     shared = np.flatnonzero(sizes[group] > 1)
     best: dict[int, tuple[str, int]] = {}
-    for place, number in zip(shared.tolist(), group[shared].tolist(), strict=True):
-        mine = key_of(place), place
-        best[number] = min(best.get(number, mine), mine)
-    gone = np.zeros(len(groups), bool)
-    gone[shared] = True
-    gone[[place for _, place in best.values()]] = False
-    return gone
+    for position, number in zip(shared.tolist(), group[shared].tolist(), strict=True):
+        candidate = key_of(position), position
+        best[number] = min(best.get(number, candidate), candidate)
+    duplicate = np.zeros(len(groups), bool)
+    duplicate[shared] = True
+    duplicate[[position for _, position in best.values()]] = False
+    return duplicate
 
 
 # embeddings -----------------------------------------------------------------------------------
 
-Rows = Callable[[np.ndarray], np.ndarray]  # places [k] -> their embeddings [k, D] float32
+Rows = Callable[[np.ndarray], np.ndarray]  # positions [k] -> their embeddings [k, D] float32
 
 
 def similar_pairs(rows: Rows, count: int, cosine: float, seed: int = 0) -> np.ndarray:
-    """Pairs [P, 2] of embeddings with a larger cosine; rows of zeros have none.
+    """Find pairs [P, 2] of embeddings with a larger cosine than `cosine`.
 
-    All are compared up to 20,000; beyond, those in the same one of about sqrt(count) clusters
-    (SemDeDup, 2303.09540): pairs that a cluster's border parts are not found.
+    Rows of zeros are similar to nothing. Up to 20,000 embeddings, all pairs are compared. Above
+    that, k-means makes about sqrt(count) clusters and only pairs within a cluster are compared
+    (SemDeDup, 2303.09540), so similar embeddings in different clusters are not found.
     """
-    found = [np.empty((0, 2), np.int64)]
-    for bucket in _buckets(rows, count, seed):
-        x = _normalized(rows(bucket))
+    pairs = [np.empty((0, 2), np.int64)]
+    for cluster in _clusters(rows, count, seed):
+        x = _normalized(rows(cluster))
         for start in range(0, len(x), BLOCK):
-            close = np.triu(x[start : start + BLOCK] @ x[start:].T > cosine, 1)
-            found.append(bucket[np.argwhere(close) + start])
-    return np.concatenate(found)
+            similar = np.triu(x[start : start + BLOCK] @ x[start:].T > cosine, 1)
+            pairs.append(cluster[np.argwhere(similar) + start])
+    return np.concatenate(pairs)
 
 
-def _buckets(rows: Rows, count: int, seed: int) -> list[np.ndarray]:
+def _clusters(rows: Rows, count: int, seed: int) -> list[np.ndarray]:
+    """Cluster embeddings by spherical k-means on a sample; return the positions per cluster."""
     if count <= EXACT_BELOW:
         return [np.arange(count)]
     rng = np.random.default_rng(seed)
@@ -216,16 +233,17 @@ def _buckets(rows: Rows, count: int, seed: int) -> list[np.ndarray]:
     for _ in range(ROUNDS):
         nearest = _nearest(x, centres)
         order = np.argsort(nearest, kind="stable")
-        filled, starts = np.unique(nearest[order], return_index=True)
-        centres[filled] = _normalized(np.add.reduceat(x[order], starts))
-    places = range(0, count, 64 * BLOCK)
-    blocks = [np.arange(start, min(start + 64 * BLOCK, count)) for start in places]
+        filled, first = np.unique(nearest[order], return_index=True)
+        centres[filled] = _normalized(np.add.reduceat(x[order], first))
+    starts = range(0, count, 64 * BLOCK)
+    blocks = [np.arange(start, min(start + 64 * BLOCK, count)) for start in starts]
     nearest = np.concatenate([_nearest(_normalized(rows(block)), centres) for block in blocks])
     order = np.argsort(nearest, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(nearest[order])) + 1)
 
 
 def _nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Return the number of the nearest centre of each row, [n]."""
     blocks = [x[start : start + BLOCK] for start in range(0, len(x), BLOCK)]
     return np.concatenate([np.argmax(block @ centres.T, axis=1) for block in blocks])
 

@@ -1,6 +1,6 @@
-"""What a sample and its texts must be like, one question at a time, each counting what it took.
+"""Filters of samples and texts, and a tally of the samples and texts that each filter drops.
 
-Filters of samples and texts look at one sample; caps look at compact hashes of the whole pool.
+A filter sees one sample at a time. Caps, which need the whole pool, work on compact hashes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from data_pipelines.tags.concept_matcher import words_of
 from data_pipelines.text.captions import Caption, metadata_of
 from xray.errors import ConfigError
 
-SHORTEST_REPEATING = 5  # words: in fewer, one that comes twice says nothing
-EXAMPLES = 5  # samples named of each filter
-# What takes texts after the filters.
+SHORTEST_REPEATING = 5  # words; in a shorter text, a repeated word means nothing
+EXAMPLES = 5  # samples to name per step
+# Steps after the filters that drop texts.
 ONE_TEXT, NO_METADATA, NO_MATCH = "one text per sample", "no metadata", "no entry matches"
 STEPS = (*(f.name for f in fields(FilterConfig)), ONE_TEXT, NO_METADATA, NO_MATCH)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as the filters see it; what takes time is read when it is asked for."""
+    """Sample as input of the filters; its files are read only when a filter needs them."""
 
     source: Source
     shard: int
@@ -44,34 +44,38 @@ class Record:
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
+        """Text files of the sample."""
         return self.source.read(self.shard, self.member, TEXT_FILES)
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:
+        """Content of the JSON file."""
         return metadata_of(self.files)
 
     @functools.cached_property
     def media(self) -> bytes:
+        """Bytes of the image or clip."""
         return read_media(self.source, self.shard, self.member)
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height): of the json, else of the picture's header; raises BadSample."""
+        """(width, height) from the JSON, else from the image header; raises BadSample."""
         size = self.meta.get("width"), self.meta.get("height")
         if all(isinstance(side, int) and side > 0 for side in size):
             return size  # type: ignore[return-value]
         if self.source.modality == "video":
-            raise BadSample("no size", "the json has no width and height")
+            raise BadSample("no size", "the JSON has no width and height")
         return upright_size(open_image(self.media))
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
+        """Scores of the sample: one, one per text, or none."""
         return _scores(self.scored, self.shard, self.member)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A caption, its number among the sample's, and its language where that was asked for."""
+    """Caption with its number in the sample, and its language once that was determined."""
 
     number: int
     caption: Caption
@@ -83,13 +87,13 @@ class Text:
 
 
 def read_media(source: Source, shard: int, member: int) -> bytes:
-    """The picture or clip of a sample, its other files unread; raises BadSample."""
+    """Read only the image or clip of a sample; raises BadSample."""
     kind = source.modality, source.animations
     return media_in(source.read(shard, member, media_extensions(*kind)), *kind)
 
 
 def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
-    """A member's scores, none where it has none."""
+    """Return the scores of a member; an empty array if it has none."""
     assert scored is not None
     table = scored.table(shard)
     if "ends" in table:
@@ -100,16 +104,19 @@ def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
 
 
 def open_scores(source: Source, name: str) -> Sidecar:
-    """The sidecar that `filters.scores` names; raises ConfigError where there is none."""
-    found = open_sidecar(source, name)
-    if found is None or "score" not in found.table(0):
-        what = "no sidecar" if found is None else "no column `score` in the sidecar"
-        raise ConfigError(f"filters.scores={name}: there is {what} of {source.manifest.folder}")
-    return found
+    """Open the sidecar of scores that `filters.scores` names; raises ConfigError."""
+    sidecar, folder = open_sidecar(source, name), source.manifest.folder
+    if sidecar is None:
+        raise ConfigError(
+            f"filters.scores={name}: {folder} has no such sidecar; make it with xray data scores"
+        )
+    if "score" not in sidecar.table(0):
+        raise ConfigError(f"filters.scores={name}: the sidecar of {folder} has no column `score`")
+    return sidecar
 
 
 def sample_filters(config: FilterConfig) -> dict[str, Callable[[Record], bool]]:
-    """The filters of samples that are switched on, by their keys; True keeps a sample."""
+    """Return the configured filters of samples, by config key; True keeps a sample."""
     c, filters = config, dict[str, Callable[[Record], bool]]()
     filters["min_width"] = lambda record: record.size[0] >= c.min_width
     filters["max_width"] = lambda record: record.size[0] <= c.max_width
@@ -121,7 +128,7 @@ def sample_filters(config: FilterConfig) -> dict[str, Callable[[Record], bool]]:
 
 
 def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], bool]]:
-    """The filters of texts that are switched on, by their keys; True keeps a text."""
+    """Return the configured filters of texts, by config key; True keeps a text."""
     c, filters = config, dict[str, Callable[[Record, Text], bool]]()
     filters["min_words"] = lambda _, text: len(words_of(text.text)) >= c.min_words
     filters["max_words"] = lambda _, text: len(words_of(text.text)) <= c.max_words
@@ -134,13 +141,13 @@ def text_filters(config: FilterConfig) -> dict[str, Callable[[Record, Text], boo
 
 
 def filters_on(config: FilterConfig) -> list[str]:
-    """The names of the filters of samples and texts that are switched on."""
+    """Return the config keys of all configured filters of samples and texts."""
     languages = ["languages"] if config.languages else []
     return [*sample_filters(config), *text_filters(config), *languages]
 
 
 def word_share(text: str) -> float:
-    """The share of a text's words that are its most frequent one; 0 of short texts."""
+    """Return the share of the most frequent word in a text; 0 for texts of under 5 words."""
     words = words_of(text.casefold())
     if len(words) < SHORTEST_REPEATING:
         return 0.0
@@ -148,38 +155,39 @@ def word_share(text: str) -> float:
 
 
 def score_of(scores: np.ndarray, number: int) -> float:
-    """A text's score: its own, or the sample's where that has one; -inf where there is none."""
+    """Return the score of a text, which may be the score of its sample; -inf if there is none."""
     if len(scores) == 1:
         return float(scores[0])
     return float(scores[number]) if number < len(scores) else -math.inf
 
 
 def place_of(step: str) -> int:
-    """Where a step comes; those that could not read a sample come first."""
+    """Return the order of a step in the report; causes of unreadable samples come first."""
     return STEPS.index(step) if step in STEPS else -1
 
 
 def plain(text: str) -> str:
-    """What texts are compared by: without differences of case and spaces."""
+    """Normalise case and spaces of a text, to compare texts."""
     return " ".join(text.casefold().split())
 
 
 def within_cap(groups: np.ndarray, order: np.ndarray, most: int) -> np.ndarray:
-    """Which of those in a group are among the first of it by order, [n] bool."""
-    by = np.lexsort((order, groups))
-    sorted_groups = groups[by]
+    """Mark the first `most` elements of each group, sorted by `order`: [n] bool."""
+    rows = np.lexsort((order, groups))
+    sorted_groups = groups[rows]
     starts = np.flatnonzero(np.diff(sorted_groups, prepend=sorted_groups[:1] - 1))
-    sizes = np.diff(np.append(starts, len(by)))
+    sizes = np.diff(np.append(starts, len(rows)))
     kept = np.empty(len(groups), bool)
-    kept[by] = np.arange(len(by)) - np.repeat(starts, sizes) < most
+    kept[rows] = np.arange(len(rows)) - np.repeat(starts, sizes) < most
     return kept
 
 
 @dataclass
 class Taken:
-    """What one step took: samples, texts (those of the samples among them), and some samples.
+    """Number of samples and texts that one step dropped, with examples.
 
-    members: numbers within a shard. keys: the same by name.
+    texts: includes the texts of dropped samples. members, keys: some of the dropped samples, by
+    number in their shard or by key.
     """
 
     samples: int = 0
@@ -189,13 +197,13 @@ class Taken:
 
 
 class Tally:
-    """What the steps took of a shard."""
+    """Counts of the samples and texts of a shard that each step dropped."""
 
     def __init__(self) -> None:
         self.steps: dict[str, Taken] = {}
 
     def take(self, step: str, member: int, texts: int, sample: bool = True) -> None:
-        """Count texts of a sample, and with them the sample where they were its last."""
+        """Count dropped texts of a sample; sample: True if the sample is dropped with them."""
         if not texts and not sample:
             return
         taken = self.steps.setdefault(step, Taken())
@@ -205,7 +213,7 @@ class Tally:
             taken.members.append(member)
 
     def columns(self) -> Columns:
-        """As columns of a shard's table."""
+        """Convert the counts to columns of the table of a shard."""
         names, name_ends = pack_texts(self.steps)
         taken = list(self.steps.values())
         counts = [[t.samples, t.texts] for t in taken]
@@ -220,7 +228,7 @@ class Tally:
 
 
 def read_tally(table: Mapping[str, np.ndarray]) -> dict[str, Taken]:
-    """What the steps took of a shard."""
+    """Read the counts per step from the table of a shard."""
     members = np.split(table["step_members"], table["step_member_ends"])
     names = unpack_texts(table["steps"], table["step_ends"])
     return {

@@ -1,4 +1,4 @@
-"""Sources narrowed to the keep-list of a curation."""
+"""Keep-lists: restrict a source to the samples and texts that a curation kept."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from xray.errors import ConfigError
 
 
 def keep_listed(source: Source, config: SourceConfig) -> Source:
-    """A source with the samples of its keep-list, or with all where it names none.
+    """Restrict a source to the samples of its keep-list; without one, return it unchanged.
 
-    Raises ConfigError where its shards have none of that name, or one of other captions.
+    Raises ConfigError if its shards have no keep-list of that name, or if the keep-list was made
+    from other captions.
     """
     if not config.keep:
         return source
-    found, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
-    if found is None or "captions" not in found.facts:
+    sidecar, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
+    if sidecar is None or "captions" not in sidecar.facts:
         raise ConfigError(
             f"{key}.keep={config.keep}: its shards have no such keep-list; make it with xray data "
             "curate"
         )
-    if found.facts["captions"] != config.captions:
+    if sidecar.facts["captions"] != config.captions:
         raise ConfigError(
             f"{key}.captions={config.captions}, but the texts of the keep-list {config.keep} were "
-            f"chosen from captions={found.facts['captions']}: use these"
+            f"chosen from captions={sidecar.facts['captions']}: set it to the same fields"
         )
-    return source.with_slots(KeptSlots(found))
+    return source.with_slots(KeptSlots(sidecar))

@@ -1,7 +1,7 @@
-"""Metadata: the entries that texts are matched with, from files or counted from the pool's texts.
+"""Metadata: entries that texts are matched with, from files or from n-grams of the pool.
 
-MetaCLIP's are WordNet's synsets and Wikipedia's frequent words, word pairs and titles (2309.16671,
-table 1); Meta CLIP 2's are the same for each language (2507.22062).
+MetaCLIP uses the synsets of WordNet, and frequent words, word pairs and titles of Wikipedia
+(2309.16671, table 1). Meta CLIP 2 uses the same for each language (2507.22062).
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import ConfigError
 
-EVERY = ""  # the language of metadata that are for texts of all languages
-ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: its entry is in every text
-MOST_PAIRS = 5_000_000  # word pairs and words that are counted at once; the rarest go first
+EVERY = ""  # language of metadata for texts of all languages
+ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: one entry, which matches every text
+MOST_PAIRS = 5_000_000  # words, and pairs, counted at a time; above it, the rarest are dropped
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Entries by language; an entry's number is its place in all of them, [E].
+    """Entries by language; the number of an entry is its position in all lists together.
 
-    lists: (language, entries); one list of the language "" is for all texts.
+    lists: (language, entries) of each language; a single list of the language "" is for all texts.
+    casefold: True = entries are casefolded, and texts must be too.
     """
 
     lists: tuple[tuple[str, tuple[str, ...]], ...]
@@ -46,11 +47,12 @@ class Metadata:
 
     @functools.cached_property
     def languages(self) -> list[str]:
+        """Names of the languages, [L]."""
         return [language for language, _ in self.lists]
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """Where each language's entries end, [L] int64."""
+        """End of the entries of each language, [L] int64."""
         return np.cumsum([len(entries) for _, entries in self.lists], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -58,46 +60,47 @@ class Metadata:
 
     @functools.cached_property
     def digest(self) -> str:
+        """Digest of all entries."""
         return hash_json([[[name, list(entries)] for name, entries in self.lists], self.casefold])
 
     def entry(self, number: int) -> tuple[str, str]:
-        """(language, entry)."""
-        place = int(self.languages_of(np.array([number]))[0])
-        language, entries = self.lists[place]
-        return language, entries[number - self.slice(place).start]
+        """Return (language, entry) of an entry number."""
+        index = int(self.languages_of(np.array([number]))[0])
+        language, entries = self.lists[index]
+        return language, entries[number - self.slice(index).start]
 
     def languages_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The languages' numbers of entries, [n]."""
+        """Return the language number of each entry number, [n]."""
         return np.searchsorted(self.ends, numbers, side="right")
 
     def language_of(self, language: str, fallback: str = "") -> int:
-        """The number of the list for texts of a language, -1 = there is none."""
+        """Return the number of the list for texts of a language; -1 if there is none."""
         if self.languages == [EVERY]:
             return 0
         name = language if language in self.languages else fallback
         return self.languages.index(name) if name in self.languages else -1
 
     def of(self, language: str, key: str) -> int:
-        """The number of a language that a setting names; raises ConfigError."""
+        """Return the number of the language that the setting `key` names; raises ConfigError."""
         if language not in self.languages:
-            known = ", ".join(self.languages) if self.languages != [EVERY] else "one list for all"
+            names = ", ".join(self.languages) if self.languages != [EVERY] else "one list for all"
             raise ConfigError(
-                f"{key}={language}: the metadata have no such language but {known}"
+                f"{key}={language}: the metadata do not have this language; they have {names}"
                 f"{nearest(language, self.languages)}"
             )
         return self.languages.index(language)
 
     def slice(self, language: int) -> slice:
-        """A language's entries."""
+        """Return the slice of the entries of a language."""
         return slice(int(self.ends[language - 1]) if language else 0, int(self.ends[language]))
 
     @property
     def all_texts(self) -> bool:
-        """Whether there is nothing to balance by."""
+        """True if every text matches (metadata=none), so that nothing is balanced."""
         return self.lists == ALL_TEXTS
 
     def find(self, texts: Sequence[str], language: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the entries in each text as (numbers [M] int32, ends [n] int64)."""
+        """Find the entries in each text: (entry numbers [M] int32, ends [n] int64)."""
         if self.all_texts:
             return np.zeros(len(texts), np.int32), np.arange(1, len(texts) + 1)
         if self.casefold:
@@ -116,28 +119,28 @@ class Metadata:
 
 
 def make_metadata(lists: Mapping[str, Iterable[str]], casefold: bool = False) -> Metadata:
-    """Metadata of stripped entries, each once per language; raises ConfigError for an empty list.
+    """Make metadata from lists of entries, which are stripped and made unique per language.
 
-    casefold: entries that differ in case only are one, and texts are casefolded, too.
+    casefold: ignore case in entries and texts. Raises ConfigError for an empty list.
     """
-    made = []
+    result = []
     for language, entries in lists.items():
         spelled = (entry.casefold() if casefold else entry for entry in map(str.strip, entries))
-        kept = tuple(dict.fromkeys(filter(None, spelled)))
-        if not kept:
-            of = f" of language {language!r}" if language else ""
-            raise ConfigError(f"the metadata{of} have no entries: give one per line")
-        made.append((language, kept))
-    if not made:
-        raise ConfigError("the metadata have no entries: give one per line")
-    return Metadata(tuple(made), casefold)
+        unique = tuple(dict.fromkeys(filter(None, spelled)))
+        if not unique:
+            which = f" of language {language!r}" if language else ""
+            raise ConfigError(f"the metadata{which} have no entries: write one per line")
+        result.append((language, unique))
+    if not result:
+        raise ConfigError("the metadata have no entries: write one per line")
+    return Metadata(tuple(result), casefold)
 
 
 def read_metadata(path: str, casefold: bool = False) -> Metadata:
-    """Metadata from a file: one entry per line, or (.json) a list or {language: list}; "none" for
-    one entry that is in every text.
+    """Read metadata from a file: one entry per line, or (.json) a list or {language: list}.
 
-    Raises ConfigError for what cannot be read, is not UTF-8, or holds no entries.
+    The path "none" gives one entry that matches every text. Raises ConfigError for a file that
+    cannot be read, is not UTF-8, or has no entries.
     """
     if path == "none":
         return Metadata(ALL_TEXTS)
@@ -148,7 +151,7 @@ def read_metadata(path: str, casefold: bool = False) -> Metadata:
         try:
             lists = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"metadata={path} is not json: {error}") from error
+            raise ConfigError(f"metadata={path} is not JSON: {error}") from error
         lists = {EVERY: lists} if isinstance(lists, list) else lists
     if not _are_lists(lists):
         raise ConfigError(f"metadata={path} is neither a list of texts nor {{language: list}}")
@@ -167,7 +170,7 @@ def _are_lists(lists: object) -> bool:
 
 
 def write_metadata(metadata: Metadata, path: Path) -> None:
-    """One entry per line, or json where there are languages."""
+    """Write metadata to a file: one entry per line, or JSON if there are languages."""
     if metadata.languages == [EVERY]:
         path.write_text("".join(f"{entry}\n" for entry in metadata.lists[0][1]), "utf-8")
     else:
@@ -180,35 +183,35 @@ def write_metadata(metadata: Metadata, path: Path) -> None:
 
 @dataclass
 class NgramConfig:
-    """Which words and word pairs of the pool become entries."""
+    """Rules that select words and word pairs of the pool as entries."""
 
-    min_count: int = 100  # texts' words, and pairs, that are rarer are left out
-    min_pmi: float = 10.0  # bits of pointwise mutual information of a pair's words
-    max_words: int = 250_000  # the most frequent ones
+    min_count: int = 100  # words and pairs with fewer occurrences are left out
+    min_pmi: float = 10.0  # least pointwise mutual information of the words of a pair, in bits
+    max_words: int = 250_000  # keep the most frequent ones
     max_pairs: int = 100_000
 
 
 @dataclass
 class NgramCounts:
-    """How often words, and words side by side, occur."""
+    """Counts of words and of pairs of neighbouring words."""
 
     words: Counter[str] = field(default_factory=Counter)
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, text: str) -> None:
-        """Count a text's words, and pairs that no punctuation is between."""
+        """Count the words of a text, and its word pairs without punctuation between them."""
         words = [word if any(map(str.isalnum, word)) else "" for word in spaced(text).split()]
         self.words.update(filter(None, words))
         self.pairs.update((a, b) for a, b in pairwise(words) if a and b)
 
     def join(self, other: NgramCounts) -> None:
-        """Add another's counts; beyond MOST_PAIRS, the rarest are forgotten."""
+        """Add other counts, in place; above MOST_PAIRS, the rarest are dropped."""
         self.words.update(other.words)
         self.pairs.update(other.pairs)
         self.words, self.pairs = _cut(self.words), _cut(self.pairs)
 
     def entries(self, config: NgramConfig) -> list[str]:
-        """Frequent words, then pairs with log2 p(a, b) / (p(a) p(b)) of at least min_pmi."""
+        """Return frequent words, then frequent pairs with log2 p(a, b) / (p(a) p(b)) >= min_pmi."""
         words = [word for word, n in _ordered(self.words) if n >= config.min_count]
         all_words, all_pairs = self.words.total(), self.pairs.total()
 
@@ -225,19 +228,20 @@ class NgramCounts:
 
 
 def _ordered(counts: Counter) -> list:
-    """By descending count, then by spelling."""
+    """Sort (item, count) by descending count, then by spelling."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _cut(counts: Counter) -> Counter:
-    return (
-        Counter(dict(_ordered(counts)[: MOST_PAIRS // 2])) if len(counts) > MOST_PAIRS else counts
-    )
+    """Drop the rarest items if there are more than MOST_PAIRS; half as many stay."""
+    if len(counts) <= MOST_PAIRS:
+        return counts
+    return Counter(dict(_ordered(counts)[: MOST_PAIRS // 2]))
 
 
 @dataclass(frozen=True)
 class _NgramCounter:
-    """Counts the n-grams of a shard; sent to the processes that do it."""
+    """Function that counts the n-grams of a shard; pickled to the worker processes."""
 
     source: Source
     captions: Mapping[str, float]
@@ -257,19 +261,19 @@ class _NgramCounter:
 def count_ngrams(
     source: Source, captions: Mapping[str, float] | None = None, workers: int = 1
 ) -> NgramCounts:
-    """Words and word pairs of all captions of a source.
+    """Count the words and word pairs of all captions of a source.
 
-    Beyond 5 million different ones the rarest are forgotten, so those counts are lower bounds.
+    Above 5 million different ones the rarest are dropped, so counts may be too low.
     """
     counts, work = NgramCounts(), _NgramCounter(source, captions or {})
-    for more in over_shards(work, len(source.manifest), workers):
-        counts.join(more)
+    for of_shard in over_shards(work, len(source.manifest), workers):
+        counts.join(of_shard)
     return counts
 
 
 def build_metadata(
     lists: Iterable[Iterable[str]], counts: NgramCounts, config: NgramConfig, casefold: bool = False
 ) -> Metadata:
-    """The given lists of entries, such as WordNet's, then the pool's words and word pairs."""
-    entries = [entry for given in lists for entry in given]
+    """Make metadata from lists of entries, such as WordNet's, then words and pairs of the pool."""
+    entries = [entry for listed in lists for entry in listed]
     return make_metadata({EVERY: [*entries, *counts.entries(config)]}, casefold)

@@ -1,10 +1,12 @@
-"""All the phrases in many texts at once: a trie of words in a hash table, walked in numpy.
+"""Phrase matcher: finds many phrases in many texts, by a trie of words that numpy walks.
 
-Matching with spacing finds " phrase " in a text that has spaces around punctuation. So a phrase is
-a run of words, of what lies between neighbouring spaces: each word of the texts is looked up once,
-and from each that begins a phrase the trie is followed, from all places in step. Words are compared
-byte by byte: the result is exact. An Aho-Corasick automaton waits for memory at each
-character, this at each word and for many words at once.
+MetaCLIP searches for " phrase " in a text with spaces around punctuation. So a phrase is a sequence
+of words, and a word is the text between two neighbouring spaces. Each word of a text is looked up
+once in a hash table. Then the trie is followed from all positions of the text at the same time, one
+word per step. Words are also compared byte by byte, so the result is exact.
+
+It is faster than an Aho-Corasick automaton, which waits for memory at each character. This matcher
+waits only once per word, and for many words at once.
 """
 
 from __future__ import annotations
@@ -16,28 +18,29 @@ import numpy as np
 from data_pipelines.stream.shuffle import GOLDEN, mixed
 from data_pipelines.tags.concept_matcher import BETWEEN_WORDS, PUNCTUATION, SPACES
 
-CHUNK = 1 << 19  # characters of text that are looked at together: some MB of arrays
+CHUNK = 1 << 19  # characters of text to process together, with some MB of arrays
 SPACE, NEWLINE = 32, 10
-# The first k of 8 bytes that were read as one little-endian number.
+# Mask of the first k of 8 bytes, read as a little-endian number.
 FIRST = np.array([(1 << 8 * k) - 1 for k in range(9)], np.uint64)
 
 
 class PhraseMatcher:
-    """Which of many phrases are in texts, as MetaCLIP matches its metadata (arXiv 2309.16671).
+    """Matcher of many phrases in texts, as MetaCLIP matches its metadata (2309.16671).
 
-    A phrase is in a text where " phrase " is in it, once both have spaces around punctuation, for
-    any other white space, and around each character of a script that has no spaces. Case counts. A
-    phrase's number is its place; of equal phrases, the first. None may be empty.
+    First, phrases and texts are normalised: spaces are put around punctuation and around each
+    character of a script without spaces, and other white space becomes a space. Then a text
+    contains a phrase if it contains " phrase ". Case is not ignored. The number of a phrase is its
+    position; of equal phrases, the first. No phrase may be empty.
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
         self._text = text = _Lines(phrases)
-        hashes, self._places, words = np.unique(
+        hashes, self._firsts, words = np.unique(
             text.hashes(), return_index=True, return_inverse=True
         )
         self._words = _HashTable(hashes)
-        assert (self._known(text) == words).all(), "two words share a hash"
-        # Nodes of the trie: the words, then what steps (node, next word) lead to.
+        assert (self._word_numbers(text) == words).all(), "two words share a hash"
+        # Nodes of the trie: first the words, then the target of each step (node, next word).
         word, size = np.searchsorted(text.starts, text.line_begins), 1
         lines, nodes = np.arange(len(phrases)), words[word]
         steps, ended, count = [], [], len(hashes)
@@ -49,17 +52,17 @@ class PhraseMatcher:
             steps.append(taken)
             nodes, count = nodes + count, count + len(taken)
         self._steps, self._first_step = _HashTable(np.concatenate(steps)), len(hashes)
-        self._none = len(phrases)  # the number of what only begins phrases
+        self._none = len(phrases)  # value of `_phrase` at nodes where no phrase ends
         self._phrase = np.full(count, self._none, np.int32)
         for nodes, lines in ended:
             np.minimum.at(self._phrase, nodes, lines.astype(np.int32))
-        self._goes_on = np.zeros(count, bool)
-        self._goes_on[np.concatenate(steps) // np.uint64(len(hashes))] = True
+        self._has_steps = np.zeros(count, bool)
+        self._has_steps[np.concatenate(steps) // np.uint64(len(hashes))] = True
 
     def find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the phrases in each text as (numbers [M] int32, ends [n] int64).
+        """Find the phrases in each text: (phrase numbers [M] int32, ends [n] int64).
 
-        Ascending and once per text; text i has those from ends[i - 1] to ends[i].
+        Text i has the numbers from ends[i - 1] to ends[i], ascending and unique.
         """
         counts, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for chunk in _chunks(texts):
@@ -69,45 +72,47 @@ class PhraseMatcher:
         return np.concatenate(found).astype(np.int32), np.cumsum(np.concatenate(counts))
 
     def _find(self, text: _Lines) -> tuple[np.ndarray, np.ndarray]:
-        """(line, phrase) of all matches, ascending."""
-        words = self._known(text)
-        last = np.flatnonzero(words >= 0)  # words that a run ends with
+        """Return (line, phrase) of all matches, ascending."""
+        words = self._word_numbers(text)
+        last = np.flatnonzero(words >= 0)  # last word of each partial match
         nodes, found = words[last], [np.empty(0, np.int64)]
         while len(last):
             phrases = self._phrase[nodes]
-            hit = phrases < self._none
-            found.append(text.lines[last[hit]] * self._none + phrases[hit])
-            on = self._goes_on[nodes]
-            last, nodes = last[on] + 1, nodes[on]  # behind a line's last word is the line's end
-            on = words[last] >= 0
-            last, nodes = last[on], nodes[on]
+            complete = phrases < self._none
+            found.append(text.lines[last[complete]] * self._none + phrases[complete])
+            alive = self._has_steps[nodes]
+            last, nodes = last[alive] + 1, nodes[alive]  # the last word of a line is its newline
+            alive = words[last] >= 0
+            last, nodes = last[alive], nodes[alive]
             rows = self._steps.rows(self._step(nodes, words[last]))
-            on = rows >= 0
-            last, nodes = last[on], rows[on] + self._first_step
+            alive = rows >= 0
+            last, nodes = last[alive], rows[alive] + self._first_step
         pairs = np.sort(np.concatenate(found))
         return np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], self._none)
 
-    def _known(self, text: _Lines) -> np.ndarray:
-        """The number of each word of a text, -1 = no phrase has it: [n] int32."""
+    def _word_numbers(self, text: _Lines) -> np.ndarray:
+        """Return the number of each word of a text, -1 = in no phrase: [n] int32."""
         words = self._words.rows(text.hashes())
-        some = np.flatnonzero(words >= 0)
-        places = self._places[words[some]]
-        starts, begins = text.starts[some], self._text.starts[places]
-        sizes = text.ends[some] - starts
-        same = sizes == self._text.ends[places] - begins
-        same &= _equal(text, starts, self._text, begins, sizes)
-        words[some[~same]] = -1
+        hashed = np.flatnonzero(words >= 0)
+        firsts = self._firsts[words[hashed]]
+        starts, first_starts = text.starts[hashed], self._text.starts[firsts]
+        sizes = text.ends[hashed] - starts
+        same = sizes == self._text.ends[firsts] - first_starts
+        same &= _equal(text, starts, self._text, first_starts, sizes)
+        words[hashed[~same]] = -1
         return words
 
     def _step(self, nodes: np.ndarray, words: np.ndarray) -> np.ndarray:
-        return nodes.astype(np.uint64) * np.uint64(len(self._places)) + words.astype(np.uint64)
+        """Return the hash key of the step from each node by each word."""
+        return nodes.astype(np.uint64) * np.uint64(len(self._firsts)) + words.astype(np.uint64)
 
 
 class _Lines:
-    """Texts as lines of bytes with a space at both ends and around punctuation.
+    """Normalised texts as lines of bytes, with a space at both ends of each line.
 
-    starts, ends, lines: of the words, of what lies between neighbouring spaces, be it nothing; the
-    newline behind a line is one. line_begins, line_ends: without the spaces at a line's ends.
+    starts, ends, lines: start, end and line number of each word, that is of the (possibly empty)
+    text between two neighbouring spaces. The newline after each line is also a word. line_begins,
+    line_ends: start and end of each line without the spaces at its ends.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -117,12 +122,12 @@ class _Lines:
         for space in SPACES:
             whole = whole.replace(space, " ")
         if not whole.isascii():
-            whole = BETWEEN_WORDS.sub(" ", whole)  # any place is a word's edge
+            whole = BETWEEN_WORDS.sub(" ", whole)  # in scripts without spaces, add them
         for mark in PUNCTUATION:
             whole = whole.replace(mark, f" {mark} ")
         content = f" {whole} \n ".encode("utf-8", "surrogatepass")
         codes = np.frombuffer(content, np.uint8)
-        # The 8 bytes at each place, as a number
+        # The 8 bytes from each position on, as a number; the rows overlap in memory.
         self.eights = np.ndarray(len(content), "<u8", content + bytes(8), strides=(1,))
         newlines = np.flatnonzero(codes == NEWLINE)
         self.line_begins = np.concatenate([[0], newlines[:-1] + 1]) + 1
@@ -132,7 +137,7 @@ class _Lines:
         self.lines = np.cumsum(codes[self.starts] == NEWLINE)
 
     def hashes(self) -> np.ndarray:
-        """A hash of each word, [n] uint64."""
+        """Hash each word, [n] uint64."""
         sizes = self.ends - self.starts
         result = sizes.astype(np.uint64) * GOLDEN
         left, offset = np.arange(len(sizes)), 0
@@ -145,18 +150,18 @@ class _Lines:
 
 
 class _HashTable:
-    """Places of distinct uint64 keys in a list: open addressing, at most half full."""
+    """Hash table from distinct uint64 keys to their positions; open addressing, half full."""
 
     def __init__(self, keys: np.ndarray) -> None:
         bits = (2 * len(keys) + 1).bit_length()
         self._keys, self._shift = keys, np.uint64(64 - bits)
         self._slots = np.full(1 << bits, -1, np.int32)
-        self._probes = 0  # the longest way to a slot
+        self._probes = 0  # largest number of probes that a key needs
         rows = np.arange(len(keys), dtype=np.int32)
         while len(rows):
             slots = self._slot(keys[rows], self._probes)
             free = self._slots[slots] < 0
-            self._slots[slots[free]] = rows[free]  # of several that want one slot, one stays
+            self._slots[slots[free]] = rows[free]  # of several keys with the same slot, one wins
             rows = rows[self._slots[slots] != rows]
             self._probes += 1
 
@@ -165,25 +170,25 @@ class _HashTable:
         return (slots + probe) & (len(self._slots) - 1)
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
-        """Each key's place in the list, -1 = it is not there: [n] int32."""
-        found = np.full(len(keys), -1, np.int32)
+        """Return the position of each key, -1 = not in the table: [n] int32."""
+        result = np.full(len(keys), -1, np.int32)
         left = np.arange(len(keys))
         for probe in range(self._probes):
             rows = self._slots[self._slot(keys[left], probe)]
-            taken = rows >= 0  # a free slot ends the way
+            taken = rows >= 0  # a free slot means that the key is not in the table
             left, rows = left[taken], rows[taken]
             same = self._keys[rows] == keys[left]
-            found[left[same]] = rows[same]
+            result[left[same]] = rows[same]
             left = left[~same]
             if not len(left):
                 break
-        return found
+        return result
 
 
 def _equal(
     a: _Lines, a_starts: np.ndarray, b: _Lines, b_starts: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    """Which runs of bytes of a and b are the same, [n] bool."""
+    """Compare runs of bytes of a and b, [n] bool."""
     result = np.ones(len(sizes), bool)
     left, offset = np.flatnonzero(sizes), 0
     while len(left):
@@ -195,7 +200,7 @@ def _equal(
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in runs of about CHUNK characters, at least one each."""
+    """Cut texts into chunks of about CHUNK characters and at least one text."""
     ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
     begin = 0
     while begin < len(texts):

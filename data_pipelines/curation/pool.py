@@ -1,7 +1,7 @@
 """Decisions about the whole pool: leaks, duplicates and caps, on compact arrays of all samples.
 
-Held are 4 bytes per sample, and for the step at work 8 bytes of hash per sample (or text) with
-what sorting them takes, some 50 more; nothing where no such step is switched on.
+Memory: 4 bytes per sample, plus, for the step in progress, a hash of 8 bytes per sample (or text)
+and about 50 bytes to sort it. Without such steps, no pool is made.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.curation.balance import hash_texts, keyed, rows_of
+from data_pipelines.curation.balance import derive_keys, hash_texts, rows_of
 from data_pipelines.curation.config import CurationConfig, DedupConfig
-from data_pipelines.curation.dedup import components, groups_of, is_near, repeats, similar_pairs
+from data_pipelines.curation.dedup import (
+    components,
+    groups_of,
+    is_near,
+    mark_duplicates,
+    similar_pairs,
+)
 from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
@@ -25,44 +31,49 @@ from xray.errors import ConfigError
 
 @dataclass
 class Decision:
-    """What the steps took, and samples of the pool per evaluation set: those with the same bytes,
-    and those with the same or nearly the same picture."""
+    """Samples dropped by each step, and numbers of leaked samples per evaluation set.
+
+    leaks: evaluation set -> "exact" (samples with the same bytes) and "perceptual" (samples with
+    the same or nearly the same image).
+    """
 
     steps: dict[str, Taken] = field(default_factory=dict)
     leaks: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class Pool:
-    """The samples of all shards' tables in one row, [N], with their texts, [T]."""
+    """All samples of a pool as arrays [N], with all their texts [T], in shard order."""
 
     def __init__(self, source: Source, texts: Sidecar, seed: int) -> None:
         self.source, self.texts, self.seed = source, texts, seed
-        self.ends = np.cumsum(texts.counts)  # of the shards, in samples
+        self.ends = np.cumsum(texts.counts)  # end of each shard in the samples, [S]
         shards = range(len(self.ends))
         self.text_ends = np.cumsum([len(self._table(shard)["texts"]) for shard in shards])
-        self.sizes = self._original_sizes()  # texts that are left, [N]; 0 = the sample is dropped
-        self._texts: np.ndarray | None = None  # [T] bool, where single texts were dropped
+        self.sizes = self._original_sizes()  # texts left per sample, [N]; 0 = sample is dropped
+        self._texts: np.ndarray | None = None  # [T] bool, True = left; None = no text was dropped
         self.decision = Decision()
 
     def _table(self, shard: int) -> Columns:
         return self.texts.table(shard)
 
     def _original_sizes(self) -> np.ndarray:
+        """Return the number of texts per sample before any step, [N]."""
+
         def part(shard: int) -> np.ndarray:
             return np.diff(self._table(shard)["text_ends"], prepend=0)
 
         return _joined(part, self.ends, np.int32)
 
-    def of_samples(self, name: str) -> np.ndarray:
-        """A column of all tables, [N] int64."""
+    def sample_column(self, name: str) -> np.ndarray:
+        """Read a column with a value per sample, [N] int64."""
         return _joined(lambda shard: self._table(shard)[name], self.ends, np.int64)
 
-    def of_texts(self, name: str) -> np.ndarray:
-        """A column of all tables, [T] int64."""
+    def text_column(self, name: str) -> np.ndarray:
+        """Read a column with a value per text, [T] int64."""
         return _joined(lambda shard: self._table(shard)[name], self.text_ends, np.int64)
 
     def media(self, hashes: Sidecar, name: str) -> np.ndarray:
-        """A column of the media's hashes, [N] int64."""
+        """Read a column of the hashes of the media, [N] int64."""
 
         def part(shard: int) -> np.ndarray:
             table, members = hashes.table(shard), self._table(shard)["members"]
@@ -70,63 +81,68 @@ class Pool:
 
         return _joined(part, self.ends, np.int64)
 
-    def key(self, place: int) -> str:
-        shard, row = self.place(place)
+    def key(self, sample: int) -> str:
+        """Return the key of a sample, in printable form."""
+        shard, row = self.locate(sample)
         return printable(self.source.index(shard).key(int(self._table(shard)["members"][row])))
 
-    def place(self, place: int) -> tuple[int, int]:
-        """(shard, row of its table) of a sample."""
-        shard = int(np.searchsorted(self.ends, place, side="right"))
-        return shard, place - _own(self.ends, shard).start
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return (shard, row in its table) of a sample."""
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return shard, sample - _shard_slice(self.ends, shard).start
 
     @property
     def left(self) -> np.ndarray:
         """Numbers of the samples that are left."""
         return np.flatnonzero(self.sizes)
 
-    def drop(self, step: str, places: np.ndarray) -> None:
-        """Drop samples that are left; a step that drops none is noted, too."""
-        keys = [self.key(place) for place in places[:EXAMPLES].tolist()]
-        texts = int(self.sizes[places].sum())
-        self.decision.steps[step] = Taken(len(places), texts, keys=keys)
-        self.sizes[places] = 0
+    def drop(self, step: str, samples: np.ndarray) -> None:
+        """Drop samples that are left, and record the step even if it drops none."""
+        keys = [self.key(sample) for sample in samples[:EXAMPLES].tolist()]
+        texts = int(self.sizes[samples].sum())
+        self.decision.steps[step] = Taken(len(samples), texts, keys=keys)
+        self.sizes[samples] = 0
 
     def keep_same_texts(self, most: int) -> None:
-        """Leave at most so many texts that are equal, chosen by hash."""
+        """Keep at most `most` copies of each text, chosen by hash."""
         sample_of = np.repeat(np.arange(len(self.sizes)), self._original_sizes())
         left = np.flatnonzero(self.sizes[sample_of])
         samples = sample_of[left]
-        hashes = self.of_samples("hashes").view(np.uint64)[samples]
-        order = keyed(hashes, self.seed, self.of_texts("texts")[left])
-        kept = within_cap(self.of_texts("same")[left], order, most)
+        hashes = self.sample_column("hashes").view(np.uint64)[samples]
+        order = derive_keys(hashes, self.seed, self.text_column("texts")[left])
+        kept = within_cap(self.text_column("same")[left], order, most)
         self._texts = np.zeros(len(sample_of), bool)
         self._texts[left[kept]] = True
         sizes = np.bincount(samples[kept], minlength=len(self.sizes))
-        gone = np.flatnonzero((self.sizes > 0) & (sizes == 0))
-        keys = [self.key(place) for place in gone[:EXAMPLES].tolist()]
-        self.decision.steps["same_text"] = Taken(len(gone), int((~kept).sum()), keys=keys)
+        dropped = np.flatnonzero((self.sizes > 0) & (sizes == 0))
+        keys = [self.key(sample) for sample in dropped[:EXAMPLES].tolist()]
+        self.decision.steps["same_text"] = Taken(len(dropped), int((~kept).sum()), keys=keys)
         self.sizes = sizes.astype(np.int32)
 
     def table(self, shard: int) -> Columns:
-        """What is left of a shard: members [k] int32, and texts [T] uint8, 1 = left."""
+        """Make the table of what is left of a shard.
+
+        Columns: members [k] int32, and texts [T] uint8, 1 = left.
+        """
         table = self._table(shard)
-        alive = self.sizes[_own(self.ends, shard)] > 0
-        texts = alive[rows_of(table["text_ends"])]
+        samples_left = self.sizes[_shard_slice(self.ends, shard)] > 0
+        texts = samples_left[rows_of(table["text_ends"])]
         if self._texts is not None:
-            texts = texts & self._texts[_own(self.text_ends, shard)]
-        return {"members": table["members"][alive], "texts": texts.astype(np.uint8)}
+            texts = texts & self._texts[_shard_slice(self.text_ends, shard)]
+        return {"members": table["members"][samples_left], "texts": texts.astype(np.uint8)}
 
 
-def _own(ends: np.ndarray, shard: int) -> slice:
+def _shard_slice(ends: np.ndarray, shard: int) -> slice:
+    """Return the slice of a shard in an array over all shards that end at `ends`."""
     return slice(int(ends[shard - 1]) if shard else 0, int(ends[shard]))
 
 
 def _joined(part: Callable[[int], np.ndarray], ends: np.ndarray, dtype: Any) -> np.ndarray:
-    """part(shard) of all shards; no more than one of them is held open."""
-    whole = np.empty(int(ends[-1]), dtype)
+    """Concatenate part(shard) of all shards, with one part in memory at a time."""
+    result = np.empty(int(ends[-1]), dtype)
     for shard in range(len(ends)):
-        whole[_own(ends, shard)] = part(shard)
-    return whole
+        result[_shard_slice(ends, shard)] = part(shard)
+    return result
 
 
 def decide(
@@ -135,7 +151,7 @@ def decide(
     hashes: Sidecar | None,
     evaluation: Mapping[str, Sidecar],
 ) -> Decision:
-    """Drop leaks, then duplicates, then what is beyond the caps."""
+    """Drop leaks, then duplicates, then texts and samples above the caps."""
     dedup, filters = config.dedup, config.filters
     if hashes is not None:
         left = pool.left
@@ -144,72 +160,80 @@ def decide(
             _drop_leaks(pool, dedup, hashes, evaluation)
     if dedup.exact and hashes is not None:
         left = pool.left
-        same = repeats(pool.media(hashes, "exact")[left], lambda place: pool.key(int(left[place])))
-        pool.drop("exact duplicate", left[same])
+        exact = pool.media(hashes, "exact")[left]
+        pool.drop("exact duplicate", left[mark_duplicates(exact, _key_of(pool, left))])
     if dedup.perceptual and hashes is not None:
-        looks = pool.media(hashes, "perceptual")
-        seen = np.flatnonzero((pool.sizes > 0) & (looks != 0))  # 0 says nothing
-        groups = groups_of(looks[seen], dedup.distance)
-        same = repeats(groups, lambda place: pool.key(int(seen[place])))
-        pool.drop("perceptual duplicate", seen[same])
+        dhashes = pool.media(hashes, "perceptual")
+        # A dHash of 0 means an image without gradients, which cannot be compared.
+        left = np.flatnonzero((pool.sizes > 0) & (dhashes != 0))
+        groups = groups_of(dhashes[left], dedup.distance)
+        pool.drop("perceptual duplicate", left[mark_duplicates(groups, _key_of(pool, left))])
     if dedup.embeddings:
         _drop_similar(pool, dedup, config.seed)
     if filters.same_text:
         pool.keep_same_texts(filters.same_text)
     if filters.per_field:
-        values = pool.of_samples("values")
-        if (values == hash_texts([""])[0]).all():
-            raise ConfigError(
-                f"filters.per_field={filters.per_field}: no sample's json has such a field"
-            )
-        left = pool.left[values[pool.left] != hash_texts([""])[0]]  # without one, nothing is shared
-        samples = pool.of_samples("hashes").view(np.uint64)[left]
-        order = keyed(samples, config.seed, np.zeros(len(left)))
-        pool.drop("per_value", left[~within_cap(values[left], order, filters.per_value)])
+        _cap_values(pool, filters.per_field, filters.per_value, config.seed)
     return pool.decision
+
+
+def _key_of(pool: Pool, samples: np.ndarray) -> Callable[[int], str]:
+    """Return a function from a position in `samples` to the key of that sample."""
+    return lambda position: pool.key(int(samples[position]))
+
+
+def _cap_values(pool: Pool, field: str, most: int, seed: int) -> None:
+    """Keep at most `most` samples for each value of a JSON field; samples without it all stay."""
+    values, missing = pool.sample_column("values"), hash_texts([""])[0]
+    if (values == missing).all():
+        raise ConfigError(f"filters.per_field={field}: no sample has this field in its JSON")
+    left = pool.left[values[pool.left] != missing]
+    hashes = pool.sample_column("hashes").view(np.uint64)[left]
+    order = derive_keys(hashes, seed, np.zeros(len(left)))
+    pool.drop("per_value", left[~within_cap(values[left], order, most)])
 
 
 def _drop_leaks(
     pool: Pool, dedup: DedupConfig, hashes: Sidecar, evaluation: Mapping[str, Sidecar]
 ) -> None:
-    """Drop what is in an evaluation set, and count it by set."""
-    exact, looks = pool.media(hashes, "exact"), pool.media(hashes, "perceptual")
+    """Drop samples that are in an evaluation set, and count them per set."""
+    exact, dhashes = pool.media(hashes, "exact"), pool.media(hashes, "perceptual")
     leaked, left = np.zeros(len(pool.sizes), bool), pool.left
-    for name, theirs in evaluation.items():
-        tables = [theirs.table(shard) for shard in range(len(theirs.counts))]
-        sound = [table["broken"] == 0 for table in tables]
-        of_set = {
-            kind: np.concatenate([t[kind][whole] for t, whole in zip(tables, sound, strict=True)])
+    for name, sidecar in evaluation.items():
+        tables = [sidecar.table(shard) for shard in range(len(sidecar.counts))]
+        eval_exact, eval_dhashes = (
+            np.concatenate([table[kind][table["broken"] == 0] for table in tables])
             for kind in ("exact", "perceptual")
-        }
-        same = np.isin(exact[left], of_set["exact"])
-        seen = of_set["perceptual"][of_set["perceptual"] != 0]
-        near = (looks[left] != 0) & is_near(looks[left], seen, dedup.distance)
+        )
+        same = np.isin(exact[left], eval_exact)
+        others = eval_dhashes[eval_dhashes != 0]
+        near = (dhashes[left] != 0) & is_near(dhashes[left], others, dedup.distance)
         pool.decision.leaks[name] = {"exact": int(same.sum()), "perceptual": int(near.sum())}
         leaked[left[same | near]] = True
     pool.drop("in an evaluation set", np.flatnonzero(leaked))
 
 
 def _drop_similar(pool: Pool, dedup: DedupConfig, seed: int) -> None:
-    found = open_sidecar(pool.source, dedup.embeddings)
-    if found is None or "embeddings" not in found.table(0):
+    """Drop samples whose embeddings are similar to another sample's."""
+    sidecar = open_sidecar(pool.source, dedup.embeddings)
+    if sidecar is None or "embeddings" not in sidecar.table(0):
         raise ConfigError(
             f"dedup.embeddings={dedup.embeddings}: {pool.source.manifest.folder} has no embeddings "
-            "of that name; xray data embeddings makes them and prints it"
+            "of that name; make them with xray data embeddings, which prints their name"
         )
-    sidecar, left = found, pool.left
+    embeddings, left = sidecar, pool.left
 
-    def rows(places: np.ndarray) -> np.ndarray:
-        return np.stack([_embedding(pool, sidecar, place) for place in left[places].tolist()])
+    def rows(positions: np.ndarray) -> np.ndarray:
+        samples = left[positions].tolist()
+        return np.stack([_embedding(pool, embeddings, sample) for sample in samples])
 
     groups = components(len(left), similar_pairs(rows, len(left), dedup.cosine, seed))
-    same = repeats(groups, lambda place: pool.key(int(left[place])))
-    pool.drop("embedding duplicate", left[same])
+    pool.drop("embedding duplicate", left[mark_duplicates(groups, _key_of(pool, left))])
 
 
-def _embedding(pool: Pool, sidecar: Sidecar, place: int) -> np.ndarray:
-    """A sample's row; one of zeros, which is like none, where it has none."""
-    shard, row = pool.place(place)
+def _embedding(pool: Pool, sidecar: Sidecar, sample: int) -> np.ndarray:
+    """Return the embedding of a sample; zeros, which are similar to nothing, if it has none."""
+    shard, row = pool.locate(sample)
     table, member = sidecar.table(shard), int(pool.texts.table(shard)["members"][row])
     at = int(np.searchsorted(table["members"], member))
     if at < len(table["members"]) and table["members"][at] == member:
@@ -218,10 +242,10 @@ def _embedding(pool: Pool, sidecar: Sidecar, place: int) -> np.ndarray:
 
 
 def facts_of(decision: Decision) -> dict[str, Any]:
-    """A decision as json holds it."""
+    """Convert a decision to plain data for JSON."""
     return asdict(decision)
 
 
 def decision_in(facts: Mapping[str, Any]) -> Decision:
-    """The decision that a sidecar's facts tell of."""
+    """Read the decision from the facts of a sidecar."""
     return Decision({n: Taken(**taken) for n, taken in facts["steps"].items()}, facts["leaks"])

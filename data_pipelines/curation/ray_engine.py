@@ -1,4 +1,4 @@
-"""Tables of shards made by Ray Data, on one machine or many. The only importer of ray."""
+"""Ray engine: makes tables of shards by Ray Data, on one machine or many. Only this imports ray."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from data_pipelines.shards.sidecar import Work, save_table, saved_table
 from data_pipelines.shards.source import Source
 from xray.errors import ConfigError, DataError, XrayError
 
-PER_TASK = 8  # shards that one task makes the tables of, where there are many
+PER_TASK = 8  # shards per Ray task, if there are enough of them
 
 
 def make_tables(
     source: Source, name: str, work: Work, workers: int, progress: Progress | None = None
 ) -> None:
-    """Write the tables that are missing, each made by one of `workers` actors of a core each.
+    """Write the missing tables, with `workers` Ray actors that use one core each.
 
-    Tables come back to this process, which writes them: workers need to see the shards only.
-    Raises ConfigError where ray is not installed or its workers could not find the shards.
+    This process writes the tables, so the workers only need to read the shards. Raises ConfigError
+    if ray is not installed, or if workers on other machines could not find the shards.
     """
     folder = source.manifest.folder
     if "RAY_ADDRESS" in os.environ and not is_remote(folder) and not Path(folder).is_absolute():
-        raise ConfigError(f"engine=ray on a cluster needs a whole path or a URL, not {folder}")
+        raise ConfigError(
+            f"engine=ray on a cluster needs an absolute path or a URL of the shards, not {folder}"
+        )
     shards = range(len(source.manifest))
     missing = [shard for shard in shards if saved_table(source, name, shard) is None]
     if not missing:
@@ -42,8 +44,10 @@ def make_tables(
 
 
 def _results(work: Work, shards: list[int], workers: int) -> Iterator[tuple[int, Columns]]:
-    """(shard, work(shard)) as they are done; each actor gets `work` once, and keeps what it builds
-    from it."""
+    """Yield (shard, work(shard)) in the order of completion.
+
+    Each actor gets `work` once, so it can cache data on it.
+    """
     data, exceptions = _ray(workers)
     workers = min(workers, len(shards))
     tasks = max(workers, len(shards) // PER_TASK)
@@ -62,23 +66,28 @@ def _results(work: Work, shards: list[int], workers: int) -> Iterator[tuple[int,
                 raise result
             yield int(row["shard"]), result
     except exceptions.RayActorError as error:
-        raise DataError("a Ray worker was killed, maybe for memory: try fewer workers") from error
+        raise DataError(
+            "a Ray worker was killed, possibly by the out-of-memory killer: try again with fewer "
+            "workers"
+        ) from error
 
 
 class _Worker:
+    """Ray actor that calls `work` on shards."""
+
     def __init__(self, work: Work) -> None:
         self._work = work
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         try:
             result: Columns | XrayError = self._work(int(batch["shard"][0]))
-        except XrayError as error:  # Ray would wrap it
+        except XrayError as error:  # returned, because Ray would wrap a raised error
             result = error
         return {"shard": batch["shard"], "result": np.array([pickle.dumps(result)], object)}
 
 
 def _ray(workers: int) -> tuple[Any, Any]:
-    """Ray Data and Ray's exceptions, of a Ray that was started where none was."""
+    """Import Ray and start it if it is not running; return ray.data and ray.exceptions."""
     try:
         import ray
         import ray.data
@@ -88,8 +97,8 @@ def _ray(workers: int) -> tuple[Any, Any]:
             f"engine=ray needs Ray Data ({error.name} is missing): pip install 'ray[data]', or use "
             "engine=local"
         ) from error
-    if not ray.is_initialized():  # it stays up for the tables to come, and ends with this process
-        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster has its own number
+    if not ray.is_initialized():  # it keeps running for later tables, until this process ends
+        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster sets its cores
         quiet = logging.ERROR
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -1,4 +1,4 @@
-"""What a curation did, as plain data: to be printed, drawn or kept as json."""
+"""Report of a curation as plain data, to print, to plot or to save as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.shards.sidecar import Sidecar
 from data_pipelines.shards.utf8 import printable
 
-SHOWN = 50  # entries with the most and the fewest texts
-POINTS = 512  # of a curve
+SHOWN = 50  # entries to list with the most texts, and with the fewest
+POINTS = 512  # maximum number of points of a curve
 
 
 @dataclass
 class Step:
-    """What a filter or the sampling took: samples, texts, and keys of some of the samples."""
+    """Number of samples and texts that a filter or the sampling dropped, with keys of some."""
 
     name: str
     samples: int = 0
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class EntryRow:
-    """Texts that match an entry before and after the sampling, and p_e."""
+    """Number of texts that match an entry, before and after the sampling, and its rate p_e."""
 
     language: str
     entry: str
@@ -44,9 +44,11 @@ class EntryRow:
 
 @dataclass(frozen=True)
 class LanguageRow:
-    """A language's threshold t, and its share of matches that are of entries with fewer than t.
+    """Statistics of a language.
 
-    unmatched: of its entries. before, after: texts that match any, and those of them that are kept.
+    t: its threshold. tail_share: share of its matches with entries of fewer than t matches.
+    entries: number of its entries. unmatched: entries without a match. before, after: texts with a
+    match, before and after the sampling.
     """
 
     language: str
@@ -60,12 +62,13 @@ class LanguageRow:
 
 @dataclass
 class CurationReport:
-    """What a curation did; steps in the order in which they were taken.
+    """Report of a curation.
 
-    read, matched, kept: (samples, texts) of the pool, of what the sampling drew from, and of the
-    result. curve: matches of the entries by ascending count, cumulated, before and after the
-    sampling: rank, count, before, after, at most 512 points. leaks: evaluation set -> samples of
-    the pool with the same bytes (exact) and with a near picture (perceptual).
+    read, matched, kept: (samples, texts) of the pool, of the input of the sampling, and of the
+    result. steps: in the order in which they ran. curve: cumulated matches of the entries, sorted
+    by ascending count, before and after the sampling, as lists rank, count, before and after. top,
+    tail: entries with the most and the fewest texts. leaks: evaluation set -> samples of the pool
+    with the same bytes (exact) and with a similar image (perceptual).
     """
 
     source: str
@@ -83,13 +86,13 @@ class CurationReport:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def losses(self) -> str:
-        """Which step took how many samples, in words."""
-        found = [f"{step.name} {step.samples:,}" for step in self.steps if step.samples]
-        return ", ".join(found) or "nothing"
+        """List how many samples each step dropped, as text."""
+        losses = [f"{step.name} {step.samples:,}" for step in self.steps if step.samples]
+        return ", ".join(losses) or "nothing"
 
 
 def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) -> CurationReport:
-    """The part of a report that is known before the sampling."""
+    """Make the part of a report that does not depend on the sampling."""
     report = CurationReport(texts.source.name, leaks=decision.leaks, settings=asdict(config))
     steps, unknown, read = dict[str, Step](), Counter[str](), np.zeros(2, np.int64)
     for shard in range(len(texts.counts)):
@@ -103,7 +106,7 @@ def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) 
             room = EXAMPLES - len(step.keys)
             step.keys += [printable(index.key(member)) for member in taken.members[:room]]
     later = [Step(name, t.samples, t.texts, t.keys) for name, t in decision.steps.items()]
-    for name in filters_on(config.filters):  # it looked, and took nothing
+    for name in filters_on(config.filters):  # also list filters that dropped nothing
         steps.setdefault(name, Step(name))
     report.read = (int(read[0]), int(read[1]))
     report.steps = [*sorted(steps.values(), key=lambda step: place_of(step.name)), *later]
@@ -114,35 +117,42 @@ def report_on_texts(texts: Sidecar, decision: Decision, config: CurationConfig) 
 def add_sampling(
     report: CurationReport, pool: TextTables, kept: Sidecar, metadata: Metadata, drawn: Balance
 ) -> None:
-    """Fill in what the sampling drew from and what it kept."""
+    """Add the input and the result of the sampling to a report."""
     after = np.zeros(len(metadata), np.int64)
     languages = len(metadata.languages)
     texts = np.zeros((2, languages), np.int64)  # before and after
-    matched, taken, lost = np.zeros(2, np.int64), np.zeros(2, np.int64), list[str]()
+    matched, kept_totals, dropped = np.zeros(2, np.int64), np.zeros(2, np.int64), list[str]()
     for shard, matches in enumerate(pool):
         table, index = kept.table(shard), pool.texts.source.index(shard)
         entries, _ = take_rows(matches.entries, matches.entry_ends, table["rows"])
         after += np.bincount(entries, minlength=len(after))
-        # All entries in a text are of its language.
-        of_texts = metadata.languages_of(matches.entries[matches.entry_ends - 1])
-        texts[0] += np.bincount(of_texts, minlength=languages)
-        texts[1] += np.bincount(of_texts[table["rows"]], minlength=languages)
+        # All entries that match a text belong to its language.
+        language_of = metadata.languages_of(matches.entries[matches.entry_ends - 1])
+        texts[0] += np.bincount(language_of, minlength=languages)
+        texts[1] += np.bincount(language_of[table["rows"]], minlength=languages)
         members = pool.members(shard)[matches.sizes > 0]
         matched += len(members), len(matches.texts)
-        taken += len(table["members"]), len(table["texts"])
-        if len(lost) < EXAMPLES:
-            out = np.setdiff1d(members, table["members"])[: EXAMPLES - len(lost)]
-            lost += [printable(index.key(member)) for member in out.tolist()]
+        kept_totals += len(table["members"]), len(table["texts"])
+        if len(dropped) < EXAMPLES:
+            examples = np.setdiff1d(members, table["members"])[: EXAMPLES - len(dropped)]
+            dropped += [printable(index.key(member)) for member in examples.tolist()]
         room = EXAMPLES - len(report.kept_keys)
         report.kept_keys += [printable(index.key(m)) for m in table["members"][:room].tolist()]
-    report.matched, report.kept = _pair(matched), _pair(taken)
-    report.steps.append(Step("balance", *_pair(matched - taken), lost))
+    report.matched, report.kept = _pair(matched), _pair(kept_totals)
+    report.steps.append(Step("balance", *_pair(matched - kept_totals), dropped))
     report.curve = _curve(drawn.counts, after)
     report.languages = [
         _language(metadata, drawn, number, texts[:, number]) for number in range(languages)
     ]
+    _add_entries(report, metadata, drawn, after)
+
+
+def _add_entries(
+    report: CurationReport, metadata: Metadata, drawn: Balance, after: np.ndarray
+) -> None:
+    """List the entries with the most and the fewest texts."""
     order = np.argsort(-drawn.counts, kind="stable")
-    seen = order[: int((drawn.counts > 0).sum())]
+    matched = order[: int((drawn.counts > 0).sum())]
     rows = {
         entry: EntryRow(
             *metadata.entry(entry),
@@ -150,10 +160,10 @@ def add_sampling(
             int(after[entry]),
             float(drawn.rates[entry]),
         )
-        for entry in [*seen[:SHOWN].tolist(), *seen[-SHOWN:].tolist()]
+        for entry in [*matched[:SHOWN].tolist(), *matched[-SHOWN:].tolist()]
     }
-    report.top = [rows[entry] for entry in seen[:SHOWN].tolist()]
-    report.tail = [rows[entry] for entry in seen[SHOWN:][-SHOWN:].tolist()]
+    report.top = [rows[entry] for entry in matched[:SHOWN].tolist()]
+    report.tail = [rows[entry] for entry in matched[SHOWN:][-SHOWN:].tolist()]
 
 
 def _language(metadata: Metadata, drawn: Balance, number: int, texts: np.ndarray) -> LanguageRow:

@@ -1,7 +1,7 @@
-"""What each shard contributes to a curation: tables that processes make, apart from each other.
+"""Tables of a curation, one per shard; worker processes make them independently.
 
-texts: which texts passed the filters and what entries are in them. left: which of those the
-decisions about the whole pool leave. kept: which of those are drawn.
+texts: texts that passed the filters, and the entries that match them. left: those of them that the
+decisions about the whole pool keep. kept: those of them that the sampling draws.
 """
 
 from __future__ import annotations
@@ -41,20 +41,26 @@ MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the colum
 
 
 def language_function(name: str) -> Callable[[str], str]:
-    """The function `package.module:function` from a text to its language; raises ConfigError."""
+    """Import the function `package.module:function` from a text to its language.
+
+    Raises ConfigError.
+    """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a user's module does
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"language={name} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"language={name} is no function")
-    return found
+    if not callable(function):
+        raise ConfigError(f"language={name} is not a function")
+    return function
 
 
 @dataclass(frozen=True)
 class _Passed:
-    """A sample that passed the filters: its value of `filters.per_field`, texts and languages."""
+    """Sample that passed the filters.
+
+    value: its value of the field `filters.per_field`. languages: language number of each text.
+    """
 
     member: int
     value: str
@@ -64,12 +70,12 @@ class _Passed:
 
 @dataclass(frozen=True)
 class TextMatcher:
-    """Filters and matches the texts of a shard; sent to the processes that do it.
+    """Function that filters and matches the texts of a shard; pickled to the worker processes.
 
-    A table has the columns of Matches, and members [n] int32; same [T] int64, a hash of the text
-    but for case and spaces, and values [n] int64, one of the json field `filters.per_field`, where
-    they are asked for; read [2] (samples, texts), what each step took, and how often languages
-    without metadata occur.
+    Columns of the table: those of Matches; members [n] int32; same [T] int64, a hash of each text
+    without case and spaces, if `filters.same_text` is set; values [n] int64, a hash of the field
+    `filters.per_field`, if it is set; read [2], (samples, texts) of the shard; the tally of the
+    steps; and the counts of languages without metadata.
     """
 
     source: Source
@@ -104,7 +110,7 @@ class TextMatcher:
         }
 
     def _filtered(self, record: Record, captions: list[Caption], tally: Tally) -> list[Text]:
-        """The texts that pass all filters, at most one where one is to stand for all."""
+        """Return the texts that pass all filters; only one if `texts=one`."""
         for name, keeps in self._sample_filters.items():
             if not keeps(record):
                 tally.take(name, record.member, len(captions))
@@ -117,16 +123,16 @@ class TextMatcher:
         texts = [replace(text, language=self._language(record, text)) for text in texts]
         if allowed := self.config.filters.languages:
             left = [text for text in texts if text.language in allowed]
-            gone = bool(texts and not left)
-            tally.take("languages", record.member, len(texts) - len(left), gone)
+            dropped = bool(texts and not left)
+            tally.take("languages", record.member, len(texts) - len(left), dropped)
             texts = left
         if self.config.texts == "one" and len(texts) > 1:
             tally.take(ONE_TEXT, record.member, len(texts) - 1, sample=False)
-            texts = [self._one(record, texts)]
+            texts = [self._draw_one(record, texts)]
         return texts
 
-    def _one(self, record: Record, texts: list[Text]) -> Text:
-        """A text drawn by weight, always the same for a seed and a key."""
+    def _draw_one(self, record: Record, texts: list[Text]) -> Text:
+        """Draw a text by weight; the draw depends only on the seed and the sample."""
         shares = np.cumsum([text.caption.weight for text in texts])
         u = uniform(self.config.seed, self.source.identity(record.shard, record.member))
         return texts[min(int(np.searchsorted(shares, u * shares[-1], "right")), len(texts) - 1)]
@@ -134,38 +140,40 @@ class TextMatcher:
     def _with_metadata(
         self, member: int, texts: list[Text], tally: Tally, unknown: Counter[str]
     ) -> list[tuple[Text, int]]:
-        """(text, the number of its language) of those whose language has metadata."""
-        found = []
+        """Return (text, language number) of the texts whose language has metadata."""
+        result = []
         for text in texts:
             language = self.metadata.language_of(text.language)
             if language < 0:
                 unknown[text.language] += 1
                 language = self.metadata.language_of(self.config.fallback)
             if language >= 0:
-                found.append((text, language))
-        tally.take(NO_METADATA, member, len(texts) - len(found), bool(texts and not found))
-        return found
+                result.append((text, language))
+        tally.take(NO_METADATA, member, len(texts) - len(result), bool(texts and not result))
+        return result
 
     def _language(self, record: Record, text: Text) -> str:
+        """Determine the language of a text by the setting `language`."""
         if self._detect is not None:
             try:
                 return str(self._detect(text.text) or "")
             except Exception as error:
                 raise ConfigError(
                     f"language={self.config.language} fails for {text.text[:60]!r} "
-                    f"({type(error).__name__}: {error}): have it return '' for no language"
+                    f"({type(error).__name__}: {error}): make it return '' for an unknown language"
                 ) from error
         if self.config.language == "language":
             return text.caption.language
         return str(record.meta.get(self.config.language) or "")
 
     def _value(self, record: Record) -> str:
+        """Return the value of the field `filters.per_field` as text; "" if there is none."""
         field = self.config.filters.per_field
         value = record.meta.get(field) if field else None
         return "" if value is None else str(value)
 
     def _matched(self, shard: int, passed: list[_Passed], tally: Tally) -> Columns:
-        """The columns of the samples with a match."""
+        """Match the texts, and return the columns of the samples with a match."""
         texts = [text for row in passed for text in row.texts]
         languages = np.array([number for row in passed for number in row.languages], np.int32)
         members = np.array([row.member for row in passed], np.int32)
@@ -177,31 +185,31 @@ class TextMatcher:
             entry_ends,
             entries,
         )
-        hit = np.diff(matches.entry_ends, prepend=0) > 0
-        found = matches.only(hit)
-        for member, before, after in zip(members, matches.sizes, found.sizes, strict=True):
+        matched = np.diff(matches.entry_ends, prepend=0) > 0  # [T]
+        left = matches.only(matched)
+        for member, before, after in zip(members, matches.sizes, left.sizes, strict=True):
             tally.take(NO_MATCH, int(member), int(before - after), not after)
-        some = found.sizes > 0
-        columns = {name: getattr(found, name) for name in MATCHES}
-        columns |= {"hashes": found.hashes[some], "text_ends": found.text_ends[some]}
-        columns["members"] = members[some]
+        nonempty = left.sizes > 0  # [n]
+        columns = {name: getattr(left, name) for name in MATCHES}
+        columns |= {"hashes": left.hashes[nonempty], "text_ends": left.text_ends[nonempty]}
+        columns["members"] = members[nonempty]
         if self.config.filters.same_text:
-            columns["same"] = hash_texts(plain(text.text) for text in texts)[hit]
+            columns["same"] = hash_texts(plain(text.text) for text in texts)[matched]
         if self.config.filters.per_field:
-            columns["values"] = hash_texts(row.value for row in passed)[some]
+            columns["values"] = hash_texts(row.value for row in passed)[nonempty]
         return columns
 
     def _find(self, texts: list[str], languages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Entries in texts of several languages: (entries [M] int32, ends [T] int64)."""
+        """Find the entries in texts of several languages: (entries [M] int32, ends [T] int64)."""
         order = np.argsort(languages, kind="stable")
         found, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         for language in np.unique(languages).tolist():
-            own = order[languages[order] == language]
-            entries, ends = self.metadata.find([texts[place] for place in own], language)
+            rows = order[languages[order] == language]
+            entries, ends = self.metadata.find([texts[row] for row in rows], language)
             found.append(entries)
             counts.append(np.diff(ends, prepend=0))
         entries, ends = np.concatenate(found), np.cumsum(np.concatenate(counts))
-        return take_rows(entries, ends, np.argsort(order))
+        return take_rows(entries, ends, np.argsort(order))  # back to the original order
 
     @functools.cached_property
     def _sample_filters(self) -> dict[str, Callable[[Record], bool]]:
@@ -221,27 +229,29 @@ class TextMatcher:
 
 
 def unknown_languages(table: Mapping[str, np.ndarray]) -> Counter[str]:
-    """How many texts of a shard are in each language that has no metadata."""
+    """Read the number of texts of a shard in each language without metadata."""
     names = unpack_texts(table["unknown"], table["unknown_ends"])
     return Counter(dict(zip(names, table["unknown_counts"].tolist(), strict=True)))
 
 
 @dataclass(frozen=True)
 class TextTables:
-    """The texts of all shards that are left, where left is None all that were matched."""
+    """Matched texts of all shards, restricted to those that are left; left: None = no limit."""
 
     texts: Sidecar
     left: Sidecar | None = None
 
     @property
     def digest(self) -> str:
+        """Digest of all tables."""
         return self.texts.digest + (self.left.digest if self.left is not None else "")
 
     def members(self, shard: int) -> np.ndarray:
-        """The members that a shard's matches are of, be they left or not."""
+        """Return the members of all samples in `matches`, including those without texts left."""
         return self.texts.table(shard)["members"]
 
     def matches(self, shard: int) -> Matches:
+        """Return the matches of a shard."""
         table = self.texts.table(shard)
         matches = Matches(*(table[name] for name in MATCHES))
         return matches if self.left is None else matches.only(self.left.table(shard)["texts"] > 0)
@@ -252,11 +262,11 @@ class TextTables:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws the texts of a shard; sent to the processes that do it.
+    """Function that draws the texts of a shard; pickled to the worker processes.
 
-    A table of slots: members [k] int32 and copies [k] int32 (all 0); text_ends [k] int64, where
-    each one's texts end in texts [K] int32, their numbers among the sample's captions, and rows [K]
-    int32, their places among the shard's matches.
+    The table has one row per slot. Columns: members [k] int32; copies [k] int32, all 0; text_ends
+    [k] int64, end of each slot in the next two; texts [K] int32, numbers of the kept captions in
+    their sample; rows [K] int32, positions of the kept texts in the matches of the shard.
     """
 
     pool: TextTables
@@ -278,10 +288,10 @@ class Sampler:
 
 
 class KeptSlots(CopySlots):
-    """The samples that a curation keeps, as slots of their source, and which texts it keeps."""
+    """Slots of the samples that a curation keeps, with the texts that it keeps."""
 
     def texts(self, shard: int, slot: int) -> np.ndarray:
-        """Numbers of a slot's texts among the captions of its sample."""
+        """Return the numbers of the kept captions of a slot in its sample."""
         table = self.sidecar.table(shard)
         start = int(table["text_ends"][slot - 1]) if slot else 0
         return table["texts"][start : int(table["text_ends"][slot])]

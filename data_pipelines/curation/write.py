@@ -1,7 +1,7 @@
-"""What a curation keeps, as new shards: one for each of the pool's shards that any is kept of.
+"""Writer of the kept samples of a curation as new shards, one per shard of the pool.
 
-A shard is written under another name and renamed when it is whole, so the same call goes on where
-it was stopped.
+Shards without kept samples are left out. A shard is written under a temporary name and renamed when
+it is complete, so the same call continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ RECORD = "curation.json"
 def write_shards(
     curated: Curated, out: Path, workers: int = 1, progress: Progress | None = None
 ) -> int:
-    """Write the kept samples; returns their number.
+    """Write the kept samples to a folder, and return their number.
 
-    Keys and files are those of the pool, but that the json gets "curation":
-    {"captions": [{text, weight, language}], "numbers": their numbers among the sample's}; its
-    captions are read before the sample's own. Raises ConfigError for a folder with other shards.
+    Keys and files are the same as in the pool, except that the JSON gets a field "curation":
+    {"captions": [{text, weight, language}], "numbers": [positions in the captions of the sample]}.
+    Readers prefer these captions to the original ones. Raises ConfigError for a folder with other
+    shards.
     """
     _claim(out, curated)
     work = _Writer(curated.source, curated.slots, curated.config.captions, out)
@@ -44,17 +45,17 @@ def write_shards(
 
 
 def check_folder(out: Path, source: Source) -> None:
-    """Raise ConfigError for a folder that no curation of a source can be written to."""
+    """Check that a curation of a source can be written to a folder; raises ConfigError."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if out.resolve() == Path(source.manifest.folder).resolve():
         raise ConfigError(f"{out} is the pool itself: choose another folder to write to")
     if any(out.glob("*.tar")) and not (out / RECORD).is_file():
-        raise ConfigError(f"{out} holds other shards: choose another folder")
+        raise ConfigError(f"{out} contains other shards: choose another folder")
 
 
 def _claim(out: Path, curated: Curated) -> None:
-    """Make the folder one of this curation; refuse one that has other shards."""
+    """Create the folder and record the curation in it; raises ConfigError if it has another."""
     check_folder(out, curated.source)
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f"{TEMPORARY}*"):
@@ -62,17 +63,19 @@ def _claim(out: Path, curated: Curated) -> None:
     wanted = {"kept": curated.kept.digest, "manifest": curated.source.manifest.digest}
     if any(out.glob("*.tar")):
         try:
-            held = json.loads((out / RECORD).read_text())
+            recorded = json.loads((out / RECORD).read_text())
         except (OSError, ValueError):
-            held = None
-        if held != wanted:
-            raise ConfigError(f"{out} holds another curation: choose another folder or delete it")
+            recorded = None
+        if recorded != wanted:
+            raise ConfigError(
+                f"{out} contains another curation: choose another folder or delete it"
+            )
     (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes one shard; sent to the processes that do it."""
+    """Function that writes one shard; pickled to the worker processes."""
 
     source: Source
     slots: KeptSlots
@@ -80,11 +83,11 @@ class _Writer:
     out: Path
 
     def __call__(self, shard: int) -> int:
-        """How many samples of a shard are kept."""
+        """Write the kept samples of a shard, and return their number."""
         members, _ = self.slots.of(shard)
         target = self.out / self.source.manifest.name(shard).replace("/", "_")
         if not len(members) or target.is_file():
-            return len(members)  # a tar without samples cannot be read
+            return len(members)  # readers refuse a tar without samples, so write none
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
         with replacing(target, temporary), temporary.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w") as archive:
@@ -93,11 +96,11 @@ class _Writer:
                     if not is_inside(key):
                         raise DataError(
                             f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
-                            "would be unpacked outside of any folder: rename it"
+                            "would be unpacked outside of the folder: rename it"
                         )
                     files = self._curated(shard, member, self.slots.texts(shard, slot))
-                    for ending, content in files.items():
-                        info = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
+                    for extension, content in files.items():
+                        info = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0: reproducible
                         info.size, info.mode = len(content), 0o444
                         archive.addfile(info, io.BytesIO(content))
             file.flush()
@@ -105,6 +108,7 @@ class _Writer:
         return len(members)
 
     def _curated(self, shard: int, member: int, numbers: np.ndarray) -> dict[str, bytes]:
+        """Read a sample and add the kept captions to its JSON."""
         files = self.source.read(shard, member)
         captions = read_captions(files, self.captions)
         kept = [asdict(captions[number]) for number in numbers.tolist()]

@@ -204,7 +204,7 @@ def test_a_damaged_store_is_named_and_can_be_rewritten(demo: Path, shards: Path)
 
     last = 4 * 32 * 4  # size of the shard's four vectors in bytes
     damage(table, len(whole) - last, b"\xff" * last)  # nan
-    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and run xray"):
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and run"):
         for member, captions in enumerate(CAPTIONS[0]):
             open_stored(source, config).vectors(0, member, range(len(captions)))
     table.unlink()

@@ -1,4 +1,4 @@
-"""Pools to be curated, made for tests."""
+"""Small pools for tests of curation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from xray.config.loading import build
 
 
 def config(tmp_path: Path, entries: object, **settings: Any) -> CurationConfig:
-    """A config whose metadata are these entries, and nothing is sampled away unless t says so."""
+    """Make a config with these entries as metadata, and a t so large that all texts are kept."""
     path = tmp_path / "metadata.json"
     path.write_text(json.dumps(entries), "utf-8")
-    given = {"metadata": str(path), "t": 1e9, "workers": 1, **settings}
-    return build(CurationConfig, given)
+    return build(CurationConfig, {"metadata": str(path), "t": 1e9, "workers": 1, **settings})
 
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def pool(folder: Path, shards: Sequence[Rows]) -> Source:
-    """A source of samples that are json records with a key, and maybe their own `media`."""
+    """Make a source from rows: JSON records, with the `key` and optionally the `media` of each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(shards):
         files = {}
@@ -40,17 +39,17 @@ def pool(folder: Path, shards: Sequence[Rows]) -> Source:
 
 
 def kept(curated: Curated) -> dict[str, list[int]]:
-    """Key -> numbers of its texts."""
-    found = {}
+    """Return key -> numbers of the kept texts."""
+    result = {}
     for shard in range(len(curated.kept.counts)):
         for slot, member in enumerate(curated.slots.of(shard)[0].tolist()):
             key = curated.source.index(shard).key(member)
-            assert key not in found
-            found[key] = curated.slots.texts(shard, slot).tolist()
-    return found
+            assert key not in result
+            result[key] = curated.slots.texts(shard, slot).tolist()
+    return result
 
 
-def taken(curated: Curated) -> dict[str, tuple[int, int]]:
-    """Step -> (samples, texts) that it took."""
+def dropped(curated: Curated) -> dict[str, tuple[int, int]]:
+    """Return step -> (samples, texts) that it dropped, without steps that dropped nothing."""
     steps = {step.name: (step.samples, step.texts) for step in curated.report.steps}
     return {name: counts for name, counts in steps.items() if counts != (0, 0)}

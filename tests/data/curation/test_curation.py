@@ -1,4 +1,4 @@
-"""Curation of small pools, the whole flow, against plain loops."""
+"""Curation of small pools from end to end, compared with simple loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pools import config, kept, pool, taken
+from pools import config, dropped, kept, pool
 from shards import jpeg
 
 from data_pipelines.curation.balance import Matches, draw
@@ -27,7 +27,7 @@ from xray.errors import ConfigError, DataError
 
 
 def photos_with_words(samples: int, per_shard: int) -> list[list[dict[str, Any]]]:
-    """Samples with one to three texts of Zipf-distributed words w0, w1, ..."""
+    """Make rows with one to three texts of Zipf-distributed words w1, w2, ..."""
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for number in range(samples):
@@ -42,21 +42,21 @@ def photos_with_words(samples: int, per_shard: int) -> list[list[dict[str, Any]]
 ENTRIES = [f"w{number}" for number in range(1, 50)] + ["w1 w2", "w1 w1"]
 
 
-def test_curation_equals_a_plain_loop(tmp_path: Path) -> None:
+def test_curation_equals_a_simple_loop(tmp_path: Path) -> None:
     shards = photos_with_words(300, 80)
     source = pool(tmp_path / "pool", shards)
     settings = config(tmp_path, ENTRIES, t=15, seed=3)
     curated = curate(source, settings)
     texts = {row["key"]: row["captions"] for rows in shards for row in rows}
     shard_of = {row["key"]: f"{shard:05d}.tar" for shard, rows in enumerate(shards) for row in rows}
-    found = {
+    matches = {
         (key, number): [e for e, entry in enumerate(ENTRIES) if f" {entry} " in f" {text} "]
         for key, captions in texts.items()
         for number, text in enumerate(captions)
     }
-    counts = Counter(entry for entries in found.values() for entry in entries)
-    wanted: dict[str, list[int]] = {}
-    for (key, number), entries in found.items():
+    counts = Counter(entry for entries in matches.values() for entry in entries)
+    expected: dict[str, list[int]] = {}
+    for (key, number), entries in matches.items():
         digest = hashlib.blake2b(f"{shard_of[key]}\0{key}".encode(), digest_size=8).digest()
         one = Matches(
             np.frombuffer(digest, np.int64),
@@ -66,34 +66,36 @@ def test_curation_equals_a_plain_loop(tmp_path: Path) -> None:
             np.array(entries, np.int32),
         )
         if draw(one, np.array([min(1, 15 / max(1, counts[e])) for e in range(51)]), 3)[0]:
-            wanted.setdefault(key, []).append(number)
-    assert kept(curated) == wanted and 20 < len(wanted) < 250
+            expected.setdefault(key, []).append(number)
+    assert kept(curated) == expected and 20 < len(expected) < 250
     report = curated.report
     assert {(row.entry, row.before) for row in report.top + report.tail} >= {
         (ENTRIES[e], n) for e, n in counts.most_common(40)
     }
-    after = Counter(e for key, numbers in wanted.items() for n in numbers for e in found[key, n])
+    after = Counter(
+        entry for key, numbers in expected.items() for n in numbers for entry in matches[key, n]
+    )
     assert all(row.after == after[ENTRIES.index(row.entry)] for row in report.top + report.tail)
     (row,) = report.languages
-    assert (row.before, row.after) == (sum(map(bool, found.values())), report.kept[1])
+    assert (row.before, row.after) == (sum(map(bool, matches.values())), report.kept[1])
     assert row.unmatched == len(ENTRIES) - len(counts)
-    assert report.read == (300, len(found)) and report.kept[0] == len(wanted)
+    assert report.read == (300, len(matches)) and report.kept[0] == len(expected)
     assert report.read[0] - sum(step.samples for step in report.steps) == report.kept[0]
     assert report.read[1] - sum(step.texts for step in report.steps) == report.kept[1]
     assert report.curve["before"][-1] == counts.total()
     assert report.curve["after"][-1] == after.total()
-    assert len(curated.source) == len(wanted)
+    assert len(curated.source) == len(expected)
 
 
-def test_same_result_with_more_processes_and_when_resumed(tmp_path: Path) -> None:
+def test_the_result_is_the_same_with_more_processes_and_after_a_resume(tmp_path: Path) -> None:
     shards = photos_with_words(120, 20)
     media = [jpeg((20 * i, 90, 250 - 30 * i)) for i in range(8)]
     for rows in shards:
         for row in rows:
-            row["media"] = media[int(row["key"]) % 8] + row["key"][:4].encode()  # tens share bytes
+            row["media"] = media[int(row["key"]) % 8] + row["key"][:4].encode()  # duplicates
     settings = {"t": 10, "dedup": {"exact": True}, "filters": {"same_text": 5}}
     one = curate(pool(tmp_path / "one", shards), config(tmp_path, ENTRIES, **settings))
-    assert {"exact duplicate", "same_text", "balance"} <= taken(one).keys()
+    assert {"exact duplicate", "same_text", "balance"} <= dropped(one).keys()
     folder = tmp_path / "two"
     both = config(tmp_path, ENTRIES, workers=2, **settings)
     two = curate(pool(folder, shards), both)
@@ -145,40 +147,40 @@ ALL = {"a": [0, 1], "b": [0], "d": [0, 1], "f": [0]}
 def test_filters_of_samples_and_texts(
     tmp_path: Path, settings: dict[str, Any], keys: dict[str, list[int]], counts: dict[str, Any]
 ) -> None:
-    given = config(tmp_path, ["dog", "cat", "one TWO"])
+    curation = config(tmp_path, ["dog", "cat", "one TWO"])
     for name, value in settings.items():
         section, _, field = name.rpartition(".")
-        setattr(getattr(given, section) if section else given, field, value)
-    curated = curate(pool(tmp_path / "pool", [ROWS[:3], ROWS[3:]]), given)
+        setattr(getattr(curation, section) if section else curation, field, value)
+    curated = curate(pool(tmp_path / "pool", [ROWS[:3], ROWS[3:]]), curation)
     assert kept(curated) == keys
-    assert {name: taken(curated)[name] for name in counts} == counts
+    assert {name: dropped(curated)[name] for name in counts} == counts
     if not settings:
-        assert taken(curated) == {"no caption": (1, 0), "no entry matches": (1, 1)}
+        assert dropped(curated) == {"no caption": (1, 0), "no entry matches": (1, 1)}
         assert [step.keys for step in curated.report.steps] == [["e"], ["c"], []]
 
 
 def test_scores_of_samples_and_of_texts(tmp_path: Path) -> None:
     source = pool(tmp_path / "pool", [ROWS[:3], ROWS[3:]])
-    of_texts = [[[0.9, 0.1], [0.2], [0.9]], [[0.1, 0.3], [], [0.8]]]
+    text_scores = [[[0.9, 0.1], [0.2], [0.9]], [[0.1, 0.3], [], [0.8]]]
     write_sidecar(
         source,
         "agreement",
         lambda shard: {
-            "score": np.array([s for row in of_texts[shard] for s in row], np.float32),
-            "ends": np.cumsum([len(row) for row in of_texts[shard]]),
+            "score": np.array([s for row in text_scores[shard] for s in row], np.float32),
+            "ends": np.cumsum([len(row) for row in text_scores[shard]]),
         },
         {},
     )
     filters = {"scores": "agreement", "min_score": 0.3}
     curated = curate(source, config(tmp_path, ["dog", "cat", "two"], filters=filters))
-    assert kept(curated) == {"a": [0], "d": [1], "f": [0]} and taken(curated)["scores"] == (1, 3)
-    of_samples = [{"members": [0, 1], "score": [0.5, 0.1]}, {"members": [2], "score": [0.5]}]
+    assert kept(curated) == {"a": [0], "d": [1], "f": [0]} and dropped(curated)["scores"] == (1, 3)
+    sample_scores = [{"members": [0, 1], "score": [0.5, 0.1]}, {"members": [2], "score": [0.5]}]
     write_sidecar(
         source,
         "similarity",
         lambda shard: {
-            "members": np.array(of_samples[shard]["members"], np.int32),
-            "score": np.array(of_samples[shard]["score"], np.float32),
+            "members": np.array(sample_scores[shard]["members"], np.int32),
+            "score": np.array(sample_scores[shard]["score"], np.float32),
         },
         {},
     )
@@ -196,48 +198,48 @@ def test_caps_of_equal_texts_and_of_a_field(tmp_path: Path) -> None:
     rows += [{"key": "x", "caption": "buy dog now", "user": "v"}]
     source = pool(tmp_path / "pool", [rows[:4], rows[4:]])
     curated = curate(source, config(tmp_path, ["dog"], filters={"same_text": 3}))
-    with_it = [key for key, texts in kept(curated).items() if 0 in texts]
-    assert len(with_it) == 3 and sum(map(len, kept(curated).values())) == 9 + 3
-    assert taken(curated) == {"same_text": (int("x" not in with_it), 7)}
+    with_copy = [key for key, texts in kept(curated).items() if 0 in texts]
+    assert len(with_copy) == 3 and sum(map(len, kept(curated).values())) == 9 + 3
+    assert dropped(curated) == {"same_text": (int("x" not in with_copy), 7)}
     capped = {"per_field": "user", "per_value": 2}
     for seed in (0, 1, 2):
         settings = config(tmp_path, ["dog"], filters=capped, seed=seed)
-        ours = kept(curate(source, settings))
-        assert len(ours) == 3 and "x" in ours and ours["x"] == [0]
-        # The same samples, wherever the shards are and however they are named to the command
-        elsewhere = tmp_path / f"other{seed}"
-        shutil.copytree(tmp_path / "pool", elsewhere)
-        for pattern in (elsewhere, elsewhere / "*.tar"):
-            assert kept(curate(open_source("x", str(pattern), "image"), settings)) == ours
-    most = [{**row, "user": None} for row in rows[:-1]]  # no user is not one user
+        expected = kept(curate(source, settings))
+        assert len(expected) == 3 and "x" in expected and expected["x"] == [0]
+        # The draw depends neither on the folder of the shards nor on the pattern that names them.
+        copy = tmp_path / f"other{seed}"
+        shutil.copytree(tmp_path / "pool", copy)
+        for pattern in (copy, copy / "*.tar"):
+            assert kept(curate(open_source("x", str(pattern), "image"), settings)) == expected
+    most = [{**row, "user": None} for row in rows[:-1]]  # samples without a user are not capped
     anonymous = pool(tmp_path / "anonymous", [[*most, rows[-1]]])
     assert len(kept(curate(anonymous, config(tmp_path, ["dog"], filters=capped)))) == len(rows)
-    with pytest.raises(ConfigError, match="per_field=usr: no sample's json has such a field"):
+    with pytest.raises(ConfigError, match="per_field=usr: no sample has this field in its JSON"):
         wrong = {"per_field": "usr", "per_value": 2}
         curate(source, config(tmp_path, ["dog"], filters=wrong))
 
 
-def test_without_metadata_only_filters_choose(tmp_path: Path) -> None:
+def test_without_metadata_only_filters_drop_texts(tmp_path: Path) -> None:
     shards = photos_with_words(300, 80)
     source = pool(tmp_path / "pool", shards)
     settings = CurationConfig("none", t=1, filters=FilterConfig(min_words=3))
-    wanted = {
+    expected = {
         row["key"]: [number for number, text in enumerate(row["captions"]) if text.count(" ") > 1]
         for rows in shards
         for row in rows
     }
-    assert kept(curate(source, settings)) == {k: texts for k, texts in wanted.items() if texts}
+    assert kept(curate(source, settings)) == {k: texts for k, texts in expected.items() if texts}
 
 
-def test_equal_keys_of_different_shards_are_drawn_apart(tmp_path: Path) -> None:
+def test_equal_keys_in_different_shards_are_drawn_independently(tmp_path: Path) -> None:
     shards = [[{"key": f"{k:03d}", "caption": "dog"} for k in range(20)] for _ in range(50)]
     source = pool(tmp_path / "pool", shards)
     settings = [config(tmp_path, ["dog"], t=50, seed=seed) for seed in (0, 1, 2)]
-    drawn = [len(curate(source, own).source) for own in settings]
+    drawn = [len(curate(source, each).source) for each in settings]
     assert all(25 < count < 80 for count in drawn)
 
 
-def test_one_text_stands_for_a_sample(tmp_path: Path) -> None:
+def test_one_text_per_sample_is_drawn_by_weight(tmp_path: Path) -> None:
     rows = [
         {"key": f"{k:03d}", "real": "dog", "made": ["cat", "nothing"], "user": k}
         for k in range(400)
@@ -247,11 +249,11 @@ def test_one_text_stands_for_a_sample(tmp_path: Path) -> None:
     curated = curate(source, config(tmp_path, ["dog", "cat"], **settings))
     numbers = Counter(texts[0] for texts in kept(curated).values())
     assert all(len(texts) == 1 for texts in kept(curated).values()) and set(numbers) == {0, 1}
-    for number, p in ((0, 0.25), (1, 0.375)):  # made shares its 3/4 among its two texts
+    for number, p in ((0, 0.25), (1, 0.375)):  # the two texts of `made` share its weight of 3/4
         assert abs(numbers[number] - 400 * p) < 4 * np.sqrt(400 * p * (1 - p))
-    samples, texts = taken(curated)["no entry matches"]
+    samples, texts = dropped(curated)["no entry matches"]
     assert samples == texts == 400 - numbers.total()
-    assert taken(curated)["one text per sample"] == (0, 800)
+    assert dropped(curated)["one text per sample"] == (0, 800)
 
 
 def first_letter(text: str) -> str:
@@ -269,12 +271,12 @@ def test_languages(tmp_path: Path) -> None:
     curated = curate(source, config(tmp_path, entries))
     assert kept(curated) == {"a": [0], "b": [0], "d": [0]}
     assert curated.report.unknown_languages == {"": 1, "fr": 1}
-    assert taken(curated) == {"no metadata": (1, 2)}
+    assert dropped(curated) == {"no metadata": (1, 2)}
     rows = curated.report.languages
     assert [(row.language, row.before, row.after) for row in rows] == [("en", 2, 2), ("de", 1, 1)]
     curated = curate(source, config(tmp_path, entries, fallback="en"))
     assert kept(curated) == {"a": [0, 1], "b": [0], "c": [0], "d": [0]}
-    assert curated.report.unknown_languages == {"": 1, "fr": 1} and not taken(curated)
+    assert curated.report.unknown_languages == {"": 1, "fr": 1} and not dropped(curated)
     curated = curate(source, config(tmp_path, entries, language="tongue", fallback="en"))
     assert kept(curated) == {"a": [0, 1], "b": [0], "c": [0]}
     curated = curate(source, config(tmp_path, entries, language=f"{__name__}:first_letter"))
@@ -286,39 +288,39 @@ def test_languages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"reference": "fr"}, "reference=fr: the metadata have no such language but en, de"),
+        ({"reference": "fr"}, "reference=fr: the metadata do not have this language; .* en, de"),
         ({"fallback": "fr"}, "fallback=fr"),
         ({"language": "no.module:find"}, "language=no.module:find cannot be imported"),
         ({"t": 0}, "t=0"),
         ({"filters": {"min_words": 9, "max_words": 2}}, r"filters\.min_words=9 is above"),
-        ({"filters": {"per_value": 2}}, r"filters\.per_field and filters\.per_value"),
+        ({"filters": {"per_value": 2}}, r"filters\.per_field and filters\.per_value must be set"),
         ({"dedup": {"distance": 4}}, r"dedup\.distance=4"),
         ({"dedup": {"embeddings": "e"}}, r"dedup\.embeddings=e: .* has no embeddings"),
         ({"metadata": ""}, "metadata is missing"),
     ],
 )
-def test_mistakes_in_settings(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+def test_errors_in_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     source = pool(tmp_path / "pool", [ROWS])
-    with pytest.raises(ConfigError, match=says) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         curate(source, config(tmp_path, {"en": ["dog"], "de": ["Hund", "cat"]}, **settings))
     assert "\n" not in str(error.value)
 
 
-def test_nothing_left_says_which_step_took_it(tmp_path: Path) -> None:
+def test_an_empty_result_names_the_steps_that_dropped_samples(tmp_path: Path) -> None:
     source = pool(tmp_path / "pool", [ROWS[:3], ROWS[3:]])
-    given = config(tmp_path, ["two"], filters={"max_words": 2}, dedup={"exact": True})
+    settings = config(tmp_path, ["two"], filters={"max_words": 2}, dedup={"exact": True})
     with pytest.raises(
-        DataError, match=r"of 6 .* took: no caption 1, max_words 1, no entry matches 4"
+        DataError, match=r"of 6.* dropped: no caption 1, max_words 1, no entry matches 4"
     ):
-        curate(source, given)
+        curate(source, settings)
 
 
 # new shards -----------------------------------------------------------------------------------
 
 
-def test_new_shards_hold_what_is_kept(tmp_path: Path) -> None:
+def test_new_shards_contain_the_kept_samples(tmp_path: Path) -> None:
     source = pool(tmp_path / "pool", [ROWS[:2], ROWS[2:3], ROWS[3:]])
     curated = curate(source, config(tmp_path, ["one", "cat"]))
     out = tmp_path / "out"
@@ -346,7 +348,7 @@ def test_new_shards_hold_what_is_kept(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(before)) as archive:
         assert archive.getnames() == ["a.jpg", "a.json", "b.jpg", "b.json"]
     other = curate(source, config(tmp_path, ["one"]))
-    with pytest.raises(ConfigError, match="holds another curation"):
+    with pytest.raises(ConfigError, match="contains another curation"):
         write_shards(other, out)
 
 
@@ -354,7 +356,7 @@ def test_new_shards_hold_what_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same(tmp_path: Path) -> None:
+def test_ray_gives_the_same_result(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install ray")
     shards = photos_with_words(60, 20)
     settings = {"t": 10, "dedup": {"exact": True}}

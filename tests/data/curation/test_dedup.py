@@ -1,4 +1,4 @@
-"""Duplicates and leaks against all pairs, one by one."""
+"""Duplicates and leaks, compared with loops over all pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pools import config, kept, pool, taken
+from pools import config, dropped, kept, pool
 from shards import jpeg, photo, write_tar
 
 from data_pipelines.curation import dedup
@@ -19,9 +19,9 @@ from data_pipelines.curation.dedup import (
     dhash,
     groups_of,
     is_near,
+    mark_duplicates,
     near_values,
     ones,
-    repeats,
     similar_pairs,
 )
 from data_pipelines.decode.decoders import AvClip
@@ -31,50 +31,51 @@ from data_pipelines.shards.source import open_source
 
 
 def clustered(number: int, rng: np.random.Generator) -> np.ndarray:
-    """Hashes of which many are a few bits apart, as int64."""
+    """Make hashes (int64) of which many differ in a few bits."""
     seeds = rng.integers(-(2**63), 2**63, number)
-    found = [seeds]
+    hashes = [seeds]
     for flips in range(1, 6):
         bits = [np.int64(1) << rng.integers(0, 63, number) for _ in range(flips)]
-        found.append(seeds ^ np.bitwise_xor.reduce(bits))
-    return np.concatenate([*found, seeds[:5]])
+        hashes.append(seeds ^ np.bitwise_xor.reduce(bits))
+    return np.concatenate([*hashes, seeds[:5]])
 
 
-def bits_apart(a: int, b: int) -> int:
+def hamming(a: int, b: int) -> int:
+    """Return the Hamming distance of two 64-bit numbers."""
     return ((a ^ b) % 2**64).bit_count()
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 3])
-def test_near_hashes_are_all_found(distance: int) -> None:
+def test_all_near_hashes_are_found(distance: int) -> None:
     hashes = clustered(40, np.random.default_rng(0))
     values = np.unique(hashes.view(np.uint64))
-    truth = {
+    expected = {
         (i, j)
         for i, a in enumerate(values.tolist())
         for j, b in enumerate(values.tolist())
-        if i < j and bits_apart(a, b) <= distance
+        if i < j and hamming(a, b) <= distance
     }
-    assert {tuple(pair) for pair in near_values(values, distance).tolist()} == truth
-    assert len(truth) > 40 * distance - 1
-    groups, whole = groups_of(hashes, distance), hashes.tolist()
-    for i, a in enumerate(whole):  # connected by steps, so at least what is near itself
+    assert {tuple(pair) for pair in near_values(values, distance).tolist()} == expected
+    assert len(expected) > 40 * distance - 1
+    groups, numbers = groups_of(hashes, distance), hashes.tolist()
+    for i, a in enumerate(numbers):  # near hashes are in one group
         assert all(
-            groups[i] == groups[j] for j, b in enumerate(whole) if bits_apart(a, b) <= distance
+            groups[i] == groups[j] for j, b in enumerate(numbers) if hamming(a, b) <= distance
         )
     others = clustered(10, np.random.default_rng(0))[7:31]
-    near = [any(bits_apart(a, b) <= distance for b in others.tolist()) for a in whole]
+    near = [any(hamming(a, b) <= distance for b in others.tolist()) for a in numbers]
     assert is_near(hashes, others, distance).tolist() == near
     assert ones(values).tolist() == [value.bit_count() for value in values.tolist()]
 
 
-def test_more_bands_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_bands_find_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.unique(clustered(2000, np.random.default_rng(0)).view(np.uint64))
-    few = near_values(values, 3)  # 4 bands of 16 bits
-    monkeypatch.setattr(dedup, "FULL", -24)  # as of 2^24 times as many
-    assert np.array_equal(near_values(values, 3), few) and len(few) > 2000
+    expected = near_values(values, 3)  # 4 bands of 16 bits
+    monkeypatch.setattr(dedup, "LOG2_BUCKET", -24)  # as many bands as for 2^24 times the values
+    assert np.array_equal(near_values(values, 3), expected) and len(expected) > 2000
 
 
-def test_groups_are_the_connected_ones() -> None:
+def test_components_equal_a_simple_loop() -> None:
     rng = np.random.default_rng(0)
     pairs = rng.integers(0, 200, (120, 2))
     group = list(range(200))
@@ -88,11 +89,12 @@ def test_groups_are_the_connected_ones() -> None:
 
 def test_the_smallest_key_is_kept() -> None:
     keys = ["d", "b", "c", "a", "b", "z"]
-    gone = repeats(np.array([7, 7, 7, 2, 7, 2]), keys.__getitem__)
-    assert gone.tolist() == [True, False, True, False, True, True]
+    duplicate = mark_duplicates(np.array([7, 7, 7, 2, 7, 2]), keys.__getitem__)
+    assert duplicate.tolist() == [True, False, True, False, True, True]
 
 
 def rows_with_copies(rng: np.random.Generator, number: int, size: int) -> np.ndarray:
+    """Make embeddings, a noisy copy of each, and two rows of zeros."""
     x = rng.standard_normal((number, size))
     return np.concatenate([x, x + 0.1 * rng.standard_normal(x.shape), np.zeros((2, size))])
 
@@ -100,28 +102,29 @@ def rows_with_copies(rng: np.random.Generator, number: int, size: int) -> np.nda
 def test_similar_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows_with_copies(np.random.default_rng(0), 1200, 24)
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
-    truth = {(i, j) for i, j in np.argwhere(unit @ unit.T > 0.95).tolist() if i < j}
-    found = similar_pairs(lambda places: x[places], len(x), 0.95)
-    assert {tuple(pair) for pair in found.tolist()} == truth and len(truth) >= 1200
+    expected = {(i, j) for i, j in np.argwhere(unit @ unit.T > 0.95).tolist() if i < j}
+    pairs = similar_pairs(lambda rows: x[rows], len(x), 0.95)
+    assert {tuple(pair) for pair in pairs.tolist()} == expected and len(expected) >= 1200
     monkeypatch.setattr(dedup, "EXACT_BELOW", 100)
-    found = similar_pairs(lambda places: x[places], len(x), 0.95)
-    clustered = {tuple(sorted(pair)) for pair in found.tolist()}
-    assert clustered <= truth and len(clustered) > 0.9 * len(truth)
+    pairs = similar_pairs(lambda rows: x[rows], len(x), 0.95)
+    within_clusters = {tuple(sorted(pair)) for pair in pairs.tolist()}
+    assert within_clusters <= expected and len(within_clusters) > 0.9 * len(expected)
 
 
-def test_dhash_survives_what_a_copy_goes_through() -> None:
+def test_dhash_is_robust_to_resizing_and_compression() -> None:
     hashes = [dhash(Image.open(io.BytesIO(photo(seed)))) for seed in range(60)]
-    for seed, own in enumerate(hashes):
+    for seed, original in enumerate(hashes):
         copies = [photo(seed, quality=70), photo(seed, size=(128, 96))]
-        assert all(bits_apart(dhash(Image.open(io.BytesIO(copy))), own) <= 3 for copy in copies)
-    apart = [bits_apart(a, b) for i, a in enumerate(hashes) for b in hashes[:i]]
-    assert min(apart) > 10
-    assert dhash(Image.new("RGB", (40, 30), "red")) == 0  # says nothing
+        assert all(hamming(dhash(Image.open(io.BytesIO(copy))), original) <= 3 for copy in copies)
+    distances = [hamming(a, b) for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(distances) > 10
+    assert dhash(Image.new("RGB", (40, 30), "red")) == 0  # no gradients
     ramp = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (80, 1)))
     assert dhash(ramp) == -1 and dhash(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
 
 
 def dog(key: str, media: bytes, **more: Any) -> dict[str, Any]:
+    """Make a row with the caption "dog"."""
     return {"key": key, "caption": "dog", "media": media, **more}
 
 
@@ -132,23 +135,27 @@ def test_duplicates_are_dropped(tmp_path: Path) -> None:
     ]
     source = pool(tmp_path / "pool", shards)
     curated = curate(source, config(tmp_path, ["dog"], dedup={"exact": True}))
-    assert sorted(kept(curated)) == list("abdefg") and taken(curated) == {"exact duplicate": (1, 1)}
-    looks = {"perceptual": True, "distance": 3}
-    curated = curate(source, config(tmp_path, ["dog"], dedup=looks))
-    assert sorted(kept(curated)) == list("abfg")  # pictures without a gradient are not compared
-    assert taken(curated) == {"undecodable": (1, 1), "perceptual duplicate": (2, 2)}
+    assert sorted(kept(curated)) == list("abdefg") and dropped(curated) == {
+        "exact duplicate": (1, 1)
+    }
+    perceptual = {"perceptual": True, "distance": 3}
+    curated = curate(source, config(tmp_path, ["dog"], dedup=perceptual))
+    assert sorted(kept(curated)) == list("abfg")  # images without gradients are not compared
+    assert dropped(curated) == {"undecodable": (1, 1), "perceptual duplicate": (2, 2)}
     steps = {step.name: step.keys for step in curated.report.steps}
     assert sorted(steps["perceptual duplicate"]) == ["c", "d"] and steps["undecodable"] == ["e"]
-    noted = [[dog(row["key"], row["media"], sha256="ab" * 32) for row in rows] for rows in shards]
-    noted[1][2]["sha256"] = "no digits"
-    source = pool(tmp_path / "noted", noted)
+    recorded = [
+        [dog(row["key"], row["media"], sha256="ab" * 32) for row in rows] for rows in shards
+    ]
+    recorded[1][2]["sha256"] = "no digits"
+    source = pool(tmp_path / "recorded", recorded)
     by_json = {"exact": True, "sha256": "json"}
     assert sorted(kept(curate(source, config(tmp_path, ["dog"], dedup=by_json)))) == ["a", "e"]
 
 
 def test_similar_samples_are_dropped(tmp_path: Path) -> None:
     source = pool(tmp_path / "pool", [[dog(k, b"") for k in "bca"], [dog(k, b"") for k in "de"]])
-    x = np.array([[1, 0], [0, 1], [1, 0.1], [-1, 0]], np.float32)  # of b, c, a and d; e has none
+    x = np.array([[1, 0], [0, 1], [1, 0.1], [-1, 0]], np.float32)  # of b, c, a, d
     write_sidecar(
         source,
         "vectors",
@@ -159,7 +166,7 @@ def test_similar_samples_are_dropped(tmp_path: Path) -> None:
         {},
     )
     curated = curate(source, config(tmp_path, ["dog"], dedup={"embeddings": "vectors"}))
-    assert sorted(kept(curated)) == list("acde") and taken(curated) == {
+    assert sorted(kept(curated)) == list("acde") and dropped(curated) == {
         "embedding duplicate": (1, 1)
     }
 
@@ -173,11 +180,11 @@ def test_leaks_are_dropped_and_counted_by_set(tmp_path: Path) -> None:
     dedup = {"evaluation": sets, "distance": 3}
     curated = curate(source, config(tmp_path, ["dog"], dedup=dedup))
     assert list(kept(curated)) == ["c"]
-    assert taken(curated) == {"undecodable": (1, 1), "in an evaluation set": (2, 2)}
-    by_set = {"val": {"exact": 1, "perceptual": 2}, "test": {"exact": 1, "perceptual": 1}}
-    assert curated.report.leaks == by_set
+    assert dropped(curated) == {"undecodable": (1, 1), "in an evaluation set": (2, 2)}
+    leaks = {"val": {"exact": 1, "perceptual": 2}, "test": {"exact": 1, "perceptual": 1}}
+    assert curated.report.leaks == leaks
     again = curate(source, config(tmp_path, ["dog"], dedup=dedup))
-    assert again.report.leaks == by_set and again.report.steps == curated.report.steps
+    assert again.report.leaks == leaks and again.report.steps == curated.report.steps
 
 
 def test_clips_are_compared_by_their_middle_frame(tmp_path: Path) -> None:
@@ -189,9 +196,9 @@ def test_clips_are_compared_by_their_middle_frame(tmp_path: Path) -> None:
     media = [clip("up", 0), clip("up", 0), clip("down", 1), b"no clip"]
     write_tar(tmp_path / "0.tar", {f"{number}.mp4": data for number, data in enumerate(media)})
     table = dedup.MediaHasher(open_source("clips", str(tmp_path), "video"))(0)
-    exact, looks = table["exact"].tolist(), table["perceptual"].tolist()
-    assert exact[0] == exact[1] != exact[2] and looks[0] == looks[1] != looks[2]
+    exact, dhashes = table["exact"].tolist(), table["perceptual"].tolist()
+    assert exact[0] == exact[1] != exact[2] and dhashes[0] == dhashes[1] != dhashes[2]
     assert table["broken"].tolist() == [0, 0, 0, 1]
-    for data, own in zip(media[:3], looks, strict=False):
+    for data, expected in zip(media[:3], dhashes, strict=False):
         (frame,) = AvClip(data).read(np.array([4]), 0)
-        assert own != 0 and bits_apart(dhash(Image.fromarray(frame)), own) <= 2
+        assert expected != 0 and hamming(dhash(Image.fromarray(frame)), expected) <= 2
