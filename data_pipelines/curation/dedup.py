@@ -71,9 +71,10 @@ class MediaHasher:
     def _recorded(self, shard: int, member: int) -> int | None:
         """Return 64 bits of the sha256 in the JSON of a sample; None if it has no valid one."""
         recorded = metadata_of(self.source.read(shard, member, ("json",))).get("sha256")
+        if not isinstance(recorded, str) or not recorded:
+            return None
         try:
-            valid = isinstance(recorded, str) and recorded
-            return first_64(bytes.fromhex(recorded)) if valid else None
+            return first_64(bytes.fromhex(recorded))
         except ValueError:  # not hexadecimal
             return None
 

@@ -1,4 +1,4 @@
-"""Ablation files written and loaded."""
+"""Ablation files for tests."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ metrics: [retrieval.text_to_image_R@5, clip.photos/loss]
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Any:
+    """Write an ablation file and load it."""
     return load_ablation(write(tmp_path / "a.yaml", text), ["data.root=somewhere", *overrides])
 
 
 def write(path: Path, text: str = FILE) -> str:
+    """Write an ablation file and return its path."""
     path.write_text(text)
     return str(path)

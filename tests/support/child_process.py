@@ -1,4 +1,4 @@
-"""Commands run as child processes: xray, torchrun."""
+"""Helpers that run xray and torchrun in child processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ RECIPE = str(SUPPORT / "tiny_recipe.yaml")
 
 
 def xray(*arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
+    """Run an xray command; killed_at: moment of a kill, see kill_helper.py."""
     command = ["-m", "xray"] if not killed_at else [str(SUPPORT / "kill_helper.py"), killed_at]
     return subprocess.run(
         [sys.executable, *command, *arguments],
@@ -23,13 +24,13 @@ def xray(*arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[st
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Without the process group that tests in this process may have joined."""
+    """Copy the environment without the process group that tests here may have joined."""
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if k not in group} | more
 
 
 def torchrun(*arguments: str) -> str:
-    """Two processes; what they wrote to stderr."""
+    """Run two processes by torchrun; fail on an exit code, return their stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
         capture_output=True,

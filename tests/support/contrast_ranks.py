@@ -1,6 +1,7 @@
 """Contrastive losses and gradients of several ranks, which are forked from one process.
 
 usage: contrast_ranks.py WORLD DTYPE MOST_LOGITS FOLDER
+Rank 0 writes the results to FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from xray.losses import contrastive as losses
 
-BATCH, WIDTH = 30, 7  # of all ranks, the same at every world size
-GROUPS = [0, 0, 0, *range(1, 25), 3, 4, 24]  # rows that belong together
-# Texts in all, and the rows they belong to; None = row i belongs to row i, -1 = to be left out.
+BATCH, WIDTH = 30, 7  # global batch size, the same for every world size, and feature width
+GROUPS = [0, 0, 0, *range(1, 25), 3, 4, 24]  # group id of each row; equal ids are positive pairs
+# Ids of the images and of the texts; pairs with equal ids are positive. None = row i pairs with row
+# i.
 PAIRINGS: dict[str, tuple[list[int] | None, list[int] | None]] = {
     "apart": (None, None),
     "groups": (GROUPS, GROUPS),
@@ -31,76 +33,80 @@ LOSSES = ("info_nce", "sigmoid_loss", "contrast", "distillation")
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Draw the inputs of the global batch: images, two texts per row, and the parameters."""
     torch.manual_seed(0)
-    images, texts, more = torch.randn(3, BATCH, WIDTH, dtype=torch.float64)
-    texts = torch.stack([texts, more], dim=1)  # two of each row
+    images, first, second = torch.randn(3, BATCH, WIDTH, dtype=torch.float64)
+    texts = torch.stack([first, second], dim=1)
     weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
-    found = {"images": images, "texts": texts, "weight": weight}
-    found |= {"scale": torch.tensor([3.0]), "bias": torch.tensor([-1.5])}
-    return {name: value.to(dtype) for name, value in found.items()}
+    values = {"images": images, "texts": texts, "weight": weight}
+    values |= {"scale": torch.tensor([3.0]), "bias": torch.tensor([-1.5])}
+    return {name: value.to(dtype) for name, value in values.items()}
 
 
-def features(given: dict[str, Tensor], own: slice, texts: int) -> tuple[Tensor, Tensor]:
-    """Both sides depend on the weight, as both towers depend on their parameters."""
-    images = F.normalize(given["images"][own] @ given["weight"], dim=-1)
-    flat = given["texts"][own, :texts].flatten(0, 1)
-    return images, F.normalize(flat @ given["weight"].t(), dim=-1)
+def features(values: dict[str, Tensor], rows: slice, texts: int) -> tuple[Tensor, Tensor]:
+    """Compute image and text features of some rows; both depend on the parameter `weight`."""
+    images = F.normalize(values["images"][rows] @ values["weight"], dim=-1)
+    flat = values["texts"][rows, :texts].flatten(0, 1)
+    return images, F.normalize(flat @ values["weight"].t(), dim=-1)
 
 
 def cases() -> list[tuple[str, str]]:
-    """(loss, pairing)."""
+    """List all cases as (loss, pairing)."""
     extra = [("contrast", "negatives"), ("distillation", "apart")]
     return [(loss, pairing) for loss in LOSSES[:2] for pairing in PAIRINGS] + extra
 
 
 def texts_of(pairing: str) -> int:
-    """Texts of each row."""
+    """Return the number of texts per row."""
     return 2 if pairing in ("captions", "negatives") else 1
 
 
 def ids_of(pairing: str) -> tuple[Tensor | None, Tensor | None]:
-    if pairing == "negatives":  # every second text is nobody's, every tenth is left out
+    """Return the ids of images and of texts; -1 = the text is left out of the loss."""
+    if pairing == "negatives":  # every second text is a hard negative, every tenth is left out
         keys = [i // 2 if i % 2 == 0 else (-1 if i % 10 == 1 else BATCH + i) for i in range(60)]
         return torch.arange(BATCH), torch.tensor(keys)
     return tuple(None if ids is None else torch.tensor(ids) for ids in PAIRINGS[pairing])  # type: ignore[return-value]
 
 
-def teacher(given: dict[str, Tensor], own: slice) -> tuple[Tensor, Tensor]:
-    """Another model's features of the same rows."""
-    sides = given["images"][own, :5], given["texts"][own, 0, 1:6]
+def teacher(values: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    """Compute a teacher's image and text features of some rows."""
+    sides = values["images"][rows, :5], values["texts"][rows, 0, 1:6]
     return F.normalize(sides[0], dim=-1), F.normalize(sides[1], dim=-1)
 
 
 def run(rank: int, world: int, dtype: torch.dtype, folder: Path) -> None:
+    """Compute all cases on one rank; average losses and gradients over the ranks."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     store = torch.distributed.FileStore(str(folder / "store"), world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    found = {}
+    rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    results = {}
     for name, pairing in cases():
-        given, texts = inputs(dtype), texts_of(pairing)
-        leaves = [given[n].requires_grad_() for n in ("weight", "scale", "bias")]
-        more: list[Any] = [given["bias"]] if name == "sigmoid_loss" else []
+        values, texts = inputs(dtype), texts_of(pairing)
+        leaves = [values[n].requires_grad_() for n in ("weight", "scale", "bias")]
+        more: list[Any] = [values["bias"]] if name == "sigmoid_loss" else []
         if name == "distillation":
-            more = [*(x.detach() for x in teacher(given, own)), 7.0]
+            more = [*(x.detach() for x in teacher(values, rows)), 7.0]
         else:
             query_ids, key_ids = ids_of(pairing)
-            of_texts = slice(own.start * texts, own.stop * texts)
-            more.append(None if query_ids is None else query_ids[own])
-            more.append(None if key_ids is None else key_ids[of_texts])
-        loss = getattr(losses, name)(*features(given, own, texts), given["scale"], *more)
+            text_rows = slice(rows.start * texts, rows.stop * texts)
+            more.append(None if query_ids is None else query_ids[rows])
+            more.append(None if key_ids is None else key_ids[text_rows])
+        loss = getattr(losses, name)(*features(values, rows, texts), values["scale"], *more)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         row = [loss.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
-        mean = [x.double().clone() for x in row]
-        for x in mean:
+        sums = [x.double().clone() for x in row]
+        for x in sums:
             torch.distributed.all_reduce(x)
-        found[f"{name}, {pairing}"] = [(x / world).flatten().tolist() for x in mean]
+        results[f"{name}, {pairing}"] = [(x / world).flatten().tolist() for x in sums]
     if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 def main() -> None:
+    """Fork the ranks; exit with 1 if one of them fails."""
     world, dtype, folder = int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[4])
     losses.MOST_LOGITS = int(sys.argv[3])
     torch.set_num_threads(1)

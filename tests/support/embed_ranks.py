@@ -1,4 +1,4 @@
-"""Run `xray ARGS...` as one rank, with parts so small that each rank has some."""
+"""Runs `xray ARGS...` as one rank, with parts so small that every rank gets some."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What srun does, on this computer: SLURM_NTASKS processes, signals to all, the highest exit code.
+"""Local stand-in for srun: starts SLURM_NTASKS processes and forwards signals to all of them.
 
-Stands for the cluster in tests. The step's processes are listed in $FAKE_SLURM/tasks when started.
+Exits with the highest exit code. Writes its process id to $FAKE_SLURM/srun.pid.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Run the command in all tasks of the step."""
     count = int(os.environ["SLURM_NTASKS"])
     command = [item for item in sys.argv[1:] if not item.startswith("--")]
     rest = sys.argv[sys.argv.index(command[0]) :]
@@ -26,7 +27,7 @@ def main() -> None:
         )
         for number in range(count)
     ]
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a step's processes, and their children too
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # to the tasks and their children
         signal.signal(number, lambda n, _: [os.killpg(task.pid, n) for task in tasks])
     (Path(os.environ["FAKE_SLURM"]) / "srun.pid").write_text(str(os.getpid()))
     codes = [task.wait() for task in tasks]

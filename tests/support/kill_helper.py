@@ -1,6 +1,7 @@
-"""Run `xray ARGS...` and kill this process, as `kill -9` would, at a chosen moment.
+"""Runs `xray ARGS...` and kills this process by SIGKILL at a chosen moment.
 
-usage: python kill_helper.py step:3 | save:2 | artifact:mae  ARGS...
+usage: python kill_helper.py MOMENT ARGS...
+MOMENT is step:N (after step N), save:N (during save number N) or artifact:STAGE (after that stage).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import sys
 
 
 def die() -> None:
+    """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm(moment: str) -> None:
+    """Patch the trainer so that it kills this process at a moment."""
     import xray.training.checkpoint
     import xray.training.metrics
     import xray.training.trainer
@@ -29,7 +32,7 @@ def arm(moment: str) -> None:
                 die()
 
         xray.training.metrics.Sinks.write = write_and_die  # type: ignore[method-assign]
-    elif kind == "save":  # all files are written, the folder is not yet renamed
+    elif kind == "save":  # all files are written, but the folder is not renamed yet
         sync = xray.training.checkpoint.sync_tree
         saves = []
 

@@ -1,11 +1,11 @@
-"""Kill a recipe at random moments, again and again, and let it go on each time.
+"""Kills a recipe at random moments, many times, and resumes it each time.
 
 usage: kill_many.py KILLS SEED OUT SETTING...
 
-Each start is forked from this process, which has imported everything: a kill costs no imports.
-OUT/unkilled is a run without kills, OUT/0, 1, ... are those that were killed until they were done.
-A quarter of the kills come at any moment, a quarter once there were steps, half within a save.
-Prints what was met, as json.
+Each run is forked from this process, which has already imported everything, so a restart is fast.
+OUT/unkilled is a run without kills. OUT/0, 1, ... are runs that were killed and resumed until they
+finished. A quarter of the kills come at any time, a quarter after the first step, half during a
+save. Prints the numbers of kills by moment, as JSON.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from child_process import RECIPE
 
 from xray.commands.main import main as xray_main
 
-KINDS = ("save", "start", "save", "step")  # of kills, in turns
+KINDS = ("save", "start", "save", "step")  # kinds of kills, used in turn
 
 
 def start(out: Path, settings: list[str]) -> int:
-    """`xray run` in a child; returns its id."""
+    """Fork a child that runs `xray run`; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -48,30 +48,32 @@ def start(out: Path, settings: list[str]) -> int:
 
 
 def saving(out: Path) -> bool:
+    """Check if a run is writing a checkpoint."""
     return any(out.glob("*/checkpoints/tmp-*"))
 
 
 def ended(child: int, out: Path) -> bool:
-    """Whether a run came to its end; raises RuntimeError if it failed."""
-    found, status = os.waitpid(child, os.WNOHANG)
-    if found and status:
+    """Check if a run has finished; raises RuntimeError if it failed."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid and status:
         log = out.with_suffix(".log").read_text()[-2000:]
         raise RuntimeError(f"{out} ended with status {status}: {log}")
-    return bool(found)
+    return bool(pid)
 
 
 def wait(child: int, out: Path) -> None:
+    """Wait until a run has finished."""
     while not ended(child, out):
         time.sleep(0.01)
 
 
-def begun(out: Path) -> tuple[float, ...]:
-    """Changes with every step."""
+def step_times(out: Path) -> tuple[float, ...]:
+    """Return the mtimes of the metrics files; they change with every step."""
     return tuple(path.stat().st_mtime for path in out.glob("*/metrics.jsonl"))
 
 
 def caught_saving(child: int, out: Path, rng: random.Random) -> bool:
-    """Whether a run was stopped within a save; it goes on where it was not."""
+    """Try to stop a run (SIGSTOP) during a save; True if it is stopped, else it continues."""
     if not saving(out):
         return False
     time.sleep(rng.uniform(0, 0.03))
@@ -83,9 +85,9 @@ def caught_saving(child: int, out: Path, rng: random.Random) -> bool:
 
 
 def kill(child: int, out: Path, kind: str, rng: random.Random, seconds: float) -> str:
-    """Kill a run at a random moment; returns when that was, "" if it ended before."""
-    before = begun(out)
-    while kind != "start" and begun(out) == before:
+    """Kill a run at a random moment; return a name of the moment, "" if the run ended before."""
+    before = step_times(out)
+    while kind != "start" and step_times(out) == before:
         if ended(child, out):
             return ""
         time.sleep(0.001)
@@ -98,42 +100,43 @@ def kill(child: int, out: Path, kind: str, rng: random.Random, seconds: float) -
     os.waitpid(child, 0)
     if saving(out):
         return "within a save"
-    return "before its first step" if begun(out) == before else "after a step"
+    return "before its first step" if step_times(out) == before else "after a step"
 
 
 def left_of(sessions: set[int]) -> list[str]:
-    """Processes that outlived the runs that began them."""
-    found = []
+    """List processes of killed runs that are still alive, by session id."""
+    alive = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             if os.getsid(process.pid) in sessions:
-                found.append(process.name())
-    return found
+                alive.append(process.name())
+    return alive
 
 
 def main() -> None:
+    """Run the recipe once without kills, then kill and resume it until KILLS are done."""
     kills, seed, folder, settings = *map(int, sys.argv[1:3]), Path(sys.argv[3]), sys.argv[4:]
-    rng, met, sessions = random.Random(seed), Counter[str](), set()
+    rng, kill_counts, sessions = random.Random(seed), Counter[str](), set()
     started = time.monotonic()
     wait(start(folder / "unkilled", settings), folder / "unkilled")
     seconds = time.monotonic() - started
     runs = 0
-    while met.total() < kills:
+    while kill_counts.total() < kills:
         out = folder / str(runs)
         child = start(out, settings)
         sessions.add(child)
-        moment = kill(child, out, KINDS[met.total() % len(KINDS)], rng, seconds / 4)
+        moment = kill(child, out, KINDS[kill_counts.total() % len(KINDS)], rng, seconds / 4)
         if moment:
-            met[moment] += 1
+            kill_counts[moment] += 1
         else:
             runs += 1
-    if (folder / str(runs)).exists():  # the last one is let through
+    if (folder / str(runs)).exists():  # finish the last run without kills
         wait(start(folder / str(runs), settings), folder / str(runs))
         runs += 1
-    deadline = time.monotonic() + 600  # a loader worker looks for its parent every 5 seconds
+    deadline = time.monotonic() + 600  # a loader worker checks for its parent every 5 seconds
     while (left := left_of(sessions)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    print(json.dumps({"met": met, "runs": runs, "left": left, "seconds": seconds}))
+    print(json.dumps({"met": kill_counts, "runs": runs, "left": left, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Runs of two processes in one process group in which one of them is slow, or in trouble, and one
-whose disk is emptied.
+"""Training runs of two processes in which one rank is slow or fails, and one that loses its disk.
 
 usage: torchrun --nproc_per_node 2 odd_ranks.py DEMO OUT
-OUT/NAME.RANK has what each rank ended with where rank 0 can't write.
+If rank 0 cannot write, OUT/NAME.RANK contains the error that each rank raised.
 """
 
 from __future__ import annotations
@@ -23,50 +22,52 @@ from stages.mae import MaeStage
 from xray import dist
 from xray.errors import XrayError
 from xray.models.backbone import VisionBackbone
-from xray.training import step_data as feed
+from xray.training import step_data
 
-OWN, SECONDS = 0.05, 0.4  # of every rank for a forward pass, and of the slow one for more
+OWN, SECONDS = 0.05, 0.4  # of each forward pass on every rank; more, on the slow rank
 ONCE = (ALL_TOKENS, "train.samples=48", "train.log_every=4")
 TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal")
 
 
 class Clock:
-    """Stands for time.perf_counter: moves by what a test says that a rank takes."""
+    """Stands for time.perf_counter: moves by the time that a test gives to each forward pass."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now, honest = 0.0, VisionBackbone.forward
+        self.now, original = 0.0, VisionBackbone.forward
 
-        def forward(backbone: VisionBackbone, *given: Any) -> Any:
+        def forward(backbone: VisionBackbone, *args: Any) -> Any:
             self.now += OWN
-            return honest(backbone, *given)
+            return original(backbone, *args)
 
         patch.setattr(VisionBackbone, "forward", forward)
         patch.setattr(time, "perf_counter", lambda: self.now)
 
 
 def slow_forward(patch: pytest.MonkeyPatch, clock: Clock) -> None:
-    honest = VisionBackbone.forward
+    """Make the forward pass slow."""
+    original = VisionBackbone.forward
 
-    def slow(self: VisionBackbone, *given: Any) -> Any:
+    def slow(self: VisionBackbone, *args: Any) -> Any:
         clock.now += SECONDS
-        return honest(self, *given)
+        return original(self, *args)
 
     patch.setattr(VisionBackbone, "forward", slow)
 
 
 def slow_data(patch: pytest.MonkeyPatch, clock: Clock) -> None:
-    honest = feed.iterate_steps
+    """Make the loading of data slow."""
+    original = step_data.iterate_steps
 
-    def slow(*given: Any) -> Iterator[Any]:
-        for item in honest(*given):
+    def slow(*args: Any) -> Iterator[Any]:
+        for item in original(*args):
             clock.now += SECONDS
             yield item
 
-    patch.setattr(feed, "iterate_steps", slow)
+    patch.setattr(step_data, "iterate_steps", slow)
 
 
-def in_the_way(out: Path, name: str) -> Path:
-    """A run's folder in which something lies where rank 0 is to write, before it is begun."""
+def blocked_folder(out: Path, name: str) -> Path:
+    """Make the folder of a run in which rank 0 cannot write one of its files."""
     if name == "folder":
         return Path("/sys/run")
     run = out / name
@@ -79,7 +80,11 @@ def in_the_way(out: Path, name: str) -> Path:
 
 
 def mirrored(demo: Path, out: Path) -> None:
-    """A run, `whole`, and what comes of its third step's copies on an empty disk, `again`."""
+    """Train a run with a mirror, lose its folder, and train it again from the mirror.
+
+    The first run is moved to `whole`. The mirror then has only the checkpoint of step 3 complete,
+    so the second run, `again`, resumes there.
+    """
     bucket = out / "bucket"
     settings = (ALL_TOKENS, f"train.mirror=file://{bucket}", "zero.stage=1")
     train("mae", demo, out / "again", *settings)
@@ -93,7 +98,8 @@ def mirrored(demo: Path, out: Path) -> None:
     train("mae", demo, out / "again", *settings)
 
 
-def end_of(work: Callable[[], object], file: Path) -> None:
+def record_error(work: Callable[[], object], file: Path) -> None:
+    """Call a function and write the error that it raises to a file."""
     try:
         work()
     except (XrayError, OSError) as error:
@@ -102,6 +108,7 @@ def end_of(work: Callable[[], object], file: Path) -> None:
 
 
 def main() -> None:
+    """Train the runs with a slow rank, with errors, and with a mirror."""
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     for slow, zero in ((slow_forward, 0), (slow_forward, 1), (slow_data, 0)):
         with pytest.MonkeyPatch.context() as patch:
@@ -110,13 +117,14 @@ def main() -> None:
                 slow(patch, clock)
             train("mae", demo, out / f"{slow.__name__}-{zero}", *ONCE, f"zero.stage={zero}")
     for name in TROUBLE:
-        run = dist.broadcast_object(in_the_way(out, name) if dist.is_main() else None)
+        run = dist.broadcast_object(blocked_folder(out, name) if dist.is_main() else None)
         with pytest.MonkeyPatch.context() as patch:
             if name == "artifact":
                 patch.setattr(MaeStage, "export_files", lambda _: {"notes.txt": Path("/no/notes")})
             if name == "signal" and not dist.is_main():
                 patch.setattr(MaeStage, "after_step", lambda *_: os.kill(os.getpid(), SIGUSR1))
-            end_of(lambda run=run: train("mae", demo, run, *ONCE), out / f"{name}.{dist.rank()}")
+            error_file = out / f"{name}.{dist.rank()}"
+            record_error(lambda run=run: train("mae", demo, run, *ONCE), error_file)
     mirrored(demo, out)
     dist.leave()
 

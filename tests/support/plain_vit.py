@@ -1,4 +1,4 @@
-"""Token reduction written out a second time: explicit attention, masks, one sample at a time."""
+"""Reference implementation of token reduction: explicit attention, one sample at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from xray.models import VisionBackbone
 
 
 def explicit_attention(attn: torch.nn.Module, y: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """([N, D] output, [H, N, N] weights, [H, N, d] keys); bias: [N], added to the logits."""
+    """Compute attention: returns output [N, D], weights [H, N, N] and keys [H, N, d].
+
+    bias: [N], added to the logits.
+    """
     N, D = y.shape
     q, k, v = attn.qkv(y).reshape(N, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
     weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
@@ -19,19 +22,19 @@ def explicit_attention(attn: torch.nn.Module, y: Tensor, bias: Tensor) -> tuple[
 
 
 def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: bool) -> Tensor:
-    """CLS features [B, D]."""
+    """Compute CLS features [B, D] with EViT reduction (2202.07800)."""
     rows = []
     P = ours.num_prefix_tokens
     for x in ours.embed(pixels):
-        todo = dict(zip(ours.reduce_at, rates, strict=True))
+        rate_at = dict(zip(ours.reduce_at, rates, strict=True))
         for number, block in enumerate(ours.blocks):
             out, weights, _ = explicit_attention(block.attn, block.norm1(x), x.new_zeros(()))
             x = x + out
-            if number in todo:
+            if number in rate_at:
                 score = weights[:, 0, P:].mean(0)
                 n = len(score)
                 keep = torch.zeros(n, dtype=torch.bool)
-                keep[score.argsort(descending=True)[: math.ceil(todo[number] * n - 1e-6)]] = True
+                keep[score.argsort(descending=True)[: math.ceil(rate_at[number] * n - 1e-6)]] = True
                 fused = (score[~keep, None] * x[P:][~keep]).sum(0, keepdim=True)
                 x = torch.cat([x[:P], x[P:][keep], fused[: int(fuse)]])
             x = x + block.mlp(block.norm2(x))
@@ -40,7 +43,7 @@ def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: b
 
 
 def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
-    """CLS features [B, D]; tokens are lists of (vector, size), merged pair by pair."""
+    """Compute CLS features [B, D] with ToMe reduction (2210.09461), merging pair by pair."""
     rows = []
     P = ours.num_prefix_tokens
     for x in ours.embed(pixels):
@@ -58,20 +61,21 @@ def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
 def _merge(
     x: Tensor, sizes: Tensor, keys: Tensor, prefix: int, rate: float
 ) -> tuple[Tensor, Tensor]:
+    """Merge the most similar pairs of even and odd tokens: returns (tokens, sizes)."""
     n = len(x) - prefix
     merges = n - (math.ceil(rate * n - 1e-6) + 1)
     unit = keys / keys.norm(dim=-1, keepdim=True)
-    seeking = [i for i in range(prefix, len(x)) if i % 2 == 0]
-    waiting = [i for i in range(prefix, len(x)) if i % 2 == 1]
+    sources = [i for i in range(prefix, len(x)) if i % 2 == 0]
+    targets = [i for i in range(prefix, len(x)) if i % 2 == 1]
     pairs = []
-    for i in seeking:
-        cosines = [(unit[i] @ unit[j]).item() for j in waiting]
-        best = max(range(len(waiting)), key=lambda j: cosines[j])
-        pairs.append((cosines[best], i, waiting[best]))
+    for i in sources:
+        cosines = [(unit[i] @ unit[j]).item() for j in targets]
+        best = max(range(len(targets)), key=lambda j: cosines[j])
+        pairs.append((cosines[best], i, targets[best]))
     chosen = {i: j for _, i, j in sorted(pairs, reverse=True)[:merges]}
     tokens, counts = [], []
-    for place in [*range(prefix), *(i for i in seeking if i not in chosen), *waiting]:
-        group = [place, *(i for i, j in chosen.items() if j == place)]
+    for token in [*range(prefix), *(i for i in sources if i not in chosen), *targets]:
+        group = [token, *(i for i, j in chosen.items() if j == token)]
         total = sizes[group].sum()
         tokens.append((x[group] * sizes[group, None]).sum(0) / total)
         counts.append(total)

@@ -1,4 +1,4 @@
-"""Comparison of two runs."""
+"""Comparison of the losses, metrics and artifacts of two runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ STEPS = ("loss", "grad_norm", "lr")
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
+    """Assert that two recipe runs have bit-equal artifacts, metrics and results."""
     for stage in ("mae", "clip"):
         files = sorted((one / stage / "artifact").glob("*.safetensors"))
         assert files
@@ -38,11 +39,12 @@ def assert_equal_runs(one: Path, two: Path) -> None:
     assert (one / "results.json").read_text() == (two / "results.json").read_text()
 
 
-# Sums in another order: fp32 losses of the same step agree to this, relatively.
+# Relative tolerance of fp32 losses whose sums have another order.
 TOLERANCE = 1e-4
 
 
 def assert_same_losses(one: Path, two: Path, expected: int) -> None:
+    """Assert that two stage runs have the same losses and gradient norms in `expected` steps."""
     a, b = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
     assert len(a) == len(b) == expected
     for x, y in zip(a, b, strict=True):
@@ -51,14 +53,19 @@ def assert_same_losses(one: Path, two: Path, expected: int) -> None:
 
 
 def assert_same(one: Path, two: Path, exact: bool) -> None:
-    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
-    assert len(mine) == len(theirs) == 6
-    for a, b in zip(mine, theirs, strict=True):
+    """Assert that two stage runs of six steps have the same metrics.
+
+    exact: metrics and artifact weights must be bit-equal; else only close metrics, and the same
+    weight names.
+    """
+    rows_one, rows_two = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(rows_one) == len(rows_two) == 6
+    for a, b in zip(rows_one, rows_two, strict=True):
         for name in STEPS:
             assert a[name] == (b[name] if exact else pytest.approx(b[name], rel=1e-4)), a["step"]
-    parts = [open_artifact(folder / "artifact") for folder in (one, two)]
-    for part in parts[0].manifest["tensors"]:
-        first, second = (artifact.load(part) for artifact in parts)
+    artifacts = [open_artifact(folder / "artifact") for folder in (one, two)]
+    for part in artifacts[0].manifest["tensors"]:
+        first, second = (artifact.load(part) for artifact in artifacts)
         assert first.keys() == second.keys()
         for name in first:
             if exact:

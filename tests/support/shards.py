@@ -1,4 +1,4 @@
-"""Shards and sources made for tests."""
+"""Shards and sources for tests."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class Clock:
 
 
 def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (40, 20)) -> bytes:
+    """Encode a JPEG of one colour; size: (width, height)."""
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, format="JPEG")
     return buffer.getvalue()
 
 
 def photo(seed: int, size: tuple[int, int] = (64, 48), quality: int = 90) -> bytes:
-    """A JPEG with something to see at every scale."""
+    """Encode a JPEG of a random smooth pattern; size: (width, height)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -46,6 +47,7 @@ def photo(seed: int, size: tuple[int, int] = (64, 48), quality: int = 90) -> byt
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files to a tar in the given order."""
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
@@ -55,7 +57,7 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def numbered(counts: Sequence[int], name: str = "photos") -> Source:
-    """A source of shards that hold so many samples; nothing can be read from it."""
+    """Make a source from the numbers of samples per shard; its samples cannot be read."""
     blob, ends = pack_texts([f"{shard:05d}.tar" for shard in range(len(counts))])
     columns = {
         "names": blob,

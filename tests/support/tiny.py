@@ -1,4 +1,4 @@
-"""Settings of a run small enough for a unit test."""
+"""Settings of a training run that is small enough for a unit test, and a function that runs it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SMALL: dict[str, Any] = {
     "train": {"precision": "fp32", "samples": 72, "log_every": 1, "save_every": 3},
     "optim": {"name": "adamw", "base_lr": 0.02, "betas": [0.9, 0.95], "weight_decay": 0.05},
 }
-# Runs whose sums are ordered otherwise are compared with all tokens kept: of two that score
-# nearly alike, rounding decides which is left out, and the loss jumps by 1e-4.
+# For comparisons of runs whose sums have another order. With token reduction, rounding would decide
+# which of two tokens with nearly equal scores is dropped, and the loss would change by 1e-4.
 ALL_TOKENS = "model.keep_rate=1.0"
 # Four steps of the clip stage: all tokens kept, no drop path, no periodic checkpoints.
 QUICK = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
@@ -44,7 +44,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def settings(stage: str, root: Path, out: Path, *overrides: str) -> Any:
-    """A checked config for a stage over the demo data."""
+    """Make a validated config of a stage on the demo data."""
     own = {**OWN[stage], "data": {"root": str(root)}, "out": str(out)}
     if stage in ("text", "clip"):
         own = cfg.merge(own, {"text": {"llm": str(root / "llm"), "max_length": 32}})

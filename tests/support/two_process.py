@@ -1,7 +1,8 @@
-"""Cells run one after another by each of two processes, in one process group.
+"""Training runs of two processes: stages with each ZeRO stage, and resumes with another one.
 
 usage: torchrun --nproc_per_node 2 two_process.py DEMO OUT quick|whole
-OUT holds runs of one process that were stopped halfway, `STAGE-joined-ZERO`.
+OUT must contain runs of one process that were stopped halfway, `STAGE-joined-ZERO`. All runs use
+one process group, one after another.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from xray import dist
 LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 WHOLE = [(stage, zero) for stage in ("mae", "hashtag", "clip") for zero in (0, 1, 2, 3)]
 QUICK = [(stage, zero) for stage in ("mae", "clip") for zero in (0, 1, 3)]
-# Run whole, and not taken up again.
+# Runs without a resume.
 MORE = [("hashtag", 3), ("sigmoid", 1), ("one_batch", 0), ("text", 2)]
 MOVES = [(stage, a, b) for stage, a in WHOLE for b in (0, 1, 2, 3) if a != b]
-STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # where it is not the cell's name
-# What may not change the result: so small a model would be held whole by every rank in ZeRO 3.
+STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # stage of runs that have another name
+# Settings that must not change the result. Without the threshold of 0, ZeRO 3 would not shard so
+# small a model.
 WITHOUT_EFFECT = {
     0: [],
     1: [],
@@ -31,7 +33,7 @@ WITHOUT_EFFECT = {
         "model.grad_checkpointing=true",
     ],
 }
-# The sizes of samples and micro-batches change at a third and at two thirds of the mae stage.
+# In the mae stage, sizes of samples and micro-batches change at one third and two thirds.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
     "hashtag": [
@@ -40,7 +42,7 @@ CHANGES = {
         "model.video=frames",
         "model.frame_pool=attention",
     ],
-    # two captions of each sample; blocks of 8 and 4 in micro-batches of 2
+    # two captions per sample; blocks of 8 and 4 samples in micro-batches of 2
     "clip": [ALL_TOKENS, *LORA, "clip.captions=2", "train.micro_batch=2"],
     "sigmoid": [ALL_TOKENS, "clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
     "one_batch": ["debug.overfit_batch=true"],
@@ -49,16 +51,18 @@ CHANGES = {
 
 
 def halfway(run: Path, to: Path) -> Path:
-    """A copy of a run of six steps as it was after three."""
+    """Copy a run of six steps in the state after three steps."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("artifact", "step_00000006", "tb"))
     return to
 
 
 def settings(stage: str, zero: int) -> list[str]:
+    """Return the overrides of a run."""
     return [f"zero.stage={zero}", *WITHOUT_EFFECT[zero], *CHANGES[stage]]
 
 
 def main() -> None:
+    """Train all runs, then resume copies of them and of the runs of one process."""
     demo, out, cells = Path(sys.argv[1]), Path(sys.argv[2]), WHOLE
     if sys.argv[3] == "quick":
         cells = QUICK
