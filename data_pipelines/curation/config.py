@@ -29,7 +29,7 @@ class FilterConfig:
     max_run: int = 0  # equal characters in a row
     scores: str = ""  # sidecar with a float column `score`: one per sample, or one per text
     min_score: float = 0.0  # texts with a lower score, or without one, are dropped
-    languages: list[str] = field(default_factory=list)  # languages to keep, as named in the data
+    languages: list[str] = field(default_factory=list)  # languages to keep; [] = all
     same_text: int = 0  # copies of a text to keep in the whole pool, ignoring case and spaces
     per_field: str = ""  # a JSON field, for example `user`
     per_value: int = 0  # samples to keep for each value of `per_field`

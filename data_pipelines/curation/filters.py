@@ -83,6 +83,7 @@ class Text:
 
     @property
     def text(self) -> str:
+        """Text of the caption."""
         return self.caption.text
 
 
@@ -99,8 +100,8 @@ def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
     if "ends" in table:
         return scored.row(shard, member, "score")
     row = int(np.searchsorted(table["members"], member))
-    found = row < len(table["members"]) and table["members"][row] == member
-    return np.atleast_1d(table["score"][row]) if found else np.empty(0, np.float32)
+    has_score = row < len(table["members"]) and table["members"][row] == member
+    return np.atleast_1d(table["score"][row]) if has_score else np.empty(0, np.float32)
 
 
 def open_scores(source: Source, name: str) -> Sidecar:

@@ -105,8 +105,8 @@ class Metadata:
             return np.zeros(len(texts), np.int32), np.arange(1, len(texts) + 1)
         if self.casefold:
             texts = [text.casefold() for text in texts]
-        found, ends = self._matcher(language).find(texts)
-        return found + np.int32(self.slice(language).start), ends
+        numbers, ends = self._matcher(language).find(texts)
+        return numbers + np.int32(self.slice(language).start), ends
 
     def _matcher(self, language: int) -> PhraseMatcher:
         matchers: dict[int, PhraseMatcher] = self.__dict__.setdefault("_matchers", {})

@@ -64,22 +64,22 @@ class PhraseMatcher:
 
         Text i has the numbers from ends[i - 1] to ends[i], ascending and unique.
         """
-        counts, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        counts, matches = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for chunk in _chunks(texts):
             lines, phrases = self._find(_Lines(chunk))
             counts.append(np.bincount(lines, minlength=len(chunk)))
-            found.append(phrases)
-        return np.concatenate(found).astype(np.int32), np.cumsum(np.concatenate(counts))
+            matches.append(phrases)
+        return np.concatenate(matches).astype(np.int32), np.cumsum(np.concatenate(counts))
 
     def _find(self, text: _Lines) -> tuple[np.ndarray, np.ndarray]:
         """Return (line, phrase) of all matches, ascending."""
         words = self._word_numbers(text)
         last = np.flatnonzero(words >= 0)  # last word of each partial match
-        nodes, found = words[last], [np.empty(0, np.int64)]
+        nodes, matches = words[last], [np.empty(0, np.int64)]
         while len(last):
             phrases = self._phrase[nodes]
             complete = phrases < self._none
-            found.append(text.lines[last[complete]] * self._none + phrases[complete])
+            matches.append(text.lines[last[complete]] * self._none + phrases[complete])
             alive = self._has_steps[nodes]
             last, nodes = last[alive] + 1, nodes[alive]  # the last word of a line is its newline
             alive = words[last] >= 0
@@ -87,7 +87,7 @@ class PhraseMatcher:
             rows = self._steps.rows(self._step(nodes, words[last]))
             alive = rows >= 0
             last, nodes = last[alive], rows[alive] + self._first_step
-        pairs = np.sort(np.concatenate(found))
+        pairs = np.sort(np.concatenate(matches))
         return np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], self._none)
 
     def _word_numbers(self, text: _Lines) -> np.ndarray:

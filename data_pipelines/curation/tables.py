@@ -1,7 +1,7 @@
 """Tables of a curation, one per shard; worker processes make them independently.
 
-texts: texts that passed the filters, and the entries that match them. left: those of them that the
-decisions about the whole pool keep. kept: those of them that the sampling draws.
+texts: texts that passed the filters, and the entries that match them. left: the texts that remain
+after the decisions about the whole pool. kept: the texts that the sampling draws from these.
 """
 
 from __future__ import annotations
@@ -202,13 +202,13 @@ class TextMatcher:
     def _find(self, texts: list[str], languages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the entries in texts of several languages: (entries [M] int32, ends [T] int64)."""
         order = np.argsort(languages, kind="stable")
-        found, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        matches, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         for language in np.unique(languages).tolist():
             rows = order[languages[order] == language]
             entries, ends = self.metadata.find([texts[row] for row in rows], language)
-            found.append(entries)
+            matches.append(entries)
             counts.append(np.diff(ends, prepend=0))
-        entries, ends = np.concatenate(found), np.cumsum(np.concatenate(counts))
+        entries, ends = np.concatenate(matches), np.cumsum(np.concatenate(counts))
         return take_rows(entries, ends, np.argsort(order))  # back to the original order
 
     @functools.cached_property

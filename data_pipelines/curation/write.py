@@ -1,7 +1,7 @@
 """Writer of the kept samples of a curation as new shards, one per shard of the pool.
 
 Shards without kept samples are left out. A shard is written under a temporary name and renamed when
-it is complete, so the same call continues an interrupted one.
+it is complete. So an interrupted call can be repeated; it writes only the missing shards.
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class FrameChoice:
     """Rule that chooses frames of a clip, applied when the length of the clip is known.
 
-    sampling: "uniform" divides the clip into equal parts and takes one frame of each; "strided"
-    takes `rate` frames per second; "segment" is uniform within a segment of `seconds`. start: in
-    [0, 1), position of the strided frames or the segment between the earliest and the latest
-    possible one. offsets: in [0, 1), position of the frame in each part. A clip that is too short
-    repeats its last frame.
+    sampling: "uniform" divides the clip into equal parts and takes one frame of each. "strided"
+    takes `rate` frames per second. "segment" is uniform within a segment of `seconds`. start: start
+    of the strided frames or of the segment, from 0 (earliest) to 1 (latest possible). offsets:
+    position of the frame in each part, from 0 (first) to 1 (end). If a clip is too short, its last
+    frame is repeated.
     """
 
     frames: int

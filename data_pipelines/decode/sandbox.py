@@ -84,9 +84,9 @@ class ClipDecoder:
         os.close(self._target)
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            numbers = (theirs.fileno(), self._source, self._target)
+        parent_end, child_end = socket.socketpair()
+        with child_end:
+            numbers = (child_end.fileno(), self._source, self._target)
             self._process = subprocess.Popen(
                 [*self.command, *map(str, numbers), str(os.getpid())],
                 pass_fds=numbers,
@@ -94,7 +94,7 @@ class ClipDecoder:
                 stderr=subprocess.DEVNULL,  # FFmpeg writes warnings about many files
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(parent_end.detach())
         try:
             ready = self._connection.poll(START_SECONDS) and self._connection.recv()
         except (EOFError, ConnectionError):

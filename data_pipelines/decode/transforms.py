@@ -62,8 +62,8 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
 def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
     """Load several views of a sample for evaluation, [clips * crops, T, 3, S, S] uint8.
 
-    Frames of a video are taken at `clips` evenly spaced times, and each is cropped as `view_boxes`
-    says. Nothing is random. Raises BadSample.
+    clips: evenly spaced times at which frames of a video are taken. crops: crops of each frame
+    (`view_boxes`). Nothing is random. Raises BadSample.
     """
     media, views = media_of(sample), []
     for time in range(clips if sample.modality == "video" else 1):

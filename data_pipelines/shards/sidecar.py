@@ -2,8 +2,11 @@
 
 A sidecar has one file per shard, beside the shard's index (`SHARD.tar.NAME`), and one summary file
 (`shards-HASH.NAME`). The summary is written last, so a sidecar without a summary is incomplete and
-is ignored. The table of a shard has one of two layouts: one row per member, where the column `ends`
-holds the end of each row in the other columns; or one row for each number in the column `members`.
+is ignored.
+
+The table of a shard has one of two layouts. Either it has a row for every member, of any length;
+then the column `ends` is the end of each row in the other columns. Or it has a row for some
+members; then the column `members` is their numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loader: reads micro-batches of samples in worker processes that hold no state."""
+"""Loader: reads micro-batches of samples in stateless worker processes."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class SamplePlan:
         return self.candidate(replacement, 0)
 
     def candidate(self, position: int, attempt: int) -> tuple[int, int]:
-        """Return (shard, slot) at a position, or of its replacement number `attempt` from 1."""
+        """Return (shard, slot) of a position: attempt 0 = its sample, n = its n-th replacement."""
         if attempt:
             return self.replacement(position, attempt - 1)
         shards, slots = self.locate(np.array([position]))

@@ -42,7 +42,7 @@ class Replication:
         return result
 
     def kept(self, ids: np.ndarray, u: float, copy: int) -> np.ndarray:
-        """Return a mask of the tags that copy number `copy` (from 0) of a sample keeps, [k]."""
+        """Mark the tags of a sample that its copy number `copy` (from 0) keeps as labels, [k]."""
         return np.floor(self.factors[ids] + u) > copy
 
 

@@ -126,7 +126,7 @@ def kept_captions(
 def choose_captions(
     captions: Sequence[Caption], rng: np.random.Generator | None, count: int = 1
 ) -> list[Caption]:
-    """Draw `count` captions by weight; repeats come only after each caption was drawn once.
+    """Draw `count` captions by weight; no caption is drawn twice before all are drawn once.
 
     Without `rng`, the first captions are returned.
     """

@@ -1,8 +1,8 @@
 """Store of text features: a vector for each caption of a source, by `xray data text-features`.
 
-Equal captions share one vector. The store is a sidecar. The table of a shard holds the vectors of
-the captions that occur there first, and for each member the positions of the vectors of its
-captions; a position is `shard << 32 | row`.
+Equal captions share one vector, which is stored in the first shard that has the caption. The store
+is a sidecar. The table of a shard has these vectors and, for each member, the positions of the
+vectors of its captions. A position is `shard << 32 | row`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from xray.config.loading import build
 
 
 def config(tmp_path: Path, entries: object, **settings: Any) -> CurationConfig:
-    """Make a config with these entries as metadata, and a t so large that all texts are kept."""
+    """Make a config with these entries as metadata; the default t keeps all texts."""
     path = tmp_path / "metadata.json"
     path.write_text(json.dumps(entries), "utf-8")
     return build(CurationConfig, {"metadata": str(path), "t": 1e9, "workers": 1, **settings})

@@ -257,6 +257,7 @@ def test_one_text_per_sample_is_drawn_by_weight(tmp_path: Path) -> None:
 
 
 def first_letter(text: str) -> str:
+    """Guess the language of a text by its first letter."""
     return {"d": "en", "H": "de"}.get(text[0], "")
 
 

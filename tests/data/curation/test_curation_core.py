@@ -89,6 +89,7 @@ def test_scripts_without_spaces_match_at_any_position() -> None:
 
 
 def zipf_pool(samples: int, entries: int) -> Matches:
+    """Draw matches of samples with one to three texts and Zipf-distributed entries."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 4, samples)
     per_text = rng.integers(1, 6, int(sizes.sum()))

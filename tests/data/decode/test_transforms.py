@@ -24,6 +24,7 @@ from xray.models.mixup import mix
 
 
 def sample(files: dict[str, bytes], modality: str, size: int = 16, frames: int = 4) -> Sample:
+    """Make a sample with these files."""
     return Sample(files, "s", modality, "k", size, frames)  # type: ignore[arg-type]
 
 
@@ -111,16 +112,16 @@ def test_frames_are_chosen_as_configured() -> None:
     assert picked(strided, 4, seeded=False).tolist() == [16, 18, 20, 22]
     starts = set()
     for _ in range(200):
-        found = picked(strided, 4)
-        assert np.diff(found).tolist() == [2, 2, 2] and found[-1] < 40
-        starts.add(int(found[0]))
+        indices = picked(strided, 4)
+        assert np.diff(indices).tolist() == [2, 2, 2] and indices[-1] < 40
+        starts.add(int(indices[0]))
     assert len(starts) > 20
     assert picked(strided, 4, 5).tolist() == [0, 2, 4, 4]
 
     segment = DataConfig(frame_sampling="segment", segment_seconds=1.0)
     for _ in range(200):
-        found = picked(segment, 5)
-        assert (np.diff(found) >= 0).all() and found[-1] - found[0] <= 10
+        indices = picked(segment, 5)
+        assert (np.diff(indices) >= 0).all() and indices[-1] - indices[0] <= 10
     assert picked(segment, 5, seeded=False).tolist() == [16, 18, 20, 22, 24]
 
 
@@ -146,8 +147,8 @@ def test_captions_are_drawn_by_weight() -> None:
     assert captions_of({"json": b'{"captions": ["a"], "curation": "by hand"}'}) == ["a"]
     nested = {"json": b'{"a": {"b": {"c": "x"}, "b.d": "y"}}'}
     assert captions_of(nested, {"a.b.c": 1, "a.b.d": 1}) == ["x", "y"]
-    found = read_captions(files, {"captions": 1, "synthetic": 2, "missing": 9, "txt": 1})
-    weights = {c.text: (c.weight, c.language) for c in found}
+    captions = read_captions(files, {"captions": 1, "synthetic": 2, "missing": 9, "txt": 1})
+    weights = {c.text: (c.weight, c.language) for c in captions}
     assert weights == {
         "a": (0.5, "en"),
         "b": (0.5, "en"),
@@ -156,10 +157,10 @@ def test_captions_are_drawn_by_weight() -> None:
         "t": (1.0, "en"),
     }
     rng = np.random.default_rng(0)
-    drawn = [choose_captions(found, rng)[0].text for _ in range(4000)]
+    drawn = [choose_captions(captions, rng)[0].text for _ in range(4000)]
     for text, (weight, _) in weights.items():
         assert drawn.count(text) / 4000 == pytest.approx(weight / 4, abs=0.03)
-    assert choose_captions(found, None)[0].text == "a"
+    assert choose_captions(captions, None)[0].text == "a"
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0)])

@@ -222,8 +222,8 @@ def test_expand_lists_a_folder_over_http(faulty: FaultServer) -> None:
     links = "".join(f'<a href="{name}">{name}</a>' for name in ("b.tar", "a.tar", "a.txt", "../"))
     faulty.files["/shards/"] = f"<html>{links}</html>".encode()
     url = faulty.fail("/shards/", ["503"])
-    found = [url + "a.tar", url + "b.tar"]
-    assert expand(url) == expand(url + "*.tar") == expand(url.rstrip("/")) == found
+    tars = [url + "a.tar", url + "b.tar"]
+    assert expand(url) == expand(url + "*.tar") == expand(url.rstrip("/")) == tars
     with pytest.raises(DataError, match="no shards at"):
         expand(faulty.root + "/nowhere/")
     with pytest.raises(DataError, match="HTTP 503"):

@@ -216,6 +216,7 @@ def test_exit_does_not_wait_for_a_prefetch(faulty: FaultServer, tmp_path: Path) 
 
 
 def forked_fetch(cache: ShardCache, fetched: str, ahead: str) -> None:
+    """Run in a forked process: fetch one shard, prefetch another and fetch it."""
     assert (cache.hits, cache.misses) == (0, 0)
     assert cache.fetch(fetched).read_bytes() == BODY
     cache.prefetch(ahead)
@@ -246,6 +247,7 @@ def test_fetch_before_and_after_a_fork(
 
 
 def fetch_and_collect(cache: ShardCache, url: str, closed: list[object]) -> None:
+    """Run in a forked process: fetch a shard, and check that no session of the parent is closed."""
     cache.fetch(url)
     gc.collect()
     assert not closed
@@ -266,12 +268,12 @@ def test_a_fork_does_not_break_idle_connections(
     monkeypatch.setattr(remote, "READ_TIMEOUT", 59.0)  # makes a new session
     cache.fetch(faulty.fail("/a.tar", ["503", "cut", "stall"]))
     caplog.clear()
-    for mine, other in (("/b.tar", "/c.tar"), ("/d.tar", "/e.tar")):
-        child = FORK.Process(target=fetch_and_collect, args=(cache, faulty.root + other, closed))
+    for here, in_child in (("/b.tar", "/c.tar"), ("/d.tar", "/e.tar")):
+        child = FORK.Process(target=fetch_and_collect, args=(cache, faulty.root + in_child, closed))
         child.start()
         child.join()
         assert child.exitcode == 0
-        cache.fetch(faulty.root + mine)  # over a connection that was opened before the fork
+        cache.fetch(faulty.root + here)  # over a connection that was opened before the fork
     assert faulty.seen[4:] == ["/c.tar", "/b.tar", "/e.tar", "/d.tar"]
     assert not caplog.records
 

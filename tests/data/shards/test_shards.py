@@ -204,8 +204,7 @@ def test_remote_shards_are_downloaded_once(
         cache = ShardCache(tmp_path / "cache", 10**9, 600)
         source = open_source("s", "s/{00000..00002}.tar", "image", url, cache=cache)
         for place in source.places():
-            ours, theirs = source.sample(*place, 8, 1), local.sample(*place, 8, 1)
-            assert ours == theirs
+            assert source.sample(*place, 8, 1) == local.sample(*place, 8, 1)
     gets = [line for line in seen if line.startswith("GET") and line.endswith(".tar")]
     assert sorted(gets) == [f"GET /s/0000{i}.tar" for i in range(3)]
 
@@ -258,8 +257,8 @@ def test_hosts_with_different_shards_are_an_error(
     assert len(open_sources(config, ["s"])["s"]) == 12
     other = open_source("s", str(make(tmp_path / "b", samples=5)), "image").digest
 
-    def gather(mine: object, patience: object = None) -> list[object]:
-        return [mine, *([{"s": other}] if type(mine) is dict else [])]
+    def gather(value: object, patience: object = None) -> list[object]:
+        return [value, *([{"s": other}] if type(value) is dict else [])]
 
     monkeypatch.setattr(dist, "gather_objects", gather)
     with pytest.raises(DataError, match=r"source 's' is not the same on all hosts .ranks \[1\]"):

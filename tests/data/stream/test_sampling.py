@@ -28,6 +28,7 @@ Slot = tuple[int, int]  # (shard, slot)
 
 
 def slots_at(plan: SamplePlan, positions: np.ndarray | range | list[int]) -> list[Slot]:
+    """List the slots at virtual positions."""
     shards, slots = plan.locate(np.asarray(positions))
     return list(zip(shards.tolist(), slots.tolist(), strict=True))
 

@@ -176,6 +176,7 @@ def test_errors_in_vocabulary_files(tmp_path: Path) -> None:
 
 
 def zipf_rows(samples: int, tags: int, seed: int) -> list[np.ndarray]:
+    """Draw one to three Zipf-distributed tags per sample."""
     rng = np.random.default_rng(seed)
     p = 1 / np.arange(1, tags + 1)
     return [np.unique(rng.choice(tags, rng.integers(1, 4), p=p / p.sum())) for _ in range(samples)]
