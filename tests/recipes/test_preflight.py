@@ -73,7 +73,7 @@ def test_a_missing_file_is_named_by_its_key(
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
-        ("mae,hashtag", r"0 of 12 have a tag\).*data.sources.NAME.tags.*leave the hashtag stage"),
+        ("mae,hashtag", r"0 of 12 have a tag\).*data.sources.NAME.tags.*leave out the hashtag"),
         ("mae,text", r"has two captions, which stage text compares: leave it out \(stages="),
     ],
 )
