@@ -30,7 +30,7 @@ TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal")
 
 
 class Clock:
-    """Stands for time.perf_counter: moves by the time that a test gives to each forward pass."""
+    """Stands for time.perf_counter: moves only by the durations set here."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, original = 0.0, VisionBackbone.forward
