@@ -110,7 +110,7 @@ def test_archives_write_nothing_outside(tmp_path: Path, monkeypatch: pytest.Monk
         assert all("/" not in name for name in archive.getnames())
     metadata = f"metadata={tmp_path / 'metadata.txt'}"  # curate refuses to copy such names
     done = xray("data", "curate", folder, metadata, "t=9", "--out", tmp_path / "in" / "curated")
-    assert done.exit_code == 2 and "would be unpacked outside of any folder" in done.stderr
+    assert done.exit_code == 2 and "would be unpacked outside of the folder" in done.stderr
     assert tree(outside) == before
     known = {"in", "outside", "cache", "metadata.txt"}
     assert {path.name for path in tmp_path.iterdir()} <= known
