@@ -171,6 +171,8 @@ def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
 
 
 class ClipStage(Stage[ClipConfig]):
+    """Contrastive alignment of images and clips with captions (CLIP, LLM2CLIP)."""
+
     name = "clip"
     Config = ClipConfig
     offers = frozenset({VISION, JOINT})

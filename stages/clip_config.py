@@ -84,6 +84,8 @@ class ClipOptions:
 
 @dataclass
 class ClipConfig(RunConfig):
+    """Settings of a clip run."""
+
     text: TextConfig = field(default_factory=lambda: TextConfig(tune="none"))
     clip: ClipOptions = field(default_factory=ClipOptions)
     mae: MaeOptions = field(default_factory=MaeOptions)

@@ -96,6 +96,8 @@ class HashtagOptions(TagRules):
 
 @dataclass
 class HashtagConfig(RunConfig):
+    """Settings of a hashtag run."""
+
     hashtag: HashtagOptions = field(default_factory=HashtagOptions)
 
     def validate(self) -> None:
@@ -211,6 +213,8 @@ def example_labels(samples: int) -> Batch:
 
 
 class HashtagStage(Stage[HashtagConfig]):
+    """Multi-label classification of tags."""
+
     name = "hashtag"
     Config = HashtagConfig
     offers = frozenset({VISION, TAGS})

@@ -66,6 +66,8 @@ class MaeOptions:
 
 @dataclass
 class MaeConfig(RunConfig):
+    """Settings of a mae run."""
+
     mae: MaeOptions = field(default_factory=MaeOptions)
 
     def validate(self) -> None:
@@ -74,6 +76,7 @@ class MaeConfig(RunConfig):
 
 
 def masking(options: MaeOptions) -> Masking:
+    """Build the mask sampler of the options."""
     return Masking(options.mask_ratio, options.video_mask_ratio, options.video_mask)
 
 
@@ -86,6 +89,7 @@ def example_noise(
 
 
 def make_decoder(options: MaeOptions, vision: VisionBackbone) -> MaeDecoder:
+    """Build the decoder for a backbone."""
     sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
     return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
 
@@ -135,6 +139,8 @@ class MaeModule(VisionModule):
 
 
 class MaeStage(Stage[MaeConfig]):
+    """Masked autoencoding of images and clips (MAE, VideoMAE)."""
+
     name = "mae"
     Config = MaeConfig
     offers = frozenset({VISION, DECODER})

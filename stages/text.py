@@ -39,6 +39,8 @@ class TextOptions(TextConfig):
 
 @dataclass
 class TextRunConfig(RunConfig):
+    """Settings of a text run."""
+
     text: TextOptions = field(default_factory=TextOptions)
 
     def validate(self) -> None:
@@ -113,6 +115,8 @@ def example_captions(samples: int, each: int, length: int) -> Batch:
 
 
 class TextStage(Stage[TextRunConfig]):
+    """Contrastive tuning of the LLM on captions of the same sample (LLM2CLIP)."""
+
     name = "text"
     Config = TextRunConfig
     offers = accepts = frozenset({SENTENCES})

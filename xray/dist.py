@@ -110,14 +110,17 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def rank() -> int:
+    """Return the rank of this process, 0 outside a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of processes, over all hosts."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """Return the rank of this process on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -127,6 +130,7 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
+    """Return True on rank 0."""
     return rank() == 0
 
 

@@ -43,7 +43,7 @@ class CheckReport:
 
     @property
     def broken(self) -> bool:
-        """Whether any shard or sample is broken."""
+        """Return True if any shard or sample is broken."""
         return any(shard.error or shard.causes for shard in self.shards)
 
     def joined(self, other: CheckReport) -> CheckReport:

@@ -1,4 +1,4 @@
-"""What a user gives to embed or to search for: any kind of data, or several single files."""
+"""Data to embed or to search for: any kind of data, or several single files."""
 
 from __future__ import annotations
 

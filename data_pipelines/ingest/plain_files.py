@@ -142,5 +142,5 @@ def list_file(where: str) -> list[Item]:
 
 
 def is_media(where: str) -> bool:
-    """Whether a path ends as a picture or clip does."""
+    """Return True if a path has the ending of an image or a clip."""
     return ending_of(where) in MEDIA

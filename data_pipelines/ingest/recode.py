@@ -80,7 +80,7 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
 
 
 def _moves(image: Image.Image) -> bool:
-    """Whether an image is animated, so that shrinking it would lose its frames."""
+    """Return True if an image is animated: shrinking it would lose its frames."""
     kinds = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
     return isinstance(image, kinds) and image.is_animated
 

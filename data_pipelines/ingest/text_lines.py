@@ -77,5 +77,5 @@ def open_lines(where: str, request: Request) -> LineSource:
 
 
 def is_text(where: str) -> bool:
-    """Whether a path is a .txt file."""
+    """Return True if a path is a .txt file."""
     return os.path.splitext(where)[1].lower() == ".txt"

@@ -1,4 +1,4 @@
-"""What a user sees: help, plans, and one clear line for each mistake."""
+"""Output of the commands: help, plans, and one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xray.commands.main import app
 
 
 def test_help_needs_no_torch() -> None:
-    """What makes `xray --help` answer at once: nothing heavy is imported before a command."""
+    """`xray --help` answers at once, because nothing heavy is imported before a command."""
     heavy = {"torch", "transformers", "timm"}
     code = f"import sys, xray.commands.main; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

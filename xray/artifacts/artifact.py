@@ -266,6 +266,7 @@ def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def package_versions() -> dict[str, str]:
+    """Return the versions of xray, Python and the libraries that affect results."""
     versions = {"xray": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -107,4 +107,5 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n")

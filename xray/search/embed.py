@@ -170,7 +170,7 @@ class _Job:
         }
 
     def finished(self) -> bool:
-        """Whether the file is complete; raises ConfigError for a file of another command."""
+        """Return True if the file is complete; raises ConfigError for a file of another command."""
         if not self.out.exists():
             return False
         asked = {**self.identity, "dtype": self.config.dtype}

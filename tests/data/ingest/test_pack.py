@@ -418,7 +418,7 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def numbers(data: bytes) -> list[int]:
-    """What each frame's brightness says."""
+    """Read the number that is encoded in each frame's brightness."""
     return [round((f.to_ndarray(format="gray")[-3, -3] - 16) / 219 * 255) for f in frames_of(data)]
 
 
