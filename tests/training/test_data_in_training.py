@@ -17,7 +17,7 @@ from data_pipelines.stream import quarantine
 from stages import stage_class
 from xray.errors import ConfigError, DataError
 from xray.training.metrics import read_metrics
-from xray.training.step_shape import step_shape
+from xray.training.step_data import step_shape
 
 
 def test_the_quarantine_is_part_of_a_checkpoint(

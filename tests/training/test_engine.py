@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from stages.base import StepOutput
 from stages.mae import MaeModule
 from xray.config import RunConfig, ZeroConfig
-from xray.config.deepspeed_keys import OPEN
+from xray.config.training import OPEN
 from xray.errors import ConfigError, TrainingError
 from xray.training.engine import Engine, deepspeed_config, init_distributed
 from xray.training.metrics import read_metrics

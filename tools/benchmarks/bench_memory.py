@@ -131,7 +131,7 @@ def measure(config: Any, facts: Any, device: torch.device) -> int:
     from xray.planning.memory_tracker import materialize
     from xray.training.accumulation import Accumulator
     from xray.training.engine import Engine, init_distributed
-    from xray.training.step_shape import step_shape
+    from xray.training.step_data import step_shape
 
     init_distributed(device)
     stage, module = planned(config, facts)

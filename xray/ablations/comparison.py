@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,42 +25,31 @@ ROUNDING = 1e-9
 
 @dataclass
 class Outcome:
-    """Results of a finished trial, including those of the stage runs it shares.
-
-    Attributes:
-        values: results by name, SUITE.MEASURE or STAGE.METRIC.
-        samples: training samples by stage.
-        seconds: training time by stage, in seconds.
-    """
+    """Results of a finished trial, including those of the stage runs it shares."""
 
     arm: str
     seed: int
-    values: dict[str, float]
-    samples: dict[str, int]
-    seconds: dict[str, float]
+    values: dict[str, float]  # by name, SUITE.MEASURE or STAGE.METRIC
+    samples: dict[str, int]  # training samples by stage
+    seconds: dict[str, float]  # training time by stage
 
 
 @dataclass
 class Cell:
-    """Table cell: one metric of one arm over its seeds.
+    """Table cell: one metric of one arm over its seeds."""
 
-    Attributes:
-        values: the metric by seed.
-        differences: value minus the baseline's value, for seeds that both arms have.
-    """
-
-    values: dict[int, float]
-    differences: list[float] = field(default_factory=list)
+    values: dict[int, float]  # by seed
+    differences: list[float] = field(default_factory=list)  # to the baseline, with equal seeds
 
     @property
     def mean(self) -> float:
         """Mean over seeds."""
-        return mean(list(self.values.values()))
+        return mean([*self.values.values()])
 
     @property
     def std(self) -> float:
         """Standard deviation over seeds; nan for fewer than two."""
-        return deviation(list(self.values.values()))
+        return deviation([*self.values.values()])
 
     @property
     def difference(self) -> float:
@@ -74,12 +63,7 @@ class Cell:
 
     def facts(self) -> dict[str, Any]:
         """Return the cell as JSON, with null for numbers that are not defined."""
-        numbers = {
-            "mean": self.mean,
-            "std": self.std,
-            "difference": self.difference,
-            "p": self.p,
-        }
+        numbers = {name: getattr(self, name) for name in ("mean", "std", "difference", "p")}
         plain = {k: None if math.isnan(v) else v for k, v in numbers.items()}
         return {"n": len(self.values), **plain, "pairs": len(self.differences)}
 
@@ -95,21 +79,15 @@ def read_outcome(trial: Trial) -> Outcome:
         run.stage: find_manifest(Path(run.out) / "artifact")[2] for run in trial.recipe.runs
     }
     sections |= {stage: manifest["metrics"] for stage, manifest in manifests.items()}
-    return Outcome(
-        trial.arm,
-        trial.seed,
-        {
-            f"{section}.{name}": value
-            for section, results in sections.items()
-            for name, value in _numbers(results)
-        },
-        {stage: manifest["samples"] for stage, manifest in manifests.items()},
-        {stage: manifest["seconds"] for stage, manifest in manifests.items()},
-    )
-
-
-def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [(k, float(v)) for k, v in values.items() if isinstance(v, int | float)]
+    values = {
+        f"{section}.{name}": float(value)
+        for section, results in sections.items()
+        for name, value in results.items()
+        if isinstance(value, int | float)
+    }
+    samples = {stage: manifest["samples"] for stage, manifest in manifests.items()}
+    seconds = {stage: manifest["seconds"] for stage, manifest in manifests.items()}
+    return Outcome(trial.arm, trial.seed, values, samples, seconds)
 
 
 def chance_of(metric: str, available: Container[str]) -> str:
@@ -132,10 +110,9 @@ def outcomes_of(ablation: Ablation) -> list[Outcome]:
 
 
 def chosen_metrics(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[str]:
-    """Return the metrics to compare.
+    """Return the metrics to compare: those in the ablation's `metrics` that a run has.
 
-    These are the metrics in the ablation's `metrics` that at least one run has. If there are none,
-    all metrics with a chance level are compared, except those of the robustness suite.
+    If there are none: all with a chance level, except those of the robustness suite.
     """
     available = _metrics(outcomes)
     chosen = [metric for metric in ablation.config.metrics if metric in available]
@@ -199,9 +176,8 @@ def deviation(values: Sequence[float]) -> float:
 def paired_t(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of Student's paired t-test (1908).
 
-    The null hypothesis is a mean difference of 0. The result is nan for fewer than two differences
-    and for differences that are equal up to rounding, because these have no variance; it is 1 if
-    all are 0.
+    It is nan for fewer than two differences and for equal ones, up to rounding, which have no
+    variance; it is 1 if all are 0.
     """
     n = len(differences)
     if n < 2:

@@ -62,17 +62,11 @@ class AblationConfig:
 
 @dataclass
 class AblationFile:
-    """Content of an ablation file, with overrides.
-
-    Attributes:
-        config: the ablation's keys.
-        arms: settings of each arm, by dotted key.
-        common: two layers over the base recipe: the file's `common`, then the command line's.
-    """
+    """Content of an ablation file, with overrides."""
 
     config: AblationConfig
-    arms: dict[str, dict[str, Any]]
-    common: list[dict[str, Any]]
+    arms: dict[str, dict[str, Any]]  # settings of each arm, by dotted key
+    common: list[dict[str, Any]]  # layers over the base recipe: `common`, then the command line's
 
 
 def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:

@@ -34,18 +34,12 @@ MATCH = "match_samples"
 
 @dataclass
 class Trial:
-    """One arm with one seed: a recipe whose stage runs may be shared with other trials.
-
-    Attributes:
-        folder: folder of the trial's recipe, results and log.
-        layer: settings of the trial's recipe.yaml, over the layers common to all arms.
-        recipe: the resolved recipe.
-    """
+    """One arm with one seed: a recipe whose stage runs may be shared with other trials."""
 
     arm: str
     seed: int
-    folder: Path
-    layer: dict[str, Any]
+    folder: Path  # of recipe.yaml, results and log
+    layer: dict[str, Any]  # settings of recipe.yaml, over the layers common to all arms
     recipe: Recipe
 
     @property
@@ -77,19 +71,13 @@ class Trial:
 
 @dataclass
 class Ablation:
-    """Checked ablation and its trials.
-
-    Attributes:
-        arms: settings of each arm, by dotted key.
-        common: two layers over the base recipe: the file's `common`, then the command line's.
-        trials: all arms of the first seed, then all arms of the next one, and so on.
-    """
+    """Checked ablation and its trials; for the other fields see AblationFile."""
 
     config: AblationConfig
     out: Path
     arms: dict[str, dict[str, Any]]
     common: list[dict[str, Any]]
-    trials: list[Trial]
+    trials: list[Trial]  # all arms of the first seed, then all arms of the next one, and so on
 
     def of(self, arm: str) -> list[Trial]:
         """Return an arm's trials, in the order of the seeds."""

@@ -9,54 +9,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "missing", "broken"]  # missing: a feature is slower or not available
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Row of the table.
-
-    Attributes:
-        what: name of the checked item.
-        found: result of the check.
-        lacks: feature that does not work, or works less well, and how to mend it.
-        state: ok; missing (xray works without it); or broken.
-    """
-
-    what: str
-    found: str
-    lacks: str = ""
-    state: State = "ok"
-
-
+State = Literal["ok", "missing", "broken"]  # missing: xray works without it
 DISTRIBUTION = "xray-trainer"
 
 
 @dataclass(frozen=True)
-class Package:
-    """Library that xray uses.
+class Finding:
+    """Row of the table: a checked item and the result of the check."""
 
-    Attributes:
-        name: name of the module.
-        use: consequence of its absence; "" if xray does not work without it.
-        install: name to install it by; "" if it equals the module's.
-    """
+    what: str
+    found: str
+    lacks: str = ""  # feature that does not work, or works less well, and how to mend it
+    state: State = "ok"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Library that xray uses, by the name of its module."""
 
     name: str
-    use: str = ""
-    install: str = ""
+    use: str = ""  # consequence of its absence; "" if xray does not work without it
+    install: str = ""  # name to install it by; "" if it equals the module's
 
 
 PACKAGES = [
     *map(Package, ("torch", "torchvision", "deepspeed", "timm", "transformers", "tokenizers")),
     *map(Package, ("safetensors", "webdataset", "omegaconf", "numpy", "PIL", "av", "regex")),
     Package("decord", "PyAV reads all clips, small ones slower", "decord2"),
-    Package("peft", "no LoRA: text.tune=full or none", "peft"),
-    Package("pyarrow", "no .parquet lists, no xray data curate", "pyarrow"),
+    Package("peft", "no LoRA: text.tune=full or none"),
+    Package("pyarrow", "no .parquet lists, no xray data curate"),
     Package("fsspec", "no shards from URLs", "'fsspec[http]'"),
     Package("ahocorasick", "no xray data curate, no tags=concepts", "pyahocorasick"),
-    Package("tensorboard", "runs need train.tensorboard=false", "tensorboard"),
-    Package("matplotlib", "no report.html", "matplotlib"),
+    Package("tensorboard", "runs need train.tensorboard=false"),
+    Package("matplotlib", "no report.html"),
     Package("wandb", "no train.wandb", f"'{DISTRIBUTION}[wandb]'"),
     Package("onnxruntime", "no xray export --to onnx", f"'{DISTRIBUTION}[onnx]'"),
     Package("ray", "no engine=ray for xray data curate", f"'{DISTRIBUTION}[ray]'"),
@@ -120,10 +105,7 @@ def _library(package: Package, result: str, required: dict[str, str]) -> Finding
 
 
 def _distribution(module: str, version: str) -> tuple[str, str]:
-    """Return (name, version) of the distribution that installed a module.
-
-    If no distribution installed it, return the module's name and the version it reports.
-    """
+    """Return (name, version) of the distribution that installed a module, or else its own."""
     for name in importlib.metadata.packages_distributions().get(module, []):
         return name.lower(), importlib.metadata.version(name)
     return module, version

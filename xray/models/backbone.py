@@ -31,7 +31,6 @@ from xray.models.token_reduction import (
     reduce_tokens,
     size_bias,
 )
-from xray.models.weight_init import start_positions, start_weights
 from xray.models.weight_loading import load_pretrained, resample_time
 
 
@@ -84,10 +83,6 @@ class VisionBackbone(nn.Module):
         config.validate()
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         vit = create_timm(config, size)
-        if not config.pretrained:
-            if "weight_init" not in config.kwargs:
-                start_weights(vit)
-            start_positions(vit)
         self.embed_dim: int = vit.embed_dim
         self.patch_size: tuple[int, int] = vit.patch_embed.patch_size
         self.tubelet = config.tubelet
@@ -322,12 +317,6 @@ class VisionBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay."""
         return {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's layer groups: the stem, then each block, then the final norm."""
-        stem = r"^cls_token|^reg_token|^pos_embed|^pos_temporal|^patch_embed|^norm_pre"
-        top = r"^norm|^fc_norm|^frame_query"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (top, (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable activation checkpointing of the blocks."""

@@ -30,17 +30,11 @@ def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
 
 
 class Masking(NamedTuple):
-    """Mask settings: images are masked at random, clips in tubes or at random.
+    """Mask settings: images are masked at random, clips in tubes or at random."""
 
-    Attributes:
-        mask_ratio: share of tokens removed from an image.
-        video_mask_ratio: share of tokens removed from a clip.
-        video_mask: "tube" masks the same positions in every time slot, "random" masks any token.
-    """
-
-    mask_ratio: float
-    video_mask_ratio: float
-    video_mask: str
+    mask_ratio: float  # share of tokens removed from an image
+    video_mask_ratio: float  # share of tokens removed from a clip
+    video_mask: str  # "tube": the same positions in every time slot; "random": any token
 
     def noise_size(self, grid: tuple[int, int, int]) -> int:
         """Return the number of random numbers per sample that `draw` takes."""

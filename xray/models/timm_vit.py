@@ -1,29 +1,40 @@
-"""Creation of timm models, restricted to a VisionTransformer of standard blocks."""
+"""Creation of timm models, restricted to a VisionTransformer of standard blocks.
+
+Without pretrained weights they are initialised as in MAE (2111.06377)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
+from xray.models.position_embedding import sincos_positions
 
-REJECTED_KWARGS = ("patch_drop_rate", "in_chans", "num_classes", "drop_path_rate", "img_size")
+# Keywords of timm, and the xray key that replaces them.
+REJECTED_KWARGS = {
+    "patch_drop_rate": "",
+    "in_chans": "",
+    "num_classes": "",
+    "drop_path_rate": "model.drop_path",
+    "img_size": "data.resolution",
+}
 
 
 def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer:
-    """Create timm's model without pretrained weights; resolution is (height, width) in pixels.
+    """Create timm's model without loading weights; resolution is (height, width) in pixels.
 
     Raises ConfigError with the reason if the model cannot be the backbone.
     """
-    for key in REJECTED_KWARGS:
+    for key, instead in REJECTED_KWARGS.items():
         if key in config.kwargs:
-            raise ConfigError(
-                f"model.kwargs.{key} is not a setting of the backbone{_replacement(key)}"
-            )
+            hint = f": set {instead}" if instead else ""
+            raise ConfigError(f"model.kwargs.{key} is not a setting of the backbone{hint}")
     try:
         vit = timm.create_model(
             config.name,
@@ -39,12 +50,11 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
     reason = _unsupported(vit)
     if reason or not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
+    if not config.pretrained:
+        if "weight_init" not in config.kwargs:
+            _start_weights(vit)
+        _start_positions(vit)
     return vit
-
-
-def _replacement(key: str) -> str:
-    replacements = {"drop_path_rate": "model.drop_path", "img_size": "data.resolution"}
-    return f": set {replacements[key]}" if key in replacements else ""
 
 
 def _unsupported(vit: Any) -> str:
@@ -64,3 +74,33 @@ def _unsupported(vit: Any) -> str:
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
     return ""
+
+
+@torch.no_grad()
+def _start_weights(vit: VisionTransformer) -> None:
+    """Initialise linear layers and the stem with Xavier-uniform weights.
+
+    Their standard deviation depends on the width; timm's 0.02 suits widths of 1000 and more.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    patches: Any = vit.patch_embed.proj.weight  # a linear map of each patch's pixels
+    nn.init.xavier_uniform_(patches.flatten(1))
+
+
+@torch.no_grad()
+def _start_positions(vit: VisionTransformer) -> None:
+    """Initialise the position table with sine-cosine embeddings of the patch positions.
+
+    timm initialises it with noise, from which a short run must first learn the positions. Raises
+    ConfigError if the width is not a multiple of 4.
+    """
+    if vit.embed_dim % 4:
+        raise ConfigError(
+            f"model.kwargs.embed_dim={vit.embed_dim} must be a multiple of 4: the position "
+            "embedding has a sine and a cosine for rows and for columns"
+        )
+    table: Any = vit.pos_embed  # never None: create_timm rejects such a model
+    positions = sincos_positions((1, *vit.patch_embed.grid_size), vit.embed_dim, table.device)
+    table[:, -len(positions) :] = positions  # rows of prefix tokens, if any, come first

@@ -24,32 +24,19 @@ KeepRate = float | Sequence[float]  # one rate for all reducing blocks, or one r
 
 
 class TokenState(NamedTuple):
-    """State of the reduction, passed from block to block.
+    """State of the reduction, passed from block to block."""
 
-    Attributes:
-        sizes: number of input tokens merged into each token, [B, P + n]; None before any merge.
-        assign: one tensor per reducing block so far, [B, N0] long: the index of the patch token
-            that holds each input token, or -1 if it was dropped. None if it is not tracked.
-    """
-
-    sizes: Tensor | None = None
-    assign: tuple[Tensor, ...] | None = None
+    sizes: Tensor | None = None  # input tokens merged into each token, [B, P + n]
+    assign: tuple[Tensor, ...] | None = None  # [B, N0] long per reducing block so far, see `Tokens`
 
 
 class Spec(NamedTuple):
-    """Parameters of one reduction.
+    """Parameters of one reduction."""
 
-    Attributes:
-        kept: number of patch tokens to keep.
-        fuse: fuse the other tokens into one additional token.
-        prefix: number of prefix tokens.
-        training: whether the model is in training mode.
-    """
-
-    kept: int
-    fuse: bool
-    prefix: int
-    training: bool
+    kept: int  # patch tokens to keep
+    fuse: bool  # fuse the other tokens into one additional token
+    prefix: int  # number of prefix tokens
+    training: bool  # the model is in training mode
 
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenState, Spec], tuple[Tensor, TokenState]]

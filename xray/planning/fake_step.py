@@ -25,7 +25,7 @@ from xray.config.schedule import steps_of
 from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
 from xray.training.gradient_cache import Pass, cached_losses, schedule, surrogate_loss
-from xray.training.step_shape import step_shape
+from xray.training.step_data import step_shape
 
 GRADIENTS = "gradients"
 

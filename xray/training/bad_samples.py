@@ -62,12 +62,8 @@ class BadSamples:
         new = {Entry(e.source, e.shard, e.key, e.cause) for e in everyone if e.quarantine} - known
         fresh = sorted(new, key=lambda entry: (entry.source, entry.shard, entry.key))
         self.state.quarantine += fresh
-        failure = None
-        try:  # opens the shard's index, which may fail on one rank only
-            quarantine.obey(fresh, self.plans)
-        except (DataError, OSError) as error:
-            failure = DataError(str(error))
-        dist.agree(failure)
+        # It opens the shard's index, which may fail on one rank only.
+        dist.together(lambda: quarantine.obey(fresh, self.plans))
 
         def write() -> None:
             with self.path.open("a") as file:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from data_pipelines.stream import quarantine
 from xray import dist
 from xray.config import TrainConfig
 from xray.errors import ArtifactError
-from xray.files import sync_tree
+from xray.files import replacing, sync_tree
 from xray.training.engine import Engine
 from xray.training.portable_state import load_portable, save_portable
 from xray.training.state import TrainState
@@ -106,7 +106,7 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: Trai
 def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
     """Write the engine and the state under a temporary name, then rename. Collective.
 
-    Raises ArtifactError on every rank if one cannot write; the temporary folder is then removed.
+    Raises ArtifactError on every rank if one cannot write.
     """
     temporary = target.with_name(f"tmp-{target.name}")
 
@@ -114,7 +114,7 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
         run = target.parent.parent
         if not run.is_dir():  # creating it again would leave a run with half of its files
             raise FileNotFoundError(f"{run} was removed during training")
-        shutil.rmtree(temporary, ignore_errors=True)
+        writing.enter_context(replacing(target, temporary))
         temporary.mkdir(parents=True)
 
     def end() -> None:
@@ -123,13 +123,9 @@ def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
         (temporary / "COMPLETE").write_text("")
         sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        writing.close()
 
-    try:
+    with ExitStack() as writing:  # on an error it removes the temporary folder, on rank 0
         dist.on_main(begin)
         save_portable(engine, temporary)
         dist.on_main(end)
-    except ArtifactError:
-        if dist.is_main():  # a full disk needs the space
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise

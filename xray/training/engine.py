@@ -226,12 +226,10 @@ class Engine:
             engine.zero_grad()
             return
         # ZeRO skips a step whose gradients overflow, which it detects by their norm.
-        infinite = torch.tensor(math.inf)
-        norm, value = (
-            ("_get_norm_groups", [infinite])
-            if self.stage == 3
-            else ("scaled_global_norm", infinite)
-        )
+        infinite: Any = torch.tensor(math.inf)
+        norm, value = "scaled_global_norm", infinite
+        if self.stage == 3:
+            norm, value = "_get_norm_groups", [infinite]
         setattr(engine.optimizer, norm, lambda *_: value)
         engine.step()
         delattr(engine.optimizer, norm)
@@ -268,11 +266,6 @@ class Engine:
         with self._gathered([parameter]):
             parameter.clamp_(low, high)
 
-    def full_parameter(self, parameter: Tensor) -> Tensor:
-        """Return the full fp32 value of a parameter, from its master if there is one."""
-        master = safe_get_full_fp32_param(parameter)
-        return (parameter.detach() if master is None else master).float().clone()
-
     def state_dict(self, slot: str | None = None) -> dict[str, Tensor]:
         """Return the full fp32 weights on the CPU in every ZeRO stage; collective.
 
@@ -281,9 +274,10 @@ class Engine:
         with self._gathered(list(self.module.parameters()), write=False):
             weights = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
         if slot is not None:
-            weights |= by_all_names(
-                self.module, {n: self.read(n, slot).cpu() for n in self.trained}
-            )
+            trained = {id(p): self.read(n, slot).cpu() for n, p in self._trained.items()}
+            # A shared parameter has several names in the state dict.
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                weights[name] = trained.get(id(parameter), weights[name])
         return weights
 
     def _gathered(self, parameters: list[Any], write: bool = True) -> Any:
@@ -305,8 +299,7 @@ class Engine:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         piece = self._piece(parameter)
-        values = self._values(piece, slot) if piece is not None else None
-        if piece is not None and values is not None:
+        if piece is not None and (values := self._values(piece, slot)) is not None:
             whole[piece.own : piece.own + piece.size] = piece.of(values)
         return (dist.sum_over_ranks(whole) if self.stage > 0 else whole).view(shape)
 
@@ -333,28 +326,14 @@ class Engine:
     @property
     def steps(self) -> int:
         """Optimizer steps as the bias correction of moments counts them."""
-        return max(
-            (int(s["step"]) for s in self._optimizer.state.values() if "step" in s), default=0
-        )
+        counts = (int(s["step"]) for s in self._optimizer.state.values() if "step" in s)
+        return max(counts, default=0)
 
     def set_steps(self, steps: int) -> None:
         """Set the number of `steps`."""
         if isinstance(self._optimizer, torch.optim.AdamW):
             for flat, state in self._optimizer.state.items():
                 state["step"] = torch.tensor(float(steps), device=flat.device)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the persistent buffers of the module, on the CPU."""
-        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        state = self.module.state_dict()
-        return {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in names}
-
-    @torch.no_grad()
-    def write_buffers(self, values: dict[str, Tensor]) -> None:
-        """Set persistent buffers; raises KeyError for an unknown name."""
-        state = self.module.state_dict()
-        for name, value in values.items():
-            state[name].copy_(value)
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -393,13 +372,3 @@ class Engine:
     def destroy(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
         self._engine.destroy()
-
-
-def by_all_names(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Repeat values of shared parameters for every name that a state dict has for them."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {
-        other: values[names[id(parameter)]]
-        for other, parameter in module.named_parameters(remove_duplicate=False)
-        if names[id(parameter)] in values
-    }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from contextlib import closing
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -14,7 +17,7 @@ from data_pipelines.stream.loader import Loaded
 from stages.base import Stage, StageModule
 from xray import dist
 from xray.config.schedule import steps_of, value_at
-from xray.errors import Preempted, TrainingError
+from xray.errors import Preempted, TrainingError, XrayError
 from xray.optim import lr_at
 from xray.training import checkpoint
 from xray.training.accumulation import Accumulator
@@ -29,16 +32,69 @@ from xray.training.step_data import (
     StepData,
     decoding_metrics,
     replaced_samples,
+    step_shape,
     training_stream,
     validation_stream,
 )
-from xray.training.step_result import StepResult
-from xray.training.step_shape import step_shape
-from xray.training.stop_signals import StopSignals
 from xray.training.telemetry import DATA, Telemetry
 from xray.training.watchdog import SAVING
 
 log = logging.getLogger("xray")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """Context in which SIGNALS set `received`, so that the run saves and stops.
+
+    A second interrupt stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._interrupted = False
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            log.info("stops after this step and saves it; interrupt again to stop at once")
+        self.received = True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics and events of a step: of this rank, or after `agreed` of all ranks."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    preempted: bool = False  # a signal asked to save and stop
+    failure: XrayError | None = None  # reading the next step's data failed
+    replaced: int = 0  # samples that could not be used
+    waited: float = 0.0  # seconds of waiting for data
+
+    def agreed(self, device: torch.device) -> StepResult:
+        """Average metrics and waiting over ranks, and combine events: the step's one all-reduce.
+
+        Raises a failure of any rank on all ranks.
+        """
+        names = sorted(self.metrics)
+        events = [self.preempted, self.failure is not None, self.replaced]
+        numbers = [*events, self.waited, *(self.metrics[name] for name in names)]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+        preempted, failed, replaced, waited, *values = dist.sum_over_ranks(sums).tolist()
+        if failed:
+            dist.agree(self.failure)
+        world = dist.world_size()
+        means = {name: value / world for name, value in zip(names, values, strict=True)}
+        return StepResult(means, preempted > 0, None, int(replaced), waited / world)
 
 
 class TrainingLoop:
@@ -175,7 +231,6 @@ class TrainingLoop:
         if logged:
             for warning in self.stage.watch(values, progress):
                 log.warning("step %d: %s", self.state.step, warning)
-            self.telemetry.restart()
 
     def _save(self, values: dict[str, float]) -> None:
         """Save a checkpoint; the seconds it takes are in the next logged line."""

@@ -73,7 +73,11 @@ class Sinks:
         if kept:
             self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
         self.file = path.open("a", buffering=1)
-        self.board = _tensorboard(out, state) if config.train.tensorboard else None
+        self.board: Any = None
+        if config.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tb"), purge_step=state.samples + 1)
         self.terminal = Terminal(name, config.steps, state.step)
 
     def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
@@ -110,12 +114,6 @@ class Sinks:
                 self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def _tensorboard(out: Path, state: TrainState) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tb"), purge_step=state.samples + 1)
 
 
 def _wandb(out: Path, config: RunConfig) -> Any:

@@ -35,9 +35,7 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
     Raises ArtifactError on every rank if one of them cannot write.
     """
     folder, failure = checkpoint / FOLDER, None
-    if dist.is_main():
-        failure = _attempt(folder.mkdir)
-    dist.agree(failure)
+    dist.on_main(folder.mkdir)
     files: dict[str, list[str]] = {}
     for number, names in enumerate(_layout(engine)):
         file = f"{number:05d}.safetensors"
@@ -51,9 +49,14 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
         files[file] = names
         if writes:  # an error is kept: the other ranks are in the next collective
             failure = _attempt(partial(_write, tensors, folder / file)) or failure
-    buffers, facts = engine.buffers(), {"version": VERSION, "steps": engine.steps}
+    facts = {"version": VERSION, "steps": engine.steps}
     index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
     if dist.is_main():
+        parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+        state = engine.module.state_dict()
+        buffers = {
+            k: v.detach().cpu().contiguous() for k, v in state.items() if k not in parameters
+        }
         failure = _attempt(partial(_write, buffers, folder / BUFFERS)) or failure
         failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
     dist.agree(failure)
@@ -72,7 +75,9 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
                 for slot in (None, *engine.slots):
                     engine.write(name, tensors.get_tensor(f"{slot or WEIGHT}/{name}"), slot)
     with _named(checkpoint / FOLDER / BUFFERS):
-        engine.write_buffers(read_buffers(checkpoint))
+        state = engine.module.state_dict()
+        for name, value in read_buffers(checkpoint).items():
+            state[name].copy_(value)
     engine.set_steps(int(index["steps"]))
 
 

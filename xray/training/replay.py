@@ -22,8 +22,7 @@ from xray.training.accumulation import Accumulator
 from xray.training.engine import Engine
 from xray.training.run import Run, samples_of
 from xray.training.state import TrainState
-from xray.training.step_data import StepData, training_stream
-from xray.training.step_shape import step_shape
+from xray.training.step_data import StepData, step_shape, training_stream
 
 FOLDER, FACTS = "bundles", "bundle.json"
 MOST = 8  # outputs and gradients that are reported

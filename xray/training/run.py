@@ -29,7 +29,7 @@ from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
 from xray.training.run_identity import check_same_run, run_record
 from xray.training.state import TrainState
-from xray.training.step_shape import check_batches
+from xray.training.step_data import check_batches
 
 log = logging.getLogger("xray")
 

@@ -61,10 +61,9 @@ class Telemetry:
         return self.throughput.rates()
 
     def report(self) -> dict[str, float]:
-        """Return peak memory and the slowest rank's time, and warn about a straggler.
-
-        Collective.
-        """
+        """Return peak memory and the slowest rank's time, warn about a straggler, and start new
+        rates. Collective."""
+        self.throughput.restart()
         values = {"memory/gb": dist.max_over_ranks(_peak_memory(self.device), self.device) / 1e9}
         if dist.world_size() > 1:
             slowest, warning = self.stragglers.compare()
@@ -72,10 +71,6 @@ class Telemetry:
             if warning is not None:
                 log.warning("step %d: %s", self._step + 1, warning)
         return values
-
-    def restart(self) -> None:
-        """Start new rates, once the line is written."""
-        self.throughput.restart()
 
 
 def _peak_memory(device: torch.device) -> float:

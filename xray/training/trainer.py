@@ -15,12 +15,10 @@ from xray.config import RunConfig
 from xray.errors import Preempted
 from xray.training import checkpoint
 from xray.training.engine import Engine
-from xray.training.loop import TrainingLoop
+from xray.training.loop import StepResult, StopSignals, TrainingLoop
 from xray.training.metrics import Sinks
 from xray.training.run import Run, named
 from xray.training.state import TrainState
-from xray.training.step_result import StepResult
-from xray.training.stop_signals import StopSignals
 from xray.training.telemetry import Telemetry
 from xray.training.watchdog import SAVING, Watchdog
 
