@@ -278,7 +278,7 @@ def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
 def test_compiling_is_refused_if_it_would_fail(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"does not go with zero.stage=3.*zero.stage to 2"):
+    with pytest.raises(ConfigError, match=r"does not work with zero.stage=3.*zero.stage to 2"):
         train("mae", demo, tmp_path / "run", "train.compile=true", "zero.stage=3")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
