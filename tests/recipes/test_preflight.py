@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from xray.commands.main import app
 from xray.errors import ArtifactError, ConfigError, DataError
-from xray.recipes.preflight import preflight
 from xray.recipes.recipe import load_recipe
+from xray.recipes.run import preflight
 from xray.training.engine import init_distributed
 
 

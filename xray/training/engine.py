@@ -24,33 +24,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed import utils
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
 from pydantic import ValidationError
 from torch import Tensor
 
 from stages.base import StageModule
-from xray import dist
+from xray import dist, optim
 from xray.config import RunConfig
 from xray.errors import ConfigError
-from xray.optim import (
-    SLOTS,
-    freeze_towers,
-    make_optimizer,
-    parameter_groups,
-    reduce_bucket,
-    set_lr,
-)
 
 AVERAGE = "ema"  # slot of the weights' moving average
 
-deepspeed_logger.setLevel(logging.ERROR)
+utils.logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19 calls these by the names they had before torch 2.14.
 warnings.filterwarnings(
     "ignore",
@@ -123,16 +109,12 @@ def _check_compiler() -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a parameter whose fp32 master and moments are on this rank.
+    """Part of a parameter whose fp32 master and moments are on this rank."""
 
-    flat: tensor that the optimizer updates. start: offset in flat; own: offset in the flattened
-    parameter; size: number of values.
-    """
-
-    flat: Tensor
-    start: int
-    own: int
-    size: int
+    flat: Tensor  # that the optimizer updates
+    start: int  # offset in flat
+    own: int  # offset in the flattened parameter
+    size: int  # number of values
 
     def of(self, flat: Tensor) -> Tensor:
         """Return a view of its values in a tensor that is laid out as `flat`."""
@@ -143,8 +125,8 @@ class Engine:
     """A stage's module and its optimizer under DeepSpeed."""
 
     def __init__(self, module: StageModule, config: RunConfig) -> None:
-        freeze_towers(module, config.optim)
-        groups = parameter_groups(module, config.optim)
+        optim.freeze_towers(module, config.optim)
+        groups = optim.parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(
                 f"stage {config.stage} has nothing to train: all parameters are frozen"
@@ -152,16 +134,19 @@ class Engine:
         if config.train.compile:
             _check_compiler()
             module.compile_blocks()
+        self.module = module
         self.stage = config.zero.stage
-        self.slots = SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
+        self.slots = optim.SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
         self._ema = config.train.ema
         self._norm: float | None = None  # of the last step's gradients
         settings = deepspeed_config(config)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket(config.zero, trained)
+        settings["zero_optimization"]["reduce_bucket_size"] = optim.reduce_bucket(
+            config.zero, trained
+        )
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=make_optimizer(groups, config.optim),
+            optimizer=optim.make_optimizer(groups, config.optim),
             config=settings,
             dist_init_required=False,
         )
@@ -171,12 +156,9 @@ class Engine:
             # Without other ranks stage 0 would copy all gradients to a buffer and back.
             self._engine.allreduce_no_retain = lambda *_, **__: None
         # Keys are the tensors that the optimizer updates: each rank averages its own part.
-        self._average = {flat: flat.clone() for flat in self._flats} if self._ema else {}
-
-    @property
-    def module(self) -> StageModule:
-        """The stage's module."""
-        return self._engine.module
+        pieces = [self._piece(p) for p in self._trained.values()] if self._ema else []
+        flats = {piece.flat for piece in pieces if piece is not None}
+        self._average = {flat: flat.clone() for flat in flats}
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -189,8 +171,7 @@ class Engine:
     def begin(self, number: int, total: int) -> None:
         """Announce micro-batch `number` of the step's `total`, which may differ between steps.
 
-        This sets the end of a step explicitly: DeepSpeed counts all micro-batches so far, which is
-        wrong once their number per step has changed.
+        DeepSpeed would count all micro-batches so far, which is wrong once their number changed.
         """
         engine = self._engine
         if engine.gradient_accumulation_steps() != total:
@@ -246,7 +227,7 @@ class Engine:
 
     def set_lr(self, lr: float, progress: float) -> None:
         """Set the lr of each parameter group for a step at a progress."""
-        set_lr(self._engine.optimizer.param_groups, lr, progress)
+        optim.set_lr(self._engine.optimizer.param_groups, lr, progress)
 
     @property
     def grad_norm(self) -> float:
@@ -258,11 +239,11 @@ class Engine:
     def clamp(self, parameter: Tensor, low: float, high: float) -> None:
         """Clamp a parameter and its fp32 master."""
         if self.stage == 3:  # the setter of full values fails for fewer elements than ranks
-            local = safe_get_local_fp32_param(parameter)
-            safe_set_local_fp32_param(parameter, local.clamp(low, high))
+            local = utils.safe_get_local_fp32_param(parameter)
+            utils.safe_set_local_fp32_param(parameter, local.clamp(low, high))
         elif self.stage > 0:
-            master = safe_get_full_fp32_param(parameter)
-            safe_set_full_fp32_param(parameter, master.clamp(low, high))
+            master = utils.safe_get_full_fp32_param(parameter)
+            utils.safe_set_full_fp32_param(parameter, master.clamp(low, high))
         with self._gathered([parameter]):
             parameter.clamp_(low, high)
 
@@ -334,12 +315,6 @@ class Engine:
         if isinstance(self._optimizer, torch.optim.AdamW):
             for flat, state in self._optimizer.state.items():
                 state["step"] = torch.tensor(float(steps), device=flat.device)
-
-    @property
-    def _flats(self) -> list[Tensor]:
-        """Tensors that the optimizer updates on this rank."""
-        pieces = (self._piece(parameter) for parameter in self._trained.values())
-        return list({id(piece.flat): piece.flat for piece in pieces if piece is not None}.values())
 
     @property
     def _optimizer(self) -> Any:
