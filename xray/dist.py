@@ -86,10 +86,9 @@ def launcher() -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Choose this rank's device (`cuda`, `cpu` or `auto`).
+    """Choose this rank's device (`cuda`, `cpu` or `auto`), before deepspeed is imported.
 
-    Call it before deepspeed is imported, which chooses one, too. Raises ConfigError if CUDA is
-    wanted and missing, or if there are fewer GPUs than processes.
+    Raises ConfigError if CUDA is wanted and missing, or if there are fewer GPUs than processes.
     """
     import torch
 
@@ -136,10 +135,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def rehearsed(world: int) -> Iterator[None]:
-    """Pretend to be rank 0 of `world` processes; collectives return immediately.
-
-    Planning uses it to count the memory and FLOPs of a step.
-    """
+    """Pretend to be rank 0 of `world` processes, for planning; collectives return immediately."""
     import torch.distributed
 
     if world == world_size():
@@ -215,10 +211,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, patience: timedelta | None = None) -> list[Any]:
-    """Gather every rank's value on every rank.
-
-    patience: time to wait for the slowest rank, if longer than for other collectives.
-    """
+    """Gather every rank's value on every rank; patience: how long to wait for the slowest."""
     if world_size() == 1:
         return [value]
     import torch.distributed as torch_dist
@@ -258,10 +251,7 @@ def together(
     patience: timedelta | None = None,
     kind: type[XrayError] = DataError,
 ) -> None:
-    """Call work on each rank, wait for all, and raise an error of one rank on all ranks.
-
-    kind: type of error that an OSError is raised as.
-    """
+    """Call work on each rank and raise an error of one on all; an OSError becomes a `kind`."""
     failure: XrayError | None = None
     try:
         work()

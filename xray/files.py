@@ -27,10 +27,10 @@ def usual_mode(path: Path) -> Iterator[None]:
 
 
 def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
-    """Lock a folder for this process until the returned file is closed or the process ends.
+    """Lock a folder until the returned file is closed or this process ends; None without locks.
 
-    Forked children do not inherit the lock. Returns None if the file system has no locks. Raises
-    ConfigError if another process holds the lock; `what` says what that process does with it.
+    Forked children do not inherit the lock. Raises ConfigError if another process holds it; `what`
+    says what that process does with the folder.
     """
     file = (folder / "lock").open("a+")
     try:

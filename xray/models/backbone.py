@@ -55,9 +55,7 @@ class Tokens(NamedTuple):
         dropped. Raises ValueError if the backbone was called without `track=True`.
         """
         if self.assign is None:
-            raise ValueError(
-                "dense() needs the token assignment: call the backbone with track=True"
-            )
+            raise ValueError("dense() needs `assign`: call the backbone with track=True")
         if not self.assign:
             return self.patches
         index = self.assign[-1][..., None].expand(-1, -1, self.patches.shape[-1])
@@ -67,13 +65,10 @@ class Tokens(NamedTuple):
 class VisionBackbone(nn.Module):
     """VisionTransformer of timm for images and clips, with a CLS token.
 
-    Args:
-        config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough.
-        resolution: image size of the position table in pixels: a side, or (height, width).
-        frames: number of frames of the position table.
-
-    The position table is interpolated for inputs of other sizes. Raises ConfigError for a timm
-    model that is not a VisionTransformer of standard blocks.
+    config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough. resolution (in
+    pixels: a side, or (height, width)), frames: size of the position table, which is interpolated
+    for other inputs. Raises ConfigError for a timm model that is not a VisionTransformer of
+    standard blocks.
     """
 
     def __init__(
@@ -96,11 +91,10 @@ class VisionBackbone(nn.Module):
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
         self.grad_checkpointing = config.grad_checkpointing
 
-        self.cls_token: nn.Parameter = (
-            nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim))
-            if vit.cls_token is None
-            else vit.cls_token
-        )
+        cls_token = vit.cls_token
+        if cls_token is None:
+            cls_token = nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim))
+        self.cls_token: nn.Parameter = cls_token
         self.reg_token = vit.reg_token
         self.pos_embed = vit.pos_embed
         self.pos_drop = vit.pos_drop
@@ -148,8 +142,7 @@ class VisionBackbone(nn.Module):
             pixels: [B, T, 3, H, W], normalised; T = 1 for images. The last frame is repeated to
                 complete the last tubelet.
             keep_rate: share of patch tokens kept at each block of `reduce_at`, or one share per
-                block. `config.keep_rate` has no effect here: it is the target of the schedule,
-                and the caller passes the current value.
+                block. `config.keep_rate` has no effect here: it is the target of the schedule.
             visible: [B, m] indices of the patch tokens to encode (masked auto-encoding), or None
                 for all. With `video: frames`, the indices are sorted by frame and each frame has
                 the same number of them.
@@ -260,10 +253,7 @@ class VisionBackbone(nn.Module):
         return self.tubelet * self.patch_size[0] * self.patch_size[1] * 3
 
     def tubelets(self, pixels: Tensor) -> Tensor:
-        """Repeat frames so that each token covers one tubelet.
-
-        [B, T, 3, H, W] -> [B, t*tubelet, 3, H, W].
-        """
+        """Repeat frames so that each token is one tubelet, [B, T, ...] -> [B, t*tubelet, ...]."""
         if self.video == "frames":
             return pixels.repeat_interleave(self.tubelet, dim=1)
         return whole_tubelets(pixels, self.tubelet)
@@ -293,11 +283,9 @@ class VisionBackbone(nn.Module):
             x = x + (spatial[:, None] + time[:, :, None]).flatten(1, 2)
         else:
             x = x + spatial.repeat(1, slots, 1)
-        prefix = (
-            self.cls_token
-            if self.reg_token is None
-            else torch.cat([self.cls_token, self.reg_token], dim=1)
-        )
+        prefix = self.cls_token
+        if self.reg_token is not None:
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
         if self.position_prefix:  # an added CLS token comes first and has no position: pad with 0
             rows = F.pad(table[:, : self.position_prefix], (0, 0, int(self.cls_added), 0))
             prefix = prefix + rows
@@ -324,14 +312,10 @@ class VisionBackbone(nn.Module):
 
 
 def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run timm's attention with SDPA and also return its queries and keys.
+    """Run timm's attention with SDPA on x [B, N, D] and also return its queries and keys.
 
-    Args:
-        attn: timm's attention module with H heads of width d.
-        x: [B, N, D].
-        bias: added to the attention logits, [B, 1, 1, N], or None.
-
-    Returns the output [B, N, D], queries and keys, each [B, H, N, d].
+    bias: added to the attention logits, [B, 1, 1, N], or None. Returns the output [B, N, D],
+    queries and keys, each [B, H, N, d].
     """
     B, N, _ = x.shape
     qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)

@@ -1,8 +1,7 @@
 """Multiply-accumulate operations (MACs) of a forward pass, counted from the modules.
 
-1 MAC = 2 FLOPs. The count includes the stem, linear layers, attention and token reduction. As in
-published tables, it excludes norms, activations and additions. A training step costs about three
-forward passes.
+1 MAC = 2 FLOPs. Counted are the stem, linear layers, attention and token reduction; as in published
+tables, not norms, activations and additions. A training step costs about three forward passes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ def vision_macs(
 ) -> int:
     """Return the MACs of encoding one image (frames = 1) or clip.
 
-    Args:
-        resolution: side or (height, width), in pixels.
-        keep_rate: share of patch tokens kept at each reducing block, or one share per block.
-        visible: number of patch tokens that a masked encoder reads; None for all.
+    resolution: side or (height, width), in pixels. visible: number of patch tokens that a masked
+    encoder reads; None for all.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     p, r = backbone.patch_size
@@ -71,10 +68,7 @@ def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
 
 
 def linear_macs(module: nn.Module, trained: bool = False) -> int:
-    """Return the MACs per token of a module's linear layers.
-
-    trained: count only layers whose weights are trained.
-    """
+    """Return the MACs per token of a module's linear layers; `trained`: only of trained ones."""
     # use the layers' feature sizes: weights that ZeRO 3 has partitioned have no elements
     return sum(
         m.in_features * m.out_features

@@ -13,10 +13,7 @@ TextHead = Literal["adapter", "linear"]
 
 
 class Normalize(nn.Module):
-    """Conversion of uint8 pixels to floats, normalised with fixed channel statistics.
-
-    mean, std: one value per channel, for pixels in [0, 1].
-    """
+    """Conversion of uint8 pixels to floats; mean, std: per channel, for pixels in [0, 1]."""
 
     mean: Tensor  # [3, 1, 1], for pixels in [0, 255]
     std: Tensor
@@ -89,10 +86,7 @@ class ResidualMlp(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """Text head of LLM2CLIP (2411.04997), [B, width] -> [B, joint], not normalised.
-
-    It normalises the sentence vector, then applies residual MLPs, a LayerNorm and a linear map.
-    """
+    """Text head of LLM2CLIP (2411.04997), [B, width] -> [B, joint], not normalised."""
 
     def __init__(self, width: int, joint: int, blocks: int) -> None:
         super().__init__()

@@ -61,15 +61,10 @@ def load_llm(
     weights: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Load a folder's decoder or encoder without its head.
+    """Load a folder's decoder or encoder without its head; of an encoder-decoder, the encoder.
 
-    For an encoder-decoder (T5), load the encoder only.
-
-    Args:
-        weights: load the weights; without them, the model is built with random ones.
-        dtype: data type of the weights.
-
-    Raises ConfigError for a folder without a usable text model or with incomplete weights.
+    weights: False builds the model with random ones. Raises ConfigError for a folder without a
+    usable text model or with incomplete weights.
     """
     from transformers import (
         MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -167,8 +162,8 @@ def quiet_transformers() -> None:
 def own_pooling(folder: Path) -> Pooling:
     """Return the pooling that a sentence encoder's folder asks for, by default the mean.
 
-    The setting is read from 1_Pooling/config.json, a file of sentence-transformers. Raises
-    ConfigError for a pooling that xray does not have.
+    It is read from 1_Pooling/config.json of sentence-transformers. Raises ConfigError for a pooling
+    that xray does not have.
     """
     modes, modules = (_json(folder / name) for name in ("1_Pooling/config.json", "modules.json"))
     names: dict[str, Pooling] = {

@@ -19,10 +19,9 @@ from xray.models.position_embedding import sincos_positions
 
 
 def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:
-    """Return the number of visible tokens, at least one.
+    """Return the number of visible tokens, at least one, rounded down as in MAE.
 
-    The number is rounded down, as in MAE: 49 of 196 at 0.75, 156 of 1568 at 0.9. For a tube mask,
-    the number of removed tokens is rounded down, as in VideoMAE: 20 visible of 196 at 0.9.
+    For a tube mask, the number of removed tokens is rounded down, as in VideoMAE.
     """
     if tube:
         return max(1, tokens - math.floor(mask_ratio * tokens + 1e-6))
@@ -44,10 +43,7 @@ class Masking(NamedTuple):
     def draw(
         self, noise: Tensor, grid: tuple[int, int, int], frames: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw masks of images (frames = 1) or clips from noise [B, noise_size].
-
-        Returns `make_mask`'s (visible, mask, ids_restore).
-        """
+        """Draw `make_mask`'s masks of images (frames = 1) or clips from noise [B, noise_size]."""
         return make_mask(noise, *self.kept(grid, frames))
 
     def kept(self, grid: tuple[int, int, int], frames: int) -> tuple[int, int]:
@@ -59,14 +55,10 @@ class Masking(NamedTuple):
 
 
 def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Make masks from noise: the `kept` positions with the lowest noise stay visible.
+    """Make masks from noise [B, positions]: the `kept` positions with the lowest stay visible.
 
-    Args:
-        noise: uniform random numbers, one per position, [B, positions].
-        kept: number of visible positions.
-        slots: number of time slots that share the mask (tubes); 1 if positions are all tokens.
-
-    Returns visible [B, m] (patch indices, slot by slot), mask [B, n], ids_restore [B, n].
+    slots: number of time slots that share the mask (tubes); 1 if positions are all tokens. Returns
+    visible [B, m] (patch indices, slot by slot), mask [B, n], ids_restore [B, n].
     """
     B, spatial = noise.shape
     shuffle = noise.argsort(dim=1, stable=True)
@@ -79,10 +71,7 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
 
 
 def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
-    """Cut pixels into patches, [B, T, 3, H, W] -> [B, n, tubelet*p*p*3], time slot by slot.
-
-    T must be a multiple of `tubelet`.
-    """
+    """Cut pixels into patches, [B, t*tubelet, 3, H, W] -> [B, n, tubelet*p*p*3], slot by slot."""
     B, T, C, H, W = pixels.shape
     (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
     x = pixels.reshape(B, t, tubelet, C, h, p, w, r)
@@ -108,10 +97,8 @@ def normalize_patches(patches: Tensor) -> Tensor:
 class MaeDecoder(nn.Module):
     """Decoder that predicts every patch from the visible tokens (MAE, 2111.06377).
 
-    Args:
-        width: width D of the encoder's tokens.
-        outputs: values predicted per patch.
-        dim, depth, heads: width, blocks and attention heads of the decoder.
+    width: of the encoder's tokens. outputs: values predicted per patch. dim, depth, heads: width,
+    blocks and attention heads of the decoder.
     """
 
     def __init__(self, width: int, outputs: int, dim: int, depth: int, heads: int) -> None:

@@ -13,8 +13,7 @@ LEVELS = 8  # the ratio rises in this many steps, so that compiled graphs see fe
 def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progress: float) -> float:
     """Return the share of tokens removed at a training progress in [0, 1].
 
-    The share is 0 before `span`, rises inside it in LEVELS steps, is `ratio` after it, and is 0
-    again from `until` on.
+    It rises from 0 to `ratio` inside `span` in LEVELS steps, and is 0 again from `until` on.
     """
     start, end = span
     if progress < start or progress >= until:

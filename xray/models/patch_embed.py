@@ -34,9 +34,8 @@ class Geometry(NamedTuple):
 class TubeletConv(nn.Conv3d):
     """Convolution over tubelets, [B, T, 3, H, W] -> [B, n, D], time slot by slot.
 
-    An image (T = 1) is treated as a tubelet of repeated frames. The output for repeated frames is
-    that of the kernels summed over time, so an image costs one 2-d convolution. With kernels from
-    `inflate`, an image gives exactly the output of timm's stem.
+    An image (T = 1) is treated as a tubelet of repeated frames: one 2-d convolution with the
+    kernels summed over time. With kernels from `inflate` it equals timm's stem.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -69,10 +68,7 @@ class TubeletEmbed(nn.Module):
 
 
 def inflate(kernel: Tensor, tubelet: int) -> Tensor:
-    """Repeat a 2-d kernel over time and divide by `tubelet`: [D, 3, p, p] -> [D, 3, tubelet, p, p].
-
-    A clip of equal frames then gives the same output as the image.
-    """
+    """Repeat a 2-d kernel over time and divide it: [D, 3, p, p] -> [D, 3, tubelet, p, p]."""
     return (kernel / tubelet)[:, :, None].expand(-1, -1, tubelet, -1, -1).contiguous()
 
 

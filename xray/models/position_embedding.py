@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """Embed positions, [N] -> [N, width]: sines, then cosines.
-
-    The frequencies are 10000^(-i / (width/2)) for i from 0 to width/2 - 1.
-    """
+    """Embed positions, [N] -> [N, width]: sines, then cosines."""
     rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
     rates = 10000 ** (-rates / (width / 2))
     angles = positions[:, None].float() * rates
@@ -22,8 +19,8 @@ def sincos_positions(
 ) -> Tensor:
     """Embed the positions of a grid (t, h, w), [t*h*w, width]; width is a multiple of 4.
 
-    Half of the channels encode rows, half encode columns. A time embedding is added to all
-    channels. It is zero in the first slot, so that an image equals a clip's first slot.
+    Half of the channels encode rows, half columns. A time embedding, zero in the first slot, is
+    added to all channels: an image equals a clip's first slot.
     """
     t, h, w = grid
     ticks = torch.arange(max(grid), device=device)

@@ -19,12 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TextTower(nn.Module):
     """Language model, optionally with LoRA, whose pooled hidden states encode a caption.
 
-    Args:
-        config: the text section, with `pooling` set.
-        folder: the model's folder.
-        weights: load the base weights; without them, `load_changes` must provide all weights.
-
-    Raises ConfigError if the model does not support `config.attention` or `config.max_length`.
+    weights: load the folder's weights; without them, `load_changes` must provide all. Raises
+    ConfigError if the model does not support `config.attention` or `config.max_length`.
     """
 
     def __init__(self, config: TextConfig, folder: Path, weights: bool = True) -> None:
@@ -88,11 +84,7 @@ class TextTower(nn.Module):
         return {name: t for name, t in state.items() if self.tunes_base or is_added(name)}
 
     def load_changes(self, state: Mapping[str, Tensor], origin: str) -> None:
-        """Load the entries that `changes` returned.
-
-        origin: source of the entries, for the error message. Raises ArtifactError if the entries
-        do not fit this tower.
-        """
+        """Load the entries that `changes` returned; origin: their source, for the ArtifactError."""
         current = self.state_dict()
         wrong = [k for k in state if k not in current or current[k].shape != state[k].shape]
         missing = [k for k in current if is_added(k) and k not in state]
@@ -129,10 +121,7 @@ class LatentPooler(nn.Module):
 
 
 def merge_lora(llm: nn.Module) -> nn.Module:
-    """Merge the LoRA weights into the base weights in fp32 and remove the LoRA layers.
-
-    The model is changed in place and returned.
-    """
+    """Merge the LoRA weights into the base weights in fp32, in place, and return the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [(name, m) for name, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]

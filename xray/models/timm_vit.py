@@ -78,10 +78,7 @@ def _unsupported(vit: Any) -> str:
 
 @torch.no_grad()
 def _start_weights(vit: VisionTransformer) -> None:
-    """Initialise linear layers and the stem with Xavier-uniform weights.
-
-    Their standard deviation depends on the width; timm's 0.02 suits widths of 1000 and more.
-    """
+    """Initialise linear layers and the stem as Xavier does; timm's 0.02 suits widths of 1000."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

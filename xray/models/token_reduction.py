@@ -1,10 +1,8 @@
 """Token reduction inside chosen blocks: fewer tokens after the attention, without parameters.
 
-All methods have one interface, `reduce(x, q, k, state, spec) -> (x, state)`. It is called after the
-attention residual and before the MLP. x: [B, P + n, D] with P prefix tokens (CLS first), q and k:
-[B, H, P + n, d].
-
-Shapes: B batch, n patch tokens, P prefix tokens, D width, H heads, d head width, N0 input tokens.
+All methods have one interface, `reduce(x, q, k, state, spec) -> (x, state)`, called between the
+attention residual and the MLP. Shapes: x [B, P + n, D], q and k [B, H, P + n, d], for B samples, P
+prefix tokens (CLS first), n patch tokens, width D, H heads of width d; N0 input tokens.
 """
 
 from __future__ import annotations
@@ -50,8 +48,8 @@ def kept_tokens(tokens: int, rate: float) -> int:
 def rate_at(progress: float, keep_rate: float, levels: int, span: list[float]) -> float:
     """Return the keep rate at a training progress in [0, 1].
 
-    The rate falls from 1 to `keep_rate` over `span` along a half cosine, in `levels` steps. Steps
-    limit the number of different token counts, and the last step is exactly the target.
+    The rate falls from 1 to `keep_rate` over `span` along a half cosine, in `levels` steps, which
+    limit the number of different token counts.
     """
     start, end = span
     share = 1.0 if progress >= end else max((progress - start) / max(end - start, 1e-12), 0.0)
@@ -69,10 +67,7 @@ def keep_rate_at(model: ModelConfig, progress: float) -> KeepRate:
 
 
 def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
-    """Return the CLS token's attention to each patch token, averaged over heads, [B, n].
-
-    The attention is computed in fp32, or in fp64 for fp64 inputs.
-    """
+    """Return CLS's attention to each patch token, averaged over heads, [B, n], in fp32 or fp64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         row = q[:, :, :1].to(dtype) @ k.to(dtype).transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -97,7 +92,6 @@ def evit(
     """Keep the tokens that CLS attends to most and fuse the others into one (EViT, 2202.07800).
 
     The fused token is the sum of the others, weighted by their attention without renormalisation.
-    Later reducing blocks treat it like any other token.
     """
     attention = cls_attention(q, k, spec.prefix)
     return _keep(x, attention, attention, state, spec)
@@ -106,10 +100,7 @@ def evit(
 def random(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Reduce like EViT with a random choice of tokens, as the control.
-
-    In evaluation mode, the choice is fixed and equal for all samples.
-    """
+    """Reduce like EViT with a random choice of tokens, as the control; fixed in evaluation."""
     attention = cls_attention(q, k, spec.prefix)
     if spec.training:
         scores = torch.rand_like(attention)
@@ -123,10 +114,7 @@ def random(
 def _keep(
     x: Tensor, scores: Tensor, attention: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Keep the `spec.kept` patch tokens with the highest scores, best first; fuse or drop the rest.
-
-    scores, attention: [B, n].
-    """
+    """Keep the patch tokens with the highest scores [B, n], best first; fuse or drop the rest."""
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     index = scores.topk(spec.kept, dim=1).indices  # [B, k]
     patches = x[:, P:]
@@ -150,8 +138,7 @@ def tome(
 
     Each token at an even position of the sequence is matched to the most similar token at an odd
     position, by the cosine of the keys' mean over heads. The most similar pairs are merged into
-    size-weighted means. Prefix tokens are not merged. Raises ConfigError if the reduction needs
-    more merges than there are pairs.
+    size-weighted means. Raises ConfigError if there are fewer pairs than merges.
     """
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     merges = n - (spec.kept + spec.fuse)
@@ -198,10 +185,7 @@ def tome(
 
 
 def size_bias(state: TokenState, dtype: torch.dtype) -> Tensor | None:
-    """Return ToMe's proportional attention bias, the log size of each key, [B, 1, 1, N].
-
-    The bias is added to the attention logits. Returns None before any merge.
-    """
+    """Return ToMe's bias of the attention logits: each key's log size, [B, 1, 1, N], or None."""
     return None if state.sizes is None else state.sizes.log()[:, None, None].to(dtype)
 
 

@@ -21,9 +21,8 @@ TOKENS = ("input_ids", "attention_mask", "pooled_mask")
 class CaptionTokenizer:
     """Tokenizer of a model's folder, with the prompt and the maximum length of a text section.
 
-    The prompt is put before every caption. The model reads it, but its tokens are not pooled
-    (LLM2CLIP, 2411.04997). Raises ConfigError for a folder without a usable tokenizer, and for a
-    prompt that leaves no tokens to captions.
+    The model reads the prompt before every caption, but its tokens are not pooled (LLM2CLIP,
+    2411.04997). Raises ConfigError without a usable tokenizer, and for a prompt that is too long.
     """
 
     def __init__(self, folder: Path, config: TextConfig) -> None:
@@ -43,19 +42,14 @@ class CaptionTokenizer:
 
     @property
     def largest_id(self) -> int:
-        """Largest token id that a caption can contain.
-
-        It covers the vocabulary, padding and the special tokens put around a caption, but not
-        additional tokens that no caption contains.
-        """
+        """Largest token id of a caption with the special tokens around it and padding."""
         used = [self.tokenizer.vocab_size - 1, self.tokenizer.pad_token_id]
         return max([*used, *self.tokenizer("a")["input_ids"]])
 
     def __call__(self, captions: Sequence[str]) -> TokenIds:
         """Tokenize C captions into `input_ids`, `attention_mask` and `pooled_mask`, each [C, L].
 
-        Rows are padded on the right. `pooled_mask` is 0 for padding and for all tokens up to the
-        end of the prompt.
+        Rows are padded on the right. `pooled_mask` is 0 for padding and the prompt.
         """
         encoded = self.tokenizer(
             [self.prompt + caption for caption in captions],

@@ -85,12 +85,7 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
     parameters that timm's models do not have (an added CLS token, clip positions, frame pooling)
     keep their initial values if absent.
 
-    Args:
-        backbone: the model to load into.
-        state: weights by parameter name.
-        origin: source of the weights, for messages.
-
-    Raises ArtifactError that names the first difference.
+    origin: source of the weights, for messages. Raises ArtifactError with the first difference.
     """
     state = dict(state)
     current = backbone.state_dict()
@@ -134,10 +129,7 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
 
 
 def _adapt_time(state: dict[str, Tensor], current: Mapping[str, Tensor], origin: str) -> None:
-    """Fit the clip positions in `state` to the model.
-
-    They are resized in time, set to zero if absent, and dropped if the model has none.
-    """
+    """Resize clip positions in time, set absent ones to zero, drop those that the model lacks."""
     loaded, target = state.pop("pos_temporal", None), current.get("pos_temporal")
     if target is None:
         if loaded is not None:

@@ -1,8 +1,4 @@
-"""Forward and backward of a step's micro-batches through the engine.
-
-The loss of a micro-batch is its own, or, if the stage's loss spans the batch and the block is
-split, that of the whole block (see gradient_cache.py).
-"""
+"""Forward and backward of a step's micro-batches through the engine."""
 
 from __future__ import annotations
 

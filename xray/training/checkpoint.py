@@ -104,10 +104,7 @@ def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: Trai
 
 
 def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
-    """Write the engine and the state under a temporary name, then rename. Collective.
-
-    Raises ArtifactError on every rank if one cannot write.
-    """
+    """Write the engine and the state. Collective; raises ArtifactError on every rank."""
     temporary = target.with_name(f"tmp-{target.name}")
 
     def begin() -> None:

@@ -12,7 +12,7 @@ from xray.config import TrainConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
 from xray.training.checkpoint import complete_checkpoints, ranked, read_state, step_of
-from xray.training.metrics import read_metrics
+from xray.training.metrics import STATE_KEYS, read_metrics
 from xray.training.portable_state import read_buffers, read_weights
 from xray.training.run import Run
 
@@ -22,8 +22,7 @@ Weights = Literal["last", "ema"]
 def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
     """Open the run of a folder by its config.yaml; overrides: for example, a new data.root.
 
-    Raises ArtifactError if the folder holds no run, ConfigError if the overrides make it another
-    one, and what Run.open raises.
+    Raises ArtifactError without a run, ConfigError if the overrides make it another one.
     """
     if not (folder / "config.yaml").is_file():
         raise ArtifactError(f"{folder} holds no run: it has no config.yaml")
@@ -37,10 +36,7 @@ def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
 
 
 def choose(folder: Path, which: str, train: TrainConfig) -> Path:
-    """Choose a run's checkpoint: of a step, the `last`, or the `best` by train.best_by.
-
-    Raises ArtifactError that lists the run's checkpoints if there is none.
-    """
+    """Choose a run's checkpoint: of a step, `last`, or `best`; else ArtifactError lists them."""
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if which == "best":
         matching = ranked(checkpoints, train)[:1]
@@ -73,8 +69,7 @@ def export_checkpoint(
     for name, parameter in own.items():
         parameter.data.copy_(trained[name])
     rows = read_metrics(folder / "metrics.jsonl")
-    metrics = next((dict(row) for row in rows if row["step"] == state.step), {})
-    for name in ("step", "samples", "seconds"):
-        metrics.pop(name, None)
+    row = next((row for row in rows if row["step"] == state.step), {})
+    metrics = {name: value for name, value in row.items() if name not in STATE_KEYS}
     run.write_artifact(out, module, module.state_dict(), state, metrics, weights)
     return open_artifact(out)

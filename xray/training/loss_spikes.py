@@ -25,8 +25,8 @@ class SpikeDetector:
     def skips(self, loss: float) -> bool:
         """Add the loss of the coming update to the statistics; returns True to skip the update.
 
-        A skipped loss leaves the statistics as they are. A spike that is not skipped counts as a
-        loss at the threshold. Raises TrainingError for too many skipped steps in a row.
+        A spike that is not skipped counts as a loss at the threshold. Raises TrainingError for too
+        many skipped steps in a row.
         """
         train, losses = self.run.config.train, self.state.losses
         deviation = losses.deviation(loss)

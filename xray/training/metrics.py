@@ -33,7 +33,7 @@ from xray.training.state import TrainState
 
 log = logging.getLogger("xray")
 console = Console(stderr=True, highlight=False)
-_STATE = ("step", "samples", "seconds")
+STATE_KEYS = ("step", "samples", "seconds")  # in a line of metrics.jsonl, beside the metrics
 
 
 def check_sinks(config: TrainConfig) -> None:
@@ -54,8 +54,7 @@ def check_sinks(config: TrainConfig) -> None:
 class Sinks:
     """Writer of a run's metrics on rank 0, without lines after the step that the run resumes from.
 
-    Raises, on every rank, ConfigError if wandb does not start, ArtifactError if files cannot be
-    written.
+    Raises on every rank: ConfigError if wandb does not start, ArtifactError if it cannot write.
     """
 
     def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
@@ -71,7 +70,7 @@ class Sinks:
         kept = lines_up_to(path, state.step)
         write_text(path, "".join(kept))
         if kept:
-            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in _STATE}
+            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in STATE_KEYS}
         self.file = path.open("a", buffering=1)
         self.board: Any = None
         if config.train.tensorboard:

@@ -30,9 +30,8 @@ LAST = ("COMPLETE", "manifest.json")  # file that completes a folder
 class Mirror:
     """Mirror of one stage's run, used on rank 0.
 
-    Files are copied in a thread during training. A failure is logged and retried with the next
-    checkpoint: a lost mirror does not end a run. Checkpoints that an earlier machine copied are
-    never removed.
+    A thread copies files during training. A failure is logged and retried with the next checkpoint.
+    Checkpoints that an earlier machine copied are never removed.
     """
 
     def __init__(self, url: str, stage: str, out: Path) -> None:
@@ -54,7 +53,7 @@ class Mirror:
             self._thread = None
 
     def holds(self, check: Callable[[Path], None]) -> bool:
-        """Return True if the URL holds a run; check gets a folder with its run.json.
+        """Return True if the URL holds a run, after `check` of a folder with its run.json.
 
         Raises DataError if the URL cannot be reached, and what check raises.
         """
@@ -143,7 +142,7 @@ class Mirror:
         self._try(put)
 
     def _get(self, folder: str) -> None:
-        """Fetch a folder under a temporary name, then rename it."""
+        """Fetch a folder completely, or not at all."""
         target = self.out / folder
         path = self._path(folder)
         with replacing(target, target.with_name(f"tmp-{target.name}")) as temporary:

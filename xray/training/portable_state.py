@@ -30,10 +30,7 @@ WEIGHT = "weight"
 
 
 def save_portable(engine: Engine, checkpoint: Path) -> None:
-    """Write the state to a checkpoint's folder; collective.
-
-    Raises ArtifactError on every rank if one of them cannot write.
-    """
+    """Write the state to a checkpoint; collective. Raises ArtifactError on every rank."""
     folder, failure = checkpoint / FOLDER, None
     dist.on_main(folder.mkdir)
     files: dict[str, list[str]] = {}

@@ -72,8 +72,7 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     """Repeat a bundle's step without changing weights. Collective.
 
     Returns its values as means over ranks, which equal those of the run, and the names of outputs
-    and gradients that were not finite, in order of appearance. Raises ConfigError for another
-    world size than the bundle's.
+    and gradients that were not finite, in order. Raises ConfigError for another world size.
     """
     facts, config = read_bundle(path), run.config
     if facts["world"] != dist.world_size():

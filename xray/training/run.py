@@ -83,12 +83,10 @@ class Run:
     def out(self) -> Path:
         return Path(self.config.out)
 
-    def check_folder(self) -> None:
-        """Raise ConfigError if the folder holds another run."""
-        self._check(self.out, str(self.out))
-
-    def _check(self, folder: Path, place: str) -> None:
-        check_same_run(folder, self.record, identity(type(self.config)()), place)
+    def check_folder(self, folder: Path | None = None, place: str = "") -> None:
+        """Raise ConfigError if the run's folder, or a copy of one at a place, is another run's."""
+        folder = folder or self.out
+        check_same_run(folder, self.record, identity(type(self.config)()), place or str(folder))
 
     def restore(self) -> None:
         """Check the folder and the mirror, and fetch a mirrored run into a new folder. Collective.
@@ -107,7 +105,7 @@ class Run:
     def _fetch(self, mirror: Mirror) -> None:
         begun = (self.out / "run.json").exists()
         try:
-            mirrored = mirror.holds(lambda folder: self._check(folder, mirror.url))
+            mirrored = mirror.holds(lambda folder: self.check_folder(folder, mirror.url))
         except DataError as error:
             if not begun:
                 raise

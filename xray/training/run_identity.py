@@ -17,25 +17,18 @@ from xray.files import sha256_file
 
 
 def run_record(
-    stage: Stage,
-    config: RunConfig,
-    sources: Mapping[str, Source],
-    parents: Mapping[str, Artifact],
+    stage: Stage, config: RunConfig, sources: Mapping[str, Source], parents: Mapping[str, Artifact]
 ) -> dict[str, Any]:
     """Return the record of everything that determines a run's result."""
+    weights = Path(config.model.pretrained)
+    pretrained = {"pretrained": sha256_file(weights)} if weights.is_file() else {}
     return {
         "stage": stage.name,
         "config": identity(config),
         "data": {name: source.digest for name, source in sorted(sources.items())},
         "parents": {slot: artifact.digest for slot, artifact in parents.items()},
-        "inputs": {**stage.inputs(), **_pretrained(config)},
+        "inputs": {**stage.inputs(), **pretrained},
     }
-
-
-def _pretrained(config: RunConfig) -> dict[str, str]:
-    """Return the hash of the weights that a backbone starts from, if they are a file."""
-    path = Path(config.model.pretrained)
-    return {"pretrained": sha256_file(path)} if path.is_file() else {}
 
 
 def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:

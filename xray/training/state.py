@@ -29,10 +29,7 @@ class LossStatistics:
         self.steps += 1
 
     def deviation(self, loss: float) -> float:
-        """Return how many standard deviations a loss is above the mean; 0 during the warm-up.
-
-        The standard deviation counts as at least 1 % of the mean.
-        """
+        """Return how many standard deviations, at least 1 % of the mean, a loss is above it."""
         if self.steps < WARM_UP:
             return 0.0
         return (loss - self.mean) / max(self.variance**0.5, 0.01 * abs(self.mean), 1e-12)

@@ -19,8 +19,7 @@ class Stragglers:
     """Each rank's own time per step since the last comparison, and the slowest rank.
 
     A rank's own time is waiting for data and the forward passes of its towers: in the rest of a
-    step ranks wait for each other, so that all of them take equally long. Under ZeRO 3 forward
-    passes gather parameters from all ranks, so that only slow data loading shows.
+    step ranks wait for each other, under ZeRO 3 also in forward passes.
     """
 
     def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:

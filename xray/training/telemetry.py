@@ -21,10 +21,7 @@ DATA = "waiting for data"
 
 
 class Telemetry:
-    """Meters of a run's steps: `begin` a step, `mark` each of its phases, `end` it.
-
-    Rates cover the steps since the last `report`.
-    """
+    """Meters of a run's steps: `begin` a step, `mark` its phases, `end` it, `report` some."""
 
     def __init__(
         self, stage: Stage, module: StageModule, device: torch.device, watchdog: Watchdog

@@ -1,8 +1,4 @@
-"""Throughput of training: rates over the steps since the last logged line.
-
-Validation, logging and saving are left out. `data/wait` is the share of that time spent waiting for
-data, as a mean over ranks.
-"""
+"""Throughput of training since the last logged line, without validation, logging and saving."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # code in which a rank wa
 class Watchdog:
     """Thread that ends a run without progress.
 
-    The training loop reports its phases with `at`. If none is reported for `patience` seconds,
-    every rank writes its phase and the stacks of its threads to `stuck/rank_00000.*`, the lowest
-    rank that is alive prints a verdict, and all exit with code 1. A patience of 0 disables it.
+    If `at` reports no new phase for `patience` seconds, every rank writes its phase and its
+    threads' stacks to `stuck/rank_00000.*`, the lowest rank alive prints a verdict, and all exit
+    with code 1. A patience of 0 disables it.
     """
 
     def __init__(self, out: Path, patience: float) -> None:
@@ -57,19 +57,17 @@ class Watchdog:
             self._write()
             time.sleep(GRACE + self.patience / 5)
             known = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+            line = ""
             if known and known[0]["rank"] == dist.rank():
                 line = verdict(known, dist.world_size(), seconds, self.folder)
-                print(f"xray: {line}", file=sys.stderr, flush=True)
         except OSError as error:
-            print(
-                f"xray: no progress for {seconds:.0f} s at step {self._step + 1}, rank "
-                f"{dist.rank()} is in {self._place}; {self.folder} cannot be written: {error}",
-                file=sys.stderr,
-                flush=True,
+            line = (
+                f"no progress for {seconds:.0f} s at step {self._step + 1}, rank {dist.rank()} is "
+                f"in {self._place}; {self.folder} cannot be written: {error}"
             )
-        time.sleep(
-            1.0
-        )  # the printing rank needs it: a launcher ends all ranks when the first one exits
+        if line:
+            print(f"xray: {line}", file=sys.stderr, flush=True)
+        time.sleep(1.0)  # for the printing rank: a launcher ends all ranks when the first one exits
         os._exit(1)
 
     def _write(self) -> None:
