@@ -43,6 +43,9 @@ class Job:
     slot: int
     started: float = field(default_factory=time.monotonic)
 
+    def __str__(self) -> str:
+        return f"{self.trial.arm}, seed {self.trial.seed}"
+
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[IO[str]]:
@@ -76,10 +79,8 @@ def visible_gpus() -> list[str]:
 class Jobs:
     """Scheduler of trials; two trials with a common unfinished stage run never run together.
 
-    Args:
-        out: the ablation's folder.
-        at_once: number of concurrent trials; 0 = one per GPU, or one without GPUs.
-        lock: the lock file of `out`, inherited by the trials' processes.
+    at_once: number of concurrent trials; 0 = one per GPU, or one without GPUs. lock: the lock file
+    of the ablation's folder `out`, inherited by the trials' processes.
     """
 
     def __init__(self, out: Path, at_once: int, lock: IO[Any]) -> None:
@@ -88,6 +89,7 @@ class Jobs:
         self.at_once = at_once or max(1, len(self.gpus))
         self.running: list[Job] = []
         self.failures: list[Failure] = []
+        self.ended, self.total, self.started = 0, 0, time.monotonic()
         self.stopped = False
 
     def run(self, trials: Sequence[Trial]) -> list[Failure]:
@@ -96,20 +98,21 @@ class Jobs:
         After a signal, all running trials save a checkpoint; then Preempted is raised.
         """
         waiting = [trial for trial in trials if not trial.finished()]
-        last_printed = time.monotonic()
+        self.total, self.started = len(waiting), time.monotonic()
+        last_printed = self.started
         previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
-            progress = Progress(len(waiting))
             while self.running or (waiting and not self.stopped):
                 while not self.stopped and (chosen := self._next(waiting)) is not None:
                     waiting.remove(chosen)
                     self._start(chosen)
                 time.sleep(POLL_SECONDS)
                 for job in [job for job in self.running if job.process.poll() is not None]:
-                    self._end(job, progress)
+                    self._end(job)
                 if time.monotonic() - last_printed > LINE_SECONDS:
                     last_printed = time.monotonic()
-                    progress.print_running(self.running)
+                    for job in self.running:
+                        _print(f"     {job}: {last_line(job.trial)}")
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -151,7 +154,8 @@ class Jobs:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
         return env
 
-    def _end(self, job: Job, progress: Progress) -> None:
+    def _end(self, job: Job) -> None:
+        """Record that a trial ended, and print its duration or exit code and the time left."""
         self.running.remove(job)
         self._write_processes()
         code, trial = job.process.returncode, job.trial
@@ -159,7 +163,12 @@ class Jobs:
             write_text(trial.folder / "done.json", json.dumps({"key": trial.key}))
         elif not self.stopped:
             self.failures.append(Failure(trial, code, last_line(trial)))
-        progress.print_ended(job, code)
+        now = time.monotonic()
+        self.ended += 1
+        left = (self.total - self.ended) * (now - self.started) / self.ended
+        result = f"done in {now - job.started:.0f} s" if code == 0 else f"failed with code {code}"
+        eta = f"  eta {left:.0f} s" if left else ""
+        _print(f"{self.ended}/{self.total}  {job}: {result}{eta}")
 
     def _write_processes(self) -> None:
         pids = [os.getpid(), *(job.process.pid for job in self.running)]
@@ -169,27 +178,6 @@ class Jobs:
         self.stopped = True
         for job in self.running:
             job.process.send_signal(signal.SIGTERM)
-
-
-class Progress:
-    """Progress lines on stderr: ended trials, running trials and an estimate of the time left."""
-
-    def __init__(self, total: int) -> None:
-        self.done, self.total, self.started = 0, total, time.monotonic()
-
-    def print_ended(self, job: Job, code: int) -> None:
-        """Print that a trial ended, with its duration or its exit code."""
-        now = time.monotonic()
-        self.done += 1
-        left = (self.total - self.done) * (now - self.started) / self.done
-        result = f"done in {now - job.started:.0f} s" if code == 0 else f"failed with code {code}"
-        eta = f"  eta {left:.0f} s" if left else ""
-        _print(f"{self.done}/{self.total}  {job.trial.arm}, seed {job.trial.seed}: {result}{eta}")
-
-    def print_running(self, running: Sequence[Job]) -> None:
-        """Print the last log line of every running trial."""
-        for job in running:
-            _print(f"     {job.trial.arm}, seed {job.trial.seed}: {last_line(job.trial)}")
 
 
 def last_line(trial: Trial) -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +63,21 @@ def write_comparison(
     return tables, path
 
 
+@dataclass
 class Page:
-    """Content of the report: tables, plots, texts and rows of the files.
+    """Content of the report: tables, plots, texts and rows of the files."""
 
-    Args:
-        metrics: names of the compared metrics.
-        cells: the comparison, by arm and metric.
-        chance: chance level by metric; nan if a metric has none.
-        flops: training FLOPs by stage run.
-    """
+    ablation: Ablation
+    outcomes: Sequence[Outcome]
+    metrics: Sequence[str]  # those that are compared
+    cells: Comparison
+    chance: dict[str, float]  # chance level by metric; nan if a metric has none
+    flops: Flops
 
-    def __init__(
-        self,
-        ablation: Ablation,
-        outcomes: Sequence[Outcome],
-        metrics: Sequence[str],
-        cells: Comparison,
-        chance: dict[str, float],
-        flops: Flops,
-    ) -> None:
-        self.ablation, self.outcomes, self.metrics = ablation, outcomes, metrics
-        self.cells, self.chance, self.flops = cells, chance, flops
-        self.baseline = ablation.config.baseline
+    @property
+    def baseline(self) -> str:
+        """Name of the arm that the others are compared with."""
+        return self.ablation.config.baseline
 
     def results(self) -> ResultTable:
         """Make the table of means and standard deviations by arm, with a row for chance."""
@@ -117,13 +111,8 @@ class Page:
     def cost(self) -> ResultTable:
         """Make the table of the cost of one run by arm, including shared stages."""
         stages = [s for s in STAGES if any(s in t.keys for t in self.ablation.trials)]
-        columns = (
-            "arm",
-            *(f"{s} samples" for s in stages),
-            "pictures and clips",
-            "TFLOP",
-            "seconds",
-        )
+        samples_of_stages = (f"{s} samples" for s in stages)
+        columns = ("arm", *samples_of_stages, "pictures and clips", "TFLOP", "seconds")
         table = ResultTable("Cost of a run", columns)
         for arm in self.ablation.arms:
             outcomes = [o for o in self.outcomes if o.arm == arm]
@@ -154,10 +143,7 @@ class Page:
     # numbers --------------------------------------------------------------------------------------
 
     def _percent(self, metric: str) -> bool:
-        """Return True if a metric is a share, shown in %.
-
-        Shares are the metrics with a chance level, except the median rank.
-        """
+        """Return True if a metric is a share, shown in %: it has a chance level and is no rank."""
         return not math.isnan(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:

@@ -13,8 +13,7 @@
 
 An arm's settings override the command line, and the command line overrides `common`.
 `match_samples: ARM` lengthens an arm's last stage so that all its stages together see as many
-images and clips as those of ARM. Runs with the same seed and data section see the same samples in
-the same order.
+images and clips as those of ARM.
 """
 
 from __future__ import annotations
@@ -116,10 +115,7 @@ def _config(name: str, content: dict[str, Any], overrides: dict[str, Any]) -> Ab
 
 
 def check_fixed(layer: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError if a layer sets keys that the ablation sets for each run.
-
-    where: prefix of the error message.
-    """
+    """Raise ConfigError, prefixed by `where`, for keys that the ablation sets for each run."""
     keys = [key for key, _ in flatten(layer)]
     fixed = [*FIXED, *(f"{stage}.{key}" for stage in STAGES for key in ("out", "seed"))]
     for key in [key for key in fixed if key in keys]:
@@ -162,9 +158,7 @@ def _listed_arms(settings: Mapping[str, Any], where: str) -> dict[str, dict[str,
     for path, value in settings.items():
         name, _, key = path.partition(".")
         if not re.fullmatch(r"[\w+-]+", name):
-            raise ConfigError(
-                f"{where}: arm name {name!r} must consist of letters, digits, _, + and -"
-            )
+            raise ConfigError(f"{where}: arm name {name!r} must be of letters, digits, _, + and -")
         arm = arms.setdefault(name, {})
         if key:
             arm[key] = value
@@ -187,8 +181,7 @@ def _axes_arms(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     arms: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*axes.values()) if axes else ():
         settings = dict(zip(axes, values, strict=True))
-        parts = [f"{short[key]}={_word(value)}" for key, value in settings.items()]
-        name = ",".join(parts)
+        name = ",".join(f"{short[key]}={_word(value)}" for key, value in settings.items())
         if name in arms:
             raise ConfigError(f"axes give arm {name} twice: remove the repeated value")
         arms[name] = settings

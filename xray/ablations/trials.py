@@ -24,7 +24,7 @@ from xray.ablations.spec import AblationConfig, check_fixed, nest, read_ablation
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
-from xray.config.identity import hash_json, identity, to_dict
+from xray.config.identity import hash_json, identity
 from xray.errors import ConfigError
 from xray.files import write_text
 from xray.recipes.recipe import Recipe, recipe_layers, resolve_recipe
@@ -50,7 +50,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Hash of everything that determines the results: stage runs and evaluation settings."""
-        evaluation = to_dict(self.recipe.eval), self.recipe.root
+        evaluation = dataclasses.asdict(self.recipe.eval), self.recipe.root
         return hash_json([list(self.keys.values()), *evaluation])
 
     def missing(self) -> list[str]:
@@ -158,10 +158,7 @@ def _trial(
 
 
 def _inputs(run: RunConfig) -> dict[str, str]:
-    """Return a stage's input paths, which the hash needs beside the stage's identity.
-
-    The identity leaves paths out. In an ablation, arms may differ in a path only.
-    """
+    """Return a stage's input paths: its identity leaves them out, but arms may differ in one."""
     models = stage_class(run.stage)(run).models()
     return {"data": run.data.root, "weights": run.model.pretrained, **models}
 
@@ -174,7 +171,7 @@ def _share_llm(recipe: Recipe, out: Path) -> dict[str, Any]:
     prepared = recipe.prepare.llm
     if prepared is None:
         return {}
-    settings = {**to_dict(prepared), "path": "", "root": recipe.root}
+    settings = {**dataclasses.asdict(prepared), "path": "", "root": recipe.root}
     before, prepared.path = prepared.path, str(out / "llms" / hash_json(settings)[:12])
     layer: dict[str, Any] = {"prepare": {"llm": {"path": prepared.path}}}
     for run in recipe.runs:

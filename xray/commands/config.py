@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,6 @@ def show_config(
 
     from stages import STAGES, stage_class
     from xray.config import loading as cfg
-    from xray.config.identity import to_dict
     from xray.evaluation.config import EvalConfig
 
     given = cfg.parse_overrides(overrides or [])
@@ -35,7 +35,7 @@ def show_config(
         recipe = load_recipe(name, overrides or [])
         sections = {config.stage: config for config in recipe.runs} | {"eval": recipe.eval}
     for key, section in sections.items():
-        print(OmegaConf.to_yaml(OmegaConf.create({key: to_dict(section)})), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create({key: asdict(section)})), end="")
 
 
 @guarded

@@ -9,30 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a dataclass to nested dicts and lists."""
-    return dataclasses.asdict(config)
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """Return the config as nested dicts, without its runtime fields."""
-    result = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if item.metadata.get("runtime"):
-            continue
-        result[item.name] = _identity_of(value)
-    return result
-
-
-def _identity_of(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return identity(value)
-    if isinstance(value, dict):
-        return {key: _identity_of(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_identity_of(item) for item in value]
-    return value
+def identity(config: Any) -> Any:
+    """Return a config, or a part of it, as nested dicts without the runtime fields."""
+    if dataclasses.is_dataclass(config):
+        kept = [item.name for item in dataclasses.fields(config) if "runtime" not in item.metadata]
+        return {name: identity(getattr(config, name)) for name in kept}
+    if isinstance(config, dict):
+        return {key: identity(item) for key, item in config.items()}
+    if isinstance(config, list):
+        return [identity(item) for item in config]
+    return config
 
 
 def config_hash(config: Any) -> str:

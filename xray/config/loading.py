@@ -38,15 +38,18 @@ def shipped(group: str) -> list[str]:
 
 def find_yaml(group: str, name: str) -> Path:
     """Return the path of a .yaml file, or of a shipped one by name; raises ConfigError."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        return path
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    return _shipped_path(group, name, ", or give a .yaml file")
+
+
+def _shipped_path(group: str, name: str, instead: str = "") -> Path:
+    """Return the path of a shipped yaml; raises ConfigError that lists the others."""
     path = config_path(f"{group}/{name}")
     if not path.is_file():
         names = shipped(group)
         raise ConfigError(
-            f"unknown {group} {name!r}: there are {', '.join(names)}, or give a .yaml file"
-            f"{nearest(name, names)}"
+            f"unknown {group} {name!r}: there are {', '.join(names)}{instead}{nearest(name, names)}"
         )
     return path
 
@@ -91,17 +94,6 @@ def _parse_override(key: str, value: str) -> dict[str, Any]:
     return OmegaConf.to_container(parsed)  # type: ignore[return-value]
 
 
-def load_preset(group: str, name: str) -> dict[str, Any]:
-    """Read the section in `configs/GROUP/NAME.yaml`."""
-    path = config_path(f"{group}/{name}")
-    if not path.is_file():
-        names = shipped(group)
-        raise ConfigError(
-            f"unknown {group} {name!r}: there are {', '.join(names)}{nearest(name, names)}"
-        )
-    return read_yaml(path)
-
-
 def merge(*layers: Layer) -> dict[str, Any]:
     """Merge nested mappings; later layers win, and lists replace.
 
@@ -112,7 +104,7 @@ def merge(*layers: Layer) -> dict[str, Any]:
     for layer in layers:
         for key, value in layer.items():
             if key in PRESETS and isinstance(value, str | int):
-                value = load_preset(key, str(value))
+                value = read_yaml(_shipped_path(key, str(value)))
             if key in PRESETS and isinstance(value, Mapping) and "name" in value:
                 kept = result.get(key, {})
                 result[key] = {name: kept[name] for name in kept if name not in OF_THE_NAME}

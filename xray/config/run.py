@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from xray.config.data import BlockConfig, DataConfig, validate_data
 from xray.config.fields import runtime
-from xray.config.identity import to_dict
 from xray.config.model import ModelConfig
 from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
 from xray.errors import ConfigError
@@ -91,4 +90,4 @@ class RunConfig:
 
 def dump(config: Any, path: Path) -> None:
     """Write the resolved config as yaml, which `xray train` accepts."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))

@@ -28,9 +28,7 @@ MIN_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 10 * GB, 1 * GB, 4096
 
 def examine(out: Path) -> list[Finding]:
     """Run all checks and return their findings; out: the folder for runs."""
-    libraries = imports(PACKAGES)
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("versions", versions),
         ("processor", processor),
         ("devices", devices),
         ("process groups", process_groups),
@@ -44,8 +42,8 @@ def examine(out: Path) -> list[Finding]:
         ("launcher", launchers),
         ("compiler", compiler),
     ]
-    first = [f for name, check in checks[:1] for f in guarded(name, check)]
-    return [*first, *libraries, *(f for name, check in checks[1:] for f in guarded(name, check))]
+    first = [*guarded("versions", versions), *imports(PACKAGES)]
+    return [*first, *(finding for name, check in checks for finding in guarded(name, check))]
 
 
 def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:

@@ -130,7 +130,8 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
     masters = own if stage in (1, 2) else 0
     optimizer = slots * own + masters
     peak, gradients, buffers = _backward(config, size, rehearsal, own)
-    buffers += _kept(config, size, own)
+    kept = _kept(config, size, own)
+    buffers += kept
     update = 2 * FP32 * size.largest if stage == 0 else 3 * own
     if offload:
         host = optimizer + own + (own if stage < 3 else (size.frozen_bytes + trained) // world)
@@ -140,7 +141,6 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
         host = 0
     in_backward = peak.total - peak.gradients + gradients + buffers
     steady = trained if stage == 0 else own if stage == 3 else 0
-    kept = _kept(config, size, own)
     in_update = steady + update + kept
     parts = (held, llm, gradients, optimizer, peak.activations + peak.features)
     if in_backward >= in_update:
@@ -159,11 +159,8 @@ def _kept(config: RunConfig, size: Size, own: int) -> int:
         return 0
     whole = FP32 * size.trained + size.frozen_bytes + size.llm_bytes - FP32 * size.llm_trained
     gathered = min(whole, FP32 * LIVE)
-    return (
-        FP32 * reduce_bucket(config.zero, size.trained)
-        + (0 if config.zero.offload else own)
-        + gathered
-    )
+    gradients = 0 if config.zero.offload else own
+    return FP32 * reduce_bucket(config.zero, size.trained) + gradients + gathered
 
 
 def _backward(

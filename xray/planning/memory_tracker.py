@@ -28,21 +28,17 @@ FLOPS = {
 class LiveBytes(TorchDispatchMode):
     """Counts bytes from allocation to release, by the kind of allocation.
 
-    live: bytes by kind. kind: kind of the next allocations. peak: `live` when its sum was highest.
-    bare: the same without `gradients`. flops: of matrix products, convolutions and attention, 2 per
-    multiply-add, as torch counts them.
-
     Fake tensors have no values: `item()` gives 0, and a mask that selects rows is assumed to select
     as many rows as it has.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kind = "activations"
-        self.live: dict[str, int] = {}
-        self.peak: dict[str, int] = {}
-        self.bare: dict[str, int] = {}
-        self.flops = 0
+        self.kind = "activations"  # of the next allocations
+        self.live: dict[str, int] = {}  # bytes by kind
+        self.peak: dict[str, int] = {}  # `live` when its sum was highest
+        self.bare: dict[str, int] = {}  # the same without gradients
+        self.flops = 0  # as torch counts them: 2 per multiply-add
         self._sizes: dict[int, tuple[str, int]] = {}
 
     def reset(self) -> None:

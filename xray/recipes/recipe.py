@@ -77,7 +77,6 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
     )
     recipe.eval.validate()
     ordered = [stage for stage in STAGES if stage in stages]
-    # a later layer overrides every section of an earlier one, shared or not
     sections = [_resolve_in(layer, merged) for layer in layers]
     for stage in ordered:
         recipe.runs.append(_stage_config(stage, sections, recipe.out))

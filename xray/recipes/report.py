@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from xray.artifacts.encoders import Encoder
 from xray.artifacts.offers import DECODER, JOINT, TAGS, VISION
 from xray.config import DataConfig, RunConfig
 from xray.config import loading as cfg
-from xray.config.identity import to_dict
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
@@ -73,7 +73,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "root": recipe.root,
         "workers": recipe.workers,
-        "eval": to_dict(recipe.eval),
+        "eval": asdict(recipe.eval),
         "stages": {run.stage: run.out for run in recipe.runs},
     }
 

@@ -18,11 +18,7 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def curves(metrics: Mapping[str, Rows]) -> str:
-    """Plot loss, throughput, learning rate and keep rate over the samples of all stages; "" for
-    none.
-
-    metrics: the rows of each stage's metrics.jsonl, in the order of the stages.
-    """
+    """Plot each stage's rows of metrics.jsonl over the samples of all stages; "" for none."""
     shown = {stage: rows for stage, rows in metrics.items() if rows}
     panels = [
         _panel(shown, "loss", "loss", lambda row: row.get("loss")),
@@ -48,10 +44,7 @@ def _panel(
     value: Callable[[Mapping[str, float]], float | None],
     seen: bool = False,
 ) -> str:
-    """Plot a line per stage, one after the other; "" if no stage has this value.
-
-    seen: leave out stages without a backbone.
-    """
+    """Plot a line per stage that has this value; seen: only of those with a backbone."""
     figure, (axis,) = subplots(1, SIZE)
     start, lows, highs = 0.0, list[float](), list[float]()
     for stage, rows in metrics.items():

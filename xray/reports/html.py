@@ -32,12 +32,9 @@ class Picture:
 
 @dataclass
 class Card:
-    """Small picture with lines of text below it.
+    """Small picture with lines of text below it."""
 
-    pixels: tensor or array [3, H, W] with values in 0..255.
-    """
-
-    pixels: Any
+    pixels: Any  # tensor or array [3, H, W] with values in 0..255
     lines: Sequence[str]
 
     def html(self) -> str:

@@ -30,10 +30,9 @@ TEXTS = (("words", "words of a caption"), ("captions", "captions of a sample"))
 
 
 def check_table(report: CheckReport) -> ResultTable:
-    """Make a table with one row per shard and one for their total.
+    """Make a table with one row per shard (only broken ones of many) and one for their total.
 
-    With more than 40 shards, only the broken ones are listed. Empty columns are left out, because
-    all nine fill a terminal.
+    Empty columns are left out, because all nine fill a terminal.
     """
     listed = report.shards
     if len(listed) > ROWS:
@@ -159,10 +158,7 @@ def write_stats(report: CheckReport, out: Path) -> None:
 
 
 def _top(stats: Stats, name: str) -> list[tuple[str, int]]:
-    """Return the most frequent names with their counts.
-
-    Ties are sorted by name, so that the order of shards does not matter.
-    """
+    """Return the most frequent names with their counts, equal ones by name."""
     counted = stats.names.get(name, {}).items()
     return sorted(counted, key=lambda item: (-item[1], item[0]))[:TAGS]
 

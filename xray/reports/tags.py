@@ -38,10 +38,7 @@ def write_tag_report(
     examples: Mapping[str, Sequence[str]],
     out: Path,
 ) -> None:
-    """Write a self-contained page.
-
-    examples: captions or keys of samples that have a tag, by tag.
-    """
+    """Write a self-contained page; examples: captions or keys of samples, by their tag."""
     ranked = list(zip(vocabulary.tags, vocabulary.counts, strict=True))
     parts = [
         paragraph(summary(vocabulary, counts)),

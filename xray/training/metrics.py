@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from rich.progress import (
 
 from xray import dist
 from xray.config import RunConfig, TrainConfig
-from xray.config.identity import to_dict
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.files import write_text
 from xray.progress import LINE_SECONDS
@@ -128,7 +128,7 @@ def _wandb(out: Path, config: RunConfig) -> Any:
             id=name.read_text(),
             name=f"{out.parent.name}/{out.name}",
             dir=str(out),
-            config=to_dict(config),
+            config=asdict(config),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
         )

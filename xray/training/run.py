@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
 from xray.config import RunConfig, dump
-from xray.config.identity import config_hash, hash_json, identity, to_dict
+from xray.config.identity import config_hash, hash_json, identity
 from xray.errors import DataError
 from xray.files import lock_folder, write_text
 from xray.training.checkpoint import complete_checkpoints
@@ -172,7 +172,7 @@ class Run:
             "offers": sorted(self.stage.offers),
             "heads": dict(self.stage.heads),
             "summary": self.stage.summary,
-            "config": to_dict(self.config),
+            "config": asdict(self.config),
             "config_hash": config_hash(self.config),
             "data_digest": hash_json(self.record["data"]),
             "sources": self.record["data"],
