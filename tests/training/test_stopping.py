@@ -27,7 +27,7 @@ from xray.training.engine import Engine
 from xray.training.metrics import read_metrics
 from xray.training.replay import read_bundle
 from xray.training.state import LossStatistics
-from xray.training.stragglers import Stragglers
+from xray.training.telemetry import Stragglers
 from xray.training.watchdog import verdict
 
 SKIP = ("train.spikes=skip", "train.spike=4.0")
