@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from data_pipelines.ingest.demo import DemoConfig, make_demo
+from data_pipelines.ingest.kind import Request
+from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.ingest.user_data import open_data
+from data_pipelines.shards.manifest import resolve
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.captions import captions_of
 from stages import stage_class
+from stages.base import split_parents
 from xray import dist
+from xray.artifacts.artifact import open_artifact
+from xray.artifacts.language_model import Language
+from xray.config import RunConfig, TextConfig
 from xray.config import loading as cfg
 from xray.config.prepare import LlmConfig
 from xray.files import replacing
+from xray.models.tiny_llm import build_tiny_llm
+from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from xray.config import RunConfig, TextConfig
 
 
 def prepare(recipe: Recipe) -> None:
@@ -25,8 +35,6 @@ def prepare(recipe: Recipe) -> None:
 
     def make() -> None:
         if wanted.demo is not None:
-            from data_pipelines.ingest.demo import DemoConfig, make_demo
-
             make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
         if wanted.llm is not None:
             make_llm(wanted.llm, recipe.root)
@@ -36,13 +44,6 @@ def prepare(recipe: Recipe) -> None:
 
 def make_llm(config: LlmConfig, root: str) -> None:
     """Build the tiny LLM, unless it is there; a half-written folder is written anew."""
-    from data_pipelines.ingest.kind import Request
-    from data_pipelines.ingest.user_data import open_data
-    from data_pipelines.shards.manifest import resolve
-    from data_pipelines.shards.tar_index import TEXT_FILES
-    from data_pipelines.text.captions import captions_of
-    from xray.models.tiny_llm import build_tiny_llm
-
     folder = Path(config.path)
     if folder.is_dir():
         return
@@ -60,13 +61,6 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
 def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
     """Write the text features that a run reads, unless they are there already."""
-    from data_pipelines.ingest.run_sources import open_sources
-    from stages.base import split_parents
-    from xray.artifacts.artifact import open_artifact
-    from xray.artifacts.language_model import Language
-    from xray.precompute.text_features import TextFeaturesConfig, write_text_features
-    from xray.progress import progress_bar
-
     parents = split_parents(
         stage_class(config.stage), [open_artifact(path) for path in config.init_from]
     )

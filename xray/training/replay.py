@@ -38,21 +38,18 @@ def write_bundle(
     path = run.out / FOLDER / f"step_{state.step:08d}"
     try:
         checkpoint.write_checkpoint(engine, path, state)
-    except ArtifactError as error:
-        return f"(its bundle could not be written: {error})"
-    if dist.is_main():
-        facts: dict[str, Any] = {
-            "step": state.step,
-            "seed": run.config.seed,
-            "world": dist.world_size(),
-            "what": what,
-            "values": {name: repr(value) for name, value in sorted(values.items())},
-        }
-        try:
-            facts["samples"] = samples_of(run, state.step)
+        if dist.is_main():
+            facts = {
+                "step": state.step,
+                "seed": run.config.seed,
+                "world": dist.world_size(),
+                "what": what,
+                "values": {name: repr(value) for name, value in sorted(values.items())},
+                "samples": samples_of(run, state.step),
+            }
             (path / FACTS).write_text(json.dumps(facts, indent=1))
-        except (DataError, OSError) as error:
-            return f"(its bundle could not be written: {brief(error)})"
+    except (ArtifactError, DataError, OSError) as error:
+        return f"(its bundle could not be written: {brief(error)})"
     return f"(`xray debug replay {path}` repeats the step and shows where it breaks)"
 
 
