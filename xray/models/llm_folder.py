@@ -171,9 +171,7 @@ def own_pooling(folder: Path) -> Pooling:
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "last",
     }
-    enabled = [
-        mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True
-    ]
+    enabled = [m for m, on in modes.items() if m.startswith("pooling_mode_") and on is True]
     choices = ", ".join(get_args(Pooling))
     if len(enabled) > 1 or any(mode not in names for mode in enabled):
         raise ConfigError(

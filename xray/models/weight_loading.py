@@ -36,9 +36,8 @@ def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
     if not config.pretrained:
         return
     source = config.pretrained
-    state = (
-        _from_timm(config) if source == "timm" or source.startswith(HUBS) else _from_file(source)
-    )
+    from_timm = source == "timm" or source.startswith(HUBS)
+    state = _from_timm(config) if from_timm else _from_file(source)
     state = {key: value for key, value in state.items() if not key.startswith(HEADS)}
     current = backbone.state_dict()
     for norm, other in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):

@@ -1,5 +1,4 @@
-"""Estimate of a stage's memory by part, FLOPs, hours and checkpoint size, and settings that make it
-fit.
+"""Estimate of a stage's memory, FLOPs, hours and checkpoint size, and settings that make it fit.
 
 The bytes of a micro-batch come from `fake_step.py`. The rest is arithmetic on the numbers of
 parameters, for DeepSpeed as `engine.py` sets it up (fp32 weights, bf16 by autocast). DeepSpeed's
@@ -85,16 +84,10 @@ def resources(config: RunConfig, facts: Facts, world: int) -> Resources:
     def mean(what: str) -> float:
         return world * sum(share * getattr(steps[at], what) for at, share in points.items())
 
-    return Resources(
-        config,
-        world,
-        size,
-        max(memories, key=lambda memory: memory.total),
-        mean("flops"),
-        mean("recomputed"),
-        mean("tokens"),
-        max(r.micros for r in steps.values()),
-    )
+    memory = max(memories, key=lambda memory: memory.total)
+    micros = max(step.micros for step in steps.values())
+    means = mean("flops"), mean("recomputed"), mean("tokens")
+    return Resources(config, world, size, memory, *means, micros)
 
 
 def _points(config: RunConfig) -> dict[float, float]:
@@ -196,10 +189,9 @@ class Change:
 
 
 def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -> Change | None:
-    """Find the first change that fits into `capacity` bytes, or None.
+    """Find the cheapest change that fits into `capacity` bytes, or None.
 
-    In the order of their cost: smaller micro-batches, then ZeRO 1, 2 and 3 with them, then gradient
-    checkpointing, then offloading.
+    By cost: smaller micro-batches, ZeRO 1, 2 and 3 with them, gradient checkpointing, offloading.
     """
 
     @functools.cache

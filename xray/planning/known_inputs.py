@@ -25,25 +25,19 @@ from xray.models.tiny_llm import tiny_settings
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A stage's facts, its sources that can be opened, and notes on what had to be assumed.
-
-    countable: False for a stage without a backbone whose LLM is not known.
-    """
+    """A stage's facts, its sources that can be opened, and notes on what had to be assumed."""
 
     facts: Facts
     sources: dict[str, Source]
     notes: list[str]
-    countable: bool
+    countable: bool  # False for a stage without a backbone whose LLM is not known
 
 
 @contextmanager
 def known(
     configs: Sequence[RunConfig], tiny: LlmConfig | None = None, tags: int = 0
 ) -> Iterator[list[Known]]:
-    """Yield what is known of each stage, in the order of the run.
-
-    A temporary folder describes a tiny LLM that the recipe will make.
-    """
+    """Yield what is known of each stage; a temporary folder describes a tiny LLM to be made."""
     with TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
         if tiny is not None and not Path(tiny.path).is_dir():

@@ -149,9 +149,8 @@ def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:
         seen = config.modality in samples or config.modality == "text"
         if seen or config.modality not in data.modalities:
             continue
-        source = open_source(
-            block.source, config.shards, config.modality, data.root, config.animations
-        )
+        place = config.shards, config.modality, data.root, config.animations
+        source = open_source(block.source, *place)
         pixels = list(itertools.islice(_usable(source, data), SHOWN))
         if pixels:
             samples[config.modality] = torch.stack(pixels)
@@ -168,15 +167,9 @@ def _usable(source: Source, data: DataConfig) -> Iterator[Tensor]:
 def _stage_table(artifacts: Sequence[Artifact]) -> ResultTable:
     table = ResultTable("Stages", ("stage", "samples", "seconds", "final loss", "artifact"))
     for artifact in artifacts:
-        m = artifact.manifest
-        loss = m["metrics"].get("loss")
-        table.rows.append(
-            (
-                artifact.stage,
-                f"{m['samples']:,}",
-                f"{m['seconds']:.0f}",
-                "" if loss is None else f"{loss:.3f}",
-                artifact.digest[:12],
-            )
-        )
+        facts = artifact.manifest
+        loss = facts["metrics"].get("loss")
+        cost = f"{facts['samples']:,}", f"{facts['seconds']:.0f}"
+        final = "" if loss is None else f"{loss:.3f}"
+        table.rows.append((artifact.stage, *cost, final, artifact.digest[:12]))
     return table

@@ -58,9 +58,8 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Show captions whose own image is retrieved first, and some whose is not."""
     config = recipe.eval.of(RETRIEVAL)
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
-    examples = read_examples(
-        sets.open("retrieval", config.shards, config.modality), data, config.captions
-    )
+    source = sets.open("retrieval", config.shards, config.modality)
+    examples = read_examples(source, data, config.captions)
     known = [number for number, own in enumerate(examples.captions) if own]
     if len(known) < 2:
         return ""
@@ -139,10 +138,9 @@ def read_examples(
     for place in places[::step]:
         sample = source.sample(*place, *size)
         try:
-            one = load_pixels(sample, data, None)
+            pixels.append(load_pixels(sample, data, None))
         except BadSample:
             continue
-        pixels.append(one)
         examples.labels.append(label_of(sample.files))
         try:
             examples.captions.append(captions_of(sample.files, fields))

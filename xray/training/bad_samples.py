@@ -26,9 +26,7 @@ class BadSamples:
     """Account of a run's bad samples in its state and in `bad_samples.jsonl`, on every rank."""
 
     def __init__(self, out: Path, state: TrainState, plans: Mapping[str, SamplePlan]) -> None:
-        self.path = out / "bad_samples.jsonl"
-        self.state = state
-        self.plans = plans
+        self.path, self.state, self.plans = out / "bad_samples.jsonl", state, plans
         self.shards: Counter[str] = Counter()
         quarantine.obey(state.quarantine, plans)
 

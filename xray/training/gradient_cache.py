@@ -19,17 +19,13 @@ from torch import Tensor
 from data_pipelines.stream.sampling import MicroBatch
 from stages.base import StepOutput
 
-LossFunction = Callable[[dict[str, Tensor]], StepOutput]
-
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a step.
+    """One pass of a step."""
 
-    features: forward of a micro-batch without a graph. loss: loss of a split block and its
-    gradient with respect to the cached features. backward: forward with a graph, and backward.
-    """
-
+    # features: forward of a micro-batch without a graph; loss: of a split block, with its gradient
+    # in the cached features; backward: forward of a micro-batch with a graph, and backward
     kind: Literal["features", "loss", "backward"]
     block: int
     numbers: tuple[int, ...]  # indices of the micro-batches in the step
@@ -57,7 +53,9 @@ def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
 
 
 def cached_losses(
-    loss: LossFunction, rows: Sequence[dict[str, Tensor]], training: bool
+    loss: Callable[[dict[str, Tensor]], StepOutput],
+    rows: Sequence[dict[str, Tensor]],
+    training: bool,
 ) -> list[CachedLoss]:
     """Return the loss of a block, from its micro-batches' features, with the gradient for each.
 

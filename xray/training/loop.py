@@ -14,7 +14,6 @@ from typing import NoReturn
 import torch
 
 from data_pipelines.stream.loader import Loaded
-from stages.base import Stage, StageModule
 from xray import dist
 from xray.config.schedule import steps_of, value_at
 from xray.errors import Preempted, TrainingError, XrayError
@@ -97,27 +96,24 @@ class StepResult:
         return StepResult(means, preempted > 0, None, int(replaced), waited / world)
 
 
+@dataclass
 class TrainingLoop:
     """Steps of a run from its state to the end; every rank runs it."""
 
-    def __init__(
-        self,
-        run: Run,
-        engine: Engine,
-        state: TrainState,
-        device: torch.device,
-        sinks: Sinks,
-        telemetry: Telemetry,
-        signals: StopSignals,
-    ) -> None:
-        self.run, self.engine, self.state, self.device = run, engine, state, device
-        self.sinks, self.telemetry, self.signals = sinks, telemetry, signals
-        self.config = run.config
-        self.stage: Stage = run.stage
-        self.module: StageModule = engine.module
-        self.micros = Accumulator(engine, run.stage, device, run.config.seed)
-        self.bad = BadSamples(run.out, state, run.plans | run.validation_plans)
-        self.spikes = SpikeDetector(run, state)
+    run: Run
+    engine: Engine
+    state: TrainState
+    device: torch.device
+    sinks: Sinks
+    telemetry: Telemetry
+    signals: StopSignals
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.config, self.stage, self.module = run.config, run.stage, self.engine.module
+        self.micros = Accumulator(self.engine, run.stage, self.device, run.config.seed)
+        self.bad = BadSamples(run.out, self.state, run.plans | run.validation_plans)
+        self.spikes = SpikeDetector(run, self.state)
         self._saved: dict[str, float] = {}  # metrics of the last save, until they are logged
 
     def run_steps(self) -> None:

@@ -70,10 +70,8 @@ class Run:
         check_same_on_all_ranks(sources)
         if stage.spans_batch:
             _warn_about_repeats(config, sources)
-        plans, validation_plans = (
-            make_plans(blocks, sources, config.data, config.seed)
-            for blocks in (config.blocks, config.validation)
-        )
+        plans = make_plans(config.blocks, sources, config.data, config.seed)
+        validation_plans = make_plans(config.validation, sources, config.data, config.seed)
         record = run_record(stage, config, sources, named(parents))
         url = config.train.mirror
         mirror = Mirror(url, stage.name, Path(config.out)) if url and dist.is_main() else None
@@ -94,16 +92,13 @@ class Run:
         Raises ConfigError if one of them holds another run, DataError if the folder is new and the
         mirror cannot be reached.
         """
+        dist.main_first(self._restore)
 
-        def work() -> None:
-            self.check_folder()
-            if self.mirror is not None:
-                self._fetch(self.mirror)
-
-        dist.main_first(work)
-
-    def _fetch(self, mirror: Mirror) -> None:
-        begun = (self.out / "run.json").exists()
+    def _restore(self) -> None:
+        self.check_folder()
+        mirror, begun = self.mirror, (self.out / "run.json").exists()
+        if mirror is None:
+            return
         try:
             mirrored = mirror.holds(lambda folder: self.check_folder(folder, mirror.url))
         except DataError as error:
