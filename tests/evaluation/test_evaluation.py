@@ -19,7 +19,7 @@ from xray.errors import DataError
 from xray.evaluation.class_labels import guess
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import STRENGTHS, LinearHead, fit, fit_head, linear_probe
-from xray.evaluation.results_table import title_of
+from xray.evaluation.suites import title_of
 from xray.evaluation.zero_shot import zero_shot
 
 

@@ -136,12 +136,13 @@ def test_median_rank_equals_brute_force() -> None:
 
 def test_an_interval_equals_the_binomial_one_and_covers_the_truth() -> None:
     hits = torch.arange(200) < 60
-    low, high = bootstrap.share_interval(hits)
+    _, low, high = bootstrap.share("top1", hits).values()
     draws = np.random.default_rng(1).binomial(200, 0.3, 100_000) / 200
     assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.01)
     generator, covered = np.random.default_rng(2), 0
     for _ in range(100):
-        low, high = bootstrap.share_interval(torch.from_numpy(generator.random(150) < 0.4))
+        hits = torch.from_numpy(generator.random(150) < 0.4)
+        _, low, high = bootstrap.share("top1", hits).values()
         covered += low <= 0.4 <= high
     assert 88 <= covered <= 100
 

@@ -18,7 +18,7 @@ from xray.artifacts.encoders import Encoder
 from xray.errors import ArtifactError
 from xray.evaluation import corruptions
 from xray.evaluation.attacks import _margin, fgsm, pgd, square
-from xray.evaluation.corruptions import CORRUPTIONS, aspect, corruption, disc
+from xray.evaluation.corruptions import CORRUPTIONS, corrupt, disc, stretch
 
 FRAMES = torch.from_numpy(
     np.stack([np.array(Image.open(io.BytesIO(photo(i, (40, 40))))) for i in range(2)])
@@ -26,7 +26,7 @@ FRAMES = torch.from_numpy(
 
 
 def corrupted(name: str, severity: int, pixels: torch.Tensor = FRAMES, seed: int = 0) -> np.ndarray:
-    return corruption(name, severity)(pixels, np.random.default_rng(seed)).numpy()
+    return corrupt(name, severity, pixels, np.random.default_rng(seed)).numpy()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -100,7 +100,7 @@ def test_aspect_stretches_the_centre() -> None:
     circle = (torch.cartesian_prod(torch.arange(-20, 20), torch.arange(-20, 20)) ** 2).sum(1) < 49
     pixels = 255 * circle.view(1, 1, 40, 40).expand(1, 3, 40, 40).byte()
     for ratio, (height, width) in ((2.0, (14, 28)), (0.5, (28, 14))):
-        changed = aspect(ratio)(pixels, np.random.default_rng(0))[0, 0] > 127
+        changed = stretch(ratio, pixels, np.random.default_rng(0))[0, 0] > 127
         assert changed.any(1).sum().item() == pytest.approx(height, abs=2)
         assert changed.any(0).sum().item() == pytest.approx(width, abs=2)
 

@@ -23,8 +23,8 @@ from xray.commands.main import app
 from xray.errors import ConfigError, DataError
 from xray.evaluation.captions import caption_retrieval
 from xray.evaluation.feature_extraction import extract, read_all_captions
-from xray.evaluation.results_table import result_table
 from xray.evaluation.retrieval import retrieval
+from xray.evaluation.suites import result_table
 from xray.training.metrics import read_metrics
 
 OTHERS = "data.sources.pairs={shards: pairs, modality: text}"

@@ -18,8 +18,7 @@ from xray.artifacts.offers import VISION
 from xray.evaluation import suites
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.rows import Measures, Row, share_row, titled
-from xray.evaluation.suite import Suite, SuiteConfig
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 
 
 @dataclass

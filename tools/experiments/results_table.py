@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from xray.evaluation.results_table import result_table
+from xray.evaluation.suites import result_table
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from xray.ablations.comparison import (
 from xray.ablations.cost import Flops, arm_flops, tera
 from xray.ablations.jobs import Failure
 from xray.ablations.trials import Ablation, trains_vision
-from xray.evaluation.results_table import title_of
+from xray.evaluation.suites import title_of
 from xray.files import write_text
 from xray.reports.figures import COLOR, subplots, svg
 from xray.reports.html import gallery, paragraph, write_report

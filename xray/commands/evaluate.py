@@ -14,7 +14,7 @@ from xray.errors import ConfigError
 if TYPE_CHECKING:
     from xray.evaluation.config import EvalConfig
     from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.rows import Measures
+    from xray.evaluation.suite import Measures
 
 
 @guarded
@@ -43,8 +43,7 @@ def evaluate(
     """
     from xray.artifacts.artifact import open_artifact
     from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.results_table import result_table
-    from xray.evaluation.suites import suite_named
+    from xray.evaluation.suites import result_table, suite_named
 
     config, root, workers, llm = _settings(overrides or [], recipe)
     rates = _rates(keep_rates)

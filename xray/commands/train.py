@@ -97,7 +97,7 @@ def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     """Evaluate the artifacts, print the results, write results.json and report.html."""
     """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
     from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.results_table import result_table
+    from xray.evaluation.suites import result_table
     from xray.recipes.report import write_run_report
     from xray.reports.tables import ResultTable
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from xray.errors import ArtifactError
 
 Logits = Callable[[Tensor], Tensor]  # [B, T, 3, H, W] in [0, 1] -> [B, C]
+HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # progress of the square's halvings
 
 
 def fgsm(logits: Logits, x: Tensor, labels: Tensor, eps: float) -> Tensor:
@@ -63,7 +64,8 @@ def square(
         active = (least >= 0).nonzero()[:, 0]
         if not len(active):
             break
-        side = max(1, round(math.sqrt(_area(query / queries) * H * W)))
+        area = 0.8 / 2 ** sum(query / queries > at for at in HALVED)  # share of the image
+        side = max(1, round(math.sqrt(area * H * W)))
         h, w = min(side, H), min(side, W)
         tried = best[active].clone()
         for row, own in enumerate(active.tolist()):
@@ -76,12 +78,6 @@ def square(
         better = margin < least[active]
         best[active[better]], least[active[better]] = tried[better], margin[better]
     return best
-
-
-def _area(progress: float) -> float:
-    """Return the fraction of an image that a square covers, halved at fractions of all queries."""
-    halvings = sum(progress > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
-    return 0.8 / 2**halvings
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:

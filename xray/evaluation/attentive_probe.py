@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Source
-from xray.artifacts.offers import VISION
 from xray.config import OptimConfig
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, guess
@@ -23,8 +22,7 @@ from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of
 from xray.evaluation.knn import KNN
-from xray.evaluation.rows import titled, top1_rows
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.suite import LabelledConfig, probe_suite
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
 
@@ -80,15 +78,11 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
         classes = Classes.of(labels, source)
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
-        probe = _fit(train, labels, config, _heads(sets), device)
+        blocks: Any = sets.vision.vision.blocks
+        probe = _fit(train, labels, config, blocks[0].attn.num_heads, device)
         predicted = _predict(probe, test, config.batch_size, device)
     measures = {"chance_top1": guess(labels, truth), "samples": float(len(truth))}
     return share("top1", predicted == truth) | measures
-
-
-def _heads(sets: Sets) -> int:
-    blocks: Any = sets.vision.vision.blocks
-    return blocks[0].attn.num_heads
 
 
 @torch.no_grad()
@@ -110,8 +104,7 @@ def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Map a file of half floats, allocated in full: a sparse file on a full disk would kill the
-    process."""
+    """Map a file of half floats, allocated in full: a full disk then raises instead of killing."""
     size = 2 * math.prod(shape)
     try:
         with path.open("wb") as file:
@@ -162,13 +155,7 @@ def _fit(
     return probe.eval()
 
 
-ATTENTIVE_PROBE = Suite(
-    "attentive_probe",
-    AttentiveProbeConfig,
-    needs=frozenset({VISION}),
-    run=attentive_probe,
-    rows=top1_rows("attentive probe top1"),
-    title=titled("attentive probe"),
-    compared=("top1",),
-    sets_from=KNN,
-)
+ATTENTIVE_PROBE = probe_suite(
+    "attentive_probe", AttentiveProbeConfig, attentive_probe, "attentive probe",
+    compared=("top1",), sets_from=KNN,
+)  # fmt: skip

@@ -10,11 +10,10 @@ from torch import Tensor
 from xray.artifacts.encoders import TextEncoder
 from xray.artifacts.offers import SENTENCES
 from xray.errors import ArtifactError, DataError
-from xray.evaluation.confidence import share_interval
+from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions, read_all_captions
-from xray.evaluation.rows import Measures, Row, share_row, titled
-from xray.evaluation.suite import CaptionedConfig, Suite
+from xray.evaluation.suite import CaptionedConfig, Measures, Row, Suite, share_row, titled
 from xray.evaluation.zero_shot import HELD
 
 
@@ -36,13 +35,11 @@ def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
         nearest = similarity == similarity.amax(dim=1, keepdim=True)
         same = owner[rows, None] == owner
         hits_of.append((nearest & same).sum(dim=1) / nearest.sum(dim=1))
-    hits = torch.zeros(int(owner.max()) + 1).index_add(0, owner[queries], torch.cat(hits_of))
-    weights = torch.bincount(owner[queries], minlength=len(hits))
-    low, high = share_interval(hits[weights > 0], weights[weights > 0])
-    top1 = float(torch.cat(hits_of).double().mean())
+    hits = torch.bincount(owner[queries], torch.cat(hits_of).double())
+    weights = torch.bincount(owner[queries])
     chance = float((partners[queries] / (M - 1)).mean())
-    ends = {"top1_low": low, "top1_high": high}
-    return {"top1": top1, **ends, "chance_top1": chance, "captions": float(M)}
+    measures = share("top1", hits[weights > 0], weights[weights > 0])
+    return measures | {"chance_top1": chance, "captions": float(M)}
 
 
 def _run(sets: Sets, config: CaptionedConfig) -> Measures:

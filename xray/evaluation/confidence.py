@@ -19,18 +19,12 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
     (such as the captions of an image), which are resampled together because they depend on each
     other.
     """
-    total = len(hits) if weights is None else weights.sum().item()
-    value = hits.double().sum().item() / total
-    low, high = share_interval(hits, weights)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-
-def share_interval(hits: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """Compute the ends of a share's interval; hits and weights [N] as in `share`."""
     own = hits.double().numpy()
     of = np.ones_like(own) if weights is None else weights.double().numpy()
     shares = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
-    return _ends(np.concatenate(shares))
+    low, high = _ends(np.concatenate(shares))
+    value = hits.double().sum().item() / of.sum().item()
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -110,12 +109,8 @@ ON_FRAMES = {"pixelate": pixelate, "jpeg_compression": jpeg_compression}
 CORRUPTIONS = (*ON_VALUES, *ON_FRAMES)
 
 
-def corruption(name: str, severity: int) -> Callable[[Tensor, Rng], Tensor]:
-    """Make a corruption of [T, 3, H, W] uint8, with a sample's generator; severity 1 to 5."""
-    return partial(_corrupt, name, severity)
-
-
-def _corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
+def corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
+    """Corrupt [T, 3, H, W] uint8; severity 1 to 5."""
     if name in ON_FRAMES:
         frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
         changed = [np.array(ON_FRAMES[name](frame, severity)) for frame in frames]
@@ -124,17 +119,9 @@ def _corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
     return torch.from_numpy((values.clip(0, 1) * 255).astype(np.uint8))
 
 
-def aspect(ratio: float) -> Callable[[Tensor, Rng], Tensor]:
-    """Make a change that stretches the width by `ratio` relative to the height, then crops."""
-    return partial(_stretch, ratio)
-
-
-def _stretch(ratio: float, pixels: Tensor, rng: Rng) -> Tensor:
+def stretch(ratio: float, pixels: Tensor, rng: Rng) -> Tensor:
+    """Stretch the width of [T, 3, H, W] uint8 by `ratio` relative to the height, and crop."""
     height, width = pixels.shape[-2:]
     h, w = (height, round(width / ratio)) if ratio > 1 else (round(height * ratio), width)
-    return tv.resize(
-        tv.center_crop(pixels, [h, w]),
-        [height, width],
-        InterpolationMode.BICUBIC,
-        antialias=True,
-    )
+    cropped = tv.center_crop(pixels, [h, w])
+    return tv.resize(cropped, [height, width], InterpolationMode.BICUBIC, antialias=True)

@@ -10,7 +10,7 @@ from xray.artifacts.encoders import TextEncoder, VisionEncoder, restore_encoder
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets, check_sets
-from xray.evaluation.rows import Measures
+from xray.evaluation.suite import Measures
 from xray.evaluation.suites import SUITES, suite_named
 
 Results = Mapping[str, Measures]  # by suite

@@ -145,10 +145,7 @@ def _pooled(views: Tensor) -> Tensor:
 
 
 def extract(
-    source: Source,
-    encode: Callable[[Tensor], Tensor],
-    data: DataConfig,
-    batch_size: int = 64,
+    source: Source, encode: Callable[[Tensor], Tensor], data: DataConfig, batch_size: int = 64
 ) -> Features:
     """Encode a whole source in order; `data` gives resolution, frames and workers."""
     return extract_spaces(source, lambda pixels: {"": encode(pixels)}, data, batch_size)[""]

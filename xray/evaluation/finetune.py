@@ -18,7 +18,6 @@ from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Source
 from data_pipelines.stream.loader import Fields, WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
-from xray.artifacts.offers import VISION
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest
 from xray.errors import ConfigError
@@ -27,8 +26,7 @@ from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
 from xray.evaluation.knn import KNN
-from xray.evaluation.rows import titled, top1_rows
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.suite import LabelledConfig, probe_suite
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
 from xray.models.mixup import mix
@@ -197,12 +195,4 @@ def _predict(model: Classifier, source: Source, sets: Sets, device: torch.device
     return torch.cat(predicted)
 
 
-FINETUNE = Suite(
-    "finetune",
-    FinetuneConfig,
-    needs=frozenset({VISION}),
-    run=finetune,
-    rows=top1_rows("fine-tuning top1"),
-    title=titled("fine-tuning"),
-    sets_from=KNN,
-)
+FINETUNE = probe_suite("finetune", FinetuneConfig, finetune, "fine-tuning", sets_from=KNN)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from xray.artifacts.encoders import VisionEncoder
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.evaluator import Evaluator
-from xray.evaluation.results_table import title_of
-from xray.evaluation.suites import SUITES, suite_named
+from xray.evaluation.suites import SUITES, suite_named, title_of
 from xray.models.flops import vision_macs
 from xray.reports.figures import subplots
 from xray.reports.tables import ResultTable
@@ -25,12 +26,11 @@ Rates = dict[str, dict[str, float]]  # keep rate -> measures
 def over_keep_rates(
     evaluator: Evaluator, rates: Sequence[float], names: Sequence[str], batch: int = 32
 ) -> Rates:
-    """Measure accuracy, GFLOPs, samples/s and the speed-up over keep rate 1 at each rate.
+    """Measure accuracy, GFLOPs, samples/s and the median speed-up over keep rate 1 at each rate.
 
-    Speed is that of the forward pass on random images (videos, if all samples are videos) at the
-    artifact's resolution. The rates take turns, so that other work on the machine disturbs all of
-    them equally; the speed-up is the median over rounds. FLOPs are 2 x multiply-adds. Raises
-    ConfigError for rates that the model cannot have.
+    Speed is that of the forward pass on random images (videos, if all samples are videos). Rates
+    take turns, so that other work on the machine disturbs all equally. FLOPs are 2 x multiply-adds.
+    Raises ConfigError for rates that the model cannot have.
     """
     encoder, sets = evaluator.sets.vision, evaluator.sets
     if encoder.vision.reduction == "none" and min(rates) < 1:
@@ -57,16 +57,7 @@ def over_keep_rates(
                     row[f"{suite.name}/{key}{end}"] = results[suite.name][f"{key}{end}"]
     device = encoder.normalize.mean.device
     pixels = torch.randint(256, (batch, frames, 3, size, size), dtype=torch.uint8, device=device)
-
-    def forward(rate: float) -> Callable[[], None]:
-        @torch.no_grad()
-        def run() -> None:
-            encoder.keep_rate = rate
-            encoder.cls(pixels).cpu()  # waits for a GPU
-
-        return run
-
-    seconds = _interleaved([forward(rate) for rate in rates])
+    seconds = _interleaved(encoder, rates, pixels)
     encoder.keep_rate = own
     for row, column in zip(by_rate.values(), seconds.t(), strict=True):
         row["frames"] = frames
@@ -82,13 +73,14 @@ def check_comparable(names: Sequence[str]) -> None:
         raise ConfigError(f"--keep-rates compares none of {', '.join(excluded)}: --suite knn, say")
 
 
-def _interleaved(runs: Sequence[Callable[[], None]]) -> torch.Tensor:
-    """Time runs that take turns: seconds, [rounds, runs]."""
-    seconds = torch.zeros(ROUNDS + 1, len(runs), dtype=torch.float64)
+@torch.no_grad()
+def _interleaved(encoder: VisionEncoder, rates: Sequence[float], pixels: Tensor) -> Tensor:
+    """Time forward passes at keep rates that take turns: seconds, [rounds, rates]."""
+    seconds = torch.zeros(ROUNDS + 1, len(rates), dtype=torch.float64)
     for number in range(ROUNDS + 1):
-        for column, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
+        for column, rate in enumerate(rates):
+            encoder.keep_rate, start = rate, time.perf_counter()
+            encoder.cls(pixels).cpu()  # waits for a GPU
             seconds[number, column] = time.perf_counter() - start
     return seconds[1:]
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xray.artifacts.offers import VISION
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.rows import Measures, titled, top1_rows
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.evaluation.zero_shot import HELD
 
 
@@ -66,12 +64,4 @@ def _run(sets: Sets, config: KnnConfig) -> Measures:
     return knn(train.rows, train.labels, test.rows, test.labels, *settings)
 
 
-KNN = Suite(
-    "knn",
-    KnnConfig,
-    needs=frozenset({VISION}),
-    run=_run,
-    rows=top1_rows("kNN top1"),
-    title=titled("kNN"),
-    compared=("top1",),
-)
+KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",))

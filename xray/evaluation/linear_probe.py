@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from xray.artifacts.offers import VISION
 from xray.config import OptimConfig
 from xray.evaluation.class_labels import check_labels, guess
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.knn import KNN
-from xray.evaluation.rows import Measures, titled, top1_rows
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.optim import lr_at
 from xray.progress import progress_of
 
@@ -216,13 +214,6 @@ def _run(sets: Sets, config: LinearProbeConfig) -> Measures:
     return linear_probe(train.views, train.labels, test.views, test.labels, config.solver)
 
 
-LINEAR_PROBE = Suite(
-    "linear_probe",
-    LinearProbeConfig,
-    needs=frozenset({VISION}),
-    run=_run,
-    rows=top1_rows("linear probe top1"),
-    title=titled("linear probe"),
-    compared=("top1",),
-    sets_from=KNN,
+LINEAR_PROBE = probe_suite(
+    "linear_probe", LinearProbeConfig, _run, "linear probe", compared=("top1",), sets_from=KNN
 )

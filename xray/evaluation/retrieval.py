@@ -8,10 +8,11 @@ that collapsed features score at chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,7 @@ from xray.errors import DataError
 from xray.evaluation.confidence import median, share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions, read_all_captions
-from xray.evaluation.rows import Measures, Row, rank_row, share_row
-from xray.evaluation.suite import CaptionedConfig, Suite
+from xray.evaluation.suite import CaptionedConfig, Measures, Row, Suite, rank_row, share_row
 from xray.evaluation.zero_shot import HELD
 
 COPIES = 4  # of a chunk of similarities in memory at once
@@ -154,76 +154,55 @@ def _chance_median(right: Tensor, answers: int) -> float:
     return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
-def _run(name: str) -> Callable[[Sets, RetrievalConfig], Measures]:
-    """Make the function that runs the suite of this name."""
-
-    def run(sets: Sets, config: RetrievalConfig) -> Measures:
-        source = sets.open(name, config.shards, config.modality)
-        captions = read_all_captions(source, config.captions)
-        texts, owner = flat_captions(captions, f"eval.{name}.shards")
-        kind = _text_kinds(texts) if config.same == "caption" else None
-        images, rows = sets.features(source, "joint").rows, sets.texts(texts)
-        measures = retrieval(images, rows, owner, kind=kind)
-        for size in sets.joint.matryoshka:
-            image_part, text_part = (F.normalize(x[:, :size], dim=-1) for x in (images, rows))
-            part = retrieval(image_part, text_part, owner, kind=kind)
-            recalls = {key: value for key, value in part.items() if key.startswith(DIRECTIONS)}
-            measures |= {f"{key}/{size}": value for key, value in recalls.items()}
-        return measures
-
-    return run
+def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
+    source = sets.open(name, config.shards, config.modality)
+    captions = read_all_captions(source, config.captions)
+    texts, owner = flat_captions(captions, f"eval.{name}.shards")
+    kind = None
+    if config.same == "caption":
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        kind = torch.tensor([numbers[text] for text in texts])
+    images, rows = sets.features(source, "joint").rows, sets.texts(texts)
+    measures = retrieval(images, rows, owner, kind=kind)
+    for size in sets.joint.matryoshka:
+        image_part, text_part = (F.normalize(x[:, :size], dim=-1) for x in (images, rows))
+        part = retrieval(image_part, text_part, owner, kind=kind)
+        recalls = {key: value for key, value in part.items() if key.startswith(DIRECTIONS)}
+        measures |= {f"{key}/{size}": value for key, value in recalls.items()}
+    return measures
 
 
-def _text_kinds(texts: list[str]) -> Tensor:
-    """Number the distinct texts in order of appearance, [M]."""
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    return torch.tensor([number[text] for text in texts])
+def _title(medium: str, measure: str) -> str:
+    """Name a measure, such as: text to clip R@5, first 64 features."""
+    name, slash, prefix = measure.partition("/")
+    direction = name.replace("image", medium).replace("_", " ")
+    return direction + (f", first {prefix} features" if slash else "")
 
 
-def _title(medium: str) -> Callable[[str], str]:
-    """Make the titles of measures, such as: text to clip R@5, first 64 features."""
-
-    def title(measure: str) -> str:
-        name, slash, prefix = measure.partition("/")
-        direction = name.replace("image", medium).replace("_", " ")
-        return direction + (f", first {prefix} features" if slash else "")
-
-    return title
-
-
-def _rows(medium: str, plural: str) -> Callable[[Measures], Iterator[Row]]:
-    title = _title(medium)
-
-    def rows(measures: Measures) -> Iterator[Row]:
-        over = f"{measures['images']:.0f} {plural}, {measures['texts']:.0f} captions"
-        recalls = [name for name in measures if name.startswith(DIRECTIONS)]
-        prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
-        for prefix, direction in product(prefixes, DIRECTIONS):
-            for measure in ("R@1", "R@5", "R@10", "median_rank"):
-                name = f"{direction}_{measure}"
-                key = f"{name}/{prefix}" if prefix else name
-                if key in measures:
-                    row = rank_row if measure == "median_rank" else share_row
-                    yield row(title(key), measures, key, measures[f"chance_{name}"], over)
-
-    return rows
+def _rows(medium: str, plural: str, measures: Measures) -> Iterator[Row]:
+    over = f"{measures['images']:.0f} {plural}, {measures['texts']:.0f} captions"
+    recalls = [name for name in measures if name.startswith(DIRECTIONS)]
+    prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
+    for prefix, direction in product(prefixes, DIRECTIONS):
+        for measure in ("R@1", "R@5", "R@10", "median_rank"):
+            name = f"{direction}_{measure}"
+            key = f"{name}/{prefix}" if prefix else name
+            if key in measures:
+                row = rank_row if measure == "median_rank" else share_row
+                yield row(_title(medium, key), measures, key, measures[f"chance_{name}"], over)
 
 
-RETRIEVAL = Suite(
-    "retrieval",
-    RetrievalConfig,
-    needs=frozenset({JOINT}),
-    run=_run("retrieval"),
-    rows=_rows("image", "pictures"),
-    title=_title("image"),
-    compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
-)
-VIDEO_RETRIEVAL = Suite(
-    "video_retrieval",
-    VideoRetrievalConfig,
-    needs=frozenset({JOINT}),
-    run=_run("video_retrieval"),
-    rows=_rows("clip", "clips"),
-    title=_title("clip"),
-    compared=RETRIEVAL.compared,
-)
+def _suite(name: str, config: type[RetrievalConfig], medium: str, plural: str) -> Suite[Any]:
+    return Suite(
+        name,
+        config,
+        needs=frozenset({JOINT}),
+        run=partial(_run, name),
+        rows=partial(_rows, medium, plural),
+        title=partial(_title, medium),
+        compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
+    )
+
+
+RETRIEVAL = _suite("retrieval", RetrievalConfig, "image", "pictures")
+VIDEO_RETRIEVAL = _suite("video_retrieval", VideoRetrievalConfig, "clip", "clips")

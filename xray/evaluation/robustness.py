@@ -21,13 +21,12 @@ from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
 from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
-from xray.evaluation.corruptions import CORRUPTIONS, aspect, corruption
+from xray.evaluation.corruptions import CORRUPTIONS, corrupt, stretch
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
 from xray.evaluation.linear_probe import LINEAR_PROBE, fit_head
 from xray.evaluation.robustness_results import ATTACKS, plot_robustness, robustness_rows
-from xray.evaluation.rows import titled
-from xray.evaluation.suite import Suite, SuiteConfig
+from xray.evaluation.suite import Suite, SuiteConfig, titled
 from xray.evaluation.zero_shot import ZERO_SHOT, NamedClasses
 
 Scores = dict[str, float]
@@ -53,15 +52,11 @@ class RobustnessConfig(SuiteConfig):
     seed: int = 0
 
     def validate(self, key: str) -> None:
-        for names, known, field_name in (
-            (self.corruptions, tuple(CORRUPTIONS), "corruptions"),
-            (self.attacks, ATTACKS, "attacks"),
-        ):
-            for name in names:
+        for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
+            for name in getattr(self, option):
                 if name not in known:
-                    raise ConfigError(
-                        f"{key}.{field_name} names {name!r}: there are {', '.join(known)}"
-                    )
+                    there = ", ".join(known)
+                    raise ConfigError(f"{key}.{option} names {name!r}: there are {there}")
         if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
             raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
@@ -109,7 +104,8 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         measures[f"{head.name}/samples"] = float(len(head.labels))
         measures[f"{head.name}/chance"] = head.chance
         measures[f"{head.name}/attacked_samples"] = 0.0
-        hits[head.name] = {"clean": _hits(head, sets.features(head.source, head.space))}
+        features = sets.features(head.source, head.space)
+        hits[head.name] = {"clean": head.predict(features) == head.labels}
     for source in {id(head.source): head.source for head in heads}.values():
         own = [head for head in heads if head.source is source]
         for name, change, data in _changes(config, sets):
@@ -117,7 +113,7 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
             views = replace(sets.views, change=change, seed=seed)
             spaces = sets.encode(replace(source, name=f"{source.name} {name}"), views, data)
             for head in own:
-                hits[head.name][name] = _hits(head, spaces[head.space])
+                hits[head.name][name] = head.predict(spaces[head.space]) == head.labels
     for head in heads:
         measures |= _scores(head.name, hits[head.name], config)
         measures |= _attacked(head, config, sets)
@@ -158,17 +154,13 @@ def _changes(
     data = sets.data
     for kind in config.corruptions:
         for severity in config.severities:
-            yield f"{kind}/{severity}", corruption(kind, severity), data
+            yield f"{kind}/{severity}", partial(corrupt, kind, severity), data
     own, patch = value_at(data.resolution, 1.0), max(sets.vision.vision.patch_size)
     sizes = {max(1, round(factor * own / patch)) * patch for factor in config.resolutions}
     for size in sorted(sizes - {own}):
         yield f"resolution/{size}", None, replace(data, resolution=size)
     for ratio in config.aspects:
-        yield f"aspect/{ratio:g}", aspect(ratio), data
-
-
-def _hits(head: Head, features: Features) -> Tensor:
-    return head.predict(features) == head.labels
+        yield f"aspect/{ratio:g}", partial(stretch, ratio), data
 
 
 def _scores(head: str, hits: dict[str, Tensor], config: RobustnessConfig) -> Scores:
@@ -201,37 +193,28 @@ def _shifted(head: Head, config: RobustnessConfig, sets: Sets, clean: float) -> 
     features = sets.features(source, head.space)
     labels = head.number(features.labels, source)
     scores = share(f"{head.name}/shift", head.predict(features) == labels)
-    gap = clean - scores[f"{head.name}/shift"]
-    return scores | {
-        f"{head.name}/shift_gap": gap,
-        f"{head.name}/shift_samples": float(len(labels)),
-    }
+    scores[f"{head.name}/shift_gap"] = clean - scores[f"{head.name}/shift"]
+    return scores | {f"{head.name}/shift_samples": float(len(labels))}
 
 
-@dataclass
 class SomeSlots:
-    """Slots of some samples of a source, evenly spaced."""
+    """Slots of some samples of a source, evenly spaced; numbers: of the samples, in order."""
 
-    members: dict[int, np.ndarray]
-    counts: np.ndarray
-    digest: str = "chosen"
+    digest = "chosen"
 
-    @classmethod
-    def of_source(cls, source: Source, samples: int) -> tuple[SomeSlots, Tensor]:
-        """Choose samples; returns their slots and their numbers in order."""
+    def __init__(self, source: Source, samples: int) -> None:
         chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).round())
+        self.numbers = torch.from_numpy(chosen).long()
         places = list(source.places())
-        by_shard: dict[int, list[int]] = {}
-        for number in chosen.astype(int).tolist():
+        self.members: list[list[int]] = [[] for _ in range(len(source.manifest))]
+        for number in self.numbers.tolist():
             shard, member = places[number]
-            by_shard.setdefault(shard, []).append(member)
-        members = {shard: np.array(own) for shard, own in by_shard.items()}
-        counts = np.array([len(by_shard.get(shard, ())) for shard in range(len(source.manifest))])
-        return cls(members, counts), torch.from_numpy(chosen).long()
+            self.members[shard].append(member)
+        self.counts = np.array([len(own) for own in self.members])
 
     def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        own = self.members.get(shard, np.empty(0, np.int64))
-        return own, np.zeros(len(own), np.int64)
+        own = np.array(self.members[shard], np.int64)
+        return own, np.zeros_like(own)
 
     def texts(self, shard: int, slot: int) -> np.ndarray | None:
         return None
@@ -242,9 +225,9 @@ def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
     encoder = sets.vision
     if not config.attacks:
         return {}
-    slots, rows = SomeSlots.of_source(head.source, config.attacked)
+    slots = SomeSlots(head.source, config.attacked)
     source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
-    labels, device = head.labels[rows], encoder.normalize.mean.device
+    labels, device = head.labels[slots.numbers], encoder.normalize.mean.device
 
     def logits(x: Tensor) -> Tensor:
         cls = encoder.cls(255 * x)

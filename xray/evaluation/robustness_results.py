@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from xray.evaluation.rows import Measures, Row, share_row
+from xray.evaluation.suite import Measures, Row, share_row
 from xray.reports.figures import subplots
 
 ATTACKS = ("fgsm", "pgd", "square")

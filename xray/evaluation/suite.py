@@ -1,19 +1,21 @@
-"""The record that describes an evaluation suite, and the settings that several suites share."""
+"""The record that describes an evaluation suite, shared settings, and rows of the results table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from xray.artifacts.offers import VISION
 from xray.errors import ConfigError
-from xray.evaluation.rows import Measures, Row
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
 
 C = TypeVar("C")
+Measures = Mapping[str, float]
+Row = tuple[str, str, str, str]  # measure, result, chance, number of samples
 
 # A key that names a data set holds shards (a folder, glob, {000..123} pattern or URL), a folder
 # with a folder per class, or a .csv file with the columns path and label or caption.
@@ -102,3 +104,42 @@ class Suite(Generic[C]):
         types = getattr(self.Config, "__args__", None)  # of dict[str, X]
         config: Any = types[1] if types else self.Config
         return f"{self.name}{'.NAME' if types else ''}." + " and .".join(config.required_sets)
+
+
+def probe_suite(
+    name: str, config: type[C], run: Callable[[Sets, C], Measures], label: str, **more: Any
+) -> Suite[C]:
+    """Make a suite that measures top-1 accuracy on labels and needs only a backbone."""
+
+    def rows(measures: Measures) -> Iterator[Row]:
+        over = f"{measures['samples']:.0f} samples"
+        yield share_row(f"{label} top1", measures, "top1", measures["chance_top1"], over)
+
+    return Suite(name, config, frozenset({VISION}), run, rows, titled(label), **more)
+
+
+def share_row(title: str, measures: Measures, key: str, chance: float, over: str) -> Row:
+    """Make the row of a share and of its interval, if it has one, in percent."""
+    value = f"{100 * measures[key]:.1f}"
+    low, high = interval_keys(key)
+    if low in measures:
+        value += f" [{100 * measures[low]:.1f}, {100 * measures[high]:.1f}]"
+    return title, value, f"{100 * chance:.2f}", over
+
+
+def rank_row(title: str, measures: Measures, key: str, chance: float, over: str) -> Row:
+    """Make the row of a median rank and its interval."""
+    low, high = interval_keys(key)
+    value = f"place {measures[key]:.1f} [{measures[low]:.1f}, {measures[high]:.1f}]"
+    return title, value, f"place {chance:.1f}", over
+
+
+def titled(label: str) -> Callable[[str], str]:
+    """Make the titles of a suite's measures: its label, then the measure."""
+    return lambda measure: f"{label} {measure}".replace("_", " ")
+
+
+def interval_keys(key: str) -> tuple[str, str]:
+    """Return the keys of both ends of a measure's interval: of R@1/64, R@1_low/64 and _high/64."""
+    name, slash, prefix = key.partition("/")
+    return f"{name}_low{slash}{prefix}", f"{name}_high{slash}{prefix}"

@@ -1,7 +1,8 @@
-"""The table of evaluation suites, in the order in which they run."""
+"""All evaluation suites, in the order in which they run, and the table of their results."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from xray.errors import ConfigError
@@ -12,9 +13,10 @@ from xray.evaluation.knn import KNN
 from xray.evaluation.linear_probe import LINEAR_PROBE
 from xray.evaluation.retrieval import RETRIEVAL, VIDEO_RETRIEVAL
 from xray.evaluation.robustness import ROBUSTNESS
-from xray.evaluation.suite import Suite
+from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.tagging import TAGS
 from xray.evaluation.zero_shot import ZERO_SHOT
+from xray.reports.tables import ResultTable
 
 SUITES: tuple[Suite[Any], ...] = (
     ZERO_SHOT,
@@ -37,3 +39,23 @@ def suite_named(name: str) -> Suite[Any]:
             return suite
     names = ", ".join(suite.name for suite in SUITES)
     raise ConfigError(f"unknown suite {name!r}: there are {names}")
+
+
+def result_table(results: Mapping[str, Measures]) -> ResultTable:
+    """Make the table of results: each measure with its 95 % interval, beside chance, in percent.
+
+    Suites that use other suites' data sets come last.
+    """
+    table = ResultTable("Results", ("measure", "result % [95 % CI]", "chance %", "over"))
+    for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
+        if results.get(suite.name):
+            table.rows += suite.rows(results[suite.name])
+    return table
+
+
+def title_of(section: str, measure: str) -> str:
+    """Name a measure of a suite, or a metric of a stage, as reports show it: kNN top1."""
+    for suite in SUITES:
+        if suite.name == section:
+            return suite.title(measure)
+    return f"{section} {measure}".replace("_", " ")

@@ -194,16 +194,13 @@ class TagMetrics:
             for k in self.ks:
                 recall = hits[:, :k].sum(dim=1) / whole.owned.double()
                 measures[f"{prefix}recall@{k}"] = recall.mean().item()
-        for name, at_random in self._random(whole).items():
-            measures[f"chance_{name}"] = max(at_random, measures[f"chance_{name}"])
+        V = len(self.counts)
+        at_random = {f"recall@{k}": min(k, V) / V for k in self.ks}
+        at_random["precision@1"] = whole.owned.double().mean().item() / V
+        for name, value in at_random.items():  # may beat training's most frequent tags
+            measures[f"chance_{name}"] = max(value, measures[f"chance_{name}"])
         measures |= self._mean_precisions(whole) | self._dead()
         return measures | {"ece": self.calibration().error}
-
-    def _random(self, whole: _Block) -> dict[str, float]:
-        """Compute the scores of random tags, which may beat training's most frequent tags."""
-        V = len(self.counts)
-        recalls = {f"recall@{k}": min(k, V) / V for k in self.ks}
-        return {"precision@1": whole.owned.double().mean().item() / V, **recalls}
 
     def calibration(self) -> Calibration:
         """Compare the top tag's probability with its accuracy, in 15 bins."""

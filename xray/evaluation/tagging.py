@@ -22,8 +22,7 @@ from xray.artifacts.encoders import Tagger
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.datasets import Sets
-from xray.evaluation.rows import Measures, Row, share_row, titled
-from xray.evaluation.suite import Suite, SuiteConfig
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 from xray.evaluation.tag_metrics import TagMetrics, average_views, measured_tags
 
 

@@ -22,8 +22,7 @@ from xray.errors import ConfigError
 from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.rows import Measures, Row, share_row, titled
-from xray.evaluation.suite import Suite, SuiteConfig
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 
 HELD = 2**26  # similarities in memory at a time: 256 MiB
 
@@ -70,7 +69,9 @@ class NamedClasses:
                 )
             names = list(source.classes)
         else:
-            names = _read_names(resolve(config.classes, sets.data.root))
+            path = resolve(config.classes, sets.data.root)
+            lines = read_utf8(path, "eval.zero_shot.classes").splitlines()
+            names = list(spaced(line.strip() for line in lines if line.strip()))
         origin = config.classes or config.shards
         if len(names) < 2:
             raise ConfigError(f"{origin} names {len(names)} class: zero-shot needs at least two")
@@ -91,11 +92,6 @@ class NamedClasses:
     def weights(self, sets: Sets) -> Tensor:
         """Encode the names in the prompt templates: [C, E], normalised."""
         return class_weights(sets.texts, self.names, sets.config.of(ZERO_SHOT).templates)
-
-
-def _read_names(path: str) -> list[str]:
-    lines = read_utf8(path, "eval.zero_shot.classes").splitlines()
-    return list(spaced(line.strip() for line in lines if line.strip()))
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:

@@ -25,8 +25,8 @@ from xray.config import loading as cfg
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.results_table import result_table
 from xray.evaluation.retrieval import RETRIEVAL
+from xray.evaluation.suites import result_table
 from xray.evaluation.zero_shot import ZERO_SHOT
 from xray.files import write_text
 from xray.recipes.recipe import Recipe
