@@ -74,8 +74,7 @@ class StageModule(nn.Module, ABC):
         return 1.0
 
     def compile_blocks(self) -> None:
-        """Compile the transformer blocks in place: they share one graph, for any number of tokens.
-        Token reduction is not compiled."""
+        """Compile the transformer blocks, without token reduction, for any number of tokens."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.compile()
@@ -90,8 +89,7 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        """Compute the loss and its metrics; from the features alone if the stage spans the
-        batch."""
+        """Compute the loss and its metrics."""
 
 
 class VisionModule(StageModule):
@@ -229,8 +227,7 @@ class Stage(ABC, Generic[C]):
         return vision_macs(self._sketch, frames, side, keep_rate, seen)
 
     def visible(self, frames: int, progress: float) -> int:
-        """Count the patch tokens of an image (frames = 1) or clip that enter the backbone in
-        training."""
+        """Count the patch tokens of an image (frames = 1) or clip that training encodes."""
         return self.tokens(frames, value_at(self.config.data.resolution, progress))
 
     def tokens(self, frames: int, resolution: int) -> int:
@@ -285,8 +282,7 @@ def text_section(config: RunConfig) -> TextConfig | None:
 
 
 def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:
-    """Sort artifacts into vision and text parents; raises ConfigError for one that the stage cannot
-    use."""
+    """Sort artifacts into vision and text parents; raises ConfigError for an unusable one."""
     parents = Parents()
     for artifact in artifacts:
         if not artifact.offers & stage.accepts:

@@ -87,8 +87,7 @@ class ClipModule(VisionModule):
             self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Return image [B, E] and text [B, C, E] features, normalised, the logit scale and bias; in
-        training also the teacher's features and auxiliary losses [B]."""
+        """Return image [B, E] and text [B, C, E] features, normalised, and the loss's inputs."""
         pixels = self.normalize(batch["pixels"])
         cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
         sentences = self.text_adapter(self._sentences(batch, progress))
@@ -100,9 +99,8 @@ class ClipModule(VisionModule):
         if self.logit_bias is not None:
             features["logit_bias"] = self.logit_bias.float().squeeze()
         if self.training and self.teacher is not None:
-            tokens = {k.removeprefix(TAUGHT): v for k, v in batch.items() if k.startswith(TAUGHT)}
-            taught = self.teacher.features(batch["pixels"], tokens)
-            features |= dict(zip(("teacher_image", "teacher_text"), taught, strict=True))
+            taught = self.teacher.features(batch["pixels"], part(batch, TAUGHT))
+            features["teacher_image"], features["teacher_text"] = taught
         if self.training and self.auxiliary is not None:
             features |= self.auxiliary(self, batch, pixels, cls, progress)
         return features
@@ -241,16 +239,14 @@ class ClipStage(Stage[ClipConfig]):
         return batch
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        names = ("pixels", "sentences") if self.stores else ("pixels",)
-        batch = {name: torch.stack([row[name] for row in rows]) for name in names}
-        if not self.stores:
+        batch = {"pixels": torch.stack([row["pixels"] for row in rows])}
+        if self.stores:
+            batch["sentences"] = torch.stack([row["sentences"] for row in rows])
+        else:
             batch |= self.language.tokenizer.pad(rows)
         if self.teacher is not None:
-            given = [
-                {k.removeprefix(TAUGHT): v for k, v in row.items() if k.startswith(TAUGHT)}
-                for row in rows
-            ]
-            batch |= {f"{TAUGHT}{k}": v for k, v in self.teacher.pad(given).items()}
+            taught = self.teacher.pad([part(row, TAUGHT) for row in rows])
+            batch |= {f"{TAUGHT}{k}": v for k, v in taught.items()}
         if self.auxiliary is not None:
             batch |= self.auxiliary.collate(rows)
         return batch
@@ -299,8 +295,7 @@ class ClipStage(Stage[ClipConfig]):
         return {**super().models(), "teacher": self.config.clip.teacher}
 
     def after_step(self, engine: Any, module: ClipModule) -> None:
-        limit = math.log(self.config.clip.logit_scale_max)
-        engine.clamp(module.logit_scale, 0.0, limit)
+        engine.clamp(module.logit_scale, 0.0, math.log(self.config.clip.logit_scale_max))
 
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
         return self.guard.look(values, progress)
@@ -316,11 +311,7 @@ class ClipStage(Stage[ClipConfig]):
         head = {name: state[name] for name in ALONE if name in state}
         for name in ("vision_projection", "text_adapter"):
             head.update({k: v for k, v in state.items() if k.startswith(f"{name}.")})
-        return {
-            "backbone": part(state, "towers.vision."),
-            "head": head,
-            "text": text,
-        }
+        return {"backbone": part(state, "towers.vision."), "head": head, "text": text}
 
     def export_files(self) -> dict[str, Any]:
         return self.language.export_files()

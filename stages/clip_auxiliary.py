@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.shards.sidecar import Sidecar
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.tags.labels import Labeller, label, mean_frequency, tag_frequency
 from data_pipelines.tags.reader import TagRules
 from stages.base import Batch, VisionModule, sketch
 from stages.hashtag import HashtagOptions, find_vocabulary, pad_labels
-from stages.mae import make_decoder, masking, reconstruct
+from stages.mae import draw_noise, make_decoder, reconstruct
 from xray.errors import ConfigError
 from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
@@ -83,7 +82,13 @@ class AuxiliaryData:
         if config.clip.hashtag_weight:
             self.vocabulary = find_vocabulary(config, config.hashtag, sources)
             self.tags = len(self.vocabulary)
-            self.labels = {name: self._label(source) for name, source in sources.items()}
+            self.labels = {}
+            for name, source in sources.items():
+                own = config.data.sources[name]
+                work = Labeller(
+                    source, own.tags, config.hashtag, self.vocabulary, captions=own.captions
+                )
+                self.labels[name] = label(work, config.data.workers)
             seen = [
                 (block.samples, tag_frequency(self.labels[block.source], self.tags))
                 for block in config.blocks
@@ -91,12 +96,6 @@ class AuxiliaryData:
             self.frequency = torch.from_numpy(mean_frequency(seen))
         if config.clip.mae_weight:
             self.geometry = sketch(config).geometry
-
-    def _label(self, source: Source) -> Sidecar:
-        own, data = self.config.data.sources[source.name], self.config.data
-        options, captions = self.config.hashtag, own.captions
-        work = Labeller(source, own.tags, options, self.vocabulary, captions=captions)
-        return label(work, data.workers)
 
     def start(self, losses: AuxiliaryLosses) -> None:
         """Initialise the tag head's bias from the tags' frequencies."""
@@ -106,10 +105,7 @@ class AuxiliaryData:
     def transform(self, sample: Sample, pixels: Tensor, rng: np.random.Generator | None) -> Batch:
         batch: Batch = {}
         if self.config.clip.mae_weight:
-            grid = self.geometry.grid(len(pixels), *pixels.shape[-2:])
-            size = masking(self.config.mae).noise_size(grid)
-            draw = rng if rng is not None else np.random.default_rng(0)
-            batch["mask_noise"] = torch.from_numpy(draw.random(size, dtype=np.float32))
+            batch["mask_noise"] = draw_noise(self.config.mae, self.geometry, pixels, rng)
         if self.tags:
             labels = self.labels[sample.source]
             for name, column in (("tags", "ids"), ("weights", "weights")):

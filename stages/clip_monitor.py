@@ -28,11 +28,8 @@ class ContrastGuard:
         """Return the warnings that are due at a progress."""
         problems: dict[str, str] = {}
         for block in self.blocks:
-            own = {
-                name.removeprefix(f"{block.source}/"): value
-                for name, value in values.items()
-                if name.startswith(f"{block.source}/")
-            }
+            prefix = f"{block.source}/"
+            own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
             problems |= self._few(block)
             if progress >= WARM and own:
                 problems |= self._judged(block, own)

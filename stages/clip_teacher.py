@@ -1,5 +1,4 @@
-"""Distillation teachers of the clip stage: a clip artifact, or a model of open_clip if it is
-installed."""
+"""Distillation teachers of the clip stage: a clip artifact, or a model of open_clip."""
 
 from __future__ import annotations
 
@@ -102,9 +101,8 @@ class OpenClip:
         self.digest = sha256_file(Path(weights)) if Path(weights).is_file() else name
         self.scale = float(self.model.logit_scale.exp())
         visual = self.model.visual
-        shape = (1, 3, 1, 1)
         self.mean, self.std = (
-            torch.tensor(values, device=device).view(shape)
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
             for values in (visual.image_mean, visual.image_std)
         )
         size = visual.image_size

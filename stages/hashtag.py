@@ -116,8 +116,7 @@ class HashtagModule(VisionModule):
 
     def __init__(self, config: HashtagConfig, counts: Sequence[int]) -> None:
         super().__init__(config)
-        options = config.hashtag
-        self.options = options
+        options = self.options = config.hashtag
         self.head = TagHead(self.vision.embed_dim, len(counts))
         self.loss = tag_loss(options.loss)(options.smoothing, options.chunk)
         self.mix = options.mixup, options.cutmix
@@ -137,9 +136,8 @@ class HashtagModule(VisionModule):
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         tags, targets = features["tags"], features["targets"]
         losses, top = self.head(features["cls"], self._losses(tags, targets))
-        loss = losses.mean()
+        loss, doubts = losses.mean(), losses
         metrics: dict[str, Tensor] = {}
-        doubts = losses
         floor = self.loss.floor(targets, len(self.drawn))
         if floor is not None:
             metrics["excess"] = loss.detach() - floor.mean()
@@ -153,14 +151,10 @@ class HashtagModule(VisionModule):
         return StepOutput(loss, metrics)
 
     def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:
-        """Return the function that the head applies to its features and weights."""
         if not (self.training and self.options.sampled):
-            return lambda x, weight, bias: self.loss(x, weight, bias, tags, targets)
+            return lambda x, w, b: self.loss(x, w, b, tags, targets)
         drawn, log_q = (x.to(tags.device) for x in draw_classes(self.drawn, self.options.sampled))
-        return lambda x, weight, bias: (
-            sampled_softmax(x, weight, bias, tags, targets, drawn, log_q),
-            None,
-        )
+        return lambda x, w, b: (sampled_softmax(x, w, b, tags, targets, drawn, log_q), None)
 
 
 def pad_labels(rows: Sequence[Batch]) -> Batch:
@@ -180,10 +174,8 @@ def find_vocabulary(
         return Vocabulary.load(Path(options.vocabulary))
     counts, names = TagCounts(), [block.source for block in config.blocks]
     for name in names:
-        own = config.data.sources[name]
-        counts.join(
-            count_tags(sources[name], own.tags, options, config.data.workers, captions=own.captions)
-        )
+        own, workers = config.data.sources[name], config.data.workers
+        counts.join(count_tags(sources[name], own.tags, options, workers, captions=own.captions))
     return build_vocabulary(counts, options, ", ".join(names))[0]
 
 
@@ -235,15 +227,8 @@ class HashtagStage(Stage[HashtagConfig]):
             work = Labeller(source, own.tags, options, self.vocabulary, teacher, use, own.captions)
             labels = label(work, data.workers)
             balance: Balance = options.balance if name in training else "none"
-            self.balanced[name] = balanced(
-                source,
-                labels,
-                len(self.vocabulary),
-                balance,
-                options.epoch_length,
-                self.config.seed,
-                data.workers,
-            )
+            settings = balance, options.epoch_length, self.config.seed, data.workers
+            self.balanced[name] = balanced(source, labels, len(self.vocabulary), *settings)
             if dist.is_main():
                 log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
         return {name: own.source for name, own in self.balanced.items()}

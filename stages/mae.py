@@ -32,6 +32,7 @@ from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
 from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches, patchify
+from xray.models.patch_embed import Geometry
 from xray.models.token_reduction import KeepRate
 
 
@@ -78,6 +79,15 @@ class MaeConfig(RunConfig):
 def masking(options: MaeOptions) -> Masking:
     """Build the mask sampler of the options."""
     return Masking(options.mask_ratio, options.video_mask_ratio, options.video_mask)
+
+
+def draw_noise(
+    options: MaeOptions, geometry: Geometry, pixels: Tensor, rng: np.random.Generator | None
+) -> Tensor:
+    """Draw `mask_noise` for the mask of a sample's pixels [T, 3, S, S]."""
+    size = masking(options).noise_size(geometry.grid(len(pixels), *pixels.shape[-2:]))
+    draw = rng if rng is not None else np.random.default_rng(0)
+    return torch.from_numpy(draw.random(size, dtype=np.float32))
 
 
 def example_noise(
@@ -153,14 +163,8 @@ class MaeStage(Stage[MaeConfig]):
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
         pixels = load_pixels(sample, self.config.data, rng)
-        size = masking(self.config.mae).noise_size(
-            self.geometry.grid(len(pixels), *pixels.shape[-2:])
-        )
-        draw = rng if rng is not None else np.random.default_rng(0)
-        return {
-            "pixels": pixels,
-            "mask_noise": torch.from_numpy(draw.random(size, dtype=np.float32)),
-        }
+        noise = draw_noise(self.config.mae, self.geometry, pixels, rng)
+        return {"pixels": pixels, "mask_noise": noise}
 
     def macs(self, frames: int, progress: float = 1.0) -> int:
         """Count the encoder over the visible tokens and the decoder over all tokens."""

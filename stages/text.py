@@ -69,8 +69,7 @@ class TextModule(StageModule):
         self.temperature = temperature
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Encode two captions [B, D] and n negatives [B, n, D], normalised, and a mask [B, n] of
-        real negatives."""
+        """Encode two captions [B, D] and n negatives [B, n, D], normalised; there: mask [B, n]."""
         tower: Any = self.towers["text"]
         pooled = F.normalize(tower(*(batch[key] for key in TOKENS)).float(), dim=-1)
         there = batch["attention_mask"].any(dim=-1).float()
@@ -150,8 +149,7 @@ class TextStage(Stage[TextRunConfig]):
         return TextModule(self.language.build(), self.config.text.temperature)
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        """Tokenize two of a sample's captions, then its negatives; missing negatives are all
-        padding."""
+        """Tokenize two of a sample's captions, then its negatives, padded if some are missing."""
         fields, options = self.config.data.sources[sample.source].captions, self.config.text
         captions = kept_captions(sample.files, fields, sample.texts)
         if len(captions) < 2:

@@ -25,9 +25,9 @@ from xray.artifacts.encoders import (
     Tagger,
     TextEncoder,
     VisionEncoder,
-    data_config,
     restore_encoder,
 )
+from xray.artifacts.manifest_config import data_config
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError, DataError, brief
 from xray.models.token_reduction import KeepRate
@@ -112,8 +112,7 @@ class Model:
         return self._encode(_each(images, (3,), "encode_image"), False, batch_size)
 
     def encode_video(self, clips: Media | Sequence[Media], batch_size: int = 8) -> Tensor:
-        """Encode clips to [N, E], as `encode_image`; a tensor is [T, 3, S, S] or [N, T, 3, S, S]
-        uint8."""
+        """Encode clips to [N, E], as `encode_image`; a tensor is uint8 [T, 3, S, S] or [N, ...]."""
         return self._encode(_each(clips, (4,), "encode_video"), True, batch_size)
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -215,8 +214,7 @@ def _is_clip(media: str | Path | Image.Image) -> bool:
 
 
 def _each(media: Media | Sequence[Media], dimensions: tuple[int, ...], what: str) -> list[Media]:
-    """Return one item or many as a list; raises DataError otherwise. dimensions: of an item's
-    tensor."""
+    """Return one item or many as a list; dimensions: those that an item's tensor may have."""
     if isinstance(media, Tensor) and media.ndim == dimensions[0] + 1:
         if media.ndim in dimensions:
             raise DataError(

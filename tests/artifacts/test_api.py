@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 import xray
 from data_pipelines.shards.source import open_source
-from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder, data_config
+from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder
+from xray.artifacts.manifest_config import data_config
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.evaluation.feature_extraction import extract
 

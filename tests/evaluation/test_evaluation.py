@@ -18,7 +18,7 @@ from xray.artifacts.encoders import class_weights
 from xray.errors import DataError
 from xray.evaluation.class_labels import guess
 from xray.evaluation.knn import knn
-from xray.evaluation.linear_probe import STRENGTHS, LinearHead, fit, fit_head, linear_probe
+from xray.evaluation.linear_probe import SOLVERS, STRENGTHS, LinearHead, fit, linear_probe
 from xray.evaluation.suites import title_of
 from xray.evaluation.zero_shot import zero_shot
 
@@ -116,7 +116,7 @@ def test_other_solvers_reach_nearly_the_bayes_accuracy(solver: str) -> None:
     train, test = (7 + centres[labels] + torch.randn(1500, 16) for _ in range(2))
     nearest = (torch.cdist(test, 7 + centres).argmin(1) == labels).float().mean()
     assert linear_probe(train, labels, test, labels, solver)["top1"] >= nearest - 0.04
-    head = fit_head(train[:, None], labels, solver)
+    head = SOLVERS[solver](train[:, None], labels)
     spread = (train - head.mean) / head.deviation
     assert spread.mean().abs() < 0.01 and abs(spread.std() - 1) < 0.05
 
@@ -192,7 +192,7 @@ def test_views_of_a_sample_are_held_out_together() -> None:
     labels = torch.arange(120) % 4
     noisy = torch.randn(120, 1, 40) + 0.7 * F.one_hot(labels, 40)[:, None]
     alone, views = noisy, noisy + 1e-3 * torch.randn(120, 9, 40)
-    strengths = [fit_head(rows, labels, "lbfgs").strength for rows in (alone, views)]
+    strengths = [SOLVERS["lbfgs"](rows, labels).strength for rows in (alone, views)]
     assert strengths[0] == strengths[1] > min(STRENGTHS)
 
 

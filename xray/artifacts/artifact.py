@@ -204,7 +204,7 @@ def write_artifact(
                 slot: {"manifest": a.digest, "stage": a.stage, "path": a.origin}
                 for slot, a in parents.items()
             },
-            "tensors": {name: dict(_describe(temporary, name)) for name in parts},
+            "tensors": {name: _describe(temporary, name) for name in parts},
             "files": {
                 str(file.relative_to(temporary)): sha256_file(file)
                 for file in sorted(temporary.rglob("*"))
@@ -236,10 +236,7 @@ def _fill(
 ) -> None:
     """Write the weights and the other files."""
     for name, tensors in parts.items():
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        tensors_file = temporary / f"{name}.safetensors"
-        with usual_mode(tensors_file):
-            save_file(plain, tensors_file, metadata={"format": "pt"})
+        save_tensors(temporary / f"{name}.safetensors", tensors)
     for name, item in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +244,13 @@ def _fill(
             shutil.copyfile(item, target)
         else:
             item.save(target)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as torch does, readable by all users."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with usual_mode(path):
+        save_file(plain, path, metadata={"format": "pt"})
 
 
 def _hand_on(parent: Artifact, folder: Path) -> None:
@@ -258,11 +262,10 @@ def _hand_on(parent: Artifact, folder: Path) -> None:
             shutil.copyfile(parent.path / name, folder / Path(name).name)
 
 
-def _describe(folder: Path, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _describe(folder: Path, part: str) -> dict[str, dict[str, Any]]:
     with safe_open(folder / f"{part}.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            piece = file.get_slice(name)
-            yield name, {"shape": piece.get_shape(), "dtype": piece.get_dtype()}
+        pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {n: {"shape": p.get_shape(), "dtype": p.get_dtype()} for n, p in pieces.items()}
 
 
 def package_versions() -> dict[str, str]:

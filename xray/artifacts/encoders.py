@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import Language
-from xray.artifacts.manifest_config import data_config as data_config
 from xray.artifacts.manifest_config import (
+    data_config,
     decoder_config,
     joint_head,
     model_config,
-    tags_head,
     text_config,
 )
-from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
+from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION, head_section
 from xray.config import DataConfig
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
@@ -35,22 +34,10 @@ from xray.progress import progress_of
 TEXTS = 256  # captions per batch
 
 
-def restore_vision(artifact: Artifact) -> VisionBackbone:
-    """Build the backbone of an artifact with its weights, in eval mode."""
-    data = data_config(artifact)
-    with torch.device("meta"):  # its weights are loaded below
-        backbone = VisionBackbone(
-            model_config(artifact), largest(data.resolution), largest(data.frames)
-        )
-    load_adapted(backbone.to_empty(device="cpu"), artifact.load("backbone"), str(artifact.path))
-    return backbone.eval()
-
-
 def class_weights(
     encode: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Compute class features [C, E]: the normalised mean of their prompts' normalised features
-    (CLIP, 2103.00020).
+    """Compute class features [C, E]: normalised means over prompts (CLIP, 2103.00020).
 
     templates: prompts with `{}` for the class name.
     """
@@ -65,9 +52,12 @@ class VisionEncoder(nn.Module):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
         self.artifact = artifact
-        data = data_config(artifact)
+        model, data = model_config(artifact), data_config(artifact)
         self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
-        self.vision = restore_vision(artifact)
+        with torch.device("meta"):  # its weights are loaded below
+            vision = VisionBackbone(model, largest(data.resolution), largest(data.frames))
+        self.vision = vision.to_empty(device="cpu")
+        load_adapted(self.vision, artifact.load("backbone"), str(artifact.path))
         self.normalize = Normalize(data.mean, data.std)
         self.eval()
 
@@ -87,18 +77,14 @@ class VisionEncoder(nn.Module):
     def cls(self, pixels: Tensor) -> Tensor:
         """Encode [B, T, 3, H, W] pixels in 0..255 to CLS features [B, D] on the model's device.
 
-        Float pixels receive a gradient through kept and fused tokens. The choice of the kept tokens
-        has no gradient.
+        Float pixels receive a gradient through kept and fused tokens, not through their choice.
         """
         pixels = pixels.to(self.normalize.mean.device)
         return self.vision(self.normalize(pixels), self.keep_rate).cls
 
 
 class ImageEncoder(VisionEncoder):
-    """Vision side of a joint space: backbone and projection, without the text tower.
-
-    Features in the joint space are float32 and normalised.
-    """
+    """Vision side of a joint space, whose features are float32 and normalised."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
@@ -180,18 +166,14 @@ class TextEncoder(nn.Module):
             language = Language(config)
         except ConfigError:
             return None
-        return cls(artifact, language) if language.digest == _base(artifact) else None
+        same = language.digest == artifact.manifest["inputs"]["llm"]
+        return cls(artifact, language) if same else None
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Encode N captions to sentence vectors [N, W], normalised, on CPU."""
         device = next(self.text.parameters()).device
         return encode_captions(captions, self.tokenizer, lambda x: self.text(**x), device)
-
-
-def _base(artifact: Artifact) -> str:
-    """Return the hash of the LLM folder that the text tower was trained from."""
-    return str(artifact.manifest["inputs"]["llm"])
 
 
 def encode_captions(
@@ -221,17 +203,14 @@ class Tagger(VisionEncoder):
         weights = artifact.load("head")
         self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
         self.head.load_state_dict(weights)
-        self.loss = tag_loss(tags_head(artifact).loss, f"{artifact.path}: hashtag.loss")()
+        loss = head_section(artifact.manifest, TAGS).get("loss", "softmax")
+        self.loss = tag_loss(loss, f"{artifact.path}: hashtag.loss")()
         self.eval()
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
         """Compute tag probabilities [B, V] of [B, T, 3, H, W]: softmax or sigmoid, as trained."""
-        return self.activate(self.head(self.cls(pixels)).float() / temperature)
-
-    def activate(self, logits: Tensor) -> Tensor:
-        """Turn logits [B, V] into probabilities."""
-        return self.loss.activate(logits)
+        return self.loss.activate(self.head(self.cls(pixels)).float() / temperature)
 
 
 class PromptTagger(nn.Module):
@@ -249,11 +228,7 @@ class PromptTagger(nn.Module):
 
 
 def restore_encoder(artifact: Artifact) -> VisionEncoder | TextEncoder:
-    """Load the most capable encoder that an artifact offers.
-
-    A joint space with both towers, a backbone with or without tag head, or a text tower. Raises
-    ArtifactError if it offers none.
-    """
+    """Load the most capable encoder that an artifact offers; raises ArtifactError for none."""
     if VISION in artifact.offers:
         return vision_encoder(artifact, Encoder)
     if SENTENCES in artifact.offers:
@@ -270,14 +245,9 @@ def vision_encoder(artifact: Artifact, joint: type[ImageEncoder] = ImageEncoder)
 
 def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
     """Build the MAE decoder of an artifact with its weights, in eval mode."""
-    sizes = decoder_config(artifact)
-    decoder = MaeDecoder(
-        vision.embed_dim,
-        vision.patch_values,
-        sizes.decoder_dim,
-        sizes.decoder_depth,
-        sizes.decoder_heads,
-    )
+    options = decoder_config(artifact)
+    sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
+    decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
     decoder.load_state_dict(artifact.load("decoder"))
     return decoder.eval()
 

@@ -55,10 +55,9 @@ class Language:
 
     def build(self) -> TextTower:
         """Build the tower with its weights; raises ConfigError for a tokenizer of another model."""
-        if self.parent is None:
-            tower = TextTower(self.config, self.folder)
-        else:
-            tower = TextTower(self.config, self.folder, weights=_needs_base(self.parent))
+        weights = self.parent is None or _needs_base(self.parent)
+        tower = TextTower(self.config, self.folder, weights)
+        if self.parent is not None:
             tower.load_changes(self.parent.load("text"), str(self.parent.path))
         if self.tokenizer.largest_id >= tower.vocabulary:
             raise ConfigError(
@@ -88,8 +87,7 @@ class Language:
             )  # fmt: skip
 
     def export_files(self) -> dict[str, Any]:
-        """Return config and tokenizer files: an artifact with all weights then needs no base
-        folder."""
+        """Return config and tokenizer files, for artifacts with all weights."""
         patterns = ("*.json", "*.model", "*.txt")
         paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
         return {f"llm/{path.name}": path for path in paths}
@@ -116,8 +114,7 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
 
 
 def _folder(artifact: Artifact, llm: str) -> Path:
-    """Find the folder of the config, tokenizer and, unless the artifact has all weights, base
-    weights.
+    """Find the folder of the config, the tokenizer and the base weights, if they are needed.
 
     Raises ArtifactError if the base model is not the one of training.
     """

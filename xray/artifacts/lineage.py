@@ -142,24 +142,29 @@ def _differing(
 
 # in words ---------------------------------------------------------------------------------------
 
+PLACES: dict[Where, str] = {
+    "found": "{}",
+    "url": "was at {}, which was not checked",
+    "gone": "no longer at {}",
+    "replaced": "no longer at {}, where another artifact is now",
+}
+
 
 def told(chain: list[Link]) -> Iterator[str]:
     """Yield the lines that describe a lineage."""
     for link in chain:
         pad = "  " * link.depth
         slot = f" ({link.slot})" if link.slot else ""
-        yield f"{pad}{link.stage}{slot}  {_where(link)}"
+        yield f"{pad}{link.stage}{slot}  {PLACES[link.where].format(link.path)}"
         for line in _about(link):
             yield f"{pad}    {line}"
 
 
-def _where(link: Link) -> str:
-    return {
-        "found": link.path,
-        "url": f"was at {link.path}, which was not checked",
-        "gone": f"no longer at {link.path}",
-        "replaced": f"no longer at {link.path}, where another artifact is now",
-    }[link.where]
+def made_with(manifest: Mapping[str, Any]) -> str:
+    """List the packages and the commit that an artifact was made with."""
+    versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
+    commit = manifest.get("git_commit", "")
+    return versions + (f", commit {commit[:12]}" if commit else "")
 
 
 def _about(link: Link) -> Iterator[str]:
@@ -170,9 +175,7 @@ def _about(link: Link) -> Iterator[str]:
     else:
         data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
         yield f"{manifest.get('samples', 0):,} samples seen, data {data}, config {config}"
-        versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
-        commit = manifest.get("git_commit", "")
-        yield versions + (f", commit {commit[:12]}" if commit else "")
+        yield made_with(manifest)
         inputs = ", ".join(f"{name} {value[:12]}" for name, value in manifest["inputs"].items())
         if inputs:
             yield f"inputs: {inputs}"
@@ -182,5 +185,5 @@ def _about(link: Link) -> Iterator[str]:
             yield ", ".join(f"{name} {values[name]:.4g}" for name in named)
     for line in link.differs:
         yield f"its child changed {line if len(line) <= 120 else line[:117] + '...'}"
-    states = [f"{name} {state}" for name, state in link.files.items()]
-    yield from states
+    for name, state in link.files.items():
+        yield f"{name} {state}"

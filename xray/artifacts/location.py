@@ -58,8 +58,7 @@ class Place:
             return None
 
     def unnamed(self, files: list[str]) -> list[str]:
-        """List files in the subfolders of these files that are not among them: a library that reads
-        such a folder would read them."""
+        """List other files in the subfolders of these, which a library would read."""
         if self.remote:  # only named files are downloaded
             return []
         folders = {self.folder / name.partition("/")[0] for name in files if "/" in name}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.offers import DECODER, JOINT, TAGS, head_section
+from xray.artifacts.offers import DECODER, JOINT, head_section
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
@@ -51,13 +51,6 @@ class DecoderConfig:
         return Masking(self.mask_ratio, self.video_mask_ratio, self.video_mask)
 
 
-@dataclass(frozen=True)
-class TagsHead:
-    """A tag head, by the loss that trained it."""
-
-    loss: str = "softmax"
-
-
 def model_config(artifact: Artifact) -> ModelConfig:
     """Read the backbone's settings; its weights are in the artifact and need no download."""
     config = _read(ModelConfig, _section(artifact, "model"))
@@ -94,11 +87,6 @@ def joint_head(artifact: Artifact) -> JointHead:
 def decoder_config(artifact: Artifact) -> DecoderConfig:
     """Read the MAE decoder's sizes and masks."""
     return _read(DecoderConfig, head_section(artifact.manifest, DECODER))
-
-
-def tags_head(artifact: Artifact) -> TagsHead:
-    """Read how the tag head was trained."""
-    return _read(TagsHead, head_section(artifact.manifest, TAGS))
 
 
 def license_of(manifest: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xray.artifacts.lineage import Link, lineage
+from xray.artifacts.lineage import Link, lineage, made_with
 from xray.artifacts.manifest_config import license_of
 from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
 from xray.config.schedule import value_at
@@ -113,11 +113,8 @@ def _lineage(chain: Sequence[Link]) -> list[str]:
         name = f"{'from ' * bool(link.depth)}{link.stage}{f' ({link.slot})' * bool(link.slot)}"
         hashes = [str(told.get(key, ""))[:12] for key in ("data_digest", "config_hash")]
         rows.append((name, f"{told.get('samples', 0):,}", *hashes, link.digest[:12]))
-    manifest = chain[0].manifest or {}
-    versions = ", ".join(f"{name} {v}" for name, v in manifest.get("versions", {}).items())
-    commit = manifest.get("git_commit", "")
-    made = f"Made with {versions}{f', commit {commit[:12]}' if commit else ''}."
     table = _table(("stage", "samples seen", "data", "config", "manifest"), rows)
+    made = f"Made with {made_with(chain[0].manifest or {})}."
     return [*table, "", f"{made} `xray lineage` prints all of it, `--verify` re-hashes the files."]
 
 

@@ -47,9 +47,8 @@ def square(
 ) -> Tensor:
     """Add random squares of +-eps, each kept if it lowers the margin (Square Attack, 1912.00049).
 
-    The attack starts from vertical stripes. The area of the squares decreases from 0.8 of the image
-    by the paper's schedule, scaled from 10,000 queries to `queries`. Samples that are misclassified
-    without an attack are not changed.
+    The attack starts from vertical stripes. The squares shrink from 0.8 of the image by the paper's
+    schedule, scaled from 10,000 queries. Misclassified samples are not changed.
     """
     B, _, C, H, W = x.shape
 

@@ -67,9 +67,8 @@ class AttentiveProbe(nn.Module):
 def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float]:
     """Measure top-1 accuracy of V-JEPA's recipe: AdamW, a learning rate of half a cosine.
 
-    The backbone encodes each sample once, at the artifact's keep rate. Tokens are stored in a file
-    in half precision, so memory does not grow with the data set. The query attends to the tokens of
-    all views of a clip.
+    The backbone encodes each sample once, at the artifact's keep rate, and stores tokens in a file,
+    in half precision. The query attends to the tokens of all views of a clip.
     """
     source, test_source = sets.labelled("attentive_probe", config)
     with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
@@ -96,9 +95,8 @@ def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
         rows = patches.reshape(len(pixels), -1, patches.shape[-1]).half().cpu().numpy()
         if kept is None:
             kept = _mapped(path, (len(source), *rows.shape[1:]))
-        kept[done : done + len(rows)] = rows
-        labels[done : done + len(rows)] = own
-        done += len(rows)
+        until = done + len(rows)
+        kept[done:until], labels[done:until], done = rows, own, until
     assert kept is not None
     return kept, labels
 

@@ -46,7 +46,7 @@ class Classes:
 
 
 def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:
-    """Number a source's labels by place in `names`, if both have names; -1 stays -1.
+    """Number labels by place in `names`, if both have names, and keep -1.
 
     Raises DataError for a class that is not among them.
     """
@@ -81,8 +81,7 @@ def check_named(labels: Tensor, classes: int, what: str) -> None:
 
 
 def guess(train: Tensor, test: Tensor) -> float:
-    """Compute the accuracy of guessing on test: the better of a random class and the most frequent
-    class of training."""
+    """Compute the accuracy of guessing: a random class or training's most frequent, the better."""
     numbers, counts = train.unique(return_counts=True)
     most = numbers[counts == counts.max()]  # one of them at random, if there are several
     return max(1 / len(numbers), float(torch.isin(test, most).double().mean()) / len(most))

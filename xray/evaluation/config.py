@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from xray.errors import ConfigError
-from xray.evaluation.suite import C, CaptionedConfig, Suite, SuiteConfig
+from xray.evaluation.suite import C, CaptionedConfig, Suite
 from xray.evaluation.suites import SUITES, suite_named
 
 E = TypeVar("E")
@@ -56,7 +56,7 @@ class EvalConfig:
             raise ConfigError(f"eval.batch_size={self.batch_size} must be at least 1")
         self.views.validate()
         for suite in SUITES:
-            for key, part in self._parts(suite):
+            for key, part in suite.sections(self.of(suite)).items():
                 part.validate(f"eval.{key}")
 
     def configured(self) -> list[str]:
@@ -85,7 +85,7 @@ class EvalConfig:
         reads = [other for suite in asked for other in suite.reads]
         asked += [other for other in reads if other.has_data(self.of(other))]
         for suite in {suite.name: suite for suite in asked}.values():
-            for key, part in self._parts(suite):
+            for key, part in suite.sections(self.of(suite)).items():
                 yield from ((f"{key}.{name}", place) for name, place in part.sets().items())
 
     def filled(self) -> EvalConfig:
@@ -97,6 +97,3 @@ class EvalConfig:
                 sets = {key: getattr(lender, key) for key in (*lender.required_sets, "modality")}
                 lent[suite.name] = replace(self.of(suite), **sets)
         return replace(self, **lent)  # type: ignore[type-var]
-
-    def _parts(self, suite: Suite[C]) -> Iterator[tuple[str, SuiteConfig]]:
-        yield from suite.sections(self.of(suite)).items()

@@ -14,7 +14,8 @@ from data_pipelines.shards.manifest import find_shards, resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality
-from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_config
+from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder
+from xray.artifacts.manifest_config import data_config
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.class_labels import Classes

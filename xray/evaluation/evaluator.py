@@ -45,10 +45,8 @@ class Evaluator:
             yield name, suite.run(self.sets, self.sets.config.of(suite))
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise an error if one of these suites cannot run.
-
-        ConfigError for an unknown suite and for data that is not set or not there; ArtifactError
-        for a suite that needs what the artifact does not offer.
+        """Raise ConfigError for an unknown suite or missing data, ArtifactError for a suite that
+        needs what the artifact does not offer.
         """
         configured = self.sets.config.configured()
         for name in names:

@@ -38,8 +38,7 @@ from xray.progress import progress_of
 
 @dataclass
 class FinetuneConfig(LabelledConfig):
-    """Settings of the training: MAE's for a ViT-B, with smaller batches, half the epochs and half
-    the peak learning rate."""
+    """MAE's settings for a ViT-B, with smaller batches, half the epochs and half the peak lr."""
 
     epochs: int = 50
     batch_size: int = 32
@@ -108,8 +107,7 @@ class _Training(WholeDataset):
 def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
     """Measure top-1 accuracy on test after training the backbone and a linear head.
 
-    AdamW, layer-wise lr decay, drop path, label smoothing. Training runs in one process with a
-    fixed seed: results repeat on the same machine with the same number of threads.
+    The seed is fixed: results repeat on the same machine with the same number of threads.
     """
     source, test = sets.labelled("finetune", config)
     numbers = labels_of(source)
@@ -172,8 +170,7 @@ def _loss(model: Classifier, pixels: Tensor, labels: Tensor, config: FinetuneCon
 
 
 def _order(samples: int, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
-    """Make batches of (epoch, sample), shuffled in each epoch; an incomplete last batch is dropped,
-    unless the data set is smaller than a batch."""
+    """Make batches of (epoch, sample), shuffled per epoch, without an epoch's incomplete batch."""
     rng, size = np.random.default_rng(config.seed), min(config.batch_size, samples)
     batches = []
     for epoch in range(config.epochs):

@@ -61,15 +61,10 @@ def linear_probe(
     check_labels(train_labels, "a linear probe")
     check_labels(test_labels, "a linear probe")
     train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
-    head = fit_head(train, train_labels, solver)
+    head = SOLVERS[solver](train, train_labels)
     measures = share("top1", head.predict(test) == test_labels)
     measures["chance_top1"] = guess(train_labels, test_labels)
     return measures | {"l2": head.strength, "samples": float(len(test))}
-
-
-def fit_head(train: Tensor, labels: Tensor, solver: str) -> LinearHead:
-    """Fit a head to features [N, V, D] of V views with one of SOLVERS; labels [N]."""
-    return SOLVERS[solver](train, labels)
 
 
 def _rows(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,16 +134,16 @@ def _sgd(views: Tensor, own: Tensor) -> LinearHead:
     layer = _layer(train, labels)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     x = (train - mean) / deviation
-    _descend(layer, x, labels, optimizer, 0.1, 1024, epochs=50, warmup=0.0, whole=False)
+    schedule = OptimConfig(base_lr=0.1, warmup=0.0)
+    _descend(layer, x, labels, optimizer, schedule, 1024, epochs=50, whole=False)
     return LinearHead(mean, deviation, _weights(layer))
 
 
 def _mae(views: Tensor, own: Tensor) -> LinearHead:
     """Fit by MAE's recipe (2111.06377): BatchNorm without affine, a linear layer, LARS.
 
-    Weights start from N(0, 0.01); lr 0.1 * batch / 256, no weight decay, 10 of 90 epochs of
-    warm-up, batches of 16,384 or all samples. Features are of centre crops; the paper uses random
-    crops.
+    lr 0.1 * batch / 256, no weight decay, 10 of 90 epochs of warm-up, batches of 16,384 or all
+    samples. Features are of centre crops; the paper uses random crops.
     """
     train, labels = _rows(views, own)
     batch = min(16384, len(train))
@@ -158,7 +153,8 @@ def _mae(views: Tensor, own: Tensor) -> LinearHead:
     lr = 0.1 * batch / 256
     optimizer = Lars(groups, lr=lr, momentum=0.9)
     model = nn.Sequential(norm, layer)
-    _descend(model, train, labels, optimizer, lr, batch, epochs=90, warmup=10 / 90, whole=True)
+    schedule = OptimConfig(base_lr=lr, warmup=10 / 90)
+    _descend(model, train, labels, optimizer, schedule, batch, epochs=90, whole=True)
     assert norm.running_mean is not None and norm.running_var is not None
     deviation = (norm.running_var + norm.eps).sqrt()
     return LinearHead(norm.running_mean, deviation, _weights(layer))
@@ -180,15 +176,13 @@ def _descend(
     x: Tensor,
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
-    lr: float,
+    schedule: OptimConfig,
     batch: int,
     epochs: int,
-    warmup: float,
     whole: bool,
 ) -> None:
     """Train on shuffled batches, with a fixed seed; whole: drop a smaller last batch."""
     generator = torch.Generator().manual_seed(0)
-    schedule = OptimConfig(base_lr=lr, warmup=warmup)
     per_epoch = len(x) // batch if whole else -(-len(x) // batch)
     model.train()
     for epoch in progress_of("linear probe")(iter(range(epochs)), epochs):
@@ -202,11 +196,9 @@ def _descend(
             optimizer.step()
 
 
-SOLVERS: dict[str, Callable[[Tensor, Tensor], LinearHead]] = {
-    "lbfgs": _lbfgs,
-    "sgd": _sgd,
-    "mae": _mae,
-}
+# Fit a head to features [N, V, D] of V views and labels [N].
+SOLVERS: dict[str, Callable[[Tensor, Tensor], LinearHead]]
+SOLVERS = {"lbfgs": _lbfgs, "sgd": _sgd, "mae": _mae}
 
 
 def _run(sets: Sets, config: LinearProbeConfig) -> Measures:

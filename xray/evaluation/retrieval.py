@@ -32,9 +32,9 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 
 @dataclass
 class RetrievalConfig(CaptionedConfig):
-    """Images with captions. `same`: what is correct for a caption, its own sample alone or every
-    sample that has the same caption."""
+    """Images with captions."""
 
+    # correct for a caption: its own sample alone, or every sample that has the same caption
     same: Literal["sample", "caption"] = "sample"
 
 
@@ -131,8 +131,7 @@ def _ranks(similarity: Tensor, right: Tensor) -> Ranks:
 
 
 def _missed(right: Tensor, answers: Tensor, k: Tensor) -> Tensor:
-    """Compute the probability that a random ranking of A results has none of its c correct ones
-    among the first k, C(A-c, k) / C(A, k): [Q]."""
+    """Compute the probability C(A-c, k) / C(A, k) of no correct one among k of A results, [Q]."""
     missed = torch.ones(len(right), dtype=torch.float64)
     for i in range(int(k.max())):
         factor = ((answers - right - i) / (answers - i).clamp(min=1)).clamp(min=0)

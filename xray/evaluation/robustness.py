@@ -24,7 +24,7 @@ from xray.evaluation.confidence import share
 from xray.evaluation.corruptions import CORRUPTIONS, corrupt, stretch
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
-from xray.evaluation.linear_probe import LINEAR_PROBE, fit_head
+from xray.evaluation.linear_probe import LINEAR_PROBE, SOLVERS
 from xray.evaluation.robustness_results import ATTACKS, plot_robustness, robustness_rows
 from xray.evaluation.suite import Suite, SuiteConfig, titled
 from xray.evaluation.zero_shot import ZERO_SHOT, NamedClasses
@@ -137,7 +137,7 @@ def _heads(sets: Sets) -> Iterator[Head]:
     if LINEAR_PROBE.name in configured:
         config = sets.config.of(LINEAR_PROBE)
         train, test = sets.probe("linear_probe", config)
-        head = fit_head(train.views, train.labels, config.solver)
+        head = SOLVERS[config.solver](train.views, train.labels)
         sources = sets.labelled("linear_probe", config)
         places = Classes.of(sets.features(sources[0]).labels, sources[0]).places
         yield Head(

@@ -35,7 +35,7 @@ class SuiteConfig:
 
     def has_data(self) -> bool:
         """Tell if all required data sets are set."""
-        return bool(self.required_sets) and all(key in self.sets() for key in self.required_sets)
+        return bool(self.required_sets) and self.sets().keys() >= set(self.required_sets)
 
     def validate(self, key: str) -> None:
         """Raise ConfigError naming the key to change; `key` is the section's, such as eval.knn."""

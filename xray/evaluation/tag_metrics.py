@@ -3,11 +3,6 @@
 Probabilities arrive in blocks [b, V]. Only what the metrics need is kept: hits among the top tags,
 and the scores of the tags whose average precision is measured.
 
-    metrics = TagMetrics(counts, measured_tags(labels, samples))
-    for probabilities, tags in blocks:
-        metrics.add(probabilities, tags)
-    metrics.results(), metrics.calibration()
-
 Ties: of a sample's tags with equal scores, the smaller id comes first. A vocabulary is ordered by
 descending count, so constant scores predict the frequent tags, which is chance. A tag's samples
 with equal scores are counted together, so that their order does not matter.
@@ -32,9 +27,8 @@ BINS = 15  # of the calibration
 def measured_tags(tags: Tensor, samples: int, held: int = HELD, seed: int = 0) -> Tensor:
     """Choose the tags whose average precision is measured: [M] ids, ascending.
 
-    These are all tags of the samples or, if that is more than `held` scores, a random subset that
-    fits. AP is exact for each of them, and their mean is an unbiased estimate of the mean over all.
-    tags: ids of the samples in any shape, -1 = none.
+    These are all tags of the samples or, if their scores are more than `held`, a random subset,
+    whose mean AP is unbiased. tags: ids of the samples in any shape, -1 = none.
     """
     present = torch.unique(tags[tags >= 0])
     fitting = max(1, held // max(1, samples))
@@ -55,8 +49,7 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Compute the expected calibration error: the mean over samples of their bin's gap
-        (1706.04599)."""
+        """Compute the expected calibration error, the samples' mean gap (1706.04599)."""
         gap = (self.accuracy - self.confidence).abs()
         return ((gap * self.count).sum() / self.count.sum()).item()
 
@@ -74,10 +67,9 @@ def calibrate(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Calibrat
 
 
 def average_precision(scores: np.ndarray, own: np.ndarray) -> float:
-    """Average the precision at the score of each positive.
+    """Average the precision at each positive's score: sum_n (R_n - R_{n-1}) P_n over the scores.
 
-    It equals sum_n (R_n - R_{n-1}) P_n over the distinct scores. scores: [N] of one tag. own: [P],
-    the scores of its positives, which are among them.
+    scores: [N] of one tag. own: [P], the scores of its positives, which are among them.
     """
     above = len(scores) - np.searchsorted(np.sort(scores), own)
     hits = len(own) - np.searchsorted(np.sort(own), own)
@@ -86,8 +78,6 @@ def average_precision(scores: np.ndarray, own: np.ndarray) -> float:
 
 def random_precision(positives: Tensor, samples: int) -> Tensor:
     """Compute the expected average precision of a random order, [T] float64.
-
-    positives: [T], their number for each tag.
 
     With P of N positive, sum_k (1 + (k - 1) (P - 1) / (N - 1)) / k / N over the ranks k = 1..N.
     """

@@ -56,10 +56,7 @@ def tagging(
     data: DataConfig,
     batch_size: int,
 ) -> tuple[dict[str, float], TagMetrics]:
-    """Measure a tag head on a source.
-
-    probabilities: [B, T, 3, S, S] uint8 -> [B, V].
-    """
+    """Measure a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
     rules = TagRules(field=config.field)
     work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
     labels = label(work, data.workers)
@@ -101,7 +98,6 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
 
 
 def _rows(measures: Measures) -> Iterator[Row]:
-    """Make the rows of each data set."""
     for name in dict.fromkeys(key.split("/")[0] for key in measures):
         prefix = f"{name}/"
         own = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder, vision_encoder
 from xray.artifacts.offers import VISION
 from xray.errors import ArtifactError
-from xray.files import usual_mode
 from xray.models.token_reduction import KeepRate
 
 CAPTIONS = (
@@ -26,15 +24,13 @@ CAPTIONS = (
     "red",
     "a very long caption " * 40,  # longer than any text tower reads: truncated
 )
-NAMED = "model.safetensors"
 
 
 @dataclass
 class Export:
-    """Result of an export: the code that loads it, and the differences of its features from
-    ours.
+    """Result of an export, with the code that loads it.
 
-    differences: largest absolute difference of normalised features, by output.
+    differences: largest absolute difference of its normalised features from ours, by output.
     """
 
     library: str
@@ -76,8 +72,7 @@ def difference(theirs: Tensor, features: Tensor) -> float:
 def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
     """Return the backbone's weights by timm's names, for images alone.
 
-    The stem's temporal kernels are summed, as for a still image. Position embeddings are resampled
-    to the side in pixels. Weights that only clips use are left out.
+    Temporal kernels are summed, as for a still image; position embeddings are resampled to `side`.
     """
     vision = encoder.vision
     state = {k: v.detach().clone() for k, v in vision.state_dict().items()}
@@ -97,13 +92,6 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
 def is_there(module: nn.Module | None) -> bool:
     """Tell whether an optional module is present."""
     return module is not None and not isinstance(module, nn.Identity)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file as torch does, readable by all users."""
-    with usual_mode(path):
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, path, metadata={"format": "pt"})
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:

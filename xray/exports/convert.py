@@ -22,11 +22,7 @@ TOLERANCE = 1e-5  # of normalised features: fp32 rounding by another order of su
 
 
 def convert(
-    artifact: Artifact,
-    form: str,
-    out: Path,
-    keep_rate: KeepRate | None = None,
-    frames: int = 1,
+    artifact: Artifact, form: str, out: Path, keep_rate: KeepRate | None = None, frames: int = 1
 ) -> Export:
     """Write an artifact in another library's format; on failure nothing is left.
 
@@ -43,7 +39,11 @@ def convert(
         raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
-        export = _write(artifact, form, temporary, keep_rate, frames)
+        if form == "onnx":
+            export = to_onnx(artifact, temporary, keep_rate, frames)
+        else:
+            writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
+            export = writers[form](artifact, temporary)
         rate = artifact.manifest["keep_rate"]
         if form in ("timm", "open_clip") and rate != 1.0:
             export.notes.append(
@@ -54,15 +54,6 @@ def convert(
         (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")
         sync_tree(temporary)
     return export
-
-
-def _write(
-    artifact: Artifact, form: str, folder: Path, keep_rate: KeepRate | None, frames: int
-) -> Export:
-    if form == "onnx":
-        return to_onnx(artifact, folder, keep_rate, frames)
-    writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
-    return writers[form](artifact, folder)
 
 
 def _check(artifact: Artifact, form: str, export: Export) -> None:

@@ -36,11 +36,10 @@ class ImageTower(nn.Module):
             self.projection = encoder.vision_projection
         if isinstance(encoder, Tagger):
             self.outputs.append("probabilities")
-            self.head, self.activate = encoder.head, encoder.activate
+            self.head, self.activate = encoder.head, encoder.loss.activate
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Encode images [B, 3, S, S] or clips [B, T, 3, S, S] to [B, D], and to joint [B, E] or
-        tags [B, V]."""
+        """Encode [B, 3, S, S] or [B, T, 3, S, S] to [B, D], and joint [B, E] or tags [B, V]."""
         cls = self.vision(pixels if self.clips else pixels[:, None], self.keep_rate).cls
         outputs = [F.normalize(cls, dim=-1)]
         if self.projection is not None:

@@ -14,7 +14,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from xray.artifacts.artifact import Artifact
+from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import Encoder, ImageEncoder
 from xray.artifacts.manifest_config import data_config, image_side
 from xray.errors import ArtifactError, ConfigError, brief
@@ -26,7 +26,6 @@ from xray.exports.common import (
     is_there,
     pictures,
     save_json,
-    save_tensors,
     vision_of,
 )
 
@@ -36,8 +35,7 @@ NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers
 
 
 def to_open_clip(artifact: Artifact, out: Path) -> Export:
-    """Write open_clip_config.json and the weights: the image tower with all tokens kept, and the
-    text tower if it is CLIP's.
+    """Write open_clip_config.json and the image tower's weights; the text tower's, if it is CLIP's.
 
     Raises ArtifactError for a backbone that open_clip's ViT cannot represent, ConfigError if
     open_clip is not installed.
@@ -105,11 +103,12 @@ def _code(with_text: bool) -> list[str]:
         "model, preprocess = open_clip.create_model_from_pretrained(name)",
         "image = model.encode_image(preprocess(picture)[None], normalize=True)  # of a PIL picture",
     ]
-    texts = [
-        "tokenizer = open_clip.get_tokenizer(name)",
-        'text = model.encode_text(tokenizer(["a dog on a beach"]), normalize=True)',
-    ]
-    return code + (texts if with_text else [])
+    if with_text:
+        code += [
+            "tokenizer = open_clip.get_tokenizer(name)",
+            'text = model.encode_text(tokenizer(["a dog on a beach"]), normalize=True)',
+        ]
+    return code
 
 
 def _notes(missing: str) -> list[str]:
@@ -200,11 +199,8 @@ def _config(
             "pad_id": tokenizer.pad_token_id,
             "hf_tokenizer_name": ".",  # any name: open_clip reads the folder
         }
-    model = {
-        "embed_dim": encoder.vision_projection.out_features,
-        "vision_cfg": image,
-        "text_cfg": text,
-    }
+    width = encoder.vision_projection.out_features
+    model = {"embed_dim": width, "vision_cfg": image, "text_cfg": text}
     if artifact.has_tensor("head", "logit_bias"):
         model["init_logit_bias"] = 0.0  # replaced by the weights
     reads = {"interpolation": "bicubic", "resize_mode": "shortest", "size": side}
@@ -213,8 +209,7 @@ def _config(
 
 
 def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
-    """Rename the image tower's weights for open_clip; its stem has no bias, so positions carry
-    ours."""
+    """Rename the image tower's weights for open_clip, with the stem's bias in the positions."""
     vision, own = encoder.vision, image_state(encoder, side)
     places = own["pos_embed"][0]
     missing = vision.num_prefix_tokens - vision.position_prefix  # rows of the CLS token
@@ -233,15 +228,13 @@ def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
         state |= {k.replace(old, new, 1): v for k, v in own.items() if k.startswith(f"{old}.")}
     for number in range(len(list(vision.blocks.children()))):
         block = _part(own, f"blocks.{number}.")
-        width = vision.embed_dim
-        bias = block.get("attn.qkv.bias", torch.zeros(3 * width))
+        bias = block.get("attn.qkv.bias", torch.zeros(3 * vision.embed_dim))
         named = {"attn.in_proj_weight": block["attn.qkv.weight"], "attn.in_proj_bias": bias}
         names = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj", "ls1": "ls_1",
                  "ls2": "ls_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
         named |= dict(_renamed(block, names))
         for linear in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
-            weight = named[f"{linear}.weight"]
-            named.setdefault(f"{linear}.bias", torch.zeros(len(weight)))
+            named.setdefault(f"{linear}.bias", torch.zeros(len(named[f"{linear}.weight"])))
         state |= {f"transformer.resblocks.{number}.{k}": v for k, v in named.items()}
     return {f"visual.{name}": value for name, value in state.items()}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from xray.artifacts.artifact import Artifact
+from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import (
     Encoder,
     TextEncoder,
@@ -33,15 +33,7 @@ from xray.artifacts.manifest_config import (
     text_config,
 )
 from xray.config.schedule import largest
-from xray.exports.common import (
-    CAPTIONS,
-    Export,
-    difference,
-    ours,
-    pictures,
-    save_json,
-    save_tensors,
-)
+from xray.exports.common import CAPTIONS, Export, difference, ours, pictures, save_json
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower, merge_lora
 
@@ -90,8 +82,7 @@ def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> floa
 
 
 def _write_text(encoder: Encoder | TextEncoder, out: Path) -> float:
-    """Write the language model, load it again, and return the difference of its sentence
-    vectors."""
+    """Write the language model, and return how its sentence vectors differ once loaded again."""
     tower, tokenizer, device = encoder.text.float(), encoder.tokenizer, torch.device("cpu")
     expected = encode_captions(CAPTIONS, tokenizer, lambda x: tower(**x), device)
     llm: Any = merge_lora(tower.llm)

@@ -8,12 +8,11 @@ from typing import Any
 import timm
 import torch
 
-from xray.artifacts.artifact import Artifact
+from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import VisionEncoder
 from xray.artifacts.manifest_config import data_config, image_side, license_of, model_config
 from xray.errors import ArtifactError, brief
 from xray.exports.common import (
-    NAMED,
     Export,
     difference,
     image_state,
@@ -21,16 +20,12 @@ from xray.exports.common import (
     ours,
     pictures,
     save_json,
-    save_tensors,
     vision_of,
 )
 
 
 def to_timm(artifact: Artifact, out: Path) -> Export:
-    """Write config.json and model.safetensors: features of images with all tokens kept.
-
-    Raises ArtifactError for a backbone that timm cannot represent.
-    """
+    """Write config.json and model.safetensors; raises ArtifactError for what timm cannot build."""
     encoder, side = vision_of(artifact, "timm"), image_side(artifact)
     settings = timm_config(artifact, encoder, side)
     state = image_state(encoder, side)
@@ -39,7 +34,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
         vit.load_state_dict(state)
     except Exception as error:  # timm raises many kinds
         raise ArtifactError(f"{artifact.origin} cannot be built by timm: {brief(error)}") from error
-    save_tensors(out / NAMED, state)
+    save_tensors(out / "model.safetensors", state)
     save_json(out / "config.json", settings)
 
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()

@@ -26,14 +26,11 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        tags: Tensor,
-        loss: TagLoss,
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, tags: Tensor, loss: TagLoss
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.loss, ctx.dtype = loss, _matmul_dtype(features)
+        ctx.loss, ctx.dtype, device = loss, features.dtype, features.device.type
+        if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+            ctx.dtype = torch.get_autocast_dtype(device)  # as F.linear
         low, empty = features.to(ctx.dtype), full_precision(features[:, :0])
         state, picked = loss.reduce(empty), empty.new_zeros(tags.shape)
         highest, top = empty.new_full(tags.shape[:1], -math.inf), tags.new_zeros(len(tags))
@@ -89,11 +86,3 @@ def _own_in(piece: slice, tags: Tensor) -> tuple[Tensor, Tensor]:
     """Return the places [B, K] of tags in a chunk of classes, and a mask of those inside it."""
     inside = (tags >= piece.start) & (tags < piece.stop)
     return (tags - piece.start).clamp(0, piece.stop - piece.start - 1), inside
-
-
-def _matmul_dtype(features: Tensor) -> torch.dtype:
-    """Return the dtype that F.linear computes in here."""
-    device = features.device.type
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return features.dtype

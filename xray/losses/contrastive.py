@@ -20,14 +20,12 @@ from xray.losses.precision import full_precision
 
 # Logits in memory at a time; larger contrasts are computed in groups of rows.
 MOST_LOGITS = 1 << 24
+Scale = Tensor | float
+Ids = Tensor | None  # of the rows of queries or keys; rows of the same id are positives
 
 
 def info_nce(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor | float,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
+    queries: Tensor, keys: Tensor, scale: Scale, query_ids: Ids = None, key_ids: Ids = None
 ) -> Tensor:
     """Compute symmetric InfoNCE over the global batch: the mean of `contrast` in both directions.
 
@@ -38,11 +36,7 @@ def info_nce(
 
 
 def contrast(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor | float,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
+    queries: Tensor, keys: Tensor, scale: Scale, query_ids: Ids = None, key_ids: Ids = None
 ) -> Tensor:
     """Compute the mean cross-entropy of own queries against the keys of all ranks.
 
@@ -52,7 +46,10 @@ def contrast(
     of the global loss. Memory is O(N D) plus MOST_LOGITS.
     """
     mine = row_ids(queries) if query_ids is None else query_ids
-    ids = _all_ids(len(keys), key_ids, keys.device)
+    if key_ids is None:
+        ids = torch.arange(len(keys) * dist.world_size(), device=keys.device)
+    else:
+        ids = gather_rows(key_ids)
     with _exactly(queries):
         queries, keys = full_precision(queries), gather_rows(full_precision(keys))
         if key_ids is not None:
@@ -69,10 +66,10 @@ def contrast(
 def distillation(
     queries: Tensor,
     keys: Tensor,
-    scale: Tensor | float,
+    scale: Scale,
     teacher_queries: Tensor,
     teacher_keys: Tensor,
-    teacher_scale: Tensor | float,
+    teacher_scale: Scale,
 ) -> Tensor:
     """Compute cross-entropy with a teacher's softmax over all keys, in both directions.
 
@@ -89,12 +86,10 @@ def distillation(
                 sharp = _scalar(teacher_scale, known)
 
             def share(piece: slice, a: Tensor = known, b: Tensor = among) -> Tensor:
-                return (sharp * a[piece] @ b.t()).softmax(dim=1).to(full_precision(queries).dtype)  # noqa: B023
+                return (sharp * a[piece] @ b.t()).softmax(dim=1).to(total.dtype)  # noqa: B023
 
-            rows = gather_rows(full_precision(others))
-            total = total + _SoftmaxRows.apply(
-                full_precision(own), rows, _scalar(scale, own), share
-            )
+            own, rows = full_precision(own), gather_rows(full_precision(others))
+            total = total + _SoftmaxRows.apply(own, rows, _scalar(scale, own), share)
     return total / 2
 
 
@@ -133,14 +128,11 @@ class ContrastiveLoss(ABC):
 
     @abstractmethod
     def chance(self, samples: int, captions: int = 1) -> float:
-        """Compute the loss of a block if all features are equal.
-
-        captions: per sample.
-        """
+        """Compute the loss of a block if all features are equal; captions: per sample."""
 
     @abstractmethod
     def __call__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
+        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Ids
     ) -> Tensor:
         """Compute the loss; queries, keys, and ids of both as in `info_nce`."""
 
@@ -202,14 +194,6 @@ def gather_rows(local: Tensor) -> Tensor:
 def row_ids(rows: Tensor) -> Tensor:
     """Number own rows among those of all ranks, [b]."""
     return len(rows) * dist.rank() + torch.arange(len(rows), device=rows.device)
-
-
-def _all_ids(size: int, own: Tensor | None, device: torch.device) -> Tensor:
-    """Return the ids of all ranks' rows, [N]."""
-    if own is None:
-        return torch.arange(size * dist.world_size(), device=device)
-    with torch.no_grad():
-        return gather_rows(own)
 
 
 def _exactly(rows: Tensor) -> Any:

@@ -42,10 +42,9 @@ def sampled_softmax(
     """Compute the softmax loss [B] with its sum of exponentials estimated from drawn classes.
 
     features: [B, D]. weight, bias: [V, D], [V], of which M + B K rows are read. negatives, log_q:
-    [M] of `draw_classes`. Own classes are summed exactly; the sum over the others is the mean of
-    exp(z) / q over the draws that are not own classes (importance sampling, 1412.2007). The sum is
-    unbiased; its logarithm is too low (Jensen's inequality), less so with more draws. There is no
-    label smoothing.
+    [M] of `draw_classes`. Own classes are summed exactly, the others by importance sampling over
+    the other draws (1412.2007). The sum is unbiased; its logarithm is too low (Jensen's
+    inequality), less so with more draws.
     """
     number = len(negatives)
     ids = torch.cat([negatives, tags.clamp(min=0).flatten()])  # one gather: one [V, D] gradient

@@ -37,11 +37,11 @@ class TagLoss(ABC):
     chunk: int = 0  # classes whose logits are in memory at a time; 0 = all
 
     def __post_init__(self) -> None:
-        for name in [item.name for item in fields(self)]:
-            value, below_one = getattr(self, name), name in self.below_one
+        for item in fields(self):
+            value, below_one = getattr(self, item.name), item.name in self.below_one
             if value < 0 or (below_one and value >= 1):
                 allowed = "in [0, 1)" if below_one else ">= 0"
-                raise ConfigError(f"{name}={value} of a tag loss must be {allowed}")
+                raise ConfigError(f"{item.name}={value} of a tag loss must be {allowed}")
 
     def __call__(
         self, features: Tensor, weight: Tensor, bias: Tensor, tags: Tensor, targets: Tensor
@@ -53,7 +53,7 @@ class TagLoss(ABC):
         return self._losses(total, picked, tags, targets), top
 
     def from_logits(self, logits: Tensor, tags: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute losses and likeliest classes as `__call__`, from all logits [B, V]."""
+        """Compute losses and likeliest classes from all logits [B, V]."""
         logits = full_precision(logits)
         picked = logits.gather(1, tags.clamp(min=0))
         total = self.total(self.reduce(logits), logits.shape[1])
@@ -87,8 +87,7 @@ class TagLoss(ABC):
     def initial_bias(self, frequency: Tensor) -> Tensor:
         """Return the head's bias [V] that predicts each tag's frequency [V] in (0, 1).
 
-        RetinaNet's prior (1708.02002): otherwise the features learn the frequencies first, and
-        become alike.
+        Without it the features learn the frequencies first, and become alike (1708.02002).
         """
 
     def weight(self, targets: Tensor) -> Tensor:
@@ -140,7 +139,16 @@ class SoftmaxLoss(TagLoss):
         return (frequency / frequency.sum()).log()
 
     def floor(self, targets: Tensor, classes: int) -> Tensor:
-        return target_entropy(targets, self.smoothing, classes)
+        """Return sum(t) log sum(t) - sum(t' log t'), [B].
+
+        An id that occurs twice in a row is counted as two, which makes it too large.
+        """
+        targets = full_precision(targets)
+        total = targets.sum(dim=1)
+        share = self.smoothing / classes * total  # of each class
+        own = (1 - self.smoothing) * targets + share[:, None]
+        others = (classes - targets.shape[1]) * torch.xlogy(share, share)
+        return torch.xlogy(total, total) - torch.xlogy(own, own).sum(dim=1) - others
 
     def weight(self, targets: Tensor) -> Tensor:
         return targets.sum(dim=1)
@@ -189,8 +197,7 @@ class AsymmetricLoss(TagLoss):
     def merge(self, tags: Tensor, targets: Tensor) -> Tensor:
         """Put the sum of an id's targets, at most 1, at its first place and 0 at the others."""
         equal = tags.unsqueeze(2) == tags.unsqueeze(1)
-        sums = (equal * targets.unsqueeze(1)).sum(dim=2)
-        return sums.clamp(max=1) * ~repeated(tags)
+        return (equal * targets.unsqueeze(1)).sum(dim=2).clamp(max=1) * ~repeated(tags)
 
     def reduce(self, logits: Tensor) -> Tensor:
         negative, half = self.negative(logits), self.smoothing / 2
@@ -254,21 +261,6 @@ def tag_loss(name: str, key: str = "hashtag.loss") -> type[TagLoss]:
             f"{key}={name} is unknown: there are {', '.join(LOSSES)}{nearest(name, LOSSES)}"
         )
     return LOSSES[name]
-
-
-def target_entropy(targets: Tensor, smoothing: float = 0.0, classes: int = 0) -> Tensor:
-    """Compute the smallest softmax loss for targets [B, K]: sum(t) log sum(t) - sum(t log t), [B].
-
-    An id that occurs twice in a row is counted as two, which makes it too large. Smoothing needs
-    the number of classes.
-    """
-    assert not smoothing or classes, "smoothing spreads over a number of classes"
-    targets = full_precision(targets)
-    total = targets.sum(dim=1)
-    share = smoothing / max(classes, 1) * total  # of each class
-    own = (1 - smoothing) * targets + share[:, None]
-    others = (classes - targets.shape[1]) * torch.xlogy(share, share)
-    return torch.xlogy(total, total) - torch.xlogy(own, own).sum(dim=1) - others
 
 
 def truncate(losses: Tensor, doubts: Tensor, share: float, u: float) -> Tensor:

@@ -60,11 +60,9 @@ def reconstructions(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Sheet:
-    """Draw masked, reconstructed and original images of [B, T, 3, S, S] uint8; a clip by
-    tubelets.
+    """Draw masked, reconstructed and original [B, T, 3, S, S] uint8; a clip by tubelets.
 
-    options: training of the decoder. Under norm_pix_loss a patch is predicted up to its mean and
-    variance, which are taken from the original. Visible patches are shown unchanged.
+    Under norm_pix_loss a patch's mean and variance are taken from the original.
     """
     vision, normalize = encoder.vision, encoder.normalize
     x = normalize(pixels)
@@ -124,8 +122,7 @@ def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = (
 
 
 def _group_sizes(assign: Tensor) -> Tensor:
-    """Count the input tokens that share each input token's token, [B, n] -> [B, n]; any if
-    dropped."""
+    """Count the input tokens that share each input token's token, [B, n]; any if dropped."""
     place = assign.clamp(min=0)
     count = torch.zeros(len(assign), int(assign.max()) + 1)
     return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
