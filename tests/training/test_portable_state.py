@@ -207,9 +207,9 @@ def test_a_state_of_another_model_or_optimizer_is_refused(demo: Path, tmp_path: 
     facts = json.loads(index.read_text())
     outside = {"../00000.safetensors": facts["files"]["00000.safetensors"]}
     for change, message in (
-        ({"slots": ["exp_avg"]}, r"not of this model or optimizer: .*exp_avg"),
+        ({"slots": ["exp_avg"]}, r"of another model or optimizer: .*exp_avg"),
         ({"version": 9}, "has version 9"),
-        ({"files": {"00000.safetensors": ["x"]}}, "not of this model or optimizer: parameter"),
+        ({"files": {"00000.safetensors": ["x"]}}, "of another model or optimizer: parameter"),
         ({"files": outside}, r"names a file outside of it: ../00000.safetensors"),
     ):
         index.write_text(json.dumps({**facts, **change}))
