@@ -50,8 +50,9 @@ class Trial:
     @property
     def key(self) -> str:
         """Hash of everything that determines the results: stage runs and evaluation settings."""
-        evaluation = dataclasses.asdict(self.recipe.eval), self.recipe.root
-        return hash_json([list(self.keys.values()), *evaluation])
+        evaluation: Any = self.recipe.eval  # a dataclass by a call, which mypy does not see
+        settings = dataclasses.asdict(evaluation)
+        return hash_json([list(self.keys.values()), settings, self.recipe.root])
 
     def missing(self) -> list[str]:
         """Return the folder names of the stage runs that are not finished."""

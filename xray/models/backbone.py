@@ -283,7 +283,7 @@ class VisionBackbone(nn.Module):
             x = x + (spatial[:, None] + time[:, :, None]).flatten(1, 2)
         else:
             x = x + spatial.repeat(1, slots, 1)
-        prefix = self.cls_token
+        prefix: Tensor = self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
         if self.position_prefix:  # an added CLS token comes first and has no position: pad with 0

@@ -69,11 +69,12 @@ def write_run_report(
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     """Return what is needed to write the report again."""
+    evaluation: Any = recipe.eval  # a dataclass by a call, which mypy does not see
     return {
         "name": recipe.name,
         "root": recipe.root,
         "workers": recipe.workers,
-        "eval": asdict(recipe.eval),
+        "eval": asdict(evaluation),
         "stages": {run.stage: run.out for run in recipe.runs},
     }
 

@@ -49,9 +49,9 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
     facts = {"version": VERSION, "steps": engine.steps}
     index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
     if dist.is_main():
-        names = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+        weights = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
         state = engine.module.state_dict()
-        buffers = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in names}
+        buffers = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in weights}
         failure = _attempt(partial(_write, buffers, folder / BUFFERS)) or failure
         failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
     dist.agree(failure)
