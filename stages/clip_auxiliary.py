@@ -29,10 +29,7 @@ READ = {item.name for item in fields(TagRules)} | {"vocabulary", "loss", "smooth
 
 
 def check_unread(options: HashtagOptions) -> None:
-    """Raise ConfigError for an option of section hashtag that is set and that nothing here reads.
-
-    Those are the options about sampling, augmentation and label noise of the hashtag stage.
-    """
+    """Raise ConfigError for an option of section hashtag that is set and that is not in READ."""
     for item in fields(options):
         value = getattr(options, item.name)
         if item.name not in READ and value != getattr(type(options)(), item.name):

@@ -182,10 +182,7 @@ def encode_captions(
     encode: Callable[[TokenIds], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """Encode N captions in batches: normalised float32 [N, D] on CPU.
-
-    Raises DataError for NaN or infinite features.
-    """
+    """Encode N captions to normalised float32 [N, D] on CPU; raises DataError if not finite."""
     rows, starts = [], range(0, len(captions), TEXTS)
     for start in progress_of("texts")(starts, len(starts)):
         tokens = tokenizer(captions[start : start + TEXTS])

@@ -1,7 +1,4 @@
-"""Model cards: the README.md of an artifact and of an export.
-
-A card is written from manifests alone; no new measurement is made.
-"""
+"""Model cards, written from manifests alone: the README.md of an artifact and of an export."""
 
 from __future__ import annotations
 

@@ -43,10 +43,7 @@ def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
 
 
 def head_section(manifest: Mapping[str, Any], capability: str) -> Mapping[str, Any]:
-    """Return the options of the head behind a capability: a section of the run's config.
-
-    Raises ArtifactError if the manifest has no such section.
-    """
+    """Return the config section of a capability's head; raises ArtifactError if there is none."""
     name = manifest.get("heads", {}).get(capability, USUAL_SECTION[capability])
     section = manifest["config"].get(name)
     if not isinstance(section, Mapping):

@@ -16,8 +16,7 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
     """Compute a share as NAME, with its 95 % percentile interval as NAME_low and NAME_high.
 
     hits: [N], 0 or 1 per sample. With weights [N], hits are sums over as many units of a sample
-    (such as the captions of an image), which are resampled together because they depend on each
-    other.
+    (an image's captions, say), which depend on each other and are resampled together.
     """
     own = hits.double().numpy()
     of = np.ones_like(own) if weights is None else weights.double().numpy()

@@ -1,7 +1,4 @@
-"""Zero-shot classification: class names in prompt templates against image features.
-
-The prediction is the class of the largest cosine similarity (CLIP, 2103.00020).
-"""
+"""Zero-shot classification: cosines of class names' prompts with images (CLIP, 2103.00020)."""
 
 from __future__ import annotations
 
@@ -55,10 +52,7 @@ class NamedClasses:
 
     @classmethod
     def open(cls, sets: Sets) -> NamedClasses:
-        """Open the source and read the class names.
-
-        Raises ConfigError or DataError if there are no names, or fewer than two.
-        """
+        """Open the source and read the names; raises ConfigError for fewer than two."""
         config = sets.config.of(ZERO_SHOT)
         source = sets.open("zero_shot", config.shards, config.modality)
         if not config.classes:
@@ -95,10 +89,7 @@ class NamedClasses:
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
-    """Measure top-1 and top-5 accuracy, with chance.
-
-    features: [N, D]. labels: [N]. weights: [C, D].
-    """
+    """Measure top-1 and top-5 accuracy of features [N, D], labels [N] and class weights [C, D]."""
     classes = len(weights)
     check_named(labels, classes, "zero-shot")
     rows = max(1, HELD // classes)

@@ -28,13 +28,11 @@ CAPTIONS = (
 
 @dataclass
 class Export:
-    """Result of an export, with the code that loads it.
-
-    differences: largest absolute difference of its normalised features from ours, by output.
-    """
+    """Result of an export."""
 
     library: str
-    code: list[str]
+    code: list[str]  # that loads it
+    # largest absolute difference of its normalised features from ours, by output
     differences: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
