@@ -31,7 +31,7 @@ from stages.base import (
     load_vision,
     part,
 )
-from xray.ablations.comparison import outcome
+from xray.ablations.comparison import read_outcome
 from xray.ablations.cost import flops_of, plan_of
 from xray.ablations.report import pictures
 from xray.ablations.trials import load_ablation, write_recipes
@@ -207,5 +207,5 @@ def test_it_is_an_arm_of_an_ablation(registered: None, demo: Path, tmp_path: Pat
     write_recipes(ablation)
     trial = ablation.of("half")[0]
     run_recipe(load_recipe(str(trial.folder / "recipe.yaml")))
-    made = outcome(trial)
+    made = read_outcome(trial)
     assert pictures(made) == 36
