@@ -35,8 +35,7 @@ def plan(
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Print the resources that RECIPE or STAGE needs, without a GPU or data; exit code 1 if it does
-    not fit.
+    """Print what RECIPE or STAGE needs, without a GPU or data; exit code 1 if it does not fit.
 
     Memory is the peak of one device, from a step with tensors without values. Hours assume --mfu.
     A stage takes its settings from KEY=VALUE.
