@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -117,9 +118,13 @@ def _with_classes(
             f"{where} has no class names: it holds neither .tar shards, nor a folder per class, "
             "nor captions or labels beside its files"
         )
+    members: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        if ending_of(item.name) in endings:
+            members[item.name.partition("/")[0]].append(item)
     labelled: list[Item] = []
     for number, own in enumerate(classes):
-        mine = [i for i in items if i.name.startswith(f"{own}/") and ending_of(i.name) in endings]
+        mine = members.get(own, [])
         if not mine:
             raise DataError(
                 f"{os.path.join(where, own)} has no {modality} files: remove this class, fill it, "
