@@ -56,14 +56,15 @@ def list_folder(where: str) -> list[Item]:
 def _walk(root: Path) -> Iterator[str]:
     """Names of the files below a folder, relative to it; hidden files and folders are skipped.
 
-    Links to folders are followed in `root` itself, not below: class folders are often links.
+    Links to folders are followed in `root` itself, not below: class folders are often links. A link
+    to `root` or to a folder above it is skipped.
     """
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     try:
-        tops = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+        tops = [entry.name for entry in os.scandir(root) if entry.is_dir() and not _loops(entry)]
     except OSError as error:
         fail(error)
     for top in ("", *(name for name in tops if not name.startswith("."))):
@@ -71,6 +72,12 @@ def _walk(root: Path) -> Iterator[str]:
             folders[:] = [name for name in folders if top and not name.startswith(".")]
             below = Path(folder).relative_to(root)
             yield from ((below / name).as_posix() for name in files if not name.startswith("."))
+
+
+def _loops(entry: os.DirEntry[str]) -> bool:
+    """Return True for a link that leads to its own folder or above it."""
+    path = Path(entry.path)
+    return entry.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def _sidecars(root: Path, name: str, present: set[str]) -> tuple[Path, ...]:

@@ -13,6 +13,7 @@ from shards import photo, write_tar
 from typer.testing import CliRunner
 
 from data_pipelines.ingest.corpus import open_corpus
+from data_pipelines.ingest.folders import list_folder
 from data_pipelines.ingest.kind import Request
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.run_sources import open_sources
@@ -275,6 +276,18 @@ def test_class_folders_may_be_links_and_hidden_files_are_skipped(
     (tmp_path / "set" / ".cache" / "x.jpg").write_bytes(photo(0))
     source = open_labelled("set", str(tmp_path / "set"), "image")
     assert source.classes == ("ant", "bee") and len(source) == 3
+
+
+def test_a_link_to_its_own_folder_or_above_lists_no_file_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(photo(0))
+    (folder / "itself").symlink_to(".")
+    (folder / "above").symlink_to(tmp_path)
+    assert [item.name for item in list_folder(str(folder))] == ["a.jpg"]
+    above = tmp_path / "link"
+    above.symlink_to(folder)  # the folder itself may be given as a link
+    assert [item.name for item in list_folder(str(above))] == ["a.jpg"]
 
 
 def test_evaluation_reads_captions_beside_files(made: Path) -> None:
