@@ -95,7 +95,6 @@ def train(
 
 def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
     """Evaluate the artifacts, print the results, write results.json and report.html."""
-    """Evaluate the artifacts that can be, print the table, write results.json and report.html."""
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.suites import result_table
     from xray.recipes.report import write_run_report
