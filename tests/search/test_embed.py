@@ -223,7 +223,8 @@ def test_another_command_is_not_disturbed(
     folder.mkdir()
     command = ["embed", artifacts["clip"].path, demo / "heldout", "--out", out]
     held = (
-        "import sys, pathlib, xray.files as f; a = f.lock_folder(pathlib.Path(sys.argv[1]), 'x'); input()"
+        "import sys, pathlib, xray.files; "
+        "lock = xray.files.lock_folder(pathlib.Path(sys.argv[1]), 'x'); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", held, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
