@@ -64,7 +64,7 @@ def _walk(root: Path) -> Iterator[str]:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     try:
-        tops = [entry.name for entry in os.scandir(root) if entry.is_dir() and not _loops(entry)]
+        tops = [entry.name for entry in os.scandir(root) if entry.is_dir() and not loops(entry)]
     except OSError as error:
         fail(error)
     for top in ("", *(name for name in tops if not name.startswith("."))):
@@ -74,7 +74,7 @@ def _walk(root: Path) -> Iterator[str]:
             yield from ((below / name).as_posix() for name in files if not name.startswith("."))
 
 
-def _loops(entry: os.DirEntry[str]) -> bool:
+def loops(entry: os.DirEntry[str]) -> bool:
     """Return True for a link that leads to its own folder or above it."""
     path = Path(entry.path)
     return entry.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())

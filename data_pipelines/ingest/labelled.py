@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from data_pipelines.ingest.folders import loops
 from data_pipelines.ingest.items import CAPTION_COLUMNS, Item, captions_in, ending_of
 from data_pipelines.ingest.kind import Request
 from data_pipelines.ingest.plain_files import FileSource, source_of_files
@@ -111,8 +112,8 @@ def _with_classes(
     if captioned or any(item.row for item in items):
         return items
     with os.scandir(where) as entries:
-        folders = (e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-        classes = sorted(folders)
+        folders = (entry for entry in entries if entry.is_dir() and not loops(entry))
+        classes = sorted(entry.name for entry in folders if not entry.name.startswith("."))
     if not classes:
         raise DataError(
             f"{where} has no class names: it holds neither .tar shards, nor a folder per class, "

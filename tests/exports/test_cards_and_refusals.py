@@ -67,9 +67,9 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "are for --to onnx": lambda a, out: (a, "--to", "timm", "--keep-rate", 0.5),
     "--keep-rate and --frames are for": lambda a, out: (a.parent, "--keep-rate", 0.5),
     "is there already": lambda a, out: (a, "--to", "timm", "--out", a),
-    "is a checkpoint: make an artifact": lambda a, out: (f"{a.parent}@2", "--to", "timm"),
+    "is a checkpoint: export an artifact first": lambda a, out: (f"{a.parent}@2", "--to", "timm"),
     "--weights is for RUN": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
-    "text.llm=, where the LLM lies": lambda a, out: (a, "data.root=x", "--to", "timm"),
+    "text.llm=, the folder of the LLM now": lambda a, out: (a, "data.root=x", "--to", "timm"),
     "is not an artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
     "holds no run": lambda a, out: (a,),
 }

@@ -66,4 +66,4 @@ def test_a_block_larger_than_its_source_is_warned_about(
     for samples, warned in ((96, False), (97, True)):
         blocks = f"data.blocks=[{{source: photos, samples: {samples}}}]"
         train("clip", demo, tmp_path / str(samples), blocks, f"train.samples={samples}")
-        assert ("source photos has 96 samples, and a block 97" in caplog.text) == warned
+        assert ("source photos has 96 samples, but a block 97" in caplog.text) == warned

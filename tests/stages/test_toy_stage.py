@@ -33,7 +33,7 @@ from stages.base import (
 )
 from xray.ablations.comparison import read_outcome
 from xray.ablations.cost import flops_of, plan_of
-from xray.ablations.report import pictures
+from xray.ablations.report import visual_samples
 from xray.ablations.trials import load_ablation, write_recipes
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.lineage import lineage
@@ -208,4 +208,4 @@ def test_it_is_an_arm_of_an_ablation(registered: None, demo: Path, tmp_path: Pat
     trial = ablation.of("half")[0]
     run_recipe(load_recipe(str(trial.folder / "recipe.yaml")))
     made = read_outcome(trial)
-    assert pictures(made) == 36
+    assert visual_samples(made) == 36
