@@ -41,11 +41,11 @@ from xray.errors import DataError
 from xray.files import sha256_file
 
 FRAMES = 5  # read per clip, including first, middle and last
-FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # their positions within fifths of the clip
+FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # each in its own fifth of the clip
 BAD_KEPT = 1000  # findings listed per shard; all are counted
-NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags: cut to the one above the other
+NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags kept, if above the limit
 TAGS = TagReader("hashtags", {})
-THUMBNAILS, SIDE = 48, 128  # of the sheet, and their longer side in pixels
+THUMBNAILS, SIDE = 48, 128  # number on the sheet, longer side in pixels
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ShardCheck:
 
 @dataclass(frozen=True, order=True)
 class Thumbnail:
-    """Picture of the sheet, or the middle frame of a clip; the lowest ranks are shown."""
+    """Thumbnail of an image, or of a clip's middle frame; the sheet shows the lowest ranks."""
 
     rank: str
     shard: str
@@ -165,7 +165,7 @@ class Recorded:
 def check_shard(
     path: str, manifest: Recorded | None, cache: ShardCache, config: DataConfig
 ) -> tuple[ShardCheck, Stats]:
-    """Check one tar; its errors go into the row."""
+    """Check one tar; errors are recorded in its row of the report."""
     reader = _ShardReader(path, config)
     local = path
     try:
@@ -186,7 +186,7 @@ def check_shard(
 
 
 def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[ShardCheck, Stats]:
-    """Check a part of the files of a folder or a list, as one row."""
+    """Check a part of the files of a folder or a list, as one row of the report."""
     reader = _ShardReader(name, config)
     reader.row.samples = len(items)
     for item in items:
@@ -336,7 +336,7 @@ def png_of(pixels: np.ndarray) -> str:
 
 
 def _copies(tar: str) -> Counter[str]:
-    """Return how often a file of each key is in a tar; an index keeps only the last of a name."""
+    """Count the copies of each key in a tar; an index keeps only the last of equal file names."""
     with tarfile.open(tar, "r:") as archive:
         names = Counter(member.name for member in archive if member.isfile())
     copies: Counter[str] = Counter()

@@ -65,7 +65,8 @@ def tail_share(counts: np.ndarray, t: float) -> float:
 def threshold_for(counts: np.ndarray, share: float) -> float:
     """Find the threshold t for which rare entries have a given share of the matches.
 
-    It is the count, of the sorted counts, whose cumulated share is closest (Meta CLIP 2).
+    The counts are sorted and cumulated. The threshold is the count at which the cumulated share is
+    closest to the given one (Meta CLIP 2).
     """
     ordered = np.sort(counts[counts > 0])
     if not len(ordered):
@@ -92,8 +93,8 @@ def balance(
     """Compute the thresholds and rates of the entries of each language.
 
     languages: slice of the entries of each language. reference: number of the language that t is
-    for; each other language gets the t that gives it the same share of matches with rare entries.
-    -1 = t is for all languages.
+    for; -1 = t is for all languages. Each other language gets its own t, so that its rare entries
+    have the same share of its matches as in that language.
     """
     thresholds = [t] * len(languages)
     if reference >= 0:
@@ -135,7 +136,7 @@ def uniforms(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def hash_texts(texts: Iterable[str]) -> np.ndarray:
-    """Hash each text to 64 bits of its blake2b, [n] int64."""
+    """Hash each text to 64 bits with blake2b, [n] int64."""
     encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in encoded)
     return np.frombuffer(digests, np.int64)

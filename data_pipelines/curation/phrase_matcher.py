@@ -30,7 +30,7 @@ class PhraseMatcher:
     First, phrases and texts are normalised: spaces are put around punctuation and around each
     character of a script without spaces, and other white space becomes a space. Then a text
     contains a phrase if it contains " phrase ". Case is not ignored. The number of a phrase is its
-    position; of equal phrases, the first. No phrase may be empty.
+    position. Equal phrases have the number of the first one. No phrase may be empty.
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ class PhraseMatcher:
 class _Lines:
     """Normalised texts as lines of bytes, with a space at both ends of each line.
 
-    starts, ends, lines: start, end and line number of each word, that is of the (possibly empty)
+    starts, ends, lines: start, end and line number of each word. A word is the (possibly empty)
     text between two neighbouring spaces. The newline after each line is also a word. line_begins,
     line_ends: start and end of each line without the spaces at its ends.
     """
@@ -127,7 +127,7 @@ class _Lines:
             whole = whole.replace(mark, f" {mark} ")
         content = f" {whole} \n ".encode("utf-8", "surrogatepass")
         codes = np.frombuffer(content, np.uint8)
-        # The 8 bytes from each position on, as a number; the rows overlap in memory.
+        # The 8 bytes that start at each position, as one number; the rows overlap in memory.
         self.eights = np.ndarray(len(content), "<u8", content + bytes(8), strides=(1,))
         newlines = np.flatnonzero(codes == NEWLINE)
         self.line_begins = np.concatenate([[0], newlines[:-1] + 1]) + 1

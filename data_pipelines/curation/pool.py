@@ -1,6 +1,6 @@
 """Decisions about the whole pool: leaks, duplicates and caps, on compact arrays of all samples.
 
-Memory: 4 bytes per sample, plus, for the step in progress, a hash of 8 bytes per sample (or text)
+Memory: 4 bytes per sample. The step in progress also needs a hash of 8 bytes per sample (or text)
 and about 50 bytes to sort it. Without such steps, no pool is made.
 """
 
@@ -97,7 +97,7 @@ class Pool:
         return np.flatnonzero(self.sizes)
 
     def drop(self, step: str, samples: np.ndarray) -> None:
-        """Drop samples that are left, and record the step even if it drops none."""
+        """Drop the given remaining samples; record the step even if it drops none."""
         keys = [self.key(sample) for sample in samples[:EXAMPLES].tolist()]
         texts = int(self.sizes[samples].sum())
         self.decision.steps[step] = Taken(len(samples), texts, keys=keys)
@@ -120,7 +120,7 @@ class Pool:
         self.sizes = sizes.astype(np.int32)
 
     def table(self, shard: int) -> Columns:
-        """Make the table of what is left of a shard.
+        """Make the table of a shard's remaining samples and texts.
 
         Columns: members [k] int32, and texts [T] uint8, 1 = left.
         """
@@ -183,7 +183,7 @@ def _key_of(pool: Pool, samples: np.ndarray) -> Callable[[int], str]:
 
 
 def _cap_values(pool: Pool, field: str, most: int, seed: int) -> None:
-    """Keep at most `most` samples for each value of a JSON field; samples without it all stay."""
+    """Keep at most `most` samples per value of a JSON field, and all samples without the field."""
     values, missing = pool.sample_column("values"), hash_texts([""])[0]
     if (values == missing).all():
         raise ConfigError(f"filters.per_field={field}: no sample has this field in its JSON")
@@ -232,7 +232,7 @@ def _drop_similar(pool: Pool, dedup: DedupConfig, seed: int) -> None:
 
 
 def _embedding(pool: Pool, sidecar: Sidecar, sample: int) -> np.ndarray:
-    """Return the embedding of a sample; zeros, which are similar to nothing, if it has none."""
+    """Return the embedding of a sample, or zeros (similar to nothing) if it has none."""
     shard, row = pool.locate(sample)
     table, member = sidecar.table(shard), int(pool.texts.table(shard)["members"][row])
     at = int(np.searchsorted(table["members"], member))

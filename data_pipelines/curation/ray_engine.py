@@ -1,4 +1,7 @@
-"""Ray engine: makes tables of shards by Ray Data, on one machine or many. Only this imports ray."""
+"""Ray engine: makes tables of shards with Ray Data, on one machine or many.
+
+No other module imports ray.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoders from bytes to RGB: images at once, clips by readers that first report their length.
+"""Decoders of images and clips to RGB; a reader of clips first reports the length of the clip.
 
 The decode process imports this module, so it must not import torch.
 """
@@ -156,7 +156,7 @@ def shrunk(width: int, height: int, frames: int, least: int) -> tuple[int, int] 
 def import_decord() -> Any:
     """Import decord without the CUDA libraries of the `nvidia` packages.
 
-    They would take 600 MB of memory in each decode process, and decoding is on the CPU.
+    They would take 600 MB of memory in each decode process, but decoding runs on the CPU.
     """
     modules: dict[str, Any] = sys.modules  # an entry of None makes the import of a module fail
     hidden = modules.get("nvidia")
@@ -192,10 +192,10 @@ class DecordClip:
 
 
 class AvClip:
-    """Clip read by PyAV, for files that decord cannot read or numbers wrongly.
+    """Clip read by PyAV, for files that decord cannot read or whose frames it numbers wrongly.
 
     All frames are decoded in order from the first, and only the requested ones are converted to
-    RGB. It does not seek, because times after a seek are unreliable in just these containers.
+    RGB. It does not seek, because times after a seek are unreliable in these containers.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -219,7 +219,7 @@ class AvClip:
                     frames[number] = self._pixels(frame, len(wanted), least)
                 if number >= indices[-1]:
                     break
-            for index in sorted(wanted - frames.keys()):  # the stream ended early: last frame
+            for index in sorted(wanted - frames.keys()):  # the stream ended early: repeat the last
                 frames[index] = self._pixels(last, len(wanted), least)
         return [frames[index] for index in indices.tolist()]
 

@@ -16,8 +16,9 @@ from data_pipelines.shards.tar_index import Modality
 class Request:
     """Settings of the source to open.
 
-    modality "" takes the first of image, video and text that there is. animations: what GIF and
-    WebP count as. verify: compare the shards' manifest with the tars' sizes and times.
+    modality: "" selects the first of image, video and text that the data has. animations: modality
+    of GIF and WebP files. verify: compare the manifest of the shards with the sizes and times of
+    the tars.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Request:
 class Kind:
     """Kind of data: its description in messages, a test of a path or pattern, and its readers.
 
-    items: lists plain files; None for kinds that are no plain files.
+    items: function that lists plain files; None for a kind that has no plain files.
     """
 
     what: str

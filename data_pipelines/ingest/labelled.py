@@ -1,4 +1,4 @@
-"""Evaluation sets: shards, a folder or a list, with the classes of their samples numbered."""
+"""Evaluation sets: shards, a folder or a list, whose samples have class numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = ("label_name", "label")
 
 
 class _Named:
-    """Mixin of sources whose json names a sample's class; `classes` numbers the names."""
+    """Mixin of sources with class names in json; a class's number is its position in `classes`."""
 
     classes: tuple[str, ...]
 
@@ -51,7 +51,7 @@ class NamedFiles(_Named, FileSource):
 
 
 def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
-    """Return the class's name, as prompts say it, and its number; "" for json without a name."""
+    """Return (class name in the form for prompts, class number); "" if json has no name."""
     try:
         facts = metadata_of(files)
     except BadSample:
@@ -65,12 +65,13 @@ def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
 def open_labelled(
     name: str, pattern: str, modality: Modality, root: str = "", animations: Modality = "image"
 ) -> Source:
-    """Open shards, a folder or a list as an evaluation set; raises DataError for none of them.
+    """Open shards, a folder or a list as an evaluation set; raises DataError for other data.
 
     Class folders (torchvision's ImageFolder) are FOLDER/CLASS/**/*.jpg, numbered by their sorted
     names. A list has columns `label`, `caption` or both beside its paths. Labels that are numbers
-    are class numbers. Names are numbered in sorted order, also those in the json of shards
-    (`label_name`, or a `label` that is text); numbers beside the names give the order.
+    are class numbers. Class names are numbered in sorted order, also those in the json of shards
+    (`label_name`, or a `label` that is text). If there are numbers beside the names, these give the
+    order.
     """
     where, request = resolve(pattern, root), Request(name, modality, animations)
     try:
@@ -104,7 +105,7 @@ def _numbered(source: Source) -> Source:
 def _with_classes(
     where: str, items: list[Item], endings: Sequence[str], modality: Modality
 ) -> list[Item]:
-    """Label the files of class folders, which are sorted by class.
+    """Label the files of class folders, and return them in the order of the classes.
 
     A folder with metadata files, or with sidecars beside its own files, has no class folders.
     """
@@ -136,7 +137,7 @@ def _with_classes(
 
 
 def _labelled(item: Item, name: str, number: int) -> Item:
-    """Return a class folder's file with its label, and with the captions beside it."""
+    """Return a file of a class folder with its label and the captions of its sidecars."""
     meta: dict[str, Any] = {}
     if item.sidecars:
         with suppress(BadSample):
@@ -148,7 +149,10 @@ def _labelled(item: Item, name: str, number: int) -> Item:
 def _checked_rows(
     where: str, items: list[Item], endings: Sequence[str], modality: Modality
 ) -> list[Item]:
-    """Raise DataError unless every row of a list is whole and names a file of the modality."""
+    """Check the rows of a list, and merge the rows of each file.
+
+    Raises DataError for an incomplete row, or one that does not name a file of the modality.
+    """
     columns = {key for item in items for key in item.meta}
     labels = [key for key in LABELS if key in columns]
     captioned = any(captions_in(item.meta) for item in items)
@@ -183,5 +187,5 @@ def _label_of(item: Item) -> Any:
 
 
 def spaced(classes: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of classes as prompts say them."""
+    """Return class names in the form for prompts, with spaces for underscores."""
     return tuple(name.replace("_", " ") for name in classes)

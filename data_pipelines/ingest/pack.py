@@ -188,7 +188,7 @@ def _write_lines(path: Path, records: list[Skipped]) -> None:
 
 
 def _merge_skipped(out: Path) -> list[Skipped]:
-    """Merge the lists of all shards, in order; repeated if a run is killed here."""
+    """Merge the lists of all shards, in order. If a run is killed here, the next run repeats it."""
     records = [record for _, shard in sorted(_read_skipped(out).items()) for record in shard]
     _write_lines(out / SKIPPED, records)
     _remove(out, OF_SHARDS)
@@ -196,7 +196,7 @@ def _merge_skipped(out: Path) -> list[Skipped]:
 
 
 def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: Progress) -> None:
-    """Write shards in worker processes; only complete shards are left in any case."""
+    """Write shards in worker processes. Even after an error, only complete shards are left."""
     done = total - sum(len(items) for _, items in jobs)
     progress(done, total)
     if not jobs:
@@ -224,7 +224,7 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
 
 
 def _follow(parent: Connection) -> None:
-    """End a worker when its parent ends, in whatever way; the parent handles Ctrl-C."""
+    """End a worker when its parent ends for any reason; only the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
@@ -236,7 +236,7 @@ def _follow(parent: Connection) -> None:
 
 
 def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -> int:
-    """Write one tar, and before it the list of the files it skips."""
+    """Write one tar; the list of its skipped files is complete before the tar."""
     target = _tar(out, shard)
     temporary = _temporary(target)
     skipped: list[Skipped] = []

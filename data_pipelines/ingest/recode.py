@@ -44,7 +44,7 @@ def _decoding(cause: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # Some messages name an object in memory or a temporary file: not the same twice.
+        # Some messages name an object in memory or a temporary file, so they differ between runs.
         if isinstance(error, UnidentifiedImageError):
             detail: str | None = "not a picture"
         else:
@@ -99,7 +99,7 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
             width, height = (
                 max(2, round(facts[side] * scale) // 2 * 2) for side in ("width", "height")
             )
-            # A file: mp4 moves its index to the front by reading what it wrote.
+            # A file is needed: mp4 reads its own output to move the index to the front.
             with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
                 _encode(data, file.name, (width, height), gop, crf)
                 data, ending = file.read(), "mp4"
@@ -155,9 +155,9 @@ def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int)
 
 
 def _set_up(encoder: Any, given: Any) -> None:
-    encoder.thread_count = 1  # the bytes depend on it
+    encoder.thread_count = 1  # the encoded bytes depend on the number of threads
     encoder.time_base = given.time_base
-    encoder.color_range = 1  # what _upright makes: 16 to 235
+    encoder.color_range = 1  # range of the frames of _upright: 16 to 235
     if given.codec_context.colorspace:  # 0 is RGB, which yuv420p is not
         encoder.colorspace = given.codec_context.colorspace
     encoder.color_primaries = given.codec_context.color_primaries
@@ -173,11 +173,11 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
     """Resize a frame to (width, height) and rotate it as the container sets."""
     turns = _quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
-    form = "yuv444p" if turns else "yuv420p"  # three equal planes turn as one array
+    form = "yuv444p" if turns else "yuv420p"  # planes of equal size rotate as one array
     frame = frame.reformat(width, height, form, interpolation="BICUBIC", dst_color_range="MPEG")
     if turns:
         planes: Any = np.rot90(frame.to_ndarray(), turns, axes=(1, 2))
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), form)
         frame = frame.reformat(format="yuv420p")
-    frame.pict_type = 0  # or the encoder repeats the source's key frames
+    frame.pict_type = 0  # otherwise the encoder repeats the source's key frames
     return frame

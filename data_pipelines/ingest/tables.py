@@ -1,6 +1,6 @@
 """Lists of files: .csv, .tsv, .jsonl and .parquet tables with a column of paths.
 
-Rows of the same path that differ only in their caption are the captions of one sample.
+Rows with the same path that differ only in their captions become one sample with all captions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
 
 
 def _joined(items: list[Item]) -> list[Item]:
-    """Merge the rows of a file that differ only in their caption; keep the order of the first."""
+    """Merge the rows of a file that differ only in their caption; the first row sets the order."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         rest = {key: value for key, value in item.meta.items() if key not in CAPTION_COLUMNS}
@@ -80,7 +80,7 @@ def _joined(items: list[Item]) -> list[Item]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """Read a .csv or .tsv; columns of whole numbers become integers, as `label` must be."""
+    """Read a .csv or .tsv; convert columns of whole numbers to integers, which `label` needs."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: a stray quote would otherwise swallow the rows up to the next one.

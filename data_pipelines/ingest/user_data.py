@@ -1,6 +1,7 @@
-"""The one way into a user's data: find out its kind, and open it with the reader of that kind.
+"""Entry point to a user's data: finds its kind, and opens it with the reader of that kind.
 
-Commands say which kinds they take. A kind is a file with its functions and a line in KINDS.
+Each command names the kinds that it takes. A kind needs a file with its functions and an entry in
+KINDS.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _is_list(where: str) -> bool:
     return os.path.splitext(where)[1].lower() in READERS
 
 
-# The first that fits is the kind of a path.
+# The kind of a path is the first one that fits.
 KINDS: Mapping[str, Kind] = {
     "shards": Kind(".tar shards", _is_shards, _open_shards),
     "folder": Kind(
@@ -87,8 +88,8 @@ ALL: tuple[str, ...] = tuple(KINDS)
 def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> str:
     """Return the kind of the data at a path, pattern or URL.
 
-    user: who asks for it, in errors. Raises DataError for a path that does not exist, that is of
-    no known kind, or of a kind that is not among `accept`.
+    user: name of the caller in error messages. Raises DataError for a path that does not exist,
+    that is of no known kind, or of a kind that is not among `accept`.
     """
     if not where:
         raise DataError("no data is named: the path is empty")
@@ -113,7 +114,7 @@ def _path_of(where: str) -> str:
 
 
 def _advice(where: str, kind: str) -> str:
-    """Return what to do with data of a kind that a command does not take."""
+    """Return advice for data of a kind that a command does not take."""
     if kind == "shards":
         return f": use shards as they are, as data.sources.NAME.shards={where}"
     if kind in ("folder", "list"):

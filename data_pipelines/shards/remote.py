@@ -38,11 +38,12 @@ LIST_PATIENCE = 60.0  # seconds to keep trying to list a folder
 CHUNK, BLOCK = 2**20, 2**24  # bytes per read, and bytes per request to an object store
 PREFETCH_THREADS = 2
 HTTP = ("http://", "https://")
-# HTTP status codes that are not retried. 404 becomes FileNotFoundError; others may be temporary.
+# HTTP status codes that are not retried. 404 becomes FileNotFoundError; other codes may be
+# temporary.
 FINAL_STATUS = (401, 403, 405, 410, 451)
 # Keeps fsspec's file systems alive. fsspec drops them in a forked child, where their finalizer
-# takes a second. It would also remove the parent's idle connections from the event queue that both
-# processes share, and the parent would never see an answer on them.
+# takes a second. The finalizer would also remove the parent's idle connections from the event queue
+# that both processes share. Then the parent would never see an answer on these connections.
 _alive: set[Any] = set()
 Job = tuple[str, "int | None", "str | None"]  # url, size, sha256
 _caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
@@ -100,8 +101,8 @@ def fetch_small(url: str, patience: float) -> bytes | None:
 def fetch_file(url: str, target: Path, patience: float) -> str:
     """Download a file atomically and return its sha256.
 
-    Only one process at a time may write to a target. Raises FileNotFoundError, and DataError if it
-    cannot be downloaded within `patience` seconds.
+    Only one process at a time may write to a target. Raises FileNotFoundError if there is no such
+    file, and DataError if it cannot be downloaded within `patience` seconds.
     """
     with replacing(target) as temporary:
 
@@ -117,7 +118,7 @@ class ShardCache:
     """Least-recently-used cache of downloaded shards in a folder of at most `limit` bytes.
 
     Processes may share the folder, and may fork at any time. `misses` counts the calls of `fetch`
-    in this process that downloaded a shard; `hits` counts its other calls, including those that
+    in this process that downloaded a shard; `hits` counts the other calls, including those that
     waited for another process to download it.
     """
 
@@ -190,7 +191,7 @@ class ShardCache:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
 
     def _obtain(self, url: str, size: int | None, sha256: str | None) -> bool:
-        """Make sure that a shard is in the folder; True if this call did not download it."""
+        """Make sure that a shard is in the folder; returns False if this call downloaded it."""
         path = self._path(url)
         if _touch(path, size):
             return True
@@ -262,7 +263,7 @@ class _HashedFile(io.BufferedWriter):
 
 
 def _touch(path: Path, size: int | None) -> bool:
-    """Mark a shard as used now; False if there is no file, or one of another size."""
+    """Mark a shard as just used; returns False if its file is missing or has another size."""
     with suppress(FileNotFoundError):
         if size is None or path.stat().st_size == size:
             os.utime(path)

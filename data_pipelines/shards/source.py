@@ -1,4 +1,4 @@
-"""Data source: the manifest of its shards, and the samples of them that are used."""
+"""Data source: the manifest of its shards, and the samples that are used."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from xray import dist
 from xray.config import DataConfig
 from xray.errors import DataError
 
-OPEN_INDEXES = 128  # kept mapped per source and process
-EVICTIONS = 5  # of a shard between fetch and open, after which the run gives up
+OPEN_INDEXES = 128  # index files that stay mapped in memory, per source and process
+EVICTIONS = 5  # evictions of a shard between fetch and open, before the run gives up
 
 
 class Slots(Protocol):
@@ -63,7 +63,7 @@ class Sample:
     animations: Modality = "image"  # modality of GIF and WebP files
     shard: int = 0
     member: int = 0  # of the shard's index
-    copy: int = 0  # which of the sample's repeats in an epoch this is
+    copy: int = 0  # number of this repeat of the sample in an epoch
     texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
 
 
@@ -149,7 +149,7 @@ class Source:
         for _ in range(EVICTIONS):
             try:
                 return index.read(member, extensions, self._local(shard))
-            except FileNotFoundError as error:  # a remote tar: evicted in between
+            except FileNotFoundError as error:  # a remote tar was evicted in between
                 if self.cache is None:
                     raise DataError(f"shard {index.path} does not exist any more") from error
         raise DataError(

@@ -231,7 +231,7 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 def _digest(columns: Columns, extensions: list[str]) -> str:
-    """Return the sha256 of keys, extensions and sizes; offsets in the tar do not count."""
+    """Return the sha256 of keys, extensions and sizes; offsets in the tar are left out."""
     state = hashlib.sha256("\0".join(extensions).encode())
     for name in ("keys", "key_ends", "sizes"):
         state.update(np.ascontiguousarray(columns[name]).tobytes())
@@ -246,7 +246,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def cache_path(wanted: Path) -> Path:
-    """Return the path to write a derived file to: `wanted`, or in the user's cache if read-only."""
+    """Return `wanted`, or a path in the user's cache if the folder of `wanted` is read-only."""
     folder = wanted.parent
     if folder.stat().st_mode & stat.S_IWUSR and os.access(folder, os.W_OK):
         return wanted

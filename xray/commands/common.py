@@ -1,4 +1,4 @@
-"""Shared by all commands: arguments, errors as one line, and settings in the help text."""
+"""Helpers of all commands: arguments, errors as one line, and settings in the help text."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def takes(config: str, *given: str) -> Callable[[C], C]:
 
 
 def command_class(command: Callable[..., None]) -> type[TyperCommand]:
-    """Return the class of a command, whose help lists the settings that the command takes."""
+    """Return a command class whose help lists the settings that the command takes."""
     if not hasattr(command, "takes"):
         return TyperCommand
     name, given = command.takes
@@ -104,7 +104,7 @@ def command_class(command: Callable[..., None]) -> type[TyperCommand]:
 
 
 def settings_of(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (`key=default`, description) of each field of a dataclass and of those within it.
+    """Yield (`key=default`, description) of each field of a dataclass and of nested ones.
 
     A description is the field's choices and the comment beside or above it.
     """

@@ -1,4 +1,4 @@
-"""The command line. Torch and all that needs it is imported inside commands: help stays fast."""
+"""Command line; help stays fast, because only commands import torch and what needs it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from xray.commands.runs import replay, report
 from xray.commands.train import run, train
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Whatever a library asks for, torch.load takes tensors alone; torch refuses to obey both.
+# torch.load accepts only tensors, even if a library asks for more. torch refuses both settings
+# together, so the second one is removed.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 

@@ -22,15 +22,15 @@ class Classes:
 
     @classmethod
     def of(cls, labels: Tensor, source: Source) -> Classes:
-        """Collect the classes of a training set's labels [N]; raises DataError as check_labels."""
+        """Collect the classes of a training set's labels [N]; raises the errors of check_labels."""
         check_labels(labels, source.name)
         return cls(labels.unique(), source.classes, source.name)
 
     def places(self, labels: Tensor, source: Source) -> Tensor:
-        """Number a source's labels by place among the classes, [N]; matched by name if both have
-        names.
+        """Return the position of each label of a source among the classes, [N].
 
-        Raises DataError for a class that is not among them, and as check_labels.
+        Classes are matched by name if both data sets have names. Raises DataError for a class that
+        is not among them, and the errors of check_labels.
         """
         check_labels(labels, source.name)
         labels = renumber(labels, source, self.names, f"the classes of {self.where}")
@@ -46,9 +46,10 @@ class Classes:
 
 
 def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:
-    """Number labels by place in `names`, if both have names, and keep -1.
+    """Replace each label by the position of its class in `names`; -1 stays.
 
-    Raises DataError for a class that is not among them.
+    If the source or `names` has no names, labels do not change. Raises DataError for a class that
+    is not in `names`.
     """
     if not source.classes or not names:
         return labels
@@ -72,7 +73,7 @@ def check_labels(labels: Tensor, what: str) -> None:
 
 
 def check_named(labels: Tensor, classes: int, what: str) -> None:
-    """Raise DataError for a label above the number of class names, and as check_labels."""
+    """Raise DataError for a label without a class name, and the errors of check_labels."""
     check_labels(labels, what)
     if int(labels.max()) >= classes:
         raise DataError(
@@ -81,7 +82,7 @@ def check_named(labels: Tensor, classes: int, what: str) -> None:
 
 
 def guess(train: Tensor, test: Tensor) -> float:
-    """Compute the accuracy of guessing: a random class or training's most frequent, the better."""
+    """Compute the accuracy of the better guess: a random class, or training's most frequent."""
     numbers, counts = train.unique(return_counts=True)
-    most = numbers[counts == counts.max()]  # one of them at random, if there are several
+    most = numbers[counts == counts.max()]  # of several, one is guessed at random
     return max(1 / len(numbers), float(torch.isin(test, most).double().mean()) / len(most))

@@ -67,8 +67,10 @@ class Accumulator:
     def _passes(
         self, step: int, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
     ) -> Iterator[tuple[int, CachedLoss | None]]:
-        """Run the schedule up to each backward pass, which is the caller's; yield the number of
-        the micro-batch and the cached loss if its block is split."""
+        """Run the schedule, and yield before each backward pass, which the caller runs.
+
+        Yields the number of the micro-batch, and the cached loss if its block is split.
+        """
         rows: dict[int, dict[str, Tensor]] = {}
         cached: dict[int, CachedLoss] = {}
         for each in schedule(micros, self.stage.spans_batch):

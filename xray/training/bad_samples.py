@@ -18,7 +18,7 @@ from xray.errors import DataError
 from xray.training.state import TrainState
 
 log = logging.getLogger("xray")
-GRACE = 1000  # samples: the fewest that data.max_bad_fraction is applied to
+GRACE = 1000  # smallest number of samples to which data.max_bad_fraction applies
 WARNED = 20  # samples named in the log; the file lists all
 
 
@@ -33,7 +33,7 @@ class BadSamples:
     def account(self, loaded: Sequence[Loaded], read: int, limit: float) -> None:
         """Add the samples that a step replaced. Collective.
 
-        Raises DataError if more than limit x read samples, of the run's read ones, were replaced.
+        Raises DataError if more than the fraction `limit` of the run's read samples was replaced.
         """
         mine = [entry for item in loaded for entry in item.bad]
         everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]

@@ -55,7 +55,7 @@ def ranked(checkpoints: Sequence[Path], train: TrainConfig) -> list[Path]:
 
 
 def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
-    """Return those of a run's checkpoints (oldest first) that are kept: last, best, periodic."""
+    """Select a run's checkpoints (oldest first) that are kept: last, best and periodic."""
     stay = set(checkpoints[-train.keep_checkpoints :])
     if train.keep_every:
         stay |= {path for path in checkpoints if step_of(path) % train.keep_every == 0}

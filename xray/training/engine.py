@@ -1,10 +1,11 @@
 """Facade of DeepSpeed: the only module that imports it.
 
-It avoids what DeepSpeed does wrong without an error: clipping is always set (the default is 1.0);
-bf16 is autocast over fp32 weights with fp32 gradients (DeepSpeed's own bf16 counts one optimizer
-step too many at stage 0); clamping goes through the fp32 master, which a write to the parameter
-does not reach. DeepSpeed's own keys come only from `zero.deepspeed`, which checks their spelling.
-Its checkpoints are not used: they fit one world size and are pickles (see portable_state.py).
+It avoids faults of DeepSpeed that raise no error. Clipping is always set, because the default is
+1.0. bf16 is autocast over fp32 weights with fp32 gradients, because DeepSpeed's own bf16 counts one
+optimizer step too many at stage 0. Clamping goes through the fp32 master, because a write to the
+parameter does not reach it. DeepSpeed's own keys come only from `zero.deepspeed`, which checks
+their spelling. DeepSpeed's checkpoints are not used, because they fit one world size and are
+pickles (see portable_state.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _check_compiler() -> None:
 class Piece:
     """Part of a parameter whose fp32 master and moments are on this rank."""
 
-    flat: Tensor  # that the optimizer updates
+    flat: Tensor  # tensor that the optimizer updates
     start: int  # offset in flat
     own: int  # offset in the flattened parameter
     size: int  # number of values
@@ -171,7 +172,7 @@ class Engine:
     def begin(self, number: int, total: int) -> None:
         """Announce micro-batch `number` of the step's `total`, which may differ between steps.
 
-        DeepSpeed would count all micro-batches so far, which is wrong once their number changed.
+        DeepSpeed would count all micro-batches so far. This is wrong after their number changed.
         """
         engine = self._engine
         if engine.gradient_accumulation_steps() != total:
@@ -306,7 +307,7 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps as the bias correction of moments counts them."""
+        """Number of optimizer steps that the bias correction of the moments uses."""
         counts = (int(s["step"]) for s in self._optimizer.state.values() if "step" in s)
         return max(counts, default=0)
 

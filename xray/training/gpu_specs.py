@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Gpu:
     """Memory of a device in GB, and its dense TFLOP/s (without sparsity) in bf16 and fp32.
 
-    fp32 is that of the CUDA cores, because torch leaves tf32 off.
+    The fp32 value is that of the CUDA cores, because torch leaves tf32 off.
     """
 
     memory: float

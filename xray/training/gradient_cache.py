@@ -24,8 +24,8 @@ from stages.base import StepOutput
 class Pass:
     """One pass of a step."""
 
-    # features: forward of a micro-batch without a graph; loss: of a split block, with its gradient
-    # in the cached features; backward: forward of a micro-batch with a graph, and backward
+    # features: forward of a micro-batch without a graph. loss: loss of a split block, and its
+    # gradient with respect to the cached features. backward: forward with a graph, then backward.
     kind: Literal["features", "loss", "backward"]
     block: int
     numbers: tuple[int, ...]  # indices of the micro-batches in the step
@@ -57,7 +57,7 @@ def cached_losses(
     rows: Sequence[dict[str, Tensor]],
     training: bool,
 ) -> list[CachedLoss]:
-    """Return the loss of a block, from its micro-batches' features, with the gradient for each.
+    """Compute a block's loss from its micro-batches' features, with the gradient for each of them.
 
     A 0-d feature is a parameter of the loss, such as the logit scale: it is the same in all rows,
     and its gradient goes to the first one. Without training there are no gradients.

@@ -191,7 +191,7 @@ class TrainingLoop:
         return values | {"lr": lr} | outcome
 
     def _stop(self, what: str, value: float, values: dict[str, float]) -> NoReturn:
-        """End the run before weights change, with a bundle of the step. Collective."""
+        """Write a bundle of the step and end the run before weights change. Collective."""
         self.telemetry.mark("saving", SAVING)
         where = write_bundle(self.run, self.engine, self.state, what, {**values, what: value})
         raise TrainingError(

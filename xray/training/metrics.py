@@ -52,7 +52,7 @@ def check_sinks(config: TrainConfig) -> None:
 
 
 class Sinks:
-    """Writer of a run's metrics on rank 0, without lines after the step that the run resumes from.
+    """Writer of a run's metrics on rank 0; drops lines after the step from which the run resumes.
 
     Raises on every rank: ConfigError if wandb does not start, ArtifactError if it cannot write.
     """

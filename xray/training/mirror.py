@@ -53,9 +53,9 @@ class Mirror:
             self._thread = None
 
     def holds(self, check: Callable[[Path], None]) -> bool:
-        """Return True if the URL holds a run, after `check` of a folder with its run.json.
+        """Call `check` on a folder with the URL's run.json; return False if the URL holds no run.
 
-        Raises DataError if the URL cannot be reached, and what check raises.
+        Raises DataError if the URL cannot be reached, and the errors of `check`.
         """
         if not self._has("run.json"):
             return False

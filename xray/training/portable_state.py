@@ -119,7 +119,7 @@ def _tensors(checkpoint: Path, file: str) -> Iterator[Any]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raise errors of reading as an ArtifactError that names the file."""
+    """Convert read errors to an ArtifactError that names the file."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -82,7 +82,7 @@ class Run:
         return Path(self.config.out)
 
     def check_folder(self, folder: Path | None = None, place: str = "") -> None:
-        """Raise ConfigError if the run's folder, or a copy of one at a place, is another run's."""
+        """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run."""
         folder = folder or self.out
         check_same_run(folder, self.record, identity(type(self.config)()), place or str(folder))
 
@@ -192,7 +192,7 @@ def named(parents: Parents) -> dict[str, Artifact]:
 
 
 def _warn_about_repeats(config: RunConfig, sources: Mapping[str, Source]) -> None:
-    """Warn if a block holds a sample twice: a contrastive loss would tell it from itself."""
+    """Warn if a block holds a sample twice: a contrastive loss would contrast it with itself."""
     for block in config.blocks:
         available = len(sources[block.source])
         if block.samples > available and dist.is_main() and not config.debug.overfit_batch:

@@ -34,7 +34,8 @@ def run_record(
 def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
     """Raise ConfigError if a folder holds a run whose record differs.
 
-    defaults: of settings newer than the run. place: name of the folder or URL in the message.
+    defaults: values of settings newer than the run. place: name of the folder or URL in the
+    message.
     """
     old = _recorded(out, defaults)
     changed = differences(old, json.loads(json.dumps(record))) if old else []

@@ -29,7 +29,10 @@ class LossStatistics:
         self.steps += 1
 
     def deviation(self, loss: float) -> float:
-        """Return how many standard deviations, at least 1 % of the mean, a loss is above it."""
+        """Return how far a loss is above the mean, in standard deviations.
+
+        The standard deviation counts as at least 1 % of the mean.
+        """
         if self.steps < WARM_UP:
             return 0.0
         return (loss - self.mean) / max(self.variance**0.5, 0.01 * abs(self.mean), 1e-12)

@@ -71,7 +71,7 @@ class StepData:
         return None
 
     def take(self) -> list[Loaded]:
-        """Hand over the fetched micro-batches, without keeping them."""
+        """Return the fetched micro-batches, and drop the own reference to them."""
         loaded, self._fetched = self._fetched, []
         return loaded
 

@@ -43,7 +43,7 @@ class Telemetry:
         self.mark("forward and backward")
 
     def mark(self, phase: str, factor: float = 1.0) -> None:
-        """Enter a phase of the step, which may take factor times `train.hang_seconds`."""
+        """Enter a phase of the step, which may take `factor` times `train.hang_seconds`."""
         now = time.perf_counter()
         if self._data_since is not None:
             self._waited += now - self._data_since
@@ -62,8 +62,10 @@ class Telemetry:
         return self.throughput.rates()
 
     def report(self) -> dict[str, float]:
-        """Return peak memory and the slowest rank's time, warn about a straggler, and start new
-        rates. Collective."""
+        """Return peak memory and the slowest rank's time, and start new rates. Collective.
+
+        Warns about a straggler.
+        """
         self.throughput.restart()
         values = {"memory/gb": dist.max_over_ranks(_peak_memory(self.device), self.device) / 1e9}
         if dist.world_size() > 1:
@@ -85,7 +87,7 @@ class Stragglers:
     """Each rank's own time per step since the last comparison, and the slowest rank.
 
     A rank's own time is waiting for data and the forward passes of its towers: in the rest of a
-    step ranks wait for each other, under ZeRO 3 also in forward passes.
+    step ranks wait for each other. Under ZeRO 3, they also wait in forward passes.
     """
 
     def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:

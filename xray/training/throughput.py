@@ -22,9 +22,9 @@ MEASURED = ("seconds", "samples/s", "tokens/s", "mfu", "memory/gb")
 class Throughput:
     """Sums of samples, tokens, FLOPs and seconds since `restart`.
 
-    Model FLOPs are three forwards of what is trained and one of what is frozen: of the vision tower
-    as `Stage.macs` counts it, and of the linear layers of a text tower. Work that is repeated, in a
-    gradient cache or by activation checkpointing, counts once.
+    Model FLOPs are three forwards of each trained part and one of each frozen part. The parts are
+    the vision tower, as `Stage.macs` counts it, and the linear layers of a text tower. Work
+    that is repeated, in a gradient cache or by activation checkpointing, counts once.
     """
 
     def __init__(self, stage: Stage, module: StageModule, device: torch.device) -> None:

@@ -51,7 +51,7 @@ class Trainer:
     def fit(self) -> Artifact:
         """Train to the end and write the artifact.
 
-        Raises what `TrainingLoop.run_steps` and `finished` raise.
+        Raises the errors of `TrainingLoop.run_steps` and `finished`.
         """
         run, config, device = self.run, self.config, self.device
         module = run.build()
@@ -102,7 +102,7 @@ class Trainer:
 
 
 def _log_overfit(run: Run, last: dict[str, float]) -> None:
-    """Log the loss of a run on one batch beside that of guessing (debug.overfit_batch)."""
+    """Log the loss of a run on one batch beside the loss of guessing (debug.overfit_batch)."""
     for block in run.config.blocks:
         loss, chance = last[f"{block.source}/loss"], run.stage.chance(block.samples)
         loss = last.get(f"{block.source}/contrast", loss)  # without auxiliary losses
