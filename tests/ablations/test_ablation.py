@@ -160,7 +160,7 @@ def test_second_run_trains_nothing_and_reports_a_failed_arm(demo: Path, done: Pa
     broken = ["arms.broken.clip.model.keep_rate=1.0", "arms.broken.eval.retrieval.shards=nothing"]
     again = one_thread(*arguments(done.parent, demo), *broken, "seeds=[0]")
     assert again.returncode == 1
-    assert "broken, seed 0 ended with code 2: xray:" in again.stderr
+    assert "broken, seed 0 failed with exit code 2: xray:" in again.stderr
     assert "all_tokens, seed 0" not in again.stderr  # finished, so it does not run again
     assert before == {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     facts = json.loads((done / "ablation.json").read_text())
@@ -276,7 +276,7 @@ def test_shipped_ablations(name: str, base: str) -> None:
         ("base: R\narms: {a: {clip.out: x}}", "arm a: clip.out cannot be set here"),
         ("base: R\narms: {a: {match_samples: b}}", "match_samples=b is not another arm"),
         ("base: R\narms: {a: 5}", "arm a must be a section"),
-        ("base: R\narms: {a/b: {}}", "arm name 'a/b' must consist of letters"),
+        ("base: R\narms: {a/b: {}}", "arm name 'a/b' must be of letters"),
         (
             "base: R\narms: {a: {clip.text.llm: '???'}}",
             "arms.a.clip.text.llm is not set: add arms.a",
