@@ -60,7 +60,7 @@ def test_a_complete_recipe_passes_and_writes_nothing(demo: Path, tmp_path: Path)
         ),
         (["eval.knn.test=no*"], DataError, "no .tar shards at"),
         (["hashtag.vocabulary=no.json"], ArtifactError, "no.json does not exist"),
-        (["clip.data.sources.photos.shards=no"], DataError, "no does not exist"),
+        (["clip.data.sources.photos.shards=missing"], DataError, "missing does not exist"),
     ],
 )
 def test_a_missing_file_is_named_by_its_key(
