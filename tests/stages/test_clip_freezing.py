@@ -13,10 +13,10 @@ from clip_runs import LORA, State, assert_same_training, parts_equal
 from tiny import QUICK, train
 
 from stages.clip import ClipModule, ClipStage
+from xray import optim
 from xray.artifacts.artifact import open_artifact
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower
-from xray.training import engine as engine_module
 from xray.training.engine import Engine
 
 
@@ -42,7 +42,7 @@ class Recording:
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Record the runs of a test by wrapping the engine, the optimizer and the towers."""
     record = Recording()
-    start, after, make = Engine.__init__, ClipStage.after_step, engine_module.make_optimizer
+    start, after, make = Engine.__init__, ClipStage.after_step, optim.make_optimizer
     names: dict[int, str] = {}
 
     def spy_start(self: Engine, module: Any, config: Any) -> None:
@@ -68,7 +68,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
         monkeypatch.setattr(kind, "forward", spy)
 
     monkeypatch.setattr(Engine, "__init__", spy_start)
-    monkeypatch.setattr(engine_module, "make_optimizer", spy_make)
+    monkeypatch.setattr(optim, "make_optimizer", spy_make)
     monkeypatch.setattr(ClipStage, "after_step", spy_after)
     spy_tower(VisionBackbone, record.vision)
     spy_tower(TextTower, record.text)
