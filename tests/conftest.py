@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated shards, small: 96 photos, 24 clips, 24 held-out photos, and a tiny LLM."""
     from data_pipelines.ingest.demo import DemoConfig, make_demo
-    from xray.config.prepare import LlmConfig
-    from xray.recipes.prepare import make_llm
+    from xray.config.model import LlmConfig
+    from xray.recipes.run import make_llm
 
     root = tmp_path_factory.mktemp("demo") / "data"
     make_demo(root, DemoConfig(photos=96, clips=24, heldout=24, per_shard=32, side=32, frames=8))
@@ -79,8 +79,8 @@ def control(demo: Path, trained: Trained, tmp_path_factory: pytest.TempPathFacto
     """A clip artifact of ten steps with CLIP's own text transformer and all tokens kept."""
     from tiny import ALL_TOKENS
 
-    from xray.config.prepare import LlmConfig
-    from xray.recipes.prepare import make_llm
+    from xray.config.model import LlmConfig
+    from xray.recipes.run import make_llm
 
     llm = tmp_path_factory.mktemp("control") / "llm"
     make_llm(LlmConfig(str(llm), "photos", 300, 32, 2, 4, "clip"), str(demo))

@@ -32,7 +32,7 @@ ROWS: dict[str, set[str]] = {
     "xray.embeddings": {"xray.search"},
     "xray.training": {"stages"},
     "xray.doctor": {"data_pipelines", "xray.version"},
-    "xray.planning": {"xray.training"},
+    "xray.planning": {"xray.training", "xray.reports"},
     "xray.recipes": {"xray.training", "xray.evaluation", "xray.precompute", "xray.visualize"},
     "xray.ablations": {"xray.recipes", "xray.planning"},
     "xray.commands": {

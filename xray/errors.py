@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import TypeVar
 
 E = TypeVar("E", bound="XrayError")
@@ -41,3 +43,9 @@ class Preempted(XrayError):  # noqa: N818 - not an error: the run was told to st
 def brief(error: Exception) -> str:
     """Return the first line of an error's text, at most 120 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return a hint such as "; did you mean 'x'?", or "" if no word is close."""
+    match = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

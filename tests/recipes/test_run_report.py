@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from data_pipelines.shards.source import open_source
 from xray.commands.main import app
 from xray.config import DataConfig
+from xray.recipes.report import curves
 from xray.recipes.report_examples import _matrix, _mistakes, read_examples
-from xray.recipes.report_figures import curves
 from xray.reports.html import Card, cards, gallery, write_report
 from xray.reports.tables import ResultTable
 

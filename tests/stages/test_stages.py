@@ -209,8 +209,8 @@ def test_a_vocabulary_that_does_not_match_the_head_is_refused(
 def test_an_llm_other_than_the_text_stages_is_refused(
     chain: dict[str, Path], demo: Path, tmp_path: Path
 ) -> None:
-    from xray.config.prepare import LlmConfig
-    from xray.recipes.prepare import make_llm
+    from xray.config.model import LlmConfig
+    from xray.recipes.run import make_llm
 
     make_llm(LlmConfig(str(tmp_path / "llm"), "photos", 300, 32, 2, 2), str(demo))
     with pytest.raises(ArtifactError, match="is not the one that"):

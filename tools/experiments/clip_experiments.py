@@ -43,12 +43,12 @@ from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, data_of
 from xray.artifacts.language_model import Language
 from xray.config import loading as cfg
-from xray.config.prepare import LlmConfig
+from xray.config.model import LlmConfig
 from xray.evaluation.feature_extraction import extract, read_all_captions
 from xray.evaluation.retrieval import retrieval
 from xray.files import write_text
 from xray.precompute.text_features import TextFeaturesConfig, write_text_features
-from xray.recipes.prepare import make_llm
+from xray.recipes.run import make_llm
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 RANKS = (1, 5, 10)

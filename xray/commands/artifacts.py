@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from xray import dist
-from xray.commands.common import ArtifactName, Overrides, guarded
+from xray.commands.common import ArtifactName, AsJson, KeepRate, Overrides, guarded
 
 
 @guarded
@@ -17,9 +17,7 @@ def show(
     artifact: ArtifactName,
     files: Annotated[list[Path], typer.Argument(help="Pictures and clips")],
     out: Annotated[Path, typer.Option(help=".png or .html to write")] = Path("show.png"),
-    keep_rate: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")
-    ] = None,
+    keep_rate: KeepRate = None,
 ) -> None:
     """Draw the tokens that ARTIFACT keeps at each reducing block, and MAE reconstructions."""
     from xray.artifacts.artifact import open_artifact
@@ -33,7 +31,7 @@ def show(
 def lineage(
     artifact: ArtifactName,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the artifacts and data that ARTIFACT was made from; exit code 1 if any was changed."""
     from xray.artifacts.lineage import lineage as walk
@@ -67,8 +65,7 @@ def export(
         typer.Option(help="Folder to write (default: RUN/artifact_STEP; with --to: FORMAT_export)"),
     ] = "",
     weights: Annotated[
-        str,
-        typer.Option(help="Weights of RUN: last, or ema (the moving average of train.ema)"),
+        str, typer.Option(help="Weights of RUN: last, or ema (the moving average of train.ema)")
     ] = "last",
     keep_rate: Annotated[
         float | None,

@@ -12,9 +12,19 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from typer.core import TyperCommand
@@ -22,12 +32,21 @@ from typer.core import TyperCommand
 from xray import dist
 from xray.errors import ConfigError, Preempted, TrainingError, XrayError
 
+if TYPE_CHECKING:
+    from data_pipelines.shards.source import Source
+
 C = TypeVar("C", bound=Callable[..., None])
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings"),
-]
+S = TypeVar("S")
+SHARDS = "Folders, globs, {000..123} patterns or URLs of .tar shards"
+DATA = f"{SHARDS}; folders or lists (.csv, .tsv, .jsonl, .parquet) of pictures and clips"
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings")]
 ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder or a URL")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
+KeepRate = Annotated[
+    float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")
+]
+Modality = Annotated[str, typer.Option(help="image or video (default: what there is)")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes")]
 # 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
 EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
@@ -39,9 +58,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            try:
+                command(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
             dist.leave()
         except (XrayError, OSError) as error:
+            # raises again if nobody reads stdout (`| head`): typer ends that without a message
+            sys.stdout.flush()
             agreed = isinstance(error, XrayError) and error.agreed
             if agreed:
                 dist.leave()
@@ -60,13 +84,38 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def settings(schema: type[S], items: Sequence[str] | None) -> S:
+    """Build the config of a command from its KEY=VALUE arguments."""
+    from xray.config.loading import build, parse_overrides
+
+    return build(schema, parse_overrides(items or []))
+
+
 def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return (data, settings) of a command's arguments; raises ConfigError without data."""
-    settings = [item for item in items if SETTING.match(item)]
-    data = [item for item in items if item not in settings]
+    given = [item for item in items if SETTING.match(item)]
+    data = [item for item in items if item not in given]
     if not data:
         raise ConfigError("no data is named: give a path, a pattern or a URL")
-    return data, settings
+    return data, given
+
+
+def open_any(pattern: str, modality: Any, user: str, kinds: Sequence[str] | None = None) -> Source:
+    """Open data for the command `user`; kinds: those that it takes, None for all."""
+    from data_pipelines.ingest.kind import Request
+    from data_pipelines.ingest.user_data import ALL, open_data
+
+    return open_data(pattern, Request(Path(pattern).name, modality), kinds or ALL, user)
+
+
+def open_shards(pattern: str, modality: str, user: str) -> Source:
+    """Open shards for a command that writes a sidecar beside them."""
+    return open_any(pattern, modality, user, ("shards",))
+
+
+def counted(causes: Mapping[str, int]) -> str:
+    """List the causes for which samples were left out, with the number of samples of each."""
+    return ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
 
 
 # settings in the help text ---------------------------------------------------------------------

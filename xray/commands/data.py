@@ -9,33 +9,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xray.commands.common import Overrides, guarded, takes
-from xray.commands.data_common import Cache, Data, Shards, Workers
+from xray.commands.common import (
+    DATA,
+    SHARDS,
+    Overrides,
+    Workers,
+    counted,
+    guarded,
+    settings,
+    takes,
+)
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.checks.check import CheckReport
 
 LISTED = 20  # bad samples that `check` prints
+Data = Annotated[list[str], typer.Argument(metavar="DATA...", help=DATA)]
+Cache = Annotated[str, typer.Option(help="Folder for remote shards (default: the user's cache)")]
 
 
 @takes("data_pipelines.ingest.demo:DemoConfig")
 @guarded
 def data_demo(
-    folder: Annotated[Path, typer.Argument(help="Folder to write")],
-    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Argument(help="Folder to write")], overrides: Overrides = None
 ) -> None:
     """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
     from data_pipelines.ingest.demo import DemoConfig, make_demo
-    from xray.config.loading import build, parse_overrides
 
-    make_demo(folder, build(DemoConfig, parse_overrides(overrides or [])))
+    make_demo(folder, settings(DemoConfig, overrides))
     print(f"demo data in {folder}")
 
 
 @guarded
 def data_index(
-    shards: Shards,
+    shards: Annotated[list[str], typer.Argument(help=SHARDS)],
     checksum: Annotated[bool, typer.Option(help="Also compute the sha256 of every tar")] = False,
     workers: Workers = 2,
     cache: Cache = "",
@@ -52,7 +60,7 @@ def data_index(
         kind_of(pattern, ("shards",), "xray data index")
         manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
         kinds: tuple[Modality, ...] = ("image", "video", "text")
-        images, clips, texts = (int(manifest.counts(kind, "image").sum()) for kind in kinds)
+        images, clips, texts = (manifest.counts(kind, "image").sum() for kind in kinds)
         print(
             f"{pattern}: {len(manifest):,} shards, {images:,} images, {clips:,} clips, "
             f"{texts:,} samples with text, digest {manifest.digest[:12]}"
@@ -73,9 +81,8 @@ def data_pack(
     """
     from data_pipelines.ingest.pack import PackConfig, pack
     from data_pipelines.shards.manifest import write_manifest
-    from xray.config.loading import build, parse_overrides
 
-    config = build(PackConfig, parse_overrides(overrides or []))
+    config = settings(PackConfig, overrides)
     with progress_bar("packing") as progress:
         report = pack(source, out, config, progress)
     write_manifest(str(out), checksum=True, workers=config.workers)
@@ -83,13 +90,11 @@ def data_pack(
     print(f", {report.reused:,} of them already there" if report.reused else "", end="")
     print(f", of {report.classes:,} classes by their folders' names" if report.classes else "")
     if report.outside:
-        files = f"{report.outside[0]} and {len(report.outside) - 1:,} more files"
-        print(
-            f"no label: {files if report.outside[1:] else report.outside[0]}, in no class's folder"
-        )
+        first, *others = report.outside
+        more = f" and {len(others):,} more files" if others else ""
+        print(f"no label: {first}{more}, in no class's folder")
     if report.skipped:
-        causes = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(report.skipped.items()))
-        print(f"left out: {causes}; listed in {out / 'pack_skipped.jsonl'}")
+        print(f"left out: {counted(report.skipped)}; listed in {out / 'pack_skipped.jsonl'}")
 
 
 @guarded
@@ -147,7 +152,7 @@ def _checked(data: list[str], workers: int, cache: str) -> CheckReport:
     return functools.reduce(CheckReport.joined, map(read, data))
 
 
-@takes("xray.config.prepare:LlmConfig", "path", "captions")
+@takes("xray.config.model:LlmConfig", "path", "captions")
 @guarded
 def data_tiny_llm(
     folder: Annotated[str, typer.Argument(help="Folder to write")],
@@ -155,10 +160,10 @@ def data_tiny_llm(
     overrides: Overrides = None,
 ) -> None:
     """Make a small random LLM and its tokenizer, for machines without a pretrained one."""
-    from xray.config.loading import build, parse_overrides
-    from xray.config.prepare import LlmConfig
-    from xray.recipes.prepare import make_llm
+    from xray.config.model import LlmConfig
+    from xray.recipes.run import make_llm
 
-    given = {**parse_overrides(overrides or []), "path": folder, "captions": captions}
-    make_llm(build(LlmConfig, given), "")
+    config = settings(LlmConfig, overrides)
+    config.path, config.captions = folder, captions
+    make_llm(config, "")
     print(f"LLM in {folder}")

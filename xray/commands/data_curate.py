@@ -1,4 +1,4 @@
-"""`xray data metadata` and `xray data curate`."""
+"""`xray data metadata`, `curate` and `tags`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Annotated
 
 import typer
 
-from xray.commands.common import Overrides, guarded, takes
-from xray.commands.data_common import DATA, SHARDS, Modality, Workers, open_any, open_shards
+from xray.commands.common import (
+    DATA,
+    SHARDS,
+    Modality,
+    Overrides,
+    Workers,
+    guarded,
+    open_any,
+    open_shards,
+    settings,
+    split_settings,
+    takes,
+)
 from xray.progress import progress_of
 
 
@@ -35,9 +46,8 @@ def data_metadata(
         read_metadata,
         write_metadata,
     )
-    from xray.config.loading import build, parse_overrides
 
-    config = build(NgramConfig, parse_overrides(overrides or []))
+    config = settings(NgramConfig, overrides)
     given = [own for path in lists or [] for _, own in read_metadata(str(path)).lists]
     counts = count_ngrams(open_any(pool, modality, "xray data metadata"), workers=workers)
     metadata = build_metadata(given, counts, config)
@@ -88,3 +98,43 @@ def data_curate(
     if out is not None:
         number = write_shards(curated, out, config.workers, progress_of("writing"))
         print(f"{number:,} samples in {out}")
+
+
+@takes("data_pipelines.tags.reader:TagsConfig")
+@guarded
+def data_tags(
+    items: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA... [KEY=VALUE]...", help=f"{DATA}; .txt files of captions; and settings"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Vocabulary to write")] = Path("vocabulary.json"),
+    report: Annotated[
+        Path | None, typer.Option(help="HTML page about it (default: beside it)")
+    ] = None,
+    workers: Workers = 2,
+) -> None:
+    """Build a vocabulary of tags."""
+    from data_pipelines.tags.examples import find_examples
+    from data_pipelines.tags.reader import TagsConfig
+    from data_pipelines.tags.vocabulary import TagCounts, build_vocabulary, count_tags
+    from xray.reports.tags import SHOWN, dropped_table, summary, write_tag_report
+
+    data, given = split_settings(items)
+    config = settings(TagsConfig, given)
+    config.validate("")
+    counts, sources = TagCounts(), [open_any(pattern, "", "xray data tags") for pattern in data]
+    for source in sources:
+        reading = progress_of("reading")
+        counts.join(count_tags(source, config.tags, config, workers, reading, config.captions))
+    facts = {"shards": data, **asdict(config)}
+    vocabulary, dropped = build_vocabulary(counts, config, ", ".join(data), facts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(out)
+    page = report or out.with_suffix(".html")
+    shown = {*vocabulary.tags[:SHOWN], *vocabulary.tags[-SHOWN:]}
+    examples = find_examples(sources, vocabulary, config, shown)
+    write_tag_report(vocabulary, counts, dropped, examples, page)
+    dropped_table(vocabulary, counts, dropped).print()
+    print(f"{summary(vocabulary, counts)}\n{out}, {page}")

@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xray.commands.common import ArtifactName, guarded, split_settings, takes
-from xray.commands.data_common import Modality, ShardsAndSettings, open_shards
+from xray.commands.common import (
+    SHARDS,
+    ArtifactName,
+    Modality,
+    counted,
+    guarded,
+    open_shards,
+    settings,
+    split_settings,
+    takes,
+)
 from xray.errors import ConfigError
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.shards.sidecar import Sidecar
+
+ShardsAndSettings = Annotated[
+    list[str], typer.Argument(metavar="SHARDS... [KEY=VALUE]...", help=f"{SHARDS}, and settings")
+]
 
 
 @takes("xray.precompute.pseudo_tags:PseudoTagsConfig")
@@ -35,11 +48,10 @@ def data_pseudo_tags(
     """
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import data_of
-    from xray.config.loading import build, parse_overrides
     from xray.precompute.pseudo_tags import PseudoTagsConfig, open_teacher, write_pseudo_tags
 
-    shards, settings = split_settings(items)
-    config = build(PseudoTagsConfig, parse_overrides(settings))
+    shards, given = split_settings(items)
+    config = settings(PseudoTagsConfig, given)
     config.validate()
     teacher = open_artifact(artifact, config.llm)
     tagger, tags = open_teacher(teacher, vocabulary, config.template)
@@ -96,11 +108,10 @@ def _write_features(
     from xray import dist
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import Encoder, TextEncoder, data_of, restore_encoder
-    from xray.config.loading import build, parse_overrides
     from xray.precompute.features import FeaturesConfig
 
-    shards, settings = split_settings(items)
-    config = build(FeaturesConfig, parse_overrides(settings))
+    shards, given = split_settings(items)
+    config = settings(FeaturesConfig, given)
     config.validate()
     opened = open_artifact(artifact, config.llm)
     encoder = restore_encoder(opened).to(dist.choose_device("auto"))
@@ -134,11 +145,10 @@ def data_text_features(
     from xray import dist
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.language_model import Language
-    from xray.config.loading import build, parse_overrides
     from xray.precompute.text_features import TextFeaturesConfig, write_text_features
 
-    shards, settings = split_settings(items)
-    config = build(TextFeaturesConfig, {"tune": "none", **parse_overrides(settings)})
+    shards, given = split_settings(items)
+    config = settings(TextFeaturesConfig, ["tune=none", *given])
     config.validate()
     language = Language(config, open_artifact(init_from) if init_from else None)
     for pattern in shards:
@@ -157,4 +167,4 @@ def data_text_features(
 
 def _print_left_out(causes: Mapping[str, int]) -> None:
     if causes:
-        print("left out: " + ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items())))
+        print(f"left out: {counted(causes)}")

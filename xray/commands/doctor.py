@@ -11,14 +11,14 @@ from typing import Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import guarded
+from xray.commands.common import AsJson, guarded
 
 SIGNS = {"ok": "", "missing": "-", "broken": "BROKEN"}
 
 
 @guarded
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: AsJson = False,
     out: Annotated[Path, typer.Option(help="Folder for runs")] = Path("runs"),
 ) -> None:
     """Check this machine: hardware, libraries, and which features each missing one disables.
@@ -37,21 +37,15 @@ def doctor(
     else:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=f"xray doctor: {socket.gethostname()}", title_justify="left")
         for column in ("what", "found", "", "what is missing for what"):
             table.add_column(column, overflow="fold")
         for finding in found:
             row = finding.what, finding.found, SIGNS[finding.state], finding.lacks
-            table.add_row(*map(_plain, row))
+            table.add_row(*map(Text, row))
         Console(highlight=False).print(table)
         print(f"broken: {', '.join(broken)}" if broken else "nothing that is needed is missing")
     if broken:
         raise SystemExit(1)
-
-
-def _plain(text: str) -> str:
-    """Escape rich markup."""
-    from rich.markup import escape
-
-    return escape(text)

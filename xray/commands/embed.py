@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xray import dist
-from xray.commands.common import ArtifactName, guarded
+from xray.commands.common import ArtifactName, KeepRate, Modality, counted, guarded
 from xray.errors import ConfigError
 from xray.progress import progress_bar
 
@@ -43,10 +45,8 @@ def embed(
     captions: Annotated[
         str, typer.Option(help="Json fields of captions, a,b (default: the usual ones)")
     ] = "",
-    modality: Annotated[str, typer.Option(help="image or video (default: what there is)")] = "",
-    keep_rate: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")
-    ] = None,
+    modality: Modality = "",
+    keep_rate: KeepRate = None,
     precision: Annotated[str, typer.Option(help="Precision of the encoder: fp32 or bf16")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass")] = 64,
     workers: Annotated[int, typer.Option(help="Loader processes per rank")] = 2,
@@ -76,7 +76,10 @@ def embed(
     config.validate()
     check_out(out)
     device = dist.choose_device("auto")
-    _join(device)
+    if dist.world_size() > 1:
+        from xray.training.engine import init_distributed
+
+        init_distributed(device)
     opened = dist.main_first(lambda: open_artifact(artifact, llm))
     wanted = texts or VISION not in opened.offers
     corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, config.captions))
@@ -89,29 +92,17 @@ def embed(
         _print_left_out(report.left_out, report.listed, corpus)
 
 
-def _join(device: Any) -> None:
-    """Join the process group if there is more than one process."""
-    if dist.world_size() > 1:
-        from xray.training.engine import init_distributed
-
-        init_distributed(device)
-
-
 def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> None:
-    import json
-    from itertools import islice
-
     if corpus.others:
         what = "files" if corpus.kind == "files" else "samples"
         print(f"skipped: {corpus.others:,} {what} that are not {corpus.modality} (--modality)")
     if not causes:
         return
-    summary = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
     with listed.open() as lines:
         first = [json.loads(line) for line in islice(lines, SHOWN)]
     names = ", ".join(f"{row['path']}:{row['key']}" for row in first)
     more = ", ..." if sum(causes.values()) > SHOWN else ""
-    print(f"left out: {summary} ({names}{more}); listed in {listed}")
+    print(f"left out: {counted(causes)} ({names}{more}); listed in {listed}")
 
 
 @guarded

@@ -10,32 +10,12 @@ from collections.abc import Callable, Mapping
 import typer
 
 from xray import dist
+from xray.commands import artifacts, data, data_curate, data_precompute, embed, train
 from xray.commands.ablate import ablate
-from xray.commands.artifacts import export, lineage, show
 from xray.commands.common import command_class
-from xray.commands.config import show_config, version
-from xray.commands.data import (
-    data_check,
-    data_demo,
-    data_index,
-    data_pack,
-    data_stats,
-    data_tiny_llm,
-)
-from xray.commands.data_curate import data_curate, data_metadata
-from xray.commands.data_precompute import (
-    data_embeddings,
-    data_pseudo_tags,
-    data_scores,
-    data_text_features,
-)
-from xray.commands.data_tags import data_tags
 from xray.commands.doctor import doctor
-from xray.commands.embed import embed, search
 from xray.commands.evaluate import evaluate
-from xray.commands.plan import plan
-from xray.commands.runs import replay, report
-from xray.commands.train import run, train
+from xray.commands.plan import plan, show_config, version
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch.load accepts only tensors, even if a library asks for more. torch refuses both settings
@@ -49,37 +29,37 @@ COMMANDS: Commands = {
     "doctor": doctor,
     "plan": plan,
     "ablate": ablate,
-    "run": run,
-    "train": train,
+    "run": train.run,
+    "train": train.train,
     "eval": evaluate,
-    "show": show,
-    "lineage": lineage,
-    "export": export,
-    "embed": embed,
-    "search": search,
-    "report": report,
+    "show": artifacts.show,
+    "lineage": artifacts.lineage,
+    "export": artifacts.export,
+    "embed": embed.embed,
+    "search": embed.search,
+    "report": train.report,
     "config": show_config,
     "version": version,
 }
 DATA: Commands = {
-    "demo": data_demo,
-    "index": data_index,
-    "pack": data_pack,
-    "check": data_check,
-    "stats": data_stats,
-    "tiny-llm": data_tiny_llm,
-    "metadata": data_metadata,
-    "curate": data_curate,
-    "pseudo-tags": data_pseudo_tags,
-    "embeddings": data_embeddings,
-    "scores": data_scores,
-    "text-features": data_text_features,
-    "tags": data_tags,
+    "demo": data.data_demo,
+    "index": data.data_index,
+    "pack": data.data_pack,
+    "check": data.data_check,
+    "stats": data.data_stats,
+    "tiny-llm": data.data_tiny_llm,
+    "metadata": data_curate.data_metadata,
+    "curate": data_curate.data_curate,
+    "pseudo-tags": data_precompute.data_pseudo_tags,
+    "embeddings": data_precompute.data_embeddings,
+    "scores": data_precompute.data_scores,
+    "text-features": data_precompute.data_text_features,
+    "tags": data_curate.data_tags,
 }
-DEBUG: Commands = {"replay": replay}
+DEBUG: Commands = {"replay": train.replay}
 
 
-def _group(help_text: str, commands: Commands, name: str | None = None) -> typer.Typer:
+def _group(name: str, help_text: str, commands: Commands) -> typer.Typer:
     group = typer.Typer(
         name=name,
         help=help_text,
@@ -92,13 +72,10 @@ def _group(help_text: str, commands: Commands, name: str | None = None) -> typer
     return group
 
 
-app = _group(
-    "One vision backbone through MAE, hashtags and CLIP with an LLM, on DeepSpeed.",
-    COMMANDS,
-    "xray",
-)
-app.add_typer(_group("Make and inspect data.", DATA), name="data")
-app.add_typer(_group("Inspect a run that failed.", DEBUG), name="debug")
+TITLE = "One vision backbone through MAE, hashtags and CLIP with an LLM, on DeepSpeed."
+app = _group("xray", TITLE, COMMANDS)
+app.add_typer(_group("data", "Make and inspect data.", DATA))
+app.add_typer(_group("debug", "Inspect a run that failed.", DEBUG))
 
 
 def main() -> None:

@@ -1,21 +1,14 @@
-"""`xray run` (a recipe) and `xray train` (one stage)."""
+"""`xray run` (a recipe), `train` (one stage), `report` and `debug replay`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from xray import dist
 from xray.commands.common import Overrides, guarded
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from xray.artifacts.artifact import Artifact
-    from xray.recipes.recipe import Recipe
 
 
 @guarded
@@ -25,8 +18,9 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Print the stages, then stop")] = False,
 ) -> None:
     """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report."""
-    from xray.recipes.plan_table import plan_table
     from xray.recipes.recipe import load_recipe
+    from xray.recipes.report import write_run_report
+    from xray.recipes.run import evaluate, plan_table, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     table = plan_table(loaded)  # on every rank: it raises for models that cannot be built
@@ -34,11 +28,12 @@ def run(
         table.print()
     if plan:
         return
-    from xray.recipes.run import run_recipe
-
     artifacts = run_recipe(loaded)
     if dist.is_main():
-        _finish(loaded, artifacts)
+        results = evaluate(loaded, artifacts)
+        if results is not None:
+            results.print()
+        print(f"report: {write_run_report(loaded, artifacts, results)}")
 
 
 @guarded
@@ -66,8 +61,7 @@ def train(
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
-    layers: list[Any] = []
-    loaded = None
+    layers, loaded = list[Any](), None
     if recipe:
         from xray.recipes.recipe import stage_from_recipe
 
@@ -80,7 +74,7 @@ def train(
     config.init_from = init_from or config.init_from
     config.validate()
     device = dist.choose_device(config.train.device)
-    from xray.recipes.prepare import prepare
+    from xray.recipes.run import prepare
     from xray.training.engine import init_distributed
     from xray.training.trainer import Trainer
 
@@ -93,23 +87,48 @@ def train(
         print(f"artifact: {artifact.path}")
 
 
-def _finish(recipe: Recipe, artifacts: list[Artifact]) -> None:
-    """Evaluate the artifacts, print the results, write results.json and report.html."""
-    from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.suites import result_table
-    from xray.recipes.report import write_run_report
-    from xray.reports.tables import ResultTable
+@guarded
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a recipe's run or of a stage")
+    ],
+) -> None:
+    """Write RUN/report.html again from the current state; RUN may still be training."""
+    from xray.recipes.report import report_again
 
-    table: ResultTable | None = None
-    asked = recipe.eval.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
-    results: dict[str, Mapping[str, float]] = {}
-    for artifact in artifacts:
-        if suites := asked[artifact.stage]:
-            run = artifact, recipe.eval, recipe.root, recipe.workers
-            results |= Evaluator.open(*run).run(suites)
-    if results:
-        table = result_table(results)
-        (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
-        table.print()
-    path = write_run_report(recipe, artifacts, table)
-    print(f"report: {path}")
+    print(f"report: {report_again(run)}")
+
+
+@guarded
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="RUN/bundles/step_...")],
+    overrides: Overrides = None,
+) -> None:
+    """Repeat a step that was not finite, and print its loss, gradient and first broken layers."""
+    from xray.config.loading import parse_overrides
+    from xray.training.checkpoint_export import find_run
+    from xray.training.engine import init_distributed
+    from xray.training.replay import read_bundle
+    from xray.training.replay import replay as again
+
+    facts = read_bundle(bundle)
+    run = find_run(bundle.resolve().parent.parent, parse_overrides(overrides or []))
+    device = dist.choose_device(run.config.train.device)
+    init_distributed(device)
+    values, broken = again(bundle, run, device)
+    if not dist.is_main():
+        return
+    what = facts["what"]
+    name = "grad_norm" if what == "gradient norm" else what
+    was, now = facts["values"][what], repr(values[name])
+    print(f"step {facts['step'] + 1}, {what}: {was} then, {now} now")
+    for key in sorted(k for k in values if k.endswith("/loss")):
+        print(f"   {key}: {facts['values'].get(key)} then, {values[key]!r} now")
+    print("not finite, in this order: " + ("; ".join(broken) or "nothing"))
+    for source, samples in facts["samples"].items():
+        keys = ", ".join(f"{s['shard']}:{s['key']}" for s in samples[:4])
+        print(f"   {source}: {keys}{', ...' if len(samples) > 4 else ''} (all in bundle.json)")
+    if was != now:
+        print("the result differs: suspect faulty hardware, or kernels whose sums are")
+        print("not deterministic (GPU)")
+        raise SystemExit(1)

@@ -5,10 +5,11 @@ unless it is declared with `runtime()`: workers, micro-batch, ZeRO stage, loggin
 """
 
 from xray.config.data import BlockConfig, DataConfig, SourceConfig
-from xray.config.fields import nearest, runtime
+from xray.config.identity import runtime
 from xray.config.model import Features, ModelConfig, TextConfig
 from xray.config.run import RunConfig, dump
 from xray.config.training import DebugConfig, OptimConfig, TowerOptim, TrainConfig, ZeroConfig
+from xray.errors import nearest
 
 __all__ = [
     "BlockConfig",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xray.config import schedule
-from xray.config.fields import nearest, runtime
-from xray.errors import ConfigError
+from xray.config.identity import runtime
+from xray.errors import ConfigError, nearest
 
 
 @dataclass

@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """Declare a field that does not change the result; the identity leaves it out."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"runtime": True})
+
+
 def identity(config: Any) -> Any:
     """Return a config, or a part of it, as nested dicts without the runtime fields."""
     if dataclasses.is_dataclass(config):

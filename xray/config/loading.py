@@ -12,8 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from xray.config import nearest
-from xray.errors import ConfigError
+from xray.errors import ConfigError, nearest
 
 # Sections whose value may be the name of a shipped yaml file: `model=vit_b16`, `zero=2`.
 PRESETS = ("model", "zero")

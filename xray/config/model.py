@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from xray.config.fields import runtime
+from xray.config.identity import runtime
 from xray.errors import ConfigError
 
 
@@ -104,3 +104,16 @@ class TextConfig:
                 f"text.dtype={self.dtype} is for frozen weights: set text.dtype=fp32 with "
                 "text.tune=full"
             )
+
+
+@dataclass
+class LlmConfig:
+    """Sizes of a small, randomly initialised language model with a tokenizer of the captions."""
+
+    path: str = ""
+    captions: str = ""  # shards under data.root
+    vocab_size: int = 2048
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    family: Literal["qwen3", "clip"] = "qwen3"  # a decoder, or CLIP's text transformer

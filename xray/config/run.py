@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from xray.config.data import BlockConfig, DataConfig, validate_data
-from xray.config.fields import runtime
+from xray.config.identity import runtime
 from xray.config.model import ModelConfig
 from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
 from xray.errors import ConfigError

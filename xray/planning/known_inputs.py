@@ -18,7 +18,7 @@ from stages.base import Facts, text_section
 from xray.artifacts.language_model import STRUCTURE
 from xray.artifacts.offers import SENTENCES, VISION
 from xray.config import RunConfig, TextConfig
-from xray.config.prepare import LlmConfig
+from xray.config.model import LlmConfig
 from xray.errors import DataError
 from xray.models.tiny_llm import tiny_settings
 

@@ -25,12 +25,20 @@ from xray.artifacts.offers import slot_of
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
 from xray.config.loading import PRESETS
-from xray.config.prepare import PrepareConfig
+from xray.config.model import LlmConfig
 from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
 
 OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
 SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
+
+
+@dataclass
+class PrepareConfig:
+    """Data and language model that a recipe makes once, before its first stage."""
+
+    demo: dict[str, Any] | None = None  # sizes of the data set generated at data.root
+    llm: LlmConfig | None = None
 
 
 @dataclass
@@ -54,6 +62,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     command_line = cfg.parse_overrides(overrides)
     layers = recipe_layers(name, command_line.pop("base", None))
     return resolve_recipe([*layers, command_line])
+
+
+def load_runs(name: str, overrides: Sequence[str]) -> tuple[list[RunConfig], LlmConfig | None]:
+    """Load the validated configs of a recipe's stages, or of one stage, and the LLM to make."""
+    if name not in STAGES:
+        recipe = load_recipe(name, overrides)
+        return recipe.runs, recipe.prepare.llm
+    config = cfg.load_config(stage_class(name).Config, name, cfg.parse_overrides(overrides))
+    config.validate()
+    return [config], None
 
 
 def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:

@@ -1,22 +1,141 @@
-"""Run a recipe: check all of its stages, then train them in order."""
+"""Run of a recipe: its plan, the data and language model it prepares, its checks and stages."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from data_pipelines.curation.keep_list import keep_listed
+from data_pipelines.ingest.demo import DemoConfig, make_demo
+from data_pipelines.ingest.kind import Request
 from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.ingest.user_data import open_data
+from data_pipelines.shards.manifest import resolve
+from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.captions import captions_of
 from stages import stage_class
 from stages.base import split_parents, text_section
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
-from xray.config import RunConfig
+from xray.artifacts.language_model import Language
+from xray.config import RunConfig, TextConfig
+from xray.config import loading as cfg
+from xray.config.model import LlmConfig
+from xray.config.schedule import steps_of, value_at
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
-from xray.recipes.prepare import prepare, store_captions
+from xray.evaluation.evaluator import Evaluator
+from xray.evaluation.suite import Measures
+from xray.evaluation.suites import result_table
+from xray.files import replacing
+from xray.models.tiny_llm import build_tiny_llm
+from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
+from xray.reports.tables import ResultTable, short
+from xray.training.run_identity import holds_another_run
+
+
+def plan_table(recipe: Recipe) -> ResultTable:
+    """Make the table of a recipe's stages; raises ConfigError for one that cannot be built."""
+    table = ResultTable(
+        f"{recipe.name} -> {recipe.out}",
+        ("stage", "starts from", "batch", "GMACs each", "length", "peak lr", "state"),
+    )
+    for config in recipe.runs:
+        parents = [Path(p).parent.name if p.endswith("artifact") else p for p in config.init_from]
+        start = "\n+ ".join(parents) or "scratch"
+        size, cost = _inputs(config)
+        batch = f"{' + '.join(f'{b.samples} {b.source}' for b in config.blocks)}\n{size}"
+        samples = short(config.steps * config.global_batch)
+        length = f"{samples} samples\n{short(config.steps)} steps"
+        lr = f"{config.optim.base_lr * config.global_batch / 256:.2g}"
+        table.rows.append((config.stage, start, batch, cost, length, lr, _state(config)))
+    return table
+
+
+def _state(config: RunConfig) -> str:
+    out = Path(config.out)
+    if holds_another_run(config):
+        return "other settings there"
+    if (out / "artifact" / "manifest.json").is_file():
+        return "finished"
+    return "continues" if (out / "run.json").is_file() else "new"
+
+
+def _inputs(config: RunConfig) -> tuple[str, str]:
+    """Return (pixels and frames over the stage, GMACs of an image + of a clip at the end)."""
+    data, stage = config.data, stage_class(config.stage)(config)
+    modalities = {data.sources[block.source].modality for block in config.blocks}
+    clip = value_at(data.frames, 1.0)
+    frames = [n for n, kind in ((1, "image"), (clip, "video")) if kind in modalities]
+    macs = [stage.macs(n) for n in frames]
+    if not any(macs):
+        return "text", ""
+    size = f"{_over_time(data.resolution)} px"
+    if "video" in modalities:
+        size += f" x {_over_time(data.frames)}"
+    return size, " + ".join(f"{n / 1e9:.3g}" for n in macs)
+
+
+def _over_time(schedule: Any) -> str:
+    return ">".join(str(value) for _, value in steps_of(schedule))
+
+
+def prepare(recipe: Recipe) -> None:
+    """Make the demo data and the tiny LLM that a recipe asks for, on rank 0."""
+    wanted = recipe.prepare
+
+    def make() -> None:
+        if wanted.demo is not None:
+            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+        if wanted.llm is not None:
+            make_llm(wanted.llm, recipe.root)
+
+    dist.on_main(make, dist.PREPARATION)
+
+
+def make_llm(config: LlmConfig, root: str) -> None:
+    """Build the tiny LLM, unless it is there; a half-written folder is written anew."""
+    folder = Path(config.path)
+    if folder.is_dir():
+        return
+    source = open_data(resolve(config.captions, root), Request("captions", "text"))
+    captions = [
+        caption
+        for place in source.places()
+        for caption in captions_of(source.read(*place, TEXT_FILES))
+    ]
+    sizes = config.vocab_size, config.width, config.depth, config.heads
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        build_tiny_llm(captions, temporary, *sizes, config.family)
+
+
+def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
+    """Write the text features that a run reads, unless they are there already."""
+    parents = split_parents(
+        stage_class(config.stage), [open_artifact(path) for path in config.init_from]
+    )
+    names = [block.source for block in [*config.blocks, *config.validation]]
+
+    def write() -> None:
+        language = Language(text, parents.text)
+        for name, source in open_sources(config.data, names).items():
+            given = dataclasses.asdict(text)
+            captions = config.data.sources[name].captions
+            job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
+            with progress_bar(f"captions of {name}") as progress:
+                write_text_features(source, language, job, device, progress)
+
+    dist.main_first(write)
 
 
 def run_recipe(recipe: Recipe) -> list[Artifact]:
@@ -61,3 +180,17 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
     for suites in evaluation.in_recipe(offers).values():
         check_sets(evaluation, suites, root)
+
+
+def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | None:
+    """Evaluate a recipe's artifacts and write results.json; None if no suite has data."""
+    results: dict[str, Measures] = {}
+    asked = recipe.eval.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
+    for artifact in artifacts:
+        if suites := asked[artifact.stage]:
+            evaluator = Evaluator.open(artifact, recipe.eval, recipe.root, recipe.workers)
+            results |= evaluator.run(suites)
+    if not results:
+        return None
+    (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
+    return result_table(results)

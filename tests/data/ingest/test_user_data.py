@@ -22,7 +22,7 @@ from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
-from xray.commands.data_common import open_shards
+from xray.commands.common import open_shards
 from xray.commands.main import app
 from xray.config import DataConfig
 from xray.config.data import SourceConfig
