@@ -66,7 +66,7 @@ def test_an_old_config_has_the_old_defaults(control: Path) -> None:
     head = joint_head(artifact)
     assert (head.embed_dim, head.text_head, head.matryoshka) == (16, "adapter", [])
     del clip["embed_dim"]
-    with pytest.raises(ArtifactError, match="config of a manifest is incomplete"):
+    with pytest.raises(ArtifactError, match=f"{control} is incomplete"):
         joint_head(artifact)
 
 
@@ -77,7 +77,7 @@ def test_a_stage_describes_its_head_and_its_artifact(control: Path) -> None:
     artifact.manifest["heads"] = {"joint": "pair"}
     assert joint_head(artifact).embed_dim == 16
     del config["pair"]
-    with pytest.raises(ArtifactError, match=r"no section config\.pair"):
+    with pytest.raises(ArtifactError, match=rf"{control} has no section config\.pair"):
         joint_head(artifact)
     link = lineage(control)[0]
     assert link.manifest is not None

@@ -14,11 +14,12 @@ from xray.artifacts.language_model import Language
 from xray.artifacts.manifest_config import (
     data_config,
     decoder_config,
+    head_section,
     joint_head,
     model_config,
     text_config,
 )
-from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION, head_section
+from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
 from xray.config import DataConfig
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
@@ -200,7 +201,7 @@ class Tagger(VisionEncoder):
         weights = artifact.load("head")
         self.head = TagHead(self.vision.embed_dim, len(weights["bias"]))
         self.head.load_state_dict(weights)
-        loss = head_section(artifact.manifest, TAGS).get("loss", "softmax")
+        loss = head_section(artifact, TAGS).get("loss", "softmax")
         self.loss = tag_loss(loss, f"{artifact.path}: hashtag.loss")()
         self.eval()
 

@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from xray.artifacts.artifact import LINEAGE, FileState, file_states, find_manifest, parse_manifest
+from xray.artifacts.artifact import (
+    LINEAGE,
+    Artifact,
+    FileState,
+    file_states,
+    find_manifest,
+    parse_manifest,
+)
 from xray.artifacts.location import Place
+from xray.artifacts.manifest_config import read_section
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
@@ -51,6 +59,13 @@ class Link:
         """True if all files that were checked are unchanged."""
         return self.where != "replaced" and set(self.files.values()) <= {"ok"}
 
+    @property
+    def artifact(self) -> Artifact | None:
+        """The artifact that the manifest describes, whose files need not be there."""
+        if self.manifest is None:
+            return None
+        return Artifact(Path(self.path), self.manifest, self.digest, self.path)
+
     def facts(self) -> dict[str, Any]:
         """Return the link as JSON."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
@@ -72,7 +87,7 @@ def lineage(path: str | Path, verify: bool = False) -> list[Link]:
     digest = hashlib.sha256(content).hexdigest()
     first = Link(0, "", str(manifest["stage"]), digest, where, "found", manifest)
     first.files = damaged
-    chain = [first, *_ancestors(manifest, known, 1)]
+    chain = [first, *_ancestors(first, known)]
     for link in chain if verify else []:
         if link.where == "found" and link.manifest is not None:
             link.files |= dict(file_states(Place(link.path), link.manifest))
@@ -97,19 +112,18 @@ def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str
     return known, damaged
 
 
-def _ancestors(child: Mapping[str, Any], known: Known, depth: int) -> Iterator[Link]:
-    for slot, parent in child["parents"].items():
+def _ancestors(child: Link, known: Known) -> Iterator[Link]:
+    parents = child.manifest["parents"] if child.manifest is not None else {}
+    for slot, parent in parents.items():
         digest, path = str(parent["manifest"]), str(parent["path"])
         where, here = _look(path, digest)
         if where == "found" and digest not in known:  # the child is older than carried lineages
             known |= _carried(Place(path), here)[0] | {digest: here}
-        manifest = known.get(digest)
-        link = Link(depth, slot, str(parent["stage"]), digest, path, where, manifest)
-        if manifest is not None:
-            link.differs = _differing(manifest["config"], child["config"], COMPARED.get(slot, {}))
+        stage, manifest = str(parent["stage"]), known.get(digest)
+        link = Link(child.depth + 1, slot, stage, digest, path, where, manifest)
+        link.differs = _differing(link, child)
         yield link
-        if manifest is not None:
-            yield from _ancestors(manifest, known, depth + 1)
+        yield from _ancestors(link, known)
 
 
 def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
@@ -125,19 +139,17 @@ def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
     return ("found" if same else "replaced"), manifest
 
 
-def _differing(
-    parent: Mapping[str, Any], child: Mapping[str, Any], sections: Mapping[str, type]
-) -> list[str]:
-    """List `section.key: old -> new` of the settings in these sections that change the result."""
-    old, new = (
-        {
-            name: {key: config[name].get(key, usual) for key, usual in identity(schema()).items()}
-            for name, schema in sections.items()
-            if name in parent and name in child
-        }
-        for config in (parent, child)
-    )
-    return differences(old, new)
+def _differing(parent: Link, child: Link) -> list[str]:
+    """List `section.key: old -> new` of the compared settings that change the result."""
+    if parent.artifact is None or child.artifact is None:
+        return []
+    old, new = parent.artifact, child.artifact
+    lines = []
+    for name, schema in sorted(COMPARED.get(parent.slot, {}).items()):
+        if name in old.manifest["config"] and name in new.manifest["config"]:
+            sections = (identity(read_section(schema, own, name)) for own in (old, new))
+            lines += differences(*sections, name)
+    return lines
 
 
 # in words ---------------------------------------------------------------------------------------

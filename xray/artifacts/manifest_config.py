@@ -1,6 +1,6 @@
 """Typed views of the run's config in a manifest; a key that an older version lacks has its default.
 
-All raise ArtifactError if the manifest lacks the section.
+All raise ArtifactError that names the artifact if its manifest lacks the section.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.offers import DECODER, JOINT, head_section
-from xray.config import DataConfig, ModelConfig, TextConfig
+from xray.artifacts.offers import DECODER, JOINT, USUAL_SECTION
+from xray.config import BlockConfig, DataConfig, ModelConfig, SourceConfig, TextConfig
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
 from xray.models.heads import TextHead
@@ -20,7 +20,6 @@ from xray.models.mae_decoder import Masking
 
 T = TypeVar("T")
 OF_RUN = ("data", "optim", "train", "debug", "zero")  # sections of the run, not of the model
-OF_TRAINING = ("sources", "blocks", "validation")  # keys of the data section
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,21 @@ class DecoderConfig:
 
 def model_config(artifact: Artifact) -> ModelConfig:
     """Read the backbone's settings; its weights are in the artifact and need no download."""
-    config = _read(ModelConfig, _section(artifact, "model"))
-    return dataclasses.replace(config, pretrained="")
+    return dataclasses.replace(read_section(ModelConfig, artifact, "model"), pretrained="")
 
 
 def data_config(artifact: Artifact) -> DataConfig:
     """Read how images and clips are decoded and normalised, without the training sources."""
-    section = _section(artifact, "data")
-    return _read(DataConfig, {k: v for k, v in section.items() if k not in OF_TRAINING})
+    config = read_section(DataConfig, artifact, "data")
+    return dataclasses.replace(config, sources={}, blocks=[], validation=[])
+
+
+def training_blocks(artifact: Artifact) -> list[tuple[BlockConfig, SourceConfig]]:
+    """Read the blocks of a training step, each with its source."""
+    data = _section(artifact, "data")
+    sources = {n: _read(SourceConfig, s, artifact) for n, s in data.get("sources", {}).items()}
+    blocks = [_read(BlockConfig, block, artifact) for block in data.get("blocks", ())]
+    return [(block, sources[block.source]) for block in blocks if block.source in sources]
 
 
 def image_side(artifact: Artifact) -> int:
@@ -72,7 +78,7 @@ def text_config(artifact: Artifact) -> TextConfig:
     """Read the structure of the text tower."""
     if "text" not in artifact.manifest["config"]:
         raise ArtifactError(f"{artifact.path}, of stage {artifact.stage}, has no text tower")
-    config = _read(TextConfig, _section(artifact, "text"))
+    config = read_section(TextConfig, artifact, "text")
     config = dataclasses.replace(config, llm=artifact.llm or config.llm)
     # a tower that was tuned whole has no LoRA, whatever a later stage trains of it
     has_lora = any(".lora_" in name for name in artifact.manifest["tensors"].get("text", {}))
@@ -81,12 +87,12 @@ def text_config(artifact: Artifact) -> TextConfig:
 
 def joint_head(artifact: Artifact) -> JointHead:
     """Read the projections into the joint space."""
-    return _read(JointHead, head_section(artifact.manifest, JOINT))
+    return _read(JointHead, head_section(artifact, JOINT), artifact)
 
 
 def decoder_config(artifact: Artifact) -> DecoderConfig:
     """Read the MAE decoder's sizes and masks."""
-    return _read(DecoderConfig, head_section(artifact.manifest, DECODER))
+    return _read(DecoderConfig, head_section(artifact, DECODER), artifact)
 
 
 def license_of(manifest: Mapping[str, Any]) -> str:
@@ -99,6 +105,17 @@ def stage_sections(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in manifest["config"].items() if isinstance(v, dict) and k not in OF_RUN}
 
 
+def head_section(artifact: Artifact, capability: str) -> Mapping[str, Any]:
+    """Read the section of a capability's head, as the stage named it in the manifest."""
+    heads = artifact.manifest.get("heads", {})
+    return _section(artifact, heads.get(capability, USUAL_SECTION[capability]))
+
+
+def read_section(schema: type[T], artifact: Artifact, name: str) -> T:
+    """Read a section of the config as a dataclass, without keys that it does not know."""
+    return _read(schema, _section(artifact, name), artifact)
+
+
 def _section(artifact: Artifact, name: str) -> Mapping[str, Any]:
     section = artifact.manifest["config"].get(name)
     if not isinstance(section, Mapping):
@@ -106,9 +123,11 @@ def _section(artifact: Artifact, name: str) -> Mapping[str, Any]:
     return section
 
 
-def _read(schema: type[T], section: Mapping[str, Any]) -> T:
+def _read(schema: type[T], section: Mapping[str, Any], artifact: Artifact) -> T:
     names = {item.name for item in dataclasses.fields(schema)}  # type: ignore[arg-type]
     try:
         return schema(**{key: value for key, value in section.items() if key in names})
     except TypeError as error:
-        raise ArtifactError(f"the config of a manifest is incomplete: {brief(error)}") from error
+        raise ArtifactError(
+            f"the config in the manifest of {artifact.path} is incomplete: {brief(error)}"
+        ) from error

@@ -6,8 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from xray.artifacts.artifact import Artifact
 from xray.artifacts.lineage import Link, lineage, made_with
-from xray.artifacts.manifest_config import license_of
+from xray.artifacts.manifest_config import (
+    data_config,
+    license_of,
+    model_config,
+    text_config,
+    training_blocks,
+)
 from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
 from xray.config.schedule import value_at
 
@@ -57,12 +64,14 @@ def card(
 
     chain: the artifact's lineage. code: lines that load it. more: sections before the lineage.
     """
-    manifest = chain[0].manifest or {}
+    artifact = chain[0].artifact
+    assert artifact is not None  # only an ancestor's manifest may be unknown
+    manifest = artifact.manifest
     licence, offers = license_of(manifest), offers_of(manifest)
     summary = manifest.get("summary") or _first(PURPOSES, offers, "")
     front = ["---", f"license: {licence or 'unknown'}", f"library_name: {library}"]
     front += [f"tags: [xray, {slot_of(offers)}, {manifest['stage']}]", "---", ""]
-    body = [f"# {title}", "", summary, *_shape(manifest), ""]
+    body = [f"# {title}", "", summary, *_shape(artifact), ""]
     body += ["## How to load it", "", "```python", *code, "```", "", *more]
     body += ["## Lineage", "", *_lineage(chain), ""]
     body += ["## Data", "", *_data(chain), ""]
@@ -76,23 +85,23 @@ def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:
     return next((value for key, value in table.items() if key in offers), usual)
 
 
-def _shape(manifest: Mapping[str, Any]) -> list[str]:
+def _shape(artifact: Artifact) -> list[str]:
     """Describe the towers, a line each."""
-    config, lines = manifest["config"], []
+    manifest, lines = artifact.manifest, []
     if "backbone" in manifest["tensors"]:
-        model, data = config["model"], config["data"]
-        own = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items())
-        side, frames = value_at(data["resolution"], 1.0), value_at(data["frames"], 1.0)
+        model, data = model_config(artifact), data_config(artifact)
+        own = ", ".join(f"{key}={value}" for key, value in model.kwargs.items())
+        side, frames = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
         lines.append(
-            f"The backbone is timm's `{model['name']}`{f' with {own}' if own else ''}, for images "
-            f"of {side} px and clips of {frames} frames, tubelets of {model['tubelet']}; token "
-            f"reduction {model['reduce']} at keep rate {manifest['keep_rate']}."
+            f"The backbone is timm's `{model.name}`{f' with {own}' if own else ''}, for images "
+            f"of {side} px and clips of {frames} frames, tubelets of {model.tubelet}; token "
+            f"reduction {model.reduce} at keep rate {manifest['keep_rate']}."
         )
     if "text" in manifest["tensors"]:
-        text = config["text"]
+        text = text_config(artifact)
         lines.append(
-            f"Captions are read {text['attention']}, pooled by `{text['pooling']}`, up to "
-            f"{text['max_length']} tokens; the base model's files hash to "
+            f"Captions are read {text.attention}, pooled by `{text.pooling}`, up to "
+            f"{text.max_length} tokens; the base model's files hash to "
             f"`{manifest['inputs']['llm'][:12]}`."
         )
     return lines
@@ -116,23 +125,23 @@ def _lineage(chain: Sequence[Link]) -> list[str]:
 
 
 def _data(chain: Sequence[Link]) -> list[str]:
-    rows = [row for link in chain if link.manifest for row in _sources(link.manifest)]
+    artifacts = [link.artifact for link in chain]
+    rows = [row for artifact in artifacts if artifact for row in _sources(artifact)]
     head = ("stage", "source", "modality", "shards", "samples seen", "digest")
     return _table(head, list(dict.fromkeys(rows)))
 
 
-def _sources(manifest: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def _sources(artifact: Artifact) -> Iterator[tuple[str, ...]]:
     """Yield a row for each source that a stage was trained on."""
-    data, digests = manifest["config"]["data"], manifest.get("sources", {})
-    blocks = [b for b in data["blocks"] if b["source"] in (digests or data["sources"])]
-    step = sum(block["samples"] for block in blocks)
-    for block in blocks:
-        name = block["source"]
-        source = data["sources"][name]
-        seen = round(manifest["samples"] * block["samples"] / step)
-        digest = str(digests.get(name, ""))[:12]
-        shards = f"`{source['shards']}`"
-        yield manifest["stage"], name, source["modality"], shards, f"{seen:,}", digest
+    manifest = artifact.manifest
+    digests = manifest.get("sources", {})
+    blocks = [b for b in training_blocks(artifact) if not digests or b[0].source in digests]
+    step = sum(block.samples for block, _ in blocks)
+    for block, source in blocks:
+        seen = round(manifest["samples"] * block.samples / step)
+        digest = str(digests.get(block.source, ""))[:12]
+        shards = f"`{source.shards}`"
+        yield artifact.stage, block.source, source.modality, shards, f"{seen:,}", digest
 
 
 def _metrics(manifest: Mapping[str, Any]) -> list[str]:

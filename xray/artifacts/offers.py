@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xray.errors import ArtifactError
-
 VISION = "vision"  # a backbone
 DECODER = "decoder"  # the decoder of a masked auto-encoder
 TAGS = "tags"  # a tag head with its vocabulary
@@ -40,18 +38,6 @@ def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
         return False
     summary = manifest.get("summary", "")
     return all(isinstance(value, str) for value in [*names, *heads.values(), summary])
-
-
-def head_section(manifest: Mapping[str, Any], capability: str) -> Mapping[str, Any]:
-    """Return the config section of a capability's head; raises ArtifactError if there is none."""
-    name = manifest.get("heads", {}).get(capability, USUAL_SECTION[capability])
-    section = manifest["config"].get(name)
-    if not isinstance(section, Mapping):
-        raise ArtifactError(
-            f"an artifact of stage {manifest['stage']} offers {capability!r}, but its manifest has "
-            f"no section config.{name} for it"
-        )
-    return section
 
 
 def slot_of(offers: frozenset[str]) -> str:
