@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,25 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
     assert "Train the stages of RECIPE" in xray("--help").stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["version", "config mae", "config nothing"])
+def test_output_that_nobody_reads_ends_silently(command: str, unbuffered: str) -> None:
+    """`xray ... | head` has no message; a mistake of the user still has one."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "xray", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    if command == "config nothing":
+        assert done.returncode == 2 and b"unknown recipe" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import re
+import select
 import sys
 import textwrap
 import tokenize
@@ -64,8 +65,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 sys.stdout.flush()
             dist.leave()
         except (XrayError, OSError) as error:
-            # raises again if nobody reads stdout (`| head`): typer ends that without a message
-            sys.stdout.flush()
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                raise  # typer ends without a message and with exit code 1
             agreed = isinstance(error, XrayError) and error.agreed
             if agreed:
                 dist.leave()
@@ -82,6 +83,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(130) from None
 
     return run
+
+
+def _reader_is_gone() -> bool:
+    """Return True if nobody reads stdout any longer, as after `xray ... | head`."""
+    poll = select.poll()
+    poll.register(1, 0)  # poll always reports POLLERR
+    return bool(poll.poll(0))
 
 
 def settings(schema: type[S], items: Sequence[str] | None) -> S:
