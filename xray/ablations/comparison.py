@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,15 +163,12 @@ def compare(ablation: Ablation, outcomes: Sequence[Outcome], metrics: Sequence[s
 
 def mean(values: Sequence[float]) -> float:
     """Return the mean, or nan for no values."""
-    return sum(values) / len(values) if values else math.nan
+    return statistics.fmean(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
     """Return the sample standard deviation (n - 1), or nan for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    centre = mean(values)
-    return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def paired_t(differences: Sequence[float]) -> float:

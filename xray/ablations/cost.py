@@ -37,14 +37,8 @@ def flops_of(ablation: Ablation, store: Path | None) -> Flops:
     if store:
         cached = {key: flops for key, flops in counted.items() if flops is not None}
         write_text(store, json.dumps(cached, indent=1))
-    by_arm = {
-        trial.arm: {stage: counted[key] for stage, key in trial.keys.items()} for trial in first
-    }
-    return {
-        key: by_arm[trial.arm][stage]
-        for trial in ablation.trials
-        for stage, key in trial.keys.items()
-    }
+    counts = {(t.arm, stage): counted[key] for t in first for stage, key in t.keys.items()}
+    return {key: counts[t.arm, s] for t in ablation.trials for s, key in t.keys.items()}
 
 
 def _counted(trial: Trial, before: Flops) -> Flops:
@@ -77,27 +71,18 @@ def plan_of(ablation: Ablation, flops: Flops) -> ResultTable:
         each = flops[keys[0]]
         done = sum((ablation.out / "stages" / key / "artifact").is_dir() for key in keys)
         total, remaining = total + (each or 0.0) * len(keys), remaining + len(keys) - done
-        table.rows.append(
-            (
-                stage,
-                "all" if len(arms) == len(ablation.arms) > 1 else "\n".join(arms),
-                str(len(keys)),
-                short(samples_of(run)),
-                "unknown" if each is None else tera(each),
-                f"{done}/{len(keys)} done",
-            )
-        )
+        names = "all" if len(arms) == len(ablation.arms) > 1 else "\n".join(arms)
+        samples, state = short(samples_of(run)), f"{done}/{len(keys)} done"
+        table.rows.append((stage, names, str(len(keys)), samples, tera(each), state))
     unshared = sum(len(trial.recipe.runs) for trial in ablation.trials)
-    table.rows.append(
-        ("total", f"{unshared} in {len(ablation.trials)} runs", str(len(runs)), "",
-         tera(total), f"{remaining} to train")
-    )  # fmt: skip
+    of, left = f"{unshared} in {len(ablation.trials)} runs", f"{remaining} to train"
+    table.rows.append(("total", of, str(len(runs)), "", tera(total), left))
     return table
 
 
-def tera(flops: float) -> str:
+def tera(flops: float | None) -> str:
     """Format FLOPs in units of TFLOP."""
-    return f"{flops / 1e12:,.3g}"
+    return "unknown" if flops is None else f"{flops / 1e12:,.3g}"
 
 
 def arm_flops(trials: Sequence[Trial], flops: Flops) -> float | None:

@@ -87,7 +87,7 @@ class Page:
             seeds = len({o.seed for o in self.outcomes if o.arm == arm})
             row = [self._mean(m, cells[m]) if m in cells else "" for m in self.metrics]
             table.rows.append((_wrapped(arm), str(seeds), *row))
-        if any(not math.isnan(value) for value in self.chance.values()):
+        if self._chances():
             row = [self._number(m, self.chance[m]) for m in self.metrics]
             table.rows.append(("chance", "", *row))
         return table
@@ -111,21 +111,18 @@ class Page:
     def cost(self) -> ResultTable:
         """Make the table of the cost of one run by arm, including shared stages."""
         stages = [s for s in STAGES if any(s in t.keys for t in self.ablation.trials)]
-        samples_of_stages = (f"{s} samples" for s in stages)
-        columns = ("arm", *samples_of_stages, "pictures and clips", "TFLOP", "seconds")
-        table = ResultTable("Cost of a run", columns)
+        columns = (*(f"{s} samples" for s in stages), "pictures and clips", "TFLOP", "seconds")
+        table = ResultTable("Cost of a run", ("arm", *columns))
         for arm in self.ablation.arms:
             outcomes = [o for o in self.outcomes if o.arm == arm]
             if not outcomes:
                 continue
             first = outcomes[0]
             samples = [short(first.samples[s]) if s in first.samples else "" for s in stages]
-            seconds = mean([sum(o.seconds.values()) for o in outcomes])
-            flops = arm_flops(self.ablation.of(arm), self.flops)
-            cost = "unknown" if flops is None else tera(flops)
-            table.rows.append(
-                (_wrapped(arm), *samples, short(visual_samples(first)), cost, f"{seconds:,.0f}")
-            )
+            seconds = f"{mean([sum(o.seconds.values()) for o in outcomes]):,.0f}"
+            cost = tera(arm_flops(self.ablation.of(arm), self.flops))
+            row = _wrapped(arm), *samples, short(visual_samples(first)), cost, seconds
+            table.rows.append(row)
         return table
 
     def settings(self) -> list[str]:
@@ -141,6 +138,9 @@ class Page:
         ]
 
     # numbers --------------------------------------------------------------------------------------
+
+    def _chances(self) -> dict[str, float]:
+        return {m: v for m, v in self.chance.items() if not math.isnan(v)}
 
     def _percent(self, metric: str) -> bool:
         """Return True if a metric is a share, shown in %: it has a chance level and is no rank."""
@@ -170,10 +170,7 @@ class Page:
 
     def plots(self) -> list[str]:
         """Draw one panel per metric, and the first metric against training cost, as SVG."""
-        panels = [self._dots(metric) for metric in self.metrics]
-        if self.metrics:
-            panels.append(self._against_cost(self.metrics[0]))
-        return panels
+        return [*map(self._dots, self.metrics), *map(self._against_cost, self.metrics[:1])]
 
     def _scale(self, metric: str) -> float:
         return 100.0 if self._percent(metric) else 1.0
@@ -248,7 +245,7 @@ class Page:
             "seeds": config.seeds,
             "baseline": self.baseline,
             "arms": arms,
-            "chance": {m: v for m, v in self.chance.items() if not math.isnan(v)},
+            "chance": self._chances(),
             "runs": self.run_rows(),
             "failed": [
                 {"arm": f.trial.arm, "seed": f.trial.seed, "code": f.code, "line": f.line}

@@ -82,11 +82,8 @@ def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:
         if key not in all_keys:
             hint = nearest(key, all_keys) or f": use one of {', '.join(all_keys)}"
             raise ConfigError(f"{name}: unknown key {key!r}{hint}")
-    config = _config(
-        name,
-        {key: value for key, value in content.items() if key in config_keys},
-        {key: value for key, value in overrides_by_key.items() if key in config_keys},
-    )
+    layers = content, overrides_by_key
+    config = _config(name, *({k: v for k, v in x.items() if k in config_keys} for x in layers))
     sections = {key: _flat(content.get(key), overrides_by_key.get(key), key) for key in SETTINGS}
     arms = {**_listed_arms(sections["arms"], name), **_axes_arms(sections["axes"])}
     if not arms:
@@ -163,9 +160,8 @@ def _listed_arms(settings: Mapping[str, Any], where: str) -> dict[str, dict[str,
         if key:
             arm[key] = value
         elif value:
-            raise ConfigError(
-                f"{where}: arm {name} must be a section of keys ({{}} for the base recipe)"
-            )
+            what = "must be a section of keys ({} for the base recipe)"
+            raise ConfigError(f"{where}: arm {name} {what}")
     return arms
 
 
@@ -175,9 +171,7 @@ def _axes_arms(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise ConfigError(f"axes.{key}={values} must be a list of values")
     last = [key.split(".")[-1] for key in axes]
-    short = {
-        key: tail if last.count(tail) == 1 else key for key, tail in zip(axes, last, strict=True)
-    }
+    short = {key: t if last.count(t) == 1 else key for key, t in zip(axes, last, strict=True)}
     arms: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*axes.values()) if axes else ():
         settings = dict(zip(axes, values, strict=True))

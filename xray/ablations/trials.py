@@ -104,10 +104,10 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
     recipes: dict[str, Recipe] = {}
     for arm, settings in ablation.arms.items():
         recipe_settings = {key: value for key, value in settings.items() if key != MATCH}
-        for key in [key for key, value in recipe_settings.items() if value == "???"]:
-            raise ConfigError(
-                f"arms.{arm}.{key} is not set: add arms.{arm}.{key}=... to the command"
-            )
+        for key, value in recipe_settings.items():
+            if value == "???":
+                path = f"arms.{arm}.{key}"
+                raise ConfigError(f"{path} is not set: add {path}=... to the command")
         layers[arm] = nest(recipe_settings)
         check_fixed(layers[arm], f"arm {arm}: ")
         recipes[arm] = _resolve(ablation, base, arm, layers[arm])
@@ -188,14 +188,11 @@ def _matched_length(
     ablation: Ablation, recipes: Mapping[str, Recipe], arm: str, target: str
 ) -> dict[str, Any]:
     """Return the layer that lengthens an arm's last stage to the target arm's total samples."""
+    where = f"arm {arm}: {MATCH}={target}"
     if target not in recipes or target == arm:
-        raise ConfigError(
-            f"arm {arm}: {MATCH}={target} is not another arm{nearest(target, recipes)}"
-        )
+        raise ConfigError(f"{where} is not another arm{nearest(target, recipes)}")
     if MATCH in ablation.arms[target]:
-        raise ConfigError(
-            f"arm {arm}: {MATCH}={target} names an arm that has {MATCH} too: name another arm"
-        )
+        raise ConfigError(f"{where} names an arm that has {MATCH} too: name another arm")
     runs, target_runs = ([run for run in recipes[name].runs if trains_vision(run.stage)]
                          for name in (arm, target))  # fmt: skip
     if not runs:
@@ -207,7 +204,7 @@ def _matched_length(
     samples = samples_of(last) + sum(map(samples_of, target_runs)) - sum(map(samples_of, runs))
     if samples < last.global_batch:
         raise ConfigError(
-            f"arm {arm}: {MATCH}={target} leaves {samples} samples for {last.stage}: the other "
+            f"{where} leaves {samples} samples for {last.stage}: the other "
             f"stages of {arm} see more samples than all stages of {target}; reduce their "
             f"train.samples, or remove {MATCH}"
         )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from xray import dist
-from xray.doctor.libraries import PACKAGES, Finding, imports
+from xray.doctor.libraries import PACKAGES, Finding, State, imports
 from xray.errors import brief
 from xray.version import __version__
 
@@ -59,16 +59,8 @@ def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
 def versions() -> Iterator[Finding]:
     """Check the versions of xray and Python."""
     yield Finding("xray", f"{__version__} ({Path(__file__).resolve().parents[1]})")
-    old = sys.version_info < (3, 10)
-    yield Finding(
-        "python",
-        f"{platform.python_version()} on {platform.platform(terse=True)}",
-        "3.10 is needed" if old else "",
-        "broken" if old else "ok",
-    )
-
-
-# compute ----------------------------------------------------------------------------------------
+    found = f"{platform.python_version()} on {platform.platform(terse=True)}"
+    yield Finding("python", found)
 
 
 def processor() -> Iterator[Finding]:
@@ -81,14 +73,11 @@ def processor() -> Iterator[Finding]:
     if quota and quota < cores and not threads:
         lacks = f"one thread per core is too many: set OMP_NUM_THREADS={max(1, int(quota))}"
     found += f", OMP_NUM_THREADS={threads}" if threads else ""
-    yield Finding("processor", found, lacks, "missing" if lacks else "ok")
+    yield Finding.of("processor", found, lacks)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    yield Finding(
-        "memory",
-        f"{memory / GB:.0f} GB"
-        + (f", limited to {limit / GB:.0f} GB by cgroup" if limit and limit < memory else ""),
-    )
+    less = f", limited to {limit / GB:.0f} GB by cgroup" if limit and limit < memory else ""
+    yield Finding("memory", f"{memory / GB:.0f} GB{less}")
 
 
 def cgroup_cores(path: Path) -> float | None:
@@ -131,8 +120,7 @@ def devices() -> Iterator[Finding]:
         flags = Path("/proc/cpuinfo").read_text()
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     lacks = "" if native else "bf16 is not faster here: set train.precision=fp32"
-    found = "in hardware" if native else "not in hardware"
-    yield Finding("bf16", found, lacks, "ok" if native else "missing")
+    yield Finding.of("bf16", "in hardware" if native else "not in hardware", lacks)
 
 
 def process_groups() -> Iterator[Finding]:
@@ -145,9 +133,8 @@ def process_groups() -> Iterator[Finding]:
         if name == "nccl" and not torch.cuda.is_available():
             continue
         if not available:
-            yield Finding(
-                name, "not built into torch", "no training on several processes", "broken"
-            )
+            lacks = "no training on several processes"
+            yield Finding(name, "not built into torch", lacks, "broken")
             continue
         device = "cuda" if name == "nccl" else "cpu"
         if dist.world_size() > 1:
@@ -159,9 +146,6 @@ def process_groups() -> Iterator[Finding]:
         finally:
             group.destroy_process_group()
         yield Finding(name, "works")
-
-
-# data -------------------------------------------------------------------------------------------
 
 
 def pictures() -> Iterator[Finding]:
@@ -187,9 +171,8 @@ def clips() -> Iterator[Finding]:
             yield Finding(f"clips by {name}", f"an mp4 of {clip.total} frames: {shape}")
         except Exception as error:  # each library raises its own types
             lacks = "no clips can be read" if required else "PyAV reads all clips"
-            yield Finding(
-                f"clips by {name}", brief(error), lacks, "broken" if required else "missing"
-            )
+            state: State = "broken" if required else "missing"
+            yield Finding(f"clips by {name}", brief(error), lacks, state)
 
 
 def decode_process() -> Iterator[Finding]:
@@ -206,9 +189,6 @@ def decode_process() -> Iterator[Finding]:
         decoder.close()
 
 
-# storage ----------------------------------------------------------------------------------------
-
-
 def disk(out: Path) -> Iterator[Finding]:
     """Check free space at `out`, or its nearest existing parent, and write a file there."""
     folder = next(p for p in (out, *out.absolute().parents) if p.is_dir())
@@ -223,10 +203,9 @@ def disk(out: Path) -> Iterator[Finding]:
         yield Finding(name, reason, "runs cannot be saved here: choose another out=", "broken")
         return
     free = shutil.disk_usage(folder).free
-    lacks = ""
-    if free < MIN_DISK:
-        lacks = "a checkpoint of a ViT-L takes 4 GB: choose another out= or free space"
-    yield Finding(name, f"{free / GB:.0f} GB free, writable", lacks, "missing" if lacks else "ok")
+    advice = "a checkpoint of a ViT-L takes 4 GB: choose another out= or free space"
+    found = f"{free / GB:.0f} GB free, writable"
+    yield Finding.of(name, found, advice if free < MIN_DISK else "")
 
 
 def shared_memory(folder: Path) -> Iterator[Finding]:
@@ -240,7 +219,7 @@ def shared_memory(folder: Path) -> Iterator[Finding]:
         yield Finding(f"{folder}", brief(error), f"loader processes do not work: {fix}", "missing")
         return
     lacks = "" if total >= MIN_SHARED_MEMORY else f"too little for many loader processes: {fix}"
-    yield Finding(f"{folder}", f"{total / GB:.2g} GB", lacks, "missing" if lacks else "ok")
+    yield Finding.of(f"{folder}", f"{total / GB:.2g} GB", lacks)
 
 
 def open_files() -> Iterator[Finding]:
@@ -250,11 +229,7 @@ def open_files() -> Iterator[Finding]:
     lacks = ""
     if limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES:
         lacks = f"many shards or loader processes may need more: run ulimit -n {MIN_OPEN_FILES}"
-    found = f"{limit} (hard limit {hard})"
-    yield Finding("open files", found, lacks, "missing" if lacks else "ok")
-
-
-# launch -----------------------------------------------------------------------------------------
+    yield Finding.of("open files", f"{limit} (hard limit {hard})", lacks)
 
 
 def network() -> Iterator[Finding]:
@@ -277,7 +252,7 @@ def launchers() -> Iterator[Finding]:
     yield Finding("started by", started)
     tools = [name for name in ("torchrun", "deepspeed", "srun", "sbatch", "pdsh") if _tool(name)]
     lacks = "" if "pdsh" in tools else "the deepspeed launcher needs pdsh for several hosts"
-    yield Finding("launchers", ", ".join(["python", *tools]), lacks, "missing" if lacks else "ok")
+    yield Finding.of("launchers", ", ".join(["python", *tools]), lacks)
 
 
 def _tool(name: str) -> bool:
@@ -289,4 +264,4 @@ def compiler() -> Iterator[Finding]:
     """Check for a C++ compiler."""
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), "")
     lacks = "" if found else "no torch.compile, no zero.offload: install a C++ compiler"
-    yield Finding("compiler", found or "none", lacks, "ok" if found else "missing")
+    yield Finding.of("compiler", found or "none", lacks)

@@ -22,6 +22,11 @@ class Finding:
     lacks: str = ""  # feature that does not work, or works less well, and how to mend it
     state: State = "ok"
 
+    @classmethod
+    def of(cls, what: str, found: str, lacks: str) -> Finding:
+        """Make a finding that is missing if something does not work, else ok."""
+        return cls(what, found, lacks, "missing" if lacks else "ok")
+
 
 @dataclass(frozen=True)
 class Package:
