@@ -56,11 +56,8 @@ class Trial:
 
     def missing(self) -> list[str]:
         """Return the folder names of the stage runs that are not finished."""
-        return [
-            Path(run.out).name
-            for run in self.recipe.runs
-            if not (Path(run.out) / "artifact" / "manifest.json").is_file()
-        ]
+        folders = [Path(run.out) for run in self.recipe.runs]
+        return [f.name for f in folders if not (f / "artifact/manifest.json").is_file()]
 
     def finished(self) -> bool:
         """Return True if the trial was trained and evaluated with its current settings."""
@@ -222,16 +219,14 @@ def samples_of(run: RunConfig) -> int:
 
 
 def _check_differ(ablation: Ablation) -> None:
-    """Raise ConfigError if two arms have the same runs."""
     arm_by_key: dict[str, str] = {}
     for arm in ablation.arms:
-        key = ablation.of(arm)[0].key
-        if key in arm_by_key:
+        first = arm_by_key.setdefault(ablation.of(arm)[0].key, arm)
+        if first != arm:
             raise ConfigError(
-                f"arms {arm_by_key[key]} and {arm} are the same: none of their different settings "
+                f"arms {first} and {arm} are the same: none of their different settings "
                 "changes a result; remove one of them"
             )
-        arm_by_key[key] = arm
 
 
 def _check_metrics(ablation: Ablation) -> None:

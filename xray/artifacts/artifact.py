@@ -234,7 +234,6 @@ def _whole_or_none(path: Path) -> Iterator[Path]:
 def _fill(
     temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, Any]
 ) -> None:
-    """Write the weights and the other files."""
     for name, tensors in parts.items():
         save_tensors(temporary / f"{name}.safetensors", tensors)
     for name, item in files.items():

@@ -81,12 +81,10 @@ def card(
 
 
 def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:
-    """Return the entry of the first key that is offered."""
     return next((value for key, value in table.items() if key in offers), usual)
 
 
 def _shape(artifact: Artifact) -> list[str]:
-    """Describe the towers, a line each."""
     manifest, lines = artifact.manifest, []
     if "backbone" in manifest["tensors"]:
         model, data = model_config(artifact), data_config(artifact)

@@ -137,19 +137,16 @@ def data_stats(
 
 
 def _checked(data: list[str], workers: int, cache: str) -> CheckReport:
-    """Check all data into one report."""
     from data_pipelines.checks.check import CheckReport, check
     from data_pipelines.shards.source import make_cache
     from xray.config import DataConfig
 
-    config = DataConfig(cache=cache)
+    config, reports = DataConfig(cache=cache), list[CheckReport]()
     kept = make_cache(config)
-
-    def read(pattern: str) -> CheckReport:
+    for pattern in data:
         with progress_bar("reading") as progress:
-            return check(pattern, kept, config, workers, progress)
-
-    return functools.reduce(CheckReport.joined, map(read, data))
+            reports.append(check(pattern, kept, config, workers, progress))
+    return functools.reduce(CheckReport.joined, reports)
 
 
 @takes("xray.config.model:LlmConfig", "path", "captions")

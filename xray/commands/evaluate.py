@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xray.commands.common import Overrides, guarded
+from xray.commands.common import ArtifactName, Overrides, guarded
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @guarded
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="An artifact: a folder, or a URL")],
+    artifact: ArtifactName,
     overrides: Overrides = None,
     suite: Annotated[
         str,
@@ -50,12 +50,13 @@ def evaluate(
     opened = open_artifact(artifact, llm)
     target = _target(out)
     evaluator = Evaluator.open(opened, config, root, workers)
+    names = suite.split(",") if suite else []
     if rates:
-        _over_rates(evaluator, rates, suite, target)
+        _over_rates(evaluator, rates, names, target)
         return
     results: dict[str, Measures] = {}
     try:  # write each result at once: the next suite may take hours, or fail
-        for name, measures in evaluator.each(_names(suite) or evaluator.default_suites()):
+        for name, measures in evaluator.each(names or evaluator.default_suites()):
             results[name] = measures
             if target is not None:
                 target.write_text(json.dumps(results, indent=1))
@@ -69,10 +70,6 @@ def evaluate(
                 plot(measures, target.with_suffix(f".{name}.png"))
 
 
-def _names(suites: str) -> list[str]:
-    return suites.split(",") if suites else []
-
-
 def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:
     """Read the config, the root and the workers of the data, and the folder of the LLM."""
     from xray.config.loading import build, parse_overrides
@@ -81,8 +78,8 @@ def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, 
     given = parse_overrides(overrides)
     sections = [key for key, value in given.items() if isinstance(value, dict)]
     unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
-    data = given.get("data", {})
-    unknown = unknown or [f"text.{key}" for key in given.get("text", {}) if key != "llm"]
+    data, text = given.get("data", {}), given.get("text", {})
+    unknown = unknown or [f"text.{key}" for key in text if key != "llm"]
     unknown = unknown or [f"data.{key}" for key in data if key not in ("root", "workers")]
     if unknown:
         raise ConfigError(
@@ -97,8 +94,7 @@ def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, 
 
         loaded = load_recipe(recipe, overrides)
         root, config, workers = loaded.root, loaded.eval, loaded.workers
-    root = data.get("root", root)
-    return config, root, workers, given.get("text", {}).get("llm", "")
+    return config, data.get("root", root), workers, text.get("llm", "")
 
 
 def _rates(text: str) -> list[float]:
@@ -111,7 +107,9 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _over_rates(evaluator: Evaluator, rates: list[float], suites: str, target: Path | None) -> None:
+def _over_rates(
+    evaluator: Evaluator, rates: list[float], names: list[str], target: Path | None
+) -> None:
     from xray.evaluation.keep_rates import (
         check_comparable,
         keep_rate_table,
@@ -120,7 +118,6 @@ def _over_rates(evaluator: Evaluator, rates: list[float], suites: str, target: P
     )
     from xray.evaluation.suites import suite_named
 
-    names = _names(suites)
     evaluator.check(names)
     names = names or [n for n in evaluator.default_suites() if suite_named(n).compared]
     check_comparable(names)

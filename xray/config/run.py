@@ -34,15 +34,16 @@ class RunConfig:
     @property
     def blocks(self) -> list[BlockConfig]:
         """Blocks of a step whose modality is in `data.modalities`."""
-        sources = self.data.sources
-        return [b for b in self.data.blocks if sources[b.source].modality in self.data.modalities]
+        return self._enabled(self.data.blocks)
 
     @property
     def validation(self) -> list[BlockConfig]:
         """Validation blocks whose modality is in `data.modalities`."""
-        sources = self.data.sources
-        blocks = self.data.validation
-        return [b for b in blocks if sources[b.source].modality in self.data.modalities]
+        return self._enabled(self.data.validation)
+
+    def _enabled(self, blocks: list[BlockConfig]) -> list[BlockConfig]:
+        sources, modalities = self.data.sources, self.data.modalities
+        return [block for block in blocks if sources[block.source].modality in modalities]
 
     @property
     def global_batch(self) -> int:

@@ -30,20 +30,16 @@ def check(schedule: Any, key: str, least: int = 1) -> None:
     least: the smallest value allowed. Raises ConfigError that names `key`.
     """
     form = f"{key}={schedule} must be a whole number or [[0.0, A], [0.5, B], ...]"
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        pairs: list[Any] = [[0.0, schedule]]
-    elif isinstance(schedule, list) and schedule:
-        pairs = schedule
-    else:
+    whole = isinstance(schedule, int) and not isinstance(schedule, bool)
+    pairs: list[Any] = [[0.0, schedule]] if whole else schedule
+    if not isinstance(pairs, list) or not pairs:
         raise ConfigError(form)
     for pair in pairs:
-        if not (
-            isinstance(pair, list)
-            and len(pair) == 2
-            and isinstance(pair[0], float | int)
-            and isinstance(pair[1], int)
-        ):
-            raise ConfigError(f"{form}: {pair} is not [progress, value]")
+        match pair:
+            case [float() | int(), int()]:
+                pass
+            case _:
+                raise ConfigError(f"{form}: {pair} is not [progress, value]")
         if pair[1] < least:
             raise ConfigError(f"{key}: {pair[1]} must be at least {least}")
     starts = [pair[0] for pair in pairs]

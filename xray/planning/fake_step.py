@@ -135,21 +135,19 @@ class _FakeStep:
         counts = Counter(micro.block for micro in shape.micro)
         sizes = {m.block: self._size(m, shape) for m in reversed(shape.micro)}
         flops: dict[tuple[str, int], int] = {}
-        total = recomputed = 0
-        for each in schedule(shape.micro, spans_batch):
-            key = each.kind, each.block
-            if key not in flops:
-                flops[key] = self._run(each, sizes[each.block], counts[each.block])
-            total += flops[key]
-            recomputed += flops[key] if each.kind == "features" else 0
+        passes = list(schedule(shape.micro, spans_batch))
+        for each in passes:
+            if (each.kind, each.block) not in flops:
+                count = self._run(each, sizes[each.block], counts[each.block])
+                flops[each.kind, each.block] = count
         tokens = sum(
             n * sizes[block][0] * self._tokens(sizes[block]) for block, n in counts.items()
         )
         return Rehearsal(
             with_gradients=max((a for a, _ in self.peaks), key=lambda peak: peak.total),
             alone=max((b for _, b in self.peaks), key=lambda peak: peak.total),
-            flops=total,
-            recomputed=recomputed,
+            flops=sum(flops[each.kind, each.block] for each in passes),
+            recomputed=sum(flops[p.kind, p.block] for p in passes if p.kind == "features"),
             micros=sum(counts.values()),
             tokens=tokens,
         )

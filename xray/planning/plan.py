@@ -108,7 +108,6 @@ def _advice(stage: str, memory: Memory, change: Change | None, capacity: float) 
 def _facts(
     needs: Resources, own: Known, gpu: Gpu | None, mfu: float, change: Change | None
 ) -> dict[str, Any]:
-    """Return a stage's part of the JSON and of the table."""
     config, size = needs.config, needs.size
     epochs = {
         block.source: config.steps * block.samples / len(own.sources[block.source])

@@ -71,7 +71,6 @@ def write_run_report(
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what is needed to write the report again."""
     evaluation: Any = recipe.eval  # a dataclass by a call, which mypy does not see
     return {
         "name": recipe.name,
