@@ -35,11 +35,13 @@ def check(schedule: Any, key: str, least: int = 1) -> None:
     if not isinstance(pairs, list) or not pairs:
         raise ConfigError(form)
     for pair in pairs:
-        match pair:
-            case [float() | int(), int()]:
-                pass
-            case _:
-                raise ConfigError(f"{form}: {pair} is not [progress, value]")
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and isinstance(pair[0], float | int)
+            and isinstance(pair[1], int)
+        ):
+            raise ConfigError(f"{form}: {pair} is not [progress, value]")
         if pair[1] < least:
             raise ConfigError(f"{key}: {pair[1]} must be at least {least}")
     starts = [pair[0] for pair in pairs]
