@@ -147,8 +147,8 @@ def _differing(parent: Link, child: Link) -> list[str]:
     lines = []
     for name, schema in sorted(COMPARED.get(parent.slot, {}).items()):
         if name in old.manifest["config"] and name in new.manifest["config"]:
-            sections = (identity(read_section(schema, own, name)) for own in (old, new))
-            lines += differences(*sections, name)
+            before, after = (identity(read_section(schema, own, name)) for own in (old, new))
+            lines += differences(before, after, name)
     return lines
 
 
