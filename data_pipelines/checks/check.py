@@ -25,9 +25,9 @@ from data_pipelines.shards.columns import open_columns
 from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, find_shards
 from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
 from data_pipelines.shards.tar_index import cache_path
-from data_pipelines.shards.utf8 import printable
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.files import printable
 
 PART = 1000  # files of a folder or a list that are one row
 Progress = Callable[[int, int], None]  # (shards done, all shards)

@@ -21,9 +21,8 @@ from PIL import Image
 
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.plain_files import read_item
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.manifest import remote_index
 from data_pipelines.shards.remote import ShardCache, is_remote
 from data_pipelines.shards.tar_index import (
@@ -33,12 +32,11 @@ from data_pipelines.shards.tar_index import (
     load_index,
     media_extensions,
 )
-from data_pipelines.shards.utf8 import printable
 from data_pipelines.tags.reader import TagReader
 from data_pipelines.text.captions import Caption, read_captions
 from xray.config import DataConfig
-from xray.errors import DataError
-from xray.files import sha256_file
+from xray.errors import BadSample, DataError
+from xray.files import printable, sha256_file
 
 FRAMES = 5  # read per clip, including first, middle and last
 FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # each in its own fifth of the clip

@@ -18,11 +18,11 @@ from PIL import Image
 from data_pipelines.curation.filters import read_media
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of
 from xray.config import DataConfig
+from xray.errors import BadSample
 
 COARSE = (72, 64)  # pixels to decode a JPEG at, 8 for each value of the 9 x 8 grid of a dHash
 LOG2_BUCKET = 0  # log2 of the number of random hashes that may agree in the selected bands

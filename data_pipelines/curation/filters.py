@@ -17,14 +17,13 @@ import numpy as np
 
 from data_pipelines.curation.config import FilterConfig
 from data_pipelines.decode.decoders import open_image, upright_size
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES, media_extensions, media_in
 from data_pipelines.tags.concept_matcher import words_of
 from data_pipelines.text.captions import Caption, metadata_of
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
 
 SHORTEST_REPEATING = 5  # words; in a shorter text, a repeated word means nothing
 EXAMPLES = 5  # samples to name per step

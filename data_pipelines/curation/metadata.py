@@ -18,16 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.curation.phrase_matcher import PhraseMatcher
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.process_pool import over_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
-from data_pipelines.shards.utf8 import read_utf8
 from data_pipelines.tags.concept_matcher import spaced
 from data_pipelines.text.captions import captions_of
 from xray.config import nearest
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
+from xray.files import read_utf8
 
 EVERY = ""  # language of metadata for texts of all languages
 ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: one entry, which matches every text

@@ -25,8 +25,8 @@ from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.utf8 import printable
 from xray.errors import ConfigError
+from xray.files import printable
 
 
 @dataclass

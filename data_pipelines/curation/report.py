@@ -15,7 +15,7 @@ from data_pipelines.curation.metadata import Metadata
 from data_pipelines.curation.pool import Decision
 from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.shards.sidecar import Sidecar
-from data_pipelines.shards.utf8 import printable
+from xray.files import printable
 
 SHOWN = 50  # entries to list with the most texts, and with the fewest
 POINTS = 512  # maximum number of points of a curve

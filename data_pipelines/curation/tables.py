@@ -29,13 +29,13 @@ from data_pipelines.curation.filters import (
     text_filters,
 )
 from data_pipelines.curation.metadata import Metadata
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
-from data_pipelines.shards.sidecar import CopySlots, Sidecar
+from data_pipelines.shards.sidecar import CopySlots, Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.tags.balance import uniform
 from data_pipelines.text.captions import Caption, read_captions
-from xray.errors import ConfigError
+from xray.config import SourceConfig
+from xray.errors import BadSample, ConfigError
 
 MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the columns of Matches
 
@@ -295,3 +295,25 @@ class KeptSlots(CopySlots):
         table = self.sidecar.table(shard)
         start = int(table["text_ends"][slot - 1]) if slot else 0
         return table["texts"][start : int(table["text_ends"][slot])]
+
+
+def keep_listed(source: Source, config: SourceConfig) -> Source:
+    """Restrict a source to the samples of its keep-list; without one, return it unchanged.
+
+    Raises ConfigError if its shards have no keep-list of that name, or if the keep-list was made
+    from other captions.
+    """
+    if not config.keep:
+        return source
+    sidecar, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
+    if sidecar is None or "captions" not in sidecar.facts:
+        raise ConfigError(
+            f"{key}.keep={config.keep}: its shards have no such keep-list; make it with xray data "
+            "curate"
+        )
+    if sidecar.facts["captions"] != config.captions:
+        raise ConfigError(
+            f"{key}.captions={config.captions}, but the texts of the keep-list {config.keep} were "
+            f"chosen from captions={sidecar.facts['captions']}: set it to the same fields"
+        )
+    return source.with_slots(KeptSlots(sidecar))

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipelines.shards.bad_sample import BadSample
-from xray.errors import brief
+from xray.errors import BadSample, brief
 
 MAX_PIXELS = 64_000_000  # a larger image is a decompression bomb; refused before decoding
 LARGE = 100_000_000  # bytes of decoded frames above which the decoder itself scales them down

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode.decoders import FrameChoice
-from data_pipelines.shards.bad_sample import BadSample
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
 START_SECONDS = 120.0  # enough to import the decoders on a busy machine

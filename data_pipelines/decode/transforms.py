@@ -1,20 +1,26 @@
-"""Transforms from bytes to `[T, 3, S, S]` uint8 tensors; the caller passes the random generator."""
+"""Transforms from bytes to `[T, 3, S, S]` uint8 tensors, and their augmentation.
+
+The caller passes the random generator.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from data_pipelines.decode.augment import augment
 from data_pipelines.decode.decoders import (
     FrameChoice,
     decode_image,
@@ -23,12 +29,12 @@ from data_pipelines.decode.decoders import (
     upright_size,
 )
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.meter import metered
 from data_pipelines.shards.source import Sample
-from data_pipelines.shards.tar_index import media_in
+from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality, media_in
 from xray.config import DataConfig
-from xray.errors import ConfigError
+from xray.config.schedule import value_at
+from xray.errors import BadSample, ConfigError, DataError
 
 # torchvision warns that its decoder moves to torchcodec. We cannot follow yet: torchcodec's wheels
 # need FFmpeg's shared libraries on the machine.
@@ -218,3 +224,77 @@ def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
         return cropped.clone(memory_format=torch.contiguous_format)
     bicubic = InterpolationMode.BICUBIC
     return tv.resize(cropped, [size, size], bicubic, antialias=True).contiguous()
+
+
+Policy = tuple[tuple[float, ...], tuple[int, ...], float]
+
+
+def augment(pixels: Tensor, data: DataConfig, rng: np.random.Generator) -> Tensor:
+    """Apply the configured flip, colour jitter, RandAugment and random erasing.
+
+    pixels: [T, 3, S, S] uint8; the result has the same shape and type. All random numbers come from
+    `rng`, and all frames use the same ones.
+    """
+    if data.flip and rng.random() < 0.5:
+        pixels = pixels.flip(-1)
+    policy = _transforms((tuple(data.color_jitter), tuple(data.rand_augment), data.erase))
+    if policy:
+        with _torch_seeded_by(rng):
+            for transform in policy:
+                pixels = transform(pixels)
+    return pixels
+
+
+@functools.lru_cache(maxsize=8)
+def _transforms(policy: Policy) -> list[v2.Transform]:
+    (brightness, contrast, saturation, hue), (operations, magnitude), erase = policy
+    transforms: list[v2.Transform] = []
+    if any((brightness, contrast, saturation, hue)):
+        transforms.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+    if operations:
+        bilinear = v2.InterpolationMode.BILINEAR
+        transforms.append(v2.RandAugment(operations, magnitude, interpolation=bilinear))
+    if erase:
+        transforms.append(v2.RandomErasing(erase))
+    return transforms
+
+
+@contextmanager
+def _torch_seeded_by(rng: np.random.Generator) -> Iterator[None]:
+    """Seed torch's global CPU generator, which torchvision draws from; restore it afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs too
+    state = generator.get_state()
+    generator.manual_seed(int(rng.integers(2**63)))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def modality_of(path: Path) -> Modality:
+    """Return the modality of a file by its extension; raises DataError for an unknown one."""
+    extension = path.suffix.lower().removeprefix(".")
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    if extension in VIDEO_EXTENSIONS:
+        return "video"
+    supported = ", ".join(f".{name}" for name in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    raise DataError(f"{path} is neither an image nor a video: it must end in one of {supported}")
+
+
+def read_media(path: Path, data: DataConfig) -> Tensor:
+    """Load an image or clip as [T, 3, S, S] uint8, T = 1 for an image; raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    modality, extension = modality_of(path), path.suffix.lower().removeprefix(".")
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    sample = Sample({extension: path.read_bytes()}, "file", modality, path.stem, *size)
+    try:
+        return load_pixels(sample, data, None)
+    except BadSample as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_picture(image: Image.Image, data: DataConfig) -> Tensor:
+    """Load a Pillow image as [1, 3, S, S] uint8; raises DataError if it is broken."""
+    return load_picture(image, value_at(data.resolution, 1.0))

@@ -9,18 +9,22 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_pipelines.ingest.items import MEDIA as ENDINGS
-from data_pipelines.ingest.kind import Request
-from data_pipelines.ingest.plain_files import FileSource, SingleShard, source_of_files
-from data_pipelines.ingest.text_lines import LineSource, is_text
+from data_pipelines.ingest.listing import MEDIA as ENDINGS
+from data_pipelines.ingest.plain_files import (
+    FileSource,
+    LineSource,
+    Request,
+    SingleShard,
+    is_text,
+    source_of_files,
+)
 from data_pipelines.ingest.user_data import list_files, open_data
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.shards.tar_index import TEXT_FILES, Modality
-from data_pipelines.shards.utf8 import printable
 from data_pipelines.text.captions import captions_of
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
+from xray.files import printable
 
 MEDIA = tuple(f".{ending}" for ending in sorted(ENDINGS))
 

@@ -9,17 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from data_pipelines.ingest.folders import loops
-from data_pipelines.ingest.items import CAPTION_COLUMNS, Item, captions_in, ending_of
-from data_pipelines.ingest.kind import Request
-from data_pipelines.ingest.plain_files import FileSource, source_of_files
+from data_pipelines.ingest.listing import CAPTION_COLUMNS, Item, captions_in, ending_of, loops
+from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
 from data_pipelines.ingest.user_data import kind_of, list_files, open_data
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, media_extensions
 from data_pipelines.text.captions import metadata_of
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 
 LABELS = ("label_name", "label")
 

@@ -25,12 +25,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.files import write_text
 
 Progress = Callable[[int, int], None]

@@ -26,7 +26,7 @@ from PIL import (
 )
 
 from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
-from data_pipelines.shards.bad_sample import BadSample
+from xray.errors import BadSample
 
 Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, facts such as width and height
 TEMPORARY = ".packing."  # prefix of the names of unfinished files

@@ -1,28 +1,46 @@
 """Entry point to a user's data: finds its kind, and opens it with the reader of that kind.
 
-Each command names the kinds that it takes. A kind needs a file with its functions and an entry in
-KINDS.
+Each command names the kinds that it takes. A kind needs its functions and an entry in KINDS.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from data_pipelines.ingest.folders import list_folder
-from data_pipelines.ingest.items import Item
-from data_pipelines.ingest.kind import Kind, Request
-from data_pipelines.ingest.plain_files import is_media, list_file, source_of_files
-from data_pipelines.ingest.tables import READERS, list_table
-from data_pipelines.ingest.text_lines import is_text, open_lines
-from data_pipelines.shards.manifest import open_manifest
+from data_pipelines.ingest.listing import READERS, Item, list_folder, list_table
+from data_pipelines.ingest.plain_files import (
+    Request,
+    is_media,
+    is_text,
+    list_file,
+    open_lines,
+    source_of_files,
+)
+from data_pipelines.shards.manifest import open_manifest, resolve
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.source import Source, make_cache, open_source
+from data_pipelines.shards.source import Source, check_same_on_all_ranks, make_cache, open_source
 from data_pipelines.shards.tar_index import Modality
+from xray import dist
 from xray.config import DataConfig
 from xray.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of data: its description in messages, a test of a path or pattern, and its readers.
+
+    items: function that lists plain files; None for a kind that has no plain files.
+    """
+
+    what: str
+    fits: Callable[[str], bool]
+    open: Callable[[str, Request], Source]
+    items: Callable[[str], list[Item]] | None = None
+
 
 MODALITIES: tuple[Modality, ...] = ("image", "video", "text")
 WILD = "*?[{"
@@ -144,3 +162,28 @@ def open_data(
         raise ConfigError(f"modality {request.modality}: use image, video or text")
     where = os.path.expanduser(where)
     return KINDS[kind_of(where, accept, user)].open(where, request)
+
+
+def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
+    """Open the sources that a run's blocks use; rank 0 indexes first, the others read its manifest.
+
+    Raises DataError for data that is no set of shards, and for shards that cannot be used.
+    """
+    remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
+    cache = make_cache(data) if remote else None
+
+    def open_all() -> dict[str, Source]:
+        opened = {}
+        for name in names:
+            config = data.sources[name]
+            where = resolve(config.shards, data.root)
+            own = Request(name, config.modality, config.animations, cache, verify=dist.is_main())
+            try:
+                opened[name] = open_data(where, own, ("shards",), "training")
+            except DataError as error:
+                raise DataError(f"data.sources.{name}: {error}") from error
+        return opened
+
+    sources = dist.main_first(open_all)
+    check_same_on_all_ranks(sources)
+    return sources

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import (
     Columns,
     open_columns,
@@ -27,7 +26,7 @@ from data_pipelines.shards.columns import (
     text_at,
     unpack_texts,
 )
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.files import sha256_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")

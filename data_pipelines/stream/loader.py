@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.decode.sandbox import Killed
 from data_pipelines.shards import meter
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.sampling import (
@@ -29,7 +28,7 @@ from data_pipelines.stream.sampling import (
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
-from xray.errors import DataError, brief
+from xray.errors import BadSample, DataError, brief
 
 Fields = dict[str, Tensor]
 

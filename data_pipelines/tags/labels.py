@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, open_first, save_columns
 from data_pipelines.shards.process_pool import Progress
 from data_pipelines.shards.sidecar import CopySlots, Sidecar, open_sidecar, pack_rows, write_sidecar
@@ -31,7 +30,7 @@ from data_pipelines.tags.balance import (
 from data_pipelines.tags.reader import Origin, TagReader, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray.config.identity import hash_json
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 
 # Columns of a teacher's sidecar: tag ids, their probabilities, and 1 for a tag that the teacher
 # would add. The sample's original tags are always included. `totals["prior"]` holds the mean

@@ -15,12 +15,11 @@ from typing import Literal
 
 import regex
 
-from data_pipelines.shards.bad_sample import BadSample
-from data_pipelines.shards.utf8 import read_utf8
 from data_pipelines.tags.concept_matcher import UNSPACED, ConceptMatcher
 from data_pipelines.text.captions import captions_of, metadata_of
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
+from xray.files import read_utf8
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
 

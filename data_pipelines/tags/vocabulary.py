@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import (
     Columns,
     open_first,
@@ -34,7 +33,7 @@ from data_pipelines.tags.reader import (
     stop_list,
 )
 from xray.config.identity import hash_json
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 
 EXAMPLES = 1000  # dropped tags to remember by name, per reason
 

@@ -42,7 +42,7 @@ def open_any(pattern: str, modality: str, user: str) -> Source:
 
 
 def _open(pattern: str, modality: Any, accept: tuple[str, ...], user: str) -> Source:
-    from data_pipelines.ingest.kind import Request
+    from data_pipelines.ingest.plain_files import Request
     from data_pipelines.ingest.user_data import open_data
 
     return open_data(pattern, Request(Path(pattern).name, modality), accept, user)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data_pipelines.curation.balance import hash_texts
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.process_pool import Progress as Results
 from data_pipelines.shards.sidecar import (
@@ -29,7 +28,7 @@ from data_pipelines.text.feature_store import ROW_BITS, note_store, packed, stor
 from xray.artifacts.language_model import Language
 from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.models.text_tower import TextTower
 from xray.precompute.inference import Progress
 

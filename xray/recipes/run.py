@@ -6,8 +6,8 @@ import copy
 import functools
 from pathlib import Path
 
-from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.curation.tables import keep_listed
+from data_pipelines.ingest.user_data import open_sources
 from stages import stage_class
 from stages.base import split_parents, text_section
 from xray import dist

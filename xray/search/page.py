@@ -13,9 +13,8 @@ from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
 from data_pipelines.ingest.corpus import MEDIA, Corpus, open_corpus
-from data_pipelines.shards.bad_sample import BadSample
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.reports.html import paragraph, write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable

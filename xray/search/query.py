@@ -9,11 +9,10 @@ import torch
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.ingest.corpus import MEDIA, open_corpus
-from data_pipelines.shards.bad_sample import BadSample
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.schedule import value_at
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 from xray.search.embedding_file import Facts, shortened
 
 

@@ -25,9 +25,8 @@ from PIL import Image
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.ingest.recode import pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import index_shard
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
 Samples = dict[str, dict[str, bytes]]
