@@ -171,7 +171,11 @@ def check_shard(
         index = build_index(Path(local))
         reader.row.samples, reader.row.bytes = len(index), index.facts["size"]
         reader.row.digest = index.facts["digest"]
-        known = _index(path, cache)
+        known: ShardIndex | None  # the index that a run would use, current or not
+        if is_remote(path):
+            known = remote_index(path, cache)
+        else:
+            known = load_index(path, cache_path(Path(f"{path}.index")))
         recorded = [manifest] if manifest is not None else []
         if known is not None:
             facts = known.facts
@@ -289,8 +293,8 @@ class _ShardReader:
 
     def read_clip(self, data: bytes) -> Image.Image:
         """Decode frames from the first to the last; return the middle one."""
-        decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
-        clip = decoder.decode(data, FrameChoice(FRAMES, offsets=FIRST_TO_LAST))
+        choice = FrameChoice(FRAMES, offsets=FIRST_TO_LAST)
+        clip = clip_decoder(self.config).decode(data, choice)
         self.count_size(clip.pixels.shape[2], clip.pixels.shape[1])
         seconds = clip.total / clip.fps if clip.fps > 0 else 0.0
         self.row.seconds += seconds
@@ -343,10 +347,3 @@ def _copies(tar: str) -> Counter[str]:
         key = folder + slash + base.partition(".")[0]
         copies[key] = max(copies[key], count)
     return copies
-
-
-def _index(path: str, cache: ShardCache) -> ShardIndex | None:
-    """Return the index that a run would use, current or not."""
-    if is_remote(path):
-        return remote_index(path, cache)
-    return load_index(path, cache_path(Path(f"{path}.index")))

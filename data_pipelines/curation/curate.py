@@ -13,7 +13,8 @@ need memory that grows with the pool.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from data_pipelines.curation.balance import Balance, balance, count_entries
@@ -21,14 +22,14 @@ from data_pipelines.curation.config import CurationConfig
 from data_pipelines.curation.dedup import MediaHasher
 from data_pipelines.curation.filters import NO_METADATA, open_scores
 from data_pipelines.curation.metadata import Metadata, read_metadata
-from data_pipelines.curation.pool import Pool, decide, decision_in, facts_of
+from data_pipelines.curation.pool import Decision, Pool, decide, decision_in
 from data_pipelines.curation.report import CurationReport, add_sampling, report_on_texts
 from data_pipelines.curation.tables import (
     KeptSlots,
-    Sampler,
     TextMatcher,
     TextTables,
     language_function,
+    sample_texts,
 )
 from data_pipelines.shards.process_pool import Progress
 from data_pipelines.shards.sidecar import Sidecar, Work, open_sidecar, write_sidecar
@@ -57,10 +58,7 @@ class Curated:
 
 
 def curate(source: Source, config: CurationConfig, progress: Progress | None = None) -> Curated:
-    """Choose samples and texts of a pool.
-
-    Raises ConfigError naming the key to change, DataError if no sample is left.
-    """
+    """Choose samples and texts of a pool; raises ConfigError, DataError if none is left."""
     config.validate()
     metadata = read_metadata(config.metadata, config.casefold)
     reference = metadata.of(config.reference, "reference") if config.reference else -1
@@ -117,15 +115,12 @@ class _Maker:
         work = TextMatcher(self.source, metadata, config, scored)
         return self._made(self.source, "texts", work, settings)
 
-    def left(self, texts: Sidecar) -> tuple[Sidecar | None, Any]:
-        """Decide on leaks, duplicates and caps over the whole pool.
-
-        Returns the sidecar of what is left and the decision; no sidecar if no such step is on.
-        """
+    def left(self, texts: Sidecar) -> tuple[Sidecar | None, Decision]:
+        """Decide over the whole pool; no sidecar of what is left if no such step is on."""
         config, dedup = self.config, self.config.dedup
         limits = config.filters.same_text, config.filters.per_value
         if not (dedup.media or dedup.embeddings or any(limits)):
-            return None, decision_in({"steps": {}, "leaks": {}})
+            return None, Decision()
         hashes = self._hashes(self.source) if dedup.media else None
         evaluation = self._evaluation()
         embeddings = open_sidecar(self.source, dedup.embeddings) if dedup.embeddings else None
@@ -142,8 +137,8 @@ class _Maker:
         left = open_sidecar(self.source, name)
         if left is None:
             pool = Pool(self.source, texts, config.seed)
-            facts = facts_of(decide(pool, config, hashes, evaluation))
-            left = write_sidecar(self.source, name, pool.table, facts)
+            decision = decide(pool, config, hashes, evaluation)
+            left = write_sidecar(self.source, name, pool.table, asdict(decision))
         return left, decision_in(left.facts)
 
     def kept(self, pool: TextTables, drawn: Balance) -> Sidecar:
@@ -154,7 +149,7 @@ class _Maker:
             "seed": self.config.seed,
             "captions": self.config.captions,  # they define the numbers of the texts
         }
-        work = Sampler(pool, drawn.rates, self.config.seed)
+        work = partial(sample_texts, pool, drawn.rates, self.config.seed)
         return self._made(self.source, "kept", work, settings)
 
     def _evaluation(self) -> dict[str, Sidecar]:

@@ -82,8 +82,7 @@ class MediaHasher:
         """Decode an image, or the middle frame of a clip."""
         if self.source.modality == "image":
             return decode_image(media, at_least=COARSE)
-        data = DataConfig()
-        clip = clip_decoder(data.decode_seconds, data.decode_gb).decode(media, FrameChoice(1))
+        clip = clip_decoder(DataConfig()).decode(media, FrameChoice(1))
         return Image.fromarray(clip.pixels[0])
 
 
@@ -162,10 +161,7 @@ def components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def groups_of(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Group hashes (int64) that are connected by distances of at most `distance` bits.
-
-    Returns the number of the group of each hash, [N].
-    """
+    """Number the groups of hashes (int64) that distances up to `distance` bits connect, [N]."""
     values, group = np.unique(hashes.view(np.uint64), return_inverse=True)
     return components(len(values), near_values(values, distance))[group]
 

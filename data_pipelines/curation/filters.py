@@ -69,7 +69,12 @@ class Record:
     @functools.cached_property
     def scores(self) -> np.ndarray:
         """Scores of the sample: one, one per text, or none."""
-        return _scores(self.scored, self.shard, self.member)
+        assert self.scored is not None
+        table = self.scored.table(self.shard)
+        if "ends" in table:
+            return self.scored.row(self.shard, self.member, "score")
+        row = self.scored.find(self.shard, self.member)
+        return np.empty(0, np.float32) if row is None else np.atleast_1d(table["score"][row])
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,6 @@ def read_media(source: Source, shard: int, member: int) -> bytes:
     """Read only the image or clip of a sample; raises BadSample."""
     kind = source.modality, source.animations
     return media_in(source.read(shard, member, media_extensions(*kind)), *kind)
-
-
-def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
-    """Return the scores of a member; an empty array if it has none."""
-    assert scored is not None
-    table = scored.table(shard)
-    if "ends" in table:
-        return scored.row(shard, member, "score")
-    row = int(np.searchsorted(table["members"], member))
-    has_score = row < len(table["members"]) and table["members"][row] == member
-    return np.atleast_1d(table["score"][row]) if has_score else np.empty(0, np.float32)
 
 
 def open_scores(source: Source, name: str) -> Sidecar:

@@ -41,10 +41,7 @@ MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the colum
 
 
 def language_function(name: str) -> Callable[[str], str]:
-    """Import the function `package.module:function` from a text to its language.
-
-    Raises ConfigError.
-    """
+    """Import `package.module:function`, from a text to its language; raises ConfigError."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -260,31 +257,24 @@ class TextTables:
         return map(self.matches, range(len(self.texts.counts)))
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Function that draws the texts of a shard; pickled to the worker processes.
+def sample_texts(pool: TextTables, rates: np.ndarray, seed: int, shard: int) -> Columns:
+    """Draw the texts of a shard, as a table with one row per slot.
 
-    The table has one row per slot. Columns: members [k] int32; copies [k] int32, all 0; text_ends
-    [k] int64, end of each slot in the next two; texts [K] int32, numbers of the kept captions in
-    their sample; rows [K] int32, positions of the kept texts in the matches of the shard.
+    Columns: members [k] int32; copies [k] int32, all 0; text_ends [k] int64, end of each slot in
+    the next two; texts [K] int32, numbers of the kept captions in their sample; rows [K] int32,
+    positions of the kept texts in the matches of the shard.
     """
-
-    pool: TextTables
-    rates: np.ndarray
-    seed: int
-
-    def __call__(self, shard: int) -> Columns:
-        matches = self.pool.matches(shard)
-        drawn = draw(matches, self.rates, self.seed)
-        sizes = np.bincount(matches.sample_of[drawn], minlength=len(matches.hashes))
-        members = self.pool.members(shard)[sizes > 0]
-        return {
-            "members": members,
-            "copies": np.zeros(len(members), np.int32),
-            "text_ends": np.cumsum(sizes[sizes > 0]),
-            "texts": matches.texts[drawn],
-            "rows": np.flatnonzero(drawn).astype(np.int32),
-        }
+    matches = pool.matches(shard)
+    drawn = draw(matches, rates, seed)
+    sizes = np.bincount(matches.sample_of[drawn], minlength=len(matches.hashes))
+    members = pool.members(shard)[sizes > 0]
+    return {
+        "members": members,
+        "copies": np.zeros(len(members), np.int32),
+        "text_ends": np.cumsum(sizes[sizes > 0]),
+        "texts": matches.texts[drawn],
+        "rows": np.flatnonzero(drawn).astype(np.int32),
+    }
 
 
 class KeptSlots(CopySlots):

@@ -6,10 +6,8 @@ it is complete. So an interrupted call can be repeated; it writes only the missi
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from data_pipelines.curation.curate import Curated
 from data_pipelines.curation.tables import KeptSlots
+from data_pipelines.ingest.pack import new_tar
 from data_pipelines.ingest.recode import TEMPORARY
 from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.source import Source
@@ -39,9 +38,7 @@ def write_shards(
     """
     _claim(out, curated)
     work = _Writer(curated.source, curated.slots, curated.config.captions, out)
-    shards = len(curated.source.manifest)
-    done = over_shards(work, shards, workers)
-    return sum(progress(done, shards) if progress else done)
+    return sum(over_shards(work, len(curated.source.manifest), workers, progress))
 
 
 def check_folder(out: Path, source: Source) -> None:
@@ -89,22 +86,15 @@ class _Writer:
         if not len(members) or target.is_file():
             return len(members)  # readers refuse a tar without samples, so write none
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
-        with replacing(target, temporary), temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as archive:
-                for slot, member in enumerate(members.tolist()):
-                    key = self.source.index(shard).key(member)
-                    if not is_inside(key):
-                        raise DataError(
-                            f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
-                            "would be unpacked outside of the folder: rename it"
-                        )
-                    files = self._curated(shard, member, self.slots.texts(shard, slot))
-                    for extension, content in files.items():
-                        info = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0: reproducible
-                        info.size, info.mode = len(content), 0o444
-                        archive.addfile(info, io.BytesIO(content))
-            file.flush()
-            os.fsync(file.fileno())
+        with replacing(target, temporary), new_tar(temporary) as add:
+            for slot, member in enumerate(members.tolist()):
+                key = self.source.index(shard).key(member)
+                if not is_inside(key):
+                    raise DataError(
+                        f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
+                        "would be unpacked outside of the folder: rename it"
+                    )
+                add(key, self._curated(shard, member, self.slots.texts(shard, slot)))
         return len(members)
 
     def _curated(self, shard: int, member: int, numbers: np.ndarray) -> dict[str, bytes]:
@@ -114,4 +104,4 @@ class _Writer:
         kept = [asdict(captions[number]) for number in numbers.tolist()]
         record = {"captions": kept, "numbers": numbers.tolist()}
         content = json.dumps({**metadata_of(files), "curation": record}).encode()
-        return dict(sorted({**files, "json": content}.items()))
+        return {**files, "json": content}

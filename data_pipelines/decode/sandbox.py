@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode.decoders import FrameChoice
+from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
@@ -147,9 +148,9 @@ class ClipDecoder:
             return 0  # the process has ended; the next poll of its socket raises the error
 
 
-def clip_decoder(seconds: float, gigabytes: float) -> ClipDecoder:
-    """Return the decoder of this process with these limits; a forked worker gets a new one."""
-    return _decoder(os.getpid(), seconds, gigabytes)
+def clip_decoder(data: DataConfig) -> ClipDecoder:
+    """Return the decoder of this process with a config's limits; a forked worker gets a new one."""
+    return _decoder(os.getpid(), data.decode_seconds, data.decode_gb)
 
 
 @functools.lru_cache(maxsize=2)

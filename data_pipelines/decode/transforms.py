@@ -74,16 +74,17 @@ def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tens
     media, views = media_of(sample), []
     for time in range(clips if sample.modality == "video" else 1):
         if sample.modality == "video":
-            frames, size = _at_time(media, sample, data, time, clips), sample.resolution
+            frames = _at_time(media, sample, data, time, clips)
         else:
-            image = decode_image(media)
-            frames, size = (
-                torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
-                sample.resolution,
-            )
-        height, width = frames.shape[-2:]
-        views += [_resize(frames, box, size) for box in view_boxes(width, height, crops)]
+            frames = _tensor_of(decode_image(media))
+        boxes = view_boxes(frames.shape[3], frames.shape[2], crops)
+        views += [_resize(frames, box, sample.resolution) for box in boxes]
     return torch.stack(views)
+
+
+def _tensor_of(image: Image.Image) -> Tensor:
+    """Convert an image to [1, 3, H, W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: int) -> Tensor:
@@ -91,8 +92,7 @@ def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: i
     settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
     choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
-    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    pixels = decoder.decode(media, choice, sample.resolution).pixels
+    pixels = clip_decoder(data).decode(media, choice, sample.resolution).pixels
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -121,14 +121,15 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
     header = open_image(media)
     width, height = upright_size(header)
     box = crop(width, height)
-    scale = _scale(box, size)
+    # The smallest decoding scale at which the crop has at least `size` pixels per side.
+    scale = min(1.0, max(size / box[2], size / box[3]))
     pixels = None
     if scale > 0.5 and header.format == "JPEG" and header.mode in ("RGB", "L"):
         pixels = _decode_jpeg(media)
     if pixels is None:
-        image = decode_image(media, (math.ceil(width * scale), math.ceil(height * scale)))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _resize(pixels[None], _scaled(box, (width, height), pixels), size)
+        at_least = math.ceil(width * scale), math.ceil(height * scale)
+        pixels = _tensor_of(decode_image(media, at_least))
+    return _resize(pixels, _scaled(box, (width, height), pixels), size)
 
 
 def load_picture(image: Image.Image, size: int) -> Tensor:
@@ -144,15 +145,15 @@ def load_picture(image: Image.Image, size: int) -> Tensor:
         return load_image(media, center_crop, size)
     if not min(image.size):
         raise BadSample("decode error", "the image has no pixels")
-    pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
+    pixels = _tensor_of(upright(image))
     return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
 
 
 def _decode_jpeg(media: bytes) -> Tensor | None:
-    """Decode a JPEG to [3, H, W] at full size, upright; None if torchvision cannot decode it."""
+    """Decode a JPEG to [1, 3, H, W] at full size, upright; None if torchvision cannot decode it."""
     encoded = torch.frombuffer(bytearray(media), dtype=torch.uint8)
     try:
-        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)[None]
     except RuntimeError:
         return None
 
@@ -160,16 +161,13 @@ def _decode_jpeg(media: bytes) -> Tensor | None:
 def load_clip(
     media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
 ) -> Tensor:
-    """Decode frames of a clip, crop them and resize: [T, 3, S, S] uint8.
-
-    Very large frames are scaled down by the decoder. Raises BadSample.
-    """
+    """Decode frames of a clip, crop and resize them: [T, 3, S, S] uint8; raises BadSample."""
     # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
     # least crop_scale[0] and its aspect ratio within ASPECT.
     smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
     least = math.ceil(sample.resolution / smallest)
-    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    frames = decoder.decode(media, choose_frames(sample.frames, data, rng), least).pixels
+    choice = choose_frames(sample.frames, data, rng)
+    frames = clip_decoder(data).decode(media, choice, least).pixels
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
     return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
 
@@ -198,11 +196,6 @@ def center_crop(width: int, height: int) -> Box:
     """Return the largest square in the centre."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side
-
-
-def _scale(box: Box, size: int) -> float:
-    """Return the smallest decoding scale at which a crop has at least `size` pixels per side."""
-    return min(1.0, max(size / box[2], size / box[3]))
 
 
 def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:

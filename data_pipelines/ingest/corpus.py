@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 
 from data_pipelines.ingest.listing import MEDIA as ENDINGS
+from data_pipelines.ingest.listing import ending_of
 from data_pipelines.ingest.plain_files import (
     FileSource,
     LineSource,
     Request,
     SingleShard,
-    is_text,
     source_of_files,
 )
 from data_pipelines.ingest.user_data import list_files, open_data
@@ -101,7 +101,7 @@ def open_corpus(
     request = Request("corpus", cast(Any, "text" if texts else modality))
     if len(given) == 1:
         where = os.path.expanduser(given[0])
-        if is_text(where):
+        if ending_of(where) == "txt":
             request = Request("corpus")
         source = open_data(where, request, user="embedding")
     else:

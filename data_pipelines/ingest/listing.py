@@ -15,7 +15,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ class Item:
         """Return a line that changes when the file, its sidecars or its metadata change."""
         states = [_state(path) for path in (self.path, *self.sidecars)]
         return json.dumps([self.name, self.meta, states], default=str)
+
+    def with_captions(self, captions: Sequence[str]) -> Item:
+        """Return this item with these captions instead of those of its metadata."""
+        rest = {key: value for key, value in self.meta.items() if key not in CAPTION_COLUMNS}
+        return replace(self, meta={**rest, "captions": list(captions)})
 
     def describe(self) -> tuple[list[str], Row]:
         """Read captions and metadata, sidecars included; raises BadSample for broken json."""
@@ -113,7 +118,7 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
     cannot be read or has no column of paths.
     """
     try:
-        rows = READERS[path.suffix.lower()](path)
+        rows = READERS[ending_of(path.name)](path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: convert it") from error
     except OSError as error:
@@ -131,8 +136,10 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
     for number, row in enumerate(rows, start=1):
         name = row.pop(known[0], None)
         if name is not None and not isinstance(name, str):
-            kind = type(name).__name__
-            raise DataError(f"column {known[0]!r} of {path} holds {kind}, not paths of files")
+            raise DataError(
+                f"{path}, data row {number}: column {known[0]!r} holds {name!r}, which is not the "
+                "path of a file"
+            )
         name = posixpath.normpath(posixpath.join(folder, name or f"(row {number} names no file)"))
         if name.startswith(f"{root.as_posix()}/"):
             name = Path(name).relative_to(root).as_posix()
@@ -147,12 +154,9 @@ def _joined(items: list[Item]) -> list[Item]:
         rest = {key: value for key, value in item.meta.items() if key not in CAPTION_COLUMNS}
         groups.setdefault(json.dumps([item.name, rest], default=str), []).append(item)
     joined = []
-    for first, *others in groups.values():
-        if others:
-            texts = [text for item in (first, *others) for text in captions_in(item.meta)]
-            rest = {k: v for k, v in first.meta.items() if k not in CAPTION_COLUMNS}
-            first = replace(first, meta={**rest, "captions": list(dict.fromkeys(texts))})
-        joined.append(first)
+    for group in groups.values():
+        texts = dict.fromkeys(text for item in group for text in captions_in(item.meta))
+        joined.append(group[0].with_captions([*texts]) if len(group) > 1 else group[0])
     return joined
 
 
@@ -210,10 +214,10 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
 }
 
 

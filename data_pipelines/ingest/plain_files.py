@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipelines.ingest.listing import MEDIA, Item, ending_of
+from data_pipelines.ingest.listing import Item, ending_of
 from data_pipelines.shards.columns import pack_texts
 from data_pipelines.shards.manifest import COUNTED, Manifest
 from data_pipelines.shards.remote import ShardCache
@@ -47,7 +48,7 @@ WORDS = {"image": "pictures", "video": "clips"}
 
 
 @dataclass(frozen=True)
-class SingleShard(Source):
+class SingleShard(Source, ABC):
     """Source of one shard that is no tar; what is derived from it goes to the user's cache.
 
     place: the folder that the samples' keys and names are relative to.
@@ -59,9 +60,9 @@ class SingleShard(Source):
         """Return where a file derived from this source is kept."""
         return [user_cache("index") / f"{self.digest[:32]}.{name}"]
 
+    @abstractmethod
     def keys(self) -> list[str]:
         """Return the keys of all samples."""
-        raise NotImplementedError
 
     def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         blob, ends = pack_texts(self.keys())
@@ -160,22 +161,12 @@ def list_file(where: str) -> list[Item]:
     return [Item(path, str(path).lstrip(os.sep))]
 
 
-def is_media(where: str) -> bool:
-    """Return True if a path has the ending of an image or a clip."""
-    return ending_of(where) in MEDIA
-
-
 BLOCK = 1 << 24  # bytes of a text file that are looked through at a time
 
 
 @dataclass(frozen=True)
 class LineSource(SingleShard):
     """Texts, one per line; the key of a line is its number from 1."""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return Path(self.manifest.path(0))
 
     def keys(self) -> list[str]:
         """Return the numbers of the lines."""
@@ -184,14 +175,14 @@ class LineSource(SingleShard):
     @functools.cached_property
     def ends(self) -> np.ndarray:
         """Offset of the end of each line, [N]."""
-        return _line_ends(self.path)
+        return _line_ends(Path(self.place))
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
         """Read one line as the sample's `txt`; raises BadSample for an empty one."""
         start = int(self.ends[member - 1]) + 1 if member else 0
-        with self.path.open("rb") as file:
+        with open(self.place, "rb") as file:
             file.seek(start)
             line = file.read(int(self.ends[member]) - start)
         try:
@@ -223,8 +214,3 @@ def open_lines(where: str, request: Request) -> LineSource:
         raise DataError(f"{where} is empty")
     manifest = manifest_of_one(str(path), count, sha256_file(path))
     return LineSource(request.name, "text", request.animations, manifest, place=str(path))
-
-
-def is_text(where: str) -> bool:
-    """Return True if a path is a .txt file."""
-    return os.path.splitext(where)[1].lower() == ".txt"

@@ -16,14 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import (
-    ExifTags,
-    GifImagePlugin,
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import ExifTags, GifImagePlugin, Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
 
 from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
 from xray.errors import BadSample

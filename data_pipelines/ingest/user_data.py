@@ -11,16 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipelines.ingest.listing import READERS, Item, list_folder, list_table
+from data_pipelines.ingest.listing import MEDIA, READERS, Item, ending_of, list_folder, list_table
 from data_pipelines.ingest.plain_files import (
     Request,
-    is_media,
-    is_text,
     list_file,
     open_lines,
     source_of_files,
 )
-from data_pipelines.shards.manifest import open_manifest, resolve
+from data_pipelines.shards.manifest import open_manifest, resolve, tars_in
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source, check_same_on_all_ranks, make_cache, open_source
 from data_pipelines.shards.tar_index import Modality
@@ -47,13 +45,10 @@ WILD = "*?[{"
 
 
 def _open_shards(where: str, request: Request) -> Source:
-    cache = request.cache
-    if cache is None and is_remote(where):
-        cache = make_cache(DataConfig())
-    verify = request.verify
-    if request.modality:
-        modality = request.modality
-    else:
+    cache, verify, modality = request.cache, request.verify, request.modality
+    if modality == "":
+        if cache is None and is_remote(where):
+            cache = make_cache(DataConfig())
         manifest = open_manifest(where, cache, verify)
         counts = {kind: manifest.counts(kind, request.animations).sum() for kind in MODALITIES}
         modality = next((kind for kind in MODALITIES if counts[kind]), "image")
@@ -72,17 +67,12 @@ def _files(items: Callable[[str], list[Item]], place: Callable[[str], str]) -> A
 
 def _is_shards(where: str) -> bool:
     if os.path.isdir(where):
-        with os.scandir(where) as entries:
-            return any(entry.name.endswith(".tar") for entry in entries)
+        return bool(tars_in(where))
     return is_remote(where) or where.endswith(".tar") or _is_pattern(where)
 
 
 def _is_pattern(where: str) -> bool:
     return any(c in where for c in WILD) and not os.path.exists(where)
-
-
-def _is_list(where: str) -> bool:
-    return os.path.splitext(where)[1].lower() in READERS
 
 
 # The kind of a path is the first one that fits.
@@ -93,12 +83,19 @@ KINDS: Mapping[str, Kind] = {
     ),
     "list": Kind(
         "a .csv, .tsv, .jsonl or .parquet list of files",
-        _is_list,
+        lambda where: ending_of(where) in READERS,
         _files(list_table, os.path.dirname),
         list_table,
     ),
-    "file": Kind("a picture or clip", is_media, _files(list_file, lambda _: os.sep), list_file),
-    "text": Kind("a .txt file of one text per line", is_text, open_lines),
+    "file": Kind(
+        "a picture or clip",
+        lambda where: ending_of(where) in MEDIA,
+        _files(list_file, lambda _: os.sep),
+        list_file,
+    ),
+    "text": Kind(
+        "a .txt file of one text per line", lambda where: ending_of(where) == "txt", open_lines
+    ),
 }
 ALL: tuple[str, ...] = tuple(KINDS)
 
@@ -112,7 +109,8 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     if not where:
         raise DataError("no data is named: the path is empty")
     taken = " or ".join(KINDS[name].what for name in accept)
-    fitting = [name for name, kind in KINDS.items() if kind.fits(_path_of(where))]
+    path = where.partition("?")[0] if is_remote(where) else where  # a URL without its query
+    fitting = [name for name, kind in KINDS.items() if kind.fits(path)]
     if is_remote(where):
         if len(fitting) > 1:
             raise DataError(f"{where}: only .tar shards are read from a URL; download the file")
@@ -126,13 +124,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     return fitting[0]
 
 
-def _path_of(where: str) -> str:
-    """Return a URL without its query."""
-    return where.partition("?")[0] if is_remote(where) else where
-
-
 def _advice(where: str, kind: str) -> str:
-    """Return advice for data of a kind that a command does not take."""
     if kind == "shards":
         return f": use shards as they are, as data.sources.NAME.shards={where}"
     if kind in ("folder", "list"):
@@ -154,10 +146,7 @@ def list_files(
 def open_data(
     where: str, request: Request, accept: Collection[str] = ALL, user: str = "xray"
 ) -> Source:
-    """Open a user's data as a source; raises DataError for data that cannot be used.
-
-    accept, user: as in `kind_of`.
-    """
+    """Open a user's data as a source; accept, user: as in `kind_of`. Raises DataError."""
     if request.modality not in ("", *MODALITIES):
         raise ConfigError(f"modality {request.modality}: use image, video or text")
     where = os.path.expanduser(where)

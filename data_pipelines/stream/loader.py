@@ -76,11 +76,7 @@ class StreamDataset(Dataset):
     """
 
     def __init__(
-        self,
-        plans: dict[str, SamplePlan],
-        transform: Transform,
-        collate: Collate,
-        seed: int | None,
+        self, plans: dict[str, SamplePlan], transform: Transform, collate: Collate, seed: int | None
     ) -> None:
         self.plans = plans
         self.transform = transform
@@ -102,10 +98,7 @@ class StreamDataset(Dataset):
         return np.random.default_rng([self.seed, source, ref.position, attempt])
 
     def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
-        """Load a sample, or else the first of its replacements that can be used.
-
-        Appends the unusable ones to `bad`.
-        """
+        """Load a sample or its first usable replacement; append the unusable ones to `bad`."""
         plan = self.plans[ref.source]
         for attempt in range(ATTEMPTS):
             shard, slot = ref.shard, ref.slot
@@ -231,10 +224,7 @@ class WholeDataset(Dataset):
         return self.load(item)
 
     def load(self, number: int, rng: np.random.Generator | None = None) -> Fields | str:
-        """Load a sample; if it cannot be used, return the reason as text.
-
-        An exception would lose its text on the way from a worker.
-        """
+        """Load a sample, or return the reason: an exception would lose its text in a worker."""
         shard, member = self.members[number]
         try:
             sample = self.source.sample(shard, member, *self.size)
@@ -247,10 +237,7 @@ class WholeDataset(Dataset):
 def iterate_source(
     source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
 ) -> Iterator[Fields]:
-    """Yield batches of all samples of a source, in order, for evaluation.
-
-    Raises DataError for a sample that cannot be used.
-    """
+    """Yield batches of all samples of a source in order, for evaluation; raises DataError."""
     dataset = WholeDataset(source, transform, data)
     yield from iterate_batches(dataset, collate, data.workers, batch_size=batch_size)
 

@@ -43,11 +43,7 @@ def find_examples(
 
 
 def _caption_with(
-    tag: str,
-    files: dict[str, bytes],
-    vocabulary: Vocabulary,
-    reader: TagReader,
-    config: TagsConfig,
+    tag: str, files: dict[str, bytes], vocabulary: Vocabulary, reader: TagReader, config: TagsConfig
 ) -> str:
     """Return the caption that has a tag, else the first caption, else ""."""
     try:

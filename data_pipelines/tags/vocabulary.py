@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,13 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary to a JSON file."""
+        columns = zip(self.tags, self.counts, self.aliases or [()] * len(self), strict=True)
         rows = [
             {"id": i, "name": tag, "count": count, "aliases": list(names)}
-            for i, (tag, count, names) in enumerate(
-                zip(self.tags, self.counts, self._all_aliases(), strict=True)
-            )
+            for i, (tag, count, names) in enumerate(columns)
         ]
         content = {"tags": rows, "settings": dict(self.settings), "sha256": self.digest}
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-
-    def _all_aliases(self) -> Sequence[tuple[str, ...]]:
-        return self.aliases or ((),) * len(self)
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
@@ -178,37 +175,9 @@ class TagCounts:
         )
 
 
-@dataclass(frozen=True)
-class TagCounter:
-    """Function that counts the tags of a shard; pickled to the worker processes."""
-
-    source: Source
-    origin: Origin
-    rules: TagRules
-    captions: dict[str, float]
-
-    def __call__(self, shard: int) -> TagCounts:
-        reader, counts = self._reader, TagCounts()
-        for member in self.source.members(shard).tolist():
-            try:
-                files = self.source.read(shard, member, TEXT_FILES)
-                tags = reader.tags_of(files, self.origin, self.captions)
-            except BadSample:
-                tags = []
-            counts.add(tags)
-        return counts
-
-    @property
-    def _reader(self) -> TagReader:
-        return raw_reader(self.rules.field, self.rules.aliases, self.rules.concepts)
-
-
 @functools.lru_cache(maxsize=4)
 def raw_reader(field: str, aliases: str, concepts: str) -> TagReader:
-    """Make a reader that does not need a vocabulary, from files of aliases and concepts.
-
-    Raises ConfigError for mistakes in the files.
-    """
+    """Make a reader from files of aliases and concepts; raises ConfigError for mistakes."""
     tag_of = aliases_in(read_list(aliases, "aliases"), "aliases") if aliases else {}
     if not concepts:
         return TagReader(field, tag_of)
@@ -231,18 +200,29 @@ def count_tags(
     """
     if origin == "concepts" and not rules.concepts:
         raise ConfigError("tags=concepts needs a list of concepts: set concepts=FILE")
-    reader = raw_reader(rules.field, rules.aliases, rules.concepts)
-    work = TagCounter(source, origin, rules, dict(captions or {}))
-    facts = {"source": source.digest, "tags": origin, "captions": work.captions, **reader.facts}
+    reader, captions = raw_reader(rules.field, rules.aliases, rules.concepts), dict(captions or {})
+    facts = {"source": source.digest, "tags": origin, "captions": captions, **reader.facts}
     name = f"tags-{hash_json(facts)[:12]}"
     saved, _ = open_first(source.derived_at(name), facts)
     if saved:
         return TagCounts.of(saved)
-    counts = TagCounts()
-    results = over_shards(work, len(source.manifest), workers)
-    for of_shard in progress(results, len(source.manifest)) if progress else results:
+    counts, work = TagCounts(), functools.partial(_count_shard, source, origin, rules, captions)
+    for of_shard in over_shards(work, len(source.manifest), workers, progress):
         counts.join(of_shard)
     save_columns(source.derived(name), counts.columns(), facts)
+    return counts
+
+
+def _count_shard(
+    source: Source, origin: Origin, rules: TagRules, captions: Mapping[str, float], shard: int
+) -> TagCounts:
+    reader, counts = raw_reader(rules.field, rules.aliases, rules.concepts), TagCounts()
+    for member in source.members(shard).tolist():
+        try:
+            tags = reader.tags_of(source.read(shard, member, TEXT_FILES), origin, captions)
+        except BadSample:
+            tags = []
+        counts.add(tags)
     return counts
 
 
@@ -275,8 +255,8 @@ def build_vocabulary(
     merged, plurals = _merge_plurals(counts) if rules.plurals else (counts.tags, {})
     spellings: dict[str, list[str]] = {}
     files = [(rules.aliases, "aliases"), (rules.concepts, "concepts")]
-    listed = [pair for path, key in files if path for pair in _alias_pairs(path, key)]
-    for alias, tag in [*listed, *plurals.items()]:
+    listed = [aliases_in(read_list(path, key), key) for path, key in files if path]
+    for alias, tag in chain.from_iterable(tag_of.items() for tag_of in [*listed, plurals]):
         spellings.setdefault(plurals.get(tag, tag), []).append(alias)
     stop = stop_list(rules.stop)
     dropped: dict[str, Dropped] = {}
@@ -305,10 +285,6 @@ def build_vocabulary(
     facts = {"samples": counts.samples, "tagged": counts.tagged, **(settings or {})}
     vocabulary = Vocabulary(tags, numbers, aliases if any(aliases) else (), facts)
     return vocabulary, dropped
-
-
-def _alias_pairs(path: str, key: str) -> Iterable[tuple[str, str]]:
-    return aliases_in(read_list(path, key), key).items()
 
 
 def _merge_plurals(counts: TagCounts) -> tuple[Counter[str], dict[str, str]]:

@@ -110,10 +110,7 @@ def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = No
 def kept_captions(
     files: dict[str, bytes], fields: Mapping[str, float] | None, numbers: Sequence[int] | None
 ) -> list[Caption]:
-    """Read the captions of a sample that a keep-list keeps, by their numbers; None = all.
-
-    Raises BadSample.
-    """
+    """Read the captions that a keep-list keeps, by number; None = all. Raises BadSample."""
     captions = read_captions(files, fields)
     if numbers is None:
         return captions
@@ -128,10 +125,7 @@ def kept_captions(
 def choose_captions(
     captions: Sequence[Caption], rng: np.random.Generator | None, count: int = 1
 ) -> list[Caption]:
-    """Draw `count` captions by weight; no caption is drawn twice before all are drawn once.
-
-    Without `rng`, the first captions are returned.
-    """
+    """Draw `count` captions by weight, each once before any twice; no `rng`: the first ones."""
     if rng is None or len(captions) == 1:
         return [captions[number % len(captions)] for number in range(count)]
     weights = np.array([caption.weight for caption in captions])

@@ -143,9 +143,7 @@ def write_from_model(
         done += len(here) + len(bad)
         if progress is not None:
             progress(done, total)
-    made = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
-    tables = [table for table in made if table is not None]
-    return finish_sidecar(source, name, tables, facts, totals), causes
+    return finish_sidecar(source, name, facts, totals), causes
 
 
 def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any]:

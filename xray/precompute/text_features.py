@@ -151,10 +151,8 @@ def write_text_features(
         table = {"ends": ids.table(shard)["ends"], "places": _of(layout.places, layout, shard)}
         table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
         save_table(source, name, shard, table)
-    made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
-    tables = [table for table in made if table is not None]
     whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
-    sidecar = finish_sidecar(source, name, tables, whole)
+    sidecar = finish_sidecar(source, name, whole)
     note_store(source, facts)
     return sidecar
 

@@ -110,7 +110,7 @@ def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:
             image = decode_image(media, (SIDE, SIDE))
         else:
             first = FrameChoice(1, start=0.0, offsets=(0.0,))
-            decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+            decoder = clip_decoder(data)
             image = Image.fromarray(decoder.decode(media, first, SIDE).pixels[0])
     except BadSample as error:
         raise DataError(str(error)) from error
