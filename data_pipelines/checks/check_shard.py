@@ -175,7 +175,7 @@ def check_shard(
         if is_remote(path):
             known = remote_index(path, cache)
         else:
-            known = load_index(path, cache_path(Path(f"{path}.index")))
+            known = load_index(path, [cache_path(Path(f"{path}.index"))])
         recorded = [manifest] if manifest is not None else []
         if known is not None:
             facts = known.facts

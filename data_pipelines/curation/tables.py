@@ -108,12 +108,13 @@ class TextMatcher:
 
     def _filtered(self, record: Record, captions: list[Caption], tally: Tally) -> list[Text]:
         """Return the texts that pass all filters; only one if `texts=one`."""
-        for name, keeps in self._sample_filters.items():
+        on_samples, on_texts = self._filters
+        for name, keeps in on_samples.items():
             if not keeps(record):
                 tally.take(name, record.member, len(captions))
                 return []
         texts = [Text(number, caption) for number, caption in enumerate(captions)]
-        for name, passes in self._text_filters.items():
+        for name, passes in on_texts.items():
             left = [text for text in texts if passes(record, text)]
             tally.take(name, record.member, len(texts) - len(left), bool(texts and not left))
             texts = left
@@ -209,12 +210,8 @@ class TextMatcher:
         return take_rows(entries, ends, np.argsort(order))  # back to the original order
 
     @functools.cached_property
-    def _sample_filters(self) -> dict[str, Callable[[Record], bool]]:
-        return sample_filters(self.config.filters)
-
-    @functools.cached_property
-    def _text_filters(self) -> dict[str, Callable[[Record, Text], bool]]:
-        return text_filters(self.config.filters)
+    def _filters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return sample_filters(self.config.filters), text_filters(self.config.filters)
 
     @functools.cached_property
     def _detect(self) -> Callable[[str], str] | None:

@@ -8,23 +8,36 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
 
 from data_pipelines.ingest.listing import MEDIA, READERS, Item, ending_of, list_folder, list_table
 from data_pipelines.ingest.plain_files import (
+    FileSource,
+    LineSource,
     Request,
+    SingleShard,
     list_file,
     open_lines,
     source_of_files,
 )
 from data_pipelines.shards.manifest import open_manifest, resolve, tars_in
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.source import Source, check_same_on_all_ranks, make_cache, open_source
-from data_pipelines.shards.tar_index import Modality
+from data_pipelines.shards.source import (
+    Sample,
+    Source,
+    check_same_on_all_ranks,
+    make_cache,
+    open_source,
+)
+from data_pipelines.shards.tar_index import TEXT_FILES, Modality
+from data_pipelines.text.captions import captions_of
 from xray import dist
 from xray.config import DataConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
+from xray.files import printable
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,10 @@ WILD = "*?[{"
 
 
 def _open_shards(where: str, request: Request) -> Source:
-    cache, verify, modality = request.cache, request.verify, request.modality
-    if modality == "":
+    cache, verify = request.cache, request.verify
+    if request.modality:
+        modality = request.modality
+    else:
         if cache is None and is_remote(where):
             cache = make_cache(DataConfig())
         manifest = open_manifest(where, cache, verify)
@@ -176,3 +191,98 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
     sources = dist.main_first(open_all)
     check_same_on_all_ranks(sources)
     return sources
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Samples by (shard, member), each with a name.
+
+    where: finds them again: a pattern of shards, a folder or a file. captions: their json fields.
+    others: pictures or clips of another modality, which are left out.
+    """
+
+    source: Source
+    where: str
+    captions: Mapping[str, float] = field(default_factory=dict)
+    others: int = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples per shard, [S]."""
+        return self.source.counts
+
+    @property
+    def modality(self) -> Modality:
+        """Modality of all samples."""
+        return self.source.modality
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the samples are."""
+        return self.source.digest
+
+    @property
+    def kind(self) -> str:
+        """`shards` or `files`."""
+        return "files" if isinstance(self.source, SingleShard) else "shards"
+
+    def member(self, shard: int, slot: int) -> int:
+        """Return the member that a slot stands for."""
+        return self.source.member(shard, slot)
+
+    def name(self, shard: int, member: int) -> tuple[str, str]:
+        """Return (key, path below `where` of its shard or file)."""
+        key, path = self.source.index(shard).key(member), self.source.manifest.name(shard)
+        if isinstance(self.source, FileSource):
+            path = self.source.items[member].name
+        return printable(key), printable(path)
+
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample:
+        """Return a picture or clip to decode; raises BadSample."""
+        if self.modality == "text":
+            raise BadSample("no picture", "a text")
+        return self.source.sample(shard, member, resolution, frames)
+
+    def texts(self, shard: int, member: int) -> list[str]:
+        """Return the captions of a sample; raises BadSample if there are none."""
+        files = self.source.read(shard, member, TEXT_FILES)
+        return [printable(text) for text in captions_of(files, self.captions)]
+
+
+def open_corpus(
+    given: Sequence[str],
+    modality: str = "",
+    texts: bool = False,
+    captions: Mapping[str, float] | None = None,
+) -> Corpus:
+    """Open shards, a folder, a list, a text file, or one or several single files.
+
+    modality: image or video, for data that has both; "" = what there is, pictures first. texts:
+    captions are wanted. Raises ConfigError or DataError for data that holds none of it.
+    """
+    if modality not in ("", "image", "video"):
+        raise ConfigError(f"--modality {modality}: use image or video")
+    request = Request("corpus", cast(Any, "text" if texts else modality))
+    if len(given) == 1:
+        where = os.path.expanduser(given[0])
+        if ending_of(where) == "txt":
+            request = Request("corpus")
+        source = open_data(where, request, user="embedding")
+    else:
+        paths = [os.path.expanduser(name) for name in given]
+        if not all(ending_of(path) in MEDIA for path in paths):
+            raise ConfigError(
+                f"{given[0]}, {given[1]}, ...: give one folder, list, text file or pattern of "
+                "shards, or several pictures or clips"
+            )
+        items = [item for path in paths for item in list_files(path, ("file",))]
+        source = source_of_files(items, ", ".join(given), os.sep, request)
+    if isinstance(source, LineSource):
+        return Corpus(source, source.place)
+    if isinstance(source, FileSource):
+        return Corpus(source, source.place, captions or {}, source.others)
+    where = given[0] if is_remote(given[0]) else os.path.abspath(os.path.expanduser(given[0]))
+    held = {kind: int(source.manifest.counts(kind, "image").sum()) for kind in ("image", "video")}
+    held.pop(source.modality, None)
+    others = 0 if source.modality == "text" else sum(held.values())
+    return Corpus(source, where, captions or {}, others)

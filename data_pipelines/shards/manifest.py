@@ -316,9 +316,9 @@ def remote_index(
     rebuild: ignore the cached index and the cached tar.
     """
     cached = kept_of_remote(url, cache, "index")
-    index = None if rebuild else load_index(url, cached)
+    index = None if rebuild else load_index(url, [cached])
     if index is None and _fetched(f"{url}.index", cached, cache.patience):
-        index = load_index(url, cached)
+        index = load_index(url, [cached])
     if index is None:
         if rebuild:
             cache.forget(url)

@@ -113,9 +113,8 @@ class Source:
         if self.cache is not None:
             index = remote_index(path, self.cache, *self.manifest.tar(shard))
         else:  # the manifest was compared with the tars when it was opened
-            kept = [load_index(path, place) for place in kept_at(Path(f"{path}.index"))]
-            current = [i for i in kept if i is not None and i.facts["digest"] == wanted]
-            index = current[0] if current else index_shard(path)
+            places = kept_at(Path(f"{path}.index"))
+            index = load_index(path, places, digest=wanted) or index_shard(path)
         if index.facts["digest"] != wanted:
             raise DataError(f"shard {path} changed since it was indexed: restart the run")
         return index, index.members_with(media_extensions(self.modality, self.animations))

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 
-from data_pipelines.ingest.corpus import Corpus
+from data_pipelines.ingest.user_data import Corpus
 from data_pipelines.shards.columns import (
     Columns,
     open_first,

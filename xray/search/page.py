@@ -12,7 +12,8 @@ from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
-from data_pipelines.ingest.corpus import MEDIA, Corpus, open_corpus
+from data_pipelines.ingest.listing import MEDIA, ending_of
+from data_pipelines.ingest.user_data import Corpus, open_corpus
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 from xray.reports.html import paragraph, write_report
@@ -55,7 +56,7 @@ def write_page(
         label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
         found.append(Thumbnail(str(rank), path, key, label, png_of(pixels)))
     asked = ""
-    if query.lower().endswith(MEDIA):
+    if ending_of(query) in MEDIA:
         whole = open_corpus([query])
         shown = Thumbnail("", "", Path(query).name, "", png_of(_pixels_of(whole, 0, 0)))
         asked = sheet("Query", [shown])

@@ -12,11 +12,10 @@ import pytest
 from shards import photo, write_tar
 from typer.testing import CliRunner
 
-from data_pipelines.ingest.corpus import open_corpus
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.listing import list_folder
 from data_pipelines.ingest.plain_files import Request
-from data_pipelines.ingest.user_data import KINDS, open_data, open_sources
+from data_pipelines.ingest.user_data import KINDS, open_corpus, open_data, open_sources
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.vocabulary import Vocabulary
