@@ -110,12 +110,9 @@ class Thumbnail:
 
 @dataclass
 class Stats:
-    """Histograms, value -> count.
+    """Histograms, value -> count."""
 
-    numbers: width, height, aspect, seconds, frames, words, captions; names: language, hashtag,
-    extension.
-    """
-
+    # width, height, aspect, seconds, frames, words, captions; and language, hashtag, extension
     numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     names: dict[str, dict[str, int]] = field(default_factory=dict)
     sheet: list[Thumbnail] = field(default_factory=list)

@@ -49,16 +49,12 @@ from xray.files import is_inside, replacing
 
 @dataclass(frozen=True)
 class Curated:
-    """Result of a curation.
-
-    source: the pool with the kept samples as slots. kept: sidecar with the kept members and texts.
-    report: effect of each step.
-    """
+    """Result of a curation."""
 
     config: CurationConfig
-    source: Source
-    kept: Sidecar
-    report: CurationReport
+    source: Source  # the pool, with the kept samples as slots
+    kept: Sidecar  # the kept members and texts
+    report: CurationReport  # effect of each step
 
     @property
     def slots(self) -> KeptSlots:

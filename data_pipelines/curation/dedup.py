@@ -146,10 +146,7 @@ def _near_in_bands(values: np.ndarray, mask: np.uint64, distance: int) -> np.nda
 
 
 def components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """Find the connected components of a graph of `count` nodes with edges `pairs` [P, 2].
-
-    Returns the smallest node in the component of each node, [count].
-    """
+    """Return the smallest node connected to each node, [count], by edges `pairs` [P, 2]."""
     parent = np.arange(count)
     while True:
         roots = parent[pairs]

@@ -178,16 +178,12 @@ def within_cap(groups: np.ndarray, order: np.ndarray, most: int) -> np.ndarray:
 
 @dataclass
 class Taken:
-    """Number of samples and texts that one step dropped, with examples.
-
-    texts: includes the texts of dropped samples. members, keys: some of the dropped samples, by
-    number in their shard or by key.
-    """
+    """Number of samples and texts that one step dropped, with examples."""
 
     samples: int = 0
-    texts: int = 0
-    members: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    texts: int = 0  # including those of dropped samples
+    members: list[int] = field(default_factory=list)  # of some samples, in their shard
+    keys: list[str] = field(default_factory=list)  # of some samples
 
 
 class Tally:

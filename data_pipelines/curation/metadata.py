@@ -116,10 +116,7 @@ class Metadata:
 
 
 def make_metadata(lists: Mapping[str, Iterable[str]], casefold: bool = False) -> Metadata:
-    """Make metadata from lists of entries, which are stripped and made unique per language.
-
-    casefold: ignore case in entries and texts. Raises ConfigError for an empty list.
-    """
+    """Make metadata from entries, stripped and unique; raises ConfigError for an empty list."""
     result = []
     for language, entries in lists.items():
         spelled = (entry.casefold() if casefold else entry for entry in map(str.strip, entries))
@@ -233,10 +230,7 @@ def _cut(counts: Counter) -> Counter:
 
 
 def count_ngrams(source: Source, workers: int = 1) -> NgramCounts:
-    """Count the words and word pairs of all captions of a source.
-
-    Above 5 million different ones the rarest are dropped, so counts may be too low.
-    """
+    """Count words and word pairs of all captions; above 5 million, the rarest are dropped."""
     counts, work = NgramCounts(), functools.partial(_count_shard, source)
     for of_shard in over_shards(work, len(source.manifest), workers):
         counts.join(of_shard)

@@ -31,14 +31,10 @@ from xray.files import printable
 
 @dataclass
 class Decision:
-    """Samples dropped by each step, and numbers of leaked samples per evaluation set.
-
-    leaks: evaluation set -> "exact" (samples with the same bytes) and "perceptual" (samples with
-    the same or nearly the same image).
-    """
+    """Samples dropped by each step, and numbers of leaked samples per evaluation set."""
 
     steps: dict[str, Taken] = field(default_factory=dict)
-    leaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)  # set -> exact, perceptual
 
 
 class Pool:

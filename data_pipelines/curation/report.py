@@ -44,20 +44,15 @@ class EntryRow:
 
 @dataclass(frozen=True)
 class LanguageRow:
-    """Statistics of a language.
-
-    t: its threshold. tail_share: share of its matches with entries of fewer than t matches.
-    entries: number of its entries. unmatched: entries without a match. before, after: texts with a
-    match, before and after the sampling.
-    """
+    """Statistics of a language."""
 
     language: str
-    t: float
-    tail_share: float
-    entries: int
-    unmatched: int
-    before: int
-    after: int
+    t: float  # its threshold
+    tail_share: float  # share of its matches with entries of fewer than t matches
+    entries: int  # number of its entries
+    unmatched: int  # entries without a match
+    before: int  # texts with a match, before the sampling
+    after: int  # and after it
 
 
 @dataclass

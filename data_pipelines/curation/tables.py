@@ -54,15 +54,12 @@ def language_function(name: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class _Passed:
-    """Sample that passed the filters.
-
-    value: its value of the field `filters.per_field`. languages: language number of each text.
-    """
+    """Sample that passed the filters."""
 
     member: int
-    value: str
+    value: str  # of the field `filters.per_field`
     texts: list[Text]
-    languages: list[int]
+    languages: list[int]  # language number of each text
 
 
 @dataclass(frozen=True)

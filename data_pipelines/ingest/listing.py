@@ -137,8 +137,8 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
         name = row.pop(known[0], None)
         if name is not None and not isinstance(name, str):
             raise DataError(
-                f"{path}, data row {number}: column {known[0]!r} holds {name!r}, which is not the "
-                "path of a file"
+                f"{path}, data row {number}: column {known[0]!r} must hold the path of a file, not "
+                f"a value of type {type(name).__name__}"
             )
         name = posixpath.normpath(posixpath.join(folder, name or f"(row {number} names no file)"))
         if name.startswith(f"{root.as_posix()}/"):

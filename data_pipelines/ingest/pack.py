@@ -62,18 +62,14 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class PackReport:
-    """Content of the packed folder.
-
-    skipped: cause -> files. reused: shards of an earlier run. classes: number of class folders.
-    outside: files outside all class folders.
-    """
+    """Content of the packed folder."""
 
     shards: int
     samples: int
-    skipped: dict[str, int]
-    reused: int
-    classes: int = 0
-    outside: tuple[str, ...] = ()
+    skipped: dict[str, int]  # cause -> files
+    reused: int  # shards of an earlier run
+    classes: int = 0  # number of class folders
+    outside: tuple[str, ...] = ()  # files outside all class folders
 
 
 def pack(

@@ -30,18 +30,13 @@ from xray.files import sha256_file
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the source to open.
-
-    modality: "" selects the first of image, video and text that the data has. animations: modality
-    of GIF and WebP files. verify: compare the manifest of the shards with the sizes and times of
-    the tars.
-    """
+    """Settings of the source to open."""
 
     name: str
-    modality: Modality | Literal[""] = ""
-    animations: Modality = "image"
+    modality: Modality | Literal[""] = ""  # "": the first of image, video and text in the data
+    animations: Modality = "image"  # modality of GIF and WebP files
     cache: ShardCache | None = None
-    verify: bool = True
+    verify: bool = True  # compare the manifest with the sizes and times of the tars
 
 
 WORDS = {"image": "pictures", "video": "clips"}

@@ -195,16 +195,12 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Samples by (shard, member), each with a name.
-
-    where: finds them again: a pattern of shards, a folder or a file. captions: their json fields.
-    others: pictures or clips of another modality, which are left out.
-    """
+    """Samples by (shard, member), each with a name."""
 
     source: Source
-    where: str
-    captions: Mapping[str, float] = field(default_factory=dict)
-    others: int = 0
+    where: str  # finds them again: a pattern of shards, a folder or a file
+    captions: Mapping[str, float] = field(default_factory=dict)  # their json fields
+    others: int = 0  # of another modality, left out
 
     @property
     def counts(self) -> np.ndarray:

@@ -30,16 +30,12 @@ Work = Callable[[int], Columns]  # shard number -> its table; pickled once per w
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Tables of all shards of a source under one name.
-
-    totals: columns of the summary; `counts` holds the rows per shard, [S] int64. facts: settings
-    and digests that the sidecar was made with.
-    """
+    """Tables of all shards of a source under one name."""
 
     source: Source
     name: str
-    totals: Columns
-    facts: Mapping[str, Any]
+    totals: Columns  # columns of the summary; `counts` holds the rows per shard, [S] int64
+    facts: Mapping[str, Any]  # settings and digests that it was made with
 
     @property
     def counts(self) -> np.ndarray:
@@ -107,10 +103,7 @@ def write_sidecar(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Sidecar:
-    """Write the tables that are missing, then the summary; existing tables are kept.
-
-    `name` must differ between different settings, for example by a hash of them.
-    """
+    """Write the missing tables, then the summary; different settings need different names."""
     write = functools.partial(_write_table, source, name, work)
     tables = over_shards(write, len(source.manifest), workers, progress)
     return finish_sidecar(source, name, facts, tables=list(tables))

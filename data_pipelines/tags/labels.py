@@ -41,10 +41,7 @@ MIN_PRIOR = 1e-12  # avoids a division by 0
 def teacher_sidecar(
     name: str, source: Source, origin: Origin, field: str, captions: Mapping[str, float]
 ) -> str:
-    """Return the name of a teacher's sidecar for a source: `name` plus a hash.
-
-    The hash covers the modality of the source and the fields that its tags are read from.
-    """
+    """Return `name` plus a hash of a source's modality and of the fields of its tags."""
     fields = field if origin == "hashtags" else dict(captions)
     digest = hash_json([source.modality, source.animations, origin, fields])
     return f"{name}-{digest[:8]}"
@@ -139,15 +136,11 @@ def label(work: Labeller, workers: int = 1) -> Sidecar:
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Numbers of labelled samples.
+    """Numbers of labelled samples."""
 
-    own: samples with tags from the data. tags: number of those tags. taught: samples whose tags all
-    come from the teacher.
-    """
-
-    own: int
-    tags: int
-    taught: int
+    own: int  # samples with tags from the data
+    tags: int  # number of those tags
+    taught: int  # samples whose tags all come from the teacher
 
 
 def count_labels(labels: Sidecar) -> LabelCounts:
@@ -164,16 +157,13 @@ def count_labels(labels: Sidecar) -> LabelCounts:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Source whose slots repeat samples with rare tags.
-
-    counts: samples with each tag, [V]. unique: number of labelled samples.
-    """
+    """Source whose slots repeat samples with rare tags."""
 
     source: Source
     labels: Sidecar
     replication: Replication
-    counts: np.ndarray
-    unique: int
+    counts: np.ndarray  # samples with each tag, [V]
+    unique: int  # number of labelled samples
     seed: int
 
     @property

@@ -41,16 +41,12 @@ EXAMPLES = 1000  # dropped tags to remember by name, per reason
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tags by descending count; the id of a tag is its position.
-
-    counts: samples with each tag. aliases: other spellings of each tag. settings: settings that the
-    vocabulary was built with.
-    """
+    """Tags by descending count; the id of a tag is its position."""
 
     tags: tuple[str, ...]
-    counts: tuple[int, ...]
-    aliases: tuple[tuple[str, ...], ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: tuple[int, ...]  # samples with each tag
+    aliases: tuple[tuple[str, ...], ...] = ()  # other spellings of each tag
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that it was built with
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -120,16 +116,12 @@ class Vocabulary:
 
 @dataclass
 class TagCounts:
-    """Counts of samples per tag, and per pair of a plural and its singular.
-
-    samples: all samples. tagged: samples with at least one tag. tags: samples with each tag. both:
-    samples with both tags of a pair.
-    """
+    """Counts of samples per tag, and per pair of a plural and its singular."""
 
     samples: int = 0
-    tagged: int = 0
+    tagged: int = 0  # with at least one tag
     tags: Counter[str] = field(default_factory=Counter)
-    both: Counter[tuple[str, str]] = field(default_factory=Counter)  # (plural, singular)
+    both: Counter[tuple[str, str]] = field(default_factory=Counter)  # with both (plural, singular)
 
     def add(self, tags: Sequence[str]) -> None:
         """Count a sample with these tags."""
@@ -228,14 +220,11 @@ def _count_shard(
 
 @dataclass
 class Dropped:
-    """Tags left out of a vocabulary for one reason.
+    """Tags left out of a vocabulary for one reason."""
 
-    tags: their number. samples: sum of their counts. first: (tag, count) of the most frequent ones.
-    """
-
-    tags: int = 0
-    samples: int = 0
-    first: list[tuple[str, int]] = field(default_factory=list)
+    tags: int = 0  # their number
+    samples: int = 0  # sum of their counts
+    first: list[tuple[str, int]] = field(default_factory=list)  # the most frequent, with counts
 
     def add(self, tag: str, count: int) -> None:
         """Add a tag with its count."""

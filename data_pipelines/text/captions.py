@@ -141,14 +141,11 @@ MAX_SHARDS = 8  # to read of a local source
 
 
 class CaptionSample(NamedTuple):
-    """Captions of the first samples of a source.
-
-    pairs: samples with at least two captions. negatives: samples with hard negatives.
-    """
+    """Captions of the first samples of a source."""
 
     captions: list[str]
-    pairs: int
-    negatives: int
+    pairs: int  # samples with at least two captions
+    negatives: int  # samples with hard negatives
 
 
 def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") -> CaptionSample:
