@@ -29,7 +29,6 @@ LOG2_BUCKET = 0  # log2 of the number of random hashes that may agree in the sel
 EXACT_BELOW = 20_000  # number of embeddings up to which all pairs are compared
 BLOCK = 1024  # rows of embeddings to compare at once
 ROUNDS = 10  # of k-means
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # set bits per byte
 
 
 # hashes of one sample -------------------------------------------------------------------------
@@ -104,11 +103,6 @@ def dhash(image: Image.Image) -> int:
 # pairs and groups -----------------------------------------------------------------------------
 
 
-def ones(x: np.ndarray) -> np.ndarray:
-    """Count the set bits of each uint64, [n]."""
-    return _ONES[np.ascontiguousarray(x).view(np.uint8).reshape(-1, 8)].sum(1)
-
-
 def near_values(values: np.ndarray, distance: int) -> np.ndarray:
     """Find all pairs of distinct uint64 values that differ in at most `distance` bits.
 
@@ -139,7 +133,7 @@ def _near_in_bands(values: np.ndarray, mask: np.uint64, distance: int) -> np.nda
         left = left[left + gap < len(order)]
         left = left[masked[left] == masked[left + gap]]
         pairs = np.stack([order[left], order[left + gap]], axis=1)
-        near = ones(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
+        near = np.bitwise_count(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
         result.append(np.sort(pairs[near], axis=1))
         gap += 1
     return np.concatenate(result)

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -201,6 +201,11 @@ class Tally:
         taken.samples += sample
         if sample and len(taken.members) < EXAMPLES:
             taken.members.append(member)
+
+    def narrow(self, step: str, member: int, before: Sized, left: Sized) -> None:
+        """Count the texts that a step dropped, and the sample with the last of its texts."""
+        dropped = len(before) - len(left)
+        self.take(step, member, dropped, sample=bool(before) and not left)
 
     def columns(self) -> Columns:
         """Convert the counts to columns of the table of a shard."""

@@ -113,13 +113,12 @@ class TextMatcher:
         texts = [Text(number, caption) for number, caption in enumerate(captions)]
         for name, passes in on_texts.items():
             left = [text for text in texts if passes(record, text)]
-            tally.take(name, record.member, len(texts) - len(left), bool(texts and not left))
+            tally.narrow(name, record.member, texts, left)
             texts = left
         texts = [replace(text, language=self._language(record, text)) for text in texts]
         if allowed := self.config.filters.languages:
             left = [text for text in texts if text.language in allowed]
-            dropped = bool(texts and not left)
-            tally.take("languages", record.member, len(texts) - len(left), dropped)
+            tally.narrow("languages", record.member, texts, left)
             texts = left
         if self.config.texts == "one" and len(texts) > 1:
             tally.take(ONE_TEXT, record.member, len(texts) - 1, sample=False)
@@ -144,7 +143,7 @@ class TextMatcher:
                 language = self.metadata.language_of(self.config.fallback)
             if language >= 0:
                 result.append((text, language))
-        tally.take(NO_METADATA, member, len(texts) - len(result), bool(texts and not result))
+        tally.narrow(NO_METADATA, member, texts, result)
         return result
 
     def _language(self, record: Record, text: Text) -> str:

@@ -69,19 +69,17 @@ class Loaded:
         return self
 
 
+@dataclass
 class StreamDataset(Dataset):
     """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time.
 
     seed: None = no randomness, that is centre crops, middle frames and first captions.
     """
 
-    def __init__(
-        self, plans: dict[str, SamplePlan], transform: Transform, collate: Collate, seed: int | None
-    ) -> None:
-        self.plans = plans
-        self.transform = transform
-        self.collate = collate
-        self.seed = seed
+    plans: dict[str, SamplePlan]
+    transform: Transform
+    collate: Collate
+    seed: int | None
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
         bad: list[Replaced] = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -244,26 +244,17 @@ def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[
     return [weight / sum(raw) for weight in raw]
 
 
+@dataclass
 class StepSampler:
-    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps.
+    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps."""
 
-    same: use the samples of step 0 in every step (`debug.overfit_batch`).
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[BlockConfig],
-        plans: dict[str, SamplePlan],
-        shape: Callable[[int], StepShape],
-        steps: range,
-        same: bool = False,
-    ) -> None:
-        self.same = same
-        self.blocks = blocks
-        self.plans = plans
-        self.shape = shape
-        self.steps = steps
-        self._prefetched: dict[int, set[int]] = {}  # block -> shards of the last prefetch
+    blocks: Sequence[BlockConfig]
+    plans: dict[str, SamplePlan]
+    shape: Callable[[int], StepShape]
+    steps: range
+    same: bool = False  # use the samples of step 0 in every step (`debug.overfit_batch`)
+    # block -> shards of the last prefetch
+    _prefetched: dict[int, set[int]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return sum(len(self.shape(step).micro) for step in self.steps)

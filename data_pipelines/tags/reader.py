@@ -88,17 +88,13 @@ def canonical(tag: str) -> str:
     return plain.strip().lstrip("#").strip().casefold()
 
 
+@dataclass
 class TagReader:
-    """Reader of the tags of samples.
+    """Reader of the tags of samples."""
 
-    field: JSON field of hashtags. aliases: alias -> tag. concepts: all spellings of the concepts
-    that `tags: concepts` searches for in captions.
-    """
-
-    def __init__(
-        self, field: str, aliases: Mapping[str, str], concepts: Iterable[str] = ()
-    ) -> None:
-        self.field, self.aliases, self.concepts = field, aliases, concepts
+    field: str  # JSON field of hashtags
+    aliases: Mapping[str, str]  # alias -> tag
+    concepts: Iterable[str] = ()  # all spellings that `tags: concepts` searches for in captions
 
     def tags_of(
         self, files: dict[str, bytes], origin: Origin, fields: Mapping[str, float] | None = None
