@@ -44,12 +44,9 @@ WORDS = {"image": "pictures", "video": "clips"}
 
 @dataclass(frozen=True)
 class SingleShard(Source, ABC):
-    """Source of one shard that is no tar; what is derived from it goes to the user's cache.
+    """Source of one shard that is no tar; what is derived from it goes to the user's cache."""
 
-    place: the folder that the samples' keys and names are relative to.
-    """
-
-    place: str = ""
+    place: str = ""  # the folder that the samples' keys and names are relative to, or the text file
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
         """Return where a file derived from this source is kept."""

@@ -42,15 +42,12 @@ from xray.files import printable
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of data: its description in messages, a test of a path or pattern, and its readers.
-
-    items: function that lists plain files; None for a kind that has no plain files.
-    """
+    """Kind of data: its description in messages, a test of a path or pattern, and its readers."""
 
     what: str
     fits: Callable[[str], bool]
     open: Callable[[str, Request], Source]
-    items: Callable[[str], list[Item]] | None = None
+    items: Callable[[str], list[Item]] | None = None  # lists plain files, if it has some
 
 
 MODALITIES: tuple[Modality, ...] = ("image", "video", "text")
@@ -169,10 +166,7 @@ def open_data(
 
 
 def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
-    """Open the sources that a run's blocks use; rank 0 indexes first, the others read its manifest.
-
-    Raises DataError for data that is no set of shards, and for shards that cannot be used.
-    """
+    """Open the sources of a run's blocks, first on rank 0, which indexes them; raises DataError."""
     remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
     cache = make_cache(data) if remote else None
 

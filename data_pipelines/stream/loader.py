@@ -71,15 +71,12 @@ class Loaded:
 
 @dataclass
 class StreamDataset(Dataset):
-    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time.
-
-    seed: None = no randomness, that is centre crops, middle frames and first captions.
-    """
+    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time."""
 
     plans: dict[str, SamplePlan]
     transform: Transform
     collate: Collate
-    seed: int | None
+    seed: int | None  # None = no randomness: centre crops, middle frames, first captions
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
         bad: list[Replaced] = []

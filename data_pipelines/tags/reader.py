@@ -165,10 +165,7 @@ def singulars(tag: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
-    """Read a file of tags: one tag per line, its aliases after tabs.
-
-    Lines that begin with "# " are comments. Raises ConfigError naming `key`.
-    """
+    """Read a file of a tag per line, aliases after tabs, and "# " comments; raises ConfigError."""
     rows = []
     for entry in read_utf8(path, key).splitlines():
         names = tuple(filter(None, map(canonical, entry.split("\t"))))

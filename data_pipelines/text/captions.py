@@ -64,9 +64,7 @@ def read_captions(
             if name == "txt"
             else _field(meta, name)
         )
-        entries = value if isinstance(value, list) else [value]
-        captions = [_caption(entry, language) for entry in entries if entry]
-        captions = [caption for caption in captions if caption.text]
+        captions = _captions_in(value, language)
         total = sum(caption.weight for caption in captions)
         result += [Caption(c.text, weight * c.weight / total, c.language) for c in captions]
     if not result:
@@ -76,10 +74,7 @@ def read_captions(
 
 def texts_of(files: dict[str, bytes], name: str) -> list[str]:
     """Read the texts of one JSON field; [] if it does not exist. Raises BadSample."""
-    value = _field(metadata_of(files), name)
-    entries = value if isinstance(value, list) else [value]
-    texts = [_caption(entry, "").text for entry in entries if entry]
-    return [text for text in texts if text]
+    return [caption.text for caption in _captions_in(_field(metadata_of(files), name), "")]
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:
@@ -89,6 +84,12 @@ def _field(meta: Mapping[str, Any], name: str) -> Any:
         return meta.get(name)
     nested = meta.get(first)
     return _field(nested, rest) if isinstance(nested, dict) else None
+
+
+def _captions_in(value: Any, language: str) -> list[Caption]:
+    entries = value if isinstance(value, list) else [value]
+    captions = [_caption(entry, language) for entry in entries if entry]
+    return [caption for caption in captions if caption.text]
 
 
 def _caption(entry: Any, language: str) -> Caption:
