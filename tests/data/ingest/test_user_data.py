@@ -265,7 +265,7 @@ def test_all_kinds_give_the_same_samples(made: Path) -> None:
 
 
 def test_hidden_tars_are_no_shards(made: Path, tmp_path: Path) -> None:
-    """As macOS leaves them: `._0.tar` beside 0.tar."""
+    """MacOS leaves files such as `._0.tar` beside 0.tar."""
     (tmp_path / "0.jpg").write_bytes(photo(0))
     (tmp_path / "._0.tar").write_bytes(b"no tar")
     assert kind_of(str(tmp_path)) == "folder"
