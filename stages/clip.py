@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.text.caption_probe import look_at
-from data_pipelines.text.captions import choose_captions, kept_captions
+from data_pipelines.text.captions import choose_captions, kept_captions, look_at
 from data_pipelines.text.feature_store import TextStore, open_store, store_facts
 from stages.base import (
     Batch,

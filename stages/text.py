@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.text.caption_probe import look_at
-from data_pipelines.text.captions import choose_captions, kept_captions, texts_of
+from data_pipelines.text.captions import choose_captions, kept_captions, look_at, texts_of
 from stages.base import Batch, Facts, Parents, Stage, StageModule, StateDict, StepOutput, part
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import SENTENCES
 from xray.config import RunConfig, TextConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.losses import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.decode.user_media import modality_of, read_media, read_picture
-from data_pipelines.shards.utf8 import printable
+from data_pipelines.decode.transforms import modality_of, read_media, read_picture
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
@@ -30,6 +29,7 @@ from xray.artifacts.encoders import (
 from xray.artifacts.manifest_config import data_config
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError, DataError, brief
+from xray.files import printable
 from xray.models.token_reduction import KeepRate
 
 Media = str | Path | Image.Image | Tensor  # a file, an image, or a result of `preprocess`

@@ -32,6 +32,17 @@ class DataError(XrayError):
     """Shards or samples that cannot be used."""
 
 
+class BadSample(DataError):  # noqa: N818 - the loader catches it and replaces the sample
+    """One sample that cannot be used.
+
+    cause: short reason, under which such samples are counted. detail: more about this sample.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause, self.detail = cause, detail
+
+
 class TrainingError(XrayError):
     """A run that cannot continue, such as one with a loss that is not finite."""
 

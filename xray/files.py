@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, hashes, permissions, and names that stay inside a folder."""
+"""Files: atomic writes, locks, hashes, permissions, UTF-8, and names inside a folder."""
 
 from __future__ import annotations
 
@@ -113,6 +113,27 @@ def write_text(path: Path, text: str, temporary: Path | None = None) -> None:
     """Write a text file atomically."""
     with replacing(path, temporary) as name:
         name.write_text(text)
+
+
+def printable(text: str) -> str:
+    """Replace characters that UTF-8 cannot encode; file names in a tar may contain such bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_utf8(path: str, key: str) -> str:
+    """Read a UTF-8 text file.
+
+    Raises ConfigError naming the config key for a file that cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).expanduser().read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{key}={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
+        ) from error
 
 
 def sync_tree(folder: Path) -> None:

@@ -7,27 +7,19 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.checks.check_shard import (
-    Recorded,
-    ShardCheck,
-    Stats,
-    check_files,
-    check_shard,
-)
+from data_pipelines.checks.check_shard import Recorded, ShardCheck, Stats, check_files, check_shard
 from data_pipelines.ingest.user_data import kind_of, list_files
-from data_pipelines.shards.columns import open_columns
-from data_pipelines.shards.manifest import MANIFEST_VERSION, Manifest, find_shards
+from data_pipelines.shards.manifest import Manifest, find_shards, load_manifest
+from data_pipelines.shards.process_pool import reporting_killed_workers
 from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
 from data_pipelines.shards.tar_index import cache_path
-from data_pipelines.shards.utf8 import printable
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.files import printable
 
 PART = 1000  # files of a folder or a list that are one row
 Progress = Callable[[int, int], None]  # (shards done, all shards)
@@ -69,23 +61,19 @@ def check(
     jobs = _jobs(os.path.expanduser(pattern), cache, config)
     rows, stats = {}, Stats()
     context = get_context("spawn")
-    try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_ctrl_c) as pool:
-            try:
-                # Not a list: a future keeps its result, thumbnails included.
-                for future in as_completed({pool.submit(*job) for job in jobs.values()}):
-                    row, more = future.result()
-                    rows[row.path] = row
-                    stats.add(more)
-                    if progress is not None:
-                        progress(len(rows), len(jobs))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, maybe for memory: try again with fewer workers"
-        ) from error
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_ctrl_c)
+    with reporting_killed_workers(), pool:
+        try:
+            # Not a list: a future keeps its result, thumbnails included.
+            for future in as_completed({pool.submit(*job) for job in jobs.values()}):
+                row, more = future.result()
+                rows[row.path] = row
+                stats.add(more)
+                if progress is not None:
+                    progress(len(rows), len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return CheckReport(pattern, [rows[printable(name)] for name in jobs], stats)
 
 
@@ -115,12 +103,10 @@ def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:
         manifest = _manifest(folder, cache)
         if manifest is None:
             continue
-        columns = manifest.columns
-        for shard in range(len(manifest)):
-            digest = columns["digests"][shard].tobytes().hex()
-            sha256 = manifest.checksum(shard) or ""
-            path = os.path.join(folder, manifest.name(shard))
-            recorded[path] = Recorded(int(columns["sizes"][shard]), digest, sha256)
+        for shard, name in enumerate(manifest.names):
+            size, sha256 = manifest.tar(shard)
+            digest = manifest.index_digest(shard)
+            recorded[os.path.join(folder, name)] = Recorded(size, digest, sha256 or "")
     return recorded
 
 
@@ -130,15 +116,7 @@ def _manifest(folder: str, cache: ShardCache) -> Manifest | None:
         with tempfile.NamedTemporaryFile() as file:
             file.write(content or b"")
             file.flush()
-            return _read_manifest(folder, Path(file.name))  # memory-mapped: outlives the file
+            return load_manifest(folder, Path(file.name))  # memory-mapped: outlives the file
     if not os.path.isdir(folder or "."):
         return None
-    return _read_manifest(folder, cache_path(Path(folder or ".") / "shards.manifest"))
-
-
-def _read_manifest(folder: str, path: Path) -> Manifest | None:
-    try:
-        columns, facts = open_columns(path)
-        return Manifest(folder, columns, facts) if facts["version"] == MANIFEST_VERSION else None
-    except (OSError, ValueError, KeyError):
-        return None
+    return load_manifest(folder, cache_path(Path(folder or ".") / "shards.manifest"))

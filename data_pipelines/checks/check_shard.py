@@ -21,9 +21,8 @@ from PIL import Image
 
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.plain_files import read_item
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.manifest import remote_index
 from data_pipelines.shards.remote import ShardCache, is_remote
 from data_pipelines.shards.tar_index import (
@@ -33,12 +32,11 @@ from data_pipelines.shards.tar_index import (
     load_index,
     media_extensions,
 )
-from data_pipelines.shards.utf8 import printable
 from data_pipelines.tags.reader import TagReader
 from data_pipelines.text.captions import Caption, read_captions
 from xray.config import DataConfig
-from xray.errors import DataError
-from xray.files import sha256_file
+from xray.errors import BadSample, DataError
+from xray.files import printable, sha256_file
 
 FRAMES = 5  # read per clip, including first, middle and last
 FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # each in its own fifth of the clip
@@ -112,12 +110,9 @@ class Thumbnail:
 
 @dataclass
 class Stats:
-    """Histograms, value -> count.
+    """Histograms, value -> count."""
 
-    numbers: width, height, aspect, seconds, frames, words, captions; names: language, hashtag,
-    extension.
-    """
-
+    # width, height, aspect, seconds, frames, words, captions; and language, hashtag, extension
     numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     names: dict[str, dict[str, int]] = field(default_factory=dict)
     sheet: list[Thumbnail] = field(default_factory=list)
@@ -173,7 +168,11 @@ def check_shard(
         index = build_index(Path(local))
         reader.row.samples, reader.row.bytes = len(index), index.facts["size"]
         reader.row.digest = index.facts["digest"]
-        known = _index(path, cache)
+        known: ShardIndex | None  # the index that a run would use, current or not
+        if is_remote(path):
+            known = remote_index(path, cache)
+        else:
+            known = load_index(path, [cache_path(Path(f"{path}.index"))])
         recorded = [manifest] if manifest is not None else []
         if known is not None:
             facts = known.facts
@@ -291,8 +290,8 @@ class _ShardReader:
 
     def read_clip(self, data: bytes) -> Image.Image:
         """Decode frames from the first to the last; return the middle one."""
-        decoder = clip_decoder(self.config.decode_seconds, self.config.decode_gb)
-        clip = decoder.decode(data, FrameChoice(FRAMES, offsets=FIRST_TO_LAST))
+        choice = FrameChoice(FRAMES, offsets=FIRST_TO_LAST)
+        clip = clip_decoder(self.config).decode(data, choice)
         self.count_size(clip.pixels.shape[2], clip.pixels.shape[1])
         seconds = clip.total / clip.fps if clip.fps > 0 else 0.0
         self.row.seconds += seconds
@@ -345,10 +344,3 @@ def _copies(tar: str) -> Counter[str]:
         key = folder + slash + base.partition(".")[0]
         copies[key] = max(copies[key], count)
     return copies
-
-
-def _index(path: str, cache: ShardCache) -> ShardIndex | None:
-    """Return the index that a run would use, current or not."""
-    if is_remote(path):
-        return remote_index(path, cache)
-    return load_index(path, cache_path(Path(f"{path}.index")))

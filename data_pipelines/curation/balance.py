@@ -77,14 +77,11 @@ def threshold_for(counts: np.ndarray, share: float) -> float:
 
 @dataclass(frozen=True)
 class Balance:
-    """Counts, thresholds and rates of the sampling.
+    """Counts, thresholds and rates of the sampling."""
 
-    counts: texts that match each entry, [E] int64. thresholds: t of each language. rates: p_e, [E].
-    """
-
-    counts: np.ndarray
-    thresholds: tuple[float, ...]
-    rates: np.ndarray
+    counts: np.ndarray  # texts that match each entry, [E] int64
+    thresholds: tuple[float, ...]  # t of each language
+    rates: np.ndarray  # p_e, [E]
 
 
 def balance(

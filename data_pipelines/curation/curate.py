@@ -12,43 +12,49 @@ need memory that grows with the pool.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_pipelines.curation.balance import Balance, balance, count_entries
 from data_pipelines.curation.config import CurationConfig
 from data_pipelines.curation.dedup import MediaHasher
 from data_pipelines.curation.filters import NO_METADATA, open_scores
 from data_pipelines.curation.metadata import Metadata, read_metadata
-from data_pipelines.curation.pool import Pool, decide, decision_in, facts_of
+from data_pipelines.curation.pool import Decision, Pool, decide, decision_in
 from data_pipelines.curation.report import CurationReport, add_sampling, report_on_texts
 from data_pipelines.curation.tables import (
     KeptSlots,
-    Sampler,
     TextMatcher,
     TextTables,
     language_function,
+    sample_texts,
 )
-from data_pipelines.shards.process_pool import Progress
+from data_pipelines.ingest.pack import new_tar
+from data_pipelines.ingest.recode import TEMPORARY
+from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.sidecar import Sidecar, Work, open_sidecar, write_sidecar
 from data_pipelines.shards.source import Source, open_source
+from data_pipelines.text.captions import metadata_of, read_captions
 from xray.config.identity import hash_json
-from xray.errors import DataError
+from xray.errors import ConfigError, DataError
+from xray.files import is_inside, replacing
 
 
 @dataclass(frozen=True)
 class Curated:
-    """Result of a curation.
-
-    source: the pool with the kept samples as slots. kept: sidecar with the kept members and texts.
-    report: effect of each step.
-    """
+    """Result of a curation."""
 
     config: CurationConfig
-    source: Source
-    kept: Sidecar
-    report: CurationReport
+    source: Source  # the pool, with the kept samples as slots
+    kept: Sidecar  # the kept members and texts
+    report: CurationReport  # effect of each step
 
     @property
     def slots(self) -> KeptSlots:
@@ -57,10 +63,7 @@ class Curated:
 
 
 def curate(source: Source, config: CurationConfig, progress: Progress | None = None) -> Curated:
-    """Choose samples and texts of a pool.
-
-    Raises ConfigError naming the key to change, DataError if no sample is left.
-    """
+    """Choose samples and texts of a pool; raises ConfigError, DataError if none is left."""
     config.validate()
     metadata = read_metadata(config.metadata, config.casefold)
     reference = metadata.of(config.reference, "reference") if config.reference else -1
@@ -117,15 +120,12 @@ class _Maker:
         work = TextMatcher(self.source, metadata, config, scored)
         return self._made(self.source, "texts", work, settings)
 
-    def left(self, texts: Sidecar) -> tuple[Sidecar | None, Any]:
-        """Decide on leaks, duplicates and caps over the whole pool.
-
-        Returns the sidecar of what is left and the decision; no sidecar if no such step is on.
-        """
+    def left(self, texts: Sidecar) -> tuple[Sidecar | None, Decision]:
+        """Decide over the whole pool; no sidecar of what is left if no such step is on."""
         config, dedup = self.config, self.config.dedup
         limits = config.filters.same_text, config.filters.per_value
         if not (dedup.media or dedup.embeddings or any(limits)):
-            return None, decision_in({"steps": {}, "leaks": {}})
+            return None, Decision()
         hashes = self._hashes(self.source) if dedup.media else None
         evaluation = self._evaluation()
         embeddings = open_sidecar(self.source, dedup.embeddings) if dedup.embeddings else None
@@ -142,8 +142,8 @@ class _Maker:
         left = open_sidecar(self.source, name)
         if left is None:
             pool = Pool(self.source, texts, config.seed)
-            facts = facts_of(decide(pool, config, hashes, evaluation))
-            left = write_sidecar(self.source, name, pool.table, facts)
+            decision = decide(pool, config, hashes, evaluation)
+            left = write_sidecar(self.source, name, pool.table, asdict(decision))
         return left, decision_in(left.facts)
 
     def kept(self, pool: TextTables, drawn: Balance) -> Sidecar:
@@ -154,7 +154,7 @@ class _Maker:
             "seed": self.config.seed,
             "captions": self.config.captions,  # they define the numbers of the texts
         }
-        work = Sampler(pool, drawn.rates, self.config.seed)
+        work = partial(sample_texts, pool, drawn.rates, self.config.seed)
         return self._made(self.source, "kept", work, settings)
 
     def _evaluation(self) -> dict[str, Sidecar]:
@@ -187,3 +187,87 @@ class _Maker:
 
 def _named(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind}-{hash_json(settings)[:12]}"
+
+
+RECORD = "curation.json"
+
+
+def write_shards(
+    curated: Curated, out: Path, workers: int = 1, progress: Progress | None = None
+) -> int:
+    """Write the kept samples to a folder, and return their number.
+
+    Keys and files are the same as in the pool, except that the JSON gets a field "curation":
+    {"captions": [{text, weight, language}], "numbers": [positions in the captions of the sample]}.
+    Readers prefer these captions to the original ones. Raises ConfigError for a folder with other
+    shards.
+    """
+    _claim(out, curated)
+    work = _Writer(curated.source, curated.slots, curated.config.captions, out)
+    return sum(over_shards(work, len(curated.source.manifest), workers, progress))
+
+
+def check_folder(out: Path, source: Source) -> None:
+    """Check that a curation of a source can be written to a folder; raises ConfigError."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: choose a folder to write to")
+    if out.resolve() == Path(source.manifest.folder).resolve():
+        raise ConfigError(f"{out} is the pool itself: choose another folder to write to")
+    if any(out.glob("*.tar")) and not (out / RECORD).is_file():
+        raise ConfigError(f"{out} contains other shards: choose another folder")
+
+
+def _claim(out: Path, curated: Curated) -> None:
+    """Create the folder and record the curation in it; raises ConfigError if it has another."""
+    check_folder(out, curated.source)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+    wanted = {"kept": curated.kept.digest, "manifest": curated.source.manifest.digest}
+    if any(out.glob("*.tar")):
+        try:
+            recorded = json.loads((out / RECORD).read_text())
+        except (OSError, ValueError):
+            recorded = None
+        if recorded != wanted:
+            raise ConfigError(
+                f"{out} contains another curation: choose another folder or delete it"
+            )
+    (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Function that writes one shard; pickled to the worker processes."""
+
+    source: Source
+    slots: KeptSlots
+    captions: dict[str, float]
+    out: Path
+
+    def __call__(self, shard: int) -> int:
+        """Write the kept samples of a shard, and return their number."""
+        members, _ = self.slots.of(shard)
+        target = self.out / self.source.manifest.name(shard).replace("/", "_")
+        if not len(members) or target.is_file():
+            return len(members)  # readers refuse a tar without samples, so write none
+        temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
+        with replacing(target, temporary), new_tar(temporary) as add:
+            for slot, member in enumerate(members.tolist()):
+                key = self.source.index(shard).key(member)
+                if not is_inside(key):
+                    raise DataError(
+                        f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
+                        "would be unpacked outside of the folder: rename it"
+                    )
+                add(key, self._curated(shard, member, self.slots.texts(shard, slot)))
+        return len(members)
+
+    def _curated(self, shard: int, member: int, numbers: np.ndarray) -> dict[str, bytes]:
+        """Read a sample and add the kept captions to its JSON."""
+        files = self.source.read(shard, member)
+        captions = read_captions(files, self.captions)
+        kept = [asdict(captions[number]) for number in numbers.tolist()]
+        record = {"captions": kept, "numbers": numbers.tolist()}
+        content = json.dumps({**metadata_of(files), "curation": record}).encode()
+        return {**files, "json": content}

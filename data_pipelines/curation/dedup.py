@@ -18,18 +18,17 @@ from PIL import Image
 from data_pipelines.curation.filters import read_media
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of
 from xray.config import DataConfig
+from xray.errors import BadSample
 
 COARSE = (72, 64)  # pixels to decode a JPEG at, 8 for each value of the 9 x 8 grid of a dHash
 LOG2_BUCKET = 0  # log2 of the number of random hashes that may agree in the selected bands
 EXACT_BELOW = 20_000  # number of embeddings up to which all pairs are compared
 BLOCK = 1024  # rows of embeddings to compare at once
 ROUNDS = 10  # of k-means
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # set bits per byte
 
 
 # hashes of one sample -------------------------------------------------------------------------
@@ -82,8 +81,7 @@ class MediaHasher:
         """Decode an image, or the middle frame of a clip."""
         if self.source.modality == "image":
             return decode_image(media, at_least=COARSE)
-        data = DataConfig()
-        clip = clip_decoder(data.decode_seconds, data.decode_gb).decode(media, FrameChoice(1))
+        clip = clip_decoder(DataConfig()).decode(media, FrameChoice(1))
         return Image.fromarray(clip.pixels[0])
 
 
@@ -103,11 +101,6 @@ def dhash(image: Image.Image) -> int:
 
 
 # pairs and groups -----------------------------------------------------------------------------
-
-
-def ones(x: np.ndarray) -> np.ndarray:
-    """Count the set bits of each uint64, [n]."""
-    return _ONES[np.ascontiguousarray(x).view(np.uint8).reshape(-1, 8)].sum(1)
 
 
 def near_values(values: np.ndarray, distance: int) -> np.ndarray:
@@ -140,17 +133,14 @@ def _near_in_bands(values: np.ndarray, mask: np.uint64, distance: int) -> np.nda
         left = left[left + gap < len(order)]
         left = left[masked[left] == masked[left + gap]]
         pairs = np.stack([order[left], order[left + gap]], axis=1)
-        near = ones(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
+        near = np.bitwise_count(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
         result.append(np.sort(pairs[near], axis=1))
         gap += 1
     return np.concatenate(result)
 
 
 def components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """Find the connected components of a graph of `count` nodes with edges `pairs` [P, 2].
-
-    Returns the smallest node in the component of each node, [count].
-    """
+    """Return the smallest node connected to each node, [count], by edges `pairs` [P, 2]."""
     parent = np.arange(count)
     while True:
         roots = parent[pairs]
@@ -162,10 +152,7 @@ def components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def groups_of(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Group hashes (int64) that are connected by distances of at most `distance` bits.
-
-    Returns the number of the group of each hash, [N].
-    """
+    """Number the groups of hashes (int64) that distances up to `distance` bits connect, [N]."""
     values, group = np.unique(hashes.view(np.uint64), return_inverse=True)
     return components(len(values), near_values(values, distance))[group]
 

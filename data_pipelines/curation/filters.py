@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,14 +17,13 @@ import numpy as np
 
 from data_pipelines.curation.config import FilterConfig
 from data_pipelines.decode.decoders import open_image, upright_size
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES, media_extensions, media_in
 from data_pipelines.tags.concept_matcher import words_of
 from data_pipelines.text.captions import Caption, metadata_of
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
 
 SHORTEST_REPEATING = 5  # words; in a shorter text, a repeated word means nothing
 EXAMPLES = 5  # samples to name per step
@@ -70,7 +69,12 @@ class Record:
     @functools.cached_property
     def scores(self) -> np.ndarray:
         """Scores of the sample: one, one per text, or none."""
-        return _scores(self.scored, self.shard, self.member)
+        assert self.scored is not None
+        table = self.scored.table(self.shard)
+        if "ends" in table:
+            return self.scored.row(self.shard, self.member, "score")
+        row = self.scored.find(self.shard, self.member)
+        return np.empty(0, np.float32) if row is None else np.atleast_1d(table["score"][row])
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,6 @@ def read_media(source: Source, shard: int, member: int) -> bytes:
     """Read only the image or clip of a sample; raises BadSample."""
     kind = source.modality, source.animations
     return media_in(source.read(shard, member, media_extensions(*kind)), *kind)
-
-
-def _scores(scored: Sidecar | None, shard: int, member: int) -> np.ndarray:
-    """Return the scores of a member; an empty array if it has none."""
-    assert scored is not None
-    table = scored.table(shard)
-    if "ends" in table:
-        return scored.row(shard, member, "score")
-    row = int(np.searchsorted(table["members"], member))
-    has_score = row < len(table["members"]) and table["members"][row] == member
-    return np.atleast_1d(table["score"][row]) if has_score else np.empty(0, np.float32)
 
 
 def open_scores(source: Source, name: str) -> Sidecar:
@@ -185,16 +178,12 @@ def within_cap(groups: np.ndarray, order: np.ndarray, most: int) -> np.ndarray:
 
 @dataclass
 class Taken:
-    """Number of samples and texts that one step dropped, with examples.
-
-    texts: includes the texts of dropped samples. members, keys: some of the dropped samples, by
-    number in their shard or by key.
-    """
+    """Number of samples and texts that one step dropped, with examples."""
 
     samples: int = 0
-    texts: int = 0
-    members: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    texts: int = 0  # including those of dropped samples
+    members: list[int] = field(default_factory=list)  # of some samples, in their shard
+    keys: list[str] = field(default_factory=list)  # of some samples
 
 
 class Tally:
@@ -212,6 +201,11 @@ class Tally:
         taken.samples += sample
         if sample and len(taken.members) < EXAMPLES:
             taken.members.append(member)
+
+    def narrow(self, step: str, member: int, before: Sized, left: Sized) -> None:
+        """Count the texts that a step dropped, and the sample with the last of its texts."""
+        dropped = len(before) - len(left)
+        self.take(step, member, dropped, sample=bool(before) and not left)
 
     def columns(self) -> Columns:
         """Convert the counts to columns of the table of a shard."""

@@ -6,11 +6,12 @@ MetaCLIP uses the synsets of WordNet, and frequent words, word pairs and titles 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,16 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.curation.phrase_matcher import PhraseMatcher
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.process_pool import over_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
-from data_pipelines.shards.utf8 import read_utf8
 from data_pipelines.tags.concept_matcher import spaced
 from data_pipelines.text.captions import captions_of
 from xray.config import nearest
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
+from xray.files import read_utf8
 
 EVERY = ""  # language of metadata for texts of all languages
 ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: one entry, which matches every text
@@ -73,12 +73,11 @@ class Metadata:
         """Return the language number of each entry number, [n]."""
         return np.searchsorted(self.ends, numbers, side="right")
 
-    def language_of(self, language: str, fallback: str = "") -> int:
+    def language_of(self, language: str) -> int:
         """Return the number of the list for texts of a language; -1 if there is none."""
         if self.languages == [EVERY]:
             return 0
-        name = language if language in self.languages else fallback
-        return self.languages.index(name) if name in self.languages else -1
+        return self.languages.index(language) if language in self.languages else -1
 
     def of(self, language: str, key: str) -> int:
         """Return the number of the language that the setting `key` names; raises ConfigError."""
@@ -108,21 +107,16 @@ class Metadata:
         numbers, ends = self._matcher(language).find(texts)
         return numbers + np.int32(self.slice(language).start), ends
 
-    def _matcher(self, language: int) -> PhraseMatcher:
-        matchers: dict[int, PhraseMatcher] = self.__dict__.setdefault("_matchers", {})
-        if language not in matchers:
-            matchers[language] = PhraseMatcher(self.lists[language][1])
-        return matchers[language]
+    @functools.cached_property
+    def _matcher(self) -> Callable[[int], PhraseMatcher]:
+        return functools.cache(lambda language: PhraseMatcher(self.lists[language][1]))
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in vars(self).items() if key != "_matchers"}
+        return {key: value for key, value in vars(self).items() if key != "_matcher"}
 
 
 def make_metadata(lists: Mapping[str, Iterable[str]], casefold: bool = False) -> Metadata:
-    """Make metadata from lists of entries, which are stripped and made unique per language.
-
-    casefold: ignore case in entries and texts. Raises ConfigError for an empty list.
-    """
+    """Make metadata from entries, stripped and unique; raises ConfigError for an empty list."""
     result = []
     for language, entries in lists.items():
         spelled = (entry.casefold() if casefold else entry for entry in map(str.strip, entries))
@@ -153,20 +147,16 @@ def read_metadata(path: str, casefold: bool = False) -> Metadata:
         except ValueError as error:
             raise ConfigError(f"metadata={path} is not JSON: {error}") from error
         lists = {EVERY: lists} if isinstance(lists, list) else lists
-    if not _are_lists(lists):
+    if not isinstance(lists, dict) or not all(map(_is_list, lists.values())):
         raise ConfigError(f"metadata={path} is neither a list of texts nor {{language: list}}")
-    assert isinstance(lists, dict)
     try:
         return make_metadata(lists, casefold)
     except ConfigError as error:
         raise ConfigError(f"metadata={path}: {error}") from error
 
 
-def _are_lists(lists: object) -> bool:
-    return isinstance(lists, dict) and all(
-        isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)
-        for entries in lists.values()
-    )
+def _is_list(entries: object) -> bool:
+    return isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)
 
 
 def write_metadata(metadata: Metadata, path: Path) -> None:
@@ -239,41 +229,26 @@ def _cut(counts: Counter) -> Counter:
     return Counter(dict(_ordered(counts)[: MOST_PAIRS // 2]))
 
 
-@dataclass(frozen=True)
-class _NgramCounter:
-    """Function that counts the n-grams of a shard; pickled to the worker processes."""
-
-    source: Source
-    captions: Mapping[str, float]
-
-    def __call__(self, shard: int) -> NgramCounts:
-        counts = NgramCounts()
-        for member in self.source.members(shard).tolist():
-            try:
-                texts = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
-            except BadSample:
-                continue
-            for text in texts:
-                counts.add(text)
-        return counts
-
-
-def count_ngrams(
-    source: Source, captions: Mapping[str, float] | None = None, workers: int = 1
-) -> NgramCounts:
-    """Count the words and word pairs of all captions of a source.
-
-    Above 5 million different ones the rarest are dropped, so counts may be too low.
-    """
-    counts, work = NgramCounts(), _NgramCounter(source, captions or {})
+def count_ngrams(source: Source, workers: int = 1) -> NgramCounts:
+    """Count words and word pairs of all captions; above 5 million, the rarest are dropped."""
+    counts, work = NgramCounts(), functools.partial(_count_shard, source)
     for of_shard in over_shards(work, len(source.manifest), workers):
         counts.join(of_shard)
     return counts
 
 
+def _count_shard(source: Source, shard: int) -> NgramCounts:
+    counts = NgramCounts()
+    for member in source.members(shard).tolist():
+        with contextlib.suppress(BadSample):
+            for text in captions_of(source.read(shard, member, TEXT_FILES)):
+                counts.add(text)
+    return counts
+
+
 def build_metadata(
-    lists: Iterable[Iterable[str]], counts: NgramCounts, config: NgramConfig, casefold: bool = False
+    lists: Iterable[Iterable[str]], counts: NgramCounts, config: NgramConfig
 ) -> Metadata:
     """Make metadata from lists of entries, such as WordNet's, then words and pairs of the pool."""
     entries = [entry for listed in lists for entry in listed]
-    return make_metadata({EVERY: [*entries, *counts.entries(config)]}, casefold)
+    return make_metadata({EVERY: [*entries, *counts.entries(config)]})

@@ -7,7 +7,7 @@ and about 50 bytes to sort it. Without such steps, no pool is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,20 +25,16 @@ from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.utf8 import printable
 from xray.errors import ConfigError
+from xray.files import printable
 
 
 @dataclass
 class Decision:
-    """Samples dropped by each step, and numbers of leaked samples per evaluation set.
-
-    leaks: evaluation set -> "exact" (samples with the same bytes) and "perceptual" (samples with
-    the same or nearly the same image).
-    """
+    """Samples dropped by each step, and numbers of leaked samples per evaluation set."""
 
     steps: dict[str, Taken] = field(default_factory=dict)
-    leaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)  # set -> exact, perceptual
 
 
 class Pool:
@@ -46,15 +42,13 @@ class Pool:
 
     def __init__(self, source: Source, texts: Sidecar, seed: int) -> None:
         self.source, self.texts, self.seed = source, texts, seed
+        self._table = texts.table
         self.ends = np.cumsum(texts.counts)  # end of each shard in the samples, [S]
         shards = range(len(self.ends))
         self.text_ends = np.cumsum([len(self._table(shard)["texts"]) for shard in shards])
         self.sizes = self._original_sizes()  # texts left per sample, [N]; 0 = sample is dropped
         self._texts: np.ndarray | None = None  # [T] bool, True = left; None = no text was dropped
         self.decision = Decision()
-
-    def _table(self, shard: int) -> Columns:
-        return self.texts.table(shard)
 
     def _original_sizes(self) -> np.ndarray:
         """Return the number of texts per sample before any step, [N]."""
@@ -103,6 +97,11 @@ class Pool:
         self.decision.steps[step] = Taken(len(samples), texts, keys=keys)
         self.sizes[samples] = 0
 
+    def drop_duplicates(self, kind: str, samples: np.ndarray, groups: np.ndarray) -> None:
+        """Drop all samples of each group, [n], but the one with the smallest key."""
+        duplicate = mark_duplicates(groups, lambda position: self.key(int(samples[position])))
+        self.drop(f"{kind} duplicate", samples[duplicate])
+
     def keep_same_texts(self, most: int) -> None:
         """Keep at most `most` copies of each text, chosen by hash."""
         sample_of = np.repeat(np.arange(len(self.sizes)), self._original_sizes())
@@ -120,10 +119,7 @@ class Pool:
         self.sizes = sizes.astype(np.int32)
 
     def table(self, shard: int) -> Columns:
-        """Make the table of a shard's remaining samples and texts.
-
-        Columns: members [k] int32, and texts [T] uint8, 1 = left.
-        """
+        """Make the table of what is left: members [k] int32, and texts [T] uint8, 1 = left."""
         table = self._table(shard)
         samples_left = self.sizes[_shard_slice(self.ends, shard)] > 0
         texts = samples_left[rows_of(table["text_ends"])]
@@ -146,10 +142,7 @@ def _joined(part: Callable[[int], np.ndarray], ends: np.ndarray, dtype: Any) -> 
 
 
 def decide(
-    pool: Pool,
-    config: CurationConfig,
-    hashes: Sidecar | None,
-    evaluation: Mapping[str, Sidecar],
+    pool: Pool, config: CurationConfig, hashes: Sidecar | None, evaluation: Mapping[str, Sidecar]
 ) -> Decision:
     """Drop leaks, then duplicates, then texts and samples above the caps."""
     dedup, filters = config.dedup, config.filters
@@ -160,14 +153,12 @@ def decide(
             _drop_leaks(pool, dedup, hashes, evaluation)
     if dedup.exact and hashes is not None:
         left = pool.left
-        exact = pool.media(hashes, "exact")[left]
-        pool.drop("exact duplicate", left[mark_duplicates(exact, _key_of(pool, left))])
+        pool.drop_duplicates("exact", left, pool.media(hashes, "exact")[left])
     if dedup.perceptual and hashes is not None:
         dhashes = pool.media(hashes, "perceptual")
         # A dHash of 0 means an image without gradients, which cannot be compared.
         left = np.flatnonzero((pool.sizes > 0) & (dhashes != 0))
-        groups = groups_of(dhashes[left], dedup.distance)
-        pool.drop("perceptual duplicate", left[mark_duplicates(groups, _key_of(pool, left))])
+        pool.drop_duplicates("perceptual", left, groups_of(dhashes[left], dedup.distance))
     if dedup.embeddings:
         _drop_similar(pool, dedup, config.seed)
     if filters.same_text:
@@ -175,11 +166,6 @@ def decide(
     if filters.per_field:
         _cap_values(pool, filters.per_field, filters.per_value, config.seed)
     return pool.decision
-
-
-def _key_of(pool: Pool, samples: np.ndarray) -> Callable[[int], str]:
-    """Return a function from a position in `samples` to the key of that sample."""
-    return lambda position: pool.key(int(samples[position]))
 
 
 def _cap_values(pool: Pool, field: str, most: int, seed: int) -> None:
@@ -228,22 +214,15 @@ def _drop_similar(pool: Pool, dedup: DedupConfig, seed: int) -> None:
         return np.stack([_embedding(pool, embeddings, sample) for sample in samples])
 
     groups = components(len(left), similar_pairs(rows, len(left), dedup.cosine, seed))
-    pool.drop("embedding duplicate", left[mark_duplicates(groups, _key_of(pool, left))])
+    pool.drop_duplicates("embedding", left, groups)
 
 
 def _embedding(pool: Pool, sidecar: Sidecar, sample: int) -> np.ndarray:
     """Return the embedding of a sample, or zeros (similar to nothing) if it has none."""
     shard, row = pool.locate(sample)
-    table, member = sidecar.table(shard), int(pool.texts.table(shard)["members"][row])
-    at = int(np.searchsorted(table["members"], member))
-    if at < len(table["members"]) and table["members"][at] == member:
-        return table["embeddings"][at]
-    return np.zeros(table["embeddings"].shape[1], np.float32)
-
-
-def facts_of(decision: Decision) -> dict[str, Any]:
-    """Convert a decision to plain data for JSON."""
-    return asdict(decision)
+    embeddings = sidecar.table(shard)["embeddings"]
+    at = sidecar.find(shard, int(pool.texts.table(shard)["members"][row]))
+    return np.zeros(embeddings.shape[1], np.float32) if at is None else embeddings[at]
 
 
 def decision_in(facts: Mapping[str, Any]) -> Decision:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.shards.columns import Columns
-from data_pipelines.shards.process_pool import Progress
+from data_pipelines.shards.process_pool import Progress, reporting_killed_workers
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.sidecar import Work, save_table, saved_table
 from data_pipelines.shards.source import Source
-from xray.errors import ConfigError, DataError, XrayError
+from xray.errors import ConfigError, XrayError
 
 PER_TASK = 8  # shards per Ray task, if there are enough of them
 
@@ -47,10 +47,7 @@ def make_tables(
 
 
 def _results(work: Work, shards: list[int], workers: int) -> Iterator[tuple[int, Columns]]:
-    """Yield (shard, work(shard)) in the order of completion.
-
-    Each actor gets `work` once, so it can cache data on it.
-    """
+    """Yield (shard, work(shard)) as they complete; each actor gets `work` once."""
     data, exceptions = _ray(workers)
     workers = min(workers, len(shards))
     tasks = max(workers, len(shards) // PER_TASK)
@@ -62,17 +59,12 @@ def _results(work: Work, shards: list[int], workers: int) -> Iterator[tuple[int,
         num_cpus=1,
         compute=data.ActorPoolStrategy(size=workers),
     )
-    try:
+    with reporting_killed_workers(exceptions.RayActorError):
         for row in rows.iter_rows():
             result = pickle.loads(row["result"])
             if isinstance(result, XrayError):
                 raise result
             yield int(row["shard"]), result
-    except exceptions.RayActorError as error:
-        raise DataError(
-            "a Ray worker was killed, possibly by the out-of-memory killer: try again with fewer "
-            "workers"
-        ) from error
 
 
 class _Worker:

@@ -15,7 +15,7 @@ from data_pipelines.curation.metadata import Metadata
 from data_pipelines.curation.pool import Decision
 from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.shards.sidecar import Sidecar
-from data_pipelines.shards.utf8 import printable
+from xray.files import printable
 
 SHOWN = 50  # entries to list with the most texts, and with the fewest
 POINTS = 512  # maximum number of points of a curve
@@ -44,20 +44,15 @@ class EntryRow:
 
 @dataclass(frozen=True)
 class LanguageRow:
-    """Statistics of a language.
-
-    t: its threshold. tail_share: share of its matches with entries of fewer than t matches.
-    entries: number of its entries. unmatched: entries without a match. before, after: texts with a
-    match, before and after the sampling.
-    """
+    """Statistics of a language."""
 
     language: str
-    t: float
-    tail_share: float
-    entries: int
-    unmatched: int
-    before: int
-    after: int
+    t: float  # its threshold
+    tail_share: float  # share of its matches with entries of fewer than t matches
+    entries: int  # number of its entries
+    unmatched: int  # entries without a match
+    before: int  # texts with a match, before the sampling
+    after: int  # and after it
 
 
 @dataclass

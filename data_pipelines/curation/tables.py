@@ -29,22 +29,19 @@ from data_pipelines.curation.filters import (
     text_filters,
 )
 from data_pipelines.curation.metadata import Metadata
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
-from data_pipelines.shards.sidecar import CopySlots, Sidecar
+from data_pipelines.shards.sidecar import CopySlots, Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.tags.balance import uniform
 from data_pipelines.text.captions import Caption, read_captions
-from xray.errors import ConfigError
+from xray.config import SourceConfig
+from xray.errors import BadSample, ConfigError
 
 MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the columns of Matches
 
 
 def language_function(name: str) -> Callable[[str], str]:
-    """Import the function `package.module:function` from a text to its language.
-
-    Raises ConfigError.
-    """
+    """Import `package.module:function`, from a text to its language; raises ConfigError."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -57,15 +54,12 @@ def language_function(name: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class _Passed:
-    """Sample that passed the filters.
-
-    value: its value of the field `filters.per_field`. languages: language number of each text.
-    """
+    """Sample that passed the filters."""
 
     member: int
-    value: str
+    value: str  # of the field `filters.per_field`
     texts: list[Text]
-    languages: list[int]
+    languages: list[int]  # language number of each text
 
 
 @dataclass(frozen=True)
@@ -111,20 +105,20 @@ class TextMatcher:
 
     def _filtered(self, record: Record, captions: list[Caption], tally: Tally) -> list[Text]:
         """Return the texts that pass all filters; only one if `texts=one`."""
-        for name, keeps in self._sample_filters.items():
+        on_samples, on_texts = self._filters
+        for name, keeps in on_samples.items():
             if not keeps(record):
                 tally.take(name, record.member, len(captions))
                 return []
         texts = [Text(number, caption) for number, caption in enumerate(captions)]
-        for name, passes in self._text_filters.items():
+        for name, passes in on_texts.items():
             left = [text for text in texts if passes(record, text)]
-            tally.take(name, record.member, len(texts) - len(left), bool(texts and not left))
+            tally.narrow(name, record.member, texts, left)
             texts = left
         texts = [replace(text, language=self._language(record, text)) for text in texts]
         if allowed := self.config.filters.languages:
             left = [text for text in texts if text.language in allowed]
-            dropped = bool(texts and not left)
-            tally.take("languages", record.member, len(texts) - len(left), dropped)
+            tally.narrow("languages", record.member, texts, left)
             texts = left
         if self.config.texts == "one" and len(texts) > 1:
             tally.take(ONE_TEXT, record.member, len(texts) - 1, sample=False)
@@ -149,7 +143,7 @@ class TextMatcher:
                 language = self.metadata.language_of(self.config.fallback)
             if language >= 0:
                 result.append((text, language))
-        tally.take(NO_METADATA, member, len(texts) - len(result), bool(texts and not result))
+        tally.narrow(NO_METADATA, member, texts, result)
         return result
 
     def _language(self, record: Record, text: Text) -> str:
@@ -212,12 +206,8 @@ class TextMatcher:
         return take_rows(entries, ends, np.argsort(order))  # back to the original order
 
     @functools.cached_property
-    def _sample_filters(self) -> dict[str, Callable[[Record], bool]]:
-        return sample_filters(self.config.filters)
-
-    @functools.cached_property
-    def _text_filters(self) -> dict[str, Callable[[Record, Text], bool]]:
-        return text_filters(self.config.filters)
+    def _filters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return sample_filters(self.config.filters), text_filters(self.config.filters)
 
     @functools.cached_property
     def _detect(self) -> Callable[[str], str] | None:
@@ -260,31 +250,24 @@ class TextTables:
         return map(self.matches, range(len(self.texts.counts)))
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Function that draws the texts of a shard; pickled to the worker processes.
+def sample_texts(pool: TextTables, rates: np.ndarray, seed: int, shard: int) -> Columns:
+    """Draw the texts of a shard, as a table with one row per slot.
 
-    The table has one row per slot. Columns: members [k] int32; copies [k] int32, all 0; text_ends
-    [k] int64, end of each slot in the next two; texts [K] int32, numbers of the kept captions in
-    their sample; rows [K] int32, positions of the kept texts in the matches of the shard.
+    Columns: members [k] int32; copies [k] int32, all 0; text_ends [k] int64, end of each slot in
+    the next two; texts [K] int32, numbers of the kept captions in their sample; rows [K] int32,
+    positions of the kept texts in the matches of the shard.
     """
-
-    pool: TextTables
-    rates: np.ndarray
-    seed: int
-
-    def __call__(self, shard: int) -> Columns:
-        matches = self.pool.matches(shard)
-        drawn = draw(matches, self.rates, self.seed)
-        sizes = np.bincount(matches.sample_of[drawn], minlength=len(matches.hashes))
-        members = self.pool.members(shard)[sizes > 0]
-        return {
-            "members": members,
-            "copies": np.zeros(len(members), np.int32),
-            "text_ends": np.cumsum(sizes[sizes > 0]),
-            "texts": matches.texts[drawn],
-            "rows": np.flatnonzero(drawn).astype(np.int32),
-        }
+    matches = pool.matches(shard)
+    drawn = draw(matches, rates, seed)
+    sizes = np.bincount(matches.sample_of[drawn], minlength=len(matches.hashes))
+    members = pool.members(shard)[sizes > 0]
+    return {
+        "members": members,
+        "copies": np.zeros(len(members), np.int32),
+        "text_ends": np.cumsum(sizes[sizes > 0]),
+        "texts": matches.texts[drawn],
+        "rows": np.flatnonzero(drawn).astype(np.int32),
+    }
 
 
 class KeptSlots(CopySlots):
@@ -295,3 +278,25 @@ class KeptSlots(CopySlots):
         table = self.sidecar.table(shard)
         start = int(table["text_ends"][slot - 1]) if slot else 0
         return table["texts"][start : int(table["text_ends"][slot])]
+
+
+def keep_listed(source: Source, config: SourceConfig) -> Source:
+    """Restrict a source to the samples of its keep-list; without one, return it unchanged.
+
+    Raises ConfigError if its shards have no keep-list of that name, or if the keep-list was made
+    from other captions.
+    """
+    if not config.keep:
+        return source
+    sidecar, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
+    if sidecar is None or "captions" not in sidecar.facts:
+        raise ConfigError(
+            f"{key}.keep={config.keep}: its shards have no such keep-list; make it with xray data "
+            "curate"
+        )
+    if sidecar.facts["captions"] != config.captions:
+        raise ConfigError(
+            f"{key}.captions={config.captions}, but the texts of the keep-list {config.keep} were "
+            f"chosen from captions={sidecar.facts['captions']}: set it to the same fields"
+        )
+    return source.with_slots(KeptSlots(sidecar))

@@ -9,14 +9,15 @@ import io
 import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipelines.shards.bad_sample import BadSample
-from xray.errors import brief
+from xray.errors import BadSample, brief
 
 MAX_PIXELS = 64_000_000  # a larger image is a decompression bomb; refused before decoding
 LARGE = 100_000_000  # bytes of decoded frames above which the decoder itself scales them down
@@ -28,15 +29,21 @@ ORIENTATION = 274  # the EXIF tag; values 5 to 8 exchange width and height
 
 def open_image(data: bytes) -> Image.Image:
     """Open an image and read its header only; raises BadSample if it is no image or too large."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-    except Exception as error:  # Pillow raises many different types on broken bytes
-        raise BadSample("undecodable image", brief(error)) from error
+    with _decoding_image():
+        image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS:
         raise BadSample("image too large", f"{image.width} x {image.height}")
     return image
+
+
+@contextmanager
+def _decoding_image() -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # Pillow raises many different types on broken bytes
+        raise BadSample("undecodable image", brief(error)) from error
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -47,12 +54,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none or EXIF is broken."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # the pixels may be fine even if the EXIF block is broken
-        return 1
+    value = 1
+    with suppress(BadSample), _decoding_image():  # the pixels may be fine if EXIF is broken
+        value = image.getexif().get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
 
@@ -67,15 +71,10 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
 
 def upright(image: Image.Image, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Decode an opened image to RGB with its EXIF orientation applied; see `decode_image`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if at_least is not None:
-                sideways = orientation_of(image) > 4
-                image.draft("RGB", at_least[::-1] if sideways else at_least)
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise BadSample("undecodable image", brief(error)) from error
+    with _decoding_image():
+        if at_least is not None:
+            image.draft("RGB", at_least[::-1] if orientation_of(image) > 4 else at_least)
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -268,22 +267,16 @@ def open_clip(data: bytes) -> Clip:
 
 
 def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> list[np.ndarray]:
-    """Decode the frames at ascending indices; raises BadSample.
-
-    PyAV is tried if decord could open the clip but cannot decode it.
-    """
+    """Decode the frames at ascending indices, by PyAV if decord cannot; raises BadSample."""
     distinct, rows = np.unique(indices, return_inverse=True)
-    try:
-        frames = clip.read(distinct, least)
-    except BadSample:
-        raise
-    except Exception as first:
-        if not isinstance(clip, DecordClip):
-            raise BadSample("undecodable video", brief(first)) from first
+    reasons = []
+    for open_again in (False, True) if isinstance(clip, DecordClip) else (False,):
         try:
-            frames = AvClip(data).read(distinct, least)
+            frames = (AvClip(data) if open_again else clip).read(distinct, least)
         except BadSample:
             raise
-        except Exception as second:
-            raise BadSample("undecodable video", f"{brief(first)}; {brief(second)}") from second
-    return [frames[row] for row in rows.tolist()]
+        except Exception as error:  # each library has its own error types
+            reasons.append(brief(error))
+        else:
+            return [frames[row] for row in rows.tolist()]
+    raise BadSample("undecodable video", "; ".join(reasons))

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode.decoders import FrameChoice
-from data_pipelines.shards.bad_sample import BadSample
-from xray.errors import DataError
+from xray.config import DataConfig
+from xray.errors import BadSample, DataError
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
 START_SECONDS = 120.0  # enough to import the decoders on a busy machine
@@ -148,9 +148,9 @@ class ClipDecoder:
             return 0  # the process has ended; the next poll of its socket raises the error
 
 
-def clip_decoder(seconds: float, gigabytes: float) -> ClipDecoder:
-    """Return the decoder of this process with these limits; a forked worker gets a new one."""
-    return _decoder(os.getpid(), seconds, gigabytes)
+def clip_decoder(data: DataConfig) -> ClipDecoder:
+    """Return the decoder of this process with a config's limits; a forked worker gets a new one."""
+    return _decoder(os.getpid(), data.decode_seconds, data.decode_gb)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,20 +1,26 @@
-"""Transforms from bytes to `[T, 3, S, S]` uint8 tensors; the caller passes the random generator."""
+"""Transforms from bytes to `[T, 3, S, S]` uint8 tensors, and their augmentation.
+
+The caller passes the random generator.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from data_pipelines.decode.augment import augment
 from data_pipelines.decode.decoders import (
     FrameChoice,
     decode_image,
@@ -23,12 +29,12 @@ from data_pipelines.decode.decoders import (
     upright_size,
 )
 from data_pipelines.decode.sandbox import clip_decoder
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.meter import metered
 from data_pipelines.shards.source import Sample
-from data_pipelines.shards.tar_index import media_in
+from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality, media_in
 from xray.config import DataConfig
-from xray.errors import ConfigError
+from xray.config.schedule import value_at
+from xray.errors import BadSample, ConfigError, DataError
 
 # torchvision warns that its decoder moves to torchcodec. We cannot follow yet: torchcodec's wheels
 # need FFmpeg's shared libraries on the machine.
@@ -68,16 +74,17 @@ def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tens
     media, views = media_of(sample), []
     for time in range(clips if sample.modality == "video" else 1):
         if sample.modality == "video":
-            frames, size = _at_time(media, sample, data, time, clips), sample.resolution
+            frames = _at_time(media, sample, data, time, clips)
         else:
-            image = decode_image(media)
-            frames, size = (
-                torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
-                sample.resolution,
-            )
-        height, width = frames.shape[-2:]
-        views += [_resize(frames, box, size) for box in view_boxes(width, height, crops)]
+            frames = _tensor_of(decode_image(media))
+        boxes = view_boxes(frames.shape[3], frames.shape[2], crops)
+        views += [_resize(frames, box, sample.resolution) for box in boxes]
     return torch.stack(views)
+
+
+def _tensor_of(image: Image.Image) -> Tensor:
+    """Convert an image to [1, 3, H, W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: int) -> Tensor:
@@ -85,8 +92,7 @@ def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: i
     settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
     choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
-    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    pixels = decoder.decode(media, choice, sample.resolution).pixels
+    pixels = clip_decoder(data).decode(media, choice, sample.resolution).pixels
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -115,14 +121,15 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
     header = open_image(media)
     width, height = upright_size(header)
     box = crop(width, height)
-    scale = _scale(box, size)
+    # The smallest decoding scale at which the crop has at least `size` pixels per side.
+    scale = min(1.0, max(size / box[2], size / box[3]))
     pixels = None
     if scale > 0.5 and header.format == "JPEG" and header.mode in ("RGB", "L"):
         pixels = _decode_jpeg(media)
     if pixels is None:
-        image = decode_image(media, (math.ceil(width * scale), math.ceil(height * scale)))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _resize(pixels[None], _scaled(box, (width, height), pixels), size)
+        at_least = math.ceil(width * scale), math.ceil(height * scale)
+        pixels = _tensor_of(decode_image(media, at_least))
+    return _resize(pixels, _scaled(box, (width, height), pixels), size)
 
 
 def load_picture(image: Image.Image, size: int) -> Tensor:
@@ -138,15 +145,15 @@ def load_picture(image: Image.Image, size: int) -> Tensor:
         return load_image(media, center_crop, size)
     if not min(image.size):
         raise BadSample("decode error", "the image has no pixels")
-    pixels = torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None]
+    pixels = _tensor_of(upright(image))
     return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
 
 
 def _decode_jpeg(media: bytes) -> Tensor | None:
-    """Decode a JPEG to [3, H, W] at full size, upright; None if torchvision cannot decode it."""
+    """Decode a JPEG to [1, 3, H, W] at full size, upright; None if torchvision cannot decode it."""
     encoded = torch.frombuffer(bytearray(media), dtype=torch.uint8)
     try:
-        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)[None]
     except RuntimeError:
         return None
 
@@ -154,16 +161,13 @@ def _decode_jpeg(media: bytes) -> Tensor | None:
 def load_clip(
     media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
 ) -> Tensor:
-    """Decode frames of a clip, crop them and resize: [T, 3, S, S] uint8.
-
-    Very large frames are scaled down by the decoder. Raises BadSample.
-    """
+    """Decode frames of a clip, crop and resize them: [T, 3, S, S] uint8; raises BadSample."""
     # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
     # least crop_scale[0] and its aspect ratio within ASPECT.
     smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
     least = math.ceil(sample.resolution / smallest)
-    decoder = clip_decoder(data.decode_seconds, data.decode_gb)
-    frames = decoder.decode(media, choose_frames(sample.frames, data, rng), least).pixels
+    choice = choose_frames(sample.frames, data, rng)
+    frames = clip_decoder(data).decode(media, choice, least).pixels
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
     return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
 
@@ -194,11 +198,6 @@ def center_crop(width: int, height: int) -> Box:
     return (width - side) // 2, (height - side) // 2, side, side
 
 
-def _scale(box: Box, size: int) -> float:
-    """Return the smallest decoding scale at which a crop has at least `size` pixels per side."""
-    return min(1.0, max(size / box[2], size / box[3]))
-
-
 def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
     """Convert a box of the full image to an image that was decoded at a smaller scale."""
     height, width = pixels.shape[-2:]
@@ -218,3 +217,77 @@ def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
         return cropped.clone(memory_format=torch.contiguous_format)
     bicubic = InterpolationMode.BICUBIC
     return tv.resize(cropped, [size, size], bicubic, antialias=True).contiguous()
+
+
+Policy = tuple[tuple[float, ...], tuple[int, ...], float]
+
+
+def augment(pixels: Tensor, data: DataConfig, rng: np.random.Generator) -> Tensor:
+    """Apply the configured flip, colour jitter, RandAugment and random erasing.
+
+    pixels: [T, 3, S, S] uint8; the result has the same shape and type. All random numbers come from
+    `rng`, and all frames use the same ones.
+    """
+    if data.flip and rng.random() < 0.5:
+        pixels = pixels.flip(-1)
+    policy = _transforms((tuple(data.color_jitter), tuple(data.rand_augment), data.erase))
+    if policy:
+        with _torch_seeded_by(rng):
+            for transform in policy:
+                pixels = transform(pixels)
+    return pixels
+
+
+@functools.lru_cache(maxsize=8)
+def _transforms(policy: Policy) -> list[v2.Transform]:
+    (brightness, contrast, saturation, hue), (operations, magnitude), erase = policy
+    transforms: list[v2.Transform] = []
+    if any((brightness, contrast, saturation, hue)):
+        transforms.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+    if operations:
+        bilinear = v2.InterpolationMode.BILINEAR
+        transforms.append(v2.RandAugment(operations, magnitude, interpolation=bilinear))
+    if erase:
+        transforms.append(v2.RandomErasing(erase))
+    return transforms
+
+
+@contextmanager
+def _torch_seeded_by(rng: np.random.Generator) -> Iterator[None]:
+    """Seed torch's global CPU generator, which torchvision draws from; restore it afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs too
+    state = generator.get_state()
+    generator.manual_seed(int(rng.integers(2**63)))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def modality_of(path: Path) -> Modality:
+    """Return the modality of a file by its extension; raises DataError for an unknown one."""
+    extension = path.suffix.lower().removeprefix(".")
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    if extension in VIDEO_EXTENSIONS:
+        return "video"
+    supported = ", ".join(f".{name}" for name in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    raise DataError(f"{path} is neither an image nor a video: it must end in one of {supported}")
+
+
+def read_media(path: Path, data: DataConfig) -> Tensor:
+    """Load an image or clip as [T, 3, S, S] uint8, T = 1 for an image; raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    modality, extension = modality_of(path), path.suffix.lower().removeprefix(".")
+    size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
+    sample = Sample({extension: path.read_bytes()}, "file", modality, path.stem, *size)
+    try:
+        return load_pixels(sample, data, None)
+    except BadSample as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_picture(image: Image.Image, data: DataConfig) -> Tensor:
+    """Load a Pillow image as [1, 3, S, S] uint8; raises DataError if it is broken."""
+    return load_picture(image, value_at(data.resolution, 1.0))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode.decoders import open_clip, read_clip
-from data_pipelines.shards.bad_sample import BadSample
+from xray.errors import BadSample
 
 PR_SET_PDEATHSIG = 1
 

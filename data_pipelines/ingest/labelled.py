@@ -9,17 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from data_pipelines.ingest.folders import loops
-from data_pipelines.ingest.items import CAPTION_COLUMNS, Item, captions_in, ending_of
-from data_pipelines.ingest.kind import Request
-from data_pipelines.ingest.plain_files import FileSource, source_of_files
+from data_pipelines.ingest.listing import Item, captions_in, ending_of, loops
+from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
 from data_pipelines.ingest.user_data import kind_of, list_files, open_data
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, media_extensions
 from data_pipelines.text.captions import metadata_of
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 
 LABELS = ("label_name", "label")
 
@@ -62,9 +59,7 @@ def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
     return name.strip(), label if isinstance(label, int) else 0
 
 
-def open_labelled(
-    name: str, pattern: str, modality: Modality, root: str = "", animations: Modality = "image"
-) -> Source:
+def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -> Source:
     """Open shards, a folder or a list as an evaluation set; raises DataError for other data.
 
     Class folders (torchvision's ImageFolder) are FOLDER/CLASS/**/*.jpg, numbered by their sorted
@@ -73,7 +68,7 @@ def open_labelled(
     (`label_name`, or a `label` that is text). If there are numbers beside the names, these give the
     order.
     """
-    where, request = resolve(pattern, root), Request(name, modality, animations)
+    where, request = resolve(pattern, root), Request(name, modality)
     try:
         kind = kind_of(where, ("shards", "folder", "list"), "evaluation")
         if kind == "shards":
@@ -81,7 +76,7 @@ def open_labelled(
         else:
             items = list_files(where)
             check = _checked_rows if kind == "list" else _with_classes
-            items = check(where, items, media_extensions(modality, animations), modality)
+            items = check(where, items, media_extensions(modality, "image"), modality)
             place = where if kind == "folder" else os.path.dirname(where)
             source = source_of_files(items, where, os.path.abspath(place), request)
     except DataError as error:
@@ -149,12 +144,8 @@ def _labelled(item: Item, name: str, number: int) -> Item:
 def _checked_rows(
     where: str, items: list[Item], endings: Sequence[str], modality: Modality
 ) -> list[Item]:
-    """Check the rows of a list, and merge the rows of each file.
-
-    Raises DataError for an incomplete row, or one that does not name a file of the modality.
-    """
-    columns = {key for item in items for key in item.meta}
-    labels = [key for key in LABELS if key in columns]
+    """Check the rows of a list and merge those of each file; raises DataError with the row."""
+    labels = any(key in item.meta for item in items for key in LABELS)
     captioned = any(captions_in(item.meta) for item in items)
     if not labels and not captioned:
         raise DataError(f"{where} has neither a column `label` nor a column `caption`")
@@ -164,7 +155,9 @@ def _checked_rows(
         if not item.path.is_file():
             raise DataError(f"{place}: no file {item.path}")
         if ending_of(item.name) not in endings:
-            raise DataError(f"{place}: {item.name} is none of {', '.join(endings)}")
+            raise DataError(
+                f"{place}: {item.name} is no {modality}: its ending must be {', '.join(endings)}"
+            )
         texts, label = captions_in(item.meta), _label_of(item)
         if captioned and not texts:
             raise DataError(f"{place}: caption is empty")
@@ -174,9 +167,7 @@ def _checked_rows(
         if _label_of(first) != label:
             raise DataError(f"{place}: {item.name} is {label!r}, and {_label_of(first)!r} too")
         if first is not item:
-            rest = {k: v for k, v in first.meta.items() if k not in CAPTION_COLUMNS}
-            meta = {**rest, "captions": captions_in(first.meta) + texts}
-            samples[item.name] = replace(first, meta=meta)
+            samples[item.name] = first.with_captions(captions_in(first.meta) + texts)
     return list(samples.values())
 
 

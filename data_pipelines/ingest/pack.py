@@ -16,21 +16,20 @@ import signal
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.ingest.items import Item
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.process_pool import reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.files import write_text
 
 Progress = Callable[[int, int], None]
@@ -63,27 +62,20 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class PackReport:
-    """Content of the packed folder.
-
-    skipped: cause -> files. reused: shards of an earlier run. classes: number of class folders.
-    outside: files outside all class folders.
-    """
+    """Content of the packed folder."""
 
     shards: int
     samples: int
-    skipped: dict[str, int]
-    reused: int
-    classes: int = 0
-    outside: tuple[str, ...] = ()
+    skipped: dict[str, int]  # cause -> files
+    reused: int  # shards of an earlier run
+    classes: int = 0  # number of class folders
+    outside: tuple[str, ...] = ()  # files outside all class folders
 
 
 def pack(
     source: Path | str, out: Path, config: PackConfig, progress: Progress | None = None
 ) -> PackReport:
-    """Write the missing shards; progress is called with (samples done, all samples).
-
-    Raises ConfigError for a wrong setting or output folder, DataError for unusable input.
-    """
+    """Write missing shards; progress gets (samples done, all). Raises ConfigError or DataError."""
     _check(Path(source), out, config)
     items = list_files(os.path.expanduser(source), user="xray data pack")
     _claim(out, items, config)
@@ -204,8 +196,9 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
     context = multiprocessing.get_context("spawn")
     watched, held = context.Pipe(duplex=False)
     workers = min(config.workers, len(jobs))
+    pool = ProcessPoolExecutor(workers, context, _follow, (watched,))
     try:
-        with watched, held, ProcessPoolExecutor(workers, context, _follow, (watched,)) as pool:
+        with reporting_killed_workers(), watched, held, pool:
             try:
                 futures = [pool.submit(_write_shard, *job, out, config) for job in jobs]
                 for future in as_completed(futures):
@@ -214,11 +207,6 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
             except BaseException:
                 held.close()  # stops the workers at once
                 raise
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, maybe for memory: run the same command again, "
-            "with fewer workers"
-        ) from error
     finally:
         _remove(out, f"{TEMPORARY}*")
 
@@ -240,29 +228,40 @@ def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -
     target = _tar(out, shard)
     temporary = _temporary(target)
     skipped: list[Skipped] = []
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as archive:
-            for number, item in enumerate(items):
-                key = f"{shard:05d}{number:04d}"
-                try:
-                    files = _sample(key, item, out, config)
-                except BadSample as error:
-                    detail = str(error).removeprefix(error.cause).removeprefix(": ")
-                    named = {"key": key, "file": item.name, "cause": error.cause}
-                    skipped.append({**named, "detail": detail})
-                    continue
-                for ending, content in sorted(files.items()):
-                    member = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
-                    member.size, member.mode = len(content), 0o444
-                    archive.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
+    with new_tar(temporary) as add:
+        for number, item in enumerate(items):
+            key = f"{shard:05d}{number:04d}"
+            try:
+                add(key, _sample(key, item, out, config))
+            except BadSample as error:
+                named = {"key": key, "file": item.name, "cause": error.cause}
+                skipped.append({**named, "detail": error.detail})
     _write_lines(out / OF_SHARDS.replace("*", f"{shard:05d}"), skipped)
     if len(skipped) < len(items):
         os.replace(temporary, target)
     else:
         temporary.unlink()  # a tar without samples is not readable
     return len(items)
+
+
+@contextmanager
+def new_tar(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
+    """Write a tar; yields the function that adds the files of a sample, (key, ending -> bytes).
+
+    The bytes of the tar depend only on the samples, and are on disk when the block ends.
+    """
+    with path.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+
+            def add(key: str, files: Mapping[str, bytes]) -> None:
+                for ending, content in sorted(files.items()):
+                    member = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
+                    member.size, member.mode = len(content), 0o444
+                    archive.addfile(member, io.BytesIO(content))
+
+            yield add
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:

@@ -1,48 +1,60 @@
 """Source of plain files: a folder, a list or single files, read as one shard that was not packed.
 
 A sample's files are its picture or clip, and its captions and metadata as `json`, as in a shard
-that `xray data pack` makes of it.
+that `xray data pack` makes of it. A .txt file is also one shard, with a sample per line.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from data_pipelines.ingest.items import MEDIA, Item, ending_of
-from data_pipelines.ingest.kind import Request
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.ingest.listing import Item, ending_of
 from data_pipelines.shards.columns import pack_texts
 from data_pipelines.shards.manifest import COUNTED, Manifest
+from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions, user_cache
-from xray.errors import DataError
+from xray.errors import BadSample, ConfigError, DataError
+from xray.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings of the source to open."""
+
+    name: str
+    modality: Modality | Literal[""] = ""  # "": the first of image, video and text in the data
+    animations: Modality = "image"  # modality of GIF and WebP files
+    cache: ShardCache | None = None
+    verify: bool = True  # compare the manifest with the sizes and times of the tars
+
 
 WORDS = {"image": "pictures", "video": "clips"}
 
 
 @dataclass(frozen=True)
-class SingleShard(Source):
-    """Source of one shard that is no tar; what is derived from it goes to the user's cache.
+class SingleShard(Source, ABC):
+    """Source of one shard that is no tar; what is derived from it goes to the user's cache."""
 
-    place: the folder that the samples' keys and names are relative to.
-    """
-
-    place: str = ""
+    place: str = ""  # the folder that the samples' keys and names are relative to, or the text file
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
         """Return where a file derived from this source is kept."""
         return [user_cache("index") / f"{self.digest[:32]}.{name}"]
 
+    @abstractmethod
     def keys(self) -> list[str]:
         """Return the keys of all samples."""
-        raise NotImplementedError
 
     def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         blob, ends = pack_texts(self.keys())
@@ -141,6 +153,56 @@ def list_file(where: str) -> list[Item]:
     return [Item(path, str(path).lstrip(os.sep))]
 
 
-def is_media(where: str) -> bool:
-    """Return True if a path has the ending of an image or a clip."""
-    return ending_of(where) in MEDIA
+BLOCK = 1 << 24  # bytes of a text file that are looked through at a time
+
+
+@dataclass(frozen=True)
+class LineSource(SingleShard):
+    """Texts, one per line; the key of a line is its number from 1."""
+
+    def keys(self) -> list[str]:
+        """Return the numbers of the lines."""
+        return [str(number) for number in range(1, len(self) + 1)]
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Offset of the end of each line, [N]."""
+        return _line_ends(Path(self.place))
+
+    def read(
+        self, shard: int, member: int, extensions: Sequence[str] | None = None
+    ) -> dict[str, bytes]:
+        """Read one line as the sample's `txt`; raises BadSample for an empty one."""
+        start = int(self.ends[member - 1]) + 1 if member else 0
+        with open(self.place, "rb") as file:
+            file.seek(start)
+            line = file.read(int(self.ends[member]) - start)
+        try:
+            text = line.decode("utf-8" if start else "utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise BadSample("not UTF-8", f"line {member + 1}") from error
+        if not text:
+            raise BadSample("empty line")
+        return {"txt": text.encode()}
+
+
+def _line_ends(path: Path) -> np.ndarray:
+    found, at = [np.empty(0, np.int64)], 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.append(at + np.flatnonzero(np.frombuffer(block, np.uint8) == 10))
+            at += len(block)
+    ends = np.concatenate(found)
+    return ends if at == 0 or (len(ends) and ends[-1] == at - 1) else np.append(ends, at)
+
+
+def open_lines(where: str, request: Request) -> LineSource:
+    """Open a text file; raises DataError for an empty one, ConfigError for another modality."""
+    if request.modality not in ("", "text"):
+        raise ConfigError(f"{where} holds texts: leave out the modality {request.modality}")
+    path = Path(where).absolute()
+    count = len(_line_ends(path))
+    if not count:
+        raise DataError(f"{where} is empty")
+    manifest = manifest_of_one(str(path), count, sha256_file(path))
+    return LineSource(request.name, "text", request.animations, manifest, place=str(path))

@@ -16,19 +16,13 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import (
-    ExifTags,
-    GifImagePlugin,
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import ExifTags, GifImagePlugin, Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
 
 from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
-from data_pipelines.shards.bad_sample import BadSample
+from xray.errors import BadSample
 
 Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, facts such as width and height
+ANIMATED = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
 TEMPORARY = ".packing."  # prefix of the names of unfinished files
 
 
@@ -61,7 +55,9 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("image too large", f"{image.width} x {image.height}")
-        if not 0 < short_side < min(image.size) or _moves(image):
+        larger = 0 < short_side < min(image.size)
+        # Shrinking an animated image would lose its frames.
+        if not larger or (isinstance(image, ANIMATED) and image.is_animated):
             image.load()
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
@@ -77,12 +73,6 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
         buffer = io.BytesIO()
         image.save(buffer, format=form, quality=quality)
     return buffer.getvalue(), ending, {"width": width, "height": height}
-
-
-def _moves(image: Image.Image) -> bool:
-    """Return True if an image is animated: shrinking it would lose its frames."""
-    kinds = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
-    return isinstance(image, kinds) and image.is_animated
 
 
 def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, folder: Path) -> Media:

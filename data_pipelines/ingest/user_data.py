@@ -1,41 +1,66 @@
 """Entry point to a user's data: finds its kind, and opens it with the reader of that kind.
 
-Each command names the kinds that it takes. A kind needs a file with its functions and an entry in
-KINDS.
+Each command names the kinds that it takes. A kind needs its functions and an entry in KINDS.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from data_pipelines.ingest.folders import list_folder
-from data_pipelines.ingest.items import Item
-from data_pipelines.ingest.kind import Kind, Request
-from data_pipelines.ingest.plain_files import is_media, list_file, source_of_files
-from data_pipelines.ingest.tables import READERS, list_table
-from data_pipelines.ingest.text_lines import is_text, open_lines
-from data_pipelines.shards.manifest import open_manifest
+import numpy as np
+
+from data_pipelines.ingest.listing import MEDIA, READERS, Item, ending_of, list_folder, list_table
+from data_pipelines.ingest.plain_files import (
+    FileSource,
+    LineSource,
+    Request,
+    SingleShard,
+    list_file,
+    open_lines,
+    source_of_files,
+)
+from data_pipelines.shards.manifest import open_manifest, resolve, tars_in
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.source import Source, make_cache, open_source
-from data_pipelines.shards.tar_index import Modality
+from data_pipelines.shards.source import (
+    Sample,
+    Source,
+    check_same_on_all_ranks,
+    make_cache,
+    open_source,
+)
+from data_pipelines.shards.tar_index import TEXT_FILES, Modality
+from data_pipelines.text.captions import captions_of
+from xray import dist
 from xray.config import DataConfig
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
+from xray.files import printable
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of data: its description in messages, a test of a path or pattern, and its readers."""
+
+    what: str
+    fits: Callable[[str], bool]
+    open: Callable[[str, Request], Source]
+    items: Callable[[str], list[Item]] | None = None  # lists plain files, if it has some
+
 
 MODALITIES: tuple[Modality, ...] = ("image", "video", "text")
 WILD = "*?[{"
 
 
 def _open_shards(where: str, request: Request) -> Source:
-    cache = request.cache
-    if cache is None and is_remote(where):
-        cache = make_cache(DataConfig())
-    verify = request.verify
+    cache, verify = request.cache, request.verify
     if request.modality:
         modality = request.modality
     else:
+        if cache is None and is_remote(where):
+            cache = make_cache(DataConfig())
         manifest = open_manifest(where, cache, verify)
         counts = {kind: manifest.counts(kind, request.animations).sum() for kind in MODALITIES}
         modality = next((kind for kind in MODALITIES if counts[kind]), "image")
@@ -54,17 +79,12 @@ def _files(items: Callable[[str], list[Item]], place: Callable[[str], str]) -> A
 
 def _is_shards(where: str) -> bool:
     if os.path.isdir(where):
-        with os.scandir(where) as entries:
-            return any(entry.name.endswith(".tar") for entry in entries)
+        return bool(tars_in(where))
     return is_remote(where) or where.endswith(".tar") or _is_pattern(where)
 
 
 def _is_pattern(where: str) -> bool:
     return any(c in where for c in WILD) and not os.path.exists(where)
-
-
-def _is_list(where: str) -> bool:
-    return os.path.splitext(where)[1].lower() in READERS
 
 
 # The kind of a path is the first one that fits.
@@ -75,12 +95,19 @@ KINDS: Mapping[str, Kind] = {
     ),
     "list": Kind(
         "a .csv, .tsv, .jsonl or .parquet list of files",
-        _is_list,
+        lambda where: ending_of(where) in READERS,
         _files(list_table, os.path.dirname),
         list_table,
     ),
-    "file": Kind("a picture or clip", is_media, _files(list_file, lambda _: os.sep), list_file),
-    "text": Kind("a .txt file of one text per line", is_text, open_lines),
+    "file": Kind(
+        "a picture or clip",
+        lambda where: ending_of(where) in MEDIA,
+        _files(list_file, lambda _: os.sep),
+        list_file,
+    ),
+    "text": Kind(
+        "a .txt file of one text per line", lambda where: ending_of(where) == "txt", open_lines
+    ),
 }
 ALL: tuple[str, ...] = tuple(KINDS)
 
@@ -94,7 +121,8 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     if not where:
         raise DataError("no data is named: the path is empty")
     taken = " or ".join(KINDS[name].what for name in accept)
-    fitting = [name for name, kind in KINDS.items() if kind.fits(_path_of(where))]
+    path = where.partition("?")[0] if is_remote(where) else where  # a URL without its query
+    fitting = [name for name, kind in KINDS.items() if kind.fits(path)]
     if is_remote(where):
         if len(fitting) > 1:
             raise DataError(f"{where}: only .tar shards are read from a URL; download the file")
@@ -108,13 +136,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     return fitting[0]
 
 
-def _path_of(where: str) -> str:
-    """Return a URL without its query."""
-    return where.partition("?")[0] if is_remote(where) else where
-
-
 def _advice(where: str, kind: str) -> str:
-    """Return advice for data of a kind that a command does not take."""
     if kind == "shards":
         return f": use shards as they are, as data.sources.NAME.shards={where}"
     if kind in ("folder", "list"):
@@ -136,11 +158,121 @@ def list_files(
 def open_data(
     where: str, request: Request, accept: Collection[str] = ALL, user: str = "xray"
 ) -> Source:
-    """Open a user's data as a source; raises DataError for data that cannot be used.
-
-    accept, user: as in `kind_of`.
-    """
+    """Open a user's data as a source; accept, user: as in `kind_of`. Raises DataError."""
     if request.modality not in ("", *MODALITIES):
         raise ConfigError(f"modality {request.modality}: use image, video or text")
     where = os.path.expanduser(where)
     return KINDS[kind_of(where, accept, user)].open(where, request)
+
+
+def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
+    """Open the sources of a run's blocks, first on rank 0, which indexes them; raises DataError."""
+    remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
+    cache = make_cache(data) if remote else None
+
+    def open_all() -> dict[str, Source]:
+        opened = {}
+        for name in names:
+            config = data.sources[name]
+            where = resolve(config.shards, data.root)
+            own = Request(name, config.modality, config.animations, cache, verify=dist.is_main())
+            try:
+                opened[name] = open_data(where, own, ("shards",), "training")
+            except DataError as error:
+                raise DataError(f"data.sources.{name}: {error}") from error
+        return opened
+
+    sources = dist.main_first(open_all)
+    check_same_on_all_ranks(sources)
+    return sources
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Samples by (shard, member), each with a name."""
+
+    source: Source
+    where: str  # finds them again: a pattern of shards, a folder or a file
+    captions: Mapping[str, float] = field(default_factory=dict)  # their json fields
+    others: int = 0  # of another modality, left out
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples per shard, [S]."""
+        return self.source.counts
+
+    @property
+    def modality(self) -> Modality:
+        """Modality of all samples."""
+        return self.source.modality
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the samples are."""
+        return self.source.digest
+
+    @property
+    def kind(self) -> str:
+        """`shards` or `files`."""
+        return "files" if isinstance(self.source, SingleShard) else "shards"
+
+    def member(self, shard: int, slot: int) -> int:
+        """Return the member that a slot stands for."""
+        return self.source.member(shard, slot)
+
+    def name(self, shard: int, member: int) -> tuple[str, str]:
+        """Return (key, path below `where` of its shard or file)."""
+        key, path = self.source.index(shard).key(member), self.source.manifest.name(shard)
+        if isinstance(self.source, FileSource):
+            path = self.source.items[member].name
+        return printable(key), printable(path)
+
+    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample:
+        """Return a picture or clip to decode; raises BadSample."""
+        if self.modality == "text":
+            raise BadSample("no picture", "a text")
+        return self.source.sample(shard, member, resolution, frames)
+
+    def texts(self, shard: int, member: int) -> list[str]:
+        """Return the captions of a sample; raises BadSample if there are none."""
+        files = self.source.read(shard, member, TEXT_FILES)
+        return [printable(text) for text in captions_of(files, self.captions)]
+
+
+def open_corpus(
+    given: Sequence[str],
+    modality: str = "",
+    texts: bool = False,
+    captions: Mapping[str, float] | None = None,
+) -> Corpus:
+    """Open shards, a folder, a list, a text file, or one or several single files.
+
+    modality: image or video, for data that has both; "" = what there is, pictures first. texts:
+    captions are wanted. Raises ConfigError or DataError for data that holds none of it.
+    """
+    if modality not in ("", "image", "video"):
+        raise ConfigError(f"--modality {modality}: use image or video")
+    request = Request("corpus", cast(Any, "text" if texts else modality))
+    if len(given) == 1:
+        where = os.path.expanduser(given[0])
+        if ending_of(where) == "txt":
+            request = Request("corpus")
+        source = open_data(where, request, user="embedding")
+    else:
+        paths = [os.path.expanduser(name) for name in given]
+        if not all(ending_of(path) in MEDIA for path in paths):
+            raise ConfigError(
+                f"{given[0]}, {given[1]}, ...: give one folder, list, text file or pattern of "
+                "shards, or several pictures or clips"
+            )
+        items = [item for path in paths for item in list_files(path, ("file",))]
+        source = source_of_files(items, ", ".join(given), os.sep, request)
+    if isinstance(source, LineSource):
+        return Corpus(source, source.place)
+    if isinstance(source, FileSource):
+        return Corpus(source, source.place, captions or {}, source.others)
+    where = given[0] if is_remote(given[0]) else os.path.abspath(os.path.expanduser(given[0]))
+    held = {kind: int(source.manifest.counts(kind, "image").sum()) for kind in ("image", "video")}
+    held.pop(source.modality, None)
+    others = 0 if source.modality == "text" else sum(held.values())
+    return Corpus(source, where, captions or {}, others)

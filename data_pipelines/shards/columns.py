@@ -41,10 +41,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
 
 
 def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
-    """Map the columns of a file into memory, and read its facts.
-
-    Raises OSError, ValueError or KeyError for a file that is missing or damaged.
-    """
+    """Map a file's columns, and read its facts; raises OSError, ValueError or KeyError."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > os.fstat(file.fileno()).st_size:
@@ -61,10 +58,7 @@ def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
 
 
 def open_first(paths: Iterable[Path], wanted: Mapping[str, Any]) -> tuple[Columns, dict[str, Any]]:
-    """Open the first file whose facts contain `wanted`; ({}, {}) if there is none.
-
-    Files that are missing or damaged are skipped.
-    """
+    """Open the first readable file whose facts contain `wanted`; ({}, {}) if there is none."""
     for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError):
             columns, facts = open_columns(path)

@@ -13,11 +13,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,13 @@ import numpy as np
 
 from data_pipelines.shards.columns import (
     Columns,
-    open_columns,
+    open_first,
     pack_texts,
     save_columns,
     text_at,
     unpack_texts,
 )
+from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.remote import ShardCache, expand, fetch_small, is_remote
 from data_pipelines.shards.tar_index import (
     INDEX_VERSION,
@@ -57,8 +55,6 @@ COUNTED: tuple[tuple[Modality, Modality], ...] = (
     ("text", "image"),
     ("text", "video"),
 )
-# (indexes, total number) -> the same indexes; shows a progress bar meanwhile
-Progress = Callable[[Iterable[ShardIndex], int], Iterable[ShardIndex]]
 
 
 @dataclass(frozen=True)
@@ -94,20 +90,21 @@ class Manifest:
 
     def path(self, shard: int) -> str:
         """Return the local path or the URL of a shard."""
-        return _join(self.folder, self.name(shard))
+        folder, name = self.folder, self.name(shard)
+        return f"{folder}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
     def counts(self, modality: Modality, animations: Modality) -> np.ndarray:
         """Return the number of samples of a modality in each shard, [S]."""
         return self.columns["counts"][:, COUNTED.index((modality, animations))]
 
-    def checksum(self, shard: int) -> str | None:
-        """Return the sha256 of a tar; None if it was not computed."""
+    def index_digest(self, shard: int) -> str:
+        """Return the digest of the index of a shard."""
+        return self.columns["digests"][shard].tobytes().hex()
+
+    def tar(self, shard: int) -> tuple[int, str | None]:
+        """Return the size in bytes and the sha256 of a tar; None if it was not computed."""
         row = self.columns["sha256"][shard]
-        return row.tobytes().hex() if row.any() else None
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if is_remote(folder) else os.path.join(folder, name)
+        return int(self.columns["sizes"][shard]), row.tobytes().hex() if row.any() else None
 
 
 def resolve(pattern: str, root: str = "") -> str:
@@ -124,8 +121,7 @@ def find_shards(pattern: str) -> list[str]:
     if is_remote(pattern):
         return expand(pattern)
     if os.path.isdir(pattern):
-        with os.scandir(pattern) as entries:
-            paths = sorted(entry.path for entry in entries if entry.name.endswith(".tar"))
+        paths = tars_in(pattern)
     elif any(c in pattern for c in "*?["):
         paths = sorted(glob.glob(pattern))
     else:
@@ -139,6 +135,12 @@ def find_shards(pattern: str) -> list[str]:
     return paths
 
 
+def tars_in(folder: str) -> list[str]:
+    """Return the paths of the tars of a folder, sorted; hidden files are skipped."""
+    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    return sorted(os.path.join(folder, name) for name in names if name.endswith(".tar"))
+
+
 def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = True) -> Manifest:
     """Open the manifest of the shards at a pattern; it is built if there is no current one.
 
@@ -146,9 +148,10 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
     DataError for shards that cannot be used.
     """
     if is_remote(pattern):
-        return _open_remote(pattern, _needed(cache), verify)
+        assert cache is not None, "a remote source is opened with a cache"
+        return _open_remote(pattern, cache, verify)
     folder, wanted = _manifest_path(pattern)
-    loaded = [_load(folder, path) for path in kept_at(wanted)]
+    loaded = [load_manifest(folder, path) for path in kept_at(wanted)]
     manifests = [manifest for manifest in loaded if manifest is not None]
     if manifests and not verify:
         return manifests[0]
@@ -156,7 +159,8 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
     stamps = _stamps(paths)
     names = [os.path.relpath(path, folder) for path in paths]
     for manifest in manifests:
-        if manifest.names == names and _same(manifest.columns, stamps):
+        same = (np.array_equal(manifest.columns[key], stamps[key]) for key in stamps)
+        if manifest.names == names and all(same):
             return manifest
     return write_manifest(pattern)
 
@@ -172,21 +176,19 @@ def write_manifest(
 
     checksum: also compute the sha256 of each tar. Raises DataError for a shard that cannot be used.
     """
+    progress = progress or _log_progress
     if is_remote(pattern):
-        return _write_remote(pattern, _needed(cache), progress or _log_progress)
+        assert cache is not None, "a remote source is opened with a cache"
+        return _write_remote(pattern, cache, progress)
     folder, wanted = _manifest_path(pattern)
     paths = find_shards(pattern)
-    indexes = (progress or _log_progress)(_index_all(paths, checksum, workers), len(paths))
+    indexes = over_shards(functools.partial(_index, paths, checksum), len(paths), workers, progress)
     names = [os.path.relpath(path, folder) for path in paths]
     return _save(folder, cache_path(wanted), names, indexes)
 
 
-def _index_all(paths: list[str], checksum: bool, workers: int) -> Iterator[ShardIndex]:
-    if workers <= 1 or len(paths) == 1:
-        yield from map(index_shard, paths, repeat(checksum))
-        return
-    with ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
-        yield from pool.map(index_shard, paths, repeat(checksum), chunksize=4)
+def _index(paths: list[str], checksum: bool, shard: int) -> ShardIndex:
+    return index_shard(paths[shard], checksum)
 
 
 def _log_progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIndex]:
@@ -201,7 +203,10 @@ def _log_progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIn
 
 
 def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIndex]) -> Manifest:
-    rows = [_row(index) for index in indexes]
+    rows = [
+        {**index.facts, "counts": [len(index.members_with(media_extensions(*k))) for k in COUNTED]}
+        for index in indexes
+    ]
     blob, ends = pack_texts(names)
     digests = b"".join(bytes.fromhex(row["digest"]) for row in rows)
     checksums = b"".join(bytes.fromhex(row["sha256"] or "00" * 32) for row in rows)
@@ -220,20 +225,11 @@ def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIn
     return Manifest(folder, columns, facts)
 
 
-def _row(index: ShardIndex) -> dict[str, Any]:
-    counts = [len(index.members_with(media_extensions(*kind))) for kind in COUNTED]
-    return {**index.facts, "counts": counts}
-
-
-def _load(folder: str, cached: Path) -> Manifest | None:
-    try:
-        columns, facts = open_columns(cached)
-        version = facts["version"], facts["index_version"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return (
-        Manifest(folder, columns, facts) if version == (MANIFEST_VERSION, INDEX_VERSION) else None
-    )
+def load_manifest(folder: str, cached: Path) -> Manifest | None:
+    """Load a manifest from a file; None if it is missing, damaged or of another version."""
+    versions = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION}
+    columns, facts = open_first([cached], versions)
+    return Manifest(folder, columns, facts) if columns else None
 
 
 def _manifest_path(pattern: str) -> tuple[str, Path]:
@@ -253,10 +249,6 @@ def _manifest_path(pattern: str) -> tuple[str, Path]:
     return folder, Path(folder) / name
 
 
-def _same(columns: Columns, others: Columns) -> bool:
-    return all(np.array_equal(columns[name], column) for name, column in others.items())
-
-
 def _stamps(paths: list[str]) -> Columns:
     sizes, mtimes = np.empty(len(paths), np.int64), np.empty(len(paths), np.int64)
     for number, path in enumerate(paths):
@@ -269,11 +261,6 @@ def _stamps(paths: list[str]) -> Columns:
 
 
 # remote ---------------------------------------------------------------------------------------
-
-
-def _needed(cache: ShardCache | None) -> ShardCache:
-    assert cache is not None, "a remote source is opened with a cache"
-    return cache
 
 
 def _remote_folder(pattern: str) -> str:
@@ -290,19 +277,16 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
     the size of each tar that it downloads.
     """
-    folder, cached = _remote_folder(pattern), _remote_manifest(pattern, cache)
-    manifest = _load(folder, cached)
-    is_folder = folder == pattern.rstrip("/")
-    if (verify or manifest is None) and is_folder:
-        content = fetch_small(f"{folder}/shards.manifest", cache.patience)
-        if content is not None:
-            _write(cached, content)
-            manifest = _load(folder, cached)
-            if manifest is not None and not all(map(is_inside, manifest.names)):
-                raise DataError(
-                    f"{folder}/shards.manifest names shards outside its folder: write it again "
-                    "with xray data index"
-                )
+    folder, cached = _remote_folder(pattern), kept_of_remote(pattern, cache, "manifest")
+    manifest = load_manifest(folder, cached)
+    beside = f"{folder}/shards.manifest" if folder == pattern.rstrip("/") else ""
+    wanted = beside and (verify or manifest is None)
+    if wanted and _fetched(beside, cached, cache.patience):
+        manifest = load_manifest(folder, cached)
+        if manifest is not None and not all(map(is_inside, manifest.names)):
+            raise DataError(
+                f"{beside} names shards outside its folder: write it again with xray data index"
+            )
     return manifest or _write_remote(pattern, cache, _log_progress)
 
 
@@ -310,11 +294,7 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
     folder, urls = _remote_folder(pattern), find_shards(pattern)
     indexes = progress((remote_index(url, cache, rebuild=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
-    return _save(folder, _remote_manifest(pattern, cache), names, indexes)
-
-
-def _remote_manifest(pattern: str, cache: ShardCache) -> Path:
-    return kept_of_remote(pattern, cache, "manifest")
+    return _save(folder, kept_of_remote(pattern, cache, "manifest"), names, indexes)
 
 
 def kept_of_remote(url: str, cache: ShardCache, ending: str) -> Path:
@@ -336,12 +316,9 @@ def remote_index(
     rebuild: ignore the cached index and the cached tar.
     """
     cached = kept_of_remote(url, cache, "index")
-    index = None if rebuild else load_index(url, cached)
-    if index is None:
-        content = fetch_small(f"{url}.index", cache.patience)
-        if content is not None:
-            _write(cached, content)
-            index = load_index(url, cached)
+    index = None if rebuild else load_index(url, [cached])
+    if index is None and _fetched(f"{url}.index", cached, cache.patience):
+        index = load_index(url, [cached])
     if index is None:
         if rebuild:
             cache.forget(url)
@@ -351,6 +328,10 @@ def remote_index(
     return index
 
 
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path, unique_temporary(path)) as temporary:
-        temporary.write_bytes(content)
+def _fetched(url: str, target: Path, patience: float) -> bool:
+    """Download a small file; returns False if it does not exist."""
+    content = fetch_small(url, patience)
+    if content is not None:
+        with replacing(target, unique_temporary(target)) as temporary:
+            temporary.write_bytes(content)
+    return content is not None

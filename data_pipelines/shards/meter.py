@@ -22,8 +22,7 @@ def metered(name: str) -> Iterator[None]:
 
 def count(name: str, times: int, seconds: float = 0.0) -> None:
     """Add `times` and `seconds` to the counter `name`."""
-    before = _reading.get(name, (0, 0.0))
-    _reading[name] = (before[0] + times, before[1] + seconds)
+    add(_reading, {name: (times, seconds)})
 
 
 def take() -> Reading:

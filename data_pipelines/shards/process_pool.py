@@ -20,12 +20,19 @@ AHEAD = 4  # submitted jobs per process; a limit, because finished results may b
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
-def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
+def over_shards(
+    work: Callable[[int], T], count: int, workers: int, progress: Progress | None = None
+) -> Iterable[T]:
     """Yield work(0), ..., work(count - 1) in order.
 
     With more than one worker, the calls run in spawned processes, and `work` is pickled once per
     process. Raises any error that `work` raises, and DataError if a process was killed.
     """
+    results = _results(work, count, workers)
+    return progress(results, count) if progress else results
+
+
+def _results(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
     if workers <= 1 or count <= 1:
         yield from map(work, range(count))
         return
@@ -33,20 +40,28 @@ def over_shards(work: Callable[[int], T], count: int, workers: int) -> Iterator[
     pool = ProcessPoolExecutor(min(workers, count), context, _start, (work,))
     waiting: deque[Future[T]] = deque()
     try:
-        for shard in range(count):
-            with _uninterrupted():
-                waiting.append(pool.submit(_call, shard))
-            if len(waiting) > AHEAD * workers:
+        with reporting_killed_workers():
+            for shard in range(count):
+                with _uninterrupted():
+                    waiting.append(pool.submit(_call, shard))
+                if len(waiting) > AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, possibly by the out-of-memory killer: try again with "
-            "fewer workers"
-        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def reporting_killed_workers(killed: type[Exception] = BrokenProcessPool) -> Iterator[None]:
+    """Convert the error of a pool whose process was killed to DataError."""
+    try:
+        yield
+    except killed as error:
+        raise DataError(
+            "a worker process was killed, possibly by the out-of-memory killer: run the same "
+            "command again with fewer workers"
+        ) from error
 
 
 @contextmanager

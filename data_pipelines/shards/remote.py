@@ -88,10 +88,7 @@ def expand(url: str) -> list[str]:
 
 
 def fetch_small(url: str, patience: float) -> bytes | None:
-    """Download a small file to memory; None if it does not exist.
-
-    Raises DataError if it cannot be downloaded within `patience` seconds.
-    """
+    """Download a small file to memory, None if it does not exist; raises DataError."""
     with suppress(FileNotFoundError):
         body = persist(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
         return body.getvalue()

@@ -30,16 +30,12 @@ Work = Callable[[int], Columns]  # shard number -> its table; pickled once per w
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Tables of all shards of a source under one name.
-
-    totals: columns of the summary; `counts` holds the rows per shard, [S] int64. facts: settings
-    and digests that the sidecar was made with.
-    """
+    """Tables of all shards of a source under one name."""
 
     source: Source
     name: str
-    totals: Columns
-    facts: Mapping[str, Any]
+    totals: Columns  # columns of the summary; `counts` holds the rows per shard, [S] int64
+    facts: Mapping[str, Any]  # settings and digests that it was made with
 
     @property
     def counts(self) -> np.ndarray:
@@ -52,10 +48,7 @@ class Sidecar:
         return self.facts["digest"]
 
     def table(self, shard: int) -> Columns:
-        """Return the memory-mapped columns of a shard.
-
-        Raises DataError for a file that is missing, damaged or made from another shard.
-        """
+        """Return the memory-mapped columns of a shard; raises DataError if they cannot be used."""
         return self._opened(shard)
 
     @functools.cached_property
@@ -78,6 +71,12 @@ class Sidecar:
         start = int(table["ends"][member - 1]) if member else 0
         return table[column][start : int(table["ends"][member])]
 
+    def find(self, shard: int, member: int) -> int | None:
+        """Return the row of a member in a table with rows for some members; None = no row."""
+        members = self.table(shard)["members"]
+        row = int(np.searchsorted(members, member))
+        return row if row < len(members) and members[row] == member else None
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_opened"}
 
@@ -90,10 +89,7 @@ def open_sidecar(source: Source, name: str) -> Sidecar | None:
 
 
 def open_whole(source: Source, name: str) -> Sidecar | None:
-    """Open a sidecar only if the tables of all its shards can be read, else return None.
-
-    Commands that can rewrite a lost table use this; readers use `open_sidecar`.
-    """
+    """Open a sidecar if all its tables can be read, for commands that can rewrite lost ones."""
     sidecar = open_sidecar(source, name)
     shards = range(len(sidecar.counts)) if sidecar is not None else range(0)
     return sidecar if all(_load(source, name, shard) is not None for shard in shards) else None
@@ -107,14 +103,10 @@ def write_sidecar(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Sidecar:
-    """Write the tables that are missing, then the summary; existing tables are kept.
-
-    `name` must differ between different settings, for example by a hash of them.
-    """
-    shards = len(source.manifest)
-    results = over_shards(_Writer(source, name, work), shards, workers)
-    tables = list(progress(results, shards) if progress else results)
-    return finish_sidecar(source, name, tables, facts)
+    """Write the missing tables, then the summary; different settings need different names."""
+    write = functools.partial(_write_table, source, name, work)
+    tables = over_shards(write, len(source.manifest), workers, progress)
+    return finish_sidecar(source, name, facts, tables=list(tables))
 
 
 def save_table(source: Source, name: str, shard: int, columns: Columns) -> None:
@@ -132,37 +124,33 @@ def saved_table(source: Source, name: str, shard: int) -> tuple[int, str] | None
 def finish_sidecar(
     source: Source,
     name: str,
-    tables: Sequence[tuple[int, str]],
     facts: Mapping[str, Any],
     totals: Mapping[str, np.ndarray] | None = None,
+    tables: Sequence[tuple[int, str] | None] = (),
 ) -> Sidecar:
-    """Write the summary of a sidecar from (rows, digest) of each of its tables."""
-    digests = "".join(digest for _, digest in tables)
-    state = hashlib.sha256(digests.encode())
+    """Write the summary of a sidecar; tables: (rows, digest) of each, if the caller knows them."""
+    if not tables:
+        tables = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
+    known = [table for table in tables if table is not None]
+    state = hashlib.sha256("".join(digest for _, digest in known).encode())
     columns = dict(totals or {})
     for key in sorted(columns):
         state.update(columns[key].tobytes())
-    columns["counts"] = np.array([count for count, _ in tables], np.int64)
+    columns["counts"] = np.array([count for count, _ in known], np.int64)
     manifest = {"version": VERSION, "manifest": source.manifest.digest}
     facts = {**facts, **manifest, "digest": state.hexdigest()}
     save_columns(source.derived(name), columns, facts)
     return Sidecar(source, name, columns, facts)
 
 
-@dataclass(frozen=True)
-class _Writer:
-    source: Source
-    name: str
-    work: Work
-
-    def __call__(self, shard: int) -> tuple[int, str]:
-        """Return (rows, digest) of the table of a shard, which is written if it is missing."""
-        saved = saved_table(self.source, self.name, shard)
-        if saved is not None:
-            return saved
-        columns = self.work(shard)
-        save_table(self.source, self.name, shard, columns)
-        return _size_and_digest(columns)
+def _write_table(source: Source, name: str, work: Work, shard: int) -> tuple[int, str]:
+    """Return (rows, digest) of the table of a shard, which is written if it is missing."""
+    saved = saved_table(source, name, shard)
+    if saved is not None:
+        return saved
+    columns = work(shard)
+    save_table(source, name, shard, columns)
+    return _size_and_digest(columns)
 
 
 def _size_and_digest(columns: Columns) -> tuple[int, str]:

@@ -109,15 +109,13 @@ class Source:
 
     def _open(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         path = self.manifest.path(shard)
-        size = int(self.manifest.columns["sizes"][shard])
+        wanted = self.manifest.index_digest(shard)
         if self.cache is not None:
-            index = remote_index(path, self.cache, size, self.manifest.checksum(shard))
+            index = remote_index(path, self.cache, *self.manifest.tar(shard))
         else:  # the manifest was compared with the tars when it was opened
-            wanted = self.manifest.columns["digests"][shard].tobytes().hex()
-            kept = [load_index(path, place) for place in kept_at(Path(f"{path}.index"))]
-            current = [i for i in kept if i is not None and i.facts["digest"] == wanted]
-            index = current[0] if current else index_shard(path)
-        if index.facts["digest"] != self.manifest.columns["digests"][shard].tobytes().hex():
+            places = kept_at(Path(f"{path}.index"))
+            index = load_index(path, places, digest=wanted) or index_shard(path)
+        if index.facts["digest"] != wanted:
             raise DataError(f"shard {path} changed since it was indexed: restart the run")
         return index, index.members_with(media_extensions(self.modality, self.animations))
 
@@ -161,17 +159,15 @@ class Source:
         """Return the local copy of a remote tar, fetched if necessary; "" for a local tar."""
         if self.cache is None:
             return ""
-        size = int(self.manifest.columns["sizes"][shard])
         misses = self.cache.misses
-        local = self.cache.fetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+        local = self.cache.fetch(self.manifest.path(shard), *self.manifest.tar(shard))
         meter.count("miss" if self.cache.misses > misses else "hit", 1)
         return str(local)
 
     def prefetch(self, shard: int) -> None:
         """Start fetching a remote tar; do nothing for a local one."""
         if self.cache is not None:
-            size = int(self.manifest.columns["sizes"][shard])
-            self.cache.prefetch(self.manifest.path(shard), size, self.manifest.checksum(shard))
+            self.cache.prefetch(self.manifest.path(shard), *self.manifest.tar(shard))
 
     def sample(
         self, shard: int, member: int, resolution: int, frames: int, slot: int | None = None
@@ -227,7 +223,12 @@ def open_source(
         raise DataError(f"source {name!r}: {error}") from error
     source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)
     if source.cache is not None and len(manifest):
-        _check_cache_holds(source)
+        largest = int(manifest.columns["sizes"].max())
+        if largest > source.cache.limit:
+            raise DataError(
+                f"a shard of source {name!r} has {largest / 1e9:.1f} GB, more than the whole "
+                f"cache: raise data.cache_gb above {source.cache.limit / 1e9:g}"
+            )
     empty = np.flatnonzero(source.counts == 0)
     if len(empty):
         index = source.index(int(empty[0]))
@@ -236,16 +237,6 @@ def open_source(
             f"{', '.join(index.extensions)}: correct its shards or its modality"
         )
     return source
-
-
-def _check_cache_holds(source: Source) -> None:
-    assert source.cache is not None
-    largest = int(source.manifest.columns["sizes"].max())
-    if largest > source.cache.limit:
-        raise DataError(
-            f"a shard of source {source.name!r} has {largest / 1e9:.1f} GB, more than the whole "
-            f"cache: raise data.cache_gb above {source.cache.limit / 1e9:g}"
-        )
 
 
 def make_cache(data: DataConfig) -> ShardCache:

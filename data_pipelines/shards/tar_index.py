@@ -11,23 +11,22 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import (
     Columns,
-    open_columns,
+    open_first,
     pack_texts,
     save_columns,
     text_at,
     unpack_texts,
 )
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.files import sha256_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -146,24 +145,19 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
     if not os.access(path, os.R_OK):
         raise DataError(f"shard {path} cannot be read: permission denied")
     wanted = path.with_name(path.name + ".index")
-    stamp = (status.st_size, status.st_mtime_ns)
-    for kept in kept_at(wanted):
-        index = load_index(str(path), kept)
-        current = index is not None and (index.facts["size"], index.facts["mtime"]) == stamp
-        if index is not None and current and (index.facts["sha256"] or not checksum):
-            return index
+    stamp = {"size": status.st_size, "mtime": status.st_mtime_ns}
+    index = load_index(str(path), kept_at(wanted), **stamp)
+    if index is not None and (index.facts["sha256"] or not checksum):
+        return index
     index = build_index(path, checksum)
     save_columns(cache_path(wanted), index.columns, index.facts)
     return index
 
 
-def load_index(path: str, cached: Path) -> ShardIndex | None:
-    """Load an index from a file; None if the file is missing, damaged or of another version."""
-    try:
-        columns, facts = open_columns(cached)
-        return ShardIndex(path, columns, facts) if facts["version"] == INDEX_VERSION else None
-    except (OSError, ValueError, KeyError):
-        return None
+def load_index(path: str, places: Iterable[Path], **wanted: Any) -> ShardIndex | None:
+    """Load the first readable index of this version with these facts; None if there is none."""
+    columns, facts = open_first(places, {"version": INDEX_VERSION, **wanted})
+    return ShardIndex(path, columns, facts) if columns else None
 
 
 def build_index(path: Path, checksum: bool = False) -> ShardIndex:

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.decode.sandbox import Killed
 from data_pipelines.shards import meter
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.sampling import (
@@ -29,7 +28,7 @@ from data_pipelines.stream.sampling import (
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
-from xray.errors import DataError, brief
+from xray.errors import BadSample, DataError, brief
 
 Fields = dict[str, Tensor]
 
@@ -70,23 +69,14 @@ class Loaded:
         return self
 
 
+@dataclass
 class StreamDataset(Dataset):
-    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time.
+    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time."""
 
-    seed: None = no randomness, that is centre crops, middle frames and first captions.
-    """
-
-    def __init__(
-        self,
-        plans: dict[str, SamplePlan],
-        transform: Transform,
-        collate: Collate,
-        seed: int | None,
-    ) -> None:
-        self.plans = plans
-        self.transform = transform
-        self.collate = collate
-        self.seed = seed
+    plans: dict[str, SamplePlan]
+    transform: Transform
+    collate: Collate
+    seed: int | None  # None = no randomness: centre crops, middle frames, first captions
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
         bad: list[Replaced] = []
@@ -103,10 +93,7 @@ class StreamDataset(Dataset):
         return np.random.default_rng([self.seed, source, ref.position, attempt])
 
     def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
-        """Load a sample, or else the first of its replacements that can be used.
-
-        Appends the unusable ones to `bad`.
-        """
+        """Load a sample or its first usable replacement; append the unusable ones to `bad`."""
         plan = self.plans[ref.source]
         for attempt in range(ATTEMPTS):
             shard, slot = ref.shard, ref.slot
@@ -232,10 +219,7 @@ class WholeDataset(Dataset):
         return self.load(item)
 
     def load(self, number: int, rng: np.random.Generator | None = None) -> Fields | str:
-        """Load a sample; if it cannot be used, return the reason as text.
-
-        An exception would lose its text on the way from a worker.
-        """
+        """Load a sample, or return the reason: an exception would lose its text in a worker."""
         shard, member = self.members[number]
         try:
             sample = self.source.sample(shard, member, *self.size)
@@ -248,10 +232,7 @@ class WholeDataset(Dataset):
 def iterate_source(
     source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
 ) -> Iterator[Fields]:
-    """Yield batches of all samples of a source, in order, for evaluation.
-
-    Raises DataError for a sample that cannot be used.
-    """
+    """Yield batches of all samples of a source in order, for evaluation; raises DataError."""
     dataset = WholeDataset(source, transform, data)
     yield from iterate_batches(dataset, collate, data.workers, batch_size=batch_size)
 

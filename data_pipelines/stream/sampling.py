@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -129,26 +129,20 @@ class SamplePlan:
         first = np.where(groups > 0, ends[groups * self.group - 1], 0)
         return groups, first, ends[last] - first
 
-    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """Return (shard, slot) of a replacement for a bad sample; deterministic.
-
-        The first half of the attempts stay in the same group of shards, whose tars are already
-        downloaded. Later attempts draw from the whole epoch.
-        """
-        epoch, offset = divmod(position, self.total)
-        _, first, size = (
-            int(values[0]) for values in self._groups(self._epoch(epoch)[1], np.array([offset]))
-        )
-        if attempt >= ATTEMPTS // 2:
-            first, size = 0, self.total
-        draw = keys_of([*self.entropy, PURPOSE["stand-in"], attempt], np.array([position]))
-        replacement = epoch * self.total + first + int(draw[0] % np.uint64(size))
-        return self.candidate(replacement, 0)
-
     def candidate(self, position: int, attempt: int) -> tuple[int, int]:
-        """Return (shard, slot) of a position: attempt 0 = its sample, n = its n-th replacement."""
+        """Return (shard, slot) of a position: attempt 0 = its sample, n = its n-th replacement.
+
+        The first half of the replacements are from the same group of shards, whose tars are already
+        downloaded. Later ones are drawn from the whole epoch.
+        """
         if attempt:
-            return self.replacement(position, attempt - 1)
+            epoch, offset = divmod(position, self.total)
+            groups = self._groups(self._epoch(epoch)[1], np.array([offset]))
+            first, size = int(groups[1][0]), int(groups[2][0])
+            if attempt > ATTEMPTS // 2:
+                first, size = 0, self.total
+            draw = keys_of([*self.entropy, PURPOSE["stand-in"], attempt - 1], np.array([position]))
+            position = epoch * self.total + first + int(draw[0] % np.uint64(size))
         shards, slots = self.locate(np.array([position]))
         return int(shards[0]), int(slots[0])
 
@@ -250,26 +244,17 @@ def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[
     return [weight / sum(raw) for weight in raw]
 
 
+@dataclass
 class StepSampler:
-    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps.
+    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps."""
 
-    same: use the samples of step 0 in every step (`debug.overfit_batch`).
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[BlockConfig],
-        plans: dict[str, SamplePlan],
-        shape: Callable[[int], StepShape],
-        steps: range,
-        same: bool = False,
-    ) -> None:
-        self.same = same
-        self.blocks = blocks
-        self.plans = plans
-        self.shape = shape
-        self.steps = steps
-        self._prefetched: dict[int, set[int]] = {}  # block -> shards of the last prefetch
+    blocks: Sequence[BlockConfig]
+    plans: dict[str, SamplePlan]
+    shape: Callable[[int], StepShape]
+    steps: range
+    same: bool = False  # use the samples of step 0 in every step (`debug.overfit_batch`)
+    # block -> shards of the last prefetch
+    _prefetched: dict[int, set[int]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return sum(len(self.shape(step).micro) for step in self.steps)
@@ -324,8 +309,7 @@ def make_plans(
     blocks: Sequence[BlockConfig], sources: dict[str, Source], data: DataConfig, seed: int
 ) -> dict[str, SamplePlan]:
     """Make a sampling plan for each source that the blocks use."""
-    plans = {}
-    for block in blocks:
-        lanes = data.lanes or default_lanes(block.samples)
-        plans[block.source] = SamplePlan(sources[block.source], lanes, data.shuffle_shards, seed)
-    return plans
+    return {
+        name: SamplePlan(sources[name], lanes, data.shuffle_shards, seed)
+        for name, lanes in ((b.source, data.lanes or default_lanes(b.samples)) for b in blocks)
+    }

@@ -75,10 +75,7 @@ def replication(
 
 
 def rarest_of(ids: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the rarest tag of each sample that has tags, [m].
-
-    Of tags with equal counts, the one with the larger id counts as rarer.
-    """
+    """Return the rarest tag of each sample that has tags, [m]; of equal counts, the larger id."""
     starts = np.concatenate([[0], ends[:-1]])
     starts = starts[ends > starts]
     if not len(starts):

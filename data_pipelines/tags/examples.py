@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
-from data_pipelines.shards.utf8 import printable
 from data_pipelines.tags.reader import TagReader, TagsConfig
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
+from xray.errors import BadSample
+from xray.files import printable
 
 EXAMPLES, LETTERS = 3, 80  # samples per tag, and letters of each
 MOST_READ = 100_000  # samples of a source that are searched for examples
@@ -43,11 +43,7 @@ def find_examples(
 
 
 def _caption_with(
-    tag: str,
-    files: dict[str, bytes],
-    vocabulary: Vocabulary,
-    reader: TagReader,
-    config: TagsConfig,
+    tag: str, files: dict[str, bytes], vocabulary: Vocabulary, reader: TagReader, config: TagsConfig
 ) -> str:
     """Return the caption that has a tag, else the first caption, else ""."""
     try:

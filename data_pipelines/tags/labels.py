@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns, open_first, save_columns
-from data_pipelines.shards.process_pool import Progress
 from data_pipelines.shards.sidecar import CopySlots, Sidecar, open_sidecar, pack_rows, write_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
@@ -31,7 +29,7 @@ from data_pipelines.tags.balance import (
 from data_pipelines.tags.reader import Origin, TagReader, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray.config.identity import hash_json
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 
 # Columns of a teacher's sidecar: tag ids, their probabilities, and 1 for a tag that the teacher
 # would add. The sample's original tags are always included. `totals["prior"]` holds the mean
@@ -43,10 +41,7 @@ MIN_PRIOR = 1e-12  # avoids a division by 0
 def teacher_sidecar(
     name: str, source: Source, origin: Origin, field: str, captions: Mapping[str, float]
 ) -> str:
-    """Return the name of a teacher's sidecar for a source: `name` plus a hash.
-
-    The hash covers the modality of the source and the fields that its tags are read from.
-    """
+    """Return `name` plus a hash of a source's modality and of the fields of its tags."""
     fields = field if origin == "hashtags" else dict(captions)
     digest = hash_json([source.modality, source.animations, origin, fields])
     return f"{name}-{digest[:8]}"
@@ -78,11 +73,9 @@ class Labeller:
     captions: Mapping[str, float] = field(default_factory=dict)  # JSON fields of the captions
 
     def __call__(self, shard: int) -> Columns:
-        ids, weights = [], []
-        for member, tags in enumerate(self._tags_of_members(shard)):
-            member_ids, member_weights = self._apply_teacher(shard, member, tags)
-            ids.append(member_ids)
-            weights.append(member_weights)
+        tags = enumerate(self._tags_of_members(shard))
+        rows = [self._apply_teacher(shard, member, own) for member, own in tags]
+        ids, weights = [ids for ids, _ in rows], [weights for _, weights in rows]
         packed, ends = pack_rows(ids, np.int32)
         return {"ids": packed, "weights": pack_rows(weights, np.float32)[0], "ends": ends}
 
@@ -123,37 +116,31 @@ class Labeller:
         return {key: value for key, value in vars(self).items() if key != "_reader"}
 
 
-def label(work: Labeller, workers: int = 1, progress: Progress | None = None) -> Sidecar:
+def label(work: Labeller, workers: int = 1) -> Sidecar:
     """Make the labels of a source, or open the sidecar if it exists with the same settings."""
     teacher = work.teacher.digest if work.teacher is not None else ""
-    vocabulary = work.vocabulary.digest
-    use = asdict(work.use) if teacher else {}
     facts = {
-        "vocabulary": vocabulary,
+        "vocabulary": work.vocabulary.digest,
         "tags": work.origin,
         "field": work.rules.field,
         "captions": dict(work.captions),
         "teacher": teacher,
-        "use": use,
+        "use": asdict(work.use) if teacher else {},
         "modality": [work.source.modality, work.source.animations],
         "slots": work.source.slots.digest if work.source.slots is not None else "",
     }
     name = f"labels-{hash_json({**facts, 'manifest': work.source.manifest.digest})[:12]}"
     labels = open_sidecar(work.source, name)
-    return labels or write_sidecar(work.source, name, work, facts, workers, progress)
+    return labels or write_sidecar(work.source, name, work, facts, workers)
 
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Numbers of labelled samples.
+    """Numbers of labelled samples."""
 
-    own: samples with tags from the data. tags: number of those tags. taught: samples whose tags all
-    come from the teacher.
-    """
-
-    own: int
-    tags: int
-    taught: int
+    own: int  # samples with tags from the data
+    tags: int  # number of those tags
+    taught: int  # samples whose tags all come from the teacher
 
 
 def count_labels(labels: Sidecar) -> LabelCounts:
@@ -170,16 +157,13 @@ def count_labels(labels: Sidecar) -> LabelCounts:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Source whose slots repeat samples with rare tags.
-
-    counts: samples with each tag, [V]. unique: number of labelled samples.
-    """
+    """Source whose slots repeat samples with rare tags."""
 
     source: Source
     labels: Sidecar
     replication: Replication
-    counts: np.ndarray
-    unique: int
+    counts: np.ndarray  # samples with each tag, [V]
+    unique: int  # number of labelled samples
     seed: int
 
     @property
@@ -195,10 +179,7 @@ class Balanced:
     def labels_of(
         self, shard: int, member: int, copy: int, strip: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids, weights) of a copy of a sample.
-
-        strip: drop the tags that this copy does not keep (`Replication.kept`).
-        """
+        """Return (ids, weights) of a copy of a sample; strip: only those that the copy keeps."""
         ids, weights = (self.labels.row(shard, member, name) for name in ("ids", "weights"))
         if strip and copy:
             u = uniform(self.seed, self.source.identity(shard, member))
@@ -216,10 +197,7 @@ def balanced(
     seed: int,
     workers: int = 1,
 ) -> Balanced:
-    """Make slots for the labelled samples of a source, in an epoch of `length` slots per sample.
-
-    The length holds approximately. Raises DataError if no sample has a label.
-    """
+    """Make about `length` slots per labelled sample; raises DataError if none is labelled."""
     counts, rarest = _tag_counts(labels, tags)
     unique = int(rarest.sum())
     if not unique:
@@ -228,16 +206,10 @@ def balanced(
             f"tags come from, for example data.sources.{source.name}.tags=caption_words"
         )
     factors, threshold = replication(counts, rarest, balance, length)
-    facts = {
-        "labels": labels.digest,
-        "balance": balance,
-        "threshold": threshold,
-        "seed": seed,
-    }
+    facts = {"labels": labels.digest, "balance": balance, "threshold": threshold, "seed": seed}
     name = f"slots-{hash_json(facts)[:12]}"
-    sidecar = open_sidecar(source, name) or write_sidecar(
-        source, name, _SlotWriter(source, labels, factors, seed), facts, workers
-    )
+    work = functools.partial(_slots, source, labels, factors, seed)
+    sidecar = open_sidecar(source, name) or write_sidecar(source, name, work, facts, workers)
     return Balanced(source.with_slots(CopySlots(sidecar)), labels, factors, counts, unique, seed)
 
 
@@ -259,10 +231,7 @@ def mean_frequency(blocks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
 
 
 def _tag_counts(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count the samples with each tag, and the samples whose rarest tag it is, [V] each.
-
-    The counts are saved beside the labels.
-    """
+    """Count samples with each tag, and those whose rarest tag it is, [V]; saved with labels."""
     name, facts = f"{labels.name}-counts", {"labels": labels.digest}
     saved, _ = open_first(labels.source.derived_at(name), facts)
     if saved:
@@ -282,15 +251,8 @@ def _rows(labels: Sidecar) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield table["ids"], table["ends"]
 
 
-@dataclass(frozen=True)
-class _SlotWriter:
-    source: Source
-    labels: Sidecar
-    replication: Replication
-    seed: int
-
-    def __call__(self, shard: int) -> Columns:
-        table, size = self.labels.table(shard), len(self.source.index(shard))
-        u = np.array([uniform(self.seed, self.source.identity(shard, m)) for m in range(size)])
-        members, copies = slots_of(self.replication.copies(table["ids"], table["ends"], u))
-        return {"members": members, "copies": copies}
+def _slots(source: Source, labels: Sidecar, factors: Replication, seed: int, shard: int) -> Columns:
+    table, size = labels.table(shard), len(source.index(shard))
+    u = np.array([uniform(seed, source.identity(shard, member)) for member in range(size)])
+    members, copies = slots_of(factors.copies(table["ids"], table["ends"], u))
+    return {"members": members, "copies": copies}

@@ -15,12 +15,11 @@ from typing import Literal
 
 import regex
 
-from data_pipelines.shards.bad_sample import BadSample
-from data_pipelines.shards.utf8 import read_utf8
 from data_pipelines.tags.concept_matcher import UNSPACED, ConceptMatcher
 from data_pipelines.text.captions import captions_of, metadata_of
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
+from xray.files import read_utf8
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
 
@@ -89,17 +88,13 @@ def canonical(tag: str) -> str:
     return plain.strip().lstrip("#").strip().casefold()
 
 
+@dataclass
 class TagReader:
-    """Reader of the tags of samples.
+    """Reader of the tags of samples."""
 
-    field: JSON field of hashtags. aliases: alias -> tag. concepts: all spellings of the concepts
-    that `tags: concepts` searches for in captions.
-    """
-
-    def __init__(
-        self, field: str, aliases: Mapping[str, str], concepts: Iterable[str] = ()
-    ) -> None:
-        self.field, self.aliases, self.concepts = field, aliases, concepts
+    field: str  # JSON field of hashtags
+    aliases: Mapping[str, str]  # alias -> tag
+    concepts: Iterable[str] = ()  # all spellings that `tags: concepts` searches for in captions
 
     def tags_of(
         self, files: dict[str, bytes], origin: Origin, fields: Mapping[str, float] | None = None
@@ -170,10 +165,7 @@ def singulars(tag: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
-    """Read a file of tags: one tag per line, its aliases after tabs.
-
-    Lines that begin with "# " are comments. Raises ConfigError naming `key`.
-    """
+    """Read a file of a tag per line, aliases after tabs, and "# " comments; raises ConfigError."""
     rows = []
     for entry in read_utf8(path, key).splitlines():
         names = tuple(filter(None, map(canonical, entry.split("\t"))))

@@ -7,12 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import (
     Columns,
     open_first,
@@ -34,23 +34,19 @@ from data_pipelines.tags.reader import (
     stop_list,
 )
 from xray.config.identity import hash_json
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 
 EXAMPLES = 1000  # dropped tags to remember by name, per reason
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tags by descending count; the id of a tag is its position.
-
-    counts: samples with each tag. aliases: other spellings of each tag. settings: settings that the
-    vocabulary was built with.
-    """
+    """Tags by descending count; the id of a tag is its position."""
 
     tags: tuple[str, ...]
-    counts: tuple[int, ...]
-    aliases: tuple[tuple[str, ...], ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: tuple[int, ...]  # samples with each tag
+    aliases: tuple[tuple[str, ...], ...] = ()  # other spellings of each tag
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that it was built with
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -77,17 +73,13 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary to a JSON file."""
+        columns = zip(self.tags, self.counts, self.aliases or [()] * len(self), strict=True)
         rows = [
             {"id": i, "name": tag, "count": count, "aliases": list(names)}
-            for i, (tag, count, names) in enumerate(
-                zip(self.tags, self.counts, self._all_aliases(), strict=True)
-            )
+            for i, (tag, count, names) in enumerate(columns)
         ]
         content = {"tags": rows, "settings": dict(self.settings), "sha256": self.digest}
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-
-    def _all_aliases(self) -> Sequence[tuple[str, ...]]:
-        return self.aliases or ((),) * len(self)
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
@@ -124,16 +116,12 @@ class Vocabulary:
 
 @dataclass
 class TagCounts:
-    """Counts of samples per tag, and per pair of a plural and its singular.
-
-    samples: all samples. tagged: samples with at least one tag. tags: samples with each tag. both:
-    samples with both tags of a pair.
-    """
+    """Counts of samples per tag, and per pair of a plural and its singular."""
 
     samples: int = 0
-    tagged: int = 0
+    tagged: int = 0  # with at least one tag
     tags: Counter[str] = field(default_factory=Counter)
-    both: Counter[tuple[str, str]] = field(default_factory=Counter)  # (plural, singular)
+    both: Counter[tuple[str, str]] = field(default_factory=Counter)  # with both (plural, singular)
 
     def add(self, tags: Sequence[str]) -> None:
         """Count a sample with these tags."""
@@ -179,37 +167,9 @@ class TagCounts:
         )
 
 
-@dataclass(frozen=True)
-class TagCounter:
-    """Function that counts the tags of a shard; pickled to the worker processes."""
-
-    source: Source
-    origin: Origin
-    rules: TagRules
-    captions: dict[str, float]
-
-    def __call__(self, shard: int) -> TagCounts:
-        reader, counts = self._reader, TagCounts()
-        for member in self.source.members(shard).tolist():
-            try:
-                files = self.source.read(shard, member, TEXT_FILES)
-                tags = reader.tags_of(files, self.origin, self.captions)
-            except BadSample:
-                tags = []
-            counts.add(tags)
-        return counts
-
-    @property
-    def _reader(self) -> TagReader:
-        return raw_reader(self.rules.field, self.rules.aliases, self.rules.concepts)
-
-
 @functools.lru_cache(maxsize=4)
 def raw_reader(field: str, aliases: str, concepts: str) -> TagReader:
-    """Make a reader that does not need a vocabulary, from files of aliases and concepts.
-
-    Raises ConfigError for mistakes in the files.
-    """
+    """Make a reader from files of aliases and concepts; raises ConfigError for mistakes."""
     tag_of = aliases_in(read_list(aliases, "aliases"), "aliases") if aliases else {}
     if not concepts:
         return TagReader(field, tag_of)
@@ -232,31 +192,39 @@ def count_tags(
     """
     if origin == "concepts" and not rules.concepts:
         raise ConfigError("tags=concepts needs a list of concepts: set concepts=FILE")
-    reader = raw_reader(rules.field, rules.aliases, rules.concepts)
-    work = TagCounter(source, origin, rules, dict(captions or {}))
-    facts = {"source": source.digest, "tags": origin, "captions": work.captions, **reader.facts}
+    reader, captions = raw_reader(rules.field, rules.aliases, rules.concepts), dict(captions or {})
+    facts = {"source": source.digest, "tags": origin, "captions": captions, **reader.facts}
     name = f"tags-{hash_json(facts)[:12]}"
     saved, _ = open_first(source.derived_at(name), facts)
     if saved:
         return TagCounts.of(saved)
-    counts = TagCounts()
-    results = over_shards(work, len(source.manifest), workers)
-    for of_shard in progress(results, len(source.manifest)) if progress else results:
+    counts, work = TagCounts(), functools.partial(_count_shard, source, origin, rules, captions)
+    for of_shard in over_shards(work, len(source.manifest), workers, progress):
         counts.join(of_shard)
     save_columns(source.derived(name), counts.columns(), facts)
     return counts
 
 
+def _count_shard(
+    source: Source, origin: Origin, rules: TagRules, captions: Mapping[str, float], shard: int
+) -> TagCounts:
+    reader, counts = raw_reader(rules.field, rules.aliases, rules.concepts), TagCounts()
+    for member in source.members(shard).tolist():
+        try:
+            tags = reader.tags_of(source.read(shard, member, TEXT_FILES), origin, captions)
+        except BadSample:
+            tags = []
+        counts.add(tags)
+    return counts
+
+
 @dataclass
 class Dropped:
-    """Tags left out of a vocabulary for one reason.
+    """Tags left out of a vocabulary for one reason."""
 
-    tags: their number. samples: sum of their counts. first: (tag, count) of the most frequent ones.
-    """
-
-    tags: int = 0
-    samples: int = 0
-    first: list[tuple[str, int]] = field(default_factory=list)
+    tags: int = 0  # their number
+    samples: int = 0  # sum of their counts
+    first: list[tuple[str, int]] = field(default_factory=list)  # the most frequent, with counts
 
     def add(self, tag: str, count: int) -> None:
         """Add a tag with its count."""
@@ -276,8 +244,8 @@ def build_vocabulary(
     merged, plurals = _merge_plurals(counts) if rules.plurals else (counts.tags, {})
     spellings: dict[str, list[str]] = {}
     files = [(rules.aliases, "aliases"), (rules.concepts, "concepts")]
-    listed = [pair for path, key in files if path for pair in _alias_pairs(path, key)]
-    for alias, tag in [*listed, *plurals.items()]:
+    listed = [aliases_in(read_list(path, key), key) for path, key in files if path]
+    for alias, tag in chain.from_iterable(tag_of.items() for tag_of in [*listed, plurals]):
         spellings.setdefault(plurals.get(tag, tag), []).append(alias)
     stop = stop_list(rules.stop)
     dropped: dict[str, Dropped] = {}
@@ -306,10 +274,6 @@ def build_vocabulary(
     facts = {"samples": counts.samples, "tagged": counts.tagged, **(settings or {})}
     vocabulary = Vocabulary(tags, numbers, aliases if any(aliases) else (), facts)
     return vocabulary, dropped
-
-
-def _alias_pairs(path: str, key: str) -> Iterable[tuple[str, str]]:
-    return aliases_in(read_list(path, key), key).items()
 
 
 def _merge_plurals(counts: TagCounts) -> tuple[Counter[str], dict[str, str]]:

@@ -1,15 +1,17 @@
-"""Captions of a sample, read from its JSON or txt file, with weights and languages."""
+"""Captions of samples, read from their JSON or txt files, with weights and languages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
+from xray.errors import BadSample, DataError
 
 MOST_WEIGHT = 1e6
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
@@ -62,9 +64,7 @@ def read_captions(
             if name == "txt"
             else _field(meta, name)
         )
-        entries = value if isinstance(value, list) else [value]
-        captions = [_caption(entry, language) for entry in entries if entry]
-        captions = [caption for caption in captions if caption.text]
+        captions = _captions_in(value, language)
         total = sum(caption.weight for caption in captions)
         result += [Caption(c.text, weight * c.weight / total, c.language) for c in captions]
     if not result:
@@ -74,10 +74,7 @@ def read_captions(
 
 def texts_of(files: dict[str, bytes], name: str) -> list[str]:
     """Read the texts of one JSON field; [] if it does not exist. Raises BadSample."""
-    value = _field(metadata_of(files), name)
-    entries = value if isinstance(value, list) else [value]
-    texts = [_caption(entry, "").text for entry in entries if entry]
-    return [text for text in texts if text]
+    return [caption.text for caption in _captions_in(_field(metadata_of(files), name), "")]
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:
@@ -87,6 +84,12 @@ def _field(meta: Mapping[str, Any], name: str) -> Any:
         return meta.get(name)
     nested = meta.get(first)
     return _field(nested, rest) if isinstance(nested, dict) else None
+
+
+def _captions_in(value: Any, language: str) -> list[Caption]:
+    entries = value if isinstance(value, list) else [value]
+    captions = [_caption(entry, language) for entry in entries if entry]
+    return [caption for caption in captions if caption.text]
 
 
 def _caption(entry: Any, language: str) -> Caption:
@@ -108,10 +111,7 @@ def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = No
 def kept_captions(
     files: dict[str, bytes], fields: Mapping[str, float] | None, numbers: Sequence[int] | None
 ) -> list[Caption]:
-    """Read the captions of a sample that a keep-list keeps, by their numbers; None = all.
-
-    Raises BadSample.
-    """
+    """Read the captions that a keep-list keeps, by number; None = all. Raises BadSample."""
     captions = read_captions(files, fields)
     if numbers is None:
         return captions
@@ -126,10 +126,7 @@ def kept_captions(
 def choose_captions(
     captions: Sequence[Caption], rng: np.random.Generator | None, count: int = 1
 ) -> list[Caption]:
-    """Draw `count` captions by weight; no caption is drawn twice before all are drawn once.
-
-    Without `rng`, the first captions are returned.
-    """
+    """Draw `count` captions by weight, each once before any twice; no `rng`: the first ones."""
     if rng is None or len(captions) == 1:
         return [captions[number % len(captions)] for number in range(count)]
     weights = np.array([caption.weight for caption in captions])
@@ -138,3 +135,47 @@ def choose_captions(
     while len(drawn) < count:
         drawn += rng.choice(size, min(size, count - len(drawn)), replace=False, p=shares).tolist()
     return [captions[number] for number in drawn]
+
+
+MAX_CAPTIONS = 256  # to read
+MAX_SHARDS = 8  # to read of a local source
+
+
+class CaptionSample(NamedTuple):
+    """Captions of the first samples of a source."""
+
+    captions: list[str]
+    pairs: int  # samples with at least two captions
+    negatives: int  # samples with hard negatives
+
+
+def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") -> CaptionSample:
+    """Read the captions of the first samples of a source.
+
+    fields: JSON fields of the captions with weights, as for `read_captions`. negatives: JSON field
+    of hard negatives, "" = none. Raises DataError if none of these samples has a caption.
+    """
+    captions: list[str] = []
+    pairs, with_negatives, causes = 0, 0, list[str]()
+    # Each shard of a remote source must be downloaded first, so read only one.
+    shards = MAX_SHARDS if source.cache is None else 1
+    for shard in range(min(len(source.manifest), shards)):
+        for member in source.members(shard)[:MAX_CAPTIONS].tolist():
+            try:
+                files = source.read(shard, member, TEXT_FILES)
+                texts = captions_of(files, fields)
+                captions += texts
+                pairs += len(texts) > 1
+                with_negatives += bool(negatives and texts_of(files, negatives))
+            except BadSample as error:
+                causes.append(error.cause)
+            if len(captions) >= MAX_CAPTIONS:
+                return CaptionSample(captions, pairs, with_negatives)
+    if not captions:
+        where = f"data.sources.{source.name}.captions={dict(fields)}" if fields else "their json"
+        raise DataError(
+            f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
+            f"({causes[0] if causes else 'it has no samples'}): check {where}, and run xray data "
+            "check"
+        )
+    return CaptionSample(captions, pairs, with_negatives)

@@ -55,10 +55,7 @@ class TextStore:
         return self.sidecar.digest
 
     def vectors(self, shard: int, member: int, captions: Sequence[int]) -> np.ndarray:
-        """Return the vectors of captions of a member, by caption number: [C, W] float32.
-
-        Raises DataError for a damaged store.
-        """
+        """Return the vectors of captions of a member, [C, W] float32; raises DataError."""
         positions = self.sidecar.row(shard, member, "places")
         return np.stack([self._vector(int(positions[caption])) for caption in captions])
 
@@ -100,10 +97,7 @@ def unpacked(vector: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
-    """Open the store of a source with these settings (`store_facts`).
-
-    Raises ConfigError if there is none; the message says how the most similar store differs.
-    """
+    """Open the store of a source with these settings; raises ConfigError if there is none."""
     sidecar = open_sidecar(source, store_name(facts))
     if sidecar is not None:
         return TextStore(sidecar)

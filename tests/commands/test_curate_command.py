@@ -12,14 +12,13 @@ import pytest
 from tiny import settings
 from typer.testing import CliRunner
 
-from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.curation.tables import keep_listed
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import read_captions
 from stages import stage_class
 from xray.commands.main import app
 from xray.config import SourceConfig
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
 
 
 def run(*command: object, expect: int = 0) -> str:
@@ -72,7 +71,7 @@ def keys(source: Source) -> list[str]:
 def test_a_run_reads_what_is_kept(
     demo: Path, curated: tuple[Path, str, str], tmp_path: Path
 ) -> None:
-    from data_pipelines.ingest.run_sources import open_sources
+    from data_pipelines.ingest.user_data import open_sources
     from stages.base import Parents
 
     _, name, _ = curated

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import settings, train
 
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.stream.sampling import StepSampler, StepShape, make_plans, micro_batches
 from xray.config.schedule import check, largest, value_at
 from xray.errors import ConfigError

@@ -19,7 +19,7 @@ from tiny import train
 from typer.testing import CliRunner
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.ingest.corpus import open_corpus
+from data_pipelines.ingest.user_data import open_corpus
 from data_pipelines.shards.source import open_source
 from data_pipelines.text.captions import read_captions
 from xray.artifacts.artifact import Artifact

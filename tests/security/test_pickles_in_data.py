@@ -9,15 +9,14 @@ import pytest
 from shards import jpeg, write_tar
 from tiny import train
 
-from data_pipelines.curation.keep_list import keep_listed
+from data_pipelines.curation.tables import keep_listed
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.sidecar import open_sidecar, write_sidecar
 from data_pipelines.shards.source import open_source
 from data_pipelines.text.captions import captions_of
 from data_pipelines.text.feature_store import open_store, store_facts, store_name
 from xray.config import DataConfig, SourceConfig
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 
 
 def test_a_vocabulary_that_is_a_pickle_is_refused(

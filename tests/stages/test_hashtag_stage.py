@@ -16,7 +16,7 @@ from tiny import settings, train
 from typer.testing import CliRunner
 
 from data_pipelines.decode.transforms import load_pixels, load_views
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.tags.labels import teacher_sidecar

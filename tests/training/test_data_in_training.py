@@ -27,7 +27,7 @@ def test_the_quarantine_is_part_of_a_checkpoint(
     files["003.mp4"] = hostile_decoder.HANG
     write_tar(tmp_path / "0.tar", files)
     decoder = hostile_decoder.Decoder(2.0)
-    monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
+    monkeypatch.setattr(transforms, "clip_decoder", lambda data: decoder)
     config = (
         f"data.sources.clips.shards={tmp_path / '0.tar'}", "data.modalities=[video]",
         "train.samples=32", "train.save_every=4", "data.max_bad_fraction=0.1",

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def built(stage: str, demo: Path, out: Path, *overrides: str) -> tuple[Any, Any]:
     """A stage that has read its data, and its module."""
-    from data_pipelines.ingest.run_sources import open_sources
+    from data_pipelines.ingest.user_data import open_sources
 
     config = settings(stage, demo, out, *overrides)
     made = stage_class(stage)(config)

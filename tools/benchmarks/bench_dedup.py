@@ -10,7 +10,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from data_pipelines.curation.dedup import dhash, near_values, ones
+from data_pipelines.curation.dedup import dhash, near_values
 from data_pipelines.shards.source import open_source
 from tools.common.fresh_process import in_fresh_process
 from tools.common.tables import Table
@@ -81,9 +81,9 @@ def photo_hashes(options: argparse.Namespace) -> Table:
     rows = []
     for name, changed in copies.items():
         hashes = np.array([dhash(image) for image in changed], np.int64).view(np.uint64)
-        distances = ones(hashes ^ originals)
+        distances = np.bitwise_count(hashes ^ originals)
         rows.append([name, *(f"{np.mean(distances <= limit):.1%}" for limit in (0, 1, 3))])
-    pairs = [ones(originals[i + 1 :] ^ originals[i]) for i in range(len(originals) - 1)]
+    pairs = [np.bitwise_count(originals[i + 1 :] ^ originals[i]) for i in range(len(originals) - 1)]
     others = np.concatenate(pairs)
     rows.append(["different photos", *(f"{(others <= limit).sum()}" for limit in (0, 1, 3))])
     heads = [

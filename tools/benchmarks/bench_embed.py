@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipelines.ingest.corpus import open_corpus
+from data_pipelines.ingest.user_data import open_corpus
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved, speedup
 from xray.artifacts.artifact import Artifact

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.ingest.corpus import open_corpus
+from data_pipelines.ingest.user_data import open_corpus
 from tools.common.tables import Table
 from xray import dist
 from xray.artifacts.artifact import open_artifact

@@ -110,7 +110,7 @@ def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def open_any(pattern: str, modality: Any, user: str, kinds: Sequence[str] | None = None) -> Source:
     """Open data for the command `user`; kinds: those that it takes, None for all."""
-    from data_pipelines.ingest.kind import Request
+    from data_pipelines.ingest.plain_files import Request
     from data_pipelines.ingest.user_data import ALL, open_data
 
     return open_data(pattern, Request(Path(pattern).name, modality), kinds or ALL, user)

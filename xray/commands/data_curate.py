@@ -78,8 +78,7 @@ def data_curate(
     Writes a keep-list beside the shards, for data.sources.NAME.keep (docs/curation.md).
     """
     from data_pipelines.curation.config import CurationConfig
-    from data_pipelines.curation.curate import curate
-    from data_pipelines.curation.write import check_folder, write_shards
+    from data_pipelines.curation.curate import check_folder, curate, write_shards
     from xray.config.loading import build, parse_overrides, read_yaml
     from xray.reports.curation import tables, write_curation_page
 

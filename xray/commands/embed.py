@@ -17,7 +17,7 @@ from xray.errors import ConfigError
 from xray.progress import progress_bar
 
 if TYPE_CHECKING:
-    from data_pipelines.ingest.corpus import Corpus
+    from data_pipelines.ingest.user_data import Corpus
 
 SHOWN = 5  # left-out samples that are printed
 
@@ -57,7 +57,7 @@ def embed(
     After an interruption, run the same command again: it continues. With torchrun, each process
     does a part.
     """
-    from data_pipelines.ingest.corpus import open_corpus
+    from data_pipelines.ingest.user_data import open_corpus
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.encoders import restore_encoder
     from xray.artifacts.offers import VISION

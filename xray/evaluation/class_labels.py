@@ -69,7 +69,7 @@ def check_labels(labels: Tensor, what: str) -> None:
             "file or json `label`, a folder per class, or a .csv with a column `label`"
         )
     if len(labels.unique()) < 2:
-        raise DataError(f"{what} needs samples of two classes or more: all are of one")
+        raise DataError(f"{what} needs samples of at least two classes, all have the same")
 
 
 def check_named(labels: Tensor, classes: int, what: str) -> None:

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels, load_views
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.stream.loader import Fields, iterate_source
 from data_pipelines.text.captions import captions_of, metadata_of
 from xray.artifacts.encoders import Encoder, VisionEncoder
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.progress import progress_of
 
 # Changes an image or clip [T, 3, S, S] uint8; draws from the sample's own generator.

@@ -12,7 +12,6 @@ from torch import Tensor
 from data_pipelines.ingest.labelled import spaced
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.utf8 import read_utf8
 from xray.artifacts.encoders import class_weights
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
@@ -20,6 +19,7 @@ from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.files import read_utf8
 
 HELD = 2**26  # similarities in memory at a time: 256 MiB
 

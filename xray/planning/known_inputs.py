@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.curation.tables import keep_listed
+from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source

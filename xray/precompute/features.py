@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
 from data_pipelines.shards.source import Source
@@ -19,7 +18,7 @@ from data_pipelines.text.captions import captions_of
 from xray.artifacts.encoders import Encoder, VisionEncoder
 from xray.config import DataConfig
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
+from xray.errors import BadSample, ConfigError
 from xray.precompute.inference import Model, Pack, Place, Progress, write_from_model
 
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, finish_sidecar, save_table, saved_table
 from data_pipelines.shards.source import Sample, Source
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.progress import Progress
 
 Place = tuple[int, int]  # (shard, member)
@@ -144,9 +143,7 @@ def write_from_model(
         done += len(here) + len(bad)
         if progress is not None:
             progress(done, total)
-    made = [saved_table(source, name, shard) for shard in range(len(source.manifest))]
-    tables = [table for table in made if table is not None]
-    return finish_sidecar(source, name, tables, facts, totals), causes
+    return finish_sidecar(source, name, facts, totals), causes
 
 
 def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data_pipelines.curation.balance import hash_texts
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.process_pool import Progress as Results
 from data_pipelines.shards.sidecar import (
@@ -29,7 +28,7 @@ from data_pipelines.text.feature_store import ROW_BITS, note_store, packed, stor
 from xray.artifacts.language_model import Language
 from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.models.text_tower import TextTower
 from xray.precompute.inference import Progress
 
@@ -152,10 +151,8 @@ def write_text_features(
         table = {"ends": ids.table(shard)["ends"], "places": _of(layout.places, layout, shard)}
         table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
         save_table(source, name, shard, table)
-    made = [saved_table(source, name, shard) for shard in range(len(ids.counts))]
-    tables = [table for table in made if table is not None]
     whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
-    sidecar = finish_sidecar(source, name, tables, whole)
+    sidecar = finish_sidecar(source, name, whole)
     note_store(source, facts)
     return sidecar
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Source, open_source
 from stages import STAGES, stage_class
 from xray.artifacts.artifact import Artifact, open_artifact
@@ -23,7 +22,7 @@ from xray.artifacts.offers import DECODER, JOINT, TAGS, VISION
 from xray.config import DataConfig, RunConfig
 from xray.config import loading as cfg
 from xray.config.schedule import value_at
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, BadSample
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.retrieval import RETRIEVAL
 from xray.evaluation.suites import result_table

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Source
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
@@ -18,6 +17,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, Tagger
 from xray.config import DataConfig
 from xray.config.schedule import value_at
+from xray.errors import BadSample
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import label_of
 from xray.evaluation.retrieval import RETRIEVAL

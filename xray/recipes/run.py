@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from data_pipelines.curation.keep_list import keep_listed
+from data_pipelines.curation.tables import keep_listed
 from data_pipelines.ingest.demo import DemoConfig, make_demo
-from data_pipelines.ingest.kind import Request
-from data_pipelines.ingest.run_sources import open_sources
-from data_pipelines.ingest.user_data import open_data
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import open_data, open_sources
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.text.captions import captions_of

@@ -8,11 +8,11 @@ from pathlib import Path
 from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.curation.report import CurationReport, EntryRow
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.utf8 import printable
 from data_pipelines.text.captions import captions_of
 from xray.config import DataConfig
+from xray.errors import BadSample
+from xray.files import printable
 from xray.reports.figures import COLOR, pixels_of, subplots
 from xray.reports.html import Picture, write_report
 from xray.reports.shards import sheet

@@ -19,8 +19,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 
-from data_pipelines.ingest.corpus import Corpus
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.ingest.user_data import Corpus
 from data_pipelines.shards.columns import (
     Columns,
     open_first,
@@ -32,7 +31,7 @@ from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
 from xray.config.identity import differences
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.files import lock_folder
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress

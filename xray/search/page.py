@@ -12,10 +12,10 @@ from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
-from data_pipelines.ingest.corpus import MEDIA, Corpus, open_corpus
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.ingest.listing import MEDIA, ending_of
+from data_pipelines.ingest.user_data import Corpus, open_corpus
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.errors import BadSample, DataError
 from xray.reports.html import paragraph, write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable
@@ -56,7 +56,7 @@ def write_page(
         label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
         found.append(Thumbnail(str(rank), path, key, label, png_of(pixels)))
     asked = ""
-    if query.lower().endswith(MEDIA):
+    if ending_of(query) in MEDIA:
         whole = open_corpus([query])
         shown = Thumbnail("", "", Path(query).name, "", png_of(_pixels_of(whole, 0, 0)))
         asked = sheet("Query", [shown])
@@ -111,7 +111,7 @@ def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:
             image = decode_image(media, (SIDE, SIDE))
         else:
             first = FrameChoice(1, start=0.0, offsets=(0.0,))
-            decoder = clip_decoder(data.decode_seconds, data.decode_gb)
+            decoder = clip_decoder(data)
             image = Image.fromarray(decoder.decode(media, first, SIDE).pixels[0])
     except BadSample as error:
         raise DataError(str(error)) from error

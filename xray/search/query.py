@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.ingest.corpus import MEDIA, open_corpus
-from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.ingest.listing import MEDIA, ending_of
+from data_pipelines.ingest.user_data import open_corpus
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.schedule import value_at
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 from xray.search.embedding_file import Facts, shortened
 
 
@@ -47,7 +47,7 @@ def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.dev
     encoder = restore_encoder(artifact).to(device)
     if isinstance(encoder, VisionEncoder):
         encoder.keep_rate = facts["keep_rate"] or encoder.keep_rate
-    if query.lower().endswith(MEDIA):
+    if ending_of(query) in MEDIA:
         return shortened(_picture(encoder, query), facts["dim"])
     if not isinstance(encoder, Encoder | TextEncoder):
         raise ConfigError(

@@ -12,8 +12,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from data_pipelines.curation.keep_list import keep_listed
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.curation.tables import keep_listed
+from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
 from data_pipelines.stream.sampling import SamplePlan, make_plans
 from stages.base import Parents, Stage, StageModule, split_parents

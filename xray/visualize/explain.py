@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.decode.user_media import read_media
+from data_pipelines.decode.transforms import read_media
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import data_config, decoder_config

@@ -18,8 +18,7 @@ from shards import jpeg
 
 from data_pipelines.curation.balance import Matches, draw
 from data_pipelines.curation.config import CurationConfig, FilterConfig
-from data_pipelines.curation.curate import curate
-from data_pipelines.curation.write import write_shards
+from data_pipelines.curation.curate import curate, write_shards
 from data_pipelines.shards.sidecar import write_sidecar
 from data_pipelines.shards.source import open_source
 from data_pipelines.text.captions import captions_of

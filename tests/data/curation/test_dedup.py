@@ -21,7 +21,6 @@ from data_pipelines.curation.dedup import (
     is_near,
     mark_duplicates,
     near_values,
-    ones,
     similar_pairs,
 )
 from data_pipelines.decode.decoders import AvClip
@@ -65,7 +64,6 @@ def test_all_near_hashes_are_found(distance: int) -> None:
     others = clustered(10, np.random.default_rng(0))[7:31]
     near = [any(hamming(a, b) <= distance for b in others.tolist()) for a in numbers]
     assert is_near(hashes, others, distance).tolist() == near
-    assert ones(values).tolist() == [value.bit_count() for value in values.tolist()]
 
 
 def test_more_bands_find_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from shards import jpeg, photo
 from data_pipelines.decode import decoders
 from data_pipelines.decode.decoders import AvClip, DecordClip, FrameChoice
 from data_pipelines.decode.sandbox import ClipDecoder, Killed
-from data_pipelines.shards.bad_sample import BadSample
+from xray.errors import BadSample
 
 
 def test_image_modes_become_rgb() -> None:

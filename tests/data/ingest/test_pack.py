@@ -25,9 +25,8 @@ from PIL import Image
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.ingest.recode import pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.tar_index import index_shard
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
 Samples = dict[str, dict[str, bytes]]
@@ -261,7 +260,7 @@ def test_several_captions_of_a_row(tmp_path: Path) -> None:
         ("l.tsv", b"path\ttext\na.jpg\t\xff\xfe", "l.tsv is not UTF-8"),
         ("l.jsonl", '{"path": "a.jpg"}\n{"path": ', "l.jsonl line 2 is not json"),
         ("l.jsonl", '["a.jpg"]', "l.jsonl line 1 is not a json object"),
-        ("l.jsonl", '{"image": {"bytes": ""}}', "column 'image' of .* holds dict"),
+        ("l.jsonl", '{"image": {"bytes": ""}}', "row 1: column 'image' must hold .* of type dict"),
         ("l.parquet", "not parquet", "l.parquet cannot be read as parquet"),
         ("l.txt", "a.jpg", "l.txt: xray data pack takes a folder .*, not a .txt file of one text"),
         ("l.tar", "", "not .tar shards: use shards as they are, as data.sources.NAME.shards=.*tar"),

@@ -12,12 +12,10 @@ import pytest
 from shards import photo, write_tar
 from typer.testing import CliRunner
 
-from data_pipelines.ingest.corpus import open_corpus
-from data_pipelines.ingest.folders import list_folder
-from data_pipelines.ingest.kind import Request
 from data_pipelines.ingest.labelled import open_labelled
-from data_pipelines.ingest.run_sources import open_sources
-from data_pipelines.ingest.user_data import KINDS, open_data
+from data_pipelines.ingest.listing import list_folder
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import KINDS, kind_of, open_corpus, open_data, open_sources
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.vocabulary import Vocabulary
@@ -264,6 +262,17 @@ def test_all_kinds_give_the_same_samples(made: Path) -> None:
     texts = [captions_of(lines.read(*place, TEXT_FILES))[0] for place in lines.places()]
     assert texts == CAPTIONS
     assert len({source.digest for source in opened.values()}) >= 3
+
+
+def test_hidden_tars_are_no_shards(made: Path, tmp_path: Path) -> None:
+    """MacOS leaves files such as `._0.tar` beside 0.tar."""
+    (tmp_path / "0.jpg").write_bytes(photo(0))
+    (tmp_path / "._0.tar").write_bytes(b"no tar")
+    assert kind_of(str(tmp_path)) == "folder"
+    assert len(open_data(str(tmp_path), Request("s"))) == 1
+    (tmp_path / "0.tar").write_bytes((made / "shards" / "0.tar").read_bytes())
+    assert kind_of(str(tmp_path)) == "shards"
+    assert open_data(str(tmp_path), Request("s")).manifest.names == ["0.tar"]
 
 
 def test_class_folders_may_be_links_and_hidden_files_are_skipped(

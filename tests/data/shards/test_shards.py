@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from shards import Clock, jpeg, write_tar
 
-from data_pipelines.ingest.run_sources import open_sources
+from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards import manifest as manifests
 from data_pipelines.shards import remote
 from data_pipelines.shards.columns import open_columns, pack_texts, save_columns, unpack_texts

@@ -234,7 +234,7 @@ def test_a_hanging_clip_stays_in_quarantine_after_a_resume(
     write_tar(tmp_path / "0.tar", clips)
     source = open_source("s", str(tmp_path), "video")
     decoder = hostile_decoder.Decoder(2.0)
-    monkeypatch.setattr(transforms, "clip_decoder", lambda seconds, gigabytes: decoder)
+    monkeypatch.setattr(transforms, "clip_decoder", lambda data: decoder)
     plan = SamplePlan(source, 1, 1, seed=0)
     first = load_keys(plan, DataConfig(), range(6), 0)
     bad = [entry for item in first for entry in item.bad]

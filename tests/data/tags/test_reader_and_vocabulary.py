@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from shards import jpeg, write_tar
 
-from data_pipelines.shards.bad_sample import BadSample
 from data_pipelines.shards.sidecar import open_sidecar, pack_rows, write_sidecar
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.tags.balance import Replication, replication, slots_of, uniform
@@ -20,7 +19,7 @@ from data_pipelines.tags.concept_matcher import ConceptMatcher, folded, is_edge
 from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, TeacherRules, balanced, label
 from data_pipelines.tags.reader import TagReader, TagRules, hashtags_in, singulars
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 
 
 def tagged(folder: Path, samples: Sequence[Mapping[str, object]], each: int = 4) -> Source:
