@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
-
 from data_pipelines.ingest.items import MEDIA as ENDINGS
 from data_pipelines.ingest.kind import Request
 from data_pipelines.ingest.plain_files import FileSource, SingleShard, source_of_files
@@ -39,11 +37,6 @@ class Corpus:
     others: int = 0
 
     @property
-    def counts(self) -> np.ndarray:
-        """Samples per shard, [S]."""
-        return self.source.counts
-
-    @property
     def modality(self) -> Modality:
         """Modality of all samples."""
         return self.source.modality
@@ -57,10 +50,6 @@ class Corpus:
     def kind(self) -> str:
         """`shards` or `files`."""
         return "files" if isinstance(self.source, SingleShard) else "shards"
-
-    def member(self, shard: int, slot: int) -> int:
-        """Return the member that a slot stands for."""
-        return self.source.member(shard, slot)
 
     def name(self, shard: int, member: int) -> tuple[str, str]:
         """Return (key, path below `where` of its shard or file)."""

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.shards.bad_sample import BadSample
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES
 
 MOST_WEIGHT = 1e6
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
@@ -103,6 +105,16 @@ def _caption(entry: Any, language: str) -> Caption:
 def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = None) -> list[str]:
     """Read the texts of all captions of a sample; raises BadSample."""
     return [caption.text for caption in read_captions(files, fields)]
+
+
+def find_captions(
+    source: Source, shard: int, member: int, fields: Mapping[str, float] | None = None
+) -> list[str]:
+    """Read the captions of a member of a source; [] if it has none that can be read."""
+    try:
+        return captions_of(source.read(shard, member, TEXT_FILES), fields)
+    except BadSample:
+        return []
 
 
 def kept_captions(

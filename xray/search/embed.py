@@ -147,7 +147,7 @@ class _Job:
         out: Path,
     ) -> None:
         self.encoder, self.corpus, self.config, self.out = encoder, corpus, config, out
-        self.places = Places(corpus, range(len(corpus.counts)))
+        self.places = Places(corpus.source, range(len(corpus.source.counts)))
         if not len(self.places):
             raise DataError(f"{corpus.where} holds no samples")
         self.text = corpus.modality == "text"
@@ -260,7 +260,7 @@ class _Job:
         size = self.config.batch_size
         batches = (batch for part in todo for batch in cut(self.parts[part], size))
         data = data_of(self.encoder.artifact, self.config.workers)
-        read = pixels_of(self.corpus, self.places, data, batches)
+        read = pixels_of(self.corpus.source, self.places, data, batches)
 
         def batches_of_rows() -> Iterator[Batch]:
             for here, pixels, bad in read:
