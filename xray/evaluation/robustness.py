@@ -62,10 +62,10 @@ class RobustnessConfig(SuiteConfig):
 
     def validate(self, key: str) -> None:
         for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
-            for name in getattr(self, option):
-                if name not in known:
-                    there = ", ".join(known)
-                    raise ConfigError(f"{key}.{option} names {name!r}: there are {there}")
+            unknown = [name for name in getattr(self, option) if name not in known]
+            if unknown:
+                there = ", ".join(known)
+                raise ConfigError(f"{key}.{option} names {unknown[0]!r}: there are {there}")
         if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
             raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
@@ -312,14 +312,11 @@ def _plot(measures: Measures, path: Path) -> None:
         own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
         corrupted = [row for row in own if row[0] not in SHIFTS + ATTACKS]
         attacked = [row for row in own if row[0] in ATTACKS]
-        panels += [
-            (f"{head.replace('_', '-')}: {kind}", head, clean, across, rows)
-            for kind, clean, across, rows in (
-                ("corruptions", "clean", "severity (0 = clean)", corrupted),
-                ("attacks", "attacked_clean", "eps of 255 (0 = clean)", attacked),
-            )
-            if rows
-        ]
+        title = head.replace("_", "-")
+        severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"
+        panels.append((f"{title}: corruptions", head, "clean", severity, corrupted))
+        panels.append((f"{title}: attacks", head, "attacked_clean", eps, attacked))
+    panels = [panel for panel in panels if panel[-1]]
     if not panels:
         return
     figure, axes = subplots(len(panels), (4.5 * len(panels), 3.6))

@@ -24,7 +24,7 @@ SHARDS_SEARCHED = 50  # thumbnails are taken from this many shards at most
 
 def step_table(report: CurationReport) -> ResultTable:
     """Make the table of samples and texts read, removed by each step, and kept."""
-    lines = [("read", *report.read, ())]
+    lines: list[tuple[str, int, int, Sequence[str]]] = [("read", *report.read, ())]
     lines += [(step.name, -step.samples, -step.texts, step.keys) for step in report.steps]
     lines.append(("kept", *report.kept, report.kept_keys))
     table = ResultTable("Curation", ("step", "samples", "texts", "e.g."))
