@@ -58,8 +58,8 @@ def knn(
 
 def _run(sets: Sets, config: KnnConfig) -> Measures:
     train, test = sets.probe("knn", config)
-    own, asked = (train.rows, train.labels), (test.rows, test.labels)
-    return knn(*own, *asked, config.k, config.temperature)
+    settings = config.k, config.temperature
+    return knn(train.rows, train.labels, test.rows, test.labels, *settings)
 
 
 KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",))

@@ -62,10 +62,10 @@ class RobustnessConfig(SuiteConfig):
 
     def validate(self, key: str) -> None:
         for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
-            unknown = [name for name in getattr(self, option) if name not in known]
-            if unknown:
-                there = ", ".join(known)
-                raise ConfigError(f"{key}.{option} names {unknown[0]!r}: there are {there}")
+            for name in getattr(self, option):
+                if name not in known:
+                    there = f"there are {', '.join(known)}"
+                    raise ConfigError(f"{key}.{option} names {name!r}: {there}")
         if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
             raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
@@ -223,9 +223,9 @@ class SomeSlots:
 
 def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
     """Measure accuracy under each attack at each eps, on some of the samples, one view each."""
-    encoder = sets.vision
     if not config.attacks:
         return {}
+    encoder = sets.vision
     slots = SomeSlots(head.source, config.attacked)
     source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
     labels, device = head.labels[slots.numbers], encoder.normalize.mean.device
@@ -332,9 +332,8 @@ def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, cha
         label = change.replace("_", " ")
         axis.plot(*zip((0.0, clean), *points, strict=True), marker="o", ms=3, lw=1.2, label=label)
     axis.axhline(chance, color="gray", lw=0.8, ls=":", label="chance")
-    axis.set_ylabel("top-1 %")
-    axis.set_ylim(0, 105)
-    axis.set_xticks([0.0, *sorted({float(strength) for _, strength, _ in rows})])
+    ticks = [0.0, *sorted({float(strength) for _, strength, _ in rows})]
+    axis.set(ylabel="top-1 %", ylim=(0, 105), xticks=ticks)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7)
 
