@@ -19,16 +19,16 @@ def dropped_table(
     vocabulary: Vocabulary, counts: TagCounts, dropped: Mapping[str, Dropped]
 ) -> ResultTable:
     """Make the table of tags and labels in the vocabulary, and of those dropped, by reason."""
-    rows: list[Sequence[str]] = [
-        ["in the vocabulary", f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}", ""]
-    ]
+    table = ResultTable("Tags", ("", "tags", "labels", "most frequent"))
+    whole = (f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}")
+    table.rows.append(("in the vocabulary", *whole, ""))
     merged = len(counts.tags) - len(vocabulary) - sum(group.tags for group in dropped.values())
     if merged > 0:
-        rows.append(["merged with another spelling", f"{merged:,}", "", ""])
+        table.rows.append(("merged with another spelling", f"{merged:,}", "", ""))
     for reason, group in sorted(dropped.items()):
         first = ", ".join(tag for tag, _ in group.first[:5])
-        rows.append([reason, f"{group.tags:,}", f"{group.samples:,}", first])
-    return ResultTable("Tags", ("", "tags", "labels", "most frequent"), rows)
+        table.rows.append((reason, f"{group.tags:,}", f"{group.samples:,}", first))
+    return table
 
 
 def write_tag_report(
@@ -98,10 +98,9 @@ def _tag_table(
     vocabulary: Vocabulary,
     examples: Mapping[str, Sequence[str]],
 ) -> str:
-    rows: list[Sequence[str]] = []
+    table = ResultTable(title, ("tag", "samples", "aliases", "examples"))
     for tag, count in ranked:
         number = vocabulary.ids[tag]
         aliases = ", ".join(vocabulary.aliases[number]) if vocabulary.aliases else ""
-        rows.append([tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))])
-    heads = ("tag", "samples", "aliases", "examples")
-    return ResultTable(title, heads, rows).html() if rows else ""
+        table.rows.append((tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))))
+    return table.html() if table.rows else ""
