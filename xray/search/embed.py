@@ -29,7 +29,6 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from xray import dist
-from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
 from xray.config.identity import differences
 from xray.errors import ConfigError, DataError
@@ -336,8 +335,7 @@ class _Job:
         return columns["rows"], Names(keys, paths, texts if self.text else None)
 
     def _facts(self, rows: int, left_out: Mapping[str, int]) -> Facts:
-        artifact: Artifact = self.encoder.artifact
-        corpus = self.corpus
+        artifact, corpus = self.encoder.artifact, self.corpus
         made = {"digest": artifact.digest, "stage": artifact.stage, "where": artifact.origin}
         return {
             **self.identity,
