@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
-
 from data_pipelines.ingest.listing import MEDIA, READERS, Item, ending_of, list_folder, list_table
 from data_pipelines.ingest.plain_files import (
     FileSource,
@@ -197,11 +195,6 @@ class Corpus:
     others: int = 0  # of another modality, left out
 
     @property
-    def counts(self) -> np.ndarray:
-        """Samples per shard, [S]."""
-        return self.source.counts
-
-    @property
     def modality(self) -> Modality:
         """Modality of all samples."""
         return self.source.modality
@@ -215,10 +208,6 @@ class Corpus:
     def kind(self) -> str:
         """`shards` or `files`."""
         return "files" if isinstance(self.source, SingleShard) else "shards"
-
-    def member(self, shard: int, slot: int) -> int:
-        """Return the member that a slot stands for."""
-        return self.source.member(shard, slot)
 
     def name(self, shard: int, member: int) -> tuple[str, str]:
         """Return (key, path below `where` of its shard or file)."""

@@ -108,6 +108,16 @@ def captions_of(files: dict[str, bytes], fields: Mapping[str, float] | None = No
     return [caption.text for caption in read_captions(files, fields)]
 
 
+def find_captions(
+    source: Source, shard: int, member: int, fields: Mapping[str, float] | None = None
+) -> list[str]:
+    """Read the captions of a member of a source; [] if it has none that can be read."""
+    try:
+        return captions_of(source.read(shard, member, TEXT_FILES), fields)
+    except BadSample:
+        return []
+
+
 def kept_captions(
     files: dict[str, bytes], fields: Mapping[str, float] | None, numbers: Sequence[int] | None
 ) -> list[Caption]:

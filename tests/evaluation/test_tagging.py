@@ -15,7 +15,6 @@ from xray.errors import ConfigError, DataError
 from xray.evaluation.tag_metrics import (
     TagMetrics,
     average_precision,
-    average_views,
     calibrate,
     measured_tags,
     random_precision,
@@ -255,9 +254,6 @@ def test_impossible_inputs_are_refused() -> None:
 
 
 def test_views_by_hand() -> None:
-    views = torch.tensor([[[0.9, 0.1], [0.3, 0.7]], [[0.5, 0.5], [1.0, 0.0]]])
-    assert torch.allclose(average_views(views), torch.tensor([[0.6, 0.4], [0.75, 0.25]]))
-
     assert view_boxes(320, 240, 3) == [(0, 0, 240, 240), (40, 0, 240, 240), (80, 0, 240, 240)]
     assert view_boxes(10, 17, 3) == [(0, 0, 10, 10), (0, 3, 10, 10), (0, 7, 10, 10)]
     assert view_boxes(7, 7, 3) == [(0, 0, 7, 7)] * 3

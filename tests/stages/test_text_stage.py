@@ -21,9 +21,8 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, data_of
 from xray.commands.main import app
 from xray.errors import ConfigError, DataError
-from xray.evaluation.captions import caption_retrieval
 from xray.evaluation.feature_extraction import extract, read_all_captions
-from xray.evaluation.retrieval import retrieval
+from xray.evaluation.retrieval import caption_retrieval, retrieval
 from xray.evaluation.suites import result_table
 from xray.training.metrics import read_metrics
 

@@ -16,7 +16,7 @@ from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import decoder_config
 from xray.commands.main import app
-from xray.visualize.token_maps import SIDE, kept_tokens, reconstructions
+from xray.visualize.explain import SIDE, kept_tokens, reconstructions
 
 
 @pytest.fixture(scope="module")

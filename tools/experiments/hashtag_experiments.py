@@ -112,7 +112,7 @@ class Bench:
         """Evaluate an artifact on the validation photos and the words of their captions."""
         tagger = Tagger(artifact).to(self.device)
         data, config = data_of(artifact, 1), TaggingConfig("", "image", "caption_words")
-        return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)[0]
+        return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)
 
     def teach(self, artifact: Artifact, shards: Path) -> str:
         """Write an artifact's predicted tags beside the shards; return the option to use them."""

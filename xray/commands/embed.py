@@ -132,10 +132,10 @@ def search(
 ) -> None:
     """Find the pictures, clips or texts of X that are nearest to QUERY."""
     from xray.search.embedding_file import open_embeddings
+    from xray.search.encoding import encode_query, open_maker
     from xray.search.exact import check_same_rows
     from xray.search.exact import search as find
     from xray.search.page import hits_table, write_page
-    from xray.search.query import encode_query, open_maker
 
     if html is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html} must end in .html")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from data_pipelines.shards.source import Source
 from xray.config import OptimConfig
 from xray.errors import ConfigError, DataError
-from xray.evaluation.class_labels import Classes, guess
-from xray.evaluation.confidence import share
+from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of
 from xray.evaluation.knn import KNN
@@ -80,8 +79,7 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
         blocks: Any = sets.vision.vision.blocks
         probe = _fit(train, labels, config, blocks[0].attn.num_heads, device)
         predicted = _predict(probe, test, config.batch_size, device)
-    measures = {"chance_top1": guess(labels, truth), "samples": float(len(truth))}
-    return share("top1", predicted == truth) | measures
+    return accuracy(predicted, truth, labels)
 
 
 @torch.no_grad()

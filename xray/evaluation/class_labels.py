@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipelines.shards.source import Source
 from xray.errors import DataError
+from xray.evaluation.confidence import share
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,9 @@ def guess(train: Tensor, test: Tensor) -> float:
     numbers, counts = train.unique(return_counts=True)
     most = numbers[counts == counts.max()]  # of several, one is guessed at random
     return max(1 / len(numbers), float(torch.isin(test, most).double().mean()) / len(most))
+
+
+def accuracy(predicted: Tensor, truth: Tensor, train: Tensor) -> dict[str, float]:
+    """Compute top-1 accuracy on labels [N], with its interval, and chance (`guess`)."""
+    chance = {"chance_top1": guess(train, truth), "samples": float(len(truth))}
+    return share("top1", predicted == truth) | chance

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels, load_views
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.stream.loader import Fields, iterate_source
-from data_pipelines.text.captions import captions_of, metadata_of
+from data_pipelines.text.captions import find_captions, metadata_of
 from xray.artifacts.encoders import Encoder, VisionEncoder
 from xray.config import DataConfig
-from xray.errors import BadSample, DataError
+from xray.errors import DataError
 from xray.progress import progress_of
 
 # Changes an image or clip [T, 3, S, S] uint8; draws from the sample's own generator.
@@ -135,12 +134,11 @@ def extract_spaces(
                 raise DataError(f"{source.name}: the model's features are NaN or infinite")
             spaces[space][done:until] = rows
         labels[done:until], done = own, until
-    return {space: Features(_pooled(rows), labels, rows) for space, rows in spaces.items()}
-
-
-def _pooled(views: Tensor) -> Tensor:
-    """Pool views [N, V, D] -> [N, D]: the only view unchanged, else the normalised mean."""
-    return views[:, 0] if views.shape[1] == 1 else F.normalize(views.mean(dim=1), dim=-1)
+    pooled = {
+        space: views[:, 0] if views.shape[1] == 1 else F.normalize(views.mean(dim=1), dim=-1)
+        for space, views in spaces.items()
+    }
+    return {space: Features(pooled[space], labels, views) for space, views in spaces.items()}
 
 
 def extract(
@@ -166,13 +164,7 @@ def spaces_of(encoder: VisionEncoder) -> Callable[[Tensor], dict[str, Tensor]]:
 
 def read_all_captions(source: Source, fields: Mapping[str, float] | None = None) -> list[list[str]]:
     """Read the captions of each sample of a source, in order; an empty list if it has none."""
-    result = []
-    for shard, member in source.places():
-        try:
-            result.append(captions_of(source.read(shard, member, TEXT_FILES), fields))
-        except BadSample:
-            result.append([])
-    return result
+    return [find_captions(source, *place, fields) for place in source.places()]
 
 
 def flat_captions(captions: Sequence[Sequence[str]], key: str) -> tuple[list[str], Tensor]:

@@ -21,8 +21,7 @@ from xray.artifacts.encoders import VisionEncoder
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest
 from xray.errors import ConfigError
-from xray.evaluation.class_labels import Classes, guess
-from xray.evaluation.confidence import share
+from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
 from xray.evaluation.knn import KNN
@@ -119,10 +118,8 @@ def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
         model = Classifier(sets.vision, len(classes.numbers), config.drop_path).to(device)
         training = _Training(source, labels, sets.data, config)
         loss = _train(model, training, config, sets.data.workers, device)
-    hits = _predict(model, test, sets, device) == truth
-    measures = share("top1", hits) | {"chance_top1": guess(labels, truth)}
-    counts = {"samples": float(len(truth)), "train_samples": float(len(labels))}
-    return measures | counts | {"train_loss": loss}
+    measures = accuracy(_predict(model, test, sets, device), truth, labels)
+    return measures | {"train_samples": float(len(labels)), "train_loss": loss}
 
 
 def _train(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from xray.errors import ConfigError, DataError
-from xray.evaluation.class_labels import check_labels, guess
-from xray.evaluation.confidence import share
+from xray.evaluation.class_labels import accuracy, check_labels
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.evaluation.zero_shot import HELD
@@ -47,15 +46,14 @@ def knn(
         raise DataError(f"kNN with k={k} needs that many samples, there are {len(train)}: lower k")
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     rows = max(1, HELD // (len(train) + classes))
-    hits = []
-    for part, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
+    predicted = []
+    for part in test.split(rows):
         similarity, nearest = (part @ train.t()).topk(k, dim=1)
         votes = torch.zeros(len(part), classes)
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1
         votes.scatter_add_(1, train_labels[nearest], weight)
-        hits.append(votes.argmax(dim=1) == truth)
-    chance = guess(train_labels, test_labels)
-    return share("top1", torch.cat(hits)) | {"chance_top1": chance, "samples": float(len(test))}
+        predicted.append(votes.argmax(dim=1))
+    return accuracy(torch.cat(predicted), test_labels, train_labels)
 
 
 def _run(sets: Sets, config: KnnConfig) -> Measures:

@@ -12,8 +12,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from xray.config import OptimConfig
-from xray.evaluation.class_labels import check_labels, guess
-from xray.evaluation.confidence import share
+from xray.evaluation.class_labels import accuracy, check_labels
 from xray.evaluation.datasets import Sets
 from xray.evaluation.knn import KNN
 from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
@@ -62,9 +61,7 @@ def linear_probe(
     check_labels(test_labels, "a linear probe")
     train, test = (x[:, None] if x.ndim == 2 else x for x in (train, test))
     head = SOLVERS[solver](train, train_labels)
-    measures = share("top1", head.predict(test) == test_labels)
-    measures["chance_top1"] = guess(train_labels, test_labels)
-    return measures | {"l2": head.strength, "samples": float(len(test))}
+    return accuracy(head.predict(test), test_labels, train_labels) | {"l2": head.strength}
 
 
 def _rows(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +27,18 @@ from xray.evaluation.corruptions import CORRUPTIONS, corrupt, stretch
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
 from xray.evaluation.linear_probe import LINEAR_PROBE, SOLVERS
-from xray.evaluation.robustness_results import ATTACKS, plot_robustness, robustness_rows
-from xray.evaluation.suite import Suite, SuiteConfig, titled
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 from xray.evaluation.zero_shot import ZERO_SHOT, NamedClasses
+from xray.reports.figures import subplots
 
 Scores = dict[str, float]
+ATTACKS = ("fgsm", "pgd", "square")
+SHIFTS = ("resolution", "aspect")
+TITLES = {
+    "corrupted": "mean of corruptions",
+    "attacked_clean": "those attacked, clean",
+    "shift": "elsewhere",
+}
 
 
 @dataclass
@@ -43,7 +52,7 @@ class RobustnessConfig(SuiteConfig):
     # factors of the artifact's resolution, and of the width relative to the height
     resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])
     aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd", "square"])
+    attacks: list[str] = field(default_factory=lambda: list(ATTACKS))
     eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # /255, L-infinity
     steps: int = 5  # of pgd
     queries: int = 100  # of the black-box attack
@@ -55,8 +64,8 @@ class RobustnessConfig(SuiteConfig):
         for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
             for name in getattr(self, option):
                 if name not in known:
-                    there = ", ".join(known)
-                    raise ConfigError(f"{key}.{option} names {name!r}: there are {there}")
+                    there = f"there are {', '.join(known)}"
+                    raise ConfigError(f"{key}.{option} names {name!r}: {there}")
         if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
             raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
@@ -96,7 +105,7 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         )
     if config.shift:  # fail on unknown labels before hours of work
         for head in heads:
-            source = _shift_source(head, config, sets)
+            source = sets.open("robustness.shift", config.shift, head.source.modality)
             head.number(labels_of(source), source)
     measures: Scores = {}
     hits: dict[str, dict[str, Tensor]] = {}
@@ -181,15 +190,11 @@ def _mean(name: str, hits: Tensor) -> Scores:
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
 
 
-def _shift_source(head: Head, config: RobustnessConfig, sets: Sets) -> Source:
-    return sets.open("robustness.shift", config.shift, head.source.modality)
-
-
 def _shifted(head: Head, config: RobustnessConfig, sets: Sets, clean: float) -> Scores:
     """Measure accuracy on a data set of the same classes from another source, and the loss."""
     if not config.shift:
         return {}
-    source = _shift_source(head, config, sets)
+    source = sets.open("robustness.shift", config.shift, head.source.modality)
     features = sets.features(source, head.space)
     labels = head.number(features.labels, source)
     scores = share(f"{head.name}/shift", head.predict(features) == labels)
@@ -205,16 +210,12 @@ class SomeSlots:
     def __init__(self, source: Source, samples: int) -> None:
         chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).round())
         self.numbers = torch.from_numpy(chosen).long()
-        places = list(source.places())
-        self.members: list[list[int]] = [[] for _ in range(len(source.manifest))]
-        for number in self.numbers.tolist():
-            shard, member = places[number]
-            self.members[shard].append(member)
+        shards, members = np.array(list(source.places()))[self.numbers].T
+        self.members = [members[shards == shard] for shard in range(len(source.manifest))]
         self.counts = np.array([len(own) for own in self.members])
 
     def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        own = np.array(self.members[shard], np.int64)
-        return own, np.zeros_like(own)
+        return self.members[shard], np.zeros_like(self.members[shard])
 
     def texts(self, shard: int, slot: int) -> np.ndarray | None:
         return None
@@ -222,9 +223,9 @@ class SomeSlots:
 
 def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
     """Measure accuracy under each attack at each eps, on some of the samples, one view each."""
-    encoder = sets.vision
     if not config.attacks:
         return {}
+    encoder = sets.vision
     slots = SomeSlots(head.source, config.attacked)
     source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
     labels, device = head.labels[slots.numbers], encoder.normalize.mean.device
@@ -271,13 +272,79 @@ def _right(logits: Logits, x: Tensor, labels: Tensor) -> Tensor:
     return (logits(x).argmax(dim=1) == labels).cpu()
 
 
+def _changed(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
+    """Yield (head, change, strength, accuracy) of every changed data set."""
+    for key, value in measures.items():
+        parts = key.split("/")
+        if len(parts) == 3 and not parts[2].endswith(("_low", "_high")):
+            yield parts[0], parts[1], parts[2], value
+
+
+def _rows(measures: Measures) -> Iterator[Row]:
+    """Make the rows of each head; a corruption has one, the mean over its severities."""
+    for head in dict.fromkeys(key.split("/")[0] for key in measures):
+        prefix = f"{head}/"
+        own = {key.removeprefix(prefix).replace("/", " "): v for key, v in measures.items()}
+        steps = [(change, strength) for h, change, strength, _ in _changed(measures) if h == head]
+        for key, over in _listed(own, steps):
+            title = TITLES.get(key, key.replace("_", " "))
+            title += "/255" if key.startswith(ATTACKS) else ""
+            yield share_row(f"{head.replace('_', '-')}, {title}", own, key, own["chance"], over)
+
+
+def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """List the measures of a head that have a row, each with its number of samples."""
+    every, some = f"{own['samples']:.0f} samples", f"{own['attacked_samples']:.0f} samples"
+    corruptions = dict.fromkeys(c for c, _ in steps if c not in SHIFTS + ATTACKS)
+    rows = [(key, every) for key in ("clean", *corruptions, "corrupted")]
+    rows += [(f"{change} {strength}", every) for change, strength in steps if change in SHIFTS]
+    rows.append(("attacked_clean", some))
+    rows += [(f"{change} {strength}", some) for change, strength in steps if change in ATTACKS]
+    rows.append(("shift", f"{own.get('shift_samples', 0):.0f} samples"))
+    return [row for row in rows if row[0] in own]
+
+
+def _plot(measures: Measures, path: Path) -> None:
+    """Plot each head's accuracy over the severity of corruptions and the eps of attacks."""
+    steps = list(_changed(measures))
+    panels = []
+    for head in dict.fromkeys(key.split("/")[0] for key in measures):
+        own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
+        corrupted = [row for row in own if row[0] not in SHIFTS + ATTACKS]
+        attacked = [row for row in own if row[0] in ATTACKS]
+        title = head.replace("_", "-")
+        severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"
+        panels.append((f"{title}: corruptions", head, "clean", severity, corrupted))
+        panels.append((f"{title}: attacks", head, "attacked_clean", eps, attacked))
+    panels = [panel for panel in panels if panel[-1]]
+    if not panels:
+        return
+    figure, axes = subplots(len(panels), (4.5 * len(panels), 3.6))
+    for axis, (title, head, clean, across, rows) in zip(axes, panels, strict=True):
+        _curves(axis, rows, 100 * measures[f"{head}/{clean}"], 100 * measures[f"{head}/chance"])
+        axis.set(title=title, xlabel=across)
+    figure.savefig(path)
+
+
+def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, chance: float) -> None:
+    for change in dict.fromkeys(change for change, *_ in rows):
+        points = sorted((float(s), value) for c, s, value in rows if c == change)
+        label = change.replace("_", " ")
+        axis.plot(*zip((0.0, clean), *points, strict=True), marker="o", ms=3, lw=1.2, label=label)
+    axis.axhline(chance, color="gray", lw=0.8, ls=":", label="chance")
+    ticks = [0.0, *sorted({float(strength) for _, strength, _ in rows})]
+    axis.set(ylabel="top-1 %", ylim=(0, 105), xticks=ticks)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7)
+
+
 ROBUSTNESS = Suite(
     "robustness",
     RobustnessConfig,
     needs=frozenset({VISION}),
     run=robustness,
-    rows=robustness_rows,
+    rows=_rows,
     title=titled("robustness"),
     reads=(ZERO_SHOT, LINEAR_PROBE),
-    plot=plot_robustness,
+    plot=_plot,
 )

@@ -7,11 +7,10 @@ from typing import Any
 
 from xray.errors import ConfigError
 from xray.evaluation.attentive_probe import ATTENTIVE_PROBE
-from xray.evaluation.captions import CAPTIONS
 from xray.evaluation.finetune import FINETUNE
 from xray.evaluation.knn import KNN
 from xray.evaluation.linear_probe import LINEAR_PROBE
-from xray.evaluation.retrieval import RETRIEVAL, VIDEO_RETRIEVAL
+from xray.evaluation.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
 from xray.evaluation.robustness import ROBUSTNESS
 from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.tagging import TAGS

@@ -257,8 +257,3 @@ def _hits(top: Tensor, tags: Tensor) -> Tensor:
 def _decade(digits: int) -> str:
     """Name the counts with so many digits: "<10", "10-99", "100-999", "1,000-9,999", ..."""
     return "<10" if digits == 1 else f"{10 ** (digits - 1):,}-{10**digits - 1:,}"
-
-
-def average_views(probabilities: Tensor) -> Tensor:
-    """Average probabilities (not logits) over views: [B, views, V] -> [B, V]."""
-    return probabilities.mean(dim=1)

@@ -23,7 +23,7 @@ from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
-from xray.evaluation.tag_metrics import TagMetrics, average_views, measured_tags
+from xray.evaluation.tag_metrics import TagMetrics, measured_tags
 
 
 @dataclass
@@ -55,7 +55,7 @@ def tagging(
     config: TaggingConfig,
     data: DataConfig,
     batch_size: int,
-) -> tuple[dict[str, float], TagMetrics]:
+) -> dict[str, float]:
     """Measure a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
     rules = TagRules(field=config.field)
     work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
@@ -79,8 +79,8 @@ def tagging(
     for batch in iterate_source(source, transform, collate, data, batch_size):
         views = batch["pixels"].shape[1]
         by_view = probabilities(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, views))
-        metrics.add(average_views(by_view), batch["tags"])
-    return metrics.results(), metrics
+        metrics.add(by_view.mean(dim=1), batch["tags"])
+    return metrics.results()
 
 
 def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
@@ -92,7 +92,7 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
     for name, own in config.items():
         source = sets.open(f"tags.{name}", own.shards, own.modality)
         settings = (vocabulary, own, sets.data, sets.config.batch_size)
-        measures, _ = tagging(source, encoder.probabilities, *settings)
+        measures = tagging(source, encoder.probabilities, *settings)
         results |= {f"{name}/{measure}": value for measure, value in measures.items()}
     return results
 
@@ -100,21 +100,17 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
 def _rows(measures: Measures) -> Iterator[Row]:
     for name in dict.fromkeys(key.split("/")[0] for key in measures):
         prefix = f"{name}/"
-        own = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}
-        yield from _rows_of_set(name, own)
-
-
-def _rows_of_set(name: str, r: Measures) -> Iterator[Row]:
-    samples = r["samples"] + r["untagged"]
-    over = f"{r['samples']:.0f} of {samples:.0f} samples, {r['tags']:.0f} tags"
-    for measure in ("precision@1", "recall@5"):
-        yield share_row(f"{name} {measure}", r, measure, r[f"chance_{measure}"], over)
-    for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
-        tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
-        yield share_row(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
-    least = r["least_dead@10"] / r["vocabulary"]
-    yield share_row(f"{name} dead tags", r, "dead_share@10", least, f"{r['vocabulary']:.0f} tags")
-    yield f"{name} calibration error", f"{100 * r['ece']:.1f}", "", over
+        r = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}
+        samples, size = r["samples"] + r["untagged"], r["vocabulary"]
+        over = f"{r['samples']:.0f} of {samples:.0f} samples, {r['tags']:.0f} tags"
+        for measure in ("precision@1", "recall@5"):
+            yield share_row(f"{name} {measure}", r, measure, r[f"chance_{measure}"], over)
+        for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
+            tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
+            yield share_row(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
+        least = r["least_dead@10"] / size
+        yield share_row(f"{name} dead tags", r, "dead_share@10", least, f"{size:.0f} tags")
+        yield f"{name} calibration error", f"{100 * r['ece']:.1f}", "", over
 
 
 TAGS = Suite(

@@ -103,10 +103,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
 
 def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
     """Trace and save the graph, without the exporter's own output and warnings."""
-    quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    levels = [logger.level for logger in quiet]
-    for logger in quiet:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -125,8 +122,7 @@ def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
     except Exception as error:  # the exporter has its own exception types
         raise ConfigError(f"torch cannot write this model as ONNX: {brief(error)}") from error
     finally:
-        for logger, level in zip(quiet, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from torch import Tensor
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.tar_index import TEXT_FILES
-from data_pipelines.text.captions import captions_of
+from data_pipelines.text.captions import find_captions
 from xray.artifacts.encoders import Encoder, VisionEncoder
 from xray.config import DataConfig
 from xray.config.identity import hash_json
-from xray.errors import BadSample, ConfigError
+from xray.errors import ConfigError
 from xray.precompute.inference import Model, Pack, Place, Progress, write_from_model
 
 
@@ -44,17 +43,14 @@ def write_embeddings(
     data: DataConfig,
     progress: Progress | None = None,
 ) -> tuple[Sidecar, dict[str, int]]:
-    """Write normalised features of each sample's image or clip, in the joint space if there is
-    one.
+    """Write normalised features of images or clips, in the joint space if there is one.
 
     Columns: members [n] int32, embeddings [n, D] float32. Returns the sidecar, and the number of
     unreadable samples by cause.
     """
-
     encode, width = encoder.features, encoder.vision.embed_dim
     if isinstance(encoder, Encoder):
-        encode = encoder.encode_pixels
-        width = encoder.options.embed_dim
+        encode, width = encoder.encode_pixels, encoder.options.embed_dim
 
     def embed(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:
         return list(encode(pixels).numpy())
@@ -64,7 +60,7 @@ def write_embeddings(
         embeddings = np.array([rows[member] for member in members.tolist()], np.float32)
         return {"members": members, "embeddings": embeddings.reshape(len(members), width)}
 
-    facts = {"kind": "embeddings", "artifact": encoder.artifact.digest, **_kind(source)}
+    facts = {"kind": "embeddings", "artifact": encoder.artifact.digest}
     return _written(source, embed, pack, facts, config, data, progress)
 
 
@@ -81,7 +77,7 @@ def write_scores(
     """
 
     def score(pixels: Tensor, places: Sequence[Place]) -> list[np.ndarray]:
-        captions = [_captions(source, place, config) for place in places]
+        captions = [find_captions(source, *place, config.captions) for place in places]
         flat = [caption for own in captions for caption in own]
         if not flat:
             return [np.empty(0, np.float32)] * len(places)
@@ -96,20 +92,9 @@ def write_scores(
         scores, ends = pack_rows([rows.get(member, none) for member in members], np.float32)
         return {"score": scores, "ends": ends}
 
-    of_texts = {"captions": config.captions}
-    facts = {"kind": "scores", "artifact": encoder.artifact.digest, **of_texts, **_kind(source)}
+    artifact = encoder.artifact.digest
+    facts = {"kind": "scores", "artifact": artifact, "captions": config.captions}
     return _written(source, score, pack, facts, config, data, progress)
-
-
-def _kind(source: Source) -> dict[str, str]:
-    return {"modality": source.modality, "animations": source.animations}
-
-
-def _captions(source: Source, place: Place, config: FeaturesConfig) -> list[str]:
-    try:
-        return captions_of(source.read(*place, TEXT_FILES), config.captions)
-    except BadSample:
-        return []
 
 
 def _written(
@@ -122,7 +107,8 @@ def _written(
     progress: Progress | None,
 ) -> tuple[Sidecar, dict[str, int]]:
     """Open the sidecar of these facts, or write it."""
-    name = f"{facts['kind']}-{hash_json(dict(facts))[:12]}"
+    facts = {**facts, "modality": source.modality, "animations": source.animations}
+    name = f"{facts['kind']}-{hash_json(facts)[:12]}"
     sidecar = open_whole(source, name)
     if sidecar is not None:
         return sidecar, {}

@@ -1,10 +1,10 @@
-"""Inference of a model over every sample of a source, shard by shard; finished shards are
-skipped."""
+"""Inference of a model over every sample of a source; finished shards are skipped."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, finish_sidecar, save_table, saved_table
-from data_pipelines.shards.source import Sample, Source
+from data_pipelines.shards.source import Source
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
@@ -26,21 +26,10 @@ Model = Callable[[Tensor, Sequence[Place]], list[Any]]  # pixels of places -> a 
 Pack = Callable[[int, Mapping[int, Any]], Columns]  # a shard, results by member -> its table
 
 
-class Samples(Protocol):
-    """Samples read by (shard, member): a source, or files."""
-
-    @property
-    def counts(self) -> np.ndarray: ...
-
-    def member(self, shard: int, slot: int) -> int: ...
-
-    def sample(self, shard: int, member: int, resolution: int, frames: int) -> Sample: ...
-
-
 class Places(Sequence[Place]):
     """Samples of some shards as (shard, member), computed when asked for."""
 
-    def __init__(self, source: Samples, shards: Sequence[int]) -> None:
+    def __init__(self, source: Source, shards: Sequence[int]) -> None:
         self.source, self.shards = source, shards
         self.ends = np.cumsum(source.counts[list(shards)], dtype=np.int64)
 
@@ -54,7 +43,7 @@ class Places(Sequence[Place]):
 
 
 class _Pixels(Dataset):
-    def __init__(self, source: Samples, places: Sequence[Place], data: DataConfig) -> None:
+    def __init__(self, source: Source, places: Sequence[Place], data: DataConfig) -> None:
         self.source, self.places, self.data = source, places, data
         self.size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
 
@@ -88,7 +77,7 @@ def cut(numbers: range, size: int) -> Iterator[range]:
 
 
 def pixels_of(
-    source: Samples, places: Sequence[Place], data: DataConfig, batches: Iterable[Sequence[int]]
+    source: Source, places: Sequence[Place], data: DataConfig, batches: Iterable[Sequence[int]]
 ) -> Iterator[Read]:
     """Yield (readable places, their pixels [B, T, 3, S, S], cause of failure by place).
 
@@ -129,13 +118,13 @@ def write_from_model(
     total, done = len(source), len(source) - len(places)
     read = dict.fromkeys(todo, 0)  # samples read per shard
     results: dict[int, dict[int, Any]] = {}
-    causes: dict[str, int] = {}
+    causes = Counter[str]()
     batches = cut(range(len(places)), batch_size)
     for here, pixels, bad in pixels_of(source, places, data, batches):
-        for (shard, member), result in zip(here, _run(model, pixels, here), strict=True):
+        made = [] if pixels is None else model(pixels, here)
+        for (shard, member), result in zip(here, made, strict=True):
             results.setdefault(shard, {})[member] = result
-        for cause in bad.values():
-            causes[cause] = causes.get(cause, 0) + 1
+        causes.update(bad.values())
         for shard, _ in [*here, *bad]:
             read[shard] += 1
             if read[shard] == source.counts[shard]:
@@ -144,10 +133,6 @@ def write_from_model(
         if progress is not None:
             progress(done, total)
     return finish_sidecar(source, name, facts, totals), causes
-
-
-def _run(model: Model, pixels: Tensor | None, here: list[Place]) -> Iterable[Any]:
-    return [] if pixels is None else model(pixels, here)
 
 
 def spread(source: Source, most: int) -> list[Place]:

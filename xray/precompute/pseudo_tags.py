@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from xray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from data_pipelines.tags.vocabulary import Vocabulary
-    from xray.artifacts.artifact import Artifact
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,19 +17,19 @@ from data_pipelines.shards.source import Source
 from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, label, teacher_sidecar
 from data_pipelines.tags.reader import Origin, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
+from xray import dist
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
+from xray.artifacts.offers import JOINT, TAGS
 from xray.config import DataConfig
 from xray.config.identity import hash_json
+from xray.errors import ConfigError
 from xray.precompute.inference import Place, Progress, cut, pixels_of, spread, write_from_model
 
 TEACHING = ("top", "threshold", "temperature", "template")  # settings that identify a teacher
 PRIOR_SAMPLES = 4096  # samples for a tag's mean probability
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
-
-
-class Teacher(Protocol):
-    """Model from pixels [B, T, 3, H, W] to probabilities [B, V] over a vocabulary."""
-
-    def probabilities(self, pixels: Tensor, temperature: float) -> Tensor: ...
+Teacher = Tagger | PromptTagger
 
 
 @dataclass
@@ -181,11 +172,6 @@ def open_teacher(
 
     Raises ConfigError if the artifact cannot tag, or for a vocabulary that is missing or not used.
     """
-    from data_pipelines.tags.vocabulary import Vocabulary
-    from xray import dist
-    from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
-    from xray.artifacts.offers import JOINT, TAGS
-
     device = dist.choose_device("auto")
     if TAGS in artifact.offers:
         if vocabulary is not None:

@@ -22,13 +22,12 @@ from data_pipelines.shards.sidecar import (
     write_sidecar,
 )
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.tar_index import TEXT_FILES
-from data_pipelines.text.captions import captions_of
+from data_pipelines.text.captions import find_captions
 from data_pipelines.text.feature_store import ROW_BITS, note_store, packed, store_facts, store_name
 from xray.artifacts.language_model import Language
 from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
-from xray.errors import BadSample, ConfigError, DataError
+from xray.errors import ConfigError, DataError
 from xray.models.text_tower import TextTower
 from xray.precompute.inference import Progress
 
@@ -69,11 +68,9 @@ class CaptionIds:
     def texts(self, shard: int) -> Iterator[tuple[int, list[str]]]:
         """Yield (member, captions) of members that have any."""
         for member in range(len(self.source.index(shard))):  # all members, of any modality
-            try:
-                captions = captions_of(self.source.read(shard, member, TEXT_FILES), self.captions)
-            except BadSample:
-                continue
-            yield member, captions
+            captions = find_captions(self.source, shard, member, self.captions)
+            if captions:
+                yield member, captions
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,9 @@ class Layout:
     @property
     def unique(self) -> int:
         return int(self.first.sum())
+
+    def part(self, values: np.ndarray, shard: int) -> np.ndarray:
+        return values[self.starts[shard] : self.starts[shard + 1]]
 
 
 def lay_out(ids: Sidecar) -> Layout:
@@ -138,31 +138,23 @@ def write_text_features(
         raise DataError(f"source {source.name!r} has no caption")
     tower = language.build().eval().to(device)
     todo = [s for s in range(len(ids.counts)) if saved_table(source, name, s) is None]
-    done = layout.unique - sum(_new(layout, shard) for shard in todo)
+    done = layout.unique - sum(int(layout.part(layout.first, shard).sum()) for shard in todo)
     for shard in todo:
         texts = [text for _, own in work.texts(shard) for text in own]
-        new = [texts[n] for n in np.flatnonzero(_of(layout.first, layout, shard))]
+        new = [texts[n] for n in np.flatnonzero(layout.part(layout.first, shard))]
         rows = [np.empty((0, tower.width), np.float32)]
         for vectors in _encoded(language, tower, new, config.batch_size):
             rows.append(vectors)
             done += len(vectors)
             if progress is not None:
                 progress(done, layout.unique)
-        table = {"ends": ids.table(shard)["ends"], "places": _of(layout.places, layout, shard)}
+        table = {"ends": ids.table(shard)["ends"], "places": layout.part(layout.places, shard)}
         table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
         save_table(source, name, shard, table)
     whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
     sidecar = finish_sidecar(source, name, whole)
     note_store(source, facts)
     return sidecar
-
-
-def _of(values: np.ndarray, layout: Layout, shard: int) -> np.ndarray:
-    return values[layout.starts[shard] : layout.starts[shard + 1]]
-
-
-def _new(layout: Layout, shard: int) -> int:
-    return int(_of(layout.first, layout, shard).sum())
 
 
 @torch.no_grad()

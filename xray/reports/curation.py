@@ -9,12 +9,12 @@ from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.curation.report import CurationReport, EntryRow
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Source
-from data_pipelines.text.captions import captions_of
+from data_pipelines.text.captions import find_captions
 from xray.config import DataConfig
 from xray.errors import BadSample
 from xray.files import printable
-from xray.reports.figures import COLOR, pixels_of, subplots
-from xray.reports.html import Picture, write_report
+from xray.reports.figures import COLOR, label_axis, section, subplots
+from xray.reports.html import write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable
 
@@ -24,30 +24,24 @@ SHARDS_SEARCHED = 50  # thumbnails are taken from this many shards at most
 
 def step_table(report: CurationReport) -> ResultTable:
     """Make the table of samples and texts read, removed by each step, and kept."""
-    rows: list[Sequence[str]] = [["read", *_numbers(report.read), ""]]
-    for step in report.steps:
-        removed = (f"{-step.samples:,}", f"{-step.texts:,}")
-        rows.append([step.name, *removed, ", ".join(step.keys[:3])])
-    rows.append(["kept", *_numbers(report.kept), ", ".join(report.kept_keys[:3])])
-    return ResultTable("Curation", ("step", "samples", "texts", "e.g."), rows)
+    lines: list[tuple[str, int, int, Sequence[str]]] = [("read", *report.read, ())]
+    lines += [(step.name, -step.samples, -step.texts, step.keys) for step in report.steps]
+    lines.append(("kept", *report.kept, report.kept_keys))
+    table = ResultTable("Curation", ("step", "samples", "texts", "e.g."))
+    for name, samples, texts, keys in lines:
+        table.rows.append((name, f"{samples:,}", f"{texts:,}", ", ".join(keys[:3])))
+    return table
 
 
 def language_table(report: CurationReport) -> ResultTable:
     """Make the table of thresholds, tail shares and counts by language."""
-    rows: list[Sequence[str]] = [
-        [
-            row.language or "all",
-            f"{row.t:,.0f}",
-            f"{row.tail_share:.1%}",
-            f"{row.entries:,}",
-            f"{row.unmatched:,}",
-            f"{row.before:,}",
-            f"{row.after:,}",
-        ]
-        for row in report.languages
-    ]
     heads = ("language", "t", "tail share", "entries", "unmatched", "texts", "kept")
-    return ResultTable("Languages", heads, rows)
+    table = ResultTable("Languages", heads)
+    for row in report.languages:
+        counts = [f"{n:,}" for n in (row.entries, row.unmatched, row.before, row.after)]
+        shares = (f"{row.t:,.0f}", f"{row.tail_share:.1%}")
+        table.rows.append((row.language or "all", *shares, *counts))
+    return table
 
 
 def leak_table(report: CurationReport) -> ResultTable:
@@ -84,10 +78,6 @@ def write_curation_page(report: CurationReport, source: Source, out: Path) -> No
     write_report(out, "xray: curation", parts)
 
 
-def _numbers(pair: tuple[int, int]) -> tuple[str, str]:
-    return f"{pair[0]:,}", f"{pair[1]:,}"
-
-
 def _curve(report: CurationReport) -> str:
     """Draw cumulative matches over entries, from the rarest, before and after balancing."""
     if not report.curve.get("rank"):
@@ -99,22 +89,18 @@ def _curve(report: CurationReport) -> str:
         shares = [value / total for value in report.curve[name]]
         axes[1].plot(report.curve["rank"], shares, label=name, color=color)
     for axis, label in zip(axes, ("matches", "share of the matches"), strict=True):
-        axis.set_xlabel("entries, from the rarest", fontsize=8)
-        axis.set_ylabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
+        label_axis(axis, "entries, from the rarest", label)
     axes[0].legend(fontsize=7, frameon=False)
     caption = "Balancing removes texts of frequent entries and keeps those of rare entries."
-    return Picture("Balance", caption, pixels_of(figure)).html()
+    return section("Balance", caption, figure)
 
 
 def _entries(title: str, rows: Sequence[EntryRow]) -> str:
-    cells: list[Sequence[str]] = [
-        [row.entry, row.language, f"{row.before:,}", f"{row.after:,}", f"{row.rate:.3f}"]
-        for row in rows
-    ]
-    heads = ("entry", "language", "texts", "kept", "probability")
-    return ResultTable(title, heads, cells).html() if cells else ""
+    table = ResultTable(title, ("entry", "language", "texts", "kept", "probability"))
+    for row in rows:
+        counts = (f"{row.before:,}", f"{row.after:,}", f"{row.rate:.3f}")
+        table.rows.append((row.entry, row.language, *counts))
+    return table.html() if table.rows else ""
 
 
 def _pictures(source: Source, keys: set[str]) -> dict[str, Thumbnail]:
@@ -128,15 +114,8 @@ def _pictures(source: Source, keys: set[str]) -> dict[str, Thumbnail]:
                     pixels = load_pixels(sample, DataConfig(), None)[0].permute(1, 2, 0).numpy()
                 except BadSample:
                     continue
-                caption = _caption(sample.files)
+                caption = next(iter(find_captions(source, shard, member)), "")[:120]
                 thumbnails[key] = Thumbnail("", "", key, caption, png_of(pixels))
         if len(thumbnails) == len(keys):
             break
     return thumbnails
-
-
-def _caption(files: dict[str, bytes]) -> str:
-    try:
-        return captions_of(files)[0][:120]
-    except BadSample:
-        return ""

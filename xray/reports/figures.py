@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from xray.reports.html import Picture
+
 COLOR = "#3b6ea5"
 
 
@@ -22,10 +24,19 @@ def subplots(across: int, size: tuple[float, float]) -> tuple[Any, Any]:
     return figure, figure.subplots(1, across, squeeze=False)[0]
 
 
-def pixels_of(figure: Any) -> np.ndarray:
-    """Render a figure as pixels, [H, W, 3] uint8."""
+def label_axis(axis: Any, x: str, y: str = "") -> None:
+    """Label an axis in small print, without its frame's top and right side."""
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def section(title: str, caption: str, figure: Any) -> str:
+    """Render a figure as a section of a page, with a title and a caption."""
     figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    return Picture(title, caption, pixels).html()
 
 
 def svg(figure: Any, title: str) -> str:

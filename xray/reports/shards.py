@@ -13,8 +13,8 @@ import numpy as np
 
 from data_pipelines.checks.check import CheckReport
 from data_pipelines.checks.check_shard import Media, Range, ShardCheck, Stats, Thumbnail
-from xray.reports.figures import COLOR, pixels_of, subplots
-from xray.reports.html import Picture, paragraph, write_report
+from xray.reports.figures import COLOR, label_axis, section, subplots
+from xray.reports.html import paragraph, write_report
 from xray.reports.tables import ResultTable
 
 ROWS = 40  # with more shards, the table lists only the broken ones
@@ -174,10 +174,8 @@ def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, 
         integer = all(float(value).is_integer() for value in values)
         bins = _bins(min(values), max(values), integer)
         axis.hist(values, bins=bins, weights=weights, color=COLOR)
-        axis.set_xlabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    return Picture(title, caption, pixels_of(figure)).html()
+        label_axis(axis, label)
+    return section(title, caption, figure)
 
 
 def _bins(low: float, high: float, integer: bool) -> np.ndarray:
@@ -192,8 +190,7 @@ def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
     """Draw a bar per name, the most frequent on top; return "" if there are no counts."""
     if not counts:
         return ""
-    figure, axes = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
-    axis = axes[0]
+    figure, (axis,) = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
     # matplotlib reads "$" as the start of a formula; a very long name leaves no room for the bar
     labels = [name[:32].replace("$", r"\$") for name, _ in counts]
     bars = axis.barh(range(len(counts)), [count for _, count in counts], color=COLOR)
@@ -203,7 +200,7 @@ def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
     axis.set_xticks([])
     axis.margins(x=0.1, y=0.01)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    return Picture(title, caption, pixels_of(figure)).html()
+    return section(title, caption, figure)
 
 
 def sheet(title: str, thumbnails: Sequence[Thumbnail]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.tags.vocabulary import Dropped, TagCounts, Vocabulary
-from xray.reports.figures import COLOR, pixels_of, subplots
-from xray.reports.html import Picture, paragraph, write_report
+from xray.reports.figures import COLOR, label_axis, section, subplots
+from xray.reports.html import paragraph, write_report
 from xray.reports.tables import ResultTable
 
 SHOWN = 40  # number of tags listed for the head, the tail and each reason of dropping
@@ -19,16 +19,16 @@ def dropped_table(
     vocabulary: Vocabulary, counts: TagCounts, dropped: Mapping[str, Dropped]
 ) -> ResultTable:
     """Make the table of tags and labels in the vocabulary, and of those dropped, by reason."""
-    rows: list[Sequence[str]] = [
-        ["in the vocabulary", f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}", ""]
-    ]
+    table = ResultTable("Tags", ("", "tags", "labels", "most frequent"))
+    whole = (f"{len(vocabulary):,}", f"{sum(vocabulary.counts):,}")
+    table.rows.append(("in the vocabulary", *whole, ""))
     merged = len(counts.tags) - len(vocabulary) - sum(group.tags for group in dropped.values())
     if merged > 0:
-        rows.append(["merged with another spelling", f"{merged:,}", "", ""])
+        table.rows.append(("merged with another spelling", f"{merged:,}", "", ""))
     for reason, group in sorted(dropped.items()):
         first = ", ".join(tag for tag, _ in group.first[:5])
-        rows.append([reason, f"{group.tags:,}", f"{group.samples:,}", first])
-    return ResultTable("Tags", ("", "tags", "labels", "most frequent"), rows)
+        table.rows.append((reason, f"{group.tags:,}", f"{group.samples:,}", first))
+    return table
 
 
 def write_tag_report(
@@ -65,24 +65,20 @@ def summary(vocabulary: Vocabulary, counts: TagCounts) -> str:
 
 def _zipf(vocabulary: Vocabulary, counts: TagCounts) -> str:
     """Draw samples per tag over the tag's rank, for all tags and for the vocabulary."""
-    figure, axes = subplots(1, (6.2, 3.4))
-    axis = axes[0]
+    figure, (axis,) = subplots(1, (6.2, 3.4))
     all_counts = np.sort(np.fromiter(counts.tags.values(), np.int64))[::-1]
     for values, name, color in (
         (all_counts, "all tags", "#b8c4d0"),
         (np.array(vocabulary.counts), "vocabulary", COLOR),
     ):
         axis.loglog(np.arange(1, len(values) + 1), values, label=name, color=color, linewidth=1.6)
-    axis.set_xlabel("rank of the tag", fontsize=8)
-    axis.set_ylabel("samples", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
+    label_axis(axis, "rank of the tag", "samples")
     axis.legend(fontsize=7, frameon=False)
     slope = zipf_slope(np.array(vocabulary.counts))
     caption = f"Slope of the vocabulary's curve, from rank 10 on: {slope:.2f} (Zipf's law: -1)."
     if np.isnan(slope):
         caption = "Samples per tag, from the most frequent."
-    return Picture("Samples per tag", caption, pixels_of(figure)).html()
+    return section("Samples per tag", caption, figure)
 
 
 def zipf_slope(counts: np.ndarray) -> float:
@@ -102,10 +98,9 @@ def _tag_table(
     vocabulary: Vocabulary,
     examples: Mapping[str, Sequence[str]],
 ) -> str:
-    rows: list[Sequence[str]] = []
+    table = ResultTable(title, ("tag", "samples", "aliases", "examples"))
     for tag, count in ranked:
         number = vocabulary.ids[tag]
         aliases = ", ".join(vocabulary.aliases[number]) if vocabulary.aliases else ""
-        rows.append([tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))])
-    heads = ("tag", "samples", "aliases", "examples")
-    return ResultTable(title, heads, rows).html() if rows else ""
+        table.rows.append((tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))))
+    return table.html() if table.rows else ""

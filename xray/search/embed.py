@@ -28,7 +28,6 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from xray import dist
-from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
 from xray.config.identity import differences
 from xray.errors import BadSample, ConfigError, DataError
@@ -78,10 +77,9 @@ class EmbedConfig:
 
     def validate(self) -> None:
         """Raise ConfigError naming the option to change."""
-        if self.dtype not in get_args(Dtype):
-            raise ConfigError(f"--dtype {self.dtype}: use {', '.join(get_args(Dtype))}")
-        if self.precision not in get_args(Precision):
-            raise ConfigError(f"--precision {self.precision}: use {', '.join(get_args(Precision))}")
+        for name, kinds in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in kinds:
+                raise ConfigError(f"--{name} {getattr(self, name)}: use {', '.join(kinds)}")
         if self.dim < 0 or self.batch_size < 1 or self.workers < 0:
             raise ConfigError("--dim and --workers must be at least 0, --batch-size at least 1")
 
@@ -118,35 +116,28 @@ def embed(
     listed = out.with_name(f"{out.name}.left_out.jsonl")
     if dist.is_main() and job.dim < job.width:
         warn_of_prefix(encoder, job.dim)
-    if dist.main_first(job.finished):
-        facts = open_embeddings(out).facts
-        return EmbedReport(facts["rows"], facts["left_out"], listed, len(job.parts), len(job.parts))
-    with dist.main_first(job.claim):
-        missing = [part for part in range(len(job.parts)) if job.load(part) is None]
-        todo: list[int] = dist.broadcast_object(missing)  # another rank may have made some by now
-        mine = todo[dist.rank() :: dist.world_size()]
-        dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
-        dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
-    if dist.is_main():  # the lock is released
-        shutil.rmtree(job.folder)
-    facts = open_embeddings(out).facts
-    return EmbedReport(
-        facts["rows"], facts["left_out"], listed, len(job.parts) - len(todo), len(job.parts)
-    )
+    todo: list[int] = []
+    if not dist.main_first(job.finished):
+        with dist.main_first(job.claim):
+            missing = [part for part in range(len(job.parts)) if job.load(part) is None]
+            todo = dist.broadcast_object(missing)  # another rank may have made some by now
+            mine = todo[dist.rank() :: dist.world_size()]
+            dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
+            dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
+        if dist.is_main():  # the lock is released
+            shutil.rmtree(job.folder)
+    facts, parts = open_embeddings(out).facts, len(job.parts)
+    return EmbedReport(facts["rows"], facts["left_out"], listed, parts - len(todo), parts)
 
 
 class _Job:
     """Request of an embedding job, and its finished parts."""
 
     def __init__(
-        self,
-        encoder: VisionEncoder | TextEncoder,
-        corpus: Corpus,
-        config: EmbedConfig,
-        out: Path,
+        self, encoder: VisionEncoder | TextEncoder, corpus: Corpus, config: EmbedConfig, out: Path
     ) -> None:
         self.encoder, self.corpus, self.config, self.out = encoder, corpus, config, out
-        self.places = Places(corpus, range(len(corpus.counts)))
+        self.places = Places(corpus.source, range(len(corpus.source.counts)))
         if not len(self.places):
             raise DataError(f"{corpus.where} holds no samples")
         self.text = corpus.modality == "text"
@@ -211,11 +202,13 @@ class _Job:
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:06d}"
 
+    def _facts_of(self, part: int) -> dict[str, Any]:
+        numbers = self.parts[part]
+        return {"job": self.identity, "samples": [numbers.start, numbers.stop]}
+
     def load(self, part: int) -> tuple[Columns, Mapping[str, Any]] | None:
         """Return the columns and facts of a part; None if it is missing or of another command."""
-        numbers = self.parts[part]
-        wanted = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
-        columns, facts = open_first([self._path(part)], wanted)
+        columns, facts = open_first([self._path(part)], self._facts_of(part))
         return (columns, facts) if facts else None
 
     @torch.inference_mode()
@@ -248,9 +241,7 @@ class _Job:
             key, path, _ = names[wrong[0]]
             raise DataError(f"{path}:{key}: the model's features are NaN or infinite")
         left_out = [[*self.corpus.name(*place), cause] for place, cause in bad.items()]
-        numbers = self.parts[part]
-        facts = {"job": self.identity, "samples": [numbers.start, numbers.stop]}
-        save_columns(self._path(part), columns, {**facts, "left_out": left_out})
+        save_columns(self._path(part), columns, {**self._facts_of(part), "left_out": left_out})
 
     def _media(self, todo: Sequence[int]) -> Iterator[Found]:
         """Yield rows of pictures or clips by batch; no batch spans two parts."""
@@ -259,7 +250,7 @@ class _Job:
         size = self.config.batch_size
         batches = (batch for part in todo for batch in cut(self.parts[part], size))
         data = data_of(self.encoder.artifact, self.config.workers)
-        read = pixels_of(self.corpus, self.places, data, batches)
+        read = pixels_of(self.corpus.source, self.places, data, batches)
 
         def batches_of_rows() -> Iterator[Batch]:
             for here, pixels, bad in read:
@@ -343,21 +334,14 @@ class _Job:
         return columns["rows"], Names(keys, paths, texts if self.text else None)
 
     def _facts(self, rows: int, left_out: Mapping[str, int]) -> Facts:
-        artifact: Artifact = self.encoder.artifact
+        artifact, corpus = self.encoder.artifact, self.corpus
+        made = {"digest": artifact.digest, "stage": artifact.stage, "where": artifact.origin}
         return {
             **self.identity,
             "rows": rows,
             "dtype": self.config.dtype,
             "width": self.width,
-            "artifact": {
-                "digest": artifact.digest,
-                "stage": artifact.stage,
-                "where": artifact.origin,
-            },
-            "source": {
-                "digest": self.corpus.digest,
-                "where": self.corpus.where,
-                "kind": self.corpus.kind,
-            },
+            "artifact": made,
+            "source": {"digest": corpus.digest, "where": corpus.where, "kind": corpus.kind},
             "left_out": dict(left_out),
         }

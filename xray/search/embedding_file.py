@@ -277,27 +277,24 @@ class ParquetEmbeddings(Embeddings):
         flat = np.frombuffer(array.buffers()[1], dtype)[array.offset * length :]
         return cast(np.ndarray, flat[: len(array) * length].reshape(-1, length))
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield (row group, places in `rows`, their rows in the group)."""
         groups = np.searchsorted(self.ends, rows, side="right")
-        found = np.empty((len(rows), row_length(self.facts)), STORED[self.facts["dtype"]])
-        for group in np.unique(groups):
-            mine = groups == group
-            found[mine] = self._stored(int(group))[rows[mine] - self._start(int(group))]
-        return found
+        for group in np.unique(groups).tolist():
+            places = np.flatnonzero(groups == group)
+            yield group, places, rows[places] - (self.ends[group - 1] if group else 0)
 
-    def _start(self, group: int) -> int:
-        return int(self.ends[group - 1]) if group else 0
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), row_length(self.facts)), STORED[self.facts["dtype"]])
+        for group, places, own in self._by_group(rows):
+            found[places] = self._stored(group)[own]
+        return found
 
     def names(self, rows: Sequence[int]) -> Names:
         wanted = ["key", "path", *(["text"] if self.facts["modality"] == "text" else [])]
         columns: dict[str, list[str]] = {name: [""] * len(rows) for name in wanted}
-        groups = np.searchsorted(self.ends, rows, side="right")
-        for group in np.unique(groups):
-            places = np.flatnonzero(groups == group)
-            table = self.file.read_row_group(int(group), wanted)
-            picked = table.take(
-                [rows[place] - self._start(int(group)) for place in places.tolist()]
-            )
+        for group, places, own in self._by_group(np.asarray(rows)):
+            picked = self.file.read_row_group(group, wanted).take(own)
             for name in wanted:
                 for place, value in zip(places, picked.column(name).to_pylist(), strict=True):
                     columns[name][place] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,11 @@ def search(
             best.add(start, values)
     rows, values = best.rows.numpy(), best.values
     if again is None:
-        return Hits(rows, _cosines(values, embeddings) if binary else values.numpy())
+        cosines = values.numpy()
+        if binary:  # the values hold Hamming distances, as `_by_bits` makes them
+            distance = -cosines >> 40
+            cosines = (1 - 2 * distance / embeddings.facts["dim"]).astype(np.float32)
+        return Hits(rows, cosines)
     scores = np.empty((len(queries), k), np.float32)
     chosen = np.empty((len(queries), k), np.int64)
     for number, candidates in enumerate(rows):
@@ -62,8 +67,7 @@ def search(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: one thread saturates memory bandwidth, and several would spend most
-    of a busy machine's time waiting for each other after every chunk."""
+    """Run torch on one thread: it saturates memory bandwidth, and several wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,8 +123,6 @@ def _by_cosine(embeddings: Embeddings, queries: np.ndarray) -> Iterator[tuple[in
 
 def _tensor(rows: np.ndarray) -> Tensor:
     """Return memory-mapped rows as a tensor, which is only read."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(rows)
@@ -147,9 +149,3 @@ def _words(stored: np.ndarray) -> np.ndarray:
     """Return bytes [n, w] as the widest words that fit."""
     size = next(size for size in (8, 4, 2, 1) if stored.shape[1] % size == 0)
     return np.ascontiguousarray(stored).view(f"u{size}")
-
-
-def _cosines(values: Tensor, embeddings: Embeddings) -> np.ndarray:
-    """Return the cosine of the signs, from the numbers of `_by_bits`."""
-    distance = (-values.numpy()) >> 40
-    return (1 - 2 * distance / embeddings.facts["dim"]).astype(np.float32)

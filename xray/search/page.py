@@ -14,6 +14,7 @@ from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
 from data_pipelines.ingest.listing import MEDIA, ending_of
 from data_pipelines.ingest.user_data import Corpus, open_corpus
+from data_pipelines.text.captions import find_captions
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 from xray.reports.html import paragraph, write_report
@@ -29,22 +30,17 @@ EMPTY = np.full((SIDE * 3 // 4, SIDE, 3), 225, np.uint8)
 def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable:
     """Return a row per hit, best first."""
     texts = names.texts or names.paths
-    rows: list[Sequence[str]] = [
-        (str(rank), f"{score:.4f}", key, text)
-        for rank, (score, key, text) in enumerate(
-            zip(scores, names.keys, texts, strict=True), start=1
-        )
-    ]
-    return ResultTable(query, ("rank", "score", "key", "text" if names.texts else "path"), rows)
+    table = ResultTable(query, ("rank", "score", "key", "text" if names.texts else "path"))
+    for rank, (score, key, text) in enumerate(zip(scores, names.keys, texts, strict=True), 1):
+        table.rows.append((str(rank), f"{score:.4f}", key, text))
+    return table
 
 
 def write_page(
     out: Path, query: str, facts: Facts, names: Names, scores: Sequence[float]
 ) -> list[str]:
     """Write a self-contained page of the hits; return the errors of missing pictures."""
-    found: list[Thumbnail] = []
-    missing: list[str] = []
-    media = _Media(facts)
+    found, missing, media = list[Thumbnail](), list[str](), _Media(facts)
     texts = names.texts or [""] * len(names.keys)
     for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
         pixels, caption = EMPTY, text
@@ -95,10 +91,8 @@ class _Media:
 
 
 def _shown(corpus: Corpus, shard: int, member: int) -> tuple[np.ndarray, str]:
-    try:
-        caption = corpus.texts(shard, member)[0][:LETTERS]
-    except BadSample:
-        caption = ""
+    captions = find_captions(corpus.source, shard, member, corpus.captions)
+    caption = printable(captions[0])[:LETTERS] if captions else ""
     return _pixels_of(corpus, shard, member), caption
 
 
