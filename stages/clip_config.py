@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from stages.clip_auxiliary import check_unread
+from data_pipelines.tags.reader import TagRules
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
@@ -114,3 +114,18 @@ class ClipConfig(RunConfig):
         if initial is None or self.clip.logit_bias is None:
             return initial
         return self.clip.logit_bias
+
+
+# Options of section hashtag that the auxiliary losses read: any other one is refused.
+READ = {item.name for item in fields(TagRules)} | {"vocabulary", "loss", "smoothing", "chunk"}
+
+
+def check_unread(options: HashtagOptions) -> None:
+    """Raise ConfigError for an option of section hashtag that is set and that is not in READ."""
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.name not in READ and value != getattr(type(options)(), item.name):
+            raise ConfigError(
+                f"hashtag.{item.name}={value} does nothing in the clip stage, whose samples and "
+                "labels stay unchanged: remove it from section clip.hashtag"
+            )

@@ -65,8 +65,7 @@ def train(stage: str, root: Path, out: Path, *overrides: str, init_from: Any = (
     init_distributed(device)
     config = settings(stage, root, out, *overrides)
     config.init_from = [str(path) for path in init_from]
-    trainer = Trainer(stage_class(stage), config, device)
-    return trainer.finished() or trainer.fit()
+    return Trainer(stage_class(stage), config, device).fit()
 
 
 def copy_run(artifact: Path, to: Path) -> Path:

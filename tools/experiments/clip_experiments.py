@@ -141,8 +141,7 @@ class Bench:
         config.init_from = [str(parent.path) for parent in parents or []]
         config.validate()
         init_distributed(self.device)
-        trainer = Trainer(stage_class(stage), config, self.device)
-        return trainer.finished() or trainer.fit()
+        return Trainer(stage_class(stage), config, self.device).fit()
 
     def tuned_llm(self) -> Artifact:
         """Run the text stage for variant b."""

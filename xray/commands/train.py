@@ -87,8 +87,7 @@ def train(
     init_distributed(device)
     if loaded is not None:
         prepare(loaded)
-    trainer = Trainer(stage_type, config, device)
-    artifact = trainer.finished() or trainer.fit()
+    artifact = Trainer(stage_type, config, device).fit()
     if dist.is_main():
         print(f"artifact: {artifact.path}")
 

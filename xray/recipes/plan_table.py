@@ -10,7 +10,7 @@ from xray.config import RunConfig
 from xray.config.schedule import steps_of, value_at
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, short
-from xray.training.run_identity import holds_another_run
+from xray.training.run import holds_another_run
 
 
 def plan_table(recipe: Recipe) -> ResultTable:

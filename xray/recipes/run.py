@@ -33,8 +33,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         text = text_section(config)
         if text is not None and text.features != "live":
             store_captions(config, text, device)
-        trainer = Trainer(stage_class(config.stage), config, device)
-        artifacts.append(trainer.finished() or trainer.fit())
+        artifacts.append(Trainer(stage_class(config.stage), config, device).fit())
     return artifacts
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger("xray")
 class Trainer:
     """Trainer of one run, which continues from its own checkpoint or starts from its parents.
 
-    Nothing is read or written before `finished` or `fit` is called.
+    Nothing is read or written before `fit` is called.
     """
 
     def __init__(self, stage_class: type[Stage], config: RunConfig, device: torch.device) -> None:
@@ -38,22 +38,18 @@ class Trainer:
     def run(self) -> Run:
         """The run, opened and checked against its folder and mirror. Collective."""
         run = Run.open(self.stage_class, self.config)
-        run.restore()
+        dist.main_first(run.restore)
         return run
 
-    def finished(self) -> Artifact | None:
-        """Return the verified artifact of this run, if it was trained to the end before.
-
-        Raises ConfigError, ArtifactError or DataError if the run cannot be trained.
-        """
-        return self.run.finished()
-
     def fit(self) -> Artifact:
-        """Train to the end and write the artifact.
+        """Train to the end and return the artifact, at once if the run was finished before.
 
-        Raises the errors of `TrainingLoop.run_steps` and `finished`.
+        Raises ConfigError, ArtifactError or DataError if the run cannot be trained, and the errors
+        of `TrainingLoop.run_steps`.
         """
-        run, config, device = self.run, self.config, self.device
+        run, config, device = self.run, self.run.config, self.device
+        if finished := run.finished():
+            return finished
         module = run.build()
         engine = Engine(module, config)
         with ExitStack() as stack:
