@@ -14,7 +14,7 @@ from xray.errors import ConfigError
 if TYPE_CHECKING:
     from xray.planning.estimate import Change, Memory, Resources
     from xray.planning.known_inputs import Known
-    from xray.training.gpu_specs import Gpu
+    from xray.training.throughput import Gpu
 
 USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 
@@ -42,7 +42,7 @@ def plan(
     """
     from xray.planning.estimate import cheapest_fit, resources
     from xray.planning.known_inputs import known
-    from xray.training.gpu_specs import GPUS
+    from xray.training.throughput import GPUS
 
     if gpu != "none" and gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu} is not known: {', '.join(GPUS)} or none (with --gb)")
