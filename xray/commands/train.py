@@ -82,12 +82,12 @@ def train(
     device = dist.choose_device(config.train.device)
     from xray.recipes.prepare import prepare
     from xray.training.engine import init_distributed
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     init_distributed(device)
     if loaded is not None:
         prepare(loaded)
-    artifact = Trainer(stage_type, config, device).fit()
+    artifact = train_stage(stage_type, config, device)
     if dist.is_main():
         print(f"artifact: {artifact.path}")
 

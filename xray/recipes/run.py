@@ -23,7 +23,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     """Train every stage that is not finished, in order, and return all artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
     from xray.training.engine import init_distributed
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     init_distributed(device)
     prepare(recipe)
@@ -33,7 +33,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         text = text_section(config)
         if text is not None and text.features != "live":
             store_captions(config, text, device)
-        artifacts.append(Trainer(stage_class(config.stage), config, device).fit())
+        artifacts.append(train_stage(stage_class(config.stage), config, device))
     return artifacts
 
 
