@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from data_pipelines.tags.reader import TagRules
@@ -11,7 +12,8 @@ from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
 from xray.losses.contrastive import contrastive_loss
 from xray.models.heads import TextHead
-from xray.models.patch_dropout import mask_ratio_at
+
+MASK_LEVELS = 8  # the mask ratio rises in this many steps, so that compiled graphs see few shapes
 
 
 @dataclass
@@ -67,9 +69,17 @@ class ClipOptions:
             )
 
     def masked(self, progress: float) -> float:
-        """Return the share of image tokens that patch dropout leaves out at a progress."""
-        span = self.mask_span[0], self.mask_span[1]
-        return mask_ratio_at(self.mask_ratio, span, self.mask_until, progress)
+        """Return the share of image tokens that patch dropout leaves out at a progress in [0, 1].
+
+        It rises from 0 to `mask_ratio` inside `mask_span`, and is 0 again from `mask_until` on.
+        """
+        start, end = self.mask_span
+        if progress < start or progress >= self.mask_until:
+            return 0.0
+        if progress >= end:
+            return self.mask_ratio
+        rise = math.floor(MASK_LEVELS * (progress - start) / (end - start)) / MASK_LEVELS
+        return self.mask_ratio * rise
 
     @property
     def first_scale(self) -> float:

@@ -84,7 +84,15 @@ class Run:
     def check_folder(self, folder: Path | None = None, place: str = "") -> None:
         """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run."""
         folder = folder or self.out
-        check_same_run(folder, self.record, identity(type(self.config)()), place or str(folder))
+        place = place or str(folder)
+        old = _recorded(folder, self.config)
+        changed = differences(old, json.loads(json.dumps(self.record))) if old else []
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{place} holds another run: {changed[0]}{more}; choose another "
+                f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
+            )
 
     def restore(self) -> None:
         """Check the folder and the mirror, and fetch a mirrored run into a new folder.
@@ -234,40 +242,27 @@ def run_record(
     }
 
 
-def check_same_run(out: Path, record: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
-    """Raise ConfigError if a folder holds a run whose record differs.
-
-    defaults: values of settings newer than the run. place: name of the folder or URL in the
-    message.
-    """
-    old = _recorded(out, defaults)
-    changed = differences(old, json.loads(json.dumps(record))) if old else []
-    if changed:
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"{place} holds another run: {changed[0]}{more}; choose another "
-            f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
-        )
-
-
 def holds_another_run(config: RunConfig) -> bool:
     """Return True if the config's folder holds a run with other settings; data are not compared.
 
     The text section is left out, because a run completes it from the LLM.
     """
-    old = _recorded(Path(config.out), identity(type(config)()))
+    old = _recorded(Path(config.out), config)
     if not old:
         return False
     own = json.loads(json.dumps(identity(config)))
     return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
 
 
-def _recorded(out: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a folder's run, {} if there is none; defaults: see `check_same_run`."""
+def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the record of a folder's run, {} if there is none.
+
+    Settings that are newer than the run have the defaults of the config's class.
+    """
     try:
         old = dict(json.loads((out / "run.json").read_text()))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
-    return {**old, "config": filled(old.get("config", {}), defaults)}
+    return {**old, "config": filled(old.get("config", {}), identity(type(config)()))}
