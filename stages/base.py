@@ -176,7 +176,10 @@ class Stage(ABC, Generic[C]):
         self.config = config
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        """Read data and parents before anything is built; may leave out samples of a source."""
+        """Read data and parents before anything is built; may leave out samples of a source.
+
+        A stage that completes its config, e.g. from its LLM, replaces `self.config`.
+        """
         return sources
 
     def foresee(

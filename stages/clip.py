@@ -32,15 +32,14 @@ from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
 from stages.clip_monitor import ContrastGuard
 from stages.clip_teacher import Teacher, load_teacher
-from stages.hashtag import example_labels, vocabulary_size
+from stages.hashtag import example_labels, pad_labels, vocabulary_size
 from stages.mae import example_noise
 from stages.text import example_captions, meta_tower
 from xray import dist
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
-from xray.losses import distillation, row_ids
-from xray.losses.contrastive import contrastive_loss
+from xray.losses.contrastive import contrastive_loss, distillation, row_ids
 from xray.models.heads import Projection, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text_tower import TextTower
@@ -178,7 +177,7 @@ class ClipStage(Stage[ClipConfig]):
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, parents.text)
-        self.config.text = self.language.config
+        self.config = dataclasses.replace(self.config, text=self.language.config)
         self.stores: dict[str, TextStore] = {}
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
@@ -238,17 +237,14 @@ class ClipStage(Stage[ClipConfig]):
         return batch
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        batch = {"pixels": torch.stack([row["pixels"] for row in rows])}
-        if self.stores:
-            batch["sentences"] = torch.stack([row["sentences"] for row in rows])
-        else:
+        fixed = [key for key in rows[0] if key in ("pixels", "sentences", "mask_noise")]
+        batch: Batch = {key: torch.stack([row[key] for row in rows]) for key in fixed}
+        if not self.stores:
             batch |= self.language.tokenizer.pad(rows)
         if self.teacher is not None:
             taught = self.teacher.pad([part(row, TAUGHT) for row in rows])
             batch |= {f"{TAUGHT}{k}": v for k, v in taught.items()}
-        if self.auxiliary is not None:
-            batch |= self.auxiliary.collate(rows)
-        return batch
+        return batch | pad_labels(rows) if "tags" in rows[0] else batch
 
     def visible(self, frames: int, progress: float) -> int:
         side = value_at(self.config.data.resolution, progress)
@@ -307,9 +303,8 @@ class ClipStage(Stage[ClipConfig]):
         if "text" in module.towers:
             tower: Any = module.towers["text"]
             text = tower.changes(part(state, "towers.text."))
-        head = {name: state[name] for name in ALONE if name in state}
-        for name in ("vision_projection", "text_adapter"):
-            head.update({k: v for k, v in state.items() if k.startswith(f"{name}.")})
+        of_head = (*ALONE, "vision_projection.", "text_adapter.")
+        head = {name: value for name, value in state.items() if name.startswith(of_head)}
         return {"backbone": part(state, "towers.vision."), "head": head, "text": text}
 
     def export_files(self) -> dict[str, Any]:

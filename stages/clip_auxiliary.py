@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.tags.labels import Labeller, label, mean_frequency, tag_frequency
-from data_pipelines.tags.reader import TagRules
 from stages.base import Batch, VisionModule, sketch
-from stages.hashtag import HashtagOptions, find_vocabulary, pad_labels
+from stages.clip_config import ClipConfig
+from stages.hashtag import find_vocabulary
 from stages.mae import draw_noise, make_decoder, reconstruct
-from xray.errors import ConfigError
 from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import TagHead
-
-if TYPE_CHECKING:
-    from stages.clip_config import ClipConfig
-
-# Options of section hashtag that this module reads: any other one is refused.
-READ = {item.name for item in fields(TagRules)} | {"vocabulary", "loss", "smoothing", "chunk"}
-
-
-def check_unread(options: HashtagOptions) -> None:
-    """Raise ConfigError for an option of section hashtag that is set and that is not in READ."""
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if item.name not in READ and value != getattr(type(options)(), item.name):
-            raise ConfigError(
-                f"hashtag.{item.name}={value} does nothing in the clip stage, whose samples and "
-                "labels stay unchanged: remove it from section clip.hashtag"
-            )
 
 
 class AuxiliaryLosses(nn.Module):
@@ -104,17 +82,10 @@ class AuxiliaryData:
         if self.config.clip.mae_weight:
             batch["mask_noise"] = draw_noise(self.config.mae, self.geometry, pixels, rng)
         if self.tags:
-            labels = self.labels[sample.source]
-            for name, column in (("tags", "ids"), ("weights", "weights")):
-                row = labels.row(sample.shard, sample.member, column)
-                batch[name] = torch.tensor(row, dtype=torch.long if name == "tags" else None)
+            labels, place = self.labels[sample.source], (sample.shard, sample.member)
+            batch["tags"] = torch.tensor(labels.row(*place, "ids"), dtype=torch.long)
+            batch["weights"] = torch.tensor(labels.row(*place, "weights"))
         return batch
-
-    def collate(self, rows: Sequence[Batch]) -> Batch:
-        batch: Batch = {}
-        if self.config.clip.mae_weight:
-            batch["mask_noise"] = torch.stack([row["mask_noise"] for row in rows])
-        return {**batch, **pad_labels(rows)} if self.tags else batch
 
     def inputs(self) -> dict[str, str]:
         """Return hashes of the inputs."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
-from stages.clip_auxiliary import check_unread
+from data_pipelines.tags.reader import TagRules
 from stages.hashtag import HashtagOptions
 from stages.mae import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.errors import ConfigError
 from xray.losses.contrastive import contrastive_loss
 from xray.models.heads import TextHead
-from xray.models.patch_dropout import mask_ratio_at
+
+MASK_LEVELS = 8  # the mask ratio rises in this many steps, so that compiled graphs see few shapes
 
 
 @dataclass
@@ -67,9 +69,17 @@ class ClipOptions:
             )
 
     def masked(self, progress: float) -> float:
-        """Return the share of image tokens that patch dropout leaves out at a progress."""
-        span = self.mask_span[0], self.mask_span[1]
-        return mask_ratio_at(self.mask_ratio, span, self.mask_until, progress)
+        """Return the share of image tokens that patch dropout leaves out at a progress in [0, 1].
+
+        It rises from 0 to `mask_ratio` inside `mask_span`, and is 0 again from `mask_until` on.
+        """
+        start, end = self.mask_span
+        if progress < start or progress >= self.mask_until:
+            return 0.0
+        if progress >= end:
+            return self.mask_ratio
+        rise = math.floor(MASK_LEVELS * (progress - start) / (end - start)) / MASK_LEVELS
+        return self.mask_ratio * rise
 
     @property
     def first_scale(self) -> float:
@@ -114,3 +124,18 @@ class ClipConfig(RunConfig):
         if initial is None or self.clip.logit_bias is None:
             return initial
         return self.clip.logit_bias
+
+
+# Options of section hashtag that the auxiliary losses read: any other one is refused.
+READ = {item.name for item in fields(TagRules)} | {"vocabulary", "loss", "smoothing", "chunk"}
+
+
+def check_unread(options: HashtagOptions) -> None:
+    """Raise ConfigError for an option of section hashtag that is set and that is not in READ."""
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.name not in READ and value != getattr(type(options)(), item.name):
+            raise ConfigError(
+                f"hashtag.{item.name}={value} does nothing in the clip stage, whose samples and "
+                "labels stay unchanged: remove it from section clip.hashtag"
+            )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from stages.clip_config import ClipOptions
 from xray.config import BlockConfig
 from xray.losses.contrastive import contrastive_loss
-
-if TYPE_CHECKING:
-    from stages.clip_config import ClipOptions
 
 WARM = 0.1  # progress before which no warning is given
 PATIENCE = 10  # consecutive checks that must agree
@@ -30,7 +27,12 @@ class ContrastGuard:
         for block in self.blocks:
             prefix = f"{block.source}/"
             own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-            problems |= self._few(block)
+            if block.samples < FEW and contrastive_loss(self.options.loss).needs_large_blocks:
+                problems[f"few {block.source}"] = (
+                    f"a block of {block.samples} samples of {block.source!r} gives each only "
+                    f"{block.samples - 1} others to be told from: raise its samples in "
+                    "data.blocks; train.micro_batch keeps what is in memory at once small"
+                )
             if progress >= WARM and own:
                 problems |= self._judged(block, own)
         self._rows = {what: self._rows.get(what, 0) + 1 for what in problems}
@@ -38,15 +40,6 @@ class ContrastGuard:
         new = [what for what in due if what not in self._said]
         self._said |= set(new)
         return [problems[what] for what in new]
-
-    def _few(self, block: BlockConfig) -> dict[str, str]:
-        if block.samples >= FEW or not contrastive_loss(self.options.loss).needs_large_blocks:
-            return {}
-        return {
-            f"few {block.source}": f"a block of {block.samples} samples of {block.source!r} gives "
-            f"each only {block.samples - 1} others to be told from: raise its samples in "
-            "data.blocks; train.micro_batch keeps what is in memory at once small"
-        }
 
     def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
         source, options, problems = block.source, self.options, {}

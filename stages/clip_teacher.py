@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,6 @@ from xray.models.tokenizer import TokenIds
 OPEN_CLIP = "open_clip:"  # open_clip:MODEL:WEIGHTS; WEIGHTS: a file or a pretrained tag
 
 
-class Teacher(Protocol):
-    """A model with its own tokenizer and image size whose features the stage learns from."""
-
-    digest: str
-    scale: float
-
-    def tokens(self, captions: Sequence[str]) -> TokenIds:
-        """Tokenize the captions of one sample, [C, L]; runs in loader workers."""
-
-    def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
-        """Stack [C, L] of each sample to [B, C, longest L]."""
-
-    def features(self, pixels: Tensor, tokens: TokenIds) -> tuple[Tensor, Tensor]:
-        """Encode pixels [B, T, 3, H, W] uint8 to [B, E] and tokens to [B, C, E], normalised."""
-
-
 def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
     """Load a teacher from an artifact's folder or URL, or open_clip:MODEL:WEIGHTS.
 
@@ -50,7 +34,7 @@ def load_teacher(name: str, device: torch.device, llm: str = "") -> Teacher:
 
 
 class FromArtifact:
-    """A clip artifact as a teacher."""
+    """A clip artifact as a teacher, with its own tokenizer and image size."""
 
     def __init__(self, path: str, device: torch.device, llm: str = "") -> None:
         try:
@@ -70,13 +54,16 @@ class FromArtifact:
         self.side = image_side(artifact)
 
     def tokens(self, captions: Sequence[str]) -> TokenIds:
+        """Tokenize the captions of one sample, [C, L]; runs in loader workers."""
         return self.encoder.tokenizer(captions)
 
     def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
+        """Stack [C, L] of each sample to [B, C, longest L]."""
         return self.encoder.tokenizer.pad(rows)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, tokens: TokenIds) -> tuple[Tensor, Tensor]:
+        """Encode pixels [B, T, 3, H, W] uint8 to [B, E] and tokens to [B, C, E], normalised."""
         sized = resized(pixels, (self.side, self.side))
         return self.encoder.image_features(sized), self.encoder.text_features(tokens)
 
@@ -123,6 +110,9 @@ class OpenClip:
         ids = tokens["input_ids"]
         text = F.normalize(self.model.encode_text(ids.flatten(0, 1)).float(), dim=-1)
         return image, text.unflatten(0, ids.shape[:2])
+
+
+Teacher = FromArtifact | OpenClip  # its features are what the stage learns from
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

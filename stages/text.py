@@ -19,7 +19,7 @@ from xray.artifacts.language_model import Language
 from xray.artifacts.offers import SENTENCES
 from xray.config import RunConfig, TextConfig
 from xray.errors import BadSample, ConfigError, DataError
-from xray.losses import contrast, info_nce, row_ids
+from xray.losses.contrastive import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 
@@ -124,8 +124,8 @@ class TextStage(Stage[TextRunConfig]):
         self.language = Language(self.config.text, parents.text)
         resolved = self.language.config
         assert isinstance(resolved, TextOptions)  # the given section with defaults resolved
-        self.config.text = resolved
-        negatives, with_negatives = self.config.text.negatives, 0
+        self.config = dataclasses.replace(self.config, text=resolved)
+        negatives, with_negatives = resolved.negatives, 0
         for name, source in sources.items():
             fields = self.config.data.sources[name].captions
             looked = look_at(source, fields, negatives)

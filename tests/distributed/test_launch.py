@@ -17,13 +17,12 @@ import psutil
 import pytest
 import torch
 from child_process import RECIPE, ROOT, SUPPORT, clean_environment
-from run_comparison import TOLERANCE, assert_same_losses
+from run_comparison import MEASURED, TOLERANCE, assert_same_losses
 from tiny import train
 
 from xray import dist
 from xray.artifacts.artifact import open_artifact
 from xray.training.metrics import read_metrics
-from xray.training.throughput import MEASURED
 
 LAUNCH = ROOT / "tools" / "launch"
 SLURM = {

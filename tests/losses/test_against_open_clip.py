@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xray.losses import info_nce, sigmoid_loss
+from xray.losses.contrastive import info_nce, sigmoid_loss
 
 open_clip_loss = pytest.importorskip("open_clip.loss")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from xray.losses import info_nce
+from xray.losses.contrastive import info_nce
 from xray.losses.reconstruction import masked_patch_mse
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from xray.errors import ConfigError
 from xray.models import ModelConfig, VisionBackbone
-from xray.models.position_embedding import sincos_positions
+from xray.models.timm_vit import sincos_positions
 
 
 def test_positions_of_an_image_equal_the_first_slot_of_a_clip() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stages.clip_auxiliary import READ, check_unread
+from stages.clip_config import READ, check_unread
 from stages.hashtag import HashtagOptions
 from xray.errors import ConfigError
 

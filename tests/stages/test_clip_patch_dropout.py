@@ -13,27 +13,26 @@ from tiny import QUICK, train
 from torch import Tensor
 
 from stages.clip import ClipModule
-from xray.models.patch_dropout import draw_visible, mask_ratio_at
+from stages.clip_config import ClipOptions
+from xray.models.patch_dropout import draw_visible
 from xray.training.engine import Engine
 
 
 def test_mask_ratio_rises_in_steps_and_returns_to_0() -> None:
-    def at(progress: float) -> float:
-        return mask_ratio_at(0.5, (0.2, 0.6), 0.9, progress)
-
+    at = ClipOptions(mask_ratio=0.5, mask_span=[0.2, 0.6], mask_until=0.9).masked
     assert at(0.0) == at(0.19) == at(0.2) == 0
     for step in range(8):
         assert at(0.2 + 0.4 * (step + 0.5) / 8) == pytest.approx(0.5 * step / 8)
     assert at(0.6) == at(0.899) == 0.5  # exactly
     assert at(0.9) == at(1.0) == 0
     assert {at(i / 1000) for i in range(1000)} == {0.5 * step / 8 for step in range(9)}
-    assert mask_ratio_at(0.5, (0.0, 0.0), 1.0, 0.0) == 0.5
+    assert ClipOptions(mask_ratio=0.5).masked(0.0) == 0.5
 
 
 @pytest.mark.parametrize("start", [0.3, 1.0])
 def test_mask_ratio_without_a_ramp_changes_at_once(start: float) -> None:
-    assert mask_ratio_at(0.5, (start, start), 1.1, start - 0.01) == 0
-    assert mask_ratio_at(0.5, (start, start), 1.1, start) == 0.5
+    options = ClipOptions(mask_ratio=0.5, mask_span=[start, start], mask_until=1.1)
+    assert (options.masked(start - 0.01), options.masked(start)) == (0, 0.5)
 
 
 @pytest.mark.parametrize(("grid", "ratio", "kept"), [((2, 3, 4), 0.5, 6), ((3, 2, 6), 0.3, 8)])

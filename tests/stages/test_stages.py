@@ -265,13 +265,11 @@ def test_validation_is_deterministic_and_checked_before_training(
 
 
 def test_a_run_killed_before_its_export_can_be_resumed(demo: Path, tmp_path: Path) -> None:
-    from xray.training.trainer import Trainer
-
-    def fail(self: Trainer, *_: object) -> None:
+    def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_export", fail)
+        patch.setattr("xray.training.trainer._export", fail)
         with pytest.raises(KeyboardInterrupt):
             train("mae", demo, tmp_path / "run")
     artifact = train("mae", demo, tmp_path / "run")

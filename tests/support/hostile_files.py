@@ -34,7 +34,7 @@ def pickled(ran: Path, kind: str = "torch") -> bytes:
     """Write a pickle that makes the folder `ran`, as pickle, torch.save or np.save does."""
     buffer = io.BytesIO()
     if kind == "plain":
-        return pickle.dumps(Hostile(ran))
+        return pickle.dumps(Hostile(ran), protocol=2)  # the one of torch.save
     if kind == "torch":
         torch.save(Hostile(ran), buffer)
     else:

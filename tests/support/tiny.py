@@ -59,14 +59,13 @@ def train(stage: str, root: Path, out: Path, *overrides: str, init_from: Any = (
     import torch
 
     from xray.training.engine import init_distributed
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     device = torch.device("cpu")
     init_distributed(device)
     config = settings(stage, root, out, *overrides)
     config.init_from = [str(path) for path in init_from]
-    trainer = Trainer(stage_class(stage), config, device)
-    return trainer.finished() or trainer.fit()
+    return train_stage(stage_class(stage), config, device)
 
 
 def copy_run(artifact: Path, to: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_comparison import MEASURED
 from tiny import settings, train
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,9 +18,8 @@ from stages import stage_class
 from stages.base import Parents
 from xray.errors import ConfigError
 from xray.training import throughput
-from xray.training.gpu_specs import gpu_of
 from xray.training.metrics import read_metrics
-from xray.training.throughput import MEASURED, Throughput
+from xray.training.throughput import Throughput, gpu_of
 
 CPU = torch.device("cpu")
 

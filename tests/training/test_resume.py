@@ -12,14 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from child_process import RECIPE, clean_environment, xray
 from run_comparison import assert_equal_runs
 from tiny import settings
 
 from stages.mae import MaeStage
 from xray.training.run import Run
-from xray.training.trainer import Trainer
 
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
@@ -130,8 +128,7 @@ def test_a_signal_saves_and_exits_with_the_code_to_rerun(
 
 
 def test_opening_a_run_writes_nothing(demo: Path, tmp_path: Path) -> None:
-    out, device = tmp_path / "run", torch.device("cpu")
-    Trainer(MaeStage, settings("mae", tmp_path / "nowhere", out), device)  # reads no data either
+    out = tmp_path / "run"
     opened = Run.open(MaeStage, settings("mae", demo, out, f"train.mirror=file://{tmp_path}/copy"))
     assert opened.record["stage"] == "mae" and not list(tmp_path.iterdir())
 

@@ -29,7 +29,7 @@ from tools.common.fresh_process import in_fresh_process
 from tools.common.tables import Table
 from tools.common.timing import hardware, interleaved, speedup
 from xray.config.loading import load_config
-from xray.losses import info_nce
+from xray.losses.contrastive import info_nce
 from xray.models import ModelConfig, VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
 from xray.models.heads import Projection

@@ -34,7 +34,7 @@ from tools.common.fresh_process import high_water, in_fresh_process
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved, speedup
 from xray.dist import choose_device
-from xray.losses import info_nce
+from xray.losses.contrastive import info_nce
 
 PEAK = {"H100": 989, "H200": 989, "A100": 312}  # TFLOP/s in dense bf16
 FORWARD, STEP = "forward, loss, backward", "whole step"

@@ -42,7 +42,7 @@ from xray.training.engine import Engine, init_distributed
 from xray.training.loop import TrainingLoop
 from xray.training.state import TrainState
 from xray.training.step_data import StepData
-from xray.training.trainer import Trainer
+from xray.training.trainer import train_stage
 
 SIDE, PATCHES = 112, 49
 LR = 1e-4
@@ -184,7 +184,6 @@ def loop_overhead(options: argparse.Namespace, device: torch.device) -> Table:
 
 def _loop_times(config: MaeConfig, device: torch.device, clock: Callable[[], float]) -> list[str]:
     """Run a training and return its times, as the cells of table (b)."""
-    trainer = Trainer(MaeStage, config, device)
     loop, model, rest = (Stopwatch(clock) for _ in range(3))
     timed = [
         (TrainingLoop, "run_steps", loop),
@@ -196,7 +195,7 @@ def _loop_times(config: MaeConfig, device: torch.device, clock: Callable[[], flo
         for owner, name, watch in timed:
             call = watch.around(getattr(owner, name))
             patches.enter_context(patch.object(owner, name, call))
-        trainer.fit()
+        train_stage(MaeStage, config, device)
     overhead = loop.seconds - model.seconds - rest.seconds
     steps = config.steps
     cells = [f"{steps}", f"{1e3 * (loop.seconds - rest.seconds) / steps:.1f}"]

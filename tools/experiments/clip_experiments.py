@@ -129,7 +129,7 @@ class Bench:
     ) -> Artifact:  # fmt: skip
         """Run a stage in the work folder, or open its artifact if it is finished."""
         from xray.training.engine import init_distributed
-        from xray.training.trainer import Trainer
+        from xray.training.trainer import train_stage
 
         layers = [
             *SETTINGS, f"out={self.work / name}", f"seed={seed}", f"data.root={self.root}",
@@ -141,8 +141,7 @@ class Bench:
         config.init_from = [str(parent.path) for parent in parents or []]
         config.validate()
         init_distributed(self.device)
-        trainer = Trainer(stage_class(stage), config, self.device)
-        return trainer.finished() or trainer.fit()
+        return train_stage(stage_class(stage), config, self.device)
 
     def tuned_llm(self) -> Artifact:
         """Run the text stage for variant b."""

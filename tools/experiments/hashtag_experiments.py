@@ -89,7 +89,7 @@ class Bench:
     def train(self, shards: Path, name: str, seed: int, *overrides: str) -> Artifact:
         """Run the hashtag stage from scratch."""
         from xray.training.engine import init_distributed
-        from xray.training.trainer import Trainer
+        from xray.training.trainer import train_stage
 
         shared = cfg.parse_overrides(
             [
@@ -106,7 +106,7 @@ class Bench:
         config = cfg.load_config(stage.Config, "hashtag", shared, cfg.parse_overrides(overrides))
         config.validate()
         init_distributed(self.device)
-        return Trainer(stage, config, self.device).fit()
+        return train_stage(stage, config, self.device)
 
     def measure(self, artifact: Artifact) -> dict[str, float]:
         """Evaluate an artifact on the validation photos and the words of their captions."""

@@ -16,7 +16,7 @@ from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.llm_folder import find_llm, llm_digest, own_pooling
 from xray.models.text_tower import TextTower, is_added
-from xray.models.tokenizer import CaptionTokenizer, cut_share
+from xray.models.tokenizer import CaptionTokenizer
 
 log = logging.getLogger("xray")
 # Settings that a run takes from its text parent.
@@ -79,7 +79,8 @@ class Language:
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:
         """Warn if many of these captions are longer than text.max_length."""
-        share = cut_share(self.tokenizer, captions)
+        lengths = self.tokenizer.lengths(captions)
+        share = sum(length > self.config.max_length for length in lengths) / len(lengths)
         if share > MOST_CUT:
             log.warning(
                 "%.0f %% of captions are longer than text.max_length=%d tokens and are cut there: "

@@ -76,13 +76,12 @@ def train(
     device = dist.choose_device(config.train.device)
     from xray.recipes.run import prepare
     from xray.training.engine import init_distributed
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     init_distributed(device)
     if loaded is not None:
         prepare(loaded)
-    trainer = Trainer(stage_type, config, device)
-    artifact = trainer.finished() or trainer.fit()
+    artifact = train_stage(stage_type, config, device)
     if dist.is_main():
         print(f"artifact: {artifact.path}")
 

@@ -38,10 +38,9 @@ class Projection(nn.Linear):
 
 
 class TextProjection(Projection):
-    """Text head of CLIP (2103.00020), [B, width] -> [B, joint], not normalised."""
+    """Text head of CLIP (2103.00020) in fp32, [B, width] -> [B, joint], not normalised."""
 
     def forward(self, sentence: Tensor) -> Tensor:
-        """Project sentence vectors in fp32, [B, width] -> [B, joint]."""
         return super().forward(sentence.float())
 
 
@@ -81,12 +80,11 @@ class ResidualMlp(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block, [B, D] -> [B, D]."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class TextAdapter(nn.Module):
-    """Text head of LLM2CLIP (2411.04997), [B, width] -> [B, joint], not normalised."""
+    """Text head of LLM2CLIP (2411.04997) in fp32, [B, width] -> [B, joint], not normalised."""
 
     def __init__(self, width: int, joint: int, blocks: int) -> None:
         super().__init__()
@@ -95,7 +93,6 @@ class TextAdapter(nn.Module):
         self.project = nn.Linear(width, joint)
 
     def forward(self, sentence: Tensor) -> Tensor:
-        """Project sentence vectors in fp32, [B, width] -> [B, joint]."""
         return self.project(self.norm(self.blocks(F.normalize(sentence.float(), dim=-1))))
 
 

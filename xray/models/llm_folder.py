@@ -16,9 +16,8 @@ from xray.files import hash_file, is_inside
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
-HASHED = ("*.safetensors", "*.json", "*.model", "*.txt")  # weights, config and tokenizer
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # weights, config and tokenizer
 NO_REMOTE_CODE = {"trust_remote_code": False}  # with None, transformers asks on the terminal
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def find_llm(name: str) -> Path:
@@ -39,7 +38,7 @@ def find_llm(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FETCHED))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # no network, no such repository, no permission
         raise ConfigError(
             f"text.llm={name} is not a folder, and the hub cannot provide it: {brief(error)}"
@@ -49,7 +48,7 @@ def find_llm(name: str) -> Path:
 def llm_digest(folder: Path) -> str:
     """Return the sha256 of a folder's weights, config and tokenizer."""
     state = hashlib.sha256()
-    for path in sorted(path for pattern in HASHED for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
         state.update(path.name.encode())
         hash_file(path, state)
     return state.hexdigest()

@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from xray.models.position_embedding import sincos_positions
+from xray.models.timm_vit import sincos_positions
 
 
 def visible_tokens(tokens: int, mask_ratio: float, tube: bool = False) -> int:

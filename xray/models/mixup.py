@@ -9,16 +9,11 @@ from torch import Tensor
 
 
 def mix(pixels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each sample with the one before it in the batch, in the same way for all its frames.
+    """Mix each sample of pixels [B, T, 3, H, W] with the one before it, equally in all frames.
 
-    Random numbers come from torch's CPU generator, which the trainer seeds for each micro-batch.
-
-    Args:
-        pixels: [B, T, 3, H, W] float.
-        mixup, cutmix: parameter a of the distribution Beta(a, a) of the mixing ratio; 0 = off. If
-            both are on, one of them is drawn per call.
-
-    Returns the mixed pixels and the share of each sample that is its original content, [].
+    mixup, cutmix: parameter a of the Beta(a, a) distribution of the mixing ratio; 0 = off. If both
+    are on, one of them is drawn per call. Random numbers come from torch's CPU generator, which the
+    trainer seeds for each micro-batch. Returns the pixels and each sample's own share of them, [].
     """
     cut = cutmix > 0 and (mixup == 0 or bool(torch.rand(()) < 0.5))
     alpha = cutmix if cut else mixup

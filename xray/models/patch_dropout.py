@@ -7,21 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-LEVELS = 8  # the ratio rises in this many steps, so that compiled graphs see few shapes
-
-
-def mask_ratio_at(ratio: float, span: tuple[float, float], until: float, progress: float) -> float:
-    """Return the share of tokens removed at a training progress in [0, 1].
-
-    It rises from 0 to `ratio` inside `span` in LEVELS steps, and is 0 again from `until` on.
-    """
-    start, end = span
-    if progress < start or progress >= until:
-        return 0.0
-    if progress >= end:
-        return ratio
-    return ratio * math.floor(LEVELS * (progress - start) / (end - start)) / LEVELS
-
 
 def visible_places(grid: tuple[int, int, int], ratio: float, per_slot: bool) -> tuple[int, int]:
     """Return (groups drawn separately, patch tokens kept in each).

@@ -10,11 +10,10 @@ import timm
 import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
-from xray.models.position_embedding import sincos_positions
 
 # Keywords of timm, and the xray key that replaces them.
 REJECTED_KWARGS = {
@@ -101,3 +100,27 @@ def _start_positions(vit: VisionTransformer) -> None:
     table: Any = vit.pos_embed  # never None: create_timm rejects such a model
     positions = sincos_positions((1, *vit.patch_embed.grid_size), vit.embed_dim, table.device)
     table[:, -len(positions) :] = positions  # rows of prefix tokens, if any, come first
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """Embed positions, [N] -> [N, width]: sines, then cosines."""
+    rates = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
+    rates = 10000 ** (-rates / (width / 2))
+    angles = positions[:, None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(
+    grid: tuple[int, int, int], width: int, device: torch.device | None = None
+) -> Tensor:
+    """Embed the positions of a grid (t, h, w), [t*h*w, width]; width is a multiple of 4.
+
+    Half of the channels encode rows, half columns. A time embedding, zero in the first slot, is
+    added to all channels: an image equals a clip's first slot.
+    """
+    t, h, w = grid
+    ticks = torch.arange(max(grid), device=device)
+    rows = sincos(ticks[:h], width // 2).repeat_interleave(w, dim=0)
+    columns = sincos(ticks[:w], width // 2).repeat(h, 1)
+    time = sincos(ticks[:t], width) - sincos(ticks[:1], width)
+    return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)

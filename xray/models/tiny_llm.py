@@ -21,8 +21,7 @@ def build_tiny_llm(
     width: int,
     depth: int,
     heads: int,
-    family: Family = "qwen3",
-    seed: int = 0,
+    family: Family,
 ) -> None:
     """Write a small model with random weights and a BPE tokenizer trained on the captions.
 
@@ -37,7 +36,7 @@ def build_tiny_llm(
     tokenizer.save_pretrained(folder)
     settings = tiny_settings(family, len(tokenizer), width, depth, heads)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         AutoModel.from_config(settings).save_pretrained(folder)
 
 

@@ -83,12 +83,6 @@ class CaptionTokenizer:
         }
 
 
-def cut_share(tokenizer: CaptionTokenizer, captions: Sequence[str]) -> float:
-    """Return the share of captions that `text.max_length` truncates."""
-    lengths = tokenizer.lengths(captions) if captions else []
-    return sum(length > tokenizer.max_length for length in lengths) / max(1, len(lengths))
-
-
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 

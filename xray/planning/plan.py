@@ -13,7 +13,7 @@ from xray.errors import ConfigError
 from xray.planning.estimate import Change, Memory, Resources, cheapest_fit, resources
 from xray.planning.known_inputs import Known, known
 from xray.reports.tables import ResultTable, short
-from xray.training.gpu_specs import GPUS, Gpu
+from xray.training.throughput import GPUS, Gpu
 
 USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 PARTS = {

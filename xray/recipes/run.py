@@ -39,7 +39,7 @@ from xray.precompute.text_features import TextFeaturesConfig, write_text_feature
 from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, short
-from xray.training.run_identity import holds_another_run
+from xray.training.run import holds_another_run
 
 
 def plan_table(recipe: Recipe) -> ResultTable:
@@ -141,7 +141,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     """Train every stage that is not finished, in order, and return all artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
     from xray.training.engine import init_distributed
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     init_distributed(device)
     prepare(recipe)
@@ -151,8 +151,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         text = text_section(config)
         if text is not None and text.features != "live":
             store_captions(config, text, device)
-        trainer = Trainer(stage_class(config.stage), config, device)
-        artifacts.append(trainer.finished() or trainer.fit())
+        artifacts.append(train_stage(stage_class(config.stage), config, device))
     return artifacts
 
 

@@ -17,6 +17,7 @@ from data_pipelines.ingest.user_data import Corpus, open_corpus
 from data_pipelines.text.captions import find_captions
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
+from xray.files import printable
 from xray.reports.html import paragraph, write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable

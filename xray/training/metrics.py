@@ -106,7 +106,7 @@ class Sinks:
         """Finish all files and wandb's run."""
         if not self.main:
             return
-        self.terminal.close()
+        self.terminal.progress.stop()
         self.file.close()
         if self.board is not None:
             with contextlib.suppress(OSError):  # it may write only now; metrics.jsonl is complete
@@ -178,10 +178,6 @@ class Terminal:
         eta = (self.steps - state.step) * elapsed / done
         line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {eta:.0f} s"
         print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Stop the progress bar."""
-        self.progress.stop()
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:

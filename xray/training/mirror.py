@@ -14,8 +14,12 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
+
+from fsspec.implementations.dirfs import DirFileSystem
 
 from data_pipelines.shards.remote import filesystem, persist
 from xray.errors import DataError
@@ -37,7 +41,7 @@ class Mirror:
     def __init__(self, url: str, stage: str, out: Path) -> None:
         self.url, self.out = f"{url.rstrip('/')}/{stage}", out
         self._thread: threading.Thread | None = None
-        self._fs: Any = None
+        self._fs: DirFileSystem | None = None
         self._sent: set[str] = set()  # own checkpoints at the URL, which may be removed there
 
     def send(self, folders: list[Path]) -> None:
@@ -69,8 +73,7 @@ class Mirror:
 
         Raises DataError if the URL cannot be reached, ArtifactError for names outside the folder.
         """
-        steps = [n for n in self._folders("checkpoints") if re.fullmatch(r"step_\d+", n)]
-        complete = [n for n in steps if self._has(f"checkpoints/{n}/COMPLETE")]
+        complete = [n for n in self._steps() if self._has(f"checkpoints/{n}/COMPLETE")]
         folders = [f"checkpoints/{max(complete)}"] if complete else []
         if self._has("artifact/manifest.json"):
             folders.append("artifact")
@@ -98,8 +101,7 @@ class Mirror:
                 for file in [*files, folder / last]:
                     self._put_file(file)
             for stale in self._sent - current:
-                path = self._path(f"checkpoints/{stale}")
-                self._try(lambda path=path: self._fs.rm(path, recursive=True))
+                self._try(methodcaller("rm", f"checkpoints/{stale}", recursive=True))
             self._sent = current
         except (DataError, OSError) as error:
             log.warning(
@@ -108,50 +110,45 @@ class Mirror:
                 self.url, error,
             )  # fmt: skip
 
-    def _path(self, name: str) -> str:
+    def _try(self, work: Callable[[DirFileSystem], Any]) -> Any:
+        """Call work with the file system below the URL, again for PATIENCE seconds if it fails."""
         if self._fs is None:
-            self._fs, self._root = filesystem(self.url, PATIENCE)
-        return f"{self._root.rstrip('/')}/{name}"
-
-    def _try(self, work: Any) -> Any:
-        return persist(self.url, PATIENCE, work)
+            fs, root = filesystem(self.url, PATIENCE)
+            self._fs = DirFileSystem(root.rstrip("/"), fs)
+        below = self._fs
+        return persist(self.url, PATIENCE, lambda: work(below))
 
     def _has(self, name: str) -> bool:
-        path = self._path(name)
-        return bool(self._try(lambda: self._fs.exists(path)))
+        return bool(self._try(lambda fs: fs.exists(name)))
 
-    def _folders(self, name: str) -> list[str]:
-        def names() -> list[str]:
-            try:
-                paths = self._fs.ls(path, detail=False)
-            except FileNotFoundError:
-                return []
-            return [str(each).rstrip("/").rpartition("/")[2] for each in paths]
+    def _steps(self) -> list[str]:
+        """List the folders of checkpoints, complete or not."""
 
-        path = self._path(name)
-        self._fs.invalidate_cache()
-        return list(self._try(names))
+        def names(fs: DirFileSystem) -> list[str]:
+            fs.invalidate_cache()
+            return [path.rstrip("/").rpartition("/")[2] for path in fs.ls("checkpoints", False)]
+
+        with suppress(FileNotFoundError):
+            return [name for name in self._try(names) if re.fullmatch(r"step_\d+", name)]
+        return []
 
     def _put_file(self, file: Path) -> None:
-        target = self._path(str(file.relative_to(self.out)))
+        target = str(file.relative_to(self.out))
 
-        def put() -> None:
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(str(file), target)
+        def put(fs: DirFileSystem) -> None:
+            fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            fs.put_file(str(file), target)
 
         self._try(put)
 
     def _get(self, folder: str) -> None:
         """Fetch a folder completely, or not at all."""
         target = self.out / folder
-        path = self._path(folder)
         with replacing(target, target.with_name(f"tmp-{target.name}")) as temporary:
-            for file in self._try(lambda: self._fs.find(path)):
-                name = file[len(path) :].lstrip("/")
-                self._get_file(f"{folder}/{name}", inside(temporary, name))
+            for name in self._try(lambda fs: fs.find(folder)):
+                self._get_file(name, inside(temporary, name.removeprefix(f"{folder}/")))
             shutil.rmtree(target, ignore_errors=True)
 
     def _get_file(self, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path = self._path(name)
-        self._try(lambda: self._fs.get_file(path, str(target)))
+        self._try(lambda fs: fs.get_file(name, str(target)))

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xray import dist
+from xray.artifacts.artifact import save_tensors
 from xray.errors import ArtifactError, brief
-from xray.files import inside, usual_mode
+from xray.files import inside
 from xray.training.engine import Engine
 
 FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
@@ -45,14 +45,14 @@ def save_portable(engine: Engine, checkpoint: Path) -> None:
                     tensors[f"{slot or WEIGHT}/{name}"] = value.cpu()
         files[file] = names
         if writes:  # an error is kept: the other ranks are in the next collective
-            failure = _attempt(partial(_write, tensors, folder / file)) or failure
+            failure = _attempt(partial(save_tensors, folder / file, tensors)) or failure
     facts = {"version": VERSION, "steps": engine.steps}
     index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
     if dist.is_main():
         weights = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
         state = engine.module.state_dict()
-        buffers = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in weights}
-        failure = _attempt(partial(_write, buffers, folder / BUFFERS)) or failure
+        buffers = {name: value for name, value in state.items() if name not in weights}
+        failure = _attempt(partial(save_tensors, folder / BUFFERS, buffers)) or failure
         failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
     dist.agree(failure)
 
@@ -138,11 +138,6 @@ def _layout(engine: Engine) -> list[list[str]]:
         files[-1].append(name)
         room -= size
     return files
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    with usual_mode(path):
-        save_file(tensors, path)
 
 
 def _attempt(work: Callable[[], object]) -> ArtifactError | None:

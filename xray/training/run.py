@@ -21,13 +21,12 @@ from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
 from xray.config import RunConfig, dump
-from xray.config.identity import config_hash, hash_json, identity
-from xray.errors import DataError
-from xray.files import lock_folder, write_text
+from xray.config.identity import config_hash, differences, filled, hash_json, identity
+from xray.errors import ConfigError, DataError
+from xray.files import lock_folder, sha256_file, write_text
 from xray.training.checkpoint import complete_checkpoints
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
-from xray.training.run_identity import check_same_run, run_record
 from xray.training.state import TrainState
 from xray.training.step_data import check_batches
 
@@ -67,6 +66,7 @@ class Run:
             return stage.prepare(kept, parents)
 
         sources = dist.main_first(prepare)
+        config = stage.config  # as `prepare` completed it
         check_same_on_all_ranks(sources)
         if stage.spans_batch:
             _warn_about_repeats(config, sources)
@@ -84,17 +84,22 @@ class Run:
     def check_folder(self, folder: Path | None = None, place: str = "") -> None:
         """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run."""
         folder = folder or self.out
-        check_same_run(folder, self.record, identity(type(self.config)()), place or str(folder))
+        place = place or str(folder)
+        old = _recorded(folder, self.config)
+        changed = differences(old, json.loads(json.dumps(self.record))) if old else []
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{place} holds another run: {changed[0]}{more}; choose another "
+                f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
+            )
 
     def restore(self) -> None:
-        """Check the folder and the mirror, and fetch a mirrored run into a new folder. Collective.
+        """Check the folder and the mirror, and fetch a mirrored run into a new folder.
 
-        Raises ConfigError if one of them holds another run, DataError if the folder is new and the
-        mirror cannot be reached.
+        Rank 0 goes first. Raises ConfigError if one of them holds another run, DataError if the
+        folder is new and the mirror cannot be reached.
         """
-        dist.main_first(self._restore)
-
-    def _restore(self) -> None:
         self.check_folder()
         mirror, begun = self.mirror, (self.out / "run.json").exists()
         if mirror is None:
@@ -187,8 +192,7 @@ class Run:
 
 def named(parents: Parents) -> dict[str, Artifact]:
     """Return the parent artifacts by slot, without empty slots."""
-    slots = {"vision": parents.vision, "text": parents.text}
-    return {slot: artifact for slot, artifact in slots.items() if artifact is not None}
+    return {slot: artifact for slot, artifact in vars(parents).items() if artifact is not None}
 
 
 def _warn_about_repeats(config: RunConfig, sources: Mapping[str, Source]) -> None:
@@ -221,3 +225,44 @@ def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
             for position, shard, slot in rows
         ]
     return samples
+
+
+def run_record(
+    stage: Stage, config: RunConfig, sources: Mapping[str, Source], parents: Mapping[str, Artifact]
+) -> dict[str, Any]:
+    """Return the record of everything that determines a run's result."""
+    weights = Path(config.model.pretrained)
+    pretrained = {"pretrained": sha256_file(weights)} if weights.is_file() else {}
+    return {
+        "stage": stage.name,
+        "config": identity(config),
+        "data": {name: source.digest for name, source in sorted(sources.items())},
+        "parents": {slot: artifact.digest for slot, artifact in parents.items()},
+        "inputs": {**stage.inputs(), **pretrained},
+    }
+
+
+def holds_another_run(config: RunConfig) -> bool:
+    """Return True if the config's folder holds a run with other settings; data are not compared.
+
+    The text section is left out, because a run completes it from the LLM.
+    """
+    old = _recorded(Path(config.out), config)
+    if not old:
+        return False
+    own = json.loads(json.dumps(identity(config)))
+    return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
+
+
+def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the record of a folder's run, {} if there is none.
+
+    Settings that are newer than the run have the defaults of the config's class.
+    """
+    try:
+        old = dict(json.loads((out / "run.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
+    return {**old, "config": filled(old.get("config", {}), identity(type(config)()))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from contextlib import ExitStack
 
@@ -25,80 +24,64 @@ from xray.training.watchdog import SAVING, Watchdog
 log = logging.getLogger("xray")
 
 
-class Trainer:
-    """Trainer of one run, which continues from its own checkpoint or starts from its parents.
+def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.device) -> Artifact:
+    """Train a stage to the end, from its checkpoint or its parents; return the verified artifact.
 
-    Nothing is read or written before `finished` or `fit` is called.
+    A run that was finished before is only verified. Raises ConfigError, ArtifactError or DataError
+    if the run cannot be trained, and the errors of `TrainingLoop.run_steps`.
     """
+    run = Run.open(stage_class, config)
+    dist.main_first(run.restore)
+    if finished := run.finished():
+        return finished
+    config = run.config
+    module = run.build()
+    engine = Engine(module, config)
+    with ExitStack() as stack:
+        stack.callback(engine.destroy)
+        run.begin()
+        stack.callback(run.release)
+        state = _restore(run, engine)
+        signals = stack.enter_context(StopSignals())
+        sinks = Sinks(run.out, run.stage.name, config, state)
+        stack.callback(sinks.close)
+        if run.mirror is not None:
+            stack.callback(run.mirror.wait)  # while signals are still handled
+        watchdog = Watchdog(run.out, config.train.hang_seconds)
+        stack.callback(watchdog.close)
+        telemetry = Telemetry(run.stage, module, device, watchdog)
+        loop = TrainingLoop(run, engine, state, device, sinks, telemetry, signals)
+        loop.run_steps()
+        if config.debug.overfit_batch and dist.is_main():
+            _log_overfit(run, sinks.last)
+        watchdog.at("writing the artifact", state.step, SAVING)
+        artifact = _export(run, engine, state, sinks.last)
+        if StepResult(preempted=signals.received).agreed(device).preempted:
+            message = f"stage {run.stage.name} is finished; run the same command to continue"
+            raise Preempted(message).on_all_ranks()
+    return artifact
 
-    def __init__(self, stage_class: type[Stage], config: RunConfig, device: torch.device) -> None:
-        self.stage_class, self.config, self.device = stage_class, config, device
 
-    @functools.cached_property
-    def run(self) -> Run:
-        """The run, opened and checked against its folder and mirror. Collective."""
-        run = Run.open(self.stage_class, self.config)
-        run.restore()
-        return run
+def _restore(run: Run, engine: Engine) -> TrainState:
+    """Return the state of the newest checkpoint, loaded into the engine, or of a new run."""
+    newest = checkpoint.find_checkpoint(run.out / "checkpoints")
+    if newest is not None:
+        state = checkpoint.load_checkpoint(engine, newest)
+        log.info("continues from %s, step %d of %d", newest, state.step, run.config.steps)
+        return state
+    paths = [str(artifact.path) for artifact in named(run.parents).values()]
+    log.info("starts from %s", ", ".join(paths) or "scratch")
+    return TrainState(world=dist.world_size(), zero_stage=run.config.zero.stage)
 
-    def finished(self) -> Artifact | None:
-        """Return the verified artifact of this run, if it was trained to the end before.
 
-        Raises ConfigError, ArtifactError or DataError if the run cannot be trained.
-        """
-        return self.run.finished()
-
-    def fit(self) -> Artifact:
-        """Train to the end and write the artifact.
-
-        Raises the errors of `TrainingLoop.run_steps` and `finished`.
-        """
-        run, config, device = self.run, self.config, self.device
-        module = run.build()
-        engine = Engine(module, config)
-        with ExitStack() as stack:
-            stack.callback(engine.destroy)
-            run.begin()
-            stack.callback(run.release)
-            state = self._restore(engine)
-            signals = stack.enter_context(StopSignals())
-            sinks = Sinks(run.out, run.stage.name, config, state)
-            stack.callback(sinks.close)
-            if run.mirror is not None:
-                stack.callback(run.mirror.wait)  # while signals are still handled
-            watchdog = Watchdog(run.out, config.train.hang_seconds)
-            stack.callback(watchdog.close)
-            telemetry = Telemetry(run.stage, module, device, watchdog)
-            loop = TrainingLoop(run, engine, state, device, sinks, telemetry, signals)
-            loop.run_steps()
-            if config.debug.overfit_batch and dist.is_main():
-                _log_overfit(run, sinks.last)
-            watchdog.at("writing the artifact", state.step, SAVING)
-            artifact = self._export(engine, state, sinks.last)
-            if StepResult(preempted=signals.received).agreed(device).preempted:
-                message = f"stage {run.stage.name} is finished; run the same command to continue"
-                raise Preempted(message).on_all_ranks()
-        return artifact
-
-    def _restore(self, engine: Engine) -> TrainState:
-        """Return the state of the newest checkpoint, loaded into the engine, or of a new run."""
-        newest = checkpoint.find_checkpoint(self.run.out / "checkpoints")
-        if newest is not None:
-            state = checkpoint.load_checkpoint(engine, newest)
-            log.info("continues from %s, step %d of %d", newest, state.step, self.config.steps)
-            return state
-        paths = [str(artifact.path) for artifact in named(self.run.parents).values()]
-        log.info("starts from %s", ", ".join(paths) or "scratch")
-        return TrainState(world=dist.world_size(), zero_stage=self.config.zero.stage)
-
-    def _export(self, engine: Engine, state: TrainState, metrics: dict[str, float]) -> Artifact:
-        chosen = self.config.train.export
-        state_dict = engine.state_dict(None if chosen == "last" else chosen)  # collective
-        path = self.run.out / "artifact"
-        given = path, engine.module, state_dict, state, metrics, chosen
-        dist.on_main(lambda: self.run.write_artifact(*given))
-        self.run.copy()
-        return open_artifact(path)
+def _export(run: Run, engine: Engine, state: TrainState, metrics: dict[str, float]) -> Artifact:
+    chosen = run.config.train.export
+    state_dict = engine.state_dict(None if chosen == "last" else chosen)  # collective
+    path = run.out / "artifact"
+    given = path, engine.module, state_dict, state, metrics, chosen
+    dist.on_main(lambda: run.write_artifact(*given))
+    run.copy()
+    return open_artifact(path)
 
 
 def _log_overfit(run: Run, last: dict[str, float]) -> None:
