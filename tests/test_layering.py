@@ -53,7 +53,7 @@ DATA_ROWS: dict[str, set[str]] = {
     "data_pipelines.curation": {"data_pipelines.ingest"},
 }
 PLACES = {  # of heavy libraries
-    "deepspeed": ["xray/training/engine.py"],
+    "deepspeed": ["xray/training/deepspeed_setup.py", "xray/training/engine.py"],
     "peft": ["xray/models/text_tower.py"],
     "decord": ["data_pipelines/decode/decoders.py"],
     "ahocorasick": ["data_pipelines/tags/concept_matcher.py"],

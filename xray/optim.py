@@ -84,12 +84,14 @@ def _layer(name: str, depth: int) -> int:
 
 
 def reduce_bucket(zero: ZeroConfig, trained: int) -> int:
-    """Return the number of values in DeepSpeed's reduce buffer: at most the trained ones.
+    """Return the number of values in a bucket of gradients that are reduced together.
 
-    DeepSpeed allocates the buffer whole; its default is 5e8 values (2 GB) for any model.
+    DeepSpeed allocates the bucket whole, and its default is 5e8 values (2 GB) for any model. With
+    `zero.overlap` several buckets are filled in a backward pass; 25e6 values use the network well.
     """
     given = zero.deepspeed.get("zero_optimization", {})
-    return int(given.get("reduce_bucket_size", min(500_000_000, trained)))
+    default = max(1, min(25_000_000, trained // 8)) if zero.overlap else min(500_000_000, trained)
+    return int(given.get("reduce_bucket_size", default))
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

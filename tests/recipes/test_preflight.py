@@ -15,7 +15,7 @@ from xray.commands.main import app
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.recipes.recipe import load_recipe
 from xray.recipes.run import preflight
-from xray.training.engine import init_distributed
+from xray.training.deepspeed_setup import init_distributed
 
 
 def check_recipe(demo: Path, out: Path, *overrides: str) -> None:

@@ -58,7 +58,7 @@ def train(stage: str, root: Path, out: Path, *overrides: str, init_from: Any = (
     """Run a stage in this process and return its artifact."""
     import torch
 
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
     from xray.training.trainer import train_stage
 
     device = torch.device("cpu")

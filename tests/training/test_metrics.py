@@ -94,7 +94,7 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     with FlopCounterMode(display=False) as counter:
         module(batch, 0.9).loss.backward()
     meter.begin()
-    meter.end(0.9, 0.0, [Loaded(batch)])
+    meter.end(0.9, [Loaded(batch)])
     assert meter.rates()["mfu"] == pytest.approx(meter.flops / meter.seconds / 1e12)
     return counter.get_total_flops(), meter.flops
 

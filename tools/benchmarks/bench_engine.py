@@ -38,7 +38,8 @@ from xray.dist import choose_device
 from xray.optim import parameter_groups, set_lr
 from xray.training import checkpoint
 from xray.training.checkpoint import load_checkpoint, save_checkpoint
-from xray.training.engine import Engine, init_distributed
+from xray.training.deepspeed_setup import init_distributed
+from xray.training.engine import Engine
 from xray.training.loop import TrainingLoop
 from xray.training.state import TrainState
 from xray.training.step_data import StepData

@@ -130,7 +130,8 @@ def measure(config: Any, facts: Any, device: torch.device) -> int:
     from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
     from xray.training.accumulation import Accumulator
-    from xray.training.engine import Engine, init_distributed
+    from xray.training.deepspeed_setup import init_distributed
+    from xray.training.engine import Engine
     from xray.training.step_data import step_shape
 
     init_distributed(device)

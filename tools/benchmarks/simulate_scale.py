@@ -161,7 +161,8 @@ def save_rate(folder: Path) -> float:
     from xray.config import loading as cfg
     from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
-    from xray.training.engine import Engine, init_distributed
+    from xray.training.deepspeed_setup import init_distributed
+    from xray.training.engine import Engine
     from xray.training.portable_state import save_portable
 
     init_distributed(torch.device("cpu"))

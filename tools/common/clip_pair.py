@@ -277,7 +277,8 @@ class Pair:
         """Return steps as in the trainer: "xray" with keep rate 1, "keep" with keep rate KEEP."""
         # import late: deepspeed chooses its device when it is imported
         from xray.training.accumulation import Accumulator
-        from xray.training.engine import Engine, init_distributed
+        from xray.training.deepspeed_setup import init_distributed
+        from xray.training.engine import Engine
 
         init_distributed(self.device)
         stage, engine = ClipStage(self.config), Engine(self.model, self.config)

@@ -128,7 +128,7 @@ class Bench:
         parents: list[Artifact] | None = None,
     ) -> Artifact:  # fmt: skip
         """Run a stage in the work folder, or open its artifact if it is finished."""
-        from xray.training.engine import init_distributed
+        from xray.training.deepspeed_setup import init_distributed
         from xray.training.trainer import train_stage
 
         layers = [

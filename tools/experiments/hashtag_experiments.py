@@ -88,7 +88,7 @@ class Bench:
 
     def train(self, shards: Path, name: str, seed: int, *overrides: str) -> Artifact:
         """Run the hashtag stage from scratch."""
-        from xray.training.engine import init_distributed
+        from xray.training.deepspeed_setup import init_distributed
         from xray.training.trainer import train_stage
 
         shared = cfg.parse_overrides(

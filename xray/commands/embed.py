@@ -77,7 +77,7 @@ def embed(
     check_out(out)
     device = dist.choose_device("auto")
     if dist.world_size() > 1:
-        from xray.training.engine import init_distributed
+        from xray.training.deepspeed_setup import init_distributed
 
         init_distributed(device)
     opened = dist.main_first(lambda: open_artifact(artifact, llm))

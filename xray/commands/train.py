@@ -75,7 +75,7 @@ def train(
     config.validate()
     device = dist.choose_device(config.train.device)
     from xray.recipes.run import prepare
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
     from xray.training.trainer import train_stage
 
     init_distributed(device)
@@ -106,7 +106,7 @@ def replay(
     """Repeat a step that was not finite, and print its loss, gradient and first broken layers."""
     from xray.config.loading import parse_overrides
     from xray.training.checkpoint_export import find_run
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
     from xray.training.replay import read_bundle
     from xray.training.replay import replay as again
 

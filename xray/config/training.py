@@ -17,6 +17,7 @@ OPEN = (
     "flops_profiler",
     "gradient_predivide_factor",
     "prescale_gradients",
+    "timers",
     "torch_autocast",
     "zero_optimization",
 )
@@ -105,6 +106,8 @@ class ZeroConfig:
 
     stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
+    # sum gradients over processes while the backward pass runs (ZeRO 3 always does)
+    overlap: bool = runtime(False)
     # DeepSpeed's own keys, merged into its config: {zero_optimization: {overlap_comm: false}}
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +115,13 @@ class ZeroConfig:
         """Check the settings; raises ConfigError that names the key to change."""
         if self.offload and self.stage == 0:
             raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
+        if self.overlap and self.stage == 0:
+            for key in ("prescale_gradients", "gradient_predivide_factor"):
+                if key in self.deepspeed:
+                    raise ConfigError(
+                        f"zero.overlap=true with zero.stage=0 does not know zero.deepspeed.{key}: "
+                        "remove one of them, or set zero.stage=1"
+                    )
         for key, value in self.deepspeed.items():
             section = key in ("zero_optimization", "torch_autocast")
             if section and not isinstance(value, dict):

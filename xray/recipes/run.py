@@ -140,7 +140,7 @@ def store_captions(config: RunConfig, text: TextConfig, device: torch.device) ->
 def run_recipe(recipe: Recipe) -> list[Artifact]:
     """Train every stage that is not finished, in order, and return all artifacts."""
     device = dist.choose_device(recipe.runs[0].train.device)
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
     from xray.training.trainer import train_stage
 
     init_distributed(device)

@@ -30,8 +30,11 @@ class Accumulator:
 
     def train(
         self, step: int, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
-    ) -> dict[str, float]:
-        """Accumulate the gradients of all micro-batches; the update (`engine.step`) is left out."""
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of all micro-batches; the update (`engine.step`) is left out.
+
+        Returns losses and metrics [0-d, on the device], which the host has not read.
+        """
         self.engine.train()
         means = BlockMeans(micros)
         for number, cached in self._passes(step, progress, micros, loaded):
@@ -50,19 +53,19 @@ class Accumulator:
             if number + 1 < len(micros):
                 self.engine.step()
             means.add(micro, output)
-        return means.to_host()
+        return means.values
 
     @torch.no_grad()
     def evaluate(
         self, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
-    ) -> dict[str, float]:
-        """Return the losses and metrics of micro-batches, without randomness."""
+    ) -> dict[str, Tensor]:
+        """Return the losses and metrics of micro-batches, without randomness [0-d]."""
         self.engine.train(False)
         means = BlockMeans(micros)
         for number, cached in self._passes(0, progress, micros, loaded):
             output = cached.output if cached else self._forward(loaded[number], progress)
             means.add(micros[number], output)
-        return means.to_host()
+        return means.values
 
     def _passes(
         self, step: int, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
@@ -77,7 +80,7 @@ class Accumulator:
             number = each.numbers[0]
             if each.kind == "features":
                 self._reseed(step, number)
-                with torch.no_grad():
+                with torch.no_grad(), self.engine.forward_only():
                     rows[number] = self._forward(loaded[number], progress, "features")
             elif each.kind == "loss":
                 module = self.engine.module
@@ -104,7 +107,7 @@ class BlockMeans:
     def __init__(self, micros: Sequence[MicroBatch]) -> None:
         self.micros = len(micros)
         self.parts = Counter(micro.block for micro in micros)
-        self._sums: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
 
     def add(self, micro: MicroBatch, output: StepOutput) -> None:
         """Add the loss and metrics of a micro-batch."""
@@ -113,9 +116,4 @@ class BlockMeans:
         values |= {f"{micro.source}/{k}": v.float() / parts for k, v in output.metrics.items()}
         values["loss"] = loss * micro.scale / self.micros
         for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def to_host(self) -> dict[str, float]:
-        """Return all means, in one transfer from the device."""
-        values = torch.stack([value.reshape(()).float() for value in self._sums.values()]).tolist()
-        return dict(zip(self._sums, values, strict=True))
+            self.values[name] = self.values[name] + value if name in self.values else value

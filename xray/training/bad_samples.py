@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipelines.stream import quarantine
-from data_pipelines.stream.loader import Loaded, Replaced
+from data_pipelines.stream.loader import Replaced
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan
 from xray import dist
@@ -30,13 +30,12 @@ class BadSamples:
         self.shards: Counter[str] = Counter()
         quarantine.obey(state.quarantine, plans)
 
-    def account(self, loaded: Sequence[Loaded], read: int, limit: float) -> None:
-        """Add the samples that a step replaced. Collective.
+    def account(self, mine: Sequence[Replaced], read: int, limit: float) -> None:
+        """Add the samples that a step replaced, on this rank and the others. Collective.
 
         Raises DataError if more than the fraction `limit` of the run's read samples was replaced.
         """
-        mine = [entry for item in loaded for entry in item.bad]
-        everyone = [entry for entries in dist.gather_objects(mine) for entry in entries]
+        everyone = [entry for entries in dist.gather_objects(list(mine)) for entry in entries]
         bad = self.state.bad
         for entry in everyone:
             bad[entry.cause] = bad.get(entry.cause, 0) + 1

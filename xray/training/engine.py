@@ -1,111 +1,38 @@
-"""Facade of DeepSpeed: the only module that imports it.
+"""Facade of DeepSpeed: with deepspeed_setup.py, the only module that imports it.
 
-It avoids faults of DeepSpeed that raise no error. Clipping is always set, because the default is
-1.0. bf16 is autocast over fp32 weights with fp32 gradients, because DeepSpeed's own bf16 counts one
-optimizer step too many at stage 0. Clamping goes through the fp32 master, because a write to the
-parameter does not reach it. DeepSpeed's own keys come only from `zero.deepspeed`, which checks
-their spelling. DeepSpeed's checkpoints are not used, because they fit one world size and are
-pickles (see portable_state.py).
+It avoids faults of DeepSpeed that raise no error. Clamping goes through the fp32 master, because a
+write to the parameter does not reach it. DeepSpeed's checkpoints are not used, because they fit one
+world size and are pickles (see portable_state.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import copy
 import math
-import os
-import shutil
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed import utils
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import Tensor
 
 from stages.base import StageModule
 from xray import dist, optim
 from xray.config import RunConfig
 from xray.errors import ConfigError
+from xray.training.deepspeed_setup import check_compiler, deepspeed_config
+from xray.training.gradient_reduction import GradientReducer
+from xray.training.guarded_step import GuardedStep
 
-AVERAGE = "ema"  # slot of the weights' moving average
-
-utils.logger.setLevel(logging.ERROR)
-# DeepSpeed 0.19 calls these by the names they had before torch 2.14.
-warnings.filterwarnings(
-    "ignore",
-    message=r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
-    category=FutureWarning,
+import deepspeed  # isort: skip  # after its set-up
+from deepspeed import utils  # isort: skip
+from deepspeed.runtime.zero.parameter_offload import (  # isort: skip
+    FWD_MODULE_STACK,
+    PartitionedParameterCoordinator,
 )
 
-
-def init_distributed(device: torch.device) -> None:
-    """Join the process group: nccl on CUDA, gloo on CPU."""
-    dist.setup_environment()
-    if device.type == "cpu" and dist.local_world_size() > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.local_world_size()))
-    with contextlib.suppress(AttributeError):
-        # Compiled at its first use, and only needed for inference.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if dist.world_size() == 1:  # without a port, which another process may hold
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        with contextlib.redirect_stdout(None):
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=dist.COLLECTIVE)
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """Translate the config to DeepSpeed's; raises ConfigError for keys that DeepSpeed refuses."""
-    config.zero.validate()
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if config.zero.stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
-    ours: dict[str, Any] = {
-        # Blocks differ in micro-batch. DeepSpeed only computes the batch size from it.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # see Engine.begin
-        "gradient_clipping": float(config.optim.clip_grad),
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {
-            "enabled": config.train.precision == "bf16",
-            "dtype": "bfloat16",
-            # ZeRO would round these layers' gradients to bf16 before it sums them over ranks.
-            "lower_precision_safe_modules": [],
-        },
-        "steps_per_print": 10**9,
-    }
-    for key, value in config.zero.deepspeed.items():
-        ours[key] = ours[key] | value if isinstance(ours.get(key), dict) else value
-    try:
-        DeepSpeedZeroConfig(**ours["zero_optimization"])
-    except ValidationError as error:
-        where = {f"{'.'.join(map(str, e['loc']))} ({e['msg'].lower()})" for e in error.errors()}
-        raise ConfigError(
-            f"zero.deepspeed: DeepSpeed refuses zero_optimization.{', '.join(sorted(where))}"
-        ) from None
-    return ours
-
-
-def _check_compiler() -> None:
-    """Raise ConfigError if torch.compile would fail at the first step."""
-    wanted = (os.environ.get("CXX"), "g++", "clang++")
-    if not torch.cuda.is_available() and not any(map(shutil.which, filter(None, wanted))):
-        raise ConfigError(
-            "train.compile=true needs a C++ compiler on a CPU: install g++, or set it to false"
-        )
+AVERAGE = "ema"  # slot of the weights' moving average
 
 
 @dataclass(frozen=True)
@@ -133,18 +60,17 @@ class Engine:
                 f"stage {config.stage} has nothing to train: all parameters are frozen"
             )
         if config.train.compile:
-            _check_compiler()
+            check_compiler()
             module.compile_blocks()
         self.module = module
         self.stage = config.zero.stage
         self.slots = optim.SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
         self._ema = config.train.ema
-        self._norm: float | None = None  # of the last step's gradients
+        self._norm: Tensor | None = None  # of the last step's gradients
         settings = deepspeed_config(config)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        settings["zero_optimization"]["reduce_bucket_size"] = optim.reduce_bucket(
-            config.zero, trained
-        )
+        bucket = optim.reduce_bucket(config.zero, trained)
+        settings["zero_optimization"]["reduce_bucket_size"] = bucket
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optim.make_optimizer(groups, config.optim),
@@ -153,7 +79,16 @@ class Engine:
         )
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        if dist.world_size() == 1:
+        self._forward_only: Any = None  # ZeRO 3's coordinator of such passes
+        self._guard: GuardedStep | None = None
+        if config.optim.name == "adamw" and not config.zero.offload:  # fused, on the device
+            trained_list = list(self._trained.values())
+            self._guard = GuardedStep(self._engine, self.stage, self._optimizer, trained_list)
+        self._reducer: GradientReducer | None = None
+        if dist.world_size() > 1 and self.stage == 0 and config.zero.overlap:
+            dtype = self._engine.communication_data_type
+            self._reducer = GradientReducer(list(self._trained.values()), bucket, dtype)
+        if dist.world_size() == 1 or self._reducer is not None:
             # Without other ranks stage 0 would copy all gradients to a buffer and back.
             self._engine.allreduce_no_retain = lambda *_, **__: None
         # Keys are the tensors that the optimizer updates: each rank averages its own part.
@@ -180,41 +115,85 @@ class Engine:
             if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
                 engine.optimizer.gradient_accumulation_steps = total
         engine.set_gradient_accumulation_boundary(number + 1 == total)
+        if self._reducer is not None and number + 1 == total:
+            self._reducer.begin()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of micro-batches."""
         self._engine.backward(loss)
+        if self._reducer is not None and self._engine.is_gradient_accumulation_boundary():
+            self._reducer.finish()
 
-    def step(self) -> None:
+    @contextlib.contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Context of forward passes that no backward pass follows.
+
+        ZeRO 3 prefetches parameters in the recorded order of a pass, forward and backward, and
+        records it again after a pass in another order. These passes have a record of their own.
+        """
+        if self.stage < 3:
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        usual = offload.param_coordinator
+        if self._forward_only is None:
+            self._forward_only = copy.copy(usual)
+            if not usual.is_invalid_trace():
+                self._forward_only._invalidate_trace()
+            self._forward_only._clear_trace_structures()
+        offload.param_coordinator = self._forward_only
+        try:
+            yield
+        finally:
+            offload.param_coordinator = usual
+
+    def step(self, loss: Tensor | None = None) -> None:
         """Count a micro-batch; the last one of a step updates the parameters.
 
-        Gradients that are not finite update nothing in any ZeRO stage; `grad_norm` shows them.
+        If the gradients, or the step's loss [0-d, on the device], are not finite, nothing is
+        updated in any ZeRO stage; `norm` shows it. This is decided on the device if
+        `guards_on_device`, and else by the host.
         """
-        ends = self._engine.is_gradient_accumulation_boundary()
-        if ends and self.stage == 0:  # where DeepSpeed computes no norm and checks nothing
+        engine = self._engine
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+        elif self._guard is not None:
+            self._norm = self._guard.step(loss)
+        elif loss is not None and not loss.isfinite():
+            self._norm = torch.full_like(loss, math.nan)
+            self.skip()
+        elif self.stage > 0:
+            engine.step()
+            self._norm = torch.as_tensor(engine.get_global_grad_norm())
+        else:
             grads = [p.grad for p in self._trained.values() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(grads))
-            if not math.isfinite(self._norm):
-                self._engine.zero_grad()
-                return
-        self._engine.step()
-        if ends and self.stage > 0:
-            self._norm = float(self._engine.get_global_grad_norm())
+            self._norm = torch.nn.utils.get_total_norm(grads)
+            if self._norm.isfinite():
+                engine.step()
+            else:
+                engine.zero_grad()
+
+    @property
+    def guards_on_device(self) -> bool:
+        """True if `step` does not wait for the device: AdamW without offload."""
+        return self._guard is not None
 
     def skip(self) -> None:
         """End a step without an update of parameters or moments, in any ZeRO stage."""
         engine = self._engine
-        if self.stage == 0:
+        if self._guard is not None:
+            self._guard.skip()
+        elif self.stage == 0:
             engine.zero_grad()
-            return
-        # ZeRO skips a step whose gradients overflow, which it detects by their norm.
-        infinite: Any = torch.tensor(math.inf)
-        norm, value = "scaled_global_norm", infinite
-        if self.stage == 3:
-            norm, value = "_get_norm_groups", [infinite]
-        setattr(engine.optimizer, norm, lambda *_: value)
-        engine.step()
-        delattr(engine.optimizer, norm)
+        else:
+            # ZeRO skips a step whose gradients overflow, which it detects by their norm.
+            infinite: Any = torch.tensor(math.inf)
+            norm, value = "scaled_global_norm", infinite
+            if self.stage == 3:
+                norm, value = "_get_norm_groups", [infinite]
+            setattr(engine.optimizer, norm, lambda *_: value)
+            engine.step()
+            delattr(engine.optimizer, norm)
 
     @torch.no_grad()
     def update_average(self, steps: int) -> None:
@@ -231,10 +210,15 @@ class Engine:
         optim.set_lr(self._engine.optimizer.param_groups, lr, progress)
 
     @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+    def norm(self) -> Tensor:
+        """Global gradient norm of the last step, before clipping [0-d, on the device]."""
         assert self._norm is not None, "no step was made"
         return self._norm
+
+    @property
+    def grad_norm(self) -> float:
+        """The `norm`, read by the host."""
+        return float(self.norm)
 
     @torch.no_grad()
     def clamp(self, parameter: Tensor, low: float, high: float) -> None:
@@ -348,3 +332,15 @@ class Engine:
     def destroy(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+        _forget_modules()
+
+
+def _forget_modules() -> None:
+    """Clear ZeRO 3's global list and cache of modules, which keep them alive."""
+    FWD_MODULE_STACK.clear()
+    cached = vars(PartitionedParameterCoordinator)[
+        "_PartitionedParameterCoordinator__params_to_release"
+    ]
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()

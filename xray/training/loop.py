@@ -7,16 +7,16 @@ import math
 import signal
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 import torch
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loader import Replaced
 from xray import dist
 from xray.config.schedule import steps_of, value_at
-from xray.errors import Preempted, TrainingError, XrayError
+from xray.errors import Preempted, TrainingError
 from xray.optim import lr_at
 from xray.training import checkpoint
 from xray.training.accumulation import Accumulator
@@ -35,6 +35,7 @@ from xray.training.step_data import (
     training_stream,
     validation_stream,
 )
+from xray.training.step_result import Events, ReducedStep
 from xray.training.telemetry import DATA, Telemetry
 from xray.training.watchdog import SAVING
 
@@ -69,31 +70,15 @@ class StopSignals:
         self.received = True
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Metrics and events of a step: of this rank, or after `agreed` of all ranks."""
+@dataclass
+class PendingStep:
+    """A step whose update is on its way on the device, and whose numbers the host has not read."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
-    preempted: bool = False  # a signal asked to save and stop
-    failure: XrayError | None = None  # reading the next step's data failed
-    replaced: int = 0  # samples that could not be used
-    waited: float = 0.0  # seconds of waiting for data
-
-    def agreed(self, device: torch.device) -> StepResult:
-        """Average metrics and waiting over ranks, and combine events: the step's one all-reduce.
-
-        Raises a failure of any rank on all ranks.
-        """
-        names = sorted(self.metrics)
-        events = [self.preempted, self.failure is not None, self.replaced]
-        numbers = [*events, self.waited, *(self.metrics[name] for name in names)]
-        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-        preempted, failed, replaced, waited, *values = dist.sum_over_ranks(sums).tolist()
-        if failed:
-            dist.agree(self.failure)
-        world = dist.world_size()
-        means = {name: value / world for name, value in zip(names, values, strict=True)}
-        return StepResult(means, preempted > 0, None, int(replaced), waited / world)
+    step: int
+    result: ReducedStep
+    bad: list[Replaced]  # this rank's samples that could not be used
+    values: dict[str, float]  # metrics that the host knows
+    skipped: bool = False  # its loss was a spike
 
 
 @dataclass
@@ -129,66 +114,109 @@ class TrainingLoop:
         stream = training_stream(self.stage, self.config, self.run.plans, remaining, pin)
         with closing(StepData(stream)) as data:
             self.telemetry.watchdog.at(DATA, self.state.step)
-            StepResult(failure=data.fetch()).agreed(self.device)
-            started = time.monotonic() - self.state.seconds
+            Events(failure=data.fetch()).agreed(self.device)
+            self._started = time.monotonic() - self.state.seconds
+            before: PendingStep | None = None
             for step in remaining:
-                progress, last = self.config.progress(step), step + 1 == self.config.steps
-                loaded = data.take()
                 self.telemetry.begin(step)
-                result = self._run_passes(step, loaded, None if last else data).agreed(self.device)
-                values = self._update(step, loaded, result)
-                self.state.seconds = time.monotonic() - started
-                values |= self._sizes(progress)
-                values |= self.telemetry.end(progress, result.waited, loaded)
-                if last or _every(self.state.step, self.config.train.validate_every):
-                    values |= self._validate(1.0 if last else progress)
-                self._log(values, progress, last or _every(step + 1, self.config.train.log_every))
-                if last or result.preempted or _every(step + 1, self.config.train.save_every):
-                    self._save(values)
-                if result.preempted:
-                    raise Preempted(
-                        f"stopped by a signal at step {step + 1}; the same command continues"
-                    ).on_all_ranks()
+                loaded = data.loaded
+                pending = self._run_passes(step, data)
+                if before is not None:  # while the device runs the passes
+                    self._finish(before)
+                self._update(pending)
+                at_once = self._read_at_once(step)
+                if at_once:
+                    pending.result.wait()
+                self.telemetry.end(self.config.progress(step), loaded)
+                if at_once:
+                    self._finish(pending)
+                before = None if at_once else pending
 
-    def _run_passes(self, step: int, loaded: list[Loaded], data: StepData | None) -> StepResult:
-        """Run forward and backward of all micro-batches, then fetch the next step's data."""
-        progress = self.config.progress(step)
-        shape = step_shape(self.stage, self.config.blocks, progress)
+    def _read_at_once(self, step: int) -> bool:
+        """Return True if the numbers of a step are needed before the next one begins.
+
+        Otherwise they are read while the next step's passes run. A step of other shapes is one
+        reason: ranks that fail to read its data cannot take part in it with the data before.
+        """
+        config, train, done = self.config, self.config.train, step + 1
+        if done == config.steps:
+            return True
+        intervals = train.log_every, train.save_every, train.validate_every
+        if any(_every(done, interval) for interval in intervals):
+            return True
+        shapes = [step_shape(self.stage, config.blocks, config.progress(s)) for s in (step, done)]
+        return shapes[0] != shapes[1]
+
+    def _run_passes(self, step: int, data: StepData) -> PendingStep:
+        """Run forward and backward of all micro-batches, then fetch the next step's data.
+
+        Nothing waits for the device.
+        """
+        config, loaded = self.config, data.loaded
+        progress = config.progress(step)
+        shape = step_shape(self.stage, config.blocks, progress)
         metrics = self.micros.train(step, progress, shape.micro, loaded)
         failure = None
-        if data is not None:
+        if step + 1 < config.steps:
             self.telemetry.mark(DATA)
             failure = data.fetch()
         waited = self.telemetry.end_own_work()
-        replaced = replaced_samples(loaded)
-        return StepResult(metrics, self.signals.received, failure, replaced, waited)
+        bad = replaced_samples(loaded)
+        events = Events(self.signals.received, failure, len(bad), waited)
+        values = decoding_metrics(loaded) | self._epochs(step) | self._sizes(progress)
+        return PendingStep(step, ReducedStep(events, metrics, self.device), bad, values)
 
-    def _update(self, step: int, loaded: list[Loaded], result: StepResult) -> dict[str, float]:
-        """Make the optimizer's step, or skip it as a spike; returns the metrics of the step.
+    def _update(self, pending: PendingStep) -> None:
+        """Make the optimizer's step, or skip it as a spike.
 
-        Raises TrainingError for a loss or gradient that is not finite, with unchanged weights.
+        Weights do not change if the loss or a gradient is not finite.
         """
-        config, state, progress = self.config, self.state, self.config.progress(step)
-        if result.replaced:
-            read = state.samples + config.global_batch
-            self.bad.account(loaded, read, config.data.max_bad_fraction)
-        values = result.metrics | decoding_metrics(loaded) | self._epochs(step)
-        if not math.isfinite(values["loss"]):
-            self._stop("loss", values["loss"], values)
-        lr = lr_at(progress, config.optim, config.global_batch)
-        if self.spikes.skips(values["loss"]):
+        config, progress = self.config, self.config.progress(pending.step)
+        loss, skip = pending.result["loss"], config.train.spikes == "skip"
+        lr = pending.values["lr"] = lr_at(progress, config.optim, config.global_batch)
+        if skip and math.isfinite(value := float(loss)):
+            pending.skipped = self.spikes.skips(value)
+        if pending.skipped:
             self.engine.skip()
-            outcome = {"skipped": 1.0}
+            pending.values["skipped"] = 1.0
         else:
             self.engine.set_lr(lr, progress)
-            self.engine.step()
-            if not math.isfinite(self.engine.grad_norm):
-                self._stop("gradient norm", self.engine.grad_norm, values)
+            self.engine.step(loss)
+            pending.result.append("grad_norm", self.engine.norm)
             self.stage.after_step(self.engine, self.module)
-            outcome = {"grad_norm": self.engine.grad_norm}
+        pending.result.copy_to_host()
+
+    def _finish(self, pending: PendingStep) -> None:
+        """Read a step's numbers; log, validate and save if its time has come.
+
+        Raises the errors of `run_steps`.
+        """
+        config, state, step = self.config, self.state, pending.step
+        self.telemetry.mark("reading the metrics of the step")
+        events, metrics = pending.result.read()
+        if events.replaced:
+            read = state.samples + config.global_batch
+            self.bad.account(pending.bad, read, config.data.max_bad_fraction)
+        values = metrics | pending.values
+        for what, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
+            if not math.isfinite(values.get(name, 0.0)):
+                self._stop(what, values[name], values)
+        if config.train.spikes != "skip":
+            self.spikes.skips(values["loss"])
         state.step, state.samples = step + 1, state.samples + config.global_batch
+        state.seconds = time.monotonic() - self._started
         self.engine.update_average(state.step)
-        return values | {"lr": lr} | outcome
+        values |= self.telemetry.rates(events.waited)
+        last = state.step == config.steps
+        if last or _every(state.step, config.train.validate_every):
+            values |= self._validate(1.0 if last else config.progress(step))
+        self._log(values, config.progress(step), last or _every(step + 1, config.train.log_every))
+        if last or events.preempted or _every(step + 1, config.train.save_every):
+            self._save(values)
+        if events.preempted:
+            raise Preempted(
+                f"stopped by a signal at step {step + 1}; the same command continues"
+            ).on_all_ranks()
 
     def _stop(self, what: str, value: float, values: dict[str, float]) -> NoReturn:
         """Write a bundle of the step and end the run before weights change. Collective."""
@@ -209,13 +237,14 @@ class TrainingLoop:
         shape = step_shape(self.stage, config.validation, progress)
         stream = validation_stream(self.stage, config, self.run.validation_plans, shape)
         with closing(StepData(stream)) as data:
-            failure, loaded = data.fetch(), data.take()
-        replaced = replaced_samples(loaded)
-        if StepResult(failure=failure, replaced=replaced).agreed(self.device).replaced:
+            failure, loaded = data.fetch(), data.loaded
+        bad = replaced_samples(loaded)
+        if Events(failure=failure, replaced=len(bad)).agreed(self.device).replaced:
             read = self.state.samples + sum(block.samples for block in config.validation)
-            self.bad.account(loaded, read, config.data.max_bad_fraction)
-        values = self.micros.evaluate(progress, shape.micro, loaded)
-        values = StepResult(values).agreed(self.device).metrics | self._sizes(progress)
+            self.bad.account(bad, read, config.data.max_bad_fraction)
+        metrics = self.micros.evaluate(progress, shape.micro, loaded)
+        _, values = ReducedStep(Events(), metrics, self.device).read()
+        values |= self._sizes(progress)
         return {f"val/{name}": value for name, value in values.items()}
 
     def _log(self, values: dict[str, float], progress: float, logged: bool) -> None:

@@ -6,7 +6,6 @@ bundles/step_00000003/  bundle.json  portable/  state.json     the state before 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +22,7 @@ from xray.training.engine import Engine
 from xray.training.run import Run, samples_of
 from xray.training.state import TrainState
 from xray.training.step_data import StepData, step_shape, training_stream
+from xray.training.step_result import Events, ReducedStep
 
 FOLDER, FACTS = "bundles", "bundle.json"
 MOST = 8  # outputs and gradients that are reported
@@ -85,15 +85,14 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     step = state.step
     stream = training_stream(run.stage, config, run.plans, range(step, step + 1), pin=False)
     with closing(StepData(stream)) as data:
-        failure, loaded = data.fetch(), data.take()
+        failure, loaded = data.fetch(), data.loaded
     if failure is not None:
         raise ArtifactError(f"{path} cannot be replayed: {failure}")
     progress = config.progress(step)
     shape = step_shape(run.stage, config.blocks, progress)
     micros = Accumulator(engine, run.stage, device, config.seed)
-    values = micros.train(step, progress, shape.micro, loaded)
-    everyone = dist.gather_objects(values)
-    means = {name: math.fsum(each[name] for each in everyone) / len(everyone) for name in values}
+    metrics = micros.train(step, progress, shape.micro, loaded)
+    _, means = ReducedStep(Events(), metrics, device).read()
     engine.set_lr(0.0, progress)
     engine.step()
     engine.destroy()

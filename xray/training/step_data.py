@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from data_pipelines.shards.meter import Reading, add
-from data_pipelines.stream.loader import Loaded, iterate_steps
+from data_pipelines.stream.loader import Loaded, Replaced, iterate_steps
 from data_pipelines.stream.sampling import (
     SamplePlan,
     StepSampler,
@@ -56,24 +56,25 @@ def check_batches(stage: Stage, config: RunConfig) -> None:
 
 
 class StepData:
-    """A stream of steps, read one step ahead: `fetch` the next step, `take` what was fetched."""
+    """A stream of steps, read one step ahead: `fetch` the next step into `loaded`.
+
+    A step that cannot be read leaves the one before in its place: its ranks meet in collectives
+    until all of them know of the failure.
+    """
 
     def __init__(self, stream: Generator[list[Loaded]]) -> None:
         self._stream = stream
-        self._fetched: list[Loaded] = []
+        self.loaded: list[Loaded] = []
+        self.failure: DataError | None = None
 
     def fetch(self) -> DataError | None:
         """Read the next step's micro-batches; returns the error that prevents it."""
-        try:
-            self._fetched = next(self._stream)
-        except DataError as error:
-            return error
-        return None
-
-    def take(self) -> list[Loaded]:
-        """Return the fetched micro-batches, and drop the own reference to them."""
-        loaded, self._fetched = self._fetched, []
-        return loaded
+        if self.failure is None:
+            try:
+                self.loaded = next(self._stream)
+            except DataError as error:
+                self.failure = error
+        return self.failure
 
     def close(self) -> None:
         """End the stream's workers, which would keep this process alive."""
@@ -94,9 +95,9 @@ def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
     return values | ({"data/cache_hits": hits / (hits + misses)} if hits + misses else {})
 
 
-def replaced_samples(loaded: Sequence[Loaded]) -> int:
-    """Return the number of samples that could not be used."""
-    return sum(len(item.bad) for item in loaded)
+def replaced_samples(loaded: Sequence[Loaded]) -> list[Replaced]:
+    """Return this rank's samples that could not be used."""
+    return [entry for item in loaded for entry in item.bad]
 
 
 def training_stream(

@@ -56,9 +56,13 @@ class Telemetry:
         self.stragglers.end(self._waited)
         return self._waited
 
-    def end(self, progress: float, waited: float, loaded: Sequence[Loaded]) -> dict[str, float]:
-        """End a step and return the rates; waited: seconds for data, as a mean over ranks."""
-        self.throughput.end(progress, waited, loaded)
+    def end(self, progress: float, loaded: Sequence[Loaded]) -> None:
+        """End a step of these micro-batches."""
+        self.throughput.end(progress, loaded)
+
+    def rates(self, waited: float) -> dict[str, float]:
+        """Return the rates; waited: a step's seconds of waiting for data, as a mean over ranks."""
+        self.throughput.waited += waited
         return self.throughput.rates()
 
     def report(self) -> dict[str, float]:

@@ -47,10 +47,9 @@ class Throughput:
         """Start the clock of a step."""
         self._begun = time.perf_counter()
 
-    def end(self, progress: float, waited: float, loaded: Sequence[Loaded]) -> None:
-        """Add a step of these micro-batches; waited: its seconds of waiting for data."""
+    def end(self, progress: float, loaded: Sequence[Loaded]) -> None:
+        """Add a step of these micro-batches."""
         self.seconds += time.perf_counter() - self._begun
-        self.waited += waited
         for block in self.config.blocks:
             video = self.config.data.sources[block.source].modality == "video"
             frames = value_at(self.config.data.frames, progress) if video else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import ExitStack
 
@@ -14,10 +15,11 @@ from xray.config import RunConfig
 from xray.errors import Preempted
 from xray.training import checkpoint
 from xray.training.engine import Engine
-from xray.training.loop import StepResult, StopSignals, TrainingLoop
+from xray.training.loop import StopSignals, TrainingLoop
 from xray.training.metrics import Sinks
 from xray.training.run import Run, named
 from xray.training.state import TrainState
+from xray.training.step_result import Events
 from xray.training.telemetry import Telemetry
 from xray.training.watchdog import SAVING, Watchdog
 
@@ -27,13 +29,21 @@ log = logging.getLogger("xray")
 def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.device) -> Artifact:
     """Train a stage to the end, from its checkpoint or its parents; return the verified artifact.
 
-    A run that was finished before is only verified. Raises ConfigError, ArtifactError or DataError
+    A run that was finished before is only verified. The device's memory is free afterwards. Raises ConfigError, ArtifactError or DataError
     if the run cannot be trained, and the errors of `TrainingLoop.run_steps`.
     """
     run = Run.open(stage_class, config)
     dist.main_first(run.restore)
     if finished := run.finished():
         return finished
+    artifact = _train(run, device)
+    gc.collect()  # the module and DeepSpeed's engine refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return artifact
+
+
+def _train(run: Run, device: torch.device) -> Artifact:
     config = run.config
     module = run.build()
     engine = Engine(module, config)
@@ -56,7 +66,7 @@ def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.devic
             _log_overfit(run, sinks.last)
         watchdog.at("writing the artifact", state.step, SAVING)
         artifact = _export(run, engine, state, sinks.last)
-        if StepResult(preempted=signals.received).agreed(device).preempted:
+        if Events(preempted=signals.received).agreed(device).preempted:
             message = f"stage {run.stage.name} is finished; run the same command to continue"
             raise Preempted(message).on_all_ranks()
     return artifact

@@ -1,0 +1,31 @@
+"""Release of a stage's memory before the next one begins."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import train
+from torch import nn
+
+from xray.training.engine import Engine
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_nothing_of_a_stage_is_alive_after_it(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int
+) -> None:
+    alive: dict[str, weakref.ref[Any]] = {}
+    create = Engine.__init__
+
+    def record(self: Engine, module: nn.Module, config: Any) -> None:
+        create(self, module, config)  # type: ignore[arg-type]
+        alive["module"], alive["engine"] = weakref.ref(module), weakref.ref(self)
+        alive["DeepSpeed's engine"] = weakref.ref(self._engine)
+        alive["a weight"] = weakref.ref(next(iter(self._trained.values())))
+
+    monkeypatch.setattr(Engine, "__init__", record)
+    train("mae", demo, tmp_path, f"zero.stage={zero}", "train.ema=0.9")
+    assert [name for name, reference in alive.items() if reference() is not None] == []
