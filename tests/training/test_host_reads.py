@@ -62,14 +62,16 @@ def test_passes_and_update_read_nothing(
 
     def watched(honest: Any) -> Any:
         def call(self: TrainingLoop, *args: Any) -> Any:
-            with reads:
+            with reads, monkeypatch.context() as patch:
+                patch.setattr(
+                    type(get_accelerator()), "synchronize", lambda *_: synchronized.append(1)
+                )
                 return honest(self, *args)
 
         return call
 
     for name in ("_run_passes", "_update"):
         monkeypatch.setattr(TrainingLoop, name, watched(getattr(TrainingLoop, name)))
-    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: synchronized.append(1))
     layers = ("optim.vision.layer_decay=0.7",)  # several groups of parameters
     train(stage, demo, tmp_path, *SILENT, *layers, f"zero.stage={zero}", "train.micro_batch=4")
     assert reads.count == 0

@@ -24,6 +24,7 @@ from xray.training.bad_samples import BadSamples
 from xray.training.engine import Engine
 from xray.training.loss_spikes import SpikeDetector
 from xray.training.metrics import Sinks
+from xray.training.out_of_memory import explained
 from xray.training.replay import write_bundle
 from xray.training.run import Run
 from xray.training.state import TrainState
@@ -120,10 +121,12 @@ class TrainingLoop:
             for step in remaining:
                 self.telemetry.begin(step)
                 loaded = data.loaded
-                pending = self._run_passes(step, data)
+                with explained(self.config, step, self.device):
+                    pending = self._run_passes(step, data)
                 if before is not None:  # while the device runs the passes
                     self._finish(before)
-                self._update(pending)
+                with explained(self.config, step, self.device):
+                    self._update(pending)
                 at_once = self._read_at_once(step)
                 if at_once:
                     pending.result.wait()
