@@ -29,8 +29,9 @@ log = logging.getLogger("xray")
 def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.device) -> Artifact:
     """Train a stage to the end, from its checkpoint or its parents; return the verified artifact.
 
-    A run that was finished before is only verified. The device's memory is free afterwards. Raises ConfigError, ArtifactError or DataError
-    if the run cannot be trained, and the errors of `TrainingLoop.run_steps`.
+    A run that was finished before is only verified. The device's memory is free afterwards.
+    Raises ConfigError, ArtifactError or DataError if the run cannot be trained, and the errors of
+    `TrainingLoop.run_steps`.
     """
     run = Run.open(stage_class, config)
     dist.main_first(run.restore)
