@@ -41,6 +41,9 @@ class Accumulator:
             micro = micros[number]
             self._reseed(step, number)
             self.engine.begin(number, len(micros))
+            # Only one part of a split block has gradients of the loss's parameters.
+            reached = sorted(cached.gradients) if cached is not None else []
+            self.engine.prepare_pass("forward and backward", micro.source, *reached)
             if cached is None:
                 output = self._forward(loaded[number], progress)
                 loss = output.loss
@@ -63,6 +66,7 @@ class Accumulator:
         self.engine.train(False)
         means = BlockMeans(micros)
         for number, cached in self._passes(0, progress, micros, loaded):
+            self.engine.prepare_pass("forward", micros[number].source)
             output = cached.output if cached else self._forward(loaded[number], progress)
             means.add(micros[number], output)
         return means.values
@@ -80,7 +84,8 @@ class Accumulator:
             number = each.numbers[0]
             if each.kind == "features":
                 self._reseed(step, number)
-                with torch.no_grad(), self.engine.forward_only():
+                self.engine.prepare_pass("forward", micros[number].source)
+                with torch.no_grad():
                     rows[number] = self._forward(loaded[number], progress, "features")
             elif each.kind == "loss":
                 module = self.engine.module

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +78,7 @@ class Engine:
         )
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self._forward_only: Any = None  # ZeRO 3's coordinator of such passes
+        self._records: dict[tuple[str, ...], Any] = {}  # ZeRO 3's coordinators by kind of pass
         self._guard: GuardedStep | None = None
         if config.optim.name == "adamw" and not config.zero.offload:  # fused, on the device
             trained_list = list(self._trained.values())
@@ -124,28 +123,22 @@ class Engine:
         if self._reducer is not None and self._engine.is_gradient_accumulation_boundary():
             self._reducer.finish()
 
-    @contextlib.contextmanager
-    def forward_only(self) -> Iterator[None]:
-        """Context of forward passes that no backward pass follows.
+    def prepare_pass(self, *kind: str) -> None:
+        """Announce a kind of pass: passes of a kind use the parameters in the same order.
 
-        ZeRO 3 prefetches parameters in the recorded order of a pass, forward and backward, and
-        records it again after a pass in another order. These passes have a record of their own.
+        ZeRO 3 prefetches parameters in a recorded order, and records it again after a pass in
+        another order. Each kind has a record of its own here.
         """
         if self.stage < 3:
-            yield
             return
         offload = self._engine.optimizer.parameter_offload
-        usual = offload.param_coordinator
-        if self._forward_only is None:
-            self._forward_only = copy.copy(usual)
-            if not usual.is_invalid_trace():
-                self._forward_only._invalidate_trace()
-            self._forward_only._clear_trace_structures()
-        offload.param_coordinator = self._forward_only
-        try:
-            yield
-        finally:
-            offload.param_coordinator = usual
+        if kind not in self._records:
+            record = copy.copy(offload.param_coordinator)
+            if not record.is_invalid_trace():
+                record._invalidate_trace()
+            record._clear_trace_structures()
+            self._records[kind] = record
+        offload.param_coordinator = self._records[kind]
 
     def step(self, loss: Tensor | None = None) -> None:
         """Count a micro-batch; the last one of a step updates the parameters.
