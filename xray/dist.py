@@ -6,6 +6,7 @@ Torch is imported in functions: the command line asks for its rank before it nee
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from xray.agreement import Agreement, announce
 from xray.errors import ArtifactError, ConfigError, DataError, XrayError
 
 if TYPE_CHECKING:
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LEAVING = 30.0  # seconds that `leave` waits
 SETTLED = 0.05  # seconds that `settle` waits
-COLLECTIVE = timedelta(hours=2)  # limit of a collective; train.hang_seconds ends a run earlier
+COLLECTIVE = timedelta(hours=2)  # limit of collectives, agreements; train.hang_seconds ends earlier
 SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
+_NUMBERS = itertools.count(1)  # of agreements, equal on all ranks
 
 
 def setup_environment() -> None:
@@ -196,7 +199,7 @@ def max_over_ranks(value: float, device: torch.device) -> float:
 
     box = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-    return float(box)
+    return float(to_host(box))
 
 
 def broadcast_object(value: Any) -> Any:
@@ -210,26 +213,31 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any, patience: timedelta | None = None) -> list[Any]:
-    """Gather every rank's value on every rank; patience: how long to wait for the slowest."""
+def gather_objects(value: Any) -> list[Any]:
+    """Gather every rank's value on every rank."""
     if world_size() == 1:
         return [value]
-    import torch.distributed as torch_dist
+    import torch.distributed
 
     boxes: list[Any] = [None] * world_size()
-    if patience is None:
-        torch_dist.all_gather_object(boxes, value)
-        return boxes
-    group: Any = torch_dist.new_group(backend="gloo", timeout=patience)
-    torch_dist.all_gather_object(boxes, value, group=group)
-    torch_dist.destroy_process_group(group)
+    torch.distributed.all_gather_object(boxes, value)
     return boxes
 
 
-def main_first(work: Callable[[], T]) -> T:
+def to_host(value: torch.Tensor | float) -> Any:
+    """Read a tensor's values from the device; numbers are returned as they are.
+
+    NCCL's collectives return immediately: a rank waits for the others where it reads a result. The
+    watchdog recognizes a wait in this module.
+    """
+    return value if isinstance(value, float | int) else value.tolist()
+
+
+def main_first(work: Callable[[], T], doing: str = "") -> T:
     """Call work on rank 0, then on the other ranks, which may read what it has written.
 
-    Raises an error of one rank on all ranks. The other ranks wait up to PREPARATION.
+    doing: name of the work for the messages of ranks that wait, up to PREPARATION. Raises an error
+    of one rank on all ranks.
     """
     result: list[T] = []
 
@@ -237,19 +245,20 @@ def main_first(work: Callable[[], T]) -> T:
         result.append(work())
 
     for mine in (is_main(), not is_main()):
-        together(keep if mine else lambda: None, PREPARATION)
+        together(keep if mine else lambda: None, PREPARATION, doing=doing)
     return result[0]
 
 
-def on_main(work: Callable[[], object], patience: timedelta | None = None) -> None:
+def on_main(work: Callable[[], object], patience: timedelta = COLLECTIVE, doing: str = "") -> None:
     """Call work on rank 0 only; raises its error on all ranks, so that none waits for it."""
-    together(work if is_main() else lambda: None, patience, ArtifactError)
+    together(work if is_main() else lambda: None, patience, ArtifactError, doing)
 
 
 def together(
     work: Callable[[], object],
-    patience: timedelta | None = None,
+    patience: timedelta = COLLECTIVE,
     kind: type[XrayError] = DataError,
+    doing: str = "",
 ) -> None:
     """Call work on each rank and raise an error of one on all; an OSError becomes a `kind`."""
     failure: XrayError | None = None
@@ -259,7 +268,11 @@ def together(
         failure = error
     except OSError as error:
         failure = kind(str(error))
-    agree(failure, patience)
+    except BaseException as error:  # a bug or an interrupt: the others would wait for this rank
+        if world_size() > 1:
+            _agreement(patience, doing).stop(error)
+        raise
+    agree(failure, patience, doing)
 
 
 def leave() -> None:
@@ -274,7 +287,7 @@ def leave() -> None:
 
     if not torch.distributed.is_initialized():
         return
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = _store()
     until = time.monotonic() + LEAVING
 
     def wait(key: str, ranks: int) -> bool:
@@ -303,8 +316,32 @@ def settle(workers: int) -> None:
         time.sleep(SETTLED)
 
 
-def agree(error: XrayError | None, patience: timedelta | None = None) -> None:
-    """Raise an error of any rank on every rank, so that no rank enters a collective alone."""
-    for each in gather_objects(error, patience):
-        if each is not None:
-            raise each.on_all_ranks()
+def join() -> None:
+    """Make this rank known to the others, after it has joined the process group."""
+    if world_size() > 1:
+        announce(_store(), rank())
+
+
+def agree(error: XrayError | None, patience: timedelta = COLLECTIVE, doing: str = "") -> None:
+    """Raise an error of any rank on every rank, so that no rank enters a collective alone.
+
+    It uses no collective. A rank that waits says for whom. Raises TrainingError if a rank does not
+    arrive within the patience.
+    """
+    if world_size() > 1:
+        error = _agreement(patience, doing).reach(error)
+    if error is not None:
+        raise error.on_all_ranks()
+
+
+def _agreement(patience: timedelta, doing: str) -> Agreement:
+    """Return the next agreement; one rank of each host prints, if rank 0 is missing."""
+    speaks = local_rank() == 0 or rank() == 1
+    place = _store(), next(_NUMBERS), rank(), world_size()
+    return Agreement(*place, patience, doing, speaks)
+
+
+def _store() -> Any:
+    import torch.distributed
+
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -51,7 +51,7 @@ class Preempted(XrayError):  # noqa: N818 - not an error: the run was told to st
     """A run that saved a checkpoint and stopped because it was asked to."""
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """Return the first line of an error's text, at most 120 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 

@@ -180,7 +180,7 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
                 raise DataError(f"data.sources.{name}: {error}") from error
         return opened
 
-    sources = dist.main_first(open_all)
+    sources = dist.main_first(open_all, "opening the data")
     check_same_on_all_ranks(sources)
     return sources
 

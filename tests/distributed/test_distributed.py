@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 from child_process import RECIPE, torchrun, xray
@@ -10,15 +12,20 @@ from run_comparison import assert_same_losses
 
 WAITING = """
 import pathlib, sys, time
-from datetime import timedelta
 import torch.distributed
-from xray import dist
-here = [pathlib.Path(sys.argv[1]) / f"rank_{rank}" for rank in range(2)]
-here[dist.rank()].touch()
-while not all(path.exists() for path in here):  # no rank waits long after this
-    time.sleep(0.1)
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
-done = dist.main_first(lambda: dist.is_main() and time.sleep(33) or time.monotonic())
+from xray import agreement, dist
+torch.distributed.init_process_group("gloo")
+dist.join()
+for name in ("new_group", "all_gather_object", "all_reduce", "barrier"):
+    setattr(torch.distributed, name, None)  # an agreement uses no group and no collective
+told, agreement.NOTICE = pathlib.Path(sys.argv[1]) / "told", 0.1
+printed = agreement.Agreement._print
+agreement.Agreement._print = lambda self, *args: (printed(self, *args), told.touch())
+def work():
+    while dist.is_main() and not told.exists():
+        time.sleep(0.01)
+    return time.monotonic()
+done = dist.main_first(work, "preparing the data")
 first = dist.broadcast_object(done)
 assert first <= done, "rank 0 is first"
 dist.leave()
@@ -29,7 +36,9 @@ assert not torch.distributed.is_initialized(), "its threads could outlive the in
 def test_ranks_wait_for_the_preparation_on_rank_0(tmp_path: Path) -> None:
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
-    torchrun(str(script), str(tmp_path))
+    stderr = torchrun(str(script), str(tmp_path))
+    told = r"xray, rank 1: waiting for rank 0 \(.+, process \d+\), \d+ s so far: preparing the data"
+    assert re.search(told, stderr)
 
 
 def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
@@ -41,6 +50,16 @@ def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_pat
         assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
     a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn", "tags"}
+
+
+def test_two_processes_train_from_captions_that_rank_0_has_stored(
+    demo: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(demo, tmp_path / "data"))
+    settings = [f"data.root={data}", "train.samples=16", "stages=[clip]"]
+    run = ["-m", "xray", "run", RECIPE, *settings, "clip.text.features=bf16"]
+    torchrun(*run, f"out={tmp_path / 'run'}")
+    assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
 
 
 FORKING = """

@@ -80,9 +80,11 @@ def embed(
         from xray.training.deepspeed_setup import init_distributed
 
         init_distributed(device)
-    opened = dist.main_first(lambda: open_artifact(artifact, llm))
+    opened = dist.main_first(lambda: open_artifact(artifact, llm), "opening the artifact")
     wanted = texts or VISION not in opened.offers
-    corpus = dist.main_first(lambda: open_corpus(source, modality, wanted, config.captions))
+    corpus = dist.main_first(
+        lambda: open_corpus(source, modality, wanted, config.captions), "listing the samples"
+    )
     encoder = restore_encoder(opened).to(device)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
         report = write(encoder, corpus, config, out, progress)

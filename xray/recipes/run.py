@@ -98,7 +98,7 @@ def prepare(recipe: Recipe) -> None:
         if wanted.llm is not None:
             make_llm(wanted.llm, recipe.root)
 
-    dist.on_main(make, dist.PREPARATION)
+    dist.on_main(make, dist.PREPARATION, "making the demo data and the LLM")
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
@@ -124,17 +124,18 @@ def store_captions(config: RunConfig, text: TextConfig, device: torch.device) ->
         stage_class(config.stage), [open_artifact(path) for path in config.init_from]
     )
     names = [block.source for block in [*config.blocks, *config.validation]]
+    sources = open_sources(config.data, names)  # collective: not inside of main_first
 
     def write() -> None:
         language = Language(text, parents.text)
-        for name, source in open_sources(config.data, names).items():
+        for name, source in sources.items():
             given = dataclasses.asdict(text)
             captions = config.data.sources[name].captions
             job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
             with progress_bar(f"captions of {name}") as progress:
                 write_text_features(source, language, job, device, progress)
 
-    dist.main_first(write)
+    dist.main_first(write, "storing the text features")
 
 
 def run_recipe(recipe: Recipe) -> list[Artifact]:
@@ -175,7 +176,8 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = frozenset[str]().union(*(results[path] for path in coming))
-        dist.main_first(functools.partial(stage.foresee, kept, parents, pending))
+        foresee = functools.partial(stage.foresee, kept, parents, pending)
+        dist.main_first(foresee, f"checking the data of {config.stage}")
     for suites in evaluation.in_recipe(offers).values():
         check_sets(evaluation, suites, root)
 

@@ -112,7 +112,7 @@ def embed(
     `out` of another job, DataError if nothing can be read.
     """
     check_out(out)
-    job = dist.main_first(lambda: _Job(encoder, corpus, config, out))
+    job = dist.main_first(lambda: _Job(encoder, corpus, config, out), "planning the parts")
     listed = out.with_name(f"{out.name}.left_out.jsonl")
     if dist.is_main() and job.dim < job.width:
         warn_of_prefix(encoder, job.dim)
@@ -122,7 +122,7 @@ def embed(
             missing = [part for part in range(len(job.parts)) if job.load(part) is None]
             todo = dist.broadcast_object(missing)  # another rank may have made some by now
             mine = todo[dist.rank() :: dist.world_size()]
-            dist.together(lambda: job.run(mine, progress), dist.PREPARATION)
+            dist.together(lambda: job.run(mine, progress), dist.PREPARATION, doing="embedding")
             dist.together(lambda: job.finish(listed) if dist.is_main() else None, dist.PREPARATION)
         if dist.is_main():  # the lock is released
             shutil.rmtree(job.folder)

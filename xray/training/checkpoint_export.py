@@ -31,7 +31,7 @@ def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
     config = cfg.load_config(stage.Config, stage.name, values, overrides)
     config.out = str(folder)
     run = Run.open(stage, config)
-    dist.main_first(run.check_folder)
+    dist.main_first(run.check_folder, "checking the folder of the run")
     return run
 
 

@@ -52,6 +52,7 @@ def init_distributed(device: torch.device) -> None:
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with contextlib.redirect_stdout(None):
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=dist.COLLECTIVE)
+        dist.join()
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:

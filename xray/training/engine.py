@@ -152,7 +152,7 @@ class Engine:
             engine.step()
         elif self._guard is not None:
             self._norm = self._guard.step(loss)
-        elif loss is not None and not loss.isfinite():
+        elif loss is not None and not math.isfinite(dist.to_host(loss)):
             self._norm = torch.full_like(loss, math.nan)
             self.skip()
         elif self.stage > 0:
@@ -161,7 +161,7 @@ class Engine:
         else:
             grads = [p.grad for p in self._trained.values() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)
-            if self._norm.isfinite():
+            if math.isfinite(dist.to_host(self._norm)):
                 engine.step()
             else:
                 engine.zero_grad()
@@ -211,7 +211,7 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """The `norm`, read by the host."""
-        return float(self.norm)
+        return float(dist.to_host(self.norm))
 
     @torch.no_grad()
     def clamp(self, parameter: Tensor, low: float, high: float) -> None:

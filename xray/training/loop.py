@@ -177,7 +177,7 @@ class TrainingLoop:
         config, progress = self.config, self.config.progress(pending.step)
         loss, skip = pending.result["loss"], config.train.spikes == "skip"
         lr = pending.values["lr"] = lr_at(progress, config.optim, config.global_batch)
-        if skip and math.isfinite(value := float(loss)):
+        if skip and math.isfinite(value := dist.to_host(loss)):
             pending.skipped = self.spikes.skips(value)
         if pending.skipped:
             self.engine.skip()

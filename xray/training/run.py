@@ -65,7 +65,7 @@ class Run:
             kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
             return stage.prepare(kept, parents)
 
-        sources = dist.main_first(prepare)
+        sources = dist.main_first(prepare, "preparing the data of the stage")
         config = stage.config  # as `prepare` completed it
         check_same_on_all_ranks(sources)
         if stage.spans_batch:

@@ -74,7 +74,7 @@ class ReducedStep:
         Raises a failure of any rank on all ranks.
         """
         self.wait()
-        preempted, failed, replaced, waited, *means = self._values.tolist()
+        preempted, failed, replaced, waited, *means = dist.to_host(self._values)
         if failed:
             dist.agree(self._own.failure)
         world = dist.world_size()

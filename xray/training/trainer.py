@@ -34,7 +34,7 @@ def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.devic
     `TrainingLoop.run_steps`.
     """
     run = Run.open(stage_class, config)
-    dist.main_first(run.restore)
+    dist.main_first(run.restore, "checking the folder and the mirror of the run")
     if finished := run.finished():
         return finished
     artifact = _train(run, device)
@@ -90,7 +90,7 @@ def _export(run: Run, engine: Engine, state: TrainState, metrics: dict[str, floa
     state_dict = engine.state_dict(None if chosen == "last" else chosen)  # collective
     path = run.out / "artifact"
     given = path, engine.module, state_dict, state, metrics, chosen
-    dist.on_main(lambda: run.write_artifact(*given))
+    dist.on_main(lambda: run.write_artifact(*given), doing="writing the artifact")
     run.copy()
     return open_artifact(path)
 

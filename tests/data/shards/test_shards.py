@@ -257,10 +257,7 @@ def test_hosts_with_different_shards_are_an_error(
     assert len(open_sources(config, ["s"])["s"]) == 12
     other = open_source("s", str(make(tmp_path / "b", samples=5)), "image").digest
 
-    def gather(value: object, patience: object = None) -> list[object]:
-        return [value, *([{"s": other}] if type(value) is dict else [])]
-
-    monkeypatch.setattr(dist, "gather_objects", gather)
+    monkeypatch.setattr(dist, "gather_objects", lambda value: [value, {"s": other}])
     with pytest.raises(DataError, match=r"source 's' is not the same on all hosts .ranks \[1\]"):
         open_sources(config, ["s"])
 
