@@ -33,6 +33,7 @@ class Telemetry:
         self.device, self.watchdog = device, watchdog
         self.throughput = Throughput(stage, module, device)
         self.stragglers = Stragglers(module.towers, device)
+        watchdog.passes = self.stragglers.finished
 
     def begin(self, step: int) -> None:
         """Start a step with its forward and backward passes."""
@@ -97,6 +98,7 @@ class Stragglers:
     def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds, self._steps = 0.0, 0
+        self._earlier = 0  # passes before the last comparison, on a CPU all
         self._in_step = False
         self._begun: Any = None
         self._passes: list[tuple[Any, Any]] = []  # CUDA events, read in `compare`
@@ -121,6 +123,11 @@ class Stragglers:
             self._passes.append((self._begun, self._now()))
         else:
             self._seconds += self._now() - self._begun
+            self._earlier += 1
+
+    def finished(self) -> int:
+        """Return the number of training's forward passes that the device has finished."""
+        return self._earlier + sum(end.query() for _, end in list(self._passes))
 
     def begin(self) -> None:
         """Count the forward passes that follow."""
@@ -136,6 +143,7 @@ class Stragglers:
         """Return the slowest rank's time over the median rank's, and a warning; collective."""
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
         everyone = dist.gather_objects((self._seconds / max(1, self._steps), socket.gethostname()))
+        self._earlier += len(self._passes)
         self._seconds, self._steps, self._passes = 0.0, 0, []
         times = [seconds for seconds, _ in everyone]
         slowest = max(range(len(times)), key=times.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -9,7 +10,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed
 
 from xray import dist
 from xray.files import write_text
@@ -17,7 +21,13 @@ from xray.files import write_text
 FOLDER = "stuck"
 SAVING = 4  # times the patience, for a large state on a slow disk
 GRACE = 5.0  # seconds for the other ranks to notice the hang, too
-COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # code in which a rank waits for others
+TRACE = "nccl_trace_"  # and the rank: NCCL's flight recorder, which torch's `torchfrtrace` reads
+# Code in which a rank waits for others. NCCL's collectives return immediately, so that a rank waits
+# where it reads a value from its device, in xray.dist.to_host, or where its device is synchronized.
+WAITS = (
+    *("torch/distributed", "torch/cuda", "deepspeed/comm", "deepspeed/runtime/zero"),
+    *("xray/dist.py", "xray/agreement.py"),
+)
 
 
 class Watchdog:
@@ -32,6 +42,7 @@ class Watchdog:
         self.folder = out / FOLDER
         self.patience = patience
         self._place, self._step, self._since, self._factor = "starting", 0, time.monotonic(), 1.0
+        self.passes: Callable[[], int] = lambda: 0  # forward passes that the device has finished
         self._done = threading.Event()
         if patience > 0:
             self._clear()
@@ -74,30 +85,62 @@ class Watchdog:
         """Write the stacks of this rank's threads, then its phase."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         inside = frame.f_code.co_filename if frame else ""
-        waits = any(part in inside for part in COLLECTIVES)
+        waits = any(part in inside for part in WAITS)
         facts = {"rank": dist.rank(), "host": socket.gethostname(), "pid": os.getpid()}
         facts |= {"place": self._place, "step": self._step, "waits": waits}
+        with contextlib.suppress(RuntimeError):  # a device that has failed
+            facts["passes"] = self.passes()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file(".txt").open("w") as file:
             faulthandler.dump_traceback(file)
         write_text(self._file(".json"), json.dumps(facts), self._file(".tmp"))
+        # The recorder's locks may be held by what hangs.
+        recorder = threading.Thread(target=self._write_trace, daemon=True)
+        recorder.start()
+        recorder.join(GRACE)
+
+    def _write_trace(self) -> None:
+        """Write NCCL's flight recorder, if there is one."""
+        with contextlib.suppress(RuntimeError, OSError):  # the verdict needs no trace
+            trace = nccl_trace()
+            if trace is not None:
+                self._trace(dist.rank()).write_bytes(trace)
+
+    def _trace(self, rank: int) -> Path:
+        return self.folder / f"{TRACE}{rank:05d}"
 
     def _file(self, ending: str) -> Path:
         return self.folder / f"rank_{dist.rank():05d}{ending}"
 
     def _clear(self) -> None:
         """Remove files of an earlier hang: of this rank, and of ranks that no longer exist."""
-        for path in self.folder.glob("rank_*"):
-            rank = int(path.stem.removeprefix("rank_"))
+        for path in [*self.folder.glob("rank_*"), *self.folder.glob(f"{TRACE}*")]:
+            rank = int(path.stem.removeprefix("rank_").removeprefix(TRACE))
             if rank == dist.rank() or (dist.is_main() and rank >= dist.world_size()):
                 path.unlink(missing_ok=True)
+
+
+def nccl_trace() -> bytes | None:
+    """Return NCCL's flight recorder as a pickle, if the ranks use NCCL and torch has recorded it.
+
+    TORCH_FR_BUFFER_SIZE sets its length (TORCH_NCCL_TRACE_BUFFER_SIZE in earlier torch).
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is None or not torch.distributed.is_initialized():
+        return None
+    return bytes(dump()) if "nccl" in torch.distributed.get_backend() else None
 
 
 def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
     """Return a sentence that names the ranks the others wait for, from the files of all ranks."""
     silent = sorted(set(range(world)) - {facts["rank"] for facts in known})
     step = min(facts["step"] for facts in known)
-    behind = [f for f in known if f["step"] == step and not f["waits"]]
+    last = [f for f in known if f["step"] == step]
+    behind, why = [f for f in last if not f["waits"]], ""
+    if len(behind) in (0, world):  # all wait, for example to read a value from their devices
+        fewest = min(f.get("passes", 0) for f in last)
+        behind = [f for f in last if f.get("passes", 0) == fewest]
+        why = f" and has finished {fewest} forward passes"
     if silent:
         who = "; ".join(
             f"rank {rank} has written nothing: it is dead, frozen or unreachable"
@@ -105,8 +148,8 @@ def verdict(known: list[dict], world: int, seconds: float, folder: Path) -> str:
         )
     elif behind and len(behind) < world:
         who = "; ".join(
-            f"rank {f['rank']} ({f['host']}, process {f['pid']}) is in {f['place']}, while the "
-            "others wait for it"
+            f"rank {f['rank']} ({f['host']}, process {f['pid']}) is in {f['place']}{why}, while "
+            "the others wait for it"
             for f in behind[:5]
         )
     else:
