@@ -115,16 +115,16 @@ def test_a_full_disk_keeps_earlier_checkpoints(
     with pytest.MonkeyPatch.context() as patch:
         if file.endswith("safetensors"):
             saved = []
-            save_file = portable.save_file
+            save_tensors = portable.save_tensors
 
-            def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
                 saved.append(path)
                 if len(saved) <= 2:  # the two files of the first checkpoint
-                    return save_file(tensors, path)
+                    return save_tensors(path, tensors)
                 with no_room(4096):
-                    save_file(tensors, path)
+                    save_tensors(path, tensors)
 
-            patch.setattr(portable, "save_file", full)
+            patch.setattr(portable, "save_tensors", full)
         else:
             write = Path.write_text
 
