@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xray.agreement import Agreement, announce
-from xray.errors import ArtifactError, ConfigError, DataError, XrayError
+from xray.errors import ArtifactError, ConfigError, DataError, XrayError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ LEAVING = 30.0  # seconds that `leave` waits
 SETTLED = 0.05  # seconds that `settle` waits
 COLLECTIVE = timedelta(hours=2)  # limit of collectives, agreements; train.hang_seconds ends earlier
 SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
+FAILED = "xray/failed"  # key of the store: why a rank has stopped
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 _NUMBERS = itertools.count(1)  # of agreements, equal on all ranks
 
@@ -332,6 +334,23 @@ def agree(error: XrayError | None, patience: timedelta = COLLECTIVE, doing: str 
         error = _agreement(patience, doing).reach(error)
     if error is not None:
         raise error.on_all_ranks()
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell the other ranks that this one ends, unless all of them raise the error."""
+    if world_size() == 1 or getattr(error, "agreed", False):
+        return
+    text = f"rank {rank()} has stopped: {type(error).__name__}: {brief(error)}"
+    with contextlib.suppress(RuntimeError):  # the rank that holds the store has exited
+        _store().set(FAILED, json.dumps({"rank": rank(), "text": text}))
+
+
+def reported_failure() -> str | None:
+    """Return what another rank has reported by `report_failure`."""
+    if world_size() == 1:
+        return None
+    facts = json.loads(_store().get(FAILED)) if _store().check([FAILED]) else {"rank": rank()}
+    return None if facts["rank"] == rank() else facts["text"]
 
 
 def _agreement(patience: timedelta, doing: str) -> Agreement:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import re
 import select
 import sys
@@ -73,7 +74,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if dist.is_main() or not agreed:
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
                 print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(EXIT_CODES.get(type(error), 2)) from None
+            code = EXIT_CODES.get(type(error), 2)
+            if not agreed and dist.world_size() > 1:
+                sys.stderr.flush()
+                os._exit(code)  # threads of collectives, which never end, could keep it alive
+            raise SystemExit(code) from None
         except KeyboardInterrupt:
             if dist.is_main():
                 print(

@@ -62,7 +62,11 @@ def _train(run: Run, device: torch.device) -> Artifact:
         stack.callback(watchdog.close)
         telemetry = Telemetry(run.stage, module, device, watchdog)
         loop = TrainingLoop(run, engine, state, device, sinks, telemetry, signals)
-        loop.run_steps()
+        try:
+            loop.run_steps()
+        except BaseException as error:
+            dist.report_failure(error)
+            raise
         if config.debug.overfit_batch and dist.is_main():
             _log_overfit(run, sinks.last)
         watchdog.at("writing the artifact", state.step, SAVING)

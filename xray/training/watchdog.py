@@ -31,7 +31,7 @@ WAITS = (
 
 
 class Watchdog:
-    """Thread that ends a run without progress.
+    """Thread that ends a run without progress, or after another rank has stopped.
 
     If `at` reports no new phase for `patience` seconds, every rank writes its phase and its
     threads' stacks to `stuck/rank_00000.*`, the lowest rank alive prints a verdict, and all exit
@@ -59,8 +59,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(5.0, self.patience / 5)):
+            self._look_at_others()
             if time.monotonic() - self._since > self.patience * self._factor:
                 self._end()
+
+    def _look_at_others(self) -> None:
+        """End this process if another rank has stopped, for which it may wait in a collective."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: this rank will notice
+            failure = dist.reported_failure()
+            if failure is not None:
+                if dist.is_main():
+                    print(f"xray: {failure}", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _end(self) -> None:
         seconds = time.monotonic() - self._since
