@@ -43,7 +43,12 @@ from xray import dist
 from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.losses.sampled_softmax import draw_classes, sampled_softmax, sampling_probabilities
+from xray.losses.sampled_softmax import (
+    draw_classes,
+    sampled_softmax,
+    sampling_probabilities,
+    to_device,
+)
 from xray.losses.tags import tag_loss, truncate
 from xray.models.heads import TagHead
 from xray.models.mixup import mix
@@ -153,7 +158,8 @@ class HashtagModule(VisionModule):
     def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:
         if not (self.training and self.options.sampled):
             return lambda x, w, b: self.loss(x, w, b, tags, targets)
-        drawn, log_q = (x.to(tags.device) for x in draw_classes(self.drawn, self.options.sampled))
+        draws = draw_classes(self.drawn, self.options.sampled)  # on the CPU: the same on any device
+        drawn, log_q = (to_device(x, tags.device) for x in draws)
         return lambda x, w, b: (sampled_softmax(x, w, b, tags, targets, drawn, log_q), None)
 
 

@@ -52,14 +52,15 @@ def contrast(
         ids = gather_rows(key_ids)
     with _exactly(queries):
         queries, keys = full_precision(queries), gather_rows(full_precision(keys))
-        if key_ids is not None:
-            keys, ids = keys[ids >= 0], ids[ids >= 0]
+        offset = None
+        if key_ids is not None:  # to select the other keys, the host would wait for their number
+            offset = queries.new_zeros(len(keys)).masked_fill_(ids < 0, -math.inf)
 
         def share(piece: slice) -> Tensor:
             same = (mine[piece, None] == ids).to(queries.dtype)
             return same.div_(same.sum(dim=1, keepdim=True))
 
-        loss: Tensor = _SoftmaxRows.apply(queries, keys, _scalar(scale, queries), share)
+        loss: Tensor = _SoftmaxRows.apply(queries, keys, _scalar(scale, queries), share, offset)
     return loss
 
 
@@ -89,7 +90,7 @@ def distillation(
                 return (sharp * a[piece] @ b.t()).softmax(dim=1).to(total.dtype)  # noqa: B023
 
             own, rows = full_precision(own), gather_rows(full_precision(others))
-            total = total + _SoftmaxRows.apply(own, rows, _scalar(scale, own), share)
+            total = total + _SoftmaxRows.apply(own, rows, _scalar(scale, own), share, None)
     return total / 2
 
 
@@ -202,7 +203,10 @@ def _exactly(rows: Tensor) -> Any:
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=full_precision(like).dtype, device=like.device).reshape(())
+    dtype = full_precision(like).dtype
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype).reshape(())
+    return torch.full((), value, dtype=dtype, device=like.device)  # a tensor of it would be copied
 
 
 def _pieces(rows: int, columns: int) -> list[slice]:
@@ -227,12 +231,18 @@ class _SoftmaxRows(torch.autograd.Function):
     """Cross-entropy of rows of logits that are never in memory all at once.
 
     The forward pass also computes the gradients, from the same logits. share(piece) is the target
-    distribution of a piece of rows over the keys, [rows, N].
+    distribution of a piece of rows over the keys, [rows, N]. offset: added to the logits, [N]; a
+    key with -inf has probability 0, and must have no share.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, share: Callable[[slice], Tensor]
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        share: Callable[[slice], Tensor],
+        offset: Tensor | None,
     ) -> Tensor:
         size, needs_grad = len(queries), any(ctx.needs_input_grad)
         total, d_scale = queries.new_zeros(()), queries.new_zeros(())
@@ -241,10 +251,13 @@ class _SoftmaxRows(torch.autograd.Function):
             own = queries[piece]
             cosines = own @ keys.t()
             target = share(piece)
-            log_z = (scale * cosines).logsumexp(dim=1)
+            logits = scale * cosines
+            if offset is not None:
+                logits += offset
+            log_z = logits.logsumexp(dim=1)
             total += log_z.sum() - scale * (target * cosines).sum()
             if needs_grad:
-                slope = torch.exp(scale * cosines - log_z[:, None]).sub_(target)
+                slope = logits.sub_(log_z[:, None]).exp_().sub_(target)
                 d_scale += (slope * cosines).sum()
                 slope *= scale
                 d_queries[piece] = slope @ keys
@@ -256,7 +269,7 @@ class _SoftmaxRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_queries, d_keys, d_scale = ctx.saved_tensors
-        return grad * d_queries, grad * d_keys, grad * d_scale, None
+        return grad * d_queries, grad * d_keys, grad * d_scale, None, None
 
 
 class _SigmoidRing(torch.autograd.Function):
@@ -283,9 +296,9 @@ class _SigmoidRing(torch.autograd.Function):
                 own = queries[piece]
                 cosines = own @ keys.t()
                 logits = scale * cosines + bias
-                same = mine[piece, None] == ids
-                total += F.softplus(logits).sum() - logits[same].sum()
-                slope = logits.sigmoid_().sub_(same.to(logits.dtype))
+                same = (mine[piece, None] == ids).to(logits.dtype)
+                total += F.softplus(logits).sum() - (same * logits).sum()
+                slope = logits.sigmoid_().sub_(same)
                 d_bias += slope.sum()
                 d_scale += (slope * cosines).sum()
                 slope *= scale

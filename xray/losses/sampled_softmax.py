@@ -30,6 +30,12 @@ def draw_classes(
     return ids, probabilities[ids].log().float()
 
 
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; the host does not wait for the work queued on a GPU."""
+    source = drawn.pin_memory() if device.type == "cuda" else drawn
+    return source.to(device, non_blocking=True)
+
+
 def sampled_softmax(
     features: Tensor,
     weight: Tensor,

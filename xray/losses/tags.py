@@ -230,7 +230,7 @@ class AsymmetricLoss(TagLoss):
         """Compute L-, elementwise."""
         log_rest = F.logsigmoid(-logits)
         if self.margin:
-            margin = log_rest.new_tensor(self.margin)
+            margin = log_rest.new_full((), self.margin)
             log_rest = torch.logaddexp(log_rest, margin.log()).clamp(max=0)  # log(1 - p + margin)
         if not self.gamma_neg:
             return -log_rest

@@ -20,10 +20,10 @@ def mix(pixels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     other = pixels.roll(1, 0)
     if not cut:
-        return share * pixels + (1 - share) * other, pixels.new_tensor(share)
+        return share * pixels + (1 - share) * other, pixels.new_full((), share)
     height, width = pixels.shape[-2:]
     h, w = (round(side * math.sqrt(1 - share)) for side in (height, width))
     top, left = (int(torch.randint(n, ())) for n in (height - h + 1, width - w + 1))
     mixed = pixels.clone()
     mixed[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
-    return mixed, pixels.new_tensor(1 - h * w / (height * width))
+    return mixed, pixels.new_full((), 1 - h * w / (height * width))

@@ -14,6 +14,7 @@ from xray.errors import ArtifactError, ConfigError
 from xray.models.llm_folder import load_llm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALWAYS_MASKED = "sdpa_always_masked"  # attention implementation of the LLM, see `_always_mask`
 
 
 class TextTower(nn.Module):
@@ -38,6 +39,7 @@ class TextTower(nn.Module):
                 f"{type(self.llm).__name__} has bidirectional attention: set "
                 "text.attention=bidirectional"
             )
+        _always_mask(self.llm)  # after the tests, which a mask would let a causal model pass
         _check_length(self.llm, config.max_length)
         self.pooling = config.pooling
         self.pooler = LatentPooler(self.width, config.latents) if self.pooling == "latent" else None
@@ -184,6 +186,27 @@ def _check_length(llm: Any, max_length: int) -> None:
             f"text.max_length={max_length} is more than the {limit} tokens that "
             f"{type(llm).__name__} can read: set text.max_length={limit} or less"
         )
+
+
+def _always_mask(llm: Any) -> None:
+    """Make the LLM build its attention mask also for captions without padding.
+
+    To find out if it could leave out the mask, transformers reads the padding mask's values in
+    every forward pass, for which the host waits until a GPU has caught up.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def always(*sizes: Any, **options: Any) -> Tensor | None:
+        no_skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Tensor | None = sdpa_mask(*sizes, **{**options, **no_skip})
+        return mask
+
+    if llm.config._attn_implementation == "sdpa" and llm._can_set_attn_implementation():
+        AttentionInterface.register(ALWAYS_MASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(ALWAYS_MASKED, always)
+        llm.set_attn_implementation(ALWAYS_MASKED)
 
 
 def _add_lora(llm: nn.Module, config: TextConfig) -> None:
