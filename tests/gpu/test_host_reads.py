@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from stage_variants import VARIANTS, losses, make
 from torch import Tensor
 
 from tools.common.host_reads import HostReads
+from xray.config import TextConfig
+from xray.models.llm_folder import load_llm
+from xray.models.text_tower import TextTower
 
 # Functions that read values of tensors which stay on the CPU, and what they read.
 ALLOWED = {
@@ -38,6 +42,29 @@ def test_each_exception_is_needed(llm_root: Path) -> None:
     names = ("hashtag truncate", "hashtag cutmix")
     found = {read.place for name in names for read in reads_of(name, llm_root).found}
     assert found == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_an_llm_whose_mask_is_not_read_computes_the_same(
+    attention: Any, padding: int, llm_root: Path
+) -> None:
+    config = TextConfig(tune="none", attention=attention, pooling="last", lora_rank=0)
+    ids = torch.randint(3, 200, (4, 12))
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(12) < 12 - padding).long()[None]}
+    inputs["attention_mask"] = inputs["attention_mask"].repeat(4, 1)
+    towers: list[Any] = [
+        TextTower(config, llm_root / "llm").llm,
+        load_llm(llm_root / "llm", attention),
+    ]
+    results, reads = [], []
+    for llm in towers:
+        with torch.no_grad(), HostReads("cpu") as each:
+            results.append(llm.eval()(**inputs).last_hidden_state[:, : 12 - padding])
+        reads.append(len(each.found))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert reads[0] == 0
+    assert reads[1] > 0, "transformers reads no mask any more: remove `_always_mask`"
 
 
 def values(x: Tensor) -> None:

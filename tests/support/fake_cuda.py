@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools.common.host_reads import HostReads
-
 
 VALUES = {torch.bool: True, torch.int64: 0}  # of fake CPU tensors; those of floats are 0.5
 
@@ -28,7 +27,11 @@ class FakeHostReads(HostReads):
         super().__init__("cuda")
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._pin_memory.default:
             pinned = torch.empty_like(args[0])

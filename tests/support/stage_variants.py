@@ -116,9 +116,10 @@ def losses(variant: Variant, module: StageModule, batch: Batch) -> Iterator[Tens
     parts = [{key: value[half] for key, value in batch.items()} for half in halves()]
     with torch.no_grad():
         rows: list[Any] = [module(part, PROGRESS, "features") for part in parts]
-    for part, cached in zip(parts, cached_losses(module.loss_from_features, rows, True), strict=True):
+    cached = cached_losses(module.loss_from_features, rows, True)
+    for part, each in zip(parts, cached, strict=True):
         features: Any = module(part, PROGRESS, "features")
-        yield surrogate_loss(features, cached.gradients)
+        yield surrogate_loss(features, each.gradients)
 
 
 def halves() -> Sequence[slice]:

@@ -43,7 +43,11 @@ class HostReads(TorchDispatchMode):
         self.found: Counter[HostRead] = Counter()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = str(func).removeprefix("aten.").removesuffix(".default")
         operation = self._waits(name, args, kwargs or {})
