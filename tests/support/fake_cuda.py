@@ -31,7 +31,7 @@ class FakeHostReads(HostReads):
         func: Any,
         types: Any,
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Any = None,
     ) -> Any:
         if func is torch.ops.aten._pin_memory.default:
             pinned = torch.empty_like(args[0])
