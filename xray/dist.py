@@ -349,8 +349,10 @@ def reported_failure() -> str | None:
     """Return what another rank has reported by `report_failure`."""
     if world_size() == 1:
         return None
-    facts = json.loads(_store().get(FAILED)) if _store().check([FAILED]) else {"rank": rank()}
-    return None if facts["rank"] == rank() else facts["text"]
+    if not _store().check([FAILED]):
+        return None
+    facts = json.loads(_store().get(FAILED))
+    return None if facts["rank"] == rank() else str(facts["text"])
 
 
 def _agreement(patience: timedelta, doing: str) -> Agreement:
