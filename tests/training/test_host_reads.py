@@ -62,6 +62,8 @@ def test_passes_and_update_read_nothing(
 
     def watched(honest: Any) -> Any:
         def call(self: TrainingLoop, *args: Any) -> Any:
+            if args[0] == 2:  # ZeRO 3 has recorded its prefetch order
+                reads.count = 0
             with reads, monkeypatch.context() as patch:
                 patch.setattr(
                     type(get_accelerator()), "synchronize", lambda *_: synchronized.append(1)
