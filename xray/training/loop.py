@@ -166,7 +166,7 @@ class TrainingLoop:
         waited = self.telemetry.end_own_work()
         bad = replaced_samples(loaded)
         events = Events(self.signals.received, failure, len(bad), waited)
-        values = decoding_metrics(loaded) | self._epochs(step) | self._sizes(progress)
+        values = decoding_metrics(loaded) | self._epochs(step)
         return PendingStep(step, ReducedStep(events, metrics, self.device), bad, values)
 
     def _update(self, pending: PendingStep) -> None:
@@ -181,7 +181,6 @@ class TrainingLoop:
             pending.skipped = self.spikes.skips(value)
         if pending.skipped:
             self.engine.skip()
-            pending.values["skipped"] = 1.0
         else:
             self.engine.set_lr(lr, progress)
             self.engine.step(loss)
@@ -200,7 +199,8 @@ class TrainingLoop:
         if events.replaced:
             read = state.samples + config.global_batch
             self.bad.account(pending.bad, read, config.data.max_bad_fraction)
-        values = metrics | pending.values
+        outcome = {"skipped": 1.0} if pending.skipped else {"grad_norm": metrics.pop("grad_norm")}
+        values = metrics | pending.values | outcome | self._sizes(config.progress(step))
         for what, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
             if not math.isfinite(values.get(name, 0.0)):
                 self._stop(what, values[name], values)
