@@ -31,8 +31,8 @@ from xray.errors import ConfigError
 from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
-from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches, patchify
-from xray.models.patch_embed import Geometry
+from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches
+from xray.models.patch_embed import Geometry, patchify
 from xray.models.token_reduction import KeepRate
 
 

@@ -36,6 +36,8 @@ RECORD = json.loads((FIXTURE / "record.json").read_text())
 NAMES = json.loads((FIXTURE / "names.json").read_text())  # of side files, as commands printed them
 # Results are equal bit for bit on this machine and torch; elsewhere they are close.
 SAME_MACHINE = HELPERS["machine"]() == {key: RECORD[key] for key in ("torch", "cpu")}
+# Since then, mae embeds visible patches and predicts masked ones only: sums have another order.
+ROUNDED = ("mae",)
 STAGES = ("mae", "hashtag", "text", "clip")
 SHARDS = ("data/photos", "data/clips", "data/heldout", "data/gallery")
 LLM = next((FIXTURE / "data" / "hub").glob("*/snapshots/*")).relative_to(FIXTURE)
@@ -208,24 +210,26 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return run_in_copy(tmp_path_factory.mktemp("training") / "fixture", TRAINING, moved=True)
 
 
-def assert_close(found: Any, recorded: Any, tolerance: float, where: str = "") -> None:
+def assert_close(
+    found: Any, recorded: Any, tolerance: float, where: str = "", exact: bool = SAME_MACHINE
+) -> None:
     """Compare nested values: equal, or numbers within a tolerance on another machine."""
     if isinstance(recorded, Mapping):
         assert found.keys() == recorded.keys(), where
         for key, value in recorded.items():
-            assert_close(found[key], value, tolerance, f"{where}.{key}")
+            assert_close(found[key], value, tolerance, f"{where}.{key}", exact)
     elif isinstance(recorded, list):
         assert len(found) == len(recorded), where
         for number, (one, two) in enumerate(zip(found, recorded, strict=True)):
-            assert_close(one, two, tolerance, f"{where}[{number}]")
-    elif isinstance(recorded, float) and not SAME_MACHINE:
+            assert_close(one, two, tolerance, f"{where}[{number}]", exact)
+    elif isinstance(recorded, float) and not exact:
         assert found == pytest.approx(recorded, rel=tolerance, abs=tolerance), where
     else:
         assert found == recorded, where
 
 
-def assert_same_weights(one: Path, two: Path) -> None:
-    """Compare the artifacts of two runs: bit for bit, or nearly on another machine."""
+def assert_same_weights(one: Path, two: Path, exact: bool) -> None:
+    """Compare the artifacts of two runs: bit for bit, or nearly."""
     files = sorted(path.name for path in two.glob("*.safetensors"))
     assert files and files == sorted(path.name for path in one.glob("*.safetensors"))
     for name in files:
@@ -233,7 +237,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
         assert a.keys() == b.keys()
         for key in b:
             assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape, (name, key)
-            if SAME_MACHINE:
+            if exact:
                 assert torch.equal(a[key], b[key]), (name, key)
             else:
                 torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=2e-3)
@@ -243,7 +247,9 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_rows(found: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> None:
+def assert_same_rows(
+    found: list[dict[str, Any]], recorded: list[dict[str, Any]], exact: bool
+) -> None:
     """Compare metrics: the same names in every row, and the same values but for speeds.
 
     The row after a checkpoint also has save/..., unless the run was resumed there.
@@ -255,7 +261,7 @@ def assert_same_rows(found: list[dict[str, Any]], recorded: list[dict[str, Any]]
     assert names[0] == names[1]
     for one, two in zip(found, recorded, strict=True):
         kept = [{k: v for k, v in row.items() if not MEASURED.fullmatch(k)} for row in (one, two)]
-        assert_close(*kept, tolerance=0.02, where=f"step {two['step']}")
+        assert_close(*kept, tolerance=0.02, where=f"step {two['step']}", exact=exact)
 
 
 def assert_contains(found: Any, recorded: Any, where: str) -> None:
@@ -454,19 +460,21 @@ def test_an_unfinished_run_ends_like_an_uninterrupted_one(training: Done, stage:
     assert "step_00000004" in training.text(f"resume_{stage}", "err")
     run = training.folder / "runs" / "unfinished" / stage
     whole = FIXTURE / "runs" / ("full" if stage == "mae" else "uninterrupted") / stage
-    assert_same_weights(run / "artifact", whole / "artifact")
+    exact = SAME_MACHINE and stage not in ROUNDED
+    assert_same_weights(run / "artifact", whole / "artifact", exact)
     rows, cut = rows_of(run), rows_of(FIXTURE / "runs" / "unfinished" / stage)
     assert [row["step"] for row in cut] == [1, 2, 3, 4, 5]
     assert rows[:4] == cut[:4]
-    assert_same_rows(rows, rows_of(whole))
+    assert_same_rows(rows, rows_of(whole), exact)
 
 
 def test_a_run_that_is_begun_again_gives_the_same(training: Done) -> None:
     training.check("again")
     for stage in STAGES:
         run, old = (f / stage for f in (training.folder / "runs/again", FIXTURE / "runs/full"))
-        assert_same_rows(rows_of(run), rows_of(old))
-        assert_same_weights(run / "artifact", old / "artifact")
+        exact = SAME_MACHINE and stage == "text"  # hashtag and clip start from mae's weights
+        assert_same_rows(rows_of(run), rows_of(old), exact)
+        assert_same_weights(run / "artifact", old / "artifact", exact)
         record, recorded = (json.loads((path / "run.json").read_text()) for path in (run, old))
         for facts in (record, recorded):  # manifests hold paths, versions and times
             facts["parents"] = sorted(facts["parents"])

@@ -16,8 +16,6 @@ from xray.models.mae_decoder import (
     Masking,
     make_mask,
     normalize_patches,
-    patchify,
-    unpatchify,
     visible_tokens,
 )
 
@@ -86,15 +84,6 @@ def test_mask_of_a_sample_depends_on_its_noise_only() -> None:
     batch = make_mask(noise, 4, 2)
     single = make_mask(noise[2:3], 4, 2)
     assert all(torch.equal(a[2:3], b) for a, b in zip(batch, single, strict=True))
-
-
-def test_patchify_equals_manual_slicing_and_is_invertible() -> None:
-    clip = torch.rand(2, 4, 3, 16, 24)
-    patches = patchify(clip, (8, 8), 2)
-    assert patches.shape == (2, 2 * 2 * 3, 2 * 8 * 8 * 3)
-    expected = clip[1, 2:4, :, 8:16, 16:24].permute(0, 2, 3, 1).reshape(-1)
-    assert torch.equal(patches[1, 6 + 3 + 2], expected)
-    assert torch.equal(unpatchify(patches, (2, 2, 3), (8, 8)), clip)
 
 
 def test_targets_have_zero_mean_and_unit_variance() -> None:

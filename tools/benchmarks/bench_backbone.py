@@ -261,6 +261,47 @@ def multiply_adds(bench: Bench, _: str) -> Table:
     return Table(title, [*heads, "GMACs, removed tokens not fused"], rows)
 
 
+def stem(bench: Bench, sizes: list[str]) -> Table:
+    """Make table (g): the stem against torch's convolution of all patches."""
+    rows = []
+    for size in sizes:
+        convolution = bench.backbone(size).patch_embed.proj
+        for frames, kept in ((1, 1.0), (1, 0.25), (CLIP_FRAMES, 1.0), (CLIP_FRAMES, 0.1)):
+            if kept == 1 and bench.device == "cpu":
+                continue  # the stem is the convolution itself
+            pixels = bench.pixels(size, frames)
+            n = (frames + 1) // 2 * 196
+            shuffled = torch.rand(len(pixels), n, device=bench.device).argsort(dim=1)
+            index = None if kept == 1 else shuffled[:, : int(kept * n)]
+            for pass_ in PASSES:
+                runs = {
+                    "conv": bench.call(_Convolved(convolution), pass_, pixels, index),
+                    "xray": bench.call(convolution, pass_, pixels, index),
+                }
+                ratio = speedup(interleaved(runs, 4 * bench.rounds), "xray", "conv")
+                input_ = f"{frames}x224" if frames > 1 else "224"
+                rows.append([size, input_, f"{kept:.0%}", pass_, f"{ratio:.2f}x"])
+    heads = ["model", "input", "visible", "pass", "speed, xray / convolution"]
+    return Table("(g) Stem against torch's convolution of all patches", heads, rows)
+
+
+class _Convolved(nn.Module):
+    """Stem by torch's convolution, from whose tokens the visible ones are taken."""
+
+    def __init__(self, proj: nn.Conv3d) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, pixels: Tensor, index: Tensor | None) -> Tensor:
+        weight, bias, stride = self.proj.weight, self.proj.bias, self.proj.stride
+        if pixels.shape[1] == 1:
+            x = F.conv2d(pixels[:, 0], weight.sum(dim=2), bias, stride[1:])
+        else:
+            x = F.conv3d(pixels.transpose(1, 2), weight, bias, stride)
+        x = x.flatten(2).transpose(1, 2)
+        return x if index is None else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def _ceiling(bench: Bench) -> float:
     """Measure the TFLOP/s of a large matrix product, in bf16 on CUDA."""
     size, dtype = (8192, torch.bfloat16) if bench.device == "cuda" else (2048, torch.float32)
@@ -269,7 +310,7 @@ def _ceiling(bench: Bench) -> float:
     return 2 * size**3 / min(seconds) / 1e12
 
 
-TABLES = {"a": against_timm, "b": keep_rates, "c": against_explicit, "d": memory}
+TABLES = {"a": against_timm, "b": keep_rates, "c": against_explicit, "d": memory, "g": stem}
 ONE_MODEL = {"e": steps, "f": multiply_adds}  # tables that do not depend on --sizes
 
 

@@ -173,12 +173,8 @@ class VisionBackbone(nn.Module):
     def _encode(
         self, pixels: Tensor, keep_rate: KeepRate, visible: Tensor | None, track: bool
     ) -> Tokens:
-        x = self.embed(pixels)
+        x = self.norm_pre(self.embed(pixels, visible))
         P = self.num_prefix_tokens
-        if visible is not None:
-            kept = x[:, P:].gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
-            x = torch.cat([x[:, :P], kept], dim=1)
-        x = self.norm_pre(x)
         rates = self.rates(keep_rate)
         state = TokenState(assign=() if track else None)
         blocks: Any = self.blocks
@@ -265,8 +261,11 @@ class VisionBackbone(nn.Module):
         """
         return self.geometry.grid(pixels.shape[1], *pixels.shape[-2:])
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Apply stem and positions and prepend prefix tokens: [B, P + n, D], time slot by slot."""
+    def embed(self, pixels: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Apply stem and positions and prepend prefix tokens: [B, P + n, D], time slot by slot.
+
+        visible: [B, m], the patches to embed, for [B, P + m, D]; None for all.
+        """
         slots, h, w = self.token_grid(pixels)
         if pixels.shape[1] > 1:
             pixels = whole_tubelets(pixels, self.tubelet)
@@ -277,12 +276,14 @@ class VisionBackbone(nn.Module):
             num_prefix_tokens=self.position_prefix,
         )
         spatial = table[:, self.position_prefix :]
-        x = self.patch_embed(pixels)
         if slots > 1 and self.pos_temporal is not None:
             time = resample_time(self.pos_temporal, slots)
-            x = x + (spatial[:, None] + time[:, :, None]).flatten(1, 2)
+            positions = (spatial[:, None] + time[:, :, None]).flatten(1, 2)
         else:
-            x = x + spatial.repeat(1, slots, 1)
+            positions = spatial.repeat(1, slots, 1)
+        if visible is not None:
+            positions = F.embedding(visible, positions[0])
+        x = self.patch_embed(pixels, visible) + positions
         prefix: Tensor = self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)

@@ -34,8 +34,8 @@ def vision_macs(
     image = backbone.video == "frames" or frames == 1
     tokens = slots * h * w // passes
     depth = 1 if image else backbone.tubelet  # an image uses the kernels summed over time
-    total = tokens * backbone.embed_dim * 3 * p * r * depth
     n = tokens if visible is None else visible // passes
+    total = n * backbone.embed_dim * 3 * p * r * depth
     counts = backbone.token_counts(n, keep_rate)
     for block, after in zip(backbone.blocks, counts, strict=True):
         total += _block_macs(backbone, block, n, after)

@@ -1,9 +1,8 @@
 """Masked auto-encoding around the backbone: masks, patch targets and the light decoder.
 
 Conventions: In `mask`, 1 is removed and 0 is kept. `ids_restore` undoes the shuffle: visible tokens
-followed by mask tokens, gathered by `ids_restore`, are in the order of the patches. A patch is a
-tubelet of `tubelet x p x p` pixels in (frame, row, column, channel) order. An image is treated as
-a clip of repeated frames.
+followed by mask tokens, gathered by `ids_restore`, are in the order of the patches. An image is
+treated as a clip of repeated frames.
 """
 
 from __future__ import annotations
@@ -68,23 +67,6 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
     ids_restore = torch.cat([visible, removed], dim=1).argsort(dim=1)
     mask = torch.ones(B, slots * spatial, device=noise.device)
     return visible, mask.scatter(1, visible, 0.0), ids_restore
-
-
-def patchify(pixels: Tensor, patch: tuple[int, int], tubelet: int) -> Tensor:
-    """Cut pixels into patches, [B, t*tubelet, 3, H, W] -> [B, n, tubelet*p*p*3], slot by slot."""
-    B, T, C, H, W = pixels.shape
-    (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
-    x = pixels.reshape(B, t, tubelet, C, h, p, w, r)
-    return x.permute(0, 1, 4, 6, 2, 5, 7, 3).reshape(B, t * h * w, tubelet * p * r * C)
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int]) -> Tensor:
-    """Invert `patchify`, [B, n, tubelet*p*p*3] -> [B, T, 3, H, W]."""
-    (t, h, w), (p, r) = grid, patch
-    B, _, size = patches.shape
-    tubelet = size // (3 * p * r)
-    x = patches.reshape(B, t, h, w, tubelet, p, r, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)
-    return x.reshape(B, t * tubelet, 3, h * p, w * r)
 
 
 def normalize_patches(patches: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Stem over tubelets: one Conv3d for images and clips."""
+"""Patches of images and clips, and the stem that embeds them.
+
+A patch is a tubelet of `tubelet x p x p` pixels in (frame, row, column, channel) order.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,29 @@ class Geometry(NamedTuple):
 
 
 class TubeletConv(nn.Conv3d):
-    """Convolution over tubelets, [B, T, 3, H, W] -> [B, n, D], time slot by slot.
+    """Linear map of tubelets with the parameters of a Conv3d, [B, T, 3, H, W] -> [B, n, D].
 
-    An image (T = 1) is treated as a tubelet of repeated frames: one 2-d convolution with the
-    kernels summed over time. With kernels from `inflate` it equals timm's stem.
+    An image (T = 1) is treated as a tubelet of repeated frames, whose kernels are summed over time.
+    With kernels from `inflate` it equals timm's stem.
+
+    The patches are multiplied as a matrix: kernel and stride are equal, and for such kernels
+    cuDNN's 3-d convolutions in bf16 are slow or missing (pytorch#174051, transformers#45750). On a
+    CPU, whole inputs pass through torch's convolution, which equals timm's bit for bit.
     """
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Embed pixels, [B, T, 3, H, W] -> [B, n, D]."""
-        if pixels.shape[1] == 1:
-            folded = self.weight.sum(dim=2)
-            patches = F.conv2d(pixels[:, 0], folded, self.bias, self.stride[1:])
-            return patches.flatten(2).transpose(1, 2)
-        return super().forward(pixels.transpose(1, 2)).flatten(2).transpose(1, 2)
+    def forward(self, pixels: Tensor, index: Tensor | None = None) -> Tensor:
+        """Embed all patches, or those at an index [B, m]: [B, T, 3, H, W] -> [B, n or m, D]."""
+        image = pixels.shape[1] == 1
+        weight = self.weight.sum(dim=2, keepdim=True) if image else self.weight
+        if index is None and pixels.device.type == "cpu":
+            if image:
+                tokens = F.conv2d(pixels[:, 0], weight[:, :, 0], self.bias, self.stride[1:])
+            else:
+                tokens = super().forward(pixels.transpose(1, 2))
+            return tokens.flatten(2).transpose(1, 2)
+        tubelet, *patch = weight.shape[2:]
+        patches = patchify(pixels, (patch[0], patch[1]), tubelet, index)
+        return F.linear(patches, weight.permute(0, 2, 3, 4, 1).flatten(1), self.bias)
 
 
 class TubeletEmbed(nn.Module):
@@ -62,9 +75,9 @@ class TubeletEmbed(nn.Module):
             if self.proj.bias is not None and proj.bias is not None:
                 self.proj.bias.copy_(proj.bias)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Embed and normalise pixels, [B, T, 3, H, W] -> [B, n, D]."""
-        return self.norm(self.proj(pixels))
+    def forward(self, pixels: Tensor, index: Tensor | None = None) -> Tensor:
+        """Embed and normalise all patches, or those at an index [B, m], -> [B, n or m, D]."""
+        return self.norm(self.proj(pixels, index))
 
 
 def inflate(kernel: Tensor, tubelet: int) -> Tensor:
@@ -78,3 +91,28 @@ def whole_tubelets(pixels: Tensor, tubelet: int) -> Tensor:
     if not missing:
         return pixels
     return torch.cat([pixels, pixels[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
+
+
+def patchify(
+    pixels: Tensor, patch: tuple[int, int], tubelet: int, index: Tensor | None = None
+) -> Tensor:
+    """Cut pixels into patches, [B, t*tubelet, 3, H, W] -> [B, n, tubelet*p*p*3], slot by slot.
+
+    index: [B, m] long, the patches to cut; None for all n.
+    """
+    B, T, C, H, W = pixels.shape
+    (p, r), t, h, w = patch, T // tubelet, H // patch[0], W // patch[1]
+    x = pixels.reshape(B, t, tubelet, C, h, p, w, r).permute(0, 1, 4, 6, 2, 5, 7, 3)
+    if index is None:
+        return x.reshape(B, t * h * w, tubelet * p * r * C)
+    sample = torch.arange(B, device=index.device)[:, None]
+    return x[sample, index // (h * w), index // w % h, index % w].flatten(2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int]) -> Tensor:
+    """Invert `patchify`, [B, n, tubelet*p*p*3] -> [B, T, 3, H, W]."""
+    (t, h, w), (p, r) = grid, patch
+    B, _, size = patches.shape
+    tubelet = size // (3 * p * r)
+    x = patches.reshape(B, t, h, w, tubelet, p, r, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)
+    return x.reshape(B, t * tubelet, 3, h * p, w * r)

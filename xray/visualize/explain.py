@@ -18,7 +18,8 @@ from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import DecoderConfig, data_config, decoder_config
 from xray.artifacts.offers import DECODER
 from xray.errors import ConfigError
-from xray.models.mae_decoder import MaeDecoder, patchify, unpatchify
+from xray.models.mae_decoder import MaeDecoder
+from xray.models.patch_embed import patchify, unpatchify
 from xray.models.token_reduction import KeepRate
 from xray.reports.html import Picture, paragraph, write_report
 
@@ -78,14 +79,14 @@ def reconstructions(
     masking = options.masking
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(x), masking.noise_size(grid), generator=generator)
-    visible, mask, restore = masking.draw(noise, grid, x.shape[1])
+    visible, _, restore = masking.draw(noise, grid, x.shape[1])
     tokens = vision(x, visible=visible)
     predicted = decoder(tokens.cls, tokens.patches, restore, grid)
     target = patchify(vision.tubelets(x), vision.patch_size, vision.tubelet)
     if options.norm_pix_loss:
         deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
-    removed = mask[..., None]
+    removed = (restore >= visible.shape[1]).float()[..., None]
 
     def frames(patches: Tensor) -> Tensor:
         """Take the first frame of each tubelet: [B * t, 3, H, W]."""
@@ -96,7 +97,7 @@ def reconstructions(
     original, filled = (y * normalize.std + normalize.mean for y in (original, filled))
     hidden = frames(removed.expand_as(target))
     cells = torch.stack([original * (1 - hidden) + 128 * hidden, filled, original])
-    share = f"{mask.mean():.0%}"
+    share = f"{removed.mean():.0%}"
     return Sheet(
         [f"masked\n{share}", "reconstructed", "original"], _columns(names, len(x), grid[0]), cells
     )
