@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, T
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Sample, Source
@@ -34,6 +33,7 @@ from xray.config import RunConfig, TextConfig
 from xray.config.schedule import largest, steps_of, value_at
 from xray.errors import ConfigError
 from xray.models.backbone import Tokens, VisionBackbone
+from xray.models.compilation import explained_limit
 from xray.models.flops import vision_macs
 from xray.models.heads import Normalize
 from xray.models.token_reduction import KeepRate, keep_rate_at
@@ -66,18 +66,13 @@ class StageModule(nn.Module, ABC):
     def forward(
         self, batch: Batch, progress: float, task: Task = "loss"
     ) -> StepOutput | dict[str, Tensor]:
-        features = self.features(batch, progress)
-        return features if task == "features" else self.loss_from_features(features)
+        with explained_limit():
+            features = self.features(batch, progress)
+            return features if task == "features" else self.loss_from_features(features)
 
     def keep_rate(self, progress: float) -> KeepRate:
         """Return the keep rate at this progress, or one per reducing block; 1 = all tokens."""
         return 1.0
-
-    def compile_blocks(self) -> None:
-        """Compile the transformer blocks, without token reduction, for any number of tokens."""
-        for block in self.modules():
-            if isinstance(block, Block):
-                block.compile()
 
     @abstractmethod
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class TrainConfig:
 
     samples: int = 0  # samples seen in the stage, over all blocks
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
-    compile: bool = runtime(False)  # torch.compile the blocks of the backbone
+    compile: bool = runtime(False)  # torch.compile the transformer blocks
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
     # in data.resolution
     micro_batch: Any = runtime(0)

@@ -112,6 +112,7 @@ class VisionBackbone(nn.Module):
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
 
         self.reduction = config.reduce
+        self.reducing_block = reducing_block  # compiled by xray.models.compilation
         self.fuse = config.fuse
         depth = len(self.blocks)
         default = [depth // 4, depth // 2, 3 * depth // 4]
@@ -179,11 +180,14 @@ class VisionBackbone(nn.Module):
         state = TokenState(assign=() if track else None)
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
-            rate = rates.get(number, 1.0)
+            spec = None
+            if number in rates:
+                kept = kept_tokens(x.shape[1] - P, rates[number])
+                spec = Spec(self.reduction, kept, self.fuse, P, self.training)
             if self.grad_checkpointing and self.training:
-                x, state = checkpoint(self._block, block, x, state, rate, use_reentrant=False)
+                x, state = checkpoint(self._block, block, x, state, spec, use_reentrant=False)
             else:
-                x, state = self._block(block, x, state, rate)
+                x, state = self._block(block, x, state, spec)
         x = self.fc_norm(self.norm(x))
         return Tokens(x[:, 0], x[:, P:], state.assign)
 
@@ -220,19 +224,12 @@ class VisionBackbone(nn.Module):
         return counts
 
     def _block(
-        self, block: Block, x: Tensor, state: TokenState, rate: float
+        self, block: Block, x: Tensor, state: TokenState, spec: Spec | None
     ) -> tuple[Tensor, TokenState]:
-        """Run timm's block; with a rate below 1, reduce tokens between attention and MLP."""
-        if rate == 1 and state.sizes is None:
+        """Run a block of timm, with token reduction if there is a spec."""
+        if spec is None and state.sizes is None:
             return block(x), state
-        attention: Any = block.attn
-        attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
-        x = x + block.drop_path1(block.ls1(attended))
-        if rate < 1:
-            kept = kept_tokens(x.shape[1] - self.num_prefix_tokens, rate)
-            spec = Spec(kept, self.fuse, self.num_prefix_tokens, self.training)
-            x, state = reduce_tokens(self.reduction, x, q, k, state, spec)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
+        return self.reducing_block(block, x, state, spec)
 
     def _pool(self, cls: Tensor) -> Tensor:
         """Pool the frames' CLS tokens, [B, T, D] -> [B, D], by mean or by attention."""
@@ -310,6 +307,21 @@ class VisionBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable activation checkpointing of the blocks."""
         self.grad_checkpointing = enable
+
+
+def reducing_block(
+    block: Block, x: Tensor, state: TokenState, spec: Spec | None
+) -> tuple[Tensor, TokenState]:
+    """Run timm's block on x [B, P + n, D] and reduce tokens between attention and MLP.
+
+    Without a spec no token is removed; the sizes of merged tokens are part of the attention.
+    """
+    attention: Any = block.attn
+    attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
+    x = x + block.drop_path1(block.ls1(attended))
+    if spec is not None:
+        x, state = reduce_tokens(x, q, k, state, spec)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
 
 
 def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

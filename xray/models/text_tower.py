@@ -56,6 +56,12 @@ class TextTower(nn.Module):
         llm: Any = self.llm
         return int(llm.get_input_embeddings().num_embeddings)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Transformer layers of the LLM: its outermost list of modules."""
+        lists = (list(m) for m in self.llm.modules() if isinstance(m, nn.ModuleList))
+        return next(lists, [])
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
         """Encode captions into sentence vectors, each input [..., L] -> [..., width].
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
+from xray.models.drop_path import replace_drop_path
 
 # Keywords of timm, and the xray key that replaces them.
 REJECTED_KWARGS = {
@@ -49,6 +50,8 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
     reason = _unsupported(vit)
     if reason or not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
+    if config.drop_path:
+        replace_drop_path(vit)
     if not config.pretrained:
         if "weight_init" not in config.kwargs:
             _start_weights(vit)

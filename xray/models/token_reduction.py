@@ -31,6 +31,7 @@ class TokenState(NamedTuple):
 class Spec(NamedTuple):
     """Parameters of one reduction."""
 
+    kind: str  # method, a key of REDUCTIONS
     kept: int  # patch tokens to keep
     fuse: bool  # fuse the other tokens into one additional token
     prefix: int  # number of prefix tokens
@@ -75,12 +76,12 @@ def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
 
 
 def reduce_tokens(
-    kind: str, x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
+    x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
-    """Run the reduction `kind`; if it would remove no token, only update `assign`."""
+    """Run the reduction of the spec; if it would remove no token, only update `assign`."""
     B, n = x.shape[0], x.shape[1] - spec.prefix
-    if spec.kept < n and not (kind == "tome" and spec.kept + spec.fuse >= n):
-        return REDUCTIONS[kind](x, q, k, state, spec)
+    if spec.kept < n and not (spec.kind == "tome" and spec.kept + spec.fuse >= n):
+        return REDUCTIONS[spec.kind](x, q, k, state, spec)
     if state.assign is not None:
         state = _reassigned(state, torch.arange(n, device=x.device).expand(B, -1))
     return x, state

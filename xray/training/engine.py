@@ -20,6 +20,7 @@ from stages.base import StageModule
 from xray import dist, optim
 from xray.config import RunConfig
 from xray.errors import ConfigError
+from xray.models.compilation import compile_blocks
 from xray.training.deepspeed_setup import check_compiler, deepspeed_config
 from xray.training.gradient_reduction import GradientReducer
 from xray.training.guarded_step import GuardedStep
@@ -60,7 +61,7 @@ class Engine:
             )
         if config.train.compile:
             check_compiler()
-            module.compile_blocks()
+            compile_blocks(module)
         self.module = module
         self.stage = config.zero.stage
         self.slots = optim.SLOTS[config.optim.name] + ((AVERAGE,) if config.train.ema else ())
