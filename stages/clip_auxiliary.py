@@ -12,6 +12,7 @@ from stages.base import Batch, VisionModule, sketch
 from stages.clip_config import ClipConfig
 from stages.hashtag import find_vocabulary
 from stages.mae import draw_noise, make_decoder, reconstruct
+from xray.losses.reconstruction import masked_patch_mse
 from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import TagHead
@@ -38,8 +39,7 @@ class AuxiliaryLosses(nn.Module):
         if self.decoder is not None:
             noise = batch["mask_noise"]
             given = reconstruct(module, self.decoder, self.mae, pixels, noise, progress)
-            error = (given["predictions"].float() - given["targets"].float()).square().mean(dim=-1)
-            terms["mae_loss"] = (error * given["mask"]).sum(dim=1) / given["mask"].sum(dim=1)
+            terms["mae_loss"] = masked_patch_mse(**given)
         if self.tag_head is not None:
             tags, weights = batch["tags"], batch["weights"]
             targets = self.tag_loss.targets(weights)

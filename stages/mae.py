@@ -32,7 +32,7 @@ from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
 from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches
-from xray.models.patch_embed import Geometry, patchify
+from xray.models.patch_embed import Geometry, patchify, whole_tubelets
 from xray.models.token_reduction import KeepRate
 
 
@@ -112,20 +112,24 @@ def reconstruct(
     noise: Tensor,
     progress: float,
 ) -> dict[str, Tensor]:
-    """Reconstruct normalised pixels: predictions and targets [B, n, P] of all patches, and the mask
-    [B, n].
+    """Reconstruct the masked patches of normalised pixels: predictions [B, k, f * P] and targets
+    [B, k, P] for `masked_patch_mse`.
 
     The backbone keeps every visible token: the decoder needs each one at its place.
     """
     vision = module.vision
     grid = vision.token_grid(pixels)
-    visible, mask, ids_restore = masking(options).draw(noise, grid, pixels.shape[1])
+    visible, masked, ids_restore = masking(options).draw(noise, grid, pixels.shape[1])
     tokens = module.encode(pixels, progress, visible, keep_rate=1.0)
-    predictions = decoder(tokens.cls, tokens.patches, ids_restore, grid)
-    targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
+    predictions = decoder(tokens.cls, tokens.patches, ids_restore, grid, masked)
+    # Each frame of a tubelet is predicted. Those of an image, or of a clip that is encoded frame by
+    # frame, are equal and have one target.
+    equal = vision.tubelet if pixels.shape[1] == 1 or vision.video == "frames" else 1
+    frames = pixels if equal > 1 else whole_tubelets(pixels, vision.tubelet)
+    targets = patchify(frames, vision.patch_size, vision.tubelet // equal, masked)
     if options.norm_pix_loss:
-        targets = normalize_patches(targets)
-    return {"predictions": predictions, "targets": targets, "mask": mask}
+        targets = normalize_patches(targets, equal)
+    return {"predictions": predictions, "targets": targets}
 
 
 class MaeModule(VisionModule):
@@ -145,7 +149,7 @@ class MaeModule(VisionModule):
         return reconstruct(self, self.decoder, self.options, *given)
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        return StepOutput(masked_patch_mse(**features), {})
+        return StepOutput(masked_patch_mse(**features).mean(), {})
 
 
 class MaeStage(Stage[MaeConfig]):

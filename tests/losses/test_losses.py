@@ -9,13 +9,18 @@ from xray.losses.contrastive import contrast, info_nce
 from xray.losses.reconstruction import masked_patch_mse
 
 
-def test_masked_mse_averages_over_masked_patches_only() -> None:
-    predictions, targets = torch.rand(2, 6, 4), torch.rand(2, 6, 4)
-    mask = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]])
-    expected = torch.stack(
-        [(predictions[b, i] - targets[b, i]).square().mean() for b, i in ((0, 0), (0, 3), (1, 1))]
-    ).mean()
-    assert torch.allclose(masked_patch_mse(predictions, targets, mask), expected)
+def test_masked_mse_compares_each_frame_with_the_target() -> None:
+    predictions, targets = torch.rand(2, 3, 8), torch.rand(2, 3, 4)
+    losses = masked_patch_mse(predictions, targets)
+    assert losses.shape == (2,)
+    for sample, loss in enumerate(losses):
+        errors = [
+            (predictions[sample, patch, 4 * frame + value] - targets[sample, patch, value]) ** 2
+            for patch in range(3)
+            for frame in range(2)
+            for value in range(4)
+        ]
+        assert torch.allclose(loss, torch.stack(errors).mean())
 
 
 def test_info_nce_equals_its_formula() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import settings
+from torch import Tensor
 
-from stages.base import Parents
-from stages.mae import MaeStage
+from stages.base import Batch, Parents
+from stages.mae import MaeModule, MaeStage, masking
 from xray.errors import ConfigError
 from xray.models.mae_decoder import (
     MaeDecoder,
@@ -18,6 +19,7 @@ from xray.models.mae_decoder import (
     normalize_patches,
     visible_tokens,
 )
+from xray.models.patch_embed import patchify
 
 
 def test_visible_counts_equal_those_in_the_papers() -> None:
@@ -29,9 +31,11 @@ def test_visible_counts_equal_those_in_the_papers() -> None:
 
 def test_masks_are_tubes_and_ids_restore_undoes_the_shuffle() -> None:
     noise = torch.rand(5, 16)
-    visible, mask, restore = make_mask(noise, 4, slots=3)
-    assert visible.shape == (5, 12) and mask.sum(1).eq(36).all()
-    assert mask.gather(1, visible).eq(0).all()
+    visible, masked, restore = make_mask(noise, 4, slots=3)
+    assert visible.shape == (5, 12) and masked.shape == (5, 36)
+    every = torch.cat([visible, masked], dim=1).sort(dim=1).values
+    assert torch.equal(every, torch.arange(48).expand(5, -1))
+    mask = torch.zeros(5, 48).scatter(1, masked, 1.0)
     tubes = mask.reshape(5, 3, 16)
     assert torch.equal(tubes[:, 0], tubes[:, 1]) and torch.equal(tubes[:, 0], tubes[:, 2])
     # ids_restore maps visible patches to the first positions and removed ones to the others
@@ -47,11 +51,12 @@ def test_masking_of_images_and_clips() -> None:
     grid = (8, 14, 14)
     assert tube.noise_size(grid) == 196 and random.noise_size(grid) == 1568
     image = torch.rand(2, 196)
-    for masking in (tube, random):
-        assert masking.draw(image, (1, 14, 14), 1)[0].shape == (2, 49)
+    for each in (tube, random):
+        assert each.draw(image, (1, 14, 14), 1)[0].shape == (2, 49)
     assert tube.draw(image, grid, 16)[0].shape == (2, 160)
-    visible, mask, restore = random.draw(torch.rand(2, 1568), grid, 16)
-    assert visible.shape == (2, 156) and mask.sum() == 2 * (1568 - 156)
+    visible, masked, restore = random.draw(torch.rand(2, 1568), grid, 16)
+    assert visible.shape == (2, 156) and masked.shape == (2, 1568 - 156)
+    mask = torch.zeros(2, 1568).scatter(1, masked, 1.0)
     assert len({int(m.sum()) for m in mask[0].reshape(8, 196)}) > 1  # slots differ
     order = torch.cat([visible, torch.full((2, 1568 - 156), -1)], dim=1)
     assert torch.equal(order.gather(1, restore) < 0, mask.bool())
@@ -67,11 +72,52 @@ def test_every_parameter_gets_a_gradient(video: str) -> None:
         "mask_noise": torch.rand(2, 16),
     }
     features = module.features(batch, 0.0)
-    slots = 3 if video == "frames" else 2
-    assert features["predictions"].shape == features["targets"].shape == (2, slots * 16, 384)
+    masked = 14 * (3 if video == "frames" else 2)
+    assert features["predictions"].shape == (2, masked, 384)
+    assert features["targets"].shape == (2, masked, 192 if video == "frames" else 384)
     module(batch, 0.0).loss.backward()
     without = {name for name, p in module.named_parameters() if p.grad is None}
     assert not without
+
+
+def whole_loss(module: MaeModule, batch: Batch) -> Tensor:
+    """Compute MAE's loss from predictions and targets of all patches, images as repeated frames."""
+    pixels, vision = module.normalize(batch["pixels"]), module.vision
+    grid = vision.token_grid(pixels)
+    drawn = masking(module.options).draw(batch["mask_noise"], grid, pixels.shape[1])
+    visible, masked, restore = drawn
+    tokens = vision(pixels, visible=visible)
+    predictions = module.decoder(tokens.cls, tokens.patches, restore, grid)
+    targets = patchify(vision.tubelets(pixels), vision.patch_size, vision.tubelet)
+    if module.options.norm_pix_loss:
+        variance, mean = torch.var_mean(targets, dim=-1, keepdim=True)
+        targets = (targets - mean) / (variance + 1e-6).sqrt()
+    mask = torch.zeros_like(restore, dtype=torch.float64).scatter(1, masked, 1.0)
+    return ((predictions - targets).square().mean(dim=-1) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("video", ["joint", "frames"])
+@pytest.mark.parametrize("frames", [1, 3, 4])
+@pytest.mark.parametrize("normalized", ["true", "false"])
+def test_loss_of_masked_patches_equals_that_of_all(
+    video: str, frames: int, normalized: str
+) -> None:
+    more = f"model.video={video}", f"mae.norm_pix_loss={normalized}"
+    torch.manual_seed(0)
+    module = MaeStage(settings("mae", Path("."), Path("."), *more)).build(Parents()).double()
+    pixels = torch.randint(0, 255, (2, frames, 3, 32, 32), dtype=torch.uint8)
+    batch = {"pixels": pixels, "mask_noise": torch.rand(2, 16, dtype=torch.float64)}
+    module.normalize.register_forward_hook(lambda *args: args[2].double())
+    losses, grads = [], []
+    for loss in (module(batch, 0.0).loss, whole_loss(module, batch)):
+        module.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({k: p.grad for k, p in module.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], rtol=1e-9, atol=1e-12), name
 
 
 def test_random_masks_require_joint_attention() -> None:

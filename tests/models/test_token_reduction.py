@@ -169,7 +169,9 @@ def test_macs_of_frames_and_masked_encoders_equal_torchs_flop_counter() -> None:
             vision_macs(frames, 1, 64, visible=5),
         ),
         (
-            lambda: decoder(torch.randn(1, 64), torch.randn(1, 5, 64), restore, (1, 4, 4)),
+            lambda: decoder(
+                torch.randn(1, 64), torch.randn(1, 5, 64), restore, (1, 4, 4), restore[:, 5:]
+            ),
             decoder_macs(decoder, 16, 5),
         ),
     ]

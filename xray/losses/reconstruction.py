@@ -7,10 +7,10 @@ from torch import Tensor
 from xray.losses.precision import full_precision
 
 
-def masked_patch_mse(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Compute the mean squared error over the masked patches only (MAE, 2111.06377).
+def masked_patch_mse(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Compute the mean squared error of each sample's masked patches (MAE, 2111.06377), [B].
 
-    predictions, targets: [B, n, P]. mask: [B, n], 1 = masked.
+    predictions: [B, k, f * P]. targets: [B, k, P], the target of each of the f predicted frames.
     """
-    error = (full_precision(predictions) - full_precision(targets)).square().mean(dim=-1)
-    return (error * mask).sum() / mask.sum()
+    predicted = full_precision(predictions).unflatten(-1, (-1, targets.shape[-1]))
+    return (predicted - full_precision(targets)[:, :, None]).square().mean(dim=(1, 2, 3))

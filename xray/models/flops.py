@@ -57,8 +57,12 @@ def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int
 
 
 def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
-    """Return the MACs of the MAE decoder for `tokens` patches, `visible` of them encoded."""
-    total = (visible + 1) * linear_macs(decoder.embed) + tokens * linear_macs(decoder.predict)
+    """Return the MACs of the MAE decoder for `tokens` patches, `visible` of them encoded.
+
+    The others are predicted.
+    """
+    total = (visible + 1) * linear_macs(decoder.embed)
+    total += (tokens - visible) * linear_macs(decoder.predict)
     N = tokens + 1
     blocks: Any = decoder.blocks
     for block in blocks:

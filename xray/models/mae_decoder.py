@@ -1,8 +1,7 @@
 """Masked auto-encoding around the backbone: masks, patch targets and the light decoder.
 
-Conventions: In `mask`, 1 is removed and 0 is kept. `ids_restore` undoes the shuffle: visible tokens
-followed by mask tokens, gathered by `ids_restore`, are in the order of the patches. An image is
-treated as a clip of repeated frames.
+`ids_restore` undoes the shuffle: visible tokens followed by mask tokens, gathered by `ids_restore`,
+are in the order of the patches. An image is treated as a clip of repeated frames.
 """
 
 from __future__ import annotations
@@ -57,27 +56,29 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
     """Make masks from noise [B, positions]: the `kept` positions with the lowest stay visible.
 
     slots: number of time slots that share the mask (tubes); 1 if positions are all tokens. Returns
-    visible [B, m] (patch indices, slot by slot), mask [B, n], ids_restore [B, n].
+    visible [B, m] and removed [B, n - m] (patch indices, slot by slot), ids_restore [B, n].
     """
-    B, spatial = noise.shape
+    spatial = noise.shape[1]
     shuffle = noise.argsort(dim=1, stable=True)
     offsets = torch.arange(slots, device=noise.device)[None, :, None] * spatial
     visible = (shuffle[:, None, :kept] + offsets).flatten(1)  # the same positions in each slot
     removed = (shuffle[:, None, kept:] + offsets).flatten(1)
-    ids_restore = torch.cat([visible, removed], dim=1).argsort(dim=1)
-    mask = torch.ones(B, slots * spatial, device=noise.device)
-    return visible, mask.scatter(1, visible, 0.0), ids_restore
+    return visible, removed, torch.cat([visible, removed], dim=1).argsort(dim=1)
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Normalise each patch to zero mean and unit (unbiased) variance, as MAE's target."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+def normalize_patches(patches: Tensor, frames: int = 1) -> Tensor:
+    """Normalise each patch to zero mean and unit (unbiased) variance, as MAE's target.
+
+    frames: number of equal frames that a patch stands for, whose values the variance counts.
+    """
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    squares = centred.square().sum(dim=-1, keepdim=True)
+    variance = frames * squares / (frames * patches.shape[-1] - 1)
+    return centred / (variance + 1e-6).sqrt()
 
 
 class MaeDecoder(nn.Module):
-    """Decoder that predicts every patch from the visible tokens (MAE, 2111.06377).
+    """Decoder that predicts patches from the visible tokens (MAE, 2111.06377).
 
     width: of the encoder's tokens. outputs: values predicted per patch. dim, depth, heads: width,
     blocks and attention heads of the decoder.
@@ -97,11 +98,17 @@ class MaeDecoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, cls: Tensor, visible: Tensor, ids_restore: Tensor, grid: tuple[int, int, int]
+        self,
+        cls: Tensor,
+        visible: Tensor,
+        ids_restore: Tensor,
+        grid: tuple[int, int, int],
+        index: Tensor | None = None,
     ) -> Tensor:
-        """Predict all patches: cls [B, D] and visible [B, m, D] -> [B, n, outputs].
+        """Predict patches: cls [B, D] and visible [B, m, D] -> [B, n or k, outputs].
 
-        ids_restore: [B, n] from `make_mask`; grid: the patch grid (t, h, w).
+        ids_restore: [B, n] from `make_mask`. grid: the patch grid (t, h, w). index: [B, k], the
+        patches to predict; None for all n.
         """
         x = self.embed(visible)
         B, m, dim = x.shape
@@ -111,4 +118,7 @@ class MaeDecoder(nn.Module):
         x = torch.cat([self.embed(cls)[:, None], x], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.predict(self.norm(x[:, 1:]))
+        x = x[:, 1:]
+        if index is not None:
+            x = x.gather(1, index[..., None].expand(-1, -1, dim))
+        return self.predict(self.norm(x))
