@@ -89,6 +89,19 @@ def test_few_graphs_serve_all_inputs(reduce: str, levels: tuple[float, ...], mos
     assert 0 < graphs() <= most
 
 
+def test_blocks_with_recomputed_mlps_share_graphs() -> None:
+    outputs = []
+    for compiled in (False, True):
+        model = backbone(drop_path=0.0).train()
+        model.set_grad_checkpointing("mlp")
+        if compiled:
+            compile_blocks(model, "aot_eager")
+        outputs.append([run(model), run(model, rate=0.7), model.cls_token.grad])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert 0 < graphs() <= 5 and not counters["graph_break"]
+
+
 def test_timms_drop_path_would_be_compiled_for_each_block() -> None:
     """The count above depends on the probability being no constant."""
     with patch.object(timm_vit, "replace_drop_path", lambda vit: None):

@@ -263,16 +263,39 @@ def test_dropped_tokens_have_no_assignment_and_zero_features() -> None:
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_checkpointing_and_drop_path_do_not_change_gradients(reduce: str) -> None:
-    model = backbone(reduce, drop_path=0.3).train()
+    model = backbone(reduce, drop_path=0.3, kwargs={"proj_drop_rate": 0.1}).train()
     pixels, grads = torch.randn(3, 4, 3, 64, 64), []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "mlp"):
         model.set_grad_checkpointing(checkpointing)
         model.zero_grad()
         torch.manual_seed(1)
         model(pixels, 0.7).cls.square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    for a, b, c in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
+
+
+def kept_values(model: VisionBackbone, width: int) -> int:
+    """Count the values of this last dimension that are kept for the backward pass."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(2, 1, 3, 64, 64), 0.7)
+    return sum(t.numel() for t in kept if t.shape[-1] == width and t.data_ptr() not in weights)
+
+
+def test_hidden_activations_of_mlps_are_not_kept() -> None:
+    model = backbone("evit").train()
+    tokens = 2 * (17 + 14 + 12 + 10)  # of the blocks, two by two
+    # before and after the activation, for two images
+    assert kept_values(model, 4 * 64) == 2 * 2 * tokens * 4 * 64
+    model.set_grad_checkpointing("mlp")
+    assert kept_values(model, 4 * 64) == 0
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

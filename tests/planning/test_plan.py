@@ -92,6 +92,7 @@ def test_flops_equal_those_of_a_real_step(stage: str, demo: Path, tmp_path: Path
         ("mae", ("model.kwargs={embed_dim: 96, depth: 3, num_heads: 3}", "data.resolution=64")),
         ("clip", ("text.max_length=16", "clip.adapter_blocks=0", "train.micro_batch=4")),
         ("hashtag", ("model.grad_checkpointing=true",)),
+        ("hashtag", ("model.grad_checkpointing=mlp",)),
     ],
 )
 def test_memory_is_close_to_that_of_a_real_step(stage: str, overrides: tuple[str, ...]) -> None:
@@ -99,6 +100,21 @@ def test_memory_is_close_to_that_of_a_real_step(stage: str, overrides: tuple[str
     memory = compare(stage, overrides)
     assert memory["measured"] > 5e6
     assert abs(memory["planned"] / memory["measured"] - 1) < 0.1, memory
+
+
+def test_recomputing_mlps_saves_much_memory_for_few_flops(demo: Path, tmp_path: Path) -> None:
+    plain, mlp, whole = (
+        rehearse(
+            settings("hashtag", demo, tmp_path, IMAGES, f"model.grad_checkpointing={value}"),
+            FACTS,
+            0.0,
+        )
+        for value in ("false", "mlp", "true")
+    )
+    assert whole.alone.activations < mlp.alone.activations < 0.7 * plain.alone.activations
+    assert plain.flops < mlp.flops < whole.flops
+    # of a block's linear layers, the first of the MLP is computed again: 4 of 12 parts
+    assert (mlp.flops - plain.flops) / (whole.flops - plain.flops) < 0.5
 
 
 def test_a_step_is_simulated_at_each_change_of_its_shape(demo: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_activation_checkpointing_changes_nothing(demo: Path, tmp_path: Path, st
     """A repeated block has the same masks, dropped paths and reduced tokens."""
     random = "model.drop_path=0.3"
     expected = losses(demo, tmp_path / "plain", stage, random)
-    for zero, value in ((0, "true"), (3, "true")):
+    for zero, value in ((0, "true"), (3, "true"), (0, "mlp"), (3, "mlp")):
         again = (random, f"model.grad_checkpointing={value}", f"zero.stage={zero}")
         for row, (loss, norm) in zip(
             losses(demo, tmp_path / f"{value}{zero}", stage, *again), expected, strict=True
@@ -267,7 +267,7 @@ def test_compiled_blocks_change_nothing(demo: Path, tmp_path: Path) -> None:
         ("mae", ["zero.stage=0"]),
         ("hashtag", ["zero.stage=1", "model.grad_checkpointing=true"]),
         ("text", ["zero.stage=0"]),
-        ("clip", ["zero.stage=2", "zero.offload=true"]),
+        ("clip", ["zero.stage=2", "zero.offload=true", "model.grad_checkpointing=mlp"]),
     ):
         expected = losses(demo, tmp_path / f"{stage}-plain", stage)
         torch._dynamo.utils.counters.clear()

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from xray.config.identity import runtime
 from xray.errors import ConfigError
 
+Checkpointing = bool | Literal["mlp"]
+
 
 @dataclass
 class ModelConfig:
@@ -29,7 +31,8 @@ class ModelConfig:
     keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])
     drop_path: float = 0.0
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
-    grad_checkpointing: bool = runtime(False)
+    # true = compute the activations of blocks again in the backward pass; mlp = of their MLPs only
+    grad_checkpointing: Checkpointing = runtime(False)
 
     @property
     def final_rates(self) -> list[float]:

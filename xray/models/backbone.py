@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xray.config import ModelConfig
+from xray.config.model import Checkpointing
 from xray.errors import ConfigError
 from xray.models.patch_embed import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.timm_vit import create_timm
@@ -112,7 +113,7 @@ class VisionBackbone(nn.Module):
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
 
         self.reduction = config.reduce
-        self.reducing_block = reducing_block  # compiled by xray.models.compilation
+        self.run_block = run_block  # compiled by xray.models.compilation
         self.fuse = config.fuse
         depth = len(self.blocks)
         default = [depth // 4, depth // 2, 3 * depth // 4]
@@ -184,7 +185,7 @@ class VisionBackbone(nn.Module):
             if number in rates:
                 kept = kept_tokens(x.shape[1] - P, rates[number])
                 spec = Spec(self.reduction, kept, self.fuse, P, self.training)
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing is True and self.training:
                 x, state = checkpoint(self._block, block, x, state, spec, use_reentrant=False)
             else:
                 x, state = self._block(block, x, state, spec)
@@ -227,9 +228,10 @@ class VisionBackbone(nn.Module):
         self, block: Block, x: Tensor, state: TokenState, spec: Spec | None
     ) -> tuple[Tensor, TokenState]:
         """Run a block of timm, with token reduction if there is a spec."""
-        if spec is None and state.sizes is None:
+        recompute = self.grad_checkpointing == "mlp" and self.training
+        if spec is None and state.sizes is None and not recompute:
             return block(x), state
-        return self.reducing_block(block, x, state, spec)
+        return self.run_block(block, x, state, spec, recompute)
 
     def _pool(self, cls: Tensor) -> Tensor:
         """Pool the frames' CLS tokens, [B, T, D] -> [B, D], by mean or by attention."""
@@ -304,24 +306,27 @@ class VisionBackbone(nn.Module):
         """Return the names of parameters without weight decay."""
         return {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable activation checkpointing of the blocks."""
+    def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
+        """Enable or disable activation checkpointing of the blocks, or of their MLPs only."""
         self.grad_checkpointing = enable
 
 
-def reducing_block(
-    block: Block, x: Tensor, state: TokenState, spec: Spec | None
+def run_block(
+    block: Block, x: Tensor, state: TokenState, spec: Spec | None, recompute: bool
 ) -> tuple[Tensor, TokenState]:
     """Run timm's block on x [B, P + n, D] and reduce tokens between attention and MLP.
 
     Without a spec no token is removed; the sizes of merged tokens are part of the attention.
+    recompute: do not keep the MLP's hidden activations for the backward pass.
     """
     attention: Any = block.attn
     attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
     x = x + block.drop_path1(block.ls1(attended))
     if spec is not None:
         x, state = reduce_tokens(x, q, k, state, spec)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
+    hidden = block.norm2(x)
+    hidden = checkpoint(block.mlp, hidden, use_reentrant=False) if recompute else block.mlp(hidden)
+    return x + block.drop_path2(block.ls2(hidden)), state
 
 
 def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
         if isinstance(part, Block):
             part.compile(backend=backend)
         elif isinstance(part, VisionBackbone):
-            part.reducing_block = torch.compile(part.reducing_block, backend=backend)
+            part.run_block = torch.compile(part.run_block, backend=backend)
         elif isinstance(part, TextTower):
             for layer in part.layers:
                 layer.compile(backend=backend)

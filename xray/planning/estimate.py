@@ -19,6 +19,7 @@ from stages.base import Facts
 from xray import dist
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig
+from xray.config.model import Checkpointing
 from xray.config.schedule import steps_of
 from xray.optim import SLOTS, reduce_bucket
 from xray.planning.fake_step import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
@@ -195,7 +196,7 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
     """
 
     @functools.cache
-    def rehearsed(micro: int | None, checkpointing: bool) -> tuple[Size, list[Rehearsal]]:
+    def rehearsed(micro: int | None, checkpointing: Checkpointing) -> tuple[Size, list[Rehearsal]]:
         changed = _changed(config, micro, checkpointing)
         with dist.rehearsed(world):
             steps = [rehearse(changed, facts, start) for start in starts_of(changed)]
@@ -214,13 +215,13 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
     return None
 
 
-def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, bool, bool]]:
+def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, Checkpointing, bool]]:
     """Yield (ZeRO stage, checkpointing, offload) from the current settings, cheapest first."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
     most = 2 if config.train.compile else 3  # torch.compile does not support ZeRO 3
     stages: list[ZeroStage] = [n for n in get_args(ZeroStage) if config.zero.stage <= n <= most]
     yield from ((stage, has, offload) for stage in stages)
-    if not has and VISION in stage_class(config.stage).offers:
+    if has is not True and VISION in stage_class(config.stage).offers:
         yield from ((stage, True, offload) for stage in stages)
     if not offload:
         yield from ((stage or 1, has, True) for stage in stages)
@@ -240,7 +241,7 @@ def _smaller(config: RunConfig, world: int) -> list[int]:
     return sizes
 
 
-def _changed(config: RunConfig, micro: int | None, checkpointing: bool) -> RunConfig:
+def _changed(config: RunConfig, micro: int | None, checkpointing: Checkpointing) -> RunConfig:
     model = dataclasses.replace(config.model, grad_checkpointing=checkpointing)
     changed = dataclasses.replace(config, model=model)
     if micro is not None:
