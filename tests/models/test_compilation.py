@@ -138,6 +138,12 @@ def test_drop_path_draws_timms_numbers(drop_prob: float, dtype: torch.dtype) -> 
             assert torch.equal(call(x), expected)
 
 
+def test_drop_path_keeps_its_probability_when_weights_are_loaded_later() -> None:
+    with torch.device("meta"):
+        module = DropPath(0.1)
+    assert module.to_empty(device="cpu").keep_prob.item() == 0.9
+
+
 def test_drop_path_is_no_weight() -> None:
     model = backbone()
     ours = [m for m in model.modules() if isinstance(m, timm.layers.DropPath)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +23,11 @@ class DropPath(timm.layers.DropPath):
         super().__init__(drop_prob)
         keep_prob = torch.tensor(1 - drop_prob, dtype=torch.float64)
         self.register_buffer("keep_prob", keep_prob, persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DropPath:
+        super()._apply(*args, **kwargs)
+        self.keep_prob.fill_(1 - self.drop_prob)  # which `to_empty` leaves uninitialised
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop the branch x, [B, ...], of some samples and scale it up for the others."""
