@@ -43,6 +43,15 @@ LLM = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, 
 LLM |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 1000}
 
 
+def image_data(batch: int) -> dict[str, Any]:
+    """Return the settings of a block of images; nothing is read from its source."""
+    return {
+        "resolution": 224,
+        "sources": {"images": {"shards": "images", "modality": "image"}},
+        "blocks": [{"source": "images", "samples": batch}],
+    }
+
+
 class MeanLlm(nn.Module):
     """Bidirectional language model with random weights and mean pooling."""
 
@@ -91,7 +100,7 @@ def frozen_steps(options: argparse.Namespace, length: int) -> dict[str, Callable
     batch = options.batch or BATCH[options.device]["b16"]
     settings = {
         "model": {"name": SIZES["b16"][1], "reduce": "none"},
-        "data": {"resolution": 224},
+        "data": image_data(batch),
         "clip": {"embed_dim": 512, "adapter_blocks": 2},
         "train": {"precision": options.precision},
     }
@@ -158,7 +167,7 @@ class Pair:
         self.reference_criterion = open_clip.ClipLoss()
         settings = {
             "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [1, 1]},
-            "data": {"resolution": 224, "frames": 16},
+            "data": {"frames": 16, **image_data(self.batch)},
             "text": {"tune": "full"},
             "clip": {"embed_dim": shape["embed_dim"], "adapter_blocks": 0},
             "optim": {"name": "adamw", "betas": list(BETAS), "weight_decay": DECAY},

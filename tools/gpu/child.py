@@ -1,0 +1,123 @@
+"""Runs a section of `gpu_check` in a child process, which can be killed with all its own ones."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tools.gpu.findings import Finding, Note, Scale
+
+OURS = ("xray", "stages", "data_pipelines", "tools", "configs")
+# Imports that most sections need. A child imports them while an earlier section runs.
+PRELOAD = ["stages.clip", "stages.hashtag", "stages.text", "xray.training.accumulation"]
+GRACE = 0.9  # share of a section's limit after which it begins no further measurement
+
+
+class Child:
+    """Process of one section, started early so that it can import while another one works."""
+
+    def __init__(self, section: str, device: str, toy: bool, log: Path) -> None:
+        # A forked server imports once, but CUDA does not work in a fork of a process that used it.
+        context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        if device == "cpu":
+            context.set_forkserver_preload(PRELOAD)
+        self.section = section
+        self.pipe, other = context.Pipe()
+        arguments = section, device, toy, str(log), other
+        self.process = context.Process(target=_work, args=arguments)
+        self.process.start()
+        other.close()
+
+    def findings(self, limit: float) -> Iterator[Finding]:
+        """Let the section work for `limit` seconds at most, and yield its findings.
+
+        Raises TimeoutError at the limit, and Crashed if the section raises or its process ends.
+        """
+        end = time.monotonic() + limit
+        self.pipe.send(GRACE * limit)
+        while True:
+            if not self.pipe.poll(max(0.0, end - time.monotonic())):
+                raise TimeoutError(f"killed after {limit:.0f} s")
+            try:
+                received = self.pipe.recv()
+            except EOFError:
+                self.process.join(5)
+                raise Crashed(f"the process ended with {self.process.exitcode}") from None
+            if received is None:
+                return
+            if isinstance(received, BaseException):
+                raise received
+            yield received
+
+    def end(self) -> None:
+        """Kill the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class Crashed(Exception):
+    """Error that ended a section."""
+
+
+class Missing(Exception):
+    """Absence of a package that a section needs."""
+
+
+def _work(section: str, device: str, toy: bool, log: str, pipe: Connection) -> None:
+    """Run a section: wait for its seconds, then send findings and at last None or an error."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    # The fork server shares its objects with its children, and may have closed these streams.
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with contextlib.suppress(ImportError):  # the section itself reports what it lacks
+        for name in PRELOAD:
+            importlib.import_module(name)
+    try:
+        seconds = pipe.recv()
+    except EOFError:  # the parent ended
+        return
+    print(f"\n=== {section}", flush=True)
+    try:
+        pipe.send(Note("started"))
+        for finding in run(section, device, Scale(toy, time.monotonic() + seconds)):
+            print(finding, flush=True)
+            pipe.send(finding)
+        pipe.send(None)
+    except ModuleNotFoundError as error:
+        traceback.print_exc()
+        name = error.name or str(error)
+        known = name.split(".")[0] in OURS
+        pipe.send(Crashed(str(error)) if known else Missing(f"needs the package {name}"))
+    except BaseException as error:
+        traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        text = " ".join(str(error).split())[:300]
+        pipe.send(Crashed(f"{type(error).__name__} at {place}: {text}"))
+
+
+def run(section: str, device: str, scale: Scale) -> Iterator[Finding]:
+    """Run a section in this process, on a device that is chosen as in the trainer."""
+    from xray.dist import choose_device
+    from xray.training.engine import init_distributed
+
+    chosen = choose_device(device)
+    init_distributed(chosen)
+    yield from importlib.import_module(f"tools.gpu.{section}").run(chosen, scale)
