@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of this process and its children
+ROOT = str(Path(__file__).resolve().parents[1])
+if ROOT not in sys.path:  # of this process, and of its children
+    sys.path.insert(0, ROOT)
 
 from tools.common.tables import Table
 from tools.gpu.child import Child, Missing
@@ -40,6 +43,7 @@ SECTIONS = {
     "engine": 40,
     "quickstart": 70,
 }
+BUDGET = 400.0  # seconds in all for which these limits are meant; a larger budget raises them
 LEAST = 5.0  # seconds that must remain for a section to begin
 
 
@@ -58,7 +62,7 @@ def run_sections(
             child = following or Child(name, device, toy, log)
             rest = names[number + 1 : number + 2]
             following = Child(rest[0], device, toy, log) if rest else None
-            limit = min(SECTIONS[name], left)
+            limit = min(SECTIONS[name] * max(1.0, budget / BUDGET), left)
             print(f"[{budget - left:4.0f} s] {name}, at most {limit:.0f} s", flush=True)
             yield _run_child(child, limit)
     finally:
@@ -70,10 +74,8 @@ def _run_child(child: Child, limit: float) -> Section:
     result, start = Section(child.section), time.monotonic()
     try:
         for finding in child.findings(limit):
-            if str(finding) == "note   started":
-                continue
             result.add(finding)
-            if isinstance(finding, Check):
+            if isinstance(finding, Check) and not finding.ok:
                 print(f"         {finding}", flush=True)
     except Missing as error:
         result.status = "skipped"
@@ -117,10 +119,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--toy", action="store_true", help="toy models, for a test on a CPU")
     parser.add_argument("--only", type=_chosen, default="", help="sections, separated by commas")
-    parser.add_argument("--budget", type=float, default=400, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl, log.txt")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
     def stop(*_: Any) -> None:
         raise SystemExit("stopped by a signal")
@@ -135,7 +139,8 @@ def main() -> None:
                 file.write(json.dumps(asdict(result)) + "\n")
     finally:
         print(table(results), flush=True)
-    sys.exit(any(result.failed for result in results))
+    passed = any(result.status == "passed" for result in results)
+    sys.exit(not passed or any(result.failed for result in results))
 
 
 if __name__ == "__main__":

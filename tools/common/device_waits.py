@@ -30,7 +30,7 @@ REPORTED = "reported by torch"
 PACKAGES = ("deepspeed", "transformers", "timm", "torch/optim", "torch/nn/utils")
 
 
-class HostReads(TorchDispatchMode):
+class DeviceWaits(TorchDispatchMode):
     """Counter of the reads of tensors on a device, of blocking copies to it, and of waits.
 
     counts: number by "file:line operator". The file is the innermost one of this project, or else
@@ -42,7 +42,7 @@ class HostReads(TorchDispatchMode):
         self.device, self.counts = device, Counter[str]()
         self._stack = ExitStack()
 
-    def __enter__(self) -> HostReads:
+    def __enter__(self) -> DeviceWaits:
         owners: list[Any] = [torch.cuda]
         if "deepspeed.accelerator" in sys.modules:
             owners.append(type(sys.modules["deepspeed.accelerator"].get_accelerator()))

@@ -15,12 +15,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tools.gpu.findings import Finding, Note, Scale
+from tools.gpu.findings import Finding, Scale
 
 OURS = ("xray", "stages", "data_pipelines", "tools", "configs")
 # Imports that most sections need. A child imports them while an earlier section runs.
 PRELOAD = ["stages.clip", "stages.hashtag", "stages.text", "xray.training.accumulation"]
 GRACE = 0.9  # share of a section's limit after which it begins no further measurement
+GRACE_SECONDS = 5.0  # for a process to end by itself
 
 
 class Child:
@@ -34,7 +35,7 @@ class Child:
         self.section = section
         self.pipe, other = context.Pipe()
         arguments = section, device, toy, str(log), other
-        self.process = context.Process(target=_work, args=arguments)
+        self.process = context.Process(target=_begin, args=arguments)
         self.process.start()
         other.close()
 
@@ -51,9 +52,10 @@ class Child:
             try:
                 received = self.pipe.recv()
             except EOFError:
-                self.process.join(5)
+                self.process.join(GRACE_SECONDS)
                 raise Crashed(f"the process ended with {self.process.exitcode}") from None
             if received is None:
+                self.process.join(GRACE_SECONDS)
                 return
             if isinstance(received, BaseException):
                 raise received
@@ -76,26 +78,29 @@ class Missing(Exception):
     """Absence of a package that a section needs."""
 
 
-def _work(section: str, device: str, toy: bool, log: str, pipe: Connection) -> None:
-    """Run a section: wait for its seconds, then send findings and at last None or an error."""
+def _begin(section: str, device: str, toy: bool, log: str, pipe: Connection) -> None:
+    """Prepare a new process for a section, and work."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Loader processes start in the usual way again, and not as this one was started.
+    multiprocessing.set_start_method(None, force=True)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1), os.dup2(file, 2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     # The fork server shares its objects with its children, and may have closed these streams.
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
     with contextlib.suppress(ImportError):  # the section itself reports what it lacks
         for name in PRELOAD:
             importlib.import_module(name)
-    try:
-        seconds = pipe.recv()
-    except EOFError:  # the parent ended
-        return
+    with contextlib.suppress(EOFError):  # the parent ended
+        work(section, device, toy, pipe)
+
+
+def work(section: str, device: str, toy: bool, pipe: Any) -> None:
+    """Run a section: receive its seconds, then send findings and at last None or an error."""
+    seconds = pipe.recv()
     print(f"\n=== {section}", flush=True)
     try:
-        pipe.send(Note("started"))
         for finding in run(section, device, Scale(toy, time.monotonic() + seconds)):
             print(finding, flush=True)
             pipe.send(finding)

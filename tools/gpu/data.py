@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.mae import MaeConfig, MaeStage
 from tools.common.media import clip_of, jpeg_of, moving_picture, write_shards
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
 from tools.gpu.mfu import MODELS
 from tools.gpu.stage_steps import TOY
 from xray.config.loading import load_config, merge
 from xray.doctor.checks import guarded
-from stages.mae import MaeConfig, MaeStage
 
 SIZES = ((500, 375), (1500, 1125))
 VIDEO = (320, 240)
@@ -174,4 +174,6 @@ def _decoding(
         rate = rounds * len(data) / (time.perf_counter() - start)
         yield Number(f"decoding on {device.type}, {size[0]} x {size[1]}, images/s", round(rate, 1))
         ok = list(pixels.shape) == [len(data), 3, SIDE, SIDE]
-        yield Check(f"decoding on {device.type}, shape", ok, list(pixels.shape), "a batch of 224 px")
+        yield Check(
+            f"decoding on {device.type}, shape", ok, list(pixels.shape), "a batch of 224 px"
+        )

@@ -95,7 +95,9 @@ class StageSteps:
         self.shape = step_shape(self.stage, self.config.blocks, PROGRESS)
         blocks = [self._batch(block, seed + n) for n, block in enumerate(self.config.blocks)]
         self.loaded = [
-            Loaded({key: rows[micro.start : micro.stop] for key, rows in blocks[micro.block].items()})
+            Loaded(
+                {key: rows[micro.start : micro.stop] for key, rows in blocks[micro.block].items()}
+            )
             for micro in self.shape.micro
         ]
         if device.type == "cuda":

@@ -85,10 +85,14 @@ def _frozen(
         tower.to(dtype)
         call = passes(batches, autocast)
         vectors[name] = call()
-        speeds[name] = len(lengths) / min(interleaved({"pass": call}, 1 if scale.toy else 3)["pass"])
+        speeds[name] = len(lengths) / min(
+            interleaved({"pass": call}, 1 if scale.toy else 3)["pass"]
+        )
         yield Number(f"frozen, {name}, captions/s", round(speeds[name], 1))
     distance = (vectors["bf16 weights"] - vectors["fp32"]).norm() / vectors["fp32"].norm()
-    yield Check("distance of bf16 vectors", distance.item() <= EQUAL, distance.item(), f"<= {EQUAL}")
+    yield Check(
+        "distance of bf16 vectors", distance.item() <= EQUAL, distance.item(), f"<= {EQUAL}"
+    )
     ratio = speeds["bf16 weights"] / speeds["fp32"]
     if scale.toy:
         yield Number("speed of bf16 over fp32", ratio)
