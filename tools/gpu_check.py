@@ -24,9 +24,9 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # of this process, and of its children
     sys.path.insert(0, ROOT)
 
-from tools.common.tables import Table
-from tools.gpu.child import Child, Missing
-from tools.gpu.findings import Check, Section
+from tools.common.tables import Table  # noqa: E402
+from tools.gpu.child import Child, MissingPackageError  # noqa: E402
+from tools.gpu.findings import Check, Section  # noqa: E402
 
 # section -> seconds after which it is killed; in the order in which they run, most telling first
 SECTIONS = {
@@ -77,7 +77,7 @@ def _run_child(child: Child, limit: float) -> Section:
             result.add(finding)
             if isinstance(finding, Check) and not finding.ok:
                 print(f"         {finding}", flush=True)
-    except Missing as error:
+    except MissingPackageError as error:
         result.status = "skipped"
         result.notes.append(str(error))
     except TimeoutError as error:

@@ -141,9 +141,13 @@ class Pipe:
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (ModuleNotFoundError("no", name="decord"), child.Missing, "needs the package decord"),
-        (ModuleNotFoundError("no xray", name="xray.x"), child.Crashed, "no xray"),
-        (ValueError("of a kind"), child.Crashed, "ValueError at test_gpu_check.py"),
+        (
+            ModuleNotFoundError("no", name="decord"),
+            child.MissingPackageError,
+            "needs the package decord",
+        ),
+        (ModuleNotFoundError("no xray", name="xray.x"), child.CrashError, "no xray"),
+        (ValueError("of a kind"), child.CrashError, "ValueError at test_gpu_check.py"),
     ],
 )
 def test_errors_of_a_section_are_sent(

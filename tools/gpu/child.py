@@ -42,7 +42,7 @@ class Child:
     def findings(self, limit: float) -> Iterator[Finding]:
         """Let the section work for `limit` seconds at most, and yield its findings.
 
-        Raises TimeoutError at the limit, and Crashed if the section raises or its process ends.
+        Raises TimeoutError at the limit, and CrashError if the section raises or its process ends.
         """
         end = time.monotonic() + limit
         self.pipe.send(GRACE * limit)
@@ -53,7 +53,7 @@ class Child:
                 received = self.pipe.recv()
             except EOFError:
                 self.process.join(GRACE_SECONDS)
-                raise Crashed(f"the process ended with {self.process.exitcode}") from None
+                raise CrashError(f"the process ended with {self.process.exitcode}") from None
             if received is None:
                 self.process.join(GRACE_SECONDS)
                 return
@@ -70,11 +70,11 @@ class Child:
         self.pipe.close()
 
 
-class Crashed(Exception):
+class CrashError(Exception):
     """Error that ended a section."""
 
 
-class Missing(Exception):
+class MissingPackageError(Exception):
     """Absence of a package that a section needs."""
 
 
@@ -88,7 +88,7 @@ def _begin(section: str, device: str, toy: bool, log: str, pipe: Connection) -> 
     os.dup2(file, 1)
     os.dup2(file, 2)
     # The fork server shares its objects with its children, and may have closed these streams.
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     with contextlib.suppress(ImportError):  # the section itself reports what it lacks
         for name in PRELOAD:
             importlib.import_module(name)
@@ -109,13 +109,15 @@ def work(section: str, device: str, toy: bool, pipe: Any) -> None:
         traceback.print_exc()
         name = error.name or str(error)
         known = name.split(".")[0] in OURS
-        pipe.send(Crashed(str(error)) if known else Missing(f"needs the package {name}"))
+        pipe.send(
+            CrashError(str(error)) if known else MissingPackageError(f"needs the package {name}")
+        )
     except BaseException as error:
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
         text = " ".join(str(error).split())[:300]
-        pipe.send(Crashed(f"{type(error).__name__} at {place}: {text}"))
+        pipe.send(CrashError(f"{type(error).__name__} at {place}: {text}"))
 
 
 def run(section: str, device: str, scale: Scale) -> Iterator[Finding]:

@@ -138,7 +138,10 @@ def _clips(root: Path, scale: Scale) -> Iterator[Finding]:
     from xray.doctor.checks import clips
 
     for found in guarded("clips", clips):
-        yield Note(f"{found.what}: {found.found}. {found.lacks}")
+        if found.state == "ok":
+            yield Number(found.what, found.found)
+        else:
+            yield Note(f"{found.what}: {found.found}. {found.lacks}")
     workers = 1 if scale.toy else min(8, len(os.sched_getaffinity(0)))
     seconds, samples = _read(root, "clips_240", workers, scale)
     yield Number(f"clips of {VIDEO[0]} x {VIDEO[1]}, {workers} workers, clips/s", samples / seconds)

@@ -107,8 +107,8 @@ class StageSteps:
         clip = self.config.data.sources[block.source].modality == "video"
         size = block.samples, self.shape.frames if clip else 1, self.shape.resolution
         example = self.stage.example_batch(self.module, *size)
-        text = self.module.towers["text"] if "text" in self.module.towers else None
-        return random_values(example, seed, text.vocabulary if text else 0)
+        towers = self.module.towers
+        return random_values(example, seed, towers["text"].vocabulary if "text" in towers else 0)
 
     @property
     def samples(self) -> int:
