@@ -23,7 +23,7 @@ def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
     yield Number("limit on recompilations", config.recompile_limit)
     with config.patch(fail_on_recompile_limit_hit=True):
         for stage in ("mae", "clip"):
-            yield from _stage(stage, device, 6 if scale.toy else DEPTH)
+            yield from _stage(stage, device, 4 if scale.toy else DEPTH)
 
 
 def _stage(stage: str, device: torch.device, depth: int) -> Iterator[Finding]:
