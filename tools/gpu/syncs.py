@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tools.common.host_reads import HostReads
+from tools.common.device_waits import DeviceWaits
 from tools.gpu.findings import Check, Finding, Number, Scale
 from tools.gpu.stage_steps import StageSteps, tiny_llm, toy_settings
 
@@ -50,7 +50,7 @@ def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
             steps = StageSteps(stage, toy_settings(stage, *more), device, llm if reads else None)
             for number in range(WARM):
                 steps.step(number)
-            with HostReads(device) as reader:
+            with DeviceWaits(device) as reader:
                 steps.step(WARM)
             steps.engine.destroy()
             yield Number(f"{name}, reads by place", dict(reader.counts.most_common()))
