@@ -28,6 +28,7 @@ from xray import dist
 from xray.agreement import Agreement
 from xray.training import watchdog as module
 from xray.training.loop import TrainingLoop
+from xray.training.step_result import ReducedStep
 from xray.training.telemetry import Stragglers
 from xray.training.watchdog import TRACE, WAITS, Watchdog, verdict
 
@@ -183,8 +184,9 @@ def test_a_step_reads_values_only_where_the_watchdog_sees_a_wait(
     """On a device, each of these reads waits for the collectives before it."""
     seen: set[str] = set()
     steps = 0
-    for name in ("_run_passes", "_update"):
-        original = getattr(TrainingLoop, name)
+    places = (TrainingLoop, "_run_passes"), (TrainingLoop, "_update"), (ReducedStep, "read")
+    for owner, name in places:
+        original = getattr(owner, name)
 
         def watched(*args: Any, original: Any = original) -> Any:
             nonlocal steps
@@ -192,7 +194,7 @@ def test_a_step_reads_values_only_where_the_watchdog_sees_a_wait(
             with recorded_reads(monkeypatch, seen):
                 return original(*args)
 
-        monkeypatch.setattr(TrainingLoop, name, watched)
+        monkeypatch.setattr(owner, name, watched)
     for stage in ("mae", "hashtag", "clip"):
         zero = f"zero.stage={int(stage == 'hashtag')}"
         train(stage, demo, tmp_path / stage, ALL_TOKENS, zero)

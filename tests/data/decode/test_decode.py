@@ -148,7 +148,9 @@ def test_rotated_clips_are_upright_at_any_size(
     for name, (height, width) in sizes.items():
         data = (shared_data / "awkward" / "videos" / name).read_bytes()
         full = [c.read(np.array([1]), 0)[0] for c in (DecordClip(data), AvClip(data))]
-        assert full[0].shape == (height, width, 3) and np.array_equal(*full)
+        assert full[0].shape == full[1].shape == (height, width, 3)
+        # Versions of FFmpeg convert colours differently.
+        assert np.abs(full[0].astype(int) - full[1]).mean() < 1
         with monkeypatch.context() as patch:
             patch.setattr(decoders, "LARGE", 0)
             clips = DecordClip(data), AvClip(data)
