@@ -1,4 +1,4 @@
-"""Checks one shard, or a part of plain files: reads every sample as training would.
+"""Checks one shard, or a part of a list of plain files: reads every sample as training would.
 
 Nothing is written: an index that does not match its tar is reported, not renewed. Worker processes
 import this module, so it must not import torch.
@@ -39,11 +39,11 @@ from xray.errors import BadSample, DataError
 from xray.files import printable, sha256_file
 
 FRAMES = 5  # read per clip, including first, middle and last
-FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # each in its own fifth of the clip
+FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # one in each fifth of the clip
 BAD_KEPT = 1000  # findings listed per shard; all are counted
-NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # distinct tags kept, if above the limit
+NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # above the limit, keep the most frequent
 TAGS = TagReader("hashtags", {})
-THUMBNAILS, SIDE = 48, 128  # number on the sheet, longer side in pixels
+THUMBNAILS, SIDE = 48, 128  # on the contact sheet; longer side in pixels
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ShardCheck:
     bytes: int = 0
     digest: str = ""  # over keys, endings and sizes, as in the index
     matches_index: bool | None = None  # None: it has no index yet
-    matches_sha256: bool | None = None  # None: its sha256 was not taken
+    matches_sha256: bool | None = None  # None: no sha256 is recorded
     images: Media = field(default_factory=Media)
     clips: Media = field(default_factory=Media)
     width: Range = Range()
@@ -99,7 +99,7 @@ class ShardCheck:
 
 @dataclass(frozen=True, order=True)
 class Thumbnail:
-    """Thumbnail of an image, or of a clip's middle frame; the sheet shows the lowest ranks."""
+    """Thumbnail of an image or of a clip's middle frame. The sheet shows the lowest ranks."""
 
     rank: str
     shard: str
@@ -138,7 +138,7 @@ class Stats:
         return Range(min(histogram), mean, max(histogram))
 
     def add(self, other: Stats) -> None:
-        """Add the counts of another, and merge the thumbnails by rank."""
+        """Add the counts of `other`, and merge the thumbnails by rank."""
         for name, numbers in other.numbers.items():
             for value, count in numbers.items():
                 self.number(name, value, count)
@@ -168,7 +168,7 @@ def check_shard(
         index = build_index(Path(local))
         reader.row.samples, reader.row.bytes = len(index), index.facts["size"]
         reader.row.digest = index.facts["digest"]
-        known: ShardIndex | None  # the index that a run would use, current or not
+        known: ShardIndex | None  # the index that a run would use, even if outdated
         if is_remote(path):
             known = remote_index(path, cache)
         else:
@@ -185,7 +185,7 @@ def check_shard(
 
 
 def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[ShardCheck, Stats]:
-    """Check a part of the files of a folder or a list, as one row of the report."""
+    """Check some files of a folder or a list; they become one row of the report."""
     reader = _ShardReader(name, config)
     reader.row.samples = len(items)
     for item in items:
@@ -305,7 +305,7 @@ class _ShardReader:
         self.stats.number("aspect", round(width / height, 2))
 
     def show(self, key: str, captions: list[Caption], image: Image.Image) -> None:
-        """Keep a sample for the sheet if its hash is among the lowest."""
+        """Keep a sample for the contact sheet if its hash is among the lowest."""
         name = self.row.path.rpartition("/")[2]  # independent of the shards' folder
         rank = hashlib.sha256(f"{name}/{key}".encode()).hexdigest()
         sheet = self.stats.sheet
@@ -335,7 +335,7 @@ def png_of(pixels: np.ndarray) -> str:
 
 
 def _copies(tar: str) -> Counter[str]:
-    """Count the copies of each key in a tar; an index keeps only the last of equal file names."""
+    """Count the copies of each key in a tar. An index has only the last file of each name."""
     with tarfile.open(tar, "r:") as archive:
         names = Counter(member.name for member in archive if member.isfile())
     copies: Counter[str] = Counter()

@@ -1,8 +1,9 @@
-"""Balanced sampling of texts by their entries (MetaCLIP 2309.16671, Meta CLIP 2 2507.22062).
+"""Balanced sampling of texts by metadata entries (MetaCLIP 2309.16671, Meta CLIP 2 2507.22062).
 
-Entry e matches count_e texts. It keeps each of them with the rate p_e = min(1, t / count_e). A text
-is kept if at least one of its entries keeps it: P = 1 - prod_e (1 - p_e). So all texts with rare
-entries are kept, and about t texts for each frequent entry. No array here grows with the pool.
+Entry e of the metadata matches count_e texts. Each match is drawn with probability
+p_e = min(1, t / count_e). A text is kept if at least one of its matches is drawn:
+P = 1 - prod_e (1 - p_e). So all texts with rare entries are kept, and about t texts for each
+frequent entry. The size of the arrays does not depend on the size of the pool.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from data_pipelines.stream.shuffle import keys_of, mixed, steps
 class Matches:
     """Texts of n samples, and the entries that match each text.
 
-    hashes: of the samples, [n] int64. text_ends: end of each sample in `texts`, [n]. texts: numbers
-    of the texts in their samples, [T] int32. entry_ends: end of each text in `entries`, [T].
-    entries: [M] int32.
+    hashes: hash of each sample, [n] int64. text_ends: end of each sample in `texts`, [n]. texts:
+    number of each text in its sample, [T] int32. entry_ends: end of each text in `entries`, [T].
+    entries: number of the entry of each match, [M] int32.
     """
 
     hashes: np.ndarray
@@ -89,9 +90,9 @@ def balance(
 ) -> Balance:
     """Compute the thresholds and rates of the entries of each language.
 
-    languages: slice of the entries of each language. reference: number of the language that t is
-    for; -1 = t is for all languages. Each other language gets its own t, so that its rare entries
-    have the same share of its matches as in that language.
+    languages: slice of the entries of each language. reference: number of the language that t
+    applies to; -1 = all languages. For every other language, t is computed so that rare entries
+    have the same share of the matches as in the reference language.
     """
     thresholds = [t] * len(languages)
     if reference >= 0:

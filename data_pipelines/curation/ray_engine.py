@@ -1,4 +1,4 @@
-"""Ray engine: makes tables of shards with Ray Data, on one machine or many.
+"""Ray engine: computes a table per shard with Ray Data, on one machine or many.
 
 No other module imports ray.
 """
@@ -21,13 +21,13 @@ from data_pipelines.shards.sidecar import Work, save_table, saved_table
 from data_pipelines.shards.source import Source
 from xray.errors import ConfigError, XrayError
 
-PER_TASK = 8  # shards per Ray task, if there are enough of them
+PER_TASK = 8  # shards per Ray task; fewer if some workers would get no task
 
 
 def make_tables(
     source: Source, name: str, work: Work, workers: int, progress: Progress | None = None
 ) -> None:
-    """Write the missing tables, with `workers` Ray actors that use one core each.
+    """Compute the missing tables with `workers` Ray actors, one core each, and write them.
 
     This process writes the tables, so the workers only need to read the shards. Raises ConfigError
     if ray is not installed, or if workers on other machines could not find the shards.
@@ -92,8 +92,8 @@ def _ray(workers: int) -> tuple[Any, Any]:
             f"engine=ray needs Ray Data ({error.name} is missing): pip install 'ray[data]', or use "
             "engine=local"
         ) from error
-    if not ray.is_initialized():  # it keeps running for later tables, until this process ends
-        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster sets its cores
+    if not ray.is_initialized():  # Ray then runs until this process ends
+        cores = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster knows its cores
         quiet = logging.ERROR
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -17,13 +17,13 @@ from data_pipelines.curation.tables import TextTables, unknown_languages
 from data_pipelines.shards.sidecar import Sidecar
 from xray.files import printable
 
-SHOWN = 50  # entries to list with the most texts, and with the fewest
+SHOWN = 50  # entries to list: those with the most texts, and as many with the fewest
 POINTS = 512  # maximum number of points of a curve
 
 
 @dataclass
 class Step:
-    """Number of samples and texts that a filter or the sampling dropped, with keys of some."""
+    """Number of samples and texts that a filter or the sampling dropped, with example keys."""
 
     name: str
     samples: int = 0
@@ -60,8 +60,8 @@ class CurationReport:
     """Report of a curation.
 
     read, matched, kept: (samples, texts) of the pool, of the input of the sampling, and of the
-    result. steps: in the order in which they ran. curve: cumulated matches of the entries, sorted
-    by ascending count, before and after the sampling, as lists rank, count, before and after. top,
+    result. steps: in the order in which they ran. curve: entries sorted by ascending count, as
+    lists rank, count, and cumulative number of matches before and after the sampling. top,
     tail: entries with the most and the fewest texts. leaks: evaluation set -> samples of the pool
     with the same bytes (exact) and with a similar image (perceptual).
     """

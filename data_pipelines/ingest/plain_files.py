@@ -1,7 +1,7 @@
-"""Source of plain files: a folder, a list or single files, read as one shard that was not packed.
+"""Source of plain files: a folder, a list or single files is read as one shard.
 
-A sample's files are its picture or clip, and its captions and metadata as `json`, as in a shard
-that `xray data pack` makes of it. A .txt file is also one shard, with a sample per line.
+A sample's files are its picture or clip, and its captions and metadata as `json`. `xray data pack`
+would write the same. A .txt file is also read as one shard, with a sample per line.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ WORDS = {"image": "pictures", "video": "clips"}
 
 @dataclass(frozen=True)
 class SingleShard(Source, ABC):
-    """Source of one shard that is no tar; what is derived from it goes to the user's cache."""
+    """Source of one shard that is not a tar; derived files are written to the user's cache."""
 
     place: str = ""  # the folder that the samples' keys and names are relative to, or the text file
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
-        """Return where a file derived from this source is kept."""
+        """Return the paths where a derived file may be: only the user's cache."""
         return [user_cache("index") / f"{self.digest[:32]}.{name}"]
 
     @abstractmethod
@@ -64,13 +64,13 @@ class SingleShard(Source, ABC):
 
     @property
     def digest(self) -> str:
-        """sha256 over what the samples are."""
+        """sha256 over the samples."""
         return self.manifest.digest
 
 
 @dataclass(frozen=True)
 class FileSource(SingleShard):
-    """Pictures or clips in files. others: files of the input that are of another modality."""
+    """Pictures or clips in files. others: number of input files of another modality."""
 
     items: Sequence[Item] = field(default=(), repr=False)
     others: int = 0
@@ -82,12 +82,12 @@ class FileSource(SingleShard):
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
-        """Read the files of one sample; raises BadSample for a file that is gone."""
+        """Read the files of one sample; raises BadSample for a missing file."""
         return read_item(self.items[member], extensions)
 
 
 def read_item(item: Item, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
-    """Read a file with its captions and metadata; raises BadSample for a file that is gone."""
+    """Read a file with its captions and metadata; raises BadSample for a missing file."""
     files, ending = {}, ending_of(item.name)
     try:
         if extensions is None or ending in extensions:
@@ -101,7 +101,7 @@ def read_item(item: Item, extensions: Sequence[str] | None = None) -> dict[str, 
 
 
 def _json_of(item: Item) -> dict[str, bytes]:
-    """Captions and metadata as a sample's json; a broken sidecar is passed on as it is."""
+    """Return captions and metadata as a sample's json; a broken sidecar is returned unchanged."""
     try:
         captions, meta = item.describe()
     except BadSample:
@@ -132,7 +132,7 @@ def source_of_files(items: Sequence[Item], where: str, place: str, request: Requ
 
 
 def manifest_of_one(where: str, samples: int, digest: str) -> Manifest:
-    """Return the manifest of a single shard at a path that is no tar."""
+    """Return the manifest of a single shard that is not a tar."""
     path = Path(where)
     blob, ends = pack_texts([path.name])
     columns = {
@@ -153,7 +153,7 @@ def list_file(where: str) -> list[Item]:
     return [Item(path, str(path).lstrip(os.sep))]
 
 
-BLOCK = 1 << 24  # bytes of a text file that are looked through at a time
+BLOCK = 1 << 24  # bytes of a text file to read at a time
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ TEMPORARY = ".packing."  # prefix of the names of unfinished files
 
 @contextmanager
 def _decoding(cause: str) -> Iterator[None]:
-    """Turn a decoder's errors into BadSample, except a full disk."""
+    """Convert a decoder's errors to BadSample, except the error of a full disk."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,7 +49,8 @@ def _decoding(cause: str) -> Iterator[None]:
 def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Media:
     """Shrink a picture whose short side is larger than `short_side` (0 = never).
 
-    Animated GIF and WebP files are kept: a reader may use them as clips. Raises BadSample.
+    Animated GIF and WebP files are not changed, because a run may use them as clips. Raises
+    BadSample.
     """
     with _decoding("undecodable image"):
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -78,7 +79,7 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
 def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, folder: Path) -> Media:
     """Check that a clip's first frame decodes; re-encode it to shrink it or to set key frames.
 
-    folder: for a temporary file. Raises BadSample.
+    folder: place for a temporary file. Raises BadSample.
     """
     with _decoding("undecodable video"):
         facts = _probe(data)
@@ -89,7 +90,7 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
             width, height = (
                 max(2, round(facts[side] * scale) // 2 * 2) for side in ("width", "height")
             )
-            # A file is needed: mp4 reads its own output to move the index to the front.
+            # A file is needed: the mp4 muxer reads its output to move the index to the front.
             with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
                 _encode(data, file.name, (width, height), gop, crf)
                 data, ending = file.read(), "mp4"
@@ -98,7 +99,7 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
 
 
 def _probe(data: bytes) -> dict[str, Any]:
-    """Return the size of the upright frame, and the clip's length if the container has it."""
+    """Return a frame's size after rotation, and the clip's length if the container has it."""
     with av.open(io.BytesIO(data)) as container:
         if not container.streams.video:
             raise BadSample("undecodable video", "no video stream")
@@ -120,8 +121,8 @@ def _probe(data: bytes) -> dict[str, Any]:
 
 
 def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int) -> None:
-    """Encode all frames of a clip, upright and at their own times, as H.264 without sound."""
-    options = {"crf": str(crf), "bf": "0"}  # no B-frames: each frame ends where it says
+    """Encode a clip as H.264 without sound; frames are rotated and keep their timestamps."""
+    options = {"crf": str(crf), "bf": "0"}  # no B-frames: decoding order is display order
     if gop:
         options |= {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"}
     flags = {"movflags": "+faststart"}
@@ -148,22 +149,22 @@ def _set_up(encoder: Any, given: Any) -> None:
     encoder.thread_count = 1  # the encoded bytes depend on the number of threads
     encoder.time_base = given.time_base
     encoder.color_range = 1  # range of the frames of _upright: 16 to 235
-    if given.codec_context.colorspace:  # 0 is RGB, which yuv420p is not
+    if given.codec_context.colorspace:  # 0 means RGB, which is wrong for yuv420p
         encoder.colorspace = given.codec_context.colorspace
     encoder.color_primaries = given.codec_context.color_primaries
     encoder.color_trc = given.codec_context.color_trc
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Return the counter-clockwise quarter turns that the container sets."""
+    """Return the container's rotation, in counter-clockwise quarter turns."""
     return round(frame.rotation / 90) % 4
 
 
 def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
-    """Resize a frame to (width, height) and rotate it as the container sets."""
+    """Resize a frame to (width, height) and apply the container's rotation."""
     turns = _quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
-    form = "yuv444p" if turns else "yuv420p"  # planes of equal size rotate as one array
+    form = "yuv444p" if turns else "yuv420p"  # yuv444p rotates as one array
     frame = frame.reformat(width, height, form, interpolation="BICUBIC", dst_color_range="MPEG")
     if turns:
         planes: Any = np.rot90(frame.to_ndarray(), turns, axes=(1, 2))

@@ -30,7 +30,7 @@ Columns = dict[str, np.ndarray]
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write columns and facts to a file, atomically.
 
-    columns: arrays of one of the types in DTYPES. facts: anything JSON can hold. Raises OSError.
+    columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError.
     """
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     try:

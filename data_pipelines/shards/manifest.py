@@ -144,8 +144,8 @@ def tars_in(folder: str) -> list[str]:
 def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = True) -> Manifest:
     """Open the manifest of the shards at a pattern; it is built if there is no current one.
 
-    verify: compare it with the sizes and mtimes of the tars; one process of a run does so. Raises
-    DataError for shards that cannot be used.
+    verify: compare it with the sizes and mtimes of the tars; in a run, one process does this.
+    Raises DataError for shards that cannot be used.
     """
     if is_remote(pattern):
         assert cache is not None, "a remote source is opened with a cache"
@@ -192,7 +192,7 @@ def _index(paths: list[str], checksum: bool, shard: int) -> ShardIndex:
 
 
 def _log_progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIndex]:
-    """Log the progress of a long indexing every 10 s, for runs without a progress bar."""
+    """Log progress every 10 s while shards are indexed without a progress bar."""
     started = logged = time.monotonic()
     for number, index in enumerate(indexes, start=1):
         yield index
@@ -272,7 +272,7 @@ def _remote_folder(pattern: str) -> str:
 
 
 def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
-    """Open the manifest beside the remote shards, else a cached one, else build it.
+    """Open the manifest beside the remote shards, or a cached one, or build it.
 
     Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
     the size of each tar that it downloads.
@@ -311,7 +311,7 @@ def remote_index(
     sha256: str | None = None,
     rebuild: bool = False,
 ) -> ShardIndex:
-    """Return the index of a remote tar: a cached one, else the file beside it, else a new one.
+    """Return the index of a remote tar: a cached one, or the file beside it, or a new one.
 
     rebuild: ignore the cached index and the cached tar.
     """

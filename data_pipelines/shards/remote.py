@@ -1,8 +1,8 @@
-"""Remote shards: downloaded once per host into a cache folder of limited size.
+"""Cache of remote shards: each host downloads a shard once, into a folder of limited size.
 
 All processes of a host share the folder. A file lock per shard lets one process download it while
 the others wait. A file gets its final name only when its download is complete. Temporary errors
-are retried with growing waits; permanent errors are raised at once.
+are retried with exponential backoff; permanent errors are raised at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_remote(path: str) -> bool:
 
 
 def expand(url: str) -> list[str]:
-    """List the shards that a URL stands for: {000..123} braces, "*" patterns, folders of tars.
+    """Expand a URL to a list of shards: {000..123} braces, "*" patterns, folders of tars.
 
     Raises DataError if there are none, or if the protocol needs a package that is not installed.
     """
@@ -140,7 +140,7 @@ class ShardCache:
         self._workers: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, float]]:
-        # Threads and locks cannot be pickled: a spawned worker makes its own.
+        # Threads and locks cannot be pickled: a spawned worker creates new ones.
         return ShardCache, (self.folder, self.limit, self.patience)
 
     def fetch(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
@@ -198,8 +198,8 @@ class ShardCache:
         with locked(verdict):
             if _touch(path, size):
                 return True
-            # If many processes wait for one shard, only the first one retries until its patience
-            # ends. The others raise its error.
+            # If many processes wait for one shard, only the first one retries it. If that one
+            # fails, the others raise its error.
             if (after := verdict.read_text()) != before:
                 raise DataError(after.partition("\n")[2])
             try:
@@ -213,7 +213,7 @@ class ShardCache:
 
     def _download(self, url: str, size: int | None, sha256: str | None) -> None:
         path = self._path(url)
-        temporary = path.with_suffix(".tmp")  # a fixed name: the lock allows one writer
+        temporary = path.with_suffix(".tmp")  # a fixed name, as the lock allows one writer
         too_large = f"shard {url} is larger than the whole cache: raise data.cache_gb"
         if size is not None and size > self.limit:
             raise DataError(too_large)
@@ -239,7 +239,7 @@ class ShardCache:
                     path.unlink(missing_ok=True)
                     excess -= size
             for temporary in self.folder.glob("*.tmp"):
-                # The writer of a temporary file holds its lock, so a free lock means it has died.
+                # The writer of a temporary file holds its lock. If the lock is free, it has died.
                 lock = locked(temporary.with_suffix(".lock"), fcntl.LOCK_NB)
                 with suppress(BlockingIOError), lock:
                     temporary.unlink(missing_ok=True)
@@ -309,10 +309,10 @@ def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
 
 
 def persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
-    """Call `attempt` until it succeeds, with growing waits; return its result.
+    """Call `attempt` until it succeeds, with exponential backoff; return its result.
 
-    what: name for messages. Raises DataError on a permanent error or after `patience` seconds, and
-    passes on FileNotFoundError and DataError.
+    what: name for messages. Raises DataError on a permanent error or after `patience` seconds.
+    FileNotFoundError and DataError are not retried.
     """
     start, wait, tries = time.monotonic(), FIRST_WAIT, 1
     while True:

@@ -38,7 +38,7 @@ EVICTIONS = 5  # evictions of a shard between fetch and open, before the run giv
 
 
 class Slots(Protocol):
-    """Members of each shard that have slots, and the number of slots."""
+    """Slot map of a source: the member of each slot, and the number of slots."""
 
     counts: np.ndarray  # slots per shard, [S] int64
     digest: str
@@ -62,14 +62,14 @@ class Sample:
     frames: int
     animations: Modality = "image"  # modality of GIF and WebP files
     shard: int = 0
-    member: int = 0  # of the shard's index
+    member: int = 0  # row in the shard's index
     copy: int = 0  # number of this repeat of the sample in an epoch
     texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
 
 
 @dataclass(frozen=True)
 class Source:
-    """Shards of one modality and, per shard, the members that its slots stand for.
+    """Shards of one modality, and the member of each slot.
 
     A slot is a place in the epoch. By default, the slots of a shard are its members of the
     modality, once each. A stage that leaves out or repeats samples sets `slots`.
@@ -120,11 +120,11 @@ class Source:
         return index, index.members_with(media_extensions(self.modality, self.animations))
 
     def member(self, shard: int, slot: int) -> int:
-        """Return the member that a slot stands for."""
+        """Return the member of a slot."""
         return int(self.members(shard)[slot])
 
     def members(self, shard: int) -> np.ndarray:
-        """Return the members of all slots of a shard."""
+        """Return the member of each slot of a shard."""
         return self._opened(shard)[1] if self.slots is None else self.slots.of(shard)[0]
 
     def derived(self, name: str, shard: int | None = None) -> Path:
@@ -142,7 +142,7 @@ class Source:
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
-        """Read the files of one member, fetching a remote tar first; raises DataError."""
+        """Read the files of one member; a remote tar is fetched first. Raises DataError."""
         index = self.index(shard)
         for _ in range(EVICTIONS):
             try:
@@ -184,7 +184,7 @@ class Source:
     def identity(self, shard: int, member: int) -> str:
         """Return the seed text of a sample's random draws: the names of its shard and of itself.
 
-        Neither the shards' folder nor the source's name changes it.
+        It does not depend on the shards' folder or on the source's name.
         """
         return f"{self.manifest.name(shard).rpartition('/')[2]}\0{self.index(shard).key(member)}"
 
@@ -247,7 +247,7 @@ def make_cache(data: DataConfig) -> ShardCache:
 
 
 def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
-    """Raise DataError if hosts see different shards: their plans would silently differ."""
+    """Raise DataError if hosts see different shards, because their plans would differ."""
     everyone = dist.gather_objects({name: source.digest for name, source in sources.items()})
     for name, source in sources.items():
         ranks = [rank for rank, digests in enumerate(everyone) if digests[name] != source.digest]

@@ -1,4 +1,4 @@
-"""Quarantine: samples whose decode process had to be killed, and that are not read again."""
+"""Quarantine: samples that are skipped because their decode process had to be killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xray.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Entry:
-    """Quarantined sample, by names, which stay valid if the shards are indexed again."""
+    """Quarantined sample. Its names stay valid if the shards are indexed again."""
 
     source: str
     shard: str
@@ -22,7 +22,7 @@ class Entry:
 
 
 def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
-    """Make the plans skip these samples; names that no longer exist are ignored."""
+    """Exclude these samples from the plans; names that no longer exist are ignored."""
     entries = list(entries)
     numbers = {
         name: {text: number for number, text in enumerate(plans[name].source.manifest.names)}

@@ -1,4 +1,4 @@
-"""Search for many concepts in a text at once (Aho-Corasick), and rules for word boundaries."""
+"""Search for many concepts in one pass over a text (Aho-Corasick), and word boundaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPACED = str.maketrans({c: f" {c} " for c in PUNCTUATION} | dict.fromkeys(f"{SP
 UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 )
-# The position between two characters of which at least one is of such a script.
+# Position between two characters, at least one of which belongs to such a script.
 BETWEEN_WORDS = regex.compile(rf"(?<=\S)(?={UNSPACED.pattern})|(?<={UNSPACED.pattern})(?=\S)")
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]")
 
@@ -25,8 +25,8 @@ class ConceptMatcher:
     """Matcher of concepts in captions.
 
     Texts are compared after NFKC normalisation and casefolding. A match must begin and end at word
-    boundaries; in scripts without spaces, every position is one. Overlapping matches all count:
-    "hot dog" also matches "dog".
+    boundaries; in scripts without spaces, every position is a word boundary. Overlapping
+    matches are all found: "hot dog" also matches "dog".
     """
 
     def __init__(self, concepts: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ class ConceptMatcher:
         self._automaton.make_automaton()
 
     def find(self, text: str) -> list[str]:
-        """Find the concepts in a text, each once, in the order in which their matches end."""
+        """Return the concepts in a text without repeats, in the order in which they end."""
         if not self.concepts:
             return []  # an empty automaton raises an error
         text = folded(text)
@@ -60,7 +60,7 @@ def folded(text: str) -> str:
 
 
 def is_edge(text: str, position: int) -> bool:
-    """Check if a word may begin or end just before the character at a position."""
+    """Check if there is a word boundary just before the character at a position."""
     if position <= 0 or position >= len(text):
         return True
     before, after = text[position - 1], text[position]

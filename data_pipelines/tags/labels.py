@@ -1,8 +1,8 @@
 """Labels of the samples of a source: their tags, filtered or completed by a teacher model.
 
-Labels are a sidecar: for each member the ids of tags in the vocabulary, and their weights. A tag of
-the sample has weight 1. A tag that the teacher adds has `pseudo_weight` times the probability that
-the teacher gives it. Loader workers read rows of the sidecar, so tags are parsed only once.
+Labels are stored in a sidecar: for each member, the ids of its tags in the vocabulary, and their
+weights. A tag from the data has weight 1. A tag that the teacher adds has weight `pseudo_weight`
+times its probability. Loader workers read rows of the sidecar, so tags are parsed only once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from xray.config.identity import hash_json
 from xray.errors import BadSample, DataError
 
 # Columns of a teacher's sidecar: tag ids, their probabilities, and 1 for a tag that the teacher
-# would add. The sample's original tags are always included. `totals["prior"]` holds the mean
+# would add. The tags from the data are always included. `totals["prior"]` holds the mean
 # probability of each tag over all samples.
 TEACHER_COLUMNS = ("ids", "scores", "chosen")
 MIN_PRIOR = 1e-12  # avoids a division by 0
@@ -41,7 +41,7 @@ MIN_PRIOR = 1e-12  # avoids a division by 0
 def teacher_sidecar(
     name: str, source: Source, origin: Origin, field: str, captions: Mapping[str, float]
 ) -> str:
-    """Return `name` plus a hash of a source's modality and of the fields of its tags."""
+    """Return a sidecar's name: `name`, and a hash of the modality and of the fields of tags."""
     fields = field if origin == "hashtags" else dict(captions)
     digest = hash_json([source.modality, source.animations, origin, fields])
     return f"{name}-{digest[:8]}"
@@ -51,7 +51,7 @@ def teacher_sidecar(
 class TeacherRules:
     """Rules for the use of a teacher's probabilities.
 
-    min_lift: a tag of a sample is dropped if its probability is below `min_lift` times the mean
+    min_lift: a tag from the data is dropped if its probability is below `min_lift` times the mean
     probability of this tag over all samples; 0 = keep all. pseudo_weight: weight of the tags that
     the teacher adds to samples without tags; 0 = add none.
     """
@@ -144,7 +144,7 @@ class LabelCounts:
 
 
 def count_labels(labels: Sidecar) -> LabelCounts:
-    """Count labelled samples; a weight of 1 marks a tag from the data, a lower one the teacher."""
+    """Count labelled samples. Tags from the data have weight 1, tags from the teacher less."""
     own = tags = samples = 0
     for shard in range(len(labels.counts)):
         table = labels.table(shard)
@@ -179,7 +179,7 @@ class Balanced:
     def labels_of(
         self, shard: int, member: int, copy: int, strip: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids, weights) of a copy of a sample; strip: only those that the copy keeps."""
+        """Return (ids, weights) of a copy of a sample; strip: without the tags this copy drops."""
         ids, weights = (self.labels.row(shard, member, name) for name in ("ids", "weights"))
         if strip and copy:
             u = uniform(self.seed, self.source.identity(shard, member))
@@ -197,7 +197,7 @@ def balanced(
     seed: int,
     workers: int = 1,
 ) -> Balanced:
-    """Make about `length` slots per labelled sample; raises DataError if none is labelled."""
+    """Make about `length` slots per labelled sample; raises DataError if no sample has labels."""
     counts, rarest = _tag_counts(labels, tags)
     unique = int(rarest.sum())
     if not unique:
@@ -231,7 +231,10 @@ def mean_frequency(blocks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
 
 
 def _tag_counts(labels: Sidecar, tags: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count samples with each tag, and those whose rarest tag it is, [V]; saved with labels."""
+    """Count, for each tag, the samples that have it, and those whose rarest tag it is, [V].
+
+    The counts are saved beside the labels.
+    """
     name, facts = f"{labels.name}-counts", {"labels": labels.digest}
     saved, _ = open_first(labels.source.derived_at(name), facts)
     if saved:

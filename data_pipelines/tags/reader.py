@@ -53,13 +53,13 @@ NOT_VISUAL = frozenset(_NOT_VISUAL.split())
 WORD = regex.compile(r"[\p{L}\p{M}]+")
 # A hashtag is a # and a run of letters, digits, marks, _, joiners and emoji. The # may not follow a
 # letter, digit, & or /, so that parts of URLs do not match; a character of a script without spaces
-# is allowed. "#a#b" are two tags. A run without letters and emoji, such as "#1", is no tag.
+# is allowed. "#a#b" are two tags. A run without letters and emoji, such as "#1", is not a tag.
 HASHTAG = regex.compile(
     rf"(?:(?<![\p{{L}}\p{{M}}\p{{N}}_&/])|(?<={UNSPACED.pattern}))"
     r"(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200c\u200d\ufe0f"
     r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
 )
-EMOJI_SELECTOR = "\ufe0f"  # shows the character before it as an emoji; often left out
+EMOJI_SELECTOR = "\ufe0f"  # makes the character before it an emoji; often omitted
 LETTER_OR_EMOJI = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
 
 
@@ -72,7 +72,7 @@ class TagRules:
     aliases: str = ""  # file: one tag per line, aliases after tabs
     stop: str = ""  # file of tags to leave out; "" = a built-in list of non-visual tags; "none"
     plurals: bool = False  # merge English plurals into their singular, if it occurs too
-    min_count: int = 5  # a tag must occur in at least this number of samples
+    min_count: int = 5  # smallest number of samples with a tag that is kept
     max_size: int = 100_000  # keep at most this number of tags, the most frequent ones
 
     def validate(self, section: str = "hashtag") -> None:
@@ -150,7 +150,7 @@ def words_in(caption: str) -> list[str]:
 
 
 def singulars(tag: str) -> list[str]:
-    """Return the possible singulars of an English tag; the data decide if one of them is used."""
+    """Return possible singulars of an English tag; the caller uses one that occurs as a tag."""
     if len(tag) < 4 or not tag.endswith("s") or tag.endswith(("ss", "us", "is")) or tag == "news":
         return []
     candidates = [tag[:-1]]
@@ -165,7 +165,7 @@ def singulars(tag: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
-    """Read a file of a tag per line, aliases after tabs, and "# " comments; raises ConfigError."""
+    """Read a file: one tag per line, aliases after tabs, "# " comments; raises ConfigError."""
     rows = []
     for entry in read_utf8(path, key).splitlines():
         names = tuple(filter(None, map(canonical, entry.split("\t"))))
@@ -177,7 +177,7 @@ def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
 
 
 def aliases_in(rows: tuple[tuple[str, ...], ...], key: str) -> dict[str, str]:
-    """Return alias -> tag for the rows of a file; raises ConfigError for an alias of two tags."""
+    """Return alias -> tag for the rows of a file; raises ConfigError if two tags share an alias."""
     tag_of: dict[str, str] = {}
     names = {row[0] for row in rows}
     for name, *aliases in rows:

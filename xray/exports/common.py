@@ -1,4 +1,4 @@
-"""Shared parts of all exports: test images, differences, the backbone for images alone."""
+"""Shared parts of all exports: test images, comparison of features, weights for images."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Export:
     """Result of an export."""
 
     library: str
-    code: list[str]  # that loads it
-    # largest absolute difference of its normalised features from ours, by output
+    code: list[str]  # lines of Python that load the export
+    # output -> largest absolute difference between its normalised features and ours
     differences: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -57,20 +57,20 @@ def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:
 
 
 def ours(encoder: VisionEncoder, pixels: Tensor, keep_rate: KeepRate) -> Tensor:
-    """Compute our CLS features [B, D] at a keep rate, normalised."""
+    """Compute our normalised CLS features [B, D] at a keep rate."""
     encoder.keep_rate = keep_rate
     return encoder.features(pixels)
 
 
 def difference(theirs: Tensor, features: Tensor) -> float:
-    """Compute the largest absolute difference of their features, normalised, from ours."""
+    """Normalise their features; return the largest absolute difference from ours."""
     return (F.normalize(theirs.float(), dim=-1) - features).abs().max().item()
 
 
 def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
-    """Return the backbone's weights by timm's names, for images alone.
+    """Return the backbone's weights for still images, by timm's names.
 
-    Temporal kernels are summed, as for a still image; position embeddings are resampled to `side`.
+    Kernels are summed over time; position embeddings are resampled to `side`.
     """
     vision = encoder.vision
     state = {k: v.detach().clone() for k, v in vision.state_dict().items()}

@@ -1,1 +1,1 @@
-"""Pictures of what a model keeps, attends to and reconstructs."""
+"""Pictures of a model's kept tokens, attention and reconstructions."""
