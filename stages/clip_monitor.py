@@ -29,9 +29,9 @@ class ContrastGuard:
             own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
             if block.samples < FEW and contrastive_loss(self.options.loss).needs_large_blocks:
                 problems[f"few {block.source}"] = (
-                    f"a block of {block.samples} samples of {block.source!r} gives each only "
-                    f"{block.samples - 1} others to be told from: raise its samples in "
-                    "data.blocks; train.micro_batch keeps what is in memory at once small"
+                    f"a block of {block.samples} samples of {block.source!r} has only "
+                    f"{block.samples - 1} negatives for each sample: raise its samples in "
+                    "data.blocks; a small train.micro_batch limits the memory"
                 )
             if progress >= WARM and own:
                 problems |= self._judged(block, own)
@@ -47,22 +47,23 @@ class ContrastGuard:
         contrast = own.get("contrast", own["loss"])  # without auxiliary terms
         if contrast > 0.98 * chance:
             problems[f"stuck {source}"] = (
-                f"the contrastive loss of {source!r} is {contrast:.2f}, where guessing gives "
-                f"{chance:.2f}: nothing is learned. See whether debug.overfit_batch=true learns "
-                "one batch: if it does, change optim.base_lr or check that captions belong to "
-                "their pictures"
+                f"the contrastive loss of {source!r} is {contrast:.2f}, and that of random "
+                f"guessing is {chance:.2f}: nothing is learned. Set debug.overfit_batch=true to "
+                "see if the model can learn one batch. If it can, change optim.base_lr, or check "
+                "that captions belong to their pictures"
             )
         if own["mean_cosine"] > 0.95 and own["positive_cosine"] - own["mean_cosine"] < 0.01:
             problems[f"collapsed {source}"] = (
-                f"all features of {source!r} are alike (mean cosine {own['mean_cosine']:.2f}): "
-                "lower optim.base_lr or raise optim.warmup, and start again"
+                f"all features of {source!r} are nearly equal (mean cosine "
+                f"{own['mean_cosine']:.2f}): lower optim.base_lr or raise optim.warmup, "
+                "and start again"
             )
         scale = own["logit_scale"]
         ceiling = options.logit_scale_max
         if scale > 0.999 * ceiling > options.first_scale:
             problems["clamped"] = (
-                f"logit_scale is at clip.logit_scale_max={options.logit_scale_max:g}: usual late "
-                "in a long run; early in one, lower optim.logit_scale_lr"
+                f"logit_scale is at clip.logit_scale_max={options.logit_scale_max:g}: this is "
+                "usual late in a long run; if it happens early, lower optim.logit_scale_lr"
             )
         if scale < 0.5 * options.first_scale:
             problems["falling"] = (

@@ -23,7 +23,7 @@ from xray.losses.contrastive import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 
-NOBODY = 1 << 40  # id of a text that is no row's positive
+NOBODY = 1 << 40  # id of a text that is not the positive of any row
 
 
 @dataclass

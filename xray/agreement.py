@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 NOTICE = 10.0  # seconds of waiting before the first line; each wait until the next one is doubled
 LONGEST = 600.0  # seconds between two lines
-PAUSE = 1.0  # most seconds between two looks at the store
+PAUSE = 1.0  # maximum seconds between two reads of the store
 NAMED = 5  # missing ranks in a line
 
 
 def announce(store: Store, rank: int) -> None:
-    """Tell the other ranks the host and process of this one, for their messages."""
+    """Publish the host and process of this rank, for the messages of other ranks."""
     store.set(f"xray/host/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
 
 
@@ -44,7 +44,7 @@ class Agreement:
     world: int
     patience: timedelta  # limit of waiting
     doing: str = ""  # work of the ranks that are waited for, for messages
-    speaks: bool = True  # prints for whom this rank waits
+    speaks: bool = True  # print the ranks that this rank waits for
 
     def reach(self, failure: XrayError | None) -> XrayError | None:
         """Return the failure of the lowest rank that has one, the same on all ranks.
@@ -72,7 +72,7 @@ class Agreement:
         return error.on_all_ranks()
 
     def stop(self, error: BaseException) -> None:
-        """Tell the other ranks that this one ends and does not wait for them."""
+        """Announce to the other ranks that this one ends and does not wait for them."""
         from torch.distributed import DistError
 
         text = f"rank {self.rank} has stopped: {type(error).__name__}: {errors.brief(error)}"
@@ -126,7 +126,7 @@ class Agreement:
         return []
 
     def _print(self, missing: Sequence[int], waited: float) -> None:
-        if not missing or not self.speaks:  # rank 0 is there: it prints for whom all wait
+        if not missing or not self.speaks:  # if rank 0 is not missing, it prints them
             return
         who = "xray" if self.rank == 0 else f"xray, rank {self.rank}"
         work = f": {self.doing}" if self.doing else ""

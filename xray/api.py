@@ -159,7 +159,7 @@ class Model:
         """Return a function from [B, T, 3, S, S] to probabilities [B, V], and the V names."""
         if isinstance(self.encoder, Tagger):
             if tags is not None:
-                raise ConfigError("a hashtag artifact has tags of its own (model.tags): give none")
+                raise ConfigError("a hashtag artifact has fixed tags (model.tags): leave out tags=")
             return self.encoder.probabilities, self.tags
         if not isinstance(self.encoder, Encoder):
             raise self._cannot("tag", "a hashtag or clip artifact")
@@ -177,7 +177,7 @@ class Model:
         for item in media:
             if not isinstance(item, Tensor) and _is_clip(item) != clips:
                 which = ("encode_image", "encode_video")[not clips]
-                raise DataError(f"{item} is {'no' if clips else 'a'} clip: use {which}")
+                raise DataError(f"{item} is {'not ' if clips else ''}a clip: use {which}")
         batches = _batches(map(self._read, media), batch_size)
         return torch.cat([encode(pixels) for pixels in batches])
 

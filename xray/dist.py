@@ -337,7 +337,7 @@ def agree(error: XrayError | None, patience: timedelta = COLLECTIVE, doing: str 
 
 
 def report_failure(error: BaseException) -> None:
-    """Tell the other ranks that this one ends, unless all of them raise the error."""
+    """Announce to the other ranks that this one ends, unless all of them raise the error."""
     if world_size() == 1 or getattr(error, "agreed", False):
         return
     text = f"rank {rank()} has stopped: {type(error).__name__}: {brief(error)}"

@@ -192,7 +192,7 @@ def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[S
         key = printable(item.name)
         try:
             if not item.listed:
-                raise BadSample("not in metadata", "no row names it")
+                raise BadSample("not in metadata", "no row for this file")
             files = read_item(item)
         except BadSample as error:
             reader.note(key, error)
@@ -210,7 +210,7 @@ def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
         row.matches_index = all((r.size, r.digest) == own for r in recorded)
         if not row.matches_index:
             sizes = " and ".join(sorted({f"{r.size:,}" for r in recorded}))
-            wrong.append(f"other samples, {row.bytes:,} bytes, recorded {sizes}")
+            wrong.append(f"different samples, {row.bytes:,} bytes, recorded {sizes}")
     checksums = {r.sha256 for r in recorded if r.sha256}
     if checksums:
         sha256 = sha256_file(tar)
@@ -251,7 +251,7 @@ class _ShardReader:
             media.samples += 1
             try:
                 if len(found) > 1:
-                    raise BadSample("no media", f"several of one kind: {', '.join(found)}")
+                    raise BadSample("no media", f"several of one modality: {', '.join(found)}")
                 image = load(files[found[0]])
             except BadSample as error:
                 self.note(key, error)

@@ -28,7 +28,7 @@ ORIENTATION = 274  # the EXIF tag; values 5 to 8 exchange width and height
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image and read its header only; raises BadSample if it is no image or too large."""
+    """Open an image and read its header only; raises BadSample if it is broken or too large."""
     with _decoding_image():
         image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS:

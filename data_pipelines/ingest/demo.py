@@ -101,7 +101,7 @@ def make_demo(root: Path, config: DemoConfig) -> None:
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise ConfigError(
-            f"data.root={root} holds other files, and this recipe generates its data there "
+            f"data.root={root} contains other files, and this recipe generates its data there "
             "(prepare.demo): name a new folder, or a recipe over your own data"
         )
     # an empty folder at root is replaced

@@ -85,7 +85,7 @@ def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -
 
 
 def _numbered(source: Source) -> Source:
-    """Number the names of classes, unless the samples come with numbers alone."""
+    """Number the names of classes, unless the samples have only class numbers."""
     first = source.read(*next(source.places()), ("cls", "json"))
     if "cls" in first or not _class_of(first)[0]:
         return source
@@ -112,7 +112,7 @@ def _with_classes(
         classes = sorted(entry.name for entry in folders if not entry.name.startswith("."))
     if not classes:
         raise DataError(
-            f"{where} has no class names: it holds neither .tar shards, nor a folder per class, "
+            f"{where} has no class names: it contains neither .tar shards, nor a folder per class, "
             "nor captions or labels beside its files"
         )
     members: dict[str, list[Item]] = defaultdict(list)
@@ -156,7 +156,8 @@ def _checked_rows(
             raise DataError(f"{place}: no file {item.path}")
         if ending_of(item.name) not in endings:
             raise DataError(
-                f"{place}: {item.name} is no {modality}: its ending must be {', '.join(endings)}"
+                f"{place}: {item.name} is not of modality {modality}: its ending must "
+                f"be {', '.join(endings)}"
             )
         texts, label = captions_in(item.meta), _label_of(item)
         if captioned and not texts:

@@ -231,7 +231,7 @@ def list_folder(where: str) -> list[Item]:
     tars = [name for name in names if name.endswith(".tar")]
     if tars:
         raise DataError(
-            f"{where} holds .tar shards below it, such as {tars[0]}: give their folder, or a "
+            f"{where} contains .tar shards below it, such as {tars[0]}: give their folder, or a "
             f"pattern such as '{where}/*/*.tar'"
         )
     tables: dict[str, str] = {}  # one per folder: metadata.csv before .jsonl before .parquet
@@ -241,7 +241,7 @@ def list_folder(where: str) -> list[Item]:
             tables.setdefault(folder, name)
     media = [name for name in names if ending_of(name) in MEDIA]
     if not media and not tables:
-        raise DataError(f"{where} holds neither .tar shards nor pictures or clips")
+        raise DataError(f"{where} contains neither .tar shards nor pictures or clips")
     if tables:
         rows = [rows_of_table(root / name, root, folder) for folder, name in tables.items()]
         items = [item for table in rows for item in table]

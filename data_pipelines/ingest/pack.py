@@ -111,7 +111,7 @@ def _check(source: Path, out: Path, config: PackConfig) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{out} lies inside {source}: choose a folder outside it")
+        raise ConfigError(f"{out} is inside {source}: choose a folder outside it")
 
 
 def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
@@ -136,11 +136,11 @@ def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
         changes += ["other files or metadata"] * (held["files"] != wanted["files"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{out} holds .tar files that xray data pack did not write: choose another folder"
+            f"{out} contains .tar files that xray data pack did not write: choose another folder"
         ) from error
     if changes:
         raise ConfigError(
-            f"{out} holds another packing ({', '.join(changes)}): "
+            f"{out} contains another packing ({', '.join(changes)}): "
             "choose another folder or delete it"
         )
 
@@ -268,7 +268,7 @@ def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, by
     """Return the files of one sample by ending; raises BadSample for a file to skip."""
     ending = item.path.suffix[1:].lower()
     if not item.listed:
-        raise BadSample("not in metadata", "no row names it")
+        raise BadSample("not in metadata", "no row for this file")
     if ending not in IMAGE_EXTENSIONS + VIDEO_EXTENSIONS:
         raise BadSample("unsupported ending", f"convert it to {IMAGE_EXTENSIONS[0]} or mp4")
     try:

@@ -128,7 +128,7 @@ def source_of_files(items: Sequence[Item], where: str, place: str, request: Requ
             found = FileSource(request.name, kind, request.animations, manifest, place=place)
             return replace(found, items=tuple(mine), others=len(listed) - len(mine))
     wanted = WORDS.get(request.modality, "pictures or clips")
-    raise DataError(f"{where} holds no {wanted}")
+    raise DataError(f"{where} contains no {wanted}")
 
 
 def manifest_of_one(where: str, samples: int, digest: str) -> Manifest:
@@ -199,7 +199,7 @@ def _line_ends(path: Path) -> np.ndarray:
 def open_lines(where: str, request: Request) -> LineSource:
     """Open a text file; raises DataError for an empty one, ConfigError for another modality."""
     if request.modality not in ("", "text"):
-        raise ConfigError(f"{where} holds texts: leave out the modality {request.modality}")
+        raise ConfigError(f"{where} contains texts: leave out the modality {request.modality}")
     path = Path(where).absolute()
     count = len(_line_ends(path))
     if not count:

@@ -127,7 +127,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     elif not os.path.exists(where) and not _is_pattern(where):
         raise DataError(f"{where} does not exist")
     if not fitting:
-        raise DataError(f"{where} is of no known kind: {user} takes {taken}")
+        raise DataError(f"{where} is of unknown type: {user} takes {taken}")
     if fitting[0] not in accept:
         own = KINDS[fitting[0]].what
         raise DataError(f"{where}: {user} takes {taken}, not {own}{_advice(where, fitting[0])}")
@@ -138,7 +138,7 @@ def _advice(where: str, kind: str) -> str:
     if kind == "shards":
         return f": use shards as they are, as data.sources.NAME.shards={where}"
     if kind in ("folder", "list"):
-        list_files(where)  # raises an error of its own if there is nothing to pack
+        list_files(where)  # raises a clearer error if there is nothing to pack
         out = os.path.splitext(where.rstrip("/"))[0] + "_shards"
         return f". Make shards: xray data pack {shlex.quote(where)} {shlex.quote(out)}"
     return ""
@@ -237,7 +237,7 @@ def open_corpus(
     """Open shards, a folder, a list, a text file, or one or several single files.
 
     modality: image or video, for data that has both; "" = what there is, pictures first. texts:
-    captions are wanted. Raises ConfigError or DataError for data that holds none of it.
+    captions are wanted. Raises ConfigError or DataError for data that contains none of it.
     """
     if modality not in ("", "image", "video"):
         raise ConfigError(f"--modality {modality}: use image or video")

@@ -129,7 +129,7 @@ def find_shards(pattern: str) -> list[str]:
 
         paths = expand_urls(pattern)
         if not pattern.endswith(".tar") and not os.path.exists(paths[0]):
-            raise DataError(f"{pattern} is neither a folder of .tar shards nor a .tar")
+            raise DataError(f"{pattern} is neither a folder of .tar shards nor a .tar file")
     if not paths:
         raise DataError(f"no .tar shards at {pattern}")
     return paths
@@ -245,7 +245,7 @@ def _manifest_path(pattern: str) -> tuple[str, Path]:
         name = f"shards-{tail}.manifest"
     folder = folder or "."
     if not os.path.isdir(folder):
-        raise DataError(f"shards {pattern}: there is no folder {folder}")
+        raise DataError(f"shards {pattern}: folder {folder} does not exist")
     return folder, Path(folder) / name
 
 
@@ -285,7 +285,7 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
         manifest = load_manifest(folder, cached)
         if manifest is not None and not all(map(is_inside, manifest.names)):
             raise DataError(
-                f"{beside} names shards outside its folder: write it again with xray data index"
+                f"{beside} lists shards outside its folder: write it again with xray data index"
             )
     return manifest or _write_remote(pattern, cache, _log_progress)
 

@@ -253,6 +253,7 @@ def check_same_on_all_ranks(sources: Mapping[str, Source]) -> None:
         ranks = [rank for rank, digests in enumerate(everyone) if digests[name] != source.digest]
         if any(digests[name] != everyone[0][name] for digests in everyone):
             raise DataError(
-                f"source {name!r} is not the same on all hosts (ranks {ranks[:4]} see other shards "
-                f"than rank {dist.rank()}): make their copies of {source.manifest.folder} equal"
+                f"source {name!r} is not the same on all hosts (ranks {ranks[:4]} see different "
+                f"shards than rank {dist.rank()}): make their copies of {source.manifest.folder} "
+                "identical"
             )

@@ -184,7 +184,7 @@ def aliases_in(rows: tuple[tuple[str, ...], ...], key: str) -> dict[str, str]:
         for alias in aliases:
             if alias in names and alias != name:
                 raise ConfigError(
-                    f"{key}: {alias!r} is an alias of {name!r} and also has a line: remove one"
+                    f"{key}: {alias!r} is an alias of {name!r} and has its own line: remove one"
                 )
             if tag_of.setdefault(alias, name) != name:
                 raise ConfigError(

@@ -73,7 +73,7 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_broken_computer_ends_with_1(tmp_path: Path) -> None:
-    """PyAV that cannot be loaded, in an environment of its own: the rest is still looked at."""
+    """PyAV cannot be imported in this environment; everything else is still checked."""
     (tmp_path / "av.py").write_text("raise ImportError('libavcodec.so: cannot open')")
     paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
@@ -96,7 +96,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         "from pathlib import Path; from xray.doctor.checks import disk;"
         "print(*disk(Path(sys.argv[1])))"
-    )  # no file may grow beyond 1000 bytes: what a full disk looks like
+    )  # no file may grow beyond 1000 bytes, as on a full disk
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )

@@ -250,7 +250,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def assert_same_rows(
     found: list[dict[str, Any]], recorded: list[dict[str, Any]], exact: bool
 ) -> None:
-    """Compare metrics: the same names in every row, and the same values but for speeds.
+    """Compare metrics: the same names in every row, and the same values except speeds.
 
     The row after a checkpoint also has save/..., unless the run was resumed there.
     """
@@ -388,7 +388,7 @@ def test_embedding_files_are_continued_or_refused(reading: Done) -> None:
     for name in ("embed", "embed_int8", "embed_texts"):
         assert re.search(r"(\d+) of \1 parts were there", reading.text(name)), name
     reading.check("embed_other", code=2)
-    assert "holds other embeddings (artifact" in reading.text("embed_other", "err")
+    assert "contains other embeddings (artifact" in reading.text("embed_other", "err")
     assert reading.changed("embeddings/") == set()
 
 
@@ -454,7 +454,9 @@ def test_a_finished_recipe_is_not_trained_again(training: Done) -> None:
 )
 def test_a_run_with_other_settings_is_refused(training: Done, name: str, key: str) -> None:
     training.check(name, code=2)
-    assert "holds another run" in training.text(name, "err") and key in training.text(name, "err")
+    assert "contains another run" in training.text(name, "err") and key in training.text(
+        name, "err"
+    )
 
 
 @pytest.mark.parametrize("stage", ["mae", "hashtag", "clip"])

@@ -159,7 +159,7 @@ def test_a_rank_that_never_comes_ends_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("broken", (0, 1))
 def test_a_bug_on_one_rank_ends_the_others(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank that stops raises its own error, and the other one is told."""
+    """The rank that stops raises its own error; the other rank's error names it."""
     store = HashStore()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", str(broken))

@@ -71,7 +71,7 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "--weights is for RUN": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
     "text.llm=, the folder of the LLM now": lambda a, out: (a, "data.root=x", "--to", "timm"),
     "is not an artifact": lambda a, out: (a.parent.parent, "--to", "timm"),
-    "holds no run": lambda a, out: (a,),
+    "contains no run": lambda a, out: (a,),
 }
 
 

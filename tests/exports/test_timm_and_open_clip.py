@@ -157,9 +157,9 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "no CLS": ({"name": "vit_base_patch16_siglip_224", "kwargs": PATCH}, ""),
     "registers": ({"name": "vit_small_patch14_reg4_dinov2", "kwargs": PATCH}, "register tokens"),
     "qk-norm": (
-        {"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "qk_norm": True}}, "norms of its own",
+        {"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "qk_norm": True}}, "normalisation",
     ),
-    "swiglu": ({"name": "vit_giant_patch14_dinov2", "kwargs": PATCH}, "no pair"),
+    "swiglu": ({"name": "vit_giant_patch14_dinov2", "kwargs": PATCH}, "not two linear"),
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> Non
 
 def test_a_folder_without_a_run_gives_an_error_of_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert done.exit_code == 2 and "holds no run" in done.stderr
+    assert done.exit_code == 2 and "contains no run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -311,7 +311,7 @@ def test_mistakes_give_one_line(artifacts: dict[str, Artifact], demo: Path, tmp_
     for arguments, says in (
         ((clip, tmp_path / "gone", *out), "gone does not exist"),
         ((clip, tmp_path / "gone.jpg", *out), "gone.jpg does not exist"),
-        ((clip, tmp_path / "none", *out), "holds neither .tar shards nor pictures or clips"),
+        ((clip, tmp_path / "none", *out), "contains neither .tar shards nor pictures or clips"),
         ((clip, tmp_path / "no.txt", *out), "no.txt is empty"),
         ((clip, lines, lines, *out), "give one folder, list, text file or pattern of shards"),
         ((clip, lines, "--out", "x.csv"), "must end in .parquet or .npy"),

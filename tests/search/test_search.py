@@ -38,7 +38,7 @@ def random_rows(count: int, dim: int, seed: int = 0) -> np.ndarray:
 def saved(
     path: Path, rows: np.ndarray, dtype: str, monkeypatch: pytest.MonkeyPatch, **more: Any
 ) -> Embeddings:
-    """Rows in a file of many groups, written in blocks that are no multiples of them."""
+    """Rows in a file of many groups, written in blocks of other sizes."""
     monkeypatch.setattr(file_format, "GROUP", 128)
     facts = {"rows": len(rows), "dim": rows.shape[1], "dtype": dtype, "modality": "image"}
     facts |= {"artifact": {"digest": "a"}, "source": {"digest": "b"}, "keep_rate": None, **more}

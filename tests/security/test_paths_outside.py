@@ -72,7 +72,7 @@ def test_a_manifest_at_a_url_cannot_name_shards_outside(tmp_path: Path) -> None:
     table, facts = columns.open_columns(folder / "shards.manifest")
     table["names"], table["name_ends"] = columns.pack_texts(["../0.tar"])
     columns.save_columns(folder / "in" / "shards.manifest", table, facts)
-    with pytest.raises(DataError, match=r"shards\.manifest names shards outside its folder"):
+    with pytest.raises(DataError, match=r"shards\.manifest lists shards outside its folder"):
         open_source("photos", f"file://{folder}/in", "image")
 
 

@@ -15,7 +15,7 @@ from xray.config import BlockConfig
 HEALTHY = {"loss": 2.0, "mean_cosine": 0.2, "positive_cosine": 0.6, "logit_scale": 20.0}
 WRONG: dict[str, tuple[dict[str, float], list[str]]] = {
     "nothing is learned": ({"loss": math.log(128)}, ["debug.overfit_batch", "optim.base_lr"]),
-    "are alike": (
+    "are nearly equal": (
         {"mean_cosine": 0.99, "positive_cosine": 0.995}, ["optim.base_lr", "optim.warmup"],
     ),
     "is at clip.logit_scale_max=100": ({"logit_scale": 100.0}, ["optim.logit_scale_lr"]),
@@ -80,7 +80,7 @@ def test_warnings_name_their_block_and_do_not_hide_each_other() -> None:
 def test_few_negatives_are_reported_at_once_and_only_once() -> None:
     guard = guard_of(("photos", 64), ("clips", 8))
     (warning,) = guard.look({**logged(), **logged("clips", loss=0.1)}, 0.0)
-    assert "8 samples of 'clips'" in warning and "only 7 others" in warning
+    assert "8 samples of 'clips'" in warning and "only 7 negatives" in warning
     assert_names_keys(warning, ["data.blocks", "train.micro_batch"])
     for progress in (0.0, 0.5):
         assert guard.look({**logged(), **logged("clips", loss=0.1)}, progress) == []

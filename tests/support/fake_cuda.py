@@ -19,8 +19,8 @@ VALUES = {torch.bool: True, torch.int64: 0}  # of fake CPU tensors; those of flo
 class FakeHostReads(HostReads):
     """Counter of host reads of fake CUDA tensors.
 
-    It stands in for what fake tensors lack: pinned memory, and values of CPU tensors, such as
-    random draws on the CPU.
+    It simulates pinned memory, and values of CPU tensors such as random draws, which fake tensors
+    do not have.
     """
 
     def __init__(self) -> None:

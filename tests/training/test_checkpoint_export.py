@@ -160,7 +160,7 @@ def test_the_step_follows_the_last_at_sign(given: str, folder: str, which: str) 
 def test_impossible_exports_raise(averaged: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no checkpoint '7': there are 1, 2, 3, 4, 5, 6"):
         export_checkpoint(averaged, "7", tmp_path / "a", "last", {})
-    with pytest.raises(ArtifactError, match="holds no run"):
+    with pytest.raises(ArtifactError, match="contains no run"):
         export_checkpoint(tmp_path, "last", tmp_path / "a", "last", {})
     with pytest.raises(ArtifactError, match="already exists"):
         export_checkpoint(averaged, "last", averaged, "last", {})

@@ -64,7 +64,9 @@ def test_a_run_continues_from_its_mirror_alone(
 def test_a_mirror_of_another_run_is_refused(
     demo: Path, tmp_path: Path, copied: tuple[Path, Path, str]
 ) -> None:
-    message = r"file://.*bucket/mae holds another run: config.mae.mask_ratio: 0.75 -> 0.5; choose"
+    message = (
+        r"file://.*bucket/mae contains another run: config.mae.mask_ratio: 0.75 -> 0.5; choose"
+    )
     with pytest.raises(ConfigError, match=rf"{message} another train.mirror="):
         train("mae", demo, tmp_path / "other", ALL_TOKENS, copied[2], "mae.mask_ratio=0.5")
     assert not (tmp_path / "other").exists()
@@ -75,7 +77,7 @@ def test_a_begun_run_refuses_the_mirror_of_another(
 ) -> None:
     out, before = tmp_path / "other", files(copied[1])
     train("mae", demo, out, ALL_TOKENS, "mae.mask_ratio=0.5")
-    with pytest.raises(ConfigError, match="bucket/mae holds another run"):
+    with pytest.raises(ConfigError, match="bucket/mae contains another run"):
         train("mae", demo, out, ALL_TOKENS, copied[2], "mae.mask_ratio=0.5")
     assert files(copied[1]) == before
 

@@ -117,7 +117,7 @@ def test_too_many_skipped_steps_end_the_run(
 ) -> None:
     monkeypatch.setattr("xray.training.loss_spikes.MOST_IN_A_ROW", 0)
     with pytest.raises(
-        TrainingError, match=r"step 4: the loss of 1 steps in a row.*these are no spikes"
+        TrainingError, match=r"step 4: the loss of 1 steps in a row.*these are not spikes"
     ):
         train("mae", demo, tmp_path / "run", *SKIP)
     assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_is_replayed(demo: Path, tmp_path: Path) -> No
     (bundle / "bundle.json").write_text(json.dumps(other))
     different = xray("debug", "replay", str(bundle))
     assert different.returncode == 1 and "the result differs" in different.stdout
-    with pytest.raises(ArtifactError, match="is no bundle"):
+    with pytest.raises(ArtifactError, match="is not a bundle"):
         read_bundle(out)
 
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_fresh_process(work: Callable[..., T], *arguments: object) -> T:
-    """Call a module's function in a new process, whose memory holds nothing else."""
+    """Call a module's function in a new process, whose memory contains nothing else."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 

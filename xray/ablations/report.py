@@ -143,7 +143,7 @@ class Page:
         return {m: v for m, v in self.chance.items() if not math.isnan(v)}
 
     def _percent(self, metric: str) -> bool:
-        """Return True if a metric is a share, shown in %: it has a chance level and is no rank."""
+        """Check if a metric is a share, shown in %: it has a chance level and is not a rank."""
         return not math.isnan(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:

@@ -41,7 +41,7 @@ SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # objects in a m
 FileState = Literal["ok", "changed", "missing", "unnamed"]
 COMPLAINTS = {
     "missing": "is missing: the artifact is incomplete",
-    "unnamed": "is no file that the artifact's manifest names: remove it",
+    "unnamed": "is not listed in the artifact's manifest: remove it",
     "changed": "was changed after it was written: its sha256 is not the manifest's; restore the "
     "file or run its stage again",
 }
@@ -77,14 +77,14 @@ class Artifact:
             ) from error
 
     def file(self, name: str) -> Path:
-        """Return the path of a file; raises ArtifactError if the manifest does not name it."""
+        """Return the path of a file; raises ArtifactError if the manifest does not list it."""
         if name not in self.manifest["files"]:
             what = name.removesuffix(".safetensors")
-            raise ArtifactError(f"{self.path}, of stage {self.stage}, holds no {what}")
+            raise ArtifactError(f"{self.path}, of stage {self.stage}, contains no {what}")
         return self.path / name
 
     def has_tensor(self, part: str, name: str) -> bool:
-        """Tell whether a part has a tensor."""
+        """Check if a part has a tensor."""
         return name in self.manifest["tensors"].get(part, {})
 
 

@@ -159,7 +159,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def before(cls, artifact: Artifact) -> TextEncoder | None:
-        """Load the base model; None if its folder is gone or holds another model."""
+        """Load the base model; None if its folder is gone or contains another model."""
         config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
         if config.pooling == "latent":  # the base model has no such weights
             config = dataclasses.replace(config, pooling="mean")

@@ -125,8 +125,8 @@ def _folder(artifact: Artifact, llm: str) -> Path:
         folder = find_llm(llm)
     except ConfigError as error:
         raise ArtifactError(
-            f"{artifact.origin} holds changes to an LLM and not its weights, and the LLM is not at "
-            f"{llm}: set text.llm (llm= of xray data) to where it is now"
+            f"{artifact.origin} contains changes to an LLM and not its weights, and the LLM is not "
+            f"at {llm}: set text.llm (llm= of xray data) to where it is now"
         ) from error
     if llm_digest(folder) != artifact.manifest["inputs"]["llm"]:
         raise ArtifactError(
@@ -137,5 +137,5 @@ def _folder(artifact: Artifact, llm: str) -> Path:
 
 
 def _needs_base(artifact: Artifact) -> bool:
-    """Tell whether the artifact holds only changes to a base model, not all its weights."""
+    """Check if the artifact contains only changes to a base model, not all its weights."""
     return all(is_added(name) for name in artifact.manifest["tensors"].get("text", {}))

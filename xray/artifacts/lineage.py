@@ -61,7 +61,7 @@ class Link:
 
     @property
     def artifact(self) -> Artifact | None:
-        """The artifact that the manifest describes, whose files need not be there."""
+        """The artifact that the manifest describes, even if its files are missing."""
         if self.manifest is None:
             return None
         return Artifact(Path(self.path), self.manifest, self.digest, self.path)
@@ -127,7 +127,7 @@ def _ancestors(child: Link, known: Known) -> Iterator[Link]:
 
 
 def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
-    """Tell whether an artifact is still at a path, and return the manifest found there."""
+    """Check if an artifact is still at a path; return the result and the manifest there."""
     if Place(path).remote:
         return "url", {}
     try:

@@ -32,7 +32,7 @@ def offers_of(manifest: Mapping[str, Any]) -> frozenset[str]:
 
 
 def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the keys that a stage writes about its artifact have the right types."""
+    """Check if the keys that a stage writes about its artifact have the right types."""
     names, heads = manifest.get("offers", []), manifest.get("heads", {})
     if not isinstance(names, list) or not isinstance(heads, dict):
         return False

@@ -40,7 +40,7 @@ def doctor(
         from rich.text import Text
 
         table = Table(title=f"xray doctor: {socket.gethostname()}", title_justify="left")
-        for column in ("what", "found", "", "what is missing for what"):
+        for column in ("what", "found", "", "problem and fix"):
             table.add_column(column, overflow="fold")
         for finding in found:
             row = finding.what, finding.found, SIGNS[finding.state], finding.lacks

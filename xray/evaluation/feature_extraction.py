@@ -51,14 +51,14 @@ class Views:
 def label_of(files: dict[str, bytes]) -> int:
     """Read the class number: the cls file, else an integer json field `label`, else -1.
 
-    Raises DataError for a cls file that holds no number, and for a number that is too large.
+    Raises DataError for a cls file that contains no number, and for a number that is too large.
     """
     label = metadata_of(files).get("label") if "cls" not in files else None
     if "cls" in files:
         try:
             label = int(files["cls"])
         except ValueError as error:
-            raise DataError(f"cls file holds {files['cls'][:20]!r}, not a number") from error
+            raise DataError(f"cls file contains {files['cls'][:20]!r}, not a number") from error
     if not isinstance(label, int):
         return -1
     if label >= 2**63:

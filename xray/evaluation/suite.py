@@ -34,7 +34,7 @@ class SuiteConfig:
         return {key: getattr(self, key) for key in keys if getattr(self, key)}
 
     def has_data(self) -> bool:
-        """Tell if all required data sets are set."""
+        """Check if all required data sets are set."""
         return bool(self.required_sets) and self.sets().keys() >= set(self.required_sets)
 
     def validate(self, key: str) -> None:
@@ -93,7 +93,7 @@ class Suite(Generic[C]):
         return {self.name: section}
 
     def has_data(self, section: C) -> bool:
-        """Tell if the suite has data sets of its own."""
+        """Check if the required data sets of all sections are set."""
         parts = self.sections(section).values()
         return bool(parts) and all(part.has_data() for part in parts)
 

@@ -250,7 +250,7 @@ class TagMetrics:
 
 
 def _hits(top: Tensor, tags: Tensor) -> Tensor:
-    """Tell which top tags [b, k] are among the sample's tags [b, K], padded with -1: [b, k]."""
+    """Mark the top tags [b, k] that are among the sample's tags [b, K], padded with -1: [b, k]."""
     return (top[:, :, None] == tags[:, None, :]).any(dim=2)
 
 

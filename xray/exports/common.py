@@ -88,7 +88,7 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
 
 
 def is_there(module: nn.Module | None) -> bool:
-    """Tell whether an optional module is present."""
+    """Check if an optional module is present."""
     return module is not None and not isinstance(module, nn.Identity)
 
 

@@ -49,8 +49,8 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
     encoder, side = vision_of(artifact, "open_clip"), image_side(artifact)
     if not isinstance(encoder, ImageEncoder):
         raise ArtifactError(
-            f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; a "
-            "backbone alone goes --to timm"
+            f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; "
+            "use --to timm for a backbone"
         )
     reason = no_plain_vit(encoder)
     if reason:
@@ -114,12 +114,12 @@ def _code(with_text: bool) -> list[str]:
 def _notes(missing: str) -> list[str]:
     if missing:
         return [
-            f"The image tower and its projection alone: {missing}. `encode_text` gives NaN, or "
-            "fails for a token: there is no text tower in this folder."
+            f"This folder has only the image tower and its projection: {missing}. `encode_text` "
+            "returns NaN or raises an error, because there is no text tower."
         ]
     return [
         "open_clip's tokenizer repairs unicode and joins white space before it reads a caption; "
-        "the original takes it as it stands."
+        "the original reads it unchanged."
     ]
 
 
@@ -137,17 +137,17 @@ def no_plain_vit(encoder: ImageEncoder) -> str:
     for block in blocks:
         attention, mlp = block.attn, block.mlp
         if is_there(attention.q_norm) or is_there(attention.norm):
-            return "its attention has norms of its own"
+            return "its attention has normalisation layers"
         gelu = type(mlp) is Mlp and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
         if not gelu or is_there(mlp.norm):
-            return f"its MLP is no pair of linear layers with GELU ({type(mlp).__name__})"
+            return f"its MLP is not two linear layers with GELU ({type(mlp).__name__})"
         if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
             return "its blocks have other norms than LayerNorm"
     return ""
 
 
 def no_clip_text(encoder: Encoder) -> str:
-    """Say why open_clip cannot build the text tower, or ""."""
+    """Return the reason why open_clip cannot build the text tower, or ""."""
     llm: Any = encoder.text.llm
     kind, settings = type(llm).__name__, llm.config
     if kind != "CLIPTextModel":
@@ -155,7 +155,7 @@ def no_clip_text(encoder: Encoder) -> str:
     if settings.hidden_act != "gelu":
         return f"its activation is {settings.hidden_act}, that of the image tower is gelu"
     if encoder.text.pooling != "last" or encoder.tokenizer.prompt:
-        return "it is not read at the end token of the caption alone"
+        return "it is not pooled at the end token of the caption without a prompt"
     if any(".lora_" in name for name in encoder.text.state_dict()):
         return "it has LoRA weights: use text.tune=full"
     tokenizer = encoder.tokenizer.tokenizer

@@ -25,7 +25,7 @@ from xray.exports.common import (
 
 
 def to_timm(artifact: Artifact, out: Path) -> Export:
-    """Write config.json and model.safetensors; raises ArtifactError for what timm cannot build."""
+    """Write config.json and model.safetensors; raises ArtifactError for other models."""
     encoder, side = vision_of(artifact, "timm"), image_side(artifact)
     settings = timm_config(artifact, encoder, side)
     state = image_state(encoder, side)

@@ -79,7 +79,9 @@ def load_llm(
         check_no_code(folder)
         raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
     if hasattr(settings, "vision_config") or hasattr(settings, "audio_config"):
-        raise ConfigError(f"{folder} holds a multimodal model: set text.llm to a text-only model")
+        raise ConfigError(
+            f"{folder} contains a multimodal model: set text.llm to a text-only model"
+        )
     settings.use_cache = False  # the cache of keys and values serves generation only
     if attention == "bidirectional":
         settings.is_causal = False
@@ -88,7 +90,7 @@ def load_llm(
     encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING
     if settings.is_encoder_decoder and not encodes:
         raise ConfigError(
-            f"{folder} holds an encoder-decoder ({settings.model_type}) whose encoder "
+            f"{folder} contains an encoder-decoder ({settings.model_type}) whose encoder "
             "transformers cannot load alone: set text.llm to a T5 model, a decoder or an encoder"
         )
     kind = AutoModelForTextEncoding if encodes else AutoModel

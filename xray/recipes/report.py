@@ -83,7 +83,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
 def find_recipe(folder: Path) -> Recipe:
     """Find what was run in a folder, from report.json or else from the stages' folders.
 
-    Raises ArtifactError if it holds no run.
+    Raises ArtifactError if it contains no run.
     """
     known = folder / FACTS
     facts: dict[str, Any] = {"name": folder.name}
@@ -104,7 +104,7 @@ def find_recipe(folder: Path) -> Recipe:
             recipe.runs.append(cfg.load_config(stage_class(stage).Config, stage, values))
             recipe.runs[-1].out = place
     if not recipe.runs:
-        raise ArtifactError(f"{folder} holds no run: neither config.yaml nor a stage's folder")
+        raise ArtifactError(f"{folder} contains no run: neither config.yaml nor a stage's folder")
     return recipe
 
 

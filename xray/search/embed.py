@@ -139,7 +139,7 @@ class _Job:
         self.encoder, self.corpus, self.config, self.out = encoder, corpus, config, out
         self.places = Places(corpus.source, range(len(corpus.source.counts)))
         if not len(self.places):
-            raise DataError(f"{corpus.where} holds no samples")
+            raise DataError(f"{corpus.where} contains no samples")
         self.text = corpus.modality == "text"
         self.width = width_of(encoder, self.text)
         self.dim = config.dim or self.width
@@ -168,8 +168,8 @@ class _Job:
         changed = differences({name: there.get(name) for name in asked}, asked)
         if changed:
             raise ConfigError(
-                f"{self.out} holds other embeddings ({'; '.join(changed)}): delete it, or choose "
-                "another --out"
+                f"{self.out} contains other embeddings ({'; '.join(changed)}): delete it, or "
+                "choose another --out"
             )
         if dist.is_main() and self._claimed() == self.identity:  # a kill left them
             shutil.rmtree(self.folder)
@@ -187,8 +187,8 @@ class _Job:
             (self.folder / "job.json").write_text(json.dumps(self.identity))
         elif changed := differences(held, self.identity):
             raise ConfigError(
-                f"{self.folder} holds parts of another command ({'; '.join(changed)}): delete it, "
-                "or choose another --out"
+                f"{self.folder} contains parts of another command ({'; '.join(changed)}): delete "
+                "it, or choose another --out"
             )
         return lock or nullcontext()
 

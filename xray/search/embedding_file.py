@@ -117,7 +117,7 @@ def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the same rows in blocks of at least GROUP, but for the last."""
+    """Yield the same rows in blocks of at least GROUP rows; only the last may be smaller."""
     held: list[Block] = []
     for block in blocks:
         held.append(block)

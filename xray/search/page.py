@@ -74,7 +74,7 @@ class _Media:
         self.shards: dict[str, int] = {}
 
     def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
-        """Return (picture, first caption or ""); raises DataError if it is gone."""
+        """Return (picture, first caption or ""); raises DataError if it is missing."""
         where = self.facts["source"]["where"]
         if self.facts["source"]["kind"] == "files":
             return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)

@@ -128,7 +128,7 @@ class Engine:
         """Announce a kind of pass: passes of a kind use the parameters in the same order.
 
         ZeRO 3 prefetches parameters in a recorded order, and records it again after a pass in
-        another order. Each kind has a record of its own here.
+        another order. Here, each kind has a separate record.
         """
         if self.stage < 3:
             return

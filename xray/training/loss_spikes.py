@@ -45,7 +45,7 @@ class SpikeDetector:
             raise TrainingError(
                 f"step {self.state.step + 1}: the loss of {losses.spikes} steps in a row is more "
                 f"than train.spike={train.spike} standard deviations above its mean "
-                f"{losses.mean:.4g}: these are no spikes, the loss has changed; the steps are in "
+                f"{losses.mean:.4g}: these are not spikes, the loss has changed; the steps are in "
                 f"{self.path}, the checkpoints are kept"
             ).on_all_ranks()
         return True

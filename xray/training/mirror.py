@@ -57,7 +57,7 @@ class Mirror:
             self._thread = None
 
     def holds(self, check: Callable[[Path], None]) -> bool:
-        """Call `check` on a folder with the URL's run.json; return False if the URL holds no run.
+        """Call `check` on a folder with the URL's run.json; return False if there is no run.
 
         Raises DataError if the URL cannot be reached, and the errors of `check`.
         """

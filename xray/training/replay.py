@@ -59,7 +59,7 @@ def read_bundle(path: Path) -> dict[str, Any]:
         return dict(json.loads((path / FACTS).read_text()))
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{path} is no bundle: it has no {FACTS}; bundles are in RUN/{FOLDER}/"
+            f"{path} is not a bundle: it has no {FACTS}; bundles are in RUN/{FOLDER}/"
         ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}/{FACTS} cannot be read: {brief(error)}") from error

@@ -90,14 +90,14 @@ class Run:
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(
-                f"{place} holds another run: {changed[0]}{more}; choose another "
+                f"{place} contains another run: {changed[0]}{more}; choose another "
                 f"{'train.mirror' if '://' in place else 'out'}=, or delete that folder"
             )
 
     def restore(self) -> None:
         """Check the folder and the mirror, and fetch a mirrored run into a new folder.
 
-        Rank 0 goes first. Raises ConfigError if one of them holds another run, DataError if the
+        Rank 0 goes first. Raises ConfigError if one of them contains another run, DataError if the
         folder is new and the mirror cannot be reached.
         """
         self.check_folder()

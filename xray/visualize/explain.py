@@ -165,7 +165,7 @@ def _columns(names: Sequence[str], samples: int, slots: int) -> list[str]:
 def show(artifact: Artifact, files: Sequence[Path], out: Path, keep_rate: float | None) -> None:
     """Draw kept tokens of images and clips, and reconstructions if there is a decoder.
 
-    Raises ConfigError if the artifact has neither, DataError for a file that is no image or clip.
+    Raises ConfigError if the artifact has neither, DataError for a file of another type.
     """
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out {out} must end in {' or '.join(FORMATS)}")

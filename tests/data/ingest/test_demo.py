@@ -27,7 +27,7 @@ def test_what_a_user_has_is_left_alone(tmp_path: Path) -> None:
     beside.parent.mkdir()
     beside.write_text("mine, too")
     config = DemoConfig(photos=6, clips=2, heldout=6, per_shard=32, side=32, frames=8)
-    with pytest.raises(ConfigError, match="mine holds other files"):
+    with pytest.raises(ConfigError, match="mine contains other files"):
         make_demo(tmp_path / "mine", config)
     assert mine.read_text() == "mine" and beside.read_text() == "mine, too"
     (tmp_path / "empty").mkdir()

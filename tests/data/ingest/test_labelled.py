@@ -106,7 +106,10 @@ def test_sets_of_other_numbers_meet_by_name(folder: Path, tmp_path: Path) -> Non
         ("path,label\nset/ant/ant0.jpg,\n", "row 1: label is empty"),
         ("path,label\n,ant\n", "row 1: no file .*row 1 names no file"),
         ("path,caption\nset/ant/ant0.jpg,x\nset/ant/ant1.jpg\n", "row 2: caption is empty"),
-        ("path,label\nset/ant/notes.txt,ant\n", "row 1: .*notes.txt is no image: .* must be jpg"),
+        (
+            "path,label\nset/ant/notes.txt,ant\n",
+            "row 1: .*notes.txt is not of modality image: .* must be jpg",
+        ),
         ("path,label\nset/ant/ant0.jpg,a\nset/ant/ant0.jpg,b\n", "row 2: set/ant/ant0.jpg is 'b'"),
         ("path,caption\nset/ant/ant0.jpg,an ant, black\n", "line 2: more cells than the header"),
         ('path,caption\nset/ant/ant0.jpg,"an ant\nset/ant/ant1.jpg,two\n', "line 3: .*quote cells"),

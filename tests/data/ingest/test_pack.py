@@ -264,10 +264,10 @@ def test_several_captions_of_a_row(tmp_path: Path) -> None:
         ("l.parquet", "not parquet", "l.parquet cannot be read as parquet"),
         ("l.txt", "a.jpg", "l.txt: xray data pack takes a folder .*, not a .txt file of one text"),
         ("l.tar", "", "not .tar shards: use shards as they are, as data.sources.NAME.shards=.*tar"),
-        ("l.xyz", "", "l.xyz is of no known kind: xray data pack takes a folder of pictures"),
+        ("l.xyz", "", "l.xyz is of unknown type: xray data pack takes a folder of pictures"),
         ("l.csv", "path,caption\n", "l.csv has no rows"),
         ("in/metadata.csv", "a,b\nc,d", r"metadata.csv has no column of paths.*\(a, b\)"),
-        ("in/0/00000.tar", "", "in holds .tar shards below it, such as 0/00000.tar"),
+        ("in/0/00000.tar", "", "in contains .tar shards below it, such as 0/00000.tar"),
     ],
 )
 def test_a_wrong_input_is_named(
@@ -295,13 +295,13 @@ def test_inputs_that_cannot_be_packed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DataError, match="nowhere does not exist"):
         pack(tmp_path / "nowhere", out, PackConfig())
-    with pytest.raises(ConfigError, match="lies inside"):
+    with pytest.raises(ConfigError, match="is inside"):
         pack(source, source / "packed", PackConfig())
     with pytest.raises(ConfigError, match="file is a file"):
         pack(source, source / "file", PackConfig())
     with pytest.raises(ConfigError, match="per_shard=10001: use 1 to 10000"):
         pack(source, out, PackConfig(per_shard=10_001))
-    with pytest.raises(DataError, match=r"holds neither \.tar shards nor pictures or clips"):
+    with pytest.raises(DataError, match=r"contains neither \.tar shards nor pictures or clips"):
         pack(write(tmp_path / "empty", {"a.md": ""}), out, PackConfig())
 
 
@@ -614,7 +614,9 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
         pack(source, out, PackConfig())
     assert tree(out) == before
     (out / "pack.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds \.tar files that xray data pack did not write"):
+    with pytest.raises(
+        ConfigError, match=r"contains \.tar files that xray data pack did not write"
+    ):
         pack(source, out, PackConfig())
 
 
