@@ -293,7 +293,7 @@ class ClipStage(Stage[ClipConfig]):
         engine.clamp(module.logit_scale, 0.0, math.log(self.config.clip.logit_scale_max))
 
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
-        return self.guard.look(values, progress)
+        return self.guard.check(values, progress)
 
     def chance(self, samples: int) -> float:
         return self.config.clip.chance(samples)

@@ -19,9 +19,9 @@ class ContrastGuard:
     def __init__(self, blocks: Sequence[BlockConfig], options: ClipOptions) -> None:
         self.blocks, self.options = blocks, options
         self._rows: dict[str, int] = {}  # problem -> consecutive checks with it
-        self._said: set[str] = set()
+        self._given: set[str] = set()
 
-    def look(self, values: Mapping[str, float], progress: float) -> list[str]:
+    def check(self, values: Mapping[str, float], progress: float) -> list[str]:
         """Return the warnings that are due at a progress."""
         problems: dict[str, str] = {}
         for block in self.blocks:
@@ -34,14 +34,18 @@ class ContrastGuard:
                     "data.blocks; a small train.micro_batch limits the memory"
                 )
             if progress >= WARM and own:
-                problems |= self._judged(block, own)
-        self._rows = {what: self._rows.get(what, 0) + 1 for what in problems}
-        due = [what for what in problems if self._rows[what] >= PATIENCE or what.startswith("few")]
-        new = [what for what in due if what not in self._said]
-        self._said |= set(new)
-        return [problems[what] for what in new]
+                problems |= self._problems_of(block, own)
+        self._rows = {problem: self._rows.get(problem, 0) + 1 for problem in problems}
+        due = [
+            problem
+            for problem in problems
+            if self._rows[problem] >= PATIENCE or problem.startswith("few")
+        ]
+        new = [problem for problem in due if problem not in self._given]
+        self._given |= set(new)
+        return [problems[problem] for problem in new]
 
-    def _judged(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
+    def _problems_of(self, block: BlockConfig, own: Mapping[str, float]) -> dict[str, str]:
         source, options, problems = block.source, self.options, {}
         chance = options.chance(block.samples)
         contrast = own.get("contrast", own["loss"])  # without auxiliary terms

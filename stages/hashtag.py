@@ -17,7 +17,7 @@ from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.tags.balance import Balance
 from data_pipelines.tags.labels import (
-    Balanced,
+    BalancedSource,
     Labeller,
     TeacherRules,
     balanced,
@@ -226,7 +226,7 @@ class HashtagStage(Stage[HashtagConfig]):
             path = parents.vision.file("vocabulary.json")
             _check_same(self.vocabulary, Vocabulary.load(path).digest, f"the head of {path.parent}")
         training = {block.source for block in self.config.blocks}
-        self.balanced: dict[str, Balanced] = {}
+        self.balanced: dict[str, BalancedSource] = {}
         for name, source in sources.items():
             teacher = self._teacher(source) if name in training else None
             use, own = TeacherRules(options.min_lift, options.pseudo_weight), data.sources[name]
@@ -239,7 +239,7 @@ class HashtagStage(Stage[HashtagConfig]):
                 log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
         return {name: own.source for name, own in self.balanced.items()}
 
-    def _labelled(self, work: Labeller, balanced: Balanced) -> str:
+    def _labelled(self, work: Labeller, balanced: BalancedSource) -> str:
         """Describe how many samples have tags, and how the teacher changed them."""
         tagged = "{:,} of {:,} samples have tags of the vocabulary"
         if work.teacher is None:  # the balance has counted them already
@@ -250,7 +250,7 @@ class HashtagStage(Stage[HashtagConfig]):
         dropped = 1 - counts.tags / max(1, before.tags)
         return (
             f"{text}; the teacher dropped {dropped:.1%} of their tags, and gave tags to "
-            f"{counts.taught:,} samples without"
+            f"{counts.pseudo_labelled:,} samples without"
         )
 
     def _teacher(self, source: Source) -> Sidecar | None:

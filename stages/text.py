@@ -23,7 +23,7 @@ from xray.losses.contrastive import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 
-NOBODY = 1 << 40  # id of a text that is not the positive of any row
+NO_POSITIVE = 1 << 40  # id of a text that is not the positive of any row
 
 
 @dataclass
@@ -85,8 +85,8 @@ class TextModule(StageModule):
         if not features["there"].numel():
             return StepOutput(info_nce(first, second, scale), metrics)
         negatives, own = features["negatives"].flatten(0, 1), row_ids(first)
-        nobody = torch.where(features["there"].flatten() > 0, NOBODY, -1)
-        ids = torch.cat([own, nobody])
+        without = torch.where(features["there"].flatten() > 0, NO_POSITIVE, -1)
+        ids = torch.cat([own, without])
         ways = [
             contrast(queries, torch.cat([keys, negatives]), scale, own, ids)
             for queries, keys in ((first, second), (second, first))

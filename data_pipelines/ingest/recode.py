@@ -127,32 +127,32 @@ def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int)
         options |= {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"}
     flags = {"movflags": "+faststart"}
     with av.open(io.BytesIO(data)) as source, av.open(target, "w", "mp4", options=flags) as sink:
-        given: Any = source.streams.video[0]
-        rate = given.average_rate or given.guessed_rate or 25
-        step = max(1, round(1 / float(rate) / float(given.time_base)))  # ticks of one frame
+        video: Any = source.streams.video[0]
+        rate = video.average_rate or video.guessed_rate or 25
+        step = max(1, round(1 / float(rate) / float(video.time_base)))  # ticks of one frame
         stream: Any = sink.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        _set_up(stream.codec_context, given)
+        _configure_encoder(stream.codec_context, video)
         first, last = None, -1
-        for frame in source.decode(given):
+        for frame in source.decode(video):
             picture = _upright(frame, size)
             pts = last + step if frame.pts is None else frame.pts
             first = pts if first is None else first
             last = max(last + 1, pts - first)
-            picture.pts, picture.time_base = last, given.time_base
+            picture.pts, picture.time_base = last, video.time_base
             sink.mux(stream.encode(picture))
         sink.mux(stream.encode())
 
 
-def _set_up(encoder: Any, given: Any) -> None:
+def _configure_encoder(encoder: Any, video: Any) -> None:
     encoder.thread_count = 1  # the encoded bytes depend on the number of threads
-    encoder.time_base = given.time_base
+    encoder.time_base = video.time_base
     encoder.color_range = 1  # range of the frames of _upright: 16 to 235
-    if given.codec_context.colorspace:  # 0 means RGB, which is wrong for yuv420p
-        encoder.colorspace = given.codec_context.colorspace
-    encoder.color_primaries = given.codec_context.color_primaries
-    encoder.color_trc = given.codec_context.color_trc
+    if video.codec_context.colorspace:  # 0 means RGB, which is wrong for yuv420p
+        encoder.colorspace = video.codec_context.colorspace
+    encoder.color_primaries = video.codec_context.color_primaries
+    encoder.color_trc = video.codec_context.color_trc
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

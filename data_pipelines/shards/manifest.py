@@ -37,9 +37,9 @@ from data_pipelines.shards.tar_index import (
     build_index,
     cache_path,
     index_shard,
-    kept_at,
     load_index,
     media_extensions,
+    possible_paths,
 )
 from xray.errors import DataError
 from xray.files import is_inside, replacing, unique_temporary
@@ -151,7 +151,7 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
         assert cache is not None, "a remote source is opened with a cache"
         return _open_remote(pattern, cache, verify)
     folder, wanted = _manifest_path(pattern)
-    loaded = [load_manifest(folder, path) for path in kept_at(wanted)]
+    loaded = [load_manifest(folder, path) for path in possible_paths(wanted)]
     manifests = [manifest for manifest in loaded if manifest is not None]
     if manifests and not verify:
         return manifests[0]
@@ -277,7 +277,7 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
     the size of each tar that it downloads.
     """
-    folder, cached = _remote_folder(pattern), kept_of_remote(pattern, cache, "manifest")
+    folder, cached = _remote_folder(pattern), remote_cache_path(pattern, cache, "manifest")
     manifest = load_manifest(folder, cached)
     beside = f"{folder}/shards.manifest" if folder == pattern.rstrip("/") else ""
     wanted = beside and (verify or manifest is None)
@@ -294,10 +294,10 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
     folder, urls = _remote_folder(pattern), find_shards(pattern)
     indexes = progress((remote_index(url, cache, rebuild=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
-    return _save(folder, kept_of_remote(pattern, cache, "manifest"), names, indexes)
+    return _save(folder, remote_cache_path(pattern, cache, "manifest"), names, indexes)
 
 
-def kept_of_remote(url: str, cache: ShardCache, ending: str) -> Path:
+def remote_cache_path(url: str, cache: ShardCache, ending: str) -> Path:
     """Return the local path of a file that is derived from a URL, such as its index."""
     folder = cache.folder / "index"  # not among the shards, which may be evicted
     folder.mkdir(exist_ok=True)
@@ -315,7 +315,7 @@ def remote_index(
 
     rebuild: ignore the cached index and the cached tar.
     """
-    cached = kept_of_remote(url, cache, "index")
+    cached = remote_cache_path(url, cache, "index")
     index = None if rebuild else load_index(url, [cached])
     if index is None and _fetched(f"{url}.index", cached, cache.patience):
         index = load_index(url, [cached])

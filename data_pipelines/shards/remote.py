@@ -82,7 +82,7 @@ def expand(url: str) -> list[str]:
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
     with suppress(FileNotFoundError):
-        if names := persist(url, LIST_PATIENCE, lambda: fs.glob(path)):
+        if names := retry(url, LIST_PATIENCE, lambda: fs.glob(path)):
             return sorted(fs.unstrip_protocol(name) for name in names)
     raise DataError(f"no shards at {url}")
 
@@ -90,7 +90,7 @@ def expand(url: str) -> list[str]:
 def fetch_small(url: str, patience: float) -> bytes | None:
     """Download a small file to memory, None if it does not exist; raises DataError."""
     with suppress(FileNotFoundError):
-        body = persist(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
+        body = retry(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
         return body.getvalue()
     return None
 
@@ -108,7 +108,7 @@ def fetch_file(url: str, target: Path, patience: float) -> str:
                 _stream(url, body, None, patience)
             return body.digest.hexdigest()
 
-        return persist(url, patience, download)
+        return retry(url, patience, download)
 
 
 class ShardCache:
@@ -192,21 +192,21 @@ class ShardCache:
         path = self._path(url)
         if _touch(path, size):
             return True
-        verdict = path.with_suffix(".lock")
-        verdict.touch()
-        before = verdict.read_text()
-        with locked(verdict):
+        lock = path.with_suffix(".lock")
+        lock.touch()
+        before = lock.read_text()
+        with locked(lock):
             if _touch(path, size):
                 return True
             # If many processes wait for one shard, only the first one retries it. If that one
             # fails, the others raise its error.
-            if (after := verdict.read_text()) != before:
+            if (after := lock.read_text()) != before:
                 raise DataError(after.partition("\n")[2])
             try:
-                persist(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
+                retry(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
             except DataError as error:
                 with suppress(OSError):  # on a full disk, still raise the first error
-                    verdict.write_text(f"{uuid.uuid4()}\n{error}")
+                    lock.write_text(f"{uuid.uuid4()}\n{error}")
                 raise
         self._evict(keep=path)
         return False
@@ -277,8 +277,10 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
         if url.startswith(HTTP):
             from aiohttp import ClientTimeout
 
-            silence = min(READ_TIMEOUT, max(patience, 1.0))
-            timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=silence)
+            read_timeout = min(READ_TIMEOUT, max(patience, 1.0))
+            timeout = ClientTimeout(
+                total=None, sock_connect=CONNECT_TIMEOUT, sock_read=read_timeout
+            )
             # Uncompressed, so that size and sha256 can be compared.
             headers = {"Accept-Encoding": "identity"}
             options["client_kwargs"] = {"timeout": timeout, "headers": headers, "trust_env": True}
@@ -308,7 +310,7 @@ def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
     return body
 
 
-def persist(what: str, patience: float, attempt: Callable[[], T]) -> T:
+def retry(what: str, patience: float, attempt: Callable[[], T]) -> T:
     """Call `attempt` until it succeeds, with exponential backoff; return its result.
 
     what: name for messages. Raises DataError on a permanent error or after `patience` seconds.

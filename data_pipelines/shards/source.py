@@ -14,8 +14,8 @@ import numpy as np
 from data_pipelines.shards import meter
 from data_pipelines.shards.manifest import (
     Manifest,
-    kept_of_remote,
     open_manifest,
+    remote_cache_path,
     remote_index,
     resolve,
 )
@@ -24,9 +24,9 @@ from data_pipelines.shards.tar_index import (
     Modality,
     ShardIndex,
     index_shard,
-    kept_at,
     load_index,
     media_extensions,
+    possible_paths,
     user_cache,
 )
 from xray import dist
@@ -113,7 +113,7 @@ class Source:
         if self.cache is not None:
             index = remote_index(path, self.cache, *self.manifest.tar(shard))
         else:  # the manifest was compared with the tars when it was opened
-            places = kept_at(Path(f"{path}.index"))
+            places = possible_paths(Path(f"{path}.index"))
             index = load_index(path, places, digest=wanted) or index_shard(path)
         if index.facts["digest"] != wanted:
             raise DataError(f"shard {path} changed since it was indexed: restart the run")
@@ -136,8 +136,8 @@ class Source:
         these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
         where = these if shard is None else self.manifest.path(shard)
         if self.cache is not None:
-            return [kept_of_remote(where, self.cache, name)]
-        return kept_at(Path(f"{where}.{name}"))
+            return [remote_cache_path(where, self.cache, name)]
+        return possible_paths(Path(f"{where}.{name}"))
 
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None

@@ -146,7 +146,7 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
         raise DataError(f"shard {path} cannot be read: permission denied")
     wanted = path.with_name(path.name + ".index")
     stamp = {"size": status.st_size, "mtime": status.st_mtime_ns}
-    index = load_index(str(path), kept_at(wanted), **stamp)
+    index = load_index(str(path), possible_paths(wanted), **stamp)
     if index is not None and (index.facts["sha256"] or not checksum):
         return index
     index = build_index(path, checksum)
@@ -247,7 +247,7 @@ def cache_path(wanted: Path) -> Path:
     return user_cache("index") / hashlib.sha256(str(wanted.resolve()).encode()).hexdigest()[:32]
 
 
-def kept_at(wanted: Path) -> list[Path]:
+def possible_paths(wanted: Path) -> list[Path]:
     """Return the paths that a derived file may have: beside the data, or in the user's cache."""
     private = cache_path(wanted)
     return [wanted] if private == wanted else [wanted, private]

@@ -21,7 +21,7 @@ class Entry:
     cause: str
 
 
-def obey(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
+def exclude(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
     """Exclude these samples from the plans; names that no longer exist are ignored."""
     entries = list(entries)
     numbers = {

@@ -44,7 +44,7 @@ class ConceptMatcher:
         matches: dict[str, None] = {}
         for end, number in self._automaton.iter(text):
             concept = self.concepts[number]
-            if is_edge(text, end - len(concept) + 1) and is_edge(text, end + 1):
+            if is_word_boundary(text, end - len(concept) + 1) and is_word_boundary(text, end + 1):
                 matches[concept] = None
         return list(matches)
 
@@ -59,7 +59,7 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def is_edge(text: str, position: int) -> bool:
+def is_word_boundary(text: str, position: int) -> bool:
     """Check if there is a word boundary just before the character at a position."""
     if position <= 0 or position >= len(text):
         return True

@@ -140,7 +140,7 @@ class LabelCounts:
 
     own: int  # samples with tags from the data
     tags: int  # number of those tags
-    taught: int  # samples whose tags all come from the teacher
+    pseudo_labelled: int  # samples whose tags all come from the teacher
 
 
 def count_labels(labels: Sidecar) -> LabelCounts:
@@ -156,7 +156,7 @@ def count_labels(labels: Sidecar) -> LabelCounts:
 
 
 @dataclass(frozen=True)
-class Balanced:
+class BalancedSource:
     """Source whose slots repeat samples with rare tags."""
 
     source: Source
@@ -196,7 +196,7 @@ def balanced(
     length: float,
     seed: int,
     workers: int = 1,
-) -> Balanced:
+) -> BalancedSource:
     """Make about `length` slots per labelled sample; raises DataError if no sample has labels."""
     counts, rarest = _tag_counts(labels, tags)
     unique = int(rarest.sum())
@@ -210,7 +210,9 @@ def balanced(
     name = f"slots-{hash_json(facts)[:12]}"
     work = functools.partial(_slots, source, labels, factors, seed)
     sidecar = open_sidecar(source, name) or write_sidecar(source, name, work, facts, workers)
-    return Balanced(source.with_slots(CopySlots(sidecar)), labels, factors, counts, unique, seed)
+    return BalancedSource(
+        source.with_slots(CopySlots(sidecar)), labels, factors, counts, unique, seed
+    )
 
 
 def tag_frequency(labels: Sidecar, tags: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from ablation_files import load
 from child_process import RECIPE
 
 from xray.ablations import jobs as ablation_jobs
-from xray.ablations.jobs import Job, Jobs, alone
+from xray.ablations.jobs import Job, Jobs, exclusive
 from xray.errors import ConfigError, Preempted
 
 
@@ -22,7 +22,7 @@ def test_concurrent_runs_get_different_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    with alone(tmp_path) as lock:
+    with exclusive(tmp_path) as lock:
         monkeypatch.setattr(ablation_jobs, "visible_gpus", lambda: ["2", "5"])
         jobs = Jobs(tmp_path, 0, lock)
         environments = [jobs._environment(slot) for slot in range(jobs.at_once)]
@@ -37,7 +37,7 @@ def test_trial_waits_for_a_stage_run_that_another_trains(tmp_path: Path) -> None
     text = f"base: {RECIPE}\nseeds: [0, 1]\ncommon: {{stages: [mae, clip]}}\n"
     ablation = load(tmp_path, text + "axes: {clip.loss: [info_nce, sigmoid]}", f"out={tmp_path}")
     zero_a, zero_b, one_a, _ = ablation.trials
-    with alone(tmp_path) as lock:
+    with exclusive(tmp_path) as lock:
         jobs = Jobs(tmp_path, 3, lock)
         assert jobs._next(ablation.trials) is zero_a
         jobs.running = [Job(zero_a, None, 0)]  # type: ignore[arg-type]
@@ -50,9 +50,9 @@ def test_trial_waits_for_a_stage_run_that_another_trains(tmp_path: Path) -> None
 
 def test_folder_in_use_is_rejected(tmp_path: Path) -> None:
     with (
-        alone(tmp_path),
+        exclusive(tmp_path),
         pytest.raises(ConfigError, match=re.escape(f"out={tmp_path} is in use")),
-        alone(tmp_path),
+        exclusive(tmp_path),
     ):
         pass
 
@@ -70,5 +70,5 @@ def test_signal_during_the_start_of_a_run_stops_it(
         return process
 
     monkeypatch.setattr(ablation_jobs.subprocess, "Popen", signalled)
-    with alone(tmp_path) as lock, pytest.raises(Preempted):
+    with exclusive(tmp_path) as lock, pytest.raises(Preempted):
         Jobs(tmp_path, 1, lock).run(ablation.trials[:1])

@@ -26,7 +26,7 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import read_all_captions
 from xray.exports.convert import convert
-from xray.exports.to_open_clip import no_plain_vit
+from xray.exports.to_open_clip import unsupported_vision
 from xray.models.backbone import VisionBackbone
 
 
@@ -191,7 +191,7 @@ def test_each_backbone_variant_is_exact_or_refused(
     with torch.no_grad():
         theirs = clip.encode_image(normalised(pixels, artifact), normalize=True)
     joint: Any = restore_encoder(artifact)
-    assert isinstance(joint, Encoder) and not no_plain_vit(joint)
+    assert isinstance(joint, Encoder) and not unsupported_vision(joint)
     torch.testing.assert_close(theirs, joint.encode_pixels(pixels), rtol=0, atol=TOLERANCE)
 
 

@@ -38,21 +38,21 @@ def test_each_warning_comes_once_after_ten_bad_log_rows(what: str) -> None:
     changes, keys = WRONG[what]
     guard, bad = guard_of(("photos", 128)), logged(**changes)
     for _ in range(30):
-        assert guard.look(bad, 0.099) == []
+        assert guard.check(bad, 0.099) == []
     for _ in range(9):
-        assert guard.look(bad, 0.1) == []
-    assert guard.look(logged(), 0.2) == []  # an interruption
+        assert guard.check(bad, 0.1) == []
+    assert guard.check(logged(), 0.2) == []  # an interruption
     for _ in range(9):
-        assert guard.look(bad, 0.3) == []
-    warnings = guard.look(bad, 0.4)
+        assert guard.check(bad, 0.3) == []
+    warnings = guard.check(bad, 0.4)
     assert len(warnings) == 1 and what in warnings[0]
     assert_names_keys(warnings[0], keys)
     for _ in range(12):
-        assert guard.look(bad, 0.5) == []
+        assert guard.check(bad, 0.5) == []
     for _ in range(12):
-        assert guard.look(logged(), 0.5) == []
+        assert guard.check(logged(), 0.5) == []
     for _ in range(12):
-        assert guard.look(bad, 0.6) == []  # no second warning
+        assert guard.check(bad, 0.6) == []  # no second warning
 
 
 def test_healthy_training_gets_no_warning() -> None:
@@ -60,28 +60,28 @@ def test_healthy_training_gets_no_warning() -> None:
     for step in range(100):
         edges = logged("clips", mean_cosine=0.97, positive_cosine=0.985, loss=0.97 * math.log(64))
         scales = {"photos/logit_scale": 7.2 + step * 0.92}
-        assert guard.look({**logged(), **edges, **scales}, step / 100) == []
-    assert guard.look({}, 0.5) == []
+        assert guard.check({**logged(), **edges, **scales}, step / 100) == []
+    assert guard.check({}, 0.5) == []
 
 
 def test_warnings_name_their_block_and_do_not_hide_each_other() -> None:
     guard = guard_of(("photos", 128), ("clips", 64))
     alike = logged("clips", mean_cosine=0.99, positive_cosine=0.99)
     for _ in range(9):
-        assert guard.look({**logged(), **alike}, 0.5) == []
-    (warning,) = guard.look({**logged(), **alike}, 0.5)
+        assert guard.check({**logged(), **alike}, 0.5) == []
+    (warning,) = guard.check({**logged(), **alike}, 0.5)
     assert "'clips'" in warning and "photos" not in warning
     worse = {**logged(loss=5.0, logit_scale=1.0), **alike}
     for _ in range(9):
-        assert guard.look(worse, 0.6) == []
-    assert sorted(text[:11] for text in guard.look(worse, 0.6)) == ["logit_scale", "the contras"]
+        assert guard.check(worse, 0.6) == []
+    assert sorted(text[:11] for text in guard.check(worse, 0.6)) == ["logit_scale", "the contras"]
 
 
 def test_few_negatives_are_reported_at_once_and_only_once() -> None:
     guard = guard_of(("photos", 64), ("clips", 8))
-    (warning,) = guard.look({**logged(), **logged("clips", loss=0.1)}, 0.0)
+    (warning,) = guard.check({**logged(), **logged("clips", loss=0.1)}, 0.0)
     assert "8 samples of 'clips'" in warning and "only 7 negatives" in warning
     assert_names_keys(warning, ["data.blocks", "train.micro_batch"])
     for progress in (0.0, 0.5):
-        assert guard.look({**logged(), **logged("clips", loss=0.1)}, progress) == []
-    assert guard_of(("clips", 8), loss="sigmoid").look({}, 0.0) == []
+        assert guard.check({**logged(), **logged("clips", loss=0.1)}, progress) == []
+    assert guard_of(("clips", 8), loss="sigmoid").check({}, 0.0) == []

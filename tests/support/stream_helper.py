@@ -59,7 +59,7 @@ def main(root: str, out: Path, steps: int, workers: int, kill: int) -> None:
     state, start = out / "state", out / "start"
     first = int((start / "step").read_text()) if start.is_dir() else 0
     entries = quarantine.load(start / "quarantine.jsonl")
-    quarantine.obey(entries, plans)
+    quarantine.exclude(entries, plans)
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
         pixels = load_pixels(sample, data, rng)

@@ -48,7 +48,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[IO[str]]:
+def exclusive(out: Path) -> Iterator[IO[str]]:
     """Lock an ablation's folder and yield the lock file.
 
     The runs inherit the lock, so the folder stays locked if this process is killed and they

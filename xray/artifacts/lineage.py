@@ -26,8 +26,8 @@ from xray.errors import ArtifactError
 # State of an ancestor at the path that its child recorded. URLs are not checked; "replaced" means
 # that another artifact is there now.
 Where = Literal["found", "gone", "replaced", "url"]
-TOLD = ("samples", "data_digest", "config_hash", "inputs", "metrics", "keep_rate", "seconds",
-        "versions", "git_commit")  # fmt: skip
+COPIED = ("samples", "data_digest", "config_hash", "inputs", "metrics", "keep_rate", "seconds",
+          "versions", "git_commit")  # fmt: skip
 # Config sections that a child continues from its parent, and in which the two may differ.
 COMPARED: dict[str, dict[str, type]] = {
     "vision": {"model": ModelConfig, "data": DataConfig},
@@ -72,8 +72,8 @@ class Link:
         manifest = values.pop("manifest") or {}
         values["manifest"] = values.pop("digest")
         parents = {slot: parent["manifest"] for slot, parent in manifest.get("parents", {}).items()}
-        told = {key: manifest.get(key) for key in TOLD}
-        return {**values, **told, "parents": parents, "sound": self.sound}
+        copied = {key: manifest.get(key) for key in COPIED}
+        return {**values, **copied, "parents": parents, "sound": self.sound}
 
 
 def lineage(path: str | Path, verify: bool = False) -> list[Link]:
@@ -116,7 +116,7 @@ def _ancestors(child: Link, known: Known) -> Iterator[Link]:
     parents = child.manifest["parents"] if child.manifest is not None else {}
     for slot, parent in parents.items():
         digest, path = str(parent["manifest"]), str(parent["path"])
-        where, here = _look(path, digest)
+        where, here = _locate(path, digest)
         if where == "found" and digest not in known:  # the child is older than carried lineages
             known |= _carried(Place(path), here)[0] | {digest: here}
         stage, manifest = str(parent["stage"]), known.get(digest)
@@ -126,7 +126,7 @@ def _ancestors(child: Link, known: Known) -> Iterator[Link]:
         yield from _ancestors(link, known)
 
 
-def _look(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
+def _locate(path: str, digest: str) -> tuple[Where, dict[str, Any]]:
     """Check if an artifact is still at a path; return the result and the manifest there."""
     if Place(path).remote:
         return "url", {}
@@ -162,7 +162,7 @@ PLACES: dict[Where, str] = {
 }
 
 
-def told(chain: list[Link]) -> Iterator[str]:
+def describe(chain: list[Link]) -> Iterator[str]:
     """Yield the lines that describe a lineage."""
     for link in chain:
         pad = "  " * link.depth

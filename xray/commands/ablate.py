@@ -26,7 +26,7 @@ def ablate(
     """
     from xray.ablations.comparison import check_metrics, outcomes_of
     from xray.ablations.cost import flops_of, plan_of
-    from xray.ablations.jobs import Jobs, alone
+    from xray.ablations.jobs import Jobs, exclusive
     from xray.ablations.report import write_comparison
     from xray.ablations.trials import load_ablation, write_recipes
     from xray.recipes.run import prepare
@@ -37,7 +37,7 @@ def ablate(
     if plan:
         plan_of(ablation, flops_of(ablation, None)).print()
         return
-    with alone(ablation.out) as lock:
+    with exclusive(ablation.out) as lock:
         write_recipes(ablation)
         for trial in ablation.trials[: len(ablation.arms)]:
             prepare(trial.recipe)

@@ -34,14 +34,14 @@ def lineage(
     as_json: AsJson = False,
 ) -> None:
     """Print the artifacts and data that ARTIFACT was made from; exit code 1 if any was changed."""
+    from xray.artifacts.lineage import describe
     from xray.artifacts.lineage import lineage as walk
-    from xray.artifacts.lineage import told
 
     chain = walk(artifact, verify)
     if as_json:
         print(json.dumps([link.facts() for link in chain], indent=1))
     else:
-        print("\n".join(told(chain)))
+        print("\n".join(describe(chain)))
     if not all(link.sound for link in chain):
         raise SystemExit(1)
 

@@ -46,7 +46,7 @@ def vision_of(artifact: Artifact, what: str) -> VisionEncoder:
     return vision_encoder(artifact)
 
 
-def pictures(side: int, frames: int = 1, count: int = 4) -> Tensor:
+def sample_images(side: int, frames: int = 1, count: int = 4) -> Tensor:
     """Make smooth and noisy images or clips [B, T, 3, S, S] uint8, the same at every call."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(count * frames, 3, 5, 5, generator=draw)
@@ -87,7 +87,7 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
     return state
 
 
-def is_there(module: nn.Module | None) -> bool:
+def is_present(module: nn.Module | None) -> bool:
     """Check if an optional module is present."""
     return module is not None and not isinstance(module, nn.Identity)
 

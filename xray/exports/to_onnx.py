@@ -17,7 +17,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder
 from xray.artifacts.manifest_config import data_config, image_side
 from xray.errors import ConfigError, brief
-from xray.exports.common import Export, difference, pictures, save_json, vision_of
+from xray.exports.common import Export, difference, sample_images, save_json, vision_of
 from xray.models.token_reduction import KeepRate
 
 OPSET = 18
@@ -69,7 +69,7 @@ def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: i
             "--keep-rate 1 for all tokens"
         )
     tower = ImageTower(encoder, rate, frames > 1).eval()
-    pixels = pictures(side, frames)
+    pixels = sample_images(side, frames)
     given = encoder.normalize(pixels) if frames > 1 else encoder.normalize(pixels)[:, 0]
     _write(tower, given, out / FILE)
     save_json(out / "config.json", _config(artifact, tower, side, frames))

@@ -23,8 +23,8 @@ from xray.exports.common import (
     Export,
     difference,
     image_state,
-    is_there,
-    pictures,
+    is_present,
+    sample_images,
     save_json,
     vision_of,
 )
@@ -52,7 +52,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
             f"{artifact.origin} is of stage {artifact.stage}: --to open_clip is for stage clip; "
             "use --to timm for a backbone"
         )
-    reason = no_plain_vit(encoder)
+    reason = unsupported_vision(encoder)
     if reason:
         raise ArtifactError(
             f"{artifact.origin} cannot be open_clip's ViT: {reason}; use --to timm for the backbone"
@@ -72,7 +72,7 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
         model = open_clip.create_model(name).eval()
     except Exception as error:  # a shape that open_clip builds differently
         raise ArtifactError(f"open_clip cannot load what was written: {brief(error)}") from error
-    pixels, encoder.keep_rate = pictures(side), 1.0
+    pixels, encoder.keep_rate = sample_images(side), 1.0
     with torch.no_grad():
         image = model.encode_image(encoder.normalize(pixels)[:, 0])
         differences = {"image features": difference(image, encoder.encode_pixels(pixels))}
@@ -91,7 +91,7 @@ def text_side(artifact: Artifact) -> tuple[Encoder | None, str]:
             "open_clip has no place for; clip.text_head=linear is CLIP's own"
         )
     encoder = Encoder(artifact)
-    reason = no_clip_text(encoder)
+    reason = unsupported_text(encoder)
     return (None, reason) if reason else (encoder, "")
 
 
@@ -123,12 +123,12 @@ def _notes(missing: str) -> list[str]:
     ]
 
 
-def no_plain_vit(encoder: ImageEncoder) -> str:
+def unsupported_vision(encoder: ImageEncoder) -> str:
     """Name the part of a backbone that open_clip's VisionTransformer lacks, or ""."""
     vision = encoder.vision
     if vision.reg_token is not None:
         return "it has register tokens"
-    if is_there(vision.patch_embed.norm):
+    if is_present(vision.patch_embed.norm):
         return "its stem ends in a norm"
     norms = [m for m in vision.modules() if isinstance(m, nn.LayerNorm)]
     if len({norm.eps for norm in norms}) != 1:
@@ -136,17 +136,17 @@ def no_plain_vit(encoder: ImageEncoder) -> str:
     blocks: Any = vision.blocks
     for block in blocks:
         attention, mlp = block.attn, block.mlp
-        if is_there(attention.q_norm) or is_there(attention.norm):
+        if is_present(attention.q_norm) or is_present(attention.norm):
             return "its attention has normalisation layers"
         gelu = type(mlp) is Mlp and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
-        if not gelu or is_there(mlp.norm):
+        if not gelu or is_present(mlp.norm):
             return f"its MLP is not two linear layers with GELU ({type(mlp).__name__})"
         if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
             return "its blocks have other norms than LayerNorm"
     return ""
 
 
-def no_clip_text(encoder: Encoder) -> str:
+def unsupported_text(encoder: Encoder) -> str:
     """Return the reason why open_clip cannot build the text tower, or ""."""
     llm: Any = encoder.text.llm
     kind, settings = type(llm).__name__, llm.config
@@ -177,10 +177,10 @@ def _config(
         "head_width": vision.embed_dim // first.attn.num_heads,
         "patch_size": list(vision.patch_size),
         "mlp_ratio": first.mlp.fc1.out_features / vision.embed_dim,
-        "no_ln_pre": not is_there(vision.norm_pre),
+        "no_ln_pre": not is_present(vision.norm_pre),
         "norm_kwargs": {"eps": first.norm1.eps},
     }
-    if is_there(first.ls1):
+    if is_present(first.ls1):
         image["ls_init_value"] = 1.0  # replaced by the weights
     text: dict[str, Any] = dict(NO_TEXT)
     if texts is not None:
@@ -223,7 +223,7 @@ def vision_state(encoder: ImageEncoder, side: int) -> dict[str, Tensor]:
         "positional_embedding": places,
         "proj": encoder.vision_projection.weight.detach().t(),
     }
-    last = "norm" if is_there(vision.norm) else "fc_norm"
+    last = "norm" if is_present(vision.norm) else "fc_norm"
     for old, new in (("norm_pre", "ln_pre"), (last, "ln_post")):
         state |= {k.replace(old, new, 1): v for k, v in own.items() if k.startswith(f"{old}.")}
     for number in range(len(list(vision.blocks.children()))):

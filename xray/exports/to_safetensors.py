@@ -33,7 +33,7 @@ from xray.artifacts.manifest_config import (
     text_config,
 )
 from xray.config.schedule import largest
-from xray.exports.common import CAPTIONS, Export, difference, ours, pictures, save_json
+from xray.exports.common import CAPTIONS, Export, difference, ours, sample_images, save_json
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower, merge_lora
 
@@ -75,7 +75,7 @@ def _check_vision(artifact: Artifact, encoder: VisionEncoder, out: Path) -> floa
     sizes = largest(data.resolution), largest(data.frames)
     backbone = VisionBackbone(model_config(artifact), *sizes).eval()
     backbone.load_state_dict(load_file(out / "vision.safetensors"))
-    pixels, rate = pictures(image_side(artifact)), encoder.keep_rate
+    pixels, rate = sample_images(image_side(artifact)), encoder.keep_rate
     with torch.no_grad():
         theirs = backbone(encoder.normalize(pixels), rate).cls
     return difference(theirs, ours(encoder, pixels, rate))

@@ -16,9 +16,9 @@ from xray.exports.common import (
     Export,
     difference,
     image_state,
-    is_there,
+    is_present,
     ours,
-    pictures,
+    sample_images,
     save_json,
     vision_of,
 )
@@ -38,7 +38,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
     save_json(out / "config.json", settings)
 
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    pixels = pictures(side)
+    pixels = sample_images(side)
     with torch.no_grad():
         theirs = loaded(encoder.normalize(pixels)[:, 0])
     code = [
@@ -60,7 +60,7 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
         "class_token": True,
         "no_embed_class": vision.position_prefix == 0,
         "global_pool": "token",
-        "fc_norm": is_there(vision.fc_norm),
+        "fc_norm": is_present(vision.fc_norm),
     }
     return {
         "architecture": model.name.partition(".")[0],

@@ -28,7 +28,7 @@ class BadSamples:
     def __init__(self, out: Path, state: TrainState, plans: Mapping[str, SamplePlan]) -> None:
         self.path, self.state, self.plans = out / "bad_samples.jsonl", state, plans
         self.shards: Counter[str] = Counter()
-        quarantine.obey(state.quarantine, plans)
+        quarantine.exclude(state.quarantine, plans)
 
     def account(self, mine: Sequence[Replaced], read: int, limit: float) -> None:
         """Add the samples that a step replaced, on this rank and the others. Collective.
@@ -60,7 +60,7 @@ class BadSamples:
         fresh = sorted(new, key=lambda entry: (entry.source, entry.shard, entry.key))
         self.state.quarantine += fresh
         # It opens the shard's index, which may fail on one rank only.
-        dist.together(lambda: quarantine.obey(fresh, self.plans))
+        dist.together(lambda: quarantine.exclude(fresh, self.plans))
 
         def write() -> None:
             with self.path.open("a") as file:

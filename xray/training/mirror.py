@@ -21,7 +21,7 @@ from typing import Any
 
 from fsspec.implementations.dirfs import DirFileSystem
 
-from data_pipelines.shards.remote import filesystem, persist
+from data_pipelines.shards.remote import filesystem, retry
 from xray.errors import DataError
 from xray.files import inside, replacing
 
@@ -116,7 +116,7 @@ class Mirror:
             fs, root = filesystem(self.url, PATIENCE)
             self._fs = DirFileSystem(root.rstrip("/"), fs)
         below = self._fs
-        return persist(self.url, PATIENCE, lambda: work(below))
+        return retry(self.url, PATIENCE, lambda: work(below))
 
     def _has(self, name: str) -> bool:
         return bool(self._try(lambda fs: fs.exists(name)))

@@ -248,7 +248,7 @@ def test_a_hanging_clip_stays_in_quarantine_after_a_resume(
 
     resumed = SamplePlan(source, 1, 1, seed=0)
     unknown = Entry("s", "0.tar", "no such key", ""), Entry("other", "0.tar", "005", "")
-    quarantine.obey([*entries, *unknown], {"s": resumed})
+    quarantine.exclude([*entries, *unknown], {"s": resumed})
     again = load_keys(resumed, DataConfig(), range(6), 0)
     assert [i.batch["key"].tolist() for i in again] == [i.batch["key"].tolist() for i in first]
     assert [e.cause for item in again for e in item.bad] == ["in quarantine"] * 2

@@ -15,7 +15,7 @@ from shards import jpeg, write_tar
 from data_pipelines.shards.sidecar import open_sidecar, pack_rows, write_sidecar
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.tags.balance import Replication, replication, slots_of, uniform
-from data_pipelines.tags.concept_matcher import ConceptMatcher, folded, is_edge
+from data_pipelines.tags.concept_matcher import ConceptMatcher, folded, is_word_boundary
 from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, TeacherRules, balanced, label
 from data_pipelines.tags.reader import TagReader, TagRules, hashtags_in, singulars
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
@@ -84,8 +84,8 @@ def test_concept_matches_equal_a_simple_search() -> None:
             for concept in matcher.concepts
             for start in range(len(text))
             if text.startswith(concept, start)
-            and is_edge(text, start)
-            and is_edge(text, start + len(concept))
+            and is_word_boundary(text, start)
+            and is_word_boundary(text, start + len(concept))
         }
         assert set(matcher.find(text)) == expected
 
