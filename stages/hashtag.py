@@ -199,8 +199,8 @@ def vocabulary_size(
         if size:
             return size, []
     return options.max_size, [
-        f"the vocabulary is not known yet: counted with the {options.max_size:,} tags of "
-        "hashtag.max_size; --tags or hashtag.vocabulary say it"
+        f"the number of tags is not known yet: {options.max_size:,} are assumed, the value of "
+        "hashtag.max_size; set --tags or hashtag.vocabulary to change it"
     ]
 
 

@@ -327,8 +327,8 @@ def join() -> None:
 def agree(error: XrayError | None, patience: timedelta = COLLECTIVE, doing: str = "") -> None:
     """Raise an error of any rank on every rank, so that no rank enters a collective alone.
 
-    It uses no collective. A rank that waits says for whom. Raises TrainingError if a rank does not
-    arrive within the patience.
+    It uses no collective. A waiting rank prints the ranks it waits for. Raises TrainingError if a
+    rank does not arrive within the patience.
     """
     if world_size() > 1:
         error = _agreement(patience, doing).reach(error)

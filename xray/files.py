@@ -19,7 +19,7 @@ from xray.errors import ArtifactError, ConfigError
 
 @contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
-    """Give a file written inside the permissions of open(); safetensors would make them 0600."""
+    """Give a file the permissions that open() sets, because safetensors would set 0600."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
@@ -29,8 +29,8 @@ def usual_mode(path: Path) -> Iterator[None]:
 def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None:
     """Lock a folder until the returned file is closed or this process ends; None without locks.
 
-    Forked children do not inherit the lock. Raises ConfigError if another process holds it; `what`
-    says what that process does with the folder.
+    Forked children do not inherit the lock. Raises ConfigError if another process holds it;
+    `what` says, for the message, how that process uses the folder.
     """
     file = (folder / "lock").open("a+")
     try:

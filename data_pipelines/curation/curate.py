@@ -121,7 +121,7 @@ class _Maker:
         return self._made(self.source, "texts", work, settings)
 
     def left(self, texts: Sidecar) -> tuple[Sidecar | None, Decision]:
-        """Decide over the whole pool; no sidecar of what is left if no such step is on."""
+        """Run the steps that need the whole pool; returns no sidecar if none of them is set."""
         config, dedup = self.config, self.config.dedup
         limits = config.filters.same_text, config.filters.per_value
         if not (dedup.media or dedup.embeddings or any(limits)):

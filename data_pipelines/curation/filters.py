@@ -203,7 +203,7 @@ class Tally:
             taken.members.append(member)
 
     def narrow(self, step: str, member: int, before: Sized, left: Sized) -> None:
-        """Count the texts that a step dropped, and the sample with the last of its texts."""
+        """Count the texts that a step dropped, and the sample if no text is left."""
         dropped = len(before) - len(left)
         self.take(step, member, dropped, sample=bool(before) and not left)
 

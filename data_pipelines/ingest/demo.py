@@ -94,7 +94,7 @@ class Scene:
 
 
 def make_demo(root: Path, config: DemoConfig) -> None:
-    """Write all sets below root, unless they are there; raises ConfigError for other files."""
+    """Write all sets below root, unless they exist; raises ConfigError for other files."""
     known = root / "demo.json"
     if known.is_file():
         _check_same(known, config)

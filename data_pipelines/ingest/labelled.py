@@ -179,5 +179,5 @@ def _label_of(item: Item) -> Any:
 
 
 def spaced(classes: Iterable[str]) -> tuple[str, ...]:
-    """Return class names in the form for prompts, with spaces for underscores."""
+    """Return class names for prompts: underscores become spaces."""
     return tuple(name.replace("_", " ") for name in classes)

@@ -114,7 +114,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     """Return the kind of the data at a path, pattern or URL.
 
     user: name of the caller in error messages. Raises DataError for a path that does not exist,
-    that is of no known kind, or of a kind that is not among `accept`.
+    that is of unknown kind, or of a kind that is not among `accept`.
     """
     if not where:
         raise DataError("no data is named: the path is empty")
@@ -127,7 +127,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     elif not os.path.exists(where) and not _is_pattern(where):
         raise DataError(f"{where} does not exist")
     if not fitting:
-        raise DataError(f"{where} is of unknown type: {user} takes {taken}")
+        raise DataError(f"{where} is of unknown kind: {user} takes {taken}")
     if fitting[0] not in accept:
         own = KINDS[fitting[0]].what
         raise DataError(f"{where}: {user} takes {taken}, not {own}{_advice(where, fitting[0])}")
@@ -236,8 +236,8 @@ def open_corpus(
 ) -> Corpus:
     """Open shards, a folder, a list, a text file, or one or several single files.
 
-    modality: image or video, for data that has both; "" = what there is, pictures first. texts:
-    captions are wanted. Raises ConfigError or DataError for data that contains none of it.
+    modality: image or video, for data that has both; "" = pictures if there are any. texts: read
+    captions. Raises ConfigError or DataError for data without the requested modality.
     """
     if modality not in ("", "image", "video"):
         raise ConfigError(f"--modality {modality}: use image or video")

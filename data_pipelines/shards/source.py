@@ -149,7 +149,7 @@ class Source:
                 return index.read(member, extensions, self._local(shard))
             except FileNotFoundError as error:  # a remote tar was evicted in between
                 if self.cache is None:
-                    raise DataError(f"shard {index.path} does not exist any more") from error
+                    raise DataError(f"shard {index.path} no longer exists") from error
         raise DataError(
             f"shard {index.path} is evicted before it can be read: raise data.cache_gb, or lower "
             "data.lanes or data.shuffle_shards"

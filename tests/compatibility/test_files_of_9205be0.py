@@ -1,7 +1,7 @@
 """Files written by commit 9205be0 open, resume, evaluate and export as they did then.
 
 tests/fixtures/9205be0/README.md says what the files are. The tests know the command line, the
-public API and the files alone: they import no module of xray, because modules may move.
+public API and the files only: they import no module of xray, because modules may move.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_a_line_names_few_of_many_missing_ranks(
 def test_the_other_ranks_wait_for_rank_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rank names rank 0 until it is there; then rank 0 prints for whom all wait."""
+    """A rank names rank 0 until it arrives; then rank 0 prints the ranks that all wait for."""
     store = HashStore()
 
     def act(now: float) -> None:

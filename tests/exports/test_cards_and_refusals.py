@@ -66,7 +66,7 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "--to open_clip is for stage clip": lambda a, out: (a, "--to", "open_clip", "--out", out),
     "are for --to onnx": lambda a, out: (a, "--to", "timm", "--keep-rate", 0.5),
     "--keep-rate and --frames are for": lambda a, out: (a.parent, "--keep-rate", 0.5),
-    "is there already": lambda a, out: (a, "--to", "timm", "--out", a),
+    "already exists": lambda a, out: (a, "--to", "timm", "--out", a),
     "is a checkpoint: export an artifact first": lambda a, out: (f"{a.parent}@2", "--to", "timm"),
     "--weights is for RUN": lambda a, out: (a, "--to", "timm", "--weights", "ema"),
     "text.llm=, the folder of the LLM now": lambda a, out: (a, "data.root=x", "--to", "timm"),

@@ -67,7 +67,7 @@ def stored(source: Source, config: TextFeaturesConfig) -> tuple[TextStore, int]:
 
 
 def assert_live(source: Source, store: TextStore, config: TextFeaturesConfig) -> None:
-    """Require that each stored vector equals the tower's output for its caption alone."""
+    """Require that each stored vector equals the tower's output for its caption without others."""
     language = Language(config)
     tower = language.build().eval()
     tolerance = 1e-5 if config.features == "fp32" else 0.03

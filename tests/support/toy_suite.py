@@ -1,4 +1,4 @@
-"""The command line of xray with one more evaluation suite, added to SUITES alone.
+"""The command line of xray with one more evaluation suite, added only to SUITES.
 
 usage: toy_suite.py COMMANDS, a json list of lists of arguments; prints a json list of
 [exit code, stdout, stderr].

@@ -13,7 +13,7 @@
 
 An arm's settings override the command line, and the command line overrides `common`.
 `match_samples: ARM` lengthens an arm's last stage so that all its stages together see as many
-images and clips as those of ARM.
+images and clips as all stages of ARM.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
 
 # State of an ancestor at the path that its child recorded. URLs are not checked; "replaced" means
-# that another artifact is there now.
+# that another artifact is at that path now.
 Where = Literal["found", "gone", "replaced", "url"]
 COPIED = ("samples", "data_digest", "config_hash", "inputs", "metrics", "keep_rate", "seconds",
           "versions", "git_commit")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Model cards, written from manifests alone: the README.md of an artifact and of an export."""
+"""Model cards, written only from manifests: the README.md of an artifact and of an export."""
 
 from __future__ import annotations
 

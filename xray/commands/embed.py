@@ -65,7 +65,7 @@ def embed(
     from xray.search.embed import embed as write
 
     config = EmbedConfig(
-        dtype=dtype,  # type: ignore[arg-type]  # validate() looks
+        dtype=dtype,  # type: ignore[arg-type]  # checked by validate()
         dim=dim,
         keep_rate=keep_rate,
         precision=precision,  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ class Finding:
 
     what: str
     found: str
-    lacks: str = ""  # feature that does not work, or works less well, and how to mend it
+    lacks: str = ""  # feature that does not work, or works less well, and how to fix it
     state: State = "ok"
 
     @classmethod
@@ -110,7 +110,7 @@ def _library(package: Package, result: str, required: dict[str, str]) -> Finding
 
 
 def _distribution(module: str, version: str) -> tuple[str, str]:
-    """Return (name, version) of the distribution that installed a module, or else its own."""
+    """Return (name, version) of the distribution of a module; if unknown, of the module."""
     for name in importlib.metadata.packages_distributions().get(module, []):
         return name.lower(), importlib.metadata.version(name)
     return module, version

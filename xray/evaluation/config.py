@@ -64,7 +64,7 @@ class EvalConfig:
         return [suite.name for suite in SUITES if suite.has_data(self.of(suite))]
 
     def possible(self, offers: frozenset[str]) -> list[str]:
-        """List the suites that have data of their own and that an artifact can run."""
+        """List the suites whose data sets are set and that an artifact can run."""
         return [name for name in self.configured() if suite_named(name).needs <= offers]
 
     def in_recipe(self, offers: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
 
 
 class _Training(WholeDataset):
-    """Samples by (epoch, number); augmentation depends on both and on the seed alone."""
+    """Samples by (epoch, number); augmentation depends only on these and on the seed."""
 
     def __init__(
         self, source: Source, labels: Tensor, data: DataConfig, config: FinetuneConfig

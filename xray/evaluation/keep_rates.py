@@ -67,7 +67,7 @@ def over_keep_rates(
 
 
 def check_comparable(names: Sequence[str]) -> None:
-    """Raise ConfigError for suites that cannot be compared across keep rates, and for none."""
+    """Raise ConfigError for no suite, or for one that cannot be compared across keep rates."""
     excluded = [suite.name for suite in SUITES if not suite.compared]
     if not names or any(name in excluded for name in names):
         raise ConfigError(f"--keep-rates compares none of {', '.join(excluded)}: --suite knn, say")

@@ -44,7 +44,7 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 class RetrievalConfig(CaptionedConfig):
     """Images with captions."""
 
-    # correct for a caption: its own sample alone, or every sample that has the same caption
+    # correct for a caption: only its own sample, or every sample that has the same caption
     same: Literal["sample", "caption"] = "sample"
 
 
@@ -67,7 +67,7 @@ def retrieval(
 
     images: [N, D]. texts: [M, D]. owner: [M], the image of each text. Features are normalised.
     kind: [M] long, equal for equal texts: they share their correct images; None = each text is
-    correct for its own image alone. Intervals resample images, each with its captions. Raises
+    correct only for its own image. Intervals resample images, each with its captions. Raises
     DataError for fewer than two images or an image without a caption.
     """
     N, M = len(images), len(texts)
@@ -243,7 +243,7 @@ def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
-    """Measure the tuned model, and its base model as `before_*`, if the base model is there."""
+    """Measure the tuned model, and its base model as `before_*`, if the base model is found."""
     encoder = sets.encoder
     if not isinstance(encoder, TextEncoder):
         raise ArtifactError(f"{sets.what}: it has no tuned text tower")

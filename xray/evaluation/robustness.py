@@ -203,7 +203,7 @@ def _shifted(head: Head, config: RobustnessConfig, sets: Sets, clean: float) -> 
 
 
 class SomeSlots:
-    """Slots of some samples of a source, evenly spaced; numbers: of the samples, in order."""
+    """Slots of evenly spaced samples of a source; numbers: ascending numbers of the samples."""
 
     digest = "chosen"
 

@@ -23,7 +23,7 @@ Row = tuple[str, str, str, str]  # measure, result, chance, number of samples
 
 @dataclass
 class SuiteConfig:
-    """Settings of a suite; a subclass names those of its keys that hold data sets."""
+    """Settings of a suite; a subclass lists the keys that name data sets."""
 
     required_sets: ClassVar[tuple[str, ...]] = ()
     optional_sets: ClassVar[tuple[str, ...]] = ()
@@ -47,7 +47,7 @@ class SuiteConfig:
 
 @dataclass
 class CaptionedConfig(SuiteConfig):
-    """Images or videos with captions; the suite `captions` also takes texts alone."""
+    """Images or videos with captions; the suite `captions` also takes texts without images."""
 
     required_sets = ("shards",)
 

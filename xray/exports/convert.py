@@ -36,7 +36,7 @@ def convert(
             f"--keep-rate and --frames are for --to onnx: --to {form} has neither fixed"
         )
     if out.exists():
-        raise ArtifactError(f"{out} is there already: choose another --out, or delete it")
+        raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
         if form == "onnx":
@@ -47,8 +47,8 @@ def convert(
         rate = artifact.manifest["keep_rate"]
         if form in ("timm", "open_clip") and rate != 1.0:
             export.notes.append(
-                f"Every token is kept here. The artifact's own keep rate is {rate}, at which its "
-                "features are others: xray.load(ARTIFACT, keep_rate=1.0) gives this export's."
+                f"Every token is kept here. The artifact's own keep rate is {rate}, which "
+                "gives other features: xray.load(ARTIFACT, keep_rate=1.0) gives the export's."
             )
         _check(artifact, form, export)
         (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")

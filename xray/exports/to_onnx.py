@@ -50,7 +50,7 @@ class ImageTower(nn.Module):
 
 
 def to_onnx(artifact: Artifact, out: Path, keep_rate: KeepRate | None, frames: int) -> Export:
-    """Write model.onnx and config.json. frames: 1 for images, more for clips of so many.
+    """Write model.onnx and config.json. frames: 1 for images, else frames per clip.
 
     Raises ConfigError for an impossible keep rate, and if onnx is not installed.
     """

@@ -121,7 +121,7 @@ class ContrastiveLoss(ABC):
     """A contrastive loss, with the values that its parameters start from and its chance level."""
 
     logit_scale: ClassVar[float]  # at the start of training
-    needs_large_blocks: ClassVar[bool] = True  # each sample is compared with its block alone
+    needs_large_blocks: ClassVar[bool] = True  # each sample is compared only with its block
 
     def logit_bias(self, samples: int) -> float | None:
         """Return the initial bias for blocks of this size; None if the loss has no bias."""

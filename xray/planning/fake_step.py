@@ -64,7 +64,7 @@ class Rehearsal:
     with_gradients: Peak  # with unpartitioned gradients beside the activations
     alone: Peak  # without gradients, which are counted elsewhere
     flops: int
-    recomputed: int  # FLOPs of forward passes for the gradient cache alone
+    recomputed: int  # FLOPs of only the gradient cache's forward passes
     micros: int
     tokens: int  # of images and clips, before any are masked or reduced
 

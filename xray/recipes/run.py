@@ -102,7 +102,7 @@ def prepare(recipe: Recipe) -> None:
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
-    """Build the tiny LLM, unless it is there; a half-written folder is written anew."""
+    """Build the tiny LLM, unless it exists; a half-written folder is written again."""
     folder = Path(config.path)
     if folder.is_dir():
         return

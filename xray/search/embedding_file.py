@@ -2,7 +2,7 @@
 
 X.parquet   columns key, path, (text,) embedding. An embedding is fixed-size binary, the numbers as
             in memory: lists of numbers are read several times slower, and use 4 bytes per int8
-X.npy       the rows alone, and X.npy.json with keys and facts
+X.npy       only the rows, and X.npy.json with keys and facts
 
 The facts describe the rows: dtype, dim, artifact, source. int8 has a scale and an offset per
 dimension; binary holds the signs, eight dimensions per byte.

@@ -264,7 +264,7 @@ def test_several_captions_of_a_row(tmp_path: Path) -> None:
         ("l.parquet", "not parquet", "l.parquet cannot be read as parquet"),
         ("l.txt", "a.jpg", "l.txt: xray data pack takes a folder .*, not a .txt file of one text"),
         ("l.tar", "", "not .tar shards: use shards as they are, as data.sources.NAME.shards=.*tar"),
-        ("l.xyz", "", "l.xyz is of unknown type: xray data pack takes a folder of pictures"),
+        ("l.xyz", "", "l.xyz is of unknown kind: xray data pack takes a folder of pictures"),
         ("l.csv", "path,caption\n", "l.csv has no rows"),
         ("in/metadata.csv", "a,b\nc,d", r"metadata.csv has no column of paths.*\(a, b\)"),
         ("in/0/00000.tar", "", "in contains .tar shards below it, such as 0/00000.tar"),

@@ -225,7 +225,7 @@ def broken(root: Path) -> dict[str, str]:
         "gone*.tar": "no .tar shards at ",
         "empty": "empty contains neither .tar shards nor pictures or clips",
         "notes": "notes contains neither .tar shards nor pictures or clips",
-        "a.xyz": "a.xyz is of unknown type: ",
+        "a.xyz": "a.xyz is of unknown kind: ",
         "bad.parquet": "bad.parquet cannot be read as parquet",
         "bad.csv": "bad.csv is not UTF-8 text: convert it",
         "none.csv": "none.csv has no rows",
