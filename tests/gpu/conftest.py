@@ -13,5 +13,5 @@ def llm_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from xray.models.tiny_llm import build_tiny_llm
 
     root = tmp_path_factory.mktemp("gpu")
-    build_tiny_llm(["a dog", "a cat"], root / "llm", 300, 32, 2, 2)
+    build_tiny_llm(["a dog", "a cat"], root / "llm", 300, 32, 2, 2, "qwen3")
     return root
