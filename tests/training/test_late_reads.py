@@ -76,7 +76,8 @@ def test_passes_and_update_read_nothing(
         monkeypatch.setattr(TrainingLoop, name, watched(getattr(TrainingLoop, name)))
     layers = ("optim.vision.layer_decay=0.7",)  # several groups of parameters
     train(stage, demo, tmp_path, *SILENT, *layers, f"zero.stage={zero}", "train.micro_batch=4")
-    assert reads.count == 0
+    # In each of the other four steps, ZeRO 3 reads a number that is on the host already.
+    assert reads.count == (4 if zero == 3 else 0)
     assert not synchronized
     with HostReads() as control:
         float(torch.ones(()))
