@@ -123,7 +123,7 @@ def work(section: str, device: str, toy: bool, pipe: Any) -> None:
 def run(section: str, device: str, scale: Scale) -> Iterator[Finding]:
     """Run a section in this process, on a device that is chosen as in the trainer."""
     from xray.dist import choose_device
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
 
     chosen = choose_device(device)
     init_distributed(chosen)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from xray.training.gpu_specs import gpu_of
+from xray.training.throughput import gpu_of
 
 from tools.common.timing import hardware, interleaved
 from tools.gpu.findings import Check, Finding, Number, Scale

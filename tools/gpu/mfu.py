@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from xray.training.gpu_specs import gpu_of
+from xray.training.throughput import gpu_of
 
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
 from tools.gpu.stage_steps import StageSteps, toy_settings

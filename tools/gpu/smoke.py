@@ -113,7 +113,7 @@ def _in_cpu_process(steps: int) -> Mapping[str, Any]:
 def cpu_losses(steps: int) -> dict[str, Any]:
     """Return the losses of each variant on the CPU in fp32."""
     from xray.dist import choose_device
-    from xray.training.engine import init_distributed
+    from xray.training.deepspeed_setup import init_distributed
 
     device = choose_device("cpu")
     init_distributed(device)
