@@ -10,6 +10,7 @@ Batch keys, all with the micro-batch B first:
     teacher_*       [B, C, L], captions in the tokens of a teacher
     sentences       [B, C, W] float, sentence vectors, if they are stored
     pooled_mask     [B, C, L] long, the tokens that are pooled into the sentence vector
+The second pass of the gradient cache adds the first one's features without a gradient.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class StageModule(nn.Module, ABC):
         """Compute the features that the loss is a function of.
 
         For a stage that spans the batch: rows of samples [B, ...], and 0-d tensors for parameters
-        of the loss, such as the logit scale.
+        of the loss, such as the logit scale. Features without a gradient, such as the output of a
+        frozen tower, may be in the batch: the gradient cache keeps them for its second pass.
         """
 
     @abstractmethod
@@ -124,9 +126,14 @@ class VisionModule(StageModule):
 
 def set_training(tower: nn.Module, training: bool, progress: float, frozen_until: float) -> bool:
     """Set a tower to train or eval mode, and tell whether it is trained at this progress."""
-    trained = frozen_until < 1 and progress >= frozen_until
+    trained = is_trained(progress, frozen_until)
     tower.train(training and trained)
     return trained
+
+
+def is_trained(progress: float, frozen_until: float) -> bool:
+    """Tell whether a tower is trained; frozen_until: progress at which that begins, 1 = never."""
+    return frozen_until < 1 and progress >= frozen_until
 
 
 @dataclass

@@ -24,6 +24,7 @@ from stages.base import (
     StateDict,
     StepOutput,
     VisionModule,
+    is_trained,
     load_vision,
     part,
     set_training,
@@ -87,16 +88,21 @@ class ClipModule(VisionModule):
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Return image [B, E] and text [B, C, E] features, normalised, and the loss's inputs."""
         pixels = self.normalize(batch["pixels"])
-        cls = self.encode(pixels, progress, self._visible(pixels, progress)).cls
-        sentences = self.text_adapter(self._sentences(batch, progress))
+        visible = self._visible(pixels, progress)  # in both passes: later draws follow this one
+        cls = batch["cls"] if "cls" in batch else self.encode(pixels, progress, visible).cls
+        sentences = self._sentences(batch, progress)
         features = {
             "image": F.normalize(self.vision_projection(cls).float(), dim=-1),
-            "text": F.normalize(sentences.float(), dim=-1),
+            "text": F.normalize(self.text_adapter(sentences).float(), dim=-1),
             "logit_scale": self.logit_scale.float().exp().squeeze(),
         }
+        if not is_trained(progress, self.frozen_until):
+            features["cls"] = cls
+        if "text" in self.towers and not is_trained(progress, self.text_frozen_until):
+            features["sentences"] = sentences
         if self.logit_bias is not None:
             features["logit_bias"] = self.logit_bias.float().squeeze()
-        if self.training and self.teacher is not None:
+        if self.training and self.teacher is not None and "teacher_image" not in batch:
             taught = self.teacher.features(batch["pixels"], part(batch, TAUGHT))
             features["teacher_image"], features["teacher_text"] = taught
         if self.training and self.auxiliary is not None:
@@ -104,7 +110,7 @@ class ClipModule(VisionModule):
         return features
 
     def _sentences(self, batch: Batch, progress: float) -> Tensor:
-        """Encode captions with the LLM, or take their stored vectors: [B, C, W] float32."""
+        """Encode captions with the LLM, or take their vectors from the batch: [B, C, W] float32."""
         if "sentences" in batch:
             return batch["sentences"]
         tower: Any = self.towers["text"]

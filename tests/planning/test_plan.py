@@ -177,6 +177,26 @@ def test_zero_stages_divide_their_states(demo: Path, tmp_path: Path) -> None:
     assert memory[2].gradients <= whole // 8 < memory[1].gradients
 
 
+def test_only_trained_towers_are_recomputed(demo: Path, tmp_path: Path) -> None:
+    """The gradient cache runs a frozen LLM once, like one whose vectors are stored."""
+    facts, recomputed = dataclasses.replace(FACTS, llm=demo / "llm"), {}
+    trained = "text.tune=lora", "text.lora_rank=2"
+    for name, text in (
+        ("frozen", ("text.tune=none",)),
+        ("stored", ("text.tune=none", "text.features=bf16")),
+        ("trained", trained),
+        ("frozen at first", (*trained, "optim.text.freeze=0.5")),
+    ):
+        whole, split = (
+            rehearse(settings("clip", demo, tmp_path, IMAGES, *text, size), facts, 0.0)
+            for size in ("train.micro_batch=0", "train.micro_batch=4")
+        )
+        recomputed[name] = split.recomputed
+        assert split.flops - whole.flops == split.recomputed > 0
+    assert recomputed["frozen"] == recomputed["stored"] < recomputed["trained"]
+    assert recomputed["stored"] <= recomputed["frozen at first"] < recomputed["trained"]
+
+
 def test_the_cheapest_change_that_fits_is_suggested(demo: Path, tmp_path: Path) -> None:
     """Smaller micro-batches come first, and the plan confirms that the suggestion fits."""
     config = settings("hashtag", demo, tmp_path, IMAGES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import QUICK, train
 
-from stages.clip_teacher import load_teacher, resized
+from stages.clip_teacher import FromArtifact, load_teacher, resized
 from xray.errors import ArtifactError, ConfigError
 from xray.training.metrics import read_metrics
 
@@ -91,14 +91,27 @@ def test_unusable_teachers_are_refused(trained: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["artifact", "open_clip"])
 def test_a_student_approaches_its_teacher(
-    demo: Path, tmp_path: Path, teacher: Path, open_clip_model: str, kind: str
+    demo: Path,
+    tmp_path: Path,
+    teacher: Path,
+    open_clip_model: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = str(teacher) if kind == "artifact" else open_clip_model
     more = (f"clip.teacher={name}", "clip.captions=2", "debug.overfit_batch=true")
     made = train("clip", demo, tmp_path / "whole", *QUICK, *more)
     whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     if kind == "artifact":  # one kind suffices: splitting does not depend on it
+        calls, features = [], FromArtifact.features
+
+        def spy(*args: Any) -> Any:
+            calls.append(1)
+            return features(*args)
+
+        monkeypatch.setattr(FromArtifact, "features", spy)
         train("clip", demo, tmp_path / "split", *QUICK, *more, "train.micro_batch=2")
+        assert len(calls) == 4 * 6  # once per micro-batch, though the student runs twice
         split = read_metrics(tmp_path / "split" / "metrics.jsonl")
         for key in ("loss", "grad_norm"):
             assert [r[key] for r in split] == pytest.approx([r[key] for r in whole], rel=2e-4)

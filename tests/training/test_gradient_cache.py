@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from torch import Tensor, nn
 
 from data_pipelines.stream.sampling import MicroBatch
 from stages.base import StepOutput
-from xray.training.gradient_cache import cached_losses, schedule, surrogate_loss
+from xray.models.backbone import VisionBackbone
+from xray.models.text_tower import TextTower
+from xray.training import accumulation
+from xray.training.gradient_cache import CachedLoss, cached_losses, schedule, surrogate_loss
 from xray.training.metrics import read_metrics
 
 PLAIN = (ALL_TOKENS, "model.drop_path=0.0", "train.samples=48", "train.save_every=0")
@@ -42,6 +48,56 @@ def test_a_split_block_trains_as_the_whole(
     for a, b in zip(mine, theirs, strict=True):
         for name in ("loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-4), (name, a["step"])
+
+
+LORA = ("text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.2")
+FROZEN_TEXT, FROZEN_VISION = "text.tune=none", "optim.vision.freeze=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vision", "text"),
+    [
+        ((FROZEN_TEXT, "train.micro_batch=2"), 2 * 24, 24),
+        ((FROZEN_TEXT, "train.micro_batch=2", "train.precision=bf16"), 2 * 24, 24),
+        # blocks of 8 photos and 4 clips, of which only the first is split
+        ((FROZEN_TEXT, "train.micro_batch=4", "zero.stage=3"), 2 * 8 + 4, 8 + 4),
+        ((*LORA, "optim.text.freeze=0.5", "train.micro_batch=2"), 2 * 24, 12 + 2 * 12),
+        # The random choice of visible tokens comes before LoRA's dropout.
+        ((*LORA, FROZEN_VISION, "clip.mask_ratio=0.5", "train.micro_batch=2"), 24, 2 * 24),
+    ],
+)
+def test_a_frozen_tower_runs_once_per_micro_batch(
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    vision: int,
+    text: int,
+) -> None:
+    """Running it again, as a trained tower, gives the same bits."""
+    calls: Counter[str] = Counter()
+    for tower in (VisionBackbone, TextTower):
+
+        def spy(self: Any, *args: Any, forward: Any = tower.forward, **more: Any) -> Any:
+            calls[type(self).__name__] += 1
+            return forward(self, *args, **more)
+
+        monkeypatch.setattr(tower, "forward", spy)
+    once = train("clip", demo, tmp_path / "once", *PLAIN, *overrides)
+    assert calls == {"VisionBackbone": vision, "TextTower": text}
+
+    def without_constants(*args: Any) -> list[CachedLoss]:
+        return [dataclasses.replace(each, constants={}) for each in cached_losses(*args)]
+
+    monkeypatch.setattr(accumulation, "cached_losses", without_constants)
+    twice = train("clip", demo, tmp_path / "twice", *PLAIN, *overrides)
+    assert calls.total() > 2 * (vision + text)
+    mine, theirs = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("once", "twice"))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    for part in ("backbone", "head", "text"):
+        a, b = once.load(part), twice.load(part)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Contrastive(nn.Module):
@@ -84,6 +140,7 @@ def test_the_schedule_gives_the_gradients_of_the_whole_block() -> None:
             surrogate_loss(features, cached[each.numbers[0]].gradients).backward()
     assert kinds == ["features"] * 3 + ["loss"] + ["backward"] * 3
     assert all(torch.equal(each.output.loss, cached[0].output.loss) for each in cached)
+    assert [len(each.constants["teacher"]) for each in cached] == [3, 3, 2]
     torch.testing.assert_close(cached[0].output.loss, expected.detach())
     for (name, mine), theirs in zip(split.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name)

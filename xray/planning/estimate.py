@@ -59,7 +59,7 @@ class Resources:
     size: Size
     memory: Memory
     flops: float  # per step over all devices, mean over the stage
-    recomputed: float  # FLOPs of these for the gradient cache's second forward pass
+    recomputed: float  # FLOPs of these for the gradient cache's second forward passes
     tokens: float  # per step over all devices, mean over the stage
     micros: int  # micro-batches per step, maximum over the stage
 

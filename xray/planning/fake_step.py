@@ -24,7 +24,7 @@ from xray.config import RunConfig
 from xray.config.schedule import steps_of
 from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
-from xray.training.gradient_cache import Pass, cached_losses, schedule, surrogate_loss
+from xray.training.gradient_cache import CachedLoss, Pass, cached_losses, schedule, surrogate_loss
 from xray.training.step_data import step_shape
 
 GRADIENTS = "gradients"
@@ -64,7 +64,7 @@ class Rehearsal:
     with_gradients: Peak  # with unpartitioned gradients beside the activations
     alone: Peak  # without gradients, which are counted elsewhere
     flops: int
-    recomputed: int  # FLOPs of only the gradient cache's forward passes
+    recomputed: int  # FLOPs of the gradient cache's second forward passes
     micros: int
     tokens: int  # of images and clips, before any are masked or reduced
 
@@ -123,7 +123,8 @@ class _FakeStep:
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._accumulated)
         self.rows: dict[int, dict[str, Tensor]] = {}  # cached features of a micro-batch, by block
-        self.gradients: dict[int, dict[str, Tensor]] = {}  # of its cached loss, likewise
+        self.cached: dict[int, CachedLoss] = {}  # of a micro-batch, likewise
+        self.recomputed: dict[int, int] = {}  # FLOPs of its second forward pass, likewise
         self.peaks: list[tuple[Peak, Peak]] = []  # of backward passes; see _backward
 
     def _accumulated(self, parameter: Tensor) -> None:
@@ -147,7 +148,7 @@ class _FakeStep:
             with_gradients=max((a for a, _ in self.peaks), key=lambda peak: peak.total),
             alone=max((b for _, b in self.peaks), key=lambda peak: peak.total),
             flops=sum(flops[each.kind, each.block] for each in passes),
-            recomputed=sum(flops[p.kind, p.block] for p in passes if p.kind == "features"),
+            recomputed=sum(counts[block] * count for block, count in self.recomputed.items()),
             micros=sum(counts.values()),
             tokens=tokens,
         )
@@ -193,20 +194,22 @@ class _FakeStep:
         self.live.kind = "features"
         self.live.reset()
         rows = [self.rows.pop(block)] * count
-        first, *_ = cached_losses(self.module.loss_from_features, rows, training=True)
-        self.gradients[block] = first.gradients
+        self.cached[block], *_ = cached_losses(self.module.loss_from_features, rows, training=True)
 
     def _backward(self, block: int, size: tuple[int, int, int], count: int) -> None:
         """Record the peaks with and without gradients."""
-        live, gradients, batch = self.live, self.gradients.get(block), self._example(size)
+        live, cached, batch = self.live, self.cached.get(block), self._example(size)
+        if cached is not None:
+            batch |= cached.constants
         with self._autocast():
             features = self.module.features(batch, self.progress)
-            if gradients is None:
+            if cached is None:
                 live.kind = "logits"
                 loss = self.module.loss_from_features(features).loss
                 live.kind = "activations"
-        if gradients is not None:
-            loss = surrogate_loss(features, gradients)
+        if cached is not None:
+            self.recomputed[block] = live.flops
+            loss = surrogate_loss(features, cached.gradients)
         del features
         loss.backward()
         first, bare = _peak(live.peak), _peak(live.bare)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Accumulator:
                 output = self._forward(loaded[number], progress)
                 loss = output.loss
             else:
-                features = self._forward(loaded[number], progress, "features")
+                features = self._forward(loaded[number], progress, "features", cached.constants)
                 output = cached.output
                 # The block's loss is computed once: it is not a mean over its micro-batches.
                 loss = means.parts[micro.block] * surrogate_loss(features, cached.gradients)
@@ -95,9 +95,15 @@ class Accumulator:
             else:
                 yield number, cached.get(number)
 
-    def _forward(self, loaded: Loaded, progress: float, task: Task = "loss") -> Any:
+    def _forward(
+        self,
+        loaded: Loaded,
+        progress: float,
+        task: Task = "loss",
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         batch = {k: v.to(self.device, non_blocking=True) for k, v in loaded.batch.items()}
-        return self.engine(batch, progress, task)
+        return self.engine(batch | dict(constants or {}), progress, task)
 
     def _reseed(self, step: int, micro: int) -> None:
         """Draw the same random numbers in both passes over a micro-batch, and after a resume."""

@@ -3,6 +3,7 @@
 A loss that compares all samples of a block needs the features of all its micro-batches at once.
 The schedule first computes these features without a graph, then the loss and its gradient with
 respect to the features, then runs each micro-batch again and backpropagates that gradient.
+Features that need no gradient, of frozen towers, are not computed again.
 Training executes the schedule with real tensors, planning with fake ones.
 """
 
@@ -37,6 +38,7 @@ class CachedLoss:
 
     output: StepOutput
     gradients: dict[str, Tensor]
+    constants: dict[str, Tensor]  # features without a gradient, for the second pass
 
 
 def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
@@ -60,7 +62,8 @@ def cached_losses(
     """Compute a block's loss from its micro-batches' features, with the gradient for each of them.
 
     A 0-d feature is a parameter of the loss, such as the logit scale: it is the same in all rows,
-    and its gradient goes to the first one. Without training there are no gradients.
+    and its gradient goes to the first one. A feature that the loss does not use is a constant.
+    Without training there are neither.
     """
     whole = {
         name: torch.cat([row[name] for row in rows]) if value.ndim else value
@@ -70,18 +73,17 @@ def cached_losses(
         leaves = {name: v.detach().requires_grad_(training) for name, v in whole.items()}
         output = loss(leaves)
         if not training:
-            return [CachedLoss(output, {}) for _ in rows]
+            return [CachedLoss(output, {}, {}) for _ in rows]
         gradients = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
     output = StepOutput(output.loss.detach(), output.metrics)
-    parts: list[dict[str, Tensor]] = [{} for _ in rows]
+    cached = [CachedLoss(output, {}, {}) for _ in rows]
     for name, gradient in zip(leaves, gradients, strict=True):
-        if gradient is None:  # features of a teacher
-            continue
-        sizes = [len(row[name]) for row in rows] if gradient.ndim else []
-        pieces = gradient.split(sizes) if sizes else [gradient]
-        for part, piece in zip(parts, pieces, strict=False):
-            part[name] = piece
-    return [CachedLoss(output, part) for part in parts]
+        value = whole[name] if gradient is None else gradient
+        sizes = [len(row[name]) for row in rows] if value.ndim else []
+        pieces = value.split(sizes) if sizes else [value]
+        for each, piece in zip(cached, pieces, strict=False):
+            (each.constants if gradient is None else each.gradients)[name] = piece
+    return cached
 
 
 def surrogate_loss(features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
