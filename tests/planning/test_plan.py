@@ -177,6 +177,17 @@ def test_zero_stages_divide_their_states(demo: Path, tmp_path: Path) -> None:
     assert memory[2].gradients <= whole // 8 < memory[1].gradients
 
 
+def test_a_frozen_llm_in_bf16_takes_half_the_memory(demo: Path, tmp_path: Path) -> None:
+    facts, sizes = dataclasses.replace(FACTS, llm=demo / "llm"), {}
+    for tune, rank in (("none", 0), ("lora", 2)):
+        for dtype in ("fp32", "bf16"):
+            text = f"text.tune={tune}", f"text.lora_rank={rank}", f"text.dtype={dtype}"
+            planned = resources(settings("clip", demo, tmp_path, IMAGES, *text), facts, 1)
+            sizes[tune, dtype] = planned.memory.llm
+            trained = 4 * planned.size.llm_trained
+        assert sizes[tune, "bf16"] - trained == (sizes[tune, "fp32"] - trained) / 2 > 0
+
+
 def test_only_trained_towers_are_recomputed(demo: Path, tmp_path: Path) -> None:
     """The gradient cache runs a frozen LLM once, like one whose vectors are stored."""
     facts, recomputed = dataclasses.replace(FACTS, llm=demo / "llm"), {}
