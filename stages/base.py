@@ -8,6 +8,8 @@ Batch keys, all with the micro-batch B first:
     input_ids       [B, C, L] long, C captions per sample, padded
     attention_mask  [B, C, L] long
     teacher_*       [B, C, L], captions in the tokens of a teacher
+    caption_rows    [B] long, the row in the split block that has a sample's captions, if they are
+                    ordered by length
     sentences       [B, C, W] float, sentence vectors, if they are stored
     pooled_mask     [B, C, L] long, the tokens that are pooled into the sentence vector
 The second pass of the gradient cache adds the first one's features without a gradient.
@@ -204,6 +206,13 @@ class Stage(ABC, Generic[C]):
     def collate(self, rows: Sequence[Batch]) -> Batch:
         """Stack the samples of a micro-batch."""
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def arrange(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Arrange the micro-batches of a split block that the loss spans, e.g. captions by length.
+
+        Their sizes must stay. The loss may change by rounding and by random draws only.
+        """
+        return batches
 
     def after_step(self, engine: Any, module: Any) -> None:
         """Change parameters after an optimizer step, through the engine's fp32 master weights."""

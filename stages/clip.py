@@ -96,6 +96,8 @@ class ClipModule(VisionModule):
             "text": F.normalize(self.text_adapter(sentences).float(), dim=-1),
             "logit_scale": self.logit_scale.float().exp().squeeze(),
         }
+        if "caption_rows" in batch:
+            features["caption_rows"] = batch["caption_rows"]
         if not is_trained(progress, self.frozen_until):
             features["cls"] = cls
         if "text" in self.towers and not is_trained(progress, self.text_frozen_until):
@@ -128,6 +130,8 @@ class ClipModule(VisionModule):
         return draw_visible(grid, len(pixels), ratio, per_slot, pixels.device)
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
+        if "caption_rows" in features:  # back in the order of the images
+            features = {**features, "text": features["text"][features["caption_rows"]]}
         image, text, scale = features["image"], features["text"], features["logit_scale"]
         captions = text.shape[1]
         ids: list[Tensor | None] = [None, None]  # row i pairs with row i
@@ -251,6 +255,17 @@ class ClipStage(Stage[ClipConfig]):
             taught = self.teacher.pad([part(row, TAUGHT) for row in rows])
             batch |= {f"{TAUGHT}{k}": v for k, v in taught.items()}
         return batch | pad_labels(rows) if "tags" in rows[0] else batch
+
+    def arrange(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Order the captions by length; images keep their places."""
+        if not self.config.text.bucket_by_length:
+            return batches
+        tokens, rows = self.language.tokenizer.bucket(batches)
+        parts = rows.split([len(batch["pixels"]) for batch in batches])
+        return [
+            {**batch, **own, "caption_rows": part}
+            for batch, own, part in zip(batches, tokens, parts, strict=True)
+        ]
 
     def visible(self, frames: int, progress: float) -> int:
         side = value_at(self.config.data.resolution, progress)

@@ -165,6 +165,10 @@ class TextStage(Stage[TextRunConfig]):
     def collate(self, rows: Sequence[Batch]) -> Batch:
         return self.language.tokenizer.pad(rows)
 
+    def arrange(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        bucket = self.config.text.bucket_by_length
+        return self.language.tokenizer.bucket(batches)[0] if bucket else batches
+
     def macs(self, frames: int, progress: float = 1.0) -> int:
         return 0
 

@@ -198,6 +198,29 @@ def test_pooling_is_read_from_a_sentence_encoders_folder(
     assert Language(TextConfig(str(tmp_path / "llm"), "none", pooling="mean")).config.pooling
 
 
+def test_bucketed_captions_are_the_same_with_less_padding(folder: Path) -> None:
+    tokenizer = CaptionTokenizer(folder, TextConfig())
+    words = [["x " * n, "x " * m] for n, m in ((9, 2), (1, 1), (3, 12), (2, 3), (7, 7), (1, 0))]
+    batches = [tokenizer.pad([tokenizer(row) for row in words[i : i + 2]]) for i in (0, 2, 4)]
+    bucketed, rows = tokenizer.bucket(batches)
+    assert [len(batch["input_ids"]) for batch in bucketed] == [2, 2, 2]
+    shapes = [batch["input_ids"].shape[-1] for batch in bucketed]
+    assert shapes == sorted(shapes) and shapes[0] < shapes[1] < shapes[2]
+
+    def read(sides: list[dict[str, torch.Tensor]]) -> list[list[list[int]]]:
+        return [
+            [ids[mask > 0].tolist() for ids, mask in zip(*row, strict=True)]
+            for side in sides
+            for row in zip(side["input_ids"], side["attention_mask"], strict=True)
+        ]
+
+    found = read(bucketed)
+    assert sorted(rows.tolist()) == list(range(6)) != rows.tolist()
+    assert [found[row] for row in rows] == read(batches)
+    padding = torch.cat([b["input_ids"][b["attention_mask"] == 0] for b in bucketed])
+    assert padding.unique().tolist() == [tokenizer.tokenizer.pad_token_id]
+
+
 @pytest.mark.parametrize(
     ("tune", "share"), [("none", (0, 0)), ("lora", (0.001, 0.5)), ("full", (1, 1))]
 )

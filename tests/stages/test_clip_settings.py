@@ -39,6 +39,10 @@ REFUSED = [
     ("text.latents=0", r"text\.latents=0"),
     ("text.lora_rank=-1", r"text\.lora_rank=-1"),
     ("text.features=int8 text.tune=full", r"text\.features=int8 .*text\.tune=none"),
+    (
+        "text.features=int8 text.tune=none text.bucket_by_length=true",
+        r"text\.bucket_by_length .*text\.features=int8",
+    ),
     ("text.tune=full text.dtype=bf16", r"text\.dtype=bf16 .*text\.tune=full"),
 ]
 

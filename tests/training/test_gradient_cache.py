@@ -100,6 +100,51 @@ def test_a_frozen_tower_runs_once_per_micro_batch(
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("clip", (FROZEN_TEXT,)),
+        ("clip", (*LORA, "text.lora_dropout=0.0", "clip.captions=2", "clip.loss=sigmoid")),
+        ("text", ("data.blocks=[{source: photos, samples: 8}]",)),
+    ],
+)
+def test_captions_bucketed_by_length_train_alike_with_less_padding(
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    overrides: tuple[str, ...],
+) -> None:
+    tokens: Counter[str] = Counter()
+    forward = TextTower.forward
+
+    def spy(self: Any, input_ids: Tensor, attention_mask: Tensor, pooled_mask: Tensor) -> Tensor:
+        tokens["all"] += input_ids.numel()
+        tokens["read"] += int(attention_mask.sum())
+        return forward(self, input_ids, attention_mask, pooled_mask)
+
+    monkeypatch.setattr(TextTower, "forward", spy)
+    val = (
+        "data.sources.heldout={shards: heldout, modality: image}",
+        "data.validation=[{source: heldout, samples: 8}]",
+    )
+    common = (*PLAIN, *overrides, *val, "text.max_length=64", "train.micro_batch=2")
+    counts = []
+    for name in ("usual", "bucketed"):
+        tokens.clear()
+        bucket = f"text.bucket_by_length={str(name == 'bucketed').lower()}"
+        train(stage, demo, tmp_path / name, *common, bucket)
+        counts.append(dict(tokens))
+    usual, bucketed = counts
+    assert bucketed["read"] == usual["read"] < bucketed["all"] < usual["all"]
+    mine, theirs = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("bucketed", "usual"))
+    assert "val/heldout/positive_cosine" in mine[-1]
+    for a, b in zip(mine, theirs, strict=True):
+        names = ("loss", "grad_norm", "photos/positive_cosine", "val/heldout/positive_cosine")
+        for name in names:
+            assert a.get(name) == pytest.approx(b.get(name), rel=1e-4, abs=1e-5), (name, a["step"])
+
+
 class Contrastive(nn.Module):
     """Two linear towers and a loss that compares all samples of a block."""
 

@@ -77,6 +77,8 @@ class TextConfig:
     lora_dropout: float = 0.05
     lora_targets: list[str] = field(default_factory=list)  # layer names; [] = every linear layer
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights
+    # captions of similar length share a micro-batch, where the loss spans a split block
+    bucket_by_length: bool = False
     # sentence vectors from the model, or as stored by xray data text-features (clip stage)
     features: Features = "live"
 
@@ -101,6 +103,11 @@ class TextConfig:
             raise ConfigError(
                 f"text.features={self.features} reads stored vectors of a frozen model: set "
                 "text.tune=none, or text.features=live"
+            )
+        if self.features != "live" and self.bucket_by_length:
+            raise ConfigError(
+                f"text.bucket_by_length has no captions to order with text.features="
+                f"{self.features}: leave it out"
             )
         if self.tune == "full" and self.dtype != "fp32":
             raise ConfigError(

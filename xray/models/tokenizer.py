@@ -73,12 +73,30 @@ class CaptionTokenizer:
 
     def pad(self, rows: Sequence[TokenIds]) -> TokenIds:
         """Stack the tokens of B samples, [C, L] each -> [B, C, longest L], padded on the right."""
+        return {key: torch.stack(values) for key, values in self._padded(rows).items()}
+
+    def bucket(self, batches: Sequence[TokenIds]) -> tuple[list[TokenIds], Tensor]:
+        """Deal the rows of batches [B, C, L] to batches of the same sizes, in order of length.
+
+        Also returns, for each row of the given batches in turn, its row in the new ones.
+        """
+        whole = {key: torch.cat(values) for key, values in self._padded(batches).items()}
+        lengths = whole["attention_mask"].sum(dim=-1).amax(dim=-1)
+        order = lengths.argsort(stable=True)
+        parts = order.split([len(batch["input_ids"]) for batch in batches])
+        longest = [int(lengths[part].max()) for part in parts]
+        bucketed = [
+            {key: value[part, :, :length] for key, value in whole.items()}
+            for part, length in zip(parts, longest, strict=True)
+        ]
+        return bucketed, order.argsort()
+
+    def _padded(self, rows: Sequence[TokenIds]) -> dict[str, list[Tensor]]:
+        """Pad the tokens [..., L] of several rows on the right, to the longest L."""
         longest = max(row["input_ids"].shape[-1] for row in rows)
         fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "pooled_mask": 0}
         return {
-            key: torch.stack(
-                [F.pad(row[key], (0, longest - row[key].shape[-1]), value=value) for row in rows]
-            )
+            key: [F.pad(row[key], (0, longest - row[key].shape[-1]), value=value) for row in rows]
             for key, value in fill.items()
         }
 

@@ -43,15 +43,19 @@ class CachedLoss:
 
 def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
     """Yield the passes of a step in order; split blocks are cached if the loss spans the batch."""
+    for block, members in split_blocks(micros).items() if spans_batch else ():
+        yield from (Pass("features", block, (number,)) for number in members)
+        yield Pass("loss", block, tuple(members))
+    for number, micro in enumerate(micros):
+        yield Pass("backward", micro.block, (number,))
+
+
+def split_blocks(micros: Sequence[MicroBatch]) -> dict[int, list[int]]:
+    """Return the numbers of the micro-batches of each block that has several."""
     numbers: dict[int, list[int]] = defaultdict(list)
     for number, micro in enumerate(micros):
         numbers[micro.block].append(number)
-    for block, members in numbers.items():
-        if spans_batch and len(members) > 1:
-            yield from (Pass("features", block, (number,)) for number in members)
-            yield Pass("loss", block, tuple(members))
-    for number, micro in enumerate(micros):
-        yield Pass("backward", micro.block, (number,))
+    return {block: members for block, members in numbers.items() if len(members) > 1}
 
 
 def cached_losses(
@@ -70,15 +74,21 @@ def cached_losses(
         for name, value in rows[0].items()
     }
     with torch.set_grad_enabled(training):
-        leaves = {name: v.detach().requires_grad_(training) for name, v in whole.items()}
+        leaves = {
+            name: value.detach().requires_grad_(training and value.is_floating_point())
+            for name, value in whole.items()
+        }
         output = loss(leaves)
         if not training:
             return [CachedLoss(output, {}, {}) for _ in rows]
-        gradients = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
+        inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        found = torch.autograd.grad(output.loss, [*inputs.values()], allow_unused=True)
+        gradients = dict(zip(inputs, found, strict=True))
     output = StepOutput(output.loss.detach(), output.metrics)
     cached = [CachedLoss(output, {}, {}) for _ in rows]
-    for name, gradient in zip(leaves, gradients, strict=True):
-        value = whole[name] if gradient is None else gradient
+    for name, feature in whole.items():
+        gradient = gradients.get(name)
+        value = feature if gradient is None else gradient
         sizes = [len(row[name]) for row in rows] if value.ndim else []
         pieces = value.split(sizes) if sizes else [value]
         for each, piece in zip(cached, pieces, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 
 from data_pipelines.shards.meter import Reading, add
 from data_pipelines.stream.loader import Loaded, Replaced, iterate_steps
@@ -18,6 +19,7 @@ from xray import dist
 from xray.config import BlockConfig, RunConfig
 from xray.config.schedule import steps_of, value_at
 from xray.errors import ConfigError, DataError
+from xray.training.gradient_cache import split_blocks
 
 
 def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> StepShape:
@@ -111,7 +113,8 @@ def training_stream(
     overfit = config.debug.overfit_batch
     sampler = StepSampler(config.blocks, plans, shape, steps, same=overfit)
     seed, workers = None if overfit else config.seed, config.data.workers
-    return iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin)
+    loaded = iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin)
+    return _arranged(stage, sampler, loaded, pin)
 
 
 def validation_stream(
@@ -120,4 +123,21 @@ def validation_stream(
     """Yield the fixed validation samples as one step, without randomness."""
     sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
     workers = config.data.workers
-    return iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)
+    loaded = iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)
+    return _arranged(stage, sampler, loaded, pin=False)
+
+
+def _arranged(
+    stage: Stage, sampler: StepSampler, stream: Generator[list[Loaded]], pin: bool
+) -> Generator[list[Loaded]]:
+    """Let the stage arrange the micro-batches of split blocks that its loss spans."""
+    with closing(stream):
+        for step, loaded in zip(sampler.steps, stream, strict=True):
+            blocks = split_blocks(sampler.shape(step).micro) if stage.spans_batch else {}
+            for numbers in blocks.values():
+                batches = stage.arrange([loaded[number].batch for number in numbers])
+                for number, batch in zip(numbers, batches, strict=True):
+                    loaded[number].batch = batch
+                    if pin:
+                        loaded[number].pin_memory()
+            yield loaded
