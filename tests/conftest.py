@@ -22,6 +22,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--gpu", action="store_true", help="let the tests use this machine's GPUs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):  # results of CPU and GPU differ in their last bits
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used; children inherit it
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

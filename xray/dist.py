@@ -93,6 +93,7 @@ def launcher() -> str:
 def choose_device(wanted: str) -> torch.device:
     """Choose this rank's device (`cuda`, `cpu` or `auto`), before deepspeed is imported.
 
+    Switches tf32 off in cuDNN, so that fp32 is fp32 in convolutions as in matrix products.
     Raises ConfigError if CUDA is wanted and missing, or if there are fewer GPUs than processes.
     """
     import torch
@@ -109,6 +110,7 @@ def choose_device(wanted: str) -> torch.device:
             "start no more processes than GPUs, and let each see all of them (srun: "
             "--gpus-per-node, not --gpus-per-task)"
         )
+    torch.backends.cudnn.allow_tf32 = False  # torch's default is True; False for matmul
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
 

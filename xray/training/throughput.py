@@ -86,7 +86,8 @@ def _forwards(trained: float, tower: TowerOptim, progress: float) -> float:
 class Gpu:
     """Memory of a device in GB, and its dense TFLOP/s (without sparsity) in bf16 and fp32.
 
-    The fp32 value is that of the CUDA cores, because torch leaves tf32 off.
+    The fp32 value is that of the CUDA cores: torch leaves tf32 off in matrix products, and
+    `dist.choose_device` switches it off in cuDNN.
     """
 
     memory: float
