@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -249,7 +250,13 @@ def iterate_batches(
         failures = [row for row in rows if isinstance(row, str)]
         return failures[0] if failures else collate(rows)  # type: ignore[arg-type]
 
-    loader = DataLoader(dataset, num_workers=workers, collate_fn=collate_or_fail, **order)
+    loader = DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate_or_fail,
+        pin_memory=torch.cuda.is_available(),
+        **order,
+    )
     dist.settle(workers)
     with _reporting_dead_workers():
         for batch in loader:

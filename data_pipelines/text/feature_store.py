@@ -23,6 +23,7 @@ from xray.errors import ConfigError, DataError
 Stored = Literal["fp32", "bf16", "int8"]
 KIND = "text-features"
 ROW_BITS = 32
+USUAL = {"precision": "fp32"}  # of the model that made a store, if its facts do not name another
 
 
 def store_facts(
@@ -101,10 +102,9 @@ def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
     sidecar = open_sidecar(source, store_name(facts))
     if sidecar is not None:
         return TextStore(sidecar)
-    wanted = dict(facts)
-    others = [
-        differences({key: other.get(key) for key in wanted}, wanted) for other in _all(source)
-    ]
+    wanted = {**USUAL, **facts}
+    stores = ({**USUAL, **other} for other in _all(source))
+    others = [differences({key: store.get(key) for key in wanted}, wanted) for store in stores]
     reason = "it has none"
     if [] in others:
         reason = f"{source.derived(store_name(facts))} is missing"

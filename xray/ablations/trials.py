@@ -50,8 +50,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Hash of everything that determines the results: stage runs and evaluation settings."""
-        evaluation: Any = self.recipe.eval  # a dataclass by a call, which mypy does not see
-        settings = dataclasses.asdict(evaluation)
+        settings = identity(self.recipe.eval)
         return hash_json([list(self.keys.values()), settings, self.recipe.root])
 
     def missing(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,13 @@ from xray.artifacts.manifest_config import (
     text_config,
 )
 from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
-from xray.config import DataConfig
+from xray.config import DataConfig, Precision
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, text_head
+from xray.models.inference import autocast, one_behind
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.token_reduction import KeepRate
 from xray.models.tokenizer import CaptionTokenizer, TokenIds
@@ -48,7 +49,9 @@ def class_weights(
 
 
 class VisionEncoder(nn.Module):
-    """Backbone of an artifact; encodes [B, T, 3, H, W] uint8 pixels."""
+    """Backbone of an artifact; encodes [B, T, 3, H, W] uint8 pixels in its `precision`."""
+
+    precision: Precision = "fp32"
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
@@ -80,8 +83,9 @@ class VisionEncoder(nn.Module):
 
         Float pixels receive a gradient through kept and fused tokens, not through their choice.
         """
-        pixels = pixels.to(self.normalize.mean.device)
-        return self.vision(self.normalize(pixels), self.keep_rate).cls
+        pixels = pixels.to(self.normalize.mean.device, non_blocking=True)
+        with autocast(pixels.device, self.precision):
+            return self.vision(self.normalize(pixels), self.keep_rate).cls
 
 
 class ImageEncoder(VisionEncoder):
@@ -107,7 +111,9 @@ class ImageEncoder(VisionEncoder):
 
     def joint(self, cls: Tensor) -> Tensor:
         """Project CLS features [B, D] to [B, E] in the joint space, normalised."""
-        return F.normalize(self.vision_projection(cls).float(), dim=-1)
+        with autocast(cls.device, self.precision):
+            projected = self.vision_projection(cls)
+        return F.normalize(projected.float(), dim=-1)
 
 
 class Encoder(ImageEncoder):
@@ -133,7 +139,9 @@ class Encoder(ImageEncoder):
 
     def text_features(self, tokens: TokenIds) -> Tensor:
         """Encode tokens [..., L] to [..., E] in the joint space, normalised."""
-        return F.normalize(self.text_adapter(self.text(**tokens)).float(), dim=-1)
+        with autocast(tokens["input_ids"].device, self.precision):
+            adapted = self.text_adapter(self.text(**tokens))
+        return F.normalize(adapted.float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -143,7 +151,9 @@ class Encoder(ImageEncoder):
 
 
 class TextEncoder(nn.Module):
-    """Text tower of a text artifact, or its base model before tuning."""
+    """Text tower of a text artifact, or its base model before tuning; runs in its `precision`."""
+
+    precision: Precision = "fp32"
 
     def __init__(self, artifact: Artifact, language: Language) -> None:
         super().__init__()
@@ -170,11 +180,17 @@ class TextEncoder(nn.Module):
         same = language.digest == artifact.manifest["inputs"]["llm"]
         return cls(artifact, language) if same else None
 
+    def text_features(self, tokens: TokenIds) -> Tensor:
+        """Encode tokens [..., L] to sentence vectors [..., W]."""
+        with autocast(tokens["input_ids"].device, self.precision):
+            vectors: Tensor = self.text(**tokens)
+        return vectors
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Encode N captions to sentence vectors [N, W], normalised, on CPU."""
         device = next(self.text.parameters()).device
-        return encode_captions(captions, self.tokenizer, lambda x: self.text(**x), device)
+        return encode_captions(captions, self.tokenizer, self.text_features, device)
 
 
 def encode_captions(
@@ -184,13 +200,19 @@ def encode_captions(
     device: torch.device,
 ) -> Tensor:
     """Encode N captions to normalised float32 [N, D] on CPU; raises DataError if not finite."""
-    rows, starts = [], range(0, len(captions), TEXTS)
-    for start in progress_of("texts")(starts, len(starts)):
-        tokens = tokenizer(captions[start : start + TEXTS])
-        rows.append(encode({k: v.to(device) for k, v in tokens.items()}).float().cpu())
-        if not rows[-1].isfinite().all():
+    starts = range(0, len(captions), TEXTS)
+
+    def batches() -> Iterator[tuple[None, dict[str, Tensor]]]:
+        for start in progress_of("texts")(starts, len(starts)):
+            tokens = tokenizer(captions[start : start + TEXTS])
+            yield None, {"rows": encode({k: v.to(device) for k, v in tokens.items()}).float()}
+
+    parts = []
+    for _, batch in one_behind(batches()):
+        parts.append(batch["rows"])
+        if not parts[-1].isfinite().all():
             raise DataError("the text tower's features are NaN or infinite")
-    return F.normalize(torch.cat(rows), dim=-1)
+    return F.normalize(torch.cat(parts), dim=-1)
 
 
 class Tagger(VisionEncoder):
@@ -208,7 +230,10 @@ class Tagger(VisionEncoder):
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, temperature: float = 1.0) -> Tensor:
         """Compute tag probabilities [B, V] of [B, T, 3, H, W]: softmax or sigmoid, as trained."""
-        return self.loss.activate(self.head(self.cls(pixels)).float() / temperature)
+        cls = self.cls(pixels)
+        with autocast(cls.device, self.precision):
+            logits = self.head(cls)
+        return self.loss.activate(logits.float() / temperature)
 
 
 class PromptTagger(nn.Module):

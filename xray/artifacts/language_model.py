@@ -14,6 +14,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.manifest_config import text_config
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
+from xray.models.inference import recorded
 from xray.models.llm_folder import find_llm, llm_digest, own_pooling
 from xray.models.text_tower import TextTower, is_added
 from xray.models.tokenizer import CaptionTokenizer
@@ -75,6 +76,7 @@ class Language:
         names = ("attention", "pooling", "prompt", "max_length", "dtype")
         artifact = "" if self.parent is None else self.parent.digest
         settings = {name: getattr(self.config, name) for name in names}
+        settings |= recorded(self.config.precision)
         return {"llm": self.digest, "artifact": artifact, **settings}
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:

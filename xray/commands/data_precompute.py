@@ -54,7 +54,7 @@ def data_pseudo_tags(
     config = settings(PseudoTagsConfig, given)
     config.validate()
     teacher = open_artifact(artifact, config.llm)
-    tagger, tags = open_teacher(teacher, vocabulary, config.template)
+    tagger, tags = open_teacher(teacher, vocabulary, config)
     for pattern in shards:
         source = open_shards(pattern, modality, "xray data pseudo-tags")
         with progress_bar("tagging") as progress:

@@ -44,6 +44,7 @@ def evaluate(
     from xray.artifacts.artifact import open_artifact
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.suites import result_table, suite_named
+    from xray.models.inference import recorded
 
     config, root, workers, llm = _settings(overrides or [], recipe)
     rates = _rates(keep_rates)
@@ -59,7 +60,8 @@ def evaluate(
         for name, measures in evaluator.each(names or evaluator.default_suites()):
             results[name] = measures
             if target is not None:
-                target.write_text(json.dumps(results, indent=1))
+                facts = recorded(config.precision)
+                target.write_text(json.dumps({**facts, **results}, indent=1))
     finally:
         if results:
             result_table(results).print()

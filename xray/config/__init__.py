@@ -6,7 +6,7 @@ unless it is declared with `runtime()`: workers, micro-batch, ZeRO stage, loggin
 
 from xray.config.data import BlockConfig, DataConfig, SourceConfig
 from xray.config.identity import runtime
-from xray.config.model import Features, ModelConfig, TextConfig
+from xray.config.model import Features, ModelConfig, Precision, TextConfig
 from xray.config.run import RunConfig, dump
 from xray.config.training import DebugConfig, OptimConfig, TowerOptim, TrainConfig, ZeroConfig
 from xray.errors import nearest
@@ -18,6 +18,7 @@ __all__ = [
     "Features",
     "ModelConfig",
     "OptimConfig",
+    "Precision",
     "RunConfig",
     "SourceConfig",
     "TextConfig",

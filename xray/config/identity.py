@@ -14,11 +14,24 @@ def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSI
     return dataclasses.field(default=default, default_factory=factory, metadata={"runtime": True})
 
 
+def added(default: Any) -> Any:
+    """Declare a field that older configs lack: the identity leaves its default out.
+
+    So their hashes stay the same, and folders and files that are named by a hash are found.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def identity(config: Any) -> Any:
     """Return a config, or a part of it, as nested dicts without the runtime fields."""
     if dataclasses.is_dataclass(config):
-        kept = [item.name for item in dataclasses.fields(config) if "runtime" not in item.metadata]
-        return {name: identity(getattr(config, name)) for name in kept}
+        values = [(item, getattr(config, item.name)) for item in dataclasses.fields(config)]
+        return {
+            item.name: identity(value)
+            for item, value in values
+            if "runtime" not in item.metadata
+            and not ("added" in item.metadata and value == item.default)
+        }
     if isinstance(config, dict):
         return {key: identity(item) for key, item in config.items()}
     if isinstance(config, list):

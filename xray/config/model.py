@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from xray.config.identity import runtime
+from xray.config.identity import added, runtime
 from xray.errors import ConfigError
 
 Checkpointing = bool | Literal["mlp"]
@@ -57,6 +57,7 @@ class ModelConfig:
 
 
 Features = Literal["live", "fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16"]  # bf16 = autocast over fp32 weights
 
 
 @dataclass
@@ -81,6 +82,7 @@ class TextConfig:
     bucket_by_length: bool = False
     # sentence vectors from the model, or as stored by xray data text-features (clip stage)
     features: Features = "live"
+    precision: Precision = added("fp32")  # of the LLM that makes the stored vectors
 
     def validate(self) -> None:
         """Check the settings; raises ConfigError that names the key to change."""
@@ -108,6 +110,11 @@ class TextConfig:
             raise ConfigError(
                 f"text.bucket_by_length has no captions to order with text.features="
                 f"{self.features}: leave it out"
+            )
+        if self.features == "live" and self.precision != "fp32":
+            raise ConfigError(
+                f"text.precision={self.precision} is for stored vectors: set text.features=bf16, "
+                "or train.precision for a model in training"
             )
         if self.tune == "full" and self.dtype != "fp32":
             raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from xray.config import schedule
 from xray.config.identity import runtime
+from xray.config.model import Precision
 from xray.errors import ConfigError, nearest
 
 # DeepSpeed ignores a misspelled top-level key silently, so `zero.deepspeed` may set only these;
@@ -139,7 +140,7 @@ class TrainConfig:
     """Length, precision, logging and checkpoints of a stage."""
 
     samples: int = 0  # samples seen in the stage, over all blocks
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over fp32 weights
+    precision: Precision = "fp32"  # bf16 = autocast over fp32 weights
     compile: bool = runtime(False)  # torch.compile the transformer blocks
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
     # in data.resolution

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Source
-from xray.config import OptimConfig
+from xray.config import OptimConfig, Precision
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of
 from xray.evaluation.knn import KNN
 from xray.evaluation.suite import LabelledConfig, probe_suite
+from xray.models.inference import autocast, one_behind
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
 
@@ -45,8 +47,9 @@ class AttentiveProbeConfig(LabelledConfig):
 class AttentiveProbe(nn.Module):
     """A learned query, cross-attention and an MLP, each with a residual, then a linear layer."""
 
-    def __init__(self, width: int, heads: int, classes: int) -> None:
+    def __init__(self, width: int, heads: int, classes: int, precision: Precision = "fp32") -> None:
         super().__init__()
+        self.precision: Precision = precision
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.norm_tokens, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -57,10 +60,13 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute logits [B, C] of tokens [B, n, D]."""
-        x = self.norm_tokens(tokens)
-        attended, _ = self.attention(self.query.expand(len(x), -1, -1), x, x, need_weights=False)
-        pooled = self.query + attended
-        return self.head((pooled + self.mlp(self.norm_mlp(pooled)))[:, 0])
+        with autocast(tokens.device, self.precision):
+            x = self.norm_tokens(tokens)
+            query = self.query.expand(len(x), -1, -1)
+            attended, _ = self.attention(query, x, x, need_weights=False)
+            pooled = self.query + attended
+            pooled = (pooled + self.mlp(self.norm_mlp(pooled)))[:, 0]
+        return self.head(pooled.float())
 
 
 def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float]:
@@ -77,7 +83,11 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
         blocks: Any = sets.vision.vision.blocks
-        probe = _fit(train, labels, config, blocks[0].attn.num_heads, device)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            sizes = train.shape[-1], blocks[0].attn.num_heads, int(labels.max()) + 1
+            probe = AttentiveProbe(*sizes, sets.config.precision).to(device)
+        _fit(probe, train, labels, config, device)
         predicted = _predict(probe, test, config.batch_size, device)
     return accuracy(predicted, truth, labels)
 
@@ -86,11 +96,18 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
 def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
     """Store patch tokens of all views, [N, V * n, D] float16, in a file; returns labels [N] too."""
     encoder = sets.vision
+    device = encoder.normalize.mean.device
     labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
-    for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.views):
-        x = encoder.normalize(pixels.flatten(0, 1).to(encoder.normalize.mean.device))
-        patches = encoder.vision(x, encoder.keep_rate).patches
-        rows = patches.reshape(len(pixels), -1, patches.shape[-1]).half().cpu().numpy()
+
+    def encoded() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.views):
+            x = encoder.normalize(pixels.flatten(0, 1).to(device, non_blocking=True))
+            with autocast(device, encoder.precision):
+                patches = encoder.vision(x, encoder.keep_rate).patches
+            yield own, {"rows": patches.reshape(len(pixels), -1, patches.shape[-1]).half()}
+
+    for own, batch in one_behind(encoded()):
+        rows = batch["rows"].numpy()
         if kept is None:
             kept = _mapped(path, (len(source), *rows.shape[1:]))
         until = done + len(rows)
@@ -125,16 +142,13 @@ def _predict(probe: AttentiveProbe, tokens: np.memmap, size: int, device: torch.
 
 
 def _fit(
+    probe: AttentiveProbe,
     tokens: np.memmap,
     labels: Tensor,
     config: AttentiveProbeConfig,
-    heads: int,
     device: torch.device,
-) -> AttentiveProbe:
+) -> None:
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        probe = AttentiveProbe(tokens.shape[-1], heads, int(labels.max()) + 1).to(device)
     schedule = OptimConfig(base_lr=config.lr, warmup=0.0)
     groups = [{"params": list(probe.parameters()), "lr_scale": 1.0, "freeze": 0.0}]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
@@ -148,7 +162,7 @@ def _fit(
             logits = probe(_batch(tokens, rows.sort().values.numpy(), device))
             F.cross_entropy(logits, labels[rows.sort().values].to(device)).backward()
             optimizer.step()
-    return probe.eval()
+    probe.eval()
 
 
 ATTENTIVE_PROBE = probe_suite(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from xray.config import Precision
+from xray.config.identity import added
 from xray.errors import ConfigError
 from xray.evaluation.suite import C, CaptionedConfig, Suite
 from xray.evaluation.suites import SUITES, suite_named
@@ -44,6 +46,7 @@ class EvalConfig:
 
     views: ViewsConfig = field(default_factory=ViewsConfig)
     batch_size: int = 64
+    precision: Precision = added("fp32")  # of backbone and text tower, and of training in suites
 
     def of(self, suite: Suite[C]) -> C:
         """Return the section of a suite."""

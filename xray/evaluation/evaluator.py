@@ -24,6 +24,7 @@ class Evaluator:
     ) -> None:
         config.validate()
         self.config = config
+        encoder.precision = config.precision
         self.sets = Sets(encoder, config.filled(), root, workers)
         self.offers = encoder.artifact.offers
 

@@ -19,6 +19,7 @@ from data_pipelines.text.captions import find_captions, metadata_of
 from xray.artifacts.encoders import Encoder, VisionEncoder
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.models.inference import one_behind
 from xray.progress import progress_of
 
 # Changes an image or clip [T, 3, S, S] uint8; draws from the sample's own generator.
@@ -124,10 +125,15 @@ def extract_spaces(
     """
     spaces: dict[str, Tensor] = {}
     labels, done = torch.empty(len(source), dtype=torch.long), 0
-    for pixels, own in batches_of(source, data, batch_size, views):
-        until = done + len(pixels)
-        for space, rows in encode(pixels.flatten(0, 1)).items():
-            rows = rows.unflatten(0, pixels.shape[:2])
+
+    def encoded() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for pixels, own in batches_of(source, data, batch_size, views):
+            rows = encode(pixels.flatten(0, 1))
+            yield own, {name: row.unflatten(0, pixels.shape[:2]) for name, row in rows.items()}
+
+    for own, batch in one_behind(encoded()):
+        until = done + len(own)
+        for space, rows in batch.items():
             if space not in spaces:
                 spaces[space] = rows.new_empty(len(source), *rows.shape[1:])
             if not rows.isfinite().all():  # NaN similarities would rank first
@@ -149,14 +155,14 @@ def extract(
 
 
 def spaces_of(encoder: VisionEncoder) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Make the function that encodes pixels into all spaces by one pass of the backbone, on CPU."""
+    """Make the function that encodes pixels into all spaces by one pass of the backbone."""
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> dict[str, Tensor]:
         cls = encoder.cls(pixels)
-        spaces = {"backbone": F.normalize(cls.float(), dim=-1).cpu()}
+        spaces = {"backbone": F.normalize(cls.float(), dim=-1)}
         if isinstance(encoder, Encoder):
-            spaces["joint"] = encoder.joint(cls).cpu()
+            spaces["joint"] = encoder.joint(cls)
         return spaces
 
     return encode

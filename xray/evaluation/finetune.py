@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ from xray.evaluation.knn import KNN
 from xray.evaluation.suite import LabelledConfig, probe_suite
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
+from xray.models.inference import autocast
 from xray.models.mixup import mix
 from xray.models.token_reduction import KeepRate
 from xray.models.weight_loading import load_adapted
@@ -80,10 +82,13 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.normalize = Normalize(data["mean"], data["std"])
         self.keep_rate: KeepRate = encoder.keep_rate
+        self.precision = encoder.precision
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute logits [B, C] of normalised pixels [B, T, 3, H, W]."""
-        return self.head(self.towers["vision"](pixels, self.keep_rate).cls.float())
+        with autocast(pixels.device, self.precision):
+            cls = self.towers["vision"](pixels, self.keep_rate).cls
+        return self.head(cls.float())
 
 
 class _Training(WholeDataset):
@@ -138,7 +143,8 @@ def _train(
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
     order = _order(len(training), config)
     batches = iterate_batches(training, stacked, workers, batch_sampler=order)
-    last, per_epoch = list[float](), len(order) // config.epochs
+    per_epoch = len(order) // config.epochs
+    losses = deque[Tensor](maxlen=per_epoch)
     for step, batch in enumerate(progress_of("fine-tuning")(batches, len(order))):
         progress = step / len(order)
         set_lr(optimizer.param_groups, lr_at(progress, optim, config.batch_size))
@@ -149,8 +155,8 @@ def _train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        last.append(float(loss.detach()))
-    return math.fsum(last[-per_epoch:]) / per_epoch
+        losses.append(loss.detach())
+    return math.fsum(torch.stack(list(losses)).tolist()) / per_epoch
 
 
 def _loss(model: Classifier, pixels: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
@@ -185,8 +191,8 @@ def _predict(model: Classifier, source: Source, sets: Sets, device: torch.device
     for pixels, _ in batches_of(source, sets.data, sets.config.batch_size, sets.views):
         logits = model(model.normalize(pixels.flatten(0, 1).to(device)))
         mean = logits.softmax(dim=-1).unflatten(0, pixels.shape[:2]).mean(dim=1)
-        predicted.append(mean.argmax(dim=1).cpu())
-    return torch.cat(predicted)
+        predicted.append(mean.argmax(dim=1))
+    return torch.cat(predicted).cpu()
 
 
 FINETUNE = probe_suite("finetune", FinetuneConfig, finetune, "fine-tuning", sets_from=KNN)

@@ -254,6 +254,7 @@ def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
     base = TextEncoder.before(encoder.artifact)
     if base is not None:
         base.to(next(encoder.parameters()).device)
+        base.precision = encoder.precision
         before = caption_retrieval(base.encode_text(texts), owner)
         measures |= {f"before_{k}": v for k, v in before.items() if k.startswith("top1")}
     return measures

@@ -15,9 +15,10 @@ from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import find_captions
 from xray.artifacts.encoders import Encoder, VisionEncoder
-from xray.config import DataConfig
+from xray.config import DataConfig, Precision
 from xray.config.identity import hash_json
 from xray.errors import ConfigError
+from xray.models.inference import recorded
 from xray.precompute.inference import Model, Pack, Place, Progress, write_from_model
 
 
@@ -26,6 +27,7 @@ class FeaturesConfig:
     """Settings for reading samples."""
 
     captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the default ones
+    precision: Precision = "fp32"  # of the encoder
     llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
     batch_size: int = 64
     workers: int = 2
@@ -60,6 +62,7 @@ def write_embeddings(
         embeddings = np.array([rows[member] for member in members.tolist()], np.float32)
         return {"members": members, "embeddings": embeddings.reshape(len(members), width)}
 
+    encoder.precision = config.precision
     facts = {"kind": "embeddings", "artifact": encoder.artifact.digest}
     return _written(source, embed, pack, facts, config, data, progress)
 
@@ -92,6 +95,7 @@ def write_scores(
         scores, ends = pack_rows([rows.get(member, none) for member in members], np.float32)
         return {"score": scores, "ends": ends}
 
+    encoder.precision = config.precision
     artifact = encoder.artifact.digest
     facts = {"kind": "scores", "artifact": artifact, "captions": config.captions}
     return _written(source, score, pack, facts, config, data, progress)
@@ -107,7 +111,12 @@ def _written(
     progress: Progress | None,
 ) -> tuple[Sidecar, dict[str, int]]:
     """Open the sidecar of these facts, or write it."""
-    facts = {**facts, "modality": source.modality, "animations": source.animations}
+    facts = {
+        **facts,
+        **recorded(config.precision),
+        "modality": source.modality,
+        "animations": source.animations,
+    }
     name = f"{facts['kind']}-{hash_json(facts)[:12]}"
     sidecar = open_whole(source, name)
     if sidecar is not None:

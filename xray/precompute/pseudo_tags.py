@@ -21,9 +21,10 @@ from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
 from xray.artifacts.offers import JOINT, TAGS
-from xray.config import DataConfig
+from xray.config import DataConfig, Precision
 from xray.config.identity import hash_json
 from xray.errors import ConfigError
+from xray.models.inference import recorded
 from xray.precompute.inference import Place, Progress, cut, pixels_of, spread, write_from_model
 
 TEACHING = ("top", "threshold", "temperature", "template")  # settings that identify a teacher
@@ -43,6 +44,7 @@ class PseudoTagsConfig:
     threshold: float = 0.1  # probability
     temperature: float = 1.0  # of the softmax; above 1 is less confident
     template: str = "a photo of {}"  # prompt of a clip artifact: {} is the tag
+    precision: Precision = "fp32"  # of the teacher
     llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
     batch_size: int = 64
     workers: int = 2
@@ -91,6 +93,7 @@ def write_pseudo_tags(
         Labeller(source, config.tags, rules, vocabulary, captions=config.captions), config.workers
     )
     settings = {k: v for k, v in asdict(config).items() if k in TEACHING}
+    settings |= recorded(config.precision)
     facts = {"vocabulary": vocabulary.digest, "settings": settings, "teacher": teacher_digest}
     name = f"teacher-{hash_json(facts)[:12]}"
     whole = teacher_sidecar(name, source, config.tags, config.field, config.captions)
@@ -166,7 +169,7 @@ def _count(sidecar: Sidecar, own: Sidecar) -> tuple[int, int]:
 
 
 def open_teacher(
-    artifact: Artifact, vocabulary: Path | None, template: str
+    artifact: Artifact, vocabulary: Path | None, config: PseudoTagsConfig
 ) -> tuple[Teacher, Vocabulary]:
     """Open an artifact as a teacher with its tags: its own, or for a joint space the given ones.
 
@@ -176,7 +179,9 @@ def open_teacher(
     if TAGS in artifact.offers:
         if vocabulary is not None:
             raise ConfigError(f"--vocabulary: {artifact.path} tags with its own vocabulary")
-        return Tagger(artifact).to(device), Vocabulary.load(artifact.file("vocabulary.json"))
+        tagger = Tagger(artifact).to(device)
+        tagger.precision = config.precision
+        return tagger, Vocabulary.load(artifact.file("vocabulary.json"))
     if JOINT not in artifact.offers:
         raise ConfigError(
             f"{artifact.path} is of stage {artifact.stage}: a hashtag or clip artifact is needed"
@@ -184,4 +189,6 @@ def open_teacher(
     if vocabulary is None:
         raise ConfigError("a clip artifact needs --vocabulary FILE, a json of xray data tags")
     tags = Vocabulary.load(vocabulary)
-    return PromptTagger(Encoder(artifact).to(device), tags.tags, template), tags
+    encoder = Encoder(artifact).to(device)
+    encoder.precision = config.precision
+    return PromptTagger(encoder, tags.tags, config.template), tags

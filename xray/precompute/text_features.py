@@ -28,6 +28,7 @@ from xray.artifacts.language_model import Language
 from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
 from xray.errors import ConfigError, DataError
+from xray.models.inference import autocast, one_behind
 from xray.models.text_tower import TextTower
 from xray.precompute.inference import Progress
 
@@ -143,7 +144,7 @@ def write_text_features(
         texts = [text for _, own in work.texts(shard) for text in own]
         new = [texts[n] for n in np.flatnonzero(layout.part(layout.first, shard))]
         rows = [np.empty((0, tower.width), np.float32)]
-        for vectors in _encoded(language, tower, new, config.batch_size):
+        for vectors in _encoded(language, tower, new, config):
             rows.append(vectors)
             done += len(vectors)
             if progress is not None:
@@ -159,19 +160,24 @@ def write_text_features(
 
 @torch.no_grad()
 def _encoded(
-    language: Language, tower: TextTower, texts: Sequence[str], batch_size: int
+    language: Language, tower: TextTower, texts: Sequence[str], config: TextFeaturesConfig
 ) -> Iterator[np.ndarray]:
     """Yield sentence vectors [n, W] float32 in order; captions of similar length are batched."""
-    device = next(tower.parameters()).device
-    for start in range(0, len(texts), 16 * batch_size):
-        part = texts[start : start + 16 * batch_size]
-        order = np.argsort([len(text) for text in part], kind="stable")
-        vectors: Tensor | None = None
-        for at in range(0, len(part), batch_size):
-            mine = order[at : at + batch_size]
-            tokens = language.tokenizer([part[number] for number in mine])
-            rows = tower(**{key: value.to(device) for key, value in tokens.items()}).float().cpu()
-            vectors = rows.new_empty(len(part), rows.shape[1]) if vectors is None else vectors
-            vectors[torch.from_numpy(mine)] = rows
-        assert vectors is not None
+    device, size = next(tower.parameters()).device, config.batch_size
+    for start in range(0, len(texts), 16 * size):
+        part = texts[start : start + 16 * size]
+        order = torch.tensor([len(text) for text in part]).argsort(stable=True)
+
+        def batches(
+            part: Sequence[str] = part, order: Tensor = order
+        ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            for some in order.split(size):
+                tokens = language.tokenizer([part[number] for number in some.tolist()])
+                with autocast(device, config.precision):
+                    rows = tower(**{key: value.to(device) for key, value in tokens.items()})
+                yield some, {"rows": rows.float()}
+
+        vectors = torch.empty(len(part), tower.width)
+        for some, batch in one_behind(batches()):
+            vectors[some] = batch["rows"]
         yield vectors.numpy()

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipelines.ingest.user_data import Corpus
 from data_pipelines.shards.columns import (
@@ -29,9 +30,11 @@ from data_pipelines.shards.columns import (
 )
 from xray import dist
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
+from xray.config import Precision
 from xray.config.identity import differences
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import lock_folder
+from xray.models.inference import one_behind
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress
 from xray.search.embedding_file import (
@@ -47,10 +50,8 @@ from xray.search.embedding_file import (
     write_embeddings,
 )
 from xray.search.encoding import (
-    Batch,
     of_pixels,
     of_texts,
-    one_behind,
     set_keep_rate,
     warn_of_prefix,
     width_of,
@@ -58,7 +59,6 @@ from xray.search.encoding import (
 
 PARTS = 256  # per corpus, unless they would be too small or too large
 LEAST, MOST = 256, 16_384  # samples per part
-Precision = Literal["fp32", "bf16"]
 Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
 Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each bad sample
 
@@ -146,6 +146,7 @@ class _Job:
         if self.dim > self.width:
             raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
         set_keep_rate(encoder, config.keep_rate, self.text)
+        encoder.precision = config.precision
         size = min(max(LEAST, -(-len(self.places) // PARTS)), MOST)
         self.parts = list(cut(range(len(self.places)), size))
         self.folder = out.with_name(f"{out.name}.parts")
@@ -246,28 +247,23 @@ class _Job:
     def _media(self, todo: Sequence[int]) -> Iterator[Found]:
         """Yield rows of pictures or clips by batch; no batch spans two parts."""
         encode = of_pixels(self.encoder)
-        device = next(self.encoder.parameters()).device
         size = self.config.batch_size
         batches = (batch for part in todo for batch in cut(self.parts[part], size))
         data = data_of(self.encoder.artifact, self.config.workers)
         read = pixels_of(self.corpus.source, self.places, data, batches)
 
-        def batches_of_rows() -> Iterator[Batch]:
+        def encoded() -> Iterator[tuple[Any, dict[str, Tensor]]]:
             for here, pixels, bad in read:
-                rows = None
-                if pixels is not None:
-                    with self._precision(device):
-                        rows = encode(pixels.to(device, non_blocking=True)).float()
-                yield Batch(here, rows, bad)
+                rows = {} if pixels is None else {"rows": encode(pixels).float()}
+                yield (here, bad), rows
 
-        for here, rows, bad in one_behind(batches_of_rows()):
-            found: Any = [] if rows is None else shortened(rows.numpy(), self.dim)
+        for (here, bad), batch in one_behind(encoded()):
+            found: Any = shortened(batch["rows"].numpy(), self.dim) if batch else []
             yield [(p, row[None], [""]) for p, row in zip(here, found, strict=True)], bad
 
     def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
         """Yield rows of all captions by part; texts of similar length share a batch."""
-        encode = of_texts(self.encoder)
-        device = next(self.encoder.parameters()).device
+        encode, size = of_texts(self.encoder), self.config.batch_size
         for part in todo:
             own: list[tuple[Place, list[str]]] = []
             bad: dict[Place, str] = {}
@@ -280,18 +276,15 @@ class _Job:
             flat = [text for _, texts in own for text in texts]
             order = np.argsort([len(text) for text in flat], kind="stable")
             rows = np.empty((len(flat), self.dim), np.float32)
-            for at in cut(range(len(flat)), self.config.batch_size):
-                mine = order[at.start : at.stop]
-                with self._precision(device):
-                    vectors = encode([flat[number] for number in mine]).float()
-                rows[mine] = shortened(vectors.cpu().numpy(), self.dim)
+            batches = [order[at.start : at.stop] for at in cut(range(len(flat)), size)]
+            encoded = (
+                (some, {"rows": encode([flat[n] for n in some]).float()}) for some in batches
+            )
+            for some, batch in one_behind(encoded):
+                rows[some] = shortened(batch["rows"].numpy(), self.dim)
             ends = np.cumsum([len(texts) for _, texts in own])
             parts = np.split(rows, ends[:-1]) if own else []
             yield [(p, r, t) for (p, t), r in zip(own, parts, strict=True)], bad
-
-    def _precision(self, device: torch.device) -> Any:
-        low = self.config.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
     def finish(self, listed: Path) -> None:
         """Join the parts, and list the samples that were left out."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import starmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +17,7 @@ from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
-from xray.precompute.inference import Place
 from xray.search.embedding_file import Facts, shortened
-
-
-class Batch(NamedTuple):
-    """Readable places, their rows [n, D], and the cause by place of the others."""
-
-    here: list[Place]
-    rows: Tensor | None
-    bad: dict[Place, str]
 
 
 def set_keep_rate(
@@ -72,33 +60,9 @@ def of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], 
 
     def encode(texts: Sequence[str]) -> Tensor:
         tokens = {key: value.to(device) for key, value in encoder.tokenizer(texts).items()}
-        if isinstance(encoder, Encoder):
-            return encoder.text_features(tokens)
-        found: Tensor = encoder.text(**tokens)
-        return found
+        return encoder.text_features(tokens)
 
     return encode
-
-
-def one_behind(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Move rows to the CPU one batch late, so that a GPU does not wait for the copy."""
-    held: deque[tuple[Batch, Any]] = deque()
-    for batch in batches:
-        rows, ready = batch.rows, None
-        if rows is not None and rows.is_cuda:
-            rows = rows.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        held.append((batch._replace(rows=rows), ready))
-        if len(held) > 1:
-            yield _there(*held.popleft())
-    yield from starmap(_there, held)
-
-
-def _there(batch: Batch, ready: Any) -> Batch:
-    if ready is not None:
-        ready.synchronize()
-    return batch
 
 
 def warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
