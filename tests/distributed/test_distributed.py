@@ -42,10 +42,10 @@ def test_ranks_wait_for_the_preparation_on_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
-    settings = [f"data.root={demo}", "train.samples=48"]
+    settings = [f"data.root={demo}", "train.samples=48", "clip.text.features=fp32"]
+    torchrun("-m", "xray", "run", RECIPE, *settings, f"out={tmp_path / 'two'}")
     one = xray("run", RECIPE, *settings, f"out={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
-    torchrun("-m", "xray", "run", RECIPE, *settings, f"out={tmp_path / 'two'}")
     for stage in ("mae", "hashtag", "text", "clip"):
         assert_same_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 4)
     a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))

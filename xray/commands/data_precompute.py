@@ -4,6 +4,8 @@ sidecars of shards."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +142,7 @@ def data_text_features(
     """Encode every caption once, for a clip stage with text.tune=none and text.features=bf16.
 
     Takes the settings of the stage's text section. After an interruption, run the same command
-    again: it continues.
+    again: it continues. With torchrun, each process does a part.
     """
     from xray import dist
     from xray.artifacts.artifact import open_artifact
@@ -150,14 +152,24 @@ def data_text_features(
     shards, given = split_settings(items)
     config = settings(TextFeaturesConfig, ["tune=none", *given])
     config.validate()
-    language = Language(config, open_artifact(init_from) if init_from else None)
+    device = dist.choose_device("auto")
+    if dist.world_size() > 1:
+        from xray.training.deepspeed_setup import init_distributed
+
+        init_distributed(device)
+
+    def open_language() -> Language:
+        return Language(config, open_artifact(init_from) if init_from else None)
+
+    language = dist.main_first(open_language)
     for pattern in shards:
-        source = open_shards(pattern, modality, "xray data text-features")
+        opening = partial(open_shards, pattern, modality, "xray data text-features")
+        source = dist.main_first(opening)
         reading = progress_of("reading captions")
-        with progress_bar("encoding") as progress:
-            store = write_text_features(
-                source, language, config, dist.choose_device("auto"), progress, reading
-            )
+        with progress_bar("encoding") if dist.is_main() else nullcontext() as progress:
+            store = write_text_features(source, language, config, device, progress, reading)
+        if not dist.is_main():
+            continue
         unique = store.facts["captions_stored"]
         print(
             f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "

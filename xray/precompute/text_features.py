@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,15 @@ from data_pipelines.shards.sidecar import (
 )
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import find_captions
-from data_pipelines.text.feature_store import ROW_BITS, note_store, packed, store_facts, store_name
+from data_pipelines.text.feature_store import (
+    ROW_BITS,
+    Stored,
+    note_store,
+    packed,
+    store_facts,
+    store_name,
+)
+from xray import dist
 from xray.artifacts.language_model import Language
 from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
@@ -119,43 +129,103 @@ def write_text_features(
 ) -> Sidecar:
     """Write the store of a source's captions, or open it; its facts count the distinct ones.
 
-    Each shard is written when its captions are encoded, so a second call continues. Raises
-    DataError if there is no caption.
+    All ranks call it: of n ranks each encodes every nth shard that is missing. Each shard is
+    written when its captions are encoded, so a second call continues. Raises DataError if there is
+    no caption, and an error of one rank on all.
     """
-    assert config.features != "live"
-    facts = store_facts(source, language.identity(), config.captions, config.features)
-    name = store_name(facts)
-    sidecar = open_whole(source, name)
-    if sidecar is not None:
+    job = _Job(source, language, config, device, progress, reading)
+    missing = dist.main_first(lambda: job.missing() if dist.is_main() else [])
+    if missing := dist.broadcast_object(missing):
+        dist.main_first(lambda: job.layout)
+        mine = missing[dist.rank() :: dist.world_size()]
+        dist.together(lambda: job.encode(mine), dist.PREPARATION)
+    return dist.main_first(job.complete)  # of hosts without a common folder, each has its own store
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Store of a source's captions, while it is written."""
+
+    source: Source
+    language: Language
+    config: TextFeaturesConfig
+    device: torch.device
+    progress: Progress | None
+    reading: Results | None
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """The settings that the store depends on."""
+        identity = self.language.identity()
+        return store_facts(self.source, identity, self.config.captions, self.stored)
+
+    @property
+    def stored(self) -> Stored:
+        assert self.config.features != "live"
+        return self.config.features
+
+    @property
+    def name(self) -> str:
+        return store_name(self.facts)
+
+    @functools.cached_property
+    def captions(self) -> CaptionIds:
+        return CaptionIds(self.source, self.config.captions)
+
+    @functools.cached_property
+    def ids(self) -> Sidecar:
+        """The ids of all captions, which are written if they are missing."""
+        name = f"caption-ids-{hash_json(list(self.config.captions))[:12]}"
+        work, facts, workers = self.captions, {"kind": "caption-ids"}, self.config.workers
+        return open_whole(self.source, name) or write_sidecar(
+            self.source, name, work, facts, workers, self.reading
+        )
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        layout = lay_out(self.ids)
+        if not layout.unique:
+            raise DataError(f"source {self.source.name!r} has no caption")
+        return layout
+
+    def missing(self) -> list[int]:
+        """List the shards without a table."""
+        if open_whole(self.source, self.name) is not None:
+            return []
+        shards = range(len(self.source.manifest))
+        return [s for s in shards if saved_table(self.source, self.name, s) is None]
+
+    def encode(self, shards: Sequence[int]) -> None:
+        """Encode the captions that these shards are the first to have, and write their tables."""
+        if not shards:
+            return
+        layout, tower = self.layout, self.language.build().eval().to(self.device)
+        done = layout.unique - sum(int(layout.part(layout.first, s).sum()) for s in shards)
+        for shard in shards:
+            texts = [text for _, own in self.captions.texts(shard) for text in own]
+            new = [texts[n] for n in np.flatnonzero(layout.part(layout.first, shard))]
+            rows = [np.empty((0, tower.width), np.float32)]
+            for vectors in _encoded(self.language, tower, new, self.config):
+                rows.append(vectors)
+                done += len(vectors)
+                if self.progress is not None:
+                    self.progress(done, layout.unique)
+            places = layout.part(layout.places, shard)
+            table = {"ends": self.ids.table(shard)["ends"], "places": places}
+            table["vectors"], table["scales"] = packed(np.concatenate(rows), self.stored)
+            save_table(self.source, self.name, shard, table)
+
+    def complete(self) -> Sidecar:
+        """Open the store; write what is missing on this host, its summary at last."""
+        sidecar = open_whole(self.source, self.name)
+        if sidecar is None:
+            self.encode(self.missing())
+            table = Sidecar(self.source, self.name, {}, {}).table(0)
+            width, unique = table["vectors"].shape[1], self.layout.unique
+            facts = {**self.facts, "width": width, "captions_stored": unique}
+            sidecar = finish_sidecar(self.source, self.name, facts)
+            note_store(self.source, self.facts)
         return sidecar
-    work = CaptionIds(source, config.captions)
-    fields = hash_json(list(config.captions))
-    of_ids = f"caption-ids-{fields[:12]}"
-    ids = open_whole(source, of_ids) or write_sidecar(
-        source, of_ids, work, {"kind": "caption-ids"}, config.workers, reading
-    )
-    layout = lay_out(ids)
-    if not layout.unique:
-        raise DataError(f"source {source.name!r} has no caption")
-    tower = language.build().eval().to(device)
-    todo = [s for s in range(len(ids.counts)) if saved_table(source, name, s) is None]
-    done = layout.unique - sum(int(layout.part(layout.first, shard).sum()) for shard in todo)
-    for shard in todo:
-        texts = [text for _, own in work.texts(shard) for text in own]
-        new = [texts[n] for n in np.flatnonzero(layout.part(layout.first, shard))]
-        rows = [np.empty((0, tower.width), np.float32)]
-        for vectors in _encoded(language, tower, new, config):
-            rows.append(vectors)
-            done += len(vectors)
-            if progress is not None:
-                progress(done, layout.unique)
-        table = {"ends": ids.table(shard)["ends"], "places": layout.part(layout.places, shard)}
-        table["vectors"], table["scales"] = packed(np.concatenate(rows), config.features)
-        save_table(source, name, shard, table)
-    whole = {**facts, "width": tower.width, "captions_stored": layout.unique}
-    sidecar = finish_sidecar(source, name, whole)
-    note_store(source, facts)
-    return sidecar
 
 
 @torch.no_grad()

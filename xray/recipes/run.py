@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,23 +120,19 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
 
 def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
-    """Write the text features that a run reads, unless they are there already."""
+    """Write the text features that a run reads, unless they are there already; on all ranks."""
     parents = split_parents(
         stage_class(config.stage), [open_artifact(path) for path in config.init_from]
     )
     names = [block.source for block in [*config.blocks, *config.validation]]
-    sources = open_sources(config.data, names)  # collective: not inside of main_first
-
-    def write() -> None:
-        language = Language(text, parents.text)
-        for name, source in sources.items():
-            given = dataclasses.asdict(text)
-            captions = config.data.sources[name].captions
-            job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
-            with progress_bar(f"captions of {name}") as progress:
-                write_text_features(source, language, job, device, progress)
-
-    dist.main_first(write, "storing the text features")
+    language = dist.main_first(lambda: Language(text, parents.text), "opening the LLM")
+    for name, source in open_sources(config.data, names).items():
+        given = dataclasses.asdict(text)
+        captions = config.data.sources[name].captions
+        job = TextFeaturesConfig(**given, captions=captions, workers=config.data.workers)
+        shown = progress_bar(f"captions of {name}") if dist.is_main() else nullcontext()
+        with shown as progress:
+            write_text_features(source, language, job, device, progress)
 
 
 def run_recipe(recipe: Recipe) -> list[Artifact]:
