@@ -171,7 +171,7 @@ def test_zero_shot_weights_and_accuracy_equal_open_clip() -> None:
 
 def test_one_class_is_refused() -> None:
     features, labels = unit(30, 4), torch.zeros(30, dtype=torch.long)
-    with pytest.raises(DataError, match="two classes or more"):
+    with pytest.raises(DataError, match="at least two classes"):
         knn(features, labels, features, labels)
     with pytest.raises(DataError, match="30 of 30 have none"):
         linear_probe(features, labels - 1, features, labels)
