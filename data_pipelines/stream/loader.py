@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
-import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,10 @@ from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.sampling import (
     ATTEMPTS,
+    Part,
     SamplePlan,
     SampleRef,
     StepSampler,
-    rotated_order,
 )
 from xray import dist
 from xray.config import DataConfig
@@ -34,9 +36,6 @@ from xray.errors import BadSample, DataError, brief
 Fields = dict[str, Tensor]
 
 KILLED_SECONDS = 30.0  # to wait for the end of a killed process
-
-warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
-
 
 Transform = Callable[[Sample, np.random.Generator | None], Fields]
 Collate = Callable[[Sequence[Fields]], Fields]
@@ -55,24 +54,44 @@ class Replaced:
 
 @dataclass
 class Loaded:
-    """Micro-batch, with the samples that were replaced in it."""
+    """Micro-batch or a part of it, with the samples that were replaced in it."""
 
     batch: Fields
     bad: list[Replaced] = field(default_factory=list)
-    reading: Reading = field(default_factory=dict)  # the worker's counters of decoding and cache
+    reading: Reading = field(default_factory=dict)  # the workers' counters of decoding and cache
     # Reason if there is no batch. A string, because an exception would lose its text on the way
     # from the worker.
     failure: str = ""
 
-    def pin_memory(self) -> Loaded:
-        """Pin the batch in place; the DataLoader calls this if batches go to a GPU."""
-        self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
-        return self
+    @classmethod
+    def joined(cls, parts: Sequence[Loaded], collate: Collate, pin: bool) -> Loaded:
+        """Join the parts of a micro-batch, in order; raises DataError if one of them failed.
+
+        Each part is padded to its longest sample; `collate` pads all to the longest of them.
+        """
+        whole = cls({})
+        for part in parts:
+            if part.failure:
+                raise DataError(part.failure)
+            whole.bad += part.bad
+            meter.add(whole.reading, part.reading)
+        whole.batch = parts[0].batch
+        if len(parts) > 1:
+            whole.batch = collate([row for part in parts for row in _rows(part.batch)])
+        if pin:
+            whole.batch = {key: value.pin_memory() for key, value in whole.batch.items()}
+        return whole
+
+
+def _rows(batch: Fields) -> list[Fields]:
+    """Split a batch into its samples."""
+    columns = [value.unbind() for value in batch.values()]
+    return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 @dataclass
 class StreamDataset(Dataset):
-    """Map-style dataset indexed by SampleRef that loads a whole micro-batch at a time."""
+    """Map-style dataset indexed by SampleRef that loads a part of a micro-batch at a time."""
 
     plans: dict[str, SamplePlan]
     transform: Transform
@@ -150,23 +169,27 @@ def iterate_steps(
 ) -> Generator[list[Loaded]]:
     """Yield the micro-batches of each step of the sampler, in order.
 
-    seed: see `StreamDataset`. pin: pin the memory of batches. Raises DataError if a batch cannot be
-    loaded or a worker is killed.
+    A worker reads a part of a micro-batch at a time. The parts of a step, or 4 per worker if these
+    are more, are read ahead and wait in shared memory. seed: see `StreamDataset`. pin: pin the
+    memory of batches. Raises DataError if a batch cannot be loaded or a worker is killed.
     """
     dataset = StreamDataset(sampler.plans, transform, collate, seed)
+    ahead = max([4 * workers, *(len(sampler.parts(step)) for step in sampler.steps[:1])])
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_identity,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=math.ceil(ahead / workers) if workers else None,
         worker_init_fn=_ignore_signals,
     )
     dist.settle(workers)
     batches: Any = iter(loader)
     try:
-        yield from _by_step(batches, sampler)
+        for step in sampler.steps:
+            yield _read_step(
+                batches, sampler, step, partial(Loaded.joined, collate=collate, pin=pin)
+            )
     finally:
         if workers:
             # The workers ignore SIGTERM, which the DataLoader would send. A worker that waits for a
@@ -178,16 +201,25 @@ def iterate_steps(
                 worker.join(KILLED_SECONDS)
 
 
-def _by_step(batches: Iterator[Loaded], sampler: StepSampler) -> Iterator[list[Loaded]]:
-    for step in sampler.steps:
-        order = rotated_order(len(sampler.shape(step).micro), step)
+def _read_step(
+    batches: Iterator[Loaded],
+    sampler: StepSampler,
+    step: int,
+    join: Callable[[list[Loaded]], Loaded],
+) -> list[Loaded]:
+    """Read the parts of a step, and join those of a micro-batch as soon as it is complete."""
+    order = sampler.parts(step)
+    missing = Counter(part.number for part in order)
+    read: dict[Part, Loaded] = {}
+    whole: dict[int, Loaded] = {}
+    for part in order:
         with _reporting_dead_workers(f" at step {step + 1}"):
-            by_number = {number: next(batches) for number in order}
-        loaded = [by_number[number] for number in sorted(order)]
-        for item in loaded:
-            if item.failure:
-                raise DataError(item.failure)
-        yield loaded
+            read[part] = next(batches)
+        missing[part.number] -= 1
+        if not missing[part.number]:
+            mine = sorted(each for each in read if each.number == part.number)
+            whole[part.number] = join([read.pop(each) for each in mine])
+    return [whole[number] for number in sorted(whole)]
 
 
 @contextmanager

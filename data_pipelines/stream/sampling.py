@@ -20,6 +20,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from xray.config import BlockConfig, DataConfig
 from xray.errors import ConfigError
 
 ATTEMPTS = 20  # samples tried for one position before the run stops
+PART = 64  # images, or frames of clips, that a worker reads at a time
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class MicroBatch:
     start: int  # within the block
     stop: int
     scale: float  # factor of the loss; makes the step's gradient the weighted mean over blocks
+
+
+class Part(NamedTuple):
+    """Samples of a micro-batch that one worker reads at a time."""
+
+    number: int  # of the micro-batch in the step
+    start: int  # within the block
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ def _block_weights(blocks: Sequence[BlockConfig], sizes: Sequence[int]) -> list[
 
 @dataclass
 class StepSampler:
-    """Iterator over the SampleRefs of each micro-batch of a rank, for a range of steps."""
+    """Iterator over the SampleRefs of each part of a rank's micro-batches, for a range of steps."""
 
     blocks: Sequence[BlockConfig]
     plans: dict[str, SamplePlan]
@@ -257,19 +267,34 @@ class StepSampler:
     _prefetched: dict[int, set[int]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
-        return sum(len(self.shape(step).micro) for step in self.steps)
+        return sum(len(self.parts(step)) for step in self.steps)
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         for step in self.steps:
             shape, drawn = self.shape(step), 0 if self.same else step
             self._prefetch(drawn, shape)
-            for number in rotated_order(len(shape.micro), step):
-                yield self._refs(drawn, shape.micro[number], shape)
+            for part in self.parts(step):
+                yield self._refs(drawn, part, shape)
 
-    def _refs(self, step: int, micro: MicroBatch, shape: StepShape) -> list[SampleRef]:
+    def parts(self, step: int) -> list[Part]:
+        """Cut the micro-batches of a step into parts, in the order in which they are read.
+
+        Workers get the parts in turn. With the same order in every step, one worker could get all
+        clips, which take longest.
+        """
+        shape, parts = self.shape(step), list[Part]()
+        for number, micro in enumerate(shape.micro):
+            video = self.plans[micro.source].source.modality == "video"
+            size = max(1, PART // shape.frames) if video else PART
+            for start in range(micro.start, micro.stop, size):
+                parts.append(Part(number, start, min(start + size, micro.stop)))
+        return [parts[(index + step) % len(parts)] for index in range(len(parts))]
+
+    def _refs(self, step: int, part: Part, shape: StepShape) -> list[SampleRef]:
+        micro = shape.micro[part.number]
         plan = self.plans[micro.source]
         samples = self.blocks[micro.block].samples
-        positions = plan.positions(step, samples, micro.start, micro.stop)
+        positions = plan.positions(step, samples, part.start, part.stop)
         shards, slots = plan.locate(positions)
         refs = []
         located = zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True)
@@ -294,15 +319,6 @@ class StepSampler:
             for shard in sorted(ahead - self._prefetched.get(number, set())):
                 plan.source.prefetch(shard)
             self._prefetched[number] = ahead
-
-
-def rotated_order(count: int, step: int) -> list[int]:
-    """Return the order in which the micro-batches of a step go to the loader workers.
-
-    Batches are assigned to the workers in turn. With the same order in every step, one worker could
-    get all micro-batches of clips, which take longest.
-    """
-    return [(number + step) % count for number in range(count)]
 
 
 def make_plans(

@@ -16,7 +16,6 @@ from data_pipelines.stream.sampling import (
     StepShape,
     default_lanes,
     micro_batches,
-    rotated_order,
     within_budget,
 )
 from data_pipelines.stream.shuffle import keys_of, permuted
@@ -181,13 +180,33 @@ def test_default_lanes() -> None:
 
 def test_workers_get_every_modality() -> None:
     """With two micro-batches per step and two workers, for example, each worker gets both."""
+    plans = {"photos": SamplePlan(numbered(COUNTS), 1, 2, seed=0)}
     for count, workers in ((2, 2), (4, 2), (3, 3), (4, 4), (1, 2)):
-        flat = [number for step in range(60) for number in rotated_order(count, step)]
-        assert [sorted(flat[i : i + count]) for i in range(0, len(flat), count)] == [
-            list(range(count))
-        ] * 60
+        shape = StepShape(32, 1, micro_batches([BlockConfig("photos", count)], [1], 0, 1))
+        sampler = StepSampler([], plans, lambda step, s=shape: s, range(60))
+        steps = [[part.number for part in sampler.parts(step)] for step in range(60)]
+        assert all(sorted(step) == list(range(count)) for step in steps)
+        flat = [number for step in steps for number in step]
         for worker in range(workers):
             assert set(flat[worker::workers]) == set(range(count))
+
+
+def test_parts_cover_micro_batches_and_hold_a_limited_number_of_pictures() -> None:
+    """150 photos and 10 clips of 16 frames per micro-batch, two of each in a step."""
+    photos, clips = numbered(COUNTS), dataclasses.replace(numbered(COUNTS), modality="video")
+    plans = {"photos": SamplePlan(photos, 1, 2, seed=0), "clips": SamplePlan(clips, 1, 2, seed=0)}
+    blocks = [BlockConfig("photos", 300), BlockConfig("clips", 20)]
+    shape = StepShape(32, 16, micro_batches(blocks, [150, 10], 0, 1))
+    sampler = StepSampler(blocks, plans, lambda step: shape, range(3))
+    for step in range(3):
+        parts = sampler.parts(step)
+        for number, micro in enumerate(shape.micro):
+            mine = sorted(part for part in parts if part.number == number)
+            covered = [index for part in mine for index in range(part.start, part.stop)]
+            assert covered == list(range(micro.start, micro.stop))
+            sizes = [part.stop - part.start for part in mine]
+            assert sizes == ([64, 64, 22] if micro.source == "photos" else [4, 4, 2])
+    assert len(sampler) == 3 * len(parts) == len(list(sampler))
 
 
 def test_repeated_steps_prefetch_only_their_shards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from data_pipelines.decode import transforms
 from data_pipelines.shards.manifest import write_manifest
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.source import Sample, open_source
-from data_pipelines.stream import quarantine
+from data_pipelines.stream import quarantine, sampling
 from data_pipelines.stream.loader import Loaded, iterate_steps
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan, StepSampler, StepShape, micro_batches
@@ -124,6 +124,98 @@ def test_broken_images_have_the_same_replacements_for_any_workers(tmp_path: Path
     assert count == {"007": 2, "021": 2, "033": 3}
     assert {entry.cause for entry in bad} == {"undecodable image"}
     assert not any(entry.quarantine for entry in bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parts_join_to_the_batches_of_whole_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Samples are of different lengths, padded with -1; two of them are broken."""
+    files = {f"{i:03d}.jpg": photo(i) for i in range(40)}
+    write_tar(tmp_path / "0.tar", {**files, "007.jpg": jpeg()[:150], "021.jpg": b""})
+    source, data = open_source("s", str(tmp_path), "image"), DataConfig()
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        length = 1 + int(sample.key) % 7
+        return {
+            "pixels": transforms.load_pixels(sample, data, rng),
+            "ids": torch.full((length,), int(sample.key)),
+        }
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence([row["ids"] for row in rows], True, -1)
+        return {"pixels": torch.stack([row["pixels"] for row in rows]), "ids": ids}
+
+    def read(part: int) -> list[Loaded]:
+        monkeypatch.setattr(sampling, "PART", part)
+        blocks = [BlockConfig("s", 20)]
+        shape = StepShape(16, 2, micro_batches(blocks, [10], 0, 1))
+        plans = {"s": SamplePlan(source, 2, 2, seed=0)}
+        sampler = StepSampler(blocks, plans, lambda step: shape, range(6))
+        stream = iterate_steps(sampler, transform, collate, 1, workers, pin=False)  # type: ignore[arg-type]
+        return [item for step in stream for item in step]
+
+    whole, parts = read(10), read(3)
+    assert len(whole) == 12
+    lengths = set()
+    for one, other in zip(whole, parts, strict=True):
+        assert one.batch.keys() == other.batch.keys()
+        assert all(torch.equal(value, other.batch[key]) for key, value in one.batch.items())
+        assert one.bad == other.bad
+        assert one.reading["image"][0] == other.reading["image"][0]
+        lengths.add(one.batch["ids"].shape[1])
+    assert {entry.key for item in parts for entry in item.bad} == {"007", "021"}
+    assert 7 in lengths
+
+
+def test_no_more_than_a_step_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that are read ahead wait in shared memory."""
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    monkeypatch.setattr(sampling, "PART", 4)
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 64)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    drawn: list[int] = []
+    honest = StepSampler._refs
+
+    def counted(self: StepSampler, *args: object) -> list[sampling.SampleRef]:
+        refs = honest(self, *args)  # type: ignore[arg-type]
+        drawn.append(len(refs))
+        return refs
+
+    monkeypatch.setattr(StepSampler, "_refs", counted)
+    stream = iterate_steps(
+        sampler,
+        lambda *_: {"x": torch.zeros(1)},
+        lambda rows: {"x": torch.stack([row["x"] for row in rows])},
+        *(1, 2, False),
+    )
+    (loaded,) = next(stream)
+    stream.close()
+    assert loaded.batch["x"].shape == (64, 1)
+    assert sum(drawn) == 2 * 64 and max(drawn) == 4
+
+
+def test_a_part_that_cannot_be_read_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    monkeypatch.setattr(sampling, "PART", 4)
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", 8)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(1))
+    last = plan.positions(0, 8)[-1]
+
+    def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        if (sample.shard, sample.member) == tuple(x[0] for x in plan.locate(np.array([last]))):
+            raise DataError("the disk is gone")
+        return {"x": torch.zeros(1)}
+
+    stream = iterate_steps(sampler, transform, lambda rows: dict(rows[0]), 1, 0, pin=False)
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(stream)
 
 
 def test_a_source_without_usable_samples_ends_the_run(tmp_path: Path) -> None:
