@@ -7,7 +7,7 @@ import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -159,6 +159,61 @@ def _identity(loaded: Any) -> Any:
     return loaded  # `__getitems__` has already collated the batch
 
 
+class StepLoader:
+    """Reader of a sampler's steps, whose workers are kept until it is closed.
+
+    A worker reads a part of a micro-batch at a time. The parts of a step, or 4 per worker if these
+    are more, are read ahead and wait in shared memory. seed: see `StreamDataset`. pin: pin the
+    memory of batches.
+    """
+
+    def __init__(
+        self,
+        sampler: StepSampler,
+        transform: Transform,
+        collate: Collate,
+        seed: int | None,
+        workers: int,
+        pin: bool,
+    ) -> None:
+        self.sampler, self.workers = sampler, workers
+        self._join = partial(Loaded.joined, collate=collate, pin=pin)
+        ahead = max([4 * workers, *(len(sampler.parts(step)) for step in sampler.steps[:1])])
+        self._loader: DataLoader[Loaded] = DataLoader(
+            StreamDataset(sampler.plans, transform, collate, seed),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_identity,
+            prefetch_factor=math.ceil(ahead / workers) if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals,
+        )
+        self._parts: Any = None
+
+    def __iter__(self) -> Generator[list[Loaded]]:
+        """Yield the micro-batches of each step, in order; may be repeated.
+
+        Raises DataError if a batch cannot be loaded or a worker is killed.
+        """
+        if self._parts is None:
+            dist.settle(self.workers)
+        with _reporting_dead_workers():
+            self._parts = iter(self._loader)
+        for step in self.sampler.steps:
+            yield _read_step(self._parts, self.sampler, step, self._join)
+
+    def close(self) -> None:
+        """End the workers, which would keep this process alive."""
+        if self.workers and self._parts is not None:
+            # The workers ignore SIGTERM, which the DataLoader would send. A worker that waits for a
+            # shard or hangs in a decoder would keep this process from exiting, so kill it. Shut
+            # down first: the DataLoader reports a worker that dies earlier as a crash.
+            self._parts._shutdown_workers()
+            for worker in self._parts._workers:
+                worker.kill()
+                worker.join(KILLED_SECONDS)
+
+
 def iterate_steps(
     sampler: StepSampler,
     transform: Transform,
@@ -167,38 +222,9 @@ def iterate_steps(
     workers: int,
     pin: bool,
 ) -> Generator[list[Loaded]]:
-    """Yield the micro-batches of each step of the sampler, in order.
-
-    A worker reads a part of a micro-batch at a time. The parts of a step, or 4 per worker if these
-    are more, are read ahead and wait in shared memory. seed: see `StreamDataset`. pin: pin the
-    memory of batches. Raises DataError if a batch cannot be loaded or a worker is killed.
-    """
-    dataset = StreamDataset(sampler.plans, transform, collate, seed)
-    ahead = max([4 * workers, *(len(sampler.parts(step)) for step in sampler.steps[:1])])
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_identity,
-        prefetch_factor=math.ceil(ahead / workers) if workers else None,
-        worker_init_fn=_ignore_signals,
-    )
-    dist.settle(workers)
-    batches: Any = iter(loader)
-    try:
-        for step in sampler.steps:
-            yield _read_step(
-                batches, sampler, step, partial(Loaded.joined, collate=collate, pin=pin)
-            )
-    finally:
-        if workers:
-            # The workers ignore SIGTERM, which the DataLoader would send. A worker that waits for a
-            # shard or hangs in a decoder would keep this process from exiting, so kill it. Shut
-            # down first: the DataLoader reports a worker that dies earlier as a crash.
-            batches._shutdown_workers()
-            for worker in batches._workers:
-                worker.kill()
-                worker.join(KILLED_SECONDS)
+    """Yield the micro-batches of each step of the sampler, in order; see `StepLoader`."""
+    with closing(StepLoader(sampler, transform, collate, seed, workers, pin)) as loader:
+        yield from loader
 
 
 def _read_step(

@@ -30,11 +30,11 @@ from xray.training.run import Run
 from xray.training.state import TrainState
 from xray.training.step_data import (
     StepData,
+    ValidationData,
     decoding_metrics,
     replaced_samples,
     step_shape,
     training_stream,
-    validation_stream,
 )
 from xray.training.step_result import Events, ReducedStep
 from xray.training.telemetry import DATA, Telemetry
@@ -101,6 +101,9 @@ class TrainingLoop:
         self.bad = BadSamples(run.out, self.state, run.plans | run.validation_plans)
         self.spikes = SpikeDetector(run, self.state)
         self._saved: dict[str, float] = {}  # metrics of the last save, until they are logged
+        self._pin = self.device.type == "cuda"
+        plans = run.validation_plans
+        self.validation = ValidationData(run.stage, run.config, plans, self._pin)
 
     def run_steps(self) -> None:
         """Train the remaining steps.
@@ -111,9 +114,9 @@ class TrainingLoop:
         remaining = range(self.state.step, self.config.steps)
         if not remaining:  # killed between the last save and the export
             return
-        pin = self.device.type == "cuda"
-        stream = training_stream(self.stage, self.config, self.run.plans, remaining, pin)
-        with closing(StepData(stream)) as data:
+        plans = self.run.plans
+        stream = training_stream(self.stage, self.config, plans, remaining, self._pin)
+        with closing(StepData(stream)) as data, closing(self.validation):
             self.telemetry.watchdog.at(DATA, self.state.step)
             Events(failure=data.fetch()).agreed(self.device)
             self._started = time.monotonic() - self.state.seconds
@@ -238,9 +241,7 @@ class TrainingLoop:
         if not config.validation:
             return {}
         shape = step_shape(self.stage, config.validation, progress)
-        stream = validation_stream(self.stage, config, self.run.validation_plans, shape)
-        with closing(StepData(stream)) as data:
-            failure, loaded = data.fetch(), data.loaded
+        loaded, failure = self.validation.read(shape)
         bad = replaced_samples(loaded)
         if Events(failure=failure, replaced=len(bad)).agreed(self.device).replaced:
             read = self.state.samples + sum(block.samples for block in config.validation)

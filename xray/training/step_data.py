@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from data_pipelines.shards.meter import Reading, add
-from data_pipelines.stream.loader import Loaded, Replaced, iterate_steps
+from data_pipelines.stream.loader import Loaded, Replaced, StepLoader, iterate_steps
 from data_pipelines.stream.sampling import (
     SamplePlan,
     StepSampler,
@@ -117,27 +117,59 @@ def training_stream(
     return _arranged(stage, sampler, loaded, pin)
 
 
-def validation_stream(
-    stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], shape: StepShape
-) -> Generator[list[Loaded]]:
-    """Yield the fixed validation samples as one step, without randomness."""
-    sampler = StepSampler(config.validation, plans, lambda step: shape, range(1))
-    workers = config.data.workers
-    loaded = iterate_steps(sampler, stage.transform, stage.collate, None, workers, pin=False)
-    return _arranged(stage, sampler, loaded, pin=False)
-
-
 def _arranged(
     stage: Stage, sampler: StepSampler, stream: Generator[list[Loaded]], pin: bool
 ) -> Generator[list[Loaded]]:
-    """Let the stage arrange the micro-batches of split blocks that its loss spans."""
     with closing(stream):
         for step, loaded in zip(sampler.steps, stream, strict=True):
-            blocks = split_blocks(sampler.shape(step).micro) if stage.spans_batch else {}
-            for numbers in blocks.values():
-                batches = stage.arrange([loaded[number].batch for number in numbers])
-                for number, batch in zip(numbers, batches, strict=True):
-                    loaded[number].batch = batch
-                    if pin:
-                        loaded[number].pin_memory()
+            _arrange(stage, sampler.shape(step), loaded, pin)
             yield loaded
+
+
+def _arrange(stage: Stage, shape: StepShape, loaded: Sequence[Loaded], pin: bool) -> None:
+    """Let the stage arrange the micro-batches of split blocks that its loss spans."""
+    blocks = split_blocks(shape.micro) if stage.spans_batch else {}
+    for numbers in blocks.values():
+        batches = stage.arrange([loaded[number].batch for number in numbers])
+        for number, batch in zip(numbers, batches, strict=True):
+            loaded[number].batch = batch
+            if pin:
+                loaded[number].pin_memory()
+
+
+class ValidationData:
+    """Fixed validation samples as one step, without randomness, read by workers that are kept."""
+
+    def __init__(
+        self, stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], pin: bool
+    ) -> None:
+        self._shape: StepShape | None = None
+        self._loader: StepLoader | None = None
+        self._stage, self._pin = stage, pin
+        sampler = StepSampler(config.validation, plans, self._shape_of, range(1))
+        workers = config.data.workers
+        self._settings = sampler, stage.transform, stage.collate, None, workers, pin
+
+    def _shape_of(self, step: int) -> StepShape:
+        assert self._shape is not None
+        return self._shape
+
+    def read(self, shape: StepShape) -> tuple[list[Loaded], DataError | None]:
+        """Read the micro-batches in a shape, which may differ from the one before.
+
+        Returns the error that prevents it, if there is one.
+        """
+        self._shape = shape
+        if self._loader is None:
+            self._loader = StepLoader(*self._settings)
+        try:
+            (loaded,) = self._loader
+        except DataError as error:
+            return [], error
+        _arrange(self._stage, shape, loaded, self._pin)
+        return loaded, None
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader is not None:
+            self._loader.close()
