@@ -13,8 +13,9 @@ from torch import Tensor
 
 from data_pipelines.stream.loader import Loaded
 from data_pipelines.stream.sampling import MicroBatch
-from stages.base import Stage, StepOutput, Task
+from stages.base import Batch, Stage, StepOutput, Task
 from xray import dist
+from xray.training.device_batches import DeviceBatches
 from xray.training.engine import Engine
 from xray.training.gradient_cache import CachedLoss, cached_losses, schedule, surrogate_loss
 
@@ -37,7 +38,8 @@ class Accumulator:
         """
         self.engine.train()
         means = BlockMeans(micros)
-        for number, cached in self._passes(step, progress, micros, loaded):
+        batches = self._batches(micros, loaded, repeated=True)
+        for number, cached in self._passes(step, progress, micros, batches):
             micro = micros[number]
             self._reseed(step, number)
             self.engine.begin(number, len(micros))
@@ -45,10 +47,11 @@ class Accumulator:
             reached = sorted(cached.gradients) if cached is not None else []
             self.engine.prepare_pass("forward and backward", micro.source, *reached)
             if cached is None:
-                output = self._forward(loaded[number], progress)
+                output = self._forward(batches.take(number), progress)
                 loss = output.loss
             else:
-                features = self._forward(loaded[number], progress, "features", cached.constants)
+                batch = batches.take(number) | cached.constants
+                features = self._forward(batch, progress, "features")
                 output = cached.output
                 # The block's loss is computed once: it is not a mean over its micro-batches.
                 loss = means.parts[micro.block] * surrogate_loss(features, cached.gradients)
@@ -65,14 +68,15 @@ class Accumulator:
         """Return the losses and metrics of micro-batches, without randomness [0-d]."""
         self.engine.train(False)
         means = BlockMeans(micros)
-        for number, cached in self._passes(0, progress, micros, loaded):
+        batches = self._batches(micros, loaded, repeated=False)
+        for number, cached in self._passes(0, progress, micros, batches):
             self.engine.prepare_pass("forward", micros[number].source)
-            output = cached.output if cached else self._forward(loaded[number], progress)
+            output = cached.output if cached else self._forward(batches.take(number), progress)
             means.add(micros[number], output)
         return means.values
 
     def _passes(
-        self, step: int, progress: float, micros: Sequence[MicroBatch], loaded: Sequence[Loaded]
+        self, step: int, progress: float, micros: Sequence[MicroBatch], batches: DeviceBatches
     ) -> Iterator[tuple[int, CachedLoss | None]]:
         """Run the schedule, and yield before each backward pass, which the caller runs.
 
@@ -86,7 +90,7 @@ class Accumulator:
                 self._reseed(step, number)
                 self.engine.prepare_pass("forward", micros[number].source)
                 with torch.no_grad():
-                    rows[number] = self._forward(loaded[number], progress, "features")
+                    rows[number] = self._forward(batches.take(number), progress, "features")
             elif each.kind == "loss":
                 module = self.engine.module
                 block = [rows.pop(member) for member in each.numbers]
@@ -95,15 +99,20 @@ class Accumulator:
             else:
                 yield number, cached.get(number)
 
-    def _forward(
-        self,
-        loaded: Loaded,
-        progress: float,
-        task: Task = "loss",
-        constants: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in loaded.batch.items()}
-        return self.engine(batch | dict(constants or {}), progress, task)
+    def _batches(
+        self, micros: Sequence[MicroBatch], loaded: Sequence[Loaded], repeated: bool
+    ) -> DeviceBatches:
+        """Return the batches of all forward passes; repeated: also those of the backward passes."""
+        order: list[int] = []
+        for each in schedule(micros, self.stage.spans_batch):
+            if each.kind == "features" or (
+                each.kind == "backward" and (repeated or each.numbers[0] not in order)
+            ):
+                order += each.numbers
+        return DeviceBatches(loaded, order, self.device)
+
+    def _forward(self, batch: Batch, progress: float, task: Task = "loss") -> Any:
+        return self.engine(batch, progress, task)
 
     def _reseed(self, step: int, micro: int) -> None:
         """Draw the same random numbers in both passes over a micro-batch, and after a resume."""
