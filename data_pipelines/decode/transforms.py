@@ -30,7 +30,7 @@ from data_pipelines.decode.decoders import (
 )
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.shards.meter import metered
-from data_pipelines.shards.source import Sample
+from data_pipelines.shards.source import Sample, SharedDecoding
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality, media_in
 from xray.config import DataConfig
 from xray.config.schedule import value_at
@@ -58,11 +58,35 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
         return random_crop(width, height, data.crop_scale, rng)
 
     with metered(sample.modality):
-        if sample.modality == "image":
+        if sample.shared is not None:
+            pixels = _load_view(media, crop, sample, data, sample.shared)
+        elif sample.modality == "image":
             pixels = load_image(media, crop, sample.resolution)
         else:
             pixels = load_clip(media, crop, sample, data, rng)
     return pixels if rng is None else augment(pixels, data, rng).contiguous()
+
+
+def _load_view(
+    media: bytes, crop: Crop, sample: Sample, data: DataConfig, shared: SharedDecoding
+) -> Tensor:
+    """Crop and resize one view of a sample, [T, 3, S, S]; the first one decodes for all of them.
+
+    All views of a clip have the same frames. Raises BadSample.
+    """
+    if shared.pixels is None:
+        least = _least_side(sample.resolution, data, shared.rng)
+        if sample.modality == "image":
+            header = open_image(media)
+            shared.size = width, height = upright_size(header)
+            shared.pixels = _decode(media, header, min(1.0, least / min(width, height)))
+        else:
+            choice = choose_frames(sample.frames, data, shared.rng)
+            frames = clip_decoder(data).decode(media, choice, least).pixels
+            shared.pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            shared.size = frames.shape[2], frames.shape[1]
+    box = _scaled(crop(*shared.size), shared.size, shared.pixels)
+    return _resize(shared.pixels, box, sample.resolution)
 
 
 def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
@@ -122,14 +146,19 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
     width, height = upright_size(header)
     box = crop(width, height)
     # The smallest decoding scale at which the crop has at least `size` pixels per side.
-    scale = min(1.0, max(size / box[2], size / box[3]))
-    pixels = None
+    pixels = _decode(media, header, min(1.0, max(size / box[2], size / box[3])))
+    return _resize(pixels, _scaled(box, (width, height), pixels), size)
+
+
+def _decode(media: bytes, header: Image.Image, scale: float) -> Tensor:
+    """Decode an image to [1, 3, H, W], upright, at this scale or a larger one up to 1."""
     if scale > 0.5 and header.format == "JPEG" and header.mode in ("RGB", "L"):
         pixels = _decode_jpeg(media)
-    if pixels is None:
-        at_least = math.ceil(width * scale), math.ceil(height * scale)
-        pixels = _tensor_of(decode_image(media, at_least))
-    return _resize(pixels, _scaled(box, (width, height), pixels), size)
+        if pixels is not None:
+            return pixels
+    width, height = upright_size(header)
+    at_least = math.ceil(width * scale), math.ceil(height * scale)
+    return _tensor_of(decode_image(media, at_least))
 
 
 def load_picture(image: Image.Image, size: int) -> Tensor:
@@ -162,14 +191,19 @@ def load_clip(
     media: bytes, crop: Crop, sample: Sample, data: DataConfig, rng: np.random.Generator | None
 ) -> Tensor:
     """Decode frames of a clip, crop and resize them: [T, 3, S, S] uint8; raises BadSample."""
-    # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
-    # least crop_scale[0] and its aspect ratio within ASPECT.
-    smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
-    least = math.ceil(sample.resolution / smallest)
+    least = _least_side(sample.resolution, data, rng)
     choice = choose_frames(sample.frames, data, rng)
     frames = clip_decoder(data).decode(media, choice, least).pixels
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
     return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
+
+
+def _least_side(size: int, data: DataConfig, rng: np.random.Generator | None) -> int:
+    """Return the short side of a frame at which no crop has fewer than `size` pixels per side."""
+    # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
+    # least crop_scale[0] and its aspect ratio within ASPECT.
+    smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
+    return math.ceil(size / smallest)
 
 
 def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None) -> FrameChoice:

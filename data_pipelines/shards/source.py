@@ -50,6 +50,15 @@ class Slots(Protocol):
         """Return the numbers of the captions to use with a slot's sample; None = all."""
 
 
+@dataclass
+class SharedDecoding:
+    """Parts that the views of a sample have in common: its decoded frames, and how to draw them."""
+
+    rng: np.random.Generator | None  # of the choice of frames
+    pixels: Any = None  # [T, 3, H, W] uint8, from the first view on
+    size: tuple[int, int] = (0, 0)  # (width, height) before decoding at a smaller scale
+
+
 @dataclass(frozen=True)
 class Sample:
     """Input of a stage's transform: files by ending, and their place in the plan."""
@@ -65,6 +74,7 @@ class Sample:
     member: int = 0  # row in the shard's index
     copy: int = 0  # number of this repeat of the sample in an epoch
     texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
+    shared: SharedDecoding | None = None  # if several views of it are made (`data.views`)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.decode.sandbox import Killed
 from data_pipelines.shards import meter
 from data_pipelines.shards.meter import Reading
-from data_pipelines.shards.source import Sample, Source
+from data_pipelines.shards.source import Sample, SharedDecoding, Source
 from data_pipelines.stream.sampling import (
     ATTEMPTS,
     Part,
@@ -97,6 +97,8 @@ class StreamDataset(Dataset):
     transform: Transform
     collate: Collate
     seed: int | None  # None = no randomness: centre crops, middle frames, first captions
+    # the sample that was read last, and its place, for its other views
+    _last: tuple[Any, Sample | None] = field(default=(None, None), init=False)
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
         bad: list[Replaced] = []
@@ -106,11 +108,24 @@ class StreamDataset(Dataset):
         except (DataError, OSError) as error:
             return Loaded({}, bad, failure=str(error))
 
-    def _rng(self, ref: SampleRef, attempt: int) -> np.random.Generator | None:
+    def _rng(self, ref: SampleRef, attempt: int, view: int = 0) -> np.random.Generator | None:
         if self.seed is None:
             return None
-        source = zlib.crc32(ref.source.encode())
-        return np.random.default_rng([self.seed, source, ref.position, attempt])
+        words = [self.seed, zlib.crc32(ref.source.encode()), ref.position, attempt]
+        return np.random.default_rng([*words, view] if view else words)
+
+    def _sample(self, ref: SampleRef, attempt: int, shard: int, slot: int, member: int) -> Sample:
+        """Read a sample; views of a position that follow each other share it, and its pixels."""
+        source, size = self.plans[ref.source].source, (ref.resolution, ref.frames)
+        if not ref.view:
+            return source.sample(shard, member, *size, slot=slot)
+        place = ref.source, ref.position, attempt, *size
+        if self._last[0] != place or self._last[1] is None:
+            sample = source.sample(shard, member, *size, slot=slot)
+            shared = SharedDecoding(self._rng(ref, attempt))
+            self._last = place, replace(sample, shared=shared)
+        assert self._last[1] is not None
+        return self._last[1]
 
     def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
         """Load a sample or its first usable replacement; append the unusable ones to `bad`."""
@@ -124,9 +139,8 @@ class StreamDataset(Dataset):
                 bad.append(_replaced(plan.source, shard, member, BadSample("in quarantine")))
                 continue
             try:
-                size = ref.resolution, ref.frames
-                sample = plan.source.sample(shard, member, *size, slot=slot)
-                return self.transform(sample, self._rng(ref, attempt))
+                sample = self._sample(ref, attempt, shard, slot, member)
+                return self.transform(sample, self._rng(ref, attempt, ref.view))
             except (BadSample, ValueError, OverflowError, RecursionError, UnicodeError) as problem:
                 error = problem if isinstance(problem, BadSample) else _unusable(problem)
                 bad.append(_replaced(plan.source, shard, member, error))

@@ -44,6 +44,7 @@ class SampleRef:
     resolution: int
     frames: int
     attempt: int = 0  # candidates already skipped because they are in quarantine
+    view: int = 0  # number of this view of the sample, from 1; 0 = there is one
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ class StepSampler:
     shape: Callable[[int], StepShape]
     steps: range
     same: bool = False  # use the samples of step 0 in every step (`debug.overfit_batch`)
+    views: int = 1  # consecutive samples of a block that are views of the same one (`data.views`)
     # block -> shards of the last prefetch
     _prefetched: dict[int, set[int]] = field(default_factory=dict, init=False)
 
@@ -285,7 +287,8 @@ class StepSampler:
         shape, parts = self.shape(step), list[Part]()
         for number, micro in enumerate(shape.micro):
             video = self.plans[micro.source].source.modality == "video"
-            size = max(1, PART // shape.frames) if video else PART
+            size = PART // shape.frames if video else PART
+            size = max(self.views, size - size % self.views)
             for start in range(micro.start, micro.stop, size):
                 parts.append(Part(number, start, min(start + size, micro.stop)))
         return [parts[(index + step) % len(parts)] for index in range(len(parts))]
@@ -293,19 +296,32 @@ class StepSampler:
     def _refs(self, step: int, part: Part, shape: StepShape) -> list[SampleRef]:
         micro = shape.micro[part.number]
         plan = self.plans[micro.source]
-        samples = self.blocks[micro.block].samples
-        positions = plan.positions(step, samples, part.start, part.stop)
+        views = self.views
+        indices = np.arange(part.start, part.stop)
+        positions = self._positions(step, micro.block, part.start, part.stop)[
+            indices // views - part.start // views
+        ]
         shards, slots = plan.locate(positions)
         refs = []
-        located = zip(shards.tolist(), slots.tolist(), positions.tolist(), strict=True)
-        for shard, slot, position in located:
+        numbers = indices % views + 1 if views > 1 else np.zeros_like(indices)
+        located = zip(*(each.tolist() for each in (shards, slots, positions, numbers)), strict=True)
+        for shard, slot, position, view in located:
             attempt = 0
             while plan.quarantined(shard, slot) and attempt < ATTEMPTS:
                 attempt += 1
                 shard, slot = plan.candidate(position, attempt)
             size = shape.resolution, shape.frames
-            refs.append(SampleRef(micro.source, shard, slot, position, *size, attempt))
+            refs.append(SampleRef(micro.source, shard, slot, position, *size, attempt, view))
         return refs
+
+    def _positions(self, step: int, number: int, start: int, stop: int) -> np.ndarray:
+        """Return the positions of the distinct samples of which [start, stop) of a block are views.
+
+        number: of the block.
+        """
+        block = self.blocks[number]
+        distinct, stop = block.samples // self.views, -(-stop // self.views)
+        return self.plans[block.source].positions(step, distinct, start // self.views, stop)
 
     def _prefetch(self, step: int, shape: StepShape) -> None:
         """Start to download the remote shards that the lanes of this rank read next."""
@@ -314,7 +330,7 @@ class StepSampler:
             micro = [part for part in shape.micro if part.block == number]
             if plan.source.cache is None or not micro:
                 continue
-            positions = plan.positions(step, block.samples, micro[0].start, micro[-1].stop)
+            positions = self._positions(step, number, micro[0].start, micro[-1].stop)
             ahead = set(plan.shards_ahead(positions).tolist())
             for shard in sorted(ahead - self._prefetched.get(number, set())):
                 plan.source.prefetch(shard)

@@ -46,6 +46,8 @@ class DataConfig:
     # blocks of other modalities are left out
     modalities: list[str] = field(default_factory=lambda: ["image", "video", "text"])
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, not trained on
+    # views of a decoded sample in a step: a block of N samples reads N / views of its source
+    views: int = 1
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
     shuffle_shards: int = 8  # samples of this many shards are shuffled together
     # a number, or steps over the progress of the stage: [[0.0, 96], [0.6, 160], [0.9, 224]]
@@ -94,6 +96,16 @@ def validate_data(data: DataConfig) -> None:
                 "merge the blocks, or use another source for validation"
             )
     _validate_augmentation(data)
+    if data.views < 1:
+        raise ConfigError(f"data.views={data.views} must be at least 1")
+    for block in data.blocks:
+        if block.samples % data.views:
+            lower = block.samples // data.views * data.views
+            better = f"{lower} or {lower + data.views}" if lower else str(data.views)
+            raise ConfigError(
+                f"data.blocks: {block.samples} samples of {block.source!r} do not divide by "
+                f"data.views={data.views}: use {better}"
+            )
     if data.lanes is not None and data.lanes < 1:
         raise ConfigError(f"data.lanes={data.lanes} must be at least 1")
     for name in ("frame_rate", "segment_seconds", "decode_seconds", "decode_gb", "cache_gb"):

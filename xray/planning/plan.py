@@ -109,8 +109,9 @@ def _facts(
     needs: Resources, own: Known, gpu: Gpu | None, mfu: float, change: Change | None
 ) -> dict[str, Any]:
     config, size = needs.config, needs.size
+    views = config.data.views
     epochs = {
-        block.source: config.steps * block.samples / len(own.sources[block.source])
+        block.source: config.steps * block.samples / views / len(own.sources[block.source])
         if block.source in own.sources
         else None
         for block in config.blocks

@@ -285,8 +285,9 @@ class TrainingLoop:
 
     def _epochs(self, step: int) -> dict[str, float]:
         """Return the number of epochs over each source after a step."""
+        views = self.config.data.views
         return {
-            f"{b.source}/epochs": (step + 1) * b.samples / self.run.plans[b.source].total
+            f"{b.source}/epochs": (step + 1) * b.samples / views / self.run.plans[b.source].total
             for b in self.config.blocks
         }
 

@@ -213,7 +213,7 @@ def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
     samples: dict[str, list[dict[str, Any]]] = {}
     for block in run.config.blocks:
         plan = run.plans[block.source]
-        positions = plan.positions(drawn, block.samples)
+        positions = plan.positions(drawn, block.samples // run.config.data.views)
         shards, slots = plan.locate(positions)
         rows = zip(positions.tolist(), shards.tolist(), slots.tolist(), strict=True)
         samples[block.source] = [

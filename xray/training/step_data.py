@@ -50,6 +50,11 @@ def check_batches(stage: Stage, config: RunConfig) -> None:
                 f"data.blocks: stage {stage.name} cannot use source {block.source!r} of modality "
                 f"{modality}: leave it out of this stage's data.blocks"
             )
+    if stage.spans_batch and config.data.views > 1:
+        raise ConfigError(
+            f"data.views={config.data.views}: stage {stage.name} compares the samples of a step, "
+            "and would tell views of the same sample apart: set data.views to 1"
+        )
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
     for blocks in (config.blocks, config.validation):
@@ -111,7 +116,7 @@ def training_stream(
         return step_shape(stage, config.blocks, config.progress(step))
 
     overfit = config.debug.overfit_batch
-    sampler = StepSampler(config.blocks, plans, shape, steps, same=overfit)
+    sampler = StepSampler(config.blocks, plans, shape, steps, overfit, config.data.views)
     seed, workers = None if overfit else config.seed, config.data.workers
     loaded = iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin)
     return _arranged(stage, sampler, loaded, pin)
