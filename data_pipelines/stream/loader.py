@@ -78,9 +78,12 @@ class Loaded:
         whole.batch = parts[0].batch
         if len(parts) > 1:
             whole.batch = collate([row for part in parts for row in _rows(part.batch)])
-        if pin:
-            whole.batch = {key: value.pin_memory() for key, value in whole.batch.items()}
-        return whole
+        return whole.pin_memory() if pin else whole
+
+    def pin_memory(self) -> Loaded:
+        """Pin the batch in place, for copies to a GPU that the host does not wait for."""
+        self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
+        return self
 
 
 def _rows(batch: Fields) -> list[Fields]:
