@@ -106,7 +106,7 @@ class ShardIndex:
         does not exist, BadSample for a file over 1 GB.
         """
         mtime = None if tar else self.facts["mtime"]  # the mtime of a local copy is different
-        handle = _open(tar or self.path, self.facts["size"], mtime).fileno()
+        handle = _open(tar or self.path, self.facts["size"], mtime).file.fileno()
         sizes = self.columns["sizes"][member].tolist()
         offsets = self.columns["offsets"][member].tolist()
         files = {}
@@ -121,14 +121,24 @@ class ShardIndex:
         return files
 
 
+class _OpenTar:
+    """An open tar, which is closed when the cache of open ones drops it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
 @functools.lru_cache(maxsize=OPEN_TARS)
-def _open(path: str, size: int, mtime: int | None) -> BinaryIO:
+def _open(path: str, size: int, mtime: int | None) -> _OpenTar:
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - lru_cache keeps the file open
     status = os.fstat(file.fileno())
     if status.st_size != size or mtime not in (None, status.st_mtime_ns):
         file.close()
         raise DataError(f"shard {path} changed since it was indexed: restart the run")
-    return cast(BinaryIO, file)
+    return _OpenTar(cast(BinaryIO, file))
 
 
 def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:

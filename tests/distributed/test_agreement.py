@@ -12,12 +12,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from data_pipelines.shards.bad_sample import BadSample
 from torch.distributed import HashStore, TCPStore
 
 from xray import agreement, dist
 from xray.agreement import Agreement, announce
-from xray.errors import ConfigError, DataError, TrainingError, XrayError
+from xray.errors import BadSample, ConfigError, DataError, TrainingError, XrayError
 
 RANKS = 64
 LONG = timedelta(days=2)

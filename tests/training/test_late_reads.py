@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from tiny import train
+from tiny import ALL_TOKENS, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xray.errors import TrainingError
@@ -74,8 +74,9 @@ def test_passes_and_update_read_nothing(
 
     for name in ("_run_passes", "_update"):
         monkeypatch.setattr(TrainingLoop, name, watched(getattr(TrainingLoop, name)))
-    layers = ("optim.vision.layer_decay=0.7",)  # several groups of parameters
-    train(stage, demo, tmp_path, *SILENT, *layers, f"zero.stage={zero}", "train.micro_batch=4")
+    # Several groups of parameters, and no change of the passes by the schedule.
+    same = ("optim.vision.layer_decay=0.7", ALL_TOKENS)
+    train(stage, demo, tmp_path, *SILENT, *same, f"zero.stage={zero}", "train.micro_batch=4")
     # In each of the other four steps, ZeRO 3 reads a number that is on the host already.
     assert reads.count == (4 if zero == 3 else 0)
     assert not synchronized

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xray.config import schedule
-from xray.config.identity import runtime
+from xray.config.identity import added, runtime
 from xray.errors import ConfigError, nearest
 
 
@@ -47,7 +47,7 @@ class DataConfig:
     modalities: list[str] = field(default_factory=lambda: ["image", "video", "text"])
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, not trained on
     # views of a decoded sample in a step: a block of N samples reads N / views of its source
-    views: int = 1
+    views: int = added(1)
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
     shuffle_shards: int = 8  # samples of this many shards are shuffled together
     # a number, or steps over the progress of the stage: [[0.0, 96], [0.6, 160], [0.9, 224]]

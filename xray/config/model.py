@@ -79,7 +79,7 @@ class TextConfig:
     lora_targets: list[str] = field(default_factory=list)  # layer names; [] = every linear layer
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights
     # captions of similar length share a micro-batch, where the loss spans a split block
-    bucket_by_length: bool = False
+    bucket_by_length: bool = added(False)
     # sentence vectors from the model, or as stored by xray data text-features (clip stage)
     features: Features = "live"
     precision: Precision = added("fp32")  # of the LLM that makes the stored vectors

@@ -103,7 +103,7 @@ def evaluate(where: str, out: Path) -> int:
 
 
 def embed(where: str, out: Path) -> int:
-    return int(open_corpus([where]).counts.sum())
+    return int(open_corpus([where]).source.counts.sum())
 
 
 def precompute(where: str, out: Path) -> int:
