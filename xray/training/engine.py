@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.base import StageModule
@@ -71,6 +72,7 @@ class Engine:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         bucket = optim.reduce_bucket(config.zero, trained)
         settings["zero_optimization"]["reduce_bucket_size"] = bucket
+        self._linear = F.linear  # ZeRO 3 replaces it for all modules, by one with other rounding
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optim.make_optimizer(groups, config.optim),
@@ -327,6 +329,7 @@ class Engine:
         """Free DeepSpeed's hooks and buffers."""
         self._engine.destroy()
         _forget_modules()
+        F.linear = self._linear
 
 
 def _forget_modules() -> None:
