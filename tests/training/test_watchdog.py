@@ -29,7 +29,7 @@ from xray.agreement import Agreement
 from xray.training import watchdog as module
 from xray.training.loop import TrainingLoop
 from xray.training.step_result import ReducedStep
-from xray.training.telemetry import Stragglers
+from xray.training.telemetry import Intervals, Stragglers
 from xray.training.watchdog import TRACE, WAITS, Watchdog, verdict
 
 FACTS = {"host": "a", "pid": 7, "place": "forward and backward", "step": 11, "waits": True}
@@ -245,3 +245,22 @@ def test_a_flight_recorder_in_trouble_does_not_keep_the_run(
     monkeypatch.setattr(module, "GRACE", 0.01)
     assert rank_facts(tmp_path, 0, "saving")["place"] == "saving"
     release.set()
+
+
+def test_waiting_for_data_is_the_time_in_which_a_gpu_has_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA it is known one step late: the device has not passed the events of a new step."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "made", 0)
+    intervals = Intervals(torch.device("cuda"))
+    found = []
+    for _ in range(3):
+        intervals.begin()
+        Event(enable_timing=True).record()  # one more moment passes in the interval
+        intervals.end()
+        monkeypatch.setattr(Event, "reached", Event.made - 1)
+        found.append(1000 * intervals.take())
+    monkeypatch.setattr(Event, "reached", Event.made)
+    found.append(1000 * intervals.take())
+    assert found == [0.0, 2.0, 2.0, 2.0] and intervals.take() == 0.0

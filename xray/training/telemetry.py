@@ -33,29 +33,35 @@ class Telemetry:
         self.device, self.watchdog = device, watchdog
         self.throughput = Throughput(stage, module, device)
         self.stragglers = Stragglers(module.towers, device)
+        self._waits, self._waiting = Intervals(device), False
         watchdog.passes = self.stragglers.finished
 
     def begin(self, step: int) -> None:
         """Start a step with its forward and backward passes."""
         self.throughput.begin()
         self.stragglers.begin()
-        self._step, self._waited = step, 0.0
-        self._data_since: float | None = None
+        self._step = step
         self.mark("forward and backward")
 
     def mark(self, phase: str, factor: float = 1.0) -> None:
         """Enter a phase of the step, which may take `factor` times `train.hang_seconds`."""
-        now = time.perf_counter()
-        if self._data_since is not None:
-            self._waited += now - self._data_since
-        self._data_since = now if phase == DATA else None
+        if self._waiting:
+            self._waits.end()
+        self._waiting = phase == DATA
+        if self._waiting:
+            self._waits.begin()
         self.watchdog.at(phase, self._step, factor)
 
     def end_own_work(self) -> float:
-        """End this rank's own part of the step; returns its seconds of waiting for data."""
+        """End this rank's own part of the step; returns its seconds of waiting for data.
+
+        A GPU that still computes while the host waits loses nothing: on CUDA these are the seconds
+        for which it had nothing to do, of the steps that it has finished since the last call.
+        """
         self.mark("reducing the metrics of the step")
-        self.stragglers.end(self._waited)
-        return self._waited
+        waited = self._waits.take()
+        self.stragglers.end(waited)
+        return waited
 
     def end(self, progress: float, loaded: Sequence[Loaded]) -> None:
         """End a step of these micro-batches."""
@@ -88,23 +94,14 @@ def _peak_memory(device: torch.device) -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-class Stragglers:
-    """Each rank's own time per step since the last comparison, and the slowest rank.
+class Intervals:
+    """Intervals of time: of this process on a CPU, of the present stream on CUDA."""
 
-    A rank's own time is waiting for data and the forward passes of its towers: in the rest of a
-    step ranks wait for each other. Under ZeRO 3, they also wait in forward passes.
-    """
-
-    def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds, self._steps = 0.0, 0
-        self._earlier = 0  # passes before the last comparison, on a CPU all
-        self._in_step = False
         self._begun: Any = None
-        self._passes: list[tuple[Any, Any]] = []  # CUDA events, read in `compare`
-        for tower in towers.values() if dist.world_size() > 1 else ():
-            tower.register_forward_pre_hook(self._begin_forward)
-            tower.register_forward_hook(self._end_forward)
+        self._ended: list[tuple[Any, Any]] = []
+        self._taken = 0
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -113,21 +110,54 @@ class Stragglers:
         event.record()
         return event
 
-    def _begin_forward(self, *_: Any) -> None:
+    def begin(self) -> None:
+        """Begin an interval."""
         self._begun = self._now()
 
-    def _end_forward(self, *_: Any) -> None:
-        if not self._in_step:  # a forward pass of validation
-            return
+    def end(self) -> None:
+        """End the interval."""
+        self._ended.append((self._begun, self._now()))
+
+    def passed(self) -> int:
+        """Return the number of intervals whose end the device has passed."""
+        ended = list(self._ended)
+        return self._taken + (sum(end.query() for _, end in ended) if self._cuda else len(ended))
+
+    def take(self) -> float:
+        """Return the seconds of the intervals that have passed since the last call."""
+        number = self.passed() - self._taken
+        done, self._ended = self._ended[:number], self._ended[number:]
+        self._taken += number
         if self._cuda:
-            self._passes.append((self._begun, self._now()))
-        else:
-            self._seconds += self._now() - self._begun
-            self._earlier += 1
+            return sum(begin.elapsed_time(end) for begin, end in done) / 1000
+        return sum(end - begin for begin, end in done)
+
+
+class Stragglers:
+    """Each rank's own time per step since the last comparison, and the slowest rank.
+
+    A rank's own time is waiting for data and the forward passes of its towers: in the rest of a
+    step ranks wait for each other. Under ZeRO 3, they also wait in forward passes.
+    """
+
+    def __init__(self, towers: nn.ModuleDict, device: torch.device) -> None:
+        self._passes = Intervals(device)
+        self._seconds, self._steps = 0.0, 0
+        self._in_step = False
+        for tower in towers.values() if dist.world_size() > 1 else ():
+            tower.register_forward_pre_hook(self._begin_forward)
+            tower.register_forward_hook(self._end_forward)
+
+    def _begin_forward(self, *_: Any) -> None:
+        self._passes.begin()
+
+    def _end_forward(self, *_: Any) -> None:
+        if self._in_step:  # else it is a forward pass of validation
+            self._passes.end()
 
     def finished(self) -> int:
         """Return the number of training's forward passes that the device has finished."""
-        return self._earlier + sum(end.query() for _, end in list(self._passes))
+        return self._passes.passed()
 
     def begin(self) -> None:
         """Count the forward passes that follow."""
@@ -135,16 +165,15 @@ class Stragglers:
 
     def end(self, waited: float) -> None:
         """End a step that waited some seconds for data."""
-        self._seconds += waited
+        self._seconds += waited + self._passes.take()
         self._steps += 1
         self._in_step = False
 
     def compare(self) -> tuple[dict[str, float], str | None]:
         """Return the slowest rank's time over the median rank's, and a warning; collective."""
-        self._seconds += sum(begin.elapsed_time(end) for begin, end in self._passes) / 1000
+        self._seconds += self._passes.take()
         everyone = dist.gather_objects((self._seconds / max(1, self._steps), socket.gethostname()))
-        self._earlier += len(self._passes)
-        self._seconds, self._steps, self._passes = 0.0, 0, []
+        self._seconds, self._steps = 0.0, 0
         times = [seconds for seconds, _ in everyone]
         slowest = max(range(len(times)), key=times.__getitem__)
         median = statistics.median_low(times)
