@@ -101,7 +101,8 @@ def _caller() -> tuple[str, int]:
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and frame.f_code.co_name != "__torch_dispatch__":
+        ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        if ours and frame.f_code.co_name != "__torch_dispatch__":
             return f"{path.relative_to(ROOT)}:{frame.f_code.co_name}", frame.f_lineno
         frame = frame.f_back
     return "outside this project", 0
