@@ -16,7 +16,7 @@ from torch.distributed import HashStore, TCPStore
 
 from xray import agreement, dist
 from xray.agreement import Agreement, announce
-from xray.errors import BadSample, ConfigError, DataError, TrainingError, XrayError
+from xray.errors import ConfigError, DataError, TrainingError, XrayError
 
 RANKS = 64
 LONG = timedelta(days=2)
@@ -87,8 +87,11 @@ def test_the_requests_grow_linearly_with_the_ranks() -> None:
 
 
 def test_a_failure_of_a_subclass_has_the_type_of_its_base() -> None:
-    told = everyone(HashStore(), 2, 1, {1: BadSample("broken")})
-    assert told == ["DataError: broken, True", "BadSample: broken, True"]
+    class OwnError(DataError):
+        """An error that only this module knows."""
+
+    told = everyone(HashStore(), 2, 1, {1: OwnError("broken")})
+    assert told == ["DataError: broken, True", "OwnError: broken, True"]
 
 
 def test_rank_0_names_the_missing_rank_after_seconds(
