@@ -89,7 +89,7 @@ def test_overfit_batch_logs_what_to_change_if_nothing_is_learned(
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
     # From the monitor, once in the run.
     assert sum("nothing is learned" in text for text in warned) == 1
-    assert sum("only 7 others" in text for text in warned) == 1
+    assert sum("only 7 negatives" in text for text in warned) == 1
 
 
 def test_the_bundle_of_a_nan_loss_names_the_samples_of_the_one_batch(

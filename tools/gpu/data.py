@@ -117,13 +117,13 @@ def _read(root: Path, source: str, workers: int, scale: Scale) -> tuple[float, i
 
 def _training(root: Path, device: torch.device, scale: Scale) -> Iterator[Finding]:
     """Train the mae stage from the shards, and report its rate and its wait for data."""
-    from xray.training.trainer import Trainer
+    from xray.training.trainer import train_stage
 
     source = f"images_{SIZES[0][0]}"
     batch, steps = (8, 4) if scale.toy else (256, 60)
     config = _config(root, source, batch, steps, scale, log_every=2 if scale.toy else 20)
     config.data.workers = 1 if scale.toy else max(1, len(os.sched_getaffinity(0)) - 2)
-    Trainer(MaeStage, config, device).fit()
+    train_stage(MaeStage, config, device)
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     yield Check("fed training, steps", last["step"] == steps, last["step"], str(steps))

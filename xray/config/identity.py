@@ -22,20 +22,23 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
-def identity(config: Any) -> Any:
-    """Return a config, or a part of it, as nested dicts without the runtime fields."""
+def identity(config: Any, whole: bool = False) -> Any:
+    """Return a config, or a part of it, as nested dicts without the runtime fields.
+
+    whole: keep the defaults of `added` fields, to compare configs.
+    """
     if dataclasses.is_dataclass(config):
         values = [(item, getattr(config, item.name)) for item in dataclasses.fields(config)]
         return {
-            item.name: identity(value)
+            item.name: identity(value, whole)
             for item, value in values
             if "runtime" not in item.metadata
-            and not ("added" in item.metadata and value == item.default)
+            and (whole or "added" not in item.metadata or value != item.default)
         }
     if isinstance(config, dict):
-        return {key: identity(item) for key, item in config.items()}
+        return {key: identity(item, whole) for key, item in config.items()}
     if isinstance(config, list):
-        return [identity(item) for item in config]
+        return [identity(item, whole) for item in config]
     return config
 
 

@@ -86,7 +86,8 @@ class Run:
         folder = folder or self.out
         place = place or str(folder)
         old = _recorded(folder, self.config)
-        changed = differences(old, json.loads(json.dumps(self.record))) if old else []
+        new = _completed(json.loads(json.dumps(self.record)), self.config)
+        changed = differences(old, new) if old else []
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(
@@ -250,19 +251,22 @@ def holds_another_run(config: RunConfig) -> bool:
     old = _recorded(Path(config.out), config)
     if not old:
         return False
-    own = json.loads(json.dumps(identity(config)))
+    own = json.loads(json.dumps(identity(config, whole=True)))
     return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
 
 
-def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
-    """Return the record of a folder's run, {} if there is none.
+def _completed(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Add the settings that a record leaves out, with the defaults of the config's class."""
+    defaults = identity(type(config)(), whole=True)
+    return {**record, "config": filled(record.get("config", {}), defaults)}
 
-    Settings that are newer than the run have the defaults of the config's class.
-    """
+
+def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the record of a folder's run, completed; {} if there is none."""
     try:
         old = dict(json.loads((out / "run.json").read_text()))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
-    return {**old, "config": filled(old.get("config", {}), identity(type(config)()))}
+    return _completed(old, config)
