@@ -9,8 +9,8 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from tiny import ALL_TOKENS, train
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tools.common.device_waits import SYNCHRONIZE, DeviceWaits
 from xray.errors import TrainingError
 from xray.training.accumulation import Accumulator
 from xray.training.engine import Engine
@@ -18,19 +18,6 @@ from xray.training.loop import TrainingLoop
 from xray.training.metrics import read_metrics
 
 SILENT = ("train.log_every=0", "train.save_every=0", "train.spikes=warn")
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts values that the host reads from tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in READS
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_is_read_while_the_next_one_runs(
@@ -58,16 +45,14 @@ def test_a_step_is_read_while_the_next_one_runs(
 def test_passes_and_update_read_nothing(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, zero: int
 ) -> None:
-    reads, synchronized = HostReads(), []
+    waits = DeviceWaits(torch.device("cpu"))
 
     def watched(honest: Any) -> Any:
         def call(self: TrainingLoop, *args: Any) -> Any:
             if args[0] == 2:  # ZeRO 3 has recorded its prefetch order
-                reads.count = 0
-            with reads, monkeypatch.context() as patch:
-                patch.setattr(
-                    type(get_accelerator()), "synchronize", lambda *_: synchronized.append(1)
-                )
+                for read in [read for read in waits.found if read.operation != SYNCHRONIZE]:
+                    del waits.found[read]
+            with waits:
                 return honest(self, *args)
 
         return call
@@ -78,11 +63,12 @@ def test_passes_and_update_read_nothing(
     same = ("optim.vision.layer_decay=0.7", ALL_TOKENS)
     train(stage, demo, tmp_path, *SILENT, *same, f"zero.stage={zero}", "train.micro_batch=4")
     # In each of the other four steps, ZeRO 3 reads a number that is on the host already.
-    assert reads.count == (4 if zero == 3 else 0)
-    assert not synchronized
-    with HostReads() as control:
+    assert sum(waits.found.values()) == (4 if zero == 3 else 0), waits.found
+    assert not [read for read in waits.found if read.operation == SYNCHRONIZE]
+    with DeviceWaits(torch.device("cpu")) as control:
         float(torch.ones(()))
-    assert control.count == 1
+        get_accelerator().synchronize()
+    assert [number for _, number in sorted(control.found.items())] == [1, 1]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

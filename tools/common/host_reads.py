@@ -24,6 +24,7 @@ READS = {
     *("bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
     "repeat_interleave.Tensor",
 }
+VALUES = "a tensor of Python values"
 
 
 class HostRead(NamedTuple):
@@ -36,6 +37,8 @@ class HostRead(NamedTuple):
 
 class HostReads(TorchDispatchMode):
     """Counter of host reads of tensors on one type of device, while it is entered."""
+
+    packages: tuple[str, ...] = ()  # libraries in which a place is looked for, too
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class HostReads(TorchDispatchMode):
         name = str(func).removeprefix("aten.").removesuffix(".default")
         operation = self._waits(name, args, kwargs or {})
         if operation:
-            self.found[HostRead(operation, *_caller())] += 1
+            self.found[HostRead(operation, *caller(self.packages))] += 1
         return func(*args, **(kwargs or {}))
 
     def _waits(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -60,7 +63,7 @@ class HostReads(TorchDispatchMode):
         if name in READS:
             return name if self._on(args[0]) else ""
         if name == "lift_fresh" and self.device == "cpu":
-            return "a tensor of Python values"  # on CUDA it is the copy that waits
+            return VALUES  # on CUDA it is the copy that waits
         if name in ("index.Tensor", "index_put_", "index_put", "_index_put_impl_"):
             return self._index(args)
         if name in ("_to_copy", "copy_"):
@@ -96,13 +99,21 @@ def is_pinned(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "pinned", False)) or tensor.is_pinned()
 
 
-def _caller() -> tuple[str, int]:
-    """Find the innermost function of this project outside the counter: file:function, and line."""
-    frame: Any = sys._getframe(2)
+def caller(packages: tuple[str, ...] = ()) -> tuple[str, int]:
+    """Find the innermost function of this project outside the counter: file:function, and line.
+
+    packages: libraries whose functions count as well, by the start of their paths.
+    """
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-        if ours and frame.f_code.co_name != "__torch_dispatch__":
-            return f"{path.relative_to(ROOT)}:{frame.f_code.co_name}", frame.f_lineno
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        library = file.rpartition("site-packages/")[2]
+        if library != file:
+            if library.startswith(packages):
+                return f"{library}:{function}", frame.f_lineno
+        elif Path(file).is_relative_to(ROOT) and not isinstance(
+            frame.f_locals.get("self"), HostReads
+        ):
+            return f"{Path(file).relative_to(ROOT)}:{function}", frame.f_lineno
         frame = frame.f_back
     return "outside this project", 0

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from tools.common.device_waits import ROOT
+from tools.common.host_reads import ROOT
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
 
 STAGES = ("mae", "hashtag", "text", "clip")

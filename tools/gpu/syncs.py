@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tools.common.device_waits import DeviceWaits
+from tools.common.device_waits import SYNCHRONIZE, DeviceWaits
 from tools.gpu.findings import Check, Finding, Number, Scale
 from tools.gpu.stage_steps import StageSteps, tiny_llm, toy_settings
 
@@ -54,7 +54,7 @@ def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
                 steps.step(WARM)
             steps.engine.destroy()
             yield Number(f"{name}, reads by place", dict(reader.counts.most_common()))
-            waits = {k: n for k, n in reader.counts.items() if k.endswith(" synchronize")}
+            waits = {k: n for k, n in reader.counts.items() if k.endswith(f" {SYNCHRONIZE}")}
             yield Check(f"{name}, waits for the device", not waits, waits, "none")
             found = excess(reader.counts - Counter(waits), allowed)
             yield Check(f"{name}, reads beyond the accepted ones", not found, found, "none")
