@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from data_pipelines.stream.loader import Loaded
 from data_pipelines.stream.sampling import MicroBatch
-from stages.base import Batch, Stage, StepOutput, Task
+from stages.base import Stage, StepOutput
 from xray import dist
 from xray.training.device_batches import DeviceBatches
 from xray.training.engine import Engine
@@ -47,11 +46,11 @@ class Accumulator:
             reached = sorted(cached.gradients) if cached is not None else []
             self.engine.prepare_pass("forward and backward", micro.source, *reached)
             if cached is None:
-                output = self._forward(batches.take(number), progress)
+                output = self.engine(batches.take(number), progress)
                 loss = output.loss
             else:
                 batch = batches.take(number) | cached.constants
-                features = self._forward(batch, progress, "features")
+                features = self.engine(batch, progress, "features")
                 output = cached.output
                 # The block's loss is computed once: it is not a mean over its micro-batches.
                 loss = means.parts[micro.block] * surrogate_loss(features, cached.gradients)
@@ -71,7 +70,7 @@ class Accumulator:
         batches = self._batches(micros, loaded, repeated=False)
         for number, cached in self._passes(0, progress, micros, batches):
             self.engine.prepare_pass("forward", micros[number].source)
-            output = cached.output if cached else self._forward(batches.take(number), progress)
+            output = cached.output if cached else self.engine(batches.take(number), progress)
             means.add(micros[number], output)
         return means.values
 
@@ -90,7 +89,7 @@ class Accumulator:
                 self._reseed(step, number)
                 self.engine.prepare_pass("forward", micros[number].source)
                 with torch.no_grad():
-                    rows[number] = self._forward(batches.take(number), progress, "features")
+                    rows[number] = self.engine(batches.take(number), progress, "features")
             elif each.kind == "loss":
                 module = self.engine.module
                 block = [rows.pop(member) for member in each.numbers]
@@ -110,9 +109,6 @@ class Accumulator:
             ):
                 order += each.numbers
         return DeviceBatches(loaded, order, self.device)
-
-    def _forward(self, batch: Batch, progress: float, task: Task = "loss") -> Any:
-        return self.engine(batch, progress, task)
 
     def _reseed(self, step: int, micro: int) -> None:
         """Draw the same random numbers in both passes over a micro-batch, and after a resume."""
