@@ -82,9 +82,8 @@ def _load_view(
             shared.pixels = _decode(media, header, min(1.0, least / min(width, height)))
         else:
             choice = choose_frames(sample.frames, data, shared.rng)
-            frames = clip_decoder(data).decode(media, choice, least).pixels
-            shared.pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-            shared.size = frames.shape[2], frames.shape[1]
+            shared.pixels = _decode_clip(media, choice, least, data)
+            shared.size = shared.pixels.shape[3], shared.pixels.shape[2]
     box = _scaled(crop(*shared.size), shared.size, shared.pixels)
     return _resize(shared.pixels, box, sample.resolution)
 
@@ -116,8 +115,13 @@ def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: i
     settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
     choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
-    pixels = clip_decoder(data).decode(media, choice, sample.resolution).pixels
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return _decode_clip(media, choice, sample.resolution, data)
+
+
+def _decode_clip(media: bytes, choice: FrameChoice, least: int, data: DataConfig) -> Tensor:
+    """Decode chosen frames to [T, 3, H, W] uint8; least: short side that is large enough."""
+    frames = clip_decoder(data).decode(media, choice, least).pixels
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def view_boxes(width: int, height: int, crops: int) -> list[Box]:
@@ -193,8 +197,7 @@ def load_clip(
     """Decode frames of a clip, crop and resize them: [T, 3, S, S] uint8; raises BadSample."""
     least = _least_side(sample.resolution, data, rng)
     choice = choose_frames(sample.frames, data, rng)
-    frames = clip_decoder(data).decode(media, choice, least).pixels
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
+    pixels = _decode_clip(media, choice, least, data)
     return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
 
 

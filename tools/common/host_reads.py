@@ -108,12 +108,10 @@ def caller(packages: tuple[str, ...] = ()) -> tuple[str, int]:
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
         library = file.rpartition("site-packages/")[2]
-        if library != file:
-            if library.startswith(packages):
-                return f"{library}:{function}", frame.f_lineno
-        elif Path(file).is_relative_to(ROOT) and not isinstance(
-            frame.f_locals.get("self"), HostReads
-        ):
+        ours = library == file and Path(file).is_relative_to(ROOT)
+        if ours and not isinstance(frame.f_locals.get("self"), HostReads):
             return f"{Path(file).relative_to(ROOT)}:{function}", frame.f_lineno
+        if library != file and library.startswith(packages):
+            return f"{library}:{function}", frame.f_lineno
         frame = frame.f_back
     return "outside this project", 0
