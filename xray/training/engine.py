@@ -83,9 +83,9 @@ class Engine:
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._records: dict[tuple[str, ...], Any] = {}  # ZeRO 3's coordinators by kind of pass
         self._guard: GuardedStep | None = None
-        if config.optim.name == "adamw" and not config.zero.offload:  # fused, on the device
-            trained_list = list(self._trained.values())
-            self._guard = GuardedStep(self._engine, self.stage, self._optimizer, trained_list)
+        if not config.zero.offload:  # DeepSpeed has the gradients on the host
+            parts = self._engine, self.stage, self._optimizer, list(self._trained.values())
+            self._guard = GuardedStep(*parts)
         self._reducer: GradientReducer | None = None
         if dist.world_size() > 1 and self.stage == 0 and config.zero.overlap:
             dtype = self._engine.communication_data_type
@@ -147,8 +147,7 @@ class Engine:
         """Count a micro-batch; the last one of a step updates the parameters.
 
         If the gradients, or the step's loss [0-d, on the device], are not finite, nothing is
-        updated in any ZeRO stage; `norm` shows it. This is decided on the device if
-        `guards_on_device`, and else by the host.
+        updated in any ZeRO stage; `norm` shows it.
         """
         engine = self._engine
         if not engine.is_gradient_accumulation_boundary():
@@ -158,38 +157,21 @@ class Engine:
         elif loss is not None and not math.isfinite(dist.to_host(loss)):
             self._norm = torch.full_like(loss, math.nan)
             self.skip()
-        elif self.stage > 0:
+        else:
             engine.step()
             self._norm = torch.as_tensor(engine.get_global_grad_norm())
-        else:
-            grads = [p.grad for p in self._trained.values() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(grads)
-            if math.isfinite(dist.to_host(self._norm)):
-                engine.step()
-            else:
-                engine.zero_grad()
-
-    @property
-    def guards_on_device(self) -> bool:
-        """True if `step` does not wait for the device: AdamW without offload."""
-        return self._guard is not None
 
     def skip(self) -> None:
         """End a step without an update of parameters or moments, in any ZeRO stage."""
-        engine = self._engine
         if self._guard is not None:
             self._guard.skip()
-        elif self.stage == 0:
-            engine.zero_grad()
-        else:
-            # ZeRO skips a step whose gradients overflow, which it detects by their norm.
-            infinite: Any = torch.tensor(math.inf)
-            norm, value = "scaled_global_norm", infinite
-            if self.stage == 3:
-                norm, value = "_get_norm_groups", [infinite]
-            setattr(engine.optimizer, norm, lambda *_: value)
-            engine.step()
-            delattr(engine.optimizer, norm)
+            return
+        # ZeRO skips a step whose gradients overflow, which it detects by their norm.
+        engine, value = self._engine, [torch.tensor(math.inf)]
+        norm = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        setattr(engine.optimizer, norm, lambda *_: value if self.stage == 3 else value[0])
+        engine.step()
+        delattr(engine.optimizer, norm)
 
     @torch.no_grad()
     def update_average(self, steps: int) -> None:

@@ -1,7 +1,7 @@
 """Gradient norm, clipping and the guard of DeepSpeed's optimizer step, all on the device.
 
 DeepSpeed's host reads the norm of each parameter group to find gradients that are not finite, and
-waits for the device each time. Here the norm stays on the device: the fused optimizer itself leaves
+waits for the device each time. Here the norm stays on the device: a fused optimizer itself leaves
 out an update if its `found_inf` is set. Norm and clipping are those of DeepSpeed, bit for bit.
 """
 
@@ -17,14 +17,16 @@ from xray import dist
 
 
 class GuardedStep:
-    """Steps of a DeepSpeed engine whose optimizer updates nothing for a norm or loss of NaN or inf.
+    """Steps of a DeepSpeed engine that update nothing for a norm or loss of NaN or inf.
 
-    engine: DeepSpeed's, in a ZeRO stage, without offload. optimizer: the fused torch optimizer that
+    A fused optimizer decides this on the device; for another one, the host reads the device in each
+    step. engine: DeepSpeed's, in a ZeRO stage, without offload. optimizer: the torch optimizer that
     makes the update. trained: parameters with gradients, read in stage 0.
     """
 
     def __init__(self, engine: Any, stage: int, optimizer: Any, trained: Sequence[Tensor]) -> None:
         self.engine, self.stage, self.optimizer, self.trained = engine, stage, optimizer, trained
+        self.fused = bool(optimizer.defaults.get("fused"))
         self.clip_norm = float(engine.gradient_clipping())
         self._skips = False  # the step is left out by the host
         self._scale: Tensor | None = None  # factor of the gradients in the present step
@@ -50,16 +52,17 @@ class GuardedStep:
         else:
             norm = total = self._norm_over_ranks()
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        if self.fused:
+            self.optimizer.found_inf = (~finite).float()
+        elif not dist.to_host(finite):
+            self.skip()
+            return norm
         self._scale = None
         if self.clip_norm:
             self._scale = self._clip_scale(total)
             if self.stage == 0:
                 torch._foreach_mul_(gradients, self._scale)
-        self.optimizer.found_inf = (~finite).float()
-        try:
-            self.engine.step()
-        finally:
-            del self.optimizer.found_inf
+        self.engine.step()
         return norm
 
     def skip(self) -> None:
