@@ -29,6 +29,11 @@ PAUSE = 1.0  # maximum seconds between two reads of the store
 NAMED = 5  # missing ranks in a line
 
 
+def reason(rank: int, error: BaseException) -> str:
+    """Return why a rank has stopped, for the messages of the others."""
+    return f"rank {rank} has stopped: {type(error).__name__}: {errors.brief(error)}"
+
+
 def announce(store: Store, rank: int) -> None:
     """Publish the host and process of this rank, for the messages of other ranks."""
     store.set(f"xray/host/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
@@ -75,10 +80,10 @@ class Agreement:
         """Announce to the other ranks that this one ends and does not wait for them."""
         from torch.distributed import DistError
 
-        text = f"rank {self.rank} has stopped: {type(error).__name__}: {errors.brief(error)}"
+        stopped = TrainingError(reason(self.rank, error))
         key = self._verdict(self.number) if self.rank == 0 else self._key(self.rank)
         try:
-            self.store.set(key, _encode(TrainingError(text), self.rank, gone=True))
+            self.store.set(key, _encode(stopped, self.rank, gone=True))
         except DistError:  # then the other ranks notice by themselves
             return
 

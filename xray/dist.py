@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xray.agreement import Agreement, announce
-from xray.errors import ArtifactError, ConfigError, DataError, XrayError, brief
+from xray.agreement import Agreement, announce, reason
+from xray.errors import ArtifactError, ConfigError, DataError, XrayError
 
 if TYPE_CHECKING:
     import torch
@@ -342,16 +342,14 @@ def report_failure(error: BaseException) -> None:
     """Announce to the other ranks that this one ends, unless all of them raise the error."""
     if world_size() == 1 or getattr(error, "agreed", False):
         return
-    text = f"rank {rank()} has stopped: {type(error).__name__}: {brief(error)}"
+    facts = {"rank": rank(), "text": reason(rank(), error)}
     with contextlib.suppress(RuntimeError):  # the rank that holds the store has exited
-        _store().set(FAILED, json.dumps({"rank": rank(), "text": text}))
+        _store().set(FAILED, json.dumps(facts))
 
 
 def reported_failure() -> str | None:
     """Return what another rank has reported by `report_failure`."""
-    if world_size() == 1:
-        return None
-    if not _store().check([FAILED]):
+    if world_size() == 1 or not _store().check([FAILED]):
         return None
     facts = json.loads(_store().get(FAILED))
     return None if facts["rank"] == rank() else str(facts["text"])
