@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 
 from data_pipelines.stream.loader import Replaced
+from data_pipelines.stream.sampling import StepShape
 from xray import dist
 from xray.config.schedule import steps_of, value_at
 from xray.errors import Preempted, TrainingError
@@ -121,16 +122,20 @@ class TrainingLoop:
             Events(failure=data.fetch()).agreed(self.device)
             self._started = time.monotonic() - self.state.seconds
             before: PendingStep | None = None
+            shape = self._shape(self.state.step)
             for step in remaining:
+                following = self._shape(step + 1)
                 self.telemetry.begin(step)
                 loaded = data.loaded
                 with explained(self.config, step, self.device):
-                    pending = self._run_passes(step, data)
+                    pending = self._run_passes(step, shape, data)
                 if before is not None:  # while the device runs the passes
                     self._finish(before)
                 with explained(self.config, step, self.device):
                     self._update(pending)
-                at_once = self._read_at_once(step)
+                # A rank that fails to read the next step's data takes part in it with these.
+                at_once = following != shape or self._needed_at_once(step + 1)
+                shape = following
                 if at_once:
                     pending.result.wait()
                 self.telemetry.end(self.config.progress(step), loaded)
@@ -138,30 +143,26 @@ class TrainingLoop:
                     self._finish(pending)
                 before = None if at_once else pending
 
-    def _read_at_once(self, step: int) -> bool:
-        """Return True if the numbers of a step are needed before the next one begins.
+    def _shape(self, step: int) -> StepShape:
+        """Return the sizes and this rank's micro-batches of a step."""
+        return step_shape(self.stage, self.config.blocks, self.config.progress(step))
 
-        Otherwise they are read while the next step's passes run. A step of other shapes is one
-        reason: ranks that fail to read its data cannot take part in it with the data before.
+    def _needed_at_once(self, done: int) -> bool:
+        """Return True if the numbers of the step that ends as `done` are needed before the next.
+
+        Otherwise they are read while the next step's passes run.
         """
-        config, train, done = self.config, self.config.train, step + 1
-        if done == config.steps:
-            return True
+        train = self.config.train
         intervals = train.log_every, train.save_every, train.validate_every
-        if any(_every(done, interval) for interval in intervals):
-            return True
-        shapes = [step_shape(self.stage, config.blocks, config.progress(s)) for s in (step, done)]
-        return shapes[0] != shapes[1]
+        return done == self.config.steps or any(_every(done, each) for each in intervals)
 
-    def _run_passes(self, step: int, data: StepData) -> PendingStep:
+    def _run_passes(self, step: int, shape: StepShape, data: StepData) -> PendingStep:
         """Run forward and backward of all micro-batches, then fetch the next step's data.
 
         Nothing waits for the device.
         """
         config, loaded = self.config, data.loaded
-        progress = config.progress(step)
-        shape = step_shape(self.stage, config.blocks, progress)
-        metrics = self.micros.train(step, progress, shape.micro, loaded)
+        metrics = self.micros.train(step, config.progress(step), shape.micro, loaded)
         failure = None
         if step + 1 < config.steps:
             self.telemetry.mark(DATA)
