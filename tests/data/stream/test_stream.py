@@ -168,14 +168,19 @@ def test_parts_join_to_the_batches_of_whole_micro_batches(
     assert 7 in lengths
 
 
+def nine_photos(folder: Path, samples: int, steps: int) -> StepSampler:
+    """Write a shard of nine photos, and return a sampler of steps of one block over them."""
+    write_tar(folder / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
+    plan = SamplePlan(open_source("s", str(folder), "image"), 1, 1, seed=0)
+    block = BlockConfig("s", samples)
+    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
+    return StepSampler([block], {"s": plan}, lambda step: shape, range(steps))
+
+
 def test_no_more_than_a_step_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that are read ahead wait in shared memory."""
-    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
     monkeypatch.setattr(sampling, "PART", 4)
-    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
-    block = BlockConfig("s", 64)
-    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
-    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    sampler = nine_photos(tmp_path, samples=64, steps=100)
     drawn: list[int] = []
     honest = StepSampler._refs
 
@@ -200,12 +205,9 @@ def test_no_more_than_a_step_is_read_ahead(tmp_path: Path, monkeypatch: pytest.M
 def test_a_part_that_cannot_be_read_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
     monkeypatch.setattr(sampling, "PART", 4)
-    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
-    block = BlockConfig("s", 8)
-    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
-    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(1))
+    sampler = nine_photos(tmp_path, samples=8, steps=1)
+    plan = sampler.plans["s"]
     last = plan.positions(0, 8)[-1]
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
@@ -227,11 +229,7 @@ def test_a_source_without_usable_samples_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_killed_worker_raises_a_data_error(tmp_path: Path) -> None:
     """The system kills workers if memory runs out; broken images may crash a decoder."""
-    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
-    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
-    block = BlockConfig("s", 1)
-    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
-    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    sampler = nine_photos(tmp_path, samples=1, steps=100)
 
     def deadly(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -244,11 +242,7 @@ def test_a_killed_worker_raises_a_data_error(tmp_path: Path) -> None:
 
 def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
     """Workers ignore SIGTERM; a worker that is busy must not keep the run from exiting."""
-    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
-    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
-    block = BlockConfig("s", 1)
-    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
-    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    sampler = nine_photos(tmp_path, samples=1, steps=100)
 
     def slow(sample: Sample, rng: np.random.Generator | None) -> dict[str, Tensor]:
         if (tmp_path / "first").exists():
@@ -264,11 +258,7 @@ def test_a_failed_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
 
 
 def test_closing_a_stream_early_raises_no_error(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", {f"{i}.jpg": photo(i) for i in range(9)})
-    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
-    block = BlockConfig("s", 2)
-    shape = StepShape(16, 1, micro_batches([block], [0], 0, 1))
-    sampler = StepSampler([block], {"s": plan}, lambda step: shape, range(100))
+    sampler = nine_photos(tmp_path, samples=2, steps=100)
     unraised: list[object] = []
     hook, sys.unraisablehook = sys.unraisablehook, unraised.append
     try:
