@@ -40,7 +40,7 @@ from xray.config.identity import hash_json
 from xray.errors import ConfigError, DataError
 from xray.models.inference import autocast, one_behind
 from xray.models.text_tower import TextTower
-from xray.precompute.inference import Progress
+from xray.progress import Progress
 
 
 @dataclass
