@@ -11,6 +11,8 @@ import torch
 from tiny import train
 from torch import nn
 
+from xray.config import RunConfig, ZeroConfig
+from xray.training.deepspeed_setup import init_distributed
 from xray.training.engine import Engine
 
 
@@ -32,3 +34,16 @@ def test_nothing_of_a_stage_is_alive_after_it(
     train("mae", demo, tmp_path, f"zero.stage={zero}", "train.ema=0.9")
     assert torch.nn.functional.linear is linear  # which ZeRO 3 replaces
     assert [name for name, reference in alive.items() if reference() is not None] == []
+
+
+def test_the_linear_function_is_torchs_after_engines_that_overlap() -> None:
+    """The second engine is made while the first one's ZeRO 3 has replaced the function."""
+    init_distributed(torch.device("cpu"))
+    linear = torch.nn.functional.linear
+    config = RunConfig()
+    config.zero = ZeroConfig(3)
+    engines = [Engine(nn.Linear(4, 4), config) for _ in range(2)]  # type: ignore[arg-type]
+    assert torch.nn.functional.linear is not linear
+    for engine in engines:
+        engine.destroy()
+    assert torch.nn.functional.linear is linear

@@ -34,6 +34,7 @@ from deepspeed.runtime.zero.parameter_offload import (  # isort: skip
 )
 
 AVERAGE = "ema"  # slot of the weights' moving average
+LINEAR = F.linear  # torch's: ZeRO 3 replaces it for all modules, by one with other rounding
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ class Engine:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         bucket = optim.reduce_bucket(config.zero, trained)
         settings["zero_optimization"]["reduce_bucket_size"] = bucket
-        self._linear = F.linear  # ZeRO 3 replaces it for all modules, by one with other rounding
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optim.make_optimizer(groups, config.optim),
@@ -311,7 +311,7 @@ class Engine:
         """Free DeepSpeed's hooks and buffers."""
         self._engine.destroy()
         _forget_modules()
-        F.linear = self._linear
+        F.linear = LINEAR
 
 
 def _forget_modules() -> None:
