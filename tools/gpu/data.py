@@ -177,6 +177,5 @@ def _decoding(
         rate = rounds * len(data) / (time.perf_counter() - start)
         yield Number(f"decoding on {device.type}, {size[0]} x {size[1]}, images/s", round(rate, 1))
         ok = list(pixels.shape) == [len(data), 3, SIDE, SIDE]
-        yield Check(
-            f"decoding on {device.type}, shape", ok, list(pixels.shape), "a batch of 224 px"
-        )
+        name = f"decoding on {device.type}, {size[0]} x {size[1]}, shape"
+        yield Check(name, ok, list(pixels.shape), "a batch of 224 px")
