@@ -63,7 +63,9 @@ def test_lines_have_the_schema(whole: tuple[Any, list[dict[str, Any]]]) -> None:
     for case in ("mae B/16 eager", "mae B/16 compiled", "clip B/16 eager, keep rate 0.5"):
         assert numbers["mfu"][f"{case}, images/s"] > 0
         assert numbers["mfu"][f"{case}, kernels per step"] > 100
-    assert numbers["mfu"]["open_clip B/16 eager, images/s"] > 0
+    for case in ("eager", "compiled"):
+        assert numbers["mfu"][f"open_clip B/16 {case}, images/s"] > 0
+    assert numbers["mfu"]["speed of a clip step, xray over open_clip"] > 0
 
 
 def test_a_planted_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from data_pipelines.stream.loader import Loaded
 from data_pipelines.stream.sampling import MicroBatch
 from stages.clip import ClipModule, ClipStage
 from stages.clip_config import ClipConfig
-from xray.config.loading import load_config
+from xray.config.loading import load_config, merge
 from xray.models.flops import linear_macs, vision_macs
 from xray.models.heads import Projection
 from xray.models.tokenizer import TOKENS
@@ -35,6 +35,13 @@ SIZES = {
     "l14": ("ViT-L-14", "vit_large_patch14_clip_224"),
 }
 BATCH = {"cpu": {"b16": 8, "l14": 2}, "cuda": {"b16": 256, "l14": 64}}
+# Changes that make a toy of a model of open_clip, and the same ones in timm's names.
+TOY = {
+    "embed_dim": 32,
+    "vision_cfg": {"width": 64, "layers": 2, "head_width": 32},
+    "text_cfg": {"width": 64, "layers": 2, "heads": 2, "vocab_size": 512},
+}
+TOY_VISION = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 KEEP, START, END = 0.7, 0.0, 1.0  # the keep rate is 1 at progress START and KEEP at END
 LR, BETAS, DECAY = 1e-6, (0.9, 0.98), 0.2
 
@@ -153,20 +160,29 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Pair:
-    """Reference model of open_clip, the clip stage's module with its weights, and a batch."""
+    """Reference model of open_clip, the clip stage's module with its weights, and a batch.
 
-    def __init__(self, size: str, options: argparse.Namespace) -> None:
+    toy: narrower towers of two blocks.
+    """
+
+    def __init__(self, size: str, options: argparse.Namespace, toy: bool = False) -> None:
         torch.manual_seed(0)
         self.size, self.device = size, torch.device(options.device)
         self.batch = options.batch or BATCH[options.device][size]
         self.bf16 = options.precision == "bf16"
         name, vit = SIZES[size]
-        shape = open_clip.get_model_config(name)
+        shape = merge(open_clip.get_model_config(name), TOY if toy else {})
         self.context: int = shape["text_cfg"]["context_length"]
         self.reference = open_clip.CLIP(**shape, output_dict=True).to(self.device)
         self.reference_criterion = open_clip.ClipLoss()
         settings = {
-            "model": {"name": vit, "reduce": "evit", "keep_rate": KEEP, "keep_rate_span": [1, 1]},
+            "model": {
+                "name": vit,
+                "kwargs": TOY_VISION if toy else {},
+                "reduce": "evit",
+                "keep_rate": KEEP,
+                "keep_rate_span": [1, 1],
+            },
             "data": {"frames": 16, **image_data(self.batch)},
             "text": {"tune": "full"},
             "clip": {"embed_dim": shape["embed_dim"], "adapter_blocks": 0},

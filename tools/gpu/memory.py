@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.benchmarks.bench_memory import BASE, RUNS, compare
 from tools.gpu.findings import Check, Finding, Note, Scale
-from tools.gpu.stage_steps import PROGRESS, StageSteps, toy_settings
+from tools.gpu.stage_steps import BLOCKS, PROGRESS, TOY, StageSteps, toy_settings
 from xray.config.loading import merge
 from xray.planning.memory_tracker import FLOPS
 
 ERROR = 0.15  # largest relative error of the estimated memory
 FLOP_ERROR = 0.02
 LEAST = 6.0  # seconds that must remain for another case
-# Runs of bench_memory at the size of a toy, and the same kinds of runs with ViT-B/16.
+# Runs of bench_memory with toy models, and the same kinds of runs with ViT-B/16.
 TOYS = ("clip, gradient cache of 4",)
 B16 = {
     "model": {"name": "vit_base_patch16_224", "kwargs": {}},
@@ -41,7 +41,7 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
     """Compare the estimated peak memory with the measured one, and FLOPs with a count."""
-    base = BASE if scale.toy else merge(BASE, B16)
+    base = merge(TOY, {"data": {"blocks": BLOCKS}}) if scale.toy else merge(BASE, B16)
     if not scale.toy:
         base["model"]["kwargs"] = {}  # merging keeps those of BASE
     runs = {name: RUNS[name] for name in TOYS} if scale.toy else REAL

@@ -10,11 +10,10 @@ from unittest.mock import patch
 import torch
 
 from tools.gpu.findings import Check, Finding, Number, Scale
-from tools.gpu.stage_steps import PROGRESS, StageSteps, toy_settings
+from tools.gpu.stage_steps import BLOCKS, PROGRESS, StageSteps, toy_settings
 
 MOST = 8  # graphs of a model in all the situations below
 DEPTH = 12
-BLOCKS = [{"source": "images", "samples": 8}, {"source": "clips", "samples": 4}]
 
 
 def run(device: torch.device, scale: Scale) -> Iterator[Finding]:

@@ -19,10 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tools.common.fresh_process import in_fresh_process
 from tools.gpu.findings import Check, Finding, Number, Scale
-from tools.gpu.stage_steps import StageSteps, tiny_llm, toy_settings
+from tools.gpu.stage_steps import BLOCKS, StageSteps, tiny_llm, toy_settings
 
 FP32, BF16, CUT = 2e-4, 5e-2, 1e-4  # largest relative differences of a loss
-BLOCKS = [{"source": "images", "samples": 8}, {"source": "clips", "samples": 4}]
 LIVE = {"text": {"features": "live"}}
 # name -> (stage, settings); all tokens are kept where no variant is about their reduction, because
 # rounding decides which of two nearly equal tokens is dropped

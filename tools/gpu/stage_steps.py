@@ -40,6 +40,8 @@ TOY: dict[str, Any] = {
     "optim": {"name": "adamw", "base_lr": 0.02, "betas": [0.9, 0.95], "warmup": 0.0},
     "train": {"precision": "fp32", "samples": 1000},
 }
+# Images and clips, instead of TOY's images alone.
+BLOCKS = [{"source": "images", "samples": 8}, {"source": "clips", "samples": 4}]
 # Sections of single stages beside TOY.
 OWN: dict[str, dict[str, Any]] = {
     "mae": {"mae": {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}},
