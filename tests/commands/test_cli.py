@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from child_process import RECIPE, xray
+from child_process import RECIPE
+from child_process import xray as xray_process
+from in_process import xray
 from shards import jpeg, write_tar
-from typer.testing import CliRunner
-
-from xray.commands.main import app
 
 
 def test_help_needs_no_torch() -> None:
@@ -23,7 +22,7 @@ def test_help_needs_no_torch() -> None:
     code = f"import sys, xray.commands.main; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-    assert "Train the stages of RECIPE" in xray("--help").stdout
+    assert "Train the stages of RECIPE" in xray_process("--help").stdout
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -47,7 +46,7 @@ def test_output_that_nobody_reads_ends_silently(command: str, unbuffered: str) -
 
 def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
     done = xray("run", RECIPE, "--plan", f"data.root={demo}", f"out={tmp_path / 'run'}")
-    assert done.returncode == 0 and not (tmp_path / "run").exists()
+    assert done.exit_code == 0 and not (tmp_path / "run").exists()
     assert "hashtag" in done.stdout and "+ text" in done.stdout
     only = xray("run", RECIPE, "--plan", f"data.root={demo}", "stages=[mae,clip]")
     assert "hashtag" not in only.stdout and "mae" in only.stdout
@@ -55,7 +54,7 @@ def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
 
 def test_config_prints_what_is_resolved() -> None:
     done = xray("config", "mae", "model=vit_s16")
-    assert done.returncode == 0 and "vit_small_patch16_224" in done.stdout
+    assert done.exit_code == 0 and "vit_small_patch16_224" in done.stdout
     assert "temperature: 0.07\n" in xray("config", "eval").stdout
     recipe = xray("config", "quickstart").stdout
     assert re.findall(r"^(\w+):", recipe, re.M) == ["mae", "hashtag", "text", "clip", "eval"]
@@ -84,21 +83,21 @@ def test_config_prints_what_is_resolved() -> None:
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, arguments)
+    done = xray(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_a_mistake_ends_the_process_with_2() -> None:
-    done = xray("run", "quickstrat")
+    done = xray_process("run", "quickstrat")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
     missing = xray("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
-    assert missing.returncode == 2 and "photos" in missing.stderr
+    assert missing.exit_code == 2 and "photos" in missing.stderr
     write_tar(tmp_path / "bad.tar", {f"{i}.jpg": jpeg() for i in range(20)})
     whole = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2])
@@ -106,7 +105,7 @@ def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> N
         "run", RECIPE, "stages=[mae]", f"data.root={demo}", out,
         f"data.sources.photos.shards={tmp_path / 'bad.tar'}",
     )  # fmt: skip
-    assert cut.returncode == 2 and "bad.tar is truncated" in cut.stderr
+    assert cut.exit_code == 2 and "bad.tar is truncated" in cut.stderr
     assert not (tmp_path / "run" / "mae").exists()
 
 
@@ -121,9 +120,9 @@ def test_bad_samples_are_replaced_counted_and_limited(demo: Path, tmp_path: Path
         f"data.sources.photos.shards={tmp_path / 'some.tar'}", "clip.train.samples=80",
     ]  # fmt: skip
     stop = xray(*settings, f"out={tmp_path / 'a'}", "data.max_bad_fraction=0.001")
-    assert stop.returncode == 2 and "cannot be used" in stop.stderr and "some.tar" in stop.stderr
+    assert stop.exit_code == 2 and "cannot be used" in stop.stderr and "some.tar" in stop.stderr
     go = xray(*settings, f"out={tmp_path / 'b'}", "data.max_bad_fraction=0.2")
-    assert go.returncode == 0, go.stderr
+    assert go.exit_code == 0, go.stderr
     manifest = (tmp_path / "b" / "clip" / "artifact" / "manifest.json").read_text()
     assert '"undecodable image": 4' in manifest and '"no caption": 2' in manifest
 
@@ -145,7 +144,7 @@ def test_ablations_run_over_any_recipe(
     done = xray(
         "run", recipe, f"base={RECIPE}", f"data.root={demo}", f"out={out}", "train.samples=24"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert sorted(p.parent.name for p in out.glob("*/artifact")) == sorted(stages)
     manifest = json.loads((out / "clip" / "artifact" / "manifest.json").read_text())
     assert manifest["keep_rate"] == (1.0 if recipe == "no_reorganize" else 0.7)
@@ -158,15 +157,15 @@ def test_each_stage_alone(demo: Path, tmp_path: Path) -> None:
     for stage, parents in (("mae", []), ("hashtag", ["mae"]), ("text", []), ("clip", ["hashtag"])):
         start = [x for p in parents for x in ("--init-from", str(tmp_path / p / "artifact"))]
         done = xray("train", stage, *common, *start, "--out", str(tmp_path / stage))
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
     again = xray("train", "clip", "--resume", str(tmp_path / "clip"))
-    assert again.returncode == 0 and "stage clip is finished" in again.stderr
+    assert again.exit_code == 0 and "stage clip is finished" in again.stderr
     result = tmp_path / "results.json"
     done = xray(
         "eval", str(tmp_path / "clip"), "--recipe", RECIPE, f"data.root={demo}",
         "--suite", "retrieval", "--out", str(result),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert list(json.loads(result.read_text())) == ["retrieval"]
     chain = xray("lineage", str(tmp_path / "clip" / "artifact"), "--json")
     assert [row["stage"] for row in json.loads(chain.stdout)] == ["clip", "hashtag", "mae"]
@@ -180,6 +179,6 @@ def test_real_photos_and_clips(shared_data: Path, tmp_path: Path) -> None:
         "data.resolution=32", "train.samples=32",
         "text.data.blocks=[{source: photos, samples: 16}]",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["retrieval"]["images"] == 1000 and results["zero_shot"]["classes"] == 100

@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from child_process import RECIPE, clean_environment, xray
+from child_process import RECIPE, clean_environment
+from child_process import xray as xray_process
+from click.testing import Result
+from in_process import xray
 from run_comparison import assert_equal_runs
 from tiny import settings
 
@@ -21,8 +24,17 @@ from xray.training.run import Run
 
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
-    given = [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
-    return xray("run", RECIPE, *given, killed_at=killed_at)
+    """Run the recipe in a process of its own."""
+    return xray_process("run", RECIPE, *given(root, out, *more), killed_at=killed_at)
+
+
+def run_here(root: Path, out: Path, *more: str) -> Result:
+    """Run the recipe in this process."""
+    return xray("run", RECIPE, *given(root, out, *more))
+
+
+def given(root: Path, out: Path, *more: str) -> list[str]:
+    return [f"data.root={root}", f"out={out}", "stages=[mae,clip]", *more]
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +61,14 @@ def test_killed_runs_have_the_results_of_others(
 
 def test_a_finished_run_is_not_repeated(demo: Path, unkilled: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
-    again = run(demo, unkilled)
-    assert again.returncode == 0 and "stage clip is finished" in again.stderr
+    again = run_here(demo, unkilled)
+    assert again.exit_code == 0 and "stage clip is finished" in again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in unkilled.rglob("*.safetensors")}
 
 
 def test_another_config_is_refused(demo: Path, unkilled: Path) -> None:
-    again = run(demo, unkilled, "mae.mask_ratio=0.5")
-    assert again.returncode == 2
+    again = run_here(demo, unkilled, "mae.mask_ratio=0.5")
+    assert again.exit_code == 2
     assert "config.mae.mask_ratio: 0.75 -> 0.5" in again.stderr
     assert "choose another out=" in again.stderr and "Traceback" not in again.stderr
 
@@ -65,7 +77,7 @@ def test_a_plan_shows_finished_stages_and_those_with_other_settings(
     demo: Path, unkilled: Path
 ) -> None:
     def states(*more: str) -> str:
-        return "".join(re.findall(r"[\w ]+(?= *│$)", run(demo, unkilled, *more).stdout, re.M))
+        return "".join(re.findall(r"[\w ]+(?= *│$)", run_here(demo, unkilled, *more).stdout, re.M))
 
     assert states("--plan").split() == ["finished", "finished"]
     other = " ".join(states("--plan", "mae.mask_ratio=0.5").split())
@@ -80,24 +92,24 @@ def test_a_run_of_an_older_version_without_new_settings_is_accepted(
     for section, key in (("model", "video"), ("mae", "video_mask"), ("model", "keep_rates")):
         del record["config"][section][key]
     file.write_text(json.dumps(record))
-    again = run(demo, unkilled)
-    assert again.returncode == 0 and "stage mae is finished" in again.stderr
+    again = run_here(demo, unkilled)
+    assert again.exit_code == 0 and "stage mae is finished" in again.stderr
 
 
 def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert run(demo, out, "stages=[mae]").returncode == 0
+    assert run_here(demo, out, "stages=[mae]").exit_code == 0
     file = out / "mae" / "artifact" / "backbone.safetensors"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    done = run(demo, out)
-    assert done.returncode == 2 and "backbone.safetensors was changed" in done.stderr
+    done = run_here(demo, out)
+    assert done.exit_code == 2 and "backbone.safetensors was changed" in done.stderr
     alone = xray(
         "train", "clip", "--recipe", RECIPE, "--init-from", str(out / "mae" / "artifact"),
         "--out", str(tmp_path / "clip"), f"data.root={demo}",
     )  # fmt: skip
-    assert alone.returncode == 2 and "backbone.safetensors was changed" in alone.stderr
+    assert alone.exit_code == 2 and "backbone.safetensors was changed" in alone.stderr
     assert not (tmp_path / "clip").exists()
 
 
@@ -107,9 +119,9 @@ def test_a_signal_saves_and_exits_with_the_code_to_rerun(
 ) -> None:
     """SIGINT after SIGTERM is the first interrupt: only a second one ends without saving."""
     out = tmp_path / "run"
-    given = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
+    arguments = [f"data.root={demo}", f"out={out}", "stages=[mae]", "mae.train.samples=4800"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "xray", "run", RECIPE, *given, "train.save_every=100000"],
+        [sys.executable, "-m", "xray", "run", RECIPE, *arguments, "train.save_every=100000"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -138,6 +150,6 @@ def test_a_damaged_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:
     assert run(demo, out, killed_at="step:5").returncode == -signal.SIGKILL
     (file,) = (out / "mae" / "checkpoints").glob("step_00000004/portable/00000.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    again = run(demo, out)
-    assert again.returncode == 2 and "00000.safetensors cannot be read" in again.stderr
+    again = run_here(demo, out)
+    assert again.exit_code == 2 and "00000.safetensors cannot be read" in again.stderr
     assert "Traceback" not in again.stderr
