@@ -17,13 +17,12 @@ import pytest
 import torch
 from ablation_files import load, write
 from child_process import RECIPE, clean_environment
+from in_process import invoke
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, compare
 from xray.ablations.report import Page
 from xray.ablations.trials import Trial, load_ablation, samples_of, stage_runs
-from xray.commands.main import app
 from xray.config import loading as cfg
 from xray.errors import ConfigError
 
@@ -288,18 +287,16 @@ def test_shipped_ablations(name: str, base: str) -> None:
 )
 def test_invalid_files_give_one_error_line(text: str, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", text.replace("base: R", f"base: {RECIPE}"))
-    done = CliRunner().invoke(app, ["ablate", file, f"data.root={tmp_path}", "--plan"])
+    done = invoke("ablate", file, f"data.root={tmp_path}", "--plan")
     assert done.exit_code == 2, done.output
     assert message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_unknown_ablation_and_unknown_metric(demo: Path, done: Path) -> None:
-    unknown = CliRunner().invoke(app, ["ablate", "losess"])
+    unknown = invoke("ablate", "losess")
     assert unknown.exit_code == 2 and "did you mean 'losses'" in unknown.stderr
-    again = CliRunner().invoke(
-        app, [*arguments(done.parent, demo), "metrics=[retrieval.text_to_image_R@55]"]
-    )
+    again = invoke(*arguments(done.parent, demo), "metrics=[retrieval.text_to_image_R@55]")
     assert again.exit_code == 2 and "did you mean 'retrieval.text_to_image_R@5'" in again.stderr
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from in_process import invoke
 from tiny import train
-from typer.testing import CliRunner, Result
 
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.artifacts.lineage import Link, lineage
-from xray.commands.main import app
 from xray.errors import ArtifactError
 
 STAGES = ["clip", "hashtag", "mae", "text"]
@@ -76,10 +75,6 @@ def changed(path: Path) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def xray(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def put(folder: Path, url: str) -> None:
     fs, path = fsspec.core.url_to_fs(url)
     fs.put(str(folder), path, recursive=True)
@@ -89,7 +84,7 @@ def put(folder: Path, url: str) -> None:
 
 
 def test_lineage_lists_hashes_samples_and_changed_settings(runs: Path) -> None:
-    done = xray("lineage", runs / "clip", "--json")
+    done = invoke("lineage", runs / "clip", "--json")
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [(row["stage"], row["slot"], row["depth"]) for row in rows] == [
@@ -109,7 +104,7 @@ def test_lineage_lists_hashes_samples_and_changed_settings(runs: Path) -> None:
     assert not any("keep_rate" in line for line in hashtag["differs"])
     assert "text.tune: 'lora' -> 'none'" in text["differs"] and clip["differs"] == []
     assert not any("workers" in line or "llm" in line for row in rows for line in row["differs"])
-    words = xray("lineage", runs / "clip").stdout
+    words = invoke("lineage", runs / "clip").stdout
     assert "12 samples seen" in words and "its child changed model.keep_rate: 1.0 -> 0.7" in words
     assert f"inputs: llm {clip['inputs']['llm'][:12]}" in words and "torch" in words
 
@@ -118,23 +113,23 @@ def test_verify_hashes_every_file_and_names_the_changed_one(
     runs: Path, demo: Path, tmp_path: Path
 ) -> None:
     weights = runs / "hashtag" / "artifact" / "backbone.safetensors"
-    whole = xray("lineage", runs / "clip", "--verify")
+    whole = invoke("lineage", runs / "clip", "--verify")
     named = [json.loads((runs / s / "artifact" / "manifest.json").read_text()) for s in STAGES]
     assert whole.exit_code == 0
     assert whole.stdout.count(" ok\n") == sum(len(manifest["files"]) for manifest in named)
     with changed(weights):
-        assert xray("lineage", runs / "clip").exit_code == 0  # only manifests are read
-        broken = xray("lineage", runs / "clip", "--verify")
+        assert invoke("lineage", runs / "clip").exit_code == 0  # only manifests are read
+        broken = invoke("lineage", runs / "clip", "--verify")
         assert broken.exit_code == 1 and "backbone.safetensors changed" in broken.stdout
         with pytest.raises(ArtifactError, match=r"backbone\.safetensors was changed after"):
             train("clip", demo, tmp_path / "clip", "train.samples=12", init_from=[weights.parent])
         assert not (tmp_path / "clip").exists()
     with gone(weights):
-        broken = xray("lineage", runs / "clip", "--verify")
+        broken = invoke("lineage", runs / "clip", "--verify")
         assert broken.exit_code == 1 and "backbone.safetensors missing" in broken.stdout
     extra = runs / "clip" / "artifact" / "llm" / "added_tokens.json"
     extra.write_text("{}")
-    broken = xray("lineage", runs / "clip", "--verify")
+    broken = invoke("lineage", runs / "clip", "--verify")
     assert broken.exit_code == 1 and "llm/added_tokens.json unnamed" in broken.stdout
     with pytest.raises(ArtifactError, match=r"added_tokens.json is not listed in .* manifest"):
         open_artifact(runs / "clip")
@@ -145,7 +140,7 @@ def test_an_artifact_alone_contains_its_lineage(runs: Path, copied: Copy) -> Non
     clip = copied("clip")
     with gone(runs):
         rows = lineage(clip, verify=True)
-        words = xray("lineage", clip)
+        words = invoke("lineage", clip)
     assert [row.stage for row in rows] == STAGES and all(row.manifest for row in rows)
     assert [row.where for row in rows] == ["found", "gone", "gone", "gone"]
     assert words.exit_code == 0 and words.stdout.count("samples seen") == 4
@@ -157,13 +152,13 @@ def test_another_artifact_at_an_ancestors_path_is_detected(runs: Path, copied: C
     mae = runs / "mae"
     with gone(mae):
         shutil.copytree(runs / "text", mae)
-        done = xray("lineage", runs / "hashtag")
+        done = invoke("lineage", runs / "hashtag")
         shutil.rmtree(mae)
     assert done.exit_code == 1
     assert f"no longer at {mae / 'artifact'}, where another artifact is now" in done.stdout
     forged = copied("hashtag")
     with changed(next((forged / "lineage").iterdir())):
-        done = xray("lineage", forged)
+        done = invoke("lineage", forged)
     assert done.exit_code == 1 and ".json changed" in done.stdout
 
 
@@ -181,7 +176,7 @@ def test_artifacts_without_their_ancestors_manifests_still_open(copied: Copy, ru
     assert stages(lineage(old)) == [(stage, True) for stage in STAGES]
     with gone(runs):
         assert stages(lineage(old)) == [("clip", True), ("hashtag", False), ("text", False)]
-        assert "nothing else is known" in xray("lineage", old).stdout
+        assert "nothing else is known" in invoke("lineage", old).stdout
         open_artifact(old)
 
 
@@ -198,17 +193,17 @@ def test_a_copied_artifact_works_without_its_run(
     llm = tmp_path / "copied llm"
     shutil.copytree(demo / "llm", llm)
     with gone(runs), gone(demo / "llm"):
-        lost = xray("eval", clip, *sets)
+        lost = invoke("eval", clip, *sets)
         assert lost.exit_code == 2 and len(lost.stderr.strip().splitlines()) == 1
         assert f"the LLM is not at {demo / 'llm'}: set text.llm" in lost.stderr
-        done = xray("eval", clip, f"text.llm={llm}", *sets)
+        done = invoke("eval", clip, f"text.llm={llm}", *sets)
         assert done.exit_code == 0, done.stderr
         assert "text to image R@1" in done.stdout
         after = Encoder(open_artifact(clip, str(llm))).encode_pixels(pixels)
         assert torch.equal(before, after)
-        tagged = xray("data", "pseudo-tags", hashtag, demo / "heldout", "workers=0")
+        tagged = invoke("data", "pseudo-tags", hashtag, demo / "heldout", "workers=0")
         assert tagged.exit_code == 0, tagged.stderr
-        scored = xray("data", "scores", clip, demo / "heldout", "workers=0", f"llm={llm}")
+        scored = invoke("data", "scores", clip, demo / "heldout", "workers=0", f"llm={llm}")
         assert scored.exit_code == 0, scored.stderr
         short = ["train.samples=12", f"text.llm={llm}"]
         child = train("clip", demo, tmp_path / "c", *short, init_from=[clip])
@@ -234,16 +229,16 @@ def test_a_url_works_like_a_folder(
     begun = len(seen)
     rows = lineage(child.path, verify=True)  # lineage does not contact the server
     assert [row.where for row in rows] == ["found", "url", "found", "url"] and len(seen) == begun
-    assert "which was not checked" in xray("lineage", child.path).stdout
+    assert "which was not checked" in invoke("lineage", child.path).stdout
     begun = len(seen)
-    done = xray("lineage", f"{address}/clip")
+    done = invoke("lineage", f"{address}/clip")
     assert done.exit_code == 0 and done.stdout.count("samples seen") == 4
     assert not any("safetensors" in request for request in seen[begun:])
-    assert "head.safetensors ok" in xray("lineage", f"{address}/clip", "--verify").stdout
+    assert "head.safetensors ok" in invoke("lineage", f"{address}/clip", "--verify").stdout
     sets = [f"eval.retrieval={{shards: {demo / 'heldout'}}}", "--suite", "retrieval"]
-    assert xray("eval", f"{address}/clip", *sets).exit_code == 0
+    assert invoke("eval", f"{address}/clip", *sets).exit_code == 0
     with changed(folder / "clip" / "artifact" / "head.safetensors"):
-        broken = xray("lineage", f"{address}/clip", "--verify")
+        broken = invoke("lineage", f"{address}/clip", "--verify")
         assert broken.exit_code == 1 and "head.safetensors changed" in broken.stdout
 
 

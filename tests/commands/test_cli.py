@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from child_process import RECIPE
-from child_process import xray as xray_process
-from in_process import xray
+from child_process import RECIPE, xray
+from in_process import invoke
 from shards import jpeg, write_tar
 
 
@@ -22,7 +21,7 @@ def test_help_needs_no_torch() -> None:
     code = f"import sys, xray.commands.main; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-    assert "Train the stages of RECIPE" in xray_process("--help").stdout
+    assert "Train the stages of RECIPE" in xray("--help").stdout
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -45,18 +44,18 @@ def test_output_that_nobody_reads_ends_silently(command: str, unbuffered: str) -
 
 
 def test_plan_prints_what_starts_from_what(demo: Path, tmp_path: Path) -> None:
-    done = xray("run", RECIPE, "--plan", f"data.root={demo}", f"out={tmp_path / 'run'}")
+    done = invoke("run", RECIPE, "--plan", f"data.root={demo}", f"out={tmp_path / 'run'}")
     assert done.exit_code == 0 and not (tmp_path / "run").exists()
     assert "hashtag" in done.stdout and "+ text" in done.stdout
-    only = xray("run", RECIPE, "--plan", f"data.root={demo}", "stages=[mae,clip]")
+    only = invoke("run", RECIPE, "--plan", f"data.root={demo}", "stages=[mae,clip]")
     assert "hashtag" not in only.stdout and "mae" in only.stdout
 
 
 def test_config_prints_what_is_resolved() -> None:
-    done = xray("config", "mae", "model=vit_s16")
+    done = invoke("config", "mae", "model=vit_s16")
     assert done.exit_code == 0 and "vit_small_patch16_224" in done.stdout
-    assert "temperature: 0.07\n" in xray("config", "eval").stdout
-    recipe = xray("config", "quickstart").stdout
+    assert "temperature: 0.07\n" in invoke("config", "eval").stdout
+    recipe = invoke("config", "quickstart").stdout
     assert re.findall(r"^(\w+):", recipe, re.M) == ["mae", "hashtag", "text", "clip", "eval"]
 
 
@@ -83,25 +82,25 @@ def test_config_prints_what_is_resolved() -> None:
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], message: str) -> None:
-    done = xray(*arguments)
+    done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_a_mistake_ends_the_process_with_2() -> None:
-    done = xray_process("run", "quickstrat")
+    done = xray("run", "quickstrat")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
-    missing = xray("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
+    missing = invoke("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
     assert missing.exit_code == 2 and "photos" in missing.stderr
     write_tar(tmp_path / "bad.tar", {f"{i}.jpg": jpeg() for i in range(20)})
     whole = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2])
-    cut = xray(
+    cut = invoke(
         "run", RECIPE, "stages=[mae]", f"data.root={demo}", out,
         f"data.sources.photos.shards={tmp_path / 'bad.tar'}",
     )  # fmt: skip
@@ -119,9 +118,9 @@ def test_bad_samples_are_replaced_counted_and_limited(demo: Path, tmp_path: Path
         "run", RECIPE, "stages=[clip]", f"data.root={demo}", "data.modalities=[image]",
         f"data.sources.photos.shards={tmp_path / 'some.tar'}", "clip.train.samples=80",
     ]  # fmt: skip
-    stop = xray(*settings, f"out={tmp_path / 'a'}", "data.max_bad_fraction=0.001")
+    stop = invoke(*settings, f"out={tmp_path / 'a'}", "data.max_bad_fraction=0.001")
     assert stop.exit_code == 2 and "cannot be used" in stop.stderr and "some.tar" in stop.stderr
-    go = xray(*settings, f"out={tmp_path / 'b'}", "data.max_bad_fraction=0.2")
+    go = invoke(*settings, f"out={tmp_path / 'b'}", "data.max_bad_fraction=0.2")
     assert go.exit_code == 0, go.stderr
     manifest = (tmp_path / "b" / "clip" / "artifact" / "manifest.json").read_text()
     assert '"undecodable image": 4' in manifest and '"no caption": 2' in manifest
@@ -141,7 +140,7 @@ def test_ablations_run_over_any_recipe(
     demo: Path, tmp_path: Path, recipe: str, stages: list[str]
 ) -> None:
     out = tmp_path / "run"
-    done = xray(
+    done = invoke(
         "run", recipe, f"base={RECIPE}", f"data.root={demo}", f"out={out}", "train.samples=24"
     )
     assert done.exit_code == 0, done.stderr
@@ -156,25 +155,25 @@ def test_each_stage_alone(demo: Path, tmp_path: Path) -> None:
     common = ["--recipe", RECIPE, f"data.root={demo}", "train.samples=24"]
     for stage, parents in (("mae", []), ("hashtag", ["mae"]), ("text", []), ("clip", ["hashtag"])):
         start = [x for p in parents for x in ("--init-from", str(tmp_path / p / "artifact"))]
-        done = xray("train", stage, *common, *start, "--out", str(tmp_path / stage))
+        done = invoke("train", stage, *common, *start, "--out", str(tmp_path / stage))
         assert done.exit_code == 0, done.stderr
-    again = xray("train", "clip", "--resume", str(tmp_path / "clip"))
+    again = invoke("train", "clip", "--resume", str(tmp_path / "clip"))
     assert again.exit_code == 0 and "stage clip is finished" in again.stderr
     result = tmp_path / "results.json"
-    done = xray(
+    done = invoke(
         "eval", str(tmp_path / "clip"), "--recipe", RECIPE, f"data.root={demo}",
         "--suite", "retrieval", "--out", str(result),
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert list(json.loads(result.read_text())) == ["retrieval"]
-    chain = xray("lineage", str(tmp_path / "clip" / "artifact"), "--json")
+    chain = invoke("lineage", str(tmp_path / "clip" / "artifact"), "--json")
     assert [row["stage"] for row in json.loads(chain.stdout)] == ["clip", "hashtag", "mae"]
 
 
 def test_real_photos_and_clips(shared_data: Path, tmp_path: Path) -> None:
     """The shipped recipe for real data, a few steps of each stage."""
     small = ["data.blocks=[{source: photos, samples: 12}, {source: actions, samples: 4}]"]
-    done = xray(
+    done = invoke(
         "run", "real_small", f"data.root={shared_data}", f"out={tmp_path / 'run'}", *small,
         "data.resolution=32", "train.samples=32",
         "text.data.blocks=[{source: photos, samples: 16}]",

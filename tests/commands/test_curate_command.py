@@ -9,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import invoke
 from tiny import settings
-from typer.testing import CliRunner
 
 from data_pipelines.curation.tables import keep_listed
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import read_captions
 from stages import stage_class
-from xray.commands.main import app
 from xray.config import SourceConfig
 from xray.errors import BadSample, ConfigError
 
 
 def run(*command: object, expect: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, command)))
+    result = invoke(*command)
     assert result.exit_code == expect, result.output
     return result.output
 

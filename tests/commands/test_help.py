@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from typer.testing import CliRunner
+from in_process import invoke
 
 from xray.commands.common import settings_of
-from xray.commands.main import COMMANDS, DATA, DEBUG, app
+from xray.commands.main import COMMANDS, DATA, DEBUG
 
 ALL = [
     *((name,) for name in COMMANDS),
@@ -57,7 +57,7 @@ def test_settings_of_a_dataclass() -> None:
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
 def test_every_command_has_help(words: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app, [*words, "--help"])
+    done = invoke(*words, "--help")
     assert done.exit_code == 0 and "Usage:" in done.output, done.output
     assert "Settings:" not in done.output  # typed by hand
 
@@ -67,7 +67,7 @@ def test_help_lists_every_setting_with_its_default(name: str) -> None:
     path, given = WITH_SETTINGS[name]
     module, _, config = path.partition(":")
     kind = getattr(importlib.import_module(module), config)
-    output = CliRunner().invoke(app, ["data", name, "--help"]).output
+    output = invoke("data", name, "--help").output
     listed = output[output.index("Settings, KEY=VALUE") :].split()
     for own in dataclasses.fields(kind):
         here = [word for word in listed if word.startswith((f"{own.name}=", f"{own.name}."))]

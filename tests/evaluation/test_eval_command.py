@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import Result
+from in_process import invoke
 from tiny import train
-from typer.testing import CliRunner
 
 from data_pipelines.decode.transforms import load_views
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.shards.source import Source, open_source
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, VisionEncoder
-from xray.commands.main import app
 from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, DataError
 from xray.evaluation import feature_extraction as features
@@ -76,12 +74,8 @@ def folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def xray(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def results(clip: Artifact, out: Path, *arguments: object) -> dict[str, dict[str, float]]:
-    done = xray("eval", clip.path, *arguments, "--out", out / "results.json")
+    done = invoke("eval", clip.path, *arguments, "--out", out / "results.json")
     assert done.exit_code == 0, done.stderr
     return json.loads((out / "results.json").read_text())
 
@@ -234,7 +228,7 @@ def test_a_broken_training_image_is_one_line_of_error(
     victim = sorted((tmp_path / "set").rglob("*.jpg"))[5]
     victim.write_bytes(b"no picture")
     sets = f"eval.finetune={{train: {tmp_path / 'set'}, test: {folder / 'set'}, epochs: 1}}"
-    done = xray("eval", clip.path, "--suite", "finetune", sets, "data.workers=1")
+    done = invoke("eval", clip.path, "--suite", "finetune", sets, "data.workers=1")
     assert done.exit_code == 2 and victim.stem in done.stderr, done.stderr
     assert "undecodable image" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
@@ -304,7 +298,7 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
 
 def test_each_mistake_is_one_line_of_error(clip: Artifact, folder: Path) -> None:
     for (name, *settings), message in mistakes(folder):
-        done = xray("eval", clip.path, "--suite", name, f"data.root={folder}", *settings)
+        done = invoke("eval", clip.path, "--suite", name, f"data.root={folder}", *settings)
         assert done.exit_code == 2, (name, settings, done.stdout)
         assert message in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -317,7 +311,7 @@ def test_invalid_keep_rates_are_refused(clip: Artifact, demo: Path) -> None:
         ("1,x", "knn", "write numbers"),
         ("1,.5", "knn,finetune", "compares none of"),
     ):
-        done = xray("eval", clip.path, *sets, "--suite", names, "--keep-rates", rates)
+        done = invoke("eval", clip.path, *sets, "--suite", names, "--keep-rates", rates)
         assert done.exit_code == 2 and message in done.stderr
 
 
@@ -411,7 +405,7 @@ def test_results_are_written_after_each_suite(
     patched = tuple(broken if own is FINETUNE else own for own in suites.SUITES)
     monkeypatch.setattr(suites, "SUITES", patched)
     out = tmp_path / "results.json"
-    done = xray("eval", clip.path, *settings, "--suite", "knn,finetune", "--out", out)
+    done = invoke("eval", clip.path, *settings, "--suite", "knn,finetune", "--out", out)
     assert isinstance(done.exception, ZeroDivisionError) and list(json.loads(out.read_text())) == [
         "knn"
     ]
@@ -422,7 +416,7 @@ def test_results_are_written_after_each_suite(
         ("finetune,robustness", "eval.robustness.shift=heldot"),
         ("finetune,zero_shot", "eval.zero_shot={shards: heldout, classes: clases.txt}"),
     ):  # nothing starts if a later suite would fail
-        refused = xray("eval", clip.path, *settings, *more, "--suite", suites_asked)
+        refused = invoke("eval", clip.path, *settings, *more, "--suite", suites_asked)
         assert refused.exit_code == 2 and len(seen) == 1, refused.output
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import invoke
 from torch import Tensor
-from typer.testing import CliRunner
 
 from data_pipelines.shards.source import open_source
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder, data_of
-from xray.commands.main import app
 from xray.config.identity import hash_json, identity
 from xray.config.loading import build
 from xray.evaluation.attentive_probe import AttentiveProbe
@@ -102,7 +101,7 @@ def test_pseudo_tags_of_bf16_have_another_name(tagger: Path, demo: Path) -> None
     names = []
     for more in ([], ["precision=fp32"], ["precision=bf16"]):
         arguments = ["data", "pseudo-tags", str(tagger), str(demo / "heldout"), "workers=0", *more]
-        done = CliRunner().invoke(app, arguments)
+        done = invoke(*arguments)
         assert done.exit_code == 0, done.output
         names.append(done.output.rpartition("hashtag.teacher=")[2].split()[0])
     assert names[0] == names[1] != names[2]
@@ -116,12 +115,12 @@ def test_eval_writes_its_precision_beside_the_results(
         out = tmp_path / f"{precision}.json"
         arguments = [f"data.root={demo}", "data.workers=0", f"eval.precision={precision}"]
         arguments += ["eval.knn={train: gallery, test: heldout, k: 5}", "--out", str(out)]
-        done = CliRunner().invoke(app, ["eval", str(control), *arguments])
+        done = invoke("eval", str(control), *arguments)
         assert done.exit_code == 0, done.output
         found[precision] = json.loads(out.read_text())
     assert list(found["fp32"]) == ["knn"] and list(found["bf16"]) == ["precision", "knn"]
     assert found["bf16"]["precision"] == "bf16"
-    done = CliRunner().invoke(app, ["eval", str(control), "eval.precision=fp16"])
+    done = invoke("eval", str(control), "eval.precision=fp16")
     assert done.exit_code == 2 and "eval.precision" in done.stderr
 
 

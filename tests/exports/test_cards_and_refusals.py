@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_checks import assert_refused, code_of, xray
+from export_checks import assert_refused, code_of
+from in_process import invoke
 
 from xray.artifacts.artifact import open_artifact
 from xray.exports import convert as converting
@@ -38,7 +39,7 @@ def test_each_artifact_has_a_card_that_users_may_edit(
     shutil.copytree(control, copy)
     (copy / "README.md").write_text(card.replace("apache-2.0", "mit"))
     assert open_artifact(copy).digest == open_artifact(control).digest
-    assert xray("lineage", copy, "--verify").exit_code == 0
+    assert invoke("lineage", copy, "--verify").exit_code == 0
 
 
 def test_the_card_of_an_export_states_the_largest_difference(
@@ -56,7 +57,7 @@ def test_an_export_with_too_large_a_difference_is_refused(
     tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(converting, "TOLERANCE", -1.0)
-    done = xray("export", tagger, "--to", "timm", "--out", tmp_path / "out")
+    done = invoke("export", tagger, "--to", "timm", "--out", tmp_path / "out")
     assert_refused(done, "nothing was written")
     assert not list(tmp_path.iterdir())
 
@@ -77,5 +78,5 @@ MISTAKES: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_gives_an_error_of_one_line(tagger: Path, tmp_path: Path, words: str) -> None:
-    assert_refused(xray("export", *MISTAKES[words](tagger, tmp_path / "out")), words)
+    assert_refused(invoke("export", *MISTAKES[words](tagger, tmp_path / "out")), words)
     assert not (tmp_path / "out").exists()

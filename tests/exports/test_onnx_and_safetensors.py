@@ -9,7 +9,8 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from export_checks import TOLERANCE, assert_refused, code_of, pixels_of, rewritten, xray
+from export_checks import TOLERANCE, assert_refused, code_of, pixels_of, rewritten
+from in_process import invoke
 
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import VisionEncoder, restore_encoder
@@ -23,7 +24,7 @@ from xray.models.text_tower import TextTower, merge_lora
 def test_onnxruntime_gives_our_features(
     demo: Path, tagger: Path, tmp_path: Path, frames: int, rate: float
 ) -> None:
-    done = xray(
+    done = invoke(
         "export", tagger, "--to", "onnx", "--out", tmp_path / "out", "--keep-rate", rate,
         "--frames", frames,
     )  # fmt: skip
@@ -51,7 +52,7 @@ def test_onnxruntime_gives_our_features(
 
 def test_plain_safetensors_contain_all_weights(control: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = xray("export", control, "--to", "safetensors", "--out", out)
+    done = invoke("export", control, "--to", "safetensors", "--out", out)
     assert done.exit_code == 0, done.stderr
     names: dict[str, Any] = {}
     exec(code_of(out / "README.md"), names)
@@ -92,5 +93,7 @@ def test_onnx_refuses_other_token_reductions(tagger: Path, tmp_path: Path, reduc
     config = open_artifact(tagger).manifest["config"]
     config |= {"model": config["model"] | {"reduce": reduction}}
     changed = rewritten(tagger, tmp_path / "other", config, {})
-    done = xray("export", changed.path, "--to", "onnx", "--out", tmp_path / "o", "--keep-rate", 0.6)
+    done = invoke(
+        "export", changed.path, "--to", "onnx", "--out", tmp_path / "o", "--keep-rate", 0.6
+    )
     assert_refused(done, f"no graph for model.reduce={reduction}")

@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from export_checks import SIDE, TOLERANCE, code_of, normalised, pixels_of, rewritten, xray
+from export_checks import SIDE, TOLERANCE, code_of, normalised, pixels_of, rewritten
+from in_process import invoke
 from PIL import Image
 
 from data_pipelines.shards.source import open_source
@@ -31,7 +32,7 @@ from xray.models.backbone import VisionBackbone
 
 
 def test_timm_gives_our_features(demo: Path, tagger: Path, tmp_path: Path) -> None:
-    done = xray("export", tagger, "--to", "timm", "--out", tmp_path / "out")
+    done = invoke("export", tagger, "--to", "timm", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     artifact = open_artifact(tagger)
     pixels = pixels_of(demo)
@@ -128,7 +129,7 @@ def test_a_text_tower_that_open_clip_lacks_is_left_out(
         open_artifact(control).manifest["config"], {"clip": {"text_head": "adapter"}}
     )
     other = rewritten(control, tmp_path / "other", adapter, {"head": head})
-    done = xray("export", other.path, "--to", "open_clip", "--out", tmp_path / "out")
+    done = invoke("export", other.path, "--to", "open_clip", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     assert "clip.text_head=linear is CLIP's own" in done.stdout
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import invoke
 from tiny import train
 from torch import Tensor
-from typer.testing import CliRunner
 
-from xray.commands.main import app
 from xray.losses import contrastive, tags
 
 
@@ -45,7 +44,7 @@ class Brier(tags.AsymmetricLoss):
 
 def evaluate(artifact: Path, *arguments: str) -> dict[str, float]:
     out = artifact.parent / "results.json"
-    done = CliRunner().invoke(app, ["eval", str(artifact), *arguments, "--out", str(out)])
+    done = invoke("eval", str(artifact), *arguments, "--out", str(out))
     assert done.exit_code == 0, done.output
     (measures,) = json.loads(out.read_text()).values()
     return measures

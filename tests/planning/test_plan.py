@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from child_process import xray
+from in_process import invoke
 from tiny import SMALL, settings
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from stages import stage_class
 from stages.base import Facts, Parents
@@ -20,7 +20,6 @@ from stages.clip import ClipModule
 from stages.hashtag import HashtagModule
 from tools.benchmarks.bench_memory import compare
 from xray.artifacts.language_model import Language
-from xray.commands.main import app
 from xray.planning.estimate import _rungs, cheapest_fit, memory_of, resources
 from xray.planning.fake_step import rehearse, size_of, starts_of
 from xray.planning.known_inputs import known
@@ -222,17 +221,17 @@ def test_the_cheapest_change_that_fits_is_suggested(demo: Path, tmp_path: Path) 
 
 def test_the_command_needs_no_data(tmp_path: Path) -> None:
     items = ["plan", "quickstart", "stages=[mae,hashtag]", f"data.root={tmp_path}", "--tags", "16"]
-    done = CliRunner().invoke(app, [*items, "--json"])
+    done = invoke(*items, "--json")
     assert done.exit_code == 0, done.stderr
     mae, hashtag = json.loads(done.stdout)["stages"]
     assert mae["epochs"] == {"photos": None, "clips": None} and mae["steps"] == 75
     assert hashtag["parameters"] > 0 and hashtag["hours"] > 0
     assert mae["checkpoint_bytes"] == 12 * mae["trained"]
     least = mae["memory"]["weights"] + mae["memory"]["optimizer"]
-    tight = CliRunner().invoke(app, [*items, "--gb", str((least + 60e6) / 0.9e9)])
+    tight = invoke(*items, "--gb", str((least + 60e6) / 0.9e9))
     assert tight.exit_code == 1
     assert "mae does not fit" in tight.stdout and "train.micro_batch=" in tight.stdout
-    unknown = CliRunner().invoke(app, ["plan", "quickstart", "--gpu", "h1000"])
+    unknown = invoke("plan", "quickstart", "--gpu", "h1000")
     assert unknown.exit_code == 2 and "h100" in unknown.stderr
 
 
@@ -240,7 +239,7 @@ def test_a_missing_llm_is_reported(tmp_path: Path) -> None:
     values = ["text.llm=nobody/has-this", IMAGES, "train.samples=64", "clip.adapter_blocks=0"]
     source = "data.sources={photos: {shards: photos, modality: image}}"
     model = f"model.kwargs={json.dumps(SMALL['model']['kwargs'])}"
-    done = CliRunner().invoke(app, ["plan", "clip", *values, source, model, "data.resolution=32"])
+    done = invoke("plan", "clip", *values, source, model, "data.resolution=32")
     assert done.exit_code == 0, done.stderr
     assert "text.llm=nobody/has-this is not at hand" in done.stdout
 

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import invoke
 from shards import jpeg, write_tar
 from tiny import QUICK, train
-from typer.testing import CliRunner
 
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import read_captions
 from data_pipelines.text.feature_store import TextStore, open_store, packed, store_facts, unpacked
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.language_model import Language
-from xray.commands.main import app
 from xray.config import TextConfig
 from xray.errors import ConfigError, DataError
 from xray.precompute import text_features
@@ -244,7 +243,7 @@ def test_training_on_stored_vectors_equals_training_on_live_ones(
     folders = [str(demo / name) for name in ("photos", "clips")]
     for kind, tolerance in (("fp32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2)):
         keys = [f"llm={demo / 'llm'}", "max_length=32", f"features={kind}", "workers=0"]
-        done = CliRunner().invoke(app, ["data", "text-features", *folders, *keys])
+        done = invoke("data", "text-features", *folders, *keys)
         assert done.exit_code == 0 and f"text.features={kind}" in done.output, done.output
         offline = train("clip", demo, tmp_path / kind, *QUICK, f"text.features={kind}")
         others = read_metrics(tmp_path / kind / "metrics.jsonl")

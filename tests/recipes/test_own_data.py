@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from child_process import RECIPE
-from in_process import xray
+from in_process import invoke
 from shards import photo
 
 
@@ -18,14 +18,14 @@ def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
         (folder / f"IMG {i}.txt").write_text(f"picture number {i}\nanother text about {i}\n")
     (mine / "broken.jpg").write_bytes(photo(1)[:300])
     shards = tmp_path / "shards"
-    packed = xray("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
+    packed = invoke("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
     assert packed.exit_code == 0, packed.stderr
     assert "40 samples in 3 shards" in packed.stdout and "undecodable image: 1" in packed.stdout
-    again = xray("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
+    again = invoke("data", "pack", str(mine), str(shards), "short_side=48", "per_shard=15")
     assert "3 of them already there" in again.stdout, again.stdout
-    checked = xray("data", "check", str(shards))
+    checked = invoke("data", "check", str(shards))
     assert checked.exit_code == 0, checked.stdout + checked.stderr
-    run = xray(
+    run = invoke(
         "run", RECIPE, "stages=[mae,text,clip]", f"data.root={demo}", f"out={tmp_path / 'run'}",
         "data.modalities=[image]", f"data.sources.photos.shards={shards}",
     )  # fmt: skip
@@ -38,9 +38,9 @@ def test_img2dataset_and_video2dataset_shards_train_unchanged(
 ) -> None:
     images, clips = shared_data / "captions_val", shared_data / "actions_val"
     for folder in (images, clips):
-        checked = xray("data", "check", str(folder))
+        checked = invoke("data", "check", str(folder))
         assert checked.exit_code == 0, checked.stdout + checked.stderr
-    run = xray(
+    run = invoke(
         "run", RECIPE, "stages=[mae,hashtag]", f"data.root={demo}", f"out={tmp_path / 'run'}",
         f"data.sources.photos.shards={images}", "data.sources.photos.tags=caption_words",
         f"data.sources.clips.shards={clips}",

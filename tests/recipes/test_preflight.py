@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from child_process import RECIPE
+from in_process import invoke
 from shards import photo, write_tar
-from typer.testing import CliRunner
 
-from xray.commands.main import app
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.recipes.recipe import load_recipe
 from xray.recipes.run import preflight
@@ -93,6 +92,6 @@ def test_data_that_a_stage_cannot_learn_from_is_refused(
 def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = f"data.root={demo}", f"out={out}", "stages=[mae,clip]", "clip.text.llm=/nope"
-    done = CliRunner().invoke(app, ["run", RECIPE, *settings])
+    done = invoke("run", RECIPE, *settings)
     assert done.exit_code == 2 and "text.llm=/nope" in done.stderr + done.stdout
     assert not out.exists()

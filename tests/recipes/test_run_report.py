@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import invoke
 from shards import photo, write_tar
 from tiny import copy_run
-from typer.testing import CliRunner
 
 from data_pipelines.shards.source import open_source
-from xray.commands.main import app
 from xray.config import DataConfig
 from xray.recipes.report import curves
 from xray.recipes.report_examples import _matrix, _mistakes, read_examples
@@ -34,7 +33,7 @@ def run(tagger: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_report_is_rewritten_from_the_runs_files(run: Path) -> None:
-    done = CliRunner().invoke(app, ["report", str(run)])
+    done = invoke("report", str(run))
     assert done.exit_code == 0, done.output
     page = (run / "report.html").read_text()
     titles = headings(page)
@@ -49,7 +48,7 @@ def test_a_report_is_rewritten_from_the_runs_files(run: Path) -> None:
     (run / "results.json").write_text(
         json.dumps({"knn": {"top1": 0.5, "chance_top1": 0.1, "samples": 8}})
     )
-    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+    assert invoke("report", str(run)).exit_code == 0
     assert headings((run / "report.html").read_text())[0] == "Results"
 
 
@@ -57,7 +56,7 @@ def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> Non
     stage = run / "hashtag"
     (stage / "artifact").rename(stage / "later")
     try:
-        done = CliRunner().invoke(app, ["report", str(stage)])
+        done = invoke("report", str(stage))
     finally:
         (stage / "later").rename(stage / "artifact")
     assert done.exit_code == 0, done.output
@@ -65,7 +64,7 @@ def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> Non
 
 
 def test_a_folder_without_a_run_gives_an_error_of_one_line(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    done = invoke("report", str(tmp_path))
     assert done.exit_code == 2 and "contains no run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -122,6 +121,6 @@ def test_class_names_with_dollar_signs_are_not_parsed_as_formulas() -> None:
 
 def test_a_damaged_record_gives_an_error_of_one_line(run: Path) -> None:
     (run / "report.json").write_text("{")
-    done = CliRunner().invoke(app, ["report", str(run)])
+    done = invoke("report", str(run))
     (run / "report.json").unlink()
     assert done.exit_code == 2 and "report.json is damaged" in done.stderr

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from child_process import SUPPORT, torchrun
+from in_process import invoke
 from shards import photo, write_tar
 from tiny import train
-from typer.testing import CliRunner
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.ingest.user_data import open_corpus
@@ -24,7 +24,6 @@ from data_pipelines.shards.source import open_source
 from data_pipelines.text.captions import read_captions
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
-from xray.commands.main import app
 from xray.errors import DataError
 from xray.search import embed as job
 from xray.search.embed import EmbedConfig
@@ -44,7 +43,7 @@ def artifacts(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def xray(*arguments: object, expect: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    result = invoke(*arguments)
     assert result.exit_code == expect, result.output
     return " ".join(result.output.split())
 

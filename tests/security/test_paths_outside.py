@@ -10,7 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hostile_files import llm_loader, xray
+from hostile_files import llm_loader
+from in_process import invoke
 from shards import jpeg, write_tar
 
 from data_pipelines.shards import columns
@@ -68,7 +69,7 @@ def test_a_manifest_at_a_url_cannot_name_shards_outside(tmp_path: Path) -> None:
     (folder / "in").mkdir(parents=True)
     write_tar(folder / "0.tar", {"0.jpg": jpeg()})
     write_tar(folder / "in" / "0.tar", {"0.jpg": jpeg()})
-    assert xray("data", "index", folder).exit_code == 0
+    assert invoke("data", "index", folder).exit_code == 0
     table, facts = columns.open_columns(folder / "shards.manifest")
     table["names"], table["name_ends"] = columns.pack_texts(["../0.tar"])
     columns.save_columns(folder / "in" / "shards.manifest", table, facts)
@@ -104,12 +105,12 @@ def test_archives_write_nothing_outside(tmp_path: Path, monkeypatch: pytest.Monk
         ["data", "check", folder],
         ["data", "pack", listed, tmp_path / "in" / "packed"],
     ):
-        done = xray(*command)
+        done = invoke(*command)
         assert done.exit_code in (0, 1), done.output
     with tarfile.open(tmp_path / "in" / "packed" / "00000.tar") as archive:
         assert all("/" not in name for name in archive.getnames())
     metadata = f"metadata={tmp_path / 'metadata.txt'}"  # curate refuses to copy such names
-    done = xray("data", "curate", folder, metadata, "t=9", "--out", tmp_path / "in" / "curated")
+    done = invoke("data", "curate", folder, metadata, "t=9", "--out", tmp_path / "in" / "curated")
     assert done.exit_code == 2 and "would be unpacked outside of the folder" in done.stderr
     assert tree(outside) == before
     known = {"in", "outside", "cache", "metadata.txt"}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_files import assert_refused, evaluate, forge, pickled, xray
+from hostile_files import assert_refused, evaluate, forge, pickled
+from in_process import invoke
 from tiny import copy_run, train
 
 from xray.config.loading import read_yaml
@@ -59,20 +60,20 @@ def test_other_artifact_files_that_are_pickles_are_refused(
         shutil.copytree(artifacts[stage], artifact)
         if name == "manifest.json":
             (artifact / name).write_bytes(content)
-            assert_refused(xray("lineage", artifact), message, ran)
+            assert_refused(invoke("lineage", artifact), message, ran)
         else:
             forge(artifact, name, content)
         if stage == "clip":
             done = evaluate(artifact, demo)
         else:
-            done = xray("data", "pseudo-tags", artifact, demo / "heldout", "workers=0")
+            done = invoke("data", "pseudo-tags", artifact, demo / "heldout", "workers=0")
         assert_refused(done, message, ran)
         shutil.rmtree(artifact)
     artifact = tmp_path / "clip"
     shutil.copytree(artifacts["clip"], artifact)
     carried = f"lineage/{hashlib.sha256(content).hexdigest()}.json"  # the manifest of an ancestor
     forge(artifact, carried, content)
-    assert_refused(xray("lineage", artifact, "--verify"), carried, ran)
+    assert_refused(invoke("lineage", artifact, "--verify"), carried, ran)
 
 
 def test_teachers_and_parents_with_pickles_are_refused(
@@ -115,12 +116,12 @@ def test_checkpoint_files_that_are_pickles_are_refused(
 
 def test_configs_that_are_pickles_or_call_python_are_refused(tmp_path: Path, ran: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(pickled(ran))
-    assert_refused(xray("train", "mae", "--resume", tmp_path), "config.yaml", ran)
+    assert_refused(invoke("train", "mae", "--resume", tmp_path), "config.yaml", ran)
     for tag in ("object/apply", "object/new"):
         (tmp_path / "mine.yaml").write_text(f"a: !!python/{tag}:os.mkdir ['{ran}']\n")
         with pytest.raises(ConfigError, match=r"mine\.yaml is not valid yaml"):
             read_yaml(tmp_path / "mine.yaml")
-        assert_refused(xray("run", tmp_path / "mine.yaml"), "mine.yaml", ran)
+        assert_refused(invoke("run", tmp_path / "mine.yaml"), "mine.yaml", ran)
     assert not ran.exists()
 
 

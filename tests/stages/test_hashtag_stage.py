@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import invoke
 from shards import jpeg, write_tar
 from tiny import settings, train
-from typer.testing import CliRunner
 
 from data_pipelines.decode.transforms import load_pixels, load_views
 from data_pipelines.ingest.user_data import open_sources
@@ -24,7 +24,6 @@ from stages import stage_class
 from stages.base import Parents
 from stages.hashtag import HashtagModule, HashtagStage
 from xray.artifacts.artifact import open_artifact
-from xray.commands.main import app
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.losses.tags import LOSSES
@@ -33,7 +32,7 @@ SHORT = ("train.samples=36", "data.modalities=[image]", "train.save_every=0")
 
 
 def run(*command: object) -> str:
-    result = CliRunner().invoke(app, list(map(str, command)))
+    result = invoke(*command)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -251,7 +250,7 @@ def test_the_tags_command_and_the_tags_evaluation(
     assert "heldout precision@1" in text and "heldout mAP" in text
     results = json.loads((tmp_path / "r.json").read_text())["tags"]
     assert results["heldout/samples"] == 24 and 0 <= results["heldout/ece"] <= 1
-    result = CliRunner().invoke(app, ["data", "pseudo-tags", str(teacher), "threshold=2"])
+    result = invoke("data", "pseudo-tags", str(teacher), "threshold=2")
     assert result.exit_code == 2
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import invoke
 from tiny import settings, train
-from typer.testing import CliRunner
 
 from stages import STAGES, stage_class
-from xray.commands.main import app
 from xray.errors import ArtifactError, ConfigError
 from xray.training.metrics import read_metrics
 
@@ -76,7 +75,7 @@ def test_a_clip_artifact_writes_embeddings_and_scores_for_curation(
 
     def sidecar_of(command: str, key: str) -> Sidecar:
         options = ["data", command, str(chain["clip"]), str(photos), "workers=0", "batch_size=5"]
-        done = CliRunner().invoke(app, options)
+        done = invoke(*options)
         assert done.exit_code == 0, done.output
         sidecar = open_sidecar(source, done.output.split(f"{key}=")[1].split()[0])
         assert sidecar is not None
@@ -103,7 +102,7 @@ def test_a_clip_artifact_writes_embeddings_and_scores_for_curation(
     report = curate(source, CurationConfig(str(metadata), filters=limits, dedup=dedup)).report
     taken = {step.name: step.texts for step in report.steps}
     assert taken["scores"] == int((every < every.median()).sum())
-    result = CliRunner().invoke(app, ["data", "scores", str(chain["mae"]), str(photos)])
+    result = invoke("data", "scores", str(chain["mae"]), str(photos))
     assert result.exit_code == 2 and "scores need a clip artifact" in result.output
 
 
@@ -123,10 +122,10 @@ def test_a_clip_artifact_writes_pseudo_tags(
     shard = next((demo / "heldout").glob("*.tar"))
     (photos / "0.tar").write_bytes(shard.read_bytes())
     command = ["data", "pseudo-tags", str(chain["clip"]), str(photos), "threshold=0", "workers=0"]
-    refused = CliRunner().invoke(app, command)
+    refused = invoke(*command)
     assert refused.exit_code == 2 and "needs --vocabulary" in refused.output
     options = ["temperature=2", "template=one {}", "--vocabulary", str(tags)]
-    output = CliRunner().invoke(app, [*command, *options]).output
+    output = invoke(*command, *options).output
     source = open_source("photos", str(photos), "image")
     name = output.split("hashtag.teacher=")[1].split()[0]
     sidecar = open_sidecar(source, teacher_sidecar(name, source, "hashtags", "hashtags", {}))

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from in_process import invoke
 from shards import jpeg, write_tar
 from tiny import settings, train
 from torch import Tensor
-from typer.testing import CliRunner
 
 from data_pipelines.shards.source import Sample, open_source
 from stages.base import Parents
 from stages.text import TextModule, TextStage
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, data_of
-from xray.commands.main import app
 from xray.errors import ConfigError, DataError
 from xray.evaluation.feature_extraction import extract, read_all_captions
 from xray.evaluation.retrieval import caption_retrieval, retrieval
@@ -164,13 +163,13 @@ def test_tuning_improves_caption_retrieval(demo: Path, tmp_path: Path) -> None:
     blocks = "data.blocks=[{source: photos, samples: 32}]"
     tuned: Artifact = train("text", demo, tmp_path / "text", *more, blocks)
     asked = ["eval", str(tuned.path), "eval.captions.shards=heldout", f"data.root={demo}"]
-    done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "r.json")])
+    done = invoke(*asked, "--out", str(tmp_path / "r.json"))
     assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "r.json").read_text())["captions"]
     assert results["top1"] > results["before_top1"] > 0 and "before tuning" in done.output
     (demo / "llm").rename(demo / "moved")  # without the base LLM, only the tuned score is shown
     try:
-        again = CliRunner().invoke(app, asked)
+        again = invoke(*asked)
         assert again.exit_code == 0 and "before tuning" not in again.output
     finally:
         (demo / "moved").rename(demo / "llm")
@@ -181,7 +180,7 @@ def test_video_retrieval_equals_retrieval_over_extracted_features(
 ) -> None:
     clip = train("clip", demo, tmp_path / "clip", "train.samples=24", "clip.matryoshka=[4]")
     asked = ["eval", str(clip.path), f"data.root={demo}", "eval.video_retrieval.shards=clips"]
-    done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "r.json")])
+    done = invoke(*asked, "--out", str(tmp_path / "r.json"))
     assert done.exit_code == 0 and "text to clip R@1" in done.output, done.output
     results = json.loads((tmp_path / "r.json").read_text())["video_retrieval"]
     titles = [row[0] for row in result_table({"video_retrieval": results}).rows]
@@ -200,7 +199,7 @@ def test_video_retrieval_equals_retrieval_over_extracted_features(
 
     for more in (["--suite", "captions"], []):
         only = [*asked[:3], "eval.captions.shards=photos", *more]
-        wrong = CliRunner().invoke(app, only)
+        wrong = invoke(*only)
         assert wrong.exit_code == 2 and "is of stage clip" in wrong.stderr
     assert "it can be asked for zero_shot, retrieval" in " ".join(wrong.stderr.split())
 
@@ -208,5 +207,5 @@ def test_video_retrieval_equals_retrieval_over_extracted_features(
 def test_samples_without_media_are_counted_as_text(tmp_path: Path) -> None:
     files = {"0.jpg": jpeg(), "0.txt": b"a", "1.txt": b"b"}
     write_tar(tmp_path / "0.tar", files)
-    done = CliRunner().invoke(app, ["data", "index", str(tmp_path)])
+    done = invoke("data", "index", str(tmp_path))
     assert "1 images, 0 clips, 2 samples with text" in done.output

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from child_process import RECIPE
+from in_process import invoke
 from safetensors.torch import load_file
 from torch import nn
-from typer.testing import CliRunner
 
 import stages
 import xray
@@ -37,7 +37,6 @@ from xray.ablations.report import visual_samples
 from xray.ablations.trials import load_ablation, write_recipes
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.lineage import lineage
-from xray.commands.main import app
 from xray.config import RunConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
@@ -119,7 +118,7 @@ def options(demo: Path, out: Path) -> list[str]:
 
 
 def call(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == code, done.output
     return done.output
 

@@ -7,21 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typer.testing import CliRunner, Result
+from click.testing import Result
 
 from data_pipelines.shards.source import open_source
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
-from xray.commands.main import app
 from xray.config import DataConfig
 from xray.evaluation.feature_extraction import extract
 
 SIDE = 32
 TOLERANCE = 2e-6  # for features of unit length; the exporters refuse differences above 1e-5
-
-
-def xray(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_refused(done: Result, words: str) -> None:

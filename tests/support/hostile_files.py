@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from typer.testing import CliRunner, Result
+from click.testing import Result
+from in_process import invoke
 
 from xray.artifacts.language_model import Language
-from xray.commands.main import app
 from xray.config import TextConfig
 
 
@@ -42,14 +42,10 @@ def pickled(ran: Path, kind: str = "torch") -> bytes:
     return buffer.getvalue()
 
 
-def xray(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def evaluate(artifact: Path, demo: Path) -> Result:
     """Run `xray eval` on an artifact."""
     sets = f"eval.retrieval={{shards: {demo / 'heldout'}}}"
-    return xray("eval", artifact, sets, "--suite", "retrieval")
+    return invoke("eval", artifact, sets, "--suite", "retrieval")
 
 
 def assert_refused(done: Result, name: str, ran: Path) -> None:

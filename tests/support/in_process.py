@@ -19,7 +19,7 @@ class CurrentStderr(logging.StreamHandler):
         super().emit(record)
 
 
-def xray(*arguments: object) -> Result:
+def invoke(*arguments: object) -> Result:
     """Run an xray command in this process: without the seconds of imports of a new one.
 
     pytest's handlers keep the command from installing its own handler, so this one stands for it.

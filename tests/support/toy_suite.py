@@ -58,12 +58,10 @@ suites.SUITES = (*suites.SUITES, TOY)
 
 
 def main() -> None:
-    from typer.testing import CliRunner
-
-    from xray.commands.main import app
+    from in_process import invoke
 
     torch.set_num_threads(1)
-    done = [CliRunner().invoke(app, command) for command in json.loads(sys.argv[1])]
+    done = [invoke(*command) for command in json.loads(sys.argv[1])]
     print(json.dumps([[d.exit_code, d.stdout, d.stderr or repr(d.exception)] for d in done]))
 
 

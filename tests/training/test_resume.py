@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from child_process import RECIPE, clean_environment
-from child_process import xray as xray_process
+from child_process import RECIPE, clean_environment, xray
 from click.testing import Result
-from in_process import xray
+from in_process import invoke
 from run_comparison import assert_equal_runs
 from tiny import settings
 
@@ -25,12 +24,12 @@ from xray.training.run import Run
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
     """Run the recipe in a process of its own."""
-    return xray_process("run", RECIPE, *given(root, out, *more), killed_at=killed_at)
+    return xray("run", RECIPE, *given(root, out, *more), killed_at=killed_at)
 
 
 def run_here(root: Path, out: Path, *more: str) -> Result:
     """Run the recipe in this process."""
-    return xray("run", RECIPE, *given(root, out, *more))
+    return invoke("run", RECIPE, *given(root, out, *more))
 
 
 def given(root: Path, out: Path, *more: str) -> list[str]:
@@ -105,7 +104,7 @@ def test_one_flipped_byte_stops_the_next_stage(demo: Path, tmp_path: Path) -> No
     file.write_bytes(content)
     done = run_here(demo, out)
     assert done.exit_code == 2 and "backbone.safetensors was changed" in done.stderr
-    alone = xray(
+    alone = invoke(
         "train", "clip", "--recipe", RECIPE, "--init-from", str(out / "mae" / "artifact"),
         "--out", str(tmp_path / "clip"), f"data.root={demo}",
     )  # fmt: skip

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import invoke
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from data_pipelines.shards.tar_index import index_shard
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import decoder_config
-from xray.commands.main import app
 from xray.visualize.explain import SIDE, kept_tokens, reconstructions
 
 
@@ -40,10 +39,6 @@ def files(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             path.write_bytes(shard.read(member, (ending,))[ending])
             paths.append(str(path))
     return paths
-
-
-def xray(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -98,12 +93,12 @@ def test_visible_patches_are_shown_unchanged(mae: Artifact) -> None:
 def test_the_command_writes_an_image_and_a_page(
     mae: Artifact, hashtag: Artifact, files: list[str], tmp_path: Path
 ) -> None:
-    done = xray("show", str(hashtag.path), *files, "--out", str(tmp_path / "kept.png"))
+    done = invoke("show", str(hashtag.path), *files, "--out", str(tmp_path / "kept.png"))
     assert done.exit_code == 0, done.stderr
     drawn = np.array(Image.open(tmp_path / "kept.png"))
     assert drawn.shape[0] > 8 * SIDE * 0.8 and len(np.unique(drawn)) > 100
     page = tmp_path / "mae.html"
-    done = xray("show", str(mae.path), *files, "--out", str(page), "--keep-rate", "0.5")
+    done = invoke("show", str(mae.path), *files, "--out", str(page), "--keep-rate", "0.5")
     assert done.exit_code == 0, done.stderr
     text = page.read_text()
     # Two kinds of image, each for the photos and for the clip.
@@ -125,6 +120,6 @@ def test_mistakes_give_an_error_of_one_line(
         "is not an artifact": ["nowhere", files[0]],
     }
     for message, arguments in cases.items():
-        done = xray("show", *arguments)
+        done = invoke("show", *arguments)
         assert done.exit_code == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

@@ -14,14 +14,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from in_process import invoke
 from shards import jpeg, photo, write_tar
-from typer.testing import CliRunner
 
 from data_pipelines.checks.check import CheckReport, check
 from data_pipelines.checks.check_shard import ShardCheck
 from data_pipelines.shards.manifest import write_manifest
 from data_pipelines.shards.source import make_cache
-from xray.commands.main import app
 from xray.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -221,7 +220,7 @@ def test_clips_and_statistics(tmp_path: Path) -> None:
 
 def test_the_command_lists_findings_and_ends_with_1(broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    done = CliRunner().invoke(app, ["data", "check", str(broken), "--json", str(out)])
+    done = invoke("data", "check", str(broken), "--json", str(out))
     assert done.exit_code == 1, done.output
     assert f"{broken}/1_bad.tar, cut, undecodable image: " in done.output
     assert f"shard {broken}/3_empty.tar is empty" in done.output
@@ -236,25 +235,25 @@ def test_the_command_lists_findings_and_ends_with_1(broken: Path, tmp_path: Path
 
 def test_the_command_on_whole_shards_ends_with_0(tmp_path: Path) -> None:
     tars = [str(good(tmp_path / name)) for name in ("a.tar", "b.tar")]
-    done = CliRunner().invoke(app, ["data", "check", *tars])
+    done = invoke("data", "check", *tars)
     assert done.exit_code == 0, done.output
     assert "2 shards; 6 samples; 6 of 6 images usable, 6 captioned: no errors" in done.output
     heads = " ".join(line for line in done.output.splitlines() if line.startswith("┃"))
     assert "images" in heads and "clips" not in heads and "no text" not in heads  # there are none
-    missing = CliRunner().invoke(app, ["data", "check", str(tmp_path / "none")])
+    missing = invoke("data", "check", str(tmp_path / "none"))
     assert missing.exit_code == 2 and len(missing.stderr.strip().splitlines()) == 1
 
 
 def test_only_twenty_bad_samples_are_listed(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", {f"{n:02d}.jpg": b"junk" for n in range(23)})
-    done = CliRunner().invoke(app, ["data", "check", str(tar)])
+    done = invoke("data", "check", str(tar))
     assert done.output.count("undecodable image: ") == 20
     assert "and 3 more" in done.output and "23 undecodable image\n" in done.output
 
 
 def test_statistics_page(tmp_path: Path) -> None:
     tar, out = good(tmp_path / "a.tar"), tmp_path / "stats.html"
-    done = CliRunner().invoke(app, ["data", "stats", str(tar), "--out", str(out)])
+    done = invoke("data", "stats", str(tar), "--out", str(out))
     assert done.exit_code == 0, done.output
     page = out.read_text()
     for title in ("Sizes", "Captions", "Tags", "Languages", "Files", "Samples"):

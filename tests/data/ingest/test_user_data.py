@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import invoke
 from shards import photo, write_tar
-from typer.testing import CliRunner
 
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.listing import list_folder
@@ -21,7 +21,6 @@ from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
 from xray.commands.common import open_shards
-from xray.commands.main import app
 from xray.config import DataConfig
 from xray.config.data import SourceConfig
 from xray.errors import DataError, XrayError
@@ -82,7 +81,7 @@ def at(root: Path, form: str) -> str:
 
 
 def run(*arguments: object) -> str:
-    done = CliRunner().invoke(app, list(map(str, arguments)))
+    done = invoke(*arguments)
     if done.exit_code == 2:
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         raise DataError(done.stderr.strip().removeprefix("xray: "))
