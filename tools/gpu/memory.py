@@ -20,7 +20,7 @@ LEAST = 6.0  # seconds that must remain for another case
 # Runs of bench_memory with toy models, and the same kinds of runs with ViT-B/16.
 TOYS = ("clip, gradient cache of 4",)
 B16 = {
-    "model": {"name": "vit_base_patch16_224", "kwargs": {}},
+    "model": {"name": "vit_base_patch16_224"},
     "data": {
         "resolution": 224,
         "frames": 16,
@@ -42,8 +42,6 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
 def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
     """Compare the estimated peak memory with the measured one, and FLOPs with a count."""
     base = merge(TOY, {"data": {"blocks": BLOCKS}}) if scale.toy else merge(BASE, B16)
-    if not scale.toy:
-        base["model"]["kwargs"] = {}  # merging keeps those of BASE
     runs = {name: RUNS[name] for name in TOYS} if scale.toy else REAL
     yield from _flops(device)
     for name, (stage, settings) in runs.items():
