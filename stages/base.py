@@ -65,6 +65,8 @@ class StageModule(nn.Module, ABC):
     """
 
     towers: nn.ModuleDict  # "vision" and/or "text"
+    # names of parameters whose rows the engine divides over ranks; their gradients must be complete
+    sharded: tuple[str, ...] = ()
 
     def forward(
         self, batch: Batch, progress: float, task: Task = "loss"

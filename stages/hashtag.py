@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels
@@ -24,6 +25,7 @@ from data_pipelines.tags.labels import (
     count_labels,
     label,
     mean_frequency,
+    most_labels,
     teacher_sidecar,
 )
 from data_pipelines.tags.reader import TagRules
@@ -42,6 +44,7 @@ from stages.base import (
 from xray import dist
 from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
+from xray.config.identity import runtime
 from xray.errors import ArtifactError, ConfigError
 from xray.losses.sampled_softmax import (
     draw_classes,
@@ -49,6 +52,7 @@ from xray.losses.sampled_softmax import (
     sampling_probabilities,
     to_device,
 )
+from xray.losses.sharded_classes import sharded_loss
 from xray.losses.tags import tag_loss, truncate
 from xray.models.heads import TagHead
 from xray.models.mixup import mix
@@ -72,6 +76,8 @@ class HashtagOptions(TagRules):
     loss: str = "softmax"  # a name of xray.losses.tags.LOSSES
     smoothing: float = 0.0  # label smoothing
     chunk: int = 0  # tags per chunk of the loss, which saves memory of logits; 0 = all at once
+    # each process has the head's rows of a part of the tags; changes results by rounding only
+    shard_classes: bool = runtime(False)
     sampled: int = 0  # sampled softmax with this many drawn tags; 0 = over all tags
     # share of a micro-batch treated as mislabelled: the largest losses above their lower bound
     truncate: float = 0.0
@@ -97,6 +103,11 @@ class HashtagOptions(TagRules):
             raise ConfigError(f"{section}.sampled does not work with {section}.loss={self.loss}")
         if self.sampled and self.smoothing:
             raise ConfigError(f"{section}.smoothing needs all tags: set {section}.sampled=0")
+        if self.sampled and self.shard_classes:
+            raise ConfigError(
+                f"{section}.shard_classes=true computes the loss over all tags: set "
+                f"{section}.sampled=0, or {section}.shard_classes=false"
+            )
 
 
 @dataclass
@@ -108,6 +119,17 @@ class HashtagConfig(RunConfig):
     def validate(self) -> None:
         super().validate()
         self.hashtag.validate()
+        if self.hashtag.shard_classes:
+            if self.zero.stage:
+                raise ConfigError(
+                    f"hashtag.shard_classes=true does not work with zero.stage={self.zero.stage}, "
+                    "which partitions the head itself: set zero.stage=0"
+                )
+            self.zero.check_own_reduction("hashtag.shard_classes=true")
+
+    @property
+    def zero_limit(self) -> Literal[0, 2, 3]:
+        return 0 if self.hashtag.shard_classes else super().zero_limit
 
 
 EXAMPLE_TAGS = 8  # per sample
@@ -126,6 +148,8 @@ class HashtagModule(VisionModule):
         self.loss = tag_loss(options.loss)(options.smoothing, options.chunk)
         self.mix = options.mixup, options.cutmix
         self.drawn = sampling_probabilities(torch.tensor(counts))
+        if options.shard_classes:
+            self.sharded = ("head.weight", "head.bias")
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         pixels = self.normalize(batch["pixels"])
@@ -156,6 +180,9 @@ class HashtagModule(VisionModule):
         return StepOutput(loss, metrics)
 
     def _losses(self, tags: Tensor, targets: Tensor) -> HeadLoss:
+        classes = len(self.drawn)
+        if len(self.head.weight) < classes and self.sharded:
+            return lambda x, w, b: sharded_loss(self.loss, x, w, b, tags, targets, classes)
         if not (self.training and self.options.sampled):
             return lambda x, w, b: self.loss(x, w, b, tags, targets)
         draws = draw_classes(self.drawn, self.options.sampled)  # on the CPU: the same on any device
@@ -163,13 +190,15 @@ class HashtagModule(VisionModule):
         return lambda x, w, b: (sampled_softmax(x, w, b, tags, targets, drawn, log_q), None)
 
 
-def pad_labels(rows: Sequence[Batch]) -> Batch:
-    """Pad tags and weights of samples to [B, K]."""
+def pad_labels(rows: Sequence[Batch], least: int = 0) -> Batch:
+    """Pad tags and weights of samples to [B, K], with K of `least` or more."""
     filling = {"tags": -1, "weights": 0}
-    return {
+    batch = {
         name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value)
         for name, value in filling.items()
     }
+    more = max(0, least - batch["tags"].shape[1])
+    return {name: F.pad(batch[name], (0, more), value=value) for name, value in filling.items()}
 
 
 def find_vocabulary(
@@ -217,6 +246,7 @@ class HashtagStage(Stage[HashtagConfig]):
     Config = HashtagConfig
     offers = frozenset({VISION, TAGS})
     teacher_digest = ""  # hash of the artifact whose sidecar is used
+    padded = 0  # tags that each sample is padded to, if ranks gather them; 0 = as a batch needs
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read or build the vocabulary, label the samples and keep the labelled ones, balanced."""
@@ -237,6 +267,8 @@ class HashtagStage(Stage[HashtagConfig]):
             self.balanced[name] = balanced(source, labels, len(self.vocabulary), *settings)
             if dist.is_main():
                 log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
+        if options.shard_classes:
+            self.padded = max(most_labels(own.labels) for own in self.balanced.values())
         return {name: own.source for name, own in self.balanced.items()}
 
     def _labelled(self, work: Labeller, balanced: BalancedSource) -> str:
@@ -295,7 +327,10 @@ class HashtagStage(Stage[HashtagConfig]):
         }
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        return {"pixels": torch.stack([row["pixels"] for row in rows]), **pad_labels(rows)}
+        return {
+            "pixels": torch.stack([row["pixels"] for row in rows]),
+            **pad_labels(rows, self.padded),
+        }
 
     def export(self, module: HashtagModule, state: StateDict) -> dict[str, StateDict]:
         return {"backbone": part(state, "towers.vision."), "head": part(state, "head.")}

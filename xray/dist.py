@@ -194,16 +194,28 @@ def sum_rows(rows: torch.Tensor) -> torch.Tensor:
     return own
 
 
+def rows_of(number: int, rows: int) -> slice:
+    """Return the rows of rank `number` if `rows` are divided over all ranks."""
+    return slice(number * rows // world_size(), (number + 1) * rows // world_size())
+
+
+def largest_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Replace a tensor's values by the largest ones over ranks, in place, and return it."""
+    if world_size() > 1:
+        import torch.distributed
+
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values
+
+
 def max_over_ranks(value: float, device: torch.device) -> float:
     """Return the largest value over ranks."""
     if world_size() == 1:
         return value
     import torch
-    import torch.distributed
 
     box = torch.tensor(value, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-    return float(to_host(box))
+    return float(to_host(largest_over_ranks(box)))
 
 
 def broadcast_object(value: Any) -> Any:

@@ -155,6 +155,12 @@ def count_labels(labels: Sidecar) -> LabelCounts:
     return LabelCounts(own, tags, samples - own)
 
 
+def most_labels(labels: Sidecar) -> int:
+    """Return the largest number of labels of a sample."""
+    sizes = (np.diff(ends, prepend=0) for _, ends in _rows(labels))
+    return max((int(size.max(initial=0)) for size in sizes), default=0)
+
+
 @dataclass(frozen=True)
 class BalancedSource:
     """Source whose slots repeat samples with rare tags."""

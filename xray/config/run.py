@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -54,6 +54,11 @@ class RunConfig:
     def steps(self) -> int:
         """Optimizer steps of the stage."""
         return max(1, round(self.train.samples / self.global_batch))
+
+    @property
+    def zero_limit(self) -> Literal[0, 2, 3]:
+        """Highest ZeRO stage that works with the other settings."""
+        return 2 if self.train.compile else 3
 
     def progress(self, step: int) -> float:
         """Progress of the stage at a step, in (0, 1); every schedule is a function of it."""

@@ -117,12 +117,7 @@ class ZeroConfig:
         if self.offload and self.stage == 0:
             raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
         if self.overlap and self.stage == 0:
-            for key in ("prescale_gradients", "gradient_predivide_factor"):
-                if key in self.deepspeed:
-                    raise ConfigError(
-                        f"zero.overlap=true with zero.stage=0 does not know zero.deepspeed.{key}: "
-                        "remove one of them, or set zero.stage=1"
-                    )
+            self.check_own_reduction("zero.overlap=true with zero.stage=0", ", or set zero.stage=1")
         for key, value in self.deepspeed.items():
             section = key in ("zero_optimization", "torch_autocast")
             if section and not isinstance(value, dict):
@@ -133,6 +128,14 @@ class ZeroConfig:
             if key not in OPEN:
                 hint = nearest(key, OPEN) or f": it may set {', '.join(OPEN)}"
                 raise ConfigError(f"zero.deepspeed has an unknown key {key!r}{hint}")
+
+    def check_own_reduction(self, what: str, way_out: str = "") -> None:
+        """Raise ConfigError for a key of DeepSpeed's reduction, which a setting replaces."""
+        for key in ("prescale_gradients", "gradient_predivide_factor"):
+            if key in self.deepspeed:
+                raise ConfigError(
+                    f"{what} does not know zero.deepspeed.{key}: remove one of them{way_out}"
+                )
 
 
 @dataclass

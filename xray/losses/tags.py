@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xray import dist
 from xray.config import nearest
 from xray.errors import ConfigError
 from xray.losses.chunked_classes import Chunked
@@ -50,16 +51,16 @@ class TagLoss(ABC):
         if not self.chunk:
             return self.from_logits(F.linear(features, weight, bias), tags, targets)
         total, picked, top = Chunked.apply(features, weight, bias, tags, self)
-        return self._losses(total, picked, tags, targets), top
+        return self.combine(total, picked, tags, targets), top
 
     def from_logits(self, logits: Tensor, tags: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute losses and likeliest classes from all logits [B, V]."""
         logits = full_precision(logits)
         picked = logits.gather(1, tags.clamp(min=0))
         total = self.total(self.reduce(logits), logits.shape[1])
-        return self._losses(total, picked, tags, targets), logits.detach().argmax(dim=1)
+        return self.combine(total, picked, tags, targets), logits.detach().argmax(dim=1)
 
-    def _losses(self, total: Tensor, picked: Tensor, tags: Tensor, targets: Tensor) -> Tensor:
+    def combine(self, total: Tensor, picked: Tensor, tags: Tensor, targets: Tensor) -> Tensor:
         """Combine the term over all classes [B] and the logits [B, K] of the own tags: [B]."""
         own = (self.merge(tags, targets) * self.own(picked)).sum(dim=1)
         return self.weight(targets) * total + own
@@ -105,6 +106,10 @@ class TagLoss(ABC):
     @abstractmethod
     def join(self, one: Tensor, other: Tensor) -> Tensor:
         """Join the reductions of two groups of classes."""
+
+    @abstractmethod
+    def join_ranks(self, state: Tensor) -> Tensor:
+        """Join the reductions of the classes of each rank; collective."""
 
     @abstractmethod
     def total(self, state: Tensor, classes: int) -> Tensor:
@@ -160,6 +165,11 @@ class SoftmaxLoss(TagLoss):
     def join(self, one: Tensor, other: Tensor) -> Tensor:
         return torch.stack([torch.logaddexp(one[0], other[0]), one[1] + other[1]])
 
+    def join_ranks(self, state: Tensor) -> Tensor:
+        highest = dist.largest_over_ranks(state[0].clone())
+        sums = dist.sum_over_ranks(torch.stack([(state[0] - highest).exp(), state[1]]))
+        return torch.stack([highest + sums[0].log(), sums[1]])
+
     def total(self, state: Tensor, classes: int) -> Tensor:
         return state[0] - self.smoothing / classes * state[1]
 
@@ -207,6 +217,9 @@ class AsymmetricLoss(TagLoss):
 
     def join(self, one: Tensor, other: Tensor) -> Tensor:
         return one + other
+
+    def join_ranks(self, state: Tensor) -> Tensor:
+        return dist.sum_over_ranks(state)
 
     def total(self, state: Tensor, classes: int) -> Tensor:
         return state

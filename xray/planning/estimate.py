@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -115,7 +115,7 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
     """Compute the peak memory of a step: in the backward pass, or in the optimizer's update."""
     stage, offload = config.zero.stage, config.zero.offload
     slots = _slots(config)
-    trained = FP32 * size.trained
+    trained = FP32 * (size.trained - size.elsewhere)
     own = trained if stage == 0 else -(-trained // world)
     held = size.frozen_bytes + trained - FP32 * size.llm_trained
     llm = size.llm_bytes
@@ -218,12 +218,12 @@ def cheapest_fit(config: RunConfig, facts: Facts, world: int, capacity: float) -
 def _rungs(config: RunConfig) -> Iterator[tuple[ZeroStage, Checkpointing, bool]]:
     """Yield (ZeRO stage, checkpointing, offload) from the current settings, cheapest first."""
     has, offload = config.model.grad_checkpointing, config.zero.offload
-    most = 2 if config.train.compile else 3  # torch.compile does not support ZeRO 3
-    stages: list[ZeroStage] = [n for n in get_args(ZeroStage) if config.zero.stage <= n <= most]
+    known: Sequence[ZeroStage] = get_args(ZeroStage)
+    stages = [n for n in known if config.zero.stage <= n <= config.zero_limit]
     yield from ((stage, has, offload) for stage in stages)
     if has is not True and VISION in stage_class(config.stage).offers:
         yield from ((stage, True, offload) for stage in stages)
-    if not offload:
+    if not offload and config.zero_limit:
         yield from ((stage or 1, has, True) for stage in stages)
         yield from ((stage or 1, True, True) for stage in stages)
 

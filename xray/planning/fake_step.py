@@ -25,6 +25,7 @@ from xray.config.schedule import steps_of
 from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
 from xray.training.gradient_cache import CachedLoss, Pass, cached_losses, schedule, surrogate_loss
+from xray.training.row_shards import keep_own_rows, sharded_shapes
 from xray.training.step_data import step_shape
 
 GRADIENTS = "gradients"
@@ -35,11 +36,12 @@ class Size:
     """Size of a module's tensors, in values and in bytes."""
 
     trained: int  # values, all fp32
-    largest: int  # values of the largest trained parameter
+    largest: int  # values of the largest trained parameter on a rank
     frozen: int  # values
     frozen_bytes: int  # without the LLM
     llm_bytes: int  # of the text tower, trained or not
     llm_trained: int  # values
+    elsewhere: int  # trained values that only other ranks hold
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,20 @@ class Rehearsal:
 def size_of(config: RunConfig, facts: Facts) -> Size:
     """Count the parameters of a stage's module."""
     module = planned(config, facts)[1]
-    trained = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    keep_own_rows(module, sharded_shapes(module))
+    own = [p.numel() for p in module.parameters() if p.requires_grad]
     held = {n: p for n, p in module.named_parameters() if not p.requires_grad}
     llm = [p for n, p in module.named_parameters() if n.startswith("towers.text.")]
     other = sum(p.nbytes for n, p in held.items() if not n.startswith("towers.text."))
     return Size(
-        trained=sum(trained.values()),
-        largest=max(trained.values(), default=0),
+        trained=trained,
+        largest=max(own, default=0),
         frozen=sum(p.numel() for p in held.values()),
         frozen_bytes=other + sum(b.nbytes for b in module.buffers()),
         llm_bytes=sum(p.nbytes for p in llm),
         llm_trained=sum(p.numel() for p in llm if p.requires_grad),
+        elsewhere=trained - sum(own),
     )
 
 
@@ -103,6 +108,7 @@ def planned(config: RunConfig, facts: Facts) -> tuple[Stage, StageModule]:
 def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
     """Simulate rank 0's part of a step at a progress, in the world of `dist`."""
     stage, module = planned(config, facts)
+    keep_own_rows(module, sharded_shapes(module))
     shape = step_shape(stage, config.blocks, progress)
     with FakeTensorMode(), LiveBytes() as live:
         materialize(module)

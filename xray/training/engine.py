@@ -25,6 +25,7 @@ from xray.models.compilation import compile_blocks
 from xray.training.deepspeed_setup import check_compiler, deepspeed_config
 from xray.training.gradient_reduction import GradientReducer
 from xray.training.guarded_step import GuardedStep
+from xray.training.row_shards import all_rows, first_value, keep_own_rows, sharded_shapes
 
 import deepspeed  # isort: skip  # after its set-up
 from deepspeed import utils  # isort: skip
@@ -70,7 +71,13 @@ class Engine:
         self._ema = config.train.ema
         self._norm: Tensor | None = None  # of the last step's gradients
         settings = deepspeed_config(config)
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self._sharded = sharded_shapes(module)  # names and whole shapes
+        assert not self._sharded or self.stage == 0, "ZeRO would sum the shards over ranks"
+        trained = sum(
+            p.numel()
+            for name, p in module.named_parameters()
+            if p.requires_grad and name not in self._sharded
+        )
         bucket = optim.reduce_bucket(config.zero, trained)
         settings["zero_optimization"]["reduce_bucket_size"] = bucket
         self._engine, *_ = deepspeed.initialize(
@@ -81,20 +88,23 @@ class Engine:
         )
         self._engine.train()  # a pretrained tower comes in eval mode
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        keep_own_rows(module, self._sharded)  # DeepSpeed has made the ranks' parameters equal
+        shards = [self._trained[name] for name in self._sharded]
+        reduced = [p for name, p in self._trained.items() if name not in self._sharded]
         self._records: dict[tuple[str, ...], Any] = {}  # ZeRO 3's coordinators by kind of pass
         self._guard: GuardedStep | None = None
         if not config.zero.offload:  # DeepSpeed has the gradients on the host
-            parts = self._engine, self.stage, self._optimizer, list(self._trained.values())
+            parts = self._engine, self.stage, self._optimizer, reduced, shards
             self._guard = GuardedStep(*parts)
         self._reducer: GradientReducer | None = None
-        if dist.world_size() > 1 and self.stage == 0 and config.zero.overlap:
+        if dist.world_size() > 1 and self.stage == 0 and (config.zero.overlap or shards):
             dtype = self._engine.communication_data_type
-            self._reducer = GradientReducer(list(self._trained.values()), bucket, dtype)
+            self._reducer = GradientReducer(reduced, bucket, dtype)
         if dist.world_size() == 1 or self._reducer is not None:
             # Without other ranks stage 0 would copy all gradients to a buffer and back.
             self._engine.allreduce_no_retain = lambda *_, **__: None
         # Keys are the tensors that the optimizer updates: each rank averages its own part.
-        pieces = [self._piece(p) for p in self._trained.values()] if self._ema else []
+        pieces = [self._piece(name) for name in self._trained] if self._ema else []
         flats = {piece.flat for piece in pieces if piece is not None}
         self._average = {flat: flat.clone() for flat in flats}
 
@@ -217,6 +227,7 @@ class Engine:
         """
         with self._gathered(list(self.module.parameters()), write=False):
             weights = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+        weights |= {name: self.read(name) for name in self._sharded}
         if slot is not None:
             trained = {id(p): self.read(n, slot).cpu() for n, p in self._trained.items()}
             # A shared parameter has several names in the state dict.
@@ -234,15 +245,17 @@ class Engine:
     @property
     def trained(self) -> dict[str, int]:
         """Number of values of each trained parameter, by name."""
-        return {name: getattr(p, "ds_numel", p.numel()) for name, p in self._trained.items()}
+        return {name: self._shape(name).numel() for name in self._trained}
 
     @torch.no_grad()
     def read(self, name: str, slot: str | None = None) -> Tensor:
         """Read a parameter's full fp32 master, or a slot of it; collective."""
-        parameter = self._trained[name]
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        parameter, shape, piece = self._trained[name], self._shape(name), self._piece(name)
+        if name in self._sharded:
+            assert piece is not None
+            values = self._values(piece, slot)
+            return all_rows(torch.zeros_like(parameter) if values is None else values, shape)
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
-        piece = self._piece(parameter)
         if piece is not None and (values := self._values(piece, slot)) is not None:
             whole[piece.own : piece.own + piece.size] = piece.of(values)
         return (dist.sum_over_ranks(whole) if self.stage > 0 else whole).view(shape)
@@ -253,11 +266,9 @@ class Engine:
 
         Raises ValueError for another shape.
         """
-        parameter = self._trained[name]
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        parameter, shape, piece = self._trained[name], self._shape(name), self._piece(name)
         if value.shape != shape:
             raise ValueError(f"{name} has shape {list(value.shape)}, not {list(shape)}")
-        piece = self._piece(parameter)
         if piece is not None:
             values = self._values(piece, slot)
             if values is None:
@@ -290,10 +301,17 @@ class Engine:
             return self._average[piece.flat]
         return piece.flat if slot is None else self._optimizer.state[piece.flat].get(slot)
 
-    def _piece(self, parameter: Any) -> Piece | None:
+    def _shape(self, name: str) -> torch.Size:
+        """Return a parameter's shape, of which this rank may have a part."""
+        parameter: Any = self._trained[name]
+        return self._sharded.get(name, getattr(parameter, "ds_shape", parameter.shape))
+
+    def _piece(self, name: str) -> Piece | None:
         """Return the part of a parameter that this rank keeps; None if it keeps nothing of it."""
+        parameter: Any = self._trained[name]
         if self.stage == 0:
-            return Piece(parameter, 0, 0, parameter.numel())
+            own = first_value(self._sharded[name]) if name in self._sharded else 0
+            return Piece(parameter, 0, own, parameter.numel())
         zero = self._engine.optimizer
         if self.stage == 3:
             group, start, size = zero.grad_position[zero.get_param_id(parameter)]

@@ -21,11 +21,20 @@ class GuardedStep:
 
     A fused optimizer decides this on the device; for another one, the host reads the device in each
     step. engine: DeepSpeed's, in a ZeRO stage, without offload. optimizer: the torch optimizer that
-    makes the update. trained: parameters with gradients, read in stage 0.
+    makes the update. trained: parameters with gradients, read in stage 0. sharded: the same, of which
+    a rank has only its rows.
     """
 
-    def __init__(self, engine: Any, stage: int, optimizer: Any, trained: Sequence[Tensor]) -> None:
-        self.engine, self.stage, self.optimizer, self.trained = engine, stage, optimizer, trained
+    def __init__(
+        self,
+        engine: Any,
+        stage: int,
+        optimizer: Any,
+        trained: Sequence[Tensor],
+        sharded: Sequence[Tensor] = (),
+    ) -> None:
+        self.engine, self.stage, self.optimizer = engine, stage, optimizer
+        self.trained, self.sharded = trained, sharded
         self.fused = bool(optimizer.defaults.get("fused"))
         self.clip_norm = float(engine.gradient_clipping())
         self._skips = False  # the step is left out by the host
@@ -47,7 +56,12 @@ class GuardedStep:
         """
         if self.stage == 0:
             gradients = [p.grad for p in self.trained if p.grad is not None]
+            equal = len(gradients)  # on all ranks
+            gradients += [p.grad for p in self.sharded if p.grad is not None]
             norms = torch.stack(torch._foreach_norm(gradients))
+            if self.sharded:
+                squares = dist.sum_over_ranks(norms[equal:].double().square())
+                norms = torch.cat([norms[:equal], squares.sqrt().to(norms.dtype)])
             norm, total = torch.linalg.vector_norm(norms), norms.pow(2).sum().pow(0.5)
         else:
             norm = total = self._norm_over_ranks()

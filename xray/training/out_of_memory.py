@@ -50,7 +50,7 @@ def _message(config: RunConfig, step: int, device: torch.device) -> str:
 def _advice(config: RunConfig, micro: int) -> str:
     ways = [f"train.micro_batch={micro // 2}" if micro > 1 else ""]
     ways += ["" if config.model.grad_checkpointing else "model.grad_checkpointing=true"]
-    ways += [f"zero.stage={config.zero.stage + 1}" if config.zero.stage < 3 else ""]
+    ways += [f"zero.stage={config.zero.stage + 1}" if config.zero.stage < config.zero_limit else ""]
     ways += ["" if config.zero.offload or not config.zero.stage else "zero.offload=true"]
     wanted = ", ".join(filter(None, ways)) or "a smaller data.resolution or model"
     return (
