@@ -1,0 +1,113 @@
+"""Hashtag runs whose tag head is divided over two processes (`hashtag.shard_classes`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from child_process import SUPPORT, torchrun
+from run_comparison import assert_same, assert_same_losses
+from sharded_runs import CASES, SHARDED
+from tiny import ALL_TOKENS, settings, train
+from two_process import halfway
+
+from xray.artifacts.artifact import open_artifact
+from xray.errors import ConfigError
+from xray.training.portable_state import read_weights
+
+
+@pytest.fixture(scope="module")
+def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with the whole head."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train("hashtag", demo, out, ALL_TOKENS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(demo: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two processes; compares steps of their engine, too."""
+    out = tmp_path_factory.mktemp("runs")
+    halfway(plain, out / "joined")
+    torchrun(str(SUPPORT / "sharded_runs.py"), str(demo), str(out))
+    return out
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    artifact = open_artifact(run / "artifact")
+    parts = {part: artifact.load(part) for part in artifact.manifest["tensors"]}
+    return {f"{part}.{name}": value for part, own in parts.items() for name, value in own.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_head_equals_a_whole_one(runs: Path, case: str) -> None:
+    """Losses, gradient norms and all weights, with averages, clipping, mixing and truncation."""
+    one, two = runs / f"{case}-whole", runs / f"{case}-sharded"
+    assert_same_losses(one, two, 6)
+    wanted, found = weights_of(one), weights_of(two)
+    assert wanted.keys() == found.keys()
+    # Lion moves by the sign of a gradient, which rounding may change.
+    tolerance = 1e-2 if case == "asymmetric" else 1e-4
+    for name, value in wanted.items():
+        assert value.shape == found[name].shape
+        error = (found[name] - value).norm() / (1e-3 + value.norm())
+        assert error < tolerance, (name, error)
+
+
+def test_checkpoints_hold_the_whole_head(runs: Path) -> None:
+    (one, two) = (runs / f"softmax-{kind}" / "checkpoints" for kind in ("whole", "sharded"))
+    for slot in (None, "exp_avg", "exp_avg_sq", "ema"):
+        wanted, found = (read_weights(path / "step_00000006", slot) for path in (one, two))
+        assert {n: v.shape for n, v in wanted.items()} == {n: v.shape for n, v in found.items()}
+        for name in ("head.weight", "head.bias"):
+            scale = wanted[name].abs().max()
+            assert (wanted[name] - found[name]).abs().max() < 1e-3 * scale, (slot, name)
+
+
+def test_a_resumed_run_is_bit_equal(runs: Path) -> None:
+    assert_same(runs / "left", runs / "again", exact=True)
+
+
+def test_two_processes_resume_a_run_of_one(runs: Path, plain: Path) -> None:
+    assert_same_losses(plain, runs / "joined", 6)
+
+
+@pytest.mark.parametrize("settings_of", [(), (SHARDED,)])
+def test_one_process_resumes_a_run_of_two(
+    demo: Path, runs: Path, plain: Path, tmp_path: Path, settings_of: tuple[str, ...]
+) -> None:
+    out = halfway(runs / "left", tmp_path / "run")
+    train("hashtag", demo, out, ALL_TOKENS, *settings_of)
+    assert_same_losses(plain, out, 6)
+
+
+def test_a_run_may_go_on_with_zero_and_the_whole_head(
+    demo: Path, runs: Path, plain: Path, tmp_path: Path
+) -> None:
+    out = halfway(runs / "left", tmp_path / "run")
+    train("hashtag", demo, out, ALL_TOKENS, "zero.stage=3")
+    assert_same_losses(plain, out, 6)
+
+
+def test_one_process_has_the_whole_head(demo: Path, plain: Path, tmp_path: Path) -> None:
+    train("hashtag", demo, tmp_path / "run", ALL_TOKENS, SHARDED)
+    assert_same(plain, tmp_path / "run", exact=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero.stage=1"], r"hashtag\.shard_classes=true.*zero\.stage=1.*set zero\.stage=0"),
+        (["hashtag.sampled=8"], r"hashtag\.shard_classes=true.*set hashtag\.sampled=0"),
+        (
+            ["zero.deepspeed.prescale_gradients=true"],
+            r"hashtag\.shard_classes=true does not know zero\.deepspeed\.prescale_gradients",
+        ),
+    ],
+)
+def test_settings_that_do_not_work_together_are_refused(
+    demo: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings("hashtag", demo, tmp_path, SHARDED, *overrides)
