@@ -14,6 +14,7 @@ from two_process import halfway
 
 from xray.artifacts.artifact import open_artifact
 from xray.errors import ConfigError
+from xray.training.metrics import read_metrics
 from xray.training.portable_state import read_weights
 
 
@@ -44,11 +45,15 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_sharded_head_equals_a_whole_one(runs: Path, case: str) -> None:
     """Losses, gradient norms and all weights, with averages, clipping, mixing and truncation."""
     one, two = runs / f"{case}-whole", runs / f"{case}-sharded"
-    assert_same_losses(one, two, 6)
+    if case == "bf16":  # sums over the classes of a rank are rounded to bf16
+        rows = [read_metrics(run / "metrics.jsonl") for run in (one, two)]
+        for a, b in zip(*rows, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+    else:
+        assert_same_losses(one, two, 6)
     wanted, found = weights_of(one), weights_of(two)
     assert wanted.keys() == found.keys()
-    # Lion moves by the sign of a gradient, which rounding may change.
-    tolerance = 1e-2 if case == "asymmetric" else 1e-4
+    tolerance = 5e-2 if case == "bf16" else 1e-4
     for name, value in wanted.items():
         assert value.shape == found[name].shape
         error = (found[name] - value).norm() / (1e-3 + value.norm())
