@@ -21,8 +21,8 @@ class GuardedStep:
 
     A fused optimizer decides this on the device; for another one, the host reads the device in each
     step. engine: DeepSpeed's, in a ZeRO stage, without offload. optimizer: the torch optimizer that
-    makes the update. trained: parameters with gradients, read in stage 0. sharded: the same, of which
-    a rank has only its rows.
+    makes the update. trained: parameters with gradients, read in stage 0. sharded: the same, but
+    of these a rank has only its rows.
     """
 
     def __init__(
