@@ -30,6 +30,7 @@ CASES: dict[str, list[str]] = {
         *("optim.eps=0.001", "optim.vision.layer_decay=0.8", "hashtag.truncate=0.3"),
     ],
     "bce": ["hashtag.loss=bce", "optim.eps=0.001", "optim.clip_grad=0.5", "zero.overlap=true"],
+    "lion": ["hashtag.loss=asymmetric", "optim.name=lion", "optim.base_lr=0.002"],
     "bf16": ["train.precision=bf16", "hashtag.chunk=3", "optim.eps=0.001"],
 }
 TAGS = 7

@@ -98,6 +98,7 @@ def compare(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from stages import stage_class
     from stages.base import Facts
+    from xray import dist
     from xray.config import loading as cfg
     from xray.optim import reduce_bucket
     from xray.planning.estimate import memory_of
@@ -112,7 +113,7 @@ def compare(
         facts = Facts(50_000 if config.stage == "hashtag" and config.hashtag.chunk else 1000,
                       Path(folder))  # fmt: skip
         size, rehearsal = size_of(config, facts), rehearse(config, facts, PROGRESS)
-        planned = memory_of(config, size, rehearsal, 1)
+        planned = memory_of(config, size, rehearsal, dist.world_size())
         measured = measure(config, facts, torch.device(device))
     buckets = 4 * reduce_bucket(config.zero, size.trained) if config.zero.stage else 0
     batch = planned.batch if device == "cpu" else 0
