@@ -11,6 +11,7 @@ PACKAGES = ("xray", "stages", "data_pipelines")
 # A package or module may import what is listed on its row, what that may import, and itself.
 ROWS: dict[str, set[str]] = {
     "xray.errors": set(),
+    "xray.processes": set(),
     "xray.progress": set(),
     "xray.version": set(),
     "xray.files": {"xray.errors"},
@@ -20,7 +21,9 @@ ROWS: dict[str, set[str]] = {
     "xray.losses": {"xray.dist", "xray.config"},
     "xray.optim": {"xray.config"},
     "xray.models": {"xray.config", "xray.files"},
-    "data_pipelines": {"xray.config", "xray.dist", "xray.files", "xray.progress"},
+    "data_pipelines": {
+        *("xray.config", "xray.dist", "xray.files", "xray.processes", "xray.progress"),
+    },
     "xray.reports": {"data_pipelines"},
     "xray.artifacts": {"xray.models", "xray.losses", "data_pipelines", "xray.version"},
     "stages": {"xray.artifacts", "xray.losses", "xray.optim"},
@@ -134,3 +137,15 @@ def test_rank_is_read_in_one_place() -> None:
         for path in files(folder):
             reads = any(f'"{name}"' in path.read_text() for name in ("RANK", "WORLD_SIZE"))
             assert reads == (path.name == "dist.py"), path
+
+
+def test_processes_are_started_in_one_place() -> None:
+    """There, each is tied to its parent; ray ties its own processes."""
+    starters = ("Popen(", "subprocess.run(", "os.fork", "get_context(", "ProcessPoolExecutor(")
+    for folder in PACKAGES:
+        for path in files(folder):
+            text = path.read_text()
+            here = any(name in text for name in (*starters, "os.system", "os.spawn"))
+            assert here == (path.name == "processes.py"), path
+            tied = text.count("multiprocessing_context=LoaderContext()")
+            assert text.count("DataLoader(") == tied, path

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
 from data_pipelines.shards.tar_index import cache_path
 from xray.config import DataConfig
 from xray.files import printable
+from xray.processes import process_pool
 
 PART = 1000  # files of a folder or a list that are one row
 Progress = Callable[[int, int], None]  # (shards done, all shards)
@@ -60,20 +59,14 @@ def check(
     """
     jobs = _jobs(os.path.expanduser(pattern), cache, config)
     rows, stats = {}, Stats()
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_ctrl_c)
-    with reporting_killed_workers(), pool:
-        try:
-            # Not a list: a future keeps its result, thumbnails included.
-            for future in as_completed({pool.submit(*job) for job in jobs.values()}):
-                row, more = future.result()
-                rows[row.path] = row
-                stats.add(more)
-                if progress is not None:
-                    progress(len(rows), len(jobs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with reporting_killed_workers(), process_pool(min(workers, len(jobs))) as pool:
+        # Not a list: a future keeps its result, thumbnails included.
+        for future in as_completed({pool.submit(*job) for job in jobs.values()}):
+            row, more = future.result()
+            rows[row.path] = row
+            stats.add(more)
+            if progress is not None:
+                progress(len(rows), len(jobs))
     return CheckReport(pattern, [rows[printable(name)] for name in jobs], stats)
 
 
@@ -89,11 +82,6 @@ def _jobs(where: str, cache: ShardCache, config: DataConfig) -> dict[str, tuple[
         name = where if len(part) == len(items) else f"{where}:{start + 1}-{start + len(part)}"
         jobs[name] = (check_files, name, part, config)
     return jobs
-
-
-def _end_with_ctrl_c() -> None:
-    """Let Ctrl-C, which reaches the workers too, end them without tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:

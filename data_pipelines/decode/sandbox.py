@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode.decoders import FrameChoice
+from xray import processes
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 
@@ -87,8 +88,8 @@ class ClipDecoder:
         parent_end, child_end = socket.socketpair()
         with child_end:
             numbers = (child_end.fileno(), self._source, self._target)
-            self._process = subprocess.Popen(
-                [*self.command, *map(str, numbers), str(os.getpid())],
+            self._process = processes.start(
+                [*self.command, *map(str, numbers)],
                 pass_fds=numbers,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # FFmpeg writes warnings about many files
@@ -103,7 +104,7 @@ class ClipDecoder:
             self._stop()
             raise DataError(
                 "the decode process does not start: run this command to see its error: "
-                f"{' '.join(self.command)} 0 0 0 0"
+                f"{' '.join(self.command)} 0 0 0"
             )
 
     def _stop(self) -> None:

@@ -1,13 +1,12 @@
 """Decode process; it may be killed at any time, and then only one clip is lost.
 
-`sandbox.ClipDecoder` runs it as `python -m data_pipelines.decode.worker SOCKET INPUT OUTPUT PARENT`
-with file descriptors that the process inherits: a socket for requests, a memory file with the bytes
-of the clip, and a memory file for its frames. PARENT is the process id of the caller.
+`sandbox.ClipDecoder` runs it as `python -m data_pipelines.decode.worker SOCKET INPUT OUTPUT` with
+file descriptors that the process inherits: a socket for requests, a memory file with the bytes of
+the clip, and a memory file for its frames.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import signal
@@ -20,13 +19,10 @@ import numpy as np
 from data_pipelines.decode.decoders import open_clip, read_clip
 from xray.errors import BadSample
 
-PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Serve requests until the parent closes the socket."""
     socket, source, target = (int(number) for number in sys.argv[1:4])
-    _die_with(int(sys.argv[4]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent ends this process by SIGKILL
     serve(Connection(socket), source, target)
@@ -70,13 +66,6 @@ class Memory:
         target = np.frombuffer(self._map, np.uint8, size).reshape(len(frames), *frames[0].shape)
         for row, frame in zip(target, frames, strict=True):
             np.copyto(row, frame)
-
-
-def _die_with(parent: int) -> None:
-    """Make the kernel kill this process when its parent dies, even during a hanging decode."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
 
 
 if __name__ == "__main__":

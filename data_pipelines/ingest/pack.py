@@ -10,17 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from data_pipelines.shards.process_pool import reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import write_text
+from xray.processes import process_pool
 
 Progress = Callable[[int, int], None]
 Skipped = dict[str, str]  # key, file, cause, detail
@@ -193,34 +190,14 @@ def _run(jobs: list[Job], out: Path, config: PackConfig, total: int, progress: P
     progress(done, total)
     if not jobs:
         return
-    context = multiprocessing.get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    workers = min(config.workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, context, _follow, (watched,))
     try:
-        with reporting_killed_workers(), watched, held, pool:
-            try:
-                futures = [pool.submit(_write_shard, *job, out, config) for job in jobs]
-                for future in as_completed(futures):
-                    done += future.result()
-                    progress(done, total)
-            except BaseException:
-                held.close()  # stops the workers at once
-                raise
+        with reporting_killed_workers(), process_pool(min(config.workers, len(jobs))) as pool:
+            futures = [pool.submit(_write_shard, *job, out, config) for job in jobs]
+            for future in as_completed(futures):
+                done += future.result()
+                progress(done, total)
     finally:
         _remove(out, f"{TEMPORARY}*")
-
-
-def _follow(parent: Connection) -> None:
-    """End a worker when its parent ends for any reason; only the parent handles Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        with suppress(EOFError, OSError):
-            parent.recv()  # nothing is ever sent
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -> int:

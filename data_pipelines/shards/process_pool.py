@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from xray.errors import DataError
+from xray.processes import process_pool
 
 T = TypeVar("T")
 AHEAD = 4  # submitted jobs per process; a limit, because finished results may be large
@@ -36,20 +34,14 @@ def _results(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
     if workers <= 1 or count <= 1:
         yield from map(work, range(count))
         return
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, count), context, _start, (work,))
     waiting: deque[Future[T]] = deque()
-    try:
-        with reporting_killed_workers():
-            for shard in range(count):
-                with _uninterrupted():
-                    waiting.append(pool.submit(_call, shard))
-                if len(waiting) > AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    with reporting_killed_workers(), process_pool(min(workers, count), _start, (work,)) as pool:
+        for shard in range(count):
+            waiting.append(pool.submit(_call, shard))
+            if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextmanager
@@ -64,27 +56,9 @@ def reporting_killed_workers(killed: type[Exception] = BrokenProcessPool) -> Ite
         ) from error
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Make processes that are spawned in this block ignore Ctrl-C until `_start` runs in them.
-
-    A process that is interrupted during its imports would print a traceback.
-    """
-    # Python allows only the main thread to set signal handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _start(work: Callable[[int], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end on Ctrl-C without a traceback
 
 
 def _call(shard: int) -> Any:

@@ -7,7 +7,7 @@ import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,14 +28,18 @@ from data_pipelines.stream.sampling import (
     SampleRef,
     StepSampler,
 )
+from data_pipelines.stream.workers import (
+    LoaderContext,
+    end_workers,
+    read_batches,
+    reporting_dead_workers,
+)
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import BadSample, DataError, brief
 
 Fields = dict[str, Tensor]
-
-KILLED_SECONDS = 30.0  # to wait for the end of a killed process
 
 Transform = Callable[[Sample, np.random.Generator | None], Fields]
 Collate = Callable[[Sequence[Fields]], Fields]
@@ -204,6 +208,7 @@ class StepLoader:
             prefetch_factor=math.ceil(ahead / workers) if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=_ignore_signals,
+            multiprocessing_context=LoaderContext() if workers else None,
         )
         self._parts: Any = None
 
@@ -214,21 +219,15 @@ class StepLoader:
         """
         if self._parts is None:
             dist.settle(self.workers)
-        with _reporting_dead_workers():
+        with reporting_dead_workers():
             self._parts = iter(self._loader)
         for step in self.sampler.steps:
             yield _read_step(self._parts, self.sampler, step, self._join)
 
     def close(self) -> None:
-        """End the workers, which would keep this process alive."""
+        """End the workers."""
         if self.workers and self._parts is not None:
-            # The workers ignore SIGTERM, which the DataLoader would send. A worker that waits for a
-            # shard or hangs in a decoder would keep this process from exiting, so kill it. Shut
-            # down first: the DataLoader reports a worker that dies earlier as a crash.
-            self._parts._shutdown_workers()
-            for worker in self._parts._workers:
-                worker.kill()
-                worker.join(KILLED_SECONDS)
+            end_workers(self._parts)
 
 
 def iterate_steps(
@@ -256,27 +255,13 @@ def _read_step(
     read: dict[Part, Loaded] = {}
     whole: dict[int, Loaded] = {}
     for part in order:
-        with _reporting_dead_workers(f" at step {step + 1}"):
+        with reporting_dead_workers(f" at step {step + 1}"):
             read[part] = next(batches)
         missing[part.number] -= 1
         if not missing[part.number]:
             mine = sorted(each for each in read if each.number == part.number)
             whole[part.number] = join([read.pop(each) for each in mine])
     return [whole[number] for number in sorted(whole)]
-
-
-@contextmanager
-def _reporting_dead_workers(when: str = "") -> Iterator[None]:
-    """Convert the DataLoader's error about a dead worker to DataError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):  # the text of torch's error for a dead worker
-            raise
-        raise DataError(
-            f"a loader process ended{when}: the system killed it for lack of memory, or an image "
-            f"crashed its decoder; lower data.workers, or run `xray data check` ({error})"
-        ) from error
 
 
 class WholeDataset(Dataset):
@@ -330,11 +315,10 @@ def iterate_batches(
         num_workers=workers,
         collate_fn=collate_or_fail,
         pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=LoaderContext() if workers else None,
         **order,
     )
-    dist.settle(workers)
-    with _reporting_dead_workers():
-        for batch in loader:
-            if isinstance(batch, str):
-                raise DataError(batch)
-            yield batch
+    for batch in read_batches(loader):
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield batch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from ablation_files import load
 from child_process import RECIPE
 
+from xray import processes
 from xray.ablations import jobs as ablation_jobs
 from xray.ablations.jobs import Job, Jobs, exclusive
 from xray.errors import ConfigError, Preempted
@@ -62,13 +62,13 @@ def test_signal_during_the_start_of_a_run_stops_it(
 ) -> None:
     ablation = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}")
     (tmp_path / "runs" / "a" / "seed_0").mkdir(parents=True)
-    popen = subprocess.Popen
+    start = processes.start
 
     def signalled(command: list[str], **more: Any) -> Any:
-        process = popen(["sleep", "10000"], **more)
+        process = start(["sleep", "10000"], **more)
         os.kill(os.getpid(), signal.SIGTERM)
         return process
 
-    monkeypatch.setattr(ablation_jobs.subprocess, "Popen", signalled)
+    monkeypatch.setattr(processes, "start", signalled)
     with exclusive(tmp_path) as lock, pytest.raises(Preempted):
         Jobs(tmp_path, 1, lock).run(ablation.trials[:1])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from xray import dist
+from xray import dist, processes
 from xray.ablations.trials import Trial
 from xray.errors import ConfigError, Preempted
 from xray.files import locked, write_text
@@ -51,8 +51,8 @@ class Job:
 def exclusive(out: Path) -> Iterator[IO[str]]:
     """Lock an ablation's folder and yield the lock file.
 
-    The runs inherit the lock, so the folder stays locked if this process is killed and they
-    continue. Raises ConfigError if another process holds the lock.
+    The runs inherit the lock: if this process is killed, the folder stays locked until they have
+    ended, too. Raises ConfigError if another process holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -133,7 +133,7 @@ class Jobs:
             (trial.folder / name).unlink(missing_ok=True)
         recipe = str(trial.folder / "recipe.yaml")
         with (trial.folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
+            process = processes.start(
                 [sys.executable, "-m", "xray", "run", recipe],
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -15,7 +15,6 @@ import hashlib
 import json
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.tar_index import user_cache
+from xray import processes
 from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
@@ -282,7 +282,4 @@ def git_commit() -> str:
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        return ""
+    return processes.run(command).stdout.strip()  # empty without git on this machine

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from xray import dist
+from xray import dist, processes
 from xray.commands import artifacts, data, data_curate, data_precompute, embed, train
 from xray.commands.ablate import ablate
 from xray.commands.common import command_class
@@ -82,6 +82,8 @@ def main() -> None:
     """Run a command; a user's mistake ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     dist.setup_environment()
+    if dist.launcher() in ("torchrun", "deepspeed"):
+        processes.die_with(os.getppid())
     # deepspeed's launcher passes it twice: in the environment too
     sys.argv = [item for item in sys.argv if not item.startswith("--local_rank=")]
     logging.getLogger("xray").setLevel(logging.INFO if dist.is_main() else logging.ERROR)

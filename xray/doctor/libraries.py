@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from xray import processes
 
 State = Literal["ok", "missing", "broken"]  # missing: xray works without it
 DISTRIBUTION = "xray-trainer"
@@ -77,12 +78,7 @@ def imports(packages: Sequence[Package]) -> list[Finding]:
     """Import each library in a separate process, because an import may crash, and report it."""
     results: dict[str, str] = {}
     while remaining := [p.name for p in packages if p.name not in results]:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, *remaining],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        done = processes.run([sys.executable, "-c", PROBE, *remaining])
         for line in done.stdout.splitlines():
             if line.startswith("@ "):
                 _, name, result = line.split(" ", 2)

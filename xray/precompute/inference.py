@@ -15,7 +15,7 @@ from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, finish_sidecar, save_table, saved_table
 from data_pipelines.shards.source import Source
-from xray import dist
+from data_pipelines.stream.workers import LoaderContext, read_batches
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import BadSample, DataError
@@ -89,9 +89,9 @@ def pixels_of(
         num_workers=data.workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=LoaderContext() if data.workers else None,
     )
-    dist.settle(data.workers)
-    for good, pixels, bad in loader:
+    for good, pixels, bad in read_batches(loader):
         for cause in bad.values():
             if cause.startswith("! "):
                 raise DataError(cause[2:])
