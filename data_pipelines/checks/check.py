@@ -19,6 +19,7 @@ from data_pipelines.shards.tar_index import cache_path
 from xray.config import DataConfig
 from xray.files import printable
 from xray.processes import process_pool
+from xray.urls import conceal
 
 PART = 1000  # files of a folder or a list that are one row
 Progress = Callable[[int, int], None]  # (shards done, all shards)
@@ -57,6 +58,7 @@ def check(
     A row is a shard, also one that cannot be read, or a part of the files. Raises DataError for
     other data, and if a worker process was killed.
     """
+    pattern = conceal(pattern)
     jobs = _jobs(os.path.expanduser(pattern), cache, config)
     rows, stats = {}, Stats()
     with reporting_killed_workers(), process_pool(min(workers, len(jobs))) as pool:

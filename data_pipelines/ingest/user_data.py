@@ -36,6 +36,7 @@ from xray import dist
 from xray.config import DataConfig
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import printable
+from xray.urls import conceal
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def open_data(
     """Open a user's data as a source; accept, user: as in `kind_of`. Raises DataError."""
     if request.modality not in ("", *MODALITIES):
         raise ConfigError(f"modality {request.modality}: use image, video or text")
-    where = os.path.expanduser(where)
+    where = os.path.expanduser(conceal(where))
     return KINDS[kind_of(where, accept, user)].open(where, request)
 
 
@@ -241,6 +242,7 @@ def open_corpus(
     """
     if modality not in ("", "image", "video"):
         raise ConfigError(f"--modality {modality}: use image or video")
+    given = [conceal(name) for name in given]
     request = Request("corpus", cast(Any, "text" if texts else modality))
     if len(given) == 1:
         where = os.path.expanduser(given[0])

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from data_pipelines.shards.tar_index import (
 )
 from xray.errors import DataError
 from xray.files import is_inside, replacing, unique_temporary
+from xray.urls import conceal, is_signed, url_folder
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
@@ -64,12 +65,13 @@ class Manifest:
     columns: names and name_ends (packed texts, paths relative to `folder`); sizes (bytes) and
     mtimes (ns) of the tars, [S] int64; counts [S, 6] int32, samples by COUNTED; digests of the
     indexes, [S, 32] uint8; sha256 of the tars, [S, 32] uint8, zeros = not computed. facts: digest
-    of all names and indexes.
+    of all names and indexes. seed_names: names that seed the samples' random draws, if others.
     """
 
     folder: str
     columns: Columns
     facts: dict[str, Any]
+    seed_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["sizes"])
@@ -107,8 +109,23 @@ class Manifest:
         return int(self.columns["sizes"][shard]), row.tobytes().hex() if row.any() else None
 
 
+def as_named(manifest: Manifest, pattern: str) -> Manifest:
+    """Return a manifest with the digest and the seeds of older runs of a signed URL pattern.
+
+    Their shards' names had the signatures. The names that are shown and written have none.
+    """
+    folder = url_folder(pattern)
+    names = [url.removeprefix(f"{folder}/") for url in expand(pattern)]
+    if len(names) != len(manifest):
+        return manifest
+    blob, ends = pack_texts(names)
+    digest = _digest(blob, ends, manifest.columns["digests"].tobytes())
+    return replace(manifest, facts={**manifest.facts, "digest": digest}, seed_names=tuple(names))
+
+
 def resolve(pattern: str, root: str = "") -> str:
-    """Join a shard pattern to a root folder; either may be a URL."""
+    """Join a shard pattern to a root folder; either may be a URL, whose credentials it conceals."""
+    pattern, root = conceal(pattern), conceal(root)
     if is_remote(pattern) or not root:
         return os.path.expanduser(pattern)
     if is_remote(root):
@@ -119,7 +136,7 @@ def resolve(pattern: str, root: str = "") -> str:
 def find_shards(pattern: str) -> list[str]:
     """List the tars of a folder, glob or {000..123} pattern; raises DataError if there are none."""
     if is_remote(pattern):
-        return expand(pattern)
+        return expand(conceal(pattern))
     if os.path.isdir(pattern):
         paths = tars_in(pattern)
     elif any(c in pattern for c in "*?["):
@@ -149,7 +166,7 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
     """
     if is_remote(pattern):
         assert cache is not None, "a remote source is opened with a cache"
-        return _open_remote(pattern, cache, verify)
+        return _open_remote(conceal(pattern), cache, verify)
     folder, wanted = _manifest_path(pattern)
     loaded = [load_manifest(folder, path) for path in possible_paths(wanted)]
     manifests = [manifest for manifest in loaded if manifest is not None]
@@ -179,7 +196,7 @@ def write_manifest(
     progress = progress or _log_progress
     if is_remote(pattern):
         assert cache is not None, "a remote source is opened with a cache"
-        return _write_remote(pattern, cache, progress)
+        return _write_remote(conceal(pattern), cache, progress)
     folder, wanted = _manifest_path(pattern)
     paths = find_shards(pattern)
     indexes = over_shards(functools.partial(_index, paths, checksum), len(paths), workers, progress)
@@ -219,10 +236,15 @@ def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIn
         "digests": np.frombuffer(digests, np.uint8).reshape(-1, 32),
         "sha256": np.frombuffer(checksums, np.uint8).reshape(-1, 32),
     }
-    digest = hashlib.sha256(b"\0".join([blob.tobytes(), ends.tobytes(), digests])).hexdigest()
+    digest = _digest(blob, ends, digests)
     facts = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION, "digest": digest}
     save_columns(cached, columns, facts)
     return Manifest(folder, columns, facts)
+
+
+def _digest(names: np.ndarray, name_ends: np.ndarray, digests: bytes) -> str:
+    parts = [names.tobytes(), name_ends.tobytes(), digests]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def load_manifest(folder: str, cached: Path) -> Manifest | None:
@@ -263,21 +285,13 @@ def _stamps(paths: list[str]) -> Columns:
 # remote ---------------------------------------------------------------------------------------
 
 
-def _remote_folder(pattern: str) -> str:
-    """Return the part of a URL pattern that has no wildcards and no tar name."""
-    head = pattern.rstrip("/")
-    while head.endswith(".tar") or any(c in head for c in "*?[{"):
-        head = head.rpartition("/")[0]
-    return head
-
-
 def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     """Open the manifest beside the remote shards, or a cached one, or build it.
 
     Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
     the size of each tar that it downloads.
     """
-    folder, cached = _remote_folder(pattern), remote_cache_path(pattern, cache, "manifest")
+    folder, cached = url_folder(pattern), remote_cache_path(pattern, cache, "manifest")
     manifest = load_manifest(folder, cached)
     beside = f"{folder}/shards.manifest" if folder == pattern.rstrip("/") else ""
     wanted = beside and (verify or manifest is None)
@@ -291,7 +305,7 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
 
 
 def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manifest:
-    folder, urls = _remote_folder(pattern), find_shards(pattern)
+    folder, urls = url_folder(pattern), find_shards(pattern)
     indexes = progress((remote_index(url, cache, rebuild=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
     return _save(folder, remote_cache_path(pattern, cache, "manifest"), names, indexes)
@@ -317,7 +331,8 @@ def remote_index(
     """
     cached = remote_cache_path(url, cache, "index")
     index = None if rebuild else load_index(url, [cached])
-    if index is None and _fetched(f"{url}.index", cached, cache.patience):
+    beside = "" if is_signed(url) else f"{url}.index"  # a signature is for one file
+    if index is None and beside and _fetched(beside, cached, cache.patience):
         index = load_index(url, [cached])
     if index is None:
         if rebuild:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from xray.errors import DataError
 from xray.files import locked, replacing
+from xray.urls import conceal, redact, remember, remembered, reveal
 
 T = TypeVar("T")
 Body = TypeVar("Body", io.BufferedWriter, io.BytesIO)
@@ -76,14 +77,17 @@ def expand(url: str) -> list[str]:
             parts = expand_urls(url)
         except (ValueError, AssertionError) as error:
             raise DataError(f"{url} cannot be expanded: {error}") from error
-        return [shard for part in parts for shard in expand(part)]
+        shards = [shard for part in parts for shard in expand(part)]
+        if len(set(shards)) < len(shards):
+            raise DataError(f"{url} names a shard twice, or two that differ only in credentials")
+        return shards
     if "*" not in url:
         if not url.endswith("/") and url.partition("?")[0].endswith(".tar"):
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
     with suppress(FileNotFoundError):
         if names := retry(url, LIST_PATIENCE, lambda: fs.glob(path)):
-            return sorted(fs.unstrip_protocol(name) for name in names)
+            return sorted(conceal(fs.unstrip_protocol(name)) for name in names)
     raise DataError(f"no shards at {url}")
 
 
@@ -139,9 +143,9 @@ class ShardCache:
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
 
-    def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, float]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Threads and locks cannot be pickled: a spawned worker creates new ones.
-        return ShardCache, (self.folder, self.limit, self.patience)
+        return _unpickled, (self.folder, self.limit, self.patience, remembered())
 
     def fetch(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
         """Return the local path of a shard; it is downloaded if it is not in the cache.
@@ -185,7 +189,7 @@ class ShardCache:
         self._closed = True
 
     def _path(self, url: str) -> Path:
-        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+        return self.folder / f"{hashlib.sha256(conceal(url).encode()).hexdigest()[:32]}.tar"
 
     def _obtain(self, url: str, size: int | None, sha256: str | None) -> bool:
         """Make sure that a shard is in the folder; returns False if this call downloaded it."""
@@ -245,6 +249,11 @@ class ShardCache:
                     temporary.unlink(missing_ok=True)
 
 
+def _unpickled(folder: Path, limit: int, patience: float, known: Any) -> ShardCache:
+    remember(known)
+    return ShardCache(folder, limit, patience)
+
+
 class _HashedFile(io.BufferedWriter):
     """Output file that hashes what is written, and raises DataError above `limit` bytes."""
 
@@ -269,7 +278,10 @@ def _touch(path: Path, size: int | None) -> bool:
 
 
 def filesystem(url: str, patience: float) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it; raises DataError."""
+    """Return fsspec's file system for a URL, and the path in it, with the URL's credentials.
+
+    Raises DataError.
+    """
     options: dict[str, Any] = {}
     try:
         from fsspec.core import url_to_fs
@@ -284,12 +296,12 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
             # Uncompressed, so that size and sha256 can be compared.
             headers = {"Accept-Encoding": "identity"}
             options["client_kwargs"] = {"timeout": timeout, "headers": headers, "trust_env": True}
-        fs, path = url_to_fs(url, **options)
+        fs, path = url_to_fs(reveal(url), **options)
     except ImportError as error:
         missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         raise DataError(f"{url} needs a package: pip install {missing.name}") from error
     except ValueError as error:
-        raise DataError(f"{url} cannot be opened: {error}") from error
+        raise DataError(redact(f"{url} cannot be opened: {error}")) from error
     _alive.add(fs)
     return fs, path
 
@@ -326,12 +338,12 @@ def retry(what: str, patience: float, attempt: Callable[[], T]) -> T:
             (cause, final), spent = _explain(error), time.monotonic() - start
             if final or spent >= patience:
                 after = "" if final else f" after {tries} tries in {spent:.0f} s"
-                raise DataError(f"{what} cannot be fetched{after}: {cause}") from error
+                raise DataError(f"{redact(what)} cannot be fetched{after}: {cause}") from error
         # The global generator belongs to the run, and forked processes share its state.
         pause = min(wait * random.SystemRandom().uniform(0.5, 1.5), patience - spent)
         wait, tries = min(2 * wait, LONGEST_WAIT), tries + 1
         if threading.main_thread().is_alive():  # connections lost at exit are not worth a warning
-            log.warning("%s: %s; try %d in %.1f s", what, cause, tries, pause)
+            log.warning("%s: %s; try %d in %.1f s", redact(what), cause, tries, pause)
         time.sleep(pause)
 
 
@@ -342,4 +354,4 @@ def _explain(error: Exception) -> tuple[str, bool]:
         return f"HTTP {error.status} {error.message}", error.status in FINAL_STATUS
     text = " ".join(str(error).split()) or error.__cause__  # fsspec's timeouts have no text
     final = isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError))
-    return f"{type(error).__name__}: {text}", final
+    return redact(f"{type(error).__name__}: {text}"), final

@@ -32,6 +32,7 @@ from data_pipelines.shards.tar_index import (
 from xray import dist
 from xray.config import DataConfig
 from xray.errors import DataError
+from xray.urls import reveal
 
 OPEN_INDEXES = 128  # index files that stay mapped in memory, per source and process
 EVICTIONS = 5  # evictions of a shard between fetch and open, before the run gives up
@@ -146,7 +147,9 @@ class Source:
         these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
         where = these if shard is None else self.manifest.path(shard)
         if self.cache is not None:
-            return [remote_cache_path(where, self.cache, name)]
+            # Earlier versions hashed the whole URL, with its credentials.
+            urls = dict.fromkeys([reveal(where), where])
+            return [remote_cache_path(url, self.cache, name) for url in urls]
         return possible_paths(Path(f"{where}.{name}"))
 
     def read(
@@ -196,7 +199,9 @@ class Source:
 
         It does not depend on the shards' folder or on the source's name.
         """
-        return f"{self.manifest.name(shard).rpartition('/')[2]}\0{self.index(shard).key(member)}"
+        names = self.manifest.seed_names
+        name = names[shard] if names else self.manifest.name(shard)
+        return f"{name.rpartition('/')[2]}\0{self.index(shard).key(member)}"
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield (shard, member) of every slot, in order."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipelines.stream.sampling import SamplePlan
 from xray.errors import ArtifactError
+from xray.urls import redact
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def exclude(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
         for name in {entry.source for entry in entries} & plans.keys()
     }
     for entry in entries:
-        shard = numbers.get(entry.source, {}).get(entry.shard)
+        shard = numbers.get(entry.source, {}).get(redact(entry.shard))
         if shard is None:
             continue
         plan = plans[entry.source]

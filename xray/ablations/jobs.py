@@ -20,6 +20,7 @@ from xray.ablations.trials import Trial
 from xray.errors import ConfigError, Preempted
 from xray.files import locked, write_text
 from xray.progress import LINE_SECONDS
+from xray.urls import environment
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -147,7 +148,7 @@ class Jobs:
         self._write_processes()
 
     def _environment(self, slot: int) -> dict[str, str]:
-        env = dist.environment_alone()
+        env = dist.environment_alone() | environment()
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         elif self.at_once > 1:

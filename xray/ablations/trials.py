@@ -28,6 +28,7 @@ from xray.config.identity import hash_json, identity
 from xray.errors import ConfigError
 from xray.files import write_text
 from xray.recipes.recipe import Recipe, recipe_layers, resolve_recipe
+from xray.urls import redact_all
 
 MATCH = "match_samples"
 
@@ -255,7 +256,7 @@ def write_recipes(ablation: Ablation) -> None:
 
 def _write(path: Path, layer: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(layer)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(redact_all(layer))))
 
 
 def stage_runs(ablation: Ablation) -> dict[str, list[tuple[Trial, RunConfig]]]:

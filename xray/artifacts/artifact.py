@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +33,10 @@ from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
 from xray.files import is_inside, locked, replacing, sha256_file, sync_tree, usual_mode
+from xray.urls import conceal, redact
 from xray.version import __version__
 
+log = logging.getLogger("xray")
 SCHEMA = 1
 PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
 LINEAGE = "lineage"  # the folder of the ancestors' manifests
@@ -114,12 +117,14 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
 
     Raises ArtifactError if there is none that this version can read.
     """
-    base = str(path).rstrip("/") if is_remote(str(path)) else str(Path(path).expanduser())
+    url = conceal(str(path))
+    base = url.rstrip("/") if is_remote(url) else str(Path(path).expanduser())
     for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder is accepted
         try:
             content = place.read("manifest.json")
         except OSError as error:
-            raise ArtifactError(f"{place}/manifest.json cannot be read: {error}") from error
+            cause = redact(str(error))
+            raise ArtifactError(f"{place}/manifest.json cannot be read: {cause}") from error
         if content is not None:
             return place, content, parse_manifest(content, f"{place}/manifest.json")
     raise ArtifactError(f"{base} is not an artifact: it has no manifest.json")
@@ -253,12 +258,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _hand_on(parent: Artifact, folder: Path) -> None:
-    """Copy the manifests of a parent and of its ancestors, each named by its hash."""
+    """Copy the manifests of a parent and of its ancestors, each named by its hash.
+
+    One with credentials, which earlier versions wrote, is left out: redacted, it would have another
+    hash.
+    """
     folder.mkdir(exist_ok=True)
-    shutil.copyfile(parent.path / "manifest.json", folder / f"{parent.digest}.json")
+    copies = {parent.path / "manifest.json": f"{parent.digest}.json"}
     for name in parent.manifest["files"]:
         if name.startswith(f"{LINEAGE}/"):
-            shutil.copyfile(parent.path / name, folder / Path(name).name)
+            copies[parent.path / name] = Path(name).name
+    for path, name in copies.items():
+        text = path.read_text("utf-8", "surrogateescape")
+        if redact(text) == text:
+            shutil.copyfile(path, folder / name)
+        else:
+            log.warning("%s has credentials in a URL: change them; it is not copied", path)
 
 
 def _describe(folder: Path, part: str) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from xray.artifacts.manifest_config import read_section
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
+from xray.urls import redact, redact_all
 
 # State of an ancestor at the path that its child recorded. URLs are not checked; "replaced" means
 # that another artifact is at that path now.
@@ -115,7 +116,7 @@ def _carried(place: Place, manifest: Mapping[str, Any]) -> tuple[Known, dict[str
 def _ancestors(child: Link, known: Known) -> Iterator[Link]:
     parents = child.manifest["parents"] if child.manifest is not None else {}
     for slot, parent in parents.items():
-        digest, path = str(parent["manifest"]), str(parent["path"])
+        digest, path = str(parent["manifest"]), redact(str(parent["path"]))
         where, here = _locate(path, digest)
         if where == "found" and digest not in known:  # the child is older than carried lineages
             known |= _carried(Place(path), here)[0] | {digest: here}
@@ -147,8 +148,8 @@ def _differing(parent: Link, child: Link) -> list[str]:
     lines = []
     for name, schema in sorted(COMPARED.get(parent.slot, {}).items()):
         if name in old.manifest["config"] and name in new.manifest["config"]:
-            before, after = (identity(read_section(schema, own, name)) for own in (old, new))
-            lines += differences(before, after, name)
+            sections = [identity(read_section(schema, own, name)) for own in (old, new)]
+            lines += differences(redact_all(sections[0]), redact_all(sections[1]), name)
     return lines
 
 
@@ -183,7 +184,10 @@ def _about(link: Link) -> Iterator[str]:
     yield f"manifest {link.digest}"
     manifest = link.manifest
     if manifest is None:
-        yield "nothing else is known: its child was written before artifacts carried their lineage"
+        yield (
+            "nothing else is known: its child was written before artifacts carried their lineage, "
+            "or its manifest has credentials in a URL"
+        )
     else:
         data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
         yield f"{manifest.get('samples', 0):,} samples seen, data {data}, config {config}"

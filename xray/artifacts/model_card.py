@@ -17,6 +17,7 @@ from xray.artifacts.manifest_config import (
 )
 from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
 from xray.config.schedule import value_at
+from xray.urls import redact
 
 T = TypeVar("T")
 # Summary and usage by capability; an artifact takes the first one that it offers.
@@ -138,7 +139,7 @@ def _sources(artifact: Artifact) -> Iterator[tuple[str, ...]]:
     for block, source in blocks:
         seen = round(manifest["samples"] * block.samples / step)
         digest = str(digests.get(block.source, ""))[:12]
-        shards = f"`{source.shards}`"
+        shards = f"`{redact(source.shards)}`"
         yield artifact.stage, block.source, source.modality, shards, f"{seen:,}", digest
 
 

@@ -14,6 +14,7 @@ import select
 import sys
 import textwrap
 import tokenize
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -33,6 +34,7 @@ from typer.core import TyperCommand
 
 from xray import dist
 from xray.errors import ConfigError, Preempted, TrainingError, XrayError
+from xray.urls import conceal, redact
 
 if TYPE_CHECKING:
     from data_pipelines.shards.source import Source
@@ -55,13 +57,16 @@ SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Print a user's error as one line; rank 0 prints an error that all ranks raise."""
+    """Print a user's error as one line; rank 0 prints an error that all ranks raise.
+
+    The command gets URLs without their credentials, and no error or traceback shows them.
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             try:
-                command(*args, **kwargs)
+                command(*map(_concealed, args), **{k: _concealed(v) for k, v in kwargs.items()})
             finally:
                 sys.stdout.flush()
             dist.leave()
@@ -73,7 +78,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 dist.leave()
             if dist.is_main() or not agreed:
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
-                print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"{who}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
             code = EXIT_CODES.get(type(error), 2)
             if not agreed and dist.world_size() > 1:
                 sys.stderr.flush()
@@ -86,8 +91,22 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                     file=sys.stderr,
                 )
             raise SystemExit(130) from None
+        except Exception:
+            trace = traceback.format_exc()
+            if redact(trace) == trace:
+                raise
+            sys.stderr.write(redact(trace))
+            raise SystemExit(1) from None
 
     return run
+
+
+def _concealed(value: Any) -> Any:
+    """Conceal the URLs of an argument; settings, KEY=VALUE, are concealed when they are read."""
+    if isinstance(value, list):
+        return [_concealed(item) for item in value]
+    setting = isinstance(value, str) and re.match(r"[\w.]+=", value)
+    return conceal(value) if isinstance(value, str) and not setting else value
 
 
 def _reader_is_gone() -> bool:

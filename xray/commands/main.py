@@ -16,6 +16,7 @@ from xray.commands.common import command_class
 from xray.commands.doctor import doctor
 from xray.commands.evaluate import evaluate
 from xray.commands.plan import plan, show_config, version
+from xray.urls import RedactingFormatter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch.load accepts only tensors, even if a library asks for more. torch refuses both settings
@@ -80,7 +81,9 @@ app.add_typer(_group("debug", "Inspect a run that failed.", DEBUG))
 
 def main() -> None:
     """Run a command; a user's mistake ends in one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(message)s"))
     dist.setup_environment()
     if dist.launcher() in ("torchrun", "deepspeed"):
         processes.die_with(os.getppid())

@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from xray.errors import ConfigError, nearest
+from xray.urls import conceal_all
 
 # Sections whose value may be the name of a shipped yaml file: `model=vit_b16`, `zero=2`.
 PRESETS = ("model", "zero")
@@ -123,7 +124,8 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
     merged = merge(*layers)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(merged))
-        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+        config: C = conceal_all(OmegaConf.to_object(typed))
+        return config
     except ConfigKeyError as error:
         key = f"{section}{error.full_key}"
         kind = error.object_type  # the dataclass that has no such field

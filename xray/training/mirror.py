@@ -24,6 +24,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from data_pipelines.shards.remote import filesystem, retry
 from xray.errors import DataError
 from xray.files import inside, replacing
+from xray.urls import conceal
 
 log = logging.getLogger("xray")
 PATIENCE = 60.0  # seconds to retry an operation
@@ -39,7 +40,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, stage: str, out: Path) -> None:
-        self.url, self.out = f"{url.rstrip('/')}/{stage}", out
+        self.url, self.out = f"{conceal(url).rstrip('/')}/{stage}", out
         self._thread: threading.Thread | None = None
         self._fs: DirFileSystem | None = None
         self._sent: set[str] = set()  # own checkpoints at the URL, which may be removed there

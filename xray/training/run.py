@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines.curation.tables import keep_listed
 from data_pipelines.ingest.user_data import open_sources
+from data_pipelines.shards.manifest import as_named
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
 from data_pipelines.stream.sampling import SamplePlan, make_plans
 from stages.base import Parents, Stage, StageModule, split_parents
@@ -29,6 +30,7 @@ from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
 from xray.training.state import TrainState
 from xray.training.step_data import check_batches
+from xray.urls import conceal_all, has_signature, redact_all
 
 log = logging.getLogger("xray")
 
@@ -53,13 +55,14 @@ class Run:
 
         Raises ConfigError, ArtifactError or DataError.
         """
+        conceal_all(config)
         config.validate()
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         stage = stage_class(config)
         check_batches(stage, config)
         check_sinks(config.train)
         names = [block.source for block in [*config.blocks, *config.validation]]
-        opened = open_sources(config.data, names)
+        opened = _as_recorded(open_sources(config.data, names), config)
 
         def prepare() -> dict[str, Source]:
             kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
@@ -87,7 +90,7 @@ class Run:
         place = place or str(folder)
         old = _recorded(folder, self.config)
         new = _completed(json.loads(json.dumps(self.record)), self.config)
-        changed = differences(old, new) if old else []
+        changed = differences(redact_all(old), new) if old else []
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(
@@ -248,7 +251,7 @@ def holds_another_run(config: RunConfig) -> bool:
 
     The text section is left out, because a run completes it from the LLM.
     """
-    old = _recorded(Path(config.out), config)
+    old = redact_all(_recorded(Path(config.out), config))
     if not old:
         return False
     own = json.loads(json.dumps(identity(config, whole=True)))
@@ -259,6 +262,19 @@ def _completed(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """Add the settings that a record leaves out, with the defaults of the config's class."""
     defaults = identity(type(config)(), whole=True)
     return {**record, "config": filled(record.get("config", {}), defaults)}
+
+
+def _as_recorded(sources: Mapping[str, Source], config: RunConfig) -> dict[str, Source]:
+    """Give the sources of an older run the digests and seeds that signed URLs had in it."""
+    config_then = _recorded(Path(config.out), config).get("config", {})
+    named = {}
+    for name, source in sources.items():
+        then = config_then.get("data", {}).get("sources", {}).get(name) or {}
+        pattern = str(then.get("shards", ""))
+        signed = has_signature(pattern)
+        manifest = as_named(source.manifest, pattern) if signed else source.manifest
+        named[name] = replace(source, manifest=manifest)
+    return named
 
 
 def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
