@@ -45,6 +45,7 @@ from data_pipelines.text.captions import metadata_of, read_captions
 from xray.config.identity import hash_json
 from xray.errors import ConfigError, DataError
 from xray.files import is_inside, replacing
+from xray.records import parse_record
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _claim(out: Path, curated: Curated) -> None:
     wanted = {"kept": curated.kept.digest, "manifest": curated.source.manifest.digest}
     if any(out.glob("*.tar")):
         try:
-            recorded = json.loads((out / RECORD).read_text())
+            recorded = parse_record((out / RECORD).read_bytes(), dict[str, str])
         except (OSError, ValueError):
             recorded = None
         if recorded != wanted:

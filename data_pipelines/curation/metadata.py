@@ -28,6 +28,7 @@ from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
 from xray.files import read_utf8
+from xray.records import parse_record
 
 EVERY = ""  # language of metadata for texts of all languages
 ALL_TEXTS = ((EVERY, ("(any text)",)),)  # metadata=none: one entry, which matches every text
@@ -143,7 +144,7 @@ def read_metadata(path: str, casefold: bool = False) -> Metadata:
         lists: object = {EVERY: text.split("\n")}
     else:
         try:
-            lists = json.loads(text)
+            lists = parse_record(text, object)
         except ValueError as error:
             raise ConfigError(f"metadata={path} is not JSON: {error}") from error
         lists = {EVERY: lists} if isinstance(lists, list) else lists

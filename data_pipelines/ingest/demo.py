@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from xray.errors import ConfigError
 from xray.files import replacing
+from xray.records import parse_record
 
 COLORS = {
     "red": (214, 40, 40),
@@ -126,7 +127,7 @@ def _write_sets(folder: Path, config: DemoConfig) -> None:
 
 def _check_same(known: Path, config: DemoConfig) -> None:
     try:
-        there = json.loads(known.read_text())["config"]
+        there = parse_record(known.read_bytes(), dict[str, dict[str, Any]])["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{known} cannot be read ({error}): delete {known.parent}") from error
     for key, value in vars(config).items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipelines.stream.sampling import SamplePlan
 from xray.errors import ArtifactError
+from xray.records import parse_record
 from xray.urls import redact
 
 
@@ -47,9 +48,9 @@ def save(entries: Iterable[Entry], path: Path) -> None:
 def load(path: Path) -> list[Entry]:
     """Read the entries from a file; [] if it does not exist. Raises ArtifactError if broken."""
     try:
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [Entry(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [parse_record(line, Entry) for line in lines]
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"the quarantine file {path} cannot be read: {error}; use another checkpoint"
         ) from error

@@ -6,7 +6,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,24 @@ from data_pipelines.tags.reader import (
 )
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
+from xray.records import parse_record
 
 EXAMPLES = 1000  # dropped tags to remember by name, per reason
+
+
+@dataclass
+class _Row:
+    id: int
+    name: str
+    count: int
+    aliases: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Content:
+    tags: list[_Row]
+    sha256: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,25 +90,21 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         """Write the vocabulary to a JSON file."""
         columns = zip(self.tags, self.counts, self.aliases or [()] * len(self), strict=True)
-        rows = [
-            {"id": i, "name": tag, "count": count, "aliases": list(names)}
-            for i, (tag, count, names) in enumerate(columns)
-        ]
-        content = {"tags": rows, "settings": dict(self.settings), "sha256": self.digest}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+        rows = [_Row(i, tag, count, list(names)) for i, (tag, count, names) in enumerate(columns)]
+        content = _Content(rows, self.digest, dict(self.settings))
+        path.write_text(json.dumps(asdict(content), indent=1, ensure_ascii=False), "utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read a vocabulary; raises ArtifactError if it is missing, empty or was edited."""
         try:
-            content = json.loads(path.read_text("utf-8"))
-            rows, expected = content["tags"], content["sha256"]
-            aliases = tuple(tuple(r.get("aliases", ())) for r in rows)
+            content = parse_record(path.read_text("utf-8"), _Content)
+            aliases = tuple(tuple(row.aliases) for row in content.tags)
             result = cls(
-                tuple(r["name"] for r in rows),
-                tuple(r["count"] for r in rows),
+                tuple(row.name for row in content.tags),
+                tuple(row.count for row in content.tags),
                 aliases if any(aliases) else (),
-                content.get("settings", {}),
+                content.settings,
             )
         except FileNotFoundError as error:
             raise ArtifactError(f"the vocabulary {path} does not exist") from error
@@ -100,13 +112,13 @@ class Vocabulary:
             raise ArtifactError(
                 f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"{path} is not a vocabulary ({error!r}): make one with xray data tags"
+                f"{path} is not a vocabulary ({error}): make one with xray data tags"
             ) from error
-        if not rows:
+        if not content.tags:
             raise ArtifactError(f"the vocabulary {path} is empty")
-        if result.digest != expected:
+        if result.digest != content.sha256:
             raise ArtifactError(
                 f"{path} was changed: its tags do not match its sha256; make it again with xray "
                 "data tags"

@@ -6,7 +6,6 @@ seed, because runs with the same seed see the same samples in the same order.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Container, Sequence
@@ -18,6 +17,7 @@ from xray.ablations.trials import Ablation, Trial
 from xray.artifacts.artifact import find_manifest
 from xray.config import nearest
 from xray.errors import ConfigError
+from xray.records import read_record
 
 CHANCE = "chance_"
 # Relative limit between rounding errors of equal differences and the spread of measurements.
@@ -75,7 +75,9 @@ Comparison = dict[str, dict[str, Cell]]  # by arm, then by metric
 def read_outcome(trial: Trial) -> Outcome:
     """Read a finished trial's results.json and its artifacts' manifests."""
     file = trial.folder / "results.json"
-    sections = json.loads(file.read_text()) if file.is_file() else {}
+    sections: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        sections = read_record(file, dict[str, dict[str, Any]], advice="; delete it")
     manifests = {
         run.stage: find_manifest(Path(run.out) / "artifact")[2] for run in trial.recipe.runs
     }

@@ -13,6 +13,7 @@ from xray.files import write_text
 from xray.planning.estimate import resources
 from xray.planning.known_inputs import known
 from xray.progress import progress_bar
+from xray.records import read_record
 from xray.reports.tables import ResultTable, short
 
 Flops = dict[str, float | None]  # by stage run; None if the text tower does not exist yet
@@ -25,7 +26,9 @@ def flops_of(ablation: Ablation, store: Path | None) -> Flops:
     caches the counts, or None.
     """
     first = ablation.trials[: len(ablation.arms)]
-    counted: Flops = json.loads(store.read_text()) if store and store.is_file() else {}
+    counted: Flops = {}
+    if store and store.is_file():
+        counted |= read_record(store, dict[str, float], advice="; delete it")
     with progress_bar("counting FLOPs") as update:
         for number, trial in enumerate(first, start=1):
             if not set(trial.keys.values()) <= counted.keys():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from xray.config.identity import hash_json, identity
 from xray.errors import ConfigError
 from xray.files import write_text
 from xray.recipes.recipe import Recipe, recipe_layers, resolve_recipe
+from xray.records import read_record
 from xray.urls import redact_all
 
 MATCH = "match_samples"
@@ -64,7 +64,7 @@ class Trial:
         done = self.folder / "done.json"
         if self.missing() or not done.is_file():
             return False
-        return bool(json.loads(done.read_text())["key"] == self.key)
+        return read_record(done, dict[str, str], advice="; delete it") == {"key": self.key}
 
 
 @dataclass

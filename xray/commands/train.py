@@ -117,14 +117,14 @@ def replay(
     values, broken = again(bundle, run, device)
     if not dist.is_main():
         return
-    what = facts["what"]
+    what = facts.what
     name = "grad_norm" if what == "gradient norm" else what
-    was, now = facts["values"][what], repr(values[name])
-    print(f"step {facts['step'] + 1}, {what}: {was} then, {now} now")
+    was, now = facts.values.get(what), repr(values[name])
+    print(f"step {facts.step + 1}, {what}: {was} then, {now} now")
     for key in sorted(k for k in values if k.endswith("/loss")):
-        print(f"   {key}: {facts['values'].get(key)} then, {values[key]!r} now")
+        print(f"   {key}: {facts.values.get(key)} then, {values[key]!r} now")
     print("not finite, in this order: " + ("; ".join(broken) or "nothing"))
-    for source, samples in facts["samples"].items():
+    for source, samples in facts.samples.items():
         keys = ", ".join(f"{s['shard']}:{s['key']}" for s in samples[:4])
         print(f"   {source}: {keys}{', ...' if len(samples) > 4 else ''} (all in bundle.json)")
     if was != now:

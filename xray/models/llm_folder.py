@@ -13,6 +13,7 @@ from torch import nn
 
 from xray.errors import ConfigError, brief
 from xray.files import hash_file, is_inside
+from xray.records import parse_record
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
@@ -192,7 +193,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = parse_record(path.read_bytes(), object)
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: download it again") from error
     return content if isinstance(content, dict) else {"list": content}

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from xray.evaluation.zero_shot import ZERO_SHOT
 from xray.files import write_text
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags
+from xray.records import read_record
 from xray.reports.figures import subplots, svg
 from xray.reports.html import Picture, gallery, paragraph, write_report
 from xray.reports.tables import ResultTable
@@ -42,6 +43,17 @@ CLIPS = 2  # one per sheet
 COLOURS = ("#3b6ea5", "#b4552d", "#6f5b9a", "#2f7d5b", "#a33c63", "#8a6d1f", "#4a4a4a")
 SIZE = (4.4, 2.6)  # inches: the width of a phone, or half of a page
 Rows = Sequence[Mapping[str, float]]
+
+
+@dataclass
+class Facts:
+    """Contents of a report.json: what was run in a folder."""
+
+    name: str
+    root: str = ""
+    workers: int = 0
+    eval: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, str] = field(default_factory=dict)  # folders
 
 
 def write_run_report(
@@ -63,21 +75,16 @@ def write_run_report(
         parts.append(_stage_table(artifacts).html())
         versions = artifacts[-1].manifest["versions"]
         parts.append(paragraph(f"xray {versions['xray']}, {recipe.name}"))
-    write_text(recipe.out / FACTS, json.dumps(_facts(recipe), indent=1))
+    write_text(recipe.out / FACTS, json.dumps(asdict(_facts(recipe)), indent=1))
     path = recipe.out / "report.html"
     write_report(path, f"xray: {recipe.name}", parts)
     return path
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def _facts(recipe: Recipe) -> Facts:
     evaluation: Any = recipe.eval  # a dataclass by a call, which mypy does not see
-    return {
-        "name": recipe.name,
-        "root": recipe.root,
-        "workers": recipe.workers,
-        "eval": asdict(evaluation),
-        "stages": {run.stage: run.out for run in recipe.runs},
-    }
+    stages = {run.stage: run.out for run in recipe.runs}
+    return Facts(recipe.name, recipe.root, recipe.workers, asdict(evaluation), stages)
 
 
 def find_recipe(folder: Path) -> Recipe:
@@ -86,18 +93,15 @@ def find_recipe(folder: Path) -> Recipe:
     Raises ArtifactError if it contains no run.
     """
     known = folder / FACTS
-    facts: dict[str, Any] = {"name": folder.name}
+    facts = Facts(folder.name, stages={stage: str(folder / stage) for stage in STAGES})
     if known.is_file():
-        try:
-            facts = json.loads(known.read_text())
-        except ValueError as error:
-            raise ArtifactError(f"{known} is damaged ({error}): delete it") from error
-    places = facts.get("stages", {stage: str(folder / stage) for stage in STAGES})
+        facts = read_record(known, Facts, advice="; delete it")
+    places = facts.stages
     if (folder / "config.yaml").is_file():  # of a single stage
         places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}
-    recipe = Recipe(facts["name"], folder, root=facts.get("root", ""))
-    recipe.workers = facts.get("workers", 0)
-    recipe.eval = cfg.build(EvalConfig, facts.get("eval", {}))
+    recipe = Recipe(facts.name, folder, root=facts.root)
+    recipe.workers = facts.workers
+    recipe.eval = cfg.build(EvalConfig, facts.eval)
     for stage, place in places.items():
         if (Path(place) / "config.yaml").is_file():
             values = cfg.read_yaml(Path(place) / "config.yaml")
@@ -114,7 +118,11 @@ def report_again(folder: Path) -> Path:
     there = [Path(run.out) / "artifact" for run in recipe.runs]
     artifacts = [open_artifact(path) for path in there if path.is_dir()]
     results = folder / "results.json"
-    table = result_table(json.loads(results.read_text())) if results.is_file() else None
+    table = None
+    if results.is_file():
+        table = result_table(
+            read_record(results, dict[str, dict[str, float]], advice="; delete it")
+        )
     return write_run_report(recipe, artifacts, table)
 
 

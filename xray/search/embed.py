@@ -37,6 +37,7 @@ from xray.files import lock_folder
 from xray.models.inference import one_behind
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress
+from xray.records import parse_record
 from xray.search.embedding_file import (
     Block,
     Dtype,
@@ -196,7 +197,7 @@ class _Job:
     def _claimed(self) -> Any:
         """Return the job of the folder of parts; None if it is missing or incomplete."""
         try:
-            return json.loads((self.folder / "job.json").read_text())
+            return parse_record((self.folder / "job.json").read_bytes(), dict[str, Any])
         except (OSError, ValueError):
             return None
 

@@ -29,6 +29,7 @@ from xray.config import RunConfig, TrainConfig
 from xray.errors import ArtifactError, ConfigError, brief
 from xray.files import write_text
 from xray.progress import LINE_SECONDS
+from xray.records import parse_record
 from xray.training.state import TrainState
 
 log = logging.getLogger("xray")
@@ -70,7 +71,11 @@ class Sinks:
         kept = lines_up_to(path, state.step)
         write_text(path, "".join(kept))
         if kept:
-            self.last = {k: v for k, v in json.loads(kept[-1]).items() if k not in STATE_KEYS}
+            self.last = {
+                k: v
+                for k, v in parse_record(kept[-1], dict[str, float]).items()
+                if k not in STATE_KEYS
+            }
         self.file = path.open("a", buffering=1)
         self.board: Any = None
         if config.train.tensorboard:
@@ -181,20 +186,24 @@ class Terminal:
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """Return the complete lines of a metrics.jsonl up to a step."""
+    """Return the sound lines of a metrics.jsonl up to a step, and warn of damaged ones."""
     if not path.is_file():
         return []
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    kept, damaged = [], 0
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError:  # incomplete because of a kill
+            reached = parse_record(line, dict[str, float])["step"]
+        except (ValueError, KeyError):
+            damaged += number < len(lines)  # a kill leaves the last one incomplete
             continue
-        if row["step"] <= step:
-            kept.append(line if line.endswith("\n") else line + "\n")
+        if reached <= step:
+            kept.append(line.decode() + "\n")
+    if damaged:
+        log.warning("%s: %d damaged of %d lines are left out", path, damaged, len(lines))
     return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the rows of a metrics.jsonl, [] if there is none."""
-    return [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
+    return [parse_record(line, dict[str, float]) for line in lines_up_to(path, sys.maxsize)]

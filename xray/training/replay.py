@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from xray import dist
 from xray.errors import ArtifactError, ConfigError, DataError, brief
+from xray.records import read_record
 from xray.training import checkpoint
 from xray.training.accumulation import Accumulator
 from xray.training.engine import Engine
@@ -26,6 +28,22 @@ from xray.training.step_result import Events, ReducedStep
 
 FOLDER, FACTS = "bundles", "bundle.json"
 MOST = 8  # outputs and gradients that are reported
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Contents of a bundle.json: the step that was not finite.
+
+    what: name of the value that is not finite. values: the step's, as text, by name. samples:
+    position, shard and key of each, by source.
+    """
+
+    step: int
+    seed: int
+    world: int
+    what: str
+    values: dict[str, str]
+    samples: dict[str, list[dict[str, Any]]]
 
 
 def write_bundle(
@@ -39,30 +57,27 @@ def write_bundle(
     try:
         checkpoint.write_checkpoint(engine, path, state)
         if dist.is_main():
-            facts = {
-                "step": state.step,
-                "seed": run.config.seed,
-                "world": dist.world_size(),
-                "what": what,
-                "values": {name: repr(value) for name, value in sorted(values.items())},
-                "samples": samples_of(run, state.step),
-            }
-            (path / FACTS).write_text(json.dumps(facts, indent=1))
+            facts = Bundle(
+                step=state.step,
+                seed=run.config.seed,
+                world=dist.world_size(),
+                what=what,
+                values={name: repr(value) for name, value in sorted(values.items())},
+                samples=samples_of(run, state.step),
+            )
+            (path / FACTS).write_text(json.dumps(asdict(facts), indent=1), "utf-8")
     except (ArtifactError, DataError, OSError) as error:
         return f"(its bundle could not be written: {brief(error)})"
     return f"(`xray debug replay {path}` repeats the step and shows where it breaks)"
 
 
-def read_bundle(path: Path) -> dict[str, Any]:
-    """Read a bundle.json; raises ArtifactError if there is none."""
-    try:
-        return dict(json.loads((path / FACTS).read_text()))
-    except FileNotFoundError as error:
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle.json; raises ArtifactError if there is none, or a damaged one."""
+    if not (path / FACTS).is_file():
         raise ArtifactError(
             f"{path} is not a bundle: it has no {FACTS}; bundles are in RUN/{FOLDER}/"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}/{FACTS} cannot be read: {brief(error)}") from error
+        )
+    return read_record(path / FACTS, Bundle)
 
 
 def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float], list[str]]:
@@ -72,10 +87,10 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     and gradients that were not finite, in order. Raises ConfigError for another world size.
     """
     facts, config = read_bundle(path), run.config
-    if facts["world"] != dist.world_size():
+    if facts.world != dist.world_size():
         raise ConfigError(
-            f"{path} was written by {facts['world']} processes: replay it with the same number "
-            f"(torchrun --nproc_per_node {facts['world']} -m xray debug replay ...)"
+            f"{path} was written by {facts.world} processes: replay it with the same number "
+            f"(torchrun --nproc_per_node {facts.world} -m xray debug replay ...)"
         )
     module = run.build()
     engine = Engine(module, config)

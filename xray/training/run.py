@@ -25,6 +25,7 @@ from xray.config import RunConfig, dump
 from xray.config.identity import config_hash, differences, filled, hash_json, identity
 from xray.errors import ConfigError, DataError
 from xray.files import lock_folder, sha256_file, write_text
+from xray.records import read_record
 from xray.training.checkpoint import complete_checkpoints
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
@@ -231,6 +232,17 @@ def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
     return samples
 
 
+@dataclass
+class Record:
+    """Contents of a run.json: everything that determines a run's result."""
+
+    stage: str
+    config: dict[str, Any]
+    data: dict[str, str]  # digests of the sources
+    parents: dict[str, str]  # digests of the artifacts, by slot
+    inputs: dict[str, Any]
+
+
 def run_record(
     stage: Stage, config: RunConfig, sources: Mapping[str, Source], parents: Mapping[str, Artifact]
 ) -> dict[str, Any]:
@@ -279,10 +291,9 @@ def _as_recorded(sources: Mapping[str, Source], config: RunConfig) -> dict[str, 
 
 def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
     """Return the record of a folder's run, completed; {} if there is none."""
-    try:
-        old = dict(json.loads((out / "run.json").read_text()))
-    except FileNotFoundError:
+    path = out / "run.json"
+    if not path.is_file():
         return {}
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{out}/run.json cannot be read: {error}") from error
-    return _completed(old, config)
+    return _completed(
+        asdict(read_record(path, Record, ConfigError, "; choose another out=")), config
+    )

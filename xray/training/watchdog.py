@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 
 from xray import dist
+from xray.errors import ArtifactError
 from xray.files import write_text
+from xray.records import read_record
 
 FOLDER = "stuck"
 SAVING = 4  # times the patience, for a large state on a slow disk
@@ -77,14 +80,15 @@ class Watchdog:
         try:
             self._write()
             time.sleep(GRACE + self.patience / 5)
-            known = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+            paths = sorted(self.folder.glob("*.json"))
+            known = [read_record(path, dict[str, Any]) for path in paths]
             line = ""
             if known and known[0]["rank"] == dist.rank():
                 line = verdict(known, dist.world_size(), seconds, self.folder)
-        except OSError as error:
+        except (OSError, ArtifactError) as error:
             line = (
                 f"no progress for {seconds:.0f} s at step {self._step + 1}, rank {dist.rank()} is "
-                f"in {self._place}; {self.folder} cannot be written: {error}"
+                f"in {self._place}; {self.folder} cannot be used: {error}"
             )
         if line:
             print(f"xray: {line}", file=sys.stderr, flush=True)
