@@ -40,7 +40,7 @@ def read_record(
     except OSError as error:
         raise kind(f"{path} cannot be read: {error.strerror}{advice}") from error
     except ValueError as error:
-        raise kind(f"{path} is damaged: {error}{advice}") from error
+        raise kind(f"{path} cannot be read: {error}{advice}") from error
 
 
 @functools.cache

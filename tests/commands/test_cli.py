@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from child_process import RECIPE, xray
 from in_process import invoke
 from shards import jpeg, write_tar
+
+from xray.commands.common import guarded
 
 
 def test_help_needs_no_torch() -> None:
@@ -181,3 +184,50 @@ def test_real_photos_and_clips(shared_data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["retrieval"]["images"] == 1000 and results["zero_shot"]["classes"] == 100
+
+
+@pytest.mark.parametrize("value", ["${name}", "${out}", "${nothing.there}"])
+def test_a_value_of_a_recipe_that_refers_to_itself_or_to_nothing(
+    tmp_path: Path, value: str
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"name: {value}\nout: ${{name}}\nstages: [mae]\n")
+    for command in ("run", "config"):
+        done = invoke(command, recipe)
+        assert done.exit_code == 2, done.output
+        assert done.stderr.count("\n") == 1 and "cannot be resolved: " in done.stderr
+
+
+def test_an_interrupt_during_the_imports_has_no_traceback() -> None:
+    code = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "xray.commands.data":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+sys.meta_path.insert(0, Interrupt())
+from xray.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_memory_of_a_device_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    @guarded
+    def command() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1")
+
+    with pytest.raises(SystemExit, match="1"):
+        command()
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1; set a smaller batch_size"
+    assert capsys.readouterr().err == f"xray: {told}\n"
+
+
+def test_a_name_that_is_too_long_is_shortened_in_the_message() -> None:
+    done = invoke("data", "check", "n" * 5000)
+    assert done.exit_code == 2 and "does not exist" in done.stderr
+    assert " ... " in done.stderr and len(done.stderr) < 2100

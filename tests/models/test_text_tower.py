@@ -150,6 +150,15 @@ def test_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_an_empty_caption_is_encoded_alike_alone_and_beside_others(folder: Path) -> None:
+    config = TextConfig(llm=str(folder), tune="none", lora_rank=0)
+    tokenizer, tower = CaptionTokenizer(folder, config), TextTower(config, folder).eval()
+    with torch.no_grad():
+        alone, beside = (tower(**tokenizer(texts)) for texts in ([""], ["", "a red circle"]))
+    assert tokenizer([""])["input_ids"].shape == (1, 1)
+    torch.testing.assert_close(alone[0], beside[0])
+
+
 def test_prompt_is_read_but_not_pooled(folder: Path) -> None:
     config = TextConfig(str(folder), "none", prompt="find the picture: ", max_length=48)
     language = Language(config)

@@ -53,6 +53,7 @@ Modality = Annotated[str, typer.Option(help="image or video (default: what there
 Workers = Annotated[int, typer.Option(min=1, help="Processes")]
 # 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
 EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
+LONGEST = 2000  # characters of an error; a name may have 4,096
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 
@@ -78,12 +79,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 dist.leave()
             if dist.is_main() or not agreed:
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
-                print(f"{who}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
+                print(f"{who}: {_line(error)}", file=sys.stderr)
             code = EXIT_CODES.get(type(error), 2)
             if not agreed and dist.world_size() > 1:
                 sys.stderr.flush()
                 os._exit(code)  # threads of collectives, which never end, could keep it alive
             raise SystemExit(code) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+                raise
+            print(f"xray: {_line(error)}; set a smaller batch_size", file=sys.stderr)
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             if dist.is_main():
                 print(
@@ -107,6 +113,12 @@ def _concealed(value: Any) -> Any:
         return [_concealed(item) for item in value]
     setting = isinstance(value, str) and re.match(r"[\w.]+=", value)
     return conceal(value) if isinstance(value, str) and not setting else value
+
+
+def _line(error: Exception) -> str:
+    """Return an error's text as one line, without credentials; a very long one is shortened."""
+    text = " ".join(redact(str(error)).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def _reader_is_gone() -> bool:

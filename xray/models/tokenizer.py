@@ -51,20 +51,25 @@ class CaptionTokenizer:
 
         Rows are padded on the right. `pooled_mask` is 0 for padding and the prompt.
         """
-        encoded = self.tokenizer(
-            [self.prompt + caption for caption in captions],
-            truncation=True,
-            max_length=self.max_length,
-            padding=True,
-            return_tensors="pt",
-            return_offsets_mapping=bool(self.prompt),
-        )
+        encoded = self._encoded(captions, self.max_length, padding=True)
+        if not encoded["input_ids"].numel():  # only empty captions, and no special tokens
+            encoded = self._encoded(captions, 1, padding="max_length")
         mask = encoded["attention_mask"]
         pooled = mask
         if self.prompt:
             after = encoded["offset_mapping"][..., 1] > len(self.prompt)
             pooled = mask * (after.long().cumsum(dim=1) > 0)
         return {"input_ids": encoded["input_ids"], "attention_mask": mask, "pooled_mask": pooled}
+
+    def _encoded(self, captions: Sequence[str], most: int, padding: bool | str) -> Any:
+        return self.tokenizer(
+            [self.prompt + caption for caption in captions],
+            truncation=True,
+            max_length=most,
+            padding=padding,
+            return_tensors="pt",
+            return_offsets_mapping=bool(self.prompt),
+        )
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Count the tokens of each caption with its prompt, without truncation."""

@@ -13,12 +13,14 @@ section takes the run's sections (optim, train, ...) and the stage's own options
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stages import STAGES, stage_class
 from xray.artifacts.offers import slot_of
@@ -148,10 +150,20 @@ def check_keys(layer: Mapping[str, Any]) -> None:
 
 
 def _resolve(content: dict[str, Any]) -> dict[str, Any]:
-    try:
+    with _resolving():
         return OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # type: ignore
-    except Exception as error:
-        raise ConfigError(f"the recipe does not resolve: {error}") from error
+
+
+@contextmanager
+def _resolving() -> Iterator[None]:
+    """Raise ConfigError that names the key whose value cannot be resolved."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key or 'the recipe'} cannot be resolved: {cause}"
+        ) from error
 
 
 def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +174,8 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
 
-    missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
+    with _resolving():
+        missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
     if missing:
         raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=...")
     return _resolve(content)
