@@ -140,8 +140,13 @@ def sync_tree(folder: Path) -> None:
     """Flush every file below a folder to disk: a later rename cannot precede its content."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync_file(file)
+
+
+def sync_file(file: Path) -> None:
+    """Flush a file to disk."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sha256_file(path: Path) -> str:

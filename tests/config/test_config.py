@@ -99,6 +99,7 @@ def test_naming_a_model_drops_the_previous_models_kwargs() -> None:
 
 def test_runtime_fields_are_not_hashed() -> None:
     base = config_hash(mae())
+    assert config_hash(mae("train.save_in_background=true")) == base
     assert config_hash(mae("data.workers=7", "train.micro_batch=2", "zero=2")) == base
     assert config_hash(mae("mae.mask_ratio=0.6")) != base
 

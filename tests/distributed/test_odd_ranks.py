@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SAID = {
     "metrics": "metrics.jsonl",
     "checkpoints": "step_00000003 cannot be written: .*earlier checkpoints are unchanged",
     "artifact": "artifact cannot be written: .*/no/notes",
+    "thread": "step_00000003 cannot be written: .*No space left.*earlier checkpoints are unchanged",
     "signal": "stopped by a signal at step 2; the same command continues",
 }
 
@@ -44,6 +46,15 @@ def test_an_error_of_one_rank_ends_both(ended: tuple[Path, str], name: str) -> N
     one, two = ((ended[0] / f"{name}.{rank}").read_text() for rank in (0, 1))
     assert one == two
     assert re.match(rf"True \w+ .*{SAID[name]}", one), one
+
+
+def test_ranks_complete_a_slow_checkpoint_after_the_same_step(ended: tuple[Path, str]) -> None:
+    one, two = (json.loads((ended[0] / f"completed.{rank}").read_text()) for rank in (0, 1))
+    assert one == two and [name for name, _ in one][:2] == ["step_00000003", "step_00000006"]
+    assert 5 <= one[0][1] <= 6  # before the next one begins at the latest
+    names = [path.name for path in complete_checkpoints(ended[0] / "slow_write" / "checkpoints")]
+    assert names == ["step_00000009", "step_00000010"]
+    assert not list((ended[0] / "thread" / "checkpoints").iterdir())
 
 
 def test_two_processes_continue_from_a_mirror_alone(ended: tuple[Path, str]) -> None:

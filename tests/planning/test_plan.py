@@ -176,6 +176,24 @@ def test_zero_stages_divide_their_states(demo: Path, tmp_path: Path) -> None:
     assert memory[2].gradients <= whole // 8 < memory[1].gradients
 
 
+def test_copies_for_saving_in_the_background_take_host_memory(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks take turns in writing the files: of four files, three ranks copy at most two."""
+    names = "train.save_in_background=true", "train.ema=0.9"
+    config = settings("mae", demo, tmp_path, IMAGES, *names)
+    alone = resources(config, FACTS, 1)
+    assert alone.memory.host == alone.checkpoint == 16 * alone.size.trained
+    file = alone.checkpoint // 4 + 1
+    assert file > 16 * alone.size.largest
+    monkeypatch.setattr("xray.planning.estimate.FILE_BYTES", file)
+    size, rehearsal = alone.size, rehearse(config, FACTS, 0.0)
+    hosts = [memory_of(config, size, rehearsal, world).host for world in (1, 2, 3, 4, 8)]
+    assert hosts == [alone.checkpoint, 2 * file, 2 * file, file, file]
+    config.train.save_in_background = False
+    assert memory_of(config, size, rehearsal, 2).host == 0
+
+
 def test_a_frozen_llm_in_bf16_takes_half_the_memory(demo: Path, tmp_path: Path) -> None:
     facts, sizes = dataclasses.replace(FACTS, llm=demo / "llm"), {}
     for tune, rank in (("none", 0), ("lora", 2)):

@@ -1,7 +1,8 @@
 """Runs `xray ARGS...` and kills this process by SIGKILL at a chosen moment.
 
 usage: python kill_helper.py MOMENT ARGS...
-MOMENT is step:N (after step N), save:N (during save number N) or artifact:STAGE (after that stage).
+MOMENT is step:N (after step N), save:N (during save number N), file:N (after file number N of the
+checkpoints, in the thread that writes it) or artifact:STAGE (after that stage).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def arm(moment: str) -> None:
     """Patch the trainer so that it kills this process at a moment."""
     import xray.training.checkpoint
     import xray.training.metrics
+    import xray.training.portable_state
     import xray.training.trainer
 
     kind, _, which = moment.partition(":")
@@ -43,6 +45,17 @@ def arm(moment: str) -> None:
                 die()
 
         xray.training.checkpoint.sync_tree = sync_and_die
+    elif kind == "file":
+        write = xray.training.portable_state.save_tensors
+        files = []
+
+        def write_file_and_die(path, tensors):  # type: ignore[no-untyped-def]
+            write(path, tensors)
+            files.append(path)
+            if len(files) == int(which):
+                die()
+
+        xray.training.portable_state.save_tensors = write_file_and_die
     else:  # between two stages
         export = xray.training.trainer._export
 

@@ -1,14 +1,18 @@
 """Training runs of two processes in which one rank is slow or fails, and one that loses its disk.
 
 usage: torchrun --nproc_per_node 2 odd_ranks.py DEMO OUT
-If rank 0 cannot write, OUT/NAME.RANK contains the error that each rank raised.
+If a rank cannot write, OUT/NAME.RANK contains the error that each rank raised. OUT/completed.RANK
+lists the steps after which a slow checkpoint was completed.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +26,13 @@ from stages.mae import MaeStage
 from xray import dist
 from xray.errors import XrayError
 from xray.models.backbone import VisionBackbone
-from xray.training import step_data
+from xray.training import portable_state, step_data
+from xray.training.checkpoint import CheckpointWriter
 
 OWN, SECONDS = 0.05, 0.4  # of each forward pass on every rank; more, on the slow rank
 ONCE = (ALL_TOKENS, "train.samples=48", "train.log_every=4")
-TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal")
+TROUBLE = ("folder", "metrics", "checkpoints", "artifact", "signal", "thread")
+IN_BACKGROUND = ("train.samples=120", "train.save_every=3", "train.save_in_background=true")
 
 
 class Clock:
@@ -79,6 +85,49 @@ def blocked_folder(out: Path, name: str) -> Path:
     return run
 
 
+def fail_in_thread(patch: pytest.MonkeyPatch) -> None:
+    """Let the disk of rank 1 be full when its thread writes the checkpoint of step 3."""
+    save_tensors = portable_state.save_tensors
+
+    def full(path: Path, tensors: Any) -> None:
+        if not dist.is_main() and "step_00000003" in str(path):
+            assert threading.current_thread() is not threading.main_thread()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_tensors(path, tensors)
+
+    patch.setattr(portable_state, "save_tensors", full)
+
+
+def slow_write(demo: Path, out: Path) -> None:
+    """Train a run in which rank 1 writes the checkpoint of step 3 after its own step 5."""
+    done, steps, completed = threading.Event(), [0], []
+    save_tensors, after_step = portable_state.save_tensors, MaeStage.after_step
+    complete = CheckpointWriter.complete
+
+    def count(self: MaeStage, *given: Any) -> None:
+        after_step(self, *given)
+        steps[0] += 1
+        if steps[0] == 5:
+            done.set()
+
+    def wait(path: Path, tensors: Any) -> None:
+        if not dist.is_main() and "step_00000003" in str(path):
+            assert done.wait(600), "training waits for the checkpoint"
+        save_tensors(path, tensors)
+
+    def record(self: CheckpointWriter, written: Callable[[], object]) -> None:
+        complete(self, written)
+        completed.append((self.target.name, steps[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaeStage, "after_step", count)
+        patch.setattr(portable_state, "save_tensors", wait)
+        patch.setattr(portable_state, "FILE_BYTES", 50_000)  # files for both ranks
+        patch.setattr(CheckpointWriter, "complete", record)
+        train("mae", demo, out / "slow_write", ALL_TOKENS, *IN_BACKGROUND)
+    (out / f"completed.{dist.rank()}").write_text(json.dumps(completed))
+
+
 def mirrored(demo: Path, out: Path) -> None:
     """Train a run with a mirror, lose its folder, and train it again from the mirror.
 
@@ -123,8 +172,14 @@ def main() -> None:
                 patch.setattr(MaeStage, "export_files", lambda _: {"notes.txt": Path("/no/notes")})
             if name == "signal" and not dist.is_main():
                 patch.setattr(MaeStage, "after_step", lambda *_: os.kill(os.getpid(), SIGUSR1))
+            more = ONCE
+            if name == "thread":
+                patch.setattr(portable_state, "FILE_BYTES", 50_000)
+                fail_in_thread(patch)
+                more = (ALL_TOKENS, *IN_BACKGROUND)
             error_file = out / f"{name}.{dist.rank()}"
-            record_error(lambda run=run: train("mae", demo, run, *ONCE), error_file)
+            record_error(lambda run=run, more=more: train("mae", demo, run, *more), error_file)
+    slow_write(demo, out)
     mirrored(demo, out)
     dist.leave()
 

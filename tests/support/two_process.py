@@ -26,9 +26,10 @@ STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # stage of runs that have ano
 # small a model.
 WITHOUT_EFFECT = {
     0: [],
-    1: [],
+    1: ["train.save_in_background=true"],
     2: ["zero.offload=true"],
     3: [
+        "train.save_in_background=true",
         "zero.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
         "model.grad_checkpointing=true",
     ],

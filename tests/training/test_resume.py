@@ -21,6 +21,8 @@ from tiny import settings
 from stages.mae import MaeStage
 from xray.training.run import Run
 
+IN_BACKGROUND = "train.save_in_background=true"
+
 
 def run(root: Path, out: Path, *more: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
     """Run the recipe in a process of its own."""
@@ -45,12 +47,24 @@ def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("moment", ["step:5", "save:2", "artifact:mae"])
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        ("step:5", ()),
+        ("save:2", ()),
+        ("artifact:mae", ()),
+        ("save:2", (IN_BACKGROUND,)),
+        ("file:3", (IN_BACKGROUND,)),  # the first of two files of the second checkpoint
+    ],
+)
 def test_killed_runs_have_the_results_of_others(
-    demo: Path, tmp_path: Path, unkilled: Path, moment: str
+    demo: Path, tmp_path: Path, unkilled: Path, moment: str, more: tuple[str, ...]
 ) -> None:
     out = tmp_path / "run"
-    assert run(demo, out, killed_at=moment).returncode == -signal.SIGKILL
+    assert run(demo, out, *more, killed_at=moment).returncode == -signal.SIGKILL
+    if more:
+        names = sorted(path.name for path in (out / "mae" / "checkpoints").iterdir())
+        assert names == ["step_00000002", "tmp-step_00000004"]
     again = run(demo, out)
     assert again.returncode == 0, again.stderr
     expected = "stage mae is finished" if moment.startswith("artifact") else "continues from"

@@ -33,14 +33,14 @@ from data_pipelines.ingest.demo import DemoConfig, make_demo
 from stages.mae import MaeConfig, MaeModule, MaeStage
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved
-from xray.config import BlockConfig, SourceConfig, TrainConfig
+from xray.config import BlockConfig, SourceConfig
 from xray.dist import choose_device
 from xray.optim import parameter_groups, set_lr
-from xray.training import checkpoint
-from xray.training.checkpoint import load_checkpoint, save_checkpoint
+from xray.training.checkpoint import load_checkpoint, write_checkpoint
 from xray.training.deepspeed_setup import init_distributed
 from xray.training.engine import Engine
 from xray.training.loop import TrainingLoop
+from xray.training.saving import Saver
 from xray.training.state import TrainState
 from xray.training.step_data import StepData
 from xray.training.trainer import train_stage
@@ -190,7 +190,7 @@ def _loop_times(config: MaeConfig, device: torch.device, clock: Callable[[], flo
         (TrainingLoop, "run_steps", loop),
         *((Engine, name, model) for name in ("__call__", "backward", "step")),
         (StepData, "fetch", rest),
-        (checkpoint, "save_checkpoint", rest),
+        (Saver, "save", rest),
     ]
     with ExitStack() as patches:
         for owner, name, watch in timed:
@@ -213,15 +213,15 @@ def checkpoints(options: argparse.Namespace, device: torch.device) -> Table:
         steps.through(engine)()  # creates the optimizer's moments
         size = STATE * sum(engine.trained.values())
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-            folder = Path(temporary)
+            folder, target = Path(temporary), Path(temporary) / "step_00000001"
             state = {"state": torch.zeros(size // 4)}
             runs: dict[str, Callable[[], object]] = {
                 "plain": partial(save_file, state, folder / "plain.safetensors"),
-                "save": partial(save_checkpoint, engine, folder, TrainState(step=1), TrainConfig()),
-                "load": partial(load_checkpoint, engine, folder / "step_00000001"),
+                "save": partial(write_checkpoint, engine, target, TrainState(step=1)),
+                "load": partial(load_checkpoint, engine, target),
             }
             seconds = interleaved(runs, 5)
-            files = [path for path in (folder / "step_00000001").rglob("*") if path.is_file()]
+            files = [path for path in target.rglob("*") if path.is_file()]
             written = sum(path.stat().st_size for path in files)
         save, load, plain = (statistics.median(seconds[k]) for k in ("save", "load", "plain"))
         cells = [f"{size / 1e6:,.0f}", f"{written / 1e6:,.0f}", f"{written / size:.4f}"]

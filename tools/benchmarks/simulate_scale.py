@@ -151,7 +151,7 @@ def sample_plan() -> Table:
 
 
 def save_rate(folder: Path) -> float:
-    """Measure the bytes/s of save_portable for a ViT-S with AdamW, including fsync."""
+    """Measure the bytes/s of writing the state of a ViT-S with AdamW, including fsync."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -163,7 +163,7 @@ def save_rate(folder: Path) -> float:
     from xray.planning.memory_tracker import materialize
     from xray.training.deepspeed_setup import init_distributed
     from xray.training.engine import Engine
-    from xray.training.portable_state import save_portable
+    from xray.training.portable_state import FOLDER, portable_files, write_files
 
     init_distributed(torch.device("cpu"))
     config = cfg.load_config(stage_class("mae").Config, "mae", BASE)
@@ -177,7 +177,8 @@ def save_rate(folder: Path) -> float:
     for _ in range(3):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             start = time.perf_counter()
-            save_portable(engine, Path(temporary))
+            (Path(temporary) / FOLDER).mkdir()
+            write_files(portable_files(engine), Path(temporary))
             files = [path for path in Path(temporary).rglob("*") if path.is_file()]
             for path in files:
                 with path.open("rb") as file:

@@ -12,8 +12,9 @@ import torch
 
 from tools.gpu.findings import Check, Finding, Number, Scale
 from tools.gpu.stage_steps import StageSteps, toy_settings
-from xray.config import TrainConfig
-from xray.training.checkpoint import load_checkpoint, save_checkpoint
+from xray.training.checkpoint import load_checkpoint, write_checkpoint
+from xray.training.host_buffer import HostBuffer
+from xray.training.portable_state import own_values, portable_files
 from xray.training.state import TrainState
 
 CASES = [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
@@ -48,6 +49,8 @@ def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
     for stage in range(4):
         yield from _promises(device, stage)
     yield from _moved(device)
+    if device.type == "cuda":
+        yield _copied(device)
 
 
 def _steps(device: torch.device, stage: int, offload: bool = False) -> StageSteps:
@@ -92,9 +95,10 @@ def _moved(device: torch.device) -> Iterator[Finding]:
     with TemporaryDirectory() as folder:
         saved, loaded = _steps(device, SAVED), _steps(device, LOADED)
         saved.step()
-        save_checkpoint(saved.engine, Path(folder), TrainState(step=1), TrainConfig())
+        path = Path(folder) / "step_00000001"
+        write_checkpoint(saved.engine, path, TrainState(step=1))
         loaded.step(5)
-        load_checkpoint(loaded.engine, Path(folder) / "step_00000001")
+        load_checkpoint(loaded.engine, path)
     different = [
         f"{name}, {slot or 'weight'}"
         for name in saved.engine.trained
@@ -106,3 +110,26 @@ def _moved(device: torch.device) -> Iterator[Finding]:
     yield Number("trained values", sum(saved.engine.trained.values()))
     for steps in (saved, loaded):
         steps.engine.destroy()
+
+
+def _copied(device: torch.device) -> Check:
+    """Copy a state to page-locked memory, train on, and compare it with the state before."""
+    steps = _steps(device, SAVED)
+    steps.step()
+    expected = dict(portable_files(steps.engine))
+    host = HostBuffer(own_values(steps.engine), device)
+    copied = dict(portable_files(steps.engine, host.keep))
+    steps.step()
+    host.wait()
+    different = [
+        f"{file}, {name}"
+        for file, tensors in expected.items()
+        if isinstance(tensors, dict)
+        for name, value in tensors.items()
+        if not torch.equal(value, copied[file][name])
+    ]
+    host.close()
+    steps.engine.destroy()
+    return Check(
+        "tensors that differ in a copy for the background", not different, different[:3], "none"
+    )

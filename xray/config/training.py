@@ -150,6 +150,8 @@ class TrainConfig:
     micro_batch: Any = runtime(0)
     log_every: int = runtime(10)  # steps; 0 = at the end only
     save_every: int = runtime(200)  # steps
+    # write checkpoints while training goes on, from copies in the host's memory
+    save_in_background: bool = runtime(False)
     keep_checkpoints: int = runtime(2)  # number of newest checkpoints to keep
     mirror: str = runtime("")  # a URL: checkpoints and the artifact are copied to URL/STAGE/
     keep_every: int = runtime(0)  # steps; also keep checkpoints at its multiples; 0 = none

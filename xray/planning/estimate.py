@@ -23,6 +23,7 @@ from xray.config.model import Checkpointing
 from xray.config.schedule import steps_of
 from xray.optim import SLOTS, reduce_bucket
 from xray.planning.fake_step import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
+from xray.training.state import FILE_BYTES
 from xray.training.throughput import Gpu
 
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
@@ -66,7 +67,7 @@ class Resources:
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: trained fp32 weights, their average if it is kept, moments."""
-        return FP32 * self.size.trained * (1 + _slots(self.config))
+        return _saved(self.config, self.size.trained)
 
     def hours(self, gpu: Gpu, mfu: float) -> float:
         """Estimate the hours of the stage at a model FLOPs utilisation of `mfu`."""
@@ -127,12 +128,11 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
     kept = _kept(config, size, own)
     buffers += kept
     update = 2 * FP32 * size.largest if stage == 0 else 3 * own
+    host = _copied(config, size, world) if config.train.save_in_background else 0
     if offload:
-        host = optimizer + own + (own if stage < 3 else (size.frozen_bytes + trained) // world)
+        host += optimizer + own + (own if stage < 3 else (size.frozen_bytes + trained) // world)
         optimizer, update = 0, 0
         buffers += 2 * FP32 * size.largest if stage < 3 else 0
-    else:
-        host = 0
     in_backward = peak.total - peak.gradients + gradients + buffers
     steady = trained if stage == 0 else own if stage == 3 else 0
     in_update = steady + update + kept
@@ -140,6 +140,17 @@ def memory_of(config: RunConfig, size: Size, rehearsal: Rehearsal, world: int) -
     if in_backward >= in_update:
         return Memory(*parts, peak.logits, peak.batch, buffers, host)
     return Memory(held, llm, steady, optimizer, 0, 0, 0, update + kept, host)
+
+
+def _copied(config: RunConfig, size: Size, world: int) -> int:
+    """Count the bytes of a rank's files of a checkpoint, which it copies to save them."""
+    whole, file = _saved(config, size.trained), max(FILE_BYTES, _saved(config, size.largest))
+    return min(whole, -(-whole // (file * world)) * file)
+
+
+def _saved(config: RunConfig, values: int) -> int:
+    """Count the bytes of trained values and their slots in a checkpoint."""
+    return FP32 * values * (1 + _slots(config))
 
 
 def _slots(config: RunConfig) -> int:

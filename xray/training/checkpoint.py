@@ -5,21 +5,29 @@ checkpoints/step_00000200/  portable/  state.json  quarantine.jsonl  COMPLETE
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipelines.stream import quarantine
 from xray import dist
 from xray.config import TrainConfig
 from xray.errors import ArtifactError
-from xray.files import replacing, sync_tree
+from xray.files import sync_tree
 from xray.training.engine import Engine
-from xray.training.portable_state import load_portable, save_portable
+from xray.training.portable_state import (
+    FOLDER,
+    Content,
+    load_portable,
+    portable_files,
+    write_files,
+)
 from xray.training.state import TrainState
 
 
@@ -80,49 +88,74 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:
     return dataclasses.replace(state, world=dist.world_size(), zero_stage=engine.stage)
 
 
-def save_checkpoint(engine: Engine, folder: Path, state: TrainState, train: TrainConfig) -> Path:
-    """Write a checkpoint of a run and remove those that are no longer kept. Collective.
+def prune(folder: Path, train: TrainConfig) -> None:
+    """Remove the checkpoints of a run that are no longer kept. Collective."""
 
-    Raises ArtifactError on every rank if one cannot write; earlier checkpoints are then kept.
-    """
-    target = folder / f"step_{state.step:08d}"
-    try:
-        write_checkpoint(engine, target, state)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"checkpoint {target} cannot be written: {error}; earlier checkpoints are unchanged, "
-            "and the same command continues from the last of them"
-        ).on_all_ranks() from error
-
-    def prune() -> None:
+    def remove() -> None:
         complete = complete_checkpoints(folder)
         for old in set(complete) - staying(complete, train):
             shutil.rmtree(old, ignore_errors=True)
 
-    dist.on_main(prune)
-    return target
+    dist.on_main(remove)
 
 
 def write_checkpoint(engine: Engine, target: Path, state: TrainState) -> None:
     """Write the engine and the state. Collective; raises ArtifactError on every rank."""
-    temporary = target.with_name(f"tmp-{target.name}")
+    writer = CheckpointWriter(target, state)
+    writer.complete(lambda: writer.write(portable_files(engine)))
 
-    def begin() -> None:
-        run = target.parent.parent
+
+class CheckpointWriter:
+    """Checkpoint under a temporary name, until it is complete.
+
+    Creating it is collective and raises ArtifactError on every rank.
+    """
+
+    def __init__(self, target: Path, state: TrainState) -> None:
+        self.target, self.state = target, copy.deepcopy(state)  # training may go on meanwhile
+        self._temporary = target.with_name(f"tmp-{target.name}")
+        with self.discarded_on_error():
+            dist.on_main(self._begin)
+
+    def write(self, files: Iterable[tuple[str, Content]]) -> None:
+        """Write this rank's files; raises ArtifactError after the last of them."""
+        write_files(files, self._temporary)
+
+    def complete(self, written: Callable[[], object]) -> None:
+        """Call `written` on each rank, then give the checkpoint its name. Collective.
+
+        Raises ArtifactError on every rank; what was written is then removed.
+        """
+        with self.discarded_on_error():
+            dist.together(written, kind=ArtifactError, doing="writing the checkpoint")
+            dist.on_main(self._end)
+
+    def discard(self) -> None:
+        """Remove the files of a checkpoint that is not complete."""
+        if dist.is_main():
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Context in which an error discards the checkpoint."""
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+
+    def _begin(self) -> None:
+        run = self.target.parent.parent
         if not run.is_dir():  # creating it again would leave a run with half of its files
             raise FileNotFoundError(f"{run} was removed during training")
-        writing.enter_context(replacing(target, temporary))
-        temporary.mkdir(parents=True)
+        self.discard()  # the remains of a killed run
+        (self._temporary / FOLDER).mkdir(parents=True)
 
-    def end() -> None:
-        (temporary / "state.json").write_text(json.dumps(state.to_json(), indent=1))
-        quarantine.save(state.quarantine, temporary / "quarantine.jsonl")
+    def _end(self) -> None:
+        temporary = self._temporary
+        (temporary / "state.json").write_text(json.dumps(self.state.to_json(), indent=1))
+        quarantine.save(self.state.quarantine, temporary / "quarantine.jsonl")
         (temporary / "COMPLETE").write_text("")
         sync_tree(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        writing.close()
-
-    with ExitStack() as writing:  # on an error it removes the temporary folder, on rank 0
-        dist.on_main(begin)
-        save_portable(engine, temporary)
-        dist.on_main(end)
+        shutil.rmtree(self.target, ignore_errors=True)
+        os.replace(temporary, self.target)

@@ -19,7 +19,6 @@ from xray import dist
 from xray.config.schedule import steps_of, value_at
 from xray.errors import Preempted, TrainingError
 from xray.optim import lr_at
-from xray.training import checkpoint
 from xray.training.accumulation import Accumulator
 from xray.training.bad_samples import BadSamples
 from xray.training.engine import Engine
@@ -28,6 +27,7 @@ from xray.training.metrics import Sinks
 from xray.training.out_of_memory import explained
 from xray.training.replay import write_bundle
 from xray.training.run import Run
+from xray.training.saving import Saver
 from xray.training.state import TrainState
 from xray.training.step_data import (
     StepData,
@@ -42,6 +42,7 @@ from xray.training.telemetry import DATA, Telemetry
 from xray.training.watchdog import SAVING
 
 log = logging.getLogger("xray")
+READING = "reading the metrics of the step"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -93,6 +94,7 @@ class TrainingLoop:
     device: torch.device
     sinks: Sinks
     telemetry: Telemetry
+    saver: Saver
     signals: StopSignals
 
     def __post_init__(self) -> None:
@@ -101,7 +103,6 @@ class TrainingLoop:
         self.micros = Accumulator(self.engine, run.stage, self.device, run.config.seed)
         self.bad = BadSamples(run.out, self.state, run.plans | run.validation_plans)
         self.spikes = SpikeDetector(run, self.state)
-        self._saved: dict[str, float] = {}  # metrics of the last save, until they are logged
         self._pin = self.device.type == "cuda"
         plans = run.validation_plans
         self.validation = ValidationData(run.stage, run.config, plans, self._pin)
@@ -169,7 +170,8 @@ class TrainingLoop:
             failure = data.fetch()
         waited = self.telemetry.end_own_work()
         bad = replaced_samples(loaded)
-        events = Events(self.signals.received, failure, len(bad), waited)
+        writing = self.saver.writing
+        events = Events(self.signals.received, failure, len(bad), waited, writing)
         values = decoding_metrics(loaded) | self._epochs(step)
         return PendingStep(step, ReducedStep(events, metrics, self.device), bad, values)
 
@@ -198,8 +200,12 @@ class TrainingLoop:
         Raises the errors of `run_steps`.
         """
         config, state, step = self.config, self.state, pending.step
-        self.telemetry.mark("reading the metrics of the step")
+        self.telemetry.mark(READING)
         events, metrics = pending.result.read()
+        if self.saver.pending and not events.writing:  # on no rank
+            self.telemetry.mark("saving", SAVING)
+            self.saver.complete()
+            self.telemetry.mark(READING)
         if events.replaced:
             read = state.samples + config.global_batch
             self.bad.account(pending.bad, read, config.data.max_bad_fraction)
@@ -219,7 +225,7 @@ class TrainingLoop:
             values |= self._validate(1.0 if last else config.progress(step))
         self._log(values, config.progress(step), last or _every(step + 1, config.train.log_every))
         if last or events.preempted or _every(step + 1, config.train.save_every):
-            self._save(values)
+            self._save(values, at_once=last or events.preempted)
         if events.preempted:
             raise Preempted(
                 f"stopped by a signal at step {step + 1}; the same command continues"
@@ -255,16 +261,15 @@ class TrainingLoop:
     def _log(self, values: dict[str, float], progress: float, logged: bool) -> None:
         """Show the step, and write its line and the stage's warnings if it is logged."""
         if logged:
-            values |= self.telemetry.report() | self._saved
-            self._saved = {}
+            values |= self.telemetry.report() | self.saver.take_metrics()
         self.sinks.write(self.state, values, logged)
         if logged:
             for warning in self.stage.watch(values, progress):
                 log.warning("step %d: %s", self.state.step, warning)
 
-    def _save(self, values: dict[str, float]) -> None:
+    def _save(self, values: dict[str, float], at_once: bool) -> None:
         """Save a checkpoint; the seconds it takes are in the next logged line."""
-        train, state, mirror = self.config.train, self.state, self.run.mirror
+        train, state = self.config.train, self.state
         state.score = values.get(train.best_by)
         if train.keep_best and state.score is None:
             log.warning(
@@ -273,16 +278,7 @@ class TrainingLoop:
                 state.step, train.best_by, ", ".join(sorted(values)),
             )  # fmt: skip
         self.telemetry.mark("saving", SAVING)
-        begun = time.monotonic()
-        if mirror is not None:
-            mirror.wait()  # it reads checkpoints that this save may remove
-        folder = checkpoint.save_checkpoint(self.engine, self.run.out / "checkpoints", state, train)
-        seconds = time.monotonic() - begun
-        self._saved = {"save/seconds": seconds}
-        self.run.copy()
-        if dist.is_main():
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            log.info("step %d: saved %.3g GB in %.1f s", state.step, size / 1e9, seconds)
+        self.saver.save(state, at_once)
 
     def _epochs(self, step: int) -> dict[str, float]:
         """Return the number of epochs over each source after a step."""

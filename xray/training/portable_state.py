@@ -8,9 +8,8 @@ time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +19,64 @@ from torch import Tensor
 from xray import dist
 from xray.artifacts.artifact import save_tensors
 from xray.errors import ArtifactError, brief
-from xray.files import inside
+from xray.files import inside, sync_file
 from xray.training.engine import Engine
+from xray.training.state import FILE_BYTES
 
 FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
 VERSION = 1
-FILE_BYTES = 1 << 29  # most bytes in one file, except for larger parameters
 WEIGHT = "weight"
+Content = dict[str, Tensor] | str  # of a file: safetensors or text
 
 
-def save_portable(engine: Engine, checkpoint: Path) -> None:
-    """Write the state to a checkpoint; collective. Raises ArtifactError on every rank."""
-    folder, failure = checkpoint / FOLDER, None
-    dist.on_main(folder.mkdir)
+def portable_files(
+    engine: Engine, keep: Callable[[Tensor], Tensor] = Tensor.cpu
+) -> Iterator[tuple[str, Content]]:
+    """Yield the names and contents of the files that this rank writes. Collective.
+
+    The other ranks wait in its collectives, so that a caller reads it to the end even if it cannot
+    write a file. keep: makes the copy of a value in the host's memory. No content changes when
+    training goes on.
+    """
     files: dict[str, list[str]] = {}
     for number, names in enumerate(_layout(engine)):
         file = f"{number:05d}.safetensors"
-        writes = dist.rank() == number % dist.world_size()
+        files[file] = names
+        writes = _writes(number)
         tensors: dict[str, Tensor] = {}
         for name in names:
             for slot in (None, *engine.slots):
                 value = engine.read(name, slot)
                 if writes:
-                    tensors[f"{slot or WEIGHT}/{name}"] = value.cpu()
-        files[file] = names
-        if writes:  # an error is kept: the other ranks are in the next collective
-            failure = _attempt(partial(save_tensors, folder / file, tensors)) or failure
-    facts = {"version": VERSION, "steps": engine.steps}
-    index = json.dumps({**facts, "slots": list(engine.slots), "files": files})
+                    tensors[f"{slot or WEIGHT}/{name}"] = keep(value)
+        if writes:
+            yield file, tensors
     if dist.is_main():
         weights = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
         state = engine.module.state_dict()
         buffers = {name: value for name, value in state.items() if name not in weights}
-        failure = _attempt(partial(save_tensors, folder / BUFFERS, buffers)) or failure
-        failure = _attempt(partial((folder / INDEX).write_text, index)) or failure
-    dist.agree(failure)
+        yield BUFFERS, {name: value.to("cpu", copy=True) for name, value in buffers.items()}
+        facts = {"version": VERSION, "steps": engine.steps}
+        yield INDEX, json.dumps({**facts, "slots": list(engine.slots), "files": files})
+
+
+def own_values(engine: Engine) -> int:
+    """Count the values of the parameters and their slots that this rank writes."""
+    own = (names for number, names in enumerate(_layout(engine)) if _writes(number))
+    return (1 + len(engine.slots)) * sum(engine.trained[name] for names in own for name in names)
+
+
+def write_files(files: Iterable[tuple[str, Content]], checkpoint: Path) -> None:
+    """Write files of the state to a checkpoint and flush them to disk.
+
+    Raises ArtifactError after the last of them.
+    """
+    failure = None
+    for file, content in files:
+        failure = _write(checkpoint / FOLDER / file, content) or failure
+        del content  # the next file is read before the loop would let go of this one
+    if failure:
+        raise failure
 
 
 def load_portable(engine: Engine, checkpoint: Path) -> None:
@@ -140,10 +162,19 @@ def _layout(engine: Engine) -> list[list[str]]:
     return files
 
 
-def _attempt(work: Callable[[], object]) -> ArtifactError | None:
-    """Call work and return its error, if any."""
+def _writes(number: int) -> bool:
+    """Return True if this rank writes the file of a number."""
+    return dist.rank() == number % dist.world_size()
+
+
+def _write(path: Path, content: Content) -> ArtifactError | None:
+    """Write a file and return the error, if any."""
     try:
-        work()
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            save_tensors(path, content)
+        sync_file(path)
     except (OSError, SafetensorError) as error:
         return ArtifactError(brief(error))
     return None

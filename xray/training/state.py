@@ -8,6 +8,7 @@ from typing import Any
 from data_pipelines.stream.quarantine import Entry
 
 HORIZON = 100  # steps that the running mean of the loss covers
+FILE_BYTES = 1 << 29  # most bytes in a checkpoint's file, except for larger parameters
 WARM_UP = 20  # steps before spikes are detected
 
 

@@ -20,6 +20,7 @@ class Events:
     failure: XrayError | None = None  # reading the next step's data failed
     replaced: int = 0  # samples that could not be used
     waited: float = 0.0  # seconds of waiting for data
+    writing: bool = False  # a thread writes a checkpoint
 
     def agreed(self, device: torch.device) -> Events:
         """Combine the events of all ranks; raises a failure of any rank on all. Collective."""
@@ -36,7 +37,9 @@ class ReducedStep:
     def __init__(self, events: Events, metrics: Mapping[str, Tensor], device: torch.device) -> None:
         self._own = events
         self._names, self._cuda = sorted(metrics), device.type == "cuda"
-        facts = [events.preempted, events.failure is not None, events.replaced, events.waited]
+        failed = events.failure is not None
+        facts = [events.preempted, failed, events.replaced, events.waited, events.writing]
+        self._facts = len(facts)
         host = torch.tensor(facts, dtype=torch.float64, pin_memory=self._cuda)
         sums = [host.to(device, non_blocking=True)]
         if metrics:
@@ -48,7 +51,7 @@ class ReducedStep:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a metric's mean over ranks [0-d, on the device]."""
-        return self._values[4 + self._names.index(name)]
+        return self._values[self._facts + self._names.index(name)]
 
     def append(self, name: str, value: Tensor) -> None:
         """Add a metric that is equal on all ranks [0-d, on the device]."""
@@ -74,9 +77,9 @@ class ReducedStep:
         Raises a failure of any rank on all ranks.
         """
         self.wait()
-        preempted, failed, replaced, waited, *means = dist.to_host(self._values)
+        preempted, failed, replaced, waited, writing, *means = dist.to_host(self._values)
         if failed:
             dist.agree(self._own.failure)
         world = dist.world_size()
-        events = Events(preempted > 0, None, round(replaced * world), waited)
+        events = Events(preempted > 0, None, round(replaced * world), waited, writing > 0)
         return events, dict(zip(self._names, means, strict=True))

@@ -18,6 +18,7 @@ from xray.training.engine import Engine
 from xray.training.loop import StopSignals, TrainingLoop
 from xray.training.metrics import Sinks
 from xray.training.run import Run, named
+from xray.training.saving import Saver
 from xray.training.state import TrainState
 from xray.training.step_result import Events
 from xray.training.telemetry import Telemetry
@@ -61,11 +62,15 @@ def _train(run: Run, device: torch.device) -> Artifact:
         watchdog = Watchdog(run.out, config.train.hang_seconds)
         stack.callback(watchdog.close)
         telemetry = Telemetry(run.stage, module, device, watchdog)
-        loop = TrainingLoop(run, engine, state, device, sinks, telemetry, signals)
+        saver = Saver(run, engine, device)
+        stack.callback(saver.close)
+        loop = TrainingLoop(run, engine, state, device, sinks, telemetry, saver, signals)
         try:
             loop.run_steps()
         except BaseException as error:
             dist.report_failure(error)
+            watchdog.at("saving", state.step, SAVING)
+            saver.complete_after(error)
             raise
         if config.debug.overfit_batch and dist.is_main():
             _log_overfit(run, sinks.last)
