@@ -43,6 +43,10 @@ class BadSample(DataError):  # noqa: N818 - the loader catches it and replaces t
         self.cause, self.detail = cause, detail
 
 
+class Killed(BadSample):
+    """A sample whose decoding crashed or was ended at a limit; it is not tried again."""
+
+
 class TrainingError(XrayError):
     """A run that cannot continue, such as one with a loss that is not finite."""
 

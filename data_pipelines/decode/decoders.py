@@ -12,14 +12,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from data_pipelines.decode.image_limits import MAX_PIXELS, check_size, limited_time
 from xray.errors import BadSample, brief
 
-MAX_PIXELS = 64_000_000  # a larger image is a decompression bomb; refused before decoding
+# Pillow tries these formats whatever the file's name is. None of them may need another program:
+# Pillow starts Ghostscript for an EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+HEADER = {"probesize": "32", "analyzeduration": "0", "fpsprobesize": "0"}  # decodes no frame
+ATTACHED = 0x400  # FFmpeg's disposition of a picture that belongs to a file, such as a cover
+SQUARE = 0.02  # encoders set such a deviation to make up for a size rounded to whole pixels
 LARGE = 100_000_000  # bytes of decoded frames above which the decoder itself scales them down
 ORIENTATION = 274  # the EXIF tag; values 5 to 8 exchange width and height
 
@@ -27,21 +34,29 @@ ORIENTATION = 274  # the EXIF tag; values 5 to 8 exchange width and height
 # images ---------------------------------------------------------------------------------------
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Open an image and read its header only; raises BadSample if it is broken or too large."""
-    with _decoding_image():
-        image = Image.open(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSample("image too large", f"{image.width} x {image.height}")
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Open an image of one of FORMATS and read its header; the only call of Image.open.
+
+    Raises BadSample if the image is broken, too large or of another format.
+    """
+    with decoding_image():
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_size(image, data)
     return image
 
 
 @contextmanager
-def _decoding_image() -> Iterator[None]:
+def decoding_image() -> Iterator[None]:
+    """Limit the CPU time in Pillow, and convert any of its errors to BadSample."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), limited_time():
             warnings.simplefilter("ignore")
             yield
+    except BadSample:
+        raise
+    except UnidentifiedImageError as error:  # its text has an address in memory
+        detail = f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        raise BadSample("undecodable image", detail) from error
     except Exception as error:  # Pillow raises many different types on broken bytes
         raise BadSample("undecodable image", brief(error)) from error
 
@@ -55,7 +70,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none or EXIF is broken."""
     value = 1
-    with suppress(BadSample), _decoding_image():  # the pixels may be fine if EXIF is broken
+    with suppress(BadSample), decoding_image():  # the pixels may be fine if EXIF is broken
         value = image.getexif().get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
@@ -71,7 +86,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
 
 def upright(image: Image.Image, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Decode an opened image to RGB with its EXIF orientation applied; see `decode_image`."""
-    with _decoding_image():
+    with decoding_image():
         if at_least is not None:
             image.draft("RGB", at_least[::-1] if orientation_of(image) > 4 else at_least)
         return to_rgb(ImageOps.exif_transpose(image))
@@ -152,6 +167,40 @@ def shrunk(width: int, height: int, frames: int, least: int) -> tuple[int, int] 
     return None
 
 
+def film_of(container: Any) -> Any:
+    """Return the video stream of an opened container, never its cover; decord takes the same.
+
+    Raises ValueError if there is none.
+    """
+    films = [s for s in container.streams.video if not s.disposition & ATTACHED]
+    if not films:
+        raise ValueError("no video stream")
+    best = container.streams.best("video")
+    return next((film for film in films if film.index == best.index), films[0])
+
+
+def square_size(width: int, height: int, aspect: float) -> tuple[int, int]:
+    """Return the size of a frame after its pixels are made square; no side becomes shorter.
+
+    aspect: width of a pixel divided by its height. Raises BadSample above MAX_PIXELS.
+    """
+    width, height = round(width * max(1, aspect)), round(height * max(1, 1 / aspect))
+    if width * height > MAX_PIXELS:
+        raise BadSample("video too large", f"{width} x {height}")
+    return width, height
+
+
+def pixel_aspect(film: Any) -> float:
+    """Return the width of a pixel divided by its height, before the film is rotated."""
+    aspect = float(film.sample_aspect_ratio or 1)
+    return aspect if abs(aspect - 1) > SQUARE else 1.0
+
+
+def quarter_turns(frame: Any) -> int:
+    """Return the container's rotation of a frame, in counter-clockwise quarter turns."""
+    return round(frame.rotation / 90) % 4
+
+
 def import_decord() -> Any:
     """Import decord without the CUDA libraries of the `nvidia` packages.
 
@@ -169,6 +218,21 @@ def import_decord() -> Any:
     return decord
 
 
+def upright_aspect(data: bytes) -> float:
+    """Return the width of a pixel of a clip divided by its height, in its upright frames.
+
+    The result is 1 if FFmpeg cannot tell.
+    """
+    import av
+
+    with suppress(av.FFmpegError, ValueError), av.open(io.BytesIO(data), options=HEADER) as file:
+        film = film_of(file)
+        aspect = pixel_aspect(film)
+        turned = aspect != 1 and any(quarter_turns(f) % 2 for f in islice(file.decode(film), 1))
+        return 1 / aspect if turned else aspect
+    return 1.0
+
+
 class DecordClip:
     """Clip read by decord: fast access by frame number; applies the container's rotation."""
 
@@ -178,13 +242,15 @@ class DecordClip:
         self._reader = self._open()
         self.total = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())
+        self._aspect = upright_aspect(data)
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         first = self._reader[int(indices[0])].asnumpy()
         if first.shape[2] != 3:  # decord returns the padded rows of small frames
             raise ValueError(f"a frame of shape {first.shape}")
-        size = shrunk(first.shape[1], first.shape[0], len(indices), least)
-        if size is not None:
+        full = first.shape[1], first.shape[0]
+        size = square_size(*(shrunk(*full, len(indices), least) or full), self._aspect)
+        if size != full:
             return list(self._open(width=size[0], height=size[1]).get_batch(indices).asnumpy())
         rest = self._reader.get_batch(indices[1:]).asnumpy() if len(indices) > 1 else ()
         return [first, *rest]
@@ -202,9 +268,7 @@ class AvClip:
 
         self._open = lambda: av.open(io.BytesIO(data))
         with self._open() as container:
-            if not container.streams.video:
-                raise ValueError("no video stream")
-            stream = container.streams.video[0]
+            stream = film_of(container)
             self.fps = float(stream.average_rate or stream.guessed_rate or 25)
             packets = [packet for packet in container.demux(stream) if packet.size]
             self.total = sum(not packet.is_discard for packet in packets) or len(packets)
@@ -212,7 +276,9 @@ class AvClip:
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         wanted, frames = set(indices.tolist()), {}
         with self._open() as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            film = film_of(container)
+            self._aspect = pixel_aspect(film)
+            for number, frame in enumerate(container.decode(film)):
                 last = frame
                 if number in wanted:
                     frames[number] = self._pixels(frame, len(wanted), least)
@@ -223,9 +289,11 @@ class AvClip:
         return [frames[index] for index in indices.tolist()]
 
     def _pixels(self, frame: Any, frames: int, least: int) -> np.ndarray:
-        width, height = shrunk(frame.width, frame.height, frames, least) or (None, None)
+        full = frame.width, frame.height
+        size = square_size(*(shrunk(*full, frames, least) or full), self._aspect)
+        width, height = size if size != full else (None, None)
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        return np.rot90(pixels, round(frame.rotation / 90) % 4)
+        return np.rot90(pixels, quarter_turns(frame))
 
 
 class Animation:

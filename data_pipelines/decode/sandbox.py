@@ -22,16 +22,12 @@ import numpy as np
 from data_pipelines.decode.decoders import FrameChoice
 from xray import processes
 from xray.config import DataConfig
-from xray.errors import BadSample, DataError
+from xray.errors import BadSample, DataError, Killed
 
 COMMAND = (sys.executable, "-m", "data_pipelines.decode.worker")
 START_SECONDS = 120.0  # enough to import the decoders on a busy machine
 POLL_SECONDS = 0.05  # between two checks of the limits
 PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-class Killed(BadSample):
-    """Error for a sample whose decode process was killed; it is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,23 @@ class ClipDecoder:
 
         least: length of the short side that is large enough; frames that need much memory are
         scaled down to it. Raises BadSample for a clip that cannot be decoded, Killed for one that
-        exceeds a limit or crashes the process, DataError if the process does not start.
+        twice exceeds the same limit or crashes the process, DataError if the process does not
+        start.
         """
+        try:
+            return self._decode(data, choice, least)
+        except Killed as error:
+            first = error
+        # The clip may be sound: the kernel may have killed the process, or something stopped it.
+        try:
+            return self._decode(data, choice, least)
+        except Killed as second:
+            if second.cause == first.cause:
+                raise
+            raise BadSample(second.cause, f"{second.detail}; before: {first}") from second
+
+    def _decode(self, data: bytes, choice: FrameChoice, least: int) -> Frames:
+        """Decode the chosen frames once; raises Killed if the process was or had to be killed."""
         if self._process is None:
             self._start()
         elif self._resident() > self.limit // 2:  # memory leaked over many clips: start afresh
@@ -85,6 +96,17 @@ class ClipDecoder:
         os.close(self._target)
 
     def _start(self) -> None:
+        for _ in range(2):  # a process that starts may be killed, too
+            if self._spawn():
+                return
+            self._stop()
+        raise DataError(
+            "the decode process does not start: run this command to see its error: "
+            f"{' '.join(self.command)} 0 0 0"
+        )
+
+    def _spawn(self) -> bool:
+        """Start the process; return whether it is ready for requests."""
         parent_end, child_end = socket.socketpair()
         with child_end:
             numbers = (child_end.fileno(), self._source, self._target)
@@ -97,15 +119,9 @@ class ClipDecoder:
             )
         self._connection = Connection(parent_end.detach())
         try:
-            ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+            return bool(self._connection.poll(START_SECONDS) and self._connection.recv())
         except (EOFError, ConnectionError):
-            ready = False
-        if not ready:
-            self._stop()
-            raise DataError(
-                "the decode process does not start: run this command to see its error: "
-                f"{' '.join(self.command)} 0 0 0"
-            )
+            return False
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -1,6 +1,6 @@
 """Checks that pictures and clips decode, and shrinks or re-encodes them for packing.
 
-Files that need no change keep their bytes.
+Files that need no change keep their bytes. Re-encoded clips have the film only, with square pixels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,18 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import ExifTags, GifImagePlugin, Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
+from PIL import GifImagePlugin, Image, ImageOps, WebPImagePlugin
 
-from data_pipelines.decode.decoders import MAX_PIXELS, decode_image
+from data_pipelines.decode.decoders import (
+    decoding_image,
+    film_of,
+    open_image,
+    pixel_aspect,
+    quarter_turns,
+    square_size,
+    upright,
+    upright_size,
+)
 from xray.errors import BadSample
 
 Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, facts such as width and height
@@ -27,23 +35,18 @@ TEMPORARY = ".packing."  # prefix of the names of unfinished files
 
 
 @contextmanager
-def _decoding(cause: str) -> Iterator[None]:
+def _decoding_clip() -> Iterator[None]:
     """Convert a decoder's errors to BadSample, except the error of a full disk."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except BadSample:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # Some messages name an object in memory or a temporary file, so they differ between runs.
-        if isinstance(error, UnidentifiedImageError):
-            detail: str | None = "not a picture"
-        else:
-            detail = error.strerror if isinstance(error, av.FFmpegError) else str(error)
-        raise BadSample(cause, detail or type(error).__name__) from error
+        # Some messages name a temporary file, so they differ between runs.
+        detail = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+        raise BadSample("undecodable video", detail or type(error).__name__) from error
 
 
 def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Media:
@@ -52,21 +55,18 @@ def pack_picture(data: bytes, ending: str, short_side: int, quality: int) -> Med
     Animated GIF and WebP files are not changed, because a run may use them as clips. Raises
     BadSample.
     """
-    with _decoding("undecodable image"):
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSample("image too large", f"{image.width} x {image.height}")
+    image: Image.Image = open_image(data)
+    with decoding_image():
         larger = 0 < short_side < min(image.size)
         # Shrinking an animated image would lose its frames.
         if not larger or (isinstance(image, ANIMATED) and image.is_animated):
             image.load()
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
+            width, height = upright_size(image)
             return data, ending, {"width": width, "height": height}
         if image.has_transparency_data:
             image, form, ending = ImageOps.exif_transpose(image).convert("RGBA"), "PNG", "png"
         else:
-            image, form = decode_image(data), "JPEG"
+            image, form = upright(image), "JPEG"
             ending = ending if ending in ("jpg", "jpeg") else "jpg"
         scale = short_side / min(image.size)
         width, height = (round(side * scale) for side in image.size)
@@ -81,7 +81,7 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
 
     folder: place for a temporary file. Raises BadSample.
     """
-    with _decoding("undecodable video"):
+    with _decoding_clip():
         facts = _probe(data)
         short = min(facts["width"], facts["height"])
         shrink = 0 < short_side < short
@@ -99,17 +99,15 @@ def pack_clip(data: bytes, ending: str, short_side: int, gop: int, crf: int, fol
 
 
 def _probe(data: bytes) -> dict[str, Any]:
-    """Return a frame's size after rotation, and the clip's length if the container has it."""
+    """Return the size of an upright frame with square pixels, and the clip's length if known."""
     with av.open(io.BytesIO(data)) as container:
-        if not container.streams.video:
-            raise BadSample("undecodable video", "no video stream")
-        stream = container.streams.video[0]
+        stream = film_of(container)
         frame = next(container.decode(stream), None)
         if frame is None:
             raise BadSample("undecodable video", "no frames")
-        width, height = frame.width, frame.height
+        width, height = square_size(frame.width, frame.height, pixel_aspect(stream))
         facts: dict[str, Any] = {"width": width, "height": height}
-        if _quarter_turns(frame) % 2:
+        if quarter_turns(frame) % 2:
             facts = {"width": height, "height": width}
         if stream.frames:
             facts["num_frames"] = stream.frames
@@ -127,7 +125,7 @@ def _encode(data: bytes, target: str, size: tuple[int, int], gop: int, crf: int)
         options |= {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"}
     flags = {"movflags": "+faststart"}
     with av.open(io.BytesIO(data)) as source, av.open(target, "w", "mp4", options=flags) as sink:
-        video: Any = source.streams.video[0]
+        video = film_of(source)
         rate = video.average_rate or video.guessed_rate or 25
         step = max(1, round(1 / float(rate) / float(video.time_base)))  # ticks of one frame
         stream: Any = sink.add_stream("libx264", rate=rate, options=options)
@@ -155,14 +153,9 @@ def _configure_encoder(encoder: Any, video: Any) -> None:
     encoder.color_trc = video.codec_context.color_trc
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Return the container's rotation, in counter-clockwise quarter turns."""
-    return round(frame.rotation / 90) % 4
-
-
 def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
-    """Resize a frame to (width, height) and apply the container's rotation."""
-    turns = _quarter_turns(frame)
+    """Apply the container's rotation to a frame and resize it to (width, height)."""
+    turns = quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
     form = "yuv444p" if turns else "yuv420p"  # yuv444p rotates as one array
     frame = frame.reformat(width, height, form, interpolation="BICUBIC", dst_color_range="MPEG")

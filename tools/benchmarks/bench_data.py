@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
-from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import ClipDecoder
 from data_pipelines.decode.transforms import center_crop, load_clip, load_pixels, media_of
 from data_pipelines.shards.source import Sample, Source, open_source
@@ -142,7 +142,7 @@ def enlarged(source: Source, photos: Photos) -> Iterator[tuple[str, dict[str, by
     places = list(source.places())[: photos.number]
     for number, place in enumerate(places):
         media = media_of(source.sample(*place, SIZE, 1))
-        image = Image.open(io.BytesIO(media)).convert("RGB")
+        image = decode_image(media)
         data = jpeg_of(image.resize(photos.size, Image.Resampling.BICUBIC))
         yield f"{number:05d}", {"jpg": data}
 

@@ -57,7 +57,7 @@ def jpeg_copy(image: Image.Image, quality: int) -> Image.Image:
     """Encode an image as JPEG and decode it."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
-    return Image.open(io.BytesIO(buffer.getvalue()))
+    return decode_image(buffer.getvalue())
 
 
 def photo_hashes(options: argparse.Namespace) -> Table:
@@ -66,10 +66,10 @@ def photo_hashes(options: argparse.Namespace) -> Table:
     places = list(source.places())[: options.photos]
     media = [next(iter(source.read(*place, ("jpg",)).values())) for place in places]
     start = time.process_time()
-    results = [dhash(Image.open(io.BytesIO(data)).convert("RGB")) for data in media]
+    results = [dhash(decode_image(data)) for data in media]
     rate = len(media) / (time.process_time() - start)
     originals = np.array(results, np.int64).view(np.uint64)
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in media]
+    images = [decode_image(data) for data in media]
     boxes = [
         (i.width // 50, i.height // 50, i.width * 49 // 50, i.height * 49 // 50) for i in images
     ]

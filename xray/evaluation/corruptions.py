@@ -19,6 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from data_pipelines.decode.decoders import decode_image
+
 Rng = np.random.Generator
 Array = np.ndarray  # [T, 3, H, W] float in [0, 1]
 
@@ -94,7 +96,7 @@ def jpeg_compression(frame: Image.Image, severity: int) -> Image.Image:
     """Encode as JPEG and decode."""
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=JPEG[severity - 1])
-    return Image.open(buffer)
+    return decode_image(buffer.getvalue())
 
 
 ON_VALUES: dict[str, Callable[[Array, int, Rng], Array]] = {

@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import hostile_decoder
 import numpy as np
 import psutil
 import pytest
-from clips import HOSTILE, clip
+from clips import HOSTILE, clip, film
 from PIL import Image
 from shards import jpeg, photo
 
@@ -159,6 +161,48 @@ def test_rotated_clips_are_upright_at_any_size(
         assert np.abs(small[0] - small[1]).mean() < 4
 
 
+@pytest.mark.parametrize("reader", [DecordClip, AvClip])
+def test_a_cover_is_not_taken_for_the_film(reader: type[DecordClip | AvClip]) -> None:
+    """An attached picture may be the first video stream of a file."""
+    data = film(cover=True)
+    with av.open(io.BytesIO(data)) as container:
+        assert [stream.codec.name for stream in container.streams.video] == ["mjpeg", "h264"]
+    opened = reader(data)
+    assert (opened.total, opened.fps) == (24, 12)
+    (frame,) = opened.read(np.array([5]), 0)
+    assert frame.shape == (256, 384, 3) and abs(frame.mean() - 40) < 3
+
+
+def test_a_cover_alone_is_no_clip() -> None:
+    with pytest.raises(BadSample, match="undecodable video: .*no video stream"):
+        decoders.open_clip(film(cover=True, frames=0))
+
+
+@pytest.mark.parametrize("large", [decoders.LARGE, 0])
+@pytest.mark.parametrize(
+    ("pixel", "turned", "shape"),
+    [
+        (Fraction(4, 3), False, (256, 512)),
+        (Fraction(1, 2), False, (512, 384)),
+        (Fraction(4, 3), True, (512, 256)),
+        (Fraction(101, 100), False, (256, 384)),  # makes up for a rounded size
+    ],
+)
+def test_pixels_that_are_not_square(
+    pixel: Fraction, turned: bool, shape: tuple[int, int], large: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(decoders, "LARGE", large)
+    data, scale = film(pixel, turned=turned), 1 if large else 2
+    frames = [reader(data).read(np.array([0, 5]), 128) for reader in (DecordClip, AvClip)]
+    for first, other in frames:
+        assert first.shape == other.shape == (shape[0] // scale, shape[1] // scale, 3)
+        assert abs(other.mean() - 40) < 3
+    if shape != (256, 384):
+        monkeypatch.setattr(decoders, "MAX_PIXELS", 384 * 256)
+        with pytest.raises(BadSample, match=f"video too large: .*{max(shape)}"):
+            decoders.read_clip(AvClip(data), data, np.array([0]))
+
+
 def test_the_decode_process_equals_decoding_in_this_process() -> None:
     decoder = ClipDecoder(3600, 2)
     for side, count in ((64, 2), (128, 5), (32, 1)):  # the second needs more shared memory
@@ -190,6 +234,39 @@ def test_a_hostile_clip_affects_no_other_clip(marker: bytes, cause: str) -> None
         decoder.decode(marker, FrameChoice(2))
     assert not psutil.pid_exists(process)
     assert np.array_equal(decoder.decode(clip(), FrameChoice(2)).pixels, expected)
+    decoder.close()
+
+
+def test_a_sound_clip_survives_a_kill_of_its_process(tmp_path: Path) -> None:
+    """The kernel's memory killer chooses a process, not a clip."""
+    decoder = hostile_decoder.Decoder(2)
+    expected = decoder.decode(clip(), FrameChoice(2)).pixels.copy()
+    assert decoder._process
+    os.kill(decoder._process.pid, signal.SIGKILL)  # between two clips
+    assert np.array_equal(decoder.decode(clip(), FrameChoice(2)).pixels, expected)
+    marked = hostile_decoder.killed_once(tmp_path / "mark", clip())  # during one
+    assert np.array_equal(decoder.decode(marked, FrameChoice(2)).pixels, expected)
+    assert (tmp_path / "mark").exists()
+    decoder.close()
+
+
+def test_two_failures_with_other_causes_are_not_held_against_a_clip(tmp_path: Path) -> None:
+    decoder = hostile_decoder.Decoder(2)
+    marked = hostile_decoder.killed_once(tmp_path / "mark", hostile_decoder.HANG)
+    with pytest.raises(BadSample, match=r"timed out: .*; before: video decoder crashed") as caught:
+        decoder.decode(marked, FrameChoice(2))
+    assert not isinstance(caught.value, Killed)
+    with pytest.raises(Killed, match="timed out"):
+        decoder.decode(marked, FrameChoice(2))
+    decoder.close()
+
+
+def test_a_decode_process_that_is_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    code = "import os, pathlib, signal, sys; from data_pipelines.decode import worker\n"
+    code += f"mark = pathlib.Path({str(tmp_path / 'mark')!r})\n"
+    code += "if not mark.exists(): mark.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    decoder = ClipDecoder(3600, 2, (sys.executable, "-c", code + "worker.main()"))
+    assert decoder.decode(clip(), FrameChoice(2)).total == 12
     decoder.close()
 
 

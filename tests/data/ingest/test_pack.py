@@ -20,8 +20,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from clips import film
 from PIL import Image
 
+from data_pipelines.decode.decoders import open_clip, read_clip
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.ingest.recode import pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
@@ -408,7 +410,7 @@ def test_alpha_and_depth_survive() -> None:
 
 
 def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipelines.ingest.recode.MAX_PIXELS", 799)
+    monkeypatch.setattr("data_pipelines.decode.image_limits.MAX_PIXELS", 799)
     with pytest.raises(BadSample, match="image too large: 40 x 20"):
         pack_picture(picture((40, 20)), "jpg", 0, 92)
 
@@ -442,6 +444,38 @@ def test_key_frames_are_where_they_are_asked_for(tmp_path: Path) -> None:
     larger, _, _ = pack_clip(clip((256, 192)), "mp4", 0, 4, 40, tmp_path)
     assert b" threads=1 " in larger  # x264 notes it; on more threads the bytes would differ
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_film_is_packed_and_not_its_cover(tmp_path: Path) -> None:
+    assert pack_clip(film(cover=True), "mp4", 0, 0, 20, tmp_path)[2]["num_frames"] == 24
+    data, _, facts = pack_clip(film(cover=True), "mp4", 0, gop=8, crf=20, folder=tmp_path)
+    frames = frames_of(data)
+    assert len(frames) == 24 and {(f.width, f.height) for f in frames} == {(384, 256)}
+    assert (facts["width"], facts["height"], facts["num_frames"]) == (384, 256, 24)
+    with av.open(io.BytesIO(data)) as container:
+        assert len(container.streams) == 1
+    with pytest.raises(BadSample, match="undecodable video: no video stream"):
+        pack_clip(film(cover=True, frames=0), "mp4", 0, 0, 20, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "turned", "size"),
+    [
+        (Fraction(4, 3), False, (512, 256)),
+        (Fraction(1, 2), False, (384, 512)),
+        (Fraction(4, 3), True, (256, 512)),
+    ],
+)
+def test_packing_keeps_the_shape_of_clips_whose_pixels_are_not_square(
+    pixel: Fraction, turned: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
+    source = film(pixel, turned=turned)
+    for short_side, gop, scale in ((0, 0, 1), (0, 8, 1), (min(size) // 2, 4, 2)):
+        data, _, facts = pack_clip(source, "mp4", short_side, gop, 20, tmp_path)
+        shape = size[0] // scale, size[1] // scale
+        assert (facts["width"], facts["height"]) == shape
+        (frame,) = read_clip(open_clip(data), data, np.array([3]))
+        assert frame.shape[1::-1] == shape
 
 
 def test_a_full_disk_is_not_the_clips_fault(
