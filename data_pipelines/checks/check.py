@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.checks.check_shard import Recorded, ShardCheck, Stats, check_files, check_shard
+from data_pipelines.checks.check_index import Recorded
+from data_pipelines.checks.check_shard import ShardCheck, Stats, check_files, check_shard
 from data_pipelines.ingest.user_data import kind_of, list_files
-from data_pipelines.shards.manifest import Manifest, find_shards, load_manifest
+from data_pipelines.shards.columns import open_columns
+from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.process_pool import reporting_killed_workers
 from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
-from data_pipelines.shards.tar_index import cache_path
+from data_pipelines.shards.shard_list import find_shards
+from data_pipelines.shards.tar_index import possible_paths
 from xray.config import DataConfig
 from xray.files import printable
 from xray.processes import process_pool
@@ -76,8 +80,9 @@ def _jobs(where: str, cache: ShardCache, config: DataConfig) -> dict[str, tuple[
     """Return a function with its arguments for each row of a check, by the row's name."""
     if kind_of(where, ("shards", "folder", "list"), "xray data check and stats") == "shards":
         paths = find_shards(where)
-        recorded = _recorded(paths, cache)
-        return {path: (check_shard, path, recorded.get(path), cache, config) for path in paths}
+        recorded, damaged = _recorded(paths, cache)
+        rows = {path: (check_shard, path, recorded.get(path), cache, config) for path in paths}
+        return rows | {path: (_damaged, path, error) for path, error in damaged.items()}
     items, jobs = list_files(where), {}
     for start in range(0, len(items), PART):
         part = items[start : start + PART]
@@ -86,27 +91,52 @@ def _jobs(where: str, cache: ShardCache, config: DataConfig) -> dict[str, tuple[
     return jobs
 
 
-def _recorded(paths: Iterable[str], cache: ShardCache) -> dict[str, Recorded]:
-    """Return what the manifest of its folder records of each tar, by path."""
-    recorded = {}
+def _damaged(path: str, error: str) -> tuple[ShardCheck, Stats]:
+    """Return the row of a manifest that cannot be used."""
+    return ShardCheck(printable(path), printable(error)), Stats()
+
+
+def _recorded(
+    paths: Iterable[str], cache: ShardCache
+) -> tuple[dict[str, Recorded], dict[str, str]]:
+    """Return what the manifest of its folder records of each tar, and the damaged manifests.
+
+    Both by path; of a damaged manifest the error.
+    """
+    recorded, damaged = {}, {}
     for folder in sorted({os.path.dirname(path) for path in paths}):
-        manifest = _manifest(folder, cache)
-        if manifest is None:
+        path = f"{folder or '.'}/shards.manifest"
+        try:
+            with _local_copy(path, cache) as file:
+                manifest = Manifest(folder, *open_columns(file))  # memory-mapped: outlives the file
+                if not manifest.is_current:  # others are not used
+                    continue
+            for shard, name in enumerate(manifest.names):
+                size, sha256 = manifest.tar(shard)
+                digest = manifest.index_digest(shard)
+                recorded[os.path.join(folder, name)] = Recorded(size, digest, sha256 or "")
+        except FileNotFoundError:
             continue
-        for shard, name in enumerate(manifest.names):
-            size, sha256 = manifest.tar(shard)
-            digest = manifest.index_digest(shard)
-            recorded[os.path.join(folder, name)] = Recorded(size, digest, sha256 or "")
-    return recorded
+        except (OSError, ValueError, LookupError) as error:
+            reason = str(error).removeprefix(f"{file} ")
+            damaged[path] = f"manifest {path} {reason}: delete it and run xray data index"
+    return recorded, damaged
 
 
-def _manifest(folder: str, cache: ShardCache) -> Manifest | None:
-    if is_remote(folder):
-        content = fetch_small(f"{folder}/shards.manifest", cache.patience)
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(content or b"")
-            file.flush()
-            return load_manifest(folder, Path(file.name))  # memory-mapped: outlives the file
-    if not os.path.isdir(folder or "."):
-        return None
-    return load_manifest(folder, cache_path(Path(folder or ".") / "shards.manifest"))
+@contextmanager
+def _local_copy(path: str, cache: ShardCache) -> Iterator[Path]:
+    """Yield the path of a file, or of a temporary copy of a remote one; FileNotFoundError."""
+    if not is_remote(path):
+        places = possible_paths(Path(path)) if os.path.isdir(os.path.dirname(path)) else []
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(path)
+        yield file
+        return
+    content = fetch_small(path, cache.patience)
+    if content is None:
+        raise FileNotFoundError(path)
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(content)
+        copy.flush()
+        yield Path(copy.name)

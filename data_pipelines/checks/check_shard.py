@@ -10,7 +10,6 @@ import base64
 import bisect
 import hashlib
 import io
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,30 +18,43 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_pipelines.checks.check_index import Recorded, compare
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.plain_files import read_item
-from data_pipelines.shards.manifest import remote_index
 from data_pipelines.shards.remote import ShardCache, is_remote
+from data_pipelines.shards.tar_contents import (
+    BROKEN_LINK,
+    SAME_NAME,
+    SPARSE,
+    SPECIAL,
+    SYSTEM,
+    TarContents,
+    read_tar,
+    split_name,
+)
 from data_pipelines.shards.tar_index import (
     ShardIndex,
-    build_index,
-    cache_path,
-    load_index,
+    index_of,
     media_extensions,
 )
 from data_pipelines.tags.reader import TagReader
 from data_pipelines.text.captions import Caption, read_captions
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
-from xray.files import printable, sha256_file
+from xray.files import printable
 
 FRAMES = 5  # read per clip, including first, middle and last
 FIRST_TO_LAST = (0.0, 0.25, 0.5, 0.75, 0.9999)  # one in each fifth of the clip
 BAD_KEPT = 1000  # findings listed per shard; all are counted
 NAMES_KEPT, NAMES_LIMIT = 100_000, 1_000_000  # above the limit, keep the most frequent
 TAGS = TagReader("hashtags", {})
+ADVICE = {  # on members that are left out
+    SPARSE: "pack it again without the option --sparse of tar",
+    SPECIAL: "only files, folders and links are read",
+    BROKEN_LINK: "pack it again with the option --dereference of tar",
+}
 THUMBNAILS, SIDE = 48, 128  # on the contact sheet; longer side in pixels
 
 
@@ -93,6 +105,7 @@ class ShardCheck:
     without_caption: int = 0
     first_without_caption: str = ""
     duplicates: int = 0  # keys that occur more than once
+    system_files: int = 0  # hidden ones included; left out
     causes: dict[str, int] = field(default_factory=dict)  # cause -> findings
     bad: list[Bad] = field(default_factory=list)
 
@@ -148,15 +161,6 @@ class Stats:
         self.sheet = sorted(self.sheet + other.sheet)[:THUMBNAILS]
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Record of a tar in an index or a manifest; sha256 "" = not computed."""
-
-    size: int
-    digest: str
-    sha256: str
-
-
 def check_shard(
     path: str, manifest: Recorded | None, cache: ShardCache, config: DataConfig
 ) -> tuple[ShardCheck, Stats]:
@@ -165,20 +169,15 @@ def check_shard(
     local = path
     try:
         local = str(cache.fetch(path)) if is_remote(path) else path
-        index = build_index(Path(local))
+        status, contents = Path(local).stat(), read_tar(Path(local))
+        index = index_of(Path(local), contents, status, "")
         reader.row.samples, reader.row.bytes = len(index), index.facts["size"]
         reader.row.digest = index.facts["digest"]
-        known: ShardIndex | None  # the index that a run would use, even if outdated
-        if is_remote(path):
-            known = remote_index(path, cache)
-        else:
-            known = load_index(path, [cache_path(Path(f"{path}.index"))])
-        recorded = [manifest] if manifest is not None else []
-        if known is not None:
-            facts = known.facts
-            recorded.append(Recorded(facts["size"], facts["digest"], facts["sha256"]))
-        reader.row.error = _compare(reader.row, Path(local), recorded)
-        reader.read_all(index)
+        compared = compare(path, index, manifest, cache)
+        reader.row.matches_index, reader.row.matches_sha256 = compared.index, compared.sha256
+        reader.row.error = compared.error
+        reader.note_left_out(contents)
+        reader.read_all(index, contents)
     except (DataError, OSError) as error:
         reader.row.error = printable(str(error).replace(local, path))
     return reader.finished()
@@ -202,40 +201,37 @@ def check_files(name: str, items: Sequence[Item], config: DataConfig) -> tuple[S
     return reader.finished()
 
 
-def _compare(row: ShardCheck, tar: Path, recorded: Sequence[Recorded]) -> str:
-    """Compare a tar with its records; return the differences as an error, "" if there are none."""
-    wrong = []
-    if recorded:
-        own = (row.bytes, row.digest)
-        row.matches_index = all((r.size, r.digest) == own for r in recorded)
-        if not row.matches_index:
-            sizes = " and ".join(sorted({f"{r.size:,}" for r in recorded}))
-            wrong.append(f"different samples, {row.bytes:,} bytes, recorded {sizes}")
-    checksums = {r.sha256 for r in recorded if r.sha256}
-    if checksums:
-        sha256 = sha256_file(tar)
-        row.matches_sha256 = checksums == {sha256}
-        if not row.matches_sha256:
-            others = " and ".join(sorted(c[:12] for c in checksums))
-            wrong.append(f"sha256 {sha256[:12]}, recorded {others}")
-    return f"shard {row.path} changed since it was indexed: {'; '.join(wrong)}" if wrong else ""
-
-
 class _ShardReader:
     """Reader of a shard's samples that counts and records defects."""
 
     def __init__(self, path: str, config: DataConfig) -> None:
         self.row, self.stats, self.config = ShardCheck(printable(path)), Stats(), config
 
-    def read_all(self, index: ShardIndex) -> None:
+    def read_all(self, index: ShardIndex, contents: TarContents) -> None:
         """Read every sample, and find duplicate keys."""
-        keys = index.keys
-        for member, key in enumerate(keys):
-            self.read_sample(printable(key), index.read(member, tar=index.path))
-        counts = Counter(keys) | _copies(index.path)  # the larger of both
-        for key in sorted(key for key, count in counts.items() if count > 1):
+        for member, key in enumerate(contents.keys):
+            try:
+                files = index.read(member, tar=index.path)
+            except BadSample as error:
+                self.note(printable(key), error)
+                continue
+            self.read_sample(printable(key), files)
+        copies = Counter(contents.keys)
+        replaced = Counter(map(split_name, contents.left_out.get(SAME_NAME, ())))
+        most: Counter[str] = Counter()
+        for (key, _), count in replaced.items():
+            most[key] = max(most[key], count)
+        copies += most
+        for key in sorted(key for key, count in copies.items() if count > 1):
             self.row.duplicates += 1
-            self.note(printable(key), BadSample("duplicate key", f"{counts[key]} times"))
+            self.note(printable(key), BadSample("duplicate key", f"{copies[key]} times"))
+
+    def note_left_out(self, contents: TarContents) -> None:
+        """Count the files of systems, and note the members that are in no sample."""
+        self.row.system_files = len(contents.left_out.get(SYSTEM, ()))
+        for cause, advice in ADVICE.items():
+            for name in contents.left_out.get(cause, ()):
+                self.note(printable(name), BadSample(cause, advice))
 
     def read_sample(self, key: str, files: dict[str, bytes]) -> None:
         captions = self.read_texts(key, files)
@@ -332,15 +328,3 @@ def png_of(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _copies(tar: str) -> Counter[str]:
-    """Count the copies of each key in a tar. An index has only the last file of each name."""
-    with tarfile.open(tar, "r:") as archive:
-        names = Counter(member.name for member in archive if member.isfile())
-    copies: Counter[str] = Counter()
-    for name, count in names.items():
-        folder, slash, base = name.rpartition("/")
-        key = folder + slash + base.partition(".")[0]
-        copies[key] = max(copies[key], count)
-    return copies

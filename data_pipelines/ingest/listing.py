@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.shards.tar_contents import compressed, is_compressed_tar
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, DataError, brief
 
@@ -241,6 +242,8 @@ def list_folder(where: str) -> list[Item]:
             tables.setdefault(folder, name)
     media = [name for name in names if ending_of(name) in MEDIA]
     if not media and not tables:
+        if packed := [name for name in names if is_compressed_tar(name)]:
+            raise DataError(compressed(f"{where}/{packed[0]}"))
         raise DataError(f"{where} contains neither .tar shards nor pictures or clips")
     if tables:
         rows = [rows_of_table(root / name, root, folder) for folder, name in tables.items()]

@@ -21,8 +21,9 @@ from data_pipelines.ingest.plain_files import (
     open_lines,
     source_of_files,
 )
-from data_pipelines.shards.manifest import open_manifest, resolve, tars_in
+from data_pipelines.shards.manifest import open_manifest, resolve
 from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_list import tars_in
 from data_pipelines.shards.source import (
     Sample,
     Source,
@@ -30,6 +31,7 @@ from data_pipelines.shards.source import (
     make_cache,
     open_source,
 )
+from data_pipelines.shards.tar_contents import is_compressed_tar
 from data_pipelines.shards.tar_index import TEXT_FILES, Modality
 from data_pipelines.text.captions import captions_of
 from xray import dist
@@ -79,7 +81,8 @@ def _files(items: Callable[[str], list[Item]], place: Callable[[str], str]) -> A
 def _is_shards(where: str) -> bool:
     if os.path.isdir(where):
         return bool(tars_in(where))
-    return is_remote(where) or where.endswith(".tar") or _is_pattern(where)
+    named = where.endswith(".tar") or is_compressed_tar(where)  # which gets its own message
+    return is_remote(where) or named or _is_pattern(where)
 
 
 def _is_pattern(where: str) -> bool:

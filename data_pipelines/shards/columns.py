@@ -1,16 +1,20 @@
 """Memory-mapped tables of columns in one file, used for shard indexes, manifests and sidecars.
 
 The file format is safetensors: a JSON header, then the columns. Texts are packed in two columns:
-the UTF-8 bytes of all texts, and the end of each text in them.
+the UTF-8 bytes of all texts, and the end of each text in them. The metadata in the header holds the
+facts and a checksum of facts and columns, which is verified when a process first opens the file.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import hashlib
 import itertools
 import json
+import logging
+import multiprocessing
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from xray.errors import brief
 from xray.files import replacing, unique_temporary, usual_mode
 
+log = logging.getLogger("xray")
+LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
+VERIFIED = 1 << 16  # files that a process remembers to have verified
 DTYPES = {
     "I64": np.int64, "I32": np.int32, "U8": np.uint8, "F32": np.float32,
     "I8": np.int8, "U16": np.uint16,
@@ -33,37 +41,102 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
     columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError.
     """
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    text = json.dumps(facts)
+    metadata = {"facts": text, "sha256": _checksum(contiguous, text)}
     try:
         with replacing(path, unique_temporary(path)) as temporary, usual_mode(temporary):
-            save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+            save_file(contiguous, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
-    """Map a file's columns, and read its facts; raises OSError, ValueError or KeyError."""
+    """Map a file's columns, and read its facts.
+
+    Raises OSError, or ValueError for a file that is damaged or no such table. A file without
+    checksum, of an older version, is opened with a warning, once for each kind of file in a folder.
+    """
+    try:
+        columns, metadata, identity = _mapped(path)
+        facts = json.loads(metadata["facts"])
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are not a JSON object")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a table of columns: {brief(error)}") from error
+    if "sha256" not in metadata:
+        _warn_of_no_checksum(path.parent, path.suffix)
+    else:
+        _verify(path, identity)
+    return columns, facts
+
+
+def _mapped(path: Path) -> tuple[Columns, dict[str, str], tuple[int, ...]]:
+    """Map a file: columns, metadata of its header, and the identity of the file."""
     with path.open("rb") as file:
+        status = os.fstat(file.fileno())
         length = int.from_bytes(file.read(8), "little")
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is not a table of columns")
+        if length > min(status.st_size, LONGEST_HEADER):
+            raise ValueError("its header is longer than the file")
         header = json.loads(file.read(length))
-    facts = json.loads(header.pop("__metadata__")["facts"])
-    body = np.memmap(path, np.uint8, "r", offset=8 + length) if header else np.empty(0, np.uint8)
+        metadata = header.pop("__metadata__")
+        mapped = np.memmap(file, np.uint8, "r", offset=8 + length) if header else None
+    body = np.empty(0, np.uint8) if mapped is None else mapped
     columns = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         columns[name] = np.asarray(body[begin:end]).view(DTYPES[entry["dtype"]])
         columns[name] = columns[name].reshape(entry["shape"])
-    return columns, facts
+    return columns, metadata, (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def open_first(paths: Iterable[Path], wanted: Mapping[str, Any]) -> tuple[Columns, dict[str, Any]]:
-    """Open the first readable file whose facts contain `wanted`; ({}, {}) if there is none."""
+def _checksum(columns: Columns, facts: str) -> str:
+    """Return the sha256 of columns, with their names, types and shapes, and of the facts."""
+    state = hashlib.sha256(facts.encode())
+    for name in sorted(columns):
+        column = columns[name]
+        state.update(f"\0{name}\0{column.dtype}\0{column.shape}\0".encode())
+        state.update(column.reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+@functools.lru_cache(maxsize=VERIFIED)
+def _verify(path: Path, identity: tuple[int, ...]) -> None:
+    """Compare a file with its checksum; identity: of the file. Raises ValueError."""
+    columns, metadata, _ = _mapped(path)
+    if _checksum(columns, metadata["facts"]) != metadata["sha256"]:
+        raise ValueError(f"{path} is damaged: its content does not have its checksum")
+
+
+@functools.cache
+def _warn_of_no_checksum(folder: Path, ending: str) -> None:
+    if multiprocessing.parent_process() is None:  # workers open the files that their parent opens
+        log.warning(
+            "%s/*%s: written by an older version without checksums, so damage in these files is "
+            "not noticed; the command that wrote them adds checksums",
+            *(folder, ending),
+        )
+
+
+def open_first(
+    paths: Iterable[Path],
+    wanted: Mapping[str, Any],
+    check: Callable[[Path, Columns, Mapping[str, Any]], None] | None = None,
+) -> tuple[Columns, dict[str, Any]]:
+    """Open the first readable file whose facts contain `wanted`; ({}, {}) if there is none.
+
+    check: raises ValueError for impossible content. A damaged file is passed over with a warning.
+    """
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        try:
             columns, facts = open_columns(path)
             if wanted.items() <= facts.items():
+                if check is not None:
+                    check(path, columns, facts)
                 return columns, facts
+        except OSError:
+            continue
+        except ValueError as error:
+            log.warning("%s; it is not used", error)
     return {}, {}
 
 

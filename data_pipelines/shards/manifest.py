@@ -8,7 +8,6 @@ listing of the folder and some megabytes of mapped columns.
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import logging
 import os
@@ -29,7 +28,8 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from data_pipelines.shards.process_pool import Progress, over_shards
-from data_pipelines.shards.remote import ShardCache, expand, fetch_small, is_remote
+from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
+from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.tar_index import (
     INDEX_VERSION,
     Modality,
@@ -47,6 +47,7 @@ from xray.urls import conceal, is_signed, url_folder
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
+VERSIONS = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION}
 # Columns of `counts`: (modality of the samples, modality that GIF and WebP files count as).
 COUNTED: tuple[tuple[Modality, Modality], ...] = (
     ("image", "image"),
@@ -80,6 +81,11 @@ class Manifest:
     def digest(self) -> str:
         """Digest (sha256) of all shard names and indexes."""
         return self.facts["digest"]
+
+    @property
+    def is_current(self) -> bool:
+        """Return True if the manifest is of this version; others are written again."""
+        return VERSIONS.items() <= self.facts.items()
 
     def name(self, shard: int) -> str:
         """Return the name of a shard: its path relative to the folder."""
@@ -131,31 +137,6 @@ def resolve(pattern: str, root: str = "") -> str:
     if is_remote(root):
         return f"{root.rstrip('/')}/{pattern}"
     return os.path.join(os.path.expanduser(root), os.path.expanduser(pattern))
-
-
-def find_shards(pattern: str) -> list[str]:
-    """List the tars of a folder, glob or {000..123} pattern; raises DataError if there are none."""
-    if is_remote(pattern):
-        return expand(conceal(pattern))
-    if os.path.isdir(pattern):
-        paths = tars_in(pattern)
-    elif any(c in pattern for c in "*?["):
-        paths = sorted(glob.glob(pattern))
-    else:
-        from webdataset.shardlists import expand_urls
-
-        paths = expand_urls(pattern)
-        if not pattern.endswith(".tar") and not os.path.exists(paths[0]):
-            raise DataError(f"{pattern} is neither a folder of .tar shards nor a .tar file")
-    if not paths:
-        raise DataError(f"no .tar shards at {pattern}")
-    return paths
-
-
-def tars_in(folder: str) -> list[str]:
-    """Return the paths of the tars of a folder, sorted; hidden files are skipped."""
-    names = (name for name in os.listdir(folder) if not name.startswith("."))
-    return sorted(os.path.join(folder, name) for name in names if name.endswith(".tar"))
 
 
 def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = True) -> Manifest:
@@ -224,6 +205,7 @@ def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIn
         {**index.facts, "counts": [len(index.members_with(media_extensions(*k))) for k in COUNTED]}
         for index in indexes
     ]
+    _tell_of_left_out(folder, names, [row.get("left_out", {}) for row in rows])
     blob, ends = pack_texts(names)
     digests = b"".join(bytes.fromhex(row["digest"]) for row in rows)
     checksums = b"".join(bytes.fromhex(row["sha256"] or "00" * 32) for row in rows)
@@ -237,7 +219,7 @@ def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIn
         "sha256": np.frombuffer(checksums, np.uint8).reshape(-1, 32),
     }
     digest = _digest(blob, ends, digests)
-    facts = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION, "digest": digest}
+    facts = {**VERSIONS, "digest": digest}
     save_columns(cached, columns, facts)
     return Manifest(folder, columns, facts)
 
@@ -247,10 +229,21 @@ def _digest(names: np.ndarray, name_ends: np.ndarray, digests: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def _tell_of_left_out(folder: str, names: list[str], left_out: list[dict[str, Any]]) -> None:
+    """Log, in one line, which members of the tars are in no sample."""
+    parts = []
+    for cause in sorted({cause for of_shard in left_out for cause in of_shard}):
+        counts = [of_shard.get(cause, (0, "")) for of_shard in left_out]
+        shard = next(number for number, (count, _) in enumerate(counts) if count)
+        first = f"{counts[shard][1]} in {names[shard]}"
+        parts.append(f"{sum(count for count, _ in counts):,} x {cause} (first {first})")
+    if parts:
+        log.warning("%s: members of tars left out: %s", folder, "; ".join(parts))
+
+
 def load_manifest(folder: str, cached: Path) -> Manifest | None:
     """Load a manifest from a file; None if it is missing, damaged or of another version."""
-    versions = {"version": MANIFEST_VERSION, "index_version": INDEX_VERSION}
-    columns, facts = open_first([cached], versions)
+    columns, facts = open_first([cached], VERSIONS)
     return Manifest(folder, columns, facts) if columns else None
 
 
@@ -341,6 +334,14 @@ def remote_index(
         save_columns(cached, built.columns, built.facts)
         index = ShardIndex(url, built.columns, built.facts)
     return index
+
+
+def remote_index_file(url: str, cache: ShardCache) -> Path:
+    """Return the local copy of the index of a remote tar; there is none if it has no index."""
+    cached = remote_cache_path(url, cache, "index")
+    if not cached.is_file():
+        _fetched(f"{url}.index", cached, cache.patience)
+    return cached
 
 
 def _fetched(url: str, target: Path, patience: float) -> bool:

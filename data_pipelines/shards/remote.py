@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipelines.shards.tar_contents import is_system_file
 from xray.errors import DataError
 from xray.files import locked, replacing
 from xray.urls import conceal, redact, remember, remembered, reveal
@@ -86,7 +87,8 @@ def expand(url: str) -> list[str]:
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
     with suppress(FileNotFoundError):
-        if names := retry(url, LIST_PATIENCE, lambda: fs.glob(path)):
+        names = retry(url, LIST_PATIENCE, lambda: fs.glob(path))
+        if names := [name for name in names if not is_system_file(name)]:
             return sorted(conceal(fs.unstrip_protocol(name)) for name in names)
     raise DataError(f"no shards at {url}")
 

@@ -127,7 +127,10 @@ class Source:
             places = possible_paths(Path(f"{path}.index"))
             index = load_index(path, places, digest=wanted) or index_shard(path)
         if index.facts["digest"] != wanted:
-            raise DataError(f"shard {path} changed since it was indexed: restart the run")
+            raise DataError(
+                f"shard {path} changed since it was indexed: restart the run; if it stops here "
+                f"again, run xray data index on {self.manifest.folder}"
+            )
         return index, index.members_with(media_extensions(self.modality, self.animations))
 
     def member(self, shard: int, slot: int) -> int:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import stat
-import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from data_pipelines.shards.columns import (
     text_at,
     unpack_texts,
 )
-from xray.errors import BadSample, DataError
-from xray.files import sha256_file
+from data_pipelines.shards.tar_contents import TarContents, read_tar
+from xray.errors import BadSample, DataError, brief
+from xray.files import printable, sha256_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg")
@@ -67,7 +67,8 @@ class ShardIndex:
 
     columns: keys and key_ends (packed texts); offsets and sizes of the files in bytes, [n, E]
     int64, -1 = the sample has no such file. facts: extensions (names of the E columns); size, mtime
-    and sha256 of the tar ("" = not computed); digest (over keys and sizes of all samples).
+    and sha256 of the tar ("" = not computed); digest (over keys and sizes of all samples); left_out
+    (cause -> [number of members, name of the first]), which indexes of older versions lack.
     """
 
     path: str
@@ -157,7 +158,7 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
     wanted = path.with_name(path.name + ".index")
     stamp = {"size": status.st_size, "mtime": status.st_mtime_ns}
     index = load_index(str(path), possible_paths(wanted), **stamp)
-    if index is not None and (index.facts["sha256"] or not checksum):
+    if index is not None and "left_out" in index.facts and (index.facts["sha256"] or not checksum):
         return index
     index = build_index(path, checksum)
     save_columns(cache_path(wanted), index.columns, index.facts)
@@ -166,72 +167,65 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
 
 def load_index(path: str, places: Iterable[Path], **wanted: Any) -> ShardIndex | None:
     """Load the first readable index of this version with these facts; None if there is none."""
-    columns, facts = open_first(places, {"version": INDEX_VERSION, **wanted})
+    columns, facts = open_first(places, {"version": INDEX_VERSION, **wanted}, check_index)
     return ShardIndex(path, columns, facts) if columns else None
+
+
+def check_index(path: Path, columns: Columns, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError for an index whose numbers do not fit each other or the size of the tar."""
+    try:
+        ends, offsets, sizes = (columns[name] for name in ("key_ends", "offsets", "sizes"))
+        there = sizes >= 0
+        whole = (
+            offsets.shape == sizes.shape == (len(ends), len(facts["extensions"]))
+            and (np.diff(ends, prepend=0) >= 0).all()
+            and ends[-1:].sum() == len(columns["keys"])
+            and (offsets[there] >= 0).all()
+            and (sizes[there] <= facts["size"] - offsets[there]).all()
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: no {brief(error)}") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged: it has places outside of the tar")
 
 
 def build_index(path: Path, checksum: bool = False) -> ShardIndex:
     """Build the index of a tar by reading all its headers; raises DataError for a broken tar."""
-    keys: list[str] = []
-    rows: list[dict[str, tuple[int, int]]] = []
-    status = path.stat()
-    if status.st_size == 0:
-        raise DataError(f"shard {path} is empty (0 bytes): re-create it or leave it out")
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > status.st_size:
-                    raise tarfile.ReadError("unexpected end of data")
-                key, extension = _split(member.name)
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    rows.append({})
-                rows[-1][extension] = (member.offset_data, member.size)
-                cast(Any, archive).members.clear()  # else tarfile keeps every header in memory
-            _check_end(path, archive.offset)
-    except tarfile.TarError as error:
-        last = f" after sample {keys[-1]!r}" if keys else ""
-        raise DataError(
-            f"shard {path} is truncated, damaged or not a tar ({error}){last}: re-create it or "
-            "leave it out"
-        ) from error
-    if not keys:
-        raise DataError(f"shard {path} contains no samples: re-create it or leave it out")
-    extensions = sorted({extension for row in rows for extension in row})
+    status, contents = path.stat(), read_tar(path)
+    return index_of(path, contents, status, sha256_file(path) if checksum else "")
+
+
+def index_of(path: Path, contents: TarContents, status: os.stat_result, sha256: str) -> ShardIndex:
+    """Make the index of a tar from its contents; raises DataError if it cannot have one.
+
+    status: of the tar, from before its contents were read.
+    """
+    extensions = sorted({extension for row in contents.rows for extension in row})
     if len(extensions) > MOST_ENDINGS:
         raise DataError(
             f"shard {path} has {len(extensions):,} different file extensions, such as "
             f"{extensions[0]!r}: the key of a sample ends at the first dot of its file name, so "
             "use keys without dots"
         )
-    table = np.full((2, len(rows), len(extensions)), -1, np.int64)
-    for i, row in enumerate(rows):
-        for extension, (offset, length) in row.items():
-            table[:, i, extensions.index(extension)] = offset, length
-    blob, ends = pack_texts(keys)
+    numbers = {extension: number for number, extension in enumerate(extensions)}
+    table = np.full((2, len(contents.rows), len(extensions)), -1, np.int64)
+    for i, row in enumerate(contents.rows):
+        for extension, place in row.items():
+            table[:, i, numbers[extension]] = place
+    blob, ends = pack_texts(contents.keys)
     columns = {"keys": blob, "key_ends": ends, "offsets": table[0], "sizes": table[1]}
     facts = {
         "version": INDEX_VERSION,
         "extensions": extensions,
         "size": status.st_size,
         "mtime": status.st_mtime_ns,
-        "sha256": sha256_file(path) if checksum else "",
+        "sha256": sha256,
         "digest": _digest(columns, extensions),
+        "left_out": {
+            cause: [len(names), printable(names[0])] for cause, names in contents.left_out.items()
+        },
     }
     return ShardIndex(str(path), columns, facts)
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """Check that the archive really ends at the offset where tarfile stopped.
-
-    tarfile treats a damaged header as the end of the archive; a real end is zeros or the file end.
-    """
-    with path.open("rb") as file:
-        file.seek(offset)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"no header at byte {offset:,}")
 
 
 def _digest(columns: Columns, extensions: list[str]) -> str:
@@ -240,13 +234,6 @@ def _digest(columns: Columns, extensions: list[str]) -> str:
     for name in ("keys", "key_ends", "sizes"):
         state.update(np.ascontiguousarray(columns[name]).tobytes())
     return state.hexdigest()
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Split a file name by webdataset's rule: the key ends at the first dot of the base name."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def cache_path(wanted: Path) -> Path:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data_pipelines.ingest.labelled import open_labelled
-from data_pipelines.shards.manifest import find_shards, resolve
+from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder

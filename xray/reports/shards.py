@@ -59,6 +59,8 @@ def totals(report: CheckReport) -> str:
         first = next(s for s in report.shards if s.without_caption)
         where = f"first {first.first_without_caption} in {first.path}"
         parts.append(f"{total.without_caption:,} without caption ({where})")
+    if total.system_files:
+        parts.append(f"{total.system_files:,} system or hidden files left out")
     causes = [f"{count:,} {cause}" for cause, count in sorted(total.causes.items())]
     if errors := sum(bool(shard.error) for shard in report.shards):
         causes.append(f"{errors:,} broken shards")
@@ -91,6 +93,7 @@ def _total(report: CheckReport) -> ShardCheck:
         total.bytes += shard.bytes
         total.seconds += shard.seconds
         total.without_caption += shard.without_caption
+        total.system_files += shard.system_files
         for sums, media in ((total.images, shard.images), (total.clips, shard.clips)):
             sums.samples += media.samples
             sums.usable += media.usable

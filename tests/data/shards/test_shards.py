@@ -16,8 +16,9 @@ from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards import manifest as manifests
 from data_pipelines.shards import remote
 from data_pipelines.shards.columns import open_columns, pack_texts, save_columns, unpack_texts
-from data_pipelines.shards.manifest import find_shards, open_manifest, write_manifest
+from data_pipelines.shards.manifest import open_manifest, write_manifest
 from data_pipelines.shards.remote import ShardCache
+from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.sidecar import CopySlots, write_sidecar
 from data_pipelines.shards.source import open_source
 from data_pipelines.shards.tar_index import index_shard
