@@ -28,7 +28,7 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from data_pipelines.shards.process_pool import Progress, over_shards
-from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
+from data_pipelines.shards.remote import ShardCache, expand, fetch_small, is_remote
 from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.tar_index import (
     INDEX_VERSION,

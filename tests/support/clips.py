@@ -54,7 +54,11 @@ def film(
     data = buffer.getvalue()
     if turned:
         matrix = data.index(b"tkhd") + 44
-        data = data[:matrix] + struct.pack(">9i", 0, 1, 0, -1, 0, 0, 0, 0, 1 << 30) + data[matrix + 36 :]
+        data = (
+            data[:matrix]
+            + struct.pack(">9i", 0, 1, 0, -1, 0, 0, 0, 0, 1 << 30)
+            + data[matrix + 36 :]
+        )
     return _cover_first(data) if cover else data
 
 

@@ -33,6 +33,7 @@ from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
 from xray.files import is_inside, locked, replacing, sha256_file, sync_tree, usual_mode
+from xray.records import parse_record
 from xray.urls import conceal, redact
 from xray.version import __version__
 
@@ -133,11 +134,11 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
 def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     """Parse a manifest; raises ArtifactError if it is damaged or names a file outside."""
     try:
-        manifest = json.loads(content)
+        manifest = parse_record(content, dict[str, Any])
     except ValueError as error:
         raise ArtifactError(f"{where} cannot be read: {brief(error)}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema")
         raise ArtifactError(f"{where} has schema {schema}, this version reads {SCHEMA}")
     for section in SECTIONS:
         if not isinstance(manifest.get(section), dict):

@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 
 from xray.errors import ConfigError, DataError, brief
 from xray.files import replacing, usual_mode
+from xray.records import parse_record
 
 VERSION = 1
 GROUP = 16_384  # rows per Parquet row group
@@ -36,6 +39,14 @@ STORED: dict[str, Any] = {
     "binary": np.uint8,
 }
 Facts = dict[str, Any]
+NEEDED: dict[str, Any] = {  # facts and their types
+    **{name: int for name in ("version", "rows", "dim")},
+    **{name: str for name in ("dtype", "modality")},
+    **{name: dict for name in ("artifact", "source")},
+    "keep_rate": float | int | None,
+}
+# numpy parses the header of a .npy as Python
+DAMAGE = (ValueError, LookupError, TypeError, SyntaxError, TokenError)
 
 
 @dataclass(frozen=True)
@@ -193,24 +204,67 @@ def _names_of(out: Path) -> Path:
 
 
 class Embeddings(ABC):
-    """Rows of a file that are not held in memory: memory-mapped, or read by group."""
+    """Rows of a file that are not held in memory: memory-mapped, or read by group.
+
+    Every method raises DataError for a part of the file that is damaged.
+    """
 
     facts: Facts
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _readable(path):
+            self._open(path)
+            _check_facts(self.facts)
 
     def __len__(self) -> int:
         return int(self.facts["rows"])
 
-    @abstractmethod
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield all rows in their stored dtype, in order, by chunk."""
+        with _readable(self._path):
+            yield from self._chunks()
 
-    @abstractmethod
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return some rows in their stored dtype."""
+        with _readable(self._path):
+            return self._take(rows)
 
-    @abstractmethod
     def names(self, rows: Sequence[int]) -> Names:
         """Return the names of some rows."""
+        with _readable(self._path):
+            return self._names(rows)
+
+    @abstractmethod
+    def _open(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def _chunks(self) -> Iterator[np.ndarray]: ...
+
+    @abstractmethod
+    def _take(self, rows: np.ndarray) -> np.ndarray: ...
+
+    @abstractmethod
+    def _names(self, rows: Sequence[int]) -> Names: ...
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise DataError that names a file, for the errors of a damaged one."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, *DAMAGE) as error:
+        detail = brief(error)
+        raise DataError(f"{path} is not an embedding file of xray embed: {detail}") from error
+
+
+def _check_facts(facts: Any) -> None:
+    """Raise ValueError for facts that lack one or have another type."""
+    for name, kind in NEEDED.items():
+        if not isinstance(facts[name], kind):
+            raise ValueError(f"its {name} is {facts[name]!r}")
+    if facts["version"] != VERSION:
+        raise ValueError(f"it has version {facts['version']}, and this xray reads {VERSION}")
 
 
 def open_embeddings(path: Path) -> Embeddings:
@@ -219,37 +273,28 @@ def open_embeddings(path: Path) -> Embeddings:
         raise DataError(f"{path} is not an embedding file: it must end in {' or '.join(ENDINGS)}")
     if not path.is_file():
         raise DataError(f"{path} does not exist")
-    try:
-        found = ParquetEmbeddings(path) if path.suffix == ".parquet" else NpyEmbeddings(path)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        detail = brief(error)
-        raise DataError(f"{path} is not an embedding file of xray embed: {detail}") from error
-    if found.facts["version"] != VERSION:
-        raise DataError(
-            f"{path} has version {found.facts['version']}, but this xray reads version {VERSION}"
-        )
-    return found
+    return ParquetEmbeddings(path) if path.suffix == ".parquet" else NpyEmbeddings(path)
 
 
 class NpyEmbeddings(Embeddings):
     """X.npy, memory-mapped."""
 
-    def __init__(self, path: Path) -> None:
-        content = json.loads(_names_of(path).read_text())
-        self.facts, self._names = content["xray"], content["rows"]
+    def _open(self, path: Path) -> None:
+        content = parse_record(_names_of(path).read_bytes(), dict[str, Any])
+        self.facts, self._listed = content["xray"], content["rows"]
         self.rows = np.lib.format.open_memmap(path, mode="r")
         if self.rows.shape != (len(self), row_length(self.facts)):
             raise ValueError(f"its rows are {self.rows.shape}, and {_names_of(path)} is of others")
 
-    def chunks(self) -> Iterator[np.ndarray]:
+    def _chunks(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self), GROUP):
             yield self.rows[start : start + GROUP]
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def _take(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(self.rows[rows])
 
-    def names(self, rows: Sequence[int]) -> Names:
-        found = [self._names[row] for row in rows]
+    def _names(self, rows: Sequence[int]) -> Names:
+        found = [self._listed[row] for row in rows]
         texts = [row[2] for row in found] if self.facts["modality"] == "text" else None
         return Names([row[0] for row in found], [row[1] for row in found], texts)
 
@@ -257,16 +302,17 @@ class NpyEmbeddings(Embeddings):
 class ParquetEmbeddings(Embeddings):
     """X.parquet, read by row group."""
 
-    def __init__(self, path: Path) -> None:
+    def _open(self, path: Path) -> None:
         self.file = pq.ParquetFile(path, memory_map=True)
-        self.facts = json.loads((self.file.schema_arrow.metadata or {})[FACTS])
+        facts = (self.file.schema_arrow.metadata or {})[FACTS]
+        self.facts = parse_record(facts, dict[str, Any])
         meta = self.file.metadata
         counts = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         self.ends = np.cumsum(counts, dtype=np.int64)
         if meta.num_rows != len(self):
             raise ValueError(f"it has {meta.num_rows} rows of {len(self)}")
 
-    def chunks(self) -> Iterator[np.ndarray]:
+    def _chunks(self) -> Iterator[np.ndarray]:
         for group in range(len(self.ends)):
             yield self._stored(group)
 
@@ -284,13 +330,13 @@ class ParquetEmbeddings(Embeddings):
             places = np.flatnonzero(groups == group)
             yield group, places, rows[places] - (self.ends[group - 1] if group else 0)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def _take(self, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), row_length(self.facts)), STORED[self.facts["dtype"]])
         for group, places, own in self._by_group(rows):
             found[places] = self._stored(group)[own]
         return found
 
-    def names(self, rows: Sequence[int]) -> Names:
+    def _names(self, rows: Sequence[int]) -> Names:
         wanted = ["key", "path", *(["text"] if self.facts["modality"] == "text" else [])]
         columns: dict[str, list[str]] = {name: [""] * len(rows) for name in wanted}
         for group, places, own in self._by_group(np.asarray(rows)):

@@ -20,6 +20,7 @@ from xray import dist
 from xray.config import TrainConfig
 from xray.errors import ArtifactError
 from xray.files import sync_tree
+from xray.records import read_record
 from xray.training.engine import Engine
 from xray.training.portable_state import (
     FOLDER,
@@ -74,11 +75,9 @@ def staying(checkpoints: Sequence[Path], train: TrainConfig) -> set[Path]:
 
 def read_state(checkpoint: Path) -> TrainState:
     """Read a checkpoint's state; raises ArtifactError if it is damaged."""
-    try:
-        values = json.loads((checkpoint / "state.json").read_text())
-        return TrainState.from_json(values, quarantine.load(checkpoint / "quarantine.jsonl"))
-    except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{checkpoint}/state.json cannot be read: {error}") from error
+    known = quarantine.load(checkpoint / "quarantine.jsonl")
+    state = read_record(checkpoint / "state.json", TrainState)
+    return dataclasses.replace(state, quarantine=known)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> TrainState:

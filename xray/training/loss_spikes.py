@@ -28,7 +28,7 @@ class SpikeDetector:
         A spike that is not skipped counts as a loss at the threshold. Raises TrainingError for too
         many skipped steps in a row.
         """
-        train, losses = self.run.config.train, self.state.losses
+        train, losses = self.run.config.train, self.state.level
         deviation = losses.deviation(loss)
         if train.spikes == "ignore" or deviation <= train.spike:
             losses.add(loss)
@@ -52,7 +52,7 @@ class SpikeDetector:
 
     def _report(self, loss: float, deviation: float, skip: bool) -> None:
         """Log a spike and append it, with its samples, to spikes.jsonl."""
-        state, mean = self.state, self.state.losses.mean
+        state, mean = self.state, self.state.level.mean
         log.warning(
             "step %d: the loss %.4g is %.1f standard deviations above its mean %.4g%s; the samples "
             "are in %s",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,25 @@ from xray import dist
 from xray.artifacts.artifact import save_tensors
 from xray.errors import ArtifactError, brief
 from xray.files import inside, sync_file
+from xray.records import read_record
 from xray.training.engine import Engine
 from xray.training.state import FILE_BYTES
 
 FOLDER, INDEX, BUFFERS = "portable", "index.json", "buffers.safetensors"
 VERSION = 1
 WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Contents of an index.json. files: names of the parameters in each file."""
+
+    version: int
+    steps: int
+    slots: list[str]
+    files: dict[str, list[str]]
+
+
 Content = dict[str, Tensor] | str  # of a file: safetensors or text
 
 
@@ -56,8 +70,7 @@ def portable_files(
         state = engine.module.state_dict()
         buffers = {name: value for name, value in state.items() if name not in weights}
         yield BUFFERS, {name: value.to("cpu", copy=True) for name, value in buffers.items()}
-        facts = {"version": VERSION, "steps": engine.steps}
-        yield INDEX, json.dumps({**facts, "slots": list(engine.slots), "files": files})
+        yield INDEX, json.dumps(asdict(Index(VERSION, engine.steps, list(engine.slots), files)))
 
 
 def own_values(engine: Engine) -> int:
@@ -86,7 +99,7 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
     """
     index = _index(checkpoint)
     _check(index, engine, checkpoint)
-    for file, names in index["files"].items():
+    for file, names in index.files.items():
         with _tensors(checkpoint, file) as tensors:
             for name in names:
                 for slot in (None, *engine.slots):
@@ -95,7 +108,7 @@ def load_portable(engine: Engine, checkpoint: Path) -> None:
         state = engine.module.state_dict()
         for name, value in read_buffers(checkpoint).items():
             state[name].copy_(value)
-    engine.set_steps(int(index["steps"]))
+    engine.set_steps(index.steps)
 
 
 def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]:
@@ -105,9 +118,9 @@ def read_weights(checkpoint: Path, slot: str | None = None) -> dict[str, Tensor]
     """
     weights: dict[str, Tensor] = {}
     index = _index(checkpoint)
-    if slot is not None and slot not in index["slots"]:
+    if slot is not None and slot not in index.slots:
         raise ArtifactError(f"checkpoint {checkpoint} has no {slot} of the weights")
-    for file, names in index["files"].items():
+    for file, names in index.files.items():
         with _tensors(checkpoint, file) as tensors:
             weights |= {name: tensors.get_tensor(f"{slot or WEIGHT}/{name}") for name in names}
     return weights
@@ -119,16 +132,14 @@ def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _index(checkpoint: Path) -> dict[str, Any]:
+def _index(checkpoint: Path) -> Index:
     """Read and check a checkpoint's index."""
-    path = checkpoint / FOLDER / INDEX
-    with _named(path):
-        index = dict(json.loads(path.read_text()))
-        if index["version"] != VERSION:
-            raise ArtifactError(
-                f"checkpoint {checkpoint} has version {index['version']}, this xray reads {VERSION}"
-            )
-        return {**index, "files": dict(index["files"]), "slots": list(index["slots"])}
+    index = read_record(checkpoint / FOLDER / INDEX, Index)
+    if index.version != VERSION:
+        raise ArtifactError(
+            f"checkpoint {checkpoint} has version {index.version}, this xray reads {VERSION}"
+        )
+    return index
 
 
 @contextmanager
@@ -180,12 +191,12 @@ def _write(path: Path, content: Content) -> ArtifactError | None:
     return None
 
 
-def _check(index: dict[str, Any], engine: Engine, checkpoint: Path) -> None:
+def _check(index: Index, engine: Engine, checkpoint: Path) -> None:
     """Raise ArtifactError for other parameters or another optimizer."""
-    saved = {name for names in index["files"].values() for name in names}
+    saved = {name for names in index.files.values() for name in names}
     changed = sorted(saved ^ engine.trained.keys())
-    if changed or tuple(index["slots"]) != engine.slots:
-        what = f"parameter {changed[0]}" if changed else f"the optimizer's {index['slots']}"
+    if changed or tuple(index.slots) != engine.slots:
+        what = f"parameter {changed[0]}" if changed else f"the optimizer's {index.slots}"
         raise ArtifactError(
             f"checkpoint {checkpoint} is of another model or optimizer: {what} (of "
             f"{len(changed)}) is only in one of them; choose another out="

@@ -51,16 +51,10 @@ class TrainState:
     world: int = 1
     zero_stage: int = 0
     score: float | None = None  # the metric `train.best_by` at this step
-    losses: LossStatistics = field(default_factory=LossStatistics)
+    level: LossStatistics = field(default_factory=LossStatistics)  # of the loss
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json; the quarantine has its own file."""
         values = asdict(self)
         del values["quarantine"]
-        return {"level" if name == "losses" else name: v for name, v in values.items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], quarantine: list[Entry]) -> TrainState:
-        """Create the state from the contents of state.json; raises TypeError for an unknown key."""
-        losses = LossStatistics(**values.pop("level", {}))
-        return cls(**values, quarantine=quarantine, losses=losses)
+        return values

@@ -31,7 +31,10 @@ def progressive(size: tuple[int, int], scans: int) -> bytes:
 def tiff(size: tuple[int, int], tile: tuple[int, int], tiles: int, compression: int = 1) -> bytes:
     """Make a TIFF of one bit per pixel, all of whose tiles have the same data."""
     pixels = b"\0" * (tile[0] * tile[1] // 8) if compression == 1 else b"\0" * 100
-    many = struct.pack(f"<{tiles}I", *[8] * tiles), struct.pack(f"<{tiles}I", *[len(pixels)] * tiles)
+    many = (
+        struct.pack(f"<{tiles}I", *[8] * tiles),
+        struct.pack(f"<{tiles}I", *[len(pixels)] * tiles),
+    )
     start = 8 + len(pixels)
     places = (start, start + len(many[0])) if tiles > 1 else (8, len(pixels))
     tags = [(256, 1, size[0]), (257, 1, size[1]), (258, 1, 1), (259, 1, compression), (262, 1, 1)]
