@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from xray.errors import brief
+from xray.errors import DataError, brief
 from xray.files import replacing, unique_temporary, usual_mode
 
 log = logging.getLogger("xray")
@@ -154,6 +154,8 @@ def text_at(blob: np.ndarray, ends: np.ndarray, number: int) -> str:
 
 
 def unpack_texts(blob: np.ndarray, ends: np.ndarray) -> list[str]:
-    """Return all packed texts."""
+    """Return all packed texts; raises DataError if they overlap, which would multiply them."""
+    if len(ends) and (ends[0] < 0 or ends[-1] > len(blob) or (ends[1:] < ends[:-1]).any()):
+        raise DataError("the names in an index are damaged: write it again with xray data index")
     whole, bounds = blob.tobytes(), [0, *ends.tolist()]
     return [whole[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise(bounds)]

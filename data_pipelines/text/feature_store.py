@@ -47,8 +47,12 @@ class TextStore:
 
     @property
     def width(self) -> int:
-        """Number of dimensions W."""
-        return int(self.sidecar.facts["width"])
+        """Number of dimensions W; raises DataError if the vectors have another."""
+        width, vectors = self.sidecar.facts["width"], self.sidecar.table(0)["vectors"]
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            path = self.sidecar.source.derived(self.sidecar.name)
+            raise DataError(f"{path} has width={width}, its vectors have {vectors.shape[1:]}")
+        return int(width)
 
     @property
     def digest(self) -> str:

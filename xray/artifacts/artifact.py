@@ -29,6 +29,7 @@ from torch import Tensor
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.tar_index import user_cache
 from xray import processes
+from xray.artifacts.limits import check_numbers
 from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
@@ -132,7 +133,10 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
 
 
 def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
-    """Parse a manifest; raises ArtifactError if it is damaged or names a file outside."""
+    """Parse a manifest.
+
+    Raises ArtifactError if it is damaged, has a number out of bounds or names a file outside.
+    """
     try:
         manifest = parse_record(content, dict[str, Any])
     except ValueError as error:
@@ -151,6 +155,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     for name in manifest["files"]:
         if not is_inside(name):
             raise ArtifactError(f"{where} names a file outside its folder: {name}")
+    check_numbers(manifest, where)
     return manifest
 
 

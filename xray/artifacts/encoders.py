@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import Language
+from xray.artifacts.limits import check_size, sized
 from xray.artifacts.manifest_config import (
     data_config,
     decoder_config,
@@ -60,8 +61,10 @@ class VisionEncoder(nn.Module):
         self.keep_rate: KeepRate = artifact.manifest["keep_rate"]
         with torch.device("meta"):  # its weights are loaded below
             vision = VisionBackbone(model, largest(data.resolution), largest(data.frames))
+        stored = artifact.load("backbone")
+        _check_tables(artifact, vision, stored)
         self.vision = vision.to_empty(device="cpu")
-        load_adapted(self.vision, artifact.load("backbone"), str(artifact.path))
+        load_adapted(self.vision, stored, str(artifact.path))
         self.normalize = Normalize(data.mean, data.std)
         self.eval()
 
@@ -88,14 +91,28 @@ class VisionEncoder(nn.Module):
             return self.vision(self.normalize(pixels), self.keep_rate).cls
 
 
+def _check_tables(artifact: Artifact, vision: VisionBackbone, stored: Mapping[str, Tensor]) -> None:
+    """Raise ArtifactError if the manifest gives other sizes of positions, or a far larger model."""
+    for name, field in (("pos_embed", "data.resolution"), ("pos_temporal", "data.frames")):
+        table = getattr(vision, name)
+        if table is not None and name in stored and table.shape[1] != stored[name].shape[1]:
+            raise ArtifactError(
+                f"{artifact.path}: config.{field} in its manifest makes {name} of "
+                f"{list(table.shape)}, and it stores {list(stored[name].shape)}: the manifest is "
+                "damaged"
+            )
+    check_size(artifact, stored, "config.model", lambda: vision)
+
+
 class ImageEncoder(VisionEncoder):
     """Vision side of a joint space, whose features are float32 and normalised."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         options = self.options = joint_head(artifact)
-        self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
         head = artifact.load("head")
+        sizes, section = (self.vision.embed_dim, options.embed_dim), "config of the joint space"
+        self.vision_projection = sized(artifact, head, section, lambda: Projection(*sizes))
         self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
         self.logit_scale = head["logit_scale"].exp()
         self.eval()
@@ -126,9 +143,10 @@ class Encoder(ImageEncoder):
         self.text, self.tokenizer = language.build(), language.tokenizer
         options = self.options
         sizes = (self.text.width, options.embed_dim, options.adapter_blocks)
-        self.text_adapter = text_head(options.text_head, *sizes)
-        self.matryoshka = options.matryoshka
-        head = artifact.load("head")
+        self.matryoshka, head = options.matryoshka, artifact.load("head")
+        self.text_adapter = sized(
+            artifact, head, "config of the text head", lambda: text_head(options.text_head, *sizes)
+        )
         # the bias of the sigmoid loss does not change a ranking
         alone = ("logit_scale", "logit_bias")
         state = {name: value for name, value in head.items() if name not in alone}
@@ -270,8 +288,12 @@ def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
     """Build the MAE decoder of an artifact with its weights, in eval mode."""
     options = decoder_config(artifact)
     sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
-    decoder = MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
-    decoder.load_state_dict(artifact.load("decoder"))
+    stored = artifact.load("decoder")
+    decoder = sized(
+        artifact, stored, "config of the decoder",
+        lambda: MaeDecoder(vision.embed_dim, vision.patch_values, *sizes),
+    )  # fmt: skip
+    decoder.load_state_dict(stored)
     return decoder.eval()
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from xray.artifacts.artifact import Artifact
+from xray.artifacts.limits import check_size
 from xray.artifacts.manifest_config import text_config
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.inference import recorded
-from xray.models.llm_folder import find_llm, llm_digest, own_pooling
+from xray.models.llm_folder import find_llm, llm_digest, load_llm, own_pooling
 from xray.models.text_tower import TextTower, is_added
 from xray.models.tokenizer import CaptionTokenizer
 
@@ -57,15 +59,30 @@ class Language:
     def build(self) -> TextTower:
         """Build the tower with its weights; raises ConfigError for a tokenizer of another model."""
         weights = self.parent is None or _needs_base(self.parent)
+        stored = {} if self.parent is None else self.parent.load("text")
+        if self.parent is not None:
+            self._check_sizes(self.parent, stored, weights)
         tower = TextTower(self.config, self.folder, weights)
         if self.parent is not None:
-            tower.load_changes(self.parent.load("text"), str(self.parent.path))
+            tower.load_changes(stored, str(self.parent.path))
         if self.tokenizer.largest_id >= tower.vocabulary:
             raise ConfigError(
                 f"the tokenizer in {self.folder} gives token {self.tokenizer.largest_id}, the "
                 f"model there embeds {tower.vocabulary}: it is another model's; restore its own"
             )
         return tower
+
+    def _check_sizes(self, parent: Artifact, stored: Mapping[str, Tensor], weights: bool) -> None:
+        """Compare the sizes of a parent's LoRA and of its LLM with its stored tensors."""
+        rank = max([t.shape[0] for name, t in stored.items() if ".lora_A" in name], default=0)
+        if self.config.tune != "lora" and rank and self.config.lora_rank > rank:
+            raise ArtifactError(
+                f"{parent.path}: config.text.lora_rank={self.config.lora_rank} in its manifest, "
+                f"and it stores a LoRA of rank {rank}: the manifest is damaged"
+            )
+        if not weights:  # all of the LLM's are stored
+            build = functools.partial(load_llm, self.folder, weights=False)
+            check_size(parent, stored, "llm/config.json", build)
 
     def changes(self) -> dict[str, Tensor]:
         """Return the parent's changes to the tower, for an artifact that does not train it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +19,8 @@ from xray.records import parse_record
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # weights, config and tokenizer
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
+SIZE = re.compile(r"layer|size|dim|head|width|embd|d_model|d_ff|d_kv|position|ctx|inner|expert")
 NO_REMOTE_CODE = {"trust_remote_code": False}  # with None, transformers asks on the terminal
 
 
@@ -83,6 +86,7 @@ def load_llm(
         raise ConfigError(
             f"{folder} contains a multimodal model: set text.llm to a text-only model"
         )
+    _check_sizes(settings, folder)
     settings.use_cache = False  # the cache of keys and values serves generation only
     if attention == "bidirectional":
         settings.is_causal = False
@@ -113,6 +117,14 @@ def load_llm(
     if hasattr(llm, "pooler"):  # BERT's pooler is not used, so it would get no gradient
         llm.pooler = None
     return llm
+
+
+def _check_sizes(settings: Any, folder: Path) -> None:
+    """Raise ConfigError for a size that no real model has, before anything is built with it."""
+    for key, value in settings.to_dict().items():
+        most = 1 << 10 if key in LAYERS else 1 << 24
+        if isinstance(value, int) and value > most and SIZE.search(key):
+            raise ConfigError(f"{folder}/config.json: {key}={value} must be at most {most:,}")
 
 
 def _check_files(folder: Path) -> None:

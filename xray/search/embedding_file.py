@@ -311,6 +311,9 @@ class ParquetEmbeddings(Embeddings):
         self.ends = np.cumsum(counts, dtype=np.int64)
         if meta.num_rows != len(self):
             raise ValueError(f"it has {meta.num_rows} rows of {len(self)}")
+        width = row_length(self.facts) * np.dtype(STORED[self.facts["dtype"]]).itemsize
+        if self.file.schema_arrow.field("embedding").type.byte_width != width:
+            raise ValueError(f"its rows do not have dim={self.facts['dim']} of its facts")
 
     def _chunks(self) -> Iterator[np.ndarray]:
         for group in range(len(self.ends)):
