@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xray.agreement import Agreement, announce, reason
-from xray.errors import ArtifactError, ConfigError, DataError, XrayError
+from xray.errors import ArtifactError, ConfigError, DataError, TrainingError, XrayError
 
 if TYPE_CHECKING:
     import torch
@@ -276,11 +276,16 @@ def together(
     kind: type[XrayError] = DataError,
     doing: str = "",
 ) -> None:
-    """Call work on each rank and raise an error of one on all; an OSError becomes a `kind`."""
+    """Call work on each rank and raise an error of one on all; an OSError becomes a `kind`.
+
+    Work may itself call `agree`; an error that this raises is not agreed upon again.
+    """
     failure: XrayError | None = None
     try:
         work()
     except XrayError as error:
+        if error.agreed or error.parted:
+            raise
         failure = error
     except OSError as error:
         failure = kind(str(error))
@@ -345,7 +350,11 @@ def agree(error: XrayError | None, patience: timedelta = COLLECTIVE, doing: str 
     rank does not arrive within the patience.
     """
     if world_size() > 1:
-        error = _agreement(patience, doing).reach(error)
+        try:
+            error = _agreement(patience, doing).reach(error)
+        except TrainingError as lost:
+            lost.parted = True
+            raise
     if error is not None:
         raise error.on_all_ranks()
 

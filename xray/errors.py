@@ -13,6 +13,7 @@ class XrayError(Exception):
     """Base class of all errors for the user."""
 
     agreed = False  # True if every rank raises it: then only rank 0 prints it
+    parted = False  # True if the ranks can agree no more: one has stopped or is lost
 
     def on_all_ranks(self: E) -> E:
         """Mark this error as raised on every rank and return it."""

@@ -174,6 +174,28 @@ def test_a_bug_on_one_rank_ends_the_others(broken: int, monkeypatch: pytest.Monk
         Agreement(store, 1, 1 - broken, 2, timedelta(seconds=60)).reach(None)
 
 
+def test_an_agreement_inside_work_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its error nor the end of a rank is agreed upon again, where no rank would answer."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(agreement, "time", Clock())
+    for stopped in (False, True):
+        store = HashStore()
+        monkeypatch.setattr(dist, "_store", lambda store=store: store)
+        numbers = iter([1, 2])
+        monkeypatch.setattr(dist, "_NUMBERS", numbers)
+        other = Agreement(store, 1, 1, 2, LONG)
+        if stopped:
+            other.stop(ZeroDivisionError("bug"))
+        told = "rank 1 has stopped: ZeroDivisionError: bug" if stopped else "broken"
+        failure = None if stopped else DataError("broken")
+        if not stopped:
+            store.set("xray/agree/1/1", "")
+        with pytest.raises(XrayError, match=f"^{told}$") as raised:
+            dist.together(lambda failure=failure: dist.agree(failure))
+        assert raised.value.agreed != stopped and next(numbers) == 2
+
+
 SERVER = """
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
