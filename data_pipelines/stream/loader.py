@@ -6,7 +6,7 @@ import math
 import signal
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -291,11 +291,18 @@ class WholeDataset(Dataset):
 
 
 def iterate_source(
-    source: Source, transform: Transform, collate: Collate, data: DataConfig, batch_size: int
+    source: Source,
+    transform: Transform,
+    collate: Collate,
+    data: DataConfig,
+    batches: Iterable[Sequence[int]],
 ) -> Iterator[Fields]:
-    """Yield batches of all samples of a source in order, for evaluation; raises DataError."""
+    """Yield batches of samples of a source, for evaluation; raises DataError.
+
+    batches: numbers of the samples of each batch, in the order of the source.
+    """
     dataset = WholeDataset(source, transform, data)
-    yield from iterate_batches(dataset, collate, data.workers, batch_size=batch_size)
+    yield from iterate_batches(dataset, collate, data.workers, batch_sampler=batches)
 
 
 def iterate_batches(

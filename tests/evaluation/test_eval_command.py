@@ -33,6 +33,7 @@ from xray.evaluation.finetune import FINETUNE, Classifier, finetune
 from xray.evaluation.keep_rates import over_keep_rates
 from xray.evaluation.robustness import _heads as heads_of
 from xray.evaluation.zero_shot import NamedClasses
+from xray.models.tokenizer import CaptionTokenizer, TokenIds
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +170,13 @@ def test_texts_are_encoded_once_for_all_keep_rates(
     clip: Artifact, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = Encoder.encode_text
+    original = CaptionTokenizer.__call__
 
-    def counted(encoder: Encoder, texts: Sequence[str]) -> torch.Tensor:
+    def counted(tokenizer: CaptionTokenizer, texts: Sequence[str]) -> TokenIds:
         seen.append(len(texts))
-        return original(encoder, texts)
+        return original(tokenizer, texts)
 
-    monkeypatch.setattr(Encoder, "encode_text", counted)
+    monkeypatch.setattr(CaptionTokenizer, "__call__", counted)
     sets = evaluator(
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.retrieval.shards=heldout",

@@ -41,7 +41,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Tagger, data_of
 from xray.config import DataConfig
 from xray.config import loading as cfg
-from xray.evaluation.tagging import TaggingConfig, tagging
+from xray.evaluation.tagging import ProbabilitiesOf, TaggingConfig, tagging
 from xray.precompute.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
 
 MEASURES = ("precision@1", "recall@5", "mAP")
@@ -112,7 +112,9 @@ class Bench:
         """Evaluate an artifact on the validation photos and the words of their captions."""
         tagger = Tagger(artifact).to(self.device)
         data, config = data_of(artifact, 1), TaggingConfig("", "image", "caption_words")
-        return tagging(self.held_out, tagger.probabilities, self.vocabulary, config, data, 128)
+        samples = ProbabilitiesOf(self.held_out, data, 128)
+        batches = samples.encode(tagger, range(len(samples)))
+        return tagging(self.held_out, batches, self.vocabulary, config, data.workers)
 
     def teach(self, artifact: Artifact, shards: Path) -> str:
         """Write an artifact's predicted tags beside the shards; return the option to use them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -185,9 +186,10 @@ class TextEncoder(nn.Module):
         config = dataclasses.replace(text_config(artifact), tune="none")
         return cls(artifact, Language(config, artifact))
 
-    @classmethod
-    def before(cls, artifact: Artifact) -> TextEncoder | None:
-        """Load the base model; None if its folder is gone or contains another model."""
+    @functools.cached_property
+    def base(self) -> TextEncoder | None:
+        """Load the model before tuning; None if its folder is gone or contains another model."""
+        artifact = self.artifact
         config = dataclasses.replace(text_config(artifact), tune="none", lora_rank=0)
         if config.pooling == "latent":  # the base model has no such weights
             config = dataclasses.replace(config, pooling="mean")
@@ -195,8 +197,11 @@ class TextEncoder(nn.Module):
             language = Language(config)
         except ConfigError:
             return None
-        same = language.digest == artifact.manifest["inputs"]["llm"]
-        return cls(artifact, language) if same else None
+        if language.digest != artifact.manifest["inputs"]["llm"]:
+            return None
+        base = TextEncoder(artifact, language).to(next(self.parameters()).device)
+        base.precision = self.precision
+        return base
 
     def text_features(self, tokens: TokenIds) -> Tensor:
         """Encode tokens [..., L] to sentence vectors [..., W]."""
@@ -219,14 +224,27 @@ def encode_captions(
 ) -> Tensor:
     """Encode N captions to normalised float32 [N, D] on CPU; raises DataError if not finite."""
     starts = range(0, len(captions), TEXTS)
+    rows = caption_rows(captions, starts, tokenizer, encode, device)
+    return normalised_rows(progress_of("texts")(rows, len(starts)))
 
-    def batches() -> Iterator[tuple[None, dict[str, Tensor]]]:
-        for start in progress_of("texts")(starts, len(starts)):
-            tokens = tokenizer(captions[start : start + TEXTS])
-            yield None, {"rows": encode({k: v.to(device) for k, v in tokens.items()}).float()}
 
+def caption_rows(
+    captions: Sequence[str],
+    starts: Iterable[int],
+    tokenizer: CaptionTokenizer,
+    encode: Callable[[TokenIds], Tensor],
+    device: torch.device,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows [n, D] float32 of up to TEXTS captions from each start, on the device."""
+    for start in starts:
+        tokens = tokenizer(captions[start : start + TEXTS])
+        yield {"rows": encode({k: v.to(device) for k, v in tokens.items()}).float()}
+
+
+def normalised_rows(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Join the rows of captions, normalised, on CPU; raises DataError if they are not finite."""
     parts = []
-    for _, batch in one_behind(batches()):
+    for _, batch in one_behind((None, batch) for batch in batches):
         parts.append(batch["rows"])
         if not parts[-1].isfinite().all():
             raise DataError("the text tower's features are NaN or infinite")

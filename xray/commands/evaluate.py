@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from xray import dist
 from xray.commands.common import ArtifactName, Overrides, guarded
 from xray.errors import ConfigError
 
@@ -39,28 +40,45 @@ def evaluate(
 
     `xray config eval` prints the suites and their settings. Data sets are eval.SUITE.shards, or
     .train and .test: shards, a folder with a folder per class, or a .csv file with the columns
-    path and label or caption.
+    path and label or caption. With torchrun, each process encodes a part of every data set; rank
+    0 writes the results.
     """
     from xray.artifacts.artifact import open_artifact
     from xray.evaluation.evaluator import Evaluator
+
+    device = dist.choose_device("auto")
+    if dist.world_size() > 1:
+        from xray.training.deepspeed_setup import init_distributed
+
+        init_distributed(device)
+
+    def opening() -> tuple[Evaluator, list[float]]:
+        config, root, workers, llm = _settings(overrides or [], recipe)
+        rates = _rates(keep_rates)
+        return Evaluator.open(open_artifact(artifact, llm), config, root, workers, device), rates
+
+    def work() -> None:
+        target = _target(out)
+        if rates:
+            _over_rates(evaluator, rates, names, target)
+        else:
+            _all_suites(evaluator, names, target)
+
+    evaluator, rates = dist.main_first(opening, "opening the artifact")
+    names = suite.split(",") if suite else []
+    evaluator.lead(work)
+
+
+def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> None:
     from xray.evaluation.suites import result_table, suite_named
     from xray.models.inference import recorded
 
-    config, root, workers, llm = _settings(overrides or [], recipe)
-    rates = _rates(keep_rates)
-    opened = open_artifact(artifact, llm)
-    target = _target(out)
-    evaluator = Evaluator.open(opened, config, root, workers)
-    names = suite.split(",") if suite else []
-    if rates:
-        _over_rates(evaluator, rates, names, target)
-        return
     results: dict[str, Measures] = {}
     try:  # write each result at once: the next suite may take hours, or fail
         for name, measures in evaluator.each(names or evaluator.default_suites()):
             results[name] = measures
             if target is not None:
-                facts = recorded(config.precision)
+                facts = recorded(evaluator.config.precision)
                 target.write_text(json.dumps({**facts, **results}, indent=1))
     finally:
         if results:

@@ -17,7 +17,10 @@ def run(
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the stages, then stop")] = False,
 ) -> None:
-    """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report."""
+    """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report.
+
+    With torchrun, all processes train and encode the data of the evaluation.
+    """
     from xray.recipes.recipe import load_recipe
     from xray.recipes.report import write_run_report
     from xray.recipes.run import evaluate, plan_table, run_recipe
@@ -29,8 +32,8 @@ def run(
     if plan:
         return
     artifacts = run_recipe(loaded)
+    results = evaluate(loaded, artifacts)
     if dist.is_main():
-        results = evaluate(loaded, artifacts)
         if results is not None:
             results.print()
         print(f"report: {write_run_report(loaded, artifacts, results)}")

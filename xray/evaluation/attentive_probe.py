@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Source
+from data_pipelines.stream.loader import Fields
+from xray.artifacts.encoders import VisionEncoder
 from xray.config import OptimConfig, Precision
 from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import batches_of
+from xray.evaluation.feature_extraction import Samples, batch_samples
 from xray.evaluation.knn import KNN
 from xray.evaluation.suite import LabelledConfig, probe_suite
 from xray.models.inference import autocast, one_behind
@@ -92,22 +94,30 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
     return accuracy(predicted, truth, labels)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TokensOf(Samples):
+    """Encoding of samples to patch tokens."""
+
+    @torch.no_grad()
+    def encode(self, encoder: VisionEncoder, numbers: Iterable[int]) -> Iterator[Fields]:
+        """Yield labels [B] and tokens [B, V, n, D] float16 of these batches."""
+        device = encoder.normalize.mean.device
+
+        def tokens(pixels: Tensor) -> dict[str, Tensor]:
+            x = encoder.normalize(pixels.to(device, non_blocking=True))
+            with autocast(device, encoder.precision):
+                return {"tokens": encoder.vision(x, encoder.keep_rate).patches.half()}
+
+        yield from self.encoded(tokens, numbers)
+
+
 def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
     """Store patch tokens of all views, [N, V * n, D] float16, in a file; returns labels [N] too."""
-    encoder = sets.vision
-    device = encoder.normalize.mean.device
+    size = batch_samples(source, sets.config.batch_size, sets.views)
+    batches = sets.encoded(TokensOf(source, sets.data, size, sets.views))
     labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
-
-    def encoded() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for pixels, own in batches_of(source, sets.data, sets.config.batch_size, sets.views):
-            x = encoder.normalize(pixels.flatten(0, 1).to(device, non_blocking=True))
-            with autocast(device, encoder.precision):
-                patches = encoder.vision(x, encoder.keep_rate).patches
-            yield own, {"rows": patches.reshape(len(pixels), -1, patches.shape[-1]).half()}
-
-    for own, batch in one_behind(encoded()):
-        rows = batch["rows"].numpy()
+    for _, batch in one_behind((None, batch) for batch in batches):
+        rows, own = batch["tokens"].flatten(1, 2).numpy(), batch["label"]
         if kept is None:
             kept = _mapped(path, (len(source), *rows.shape[1:]))
         until = done + len(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,13 +15,22 @@ from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality
-from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder
+from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, normalised_rows
 from xray.artifacts.manifest_config import data_config
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.class_labels import Classes
-from xray.evaluation.feature_extraction import Features, Views, extract_spaces, spaces_of
+from xray.evaluation.dealing import Task, encoded
+from xray.evaluation.feature_extraction import (
+    Features,
+    FeaturesOf,
+    TextsOf,
+    Views,
+    batch_samples,
+    features_of,
+)
 from xray.evaluation.suite import LabelledConfig
+from xray.progress import progress_of
 
 if TYPE_CHECKING:  # config imports the suites, which import this module
     from xray.evaluation.config import EvalConfig
@@ -48,6 +57,7 @@ class Sets:
         plain = data_config(encoder.artifact)
         self.data = dataclasses.replace(plain, root=root, workers=workers)
         self.views = Views(config.views.clips, config.views.crops)
+        self.dealt = False  # encoding is dealt over all ranks (Evaluator.lead)
         self._sources: dict[tuple[str, Modality], Source] = {}
         self._features: dict[int, dict[str, Features]] = {}  # by the id of an opened source
         self._texts: dict[tuple[str, ...], Tensor] = {}
@@ -88,15 +98,24 @@ class Sets:
         self, source: Source, views: Views | None = None, data: DataConfig | None = None
     ) -> dict[str, Features]:
         """Extract a source's features in all spaces, with other views or sizes; keeps nothing."""
-        into, batch = spaces_of(self.vision), self.config.batch_size
-        return extract_spaces(source, into, data or self.data, batch, views or self.views)
+        size = batch_samples(source, self.config.batch_size, views or self.views)
+        task = FeaturesOf(source, data or self.data, size, views or self.views)
+        return features_of(source, self.encoded(task))
+
+    def encoded(self, task: Task) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the tensors of each batch of a task in order, on the device; shows progress."""
+        return progress_of(task.name)(encoded(self.encoder, task, self.dealt), len(task))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts into the joint space, [M, E]; the same texts are encoded once."""
         key = tuple(texts)
         if key not in self._texts:
-            self._texts[key] = self.joint.encode_text(texts)
+            self._texts[key] = self.encode_texts(texts)
         return self._texts[key]
+
+    def encode_texts(self, texts: Sequence[str], base: bool = False) -> Tensor:
+        """Encode texts to [M, D], normalised; base: by a text artifact's model before tuning."""
+        return normalised_rows(self.encoded(TextsOf(texts, base)))
 
     def forget(self) -> None:
         """Drop the features of images, after a change of the encoder's token reduction."""

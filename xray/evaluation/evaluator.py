@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
 
 from xray import dist
 from xray.artifacts.artifact import Artifact
@@ -10,9 +13,11 @@ from xray.artifacts.encoders import TextEncoder, VisionEncoder, restore_encoder
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets, check_sets
+from xray.evaluation.dealing import dismiss, serve
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import SUITES, suite_named
 
+T = TypeVar("T")
 Results = Mapping[str, Measures]  # by suite
 
 
@@ -29,10 +34,41 @@ class Evaluator:
         self.offers = encoder.artifact.offers
 
     @classmethod
-    def open(cls, artifact: Artifact, config: EvalConfig, root: str, workers: int) -> Evaluator:
-        """Load an artifact's encoder on the fastest device."""
-        encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
+    def open(
+        cls,
+        artifact: Artifact,
+        config: EvalConfig,
+        root: str,
+        workers: int,
+        device: torch.device | None = None,
+    ) -> Evaluator:
+        """Load an artifact's encoder; device: None = the fastest."""
+        encoder = restore_encoder(artifact).to(device or dist.choose_device("auto"))
         return cls(encoder, config, root, workers)
+
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Call work on rank 0, while the other ranks encode their share for its suites.
+
+        All ranks call it. Returns work's result on rank 0, None on the others. Raises an error of
+        one rank on all.
+        """
+        if dist.world_size() == 1:
+            return work()
+        results: list[T] = []
+
+        def part() -> None:
+            if dist.is_main():
+                results.append(work())
+                dismiss(self.sets.encoder)
+            else:
+                serve(self.sets.encoder)
+
+        self.sets.dealt = True
+        try:
+            dist.together(part, dist.PREPARATION, doing="evaluating")
+        finally:
+            self.sets.dealt = False
+        return results[0] if results else None
 
     def run(self, names: Sequence[str]) -> Results:
         """Run suites and return their results; raises as `check`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,10 @@ from data_pipelines.decode.transforms import load_pixels, load_views
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loader import Fields, iterate_source
 from data_pipelines.text.captions import find_captions, metadata_of
-from xray.artifacts.encoders import Encoder, VisionEncoder
+from xray import dist
+from xray.artifacts.encoders import TEXTS, Encoder, TextEncoder, VisionEncoder, caption_rows
 from xray.config import DataConfig
-from xray.errors import DataError
+from xray.errors import ArtifactError, DataError
 from xray.models.inference import one_behind
 from xray.progress import progress_of
 
@@ -91,6 +92,108 @@ def stacked(rows: Sequence[Fields]) -> Fields:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a source with their views, in numbered batches of `size` samples."""
+
+    source: Source
+    data: DataConfig
+    size: int
+    views: Views = Views()
+
+    @property
+    def name(self) -> str:
+        """Return the source's name, for progress."""
+        return self.source.name
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.size)
+
+    def rows(self, number: int) -> int:
+        """Return the number of samples in a batch."""
+        return min(self.size, len(self.source) - number * self.size)
+
+    def fields(self, sample: Sample) -> Fields:
+        """Load the pixels of a sample's views, [V, T, 3, S, S] uint8, and what else is needed."""
+        pixels = view_pixels(sample, self.source, self.data, self.views)
+        return {"pixels": pixels, "label": torch.tensor(label_of(sample.files))}
+
+    def load(self, numbers: Iterable[int]) -> Iterator[Fields]:
+        """Yield the fields of these batches."""
+        starts = (number * self.size for number in numbers)
+        batches = [range(start, min(start + self.size, len(self.source))) for start in starts]
+
+        def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
+            return self.fields(sample)
+
+        return iterate_source(self.source, transform, stacked, self.data, batches)
+
+    def encoded(
+        self, encode: Callable[[Tensor], Mapping[str, Tensor]], numbers: Iterable[int]
+    ) -> Iterator[Fields]:
+        """Yield these batches with rows [B, V, ...] by name instead of pixels.
+
+        encode: [B * V, T, 3, S, S] uint8 -> rows by name.
+        """
+        for batch in self.load(numbers):
+            pixels = batch.pop("pixels")
+            rows = encode(pixels.flatten(0, 1))
+            yield batch | {name: row.unflatten(0, pixels.shape[:2]) for name, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class FeaturesOf(Samples):
+    """Encoding of samples into all spaces of an encoder by one pass of the backbone."""
+
+    @torch.no_grad()
+    def encode(self, encoder: VisionEncoder, numbers: Iterable[int]) -> Iterator[Fields]:
+        """Yield labels [B] and rows [B, V, D] by space of these batches."""
+
+        def into_spaces(pixels: Tensor) -> dict[str, Tensor]:
+            cls = encoder.cls(pixels)
+            spaces = {"backbone": F.normalize(cls.float(), dim=-1)}
+            if isinstance(encoder, Encoder):
+                spaces["joint"] = encoder.joint(cls)
+            return spaces
+
+        yield from self.encoded(into_spaces, numbers)
+
+
+@dataclass(frozen=True)
+class TextsOf:
+    """Encoding of captions, in batches of TEXTS; base: by the model before tuning."""
+
+    captions: Sequence[str]
+    base: bool = False
+    name = "texts"
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.captions) / TEXTS)
+
+    def rows(self, number: int) -> int:
+        """Return the number of captions in a batch."""
+        return min(TEXTS, len(self.captions) - number * TEXTS)
+
+    @torch.no_grad()
+    def encode(
+        self, encoder: VisionEncoder | TextEncoder, numbers: Iterable[int]
+    ) -> Iterator[Fields]:
+        """Yield the rows [B, D] of these batches; raises ArtifactError without a text tower."""
+        chosen = encoder.base if self.base and isinstance(encoder, TextEncoder) else encoder
+        if not isinstance(chosen, Encoder | TextEncoder):
+            what = "base model" if self.base else "text tower"
+            raise ArtifactError(f"{encoder.artifact.path}: rank {dist.rank()} finds no {what}")
+        starts, device = (number * TEXTS for number in numbers), next(chosen.parameters()).device
+        how = chosen.tokenizer, chosen.text_features, device
+        yield from caption_rows(self.captions, starts, *how)
+
+
+def batch_samples(source: Source, batch_size: int, views: Views) -> int:
+    """Return the number of samples in a batch of about batch_size views."""
+    per_sample = views.clips * views.crops if source.modality == "video" else 1
+    return max(1, batch_size // per_sample)
+
+
 def batches_of(
     source: Source, data: DataConfig, batch_size: int, views: Views | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,39 +202,20 @@ def batches_of(
     A batch has about batch_size views.
     """
     chosen = views or Views()
-    per_sample = chosen.clips * chosen.crops if source.modality == "video" else 1
-    size = max(1, batch_size // per_sample)
-
-    def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
-        pixels = view_pixels(sample, source, data, chosen)
-        return {"pixels": pixels, "label": torch.tensor(label_of(sample.files))}
-
-    batches = iterate_source(source, transform, stacked, data, size)
-    for batch in progress_of(source.name)(batches, math.ceil(len(source) / size)):
+    samples = Samples(source, data, batch_samples(source, batch_size, chosen), chosen)
+    for batch in progress_of(source.name)(samples.load(range(len(samples))), len(samples)):
         yield batch["pixels"], batch["label"]
 
 
-def extract_spaces(
-    source: Source,
-    encode: Callable[[Tensor], Mapping[str, Tensor]],
-    data: DataConfig,
-    batch_size: int = 64,
-    views: Views | None = None,
-) -> dict[str, Features]:
-    """Encode a whole source once, in order, into each space that `encode` names.
+def features_of(source: Source, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Features]:
+    """Join a source's batches of `FeaturesOf`, in order, to features by space.
 
-    encode: [B, T, 3, S, S] uint8 -> rows by space. Only the rows grow with the source. Raises
-    DataError for features that are NaN or infinite.
+    Only the rows grow with the source. Raises DataError for features that are NaN or infinite.
     """
     spaces: dict[str, Tensor] = {}
     labels, done = torch.empty(len(source), dtype=torch.long), 0
-
-    def encoded() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for pixels, own in batches_of(source, data, batch_size, views):
-            rows = encode(pixels.flatten(0, 1))
-            yield own, {name: row.unflatten(0, pixels.shape[:2]) for name, row in rows.items()}
-
-    for own, batch in one_behind(encoded()):
+    for _, batch in one_behind((None, batch) for batch in batches):
+        own = batch.pop("label")
         until = done + len(own)
         for space, rows in batch.items():
             if space not in spaces:
@@ -151,21 +235,9 @@ def extract(
     source: Source, encode: Callable[[Tensor], Tensor], data: DataConfig, batch_size: int = 64
 ) -> Features:
     """Encode a whole source in order; `data` gives resolution, frames and workers."""
-    return extract_spaces(source, lambda pixels: {"": encode(pixels)}, data, batch_size)[""]
-
-
-def spaces_of(encoder: VisionEncoder) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Make the function that encodes pixels into all spaces by one pass of the backbone."""
-
-    @torch.no_grad()
-    def encode(pixels: Tensor) -> dict[str, Tensor]:
-        cls = encoder.cls(pixels)
-        spaces = {"backbone": F.normalize(cls.float(), dim=-1)}
-        if isinstance(encoder, Encoder):
-            spaces["joint"] = encoder.joint(cls)
-        return spaces
-
-    return encode
+    samples = Samples(source, data, batch_size)
+    batches = samples.encoded(lambda pixels: {"": encode(pixels)}, range(len(samples)))
+    return features_of(source, progress_of(source.name)(batches, len(samples)))[""]
 
 
 def read_all_captions(source: Source, fields: Mapping[str, float] | None = None) -> list[list[str]]:

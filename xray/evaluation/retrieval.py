@@ -250,12 +250,9 @@ def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
     source = sets.open("captions", config.shards, config.modality)
     captions = [own for own in read_all_captions(source, config.captions) if own]
     texts, owner = flat_captions(captions, "eval.captions.shards")
-    measures = caption_retrieval(encoder.encode_text(texts), owner)
-    base = TextEncoder.before(encoder.artifact)
-    if base is not None:
-        base.to(next(encoder.parameters()).device)
-        base.precision = encoder.precision
-        before = caption_retrieval(base.encode_text(texts), owner)
+    measures = caption_retrieval(sets.encode_texts(texts), owner)
+    if encoder.base is not None:
+        before = caption_retrieval(sets.encode_texts(texts, base=True), owner)
         measures |= {f"before_{k}": v for k, v in before.items() if k.startswith("top1")}
     return measures
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -13,15 +14,15 @@ from torch import Tensor
 
 from data_pipelines.decode.transforms import load_views
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.stream.loader import Fields, iterate_source
+from data_pipelines.stream.loader import Fields
 from data_pipelines.tags.labels import Labeller, label
 from data_pipelines.tags.reader import Origin, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray.artifacts import offers
 from xray.artifacts.encoders import Tagger
-from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import Samples, Views
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 from xray.evaluation.tag_metrics import TagMetrics, measured_tags
 
@@ -48,38 +49,46 @@ class TaggingConfig(SuiteConfig):
             raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
 
 
+@dataclass(frozen=True)
+class ProbabilitiesOf(Samples):
+    """Tag probabilities of samples; images have several crops, too."""
+
+    def fields(self, sample: Sample) -> Fields:
+        """Load the pixels of a sample's views, [C, T, 3, S, S] uint8."""
+        return {"pixels": load_views(sample, self.data, self.views.clips, self.views.crops)}
+
+    @torch.no_grad()
+    def encode(self, tagger: Tagger, numbers: Iterable[int]) -> Iterator[Fields]:
+        """Yield the mean probabilities [B, V] over views of these batches."""
+
+        def probabilities(pixels: Tensor) -> dict[str, Tensor]:
+            return {"rows": tagger.probabilities(pixels)}
+
+        for batch in self.encoded(probabilities, numbers):
+            yield {"rows": batch["rows"].mean(dim=1)}
+
+
 def tagging(
     source: Source,
-    probabilities: Callable[[Tensor], Tensor],
+    batches: Iterable[Mapping[str, Tensor]],
     vocabulary: Vocabulary,
     config: TaggingConfig,
-    data: DataConfig,
-    batch_size: int,
+    workers: int,
 ) -> dict[str, float]:
-    """Measure a tag head on a source; probabilities: [B, T, 3, S, S] uint8 -> [B, V]."""
+    """Measure a tag head on a source; batches: those of `ProbabilitiesOf`, in order."""
     rules = TagRules(field=config.field)
     work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
-    labels = label(work, data.workers)
+    labels = label(work, workers)
     present = [
         torch.from_numpy(np.array(labels.table(s)["ids"])) for s in range(len(labels.counts))
     ]
     measured = measured_tags(torch.cat(present), len(source))
     metrics = TagMetrics(torch.tensor(vocabulary.counts), measured)
-
-    def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
-        own = labels.row(sample.shard, sample.member, "ids")
-        views = load_views(sample, data, config.clips, config.crops)
-        return {"pixels": views, "tags": torch.tensor(own, dtype=torch.long)}
-
-    def collate(rows: Sequence[Fields]) -> Fields:
-        tags = [row["tags"] for row in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(tags, True, -1)
-        return {"pixels": torch.stack([row["pixels"] for row in rows]), "tags": padded}
-
-    for batch in iterate_source(source, transform, collate, data, batch_size):
-        views = batch["pixels"].shape[1]
-        by_view = probabilities(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, views))
-        metrics.add(by_view.mean(dim=1), batch["tags"])
+    rows = (labels.row(*place, "ids") for place in source.places())
+    tags = (torch.tensor(own, dtype=torch.long) for own in rows)
+    for batch in batches:
+        own = list(islice(tags, len(batch["rows"])))
+        metrics.add(batch["rows"], torch.nn.utils.rnn.pad_sequence(own, True, -1))
     return metrics.results()
 
 
@@ -91,8 +100,9 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
     results: dict[str, float] = {}
     for name, own in config.items():
         source = sets.open(f"tags.{name}", own.shards, own.modality)
-        settings = (vocabulary, own, sets.data, sets.config.batch_size)
-        measures = tagging(source, encoder.probabilities, *settings)
+        views = Views(own.clips, own.crops)
+        batches = sets.encoded(ProbabilitiesOf(source, sets.data, sets.config.batch_size, views))
+        measures = tagging(source, batches, vocabulary, own, sets.data.workers)
         results |= {f"{name}/{measure}": value for measure, value in measures.items()}
     return results
 

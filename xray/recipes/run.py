@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +173,27 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = frozenset[str]().union(*(results[path] for path in coming))
-        foresee = functools.partial(stage.foresee, kept, parents, pending)
+        foresee = partial(stage.foresee, kept, parents, pending)
         dist.main_first(foresee, f"checking the data of {config.stage}")
     for suites in evaluation.in_recipe(offers).values():
         check_sets(evaluation, suites, root)
 
 
 def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | None:
-    """Evaluate a recipe's artifacts and write results.json; None if no suite has data."""
+    """Evaluate a recipe's artifacts on all ranks; rank 0 writes results.json.
+
+    Returns None if no suite has data, and on the other ranks.
+    """
+    device = None  # the fastest; several ranks share that of their process group
+    if dist.world_size() > 1:
+        device = dist.choose_device(recipe.runs[0].train.device)
     results: dict[str, Measures] = {}
     asked = recipe.eval.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
     for artifact in artifacts:
         if suites := asked[artifact.stage]:
-            evaluator = Evaluator.open(artifact, recipe.eval, recipe.root, recipe.workers)
-            results |= evaluator.run(suites)
+            given = artifact, recipe.eval, recipe.root, recipe.workers, device
+            evaluator = dist.main_first(partial(Evaluator.open, *given), "opening the artifact")
+            results |= evaluator.lead(partial(evaluator.run, suites)) or {}
     if not results:
         return None
     (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
