@@ -70,7 +70,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none or EXIF is broken."""
     value = 1
-    with suppress(BadSample), decoding_image():  # the pixels may be fine if EXIF is broken
+    with suppress(Exception), warnings.catch_warnings():  # the pixels may be fine
+        warnings.simplefilter("ignore")
         value = image.getexif().get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
@@ -249,7 +250,8 @@ class DecordClip:
         if first.shape[2] != 3:  # decord returns the padded rows of small frames
             raise ValueError(f"a frame of shape {first.shape}")
         full = first.shape[1], first.shape[0]
-        size = square_size(*(shrunk(*full, len(indices), least) or full), self._aspect)
+        width, height = shrunk(*full, len(indices), least) or full
+        size = square_size(width, height, self._aspect)
         if size != full:
             return list(self._open(width=size[0], height=size[1]).get_batch(indices).asnumpy())
         rest = self._reader.get_batch(indices[1:]).asnumpy() if len(indices) > 1 else ()
@@ -290,9 +292,10 @@ class AvClip:
 
     def _pixels(self, frame: Any, frames: int, least: int) -> np.ndarray:
         full = frame.width, frame.height
-        size = square_size(*(shrunk(*full, frames, least) or full), self._aspect)
-        width, height = size if size != full else (None, None)
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        width, height = shrunk(*full, frames, least) or full
+        size = square_size(width, height, self._aspect)
+        scaled = {"width": size[0], "height": size[1]} if size != full else {}
+        pixels = frame.to_ndarray(format="rgb24", **scaled)
         return np.rot90(pixels, quarter_turns(frame))
 
 

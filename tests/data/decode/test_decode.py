@@ -174,7 +174,7 @@ def test_a_cover_is_not_taken_for_the_film(reader: type[DecordClip | AvClip]) ->
 
 
 def test_a_cover_alone_is_no_clip() -> None:
-    with pytest.raises(BadSample, match="undecodable video: .*no video stream"):
+    with pytest.raises(BadSample, match=r"undecodable video: .*no video stream"):
         decoders.open_clip(film(cover=True, frames=0))
 
 

@@ -49,7 +49,7 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_decoding() -> None:
     data = progressive((4000, 4000), 100)
     assert len(data) < 100_000
     for read in (decode_image, lambda data: pack_picture(data, "jpg", 0, 92)):
-        with pytest.raises(BadSample, match="image too large: 4000 x 4000 in more than 64 scans"):
+        with pytest.raises(BadSample, match="image too large: 4000 x 4000 in 105 scans"):
             read(data)
     assert decode_image(progressive((4000, 4000), 20)).size == (4000, 4000)
     assert decode_image(progressive((100, 100), 1000)).size == (100, 100)
@@ -64,6 +64,8 @@ def test_only_the_scans_of_the_image_itself_count() -> None:
     assert count_scans(data) == count_scans(plain) == 6  # a grey progressive JPEG of libjpeg has 6
     assert decode_image(data).size == (4000, 4000)
     assert count_scans(photo(0)) == 1
+    marks = b"\xff\xda" * 3 + photo(0)[2:]  # a baseline JPEG ends with its first complete scan
+    assert count_scans(photo(0)[:-2] + marks) == 1
     assert count_scans(plain[:300]) <= 1 and count_scans(b"") == 0
 
 
@@ -83,13 +85,11 @@ def test_the_cpu_time_in_pillow_is_limited(monkeypatch: pytest.MonkeyPatch) -> N
     """Pillow skips the fill bytes of a JPEG one by one."""
     data = photo(0)
     filled = data[:2] + b"\xff" * 4_000_000 + data[2:]
-    before = signal.getsignal(signal.SIGVTALRM)
     with monkeypatch.context() as patch:
         patch.setattr(image_limits, "SECONDS", 0.05)
-        with pytest.raises(Killed, match="image decode timed out: 0.05 s of CPU time"):
+        with pytest.raises(Killed, match=r"image decode timed out: 0\.05 s of CPU time"):
             open_image(filled)
         assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
-        assert signal.getsignal(signal.SIGVTALRM) == before
         assert decode_image(data).size == (64, 48)  # the limit is for each image
     assert open_image(filled).size == (64, 48)
 
