@@ -2,7 +2,8 @@
 
 The file format is safetensors: a JSON header, then the columns. Texts are packed in two columns:
 the UTF-8 bytes of all texts, and the end of each text in them. The metadata in the header holds the
-facts and a checksum of facts and columns, which is verified when a process first opens the file.
+facts. Among them is a checksum of facts and columns, which is verified when a process first opens
+the file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from xray.errors import DataError, brief
 from xray.files import replacing, unique_temporary, usual_mode
 
 log = logging.getLogger("xray")
+CHECKSUM = "checksum"  # the fact that holds it, which callers do not see
 LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
 VERIFIED = 1 << 16  # files that a process remembers to have verified
 DTYPES = {
@@ -41,8 +43,9 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
     columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError.
     """
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
-    text = json.dumps(facts)
-    metadata = {"facts": text, "sha256": _checksum(contiguous, text)}
+    # One entry: safetensors writes several in any order, and equal content is to be equal bytes.
+    facts = {**facts, CHECKSUM: _checksum(contiguous, facts)}
+    metadata = {"facts": json.dumps(facts)}
     try:
         with replacing(path, unique_temporary(path)) as temporary, usual_mode(temporary):
             save_file(contiguous, temporary, metadata=metadata)
@@ -57,28 +60,26 @@ def open_columns(path: Path) -> tuple[Columns, dict[str, Any]]:
     checksum, of an older version, is opened with a warning, once for each kind of file in a folder.
     """
     try:
-        columns, metadata, identity = _mapped(path)
-        facts = json.loads(metadata["facts"])
-        if not isinstance(facts, dict):
-            raise ValueError("its facts are not a JSON object")
+        columns, facts, identity = _mapped(path)
+        checksum = facts.pop(CHECKSUM, None)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a table of columns: {brief(error)}") from error
-    if "sha256" not in metadata:
+    if checksum is None:
         _warn_of_no_checksum(path.parent, path.suffix)
     else:
         _verify(path, identity)
     return columns, facts
 
 
-def _mapped(path: Path) -> tuple[Columns, dict[str, str], tuple[int, ...]]:
-    """Map a file: columns, metadata of its header, and the identity of the file."""
+def _mapped(path: Path) -> tuple[Columns, dict[str, Any], tuple[int, ...]]:
+    """Map a file: columns, facts with their checksum, and the identity of the file."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         length = int.from_bytes(file.read(8), "little")
         if length > min(status.st_size, LONGEST_HEADER):
             raise ValueError("its header is longer than the file")
         header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
+        facts = json.loads(header.pop("__metadata__")["facts"])
         mapped = np.memmap(file, np.uint8, "r", offset=8 + length) if header else None
     body = np.empty(0, np.uint8) if mapped is None else mapped
     columns = {}
@@ -86,12 +87,12 @@ def _mapped(path: Path) -> tuple[Columns, dict[str, str], tuple[int, ...]]:
         begin, end = entry["data_offsets"]
         columns[name] = np.asarray(body[begin:end]).view(DTYPES[entry["dtype"]])
         columns[name] = columns[name].reshape(entry["shape"])
-    return columns, metadata, (status.st_ino, status.st_size, status.st_mtime_ns)
+    return columns, facts, (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _checksum(columns: Columns, facts: str) -> str:
+def _checksum(columns: Columns, facts: Mapping[str, Any]) -> str:
     """Return the sha256 of columns, with their names, types and shapes, and of the facts."""
-    state = hashlib.sha256(facts.encode())
+    state = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(columns):
         column = columns[name]
         state.update(f"\0{name}\0{column.dtype}\0{column.shape}\0".encode())
@@ -102,8 +103,8 @@ def _checksum(columns: Columns, facts: str) -> str:
 @functools.lru_cache(maxsize=VERIFIED)
 def _verify(path: Path, identity: tuple[int, ...]) -> None:
     """Compare a file with its checksum; identity: of the file. Raises ValueError."""
-    columns, metadata, _ = _mapped(path)
-    if _checksum(columns, metadata["facts"]) != metadata["sha256"]:
+    columns, facts, _ = _mapped(path)
+    if facts.pop(CHECKSUM) != _checksum(columns, facts):
         raise ValueError(f"{path} is damaged: its content does not have its checksum")
 
 
