@@ -130,6 +130,12 @@ def search(
         Path | None,
         typer.Option(help="The same embeddings in a finer dtype, to rank candidates again"),
     ] = None,
+    trust_paths: Annotated[
+        bool,
+        typer.Option(
+            "--trust-paths", help="Fetch URLs that X names, and show files outside its folder"
+        ),
+    ] = False,
     llm: Llm = "",
 ) -> None:
     """Find the pictures, clips or texts of X that are nearest to QUERY."""
@@ -145,13 +151,13 @@ def search(
     finer = None if rescore is None else open_embeddings(rescore)
     if finer is not None:
         check_same_rows(opened, finer)
-    maker = open_maker(opened.facts, artifact, llm)
+    maker = open_maker(opened.facts, artifact, llm, trust_paths)
     rows = encode_query(maker, opened.facts, query, dist.choose_device("auto"))
     hits = find(opened, rows, top, oversample, finer)
     names, scores = opened.names(hits.rows[0].tolist()), hits.scores[0].tolist()
     hits_table(query, names, scores).print()
     if html is not None:
-        missing = write_page(html, query, opened.facts, names, scores)
+        missing = write_page(html, query, opened.facts, names, scores, trust_paths)
         print(f"written: {html}")
         if missing:
             print(f"{len(missing)} pictures are missing; the first: {missing[0]}")

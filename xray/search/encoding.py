@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.ingest.listing import MEDIA, ending_of
 from data_pipelines.ingest.user_data import open_corpus
+from data_pipelines.shards.remote import is_remote
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.schedule import value_at
@@ -76,12 +77,17 @@ def warn_of_prefix(encoder: VisionEncoder | TextEncoder, dim: int) -> None:
         )
 
 
-def open_maker(facts: Facts, where: str = "", llm: str = "") -> Artifact:
+def open_maker(facts: Facts, where: str = "", llm: str = "", trust_paths: bool = False) -> Artifact:
     """Open the artifact that made the embeddings; raises ArtifactError for another one.
 
-    where: its folder or URL now, if it was moved.
+    where: its folder or URL now, if it was moved. trust_paths: fetch it from a URL in the facts.
     """
     made = facts["artifact"]
+    if not (where or trust_paths) and is_remote(made["where"]):
+        raise ArtifactError(
+            f"the embeddings were made with the artifact at {made['where']}: URLs that a file "
+            "names are not fetched; give it as --artifact, or add --trust-paths"
+        )
     try:
         artifact = open_artifact(where or made["where"], llm)
     except ArtifactError as error:

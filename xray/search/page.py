@@ -14,10 +14,11 @@ from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
 from data_pipelines.ingest.listing import MEDIA, ending_of
 from data_pipelines.ingest.user_data import Corpus, open_corpus
+from data_pipelines.shards.remote import is_remote
 from data_pipelines.text.captions import find_captions
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
-from xray.files import printable
+from xray.files import is_inside, printable
 from xray.reports.html import paragraph, write_report
 from xray.reports.shards import sheet
 from xray.reports.tables import ResultTable
@@ -38,10 +39,18 @@ def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable
 
 
 def write_page(
-    out: Path, query: str, facts: Facts, names: Names, scores: Sequence[float]
+    out: Path,
+    query: str,
+    facts: Facts,
+    names: Names,
+    scores: Sequence[float],
+    trust_paths: bool = False,
 ) -> list[str]:
-    """Write a self-contained page of the hits; return the errors of missing pictures."""
-    found, missing, media = list[Thumbnail](), list[str](), _Media(facts)
+    """Write a self-contained page of the hits; return the errors of missing pictures.
+
+    trust_paths: also show pictures at a URL, or outside the folder that was embedded.
+    """
+    found, missing, media = list[Thumbnail](), list[str](), _Media(facts, trust_paths)
     texts = names.texts or [""] * len(names.keys)
     for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
         pixels, caption = EMPTY, text
@@ -66,16 +75,24 @@ def write_page(
 
 
 class _Media:
-    """Reader of the pictures and clips of an embedding file, by key and path."""
+    """Reader of the pictures and clips of an embedding file, by key and path.
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    The file may come from others: without `trust_paths`, its paths stay in its folder, and no URL
+    is fetched.
+    """
+
+    def __init__(self, facts: Facts, trust_paths: bool) -> None:
+        self.facts, self.trust_paths = facts, trust_paths
         self.corpus: Corpus | None = None
         self.shards: dict[str, int] = {}
 
     def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
         """Return (picture, first caption or ""); raises DataError if it is missing."""
         where = self.facts["source"]["where"]
+        if not self.trust_paths and is_remote(where):
+            raise DataError(f"{where} is a URL: add --trust-paths to fetch it")
+        if not (self.trust_paths or is_inside(path)):
+            raise DataError(f"{path} is outside {where}: add --trust-paths to show it")
         if self.facts["source"]["kind"] == "files":
             return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
         if self.corpus is None:
