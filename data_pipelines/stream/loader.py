@@ -21,6 +21,7 @@ from data_pipelines.decode.sandbox import Killed
 from data_pipelines.shards import meter
 from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, SharedDecoding, Source
+from data_pipelines.stream.limits import remedy
 from data_pipelines.stream.sampling import (
     ATTEMPTS,
     Part,
@@ -32,6 +33,7 @@ from data_pipelines.stream.workers import (
     LoaderContext,
     end_workers,
     read_batches,
+    received,
     reporting_dead_workers,
 )
 from xray import dist
@@ -113,7 +115,7 @@ class StreamDataset(Dataset):
             batch = self.collate([self._load(ref, bad) for ref in refs])
             return Loaded(batch, bad, meter.take())
         except (DataError, OSError) as error:
-            return Loaded({}, bad, failure=str(error))
+            return Loaded({}, bad, failure=remedy(error))
 
     def _rng(self, ref: SampleRef, attempt: int, view: int = 0) -> np.random.Generator | None:
         if self.seed is None:
@@ -180,6 +182,11 @@ def _identity(loaded: Any) -> Any:
     return loaded  # `__getitems__` has already collated the batch
 
 
+def read_ahead(workers: int, parts: int) -> int:
+    """Return the number of parts that wait in shared memory. parts: of a step."""
+    return max(4 * workers, parts)
+
+
 class StepLoader:
     """Reader of a sampler's steps, whose workers are kept until it is closed.
 
@@ -199,7 +206,8 @@ class StepLoader:
     ) -> None:
         self.sampler, self.workers = sampler, workers
         self._join = partial(Loaded.joined, collate=collate, pin=pin)
-        ahead = max([4 * workers, *(len(sampler.parts(step)) for step in sampler.steps[:1])])
+        parts = len(sampler.parts(sampler.steps[0])) if sampler.steps else 0
+        ahead = read_ahead(workers, parts)
         self._loader: DataLoader[Loaded] = DataLoader(
             StreamDataset(sampler.plans, transform, collate, seed),
             batch_sampler=sampler,
@@ -256,7 +264,7 @@ def _read_step(
     whole: dict[int, Loaded] = {}
     for part in order:
         with reporting_dead_workers(f" at step {step + 1}"):
-            read[part] = next(batches)
+            read[part] = received(next(batches))
         missing[part.number] -= 1
         if not missing[part.number]:
             mine = sorted(each for each in read if each.number == part.number)

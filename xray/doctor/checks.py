@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from data_pipelines.stream.limits import ENOUGH_FILES, MORE_FILES, MORE_MEMORY, SHARED_MEMORY
 from xray import dist
 from xray.doctor.libraries import PACKAGES, Finding, State, imports
 from xray.errors import brief
 from xray.version import __version__
 
 GB = 1e9
-MIN_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 10 * GB, 1 * GB, 4096
+MIN_DISK, MIN_SHARED_MEMORY = 10 * GB, 1 * GB
 
 
 def examine(out: Path) -> list[Finding]:
@@ -36,7 +37,7 @@ def examine(out: Path) -> list[Finding]:
         ("clips", clips),
         ("decode process", decode_process),
         ("disk", lambda: disk(out)),
-        ("shared memory", lambda: shared_memory(Path("/dev/shm"))),
+        ("shared memory", lambda: shared_memory(SHARED_MEMORY)),
         ("open files", open_files),
         ("network", network),
         ("launcher", launchers),
@@ -210,7 +211,7 @@ def disk(out: Path) -> Iterator[Finding]:
 
 def shared_memory(folder: Path) -> Iterator[Finding]:
     """Check shared memory, through which loader processes send batches."""
-    fix = "set data.workers=0, or give the container more (docker run --shm-size=8g)"
+    fix = f"set data.workers=0, or {MORE_MEMORY}"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
@@ -227,8 +228,8 @@ def open_files() -> Iterator[Finding]:
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     hard = "none" if hard_limit == resource.RLIM_INFINITY else str(hard_limit)
     lacks = ""
-    if limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES:
-        lacks = f"many shards or loader processes may need more: run ulimit -n {MIN_OPEN_FILES}"
+    if limit != resource.RLIM_INFINITY and limit < ENOUGH_FILES:
+        lacks = f"many shards or loader processes may need more: {MORE_FILES}"
     yield Finding.of("open files", f"{limit} (hard limit {hard})", lacks)
 
 

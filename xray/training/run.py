@@ -30,7 +30,7 @@ from xray.training.checkpoint import complete_checkpoints
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
 from xray.training.state import TrainState
-from xray.training.step_data import check_batches
+from xray.training.step_data import check_batches, check_loading
 from xray.urls import conceal_all, has_signature, redact_all
 
 log = logging.getLogger("xray")
@@ -72,6 +72,7 @@ class Run:
         sources = dist.main_first(prepare, "preparing the data of the stage")
         config = stage.config  # as `prepare` completed it
         check_same_on_all_ranks(sources)
+        dist.together(lambda: check_loading(stage, config, sources), doing="checking its limits")
         if stage.spans_batch:
             _warn_about_repeats(config, sources)
         plans = make_plans(config.blocks, sources, config.data, config.seed)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
 from data_pipelines.shards.meter import Reading, add
-from data_pipelines.stream.loader import Loaded, Replaced, StepLoader, iterate_steps
+from data_pipelines.shards.source import Source
+from data_pipelines.stream.limits import check_limits
+from data_pipelines.stream.loader import Loaded, Replaced, StepLoader, iterate_steps, read_ahead
 from data_pipelines.stream.sampling import (
+    PART,
     SamplePlan,
     StepSampler,
     StepShape,
@@ -60,6 +63,27 @@ def check_batches(stage: Stage, config: RunConfig) -> None:
     for blocks in (config.blocks, config.validation):
         for start in starts:
             step_shape(stage, blocks, start)
+
+
+def check_loading(stage: Stage, config: RunConfig, sources: Mapping[str, Source]) -> None:
+    """Check that this machine lets the loader workers read ahead; raises ConfigError if not."""
+    schedules = config.train.micro_batch, config.data.resolution, config.data.frames
+    starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
+    shards = [len(sources[block.source].manifest) for block in config.blocks]
+    for start in starts:
+        shape = step_shape(stage, config.blocks, start)
+        pixels = 3 * shape.resolution**2  # bytes of an image or frame
+        frames = [
+            (micro.stop - micro.start)
+            * (shape.frames if config.data.sources[micro.source].modality == "video" else 1)
+            for micro in shape.micro
+            if config.data.sources[micro.source].modality != "text"
+        ]
+        if frames:
+            parts = sum(-(-count // PART) for count in frames)
+            mean = pixels * sum(min(count, PART) for count in frames) // len(frames)
+            ahead = read_ahead(config.data.workers, parts)
+            check_limits(config.data.workers, mean, ahead, shards, dist.local_world_size())
 
 
 class StepData:
