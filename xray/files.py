@@ -1,7 +1,9 @@
-"""Files: atomic writes, locks, hashes, permissions, UTF-8, and names inside a folder."""
+"""Files: atomic writes, locks, hashes, permissions, text, and names inside a folder."""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,7 +12,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -32,7 +34,8 @@ def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None
     Forked children do not inherit the lock. Raises ConfigError if another process holds it;
     `what` says, for the message, how that process uses the folder.
     """
-    file = (folder / "lock").open("a+")
+    path = folder / "lock"
+    file = path.open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -46,10 +49,37 @@ def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None
     except OSError:
         file.close()
         return None
+    if not _is_at(file, path):  # its last holder has removed it
+        file.close()
+        return lock_folder(folder, what, option)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Return True if an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def sole_writer(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder and lock it for the block (`lock_folder`); its lock file is removed after it.
+
+    Raises ConfigError, which names the option of the folder, if another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = lock_folder(folder, "written to", option)
+    try:
+        yield
+    finally:
+        (folder / "lock").unlink(missing_ok=True)
+        if file is not None:
+            file.close()
 
 
 def is_inside(name: str) -> bool:
@@ -78,6 +108,32 @@ def locked(path: Path, flags: int = 0) -> Iterator[IO[str]]:
             yield file
         finally:  # closing alone would leave the lock to a child forked meanwhile
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Wait for other processes of this host that write `target` in this block, then hold them off.
+
+    For a file or folder that is renamed into place: look in the block if it exists already. The
+    lock is a hidden file beside it, removed at the end. A file system without locks has no effect.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    with ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(locked(path))
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break
+            if _is_at(file, path):
+                break
+            stack.close()  # its last holder has removed it
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -120,20 +176,65 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def read_utf8(path: str, key: str) -> str:
-    """Read a UTF-8 text file.
+MARKS = {  # byte-order mark -> encoding; UTF-32's mark begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+CONVERT = "convert it, e.g. with iconv -f ENCODING -t UTF-8"
 
-    Raises ConfigError naming the config key for a file that cannot be read or is not UTF-8.
+
+def encoding_of(start: bytes) -> tuple[str, int]:
+    """Return (encoding, length of the byte-order mark) of a text; without a mark it is UTF-8."""
+    mark = next((mark for mark in MARKS if start.startswith(mark)), b"")
+    return MARKS.get(mark, "utf-8"), len(mark)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode a text: UTF-8, or UTF-16 or UTF-32 with a byte-order mark. Line ends do not change.
+
+    Raises ValueError for other bytes and for NULs, which UTF-16 without a mark has; its message
+    continues a sentence that begins with the name of the file.
+    """
+    encoding, mark = encoding_of(data)
+    try:
+        text = data[mark:].decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].decode(encoding, "replace").count("\n") + 1
+        name = "UTF-8" if encoding == "utf-8" else f"the {encoding.upper()} that its start promises"
+        raise ValueError(f"is not {name} (line {line}): {CONVERT}") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"is not UTF-8: it has NUL characters (line {line}): {CONVERT}")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Split a text at \n and \r\n only; str.splitlines also splits at U+2028, NEL, VT and more."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def read_text(path: str, key: str) -> str:
+    """Read a text file that a config key names.
+
+    Raises ConfigError naming the key for a file that cannot be read or decoded (`decode_text`).
     """
     try:
-        return Path(path).expanduser().read_text("utf-8-sig")
+        return decode_text(Path(path).expanduser().read_bytes())
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{key}={path} is not UTF-8 (line {line}): convert it, e.g. with iconv -t UTF-8"
-        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{key}={path} {error}") from error
+
+
+SYSTEM_NAMES = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+
+def is_system_name(name: str) -> bool:
+    """Return True for the name of a file or folder that is hidden or that a system adds to data."""
+    return name.startswith(".") or name in SYSTEM_NAMES
 
 
 def sync_tree(folder: Path) -> None:

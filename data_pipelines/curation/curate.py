@@ -44,7 +44,7 @@ from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import metadata_of, read_captions
 from xray.config.identity import hash_json
 from xray.errors import ConfigError, DataError
-from xray.files import is_inside, replacing
+from xray.files import is_inside, replacing, sole_writer
 from xray.records import parse_record
 
 
@@ -203,9 +203,11 @@ def write_shards(
     Readers prefer these captions to the original ones. Raises ConfigError for a folder with other
     shards.
     """
-    _claim(out, curated)
+    check_folder(out, curated.source)
     work = _Writer(curated.source, curated.slots, curated.config.captions, out)
-    return sum(over_shards(work, len(curated.source.manifest), workers, progress))
+    with sole_writer(out, "--out"):
+        _claim(out, curated)
+        return sum(over_shards(work, len(curated.source.manifest), workers, progress))
 
 
 def check_folder(out: Path, source: Source) -> None:
@@ -219,9 +221,7 @@ def check_folder(out: Path, source: Source) -> None:
 
 
 def _claim(out: Path, curated: Curated) -> None:
-    """Create the folder and record the curation in it; raises ConfigError if it has another."""
-    check_folder(out, curated.source)
-    out.mkdir(parents=True, exist_ok=True)
+    """Record the curation in its folder; raises ConfigError if it has another."""
     for path in out.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
     wanted = {"kept": curated.kept.digest, "manifest": curated.source.manifest.digest}

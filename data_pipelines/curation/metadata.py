@@ -27,7 +27,7 @@ from data_pipelines.text.captions import captions_of
 from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
-from xray.files import read_utf8
+from xray.files import lines_of, read_text
 from xray.records import parse_record
 
 EVERY = ""  # language of metadata for texts of all languages
@@ -135,13 +135,13 @@ def read_metadata(path: str, casefold: bool = False) -> Metadata:
     """Read metadata from a file: one entry per line, or (.json) a list or {language: list}.
 
     The path "none" gives one entry that matches every text. Raises ConfigError for a file that
-    cannot be read, is not UTF-8, or has no entries.
+    cannot be read or decoded, or has no entries.
     """
     if path == "none":
         return Metadata(ALL_TEXTS)
-    text = read_utf8(path, "metadata")
+    text = read_text(path, "metadata")
     if not path.endswith(".json"):
-        lists: object = {EVERY: text.split("\n")}
+        lists: object = {EVERY: lines_of(text)}
     else:
         try:
             lists = parse_record(text, object)

@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image, ImageDraw
 
 from xray.errors import ConfigError
-from xray.files import replacing
+from xray.files import alone, replacing
 from xray.records import parse_record
 
 COLORS = {
@@ -96,18 +96,27 @@ class Scene:
 
 def make_demo(root: Path, config: DemoConfig) -> None:
     """Write all sets below root, unless they exist; raises ConfigError for other files."""
+    if _is_made(root, config):
+        return
+    with alone(root):
+        if not _is_made(root, config):
+            # an empty folder at root is replaced
+            with replacing(root, root.with_name(f".{root.name}.xray-demo")) as folder:
+                _write_sets(folder, config)
+
+
+def _is_made(root: Path, config: DemoConfig) -> bool:
+    """Return True if root has these sets; raises ConfigError for other files."""
     known = root / "demo.json"
     if known.is_file():
         _check_same(known, config)
-        return
+        return True
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise ConfigError(
             f"data.root={root} contains other files, and this recipe generates its data there "
             "(prepare.demo): name a new folder, or a recipe over your own data"
         )
-    # an empty folder at root is replaced
-    with replacing(root, root.with_name(f".{root.name}.xray-demo")) as folder:
-        _write_sets(folder, config)
+    return False
 
 
 def _write_sets(folder: Path, config: DemoConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,16 +10,19 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from data_pipelines.ingest.listing import Item, captions_in, ending_of, loops
+from data_pipelines.ingest.endings import by_ending, ending_of
+from data_pipelines.ingest.listing import Item, captions_in, loops
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
+from data_pipelines.ingest.tables import LABELS, whole_number
 from data_pipelines.ingest.user_data import kind_of, list_files, open_data
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, media_extensions
 from data_pipelines.text.captions import metadata_of
 from xray.errors import BadSample, DataError
+from xray.files import is_system_name
 
-LABELS = ("label_name", "label")
+log = logging.getLogger("xray")
 
 
 class _Named:
@@ -53,10 +57,20 @@ def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
         facts = metadata_of(files)
     except BadSample:
         return "", 0
-    label = facts.get("label")
+    label = whole_number(facts.get("label"))
     names = (facts.get(field) for field in LABELS)
     name = next((name.replace("_", " ") for name in names if isinstance(name, str) and name), "")
     return name.strip(), label if isinstance(label, int) else 0
+
+
+def _has_class(files: dict[str, bytes]) -> bool:
+    """Return True if a sample has the name or the number (from 0) of a class."""
+    try:
+        number = whole_number(metadata_of(files).get("label"))
+    except BadSample:
+        number = None
+    numbered = isinstance(number, int) and number >= 0
+    return "cls" in files or numbered or bool(_class_of(files)[0])
 
 
 def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -> Source:
@@ -74,23 +88,43 @@ def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -
         if kind == "shards":
             source = open_data(where, request)
         else:
-            items = list_files(where)
+            listed = list_files(where)
             check = _checked_rows if kind == "list" else _with_classes
-            items = check(where, items, media_extensions(modality, "image"), modality)
+            items = check(where, listed, media_extensions(modality, "image"), modality)
             place = where if kind == "folder" else os.path.dirname(where)
-            source = source_of_files(items, where, os.path.abspath(place), request)
+            files = source_of_files(items, where, os.path.abspath(place), request)
+            _report_unused(f"{name}={where}", listed, files)
+            source = files
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     return _numbered(source)
 
 
+def _report_unused(what: str, items: Iterable[Item], source: FileSource) -> None:
+    """Log which pictures and clips of a folder are not in an evaluation set."""
+    used = {item.name for item in source.items}
+    if unused := [item.name for item in items if item.listed and item.name not in used]:
+        log.warning("%s: not used as %s: %s", what, source.modality, by_ending(unused))
+
+
 def _numbered(source: Source) -> Source:
-    """Number the names of classes, unless the samples have only class numbers."""
-    first = source.read(*next(source.places()), ("cls", "json"))
+    """Number the names of classes, unless the first sample with a class has only a number.
+
+    Raises DataError if some samples have names and others only numbers.
+    """
+    samples = (source.read(*place, ("cls", "json")) for place in source.places())
+    first = next(filter(_has_class, samples), {})
     if "cls" in first or not _class_of(first)[0]:
         return source
-    names = dict(_class_of(source.read(*place, ("json",))) for place in source.places())
-    names.pop("", None)
+    names: dict[str, int] = {}
+    for place in source.places():
+        files = source.read(*place, ("cls", "json"))
+        name, number = _class_of(files)
+        if name:
+            names[name] = number
+        elif _has_class(files):
+            key = source.index(place[0]).key(place[1])
+            raise DataError(f"{source.name}: the class of {key} is a number, and others have names")
     known: dict[str, Any] = {own.name: getattr(source, own.name) for own in fields(source)}
     if not all(name.isdecimal() for name in names):
         known["classes"] = tuple(sorted(names, key=lambda name: (names[name], name)))
@@ -108,8 +142,8 @@ def _with_classes(
     if captioned or any(item.row for item in items):
         return items
     with os.scandir(where) as entries:
-        folders = (entry for entry in entries if entry.is_dir() and not loops(entry))
-        classes = sorted(entry.name for entry in folders if not entry.name.startswith("."))
+        folders = (entry for entry in entries if os.path.isdir(entry.path) and not loops(entry))
+        classes = sorted(entry.name for entry in folders if not is_system_name(entry.name))
     if not classes:
         raise DataError(
             f"{where} has no class names: it contains neither .tar shards, nor a folder per class, "

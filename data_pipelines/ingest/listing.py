@@ -1,35 +1,39 @@
 """Lists the pictures and clips of a folder or a table, with their captions and metadata.
 
-Tables: .csv, .tsv, .jsonl and .parquet files with a column of paths. Rows with the same path that
-differ only in their captions become one sample with all captions. Folders have one of these forms:
+A table has a column of files (`data_pipelines.ingest.tables`). Rows with the same path that differ
+only in their captions become one sample with all captions. Folders have one of these forms:
 
-sidecars        a.jpg a.txt a.json
+sidecars        a.jpg a.txt a.json, also a.caption, a.jpg.txt and a.jpg.json
 class folders   cat/1.jpg dog/1.jpg, where no file has a sidecar
 imagefolder     metadata.csv, .jsonl or .parquet in the folder, or one per split
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import posixpath
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.ingest.endings import MEDIA, ending_of
+from data_pipelines.ingest.tables import (
+    CAPTION_COLUMNS,
+    PATH_COLUMNS,
+    Cell,
+    Row,
+    parse_object,
+    read_cell,
+    read_table,
+)
 from data_pipelines.shards.tar_contents import compressed, is_compressed_tar
-from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from xray.errors import BadSample, DataError, brief
+from data_pipelines.shards.tar_index import VIDEO_EXTENSIONS
+from xray.errors import BadSample, DataError
+from xray.files import decode_text, is_system_name, lines_of
 
-Row = dict[str, Any]
-
-CAPTION_COLUMNS = ("caption", "captions", "text", "description", "title")
-# Pictures and clips that cannot be decoded here: they are listed, so that they are reported.
-UNREAD = ("heic", "heif", "jp2", "jxl", "svg", "wmv", "flv", "3gp", "ogv", "mts")
-MEDIA = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, *UNREAD))
+TEXT_KEYS = ("text", "raw", "caption")  # of the text in an object
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Item:
     sidecars: tuple[Path, ...] = ()
     listed: bool = True  # False: no row of its folder's metadata file names it
     row: int = 0  # number of its row in a list or a metadata file; 0 = no row
+    column: str = ""  # of the parquet table at `path` that holds the file; "" = a file at `path`
 
     def stamp(self) -> str:
         """Return a line that changes when the file, its sidecars or its metadata change."""
@@ -53,21 +58,78 @@ class Item:
         rest = {key: value for key, value in self.meta.items() if key not in CAPTION_COLUMNS}
         return replace(self, meta={**rest, "captions": list(captions)})
 
+    def read(self) -> bytes:
+        """Read the picture or clip; raises BadSample if it is missing or cannot be read."""
+        return read_cell(self.path, self.column, self.row - 1) if self.column else _read(self.path)
+
     def describe(self) -> tuple[list[str], Row]:
-        """Read captions and metadata, sidecars included; raises BadSample for broken json."""
-        meta, captions = dict(self.meta), []
+        """Read captions and metadata, sidecars included.
+
+        Raises BadSample for broken json, for text of another encoding, and for a caption that is
+        not text.
+        """
+        meta, captions = dict(self.meta), list[str]()
         for path in self.sidecars:
-            text = path.read_text("utf-8-sig", errors="replace")
-            if path.suffix == ".txt":
-                captions = texts_in(text.splitlines())
+            try:
+                text = decode_text(_read(path))
+            except BadSample as error:
+                raise BadSample(error.cause, f"{path.name}: {error.detail}") from error
+            except ValueError as error:
+                raise BadSample("not UTF-8", f"{path.name} {error}") from error
+            if path.suffix.lower() == ".json":
+                try:
+                    meta |= parse_object(text)
+                except ValueError as error:
+                    raise BadSample("broken json", f"{path.name} is {error}") from error
             else:
-                meta |= _parse_sidecar(path.name, text)
-        return captions or captions_in(meta), meta
+                captions = texts_in(lines_of(text))
+        _check_captions(meta)
+        captions = captions or captions_in(meta)
+        # The json files of some photo services have the name of the file as their title.
+        captions = [text for text in captions if text != posixpath.basename(self.name)]
+        if any("\0" in text for text in captions):
+            raise BadSample("broken caption", "it has NUL characters")
+        return captions, meta
 
 
-def ending_of(name: str) -> str:
-    """Return the ending of a file name: lower case, without the dot."""
-    return posixpath.splitext(name)[1][1:].lower()
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        cause = "unreadable file" if os.path.isfile(path) else "missing file"
+        detail = error.strerror if isinstance(error, OSError) else None
+        raise BadSample(cause, detail or str(error)) from error
+
+
+def _check_captions(meta: Row) -> None:
+    """Bring `caption` and `captions` into the form that training reads; raises BadSample.
+
+    Empty ones, such as null and NaN, are removed; an object such as {raw: ...} becomes its text.
+    """
+    for column in ("caption", "captions"):
+        value = meta.get(column)
+        entries = value if isinstance(value, list) else [value]
+        wrong = [entry for entry in entries if not (texts_in(entry) or _is_null(entry))]
+        if wrong:
+            kind = type(wrong[0]).__name__
+            raise BadSample(
+                "broken caption", f"{column} must hold text, not a value of type {kind}"
+            )
+        if not texts_in(value):
+            meta.pop(column, None)
+        elif not all(isinstance(_text_of(entry), str) for entry in entries):
+            meta[column] = texts_in(value)
+
+
+def _text_of(entry: Any) -> Any:
+    """Return the text of a caption in training's form: a text or {text, ...}."""
+    return entry.get("text") if isinstance(entry, dict) else entry
+
+
+def _is_null(entry: Any) -> bool:
+    if isinstance(entry, dict):
+        return not entry or any(key in entry for key in TEXT_KEYS)
+    return entry is None or entry in ("", []) or str(entry).strip() in ("", "nan")
 
 
 def captions_in(meta: Row) -> list[str]:
@@ -76,34 +138,20 @@ def captions_in(meta: Row) -> list[str]:
 
 
 def texts_in(value: Any) -> list[str]:
-    """Return the texts of a field that holds a text, a list of texts, or anything else."""
-    lines = value if isinstance(value, list) else [value]
-    return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+    """Return the texts of a field: a text, an object with a text, or a list of these; else []."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in TEXT_KEYS if value.get(key)), None)
+    if isinstance(value, list):
+        return [text for entry in value for text in texts_in(entry)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
 
 
 def _state(path: Path) -> list[int] | None:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _parse_sidecar(name: str, text: str) -> Row:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise BadSample("broken json", f"{name}: {error}") from error
-    if not isinstance(content, dict):
-        raise BadSample("broken json", f"{name} is not a json object")
-    return content
-
-
-PATH_COLUMNS = (
-    *("file_name", "filepath", "file", "path", "image", "image_path", "video", "video_path"),
-    "filename",
-)
-WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
 
 
 def list_table(where: str) -> list[Item]:
@@ -116,29 +164,21 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
     """Return the files of a table's rows.
 
     Paths are relative to `folder`, which is relative to `root`. Raises DataError for a table that
-    cannot be read or has no column of paths.
+    cannot be read or has no column of files.
     """
-    try:
-        rows = READERS[ending_of(path.name)](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or brief(error)}") from error
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    known = [column for column in PATH_COLUMNS if column in columns]
-    if not known:
-        raise DataError(
-            f"{path} has no column of paths: rename one of its columns "
-            f"({', '.join(columns)}) to {PATH_COLUMNS[0]}"
-        )
+    rows = read_table(path)
+    column = _file_column(path, rows)
     items = []
     for number, row in enumerate(rows, start=1):
-        name = row.pop(known[0], None)
+        name = row.pop(column, None)
+        if isinstance(name, Cell):
+            inner = posixpath.normpath(f"/{name.name}")  # absolute, so that it cannot lead outside
+            own = posixpath.join(folder, path.name + inner)
+            items.append(Item(path, own, row, row=number, column=name.column))
+            continue
         if name is not None and not isinstance(name, str):
             raise DataError(
-                f"{path}, data row {number}: column {known[0]!r} must hold the path of a file, not "
+                f"{path}, data row {number}: column {column!r} must hold the path of a file, not "
                 f"a value of type {type(name).__name__}"
             )
         name = posixpath.normpath(posixpath.join(folder, name or f"(row {number} names no file)"))
@@ -146,6 +186,19 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
             name = Path(name).relative_to(root).as_posix()
         items.append(Item(root / name, name, row, row=number))
     return _joined(items)
+
+
+def _file_column(path: Path, rows: Sequence[Row]) -> str:
+    """Return the column of a table that holds or names files; raises DataError without one."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    held = [column for column, value in rows[0].items() if isinstance(value, Cell)]
+    known = [*held, *(column for column in PATH_COLUMNS if column in columns)]
+    if not known:
+        raise DataError(
+            f"{path} has no column of paths: rename one of its columns "
+            f"({', '.join(columns)}) to {PATH_COLUMNS[0]}"
+        )
+    return known[0]
 
 
 def _joined(items: list[Item]) -> list[Item]:
@@ -161,67 +214,6 @@ def _joined(items: list[Item]) -> list[Item]:
     return joined
 
 
-def _read_csv(path: Path) -> list[Row]:
-    """Read a .csv or .tsv; convert columns of whole numbers to integers, which `label` needs."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # Strict: a stray quote would otherwise swallow the rows up to the next one.
-        reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-        try:
-            rows: list[Row] = []
-            for row in reader:
-                if None in row:
-                    raise csv.Error("more cells than the header")
-                rows.append(dict(row))
-        except csv.Error as error:
-            raise DataError(
-                f"{path} line {reader.reader.line_num}: {error}; "
-                "quote cells that hold delimiters or quotes"
-            ) from error
-    for column in set(rows[0] if rows else ()) - set(CAPTION_COLUMNS):
-        filled = [row for row in rows if row[column]]
-        if all(WHOLE.fullmatch(row[column]) for row in filled):
-            for row in filled:
-                row[column] = int(row[column])
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} line {number} is not json: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path} line {number} is not a json object")
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from error
-    return rows
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    "csv": _read_csv,
-    "tsv": _read_csv,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-}
-
-
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -235,58 +227,122 @@ def list_folder(where: str) -> list[Item]:
             f"{where} contains .tar shards below it, such as {tars[0]}: give their folder, or a "
             f"pattern such as '{where}/*/*.tar'"
         )
-    tables: dict[str, str] = {}  # one per folder: metadata.csv before .jsonl before .parquet
-    for name in names:
-        folder, base = posixpath.split(name)
-        if base in METADATA:
-            tables.setdefault(folder, name)
+    tables = _tables_in(names)
     media = [name for name in names if ending_of(name) in MEDIA]
     if not media and not tables:
         if packed := [name for name in names if is_compressed_tar(name)]:
             raise DataError(compressed(f"{where}/{packed[0]}"))
         raise DataError(f"{where} contains neither .tar shards nor pictures or clips")
     if tables:
-        rows = [rows_of_table(root / name, root, folder) for folder, name in tables.items()]
+        rows = [rows_of_table(root / name, root, posixpath.dirname(name)) for name in tables]
         items = [item for table in rows for item in table]
         named = {item.name for item in items}
         others = [name for name in media if name not in named]
         return items + [Item(root / name, name, listed=False) for name in others]
-    present = set(names)
-    items = [Item(root / name, name, {}, _sidecars(root, name, present)) for name in media]
+    beside = {_folded(name): name for name in reversed(names)}  # the first of several spellings
+    beside |= {name: name for name in names}
+    items = [Item(root / name, name, {}, _sidecars(root, name, beside)) for name in media]
     if any(item.sidecars for item in items):
         return items
-    classes = sorted({posixpath.dirname(name) for name in media if name.count("/") == 1})
-    labels = {name: {"label_name": name, "label": i} for i, name in enumerate(classes)}
-    return [replace(item, meta=labels.get(posixpath.dirname(item.name), {})) for item in items]
+    labels = _class_labels(media)
+    return [replace(item, meta=labels.get(item.name, {})) for item in items]
+
+
+def _tables_in(names: Iterable[str]) -> list[str]:
+    """Return the metadata files that are read: in a folder, .csv before .jsonl before .parquet."""
+    tables: dict[str, str] = {}
+    for name in names:
+        folder, base = posixpath.split(name)
+        if base in METADATA:
+            tables.setdefault(folder, name)
+    return [*tables.values()]
+
+
+def _class_labels(names: Sequence[str]) -> dict[str, Row]:
+    """Return the labels of the files in class folders.
+
+    Folders are classes of pictures if they divide the pictures, and of clips if they divide the
+    clips: a single folder of clips beside folders of pictures is no class.
+    """
+    folders: dict[bool, set[str]] = {True: set(), False: set()}
+    inside = [name for name in names if name.count("/") == 1]
+    for name in inside:
+        folders[_is_clip(name)].add(posixpath.dirname(name))
+    own = [name for name in inside if len(folders[_is_clip(name)]) > 1]
+    classes = sorted({posixpath.dirname(name) for name in own})
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = ((name, posixpath.dirname(name)) for name in own)
+    return {name: {"label_name": own, "label": numbers[own]} for name, own in labels}
+
+
+def _is_clip(name: str) -> bool:
+    return ending_of(name) in VIDEO_EXTENSIONS
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Names of the files below a folder, relative to it; hidden files and folders are skipped.
+    """Yield the names of the files below a folder, relative to it; clutter is skipped.
 
-    Links to folders are followed in `root` itself, not below: class folders are often links. A link
-    to `root` or to a folder above it is skipped.
+    Links to folders are followed, except links to their own folder or above it. Within a linked
+    folder, a link to a folder that was visited before is not followed, so that the walk ends.
     """
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    try:
-        tops = [entry.name for entry in os.scandir(root) if entry.is_dir() and not loops(entry)]
-    except OSError as error:
-        fail(error)
-    for top in ("", *(name for name in tops if not name.startswith("."))):
-        for folder, folders, files in os.walk(root / top, onerror=fail):
-            folders[:] = [name for name in folders if top and not name.startswith(".")]
-            below = Path(folder).relative_to(root)
-            yield from ((below / name).as_posix() for name in files if not name.startswith("."))
+    folders = [(str(root), "", False, False)]  # path, name, below a link, skipped if visited
+    visited = set()
+    while folders:
+        path, name, linked, once = folders.pop()
+        real = os.path.realpath(path)
+        if once and real in visited:
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if is_system_name(entry.name) or loops(entry):
+                continue
+            if not os.path.isdir(entry.path):  # as a link to itself, for which is_dir() raises
+                yield name + entry.name
+                continue
+            link = entry.is_symlink()
+            folders.append((entry.path, f"{name}{entry.name}/", linked or link, linked and link))
 
 
 def loops(entry: os.DirEntry[str]) -> bool:
     """Return True for a link that leads to its own folder or above it."""
+    if not entry.is_symlink() or not os.path.isdir(entry.path):
+        return False
     path = Path(entry.path)
-    return entry.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+    return path.parent.resolve().is_relative_to(path.resolve())
 
 
-def _sidecars(root: Path, name: str, present: set[str]) -> tuple[Path, ...]:
+def _folded(name: str) -> str:
+    """Return a name with its ending in lower case."""
+    stem, ending = posixpath.splitext(name)
+    return stem + ending.lower()
+
+
+def _sidecars(root: Path, name: str, beside: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return a file's sidecars: the first that exists of those for json, and of those for text."""
     stem = posixpath.splitext(name)[0]
-    return tuple(root / f"{stem}{e}" for e in (".json", ".txt") if f"{stem}{e}" in present)
+    kinds = ((".json",), (".txt", ".caption"))
+    found = []
+    for endings in kinds:
+        names = (base + ending for base in (stem, name) for ending in endings)
+        found += [root / beside[own] for own in names if own in beside][:1]
+    return tuple(found)
+
+
+def unread_files(where: str, items: Iterable[Item]) -> list[str]:
+    """Return the files of a folder, or beside a list's files, that are neither media nor read."""
+    read = {os.path.normpath(path) for item in items for path in (item.path, *item.sidecars)}
+    root = Path(where).absolute()
+    if root.is_dir():
+        names = sorted(_walk(root))
+        read |= {os.path.normpath(root / name) for name in _tables_in(names)}
+    else:
+        folders = sorted({os.path.dirname(path) for path in read if os.path.isfile(path)})
+        read.add(str(root))
+        paths = (entry for folder in folders for entry in sorted(Path(folder).iterdir()))
+        beside = [path for path in paths if not is_system_name(path.name) and path.is_file()]
+        root, names = root.parent, [os.path.relpath(path, root.parent) for path in beside]
+    return [name for name in names if os.path.normpath(root / name) not in read]

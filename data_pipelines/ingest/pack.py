@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.ingest.listing import Item
+from data_pipelines.ingest.endings import ending_of
+from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.process_pool import reporting_killed_workers
-from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
 from xray.errors import BadSample, ConfigError, DataError
-from xray.files import write_text
+from xray.files import sole_writer, write_text
 from xray.processes import process_pool
 
 Progress = Callable[[int, int], None]
@@ -67,6 +68,7 @@ class PackReport:
     reused: int  # shards of an earlier run
     classes: int = 0  # number of class folders
     outside: tuple[str, ...] = ()  # files outside all class folders
+    unread: tuple[str, ...] = ()  # files beside the media that are neither media nor read
 
 
 def pack(
@@ -74,19 +76,11 @@ def pack(
 ) -> PackReport:
     """Write missing shards; progress gets (samples done, all). Raises ConfigError or DataError."""
     _check(Path(source), out, config)
-    items = list_files(os.path.expanduser(source), user="xray data pack")
-    _claim(out, items, config)
-    shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
-    known = _read_skipped(out)
-    tars = [_tar(out, number) for number in range(len(shards))]
-    reused = sum(tar.is_file() for tar in tars)
-    todo = [
-        (number, shard)
-        for number, shard in enumerate(shards)
-        if not tars[number].is_file() and len(known.get(number, ())) < len(shard)
-    ]
-    _run(todo, out, config, len(items), progress or (lambda done, total: None))
-    skipped = _merge_skipped(out)
+    where = os.path.expanduser(source)
+    items = list_files(where, user="xray data pack")
+    with sole_writer(out, "folder"):
+        reused = _write_shards(items, out, config, progress or (lambda done, total: None))
+        skipped = _merge_skipped(out)
     if len(skipped) == len(items):
         first = skipped[0]
         raise DataError(
@@ -94,10 +88,32 @@ def pack(
             f"({first['detail']}); see {out / SKIPPED}"
         )
     causes = Counter(record["cause"] for record in skipped)
-    written = sum(tar.is_file() for tar in tars)
+    shards, samples = len([*out.glob("*.tar")]), len(items) - len(skipped)
     classes = len({item.meta["label_name"] for item in items if "label_name" in item.meta})
     outside = tuple(i.name for i in items if classes and i.listed and "label_name" not in i.meta)
-    return PackReport(written, len(items) - len(skipped), dict(causes), reused, classes, outside)
+    unread = tuple(unread_files(where, items))
+    return PackReport(shards, samples, dict(causes), reused, classes, outside, unread)
+
+
+def _write_shards(items: list[Item], out: Path, config: PackConfig, progress: Progress) -> int:
+    """Write the missing shards; return the number of those that were there."""
+    _claim(out, items, config)
+    shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
+    known = _read_skipped(out)
+    there = [_tar(out, number).is_file() for number in range(len(shards))]
+    todo = [
+        (number, shard)
+        for number, shard in enumerate(shards)
+        if not there[number] and len(known.get(number, ())) < len(shard)
+    ]
+    _run(todo, out, config, len(items), progress)
+    return sum(there)
+
+
+def captioned(out: Path) -> int:
+    """Count the samples of a packed folder that have captions."""
+    tars = sorted(out.glob("*.tar"))
+    return sum(len(index_shard(tar).members_with(("txt",))) for tar in tars)
 
 
 def _check(source: Path, out: Path, config: PackConfig) -> None:
@@ -119,7 +135,6 @@ def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
     settings = asdict(config)
     del settings["workers"]  # does not change the shards
     wanted = {"config": settings, "files": digest.hexdigest()}
-    out.mkdir(parents=True, exist_ok=True)
     _remove(out, f"{TEMPORARY}*")
     if not any(out.glob("*.tar")):
         _remove(out, OF_SHARDS)
@@ -243,16 +258,12 @@ def new_tar(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
 
 def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:
     """Return the files of one sample by ending; raises BadSample for a file to skip."""
-    ending = item.path.suffix[1:].lower()
+    ending = ending_of(item.name)
     if not item.listed:
         raise BadSample("not in metadata", "no row for this file")
     if ending not in IMAGE_EXTENSIONS + VIDEO_EXTENSIONS:
         raise BadSample("unsupported ending", f"convert it to {IMAGE_EXTENSIONS[0]} or mp4")
-    try:
-        data = item.path.read_bytes()
-    except OSError as error:
-        cause = "unreadable file" if item.path.is_file() else "missing file"
-        raise BadSample(cause, str(error.strerror)) from error
+    data = item.read()
     if ending in IMAGE_EXTENSIONS:
         data, ending, facts = pack_picture(data, ending, config.short_side, config.quality)
     else:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.ingest.listing import Item, ending_of
+from data_pipelines.ingest.endings import by_ending, ending_of
+from data_pipelines.ingest.listing import Item, texts_in
 from data_pipelines.shards.columns import pack_texts
 from data_pipelines.shards.manifest import COUNTED, Manifest
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions, user_cache
 from xray.errors import BadSample, ConfigError, DataError
-from xray.files import sha256_file
+from xray.files import encoding_of, sha256_file
+
+log = logging.getLogger("xray")
 
 
 @dataclass(frozen=True)
@@ -89,30 +93,36 @@ class FileSource(SingleShard):
 def read_item(item: Item, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
     """Read a file with its captions and metadata; raises BadSample for a missing file."""
     files, ending = {}, ending_of(item.name)
-    try:
-        if extensions is None or ending in extensions:
-            files[ending] = item.path.read_bytes()
-        if extensions is None or "json" in extensions:
-            files |= _json_of(item)
-    except OSError as error:
-        cause = "unreadable file" if item.path.is_file() else "missing file"
-        raise BadSample(cause, f"{item.path}: {error.strerror}") from error
+    if extensions is None or ending in extensions:
+        try:
+            files[ending] = item.read()
+        except BadSample as error:
+            raise BadSample(error.cause, f"{item.path}: {error.detail}") from error
+    if extensions is None or "json" in extensions:
+        files |= _texts_of(item)
     return files
 
 
-def _json_of(item: Item) -> dict[str, bytes]:
-    """Return captions and metadata as a sample's json; a broken sidecar is returned unchanged."""
+def _texts_of(item: Item) -> dict[str, bytes]:
+    """Return captions and metadata as a sample's json; broken sidecars are returned unchanged."""
     try:
         captions, meta = item.describe()
     except BadSample:
-        return {"json": next(path for path in item.sidecars if path.suffix == ".json").read_bytes()}
-    record = {**meta, "captions": captions} if captions else meta
-    return {"json": json.dumps(record, default=str).encode()} if record else {}
+        own = {"json": json.dumps(item.meta, default=str).encode()} if item.meta else {}
+        kinds = {
+            path: "json" if path.suffix.lower() == ".json" else "txt" for path in item.sidecars
+        }
+        return own | {kind: path.read_bytes() for path, kind in kinds.items() if path.is_file()}
+    if captions != texts_in(meta.get("captions")):
+        meta = {**meta, "captions": captions}
+    return {"json": json.dumps(meta, default=str).encode()} if meta else {}
 
 
 def source_of_files(items: Sequence[Item], where: str, place: str, request: Request) -> FileSource:
     """Return the files of one modality as a source; raises DataError if there are none."""
     listed = [item for item in items if item.listed]
+    if unlisted := [item.name for item in items if not item.listed]:
+        log.warning("%s: no row of its metadata names %s", where, by_ending(unlisted))
     kinds: tuple[Modality, ...] = ("image", "video")
     if request.modality:
         kinds = (request.modality,)
@@ -165,6 +175,11 @@ class LineSource(SingleShard):
         return [str(number) for number in range(1, len(self) + 1)]
 
     @functools.cached_property
+    def encoding(self) -> tuple[str, int]:
+        """Encoding of the file, and the length of its byte-order mark."""
+        return _encoding_of(Path(self.place))
+
+    @functools.cached_property
     def ends(self) -> np.ndarray:
         """Offset of the end of each line, [N]."""
         return _line_ends(Path(self.place))
@@ -172,28 +187,48 @@ class LineSource(SingleShard):
     def read(
         self, shard: int, member: int, extensions: Sequence[str] | None = None
     ) -> dict[str, bytes]:
-        """Read one line as the sample's `txt`; raises BadSample for an empty one."""
-        start = int(self.ends[member - 1]) + 1 if member else 0
+        """Read one line as the sample's `txt`; raises BadSample for an empty or unreadable one."""
+        encoding, mark = self.encoding
+        start = int(self.ends[member - 1]) + UNITS[encoding].itemsize if member else mark
         with open(self.place, "rb") as file:
             file.seek(start)
             line = file.read(int(self.ends[member]) - start)
         try:
-            text = line.decode("utf-8" if start else "utf-8-sig").strip()
+            text = line.decode(encoding).strip()
         except UnicodeDecodeError as error:
             raise BadSample("not UTF-8", f"line {member + 1}") from error
+        if "\0" in text:
+            raise BadSample("not UTF-8", f"line {member + 1} has NUL characters")
         if not text:
             raise BadSample("empty line")
         return {"txt": text.encode()}
 
 
+UNITS: dict[str, np.dtype[Any]] = {  # encoding -> type of the units that characters consist of
+    "utf-8": np.dtype("u1"),
+    "utf-16-le": np.dtype("<u2"),
+    "utf-16-be": np.dtype(">u2"),
+    "utf-32-le": np.dtype("<u4"),
+    "utf-32-be": np.dtype(">u4"),
+}
+
+
+def _encoding_of(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return encoding_of(file.read(4))
+
+
 def _line_ends(path: Path) -> np.ndarray:
+    unit = UNITS[_encoding_of(path)[0]]
     found, at = [np.empty(0, np.int64)], 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
-            found.append(at + np.flatnonzero(np.frombuffer(block, np.uint8) == 10))
+            units = np.frombuffer(block, unit, len(block) // unit.itemsize)
+            found.append(at + np.flatnonzero(units == 10) * unit.itemsize)
             at += len(block)
     ends = np.concatenate(found)
-    return ends if at == 0 or (len(ends) and ends[-1] == at - 1) else np.append(ends, at)
+    whole = at == 0 or (len(ends) and ends[-1] == at - unit.itemsize)
+    return ends if whole else np.append(ends, at)
 
 
 def open_lines(where: str, request: Request) -> LineSource:

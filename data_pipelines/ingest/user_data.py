@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from data_pipelines.ingest.listing import MEDIA, READERS, Item, ending_of, list_folder, list_table
+from data_pipelines.ingest.endings import MEDIA, ending_of
+from data_pipelines.ingest.listing import Item, list_folder, list_table
 from data_pipelines.ingest.plain_files import (
     FileSource,
     LineSource,
@@ -21,6 +22,7 @@ from data_pipelines.ingest.plain_files import (
     open_lines,
     source_of_files,
 )
+from data_pipelines.ingest.tables import READERS
 from data_pipelines.shards.manifest import open_manifest, resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import tars_in

@@ -19,7 +19,7 @@ from data_pipelines.tags.concept_matcher import UNSPACED, ConceptMatcher
 from data_pipelines.text.captions import captions_of, metadata_of
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
-from xray.files import read_utf8
+from xray.files import lines_of, read_text
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
 
@@ -167,7 +167,7 @@ def singulars(tag: str) -> list[str]:
 def read_list(path: str, key: str) -> tuple[tuple[str, ...], ...]:
     """Read a file: one tag per line, aliases after tabs, "# " comments; raises ConfigError."""
     rows = []
-    for entry in read_utf8(path, key).splitlines():
+    for entry in lines_of(read_text(path, key)):
         names = tuple(filter(None, map(canonical, entry.split("\t"))))
         if names and not entry.startswith("# "):
             rows.append(names)

@@ -12,6 +12,7 @@ import numpy as np
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from xray.errors import BadSample, DataError
+from xray.files import decode_text
 
 MOST_WEIGHT = 1e6
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
@@ -59,17 +60,20 @@ def read_captions(
         fields = {first: 1.0}
     result = []
     for name, weight in fields.items():
-        value = (
-            files.get("txt", b"").decode("utf-8", "replace")
-            if name == "txt"
-            else _field(meta, name)
-        )
+        value = _txt_of(files) if name == "txt" else _field(meta, name)
         captions = _captions_in(value, language)
         total = sum(caption.weight for caption in captions)
         result += [Caption(c.text, weight * c.weight / total, c.language) for c in captions]
     if not result:
         raise BadSample("no caption")
     return [replace(caption, number=number) for number, caption in enumerate(result)]
+
+
+def _txt_of(files: dict[str, bytes]) -> str:
+    try:
+        return decode_text(files.get("txt", b""))
+    except ValueError as error:
+        raise BadSample("not UTF-8", f"the txt file {error}") from error
 
 
 def texts_of(files: dict[str, bytes], name: str) -> list[str]:

@@ -79,7 +79,9 @@ def data_pack(
 
     After an interruption, run the same command again: it continues.
     """
-    from data_pipelines.ingest.pack import PackConfig, pack
+    from data_pipelines.ingest.endings import by_ending
+    from data_pipelines.ingest.pack import PackConfig, captioned, pack
+    from data_pipelines.ingest.tables import CAPTION_COLUMNS
     from data_pipelines.shards.manifest import write_manifest
 
     config = settings(PackConfig, overrides)
@@ -89,6 +91,12 @@ def data_pack(
     print(f"{out}: {report.samples:,} samples in {report.shards:,} shards", end="")
     print(f", {report.reused:,} of them already there" if report.reused else "", end="")
     print(f", of {report.classes:,} classes by their folders' names" if report.classes else "")
+    count = captioned(out)
+    print(f"captions: {count:,} of {report.samples:,} samples have captions", end="")
+    columns = ", ".join(CAPTION_COLUMNS)
+    print("" if count else f"; they are read from a.txt beside a.jpg, or the columns {columns}")
+    if report.unread:
+        print(f"not read: {by_ending(report.unread)}")
     if report.outside:
         first, *others = report.outside
         more = f" and {len(others):,} more files" if others else ""

@@ -67,7 +67,8 @@ def check_labels(labels: Tensor, what: str) -> None:
         missing = int((labels < 0).sum())
         raise DataError(
             f"{what} needs a class for every sample, {missing} of {len(labels)} have none: a .cls "
-            "file or json `label`, a folder per class, or a .csv with a column `label`"
+            "file, json `label` or `label_name`, a folder per class, or a .csv with a column "
+            "`label`. A label is a whole number from 0 or a name"
         )
     if len(labels.unique()) < 2:
         raise DataError(f"{what} needs samples of at least two classes, all have the same")

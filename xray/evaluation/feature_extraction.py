@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels, load_views
+from data_pipelines.ingest.tables import whole_number
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loader import Fields, iterate_source
 from data_pipelines.text.captions import find_captions, metadata_of
@@ -51,11 +52,11 @@ class Views:
 
 
 def label_of(files: dict[str, bytes]) -> int:
-    """Read the class number: the cls file, else an integer json field `label`, else -1.
+    """Read the class number: the cls file, else a whole number in the json's `label`, else -1.
 
     Raises DataError for a cls file that contains no number, and for a number that is too large.
     """
-    label = metadata_of(files).get("label") if "cls" not in files else None
+    label = whole_number(metadata_of(files).get("label")) if "cls" not in files else None
     if "cls" in files:
         try:
             label = int(files["cls"])

@@ -19,7 +19,7 @@ from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
-from xray.files import read_utf8
+from xray.files import lines_of, read_text
 
 HELD = 2**26  # similarities in memory at a time: 256 MiB
 
@@ -64,7 +64,7 @@ class NamedClasses:
             names = list(source.classes)
         else:
             path = resolve(config.classes, sets.data.root)
-            lines = read_utf8(path, "eval.zero_shot.classes").splitlines()
+            lines = lines_of(read_text(path, "eval.zero_shot.classes"))
             names = list(spaced(line.strip() for line in lines if line.strip()))
         origin = config.classes or config.shards
         if len(names) < 2:

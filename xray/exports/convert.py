@@ -14,7 +14,7 @@ from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
 from xray.exports.to_timm import to_timm
-from xray.files import replacing, sync_tree
+from xray.files import alone, replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
 Format = Literal["timm", "open_clip", "onnx", "safetensors"]
@@ -35,24 +35,31 @@ def convert(
         raise ConfigError(
             f"--keep-rate and --frames are for --to onnx: --to {form} has neither fixed"
         )
-    if out.exists():
-        raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
-    with replacing(out) as temporary:
-        temporary.mkdir(parents=True)
-        if form == "onnx":
-            export = to_onnx(artifact, temporary, keep_rate, frames)
-        else:
-            writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
-            export = writers[form](artifact, temporary)
-        rate = artifact.manifest["keep_rate"]
-        if form in ("timm", "open_clip") and rate != 1.0:
-            export.notes.append(
-                f"Every token is kept here. The artifact's own keep rate is {rate}, which "
-                "gives other features: xray.load(ARTIFACT, keep_rate=1.0) gives the export's."
-            )
-        _check(artifact, form, export)
-        (temporary / "README.md").write_text(export_card(artifact, export), "utf-8")
-        sync_tree(temporary)
+    with alone(out):
+        if out.exists():
+            raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
+        with replacing(out) as temporary:
+            return _write(artifact, form, temporary, keep_rate, frames)
+
+
+def _write(
+    artifact: Artifact, form: str, folder: Path, keep_rate: KeepRate | None, frames: int
+) -> Export:
+    folder.mkdir(parents=True)
+    if form == "onnx":
+        export = to_onnx(artifact, folder, keep_rate, frames)
+    else:
+        writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
+        export = writers[form](artifact, folder)
+    rate = artifact.manifest["keep_rate"]
+    if form in ("timm", "open_clip") and rate != 1.0:
+        export.notes.append(
+            f"Every token is kept here. The artifact's own keep rate is {rate}, which "
+            "gives other features: xray.load(ARTIFACT, keep_rate=1.0) gives the export's."
+        )
+    _check(artifact, form, export)
+    (folder / "README.md").write_text(export_card(artifact, export), "utf-8")
+    sync_tree(folder)
     return export
 
 

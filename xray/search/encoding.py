@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_pixels
-from data_pipelines.ingest.listing import MEDIA, ending_of
+from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.user_data import open_corpus
 from data_pipelines.shards.remote import is_remote
 from xray.artifacts.artifact import Artifact, open_artifact

@@ -12,7 +12,7 @@ from data_pipelines.checks.check_shard import Thumbnail, png_of
 from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
-from data_pipelines.ingest.listing import MEDIA, ending_of
+from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.user_data import Corpus, open_corpus
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.text.captions import find_captions

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -350,6 +352,25 @@ def test_new_shards_contain_the_kept_samples(tmp_path: Path) -> None:
     other = curate(source, config(tmp_path, ["one"]))
     with pytest.raises(ConfigError, match="contains another curation"):
         write_shards(other, out)
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    curated = curate(pool(tmp_path / "pool", [ROWS[:2]]), config(tmp_path, ["one", "cat"]))
+    out = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from xray.files import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1]), '--out'): print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+        (out / ".packing.half").touch()  # as of the other process
+        with pytest.raises(ConfigError, match=rf"\(process {other.pid} on .*choose another --out"):
+            write_shards(curated, out)
+        assert (out / ".packing.half").exists() and not list(out.glob("*.tar"))
+        other.kill()
+    assert write_shards(curated, out) == 2  # the lock of a killed process is free
+    assert not (out / "lock").exists()
 
 
 # ray ------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Generated data are the same bytes wherever and whenever they are made."""
 
 import dataclasses
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,28 @@ def test_what_a_user_has_is_left_alone(tmp_path: Path) -> None:
     make_demo(tmp_path / "empty", config)
     with pytest.raises(ConfigError, match="generated with photos=6, not 8"):
         make_demo(tmp_path / "empty", dataclasses.replace(config, photos=8))
+
+
+def begin_together(root: Path, config: DemoConfig, barrier: Barrier) -> None:
+    barrier.wait()
+    make_demo(root, config)
+
+
+def test_several_processes_may_make_one_folder(tmp_path: Path) -> None:
+    config = DemoConfig(photos=6, clips=24, heldout=6, per_shard=32, side=32, frames=8)
+    make_demo(tmp_path / "one", config)
+    spawn = multiprocessing.get_context("spawn")
+    arguments = (tmp_path / "shared", config, spawn.Barrier(3))
+    processes = [spawn.Process(target=begin_together, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    one, shared = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in files}
+        for name in ("one", "shared")
+        for files in [[path for path in (tmp_path / name).rglob("*") if path.is_file()]]
+    )
+    assert one == shared and len(one) > 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "shared"]

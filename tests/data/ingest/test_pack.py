@@ -139,7 +139,7 @@ def test_a_folder_with_sidecars(tmp_path: Path) -> None:
     )
     (source / "z.jpg").symlink_to(source / "a.jpg")
     report, samples = packed(source, tmp_path / "out")
-    assert report == PackReport(shards=1, samples=4, skipped={}, reused=0)
+    assert report == PackReport(shards=1, samples=4, skipped={}, reused=0, unread=("notes.md",))
     assert list(samples) == ["000000000", "000000001", "000000002", "000000003"]
     first, second, third, linked = samples.values()
     assert first.keys() == {"jpg", "json"} and first["jpg"] == odd == linked["jpg"]

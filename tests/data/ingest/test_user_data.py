@@ -226,7 +226,7 @@ def broken(root: Path) -> dict[str, str]:
         "notes": "notes contains neither .tar shards nor pictures or clips",
         "a.xyz": "a.xyz is of unknown kind: ",
         "bad.parquet": "bad.parquet cannot be read as parquet",
-        "bad.csv": "bad.csv is not UTF-8 text: convert it",
+        "bad.csv": "bad.csv is not UTF-8 (line 2): convert it",
         "none.csv": "none.csv has no rows",
         "deep": "deep contains .tar shards below it, such as in/0.tar",
         "cut.tar": "cut.tar is truncated, damaged or not a tar",
