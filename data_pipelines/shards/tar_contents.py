@@ -14,10 +14,9 @@ from pathlib import Path
 
 from data_pipelines.shards.tar_headers import DamagedTar, Member, compression, read_members
 from xray.errors import DataError
+from xray.files import SYSTEM_NAMES, is_system_name
 
 Place = tuple[int, int]  # (offset, size) in bytes
-SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 # Causes for which a member is left out.
 SYSTEM = "system or hidden file"
 SAME_NAME = "file replaced by a later one of its name"
@@ -41,8 +40,7 @@ def is_system_file(name: str) -> bool:
     name: path with /; folders in it may be hidden.
     """
     *folders, base = name.split("/")
-    hidden = base.startswith(".") or base in SYSTEM_FILES
-    return hidden or any(folder in SYSTEM_FOLDERS for folder in folders)
+    return is_system_name(base) or any(folder in SYSTEM_NAMES for folder in folders)
 
 
 def split_name(name: str) -> tuple[str, str]:
