@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,49 @@ def test_rows_are_there_when_their_names_are(
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path / "x.npy", random_rows(50, D), "fp32", monkeypatch)
     assert moved == [tmp_path / "x.npy.json"] and not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_a_flipped_bit_is_found_or_harmless(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bit of some bytes of the file, and of the names beside a .npy."""
+    path = tmp_path / f"x{ending}"
+    saved(path, random_rows(N, D), "int8", monkeypatch)
+
+    def content() -> tuple[bytes, Names, Any]:
+        found = open_embeddings(path)
+        every = np.arange(N)
+        taken = found.take(every)
+        assert (taken == np.concatenate(list(found.chunks()))).all()
+        return taken.tobytes(), found.names(every.tolist()), found.facts
+
+    whole, found = content(), 0
+    for file in sorted(tmp_path.iterdir()):
+        sound = file.read_bytes()
+        for place in np.random.default_rng(0).integers(0, 8 * len(sound), 150).tolist():
+            flipped = bytearray(sound)
+            flipped[place // 8] ^= 1 << place % 8
+            file.write_bytes(flipped)
+            try:
+                assert content() == whole, f"bit {place} of {file.name}"
+            except DataError as error:
+                found += 1
+                assert path.name in str(error)
+        file.write_bytes(sound)
+    assert found > 100
+
+
+def test_files_of_older_versions_have_no_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.npy"
+    rows = saved(path, random_rows(N, D), "fp32", monkeypatch).take(np.arange(N))
+    names = tmp_path / "x.npy.json"
+    content = json.loads(names.read_text())
+    names.write_text(json.dumps({key: content[key] for key in ("xray", "rows")}))
+    caplog.set_level("WARNING", "xray")
+    older = open_embeddings(path)
+    assert (older.take(np.arange(N)) == rows).all() and len(list(older.chunks())) == 6
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path}: an older version wrote it without checksums")

@@ -2,7 +2,7 @@
 
 X.parquet   columns key, path, (text,) embedding. An embedding is fixed-size binary, the numbers as
             in memory: lists of numbers are read several times slower, and use 4 bytes per int8
-X.npy       only the rows, and X.npy.json with keys and facts
+X.npy       only the rows, and X.npy.json with keys, facts and checksums
 
 The facts describe the rows: dtype, dim, artifact, source. int8 has a scale and an offset per
 dimension; binary holds the signs, eight dimensions per byte.
@@ -10,7 +10,10 @@ dimension; binary holds the signs, eight dimensions per byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +30,12 @@ from xray.errors import ConfigError, DataError, brief
 from xray.files import replacing, usual_mode
 from xray.records import parse_record
 
+log = logging.getLogger("xray")
 VERSION = 1
 GROUP = 16_384  # rows per Parquet row group
 ENDINGS = (".parquet", ".npy")
-FACTS = b"xray"  # of the schema's metadata
+FACTS, DIGEST = b"xray", b"xray_sha256"  # of the schema's metadata
+CHECKED = "\n], "  # ends the part of X.npy.json that has the checksum
 Dtype = Literal["fp32", "fp16", "int8", "binary"]
 STORED: dict[str, Any] = {
     "fp32": np.float32,
@@ -154,14 +159,21 @@ def _write_parquet(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     texts = ["text"] if facts["modality"] == "text" else []
     fields = [pa.field(name, pa.string(), nullable=False) for name in ("key", "path", *texts)]
     fields.append(pa.field("embedding", pa.binary(width), nullable=False))
-    schema = pa.schema(fields, metadata={FACTS: json.dumps(facts).encode()})
+    content = json.dumps(facts).encode()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    schema = pa.schema(fields, metadata={FACTS: content, DIGEST: digest})
     # embeddings do not compress: stored plain, they are read in place
     packing: Any = {name: "zstd" for name in ("key", "path", *texts)} | {"embedding": "none"}
     with (
         replacing(out) as temporary,
         usual_mode(temporary),
         pq.ParquetWriter(
-            temporary, schema, compression=packing, use_dictionary=["path"], write_statistics=False
+            temporary,
+            schema,
+            compression=packing,
+            use_dictionary=["path"],
+            write_statistics=False,
+            write_page_checksum=True,
         ) as writer,
     ):
         for rows, names in blocks:
@@ -185,15 +197,23 @@ def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
         rows_file.open("wb") as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        lines.write(f'{{"xray": {json.dumps(facts)},\n"rows": [')
+        digest, sums = hashlib.sha256(), []
+
+        def write(text: str) -> None:
+            digest.update(text.encode())
+            lines.write(text)
+
+        write(f'{{"xray": {json.dumps(facts)},\n"rows": [')
         start = "\n"
         for rows, names in blocks:
-            file.write(np.ascontiguousarray(quantise(rows, facts)).tobytes())
+            stored = np.ascontiguousarray(quantise(rows, facts)).tobytes()
+            file.write(stored)
+            sums.append((len(rows), zlib.crc32(stored)))
             columns = [names.keys, names.paths, *([names.texts] if names.texts else [])]
             for row in zip(*columns, strict=True):
-                lines.write(start + json.dumps(row))
+                write(start + json.dumps(row))
                 start = ",\n"
-        lines.write("\n]}\n")
+        lines.write(f'{CHECKED}"crc32": {json.dumps(sums)}, "sha256": "{digest.hexdigest()}"}}\n')
 
 
 def _names_of(out: Path) -> Path:
@@ -258,6 +278,14 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not an embedding file of xray embed: {detail}") from error
 
 
+def _check_digest(path: Path, content: bytes, digest: str | None) -> None:
+    """Raise ValueError for facts or names that differ from their sha256; warn if there is none."""
+    if not digest:
+        log.warning("%s: an older version wrote it without checksums, so damage is not found", path)
+    elif hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("it is damaged: its facts or names do not have their checksum")
+
+
 def _check_facts(facts: Any) -> None:
     """Raise ValueError for facts that lack one or have another type."""
     for name, kind in NEEDED.items():
@@ -280,17 +308,38 @@ class NpyEmbeddings(Embeddings):
     """X.npy, memory-mapped."""
 
     def _open(self, path: Path) -> None:
-        content = parse_record(_names_of(path).read_bytes(), dict[str, Any])
+        text = _names_of(path).read_bytes()
+        content = parse_record(text, dict[str, Any])
+        checked = text.rpartition(CHECKED.encode())[0]
+        _check_digest(path, checked, content.get("sha256"))
         self.facts, self._listed = content["xray"], content["rows"]
         self.rows = np.lib.format.open_memmap(path, mode="r")
         if self.rows.shape != (len(self), row_length(self.facts)):
             raise ValueError(f"its rows are {self.rows.shape}, and {_names_of(path)} is of others")
 
+        blocks = [(min(GROUP, len(self) - start), None) for start in range(0, len(self), GROUP)]
+        blocks = content.get("crc32", blocks)  # (rows, checksum); older files have no checksums
+        self.ends = np.cumsum([rows for rows, _ in blocks], dtype=np.int64)
+        if self.ends[-1:].sum() != len(self):
+            raise ValueError(f"its checksums are of {self.ends[-1:].sum()} rows")
+        self._sums = dict(enumerate(checksum for _, checksum in blocks))
+
     def _chunks(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), GROUP):
-            yield self.rows[start : start + GROUP]
+        for number in range(len(self.ends)):
+            yield self._chunk(number)
+
+    def _chunk(self, number: int) -> np.ndarray:
+        """Return the rows of a block; compares them with their checksum the first time."""
+        start, end = self.ends[number - 1] if number else 0, self.ends[number]
+        rows = self.rows[start:end]
+        checksum = self._sums.pop(number, None)
+        if checksum is not None and zlib.crc32(rows.data) != checksum:
+            raise ValueError(f"it is damaged: rows {start:,} to {end:,} differ from their checksum")
+        return rows
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
+        for number in np.unique(np.searchsorted(self.ends, rows, side="right")).tolist():
+            self._chunk(number)
         return np.asarray(self.rows[rows])
 
     def _names(self, rows: Sequence[int]) -> Names:
@@ -303,9 +352,10 @@ class ParquetEmbeddings(Embeddings):
     """X.parquet, read by row group."""
 
     def _open(self, path: Path) -> None:
-        self.file = pq.ParquetFile(path, memory_map=True)
-        facts = (self.file.schema_arrow.metadata or {})[FACTS]
-        self.facts = parse_record(facts, dict[str, Any])
+        self.file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        metadata = self.file.schema_arrow.metadata or {}
+        _check_digest(path, metadata[FACTS], metadata.get(DIGEST, b"").decode())
+        self.facts = parse_record(metadata[FACTS], dict[str, Any])
         meta = self.file.metadata
         counts = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         self.ends = np.cumsum(counts, dtype=np.int64)
