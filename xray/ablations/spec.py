@@ -30,8 +30,9 @@ from typing import Any
 from stages import STAGES
 from xray.config import loading as cfg
 from xray.config import nearest
+from xray.config.kinds import kind_at
 from xray.errors import ConfigError
-from xray.recipes.recipe import check_keys
+from xray.recipes.recipe import check_keys, kind_of_key
 
 SETTINGS = ("common", "arms", "axes")  # sections that contain keys of a recipe
 FIXED = ("base", "name", "out", "seed")  # keys of a recipe that the ablation sets for each run
@@ -75,7 +76,7 @@ def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:
     for unknown keys, invalid values and an unknown baseline.
     """
     content = cfg.read_yaml(cfg.find_yaml("ablation", name))
-    overrides_by_key = cfg.parse_overrides(overrides)
+    overrides_by_key = cfg.parse_overrides(overrides, _kind_of_key)
     config_keys = [item.name for item in dataclasses.fields(AblationConfig)]
     all_keys = [*config_keys, *SETTINGS]
     for key in content:
@@ -100,6 +101,15 @@ def read_ablation(name: str, overrides: Sequence[str]) -> AblationFile:
         check_keys(layer)
         check_fixed(layer, "" if layer is recipe_overrides else "common: ")
     return AblationFile(config, arms, common)
+
+
+def _kind_of_key(key: str) -> Any:
+    """Return the type of an ablation's dotted key, or of the recipe's that it changes."""
+    first, _, rest = key.partition(".")
+    if first in SETTINGS:
+        setting = rest.partition(".")[2] if first == "arms" else rest
+        return None if first == "axes" else kind_of_key(setting)
+    return kind_at(AblationConfig, key) or kind_of_key(key)
 
 
 def _config(name: str, content: dict[str, Any], overrides: dict[str, Any]) -> AblationConfig:

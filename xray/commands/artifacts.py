@@ -83,8 +83,9 @@ def export(
     """
     from xray.config.loading import parse_overrides
     from xray.errors import ConfigError
+    from xray.recipes.recipe import kind_of_key
 
-    given = parse_overrides(overrides or [])
+    given = parse_overrides(overrides or [], kind_of_key)
     if to:
         if weights != "last":
             raise ConfigError(

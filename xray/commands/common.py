@@ -130,9 +130,9 @@ def _reader_is_gone() -> bool:
 
 def settings(schema: type[S], items: Sequence[str] | None) -> S:
     """Build the config of a command from its KEY=VALUE arguments."""
-    from xray.config.loading import build, parse_overrides
+    from xray.config.loading import build, kinds_of, parse_overrides
 
-    return build(schema, parse_overrides(items or []))
+    return build(schema, parse_overrides(items or [], kinds_of(schema)))
 
 
 def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -79,11 +79,12 @@ def data_curate(
     """
     from data_pipelines.curation.config import CurationConfig
     from data_pipelines.curation.curate import check_folder, curate, write_shards
-    from xray.config.loading import build, parse_overrides, read_yaml
+    from xray.config.loading import build, kinds_of, parse_overrides, read_yaml
     from xray.reports.curation import tables, write_curation_page
 
     layers = [read_yaml(config_file)] if config_file is not None else []
-    config = build(CurationConfig, *layers, parse_overrides(overrides or []))
+    given = parse_overrides(overrides or [], kinds_of(CurationConfig))
+    config = build(CurationConfig, *layers, given)
     source = open_shards(pool, modality, "xray data curate")
     if out is not None:
         check_folder(out, source)

@@ -94,8 +94,9 @@ def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, 
     """Read the config, the root and the workers of the data, and the folder of the LLM."""
     from xray.config.loading import build, parse_overrides
     from xray.evaluation.config import EvalConfig
+    from xray.recipes.recipe import kind_of_key
 
-    given = parse_overrides(overrides)
+    given = parse_overrides(overrides, kind_of_key)
     sections = [key for key, value in given.items() if isinstance(value, dict)]
     unknown = [key for key in given if key not in ("eval", "data", "text") or key not in sections]
     data, text = given.get("data", {}), given.get("text", {})

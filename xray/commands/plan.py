@@ -59,8 +59,9 @@ def show_config(
     from stages import STAGES, stage_class
     from xray.config import loading as cfg
     from xray.evaluation.config import EvalConfig
+    from xray.recipes.recipe import kind_of_key
 
-    given = cfg.parse_overrides(overrides or [])
+    given = cfg.parse_overrides(overrides or [], kind_of_key)
     sections: dict[str, Any]
     if name in STAGES:
         sections = {name: cfg.load_config(stage_class(name).Config, name, given)}

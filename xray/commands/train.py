@@ -60,7 +60,8 @@ def train(
     items = settings or []
     files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
     values = [item for item in items if item not in files]
-    overrides = cfg.parse_overrides(([f"model={model}"] if model else []) + values)
+    named = [f"model={model}"] if model else []
+    overrides = cfg.parse_overrides(named + values, cfg.kinds_of(stage_type.Config))
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
@@ -108,13 +109,14 @@ def replay(
 ) -> None:
     """Repeat a step that was not finite, and print its loss, gradient and first broken layers."""
     from xray.config.loading import parse_overrides
+    from xray.recipes.recipe import kind_of_key
     from xray.training.checkpoint_export import find_run
     from xray.training.deepspeed_setup import init_distributed
     from xray.training.replay import read_bundle
     from xray.training.replay import replay as again
 
     facts = read_bundle(bundle)
-    run = find_run(bundle.resolve().parent.parent, parse_overrides(overrides or []))
+    run = find_run(bundle.resolve().parent.parent, parse_overrides(overrides or [], kind_of_key))
     device = dist.choose_device(run.config.train.device)
     init_distributed(device)
     values, broken = again(bundle, run, device)

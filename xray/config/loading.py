@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import MarkedYAMLError
 
+from xray.config.kinds import in_words, is_text, keys_of, kind_at
 from xray.errors import ConfigError, nearest
 from xray.urls import conceal_all
 
@@ -22,6 +29,7 @@ OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")
 
 C = TypeVar("C")
 Layer = Mapping[str, Any]
+Kinds = Callable[[str], Any]  # dotted key -> its type, None if there is no such key
 
 
 def config_path(name: str) -> Path:
@@ -70,28 +78,57 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """Parse `["a.b=1", "a.c=x"]` to a nested dict; raises ConfigError for other forms."""
+def kinds_of(schema: type) -> Kinds:
+    """Return the types of a config's keys."""
+    return functools.partial(kind_at, schema)
+
+
+def parse_overrides(items: Sequence[str], kinds: Kinds | None = None) -> dict[str, Any]:
+    """Parse `["a.b=1", "a.c=x"]` to a nested dict; raises ConfigError for other forms.
+
+    kinds: types of the keys. The value of a text key is taken as it is, that of another key as
+    yaml. Without `kinds`, yaml decides which values are texts.
+    """
     for item in items:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r} is not an override: write key=value")
     layers: list[Layer] = []
     for item in sorted(items, key=lambda item: item.split("=", 1)[0] not in PRESETS):
         try:
-            layers.append(_parse_override(*item.split("=", 1)))
+            key, value = item.split("=", 1)
+            layers.append(_parse_override(key, value, kinds))
         except Exception as error:  # yaml and omegaconf have several parser errors
             raise ConfigError(f"{item!r} cannot be read: {_first_line(error)}") from error
     return merge(*layers)
 
 
-def _parse_override(key: str, value: str) -> dict[str, Any]:
+def _parse_override(key: str, value: str, kinds: Kinds | None) -> dict[str, Any]:
     """Parse one override to a nested dict. The value is read as yaml; plain text keeps its form."""
+    if value and kinds is not None and is_text(kind := kinds(key)):
+        return _nested(key, _as_given(value, kind))
     parsed = OmegaConf.from_dotlist([f"{key}={value}"])
     found = OmegaConf.select(parsed, key)
     sentence = isinstance(found, DictConfig) and not value.lstrip().startswith("{")  # `query: `
     if sentence or (isinstance(found, str) and found == value.strip()):  # with its spaces
         OmegaConf.update(parsed, key, value, merge=False)
     return OmegaConf.to_container(parsed)  # type: ignore[return-value]
+
+
+def _as_given(value: str, kind: Any) -> str | None:
+    """Return the value of a text key: as given, without quotes around the whole of it."""
+    if value == "null" and type(None) in get_args(kind):
+        return None
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        with suppress(Exception):  # a quotation mark at each end that quotes no whole
+            inner = OmegaConf.from_dotlist([f"key={value}"])["key"]
+            return inner if isinstance(inner, str) else value
+    return value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def merge(*layers: Layer) -> dict[str, Any]:
@@ -133,23 +170,53 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
         hint = nearest(key.split(".")[-1], where)
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{section}{error.full_key}: {_meaning(error)}") from error
+        key = error.full_key or _not_a_section(schema, merged)
+        raise ConfigError(f"{section}{key}: {_meaning(error, schema, merged, key)}") from error
 
 
 def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
-    """Merge base.yaml, stage/STAGE.yaml and the layers into one checked dataclass."""
+    """Merge base.yaml, stage/STAGE.yaml and the layers into one checked dataclass.
+
+    Raises ConfigError as `build` does, and for another stage.
+    """
+    for layer in layers:
+        _check_stage(schema, stage, layer.get("stage", stage))
     shipped_layers = (read_yaml(config_path("base")), read_yaml(config_path(f"stage/{stage}")))
     return build(schema, *shipped_layers, *layers, {"stage": stage})
 
 
-def _meaning(error: OmegaConfBaseException) -> str:
+def _check_stage(schema: type, stage: str, given: Any) -> None:
+    """Raise ConfigError for `stage=OTHER`, and for `stage.KEY`, meant for the stage's section."""
+    if isinstance(given, Mapping):
+        key = f"{stage}.{next(iter(given), '')}"
+        hint = nearest(key, [name for name in keys_of(schema) if "." in name])
+        raise ConfigError(
+            f"unknown key 'stage.{next(iter(given), '')}'{hint or f': write {stage}.KEY=VALUE'}"
+        )
+    if given != stage:
+        raise ConfigError(f"stage={given}: the stage to train is {stage}; leave stage= out")
+
+
+def _not_a_section(schema: type, merged: Layer) -> str:
+    """Return the first section that has another value; omegaconf's error does not name it."""
+    sections = [key for key in merged if is_dataclass(kind_at(schema, key))]
+    return next((key for key in sections if not isinstance(merged[key], Mapping)), "")
+
+
+def _meaning(error: OmegaConfBaseException, schema: type, merged: Layer, key: str) -> str:
     """Translate an omegaconf error for the person who wrote the value."""
-    text = _first_line(error)
-    if "is not a ListConfig" in text:
-        return "give a list, such as [1, 2]"
-    if "is not a subclass of" in text:
-        return "give sections of keys, as KEY.NAME={...}"
-    return "give a value" if "'None'" in text else text
+    text, kind = _first_line(error), kind_at(schema, key)
+    if "'None'" in text:
+        return "give a value"
+    if kind is None or isinstance(error, InterpolationResolutionError):
+        return text
+    value: Any = merged
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list):
+            value = value[int(part)]
+    return f"give {in_words(kind)}, not {value!r}"
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,7 @@ from stages import STAGES, stage_class
 from xray.artifacts.offers import slot_of
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
+from xray.config.kinds import kind_at
 from xray.config.loading import PRESETS
 from xray.config.model import LlmConfig
 from xray.errors import ConfigError
@@ -61,7 +62,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
     """
-    command_line = cfg.parse_overrides(overrides)
+    command_line = cfg.parse_overrides(overrides, kind_of_key)
     layers = recipe_layers(name, command_line.pop("base", None))
     return resolve_recipe([*layers, command_line])
 
@@ -71,7 +72,9 @@ def load_runs(name: str, overrides: Sequence[str]) -> tuple[list[RunConfig], Llm
     if name not in STAGES:
         recipe = load_recipe(name, overrides)
         return recipe.runs, recipe.prepare.llm
-    config = cfg.load_config(stage_class(name).Config, name, cfg.parse_overrides(overrides))
+    schema = stage_class(name).Config
+    given = cfg.parse_overrides(overrides, cfg.kinds_of(schema))
+    config = cfg.load_config(schema, name, given)
     config.validate()
     return [config], None
 
@@ -117,7 +120,7 @@ def stage_from_recipe(
     for layer in layers:
         check_keys(layer)
     data = [item for item in overrides if item.startswith("data.")]
-    merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data)))
+    merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data, kind_of_key)))
     parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
     return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
 
@@ -134,6 +137,18 @@ def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> l
     content.setdefault("name", f"{path.stem}_{Path(base).stem}" if base else path.stem)
     content.setdefault("out", f"runs/{content['name']}")
     return [*(recipe_layers(str(under), None, (*above, name)) if under else []), content]
+
+
+def kind_of_key(key: str) -> Any:
+    """Return the type of a recipe's dotted key; None if there is no such key."""
+    first, _, rest = key.partition(".")
+    if first in STAGES:  # its own options and the run's sections, side by side
+        schema = stage_class(first).Config
+        return kind_at(schema, rest) or kind_at(schema, key)
+    sections = {"prepare": PrepareConfig, "eval": EvalConfig}
+    if first in sections:
+        return kind_at(sections[first], rest)
+    return str if key in ("base", "name", "out") else kind_at(RunConfig, key)
 
 
 def check_keys(layer: Mapping[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""Kinds of settings: the type of a dotted key in a config, and its name in error messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def kind_at(schema: Any, key: str) -> Any:
+    """Return the type of a dotted key below a dataclass or a dict; None if there is no such key."""
+    kind = schema
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        kind = next((one for one in _options(kind) if one is not type(None)), None)
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        elif get_origin(kind) is dict or (get_origin(kind) is list and part.isdigit()):
+            kind = get_args(kind)[-1]
+        else:
+            return None
+    return kind
+
+
+def is_text(kind: Any) -> bool:
+    """Return True for a text, or a choice of texts."""
+    options = [one for one in _options(kind) if one is not type(None)]
+    return bool(options) and all(one is str or isinstance(one, str) for one in options)
+
+
+def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all settings of a dataclass."""
+    for name, kind in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            yield from keys_of(kind, f"{prefix}{name}.")
+
+
+def in_words(kind: Any) -> str:
+    """Describe a type as what to write, such as "a whole number"."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    told = []
+    for one in _options(kind):
+        origin = get_origin(one) or one
+        if origin is list:
+            told.append("a list, such as [1, 2]")
+        elif origin is dict or dataclasses.is_dataclass(one):
+            told.append("sections of keys, as KEY.NAME={...}")
+        elif one is not type(None):
+            told.append(words.get(one, str(one)))
+    return " or ".join(dict.fromkeys(told)) or "a value"
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union and the values of choices."""
+    if get_origin(kind) in (Union, types.UnionType, Literal):
+        return tuple(option for one in get_args(kind) for option in _options(one))
+    return (kind,)
