@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError, ConfigError, DataError
 
 
 @contextmanager
@@ -93,6 +93,17 @@ def inside(folder: Path, name: str) -> Path:
     if not is_inside(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{folder} names a file outside of it: {name}")
     return folder / name
+
+
+def make_folder(folder: Path, what: str, setting: str) -> None:
+    """Create a folder for derived files; raises DataError naming the setting to change."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{what} {folder} cannot be created: {error.strerror}; set {setting} to a folder you "
+            "can write to"
+        ) from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xray.errors import DataError, brief
-from xray.files import replacing, unique_temporary, usual_mode
+from xray.files import make_folder, replacing, unique_temporary, usual_mode
 
 log = logging.getLogger("xray")
 CHECKSUM = "checksum"  # the fact that holds it, which callers do not see
@@ -40,8 +40,10 @@ Columns = dict[str, np.ndarray]
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write columns and facts to a file, atomically.
 
-    columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError.
+    columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError, and
+    DataError if its folder cannot be created.
     """
+    make_folder(path.parent, "the folder", "XDG_CACHE_HOME")  # one of the user's cache may be new
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     # One entry: safetensors writes several in any order, and equal content is to be equal bytes.
     facts = {**facts, CHECKSUM: _checksum(contiguous, facts)}

@@ -37,6 +37,7 @@ from data_pipelines.shards.tar_index import (
     build_index,
     cache_path,
     index_shard,
+    keep_columns,
     load_index,
     media_extensions,
     possible_paths,
@@ -160,7 +161,7 @@ def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = 
         same = (np.array_equal(manifest.columns[key], stamps[key]) for key in stamps)
         if manifest.names == names and all(same):
             return manifest
-    return write_manifest(pattern)
+    return write_manifest(pattern, required=False)
 
 
 def write_manifest(
@@ -169,10 +170,12 @@ def write_manifest(
     checksum: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
+    required: bool = True,
 ) -> Manifest:
     """Index every shard at a pattern and write the manifest; current indexes are reused.
 
-    checksum: also compute the sha256 of each tar. Raises DataError for a shard that cannot be used.
+    checksum: also compute the sha256 of each tar. required: the manifest must be written, not only
+    returned. Raises DataError for a shard that cannot be used.
     """
     progress = progress or _log_progress
     if is_remote(pattern):
@@ -182,7 +185,7 @@ def write_manifest(
     paths = find_shards(pattern)
     indexes = over_shards(functools.partial(_index, paths, checksum), len(paths), workers, progress)
     names = [os.path.relpath(path, folder) for path in paths]
-    return _save(folder, cache_path(wanted), names, indexes)
+    return _save(folder, cache_path(wanted), names, indexes, required)
 
 
 def _index(paths: list[str], checksum: bool, shard: int) -> ShardIndex:
@@ -200,7 +203,13 @@ def _log_progress(indexes: Iterable[ShardIndex], total: int) -> Iterator[ShardIn
             log.info("indexed %d of %d shards, about %.0f s left", number, total, left)
 
 
-def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIndex]) -> Manifest:
+def _save(
+    folder: str,
+    cached: Path,
+    names: list[str],
+    indexes: Iterable[ShardIndex],
+    required: bool = True,
+) -> Manifest:
     rows = [
         {**index.facts, "counts": [len(index.members_with(media_extensions(*k))) for k in COUNTED]}
         for index in indexes
@@ -220,7 +229,7 @@ def _save(folder: str, cached: Path, names: list[str], indexes: Iterable[ShardIn
     }
     digest = _digest(blob, ends, digests)
     facts = {**VERSIONS, "digest": digest}
-    save_columns(cached, columns, facts)
+    (save_columns if required else keep_columns)(cached, columns, facts)
     return Manifest(folder, columns, facts)
 
 
@@ -306,7 +315,7 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
 
 def remote_cache_path(url: str, cache: ShardCache, ending: str) -> Path:
     """Return the local path of a file that is derived from a URL, such as its index."""
-    folder = cache.folder / "index"  # not among the shards, which may be evicted
+    folder = cache.create() / "index"  # not among the shards, which may be evicted
     folder.mkdir(exist_ok=True)
     return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.{ending}"
 

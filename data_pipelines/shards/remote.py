@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from data_pipelines.shards.tar_contents import is_system_file
 from xray.errors import DataError
-from xray.files import locked, replacing
+from xray.files import locked, make_folder, replacing
 from xray.urls import conceal, redact, remember, remembered, reveal
 
 T = TypeVar("T")
@@ -129,13 +129,14 @@ class ShardCache:
         self.folder, self.limit, self.patience = folder, limit, patience
         self._start()
         _caches.add(self)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"the shard cache {folder} cannot be created: {error}; set data.cache to a folder "
-                "you can write to"
-            ) from error
+
+    def create(self) -> Path:
+        """Create the folder, before the first file is written, and return it.
+
+        Raises DataError if it cannot be created.
+        """
+        make_folder(self.folder, "the shard cache", "data.cache (--cache)")
+        return self.folder
 
     def _start(self) -> None:
         """Initialize the state of this process; a fork leaves threads and counts in the parent."""
@@ -198,6 +199,7 @@ class ShardCache:
         path = self._path(url)
         if _touch(path, size):
             return True
+        self.create()
         lock = path.with_suffix(".lock")
         lock.touch()
         before = lock.read_text()

@@ -260,7 +260,6 @@ def open_source(
 def make_cache(data: DataConfig) -> ShardCache:
     """Return the cache of remote shards that a config sets."""
     folder = Path(data.cache) if data.cache else user_cache("shards")
-    folder.mkdir(parents=True, exist_ok=True)
     return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from data_pipelines.shards.tar_contents import TarContents, read_tar
 from xray.errors import BadSample, DataError, brief
 from xray.files import printable, sha256_file
 
+log = logging.getLogger("xray")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg")
 TEXT_FILES = ("json", "txt")
@@ -161,8 +163,19 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
     if index is not None and "left_out" in index.facts and (index.facts["sha256"] or not checksum):
         return index
     index = build_index(path, checksum)
-    save_columns(cache_path(wanted), index.columns, index.facts)
+    keep_columns(cache_path(wanted), index.columns, index.facts)
     return index
+
+
+def keep_columns(path: Path, columns: Columns, facts: Mapping[str, Any]) -> None:
+    """Write a file that can be made again; only warn if neither its folder nor the cache can be."""
+    try:
+        save_columns(path, columns, facts)
+    except (DataError, PermissionError) as error:
+        log.warning(
+            "an index is made again at each use, because it cannot be kept beside the data, and %s",
+            error,
+        )
 
 
 def load_index(path: str, places: Iterable[Path], **wanted: Any) -> ShardIndex | None:
@@ -251,7 +264,9 @@ def possible_paths(wanted: Path) -> list[Path]:
 
 
 def user_cache(name: str) -> Path:
-    """Return a folder in the user's cache; it is created if it does not exist."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xray" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Return the path of a folder in the user's cache; who writes into it creates it."""
+    try:
+        usual = Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        usual = Path("/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "xray" / name

@@ -33,7 +33,7 @@ from xray.artifacts.limits import check_numbers
 from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
-from xray.files import is_inside, locked, replacing, sha256_file, sync_tree, usual_mode
+from xray.files import is_inside, locked, make_folder, replacing, sha256_file, sync_tree, usual_mode
 from xray.records import parse_record
 from xray.urls import conceal, redact
 from xray.version import __version__
@@ -109,6 +109,7 @@ def open_artifact(path: str | Path, llm: str = "") -> Artifact:
     try:
         check_files(Place(str(folder)), manifest)
     except ArtifactError:  # not there yet, or damaged
+        make_folder(folder.parent, "the cache of artifacts", "XDG_CACHE_HOME")
         with locked(folder.with_suffix(".lock")):
             _fetch(place, folder, manifest, content)
     return Artifact(folder, manifest, digest, place.where, llm)

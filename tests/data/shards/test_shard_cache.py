@@ -298,4 +298,6 @@ def test_a_cache_can_be_pickled(faulty: FaultServer, cache: ShardCache) -> None:
 def test_a_cache_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be created: .*Not a directory.*; set data.cache"):
-        ShardCache(tmp_path / "file" / "cache", CACHE_BYTES, PATIENCE)
+        ShardCache(tmp_path / "file" / "cache", CACHE_BYTES, PATIENCE).fetch(
+            "http://127.0.0.1/a.tar"
+        )
