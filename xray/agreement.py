@@ -11,8 +11,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -32,6 +34,25 @@ NAMED = 5  # missing ranks in a line
 def reason(rank: int, error: BaseException) -> str:
     """Return why a rank has stopped, for the messages of the others."""
     return f"rank {rank} has stopped: {type(error).__name__}: {errors.brief(error)}"
+
+
+@contextmanager
+def announced(who: str, line: str, hint: str) -> Iterator[None]:
+    """Print a line in growing intervals, with the seconds so far, while the block waits."""
+    done = threading.Event()
+
+    def speak() -> None:
+        waited, notice = 0.0, NOTICE
+        while not done.wait(notice - waited):
+            waited = notice
+            print(f"{who}: {line}, {waited:.0f} s so far ({hint})", file=sys.stderr, flush=True)
+            notice += min(notice, LONGEST)
+
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def announce(store: Store, rank: int) -> None:

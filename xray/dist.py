@@ -9,15 +9,15 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xray.agreement import Agreement, announce, reason
+from xray.agreement import Agreement, announce, announced, reason
 from xray.errors import ArtifactError, ConfigError, DataError, TrainingError, XrayError
+from xray.slurm import SRUN, first_host, is_interactive, tasks_of_node
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ T = TypeVar("T")
 LEAVING = 30.0  # seconds that `leave` waits
 SETTLED = 0.05  # seconds that `settle` waits
 COLLECTIVE = timedelta(hours=2)  # limit of collectives, agreements; train.hang_seconds ends earlier
-SRUN = "SLURM_STEP_NUM_TASKS"  # in a task of srun, and not in a job's script
 FAILED = "xray/failed"  # key of the store: why a rank has stopped
 PREPARATION = timedelta(days=2)  # of data by rank 0, while the others wait
 _NUMBERS = itertools.count(1)  # of agreements, equal on all ranks
@@ -35,6 +34,12 @@ _NUMBERS = itertools.count(1)  # of agreements, equal on all ranks
 def setup_environment() -> None:
     """Set the variables that a launcher sets; without one the world size is 1."""
     env = os.environ
+    if "RANK" not in env and env.get(SRUN, "1") != "1" and is_interactive(env):
+        print(
+            f"xray: this shell is one of {env.pop(SRUN)} tasks of a Slurm step, and this command "
+            "runs in it alone; start it with srun to run it in all tasks",
+            file=sys.stderr,
+        )
     if "RANK" not in env and SRUN in env:
         for name, value in _srun(env).items():
             env.setdefault(name, value)
@@ -50,13 +55,8 @@ def _srun(env: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that torchrun would set, for a task of srun."""
     values = {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
     values["WORLD_SIZE"] = env[SRUN]
-    per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
-    tasks: list[str] = []  # of each node, from "4(x2),3"
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
-        tasks += [count] * int(times or 1)
-    node = int(env.get("SLURM_NODEID", "0"))
-    if node < len(tasks):
-        values["LOCAL_WORLD_SIZE"] = tasks[node]
+    if (tasks := tasks_of_node(env)) is not None:
+        values["LOCAL_WORLD_SIZE"] = tasks
     # The node of rank 0: srun may have been called on a login node.
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     values["MASTER_ADDR"] = first_host(nodes) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
@@ -66,15 +66,10 @@ def _srun(env: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
-def first_host(nodes: str) -> str:
-    """Return the first name of a Slurm host list: gpu004-ib of `gpu[004-007,9]-ib,login2`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
-
-
 def environment_alone() -> dict[str, str]:
     """Return an environment for a process outside of this one's process group."""
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    group = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    group.append(SRUN)
     return {name: value for name, value in os.environ.items() if name not in group}
 
 
@@ -335,6 +330,18 @@ def settle(workers: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if workers and distributed is not None and distributed.is_initialized():
         time.sleep(SETTLED)
+
+
+def joining() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which this rank joins the process group, and says whom it waits for."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    who = "rank 0" if rank() else f"the other {world_size() - 1} of {world_size()} processes"
+    return announced(
+        "xray" if is_main() else f"xray, rank {rank()}",
+        f"waiting for {who} to join the process group at {place}",
+        f"this is rank {rank()}, started by {launcher()}; start all ranks, or unset RANK, "
+        f"WORLD_SIZE and {SRUN} to run one process",
+    )
 
 
 def join() -> None:

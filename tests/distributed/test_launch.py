@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -100,6 +101,8 @@ def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
         monkeypatch.delenv(name, raising=False)
     for name, value in more.items():
         monkeypatch.setenv(name, value)
+    # The tests themselves may be a job of a shell.
+    monkeypatch.setattr("xray.slurm.under_job_control", lambda: False)
     dist.setup_environment()
     return {name: os.environ.get(name, "") for name in names}
 
@@ -132,6 +135,70 @@ def test_the_batch_script_is_not_a_task(monkeypatch: pytest.MonkeyPatch) -> None
         "0",
         "1",
     ) and dist.launcher() == "plain python"
+
+
+IN_TERMINAL = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+SHOW = "from xray import dist; dist.setup_environment(); print('world', dist.world_size())"
+
+
+@pytest.mark.parametrize(
+    ("how", "world"),
+    [
+        ("bash -ic '{show}; true'", "1"),  # a command in the shell of srun --pty bash
+        ("bash -ic 'bash -c \"$SHOW; true\"; true'", "1"),  # a script in this shell
+        ("{show}", "11"),  # srun --pty xray
+        ("bash -c '{show}; true'", "11"),  # srun --pty script.sh
+    ],
+)
+def test_a_shell_of_srun_is_told_from_a_task(how: str, world: str, tmp_path: Path) -> None:
+    (tmp_path / "show.py").write_text(SHOW)
+    show = f"{sys.executable} {tmp_path / 'show.py'}"
+    env = clean_environment(**SLURM, PYTHONPATH=str(ROOT), SHOW=show)
+    command = shlex.split(how.format(show=show))
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TERMINAL, *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert f"world {world}" in done.stdout.replace("\r", "").splitlines(), done
+    assert ("one of 11 tasks" in done.stdout) == (world == "1")
+
+
+def test_a_task_without_a_terminal_is_a_task(tmp_path: Path) -> None:
+    """Also if it is started from the shell of srun --pty, whose variables it inherits."""
+    env = clean_environment(**SLURM, SLURM_PTY_PORT="1234", PYTHONPATH=str(ROOT))
+    command = ["bash", "-c", f'{sys.executable} -c "{SHOW}"; true']
+    done = subprocess.run(command, capture_output=True, env=env, start_new_session=True)
+    assert done.stdout == b"world 11\n", done
+
+
+def test_the_shell_of_salloc_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = placed(monkeypatch, **{**SLURM, "SLURM_STEP_ID": "4294967290"})
+    assert variables["WORLD_SIZE"] == "1" and dist.launcher() == "plain python"
+    assert "SLURM_STEP_NUM_TASKS" not in dist.environment_alone()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_says_for_whom_it_waits_at_the_start(rank: int, tmp_path: Path, demo: Path) -> None:
+    port = free_port()
+    variables = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    command = ["-m", "xray", "run", RECIPE, f"data.root={demo}", f"out={tmp_path / 'out'}"]
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(**variables, **address),
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        line = next((line for line in running.stderr if "so far" in line), "")
+        running.kill()
+    who = "rank 0" if rank else "the other 1 of 2 processes"
+    assert f"waiting for {who} to join the process group at 127.0.0.1:{port}, 10 s" in line
+    assert "started by srun; start all ranks, or unset RANK" in line
 
 
 @pytest.mark.parametrize(

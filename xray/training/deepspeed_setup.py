@@ -50,7 +50,7 @@ def init_distributed(device: torch.device) -> None:
         if dist.world_size() == 1:  # without a port, which another process may hold
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        with contextlib.redirect_stdout(None):
+        with dist.joining(), contextlib.redirect_stdout(None):
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=dist.COLLECTIVE)
         dist.join()
 

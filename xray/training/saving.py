@@ -132,7 +132,7 @@ class Saver:
             try:
                 self.complete()
             except ArtifactError as failure:
-                log.error("%s", failure)
+                log.warning("%s", failure)
 
     def take_metrics(self) -> dict[str, float]:
         """Return the metrics of the last complete checkpoint, once."""
