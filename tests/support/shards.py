@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,15 @@ def photo(seed: int, size: tuple[int, int] = (64, 48), quality: int = 90) -> byt
     buffer = io.BytesIO()
     coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def progressive(size: tuple[int, int], scans: int) -> bytes:
+    """Encode a grey JPEG whose last scan is there `scans` times."""
+    buffer = io.BytesIO()
+    Image.new("L", size, 128).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data[[found.start() for found in re.finditer(rb"\xff\xda", data)][-1] : -2]
+    return data[:-2] + last * (scans - 1) + data[-2:]
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import re
 import signal
 import struct
 import threading
 
 import pytest
-from PIL import Image, features
-from shards import photo
+from PIL import features
+from shards import photo, progressive
 
 from data_pipelines.decode import image_limits
 from data_pipelines.decode.decoders import decode_image, open_image
 from data_pipelines.decode.image_limits import count_scans
 from data_pipelines.ingest.recode import pack_picture
 from xray.errors import BadSample, Killed
-
-
-def progressive(size: tuple[int, int], scans: int) -> bytes:
-    """Encode a grey JPEG whose last scan is there `scans` times."""
-    buffer = io.BytesIO()
-    Image.new("L", size, 128).save(buffer, "JPEG", progressive=True)
-    data = buffer.getvalue()
-    last = data[[found.start() for found in re.finditer(rb"\xff\xda", data)][-1] : -2]
-    return data[:-2] + last * (scans - 1) + data[-2:]
 
 
 def tiff(size: tuple[int, int], tile: tuple[int, int], tiles: int, compression: int = 1) -> bytes:

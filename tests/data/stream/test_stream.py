@@ -20,10 +20,10 @@ import pytest
 import stream_helper
 import torch
 from clips import clip
-from shards import jpeg, photo, write_tar
+from shards import jpeg, photo, progressive, write_tar
 from torch import Tensor
 
-from data_pipelines.decode import transforms
+from data_pipelines.decode import image_limits, transforms
 from data_pipelines.shards.manifest import write_manifest
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.source import Sample, open_source
@@ -124,6 +124,44 @@ def test_broken_images_have_the_same_replacements_for_any_workers(tmp_path: Path
     assert count == {"007": 2, "021": 2, "033": 3}
     assert {entry.cause for entry in bad} == {"undecodable image"}
     assert not any(entry.quarantine for entry in bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_would_take_minutes_are_named_and_replaced(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program (EPS), a JPEG of a thousand scans, and fill bytes that Pillow skips one by one."""
+    good = photo(0)
+    files = {f"{i:03d}.jpg": photo(i) for i in range(12)}
+    files["003.jpg"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n"
+    files["006.jpg"] = progressive((2000, 2000), 1000)
+    files["009.jpg"] = good[:2] + b"\xff" * 4_000_000 + good[2:]
+    write_tar(tmp_path / "0.tar", files)
+    monkeypatch.setattr(image_limits, "SECONDS", 0.05)
+    plan = SamplePlan(open_source("s", str(tmp_path), "image"), 1, 1, seed=0)
+    loaded = load_keys(plan, DataConfig(), range(3), workers)
+    assert not {3, 6, 9} & {key for item in loaded for key in item.batch["key"].tolist()}
+    assert {(b.key, b.cause, b.quarantine) for item in loaded for b in item.bad} >= {
+        ("003", "undecodable image", False),
+        ("006", "image too large", False),
+        ("009", "image decode timed out", True),
+    }
+
+
+def test_a_clip_whose_decode_process_was_killed_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = {f"{i:03d}.mp4": clip(48, 4) for i in range(8)}
+    clips["005.mp4"] = hostile_decoder.killed_once(tmp_path / "killed", clips["005.mp4"])
+    write_tar(tmp_path / "0.tar", clips)
+    decoder = hostile_decoder.Decoder(2.0)
+    monkeypatch.setattr(transforms, "clip_decoder", lambda data: decoder)
+    plan = SamplePlan(open_source("s", str(tmp_path), "video"), 1, 1, seed=0)
+    loaded = load_keys(plan, DataConfig(), range(2), 0)
+    decoder.close()
+    assert (tmp_path / "killed").exists()
+    assert not [entry for item in loaded for entry in item.bad]
+    assert sorted(k for item in loaded for k in item.batch["key"].tolist()) == list(range(8))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
