@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -367,9 +368,23 @@ def test_shards_are_sound_and_their_side_files_are_used_as_they_are(reading: Don
     for key, name in (("teacher", "hashtag.teacher"), ("scores", "filters.scores")):
         assert f"{name}={NAMES[key]}" in reading.text(key)
     assert f"data.sources.NAME.keep={NAMES['keep']}" in reading.text("curate")
-    for path in (written := reading.changed("data/")):  # by xray data index, the same again
-        assert (reading.folder / path).read_bytes() == (FIXTURE / path).read_bytes(), path
-    assert {Path(path).name for path in written} <= {"shards.manifest"}
+    for path in (written := reading.changed("data/")):  # by xray data index, which adds checksums
+        table, facts = columns_of(reading.folder / path)
+        old_table, old_facts = columns_of(FIXTURE / path)
+        assert table.keys() == old_table.keys(), path
+        assert all(np.array_equal(table[name], old_table[name]) for name in table), path
+        added = {"checksum", "left_out"} if path.endswith(".index") else {"checksum"}
+        assert facts.keys() - old_facts.keys() == added, path
+        assert old_facts.items() <= facts.items(), path
+    assert {Path(path).suffix for path in written} <= {".index", ".manifest"}
+
+
+def columns_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the columns and the facts of an index or a manifest."""
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(  # noqa: SIM118
+            file.metadata()["facts"]
+        )
 
 
 def test_vocabulary_metadata_and_keep_list_are_chosen_again(reading: Done) -> None:
