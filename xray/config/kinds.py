@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -20,6 +20,22 @@ def kind_at(schema: Any, key: str) -> Any:
         else:
             return None
     return kind
+
+
+def misplaced(schema: Any, values: Mapping[str, Any], prefix: str = "") -> str:
+    """Return the first dotted key with a section for a list, or another value for a section; ""."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        options = [get_origin(one) or one for one in _options(kind_at(schema, key))]
+        section = dict in options or any(map(dataclasses.is_dataclass, options))
+        if isinstance(value, Mapping):
+            if list in options:
+                return key
+            if found := misplaced(schema, value, f"{key}."):
+                return found
+        elif section and not (isinstance(value, list) and list in options):
+            return key
+    return ""
 
 
 def is_text(kind: Any) -> bool:

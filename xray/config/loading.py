@@ -18,7 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from xray.config.kinds import in_words, is_text, keys_of, kind_at
+from xray.config.kinds import in_words, is_text, keys_of, kind_at, misplaced
 from xray.errors import ConfigError, nearest
 from xray.urls import conceal_all
 
@@ -169,8 +169,13 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
         where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
         hint = nearest(key.split(".")[-1], where)
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
+    except TypeError as error:  # omegaconf's for a list and a section in each other's place
+        key = misplaced(schema, merged)
+        if not key:
+            raise
+        raise ConfigError(f"{section}{key}: give {in_words(kind_at(schema, key))}") from error
     except OmegaConfBaseException as error:
-        key = error.full_key or _not_a_section(schema, merged)
+        key = error.full_key or misplaced(schema, merged)
         raise ConfigError(f"{section}{key}: {_meaning(error, schema, merged, key)}") from error
 
 
@@ -195,12 +200,6 @@ def _check_stage(schema: type, stage: str, given: Any) -> None:
         )
     if given != stage:
         raise ConfigError(f"stage={given}: the stage to train is {stage}; leave stage= out")
-
-
-def _not_a_section(schema: type, merged: Layer) -> str:
-    """Return the first section that has another value; omegaconf's error does not name it."""
-    sections = [key for key in merged if is_dataclass(kind_at(schema, key))]
-    return next((key for key in sections if not isinstance(merged[key], Mapping)), "")
 
 
 def _meaning(error: OmegaConfBaseException, schema: type, merged: Layer, key: str) -> str:
