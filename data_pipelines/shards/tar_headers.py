@@ -28,6 +28,7 @@ OCTAL, DECIMAL = re.compile(rb"[0-7]{0,12}"), re.compile(rb"[0-9]{1,19}")
 FILES, LINKS, FOLDERS = b"07\x00", b"12", b"5DV"  # types; V is the label of a volume
 WITHOUT_CONTENT = b"123456"  # whatever size their header gives
 PAX, PAX_OF_ALL, LONG_NAME, LONG_LINK, SPARSE = b"xX", b"g", b"L", b"K", b"S"
+SPARSE_NAME = b"GNU.sparse.name"
 SPARSE_RECORDS = (b"GNU.sparse.", b"SCHILY.realsize")
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -94,7 +95,8 @@ def read_members(file: BinaryIO, length: int) -> Iterator[Member]:
             position = _end_of_map(file, position, block[482], length)
         if prefix and magic != b"ustar ":  # GNU tar has other fields in this place
             name = prefix + b"/" + name
-        name, target = extended.get(b"path", name), extended.get(b"linkpath", target)
+        name = extended.get(SPARSE_NAME, extended.get(b"path", name))
+        target = extended.get(b"linkpath", target)
         _check_size(size, length - position, position)
         named = _text(name, position)
         found = _kind(kind, named, extended)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import invoke
-from shards import jpeg, write_tar
+from shards import jpeg, without_checksum, write_tar
 from tiny import QUICK, train
 
 from data_pipelines.shards.source import Source, open_source
@@ -222,6 +222,12 @@ def test_a_damaged_store_is_named_and_can_be_rewritten(demo: Path, shards: Path)
 
     last = 4 * 32 * 4  # size of the shard's four vectors in bytes
     damage(table, len(whole) - last, b"\xff" * last)  # nan
+    with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is missing, damaged or"):
+        open_stored(source, config).vectors(1, 1, [0])
+    assert stored(source, config)[0].digest == digest and table.read_bytes() == whole
+
+    without_checksum(table)
+    damage(table, table.stat().st_size - last, b"\xff" * last)
     with pytest.raises(DataError, match=r"1.tar.text-features-\w+ is damaged: delete it, and run"):
         for member, captions in enumerate(CAPTIONS[0]):
             open_stored(source, config).vectors(0, member, range(len(captions)))

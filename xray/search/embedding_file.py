@@ -275,7 +275,9 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, *DAMAGE) as error:
         detail = brief(error)
-        raise DataError(f"{path} is not an embedding file of xray embed: {detail}") from error
+        raise DataError(
+            f"{path} is not a sound embedding file: {detail}; make it again with xray embed"
+        ) from error
 
 
 def _check_digest(path: Path, content: bytes, digest: str | None) -> None:

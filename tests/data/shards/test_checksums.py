@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from in_process import invoke
-from safetensors.numpy import save_file
-from shards import jpeg, write_tar
+from shards import jpeg, without_checksum, write_tar
 
 from data_pipelines.shards import columns
 from data_pipelines.shards.columns import open_columns, save_columns
@@ -20,6 +17,7 @@ from data_pipelines.shards.manifest import load_manifest, write_manifest
 from data_pipelines.shards.sidecar import open_sidecar, open_whole, write_sidecar
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.shards.tar_index import index_shard, load_index
+from data_pipelines.text.feature_store import TextStore
 from xray.errors import DataError
 
 
@@ -33,14 +31,6 @@ def photos(tmp_path: Path) -> Source:
             files |= {f"{shard}{key}.jpg": jpeg(), f"{shard}{key}.json": b'{"n": %d}' % key}
         write_tar(folder / f"{shard}.tar", files)
     return open_source("photos", str(folder), "image")
-
-
-def without_checksum(path: Path, change: Mapping[str, np.ndarray] | None = None) -> None:
-    """Write a file again as commit 9205be0 did."""
-    table, facts = open_columns(path)
-    facts = {key: value for key, value in facts.items() if key != "left_out"}
-    table = {name: np.array(column) for name, column in table.items()} | dict(change or {})
-    save_file(table, path, metadata={"facts": json.dumps(facts)})
 
 
 def flip(path: Path, at: int, bit: int = 1) -> None:
@@ -156,6 +146,28 @@ def test_a_damaged_side_file_stops_its_reader(photos: Source) -> None:
     assert path.read_bytes() == whole and open_whole(photos, "slots-x") is not None
     flip(photos.derived("slots-x"), 300)
     assert open_sidecar(photos, "slots-x") is None
+
+
+def stored(shard: int) -> dict[str, Any]:
+    """Return the text features of three samples: a vector each."""
+    places = np.arange(3, dtype=np.int64) + (shard << 32)
+    vectors = np.eye(3, 4, dtype=np.float32) * (shard + 1)
+    ends, scales = np.arange(1, 4, dtype=np.int64), np.ones(3, np.float32)
+    return {"places": places, "ends": ends, "vectors": vectors, "scales": scales}
+
+
+def test_changed_places_of_text_features_are_found(photos: Source) -> None:
+    """Otherwise a sample is trained with the caption of another."""
+    write_sidecar(photos, "text-features-x", stored, {"width": 4})
+    path = photos.derived("text-features-x", 1)
+    store = TextStore(write_sidecar(photos, "text-features-x", stored, {"width": 4}))
+    assert store.vectors(1, 2, [0]).tolist() == [[0, 0, 2, 0]]
+    flip(path, path.read_bytes().index(stored(1)["places"].tobytes()) + 16, 3)  # 2 becomes 1
+    sidecar = open_sidecar(photos, "text-features-x")
+    assert sidecar is not None
+    with pytest.raises(DataError, match=r"1\.tar\.text-features-x is missing, damaged"):
+        TextStore(sidecar).vectors(1, 2, [0])
+    assert TextStore(sidecar).vectors(0, 2, [0]).tolist() == [[0, 0, 1, 0]]
 
 
 def test_a_file_is_verified_once(photos: Source, monkeypatch: pytest.MonkeyPatch) -> None:
