@@ -52,9 +52,15 @@ def test_ranks_complete_a_slow_checkpoint_after_the_same_step(ended: tuple[Path,
     one, two = (json.loads((ended[0] / f"completed.{rank}").read_text()) for rank in (0, 1))
     assert one == two and [name for name, _ in one][:2] == ["step_00000003", "step_00000006"]
     assert 5 <= one[0][1] <= 6  # before the next one begins at the latest
-    names = [path.name for path in complete_checkpoints(ended[0] / "slow_write" / "checkpoints")]
-    assert names == ["step_00000009", "step_00000010"]
     assert not list((ended[0] / "thread" / "checkpoints").iterdir())
+
+
+def test_ranks_share_the_check_of_a_checkpoint(ended: tuple[Path, str]) -> None:
+    out, said = ended
+    assert [(out / f"found.{rank}").read_text() for rank in (0, 1)] == ["step_00000009"] * 2
+    assert re.search(r"step_00000010 is damaged: .*00002.safetensors", said)
+    names = [path.name for path in complete_checkpoints(out / "slow_write" / "checkpoints")]
+    assert names == ["step_00000009"]
 
 
 def test_two_processes_continue_from_a_mirror_alone(ended: tuple[Path, str]) -> None:

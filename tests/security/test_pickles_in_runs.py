@@ -108,6 +108,7 @@ def test_checkpoint_files_that_are_pickles_are_refused(
     (checkpoint,) = (tmp_path / "hashtag" / "checkpoints").glob("step_*")
     assert (checkpoint / name).is_file()
     (checkpoint / name).write_bytes(pickled(ran, kind))
+    (checkpoint / "COMPLETE").write_text("")  # who forges a file can also remove its hash
     damaged = (checkpoint / name).resolve()
     with pytest.raises((ArtifactError, ConfigError), match=rf"{damaged} cannot be read"):
         train("hashtag", demo, tmp_path / "hashtag", "train.samples=24")

@@ -2,7 +2,8 @@
 
 usage: torchrun --nproc_per_node 2 odd_ranks.py DEMO OUT
 If a rank cannot write, OUT/NAME.RANK contains the error that each rank raised. OUT/completed.RANK
-lists the steps after which a slow checkpoint was completed.
+lists the steps after which a slow checkpoint was completed, OUT/found.RANK names the checkpoint
+that is used after the last one was damaged.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from xray import dist
 from xray.errors import XrayError
 from xray.models.backbone import VisionBackbone
 from xray.training import portable_state, step_data
-from xray.training.checkpoint import CheckpointWriter
+from xray.training.checkpoint import CheckpointWriter, find_checkpoint
 
 OWN, SECONDS = 0.05, 0.4  # of each forward pass on every rank; more, on the slow rank
 ONCE = (ALL_TOKENS, "train.samples=48", "train.log_every=4")
@@ -128,6 +129,20 @@ def slow_write(demo: Path, out: Path) -> None:
     (out / f"completed.{dist.rank()}").write_text(json.dumps(completed))
 
 
+def find_damaged(checkpoints: Path) -> str:
+    """Find the newest whole checkpoint after a bit of the last one's third file has changed."""
+
+    def flip() -> None:
+        file = max(checkpoints.iterdir()) / "portable" / "00002.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    dist.on_main(flip)
+    found = find_checkpoint(checkpoints)
+    return found.name if found is not None else ""
+
+
 def mirrored(demo: Path, out: Path) -> None:
     """Train a run with a mirror, lose its folder, and train it again from the mirror.
 
@@ -180,6 +195,8 @@ def main() -> None:
             error_file = out / f"{name}.{dist.rank()}"
             record_error(lambda run=run, more=more: train("mae", demo, run, *more), error_file)
     slow_write(demo, out)
+    found = find_damaged(out / "slow_write" / "checkpoints")
+    (out / f"found.{dist.rank()}").write_text(found)
     mirrored(demo, out)
     dist.leave()
 

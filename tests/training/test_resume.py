@@ -158,11 +158,14 @@ def test_opening_a_run_writes_nothing(demo: Path, tmp_path: Path) -> None:
     assert opened.record["stage"] == "mae" and not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    demo: Path, tmp_path: Path, unkilled: Path
+) -> None:
     out = tmp_path / "run"
     assert run(demo, out, killed_at="step:5").returncode == -signal.SIGKILL
     (file,) = (out / "mae" / "checkpoints").glob("step_00000004/portable/00000.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    again = run_here(demo, out)
-    assert again.exit_code == 2 and "00000.safetensors cannot be read" in again.stderr
-    assert "Traceback" not in again.stderr
+    again = run(demo, out)
+    assert again.returncode == 0 and "00000.safetensors does not have its sha256" in again.stderr
+    assert "continues from" in again.stderr and "step_00000002" in again.stderr
+    assert_equal_runs(unkilled, out)

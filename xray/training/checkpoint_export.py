@@ -11,7 +11,7 @@ from xray.artifacts.artifact import Artifact, open_artifact
 from xray.config import TrainConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
-from xray.training.checkpoint import complete_checkpoints, ranked, read_state, step_of
+from xray.training.checkpoint import complete_checkpoints, ranked, read_state, step_of, verify
 from xray.training.metrics import STATE_KEYS, read_metrics
 from xray.training.portable_state import read_buffers, read_weights
 from xray.training.run import Run
@@ -54,11 +54,15 @@ def choose(folder: Path, which: str, train: TrainConfig) -> Path:
 def export_checkpoint(
     folder: Path, which: str, out: Path, weights: Weights, overrides: dict[str, Any]
 ) -> Artifact:
-    """Write the artifact of a run's checkpoint; raises ArtifactError if out exists."""
+    """Write the artifact of a run's checkpoint.
+
+    Raises ArtifactError if out exists or the checkpoint is damaged.
+    """
     if out.exists():
         raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
     run = find_run(folder, overrides)
     checkpoint = choose(folder, which, run.config.train)
+    verify(checkpoint)
     state = read_state(checkpoint)
     module = run.build()
     module.load_state_dict(read_buffers(checkpoint), strict=False)

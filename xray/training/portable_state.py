@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from xray import dist
 from xray.artifacts.artifact import save_tensors
 from xray.errors import ArtifactError, brief
-from xray.files import inside, sync_file
+from xray.files import inside, sha256_file, sync_file
 from xray.records import read_record
 from xray.training.engine import Engine
 from xray.training.state import FILE_BYTES
@@ -79,17 +80,22 @@ def own_values(engine: Engine) -> int:
     return (1 + len(engine.slots)) * sum(engine.trained[name] for names in own for name in names)
 
 
-def write_files(files: Iterable[tuple[str, Content]], checkpoint: Path) -> None:
-    """Write files of the state to a checkpoint and flush them to disk.
+def write_files(files: Iterable[tuple[str, Content]], checkpoint: Path) -> dict[str, str]:
+    """Write files of the state to a checkpoint, flush them to disk, and return their sha256.
 
     Raises ArtifactError after the last of them.
     """
+    hashes: dict[str, str] = {}
     failure = None
     for file, content in files:
-        failure = _write(checkpoint / FOLDER / file, content) or failure
+        try:
+            hashes[f"{FOLDER}/{file}"] = _write(checkpoint / FOLDER / file, content)
+        except (OSError, SafetensorError) as error:
+            failure = ArtifactError(brief(error))
         del content  # the next file is read before the loop would let go of this one
     if failure:
         raise failure
+    return hashes
 
 
 def load_portable(engine: Engine, checkpoint: Path) -> None:
@@ -178,17 +184,17 @@ def _writes(number: int) -> bool:
     return dist.rank() == number % dist.world_size()
 
 
-def _write(path: Path, content: Content) -> ArtifactError | None:
-    """Write a file and return the error, if any."""
-    try:
-        if isinstance(content, str):
-            path.write_text(content)
-        else:
-            save_tensors(path, content)
-        sync_file(path)
-    except (OSError, SafetensorError) as error:
-        return ArtifactError(brief(error))
-    return None
+def _write(path: Path, content: Content) -> str:
+    """Write a file and return its sha256."""
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        save_tensors(path, content)
+    with ThreadPoolExecutor(1) as pool:  # it is read from memory while it is flushed to disk
+        flushed = pool.submit(sync_file, path)
+        digest = sha256_file(path)
+    flushed.result()
+    return digest
 
 
 def _check(index: Index, engine: Engine, checkpoint: Path) -> None:

@@ -94,6 +94,7 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
         )
     module = run.build()
     engine = Engine(module, config)
+    checkpoint.verify(path)
     state = checkpoint.load_checkpoint(engine, path)
     broken: list[str] = []
     watch(module, broken.append)

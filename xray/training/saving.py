@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,13 @@ from xray.training.state import TrainState
 log = logging.getLogger("xray")
 
 
+class Written(NamedTuple):
+    """Result of the thread: hashes of this rank's files, and the seconds that it took."""
+
+    hashes: dict[str, str]
+    seconds: float
+
+
 class Saver:
     """Writer of a run's checkpoints.
 
@@ -36,7 +44,7 @@ class Saver:
         self._run, self._engine, self._train = run, engine, run.config.train
         self._folder = run.out / "checkpoints"
         self._writer: CheckpointWriter | None = None  # of the checkpoint that is not complete
-        self._written: Future[float] | None = None  # seconds of writing
+        self._written: Future[Written] | None = None
         self._stood = 0.0  # seconds for which training has waited for it
         self._metrics: dict[str, float] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -87,13 +95,13 @@ class Saver:
         self._host.clear()
         return list(portable_files(self._engine, self._host.keep))
 
-    def _write(self, writer: CheckpointWriter, files: list[tuple[str, Content]]) -> float:
-        """Write copies, in the thread; returns the seconds that it took."""
+    def _write(self, writer: CheckpointWriter, files: list[tuple[str, Content]]) -> Written:
+        """Write copies, in the thread."""
         begun = time.monotonic()
         if self._host is not None:
             self._host.wait()
-        writer.write(takewhile(lambda _: not self._stopped.is_set(), files))
-        return time.monotonic() - begun
+        hashes = writer.write(takewhile(lambda _: not self._stopped.is_set(), files))
+        return Written(hashes, time.monotonic() - begun)
 
     def complete(self) -> None:
         """Wait until the pending checkpoint, if there is one, is written, and name it. Collective.
@@ -111,15 +119,15 @@ class Saver:
             if written is None:
                 writer.complete(lambda: writer.write(portable_files(self._engine)))
             else:
-                writer.complete(written.result)
+                writer.complete(lambda: written.result().hashes)
         prune(self._folder, self._train)
         self._run.copy()
         seconds = self._stood + time.monotonic() - begun
         self._metrics = {"save/seconds": seconds}
         note = ""
         if written is not None:
-            self._metrics["save/write_seconds"] = written.result()
-            note = f" for a write of {written.result():.1f} s in the background"
+            self._metrics["save/write_seconds"] = written.result().seconds
+            note = f" for a write of {written.result().seconds:.1f} s in the background"
         if dist.is_main():
             size = sum(f.stat().st_size for f in writer.target.rglob("*") if f.is_file())
             line = "step %d: saved %.3g GB in %.1f s%s"
