@@ -196,10 +196,10 @@ class ShardCache:
 
     def _obtain(self, url: str, size: int | None, sha256: str | None) -> bool:
         """Make sure that a shard is in the folder; returns False if this call downloaded it."""
+        self.create()
         path = self._path(url)
         if _touch(path, size):
             return True
-        self.create()
         lock = path.with_suffix(".lock")
         lock.touch()
         before = lock.read_text()
