@@ -7,12 +7,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -122,51 +124,100 @@ def locked(path: Path, flags: int = 0) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """Wait for other processes of this host that write `target` in this block, then hold them off.
-
-    For a file or folder that is renamed into place: look in the block if it exists already. The
-    lock is a hidden file beside it, removed at the end. A file system without locks has no effect.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{target.name}.lock")
-    with ExitStack() as stack:
-        while True:
-            try:
-                file = stack.enter_context(locked(path))
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                break
-            if _is_at(file, path):
-                break
-            stack.close()  # its last holder has removed it
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
 def replacing(target: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` at the end.
 
-    An error leaves `target` as it was and removes the temporary. temporary: by default the name
-    of `target` with .tmp, so that a killed writer leaves at most one; writers that run at the same
-    time need one each, see `unique_temporary`.
+    An error leaves `target` as it was and removes the temporary; that of a full disk names
+    `target`. temporary: by default the name of `target` with .tmp, so that a killed writer leaves
+    at most one; for writers that run at the same time, see `replacing_shared`.
     """
     temporary = temporary or target.with_name(f"{target.name}.tmp")
     _remove(temporary)
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with naming_full_disk(target):
+            yield temporary
+            os.replace(temporary, target)
     finally:
         _remove(temporary)
 
 
-def unique_temporary(target: Path) -> Path:
-    """Return a temporary name beside `target` that no other writer uses."""
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+@contextmanager
+def replacing_shared(target: Path) -> Iterator[Path]:
+    """Yield a temporary path like `replacing`, but one that no other writer uses.
+
+    A writer holds a shared lock on the folder. Whoever gets it alone removes the temporaries there:
+    their writers were killed.
+    """
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks, or another writer is at work
+            if (os.getpid(), target.parent) not in _swept:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in target.parent.glob("*.tmp"):
+                    if LEFTOVER.search(path.name):
+                        path.unlink(missing_ok=True)
+                _swept.add((os.getpid(), target.parent))
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        with replacing(target, target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")) as path:
+            yield path
+    finally:
+        os.close(folder)
+
+
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+_swept: set[tuple[int, Path]] = set()  # (process, folder) whose leftovers are removed
+
+
+@contextmanager
+def making(target: Path) -> Iterator[None]:
+    """Let one process of this host at a time make a file or folder; the others wait.
+
+    Look in the block if it exists already. The lock is a hidden file beside it, removed at the end.
+    A file system without locks has no effect.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        with path.open("a") as file:
+            _wait_for_lock(file, target)
+            if not _is_at(file, path):  # its last holder has removed it
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _wait_for_lock(file: IO[str], target: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"xray: waiting for a process that makes {target}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Return True for the error of a full disk or quota, in the types of all libraries."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    texts = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+    return any(text in str(error) for text in texts)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Name a path in the error of a full disk, which has no name or another type without it."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error) or (isinstance(error, OSError) and error.filename):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _remove(path: Path) -> None:

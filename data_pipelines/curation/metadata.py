@@ -27,7 +27,7 @@ from data_pipelines.text.captions import captions_of
 from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
-from xray.files import lines_of, read_text
+from xray.files import lines_of, naming_full_disk, read_text
 from xray.records import parse_record
 
 EVERY = ""  # language of metadata for texts of all languages
@@ -163,10 +163,12 @@ def _is_list(entries: object) -> bool:
 def write_metadata(metadata: Metadata, path: Path) -> None:
     """Write metadata to a file: one entry per line, or JSON if there are languages."""
     if metadata.languages == [EVERY]:
-        path.write_text("".join(f"{entry}\n" for entry in metadata.lists[0][1]), "utf-8")
+        text = "".join(f"{entry}\n" for entry in metadata.lists[0][1])
     else:
         lists = {language: list(entries) for language, entries in metadata.lists}
-        path.write_text(json.dumps(lists, ensure_ascii=False, indent=0), "utf-8")
+        text = json.dumps(lists, ensure_ascii=False, indent=0)
+    with naming_full_disk(path):
+        path.write_text(text, "utf-8")
 
 
 # counted from the pool ------------------------------------------------------------------------

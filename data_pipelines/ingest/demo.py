@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image, ImageDraw
 
 from xray.errors import ConfigError
-from xray.files import alone, replacing
+from xray.files import making, replacing
 from xray.records import parse_record
 
 COLORS = {
@@ -98,7 +98,7 @@ def make_demo(root: Path, config: DemoConfig) -> None:
     """Write all sets below root, unless they exist; raises ConfigError for other files."""
     if _is_made(root, config):
         return
-    with alone(root):
+    with making(root):
         if not _is_made(root, config):
             # an empty folder at root is replaced
             with replacing(root, root.with_name(f".{root.name}.xray-demo")) as folder:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xray.errors import DataError, brief
-from xray.files import make_folder, replacing, unique_temporary, usual_mode
+from xray.files import make_folder, replacing_shared, usual_mode
 
 log = logging.getLogger("xray")
 CHECKSUM = "checksum"  # the fact that holds it, which callers do not see
@@ -49,7 +49,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
     facts = {**facts, CHECKSUM: _checksum(contiguous, facts)}
     metadata = {"facts": json.dumps(facts)}
     try:
-        with replacing(path, unique_temporary(path)) as temporary, usual_mode(temporary):
+        with replacing_shared(path) as temporary, usual_mode(temporary):
             save_file(contiguous, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

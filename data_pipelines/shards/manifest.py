@@ -43,7 +43,7 @@ from data_pipelines.shards.tar_index import (
     possible_paths,
 )
 from xray.errors import DataError
-from xray.files import is_inside, replacing, unique_temporary
+from xray.files import is_inside, replacing_shared
 from xray.urls import conceal, is_signed, url_folder
 
 log = logging.getLogger("xray")
@@ -357,6 +357,6 @@ def _fetched(url: str, target: Path, patience: float) -> bool:
     """Download a small file; returns False if it does not exist."""
     content = fetch_small(url, patience)
     if content is not None:
-        with replacing(target, unique_temporary(target)) as temporary:
+        with replacing_shared(target) as temporary:
             temporary.write_bytes(content)
     return content is not None

@@ -34,6 +34,7 @@ from typer.core import TyperCommand
 
 from xray import dist
 from xray.errors import ConfigError, Preempted, TrainingError, XrayError
+from xray.files import disk_is_full
 from xray.urls import conceal, redact
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 dist.leave()
             if dist.is_main() or not agreed:
                 who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
-                print(f"{who}: {_line(error)}", file=sys.stderr)
+                advice = ": free space there, or write elsewhere" if disk_is_full(error) else ""
+                print(f"{who}: {_line(error)}{advice}", file=sys.stderr)
             code = EXIT_CODES.get(type(error), 2)
             if not agreed and dist.world_size() > 1:
                 sys.stderr.flush()

@@ -19,6 +19,7 @@ from xray.commands.common import (
     settings,
     takes,
 )
+from xray.files import naming_full_disk
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def data_check(
 
     report = _checked(data, workers, cache)
     if json_file is not None:
-        json_file.write_text(json.dumps(summary(report), indent=1) + "\n")
+        with naming_full_disk(json_file):
+            json_file.write_text(json.dumps(summary(report), indent=1) + "\n")
     check_table(report).print()
     print(totals(report))
     for line in findings(report, LISTED):

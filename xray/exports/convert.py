@@ -14,7 +14,7 @@ from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
 from xray.exports.to_timm import to_timm
-from xray.files import alone, replacing, sync_tree
+from xray.files import making, replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
 Format = Literal["timm", "open_clip", "onnx", "safetensors"]
@@ -35,7 +35,7 @@ def convert(
         raise ConfigError(
             f"--keep-rate and --frames are for --to onnx: --to {form} has neither fixed"
         )
-    with alone(out):
+    with making(out):
         if out.exists():
             raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
         with replacing(out) as temporary:

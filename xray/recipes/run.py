@@ -34,7 +34,7 @@ from xray.evaluation.datasets import check_sets
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import result_table
-from xray.files import alone, replacing
+from xray.files import making, replacing, write_text
 from xray.models.tiny_llm import build_tiny_llm
 from xray.precompute.text_features import TextFeaturesConfig, write_text_features
 from xray.progress import progress_bar
@@ -114,12 +114,11 @@ def make_llm(config: LlmConfig, root: str) -> None:
         for caption in captions_of(source.read(*place, TEXT_FILES))
     ]
     sizes = config.vocab_size, config.width, config.depth, config.heads
-    with alone(folder):
-        if folder.is_dir():  # another process has made it meanwhile
-            return
-        with replacing(folder) as temporary:
-            temporary.mkdir(parents=True)
-            build_tiny_llm(captions, temporary, *sizes, config.family)
+    with making(folder):
+        if not folder.is_dir():
+            with replacing(folder) as temporary:
+                temporary.mkdir(parents=True)
+                build_tiny_llm(captions, temporary, *sizes, config.family)
 
 
 def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
@@ -199,5 +198,5 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
             results |= evaluator.lead(partial(evaluator.run, suites)) or {}
     if not results:
         return None
-    (recipe.out / "results.json").write_text(json.dumps(results, indent=1))
+    write_text(recipe.out / "results.json", json.dumps(results, indent=1))
     return result_table(results)

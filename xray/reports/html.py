@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from xray.files import naming_full_disk
+
 
 @dataclass
 class Picture:
@@ -83,9 +85,11 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
     )
     body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
-    path.write_text(
-        f"{head}<title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>"
-    )
+    title = html.escape(title)
+    with naming_full_disk(path):
+        path.write_text(
+            f"{head}<title>{title}</title><style>{style}</style><body>{body}</body></html>"
+        )
 
 
 def gallery(title: str, panels: Sequence[str]) -> str:
