@@ -23,7 +23,7 @@ from xray.errors import BadSample, brief
 
 # Pillow tries these formats whatever the file's name is. None of them may need another program:
 # Pillow starts Ghostscript for an EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 HEADER = {"probesize": "32", "analyzeduration": "0", "fpsprobesize": "0"}  # decodes no frame
 ATTACHED = 0x400  # FFmpeg's disposition of a picture that belongs to a file, such as a cover
 SQUARE = 0.02  # encoders set such a deviation to make up for a size rounded to whole pixels

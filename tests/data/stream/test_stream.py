@@ -151,7 +151,7 @@ def test_pictures_that_would_take_minutes_are_named_and_replaced(
 def test_a_clip_whose_decode_process_was_killed_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = {f"{i:03d}.mp4": clip(48, 4) for i in range(8)}
+    clips = {f"{i:03d}.mp4": clip(128, 4) for i in range(8)}
     clips["005.mp4"] = hostile_decoder.killed_once(tmp_path / "killed", clips["005.mp4"])
     write_tar(tmp_path / "0.tar", clips)
     decoder = hostile_decoder.Decoder(2.0)
