@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data_pipelines.ingest.endings import by_ending, ending_of
-from data_pipelines.ingest.listing import Item, captions_in, loops
+from data_pipelines.ingest.listing import Item, captions_in
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
 from data_pipelines.ingest.tables import LABELS, whole_number
 from data_pipelines.ingest.user_data import kind_of, list_files, open_data
+from data_pipelines.ingest.walk import is_folder, loops
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, media_extensions
@@ -142,7 +143,7 @@ def _with_classes(
     if captioned or any(item.row for item in items):
         return items
     with os.scandir(where) as entries:
-        folders = (entry for entry in entries if os.path.isdir(entry.path) and not loops(entry))
+        folders = (entry for entry in entries if is_folder(entry) and not loops(entry))
         classes = sorted(entry.name for entry in folders if not is_system_name(entry.name))
     if not classes:
         raise DataError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from data_pipelines.ingest.tables import (
     read_cell,
     read_table,
 )
+from data_pipelines.ingest.walk import walk
 from data_pipelines.shards.tar_contents import compressed, is_compressed_tar
 from data_pipelines.shards.tar_index import VIDEO_EXTENSIONS
 from xray.errors import BadSample, DataError
@@ -220,7 +221,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 def list_folder(where: str) -> list[Item]:
     """Return the pictures and clips below a folder, sorted; raises DataError for .tar shards."""
     root = Path(where).absolute()
-    names = sorted(_walk(root))
+    names = sorted(walk(root))
     tars = [name for name in names if name.endswith(".tar")]
     if tars:
         raise DataError(
@@ -279,42 +280,6 @@ def _is_clip(name: str) -> bool:
     return ending_of(name) in VIDEO_EXTENSIONS
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Yield the names of the files below a folder, relative to it; clutter is skipped.
-
-    Links to folders are followed, except links to their own folder or above it. Within a linked
-    folder, a link to a folder that was visited before is not followed, so that the walk ends.
-    """
-    folders = [(str(root), "", False, False)]  # path, name, below a link, skipped if visited
-    visited = set()
-    while folders:
-        path, name, linked, once = folders.pop()
-        real = os.path.realpath(path)
-        if once and real in visited:
-            continue
-        visited.add(real)
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-        for entry in entries:
-            if is_system_name(entry.name) or loops(entry):
-                continue
-            if not os.path.isdir(entry.path):  # as a link to itself, for which is_dir() raises
-                yield name + entry.name
-                continue
-            link = entry.is_symlink()
-            folders.append((entry.path, f"{name}{entry.name}/", linked or link, linked and link))
-
-
-def loops(entry: os.DirEntry[str]) -> bool:
-    """Return True for a link that leads to its own folder or above it."""
-    if not entry.is_symlink() or not os.path.isdir(entry.path):
-        return False
-    path = Path(entry.path)
-    return path.parent.resolve().is_relative_to(path.resolve())
-
-
 def _folded(name: str) -> str:
     """Return a name with its ending in lower case."""
     stem, ending = posixpath.splitext(name)
@@ -337,7 +302,7 @@ def unread_files(where: str, items: Iterable[Item]) -> list[str]:
     read = {os.path.normpath(path) for item in items for path in (item.path, *item.sidecars)}
     root = Path(where).absolute()
     if root.is_dir():
-        names = sorted(_walk(root))
+        names = sorted(walk(root))
         read |= {os.path.normpath(root / name) for name in _tables_in(names)}
     else:
         folders = sorted({os.path.dirname(path) for path in read if os.path.isfile(path)})
