@@ -203,7 +203,10 @@ class Stage(ABC, Generic[C]):
 
     @abstractmethod
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        """Turn one sample into tensors, in a loader worker; raises BadSample."""
+        """Turn one sample into tensors, in a loader worker; raises BadSample.
+
+        It may use only the shape of the pixels, which the device may decode later (`data.decode`).
+        """
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
         """Stack the samples of a micro-batch."""

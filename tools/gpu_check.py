@@ -39,7 +39,7 @@ SECTIONS = {
     "recompiles": 40,
     "memory": 50,
     "text": 50,
-    "data": 70,
+    "data": 110,
     "engine": 40,
     "quickstart": 70,
 }

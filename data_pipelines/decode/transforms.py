@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,9 @@ Crop = Callable[[int, int], Box]  # (width, height) of the image -> box of the c
 def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
     """Decode, crop, resize and augment one sample to [T, 3, S, S] uint8; T = 1 for an image.
 
-    rng: source of all random draws; None = centre crop and middle frames, as in evaluation. Raises
-    BadSample for a sample that cannot be decoded.
+    rng: source of all random draws; None = centre crop and middle frames, as in evaluation. If the
+    device decodes the sample later (`sample.deferred`), the result is an empty tensor on the meta
+    device. Raises BadSample for a sample that cannot be decoded.
     """
     media = media_of(sample)
 
@@ -57,7 +59,14 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
             return center_crop(width, height)
         return random_crop(width, height, data.crop_scale, rng)
 
+    def draw(width: int, height: int) -> tuple[Box, Augmentation | None]:
+        return crop(width, height), None if rng is None else draw_augmentation(data, rng)
+
     with metered(sample.modality):
+        if sample.deferred is not None:
+            empty = sample.deferred.take(media, draw, sample.resolution)
+            if empty is not None:
+                return empty
         if sample.shared is not None:
             pixels = _load_view(media, crop, sample, data, sample.shared)
         elif sample.modality == "image":
@@ -259,20 +268,38 @@ def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
 Policy = tuple[tuple[float, ...], tuple[int, ...], float]
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """Random draws of a sample's augmentation."""
+
+    flip: bool
+    policy: Policy  # colour jitter, RandAugment and random erasing, as configured
+    seed: int | None  # of the policy's random numbers; None = the policy is empty
+
+    def apply_policy(self, pixels: Tensor) -> Tensor:
+        """Return pixels [T, 3, S, S] uint8 on any device after all but the flip."""
+        if self.seed is not None:
+            with _torch_seeded_by(self.seed):
+                for transform in _transforms(self.policy):
+                    pixels = transform(pixels)
+        return pixels
+
+
+def draw_augmentation(data: DataConfig, rng: np.random.Generator) -> Augmentation:
+    """Draw the configured flip, and a seed of the rest."""
+    flip = bool(data.flip and rng.random() < 0.5)
+    policy = tuple(data.color_jitter), tuple(data.rand_augment), data.erase
+    return Augmentation(flip, policy, int(rng.integers(2**63)) if _transforms(policy) else None)
+
+
 def augment(pixels: Tensor, data: DataConfig, rng: np.random.Generator) -> Tensor:
     """Apply the configured flip, colour jitter, RandAugment and random erasing.
 
     pixels: [T, 3, S, S] uint8; the result has the same shape and type. All random numbers come from
     `rng`, and all frames use the same ones.
     """
-    if data.flip and rng.random() < 0.5:
-        pixels = pixels.flip(-1)
-    policy = _transforms((tuple(data.color_jitter), tuple(data.rand_augment), data.erase))
-    if policy:
-        with _torch_seeded_by(rng):
-            for transform in policy:
-                pixels = transform(pixels)
-    return pixels
+    drawn = draw_augmentation(data, rng)
+    return drawn.apply_policy(pixels.flip(-1) if drawn.flip else pixels)
 
 
 @functools.lru_cache(maxsize=8)
@@ -290,11 +317,11 @@ def _transforms(policy: Policy) -> list[v2.Transform]:
 
 
 @contextmanager
-def _torch_seeded_by(rng: np.random.Generator) -> Iterator[None]:
+def _torch_seeded_by(seed: int) -> Iterator[None]:
     """Seed torch's global CPU generator, which torchvision draws from; restore it afterwards."""
     generator = torch.default_generator  # torch.manual_seed would seed the GPUs too
     state = generator.get_state()
-    generator.manual_seed(int(rng.integers(2**63)))
+    generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,18 @@ class SharedDecoding:
     size: tuple[int, int] = (0, 0)  # (width, height) before decoding at a smaller scale
 
 
+class DeferredDecoding(Protocol):
+    """Decoding of an image that is left to the device, for one sample."""
+
+    def take(self, media: bytes, draw: Callable[[int, int], tuple[Any, Any]], side: int) -> Any:
+        """Keep an image for the device and return an empty tensor of the shape of its pixels.
+
+        draw: makes the sample's random draws for an image of (width, height), upright: its crop and
+        its augmentation. Returns None, without a draw, for an image that the device cannot decode.
+        Raises BadSample if the header is broken.
+        """
+
+
 @dataclass(frozen=True)
 class Sample:
     """Input of a stage's transform: files by ending, and their place in the plan."""
@@ -76,6 +88,7 @@ class Sample:
     copy: int = 0  # number of this repeat of the sample in an epoch
     texts: tuple[int, ...] | None = None  # numbers of the captions to use, None = all
     shared: SharedDecoding | None = None  # if several views of it are made (`data.views`)
+    deferred: DeferredDecoding | None = None  # if the device may decode it (`data.decode`)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipelines.decode.device import PendingJpeg, Pictures, beside_computation, decode
 from data_pipelines.decode.sandbox import Killed
 from data_pipelines.shards import meter
-from data_pipelines.shards.meter import Reading
 from data_pipelines.shards.source import Sample, SharedDecoding, Source
 from data_pipelines.stream.limits import remedy
+from data_pipelines.stream.loaded import Collate, Fields, Loaded, Origin, Replaced, rows_of
 from data_pipelines.stream.sampling import (
     ATTEMPTS,
     Part,
@@ -41,61 +42,7 @@ from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import BadSample, DataError, brief
 
-Fields = dict[str, Tensor]
-
 Transform = Callable[[Sample, np.random.Generator | None], Fields]
-Collate = Callable[[Sequence[Fields]], Fields]
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """Record of a sample that could not be used and was replaced."""
-
-    cause: str
-    source: str
-    shard: str  # name in the manifest
-    key: str
-    quarantine: bool  # True = the sample is not tried again
-
-
-@dataclass
-class Loaded:
-    """Micro-batch or a part of it, with the samples that were replaced in it."""
-
-    batch: Fields
-    bad: list[Replaced] = field(default_factory=list)
-    reading: Reading = field(default_factory=dict)  # the workers' counters of decoding and cache
-    # Reason if there is no batch. A string, because an exception would lose its text on the way
-    # from the worker.
-    failure: str = ""
-
-    @classmethod
-    def joined(cls, parts: Sequence[Loaded], collate: Collate, pin: bool) -> Loaded:
-        """Join the parts of a micro-batch, in order; raises DataError if one of them failed.
-
-        Each part is padded to its longest sample; `collate` pads all to the longest of them.
-        """
-        whole = cls({})
-        for part in parts:
-            if part.failure:
-                raise DataError(part.failure)
-            whole.bad += part.bad
-            meter.add(whole.reading, part.reading)
-        whole.batch = parts[0].batch
-        if len(parts) > 1:
-            whole.batch = collate([row for part in parts for row in _rows(part.batch)])
-        return whole.pin_memory() if pin else whole
-
-    def pin_memory(self) -> Loaded:
-        """Pin the batch in place, for copies to a GPU that the host does not wait for."""
-        self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
-        return self
-
-
-def _rows(batch: Fields) -> list[Fields]:
-    """Split a batch into its samples."""
-    columns = [value.unbind() for value in batch.values()]
-    return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 @dataclass
@@ -106,16 +53,30 @@ class StreamDataset(Dataset):
     transform: Transform
     collate: Collate
     seed: int | None  # None = no randomness: centre crops, middle frames, first captions
+    defer: bool = False  # leave JPEGs to the device (`data.decode`)
     # the sample that was read last, and its place, for its other views
     _last: tuple[Any, Sample | None] = field(default=(None, None), init=False)
 
     def __getitems__(self, refs: list[SampleRef]) -> Loaded:
         bad: list[Replaced] = []
+        loaded = Loaded({}, bad)
+        images = [PendingJpeg() for _ in refs] if self._defers(refs) else []
         try:
-            batch = self.collate([self._load(ref, bad) for ref in refs])
-            return Loaded(batch, bad, meter.take())
+            rows = []
+            for number, ref in enumerate(refs):
+                before = len(bad)
+                rows.append(self.load(ref, bad, images[number] if images else None))
+                loaded.origins.append(Origin(ref, len(bad) - before))
+            if images and "pixels" in rows[0]:
+                loaded.pictures.append(Pictures.taken_from(rows, images))
+            loaded.batch, loaded.reading = self.collate(rows), meter.take()
+            return loaded
         except (DataError, OSError) as error:
             return Loaded({}, bad, failure=remedy(error))
+
+    def _defers(self, refs: Sequence[SampleRef]) -> bool:
+        """Return True if the device may decode these samples, which have one source."""
+        return self.defer and self.plans[refs[0].source].source.modality == "image"
 
     def _rng(self, ref: SampleRef, attempt: int, view: int = 0) -> np.random.Generator | None:
         if self.seed is None:
@@ -136,8 +97,11 @@ class StreamDataset(Dataset):
         assert self._last[1] is not None
         return self._last[1]
 
-    def _load(self, ref: SampleRef, bad: list[Replaced]) -> Fields:
-        """Load a sample or its first usable replacement; append the unusable ones to `bad`."""
+    def load(self, ref: SampleRef, bad: list[Replaced], image: PendingJpeg | None = None) -> Fields:
+        """Load a sample or its first usable replacement; append the unusable ones to `bad`.
+
+        image: takes the sample's image if the device can decode it. Raises DataError.
+        """
         plan = self.plans[ref.source]
         for attempt in range(ATTEMPTS):
             shard, slot = ref.shard, ref.slot
@@ -149,6 +113,8 @@ class StreamDataset(Dataset):
                 continue
             try:
                 sample = self._sample(ref, attempt, shard, slot, member)
+                if image is not None:
+                    sample = replace(sample, deferred=image)
                 return self.transform(sample, self._rng(ref, attempt, ref.view))
             except (BadSample, ValueError, OverflowError, RecursionError, UnicodeError) as problem:
                 error = problem if isinstance(problem, BadSample) else _unusable(problem)
@@ -192,7 +158,7 @@ class StepLoader:
 
     A worker reads a part of a micro-batch at a time. The parts of a step, or 4 per worker if these
     are more, are read ahead and wait in shared memory. seed: see `StreamDataset`. pin: pin the
-    memory of batches.
+    memory of batches. decoder: device that decodes the JPEGs of images; None = the workers do.
     """
 
     def __init__(
@@ -203,13 +169,16 @@ class StepLoader:
         seed: int | None,
         workers: int,
         pin: bool,
+        decoder: torch.device | None = None,
     ) -> None:
-        self.sampler, self.workers = sampler, workers
-        self._join = partial(Loaded.joined, collate=collate, pin=pin)
+        self.sampler, self.workers, self.pin, self.decoder = sampler, workers, pin, decoder
+        self.dataset = StreamDataset(
+            sampler.plans, transform, collate, seed, defer=decoder is not None
+        )
         parts = len(sampler.parts(sampler.steps[0])) if sampler.steps else 0
         ahead = read_ahead(workers, parts)
         self._loader: DataLoader[Loaded] = DataLoader(
-            StreamDataset(sampler.plans, transform, collate, seed),
+            self.dataset,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_identity,
@@ -232,6 +201,45 @@ class StepLoader:
         for step in self.sampler.steps:
             yield _read_step(self._parts, self.sampler, step, self._join)
 
+    def _join(self, parts: list[Loaded]) -> Loaded:
+        """Join the parts of a micro-batch; raises DataError if one of them failed."""
+        whole = Loaded.joined(parts, self.dataset.collate)
+        if whole.pictures and self.decoder is not None:
+            with beside_computation(self.decoder):
+                self._decode(whole, self.decoder)
+        return whole.pin_memory() if self.pin else whole
+
+    def _decode(self, whole: Loaded, device: torch.device) -> None:
+        """Decode the images of a micro-batch on the device, or here if it cannot."""
+        jpegs = sum(place is not None for part in whole.pictures for place in part.jpegs)
+        pixels, failed = decode(whole.pictures, whole.batch["pixels"], device)
+        if failed:
+            self._load_again(whole, failed, pixels)
+        whole.batch["pixels"] = pixels
+        whole.pictures.clear()
+        on_device = jpegs - len(failed)
+        counts = {"device": (on_device, 0.0), "fallback": (len(pixels) - on_device, 0.0)}
+        meter.add(whole.reading, counts)
+
+    def _load_again(self, whole: Loaded, numbers: list[int], pixels: Tensor) -> None:
+        """Load samples of a micro-batch on the CPU, which replaces those that it cannot decode.
+
+        The others stay padded as they are, perhaps to the length of a sample that is replaced.
+        """
+        rows, entries = rows_of(whole.batch), iter(whole.bad)
+        bad = [list(islice(entries, origin.replaced)) for origin in whole.origins]
+        for number in numbers:
+            bad[number] = []
+            try:
+                row = self.dataset.load(whole.origins[number].ref, bad[number])
+            except OSError as error:
+                raise DataError(str(error)) from error
+            pixels[number] = row["pixels"].to(pixels.device)
+            rows[number] = {**row, "pixels": rows[number]["pixels"]}
+        whole.bad = [entry for entries in bad for entry in entries]
+        whole.batch = self.dataset.collate(rows)
+        meter.add(whole.reading, meter.take())
+
     def close(self) -> None:
         """End the workers."""
         if self.workers and self._parts is not None:
@@ -245,9 +253,11 @@ def iterate_steps(
     seed: int | None,
     workers: int,
     pin: bool,
+    decoder: torch.device | None = None,
 ) -> Generator[list[Loaded]]:
     """Yield the micro-batches of each step of the sampler, in order; see `StepLoader`."""
-    with closing(StepLoader(sampler, transform, collate, seed, workers, pin)) as loader:
+    settings = sampler, transform, collate, seed, workers, pin, decoder
+    with closing(StepLoader(*settings)) as loader:
         yield from loader
 
 

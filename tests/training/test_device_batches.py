@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import train
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from xray.training import device_batches
 from xray.training.device_batches import DeviceBatches
 

@@ -86,7 +86,7 @@ def test_counted_tokens_enter_the_backbone(
 
 def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
     """FLOPs of a step: as torch counts them in forward and backward, as Throughput does."""
-    from data_pipelines.stream.loader import Loaded
+    from data_pipelines.stream.loaded import Loaded
 
     module.train()
     meter = Throughput(made, module, CPU)

@@ -14,6 +14,7 @@ from xray.errors import DataError
 from xray.training.run import Run
 from xray.training.step_data import ValidationData, step_shape
 
+CPU = torch.device("cpu")
 VALIDATION = (
     "data.sources.val={shards: heldout, modality: image}",
     "data.validation=[{source: val, samples: 8}]",
@@ -36,7 +37,7 @@ def test_sizes_differ_between_validations_and_workers_are_kept(
     run.build()
     shapes = [step_shape(run.stage, config.validation, progress) for progress in (0.1, 0.9)]
     before = children()
-    kept = ValidationData(run.stage, config, run.validation_plans, pin=False)
+    kept = ValidationData(run.stage, config, run.validation_plans, CPU)
     batches, pids = [], []
     for shape in (*shapes, *shapes):
         loaded, failure = kept.read(shape)
@@ -48,7 +49,7 @@ def test_sizes_differ_between_validations_and_workers_are_kept(
     assert children() <= before
     assert [batch[0].shape[-1] for batch in batches] == [16, 32, 16, 32]
     for shape, first, second in zip(shapes, batches[:2], batches[2:], strict=True):
-        fresh = ValidationData(run.stage, config, run.validation_plans, pin=False)
+        fresh = ValidationData(run.stage, config, run.validation_plans, CPU)
         loaded, _ = fresh.read(shape)
         fresh.close()
         for item, one, other in zip(loaded, first, second, strict=True):
@@ -66,6 +67,6 @@ def test_a_validation_that_cannot_be_read_returns_the_error(
         raise DataError("the disk is gone")
 
     monkeypatch.setattr(run.stage, "transform", fail)
-    data = ValidationData(run.stage, config, run.validation_plans, pin=False)
+    data = ValidationData(run.stage, config, run.validation_plans, CPU)
     loaded, failure = data.read(step_shape(run.stage, config.validation, 0.1))
     assert loaded == [] and str(failure) == "the disk is gone"

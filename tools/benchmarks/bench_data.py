@@ -40,7 +40,8 @@ from data_pipelines.decode.decoders import FrameChoice, decode_image
 from data_pipelines.decode.sandbox import ClipDecoder
 from data_pipelines.decode.transforms import center_crop, load_clip, load_pixels, media_of
 from data_pipelines.shards.source import Sample, Source, open_source
-from data_pipelines.stream.loader import Fields, iterate_steps
+from data_pipelines.stream.loaded import Fields
+from data_pipelines.stream.loader import iterate_steps
 from data_pipelines.stream.sampling import StepSampler, StepShape, make_plans, micro_batches
 from tools.benchmarks.bench_plan import plan_at_scale
 from tools.benchmarks.bench_soak import soak

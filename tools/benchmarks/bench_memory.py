@@ -127,7 +127,7 @@ def compare(
 
 def measure(config: Any, facts: Any, device: torch.device) -> int:
     """Run training steps and return the peak memory of the last one, in bytes."""
-    from data_pipelines.stream.loader import Loaded
+    from data_pipelines.stream.loaded import Loaded
     from xray.planning.fake_step import planned
     from xray.planning.memory_tracker import materialize
     from xray.training.accumulation import Accumulator

@@ -23,7 +23,8 @@ import psutil
 from data_pipelines.decode import transforms
 from data_pipelines.decode.sandbox import ClipDecoder
 from data_pipelines.shards.source import Sample, open_source
-from data_pipelines.stream.loader import Fields, Loaded, iterate_steps
+from data_pipelines.stream.loaded import Fields, Loaded
+from data_pipelines.stream.loader import iterate_steps
 from data_pipelines.stream.sampling import (
     ATTEMPTS,
     SamplePlan,

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import _convert_openai_clip
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from data_pipelines.stream.sampling import MicroBatch
 from stages.clip import ClipModule, ClipStage
 from stages.clip_config import ClipConfig

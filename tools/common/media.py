@@ -14,7 +14,7 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.stream.loader import Fields
+from data_pipelines.stream.loaded import Fields
 
 
 def moving_picture(seed: int, size: tuple[int, int], frames: int) -> list[Image.Image]:

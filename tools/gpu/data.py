@@ -1,19 +1,26 @@
-"""Training fed from shards of generated JPEGs, the loader alone, and decoding on the GPU."""
+"""Training fed from shards of generated JPEGs, and the loader alone, with either `data.decode`."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from data_pipelines.decode.device import (
+    PendingJpeg,
+    Pictures,
+    beside_computation,
+    cannot_decode,
+    decode,
+)
+from data_pipelines.decode.transforms import center_crop
+from data_pipelines.stream.loaded import Loaded
 from stages.mae import MaeConfig, MaeStage
 from tools.common.media import clip_of, jpeg_of, moving_picture, write_shards
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
@@ -25,17 +32,27 @@ from xray.doctor.checks import guarded
 SIZES = ((500, 375), (1500, 1125))
 VIDEO = (320, 240)
 SIDE = 224
+CPU = torch.device("cpu")
+NEAR = 4.0  # mean difference in grey levels: decoders enlarge the chroma in different ways
 
 
 def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
-    """Measure the loader, a training that it feeds, clips, and JPEG decoding on the device."""
+    """Measure the loader, a training that it feeds, clips, and both again on decoding devices."""
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
         images = _make_shards(root, scale)
         yield from _loader(root, scale)
-        yield from _training(root, device, scale)
+        yield from _training(root, device, scale, "cpu")
         yield from _clips(root, scale)
-        yield from _decoding(images, device, scale)
+        reason = cannot_decode(device)
+        if reason and not scale.toy:
+            yield Note(f"data.decode=gpu: {reason}")
+            return
+        for size, made in images.items():
+            yield from _decoding(made, size, device, scale)
+            yield from _device_loader(root, size, device, scale)
+        if not reason:
+            yield from _training(root, device, scale, "gpu")
 
 
 def _make_shards(root: Path, scale: Scale) -> dict[tuple[int, int], list[bytes]]:
@@ -88,34 +105,61 @@ def _loader(root: Path, scale: Scale) -> Iterator[Finding]:
     counts = (1,) if scale.toy else tuple(n for n in (4, 8, 14) if n <= cores)
     for size in SIZES:
         for workers in counts:
-            seconds, samples = _read(root, f"images_{size[0]}", workers, scale)
+            seconds, samples = _timed(root, f"images_{size[0]}", workers, scale)
             title = f"loader, {size[0]} x {size[1]}, {workers} workers, images/s"
             yield Number(title, round(samples / seconds, 1))
 
 
-def _read(root: Path, source: str, workers: int, scale: Scale) -> tuple[float, int]:
-    """Return (seconds, samples) of the stream of a mae run, after its first batches."""
-    from xray.training.run import Run
-    from xray.training.step_data import training_stream
+def _timed(
+    root: Path, source: str, workers: int, scale: Scale, decoder: torch.device | None = None
+) -> tuple[float, int]:
+    """Return (seconds, samples) of the stream of a mae run, after its first batches.
 
-    batch = 4 if scale.toy else 16 if source.startswith("clips") else 64
+    decoder: device that decodes JPEGs; None = the workers do.
+    """
     first, steps = workers, 2 + (workers if scale.toy else 4 * workers)
-    config = _config(root, source, batch, first + steps, scale)
-    config.data.workers = workers
-    run = Run.open(MaeStage, config)
-    run.build()
-    stream = training_stream(run.stage, config, run.plans, range(first + steps), pin=False)
+    stream, batch = _stream(root, source, workers, first + steps, scale, decoder)
     for _ in range(first):
         next(stream)
+    _settle(decoder)
     start = time.perf_counter()
     for _ in range(steps):
         next(stream)
+    _settle(decoder)
     seconds = time.perf_counter() - start
     stream.close()
     return seconds, steps * batch
 
 
-def _training(root: Path, device: torch.device, scale: Scale) -> Iterator[Finding]:
+def _stream(
+    root: Path,
+    source: str,
+    workers: int,
+    steps: int,
+    scale: Scale,
+    decoder: torch.device | None = None,
+) -> tuple[Generator[list[Loaded]], int]:
+    """Return the stream of a mae run, and the samples of a step."""
+    from xray.training.run import Run
+    from xray.training.step_data import training_stream
+
+    batch = 4 if scale.toy else 16 if source.startswith("clips") else 64
+    config = _config(root, source, batch, steps, scale)
+    config.data.workers = workers
+    config.data.decode = "cpu" if decoder is None else "gpu"
+    run = Run.open(MaeStage, config)
+    run.build()
+    return training_stream(run.stage, config, run.plans, range(steps), decoder or CPU), batch
+
+
+def _settle(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _training(
+    root: Path, device: torch.device, scale: Scale, decode: Literal["cpu", "gpu"]
+) -> Iterator[Finding]:
     """Train the mae stage from the shards, and report its rate and its wait for data."""
     from xray.training.trainer import train_stage
 
@@ -123,14 +167,16 @@ def _training(root: Path, device: torch.device, scale: Scale) -> Iterator[Findin
     batch, steps = (8, 4) if scale.toy else (256, 60)
     config = _config(root, source, batch, steps, scale, log_every=2 if scale.toy else 20)
     config.data.workers = 1 if scale.toy else max(1, len(os.sched_getaffinity(0)) - 2)
+    config.data.decode, config.out = decode, f"{config.out}_{decode}"
+    title = "fed training" if decode == "cpu" else "fed training, data.decode=gpu"
     train_stage(MaeStage, config, device)
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
-    yield Check("fed training, steps", last["step"] == steps, last["step"], str(steps))
-    for name in ("samples/s", "data/wait", "mfu", "memory/gb"):
+    yield Check(f"{title}, steps", last["step"] == steps, last["step"], str(steps))
+    for name in ("samples/s", "data/wait", "data/gpu_decoded", "mfu", "memory/gb"):
         if name in last:
-            yield Number(f"fed training, {name}", last[name])
-    yield Number("fed training, workers", config.data.workers)
+            yield Number(f"{title}, {name}", last[name])
+    yield Number(f"{title}, workers", config.data.workers)
 
 
 def _clips(root: Path, scale: Scale) -> Iterator[Finding]:
@@ -143,39 +189,60 @@ def _clips(root: Path, scale: Scale) -> Iterator[Finding]:
         else:
             yield Note(f"{found.what}: {found.found}. {found.lacks}")
     workers = 1 if scale.toy else min(8, len(os.sched_getaffinity(0)))
-    seconds, samples = _read(root, "clips_240", workers, scale)
+    seconds, samples = _timed(root, "clips_240", workers, scale)
     yield Number(f"clips of {VIDEO[0]} x {VIDEO[1]}, {workers} workers, clips/s", samples / seconds)
 
 
 def _decoding(
-    images: dict[tuple[int, int], list[bytes]], device: torch.device, scale: Scale
+    made: list[bytes], size: tuple[int, int], device: torch.device, scale: Scale
 ) -> Iterator[Finding]:
-    """Decode JPEGs with torchvision on the device, and resize them there."""
-    try:
-        from torchvision.io import decode_jpeg
-    except ImportError as error:
-        yield Note(f"JPEG decoding on the device: {error}")
-        return
-    for size, made in images.items():
-        data = [torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in made]
-        data *= 1 if scale.toy else 256 // len(data)
-
-        def decode(data: list[Tensor] = data) -> Tensor:
-            decoded = torch.stack(decode_jpeg(data, device=device)).float()
-            return F.interpolate(decoded, (SIDE, SIDE), mode="bicubic", antialias=True)
-
-        try:
-            decode()
-        except RuntimeError as error:
-            yield Note(f"JPEG decoding on {device.type}: {str(error).splitlines()[0][:200]}")
-            return
+    """Decode JPEGs on the device, crop and resize them there, without a loader."""
+    jpegs = [PendingJpeg() for _ in range(4 if scale.toy else 256)]
+    rows = []
+    for number, jpeg in enumerate(jpegs):
+        media = made[number % len(made)]
+        empty = jpeg.take(media, lambda width, height: (center_crop(width, height), None), SIDE)
+        assert empty is not None
+        rows.append({"pixels": empty})
+    part = Pictures.taken_from(rows, jpegs)
+    whole = torch.stack([row["pixels"] for row in rows])
+    rounds = 1 if scale.toy else 4
+    with beside_computation(device):
+        _, failed = decode([part], whole, device)
+        _settle(device)
         start = time.perf_counter()
-        rounds = 1 if scale.toy else 4
-        pixels = [decode() for _ in range(rounds)][-1]
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rate = rounds * len(data) / (time.perf_counter() - start)
-        yield Number(f"decoding on {device.type}, {size[0]} x {size[1]}, images/s", round(rate, 1))
-        ok = list(pixels.shape) == [len(data), 3, SIDE, SIDE]
-        name = f"decoding on {device.type}, {size[0]} x {size[1]}, shape"
-        yield Check(name, ok, list(pixels.shape), "a batch of 224 px")
+        for _ in range(rounds):
+            decode([part], whole, device)
+        _settle(device)
+    name = f"decoding on {device.type}, {size[0]} x {size[1]}"
+    rate = rounds * len(rows) / (time.perf_counter() - start)
+    yield Number(f"{name}, images/s", round(rate, 1))
+    yield Check(f"{name}, failures", not failed, len(failed), "0")
+
+
+def _device_loader(
+    root: Path, size: tuple[int, int], device: torch.device, scale: Scale
+) -> Iterator[Finding]:
+    """Read micro-batches whose JPEGs the device decodes, and compare the pixels."""
+    source, cores = f"images_{size[0]}", len(os.sched_getaffinity(0))
+    name = f"data.decode=gpu on {device.type}, {size[0]} x {size[1]}"
+    for workers in (1,) if scale.toy else tuple(n for n in (2, 8) if n <= cores):
+        seconds, samples = _timed(root, source, workers, scale, device)
+        yield Number(f"{name}, {workers} workers, images/s", round(samples / seconds, 1))
+    pixels = {}
+    for key, decoder in (("device", device), ("libjpeg", CPU), ("loader", None)):
+        stream, _ = _stream(root, source, 1, 4, scale, decoder)
+        items = [item for step in stream for item in step]
+        if key == "device":
+            fallback = sum(item.reading["fallback"][0] for item in items)
+            yield Check(f"{name}, images left to the CPU", fallback == 0, fallback, "0")
+        pixels[key] = torch.cat([item.batch["pixels"].cpu() for item in items]).int()
+    for key, title in (("libjpeg", "libjpeg"), ("loader", "data.decode=cpu, with DCT scales")):
+        difference = (pixels["device"] - pixels[key]).abs()
+        mean, most = round(float(difference.float().mean()), 3), int(difference.max())
+        yield Number(f"{name}, largest difference to {title}", most)
+        if key == "libjpeg":
+            near = f"at most {NEAR} grey levels"
+            yield Check(f"{name}, mean difference to {title}", mean <= NEAR, mean, near)
+        else:
+            yield Number(f"{name}, mean difference to {title}", mean)

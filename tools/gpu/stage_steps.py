@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from stages import stage_class
 from stages.base import Batch, Facts
 from xray.config import BlockConfig

@@ -50,6 +50,9 @@ class DataConfig:
     views: int = added(1)
     lanes: int | None = None  # None = largest power of two <= min(block, 256)
     shuffle_shards: int = 8  # samples of this many shards are shuffled together
+    # JPEGs of training are decoded by the loader's workers (cpu) or on the GPU (gpu); auto = on the
+    # GPU if it can, decided when a run begins
+    decode: Literal["cpu", "gpu", "auto"] = added("cpu")
     # a number, or steps over the progress of the stage: [[0.0, 96], [0.6, 160], [0.9, 224]]
     resolution: Any = 224  # pixels per side
     frames: Any = 8  # per clip

@@ -15,7 +15,8 @@ from torch import Tensor
 from data_pipelines.decode.transforms import load_pixels, load_views
 from data_pipelines.ingest.tables import whole_number
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.stream.loader import Fields, iterate_source
+from data_pipelines.stream.loaded import Fields
+from data_pipelines.stream.loader import iterate_source
 from data_pipelines.text.captions import find_captions, metadata_of
 from xray import dist
 from xray.artifacts.encoders import TEXTS, Encoder, TextEncoder, VisionEncoder, caption_rows

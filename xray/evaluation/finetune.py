@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Source
-from data_pipelines.stream.loader import Fields, WholeDataset, iterate_batches
+from data_pipelines.stream.loaded import Fields
+from data_pipelines.stream.loader import WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest

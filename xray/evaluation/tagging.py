@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipelines.decode.transforms import load_views
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.stream.loader import Fields
+from data_pipelines.stream.loaded import Fields
 from data_pipelines.tags.labels import Labeller, label
 from data_pipelines.tags.reader import Origin, TagRules
 from data_pipelines.tags.vocabulary import Vocabulary

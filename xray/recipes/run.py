@@ -40,7 +40,7 @@ from xray.precompute.text_features import TextFeaturesConfig, write_text_feature
 from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, short
-from xray.training.run import holds_another_run
+from xray.training.run import check_decoding, holds_another_run
 
 
 def plan_table(recipe: Recipe) -> ResultTable:
@@ -144,6 +144,9 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     from xray.training.trainer import train_stage
 
     init_distributed(device)
+    for config in recipe.runs:
+        if not (Path(config.out) / "artifact").exists():
+            check_decoding(config, device)
     prepare(recipe)
     preflight(recipe.runs, recipe.eval, recipe.root)
     artifacts = []

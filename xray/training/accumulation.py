@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from data_pipelines.stream.sampling import MicroBatch
 from stages.base import Stage, StepOutput
 from xray import dist

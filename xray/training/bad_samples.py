@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipelines.stream import quarantine
-from data_pipelines.stream.loader import Replaced
+from data_pipelines.stream.loaded import Replaced
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan
 from xray import dist

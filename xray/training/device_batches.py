@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
-from data_pipelines.stream.loader import Fields, Loaded
+from data_pipelines.decode.device import copy_stream
+from data_pipelines.stream.loaded import Fields, Loaded
 
 
 class DeviceBatches:
     """Micro-batches on the device, in the order of a step's forward passes.
 
     On a GPU, batches are copied on a stream of their own, one ahead of the pass that needs them.
+    Pixels that were decoded on the GPU (`data.decode`) come from the same stream, without a copy.
     order: numbers of the micro-batches, once per forward pass.
     """
 
@@ -46,9 +47,3 @@ class DeviceBatches:
     def _copied(self, number: int) -> Fields:
         batch = self.loaded[number].batch
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-
-@functools.cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of a GPU for copies from the host."""
-    return torch.cuda.Stream(device)

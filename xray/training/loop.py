@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from data_pipelines.stream.loader import Replaced
+from data_pipelines.stream.loaded import Replaced
 from data_pipelines.stream.sampling import StepShape
 from xray import dist
 from xray.config.schedule import steps_of, value_at
@@ -103,9 +103,8 @@ class TrainingLoop:
         self.micros = Accumulator(self.engine, run.stage, self.device, run.config.seed)
         self.bad = BadSamples(run.out, self.state, run.plans | run.validation_plans)
         self.spikes = SpikeDetector(run, self.state)
-        self._pin = self.device.type == "cuda"
         plans = run.validation_plans
-        self.validation = ValidationData(run.stage, run.config, plans, self._pin)
+        self.validation = ValidationData(run.stage, run.config, plans, self.device)
 
     def run_steps(self) -> None:
         """Train the remaining steps.
@@ -117,7 +116,7 @@ class TrainingLoop:
         if not remaining:  # killed between the last save and the export
             return
         plans = self.run.plans
-        stream = training_stream(self.stage, self.config, plans, remaining, self._pin)
+        stream = training_stream(self.stage, self.config, plans, remaining, self.device)
         with closing(StepData(stream)) as data, closing(self.validation):
             self.telemetry.watchdog.at(DATA, self.state.step)
             Events(failure=data.fetch()).agreed(self.device)

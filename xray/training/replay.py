@@ -92,6 +92,7 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
             f"{path} was written by {facts.world} processes: replay it with the same number "
             f"(torchrun --nproc_per_node {facts.world} -m xray debug replay ...)"
         )
+    run.settle_decoding(device)
     module = run.build()
     engine = Engine(module, config)
     checkpoint.verify(path)
@@ -99,7 +100,7 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
     broken: list[str] = []
     watch(module, broken.append)
     step = state.step
-    stream = training_stream(run.stage, config, run.plans, range(step, step + 1), pin=False)
+    stream = training_stream(run.stage, config, run.plans, range(step, step + 1), device)
     with closing(StepData(stream)) as data:
         failure, loaded = data.fetch(), data.loaded
     if failure is not None:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
 
 from data_pipelines.curation.tables import keep_listed
+from data_pipelines.decode.device import cannot_decode
 from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards.manifest import as_named
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
@@ -87,10 +88,15 @@ class Run:
         return Path(self.config.out)
 
     def check_folder(self, folder: Path | None = None, place: str = "") -> None:
-        """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run."""
+        """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run.
+
+        data.decode=auto becomes what the run that is there began with.
+        """
         folder = folder or self.out
         place = place or str(folder)
         old = _recorded(folder, self.config)
+        if old and self.config.data.decode == "auto":
+            self._decode_on(old["config"]["data"]["decode"])
         new = _completed(json.loads(json.dumps(self.record)), self.config)
         changed = differences(redact_all(old), new) if old else []
         if changed:
@@ -119,6 +125,24 @@ class Run:
             return
         if mirrored and not begun:
             mirror.fetch()
+
+    def settle_decoding(self, device: torch.device) -> None:
+        """Decide data.decode=auto for a new run, and check that the device can decode. Collective.
+
+        It becomes `gpu` if the devices of all ranks can decode JPEGs. Raises ConfigError.
+        """
+        decode = dist.broadcast_object(self.config.data.decode)  # rank 0 knows an earlier decision
+        if decode == "auto":
+            reasons = dist.gather_objects(cannot_decode(device))
+            decode = "cpu" if any(reasons) else "gpu"
+            log.info("data.decode=auto: %s %s", decode, next(filter(None, reasons), ""))
+        self._decode_on(decode)
+        check_decoding(self.config, device)
+
+    def _decode_on(self, decode: Literal["cpu", "gpu"]) -> None:
+        data = replace(self.config.data, decode=decode)
+        self.config = self.stage.config = replace(self.config, data=data)
+        self.record = {**self.record, "config": identity(self.config)}
 
     def copy(self) -> None:
         """Start copying new checkpoints and the artifact to the mirror, if one is set."""
@@ -259,6 +283,17 @@ def run_record(
     }
 
 
+def check_decoding(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError if data.decode=gpu, but the device of a rank cannot decode. Collective."""
+
+    def check() -> None:
+        reason = cannot_decode(device) if config.data.decode == "gpu" else ""
+        if reason:
+            raise ConfigError(f"data.decode=gpu: {reason}; set data.decode to cpu")
+
+    dist.together(check)
+
+
 def holds_another_run(config: RunConfig) -> bool:
     """Return True if the config's folder holds a run with other settings; data are not compared.
 
@@ -268,6 +303,8 @@ def holds_another_run(config: RunConfig) -> bool:
     if not old:
         return False
     own = json.loads(json.dumps(identity(config, whole=True)))
+    if own["data"]["decode"] == "auto":
+        own["data"]["decode"] = old["config"]["data"]["decode"]
     return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
 
 

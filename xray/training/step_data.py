@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
+import torch
+
 from data_pipelines.shards.meter import Reading, add
 from data_pipelines.shards.source import Source
 from data_pipelines.stream.limits import check_limits
-from data_pipelines.stream.loader import Loaded, Replaced, StepLoader, iterate_steps, read_ahead
+from data_pipelines.stream.loaded import Loaded, Replaced
+from data_pipelines.stream.loader import StepLoader, iterate_steps, read_ahead
 from data_pipelines.stream.sampling import (
     PART,
     SamplePlan,
@@ -113,7 +116,8 @@ class StepData:
 
 
 def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
-    """Return this rank's decoding time in ms per sample by modality, and cache hit rate."""
+    """Return this rank's decoding time in ms per sample by modality, and shares: cache hits, and
+    images decoded on the GPU, if it decodes them."""
     total: Reading = {}
     for item in loaded:
         add(total, item.reading)
@@ -122,8 +126,12 @@ def decoding_metrics(loaded: Sequence[Loaded]) -> dict[str, float]:
         for name, (times, seconds) in total.items()
         if name in ("image", "video")
     }
-    hits, misses = (total.get(name, (0, 0.0))[0] for name in ("hit", "miss"))
-    return values | ({"data/cache_hits": hits / (hits + misses)} if hits + misses else {})
+    shares = {"data/cache_hits": ("hit", "miss"), "data/gpu_decoded": ("device", "fallback")}
+    for name, counters in shares.items():
+        one, other = (total.get(counter, (0, 0.0))[0] for counter in counters)
+        if one + other:
+            values[name] = one / (one + other)
+    return values
 
 
 def replaced_samples(loaded: Sequence[Loaded]) -> list[Replaced]:
@@ -132,9 +140,13 @@ def replaced_samples(loaded: Sequence[Loaded]) -> list[Replaced]:
 
 
 def training_stream(
-    stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], steps: range, pin: bool
+    stage: Stage,
+    config: RunConfig,
+    plans: dict[str, SamplePlan],
+    steps: range,
+    device: torch.device,
 ) -> Generator[list[Loaded]]:
-    """Yield the micro-batches of each training step, in order."""
+    """Yield the micro-batches of each training step on a device, in order."""
 
     def shape(step: int) -> StepShape:
         return step_shape(stage, config.blocks, config.progress(step))
@@ -142,8 +154,14 @@ def training_stream(
     overfit = config.debug.overfit_batch
     sampler = StepSampler(config.blocks, plans, shape, steps, overfit, config.data.views)
     seed, workers = None if overfit else config.seed, config.data.workers
-    loaded = iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin)
+    pin, decoder = _use_of(device, config)
+    loaded = iterate_steps(sampler, stage.transform, stage.collate, seed, workers, pin, decoder)
     return _arranged(stage, sampler, loaded, pin)
+
+
+def _use_of(device: torch.device, config: RunConfig) -> tuple[bool, torch.device | None]:
+    """Return whether to pin batches for a device, and the device if it decodes images."""
+    return device.type == "cuda", device if config.data.decode == "gpu" else None
 
 
 def _arranged(
@@ -170,14 +188,20 @@ class ValidationData:
     """Fixed validation samples as one step, without randomness, read by workers that are kept."""
 
     def __init__(
-        self, stage: Stage, config: RunConfig, plans: dict[str, SamplePlan], pin: bool
+        self,
+        stage: Stage,
+        config: RunConfig,
+        plans: dict[str, SamplePlan],
+        device: torch.device,
     ) -> None:
         self._shape: StepShape | None = None
         self._loader: StepLoader | None = None
-        self._stage, self._pin = stage, pin
+        self._stage = stage
+        self._pin, decoder = _use_of(device, config)
         sampler = StepSampler(config.validation, plans, self._shape_of, range(1))
         workers = config.data.workers
-        self._settings = sampler, stage.transform, stage.collate, None, workers, pin
+        given = sampler, stage.transform, stage.collate, None, workers
+        self._settings = *given, self._pin, decoder
 
     def _shape_of(self, step: int) -> StepShape:
         assert self._shape is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from stages.base import Stage, StageModule
 from xray import dist
 from xray.training.throughput import Throughput

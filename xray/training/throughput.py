@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipelines.stream.loader import Loaded
+from data_pipelines.stream.loaded import Loaded
 from stages.base import Stage, StageModule
 from xray import dist
 from xray.config import RunConfig, TowerOptim

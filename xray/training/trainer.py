@@ -38,6 +38,7 @@ def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.devic
     dist.main_first(run.restore, "checking the folder and the mirror of the run")
     if finished := run.finished():
         return finished
+    run.settle_decoding(device)
     artifact = _train(run, device)
     gc.collect()  # the module and DeepSpeed's engine refer to each other
     if device.type == "cuda":

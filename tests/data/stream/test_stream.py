@@ -28,7 +28,8 @@ from data_pipelines.shards.manifest import write_manifest
 from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.source import Sample, open_source
 from data_pipelines.stream import quarantine, sampling
-from data_pipelines.stream.loader import Loaded, iterate_steps
+from data_pipelines.stream.loaded import Loaded
+from data_pipelines.stream.loader import iterate_steps
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan, StepSampler, StepShape, micro_batches
 from data_pipelines.text.captions import choose_captions, read_captions
