@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from source_code import ROOT, files
 
+OTHER_OPENS = ("av.open", "tarfile.open")  # their mode "w" is not of a text file
 FOLDERS = ("xray", "stages", "data_pipelines", "tools", "tests")
 NOT_FIRST = {"What", "Where", "Whether", "That", "Of", "How", "Which", "Whose", "As", "If"}
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -43,3 +44,32 @@ def test_public_names_have_docstrings(package: str) -> None:
         and not ast.get_docstring(node)
     ]
     assert not bare, "\n".join(bare)
+
+
+def opens_text_without_encoding(call: ast.Call) -> bool:
+    """True for a call that reads or writes text in the encoding of the locale."""
+    method = isinstance(call.func, ast.Attribute)
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    if name in ("read_text", "write_text"):  # the function of xray.files has no encoding
+        return method and len(call.args) < (1 if name == "read_text" else 2)
+    given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+    modes = [mode for mode in given if isinstance(mode, str) and set(mode) <= set("rwaxbt+")]
+    if name != "open" or any("b" in mode for mode in modes):
+        return False
+    return bool(modes) if method and call.args else True
+
+
+@pytest.mark.parametrize("folder", ("xray", "stages", "data_pipelines", "tools"))
+def test_text_files_have_an_encoding(folder: str) -> None:
+    """In an ASCII locale, a text without it cannot be written."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and opens_text_without_encoding(node)
+        and ast.unparse(node.func) not in OTHER_OPENS
+    ]
+    assert not found, "\n".join(found)

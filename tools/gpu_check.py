@@ -133,7 +133,7 @@ def main() -> None:
     results: list[Section] = []
     given = options.only, options.device, options.toy, options.budget, options.out
     try:
-        with (options.out / "results.jsonl").open("a", buffering=1) as file:
+        with (options.out / "results.jsonl").open("a", buffering=1, encoding="utf-8") as file:
             for result in run_sections(*given):
                 results.append(result)
                 file.write(json.dumps(asdict(result)) + "\n")

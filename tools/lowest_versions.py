@@ -20,7 +20,7 @@ def lowest(file: Path = FILE) -> dict[str, str]:
     Raises ValueError for a requirement without a lower bound and for a package with two bounds.
     """
     config = configparser.ConfigParser()
-    config.read_string(file.read_text())
+    config.read_string(file.read_text("utf-8"))
     lines = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
     bounds: dict[str, str] = {}
     for line in filter(None, map(str.strip, lines.splitlines())):

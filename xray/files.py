@@ -37,7 +37,7 @@ def lock_folder(folder: Path, what: str, option: str = "out=") -> IO[str] | None
     `what` says, for the message, how that process uses the folder.
     """
     path = folder / "lock"
-    file = path.open("a+")
+    file = path.open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -115,7 +115,7 @@ def locked(path: Path, flags: int = 0) -> Iterator[IO[str]]:
     flags: of flock; with LOCK_NB a lock that is held raises BlockingIOError. A child that inherits
     the file keeps the lock if this process is killed.
     """
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
         try:
             yield file
@@ -179,7 +179,7 @@ def making(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
     while True:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             _wait_for_lock(file, target)
             if not _is_at(file, path):  # its last holder has removed it
                 continue
@@ -230,7 +230,7 @@ def _remove(path: Path) -> None:
 def write_text(path: Path, text: str, temporary: Path | None = None) -> None:
     """Write a text file atomically."""
     with replacing(path, temporary) as name:
-        name.write_text(text)
+        name.write_text(text, "utf-8")
 
 
 def printable(text: str) -> str:

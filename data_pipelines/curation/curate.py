@@ -234,7 +234,7 @@ def _claim(out: Path, curated: Curated) -> None:
             raise ConfigError(
                 f"{out} contains another curation: choose another folder or delete it"
             )
-    (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
+    (out / RECORD).write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class ClipDecoder:
         """Return the resident memory of the decode process in bytes."""
         assert self._process is not None
         try:
-            with open(f"/proc/{self._process.pid}/statm") as file:
+            with open(f"/proc/{self._process.pid}/statm", encoding="utf-8") as file:
                 return int(file.read().split()[1]) * PAGE
         except (OSError, IndexError):
             return 0  # the process has ended; the next poll of its socket raises the error

@@ -130,8 +130,8 @@ def _write_sets(folder: Path, config: DemoConfig) -> None:
     _write(folder / "heldout", scenes[: config.heldout], config, rng)
     _write(folder / "gallery", scenes[config.heldout :], config, rng)
     names = [" ".join(pair) for pair in HELD_OUT]
-    (folder / "classes.txt").write_text("\n".join(names) + "\n")
-    (folder / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1))
+    (folder / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
+    (folder / "demo.json").write_text(json.dumps({"config": vars(config)}, indent=1), "utf-8")
 
 
 def _check_same(known: Path, config: DemoConfig) -> None:

@@ -142,7 +142,7 @@ def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
         _write(out / RECORD, json.dumps(wanted, indent=1) + "\n")
         return
     try:
-        held = json.loads((out / RECORD).read_text())
+        held = json.loads((out / RECORD).read_text("utf-8"))
         old = held["config"]
         changes = [f"{k}: {old[k]} -> {v}" for k, v in settings.items() if old[k] != v]
         changes += ["other files or metadata"] * (held["files"] != wanted["files"])
@@ -184,7 +184,7 @@ def _read_skipped(out: Path) -> dict[int, list[Skipped]]:
 
 
 def _read_lines(path: Path) -> list[Skipped]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _write_lines(path: Path, records: list[Skipped]) -> None:

@@ -202,19 +202,19 @@ class ShardCache:
             return True
         lock = path.with_suffix(".lock")
         lock.touch()
-        before = lock.read_text()
+        before = lock.read_text("utf-8")
         with locked(lock):
             if _touch(path, size):
                 return True
             # If many processes wait for one shard, only the first one retries it. If that one
             # fails, the others raise its error.
-            if (after := lock.read_text()) != before:
+            if (after := lock.read_text("utf-8")) != before:
                 raise DataError(after.partition("\n")[2])
             try:
                 retry(f"shard {url}", self.patience, lambda: self._download(url, size, sha256))
             except DataError as error:
                 with suppress(OSError):  # on a full disk, still raise the first error
-                    lock.write_text(f"{uuid.uuid4()}\n{error}")
+                    lock.write_text(f"{uuid.uuid4()}\n{error}", "utf-8")
                 raise
         self._evict(keep=path)
         return False

@@ -42,7 +42,7 @@ def exclude(entries: Iterable[Entry], plans: Mapping[str, SamplePlan]) -> None:
 
 def save(entries: Iterable[Entry], path: Path) -> None:
     """Write the entries to a file, one JSON object per line."""
-    path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
+    path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries), "utf-8")
 
 
 def load(path: Path) -> list[Entry]:

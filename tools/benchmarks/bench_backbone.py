@@ -172,7 +172,7 @@ def peak(device: str, size: str, frames: int, pass_: str, keep: float, explicit:
     # allocate the libraries' buffers before the measurement
     bench.call(bench.backbone(size), pass_, bench.pixels(size, 1)[:1], keep)()
     ctypes.CDLL(None).malloc_trim(0)  # return free memory, which the call would use again
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")  # reset the peak (VmHWM)
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
@@ -180,7 +180,7 @@ def peak(device: str, size: str, frames: int, pass_: str, keep: float, explicit:
 
 def _resident(kind: str) -> float:
     """Return the memory of this process in MiB: VmRSS is the current value, VmHWM the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 

@@ -169,7 +169,7 @@ def measure(form: str, rows: int, samples: int) -> int:
     """Return the loss's peak memory above the features in bytes; call it in a fresh process."""
     contrast(form, 64, 128)()  # starts threads and loads libraries before the measurement
     run = contrast(form, rows, samples)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")  # reset the peak (VmHWM)
     before = high_water()
     run()
     return high_water() - before

@@ -132,7 +132,7 @@ def matches_of(matcher: PhraseMatcher, texts: list[str]) -> list[list[int]]:
 
 def resident() -> float:
     """Return the resident memory of this process in MB."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
@@ -261,7 +261,7 @@ def passes(options: argparse.Namespace) -> list[Table]:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder, metadata = Path(temporary) / "pool", Path(temporary) / "metadata.txt"
-        metadata.write_text("\n".join(entries))
+        metadata.write_text("\n".join(entries), "utf-8")
         write_shards(folder, records(texts), 2000)
         source = open_source("pool", str(folder), "image")
         config = CurationConfig(str(metadata))

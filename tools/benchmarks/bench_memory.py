@@ -109,7 +109,7 @@ def compare(
     )
     config.validate()
     with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLM))
+        (Path(folder) / "config.json").write_text(json.dumps(LLM), "utf-8")
         facts = Facts(50_000 if config.stage == "hashtag" and config.hashtag.chunk else 1000,
                       Path(folder))  # fmt: skip
         size, rehearsal = size_of(config, facts), rehearse(config, facts, PROGRESS)

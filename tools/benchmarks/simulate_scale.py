@@ -317,7 +317,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()
-    plan = json.loads(options.plan.read_text())
+    plan = json.loads(options.plan.read_text("utf-8"))
     if plan["devices"] != DEVICES:
         parser.error(
             f"{options.plan} is a plan for {plan['devices']} devices: run xray plan with "

@@ -20,5 +20,5 @@ def in_fresh_process(work: Callable[..., T], *arguments: object) -> T:
 def high_water() -> int:
     """Return the peak resident memory of this process in bytes."""
     # getrusage's ru_maxrss would start at the parent's value
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text("utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -29,7 +29,7 @@ def at_work(process: psutil.Process) -> bool:
     starts a second thread when it sends its first result.
     """
     try:
-        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        maps = Path(f"/proc/{process.pid}/maps").read_text("utf-8")
         forked = process.cmdline() == psutil.Process(process.ppid()).cmdline()
         return any(name in maps for name in LIBRARIES) and (not forked or process.num_threads() > 1)
     except (OSError, psutil.NoSuchProcess):

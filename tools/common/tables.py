@@ -29,7 +29,9 @@ def print_tables(tables: Iterable[Table], machine: str, path: Path | None) -> No
         print(table, flush=True)
         printed.append(asdict(table))
     if path:
-        path.write_text(json.dumps({"hardware": machine, "tables": printed}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"hardware": machine, "tables": printed}, indent=2) + "\n", "utf-8"
+        )
 
 
 def spread(values: Sequence[float]) -> str:

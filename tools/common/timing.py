@@ -49,7 +49,7 @@ def hardware(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}"

@@ -160,7 +160,7 @@ class Bench:
     def store(self) -> dict[str, float]:
         """Store the sentence vectors as in `xray data text-features`; return time and number."""
         if self.stored.exists():
-            return json.loads(self.stored.read_text())
+            return json.loads(self.stored.read_text("utf-8"))
         settings = {"tune": "none", "llm": str(self.folder("sentences")), "max_length": 32}
         config = cfg.build(TextFeaturesConfig, {**settings, "workers": 1})
         config.validate()
@@ -178,10 +178,10 @@ class Bench:
         """Evaluate an artifact; keep the results, with facts of its run, in measures.json."""
         path = artifact.path.parent / "measures.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text("utf-8"))
         encoder = Encoder(artifact).to(self.device)
         metrics = self.retrieve(encoder)
-        lines = (artifact.path.parent / "metrics.jsonl").read_text().splitlines()
+        lines = (artifact.path.parent / "metrics.jsonl").read_text("utf-8").splitlines()
         steps = [json.loads(line) for line in lines]
         times = [step["seconds"] for step in steps]
         metrics["step_seconds"] = median(b - a for a, b in pairwise(times))
@@ -325,7 +325,7 @@ def main() -> None:
         results["store"] = bench.store()
         print("stored {captions:,} captions in {seconds:.0f} s".format(**results["store"]))
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1))
+        options.out.write_text(json.dumps(results, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         content = {"artifact": options.artifact, "shards": options.shards}
         content["tables"] = [vars(table) for table in printed]
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        options.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

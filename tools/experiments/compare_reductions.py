@@ -155,10 +155,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     if options.inputs[0].endswith(".json"):
-        result, out = json.loads(Path(options.inputs[0]).read_text()), Path(options.inputs[0])
+        result, out = (
+            json.loads(Path(options.inputs[0]).read_text("utf-8")),
+            Path(options.inputs[0]),
+        )
     else:
         result, out = compare(options.inputs, options.root, options.rounds), options.out
-        out.write_text(json.dumps(result, indent=1))
+        out.write_text(json.dumps(result, indent=1), "utf-8")
     plot(result["artifacts"], out.with_suffix(".png"))
     print(f"\n{result['hardware']}; {result['images']} images for fitting and testing")
 

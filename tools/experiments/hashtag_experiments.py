@@ -253,7 +253,7 @@ def main() -> None:
         results[name] = rows
         print(f"\n{table(name, rows)}\n", flush=True)
         if options.out:
-            options.out.write_text(json.dumps(results, indent=1))
+            options.out.write_text(json.dumps(results, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

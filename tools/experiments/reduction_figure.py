@@ -80,7 +80,7 @@ def costs(path: Path, variants: list[Variant], rounds: int) -> dict[Variant, tup
 
 def compare(folder: Path, root: str, shards: str, rounds: int) -> dict[str, Any]:
     """Compare training at each keep rate with training on all tokens; return the JSON content."""
-    facts = json.loads((folder / "ablation.json").read_text())
+    facts = json.loads((folder / "ablation.json").read_text("utf-8"))
     trained_results = trained(facts)
     base = facts["baseline"]
     seeds = [run["seed"] for run in facts["runs"] if run["arm"] == base]
@@ -172,11 +172,11 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure or read the results, then write and print them."""
     if options.input.suffix == ".json":
-        result, out = json.loads(options.input.read_text()), options.input
+        result, out = json.loads(options.input.read_text("utf-8")), options.input
     else:
         result = compare(options.input, options.root, options.shards, options.rounds)
         out = options.out
-        out.write_text(json.dumps(result, indent=1))
+        out.write_text(json.dumps(result, indent=1), "utf-8")
     plot(result, out.with_suffix(".png"))
     print(table(result), f"\n{result['hardware']}; seeds {result['seeds']}", sep="\n")
 

@@ -16,7 +16,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="results.json of a run")
-    results = json.loads(parser.parse_args().results.read_text())
+    results = json.loads(parser.parse_args().results.read_text("utf-8"))
     print(result_table(results).markdown(), end="")
 
 

@@ -88,7 +88,10 @@ def _begin(section: str, device: str, toy: bool, log: str, pipe: Connection) -> 
     os.dup2(file, 1)
     os.dup2(file, 2)
     # The fork server shares its objects with its children, and may have closed these streams.
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        open(n, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115
+        for n in (1, 2)
+    )
     with contextlib.suppress(ImportError):  # the section itself reports what it lacks
         for name in PRELOAD:
             importlib.import_module(name)

@@ -170,7 +170,7 @@ def _training(
     config.data.decode, config.out = decode, f"{config.out}_{decode}"
     title = "fed training" if decode == "cpu" else "fed training, data.decode=gpu"
     train_stage(MaeStage, config, device)
-    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(config.out) / "metrics.jsonl").read_text("utf-8").splitlines()
     last = json.loads(lines[-1])
     yield Check(f"{title}, steps", last["step"] == steps, last["step"], str(steps))
     for name in ("samples/s", "data/wait", "data/gpu_decoded", "mfu", "memory/gb"):

@@ -79,7 +79,7 @@ def _settings(
 
 def _last(run: Path) -> dict[str, float]:
     """Return the last line of a run's metrics."""
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
 
 
 def _command(name: str, arguments: list[str]) -> Iterator[Finding]:

@@ -47,7 +47,7 @@ def run(device: torch.device, scale: Scale) -> Iterator[Finding]:
     lengths[0] = LONGEST
     with TemporaryDirectory() as folder:
         shape = QWEN | (SMALL if scale.toy else {})
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        (Path(folder) / "config.json").write_text(json.dumps(shape), "utf-8")
         yield from _frozen(Path(folder), lengths, shape["vocab_size"], device, scale)
         yield from _lora(Path(folder), device, scale)
 

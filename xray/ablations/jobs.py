@@ -60,7 +60,7 @@ def exclusive(out: Path) -> Iterator[IO[str]]:
         try:
             file = stack.enter_context(locked(out / "lock", fcntl.LOCK_NB))
         except BlockingIOError:
-            pids = (out / "processes").read_text() if (out / "processes").is_file() else ""
+            pids = (out / "processes").read_text("utf-8") if (out / "processes").is_file() else ""
             raise ConfigError(
                 f"out={out} is in use by another xray ablate or by runs that it started "
                 f"(processes {pids or 'unknown'}): wait for them, stop them, or set another out"
@@ -184,7 +184,7 @@ class Jobs:
 def last_line(trial: Trial) -> str:
     """Return the last line of a trial's log."""
     log = trial.folder / "log.txt"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return lines[-1].strip() if lines else "starting"
 
 

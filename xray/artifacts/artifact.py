@@ -225,7 +225,7 @@ def write_artifact(
             "versions": package_versions(),
             "git_commit": git_commit(),
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
         (temporary / "README.md").write_text(card(temporary), "utf-8")
         sync_tree(temporary)
 

@@ -121,7 +121,7 @@ def data_check(
     report = _checked(data, workers, cache)
     if json_file is not None:
         with naming_full_disk(json_file):
-            json_file.write_text(json.dumps(summary(report), indent=1) + "\n")
+            json_file.write_text(json.dumps(summary(report), indent=1) + "\n", "utf-8")
     check_table(report).print()
     print(totals(report))
     for line in findings(report, LISTED):

@@ -93,7 +93,9 @@ def data_curate(
     write_curation_page(curated.report, source, report)
     if json_file is not None:
         with naming_full_disk(json_file):
-            json_file.write_text(json.dumps(asdict(curated.report), indent=1, ensure_ascii=False))
+            json_file.write_text(
+                json.dumps(asdict(curated.report), indent=1, ensure_ascii=False), "utf-8"
+            )
     for table in tables(curated.report):
         table.print()
     print(f"keep-list: {curated.kept.name} (data.sources.NAME.keep={curated.kept.name}); {report}")

@@ -100,7 +100,7 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
         print(f"skipped: {corpus.others:,} {what} that are not {corpus.modality} (--modality)")
     if not causes:
         return
-    with listed.open() as lines:
+    with listed.open(encoding="utf-8") as lines:
         first = [json.loads(line) for line in islice(lines, SHOWN)]
     names = ", ".join(f"{row['path']}:{row['key']}" for row in first)
     more = ", ..." if sum(causes.values()) > SHOWN else ""

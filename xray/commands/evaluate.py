@@ -81,7 +81,7 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
             if target is not None:
                 facts = recorded(evaluator.config.precision)
                 with naming_full_disk(target):
-                    target.write_text(json.dumps({**facts, **results}, indent=1))
+                    target.write_text(json.dumps({**facts, **results}, indent=1), "utf-8")
     finally:
         if results:
             result_table(results).print()
@@ -148,7 +148,7 @@ def _over_rates(
     keep_rate_table(by_rate).print()
     if target is not None:
         with naming_full_disk(target):
-            target.write_text(json.dumps(by_rate, indent=1))
+            target.write_text(json.dumps(by_rate, indent=1), "utf-8")
         print(f"written: {target}")
         plot_keep_rates(by_rate, target.with_suffix(".png"))
 

@@ -96,4 +96,4 @@ class RunConfig:
 
 def dump(config: Any, path: Path) -> None:
     """Write the resolved config as yaml, which `xray train` accepts."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), "utf-8")

@@ -84,7 +84,7 @@ def processor() -> Iterator[Finding]:
 def cgroup_cores(path: Path) -> float | None:
     """Read the CPU limit of a cgroup's cpu.max in cores; None without a limit."""
     try:
-        quota, period = path.read_text().split()
+        quota, period = path.read_text("utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
@@ -92,7 +92,7 @@ def cgroup_cores(path: Path) -> float | None:
 
 def _number(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        return int(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -118,7 +118,7 @@ def devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     lacks = "" if native else "bf16 is not faster here: set train.precision=fp32"
     yield Finding.of("bf16", "in hardware" if native else "not in hardware", lacks)

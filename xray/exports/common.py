@@ -94,4 +94,4 @@ def is_present(module: nn.Module | None) -> bool:
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write a value as indented JSON."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

@@ -88,7 +88,8 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
     title = html.escape(title)
     with naming_full_disk(path):
         path.write_text(
-            f"{head}<title>{title}</title><style>{style}</style><body>{body}</body></html>"
+            f"{head}<title>{title}</title><style>{style}</style><body>{body}</body></html>",
+            "utf-8",
         )
 
 

@@ -186,7 +186,7 @@ class _Job:
         lock = lock_folder(self.folder, "written to", "--out") if dist.is_main() else None
         held = self._claimed()
         if held is None:
-            (self.folder / "job.json").write_text(json.dumps(self.identity))
+            (self.folder / "job.json").write_text(json.dumps(self.identity), "utf-8")
         elif changed := differences(held, self.identity):
             raise ConfigError(
                 f"{self.folder} contains parts of another command ({'; '.join(changed)}): delete "
@@ -308,7 +308,7 @@ class _Job:
         listed.unlink(missing_ok=True)  # may be of an earlier run
         if bad:
             rows = [dict(zip(("key", "path", "cause"), row, strict=True)) for row in bad]
-            listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            listed.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         write_embeddings(self.out, whole, (self._block(columns) for columns, _ in self._loaded()))
 
     def _loaded(self) -> Iterator[tuple[Columns, Mapping[str, Any]]]:

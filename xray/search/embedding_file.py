@@ -193,7 +193,7 @@ def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
         usual_mode(rows_file),
         replacing(_names_of(out)) as names_file,
         usual_mode(names_file),
-        names_file.open("w") as lines,
+        names_file.open("w", encoding="utf-8") as lines,
         rows_file.open("wb") as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)

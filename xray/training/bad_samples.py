@@ -63,7 +63,7 @@ class BadSamples:
         dist.together(lambda: quarantine.exclude(fresh, self.plans))
 
         def write() -> None:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 for entry in everyone:
                     file.write(json.dumps({"step": self.state.step + 1, **asdict(entry)}) + "\n")
 

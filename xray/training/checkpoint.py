@@ -220,12 +220,12 @@ class CheckpointWriter:
 
     def _end(self, hashes: dict[str, str]) -> None:
         temporary = self._temporary
-        (temporary / "state.json").write_text(json.dumps(self.state.to_json(), indent=1))
+        (temporary / "state.json").write_text(json.dumps(self.state.to_json(), indent=1), "utf-8")
         quarantine.save(self.state.quarantine, temporary / "quarantine.jsonl")
         hashes |= {
             name: sha256_file(temporary / name) for name in ("state.json", "quarantine.jsonl")
         }
-        (temporary / COMPLETE).write_text(json.dumps({"sha256": hashes}, indent=1))
+        (temporary / COMPLETE).write_text(json.dumps({"sha256": hashes}, indent=1), "utf-8")
         sync_tree(temporary)
         shutil.rmtree(self.target, ignore_errors=True)
         os.replace(temporary, self.target)

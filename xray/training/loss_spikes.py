@@ -63,7 +63,7 @@ class SpikeDetector:
         record |= {"above": deviation, "skipped": skip}
         try:
             record["samples"] = samples_of(self.run, state.step)
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except (DataError, OSError) as error:  # on rank 0 only: the other ranks continue
             log.warning("%s cannot be written: %s", self.path, brief(error))

@@ -76,7 +76,7 @@ class Sinks:
                 for k, v in parse_record(kept[-1], dict[str, float]).items()
                 if k not in STATE_KEYS
             }
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
         self.board: Any = None
         if config.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -130,7 +130,7 @@ def _wandb(out: Path, config: RunConfig) -> Any:
     try:
         run = wandb.init(
             project=config.train.wandb,
-            id=name.read_text(),
+            id=name.read_text("utf-8"),
             name=f"{out.parent.name}/{out.name}",
             dir=str(out),
             config=asdict(config),

@@ -187,7 +187,7 @@ def _writes(number: int) -> bool:
 def _write(path: Path, content: Content) -> str:
     """Write a file and return its sha256."""
     if isinstance(content, str):
-        path.write_text(content)
+        path.write_text(content, "utf-8")
     else:
         save_tensors(path, content)
     with ThreadPoolExecutor(1) as pool:  # it is read from memory while it is flushed to disk

@@ -105,7 +105,7 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):  # a device that has failed
             facts["passes"] = self.passes()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file(".txt").open("w") as file:
+        with self._file(".txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
         write_text(self._file(".json"), json.dumps(facts), self._file(".tmp"))
         # The recorder's locks may be held by what hangs.
