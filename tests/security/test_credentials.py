@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import pickle
 import shutil
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from tiny import ALL_TOKENS, train
 from data_pipelines.shards.remote import ShardCache, fetch_small
 from data_pipelines.shards.source import open_source
 from xray import urls
+from xray.ablations.jobs import Jobs
+from xray.ablations.trials import load_ablation, write_recipes
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.lineage import describe, lineage
 from xray.config.loading import build
@@ -266,3 +269,27 @@ def older_digest(url: str, cache: Path) -> str:
     parts = [name, ends, source.manifest.columns["digests"].tobytes()]
     whole = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return hashlib.sha256(f"photos\0image\0image\0{whole}".encode()).hexdigest()
+
+
+def test_other_processes_get_the_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"http://bob:{PASSWORD}@h/data"
+    urls.conceal(root)
+    pickled = pickle.dumps(ShardCache(tmp_path, 10**9, 5.0))
+    urls._users.clear()
+    pickle.loads(pickled)  # as a worker that is not forked does
+    assert urls.reveal("http://h/data/a.tar") == f"{root}/a.tar"
+    urls._users.clear()
+    spec = tmp_path / "abl.yaml"
+    spec.write_text("base: quickstart\nseeds: [0]\narms: {a: {}, b: {mae.mask_ratio: 0.5}}\n")
+    ablation = load_ablation(str(spec), [f"data.root={root}", f"out={tmp_path / 'out'}"])
+    write_recipes(ablation)
+    assert not holding(PASSWORD, tmp_path / "out")
+    assert "http://h/data" in (tmp_path / "out" / "command_line.yaml").read_text()
+    with (tmp_path / "lock").open("w") as lock:
+        env = Jobs(tmp_path / "out", 1, lock)._environment(0)
+    urls._users.clear()
+    monkeypatch.setenv(urls.ENVIRONMENT, env[urls.ENVIRONMENT])
+    urls.read_environment()
+    assert urls.reveal("http://h/data/a.tar") == f"{root}/a.tar"
