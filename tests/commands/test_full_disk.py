@@ -17,19 +17,13 @@ from child_process import ROOT, clean_environment
 from data_pipelines.shards.columns import open_columns, save_columns
 from xray.files import disk_is_full, making, naming_full_disk, replacing
 
-# Makes every write fail beyond so many bytes with the error of a full disk, in any library.
+# A limit on the size of files replaces a full disk.
 FULL = """
-import errno, os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-import xray.files
-full = xray.files.disk_is_full
-def too_large(error):
-    text = str(error)
-    return full(error) or getattr(error, "errno", 0) == errno.EFBIG or "os error 27" in text
-xray.files.disk_is_full = too_large
-from xray.commands import common, main
-common.disk_is_full = too_large
-main.main()
+import sys
+from tools.faults.commands import fill_disk
+from xray.commands.main import main
+fill_disk(int(sys.argv.pop(1)))
+main()
 """
 
 

@@ -1,0 +1,114 @@
+"""Chaos test: kills, frozen processes, full disks, flipped bits and hostile files, at random.
+
+    python tools/chaos.py --minutes 10
+
+Prints how many attempts of each kind were made, and how many held: the command ended, without a
+traceback or processes left behind, and the result was that of an undisturbed run, or an error in
+one line. Exit code 1 if one did not hold. An ordinary user and root both may run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.common.tables import Table
+from tools.faults import damage, kills
+from tools.faults.commands import Outcome, train
+
+Attempt = Callable[[Path, Path, random.Random], Outcome]
+KINDS: dict[str, Attempt] = {
+    "kill": kills.killed_run,
+    "flip": damage.flipped_bit,
+    "child": kills.killed_child,
+    "disk": damage.full_disk,
+    "frozen-children": kills.frozen_children,
+    "hostile": damage.hostile_files,
+    "frozen": kills.frozen_run,
+}
+
+
+def prepare(folder: Path) -> Path:
+    """Make small data, and undisturbed runs to compare with; returns the folder of the data."""
+    from data_pipelines.ingest.demo import DemoConfig, make_demo
+
+    data = folder / "data"
+    sizes = DemoConfig(photos=96, clips=24, heldout=24, per_shard=32, side=32, frames=8)
+    make_demo(data, sizes)
+    for name, settings in (("unkilled", ()), ("loaded", kills.CHILDREN)):
+        running = train(folder / name, data, *settings)
+        if fault := running.fault(running.wait(), (0,)):
+            raise SystemExit(f"the undisturbed run fails: {fault}")
+    shutil.copytree(folder / "unkilled", folder / "halfway")
+    stage = folder / "halfway" / "mae"
+    shutil.rmtree(stage / "artifact")
+    newest = max((stage / "checkpoints").glob("step_*"))
+    shutil.rmtree(newest)
+    return data
+
+
+def main() -> None:
+    """Attempt all kinds in turn until the time is over."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--attempts", type=int, default=0, help="per kind, instead of --minutes")
+    parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import xray.commands.main
+    import xray.recipes.run
+    import xray.training.trainer  # noqa: F401 - the forks need not import them
+
+    outcomes: list[tuple[int, Outcome]] = []
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        folder = Path(temporary)
+        data = prepare(folder)
+        end = time.monotonic() + 60 * given.minutes
+        for number in itertools.count():
+            name = given.only[number % len(given.only)]
+            done = number >= given.attempts * len(given.only)
+            if done if given.attempts else time.monotonic() > end:
+                break
+            seed = given.seed + number
+            place = folder / str(number)
+            place.mkdir()
+            outcome = KINDS[name](place, data, random.Random(seed))
+            outcomes.append((seed, outcome))
+            if outcome.fault:
+                print(f"{name}, seed {seed}: {outcome.kind}: {outcome.fault}", flush=True)
+            shutil.rmtree(place, ignore_errors=True)
+    report(outcomes, given.json)
+    sys.exit(any(outcome.fault for _, outcome in outcomes))
+
+
+def report(outcomes: list[tuple[int, Outcome]], path: Path | None) -> None:
+    """Print the table of kinds, and write all outcomes."""
+    tried = Counter(outcome.kind for _, outcome in outcomes)
+    held = Counter(outcome.kind for _, outcome in outcomes if not outcome.fault)
+    rows = [[kind, str(count), str(held[kind])] for kind, count in sorted(tried.items())]
+    rows.append(["all", str(tried.total()), str(held.total())])
+    print(Table("Attempts to break xray", ["kind", "tried", "held"], rows))
+    if path:
+        facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
