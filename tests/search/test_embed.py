@@ -27,7 +27,8 @@ from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of
 from xray.errors import DataError
 from xray.search import embed as job
 from xray.search.embed import EmbedConfig
-from xray.search.embedding_file import Embeddings, open_embeddings, restored
+from xray.search.embedding_file import Embeddings, open_embeddings
+from xray.search.quantisation import restored
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,9 @@ import pytest
 
 from xray.errors import ConfigError, DataError
 from xray.search import embedding_file as file_format
-from xray.search.embedding_file import (
-    Embeddings,
-    Names,
-    calibrate,
-    open_embeddings,
-    quantise,
-    restored,
-    shortened,
-    write_embeddings,
-)
+from xray.search.embedding_file import Embeddings, Names, open_embeddings, write_embeddings
 from xray.search.exact import check_same_rows, search
+from xray.search.quantisation import calibrate, quantise, restored, shortened
 
 N, D = 700, 40
 KINDS = list(itertools.product(("fp32", "fp16", "int8", "binary"), (".parquet", ".npy")))

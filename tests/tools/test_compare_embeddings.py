@@ -13,7 +13,7 @@ from tiny import train
 
 from tools.experiments.compare_embeddings import VARIANTS, Pairs, join, main, recalls
 from xray.evaluation.retrieval import retrieval
-from xray.search.embedding_file import shortened
+from xray.search.quantisation import shortened
 
 
 def near_pairs() -> Pairs:

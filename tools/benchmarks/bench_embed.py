@@ -37,16 +37,9 @@ from xray.dist import choose_device
 from xray.models import ModelConfig, VisionBackbone
 from xray.models.heads import Normalize
 from xray.search.embed import EmbedConfig, embed
-from xray.search.embedding_file import (
-    STORED,
-    Block,
-    Names,
-    calibrate,
-    open_embeddings,
-    shortened,
-    write_embeddings,
-)
+from xray.search.embedding_file import Block, Names, open_embeddings, write_embeddings
 from xray.search.exact import search
+from xray.search.quantisation import STORED, calibrate, shortened
 
 SIZE = (500, 375)  # pixels of a photo
 BLOCK = 16_384
@@ -172,7 +165,8 @@ def searches(options: argparse.Namespace, clock: Callable[[], float]) -> Table:
                     scale, offset = calibrate(-limit, limit)
                     facts |= {"scale": scale.tolist(), "offset": offset.tolist()}
                 blocks = random_blocks(options.rows, options.dim)
-                write_embeddings(path, {**facts, "modality": "image"}, blocks)
+                more = {"modality": "image", "artifact": {}, "source": {}, "keep_rate": None}
+                write_embeddings(path, {**facts, **more}, blocks)
                 opened = open_embeddings(path)
                 seconds = []
                 for _ in range(options.rounds + 1):

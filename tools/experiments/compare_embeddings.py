@@ -33,17 +33,9 @@ from xray.artifacts.encoders import Encoder, restore_encoder
 from xray.errors import ConfigError, XrayError
 from xray.progress import progress_bar
 from xray.search.embed import EmbedConfig, embed
-from xray.search.embedding_file import (
-    Dtype,
-    Embeddings,
-    Names,
-    calibrate,
-    open_embeddings,
-    restored,
-    shortened,
-    write_embeddings,
-)
+from xray.search.embedding_file import Embeddings, Names, open_embeddings, write_embeddings
 from xray.search.exact import search
+from xray.search.quantisation import Dtype, calibrate, restored, shortened
 
 KS = (1, 5, 10)
 OVERSAMPLE = 4
@@ -114,6 +106,7 @@ def join(
 def store(path: Path, rows: np.ndarray, dtype: Dtype) -> Embeddings:
     """Write rows to a file of a dtype and open it."""
     facts = {"rows": len(rows), "dim": rows.shape[1], "dtype": dtype, "modality": "image"}
+    facts |= {"artifact": {}, "source": {}, "keep_rate": None}
     if dtype == "int8":
         scale, offset = calibrate(rows.min(axis=0), rows.max(axis=0))
         facts |= {"scale": scale.tolist(), "offset": offset.tolist()}

@@ -40,14 +40,11 @@ from xray.progress import Progress
 from xray.records import parse_record
 from xray.search.embedding_file import (
     Block,
-    Dtype,
     Facts,
     Names,
     by_digest,
-    calibrate,
     check_out,
     open_embeddings,
-    shortened,
     write_embeddings,
 )
 from xray.search.encoding import (
@@ -57,6 +54,7 @@ from xray.search.encoding import (
     warn_of_prefix,
     width_of,
 )
+from xray.search.quantisation import Dtype, calibrate, shortened
 
 PARTS = 256  # per corpus, unless they would be too small or too large
 LEAST, MOST = 256, 16_384  # samples per part

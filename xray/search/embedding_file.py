@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from xray.errors import ConfigError, DataError, brief
 from xray.files import replacing, usual_mode
 from xray.records import parse_record
+from xray.search.quantisation import STORED, quantise, row_length
 
 log = logging.getLogger("xray")
 VERSION = 1
@@ -36,13 +37,6 @@ GROUP = 16_384  # rows per Parquet row group
 ENDINGS = (".parquet", ".npy")
 FACTS, DIGEST = b"xray", b"xray_sha256"  # of the schema's metadata
 CHECKED = "\n], "  # ends the part of X.npy.json that has the checksum
-Dtype = Literal["fp32", "fp16", "int8", "binary"]
-STORED: dict[str, Any] = {
-    "fp32": np.float32,
-    "fp16": np.float16,
-    "int8": np.int8,
-    "binary": np.uint8,
-}
 Facts = dict[str, Any]
 NEEDED: dict[str, Any] = {  # facts and their types
     **{name: int for name in ("version", "rows", "dim")},
@@ -66,55 +60,9 @@ class Names:
 Block = tuple[np.ndarray, Names]  # rows [n, D] float32, and their names
 
 
-# numbers --------------------------------------------------------------------------------------
-
-
-def shortened(rows: np.ndarray, dim: int) -> np.ndarray:
-    """Return the first `dim` features of rows [N, D], normalised again."""
-    part = rows[:, :dim].astype(np.float32)
-    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
-
-
-def calibrate(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8's (scale, offset), [D] each, from each dimension's least and largest value.
-
-    A code c stands for c * scale + offset. The 256 codes cover the range evenly, so a value within
-    it has an error of at most scale / 2.
-    """
-    scale = (high.astype(np.float64) - low) / 255
-    scale = np.where(scale > 0, scale, 1.0)
-    return scale.astype(np.float32), (low + 128 * scale).astype(np.float32)
-
-
-def quantise(rows: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
-    """Return rows [N, D] float32 in their stored dtype: [N, D], or [N, D / 8] bytes of signs."""
-    if facts["dtype"] == "binary":
-        return np.packbits(rows > 0, axis=1)
-    if facts["dtype"] == "int8":
-        scale, offset = (np.array(facts[name], np.float32) for name in ("scale", "offset"))
-        return np.rint((rows - offset) / scale).clip(-128, 127).astype(np.int8)
-    return rows.astype(STORED[facts["dtype"]])
-
-
-def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
-    """Return the values of stored rows, [N, D] float32; a sign is +-1/sqrt(D)."""
-    if facts["dtype"] == "binary":
-        signs = np.unpackbits(stored, axis=1, count=facts["dim"]).astype(np.float32)
-        return (2 * signs - 1) / np.float32(np.sqrt(facts["dim"]))
-    rows = stored.astype(np.float32)
-    if facts["dtype"] == "int8":
-        rows = rows * np.array(facts["scale"], np.float32) + np.array(facts["offset"], np.float32)
-    return rows
-
-
 def by_digest(facts: Mapping[str, Any]) -> Facts:
     """Return facts with only the digests of the artifact and the source, not their paths."""
     return {**facts, **{name: facts[name]["digest"] for name in ("artifact", "source")}}
-
-
-def row_length(facts: Mapping[str, Any]) -> int:
-    """Return the count of numbers stored per row."""
-    return -(-facts["dim"] // 8) if facts["dtype"] == "binary" else facts["dim"]
 
 
 # writing --------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
-from xray.search.embedding_file import Facts, shortened
+from xray.search.embedding_file import Facts
+from xray.search.quantisation import shortened
 
 
 def set_keep_rate(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from xray.errors import ConfigError
-from xray.search.embedding_file import Embeddings, by_digest, quantise, restored
+from xray.search.embedding_file import Embeddings, by_digest
+from xray.search.quantisation import quantise, restored
 
 ROWS = 2048  # per comparison: 4 MB of fp32 at 512 dimensions, which fits a core's cache
 OVERSAMPLE = 4
