@@ -33,7 +33,7 @@ import typer
 from typer.core import TyperCommand
 
 from xray import dist
-from xray.errors import ConfigError, Preempted, TrainingError, XrayError
+from xray.errors import ConfigError, DataError, Preempted, TrainingError, XrayError, brief
 from xray.files import disk_is_full
 from xray.urls import conceal, redact
 
@@ -69,6 +69,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             try:
                 command(*map(_concealed, args), **{k: _concealed(v) for k, v in kwargs.items()})
+            except RuntimeError as error:
+                # torch raises it from a signal handler, at any place.
+                if "DataLoader worker (pid" not in str(error):
+                    raise
+                raise DataError(
+                    f"a loader process ended: the system killed it for lack of memory, or a file "
+                    f"crashed its decoder; lower data.workers ({brief(error)})"
+                ) from error
             finally:
                 sys.stdout.flush()
             dist.leave()
