@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from data_pipelines.decode.image_limits import MAX_PIXELS, check_size, limited_time
+from data_pipelines.decode.pixel_shape import surely_square
 from xray.errors import BadSample, brief
 
 # Pillow tries these formats whatever the file's name is. None of them may need another program:
@@ -224,6 +225,8 @@ def upright_aspect(data: bytes) -> float:
 
     The result is 1 if FFmpeg cannot tell.
     """
+    if surely_square(data):
+        return 1.0
     import av
 
     with suppress(av.FFmpegError, ValueError), av.open(io.BytesIO(data), options=HEADER) as file:
