@@ -123,4 +123,4 @@ def test_a_damaged_record_gives_an_error_of_one_line(run: Path) -> None:
     (run / "report.json").write_text("{")
     done = invoke("report", str(run))
     (run / "report.json").unlink()
-    assert done.exit_code == 2 and "report.json is damaged" in done.stderr
+    assert done.exit_code == 2 and "report.json cannot be read" in done.stderr

@@ -150,5 +150,7 @@ def test_the_dimensions_of_embeddings_are_those_of_their_rows(tmp_path: Path) ->
     said = {**facts, "version": 1, "dim": 10**12}
     pq.write_table(table.replace_schema_metadata({b"xray": json.dumps(said)}), path)
     assert table.schema.field("embedding").type == pa.binary(32)
-    with pytest.raises(DataError, match=r"x\.parquet is not an embedding file.*dim=1000000000000"):
+    with pytest.raises(
+        DataError, match=r"x\.parquet is not a sound embedding file.*dim=1000000000000"
+    ):
         open_embeddings(path)

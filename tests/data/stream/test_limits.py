@@ -79,9 +79,9 @@ def test_a_batch_lost_in_a_worker_is_an_error(limit: Callable[[], None], advice:
 
 @pytest.fixture
 def soft_limit() -> Iterator[int]:
-    """Set the soft limit of open files to 100, or what is open, and restore it."""
+    """Set the soft limit of open files to 60 more than are open, and restore it."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = max(100, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+    few = max(map(int, os.listdir("/proc/self/fd"))) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
     yield few
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
