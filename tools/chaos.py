@@ -107,7 +107,7 @@ def report(outcomes: list[tuple[int, Outcome]], path: Path | None) -> None:
     print(Table("Attempts to break xray", ["kind", "tried", "held"], rows))
     if path:
         facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+        path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Command:
 
     def fault(self, code: int | None, allowed: tuple[int, ...]) -> str:
         """Return what is wrong with an exit: a hang, a traceback or another code."""
-        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        text = self.log.read_text("utf-8", errors="replace") if self.log.is_file() else ""
         last = (text.strip().splitlines() or [""])[-1][:160]
         if code is None:
             return f"hangs for {SECONDS:.0f} s: {last}"

@@ -44,7 +44,7 @@ def flipped_bit(folder: Path, data: Path, rng: random.Random) -> Outcome:
     code = running.wait()
     fault = running.fault(code, CODES)
     if not fault and code == 0 and what != "tar":  # a tar's pictures may be other ones
-        log = running.log.read_text(errors="replace")
+        log = running.log.read_text("utf-8", errors="replace")
         told = path.name in log or "damaged" in log
         fault = "" if told else same_result(folder.parent / "unkilled", folder / "run")
     return Outcome(f"flipped bit: {what}", fault)
@@ -62,7 +62,7 @@ def full_disk(folder: Path, data: Path, rng: random.Random) -> Outcome:
     }
     (folder / "files").mkdir()
     for number in range(3):
-        (folder / "files" / f"{number}.txt").write_text(f"picture {number}")
+        (folder / "files" / f"{number}.txt").write_text(f"picture {number}", "utf-8")
         shutil.copy(_picture(data, folder), folder / "files" / f"{number}.jpg")
 
     def command(bytes_: int) -> Command:
