@@ -97,8 +97,9 @@ def steps_in(run: Path) -> int:
 
 def placed(monkeypatch: pytest.MonkeyPatch, **more: str) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
+    for name in names:  # set, too: what `setup_environment` sets then ends with the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     for name, value in more.items():
         monkeypatch.setenv(name, value)
     # The tests themselves may be a job of a shell.
