@@ -35,6 +35,7 @@ class Command:
 
     def __init__(self, log: Path, *arguments: object, bytes_: int = 0) -> None:
         self.log = log
+        self._code: int | None = None
         self.pid = os.fork()
         if self.pid:
             return
@@ -47,8 +48,10 @@ class Command:
 
     def code(self) -> int | None:
         """Return the exit code, None while the command runs; the signal's, negative, if killed."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if pid else None
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
     def wait(self, seconds: float = SECONDS) -> int | None:
         """Wait for the end and return the exit code; None if the command hangs, it is killed."""
@@ -62,8 +65,9 @@ class Command:
     def kill(self) -> str:
         """Kill the command; returns the processes that it has left behind, after ORPHANS."""
         below = descendants(self.pid)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        if self.code() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         left = left_of(below, ORPHANS)
         return f"{len(left)} processes left" if left else ""
 
