@@ -39,12 +39,15 @@ class Command:
         self.pid = os.fork()
         if self.pid:
             return
-        os.setsid()
-        if bytes_:
-            fill_disk(bytes_)
-        for stream in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), stream)
-        os._exit(_run(list(map(str, arguments))))
+        try:  # nothing may leave this block: the caller's code would go on twice
+            os.setsid()
+            if bytes_:
+                fill_disk(bytes_)
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), stream)
+            os._exit(_run(list(map(str, arguments))))
+        finally:
+            os._exit(1)  # such as no room in the log for a traceback
 
     def code(self) -> int | None:
         """Return the exit code, None while the command runs; the signal's, negative, if killed."""
