@@ -7,7 +7,6 @@ Rank 0 writes the results to FOLDER/found.json.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from torch import Tensor
 
 from xray.losses import contrastive as losses
@@ -109,14 +109,7 @@ def main() -> None:
     """Fork the ranks; exit with 1 if one of them fails."""
     world, dtype, folder = int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[4])
     losses.MOST_LOGITS = int(sys.argv[3])
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run, args=(r, world, dtype, folder)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
+    run_ranks(run, world, dtype, folder)
 
 
 if __name__ == "__main__":

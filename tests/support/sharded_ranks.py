@@ -6,13 +6,13 @@ Each rank writes its results to FOLDER/RANK.pt.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed
+from forked_ranks import run_ranks
 from torch import Tensor
 
 from xray import dist
@@ -74,14 +74,7 @@ def run(rank: int, world: int, dtype: torch.dtype, folder: Path) -> None:
 def main() -> None:
     """Fork the ranks; exit with 1 if one of them fails."""
     world, dtype, folder = int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run, args=(r, world, dtype, folder)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
+    run_ranks(run, world, dtype, folder)
 
 
 if __name__ == "__main__":
