@@ -220,6 +220,12 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
+def write_in_place(path: Path, text: str) -> None:
+    """Write a text file that may also be a link or a device; a full disk's error names it."""
+    with naming_full_disk(path):
+        path.write_text(text, "utf-8")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -27,7 +27,7 @@ from data_pipelines.text.captions import captions_of
 from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
-from xray.files import lines_of, naming_full_disk, read_text
+from xray.files import lines_of, read_text, write_in_place
 from xray.records import parse_record
 
 EVERY = ""  # language of metadata for texts of all languages
@@ -167,8 +167,7 @@ def write_metadata(metadata: Metadata, path: Path) -> None:
     else:
         lists = {language: list(entries) for language, entries in metadata.lists}
         text = json.dumps(lists, ensure_ascii=False, indent=0)
-    with naming_full_disk(path):
-        path.write_text(text, "utf-8")
+    write_in_place(path, text)
 
 
 # counted from the pool ------------------------------------------------------------------------

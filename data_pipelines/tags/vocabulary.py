@@ -35,7 +35,7 @@ from data_pipelines.tags.reader import (
 )
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
-from xray.files import naming_full_disk
+from xray.files import write_in_place
 from xray.records import parse_record
 
 EXAMPLES = 1000  # dropped tags to remember by name, per reason
@@ -93,8 +93,7 @@ class Vocabulary:
         columns = zip(self.tags, self.counts, self.aliases or [()] * len(self), strict=True)
         rows = [_Row(i, tag, count, list(names)) for i, (tag, count, names) in enumerate(columns)]
         content = _Content(rows, self.digest, dict(self.settings))
-        with naming_full_disk(path):
-            path.write_text(json.dumps(asdict(content), indent=1, ensure_ascii=False), "utf-8")
+        write_in_place(path, json.dumps(asdict(content), indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:

@@ -33,7 +33,7 @@ import typer
 from typer.core import TyperCommand
 
 from xray import dist
-from xray.errors import ConfigError, DataError, Preempted, TrainingError, XrayError, brief
+from xray.errors import ConfigError, Preempted, TrainingError, XrayError
 from xray.files import disk_is_full
 from xray.urls import conceal, redact
 
@@ -73,10 +73,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 # torch raises it from a signal handler, at any place.
                 if "DataLoader worker (pid" not in str(error):
                     raise
-                raise DataError(
-                    f"a loader process ended: the system killed it for lack of memory, or a file "
-                    f"crashed its decoder; lower data.workers ({brief(error)})"
-                ) from error
+                from data_pipelines.stream.workers import reporting_dead_workers
+
+                with reporting_dead_workers():
+                    raise
             finally:
                 sys.stdout.flush()
             dist.leave()

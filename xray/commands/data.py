@@ -19,7 +19,7 @@ from xray.commands.common import (
     settings,
     takes,
 )
-from xray.files import naming_full_disk
+from xray.files import write_in_place
 from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def data_check(
 
     report = _checked(data, workers, cache)
     if json_file is not None:
-        with naming_full_disk(json_file):
-            json_file.write_text(json.dumps(summary(report), indent=1) + "\n", "utf-8")
+        write_in_place(json_file, json.dumps(summary(report), indent=1) + "\n")
     check_table(report).print()
     print(totals(report))
     for line in findings(report, LISTED):

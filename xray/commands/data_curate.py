@@ -22,7 +22,7 @@ from xray.commands.common import (
     split_settings,
     takes,
 )
-from xray.files import naming_full_disk
+from xray.files import write_in_place
 from xray.progress import progress_of
 
 
@@ -92,10 +92,8 @@ def data_curate(
     curated = curate(source, config, progress_of("curating"))
     write_curation_page(curated.report, source, report)
     if json_file is not None:
-        with naming_full_disk(json_file):
-            json_file.write_text(
-                json.dumps(asdict(curated.report), indent=1, ensure_ascii=False), "utf-8"
-            )
+        facts = json.dumps(asdict(curated.report), indent=1, ensure_ascii=False)
+        write_in_place(json_file, facts)
     for table in tables(curated.report):
         table.print()
     print(f"keep-list: {curated.kept.name} (data.sources.NAME.keep={curated.kept.name}); {report}")

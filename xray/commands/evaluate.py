@@ -11,7 +11,7 @@ import typer
 from xray import dist
 from xray.commands.common import ArtifactName, Overrides, guarded
 from xray.errors import ConfigError
-from xray.files import naming_full_disk
+from xray.files import write_in_place
 
 if TYPE_CHECKING:
     from xray.evaluation.config import EvalConfig
@@ -80,8 +80,7 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
             results[name] = measures
             if target is not None:
                 facts = recorded(evaluator.config.precision)
-                with naming_full_disk(target):
-                    target.write_text(json.dumps({**facts, **results}, indent=1), "utf-8")
+                write_in_place(target, json.dumps({**facts, **results}, indent=1))
     finally:
         if results:
             result_table(results).print()
@@ -147,8 +146,7 @@ def _over_rates(
     by_rate = over_keep_rates(evaluator, rates, names)
     keep_rate_table(by_rate).print()
     if target is not None:
-        with naming_full_disk(target):
-            target.write_text(json.dumps(by_rate, indent=1), "utf-8")
+        write_in_place(target, json.dumps(by_rate, indent=1))
         print(f"written: {target}")
         plot_keep_rates(by_rate, target.with_suffix(".png"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xray.files import naming_full_disk
+from xray.files import write_in_place
 
 
 @dataclass
@@ -86,11 +86,8 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
     )
     body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
     title = html.escape(title)
-    with naming_full_disk(path):
-        path.write_text(
-            f"{head}<title>{title}</title><style>{style}</style><body>{body}</body></html>",
-            "utf-8",
-        )
+    page = f"{head}<title>{title}</title><style>{style}</style><body>{body}</body></html>"
+    write_in_place(path, page)
 
 
 def gallery(title: str, panels: Sequence[str]) -> str:
