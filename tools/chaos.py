@@ -18,45 +18,64 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.common.tables import Table
-from tools.faults import damage, kills
-from tools.faults.commands import Outcome, train
+from tools.faults import damage, flips, kills
+from tools.faults.commands import Command, Outcome, train
 
 Attempt = Callable[[Path, Path, random.Random], Outcome]
+RUNS = {"unkilled": kills.STAGES, "loaded": kills.CHILDREN, "stored": flips.STORED}
 KINDS: dict[str, Attempt] = {
     "kill": kills.killed_run,
-    "flip": damage.flipped_bit,
+    "flip": flips.flipped_bit,
     "child": kills.killed_child,
     "disk": damage.full_disk,
     "frozen-children": kills.frozen_children,
     "hostile": damage.hostile_files,
     "frozen": kills.frozen_run,
+    "rank": kills.lost_rank,
 }
 
 
-def prepare(folder: Path) -> Path:
-    """Make small data, and undisturbed runs to compare with; returns the folder of the data."""
+def prepare(folder: Path, read_only: bool) -> Path:
+    """Make small data, and undisturbed results to compare with; returns the folder of the data."""
     from data_pipelines.ingest.demo import DemoConfig, make_demo
 
     data = folder / "data"
     sizes = DemoConfig(photos=96, clips=24, heldout=24, per_shard=32, side=32, frames=8)
     make_demo(data, sizes)
-    for name, settings in (("unkilled", ()), ("loaded", kills.CHILDREN)):
-        running = train(folder / name, data, *settings)
-        if fault := running.fault(running.wait(), (0,)):
-            raise SystemExit(f"the undisturbed run fails: {fault}")
+    llm = ("data", "tiny-llm", data / "llm", "--captions", data / "photos")
+    must(Command(folder / "llm.log", *llm))
+    damage.first_picture(data, folder)
+    if read_only:
+        for path in [*data.rglob("*"), data]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    must(Command(folder / "index.log", "data", "index", data / "photos", "--checksum"))
+    for name, settings in RUNS.items():
+        must(train(folder / name, data, *settings))
+    must(*kills.start_ranks(folder / "ranks", data))
+    (folder / "embedded").mkdir()
+    artifact = folder / "unkilled/mae/artifact"
+    must(flips.embed(folder / "embedded", artifact, data))
+    must(flips.search(folder / "embedded", artifact, folder / "picture.jpg"))
     shutil.copytree(folder / "unkilled", folder / "halfway")
+    shutil.rmtree(folder / "halfway" / "clip")
+    (folder / "halfway" / "results.json").unlink()
     stage = folder / "halfway" / "mae"
     shutil.rmtree(stage / "artifact")
-    newest = max((stage / "checkpoints").glob("step_*"))
-    shutil.rmtree(newest)
+    shutil.rmtree(max((stage / "checkpoints").glob("step_*")))
     return data
+
+
+def must(*commands: Command) -> None:
+    """Wait for undisturbed commands; raises SystemExit if one fails."""
+    for running in commands:
+        if fault := running.fault(running.wait(), (0,)):
+            raise SystemExit(f"an undisturbed command fails: {fault}")
 
 
 def main() -> None:
@@ -68,6 +87,7 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=0, help="per kind, instead of --minutes")
     parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--read-only", action="store_true", help="nobody may write to the data")
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -79,7 +99,8 @@ def main() -> None:
     outcomes: list[tuple[int, Outcome]] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = Path(temporary)
-        data = prepare(folder)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        data = prepare(folder, given.read_only)
         end = time.monotonic() + 60 * given.minutes
         for number in itertools.count():
             name = given.only[number % len(given.only)]
@@ -100,11 +121,14 @@ def main() -> None:
 
 def report(outcomes: list[tuple[int, Outcome]], path: Path | None) -> None:
     """Print the table of kinds, and write all outcomes."""
-    tried = Counter(outcome.kind for _, outcome in outcomes)
-    held = Counter(outcome.kind for _, outcome in outcomes if not outcome.fault)
-    rows = [[kind, str(count), str(held[kind])] for kind, count in sorted(tried.items())]
-    rows.append(["all", str(tried.total()), str(held.total())])
-    print(Table("Attempts to break xray", ["kind", "tried", "held"], rows))
+    kinds = sorted({outcome.kind for _, outcome in outcomes})
+    rows = []
+    for name in [*kinds, "all"]:
+        own = [outcome for _, outcome in outcomes if name in (outcome.kind, "all")]
+        held = sum(not outcome.fault for outcome in own)
+        rows.append([name, *map(str, (len(own), held, sum(each.injected for each in own)))])
+    heads = ["kind", "attempts", "held", "faults injected"]
+    print(Table("Attempts to break xray", heads, rows))
     if path:
         facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
         path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")

@@ -60,6 +60,13 @@ def announce(store: Store, rank: int) -> None:
     store.set(f"xray/host/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return True for the error of a collective whose other ranks have ended or are unreachable."""
+    # gloo raises a plain RuntimeError; NCCL's error and the store's have types of torch.
+    of_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return of_nccl or "gloo/transport" in str(error)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """One agreement; every rank makes its agreements in the same order, with the same numbers."""

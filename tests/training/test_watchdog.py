@@ -202,6 +202,25 @@ def test_a_step_reads_values_only_where_the_watchdog_sees_a_wait(
     assert not [place for place in seen if not any(part in place for part in WAITS)]
 
 
+def test_a_run_ends_although_the_store_is_held_by_a_frozen_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of a frozen rank's store never returns, so another thread measures the time."""
+    asked, ended = threading.Event(), SimpleQueue[str]()
+
+    def never() -> str | None:
+        asked.set()
+        threading.Event().wait()
+        return None
+
+    monkeypatch.setattr(dist, "reported_failure", never)
+    monkeypatch.setattr(Watchdog, "_end", lambda self: ended.put("ended"))
+    watchdog = Watchdog(tmp_path, patience=0.01)
+    assert asked.wait(60)
+    assert ended.get(timeout=60) == "ended"
+    watchdog.close()
+
+
 def test_nccls_flight_recorder_is_written_beside_the_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

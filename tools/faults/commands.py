@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +17,29 @@ from tools.common.process_tree import descendants, left_of
 
 SECONDS = 120.0  # after which a command hangs
 ORPHANS = 5.0  # seconds after which no process of a dead command is left
+CODES = (0, 1, 2)  # of a command that ends as it should, with or without an error
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "tests" / "support" / "tiny_recipe.yaml")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one attempt: its kind, and what did not hold, "" if all did."""
+    """Result of one attempt: its kind, what did not hold ("" if all did), and faults injected."""
 
     kind: str
     fault: str = ""
+    injected: int = 1
 
 
 class Command:
     """Forked process that runs `xray ARGUMENTS`; everything is imported already, so it is fast.
 
-    bytes_: no file may grow beyond this size, as on a full disk.
+    bytes_: no file may grow beyond this size, as on a full disk. env: further variables.
     """
 
-    def __init__(self, log: Path, *arguments: object, bytes_: int = 0) -> None:
+    def __init__(
+        self, log: Path, *arguments: object, bytes_: int = 0, env: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self._code: int | None = None
         self.pid = os.fork()
@@ -41,6 +47,7 @@ class Command:
             return
         try:  # nothing may leave this block: the caller's code would go on twice
             os.setsid()
+            os.environ |= env or {}
             if bytes_:
                 fill_disk(bytes_)
             for stream in (1, 2):
@@ -117,16 +124,37 @@ def _run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else int(code is not None)
 
 
-def train(out: Path, data: Path, *settings: str, bytes_: int = 0) -> Command:
-    """Start a run of the mae stage with a checkpoint at every step."""
-    given = (f"data.root={data}", f"out={out}", "stages=[mae]", "train.save_every=1")
-    log = out.with_name(f"{out.name}.log")
-    return Command(log, "run", RECIPE, *given, "train.samples=72", *settings, bytes_=bytes_)
+def train(
+    out: Path, data: Path, *settings: str, bytes_: int = 0, env: Mapping[str, str] | None = None
+) -> Command:
+    """Start a run of the mae stage with a checkpoint at every step; settings may add stages."""
+    given = (f"data.root={data}", f"out={out}", "train.save_every=1", "train.samples=72")
+    log = out.with_name(f"{out.name}{(env or {}).get('RANK', '')}.log")
+    stages = () if any(item.startswith("stages=") for item in settings) else ("stages=[mae]",)
+    return Command(log, "run", RECIPE, *given, *stages, *settings, bytes_=bytes_, env=env)
 
 
 def same_result(one: Path, two: Path) -> str:
-    """Compare the weights of two runs' artifacts; returns the difference, "" if there is none."""
-    files = [path / "mae" / "artifact" / "backbone.safetensors" for path in (one, two)]
-    if not files[1].is_file():
-        return "no artifact"
-    return "" if files[0].read_bytes() == files[1].read_bytes() else "other weights in silence"
+    """Compare weights, metrics and evaluations of two runs; returns the first difference, or ""."""
+    for folder in sorted(path.parent for path in one.glob("*/metrics.jsonl")):
+        other = two / folder.name
+        for file in sorted(folder.glob("artifact/*.safetensors")):
+            own = other / "artifact" / file.name
+            if not own.is_file():
+                return f"no {folder.name}/artifact/{file.name}"
+            if own.read_bytes() != file.read_bytes():
+                return f"other weights in silence: {folder.name}/artifact/{file.name}"
+        if _metrics(folder) != _metrics(other):
+            return f"other metrics in silence: {folder.name}/metrics.jsonl"
+    results = [path.read_bytes() for run in (one, two) if (path := run / "results.json").is_file()]
+    return "other results in silence" if len(set(results)) > 1 else ""
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of a stage, without those that are measured and differ in every run."""
+    measured = ("seconds", "samples/s", "tokens/s", "mfu", "memory/", "data/", "save/", "rank/")
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(measured)}
+        for line in lines
+    ]

@@ -1,4 +1,4 @@
-"""Damage to files: flipped bits of every kind, disks that are full, and hostile files."""
+"""Disks that are full, and hostile files."""
 
 from __future__ import annotations
 
@@ -7,47 +7,11 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from tools.faults.commands import Command, Outcome, same_result, train
+from tools.faults.commands import CODES, Command, Outcome, same_result, train
+from tools.faults.kills import STAGES
 
-# kind of file -> where it is, below a copy of the data (data) or of an unfinished run (run)
-FLIPPED = {
-    "tar": "data/photos/*.tar",
-    "index": "data/photos/*.index",
-    "manifest of shards": "data/photos/*.manifest",
-    "demo.json": "data/demo.json",
-    "checkpoint's weights": "run/mae/checkpoints/step_*/portable/*.safetensors",
-    "checkpoint's index": "run/mae/checkpoints/step_*/portable/index.json",
-    "checkpoint's state": "run/mae/checkpoints/step_*/state.json",
-    "run.json": "run/mae/run.json",
-    "config.yaml": "run/mae/config.yaml",
-    "metrics.jsonl": "run/mae/metrics.jsonl",
-}
 ENDINGS = ("jpg", "png", "webp", "gif", "mp4", "mkv", "webm", "txt", "json")
 WHOLE = ("tar", "csv", "tsv", "jsonl", "parquet")  # data in one file
-CODES = (0, 1, 2)
-
-
-def flipped_bit(folder: Path, data: Path, rng: random.Random) -> Outcome:
-    """Flip a bit of a file below an unfinished run: found, or without an effect on the result."""
-    what = rng.choice(list(FLIPPED))
-    shutil.copytree(data, folder / "data")
-    shutil.copytree(folder.parent / "halfway", folder / "run")
-    paths = sorted(folder.glob(FLIPPED[what]))
-    if not paths:
-        return Outcome(f"flipped bit: {what}", "no such file")
-    newest = [path for path in paths if path.parent == paths[-1].parent]  # of the checkpoints
-    path = rng.choice(newest)
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-    running = train(folder / "run", folder / "data")
-    code = running.wait()
-    fault = running.fault(code, CODES)
-    if not fault and code == 0 and what != "tar":  # a tar's pictures may be other ones
-        log = running.log.read_text("utf-8", errors="replace")
-        told = path.name in log or "damaged" in log
-        fault = "" if told else same_result(folder.parent / "unkilled", folder / "run")
-    return Outcome(f"flipped bit: {what}", fault)
 
 
 def full_disk(folder: Path, data: Path, rng: random.Random) -> Outcome:
@@ -63,11 +27,11 @@ def full_disk(folder: Path, data: Path, rng: random.Random) -> Outcome:
     (folder / "files").mkdir()
     for number in range(3):
         (folder / "files" / f"{number}.txt").write_text(f"picture {number}", "utf-8")
-        shutil.copy(_picture(data, folder), folder / "files" / f"{number}.jpg")
+        shutil.copy(first_picture(data, folder), folder / "files" / f"{number}.jpg")
 
     def command(bytes_: int) -> Command:
         if kind == "run":
-            return train(folder / "run", data, bytes_=bytes_)
+            return train(folder / "run", data, *STAGES, bytes_=bytes_)
         log.unlink(missing_ok=True)
         return Command(log, *arguments[kind], bytes_=bytes_)
 
@@ -83,7 +47,7 @@ def full_disk(folder: Path, data: Path, rng: random.Random) -> Outcome:
 
 def hostile_files(folder: Path, data: Path, rng: random.Random) -> Outcome:
     """Check random bytes, damaged pictures and tables: a report or one line, and no hang."""
-    picture = _picture(data, folder).read_bytes()
+    picture = first_picture(data, folder).read_bytes()
     target = folder / "files"
     target.mkdir()
     for number in range(6):
@@ -104,7 +68,7 @@ def hostile_files(folder: Path, data: Path, rng: random.Random) -> Outcome:
     return Outcome("hostile files", running.fault(running.wait(), CODES))
 
 
-def _picture(data: Path, folder: Path) -> Path:
+def first_picture(data: Path, folder: Path) -> Path:
     """Write the first picture of the data to a file."""
     path = folder / "picture.jpg"
     with tarfile.open(min((data / "photos").glob("*.tar"))) as archive:

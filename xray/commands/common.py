@@ -33,6 +33,7 @@ import typer
 from typer.core import TyperCommand
 
 from xray import dist
+from xray.agreement import is_lost_connection
 from xray.errors import ConfigError, Preempted, TrainingError, XrayError
 from xray.files import disk_is_full
 from xray.urls import conceal, redact
@@ -70,6 +71,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*map(_concealed, args), **{k: _concealed(v) for k, v in kwargs.items()})
             except RuntimeError as error:
+                if is_lost_connection(error):
+                    raise TrainingError(
+                        "another rank has ended or cannot be reached: its output says why; the "
+                        f"same command continues from the last checkpoint ({error})"
+                    ) from error
                 # torch raises it from a signal handler, at any place.
                 if "DataLoader worker (pid" not in str(error):
                     raise

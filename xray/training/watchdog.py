@@ -34,7 +34,7 @@ WAITS = (
 
 
 class Watchdog:
-    """Thread that ends a run without progress, or after another rank has stopped.
+    """Threads that end a run without progress, or after another rank has stopped.
 
     If `at` reports no new phase for `patience` seconds, every rank writes its phase and its
     threads' stacks to `stuck/rank_00000.*`, the lowest rank alive prints a verdict, and all exit
@@ -49,7 +49,9 @@ class Watchdog:
         self._done = threading.Event()
         if patience > 0:
             self._clear()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            # Two threads: a frozen rank 0, whose process holds the store, never answers the second.
+            for watch in (self._watch, self._watch_others):
+                threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
     def at(self, place: str, step: int, factor: float = 1.0) -> None:
         """Report that this rank enters a phase, which may take factor times the patience."""
@@ -61,19 +63,23 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(5.0, self.patience / 5)):
-            self._look_at_others()
+        while not self._pause():
             if time.monotonic() - self._since > self.patience * self._factor:
                 self._end()
 
-    def _look_at_others(self) -> None:
+    def _watch_others(self) -> None:
         """End this process if another rank has stopped, for which it may wait in a collective."""
-        with contextlib.suppress(RuntimeError):  # the store is gone: this rank will notice
-            failure = dist.reported_failure()
-            if failure is not None:
-                if dist.is_main():
-                    print(f"xray: {failure}", file=sys.stderr, flush=True)
-                os._exit(1)
+        while not self._pause():
+            with contextlib.suppress(RuntimeError):  # the store is gone: this rank will notice
+                failure = dist.reported_failure()
+                if failure is not None:
+                    if dist.is_main():
+                        print(f"xray: {failure}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    def _pause(self) -> bool:
+        """Wait until the next look; True if there is none."""
+        return self._done.wait(min(5.0, self.patience / 5))
 
     def _end(self) -> None:
         seconds = time.monotonic() - self._since
