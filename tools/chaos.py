@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.common.tables import Table
-from tools.faults import damage, flips, kills
+from tools.faults import damage, flips, kills, soak
 from tools.faults.commands import Command, Outcome, train
 
 Attempt = Callable[[Path, Path, random.Random], Outcome]
@@ -38,6 +38,7 @@ KINDS: dict[str, Attempt] = {
     "hostile": damage.hostile_files,
     "frozen": kills.frozen_run,
     "rank": kills.lost_rank,
+    "soak": soak.soak,
 }
 
 

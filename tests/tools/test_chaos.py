@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from child_process import ROOT, clean_environment
 
 from tools.chaos import KINDS
 from tools.faults.commands import Command, same_result
 
 
-def test_one_attempt_of_each_kind_holds(tmp_path: Path) -> None:
-    path = tmp_path / "outcomes.json"
-    command = [str(ROOT / "tools" / "chaos.py"), "--attempts", "1", "--json", str(path)]
+def attempts(folder: Path, each: int, *options: str) -> None:
+    """Attempt each kind some times, and check that all held."""
+    path = folder / "outcomes.json"
+    command = [str(ROOT / "tools" / "chaos.py"), "--attempts", str(each), "--json", str(path)]
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=clean_environment()
+        [sys.executable, *command, *options],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = json.loads(path.read_text())
-    assert len(outcomes) == len(KINDS)
-    assert f"| all | {len(KINDS)} | {len(KINDS)} |" in done.stdout
+    tried = each * len(KINDS)
+    assert len(json.loads(path.read_text())) == tried
+    assert f"| all | {tried} | {tried} |" in done.stdout
+
+
+def test_one_attempt_of_each_kind_holds(tmp_path: Path) -> None:
+    attempts(tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("options", [(), ("--read-only",)], ids=["writable", "read-only"])
+def test_many_attempts_of_each_kind_hold(options: tuple[str, ...], tmp_path: Path) -> None:
+    attempts(tmp_path, 30, "--seed", "1000", *options)
 
 
 def test_what_does_not_hold_is_told(tmp_path: Path) -> None:
@@ -35,9 +52,14 @@ def test_what_does_not_hold_is_told(tmp_path: Path) -> None:
     assert command.fault(None, (0,)).startswith("hangs")
     command.log.write_text("Traceback (most recent call last):\n  ...\nKeyError: 1")
     assert command.fault(2, (0, 2)) == "traceback: KeyError: 1"
-    for name, content in (("one", b"1"), ("two", b"2")):
-        (tmp_path / name / "mae" / "artifact").mkdir(parents=True)
-        (tmp_path / name / "mae" / "artifact" / "backbone.safetensors").write_bytes(content)
-    assert same_result(tmp_path / "one", tmp_path / "one") == ""
-    assert same_result(tmp_path / "one", tmp_path / "two") == "other weights in silence"
-    assert same_result(tmp_path / "one", tmp_path / "three") == "no artifact"
+    for name, weights, loss in (("one", b"1", 2), ("two", b"2", 2), ("three", b"1", 3)):
+        stage = tmp_path / name / "mae"
+        (stage / "artifact").mkdir(parents=True)
+        (stage / "artifact" / "backbone.safetensors").write_bytes(weights)
+        row = {"loss": loss, "seconds": random.random()}
+        (stage / "metrics.jsonl").write_text(f"{json.dumps(row)}\n")
+    (tmp_path / "four" / "mae").mkdir(parents=True)
+    compared = [same_result(tmp_path / "one", tmp_path / name) for name in ("one", "two", "three")]
+    assert compared[0] == "" and compared[1].startswith("other weights in silence")
+    assert compared[2].startswith("other metrics in silence")
+    assert same_result(tmp_path / "one", tmp_path / "four").startswith("no mae/artifact")

@@ -44,10 +44,10 @@ from data_pipelines.stream.loaded import Fields
 from data_pipelines.stream.loader import iterate_steps
 from data_pipelines.stream.sampling import StepSampler, StepShape, make_plans, micro_batches
 from tools.benchmarks.bench_plan import plan_at_scale
-from tools.benchmarks.bench_soak import soak
 from tools.common.media import clip_of, jpeg_of, stack_rows, write_shards
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved, speedup
+from tools.faults.soak import soak_table
 from xray.config import BlockConfig, DataConfig
 from xray.models.heads import Normalize
 
@@ -298,7 +298,7 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
     "a": images,
     "b": clips,
     "c": lambda options: plan_at_scale(options.files),
-    "d": lambda options: soak(options.reads),
+    "d": lambda options: [soak_table(options.reads)],
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.common.process_tree import descendants, left_of
+from xray import processes
 
 SECONDS = 120.0  # after which a command hangs
 ORPHANS = 5.0  # seconds after which no process of a dead command is left
@@ -42,11 +43,13 @@ class Command:
     ) -> None:
         self.log = log
         self._code: int | None = None
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid:
             return
         try:  # nothing may leave this block: the caller's code would go on twice
             os.setsid()
+            processes.die_with(parent)
             os.environ |= env or {}
             if bytes_:
                 fill_disk(bytes_)

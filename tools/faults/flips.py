@@ -21,8 +21,7 @@ class Reader:
     """Command that reads damaged files.
 
     copies: folders of undisturbed results that it works on. run: starts it in a folder that holds
-    the copies. differs: compares its result with the undisturbed one, "" if they are equal. told:
-    text of its output beside the file's name that reports damage.
+    the copies. differs: compares its result with the undisturbed one, "" if they are equal.
     """
 
     copies: tuple[str, ...]

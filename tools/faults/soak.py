@@ -1,4 +1,4 @@
-"""Table d of `bench_data.py`: a soak test of the data stream with broken samples.
+"""Soak test of the data stream with broken samples; table d of `bench_data.py`, too.
 
 2 % of the photos and clips cannot be decoded. Some clips hang the decode process or make it
 allocate memory without end. The replaced samples are compared, by cause, with the number that is
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,6 +37,7 @@ from data_pipelines.stream.sampling import (
 )
 from tools.common.media import clip_of, jpeg_of, moving_picture, stack_rows, write_shards
 from tools.common.tables import Table
+from tools.faults.commands import Outcome
 from xray.config import BlockConfig, DataConfig
 
 CAUSES = {
@@ -48,6 +51,7 @@ CAUSES = {
 KILLED = ("hang", "memory")
 BLOCKS = [BlockConfig("photos", 48), BlockConfig("clips", 16)]
 WORKERS = 2
+READS = 2_000  # of one attempt
 MEMORY_AT = (0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the reads after which memory is measured
 # Decode process whose decoder fails on marked clips, because no real clip is known to hang it or to
 # exhaust its memory. The process id in the source identifies this run's decode processes.
@@ -145,9 +149,52 @@ def _left_behind(timeout: float = 5.0) -> int:
     return sum(map(len, running))
 
 
-def soak(reads: int) -> list[Table]:
-    """Make table (d)."""
-    data = DataConfig(resolution=64, frames=4, decode_seconds=10.0, decode_gb=0.6)
+def soak(folder: Path, data: Path, rng: random.Random) -> Outcome:
+    """Read broken samples among others, each reported by its cause, with no process left behind."""
+    measured = measure(READS, rng.randrange(1 << 30), seconds=3.0)
+    faults = [f"{measured.left} processes left"] if measured.left else []
+    found, expected = _by_kind(measured.replaced), _by_kind(measured.expected)
+    if found != expected or measured.reads[0] != measured.reads[1]:
+        faults.append(f"{measured.reads} reads, {found}, not {expected}")
+    kind = "stream of broken samples"
+    return Outcome(kind, "; ".join(faults), measured.expected.total())
+
+
+def _by_kind(causes: Counter[str]) -> dict[str, int]:
+    """Count broken files by cause, and all others together: a busy machine changes their causes."""
+    broken = {cause: n for cause, n in causes.items() if cause.startswith("undecodable")}
+    return {**broken, "others": causes.total() - sum(broken.values())}
+
+
+def soak_table(reads: int) -> Table:
+    """Make the table of a long soak test."""
+    start = time.perf_counter()
+    got = measure(reads, 0, seconds=10.0)
+    rows = [["reads", *(f"{count:,}" for count in got.reads)]]
+    causes = sorted({*got.replaced, *got.expected})
+    rows += [[cause, f"{got.replaced[cause]:,}", f"{got.expected[cause]:,}"] for cause in causes]
+    for share, text in zip(MEMORY_AT, got.memory, strict=True):
+        rows.append([f"memory of workers; decoders, MB, at {share:.0%}", text, "flat"])
+    rows += [["processes left behind", str(got.left), "0"]]
+    rows += [["seconds", f"{time.perf_counter() - start:.0f}", ""]]
+    title = f"(d) Soak test with {WORKERS} workers; replaced samples, by cause"
+    return Table(title, ["measure", "measured", "expected"], rows)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Result of a soak test: reads done and asked for, replaced samples by cause, and the rest."""
+
+    reads: tuple[int, int]
+    replaced: Counter[str]
+    expected: Counter[str]
+    memory: list[str]  # at MEMORY_AT
+    left: int  # processes
+
+
+def measure(reads: int, seed: int, seconds: float) -> Measured:
+    """Read a stream of broken samples; seconds: limit for one clip."""
+    data = DataConfig(resolution=64, frames=4, decode_seconds=seconds, decode_gb=0.6)
     steps = range(max(5, reads // sum(block.samples for block in BLOCKS)))
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
@@ -161,34 +208,24 @@ def soak(reads: int) -> list[Table]:
             "photos": open_source("photos", str(folder / "photos"), "image"),
             "clips": open_source("clips", str(folder / "clips"), "video"),
         }
-        plans = make_plans(BLOCKS, sources, data, seed=0)
+        plans = make_plans(BLOCKS, sources, data, seed=seed)
         shape = StepShape(64, 4, micro_batches(BLOCKS, [24, 8], 0, 1))
         sampler = StepSampler(BLOCKS, plans, lambda step: shape, steps)
         expected = expected_replacements(plans, sampler)
-        decoder = lambda seconds, gigabytes: _decoder(os.getpid(), seconds, gigabytes)  # noqa: E731
+        decoder = lambda own: _decoder(os.getpid(), own.decode_seconds, own.decode_gb)  # noqa: E731
         with patch.object(transforms, "clip_decoder", decoder):
             stream = iterate_steps(sampler, transform, stack_rows, 0, WORKERS, pin=False)
-            done, replaced, memory, seconds = _consume(stream, len(steps))
-            rows = [["reads", f"{done:,}", f"{len(steps) * 64:,}"]]
-        causes = sorted({*replaced, *expected})
-        rows += [[cause, f"{replaced[cause]:,}", f"{expected[cause]:,}"] for cause in causes]
-        for share, text in zip(MEMORY_AT, memory, strict=True):
-            rows.append([f"memory of workers; decoders, MB, at {share:.0%}", text, "flat"])
-        rows += [["processes left behind", str(_left_behind()), "0"]]
-        rows += [["seconds", f"{seconds:.0f}", ""]]
-    title = f"(d) Soak test with {WORKERS} workers; replaced samples, by cause"
-    return [Table(title, ["measure", "measured", "expected"], rows)]
+            done, replaced, memory = _consume(stream, len(steps))
+        return Measured((done, 64 * len(steps)), replaced, expected, memory, _left_behind())
 
 
-def _consume(
-    stream: Iterator[list[Loaded]], steps: int
-) -> tuple[int, Counter[str], list[str], float]:
-    """Read a whole stream; return (samples, replaced samples by cause, memory, seconds)."""
-    done, replaced, memory, start = 0, Counter[str](), [], time.perf_counter()
+def _consume(stream: Iterator[list[Loaded]], steps: int) -> tuple[int, Counter[str], list[str]]:
+    """Read a whole stream; return (samples, replaced samples by cause, memory)."""
+    done, replaced, memory = 0, Counter[str](), list[str]()
     memory_steps = [round(share * steps) for share in MEMORY_AT]
     for number, loaded in enumerate(stream, start=1):
         done += sum(len(item.batch["pixels"]) for item in loaded)
         replaced.update(bad.cause for item in loaded for bad in item.bad)
         if number in memory_steps:
             memory.append(_memory())
-    return done, replaced, memory, time.perf_counter() - start
+    return done, replaced, memory
