@@ -25,13 +25,15 @@ from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, DataError
 from xray.evaluation import feature_extraction as features
 from xray.evaluation import suites
-from xray.evaluation.attentive_probe import ATTENTIVE_PROBE, attentive_probe
+from xray.evaluation.attentive_probe import attentive_probe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets
 from xray.evaluation.evaluator import Evaluator
-from xray.evaluation.finetune import FINETUNE, Classifier, finetune
+from xray.evaluation.finetune import Classifier, finetune
 from xray.evaluation.keep_rates import over_keep_rates
 from xray.evaluation.robustness import _heads as heads_of
+from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
+from xray.evaluation.suites.finetune import FINETUNE
 from xray.evaluation.zero_shot import NamedClasses
 from xray.models.tokenizer import CaptionTokenizer, TokenIds
 

@@ -7,9 +7,9 @@ import pytest
 from xray.config.loading import build
 from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.knn import KNN
-from xray.evaluation.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites import SUITES, suite_named
+from xray.evaluation.suites.knn import KNN
+from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 
 OFFERS = {
     "mae": frozenset({"vision", "decoder"}),

@@ -41,7 +41,8 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Tagger, data_of
 from xray.config import DataConfig
 from xray.config import loading as cfg
-from xray.evaluation.tagging import ProbabilitiesOf, TaggingConfig, tagging
+from xray.evaluation.suites.tagging import TaggingConfig
+from xray.evaluation.tagging import ProbabilitiesOf, tagging
 from xray.precompute.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
 
 MEASURES = ("precision@1", "recall@5", "mAP")

@@ -19,31 +19,14 @@ from data_pipelines.shards.source import Source
 from data_pipelines.stream.loader import Fields
 from xray.artifacts.encoders import VisionEncoder
 from xray.config import OptimConfig, Precision
-from xray.errors import ConfigError, DataError
+from xray.errors import DataError
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Samples, batch_samples
-from xray.evaluation.knn import KNN
-from xray.evaluation.suite import LabelledConfig, probe_suite
+from xray.evaluation.suites.attentive_probe import AttentiveProbeConfig
 from xray.models.inference import autocast, one_behind
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
-
-
-@dataclass
-class AttentiveProbeConfig(LabelledConfig):
-    """Settings of the probe's training; the defaults are V-JEPA's."""
-
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    seed: int = 0
-
-    def validate(self, key: str) -> None:
-        super().validate(key)
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ConfigError(f"{key}: epochs and batch_size must be at least 1")
 
 
 class AttentiveProbe(nn.Module):
@@ -173,9 +156,3 @@ def _fit(
             F.cross_entropy(logits, labels[rows.sort().values].to(device)).backward()
             optimizer.step()
     probe.eval()
-
-
-ATTENTIVE_PROBE = probe_suite(
-    "attentive_probe", AttentiveProbeConfig, attentive_probe, "attentive probe",
-    compared=("top1",), sets_from=KNN,
-)  # fmt: skip

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from data_pipelines.decode.decoders import decode_image
+
+if TYPE_CHECKING:  # the settings of a suite list CORRUPTIONS, and are read without torch
+    from torch import Tensor
 
 Rng = np.random.Generator
 Array = np.ndarray  # [T, 3, H, W] float in [0, 1]
@@ -53,6 +52,9 @@ def impulse_noise(x: Array, severity: int, rng: Rng) -> Array:
 
 def defocus_blur(x: Array, severity: int, rng: Rng) -> Array:
     """Average over a disc."""
+    import torch
+    import torch.nn.functional as F
+
     kernel = torch.from_numpy(disc(*DEFOCUS[severity - 1]))[None, None]
     pad = kernel.shape[-1] // 2
     planes = torch.from_numpy(x).flatten(0, 1)[:, None]
@@ -113,6 +115,8 @@ CORRUPTIONS = (*ON_VALUES, *ON_FRAMES)
 
 def corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
     """Corrupt [T, 3, H, W] uint8; severity 1 to 5."""
+    import torch
+
     if name in ON_FRAMES:
         frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
         changed = [np.array(ON_FRAMES[name](frame, severity)) for frame in frames]
@@ -123,6 +127,9 @@ def corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:
 
 def stretch(ratio: float, pixels: Tensor, rng: Rng) -> Tensor:
     """Stretch the width of [T, 3, H, W] uint8 by `ratio` relative to the height, and crop."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tv
+
     height, width = pixels.shape[-2:]
     h, w = (height, round(width / ratio)) if ratio > 1 else (round(height * ratio), width)
     cropped = tv.center_crop(pixels, [h, w])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from data_pipelines.stream.loader import WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
 from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest
-from xray.errors import ConfigError
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
-from xray.evaluation.knn import KNN
-from xray.evaluation.suite import LabelledConfig, probe_suite
+from xray.evaluation.suites.finetune import FinetuneConfig
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
 from xray.models.inference import autocast
@@ -36,35 +33,6 @@ from xray.models.token_reduction import KeepRate
 from xray.models.weight_loading import load_adapted
 from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 from xray.progress import progress_of
-
-
-@dataclass
-class FinetuneConfig(LabelledConfig):
-    """MAE's settings for a ViT-B, with smaller batches, half the epochs and half the peak lr."""
-
-    epochs: int = 50
-    batch_size: int = 32
-    base_lr: float = 8e-3  # x batch_size / 256
-    weight_decay: float = 0.05
-    layer_decay: float = 0.65
-    warmup: float = 0.1  # fraction of the steps
-    drop_path: float = 0.1
-    smoothing: float = 0.1  # label smoothing
-    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
-    flip: bool = True
-    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude <= 30
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    seed: int = 0
-
-    def validate(self, key: str) -> None:
-        super().validate(key)
-        if self.epochs < 1 or self.batch_size < 2:
-            raise ConfigError(f"{key}: epochs must be at least 1 and batch_size at least 2")
-        if len(self.crop_scale) != 2 or not 0 < min(self.crop_scale) <= max(self.crop_scale) <= 1:
-            raise ConfigError(f"{key}.crop_scale must be [smallest, largest] in (0, 1]")
-        if len(self.rand_augment) != 2 or min(self.rand_augment) < 0:
-            raise ConfigError(f"{key}.rand_augment must be [operations, magnitude]")
 
 
 class Classifier(nn.Module):
@@ -194,6 +162,3 @@ def _predict(model: Classifier, source: Source, sets: Sets, device: torch.device
         mean = logits.softmax(dim=-1).unflatten(0, pixels.shape[:2]).mean(dim=1)
         predicted.append(mean.argmax(dim=1))
     return torch.cat(predicted).cpu()
-
-
-FINETUNE = probe_suite("finetune", FinetuneConfig, finetune, "fine-tuning", sets_from=KNN)

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from xray.errors import ConfigError, DataError
+from xray.errors import DataError
 from xray.evaluation.class_labels import accuracy, check_labels
-from xray.evaluation.datasets import Sets
-from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.evaluation.zero_shot import HELD
-
-
-@dataclass
-class KnnConfig(LabelledConfig):
-    """Number of neighbours, and the temperature of their votes."""
-
-    k: int = 20
-    temperature: float = 0.07
-
-    def validate(self, key: str) -> None:
-        super().validate(key)
-        if self.k < 1 or self.temperature <= 0:
-            raise ConfigError(f"{key}: k must be at least 1, and temperature above 0")
 
 
 def knn(
@@ -54,12 +37,3 @@ def knn(
         votes.scatter_add_(1, train_labels[nearest], weight)
         predicted.append(votes.argmax(dim=1))
     return accuracy(torch.cat(predicted), test_labels, train_labels)
-
-
-def _run(sets: Sets, config: KnnConfig) -> Measures:
-    train, test = sets.probe("knn", config)
-    settings = config.k, config.temperature
-    return knn(train.rows, train.labels, test.rows, test.labels, *settings)
-
-
-KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,11 @@ from torch import Tensor, nn
 
 from xray.config import OptimConfig
 from xray.evaluation.class_labels import accuracy, check_labels
-from xray.evaluation.datasets import Sets
-from xray.evaluation.knn import KNN
-from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.optim import lr_at
 from xray.progress import progress_of
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # L2 on the weights, chosen on held-out training samples
 HELD_OUT = 0.2  # fraction of the training samples
-
-
-@dataclass
-class LinearProbeConfig(LabelledConfig):
-    """The solver of the logistic regression."""
-
-    solver: Literal["lbfgs", "sgd", "mae"] = "lbfgs"
 
 
 class LinearHead(NamedTuple):
@@ -196,13 +185,3 @@ def _descend(
 # Fit a head to features [N, V, D] of V views and labels [N].
 SOLVERS: dict[str, Callable[[Tensor, Tensor], LinearHead]]
 SOLVERS = {"lbfgs": _lbfgs, "sgd": _sgd, "mae": _mae}
-
-
-def _run(sets: Sets, config: LinearProbeConfig) -> Measures:
-    train, test = sets.probe("linear_probe", config)
-    return linear_probe(train.views, train.labels, test.views, test.labels, config.solver)
-
-
-LINEAR_PROBE = probe_suite(
-    "linear_probe", LinearProbeConfig, _run, "linear probe", compared=("top1",), sets_from=KNN
-)

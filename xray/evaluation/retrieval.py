@@ -9,51 +9,23 @@ tower groups the captions of an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import product
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xray.artifacts.encoders import TextEncoder
-from xray.artifacts.offers import JOINT, SENTENCES
 from xray.errors import ArtifactError, DataError
 from xray.evaluation.confidence import median, share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions, read_all_captions
-from xray.evaluation.suite import (
-    CaptionedConfig,
-    Measures,
-    Row,
-    Suite,
-    rank_row,
-    share_row,
-    titled,
-)
+from xray.evaluation.suite import CaptionedConfig, Measures
+from xray.evaluation.suites.retrieval import DIRECTIONS, RetrievalConfig
 from xray.evaluation.zero_shot import HELD
 
 COPIES = 4  # of a chunk of similarities in memory at once
-DIRECTIONS = ("text_to_image", "image_to_text")
-
-
-@dataclass
-class RetrievalConfig(CaptionedConfig):
-    """Images with captions."""
-
-    # correct for a caption: only its own sample, or every sample that has the same caption
-    same: Literal["sample", "caption"] = "sample"
-
-
-@dataclass
-class VideoRetrievalConfig(RetrievalConfig):
-    """Videos with captions."""
-
-    modality: Literal["image", "video", "text"] = "video"
-    same: Literal["sample", "caption"] = "caption"
 
 
 def retrieval(
@@ -163,7 +135,8 @@ def _chance_median(right: Tensor, answers: int) -> float:
     return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
-def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
+def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
+    """Measure retrieval on the data set of a suite, and on each prefix size of the features."""
     source = sets.open(name, config.shards, config.modality)
     captions = read_all_captions(source, config.captions)
     texts, owner = flat_captions(captions, f"eval.{name}.shards")
@@ -179,42 +152,6 @@ def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
         recalls = {key: value for key, value in part.items() if key.startswith(DIRECTIONS)}
         measures |= {f"{key}/{size}": value for key, value in recalls.items()}
     return measures
-
-
-def _title(medium: str, measure: str) -> str:
-    """Name a measure, such as: text to clip R@5, first 64 features."""
-    name, slash, prefix = measure.partition("/")
-    direction = name.replace("image", medium).replace("_", " ")
-    return direction + (f", first {prefix} features" if slash else "")
-
-
-def _rows(medium: str, plural: str, measures: Measures) -> Iterator[Row]:
-    over = f"{measures['images']:.0f} {plural}, {measures['texts']:.0f} captions"
-    recalls = [name for name in measures if name.startswith(DIRECTIONS)]
-    prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
-    for prefix, direction in product(prefixes, DIRECTIONS):
-        for measure in ("R@1", "R@5", "R@10", "median_rank"):
-            name = f"{direction}_{measure}"
-            key = f"{name}/{prefix}" if prefix else name
-            if key in measures:
-                row = rank_row if measure == "median_rank" else share_row
-                yield row(_title(medium, key), measures, key, measures[f"chance_{name}"], over)
-
-
-def _suite(name: str, config: type[RetrievalConfig], medium: str, plural: str) -> Suite[Any]:
-    return Suite(
-        name,
-        config,
-        needs=frozenset({JOINT}),
-        run=partial(_run, name),
-        rows=partial(_rows, medium, plural),
-        title=partial(_title, medium),
-        compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
-    )
-
-
-RETRIEVAL = _suite("retrieval", RetrievalConfig, "image", "pictures")
-VIDEO_RETRIEVAL = _suite("video_retrieval", VideoRetrievalConfig, "clip", "clips")
 
 
 def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
@@ -242,7 +179,7 @@ def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
     return measures | {"chance_top1": chance, "captions": float(M)}
 
 
-def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
+def captions_of_tower(sets: Sets, config: CaptionedConfig) -> Measures:
     """Measure the tuned model, and its base model as `before_*`, if the base model is found."""
     encoder = sets.encoder
     if not isinstance(encoder, TextEncoder):
@@ -255,21 +192,3 @@ def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
         before = caption_retrieval(sets.encode_texts(texts, base=True), owner)
         measures |= {f"before_{k}": v for k, v in before.items() if k.startswith("top1")}
     return measures
-
-
-def _rows_captions(measures: Measures) -> Iterator[Row]:
-    title, over = "caption to caption top1", f"{measures['captions']:.0f} captions"
-    chance = measures["chance_top1"]
-    if "before_top1" in measures:
-        yield share_row(f"{title}, before tuning", measures, "before_top1", chance, over)
-    yield share_row(title, measures, "top1", chance, over)
-
-
-CAPTIONS = Suite(
-    "captions",
-    CaptionedConfig,
-    needs=frozenset({SENTENCES}),
-    run=_run_captions,
-    rows=_rows_captions,
-    title=titled("caption to caption"),
-)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,37 +14,15 @@ from data_pipelines.decode.transforms import load_views
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.tags.labels import Labeller, label
-from data_pipelines.tags.reader import Origin, TagRules
+from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
-from xray.artifacts import offers
 from xray.artifacts.encoders import Tagger
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Samples, Views
-from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.evaluation.suite import Measures
+from xray.evaluation.suites.tagging import TaggingConfig
 from xray.evaluation.tag_metrics import TagMetrics, measured_tags
-
-
-@dataclass
-class TaggingConfig(SuiteConfig):
-    """Samples with tags, and the views that their probabilities are averaged over."""
-
-    required_sets = ("shards",)
-
-    shards: str = ""
-    modality: Literal["image", "video"] = "image"
-    tags: Origin = "hashtags"  # where a sample's tags come from
-    field: str = "hashtags"  # their json field
-    # json fields of the captions that tags are read from, and their weights
-    captions: dict[str, float] = dataclass_field(default_factory=dict)
-    clips: int = 1  # times per video
-    crops: int = 1  # squares per image or frame: 1 or 3
-
-    def validate(self, key: str) -> None:
-        if not self.shards:
-            raise ConfigError(f"{key}.shards is not set")
-        if self.clips < 1 or self.crops not in (1, 3):
-            raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,8 @@ def tagging(
     return metrics.results()
 
 
-def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
+def taggings(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
+    """Measure the tag head on each data set; measures are NAME/MEASURE."""
     encoder = sets.encoder
     if not isinstance(encoder, Tagger):
         raise ArtifactError(f"{sets.what}: it has no tag head")
@@ -105,29 +82,3 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
         measures = tagging(source, batches, vocabulary, own, sets.data.workers)
         results |= {f"{name}/{measure}": value for measure, value in measures.items()}
     return results
-
-
-def _rows(measures: Measures) -> Iterator[Row]:
-    for name in dict.fromkeys(key.split("/")[0] for key in measures):
-        prefix = f"{name}/"
-        r = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}
-        samples, size = r["samples"] + r["untagged"], r["vocabulary"]
-        over = f"{r['samples']:.0f} of {samples:.0f} samples, {r['tags']:.0f} tags"
-        for measure in ("precision@1", "recall@5"):
-            yield share_row(f"{name} {measure}", r, measure, r[f"chance_{measure}"], over)
-        for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
-            tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
-            yield share_row(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
-        least = r["least_dead@10"] / size
-        yield share_row(f"{name} dead tags", r, "dead_share@10", least, f"{size:.0f} tags")
-        yield f"{name} calibration error", f"{100 * r['ece']:.1f}", "", over
-
-
-TAGS = Suite(
-    "tags",
-    dict[str, TaggingConfig],
-    needs=frozenset({offers.TAGS}),
-    run=_run,
-    rows=_rows,
-    title=titled("tags"),
-)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,33 +11,14 @@ from data_pipelines.ingest.labelled import spaced
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import class_weights
-from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
 from xray.evaluation.class_labels import check_named, renumber
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import lines_of, read_text
 
 HELD = 2**26  # similarities in memory at a time: 256 MiB
-
-
-@dataclass
-class ZeroShotConfig(SuiteConfig):
-    """Labelled samples and a file of class names, one per line; "" = the names of the data set."""
-
-    required_sets = ("shards",)
-    optional_sets = ("classes",)
-
-    shards: str = ""
-    classes: str = ""
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
-    modality: Literal["image", "video"] = "image"
-
-    def validate(self, key: str) -> None:
-        super().validate(key)
-        if not self.templates or not all("{}" in template for template in self.templates):
-            raise ConfigError(f"{key}.templates: each needs {{}} where the class name goes")
 
 
 @dataclass(frozen=True)
@@ -104,27 +83,3 @@ def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, fl
         "samples": float(len(labels)),
         "classes": float(classes),
     }
-
-
-def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
-    classes = NamedClasses.open(sets)
-    features = sets.features(classes.source, "joint")
-    labels = classes.number(features.labels, classes.source)
-    return zero_shot(features.rows, labels, classes.weights(sets))
-
-
-def _rows(measures: Measures) -> Iterator[Row]:
-    over = f"{measures['samples']:.0f} samples, {measures['classes']:.0f} classes"
-    for key in ("top1", "top5"):
-        yield share_row(f"zero-shot {key}", measures, key, measures[f"chance_{key}"], over)
-
-
-ZERO_SHOT = Suite(
-    "zero_shot",
-    ZeroShotConfig,
-    needs=frozenset({JOINT}),
-    run=_run,
-    rows=_rows,
-    title=titled("zero-shot"),
-    compared=("top1",),
-)

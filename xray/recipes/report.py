@@ -24,9 +24,9 @@ from xray.config import loading as cfg
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.retrieval import RETRIEVAL
 from xray.evaluation.suites import result_table
-from xray.evaluation.zero_shot import ZERO_SHOT
+from xray.evaluation.suites.retrieval import RETRIEVAL
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import write_text
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags

@@ -20,7 +20,7 @@ from xray.config.schedule import value_at
 from xray.errors import BadSample
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import label_of
-from xray.evaluation.retrieval import RETRIEVAL
+from xray.evaluation.suites.retrieval import RETRIEVAL
 from xray.evaluation.zero_shot import NamedClasses
 from xray.recipes.recipe import Recipe
 from xray.reports.figures import subplots, svg

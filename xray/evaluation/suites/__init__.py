@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from xray.errors import ConfigError
-from xray.evaluation.attentive_probe import ATTENTIVE_PROBE
-from xray.evaluation.finetune import FINETUNE
-from xray.evaluation.knn import KNN
-from xray.evaluation.linear_probe import LINEAR_PROBE
-from xray.evaluation.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
-from xray.evaluation.robustness import ROBUSTNESS
 from xray.evaluation.suite import Measures, Suite
-from xray.evaluation.tagging import TAGS
-from xray.evaluation.zero_shot import ZERO_SHOT
+from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
+from xray.evaluation.suites.finetune import FINETUNE
+from xray.evaluation.suites.knn import KNN
+from xray.evaluation.suites.linear_probe import LINEAR_PROBE
+from xray.evaluation.suites.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
+from xray.evaluation.suites.robustness import ROBUSTNESS
+from xray.evaluation.suites.tagging import TAGS
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.reports.tables import ResultTable
 
 SUITES: tuple[Suite[Any], ...] = (

@@ -1,0 +1,51 @@
+"""Supervised fine-tuning of the backbone on labels, by MAE's recipe (2111.06377)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from xray.errors import ConfigError
+from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
+from xray.evaluation.suites.knn import KNN
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+
+@dataclass
+class FinetuneConfig(LabelledConfig):
+    """MAE's settings for a ViT-B, with smaller batches, half the epochs and half the peak lr."""
+
+    epochs: int = 50
+    batch_size: int = 32
+    base_lr: float = 8e-3  # x batch_size / 256
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    warmup: float = 0.1  # fraction of the steps
+    drop_path: float = 0.1
+    smoothing: float = 0.1  # label smoothing
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    flip: bool = True
+    rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude <= 30
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    seed: int = 0
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ConfigError(f"{key}: epochs must be at least 1 and batch_size at least 2")
+        if len(self.crop_scale) != 2 or not 0 < min(self.crop_scale) <= max(self.crop_scale) <= 1:
+            raise ConfigError(f"{key}.crop_scale must be [smallest, largest] in (0, 1]")
+        if len(self.rand_augment) != 2 or min(self.rand_augment) < 0:
+            raise ConfigError(f"{key}.rand_augment must be [operations, magnitude]")
+
+
+def _run(sets: Sets, config: FinetuneConfig) -> Measures:
+    from xray.evaluation.finetune import finetune
+
+    return finetune(sets, config)
+
+
+FINETUNE = probe_suite("finetune", FinetuneConfig, _run, "fine-tuning", sets_from=KNN)

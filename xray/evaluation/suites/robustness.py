@@ -1,0 +1,145 @@
+"""Robustness: accuracy of a zero-shot and a linear-probe head on corrupted and attacked images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xray.artifacts.offers import VISION
+from xray.errors import ConfigError
+from xray.evaluation.corruptions import CORRUPTIONS
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.evaluation.suites.linear_probe import LINEAR_PROBE
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
+
+if TYPE_CHECKING:
+    from xray.evaluation.datasets import Sets
+
+ATTACKS = ("fgsm", "pgd", "square")
+SHIFTS = ("resolution", "aspect")
+TITLES = {
+    "corrupted": "mean of corruptions",
+    "attacked_clean": "those attacked, clean",
+    "shift": "elsewhere",
+}
+
+
+@dataclass
+class RobustnessConfig(SuiteConfig):
+    """Changes to the labelled samples of eval.zero_shot and eval.linear_probe."""
+
+    optional_sets = ("shift",)
+
+    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    # factors of the artifact's resolution, and of the width relative to the height
+    resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])
+    aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    attacks: list[str] = field(default_factory=lambda: list(ATTACKS))
+    eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # /255, L-infinity
+    steps: int = 5  # of pgd
+    queries: int = 100  # of the black-box attack
+    attacked: int = 200  # samples that are attacked, evenly spaced
+    shift: str = ""  # labelled samples of the same classes from another source
+    seed: int = 0
+
+    def validate(self, key: str) -> None:
+        for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
+            for name in getattr(self, option):
+                if name not in known:
+                    there = f"there are {', '.join(known)}"
+                    raise ConfigError(f"{key}.{option} names {name!r}: {there}")
+        if not self.severities or any(s not in (1, 2, 3, 4, 5) for s in self.severities):
+            raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
+        if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
+            raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
+        if min(self.steps, self.queries, self.attacked) < 1:
+            raise ConfigError(f"{key}: steps, queries and attacked must be at least 1")
+
+
+def _run(sets: Sets, config: RobustnessConfig) -> Measures:
+    from xray.evaluation.robustness import robustness
+
+    return robustness(sets, config)
+
+
+def _changed(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
+    """Yield (head, change, strength, accuracy) of every changed data set."""
+    for key, value in measures.items():
+        parts = key.split("/")
+        if len(parts) == 3 and not parts[2].endswith(("_low", "_high")):
+            yield parts[0], parts[1], parts[2], value
+
+
+def _rows(measures: Measures) -> Iterator[Row]:
+    """Make the rows of each head; a corruption has one, the mean over its severities."""
+    for head in dict.fromkeys(key.split("/")[0] for key in measures):
+        prefix = f"{head}/"
+        own = {key.removeprefix(prefix).replace("/", " "): v for key, v in measures.items()}
+        steps = [(change, strength) for h, change, strength, _ in _changed(measures) if h == head]
+        for key, over in _listed(own, steps):
+            title = TITLES.get(key, key.replace("_", " "))
+            title += "/255" if key.startswith(ATTACKS) else ""
+            yield share_row(f"{head.replace('_', '-')}, {title}", own, key, own["chance"], over)
+
+
+def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """List the measures of a head that have a row, each with its number of samples."""
+    every, some = f"{own['samples']:.0f} samples", f"{own['attacked_samples']:.0f} samples"
+    corruptions = dict.fromkeys(c for c, _ in steps if c not in SHIFTS + ATTACKS)
+    rows = [(key, every) for key in ("clean", *corruptions, "corrupted")]
+    rows += [(f"{change} {strength}", every) for change, strength in steps if change in SHIFTS]
+    rows.append(("attacked_clean", some))
+    rows += [(f"{change} {strength}", some) for change, strength in steps if change in ATTACKS]
+    rows.append(("shift", f"{own.get('shift_samples', 0):.0f} samples"))
+    return [row for row in rows if row[0] in own]
+
+
+def _plot(measures: Measures, path: Path) -> None:
+    """Plot each head's accuracy over the severity of corruptions and the eps of attacks."""
+    steps = list(_changed(measures))
+    panels = []
+    for head in dict.fromkeys(key.split("/")[0] for key in measures):
+        own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
+        corrupted = [row for row in own if row[0] not in SHIFTS + ATTACKS]
+        attacked = [row for row in own if row[0] in ATTACKS]
+        title = head.replace("_", "-")
+        severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"
+        panels.append((f"{title}: corruptions", head, "clean", severity, corrupted))
+        panels.append((f"{title}: attacks", head, "attacked_clean", eps, attacked))
+    panels = [panel for panel in panels if panel[-1]]
+    if not panels:
+        return
+    from xray.reports.figures import subplots
+
+    figure, axes = subplots(len(panels), (4.5 * len(panels), 3.6))
+    for axis, (title, head, clean, across, rows) in zip(axes, panels, strict=True):
+        _curves(axis, rows, 100 * measures[f"{head}/{clean}"], 100 * measures[f"{head}/chance"])
+        axis.set(title=title, xlabel=across)
+    figure.savefig(path)
+
+
+def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, chance: float) -> None:
+    for change in dict.fromkeys(change for change, *_ in rows):
+        points = sorted((float(s), value) for c, s, value in rows if c == change)
+        label = change.replace("_", " ")
+        axis.plot(*zip((0.0, clean), *points, strict=True), marker="o", ms=3, lw=1.2, label=label)
+    axis.axhline(chance, color="gray", lw=0.8, ls=":", label="chance")
+    ticks = [0.0, *sorted({float(strength) for _, strength, _ in rows})]
+    axis.set(ylabel="top-1 %", ylim=(0, 105), xticks=ticks)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7)
+
+
+ROBUSTNESS = Suite(
+    "robustness",
+    RobustnessConfig,
+    needs=frozenset({VISION}),
+    run=_run,
+    rows=_rows,
+    title=titled("robustness"),
+    reads=(ZERO_SHOT, LINEAR_PROBE),
+    plot=_plot,
+)
