@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xray.config import nearest
 from xray.errors import ConfigError
 
 if TYPE_CHECKING:
     from stages.base import Stage
+    from xray.config import RunConfig
+
+
+class Place(NamedTuple):
+    """Places, `module:Class`, of a stage and of its settings, which can be read without torch."""
+
+    stage: str
+    config: str
+
 
 STAGES = {
-    "mae": "stages.mae:MaeStage",
-    "hashtag": "stages.hashtag:HashtagStage",
-    "text": "stages.text:TextStage",
-    "clip": "stages.clip:ClipStage",
+    "mae": Place("stages.mae:MaeStage", "stages.mae_config:MaeConfig"),
+    "hashtag": Place("stages.hashtag:HashtagStage", "stages.hashtag_config:HashtagConfig"),
+    "text": Place("stages.text:TextStage", "stages.text_config:TextRunConfig"),
+    "clip": Place("stages.clip:ClipStage", "stages.clip_config:ClipConfig"),
 }
 
 
 def stage_class(name: str) -> type[Stage]:
     """Return the class of a stage by name; raises ConfigError if there is none."""
+    check_stage(name)
+    return _imported(STAGES[name].stage)
+
+
+def stage_config(name: str) -> type[RunConfig]:
+    """Return the class of a stage's settings, without importing the stage; raises ConfigError."""
+    check_stage(name)
+    return _imported(STAGES[name].config)
+
+
+def check_stage(name: str) -> None:
+    """Raise ConfigError for a name that is not a stage's."""
     if name not in STAGES:
         raise ConfigError(
             f"unknown stage {name!r}: there are {', '.join(STAGES)}{nearest(name, STAGES)}"
         )
-    module, attribute = STAGES[name].split(":")
+
+
+def _imported(place: str) -> Any:
+    module, attribute = place.split(":")
     return getattr(importlib.import_module(module), attribute)

@@ -40,7 +40,8 @@ from xray import dist
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
-from xray.losses.contrastive import contrastive_loss, distillation, row_ids
+from xray.losses.contrastive import distillation, row_ids
+from xray.losses.named import contrastive_loss
 from xray.models.heads import Projection, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text_tower import TextTower

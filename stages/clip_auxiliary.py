@@ -12,8 +12,8 @@ from stages.base import Batch, VisionModule, sketch
 from stages.clip_config import ClipConfig
 from stages.hashtag import find_vocabulary
 from stages.mae import draw_noise, make_decoder, reconstruct
+from xray.losses.named import tag_loss
 from xray.losses.reconstruction import masked_patch_mse
-from xray.losses.tags import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import TagHead
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field, fields
 
 from data_pipelines.tags.reader import TagRules
-from stages.hashtag import HashtagOptions
-from stages.mae import MaeOptions
+from stages.hashtag_config import HashtagOptions
+from stages.mae_config import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
+from xray.config.model import TextHead
 from xray.errors import ConfigError
-from xray.losses.contrastive import contrastive_loss
-from xray.models.heads import TextHead
+from xray.losses.named import contrastive_loss
 
 MASK_LEVELS = 8  # the mask ratio rises in this many steps, so that compiled graphs see few shapes
 
@@ -23,7 +23,7 @@ class ClipOptions:
     embed_dim: int = 512
     text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's linear map
     adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
-    loss: str = "info_nce"  # a name of xray.losses.contrastive.LOSSES
+    loss: str = "info_nce"  # a name of xray.losses.named.CONTRASTIVE_LOSSES
     logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
     logit_scale_max: float = 100.0
     # initial bias of the sigmoid loss; None = -ln of the largest block's samples

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from stages.clip_config import ClipOptions
 from xray.config import BlockConfig
-from xray.losses.contrastive import contrastive_loss
+from xray.losses.named import contrastive_loss
 
 WARM = 0.1  # progress before which no warning is given
 PATIENCE = 10  # consecutive checks that must agree

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from data_pipelines.tags.labels import (
     most_labels,
     teacher_sidecar,
 )
-from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
 from stages.base import (
     Batch,
@@ -41,11 +40,12 @@ from stages.base import (
     load_vision,
     part,
 )
+from stages.hashtag_config import HashtagConfig, HashtagOptions
 from xray import dist
 from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig
-from xray.config.identity import runtime
 from xray.errors import ArtifactError, ConfigError
+from xray.losses.named import tag_loss
 from xray.losses.sampled_softmax import (
     draw_classes,
     sampled_softmax,
@@ -53,83 +53,11 @@ from xray.losses.sampled_softmax import (
     to_device,
 )
 from xray.losses.sharded_classes import sharded_loss
-from xray.losses.tags import tag_loss, truncate
+from xray.losses.tags import truncate
 from xray.models.heads import TagHead
 from xray.models.mixup import mix
 
 log = logging.getLogger("xray")
-
-
-@dataclass
-class HashtagOptions(TagRules):
-    """Vocabulary, class balance, labels and loss."""
-
-    vocabulary: str = ""  # a vocabulary.json of `xray data tags`; "" = built from the run's shards
-    balance: Balance = "sqrt"  # repeats of samples with rare tags: by 1/sqrt(count), 1/count, none
-    epoch_length: float = 1.5  # draws per sample in an epoch; those above 1 are repeats
-    strip: bool = True  # a repeat keeps only the tags that are rare enough to cause it
-    teacher: str = ""  # sidecar of `xray data pseudo-tags`, which prints its name; "" = none
-    pseudo_weight: float = 0.5  # of the teacher's tags on untagged samples
-    # a sample's tag is dropped if the teacher's probability is below this multiple of the tag's
-    # mean probability; 0 = off
-    min_lift: float = 0.0
-    loss: str = "softmax"  # a name of xray.losses.tags.LOSSES
-    smoothing: float = 0.0  # label smoothing
-    chunk: int = 0  # tags per chunk of the loss, which saves memory of logits; 0 = all at once
-    # each process has the head's rows of a part of the tags; changes results by rounding only
-    shard_classes: bool = runtime(False)
-    sampled: int = 0  # sampled softmax with this many drawn tags; 0 = over all tags
-    # share of a micro-batch treated as mislabelled: the largest losses above their lower bound
-    truncate: float = 0.0
-    truncate_after: float = 0.3  # progress from which on losses are truncated
-    # Beta(a, a) of the mixing within a micro-batch; 0 = off; if both are set, one is drawn
-    mixup: float = 0.0  # blends images
-    cutmix: float = 0.0  # pastes a rectangle of another image
-
-    def validate(self, section: str = "hashtag") -> None:
-        """Check all values; raises ConfigError that names the key to change."""
-        super().validate(section)
-        for name in ("mixup", "cutmix", "min_lift", "chunk", "sampled"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{section}.{name}={getattr(self, name)} must be >= 0")
-        for name in ("smoothing", "truncate", "truncate_after", "pseudo_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{section}.{name}={getattr(self, name)} must be in [0, 1]")
-        if self.truncate == 1 or self.smoothing == 1:
-            raise ConfigError(f"{section}.truncate and {section}.smoothing must be below 1")
-        if self.epoch_length < 1:
-            raise ConfigError(f"{section}.epoch_length={self.epoch_length} must be at least 1")
-        if not tag_loss(self.loss, f"{section}.loss").samples_classes and self.sampled:
-            raise ConfigError(f"{section}.sampled does not work with {section}.loss={self.loss}")
-        if self.sampled and self.smoothing:
-            raise ConfigError(f"{section}.smoothing needs all tags: set {section}.sampled=0")
-        if self.sampled and self.shard_classes:
-            raise ConfigError(
-                f"{section}.shard_classes=true computes the loss over all tags: set "
-                f"{section}.sampled=0, or {section}.shard_classes=false"
-            )
-
-
-@dataclass
-class HashtagConfig(RunConfig):
-    """Settings of a hashtag run."""
-
-    hashtag: HashtagOptions = field(default_factory=HashtagOptions)
-
-    def validate(self) -> None:
-        super().validate()
-        self.hashtag.validate()
-        if self.hashtag.shard_classes:
-            if self.zero.stage:
-                raise ConfigError(
-                    f"hashtag.shard_classes=true does not work with zero.stage={self.zero.stage}, "
-                    "which partitions the head itself: set zero.stage=0"
-                )
-            self.zero.check_own_reduction("hashtag.shard_classes=true")
-
-    @property
-    def zero_limit(self) -> Literal[0, 2, 3]:
-        return 0 if self.hashtag.shard_classes else super().zero_limit
 
 
 EXAMPLE_TAGS = 8  # per sample

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,47 +14,16 @@ from torch import Tensor, nn
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.text.captions import choose_captions, kept_captions, look_at, texts_of
 from stages.base import Batch, Facts, Parents, Stage, StageModule, StateDict, StepOutput, part
+from stages.text_config import TextOptions, TextRunConfig
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import SENTENCES
-from xray.config import RunConfig, TextConfig
+from xray.config import TextConfig
 from xray.errors import BadSample, ConfigError, DataError
 from xray.losses.contrastive import contrast, info_nce, row_ids
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 
 NO_POSITIVE = 1 << 40  # id of a text that is not the positive of any row
-
-
-@dataclass
-class TextOptions(TextConfig):
-    """LLM and contrastive loss."""
-
-    temperature: float = 0.05
-    negatives: str = ""  # json field of hard negatives: wrong texts similar to the captions
-    negatives_each: int = 1  # negatives per sample and step; a sample may have fewer
-
-
-@dataclass
-class TextRunConfig(RunConfig):
-    """Settings of a text run."""
-
-    text: TextOptions = field(default_factory=TextOptions)
-
-    def validate(self) -> None:
-        super().validate()
-        self.text.validate()
-        if self.text.features != "live":
-            raise ConfigError("text.features is for the clip stage: the text stage trains the LLM")
-        if self.optim.text.freeze:
-            raise ConfigError(
-                "optim.text.freeze is for the clip stage: the text stage trains only the LLM"
-            )
-        if self.text.tune == "none":
-            raise ConfigError("text.tune=none leaves nothing to train: set text.tune=lora or full")
-        if self.text.temperature <= 0:
-            raise ConfigError(f"text.temperature={self.text.temperature} must be above 0")
-        if self.text.negatives_each < 1:
-            raise ConfigError(f"text.negatives_each={self.text.negatives_each} must be at least 1")
 
 
 class TextModule(StageModule):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.mae import MaeConfig
+from stages.mae_config import MaeConfig
 from xray.config import dump
 from xray.config import loading as cfg
 from xray.config.identity import config_hash

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from in_process import invoke
 
-from stages.mae import MaeConfig
+from stages.mae_config import MaeConfig
 from xray.ablations.spec import read_ablation
 from xray.config import dump
 from xray.config import loading as cfg

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xray.errors import ConfigError
+from xray.losses.named import tag_loss
 from xray.losses.sampled_softmax import draw_classes, sampled_softmax, sampling_probabilities
 from xray.losses.tags import (
     AsymmetricLoss,
     BinaryLoss,
     SoftmaxLoss,
     TagLoss,
-    tag_loss,
     truncate,
 )
 

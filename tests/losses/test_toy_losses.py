@@ -12,10 +12,10 @@ from in_process import invoke
 from tiny import train
 from torch import Tensor
 
-from xray.losses import contrastive, tags
+from xray.losses import named, tags
 
 
-class Hinge(contrastive.ContrastiveLoss):
+class Hinge(named.ContrastiveLoss):
     """Hinge loss of a margin between each pair and all others (VSE, 1411.2539)."""
 
     logit_scale = 2.0
@@ -53,7 +53,7 @@ def evaluate(artifact: Path, *arguments: str) -> dict[str, float]:
 def test_a_contrastive_loss(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(contrastive.LOSSES, "hinge", Hinge())
+    monkeypatch.setitem(named.CONTRASTIVE_LOSSES, "hinge", Hinge())
     caplog.set_level("INFO", logger="xray")
     options = "clip.loss=hinge", "train.samples=24", "debug.overfit_batch=true"
     artifact = train("clip", demo, tmp_path, *options)
@@ -68,7 +68,7 @@ def test_a_contrastive_loss(
 def test_a_tag_loss(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(tags.LOSSES, "brier", Brier)
+    monkeypatch.setitem(named.TAG_LOSSES, "brier", f"{__name__}:Brier")
     caplog.set_level("INFO", logger="xray")
     artifact = train("hashtag", demo, tmp_path, "hashtag.loss=brier", "train.samples=24")
     (line,) = [line for line in caplog.messages if line.startswith("chance: ")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stages.clip_config import READ, check_unread
-from stages.hashtag import HashtagOptions
+from stages.hashtag_config import HashtagOptions
 from xray.errors import ConfigError
 
 

@@ -26,7 +26,7 @@ from stages.hashtag import HashtagModule, HashtagStage
 from xray.artifacts.artifact import open_artifact
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.losses.tags import LOSSES
+from xray.losses.tags import BinaryLoss, SoftmaxLoss
 
 SHORT = ("train.samples=36", "data.modalities=[image]", "train.save_every=0")
 
@@ -83,7 +83,7 @@ def test_chunks_change_neither_loss_nor_gradient(demo: Path, tmp_path: Path) -> 
     batch = {"pixels": pixels, "tags": tags, "weights": (tags >= 0).float()}
     losses = []
     for chunk in (4, 0):
-        module.loss = LOSSES["softmax"](0.0, chunk)
+        module.loss = SoftmaxLoss(0.0, chunk)
         output = module(batch, 1.0)
         (grad,) = torch.autograd.grad(output.loss, module.head.weight)
         losses.append((output.loss, grad, output.metrics["excess"]))
@@ -146,8 +146,8 @@ def test_a_head_starts_from_the_tag_frequencies_of_the_drawn_samples(
 def test_softmax_targets_sum_to_at_most_1() -> None:
     weights = torch.tensor([[1.0, 1, 0], [0.2, 0.1, 0.0], [1, 0.5, 0.5]])
     expected = torch.tensor([[0.5, 0.5, 0], [0.2, 0.1, 0.0], [0.5, 0.25, 0.25]])
-    assert torch.allclose(LOSSES["softmax"]().targets(weights), expected)
-    assert torch.equal(LOSSES["bce"]().targets(weights), weights)
+    assert torch.allclose(SoftmaxLoss().targets(weights), expected)
+    assert torch.equal(BinaryLoss().targets(weights), weights)
 
 
 def untagged(folder: Path, demo: Path) -> Path:

@@ -104,7 +104,12 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cfg, "config_path", lambda name: configs / f"{name}.yaml")
         stages.STAGES.clear()
-        stages.STAGES.update({"colour": f"{__name__}:ColourStage", **before})
+        stages.STAGES.update(
+            {
+                "colour": stages.Place(f"{__name__}:ColourStage", f"{__name__}:ColourConfig"),
+                **before,
+            }
+        )
         yield
     stages.STAGES.clear()
     stages.STAGES.update(before)

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.mae import MaeConfig, MaeModule
+from stages.mae import MaeModule
+from stages.mae_config import MaeConfig
 from tools.common.fresh_process import in_fresh_process
 from tools.common.tables import Table
 from tools.common.timing import hardware, interleaved, speedup

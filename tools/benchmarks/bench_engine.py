@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipelines.ingest.demo import DemoConfig, make_demo
-from stages.mae import MaeConfig, MaeModule, MaeStage
+from stages.mae import MaeModule, MaeStage
+from stages.mae_config import MaeConfig
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved
 from xray.config import BlockConfig, SourceConfig

@@ -22,7 +22,8 @@ from torch import Tensor
 from tools.common.fresh_process import high_water, in_fresh_process
 from tools.common.tables import Table, print_tables
 from tools.common.timing import hardware, interleaved, speedup
-from xray.losses.tags import LOSSES, TagLoss
+from xray.losses.named import TAG_LOSSES, tag_loss
+from xray.losses.tags import TagLoss
 
 WIDTH, SAMPLE_TAGS = 768, 8  # width of the features; tags per sample
 
@@ -51,7 +52,7 @@ def train(loss: TagLoss, inputs: tuple[Tensor, ...]) -> None:
 
 def measure(kind: str, chunk: int, batch: int, tags: int) -> int:
     """Return the peak memory above inputs and gradients in bytes; call it in a fresh process."""
-    loss = LOSSES[kind](chunk=chunk)
+    loss = tag_loss(kind)(chunk=chunk)
     train(loss, inputs_of(batch, 64))  # starts threads and loads libraries before the measurement
     inputs = inputs_of(batch, tags)
     before = high_water()
@@ -80,7 +81,7 @@ def duration(options: argparse.Namespace) -> Table:
     inputs, rows = inputs_of(options.batch, options.timed_tags), []
     for kind in options.kinds:
         chunks = (0, *options.chunks)
-        runs = {str(chunk): partial(train, LOSSES[kind](chunk=chunk), inputs) for chunk in chunks}
+        runs = {str(chunk): partial(train, tag_loss(kind)(chunk=chunk), inputs) for chunk in chunks}
         seconds = interleaved(runs, options.rounds)
         for name, times in seconds.items():
             ratio = 1 / speedup(seconds, name, "0")
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--timed-tags", type=int, default=100_000, help="tags of table b")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--kinds", nargs="+", choices=list(LOSSES), default=["softmax"])
+    parser.add_argument("--kinds", nargs="+", choices=list(TAG_LOSSES), default=["softmax"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the tables to this JSON file")
     options = parser.parse_args()

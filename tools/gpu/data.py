@@ -21,7 +21,8 @@ from data_pipelines.decode.device import (
 )
 from data_pipelines.decode.transforms import center_crop
 from data_pipelines.stream.loaded import Loaded
-from stages.mae import MaeConfig, MaeStage
+from stages.mae import MaeStage
+from stages.mae_config import MaeConfig
 from tools.common.media import clip_of, jpeg_of, moving_picture, write_shards
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
 from tools.gpu.mfu import MODELS

@@ -25,7 +25,7 @@ from xray.artifacts.offers import JOINT, SENTENCES, TAGS, VISION
 from xray.config import DataConfig, Precision
 from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
-from xray.losses.tags import tag_loss
+from xray.losses.named import tag_loss
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize, Projection, TagHead, text_head
 from xray.models.inference import autocast, one_behind

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import DECODER, JOINT, USUAL_SECTION
 from xray.config import BlockConfig, DataConfig, ModelConfig, SourceConfig, TextConfig
+from xray.config.model import TextHead
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
-from xray.models.heads import TextHead
 from xray.models.mae_decoder import Masking
 
 T = TypeVar("T")

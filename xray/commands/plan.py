@@ -33,10 +33,12 @@ def plan(
     Memory is the peak of one device, from a step with tensors without values. Hours assume --mfu.
     A stage takes its settings from KEY=VALUE.
     """
-    from xray.planning.plan import make_plan
     from xray.recipes.recipe import load_runs
 
-    made = make_plan(*load_runs(name, overrides or []), tags, devices, gpu, gb, mfu)
+    runs, llm = load_runs(name, overrides or [])
+    from xray.planning.plan import make_plan
+
+    made = make_plan(runs, llm, tags, devices, gpu, gb, mfu)
     if as_json:
         content = {"devices": devices, "gpu": gpu, "stages": made.stages, "notes": made.notes}
         print(json.dumps(content, indent=1))
@@ -56,7 +58,7 @@ def show_config(
     """Print the resolved config of a stage, of an evaluation, or of every stage of a recipe."""
     from omegaconf import OmegaConf
 
-    from stages import STAGES, stage_class
+    from stages import STAGES, stage_config
     from xray.config import loading as cfg
     from xray.evaluation.config import EvalConfig
     from xray.recipes.recipe import kind_of_key
@@ -64,7 +66,7 @@ def show_config(
     given = cfg.parse_overrides(overrides or [], kind_of_key)
     sections: dict[str, Any]
     if name in STAGES:
-        sections = {name: cfg.load_config(stage_class(name).Config, name, given)}
+        sections = {name: cfg.load_config(stage_config(name), name, given)}
     elif name == "eval":
         sections = {"eval": cfg.build(EvalConfig, given.get("eval", {}), section="eval.")}
     else:

@@ -22,10 +22,11 @@ def run(
     With torchrun, all processes train and encode the data of the evaluation.
     """
     from xray.recipes.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
     from xray.recipes.report import write_run_report
     from xray.recipes.run import evaluate, plan_table, run_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
     table = plan_table(loaded)  # on every rank: it raises for models that cannot be built
     if dist.is_main():
         table.print()

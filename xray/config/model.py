@@ -56,6 +56,7 @@ class ModelConfig:
             raise ConfigError(f"model.keep_rate_span={self.keep_rate_span} must be [start, end]")
 
 
+TextHead = Literal["adapter", "linear"]
 Features = Literal["live", "fp32", "bf16", "int8"]
 Precision = Literal["fp32", "bf16"]  # bf16 = autocast over fp32 weights
 

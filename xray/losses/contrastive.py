@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -14,8 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xray import dist
-from xray.config import nearest
-from xray.errors import ConfigError
 from xray.losses.precision import full_precision
 
 # Logits in memory at a time; larger contrasts are computed in groups of rows.
@@ -115,73 +112,6 @@ def sigmoid_loss(
         scale, bias = _scalar(scale, queries), _scalar(bias, queries)
         loss: Tensor = _SigmoidRing.apply(*sides, scale, bias, mine, ids)
     return loss
-
-
-class ContrastiveLoss(ABC):
-    """A contrastive loss, with the values that its parameters start from and its chance level."""
-
-    logit_scale: ClassVar[float]  # at the start of training
-    needs_large_blocks: ClassVar[bool] = True  # each sample is compared only with its block
-
-    def logit_bias(self, samples: int) -> float | None:
-        """Return the initial bias for blocks of this size; None if the loss has no bias."""
-        return None
-
-    @abstractmethod
-    def chance(self, samples: int, captions: int = 1) -> float:
-        """Compute the loss of a block if all features are equal; captions: per sample."""
-
-    @abstractmethod
-    def __call__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Ids
-    ) -> Tensor:
-        """Compute the loss; queries, keys, and ids of both as in `info_nce`."""
-
-
-class InfoNce(ContrastiveLoss):
-    """Symmetric InfoNCE, with CLIP's initial temperature (2103.00020)."""
-
-    logit_scale = 1 / 0.07
-
-    def chance(self, samples: int, captions: int = 1) -> float:
-        return math.log(samples) + math.log(captions) / 2
-
-    def __call__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
-    ) -> Tensor:
-        return info_nce(queries, keys, scale, *ids)
-
-
-class Sigmoid(ContrastiveLoss):
-    """SigLIP's sigmoid loss; at its initial bias a pair is as likely as one of a block."""
-
-    logit_scale = 10.0
-    needs_large_blocks = False
-
-    def logit_bias(self, samples: int) -> float:
-        return -math.log(samples)
-
-    def chance(self, samples: int, captions: int = 1) -> float:
-        p = 1 / samples
-        return -math.log(p) - (samples - 1) * math.log1p(-p) if samples > 1 else 0.0
-
-    def __call__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor | None
-    ) -> Tensor:
-        assert bias is not None
-        return sigmoid_loss(queries, keys, scale, bias, *ids)
-
-
-LOSSES: dict[str, ContrastiveLoss] = {"info_nce": InfoNce(), "sigmoid": Sigmoid()}
-
-
-def contrastive_loss(name: str) -> ContrastiveLoss:
-    """Find a contrastive loss; raises ConfigError naming the key for an unknown one."""
-    if name not in LOSSES:
-        raise ConfigError(
-            f"clip.loss={name} is unknown: there are {', '.join(LOSSES)}{nearest(name, LOSSES)}"
-        )
-    return LOSSES[name]
 
 
 def gather_rows(local: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xray import dist
-from xray.config import nearest
 from xray.errors import ConfigError
 from xray.losses.chunked_classes import Chunked
 from xray.losses.precision import full_precision
@@ -258,22 +257,6 @@ class BinaryLoss(AsymmetricLoss):
 
     gamma_neg: float = 0.0
     margin: float = 0.0
-
-
-LOSSES: dict[str, type[TagLoss]] = {
-    "softmax": SoftmaxLoss,
-    "bce": BinaryLoss,
-    "asymmetric": AsymmetricLoss,
-}
-
-
-def tag_loss(name: str, key: str = "hashtag.loss") -> type[TagLoss]:
-    """Find a tag loss; raises ConfigError naming the key for an unknown one."""
-    if name not in LOSSES:
-        raise ConfigError(
-            f"{key}={name} is unknown: there are {', '.join(LOSSES)}{nearest(name, LOSSES)}"
-        )
-    return LOSSES[name]
 
 
 def truncate(losses: Tensor, doubts: Tensor, share: float, u: float) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TextHead = Literal["adapter", "linear"]
+from xray.config.model import TextHead
 
 
 class Normalize(nn.Module):

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages import STAGES, stage_class
+from stages import STAGES, check_stage, stage_class, stage_config
 from xray.artifacts.offers import slot_of
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
@@ -72,7 +72,7 @@ def load_runs(name: str, overrides: Sequence[str]) -> tuple[list[RunConfig], Llm
     if name not in STAGES:
         recipe = load_recipe(name, overrides)
         return recipe.runs, recipe.prepare.llm
-    schema = stage_class(name).Config
+    schema = stage_config(name)
     given = cfg.parse_overrides(overrides, cfg.kinds_of(schema))
     config = cfg.load_config(schema, name, given)
     config.validate()
@@ -91,7 +91,7 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
     if not isinstance(stages, list):
         raise ConfigError(f"stages={stages} must be a list such as [mae,clip]")
     for stage in stages:
-        stage_class(str(stage))  # raises for an unknown one
+        check_stage(str(stage))
     recipe = Recipe(
         name=str(merged["name"]),
         out=Path(str(merged["out"])),
@@ -143,7 +143,7 @@ def kind_of_key(key: str) -> Any:
     """Return the type of a recipe's dotted key; None if there is no such key."""
     first, _, rest = key.partition(".")
     if first in STAGES:  # its own options and the run's sections, side by side
-        schema = stage_class(first).Config
+        schema = stage_config(first)
         return kind_at(schema, rest) or kind_at(schema, key)
     sections = {"prepare": PrepareConfig, "eval": EvalConfig}
     if first in sections:
@@ -204,7 +204,7 @@ def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]
 def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Split a layer into its shared part and its parts for a stage, as layers of the stage's
     config."""
-    schema = stage_class(stage).Config
+    schema = stage_config(stage)
     names = {item.name for item in dataclasses.fields(schema)}
     shared = {key: layer[key] for key in SHARED if key in layer}
     own: dict[str, Any] = {}
@@ -217,7 +217,7 @@ def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> RunConfig:
     parts = [part for layer in layers for part in _sections(stage, layer)]
-    config = cfg.load_config(stage_class(stage).Config, stage, *parts)
+    config = cfg.load_config(stage_config(stage), stage, *parts)
     config.out = config.out or str(out / stage)
     config.validate()
     return config

@@ -1,0 +1,49 @@
+"""Settings of the mae stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from xray.config import ModelConfig, RunConfig
+from xray.errors import ConfigError
+
+
+@dataclass
+class MaeOptions:
+    """Masks and decoder."""
+
+    mask_ratio: float = 0.75  # images
+    video_mask_ratio: float = 0.9  # clips
+    video_mask: Literal["tube", "random"] = "tube"  # the same places in each time slot, or any
+    norm_pix_loss: bool = True
+    decoder_dim: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+
+    def validate(self, model: ModelConfig) -> None:
+        """Check all values; raises ConfigError that names the key to change."""
+        for name in ("mask_ratio", "video_mask_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"mae.{name}={getattr(self, name)} must be in (0, 1)")
+        if self.video_mask == "random" and model.video == "frames":
+            raise ConfigError(
+                "mae.video_mask=random leaves frames with unequal numbers of tokens, which "
+                "model.video=frames cannot encode: set mae.video_mask=tube"
+            )
+        if self.decoder_dim % (4 * self.decoder_heads):
+            raise ConfigError(
+                f"mae.decoder_dim={self.decoder_dim} must be a multiple of 4 x "
+                f"mae.decoder_heads={self.decoder_heads}"
+            )
+
+
+@dataclass
+class MaeConfig(RunConfig):
+    """Settings of a mae run."""
+
+    mae: MaeOptions = field(default_factory=MaeOptions)
+
+    def validate(self) -> None:
+        super().validate()
+        self.mae.validate(self.model)
