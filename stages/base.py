@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from data_pipelines.shards.source import Sample, Source
 from xray.artifacts.offers import VISION, slot_of
 from xray.config import RunConfig, TextConfig
+from xray.config.run import text_section
 from xray.config.schedule import largest, steps_of, value_at
 from xray.errors import ConfigError
 from xray.models.backbone import Tokens, VisionBackbone
@@ -292,12 +293,6 @@ class Stage(ABC, Generic[C]):
         if model.reduce == "none" or min(model.final_rates) == 1:
             return []
         return [(model.keep_rate_span[0], model.keep_rate_span[1])]
-
-
-def text_section(config: RunConfig) -> TextConfig | None:
-    """Return the section of the LLM that a run reads; None for a stage without a text tower."""
-    section = getattr(config, "text", None)
-    return section if isinstance(section, TextConfig) else None
 
 
 def split_parents(stage: type[Stage], artifacts: Sequence[Artifact]) -> Parents:

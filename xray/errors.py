@@ -63,5 +63,10 @@ def brief(error: BaseException) -> str:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return a hint such as "; did you mean 'x'?", or "" if no word is close."""
-    match = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    match = closest(word, words)
+    return f"; did you mean {match!r}?" if match else ""
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return the word that is most like another one; "" if none is close."""
+    return next(iter(difflib.get_close_matches(word, list(words), n=1)), "")

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from xray.errors import ArtifactError, ConfigError, DataError
+from xray.errors import ArtifactError, ConfigError, DataError, closest
 
 
 @contextmanager
@@ -298,6 +298,18 @@ def read_text(path: str, key: str) -> str:
 
 
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+
+def nearest_path(path: str | Path) -> str:
+    """Return a hint such as "; did you mean 'runs/small'?" for a path that is not there, or ""."""
+    there = Path(path)
+    while not there.parent.is_dir() and there != there.parent:
+        there = there.parent
+    try:
+        match = closest(there.name, (entry.name for entry in there.parent.iterdir()))
+    except OSError:
+        return ""
+    return f"; did you mean '{there.parent / match}'?" if match else ""
 
 
 def is_system_name(name: str) -> bool:

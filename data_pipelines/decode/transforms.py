@@ -36,6 +36,7 @@ from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, 
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import BadSample, ConfigError, DataError
+from xray.files import nearest_path
 
 # torchvision warns that its decoder moves to torchcodec. We cannot follow yet: torchcodec's wheels
 # need FFmpeg's shared libraries on the machine.
@@ -342,7 +343,7 @@ def modality_of(path: Path) -> Modality:
 def read_media(path: Path, data: DataConfig) -> Tensor:
     """Load an image or clip as [T, 3, S, S] uint8, T = 1 for an image; raises DataError."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file{nearest_path(path)}")
     modality, extension = modality_of(path), path.suffix.lower().removeprefix(".")
     size = value_at(data.resolution, 1.0), value_at(data.frames, 1.0)
     sample = Sample({extension: path.read_bytes()}, "file", modality, path.stem, *size)

@@ -39,7 +39,7 @@ from data_pipelines.text.captions import captions_of
 from xray import dist
 from xray.config import DataConfig
 from xray.errors import BadSample, ConfigError, DataError
-from xray.files import printable
+from xray.files import nearest_path, printable
 from xray.urls import conceal
 
 
@@ -131,7 +131,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
         if len(fitting) > 1:
             raise DataError(f"{where}: only .tar shards are read from a URL; download the file")
     elif not os.path.exists(where) and not _is_pattern(where):
-        raise DataError(f"{where} does not exist")
+        raise DataError(f"{where} does not exist{nearest_path(where)}")
     if not fitting:
         raise DataError(f"{where} is of unknown kind: {user} takes {taken}")
     if fitting[0] not in accept:

@@ -43,7 +43,7 @@ from data_pipelines.shards.tar_index import (
     possible_paths,
 )
 from xray.errors import DataError
-from xray.files import is_inside, replacing_shared
+from xray.files import is_inside, nearest_path, replacing_shared
 from xray.urls import conceal, is_signed, url_folder
 
 log = logging.getLogger("xray")
@@ -269,7 +269,7 @@ def _manifest_path(pattern: str) -> tuple[str, Path]:
         name = f"shards-{tail}.manifest"
     folder = folder or "."
     if not os.path.isdir(folder):
-        raise DataError(f"shards {pattern}: folder {folder} does not exist")
+        raise DataError(f"shards {pattern}: folder {folder} does not exist{nearest_path(folder)}")
     return folder, Path(folder) / name
 
 

@@ -28,7 +28,7 @@ def test_later_layers_override_earlier_ones() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.base_lrr=1", "did you mean 'base_lr'"),
+        ("optim.base_lrr=1", "did you mean 'optim.base_lr'"),
         ("optm.base_lr=1", "did you mean 'optim'"),
         ("train.samples=many", "train.samples"),
         ("optim.name=sgd", "optim.name"),

@@ -13,7 +13,7 @@ from xray.config import dump
 from xray.config import loading as cfg
 from xray.errors import ConfigError
 from xray.recipes.recipe import load_recipe
-from xray.search.embed import EmbedConfig
+from xray.search.config import EmbedConfig
 
 TEXTS = [
     "/x/pets #2", "1e3", "007", "0x1F", "on", "off", "no", "1_000", "[pets]", "[pets", "{a: b}",

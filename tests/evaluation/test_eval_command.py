@@ -293,7 +293,10 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
             "suite tags needs an artifact that offers tags, this one offers joint, vision",
         ),
         (["zero", "eval.zero_shot.shards=set"], "unknown suite 'zero'"),
-        (["knn", "eval.knn.trian=set"], "unknown key 'eval.knn.trian'; did you mean 'train'"),
+        (
+            ["knn", "eval.knn.trian=set"],
+            "unknown key 'eval.knn.trian'; did you mean 'eval.knn.train'",
+        ),
         (["knn", "eval.knn.train=set"], "eval.knn.train is set: set eval.knn.test, too"),
         (["tags", "eval.tags={shards: set}"], "eval.tags.shards: give sections of keys"),
     ]

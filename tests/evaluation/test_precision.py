@@ -20,7 +20,8 @@ from xray.evaluation.attentive_probe import AttentiveProbe
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.finetune import Classifier
-from xray.precompute.features import FeaturesConfig, write_embeddings, write_scores
+from xray.precompute.config import FeaturesConfig
+from xray.precompute.features import write_embeddings, write_scores
 
 # bf16 keeps 8 bits: of a normalised feature, a few layers lose at most this. Tokens are not
 # reduced, because rounding can change which ones are kept.

@@ -12,7 +12,8 @@ from shards import jpeg, write_tar
 
 from data_pipelines.shards.source import open_source
 from xray.artifacts.language_model import Language
-from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.precompute.config import TextFeaturesConfig
+from xray.precompute.text_features import write_text_features
 
 SHARDS = 5
 CAPTIONS = [["everywhere", f"first of {n}", f"another one of {n}"] for n in range(SHARDS)]

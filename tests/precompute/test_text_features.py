@@ -23,7 +23,8 @@ from xray.artifacts.language_model import Language
 from xray.config import TextConfig
 from xray.errors import ConfigError, DataError
 from xray.precompute import text_features
-from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.precompute.config import TextFeaturesConfig
+from xray.precompute.text_features import write_text_features
 from xray.training.metrics import read_metrics
 
 # Captions of two shards with four samples each; "a red circle" occurs three times.

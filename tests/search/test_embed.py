@@ -26,7 +26,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.errors import DataError
 from xray.search import embed as job
-from xray.search.embed import EmbedConfig
+from xray.search.config import EmbedConfig
 from xray.search.embedding_file import Embeddings, open_embeddings
 from xray.search.quantisation import restored
 

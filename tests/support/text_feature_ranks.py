@@ -20,7 +20,8 @@ from xray import dist
 from xray.artifacts.language_model import Language
 from xray.errors import DataError
 from xray.precompute import text_features
-from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.precompute.config import TextFeaturesConfig
+from xray.precompute.text_features import write_text_features
 from xray.training.deepspeed_setup import init_distributed
 
 

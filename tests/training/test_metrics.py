@@ -18,8 +18,9 @@ from stages import stage_class
 from stages.base import Parents
 from xray.errors import ConfigError
 from xray.training import throughput
+from xray.training.gpu_specs import gpu_of
 from xray.training.metrics import read_metrics
-from xray.training.throughput import Throughput, gpu_of
+from xray.training.throughput import Throughput
 
 CPU = torch.device("cpu")
 

@@ -36,7 +36,8 @@ from xray.artifacts.encoders import VisionEncoder
 from xray.dist import choose_device
 from xray.models import ModelConfig, VisionBackbone
 from xray.models.heads import Normalize
-from xray.search.embed import EmbedConfig, embed
+from xray.search.config import EmbedConfig
+from xray.search.embed import embed
 from xray.search.embedding_file import Block, Names, open_embeddings, write_embeddings
 from xray.search.exact import search
 from xray.search.quantisation import STORED, calibrate, shortened

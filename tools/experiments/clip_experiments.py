@@ -47,7 +47,8 @@ from xray.config.model import LlmConfig
 from xray.evaluation.feature_extraction import extract, read_all_captions
 from xray.evaluation.retrieval import retrieval
 from xray.files import write_text
-from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.precompute.config import TextFeaturesConfig
+from xray.precompute.text_features import write_text_features
 from xray.recipes.run import make_llm
 
 DIRECTIONS = ("text_to_image", "image_to_text")

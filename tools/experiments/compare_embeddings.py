@@ -32,7 +32,8 @@ from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, restore_encoder
 from xray.errors import ConfigError, XrayError
 from xray.progress import progress_bar
-from xray.search.embed import EmbedConfig, embed
+from xray.search.config import EmbedConfig
+from xray.search.embed import embed
 from xray.search.embedding_file import Embeddings, Names, open_embeddings, write_embeddings
 from xray.search.exact import search
 from xray.search.quantisation import Dtype, calibrate, restored, shortened

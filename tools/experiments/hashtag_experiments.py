@@ -43,7 +43,8 @@ from xray.config import DataConfig
 from xray.config import loading as cfg
 from xray.evaluation.suites.tagging import TaggingConfig
 from xray.evaluation.tagging import ProbabilitiesOf, tagging
-from xray.precompute.pseudo_tags import PseudoTagsConfig, write_pseudo_tags
+from xray.precompute.config import PseudoTagsConfig
+from xray.precompute.pseudo_tags import write_pseudo_tags
 
 MEASURES = ("precision@1", "recall@5", "mAP")
 NOISES = (0.2, 0.4)

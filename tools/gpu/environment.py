@@ -12,7 +12,7 @@ import torch
 from tools.common.timing import hardware, interleaved
 from tools.gpu.findings import Check, Finding, Number, Scale
 from xray.doctor import checks
-from xray.training.throughput import gpu_of
+from xray.training.gpu_specs import gpu_of
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "deepspeed", "decord2", "av")
 SHARE = 0.6  # of the data sheet's bf16 throughput that a large matrix product reaches

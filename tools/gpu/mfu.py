@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tools.gpu.findings import Check, Finding, Note, Number, Scale
 from tools.gpu.stage_steps import StageSteps, toy_settings
-from xray.training.throughput import gpu_of
+from xray.training.gpu_specs import gpu_of
 
 MODELS = {"B/16": "vit_base_patch16_224", "L/16": "vit_large_patch16_224"}
 BATCH = {("mae", "B/16"): 256, ("mae", "L/16"): 128, ("clip", "B/16"): 256, ("clip", "L/16"): 96}

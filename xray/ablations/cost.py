@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.base import text_section
 from xray.ablations.trials import Ablation, Trial, samples_of, stage_runs
+from xray.config.run import text_section
 from xray.errors import XrayError
 from xray.files import write_text
 from xray.planning.estimate import resources

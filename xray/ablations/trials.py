@@ -18,15 +18,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
-from stages.base import text_section
 from xray.ablations.spec import AblationConfig, check_fixed, nest, read_ablation
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
 from xray.config.identity import hash_json, identity
+from xray.config.run import text_section
 from xray.errors import ConfigError
 from xray.files import write_text
-from xray.recipes.recipe import Recipe, recipe_layers, resolve_recipe
+from xray.recipes.recipe import Recipe, link, read_recipe, recipe_layers
 from xray.records import read_record
 from xray.urls import redact_all
 
@@ -91,7 +91,6 @@ def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
     ablation = Ablation(file.config, Path(file.config.out), file.arms, file.common, [])
     ablation.trials = list(_trials(ablation))
     _check_differ(ablation)
-    _check_metrics(ablation)
     return ablation
 
 
@@ -108,11 +107,14 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
         layers[arm] = nest(recipe_settings)
         check_fixed(layers[arm], f"arm {arm}: ")
         recipes[arm] = _resolve(ablation, base, arm, layers[arm])
-    for arm, settings in ablation.arms.items():
+    _check_metrics(ablation, list(recipes.values()))
+    for arm, settings in ablation.arms.items():  # from here on with the stages, which need torch
         if MATCH in settings:
             length = _matched_length(ablation, recipes, arm, str(settings[MATCH]))
             layers[arm] = cfg.merge(layers[arm], length)
             recipes[arm] = _resolve(ablation, base, arm, layers[arm])
+    for recipe in recipes.values():
+        link(recipe)
     for seed in ablation.config.seeds:
         for arm in ablation.arms:
             yield _trial(ablation, arm, layers[arm], recipes[arm], seed)
@@ -121,10 +123,10 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
 def _resolve(
     ablation: Ablation, base: Sequence[dict[str, Any]], arm: str, layer: dict[str, Any]
 ) -> Recipe:
-    """Resolve an arm's recipe for the first seed."""
+    """Read an arm's recipe for the first seed."""
     fixed = {"name": arm, "out": str(_folder(ablation, arm, ablation.config.seeds[0]))}
     try:
-        return resolve_recipe([*base, cfg.merge(layer, fixed)])
+        return read_recipe([*base, cfg.merge(layer, fixed)])
     except ConfigError as error:
         raise ConfigError(f"arm {arm}: {error}") from error
 
@@ -229,9 +231,8 @@ def _check_differ(ablation: Ablation) -> None:
             )
 
 
-def _check_metrics(ablation: Ablation) -> None:
+def _check_metrics(ablation: Ablation, recipes: Sequence[Recipe]) -> None:
     """Raise ConfigError for a metric of a suite or stage that no arm has."""
-    recipes = [trial.recipe for trial in ablation.trials]
     suites = {name for recipe in recipes for name in recipe.eval.configured()}
     sections = sorted(suites | {run.stage for recipe in recipes for run in recipe.runs})
     for metric in ablation.config.metrics:

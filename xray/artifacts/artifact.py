@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.tar_index import user_cache
@@ -33,14 +31,27 @@ from xray.artifacts.limits import check_numbers
 from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
 from xray.errors import ArtifactError, brief
-from xray.files import is_inside, locked, make_folder, replacing, sha256_file, sync_tree, usual_mode
+from xray.files import (
+    is_inside,
+    locked,
+    make_folder,
+    nearest_path,
+    replacing,
+    sha256_file,
+    sync_tree,
+    usual_mode,
+)
 from xray.records import parse_record
 from xray.urls import conceal, redact
 from xray.version import __version__
 
+if TYPE_CHECKING:  # torch is imported by the functions that need it: opening does not
+    from torch import Tensor
+
 log = logging.getLogger("xray")
 SCHEMA = 1
 PACKAGES = ("torch", "timm", "transformers", "deepspeed", "peft", "safetensors")
+NAMED = 8  # artifacts of a folder that an error names
 LINEAGE = "lineage"  # the folder of the ancestors' manifests
 SECTIONS = ("config", "inputs", "parents", "tensors", "files")  # objects in a manifest
 FileState = Literal["ok", "changed", "missing", "unnamed"]
@@ -73,6 +84,8 @@ class Artifact:
 
     def load(self, part: str) -> dict[str, Tensor]:
         """Load the tensors of a part; raises ArtifactError if there is no such part."""
+        from safetensors.torch import load_file
+
         path = self.file(f"{part}.safetensors")
         try:
             return load_file(path)
@@ -130,7 +143,22 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
             raise ArtifactError(f"{place}/manifest.json cannot be read: {cause}") from error
         if content is not None:
             return place, content, parse_manifest(content, f"{place}/manifest.json")
-    raise ArtifactError(f"{base} is not an artifact: it has no manifest.json")
+    raise ArtifactError(f"{base} is not an artifact: {_what_it_is(base)}")
+
+
+def _what_it_is(base: str) -> str:
+    """Describe a place without a manifest: a missing folder, a run, or a folder of artifacts."""
+    folder, none = Path(base), "it has no manifest.json"
+    if is_remote(base):
+        return none
+    if not folder.exists():
+        return f"there is no such folder{nearest_path(folder)}"
+    if (folder / "config.yaml").is_file():
+        return f"its run has not finished; xray export {base}@last makes one from a checkpoint"
+    patterns = ("*/manifest.json", "*/artifact/manifest.json", "*/*/artifact/manifest.json")
+    found = {path.parent for pattern in patterns for path in folder.glob(pattern)}
+    names = sorted(str(path.parent if path.name == "artifact" else path) for path in found)
+    return f"give one of those inside: {', '.join(names[:NAMED])}" if names else none
 
 
 def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
@@ -259,6 +287,8 @@ def _fill(
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file as torch does, readable by all users."""
+    from safetensors.torch import save_file
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with usual_mode(path):
         save_file(plain, path, metadata={"format": "pt"})

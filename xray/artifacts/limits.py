@@ -7,14 +7,14 @@ the time of the machine. What is below them is compared with the stored tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xray.errors import ArtifactError
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:  # an artifact that is not there is reported without torch
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
 WIDTH, DEPTH, COUNT = 1 << 16, 1 << 10, 1 << 30
 # Largest values by the last part of a setting's key, in every section of the config.
 LARGEST = {
@@ -52,6 +52,8 @@ def check_size(
     artifact: Any, part: Mapping[str, Tensor], field: str, build: Callable[[], nn.Module]
 ) -> None:
     """Raise ArtifactError if a module would need far more memory than the stored tensors."""
+    import torch
+
     with torch.device("meta"):
         needed = sum(weights.numel() for weights in build().parameters())
     stored = sum(tensor.numel() for tensor in part.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import DECODER, JOINT, USUAL_SECTION
@@ -16,7 +16,9 @@ from xray.config import BlockConfig, DataConfig, ModelConfig, SourceConfig, Text
 from xray.config.model import TextHead
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
-from xray.models.mae_decoder import Masking
+
+if TYPE_CHECKING:
+    from xray.models.mae_decoder import Masking
 
 T = TypeVar("T")
 OF_RUN = ("data", "optim", "train", "debug", "zero")  # sections of the run, not of the model
@@ -47,6 +49,8 @@ class DecoderConfig:
     @property
     def masking(self) -> Masking:
         """The masks of training."""
+        from xray.models.mae_decoder import Masking
+
         return Masking(self.mask_ratio, self.video_mask_ratio, self.video_mask)
 
 

@@ -24,16 +24,17 @@ def ablate(
     of the ablation; any other KEY=VALUE is set in the recipe of every arm. After an interruption,
     run the same command again: it continues. Exit code 1 if a run failed.
     """
-    from xray.ablations.comparison import check_metrics, outcomes_of
-    from xray.ablations.cost import flops_of, plan_of
-    from xray.ablations.jobs import Jobs, exclusive
-    from xray.ablations.report import write_comparison
     from xray.ablations.trials import load_ablation, write_recipes
-    from xray.recipes.run import prepare
 
     if dist.world_size() > 1:
         raise ConfigError("xray ablate starts its own processes: run it without a launcher")
     ablation = load_ablation(file, overrides or [])
+    from xray.ablations.comparison import check_metrics, outcomes_of
+    from xray.ablations.cost import flops_of, plan_of
+    from xray.ablations.jobs import Jobs, exclusive
+    from xray.ablations.report import write_comparison
+    from xray.recipes.run import prepare
+
     if plan:
         plan_of(ablation, flops_of(ablation, None)).print()
         return

@@ -21,9 +21,11 @@ def show(
 ) -> None:
     """Draw the tokens that ARTIFACT keeps at each reducing block, and MAE reconstructions."""
     from xray.artifacts.artifact import open_artifact
+
+    opened = open_artifact(artifact)
     from xray.visualize.explain import show as write
 
-    write(open_artifact(artifact), files, out, keep_rate)
+    write(opened, files, out, keep_rate)
     print(f"written: {out}")
 
 
@@ -81,7 +83,7 @@ def export(
     runs/a/clip/artifact --to timm writes a folder for timm.create_model, with a model card
     (README.md). The converted model is compared with the original before it is kept.
     """
-    from xray.config.loading import parse_overrides
+    from xray.config.loading import parse_overrides, stored_config
     from xray.errors import ConfigError
     from xray.recipes.recipe import kind_of_key
 
@@ -97,10 +99,11 @@ def export(
         raise ConfigError("--keep-rate and --frames are for --to onnx")
     if weights not in ("last", "ema"):
         raise ConfigError(f"--weights {weights}: use last or ema")
+    folder, which = split_run(source)
+    stored_config(Path(folder))
     from xray.training.checkpoint_export import export_checkpoint
 
     chosen: Literal["last", "ema"] = "ema" if weights == "ema" else "last"
-    folder, which = split_run(source)
     target = out or f"{folder.rstrip('/')}/artifact_{which}{'_ema' if chosen == 'ema' else ''}"
     artifact = export_checkpoint(Path(folder), which, Path(target), chosen, given)
     print(f"artifact: {artifact.path}, step {artifact.manifest['step']}")
@@ -117,16 +120,19 @@ def _convert(
 ) -> None:
     from xray.artifacts.artifact import open_artifact
     from xray.errors import ArtifactError, ConfigError
-    from xray.exports.convert import convert
+    from xray.exports.formats import check_format
 
+    check_format(form, keep_rate, frames)
     text = given.get("text", {})
     if given.keys() - {"text"} or not isinstance(text, dict) or text.keys() - {"llm"}:
         raise ConfigError("with --to, the only setting is text.llm=, the folder of the LLM now")
     folder, _ = split_run(source)
     if folder != source and (Path(folder) / "config.yaml").is_file():
         raise ArtifactError(f"{source} is a checkpoint: export an artifact first, without --to")
-    dist.choose_device("cpu")
     artifact = open_artifact(source, text.get("llm", ""))
+    from xray.exports.convert import convert
+
+    dist.choose_device("cpu")
     export = convert(artifact, form, out, keep_rate, frames)
     print(f"{form}: {out}, described in {out}/README.md")
     for name, value in export.differences.items():

@@ -16,6 +16,7 @@ import textwrap
 import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import (
@@ -121,6 +122,27 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(1) from None
 
     return run
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Check what was typed, before torch is imported and the ranks are connected.
+
+    Every rank makes the same checks, so rank 0 alone prints the error.
+    """
+    try:
+        yield
+    except XrayError as error:
+        raise error.on_all_ranks() from None
+
+
+def check_artifact(name: str) -> None:
+    """Raise ArtifactError if a local folder is no artifact; its files are verified later."""
+    from data_pipelines.shards.remote import is_remote
+    from xray.artifacts.artifact import find_manifest
+
+    if not is_remote(name):
+        find_manifest(name)
 
 
 def _concealed(value: Any) -> Any:

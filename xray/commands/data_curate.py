@@ -81,7 +81,6 @@ def data_curate(
     from data_pipelines.curation.config import CurationConfig
     from data_pipelines.curation.curate import check_folder, curate, write_shards
     from xray.config.loading import build, kinds_of, parse_overrides, read_yaml
-    from xray.reports.curation import tables, write_curation_page
 
     layers = [read_yaml(config_file)] if config_file is not None else []
     given = parse_overrides(overrides or [], kinds_of(CurationConfig))
@@ -89,6 +88,8 @@ def data_curate(
     source = open_shards(pool, modality, "xray data curate")
     if out is not None:
         check_folder(out, source)
+    from xray.reports.curation import tables, write_curation_page
+
     curated = curate(source, config, progress_of("curating"))
     write_curation_page(curated.report, source, report)
     if json_file is not None:

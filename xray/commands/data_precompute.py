@@ -3,7 +3,7 @@ sidecars of shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from xray.commands.common import (
     SHARDS,
     ArtifactName,
     Modality,
+    check_artifact,
+    checking,
     counted,
     guarded,
     open_shards,
@@ -27,13 +29,14 @@ from xray.progress import progress_bar, progress_of
 
 if TYPE_CHECKING:
     from data_pipelines.shards.sidecar import Sidecar
+    from data_pipelines.shards.source import Source
 
 ShardsAndSettings = Annotated[
     list[str], typer.Argument(metavar="SHARDS... [KEY=VALUE]...", help=f"{SHARDS}, and settings")
 ]
 
 
-@takes("xray.precompute.pseudo_tags:PseudoTagsConfig")
+@takes("xray.precompute.config:PseudoTagsConfig")
 @guarded
 def data_pseudo_tags(
     artifact: ArtifactName,
@@ -49,16 +52,18 @@ def data_pseudo_tags(
     interruption, run the same command again: it continues.
     """
     from xray.artifacts.artifact import open_artifact
-    from xray.artifacts.encoders import data_of
-    from xray.precompute.pseudo_tags import PseudoTagsConfig, open_teacher, write_pseudo_tags
+    from xray.precompute.config import PseudoTagsConfig
 
     shards, given = split_settings(items)
     config = settings(PseudoTagsConfig, given)
     config.validate()
     teacher = open_artifact(artifact, config.llm)
+    sources = _open_all(shards, modality, "xray data pseudo-tags")
+    from xray.artifacts.encoders import data_of
+    from xray.precompute.pseudo_tags import open_teacher, write_pseudo_tags
+
     tagger, tags = open_teacher(teacher, vocabulary, config)
-    for pattern in shards:
-        source = open_shards(pattern, modality, "xray data pseudo-tags")
+    for pattern, source in zip(shards, sources, strict=True):
         with progress_bar("tagging") as progress:
             data = data_of(teacher, config.workers)
             made = write_pseudo_tags(source, tagger, tags, config, data, teacher.digest, progress)
@@ -69,7 +74,7 @@ def data_pseudo_tags(
         _print_left_out(made.causes)
 
 
-@takes("xray.precompute.features:FeaturesConfig")
+@takes("xray.precompute.config:FeaturesConfig")
 @guarded
 def data_embeddings(
     artifact: ArtifactName, items: ShardsAndSettings, modality: Modality = ""
@@ -79,14 +84,10 @@ def data_embeddings(
     Writes a sidecar beside the shards and prints its name, for dedup.embeddings. After an
     interruption, run the same command again: it continues.
     """
-    from xray.precompute.features import write_embeddings
-
-    _write_features(
-        write_embeddings, artifact, items, modality, "xray data embeddings", "dedup.embeddings"
-    )
+    _write_features(artifact, items, modality, "xray data embeddings", "dedup.embeddings")
 
 
-@takes("xray.precompute.features:FeaturesConfig")
+@takes("xray.precompute.config:FeaturesConfig")
 @guarded
 def data_scores(artifact: ArtifactName, items: ShardsAndSettings, modality: Modality = "") -> None:
     """Score how well each caption fits its picture or clip: their cosine by a clip ARTIFACT.
@@ -94,13 +95,10 @@ def data_scores(artifact: ArtifactName, items: ShardsAndSettings, modality: Moda
     Writes a sidecar beside the shards and prints its name, for filters.scores and
     filters.min_score. After an interruption, run the same command again: it continues.
     """
-    from xray.precompute.features import write_scores
-
-    _write_features(write_scores, artifact, items, modality, "xray data scores", "filters.scores")
+    _write_features(artifact, items, modality, "xray data scores", "filters.scores")
 
 
 def _write_features(
-    write: Callable[..., tuple[Sidecar, dict[str, int]]],
     artifact: str,
     items: list[str],
     modality: str,
@@ -109,20 +107,26 @@ def _write_features(
 ) -> None:
     from xray import dist
     from xray.artifacts.artifact import open_artifact
-    from xray.artifacts.encoders import Encoder, TextEncoder, data_of, restore_encoder
-    from xray.precompute.features import FeaturesConfig
+    from xray.precompute.config import FeaturesConfig
 
     shards, given = split_settings(items)
     config = settings(FeaturesConfig, given)
     config.validate()
+    scores = key == "filters.scores"
     opened = open_artifact(artifact, config.llm)
+    sources = _open_all(shards, modality, user)
+    from xray.artifacts.encoders import Encoder, TextEncoder, data_of, restore_encoder
+    from xray.precompute.features import write_embeddings, write_scores
+
+    write: Callable[..., tuple[Sidecar, dict[str, int]]] = write_embeddings
+    if scores:
+        write = write_scores
     encoder = restore_encoder(opened).to(dist.choose_device("auto"))
     if isinstance(encoder, TextEncoder):
         raise ConfigError(f"{opened.path} is of stage text: it has no backbone")
-    if key == "filters.scores" and not isinstance(encoder, Encoder):
+    if scores and not isinstance(encoder, Encoder):
         raise ConfigError(f"{opened.path} is of stage {opened.stage}: scores need a clip artifact")
-    for pattern in shards:
-        source = open_shards(pattern, modality, user)
+    for pattern, source in zip(shards, sources, strict=True):
         with progress_bar("encoding") as progress:
             data = data_of(opened, config.workers)
             sidecar, causes = write(source, encoder, config, data, progress)
@@ -130,7 +134,7 @@ def _write_features(
         _print_left_out(causes)
 
 
-@takes("xray.precompute.text_features:TextFeaturesConfig", "tune")
+@takes("xray.precompute.config:TextFeaturesConfig", "tune")
 @guarded
 def data_text_features(
     items: ShardsAndSettings,
@@ -145,26 +149,33 @@ def data_text_features(
     again: it continues. With torchrun, each process does a part.
     """
     from xray import dist
-    from xray.artifacts.artifact import open_artifact
-    from xray.artifacts.language_model import Language
-    from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+    from xray.precompute.config import TextFeaturesConfig
 
     shards, given = split_settings(items)
     config = settings(TextFeaturesConfig, ["tune=none", *given])
-    config.validate()
-    device = dist.choose_device("auto")
+    with checking():
+        config.validate()
+        if init_from:
+            check_artifact(init_from)
+        elif not config.llm:
+            raise ConfigError("no LLM is named: give llm=FOLDER, a hub name, or --init-from")
     if dist.world_size() > 1:
         from xray.training.deepspeed_setup import init_distributed
 
-        init_distributed(device)
+        init_distributed(dist.choose_device("auto"))
+    opening = partial(_open_all, shards, modality, "xray data text-features")
+    sources = dist.main_first(opening)
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.language_model import Language
+    from xray.precompute.text_features import write_text_features
+
+    device = dist.choose_device("auto")
 
     def open_language() -> Language:
         return Language(config, open_artifact(init_from) if init_from else None)
 
     language = dist.main_first(open_language)
-    for pattern in shards:
-        opening = partial(open_shards, pattern, modality, "xray data text-features")
-        source = dist.main_first(opening)
+    for pattern, source in zip(shards, sources, strict=True):
         reading = progress_of("reading captions")
         with progress_bar("encoding") if dist.is_main() else nullcontext() as progress:
             store = write_text_features(source, language, config, device, progress, reading)
@@ -175,6 +186,10 @@ def data_text_features(
             f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "
             f"text.features={config.features} and the same text settings ({store.name})"
         )
+
+
+def _open_all(shards: Sequence[str], modality: str, user: str) -> list[Source]:
+    return [open_shards(pattern, modality, user) for pattern in shards]
 
 
 def _print_left_out(causes: Mapping[str, int]) -> None:

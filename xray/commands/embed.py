@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import ArtifactName, KeepRate, Modality, counted, guarded
+from xray.commands.common import (
+    ArtifactName,
+    KeepRate,
+    Modality,
+    check_artifact,
+    checking,
+    counted,
+    guarded,
+)
 from xray.errors import ConfigError
 from xray.progress import progress_bar
 
@@ -59,10 +67,9 @@ def embed(
     """
     from data_pipelines.ingest.user_data import open_corpus
     from xray.artifacts.artifact import open_artifact
-    from xray.artifacts.encoders import restore_encoder
     from xray.artifacts.offers import VISION
-    from xray.search.embed import EmbedConfig, check_out
-    from xray.search.embed import embed as write
+    from xray.search.config import EmbedConfig
+    from xray.search.embedding_file import check_out
 
     config = EmbedConfig(
         dtype=dtype,  # type: ignore[arg-type]  # checked by validate()
@@ -73,8 +80,13 @@ def embed(
         batch_size=batch_size,
         workers=workers,
     )
-    config.validate()
-    check_out(out)
+    with checking():
+        config.validate()
+        check_out(out)
+        check_artifact(artifact)
+    from xray.artifacts.encoders import restore_encoder
+    from xray.search.embed import embed as write
+
     device = dist.choose_device("auto")
     if dist.world_size() > 1:
         from xray.training.deepspeed_setup import init_distributed
@@ -140,15 +152,16 @@ def search(
 ) -> None:
     """Find the pictures, clips or texts of X that are nearest to QUERY."""
     from xray.search.embedding_file import open_embeddings
-    from xray.search.encoding import encode_query, open_maker
-    from xray.search.exact import check_same_rows
-    from xray.search.exact import search as find
-    from xray.search.page import hits_table, write_page
 
     if html is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html} must end in .html")
     opened = open_embeddings(embeddings)
     finer = None if rescore is None else open_embeddings(rescore)
+    from xray.search.encoding import encode_query, open_maker
+    from xray.search.exact import check_same_rows
+    from xray.search.exact import search as find
+    from xray.search.page import hits_table, write_page
+
     if finer is not None:
         check_same_rows(opened, finer)
     maker = open_maker(opened.facts, artifact, llm, trust_paths)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import ArtifactName, Overrides, guarded
+from xray.commands.common import ArtifactName, Overrides, check_artifact, checking, guarded
 from xray.errors import ConfigError
 from xray.files import write_in_place
 
@@ -44,6 +44,15 @@ def evaluate(
     path and label or caption. With torchrun, each process encodes a part of every data set; rank
     0 writes the results.
     """
+    from xray.evaluation.suites import suite_named
+
+    names = suite.split(",") if suite else []
+    with checking():
+        config, root, workers, llm = _settings(overrides or [], recipe)
+        rates = _rates(keep_rates)
+        for name in names:
+            suite_named(name)
+        check_artifact(artifact)
     from xray.artifacts.artifact import open_artifact
     from xray.evaluation.evaluator import Evaluator
 
@@ -53,10 +62,8 @@ def evaluate(
 
         init_distributed(device)
 
-    def opening() -> tuple[Evaluator, list[float]]:
-        config, root, workers, llm = _settings(overrides or [], recipe)
-        rates = _rates(keep_rates)
-        return Evaluator.open(open_artifact(artifact, llm), config, root, workers, device), rates
+    def opening() -> Evaluator:
+        return Evaluator.open(open_artifact(artifact, llm), config, root, workers, device)
 
     def work() -> None:
         target = _target(out)
@@ -65,8 +72,7 @@ def evaluate(
         else:
             _all_suites(evaluator, names, target)
 
-    evaluator, rates = dist.main_first(opening, "opening the artifact")
-    names = suite.split(",") if suite else []
+    evaluator = dist.main_first(opening, "opening the artifact")
     evaluator.lead(work)
 
 

@@ -34,7 +34,9 @@ def plan(
     A stage takes its settings from KEY=VALUE.
     """
     from xray.recipes.recipe import load_runs
+    from xray.training.gpu_specs import check_gpu
 
+    check_gpu(gpu)
     runs, llm = load_runs(name, overrides or [])
     from xray.planning.plan import make_plan
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import Overrides, guarded
+from xray.commands.common import Overrides, check_artifact, guarded
+from xray.errors import ArtifactError
+from xray.files import nearest_path
 
 
 @guarded
@@ -54,15 +56,15 @@ def train(
     resume: Annotated[str, typer.Option(help="Folder of a run to continue, with its config")] = "",
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
-    from stages import stage_class
+    from stages import stage_class, stage_config
     from xray.config import loading as cfg
 
-    stage_type = stage_class(stage)
+    schema = stage_config(stage)
     items = settings or []
     files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
     values = [item for item in items if item not in files]
     named = [f"model={model}"] if model else []
-    overrides = cfg.parse_overrides(named + values, cfg.kinds_of(stage_type.Config))
+    overrides = cfg.parse_overrides(named + values, cfg.kinds_of(schema))
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
@@ -72,12 +74,12 @@ def train(
 
         layer, loaded = stage_from_recipe(stage, recipe, values)
         layers.append(layer)
-    config = cfg.load_config(
-        stage_type.Config, stage, *layers, *map(cfg.read_yaml, files), overrides
-    )
+    config = cfg.load_config(schema, stage, *layers, *map(cfg.read_yaml, files), overrides)
     config.out = out or config.out or f"runs/{stage}"
     config.init_from = init_from or config.init_from
     config.validate()
+    for path in config.init_from:
+        check_artifact(path)
     device = dist.choose_device(config.train.device)
     from xray.recipes.run import prepare
     from xray.training.deepspeed_setup import init_distributed
@@ -86,7 +88,7 @@ def train(
     init_distributed(device)
     if loaded is not None:
         prepare(loaded)
-    artifact = train_stage(stage_type, config, device)
+    artifact = train_stage(stage_class(stage), config, device)
     if dist.is_main():
         print(f"artifact: {artifact.path}")
 
@@ -98,6 +100,8 @@ def report(
     ],
 ) -> None:
     """Write RUN/report.html again from the current state; RUN may still be training."""
+    if not run.exists():
+        raise ArtifactError(f"{run} contains no run: it does not exist{nearest_path(run)}")
     from xray.recipes.report import report_again
 
     print(f"report: {report_again(run)}")
@@ -109,6 +113,8 @@ def replay(
     overrides: Overrides = None,
 ) -> None:
     """Repeat a step that was not finite, and print its loss, gradient and first broken layers."""
+    if not bundle.exists():
+        raise ArtifactError(f"{bundle} is not a bundle: it does not exist{nearest_path(bundle)}")
     from xray.config.loading import parse_overrides
     from xray.recipes.recipe import kind_of_key
     from xray.training.checkpoint_export import find_run

@@ -12,7 +12,7 @@ def kind_at(schema: Any, key: str) -> Any:
     """Return the type of a dotted key below a dataclass or a dict; None if there is no such key."""
     kind = schema
     for part in key.replace("[", ".").replace("]", "").split("."):
-        kind = next((one for one in _options(kind) if one is not type(None)), None)
+        kind = next((one for one in options(kind) if one is not type(None)), None)
         if dataclasses.is_dataclass(kind):
             kind = get_type_hints(kind).get(part)
         elif get_origin(kind) is dict or (get_origin(kind) is list and part.isdigit()):
@@ -26,22 +26,22 @@ def misplaced(schema: Any, values: Mapping[str, Any], prefix: str = "") -> str:
     """Return the first dotted key with a section for a list, or another value for a section; ""."""
     for name, value in values.items():
         key = f"{prefix}{name}"
-        options = [get_origin(one) or one for one in _options(kind_at(schema, key))]
-        section = dict in options or any(map(dataclasses.is_dataclass, options))
+        kinds = [get_origin(one) or one for one in options(kind_at(schema, key))]
+        section = dict in kinds or any(map(dataclasses.is_dataclass, kinds))
         if isinstance(value, Mapping):
-            if list in options:
+            if list in kinds:
                 return key
             if found := misplaced(schema, value, f"{key}."):
                 return found
-        elif section and not (isinstance(value, list) and list in options):
+        elif section and not (isinstance(value, list) and list in kinds):
             return key
     return ""
 
 
 def is_text(kind: Any) -> bool:
     """Return True for a text, or a choice of texts."""
-    options = [one for one in _options(kind) if one is not type(None)]
-    return bool(options) and all(one is str or isinstance(one, str) for one in options)
+    kinds = [one for one in options(kind) if one is not type(None)]
+    return bool(kinds) and all(one is str or isinstance(one, str) for one in kinds)
 
 
 def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -56,7 +56,7 @@ def in_words(kind: Any) -> str:
     """Describe a type as what to write, such as "a whole number"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     told = []
-    for one in _options(kind):
+    for one in options(kind):
         origin = get_origin(one) or one
         if origin is list:
             told.append("a list, such as [1, 2]")
@@ -67,8 +67,8 @@ def in_words(kind: Any) -> str:
     return " or ".join(dict.fromkeys(told)) or "a value"
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
+def options(kind: Any) -> tuple[Any, ...]:
     """Return the types of a union and the values of choices."""
     if get_origin(kind) in (Union, types.UnionType, Literal):
-        return tuple(option for one in get_args(kind) for option in _options(one))
+        return tuple(option for one in get_args(kind) for option in options(one))
     return (kind,)

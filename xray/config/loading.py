@@ -18,8 +18,9 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from xray.config.kinds import in_words, is_text, keys_of, kind_at, misplaced
-from xray.errors import ConfigError, nearest
+from xray.config.kinds import in_words, is_text, keys_of, kind_at, misplaced, options
+from xray.errors import ArtifactError, ConfigError, closest, nearest
+from xray.files import nearest_path
 from xray.urls import conceal_all
 
 # Sections whose value may be the name of a shipped yaml file: `model=vit_b16`, `zero=2`.
@@ -46,8 +47,12 @@ def shipped(group: str) -> list[str]:
 
 def find_yaml(group: str, name: str) -> Path:
     """Return the path of a .yaml file, or of a shipped one by name; raises ConfigError."""
-    if Path(name).suffix in (".yaml", ".yml"):
-        return Path(name)
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.exists():
+            near = nearest(path.stem, shipped(group)) or nearest_path(path)
+            raise ConfigError(f"config file {path} does not exist{near}")
+        return path
     return _shipped_path(group, name, ", or give a .yaml file")
 
 
@@ -76,6 +81,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")
     return {str(key): value for key, value in content.items()}
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run; raises ArtifactError that names the runs below instead."""
+    if (folder / "config.yaml").is_file():
+        return read_yaml(folder / "config.yaml")
+    if not folder.exists():
+        raise ArtifactError(f"{folder} contains no run: it does not exist{nearest_path(folder)}")
+    below = ", ".join(sorted(str(path.parent) for path in folder.glob("*/config.yaml")))
+    inside = f"; give one of those inside: {below}" if below else ""
+    raise ArtifactError(f"{folder} contains no run: it has no config.yaml{inside}")
 
 
 def kinds_of(schema: type) -> Kinds:
@@ -167,7 +183,9 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
         key = f"{section}{error.full_key}"
         kind = error.object_type  # the dataclass that has no such field
         where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
-        hint = nearest(key.split(".")[-1], where)
+        above, dot, last = key.rpartition(".")
+        match = closest(last, where)
+        hint = f"; did you mean '{above}{dot}{match}'?" if match else ""
         raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
     except TypeError as error:  # omegaconf's for a list and a section in each other's place
         key = misplaced(schema, merged)
@@ -177,6 +195,16 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
     except OmegaConfBaseException as error:
         key = error.full_key or misplaced(schema, merged)
         raise ConfigError(f"{section}{key}: {_meaning(error, schema, merged, key)}") from error
+
+
+def check_known(schema: type, values: Layer, prefix: str = "") -> None:
+    """Raise ConfigError for the first key of nested values that a dataclass does not have."""
+    for name, value in values.items():
+        if not name.isidentifier() or kind_at(schema, f"{prefix}{name}") is not None:
+            if isinstance(value, Mapping):
+                check_known(schema, value, f"{prefix}{name}.")
+            continue
+        build(schema, _nested(f"{prefix}{name}", value))  # raises
 
 
 def load_config(schema: type[C], stage: str, *layers: Layer) -> C:
@@ -215,7 +243,8 @@ def _meaning(error: OmegaConfBaseException, schema: type, merged: Layer, key: st
             value = value.get(part)
         elif isinstance(value, list):
             value = value[int(part)]
-    return f"give {in_words(kind)}, not {value!r}"
+    hint = nearest(str(value), [one for one in options(kind) if isinstance(one, str)])
+    return f"give {in_words(kind)}, not {value!r}{hint}"
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from xray.config.data import BlockConfig, DataConfig, validate_data
 from xray.config.identity import runtime
-from xray.config.model import ModelConfig
+from xray.config.model import ModelConfig, TextConfig
 from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
 from xray.errors import ConfigError
 
@@ -97,3 +97,9 @@ class RunConfig:
 def dump(config: Any, path: Path) -> None:
     """Write the resolved config as yaml, which `xray train` accepts."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), "utf-8")
+
+
+def text_section(config: RunConfig) -> TextConfig | None:
+    """Return the section of the LLM that a run reads; None for a stage without a text tower."""
+    section = getattr(config, "text", None)
+    return section if isinstance(section, TextConfig) else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
 
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.lineage import lineage
 from xray.artifacts.model_card import card
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ArtifactError
 from xray.exports.common import Export
+from xray.exports.formats import check_format
 from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
@@ -17,7 +17,6 @@ from xray.exports.to_timm import to_timm
 from xray.files import making, replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
-Format = Literal["timm", "open_clip", "onnx", "safetensors"]
 TOLERANCE = 1e-5  # of normalised features: fp32 rounding by another order of sums
 
 
@@ -29,12 +28,7 @@ def convert(
     keep_rate, frames: fixed in an ONNX graph, not used by other formats. Raises ConfigError for
     impossible options, ArtifactError for a model that the format cannot represent exactly.
     """
-    if form not in get_args(Format):
-        raise ConfigError(f"--to {form}: it is one of {', '.join(get_args(Format))}")
-    if form != "onnx" and (keep_rate is not None or frames != 1):
-        raise ConfigError(
-            f"--keep-rate and --frames are for --to onnx: --to {form} has neither fixed"
-        )
+    check_format(form, keep_rate, frames)
     with making(out):
         if out.exists():
             raise ArtifactError(f"{out} already exists: choose another --out, or delete it")

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from xray.config import ModelConfig
-from xray.errors import ConfigError
+from xray.errors import ConfigError, nearest
 from xray.models.drop_path import replace_drop_path
 
 # Keywords of timm, and the xray key that replaces them.
@@ -35,6 +35,9 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
         if key in config.kwargs:
             hint = f": set {instead}" if instead else ""
             raise ConfigError(f"model.kwargs.{key} is not a setting of the backbone{hint}")
+    if ":" not in config.name and not timm.is_model(config.name):
+        hint = nearest(config.name, timm.list_models(module="vision_transformer"))
+        raise ConfigError(f"model.name={config.name} is not a model of timm{hint}")
     try:
         vit = timm.create_model(
             config.name,

@@ -23,8 +23,8 @@ from xray.config.model import Checkpointing
 from xray.config.schedule import steps_of
 from xray.optim import SLOTS, reduce_bucket
 from xray.planning.fake_step import Peak, Rehearsal, Size, moving, rehearse, size_of, starts_of
+from xray.training.gpu_specs import Gpu
 from xray.training.state import FILE_BYTES
-from xray.training.throughput import Gpu
 
 LIVE = 1_000_000_000  # parameters that ZeRO 3 leaves gathered (stage3_max_live_parameters)
 FP32 = 4

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_pipelines.stream.sampling import MicroBatch, StepShape
 from stages import stage_class
-from stages.base import Batch, Facts, Stage, StageModule, text_section
+from stages.base import Batch, Facts, Stage, StageModule
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig
+from xray.config.run import text_section
 from xray.config.schedule import steps_of
 from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize

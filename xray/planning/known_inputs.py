@@ -14,11 +14,12 @@ from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source
 from stages import stage_class
-from stages.base import Facts, text_section
+from stages.base import Facts
 from xray.artifacts.language_model import STRUCTURE
 from xray.artifacts.offers import SENTENCES, VISION
 from xray.config import RunConfig, TextConfig
 from xray.config.model import LlmConfig
+from xray.config.run import text_section
 from xray.errors import DataError
 from xray.models.tiny_llm import tiny_settings
 

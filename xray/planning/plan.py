@@ -9,11 +9,10 @@ from typing import Any
 
 from xray.config import RunConfig
 from xray.config.model import LlmConfig
-from xray.errors import ConfigError
 from xray.planning.estimate import Change, Memory, Resources, cheapest_fit, resources
 from xray.planning.known_inputs import Known, known
 from xray.reports.tables import ResultTable, short
-from xray.training.throughput import GPUS, Gpu
+from xray.training.gpu_specs import GPUS, Gpu, check_gpu
 
 USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 PARTS = {
@@ -77,8 +76,7 @@ def make_plan(
     gpu: a name of GPUS, or "none". gb: memory of a device, 0 = the GPU's; without both, every stage
     fits. Raises ConfigError for an unknown GPU.
     """
-    if gpu != "none" and gpu not in GPUS:
-        raise ConfigError(f"--gpu {gpu} is not known: {', '.join(GPUS)} or none (with --gb)")
+    check_gpu(gpu)
     device = GPUS.get(gpu)
     capacity = 1e9 * USABLE * (gb or (device.memory if device else 0))
     plan = Plan()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,11 @@ from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import find_captions
 from xray.artifacts.encoders import Encoder, VisionEncoder
-from xray.config import DataConfig, Precision
+from xray.config import DataConfig
 from xray.config.identity import hash_json
-from xray.errors import ConfigError
 from xray.models.inference import recorded
+from xray.precompute.config import FeaturesConfig
 from xray.precompute.inference import Model, Pack, Place, Progress, write_from_model
-
-
-@dataclass
-class FeaturesConfig:
-    """Settings for reading samples."""
-
-    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the default ones
-    precision: Precision = "fp32"  # of the encoder
-    llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
-    batch_size: int = 64
-    workers: int = 2
-
-    def validate(self) -> None:
-        """Check all values; raises ConfigError that names the key to change."""
-        if self.batch_size < 1 or self.workers < 0:
-            raise ConfigError("batch_size must be at least 1, and workers at least 0")
 
 
 def write_embeddings(

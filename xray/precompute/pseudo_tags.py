@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from dataclasses import field as dataclass_field
 from pathlib import Path
 
 import numpy as np
@@ -15,50 +14,23 @@ from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_whole, pack_rows
 from data_pipelines.shards.source import Source
 from data_pipelines.tags.labels import TEACHER_COLUMNS, Labeller, label, teacher_sidecar
-from data_pipelines.tags.reader import Origin, TagRules
+from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, PromptTagger, Tagger
 from xray.artifacts.offers import JOINT, TAGS
-from xray.config import DataConfig, Precision
+from xray.config import DataConfig
 from xray.config.identity import hash_json
 from xray.errors import ConfigError
 from xray.models.inference import recorded
+from xray.precompute.config import PseudoTagsConfig
 from xray.precompute.inference import Place, Progress, cut, pixels_of, spread, write_from_model
 
 TEACHING = ("top", "threshold", "temperature", "template")  # settings that identify a teacher
 PRIOR_SAMPLES = 4096  # samples for a tag's mean probability
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # TEACHER_COLUMNS
 Teacher = Tagger | PromptTagger
-
-
-@dataclass
-class PseudoTagsConfig:
-    """Settings of a teacher, which adds those of its `top` tags that are above `threshold`."""
-
-    tags: Origin = "hashtags"  # origin of a sample's own tags
-    field: str = "hashtags"  # json field of the tags
-    captions: dict[str, float] = dataclass_field(default_factory=dict)  # json fields of captions
-    top: int = 5
-    threshold: float = 0.1  # probability
-    temperature: float = 1.0  # of the softmax; above 1 is less confident
-    template: str = "a photo of {}"  # prompt of a clip artifact: {} is the tag
-    precision: Precision = "fp32"  # of the teacher
-    llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
-    batch_size: int = 64
-    workers: int = 2
-
-    def validate(self) -> None:
-        """Check all values; raises ConfigError that names the key to change."""
-        if self.top < 1 or self.batch_size < 1:
-            raise ConfigError("top and batch_size must be at least 1")
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(f"threshold={self.threshold} must be in [0, 1)")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature={self.temperature} must be above 0")
-        if "{}" not in self.template:
-            raise ConfigError(f"template={self.template!r} needs {{}} in the place of the tag")
 
 
 @dataclass(frozen=True)

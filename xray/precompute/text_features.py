@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,30 +35,12 @@ from data_pipelines.text.feature_store import (
 )
 from xray import dist
 from xray.artifacts.language_model import Language
-from xray.config import Features, TextConfig
 from xray.config.identity import hash_json
-from xray.errors import ConfigError, DataError
+from xray.errors import DataError
 from xray.models.inference import autocast, one_behind
 from xray.models.text_tower import TextTower
+from xray.precompute.config import TextFeaturesConfig
 from xray.progress import Progress
-
-
-@dataclass
-class TextFeaturesConfig(TextConfig):
-    """Text section, and how captions are read and vectors are stored."""
-
-    features: Features = "bf16"
-    captions: dict[str, float] = field(default_factory=dict)  # json fields, if not the default ones
-    batch_size: int = 256
-    workers: int = 2
-
-    def validate(self) -> None:
-        """Check all values; raises ConfigError that names the key to change."""
-        super().validate()
-        if self.features == "live":
-            raise ConfigError("features=live stores nothing: use bf16, int8 or fp32")
-        if self.batch_size < 1 or self.workers < 0:
-            raise ConfigError("batch_size must be at least 1, and workers at least 0")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
     """
     command_line = cfg.parse_overrides(overrides, kind_of_key)
+    for key in SHARED:  # a wrong key is named before the one that is then missing
+        cfg.check_known(RunConfig, {key: command_line[key]} if key in command_line else {})
     layers = recipe_layers(name, command_line.pop("base", None))
     return resolve_recipe([*layers, command_line])
 
@@ -84,6 +86,11 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
 
     Raises ConfigError as load_recipe does.
     """
+    return link(read_recipe(layers))
+
+
+def read_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
+    """Check a recipe without importing its stages: as resolve_recipe, before `link`."""
     for layer in layers:
         check_keys(layer)
     merged = _resolve_whole(cfg.merge(*layers))
@@ -103,7 +110,6 @@ def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
     sections = [_resolve_in(layer, merged) for layer in layers]
     for stage in ordered:
         recipe.runs.append(_stage_config(stage, sections, recipe.out))
-    _link(recipe)
     shared = recipe.runs[0].data
     recipe.root, recipe.workers = shared.root, shared.workers
     return recipe
@@ -223,7 +229,7 @@ def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) ->
     return config
 
 
-def _link(recipe: Recipe) -> None:
+def link(recipe: Recipe) -> Recipe:
     """Let each stage start from the last enabled stages whose artifacts it accepts."""
     last: dict[str, RunConfig] = {}
     for config in recipe.runs:
@@ -233,3 +239,4 @@ def _link(recipe: Recipe) -> None:
             if parent is not None and stage_class(parent.stage).offers & kind.accepts:
                 config.init_from = [*config.init_from, str(Path(parent.out) / "artifact")]
         last[slot_of(kind.offers)] = config
+    return recipe

@@ -21,13 +21,14 @@ from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.text.captions import captions_of
 from stages import stage_class
-from stages.base import split_parents, text_section
+from stages.base import split_parents
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.language_model import Language
 from xray.config import RunConfig, TextConfig
 from xray.config import loading as cfg
 from xray.config.model import LlmConfig
+from xray.config.run import text_section
 from xray.config.schedule import steps_of, value_at
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
@@ -36,7 +37,8 @@ from xray.evaluation.suite import Measures
 from xray.evaluation.suites import result_table
 from xray.files import making, replacing, write_text
 from xray.models.tiny_llm import build_tiny_llm
-from xray.precompute.text_features import TextFeaturesConfig, write_text_features
+from xray.precompute.config import TextFeaturesConfig
+from xray.precompute.text_features import write_text_features
 from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, short

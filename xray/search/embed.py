@@ -12,9 +12,9 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from data_pipelines.shards.columns import (
 )
 from xray import dist
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
-from xray.config import Precision
 from xray.config.identity import differences
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import lock_folder
@@ -38,6 +37,7 @@ from xray.models.inference import one_behind
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress
 from xray.records import parse_record
+from xray.search.config import EmbedConfig
 from xray.search.embedding_file import (
     Block,
     Facts,
@@ -54,33 +54,12 @@ from xray.search.encoding import (
     warn_of_prefix,
     width_of,
 )
-from xray.search.quantisation import Dtype, calibrate, shortened
+from xray.search.quantisation import calibrate, shortened
 
 PARTS = 256  # per corpus, unless they would be too small or too large
 LEAST, MOST = 256, 16_384  # samples per part
 Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
 Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each bad sample
-
-
-@dataclass
-class EmbedConfig:
-    """Settings of an embedding job."""
-
-    dtype: Dtype = "fp32"
-    dim: int = 0  # number of leading features to keep, normalised again; 0 = all
-    keep_rate: float | None = None  # replaces the artifact's own
-    precision: Precision = "fp32"  # of the encoder
-    captions: dict[str, float] = field(default_factory=dict)  # json fields; {} = the usual ones
-    batch_size: int = 64
-    workers: int = 2
-
-    def validate(self) -> None:
-        """Raise ConfigError naming the option to change."""
-        for name, kinds in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in kinds:
-                raise ConfigError(f"--{name} {getattr(self, name)}: use {', '.join(kinds)}")
-        if self.dim < 0 or self.batch_size < 1 or self.workers < 0:
-            raise ConfigError("--dim and --workers must be at least 0, --batch-size at least 1")
 
 
 @dataclass(frozen=True)

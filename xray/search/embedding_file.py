@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xray.errors import ConfigError, DataError, brief
-from xray.files import replacing, usual_mode
+from xray.files import nearest_path, replacing, usual_mode
 from xray.records import parse_record
 from xray.search.quantisation import STORED, quantise, row_length
 
@@ -250,7 +250,7 @@ def open_embeddings(path: Path) -> Embeddings:
     if path.suffix not in ENDINGS:
         raise DataError(f"{path} is not an embedding file: it must end in {' or '.join(ENDINGS)}")
     if not path.is_file():
-        raise DataError(f"{path} does not exist")
+        raise DataError(f"{path} does not exist{nearest_path(path)}")
     return ParquetEmbeddings(path) if path.suffix == ".parquet" else NpyEmbeddings(path)
 
 

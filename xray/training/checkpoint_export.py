@@ -24,9 +24,7 @@ def find_run(folder: Path, overrides: dict[str, Any]) -> Run:
 
     Raises ArtifactError without a run, ConfigError if the overrides make it another one.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ArtifactError(f"{folder} contains no run: it has no config.yaml")
-    values = cfg.read_yaml(folder / "config.yaml")
+    values = cfg.stored_config(folder)
     stage = stage_class(str(values.get("stage", "")))
     config = cfg.load_config(stage.Config, stage.name, values, overrides)
     config.out = str(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xray.errors import ConfigError
+from xray.errors import ConfigError, nearest
 from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.finetune import FINETUNE
@@ -36,8 +36,8 @@ def suite_named(name: str) -> Suite[Any]:
     for suite in SUITES:
         if suite.name == name:
             return suite
-    names = ", ".join(suite.name for suite in SUITES)
-    raise ConfigError(f"unknown suite {name!r}: there are {names}")
+    names = [suite.name for suite in SUITES]
+    raise ConfigError(f"unknown suite {name!r}: there are {', '.join(names)}{nearest(name, names)}")
 
 
 def result_table(results: Mapping[str, Measures]) -> ResultTable:
