@@ -10,22 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations, pairwise
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.curation.filters import read_media
-from data_pipelines.decode.decoders import FrameChoice, decode_image
-from data_pipelines.decode.sandbox import clip_decoder
+from data_pipelines.decode.near_duplicates import dhash_of, first_64
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of
-from xray.config import DataConfig
 from xray.errors import BadSample
 
-COARSE = (72, 64)  # pixels to decode a JPEG at, 8 for each value of the 9 x 8 grid of a dHash
-LOG2_BUCKET = 0  # log2 of the number of random hashes that may agree in the selected bands
 EXACT_BELOW = 20_000  # number of embeddings up to which all pairs are compared
 BLOCK = 1024  # rows of embeddings to compare at once
 ROUNDS = 10  # of k-means
@@ -63,7 +57,8 @@ class MediaHasher:
             media = read_media(self.source, shard, member)
             if exact is None:
                 exact = first_64(hashlib.sha256(media).digest())
-            return exact, dhash(self._image(media)) if self.perceptual else 0, 0
+            is_clip = self.source.modality != "image"
+            return exact, dhash_of(media, is_clip) if self.perceptual else 0, 0
         except BadSample:
             return 0, 0, 1
 
@@ -76,99 +71,6 @@ class MediaHasher:
             return first_64(bytes.fromhex(recorded))
         except ValueError:  # not hexadecimal
             return None
-
-    def _image(self, media: bytes) -> Image.Image:
-        """Decode an image, or the middle frame of a clip."""
-        if self.source.modality == "image":
-            return decode_image(media, at_least=COARSE)
-        clip = clip_decoder(DataConfig()).decode(media, FrameChoice(1))
-        return Image.fromarray(clip.pixels[0])
-
-
-def first_64(digest: bytes) -> int:
-    """Convert the first 8 bytes of a digest to int64."""
-    return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def dhash(image: Image.Image) -> int:
-    """Compute the difference hash of an image: 64 bits as int64.
-
-    A bit is 1 if brightness increases from left to right between two neighbours in a 9 x 8 grid of
-    greys. 0 means that it increases nowhere.
-    """
-    greys = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
-    return first_64(np.packbits(greys[:, 1:] > greys[:, :-1]).tobytes())
-
-
-# pairs and groups -----------------------------------------------------------------------------
-
-
-def near_values(values: np.ndarray, distance: int) -> np.ndarray:
-    """Find all pairs of distinct uint64 values that differ in at most `distance` bits.
-
-    Returns pairs of positions in `values`, [P, 2]. The 64 bits are cut into k bands. Two values
-    that differ in r bits agree in at least k - r bands. So for each choice of k - r bands, the
-    values are grouped by these bands, and only values of the same group are compared. k is the
-    smallest number for which the groups are small.
-    """
-    bands, needed = distance + 1, np.log2(len(values) + 1) - LOG2_BUCKET
-    while bands < distance + 4 and 64 * (bands - distance) / bands < needed:
-        bands += 1
-    edges = np.linspace(0, 64, bands + 1).astype(int).tolist()
-    masks = [((1 << b) - 1) ^ ((1 << a) - 1) for a, b in pairwise(edges)]
-    pairs = [np.empty((0, 2), np.int64)]
-    if distance:
-        for selected in combinations(masks, bands - distance):
-            pairs.append(_near_in_bands(values, np.uint64(sum(selected)), distance))
-    return np.unique(np.concatenate(pairs), axis=0)
-
-
-def _near_in_bands(values: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
-    """Find the pairs of `near_values` whose bits under a mask are equal, [P, 2]."""
-    order = np.argsort(values & mask)
-    masked = (values & mask)[order]
-    result = [np.empty((0, 2), np.int64)]
-    left, gap = np.arange(len(order)), 1
-    while len(left):  # compare elements that are `gap` apart in sorted order, within a group
-        left = left[left + gap < len(order)]
-        left = left[masked[left] == masked[left + gap]]
-        pairs = np.stack([order[left], order[left + gap]], axis=1)
-        near = np.bitwise_count(values[pairs[:, 0]] ^ values[pairs[:, 1]]) <= distance
-        result.append(np.sort(pairs[near], axis=1))
-        gap += 1
-    return np.concatenate(result)
-
-
-def components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """Return the smallest node connected to each node, [count], by edges `pairs` [P, 2]."""
-    parent = np.arange(count)
-    while True:
-        roots = parent[pairs]
-        least = roots.min(axis=1)
-        np.minimum.at(parent, roots.ravel(), np.repeat(least, 2))
-        before, parent = parent, parent[parent]
-        if np.array_equal(parent, before) and (parent[pairs] == parent[pairs[:, :1]]).all():
-            return parent
-
-
-def groups_of(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Number the groups of hashes (int64) that distances up to `distance` bits connect, [N]."""
-    values, group = np.unique(hashes.view(np.uint64), return_inverse=True)
-    return components(len(values), near_values(values, distance))[group]
-
-
-def is_near(hashes: np.ndarray, others: np.ndarray, distance: int) -> np.ndarray:
-    """Mark hashes (int64) that differ in at most `distance` bits from one of the others, [N]."""
-    values, row = np.unique(hashes.view(np.uint64), return_inverse=True)
-    other_values = np.unique(others.view(np.uint64))
-    hit = np.isin(values, other_values)
-    if distance:
-        union = np.unique(np.concatenate([values, other_values]))
-        is_other = np.isin(union, other_values)
-        pairs = near_values(union, distance)
-        near = np.concatenate([pairs[is_other[pairs[:, 1]], 0], pairs[is_other[pairs[:, 0]], 1]])
-        hit |= np.isin(values, union[near])
-    return hit[row]
 
 
 def mark_duplicates(groups: np.ndarray, key_of: Callable[[int], str]) -> np.ndarray:

@@ -14,14 +14,9 @@ import numpy as np
 
 from data_pipelines.curation.balance import derive_keys, hash_texts, rows_of
 from data_pipelines.curation.config import CurationConfig, DedupConfig
-from data_pipelines.curation.dedup import (
-    components,
-    groups_of,
-    is_near,
-    mark_duplicates,
-    similar_pairs,
-)
+from data_pipelines.curation.dedup import mark_duplicates, similar_pairs
 from data_pipelines.curation.filters import EXAMPLES, Taken, within_cap
+from data_pipelines.decode.near_duplicates import components, groups_of, is_near
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source

@@ -2,7 +2,8 @@
 
 The list of files is split into shards by position. A process writes each shard under a temporary
 name and renames it when it is complete, so the same command continues an interrupted packing.
-Skipped files are listed per shard, and in one file once all shards are written.
+Skipped files are listed per shard, and in one file once all shards are written. Samples that are
+held out (`val`) go to shards in the folder `val`, which is a packing like the one above it.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.ingest.endings import ending_of
+from data_pipelines.ingest.held_out import Cut, Traits, check_share, hold_out, traits_of
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
-from data_pipelines.shards.process_pool import reporting_killed_workers
+from data_pipelines.shards.process_pool import over_shards, reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
+from xray.config.identity import filled
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import sole_writer, write_text
 from xray.processes import process_pool
+from xray.progress import progress_of
 
 Progress = Callable[[int, int], None]
 Skipped = dict[str, str]  # key, file, cause, detail
 Job = tuple[int, list[Item]]  # a shard's number and its samples
 
 RECORD, SKIPPED = "pack.json", "pack_skipped.jsonl"
+VAL = "val"  # the folder of the samples that are held out
+COMPARED = 64  # files to hash at a time
 OF_SHARDS = "pack_skipped.*.jsonl"  # per shard, until all shards are written
 LIMITS = {
     "per_shard": (1, 10_000),
@@ -55,12 +61,14 @@ class PackConfig:
     quality: int = 92  # JPEG quality of shrunk pictures; those with alpha become PNG
     gop: int = 0  # re-encode clips as H.264, a key frame every `gop` frames; 0 = keep them
     crf: int = 20  # H.264 quality of re-encoded clips, lower is better
+    # share of the samples to hold out in OUT/val, 0 to 0.5; near-duplicates stay together
+    val: float = 0.0
     workers: int = 2  # processes
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """Content of the packed folder."""
+    """Content of the packed folder; `shards` and `samples` are those to train on."""
 
     shards: int
     samples: int
@@ -69,6 +77,8 @@ class PackReport:
     classes: int = 0  # number of class folders
     outside: tuple[str, ...] = ()  # files outside all class folders
     unread: tuple[str, ...] = ()  # files beside the media that are neither media nor read
+    held_out: int = 0  # samples in OUT/val
+    cut: Cut = field(default_factory=Cut)  # between training and validation
 
 
 def pack(
@@ -79,8 +89,18 @@ def pack(
     where = os.path.expanduser(source)
     items = list_files(where, user="xray data pack")
     with sole_writer(out, "folder"):
-        reused = _write_shards(items, out, config, progress or (lambda done, total: None))
+        _claim(out, items, config)
+        cut = _cut(out, items, config)
+        trained, held = cut.sides(items)
+        show = progress or (lambda done, total: None)
+        reused = _write_shards(trained, out, config, lambda done, _: show(done, len(items)))
         skipped = _merge_skipped(out)
+        if held:
+            val, before = out / VAL, len(trained)
+            val.mkdir(exist_ok=True)
+            _claim(val, items, config)
+            reused += _write_shards(held, val, config, lambda n, _: show(before + n, len(items)))
+            skipped += _merge_skipped(val)
     if len(skipped) == len(items):
         first = skipped[0]
         raise DataError(
@@ -88,16 +108,61 @@ def pack(
             f"({first['detail']}); see {out / SKIPPED}"
         )
     causes = Counter(record["cause"] for record in skipped)
-    shards, samples = len([*out.glob("*.tar")]), len(items) - len(skipped)
+    count = sum(len(index_shard(tar)) for tar in (out / VAL).glob("*.tar")) if held else 0
     classes = len({item.meta["label_name"] for item in items if "label_name" in item.meta})
     outside = tuple(i.name for i in items if classes and i.listed and "label_name" not in i.meta)
-    unread = tuple(unread_files(where, items))
-    return PackReport(shards, samples, dict(causes), reused, classes, outside, unread)
+    return PackReport(
+        shards=len([*out.glob("*.tar")]),
+        samples=len(items) - len(skipped) - count,
+        skipped=dict(causes),
+        reused=reused,
+        classes=classes,
+        outside=outside,
+        unread=tuple(unread_files(where, items)),
+        held_out=count,
+        cut=cut,
+    )
+
+
+def _cut(out: Path, items: list[Item], config: PackConfig) -> Cut:
+    """Choose the samples to hold out, once: the record of the folder keeps the choice."""
+    if not config.val:
+        return Cut()
+    record = json.loads((out / RECORD).read_text("utf-8"))
+    if "held_out" not in record:
+        hasher = ItemHasher(items)
+        blocks = progress_of("looking for near-duplicates")
+        found = over_shards(hasher, len(hasher), config.workers, blocks)
+        cut = hold_out([traits for block in found for traits in block], config.val)
+        record["held_out"] = asdict(cut)
+        _write(out / RECORD, json.dumps(record, indent=1) + "\n")
+    return Cut(**record["held_out"])
+
+
+@dataclass(frozen=True)
+class ItemHasher:
+    """Function that hashes a block of files; None for a file that would be skipped."""
+
+    items: list[Item]
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // COMPARED)
+
+    def __call__(self, block: int) -> list[Traits | None]:
+        own = self.items[block * COMPARED : (block + 1) * COMPARED]
+        return [self._traits(item) for item in own]
+
+    def _traits(self, item: Item) -> Traits | None:
+        if not item.listed:
+            return None
+        try:
+            return traits_of(item.read(), ending_of(item.name), item.describe()[1])
+        except BadSample:
+            return None
 
 
 def _write_shards(items: list[Item], out: Path, config: PackConfig, progress: Progress) -> int:
     """Write the missing shards; return the number of those that were there."""
-    _claim(out, items, config)
     shards = [items[i : i + config.per_shard] for i in range(0, len(items), config.per_shard)]
     known = _read_skipped(out)
     there = [_tar(out, number).is_file() for number in range(len(shards))]
@@ -111,8 +176,8 @@ def _write_shards(items: list[Item], out: Path, config: PackConfig, progress: Pr
 
 
 def captioned(out: Path) -> int:
-    """Count the samples of a packed folder that have captions."""
-    tars = sorted(out.glob("*.tar"))
+    """Count the samples of a packed folder that have captions, with those held out."""
+    tars = sorted([*out.glob("*.tar"), *out.glob(f"{VAL}/*.tar")])
     return sum(len(index_shard(tar).members_with(("txt",))) for tar in tars)
 
 
@@ -121,6 +186,7 @@ def _check(source: Path, out: Path, config: PackConfig) -> None:
         value = vars(config)[name]
         if not least <= value <= most:
             raise ConfigError(f"{name}={value}: use {least} to {most}")
+    check_share(config.val)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
@@ -143,10 +209,10 @@ def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
         return
     try:
         held = json.loads((out / RECORD).read_text("utf-8"))
-        old = held["config"]
+        old = filled(held["config"], asdict(PackConfig()))  # older versions had fewer settings
         changes = [f"{k}: {old[k]} -> {v}" for k, v in settings.items() if old[k] != v]
         changes += ["other files or metadata"] * (held["files"] != wanted["files"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{out} contains .tar files that xray data pack did not write: choose another folder"
         ) from error

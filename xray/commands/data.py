@@ -81,19 +81,23 @@ def data_pack(
     After an interruption, run the same command again: it continues.
     """
     from data_pipelines.ingest.endings import by_ending
-    from data_pipelines.ingest.pack import PackConfig, captioned, pack
+    from data_pipelines.ingest.held_out import held_out_line
+    from data_pipelines.ingest.pack import VAL, PackConfig, captioned, pack
     from data_pipelines.ingest.tables import CAPTION_COLUMNS
     from data_pipelines.shards.manifest import write_manifest
 
     config = settings(PackConfig, overrides)
     with progress_bar("packing") as progress:
         report = pack(source, out, config, progress)
-    write_manifest(str(out), checksum=True, workers=config.workers)
+    for folder in [out] + [out / VAL] * bool(report.held_out):
+        write_manifest(str(folder), checksum=True, workers=config.workers)
     print(f"{out}: {report.samples:,} samples in {report.shards:,} shards", end="")
     print(f", {report.reused:,} of them already there" if report.reused else "", end="")
     print(f", of {report.classes:,} classes by their folders' names" if report.classes else "")
-    count = captioned(out)
-    print(f"captions: {count:,} of {report.samples:,} samples have captions", end="")
+    if config.val:
+        print(held_out_line(out / VAL, report.held_out, report.cut))
+    count, samples = captioned(out), report.samples + report.held_out
+    print(f"captions: {count:,} of {samples:,} samples have captions", end="")
     columns = ", ".join(CAPTION_COLUMNS)
     print("" if count else f"; they are read from a.txt beside a.jpg, or the columns {columns}")
     if report.unread:

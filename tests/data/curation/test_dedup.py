@@ -14,16 +14,16 @@ from shards import jpeg, photo, write_tar
 
 from data_pipelines.curation import dedup
 from data_pipelines.curation.curate import curate
-from data_pipelines.curation.dedup import (
+from data_pipelines.curation.dedup import mark_duplicates, similar_pairs
+from data_pipelines.decode import near_duplicates
+from data_pipelines.decode.decoders import AvClip
+from data_pipelines.decode.near_duplicates import (
     components,
     dhash,
     groups_of,
     is_near,
-    mark_duplicates,
     near_values,
-    similar_pairs,
 )
-from data_pipelines.decode.decoders import AvClip
 from data_pipelines.ingest import demo
 from data_pipelines.shards.sidecar import write_sidecar
 from data_pipelines.shards.source import open_source
@@ -69,7 +69,9 @@ def test_all_near_hashes_are_found(distance: int) -> None:
 def test_more_bands_find_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.unique(clustered(2000, np.random.default_rng(0)).view(np.uint64))
     expected = near_values(values, 3)  # 4 bands of 16 bits
-    monkeypatch.setattr(dedup, "LOG2_BUCKET", -24)  # as many bands as for 2^24 times the values
+    monkeypatch.setattr(
+        near_duplicates, "LOG2_BUCKET", -24
+    )  # as many bands as for 2^24 times the values
     assert np.array_equal(near_values(values, 3), expected) and len(expected) > 2000
 
 
