@@ -44,7 +44,7 @@ from data_pipelines.shards.source import Source, open_source
 from data_pipelines.text.captions import metadata_of, read_captions
 from xray.config.identity import hash_json
 from xray.errors import ConfigError, DataError
-from xray.files import is_inside, replacing, sole_writer
+from xray.files import replacing, sole_writer
 from xray.records import parse_record
 
 
@@ -255,12 +255,7 @@ class _Writer:
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
         with replacing(target, temporary), new_tar(temporary) as add:
             for slot, member in enumerate(members.tolist()):
-                key = self.source.index(shard).key(member)
-                if not is_inside(key):
-                    raise DataError(
-                        f"shard {self.source.manifest.path(shard)} has a sample {key!r}, which "
-                        "would be unpacked outside of the folder: rename it"
-                    )
+                key = self.source.index(shard).safe_key(member)
                 add(key, self._curated(shard, member, self.slots.texts(shard, slot)))
         return len(members)
 

@@ -22,6 +22,7 @@ from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, ConfigError
 
 T = TypeVar("T")
+VAL = "val"  # the folder, below the shards to train on, of those that are held out
 LARGEST_SHARE = 0.5
 LEAST = 2  # samples of a modality to hold out, because retrieval needs two; at most a half of them
 
@@ -69,10 +70,11 @@ class Cut:
         return kept, [samples[number] for number in self.held]
 
 
-def check_share(share: float, least: float = 0.0) -> None:
-    """Raise ConfigError for a share that is not in [least, 0.5]."""
-    if not least <= share <= LARGEST_SHARE:
-        raise ConfigError(f"val={share}: use a share from {least:g} to {LARGEST_SHARE:g}")
+def check_share(share: float, zero: bool = False) -> None:
+    """Raise ConfigError for a share that is not above 0 and at most 0.5; zero: 0 is allowed."""
+    if not (0 < share <= LARGEST_SHARE or (zero and share == 0)):
+        least = "0 (none)" if zero else "above 0"
+        raise ConfigError(f"val={share}: use a share {least} to {LARGEST_SHARE:g}, such as 0.05")
 
 
 def hold_out(samples: Sequence[Traits | None], share: float) -> Cut:

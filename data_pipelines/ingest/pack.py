@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.ingest.endings import ending_of
-from data_pipelines.ingest.held_out import Cut, Traits, check_share, hold_out, traits_of
+from data_pipelines.ingest.held_out import VAL, Cut, Traits, check_share, hold_out, traits_of
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.user_data import list_files
@@ -39,7 +39,6 @@ Skipped = dict[str, str]  # key, file, cause, detail
 Job = tuple[int, list[Item]]  # a shard's number and its samples
 
 RECORD, SKIPPED = "pack.json", "pack_skipped.jsonl"
-VAL = "val"  # the folder of the samples that are held out
 COMPARED = 64  # files to hash at a time
 OF_SHARDS = "pack_skipped.*.jsonl"  # per shard, until all shards are written
 LIMITS = {
@@ -186,7 +185,7 @@ def _check(source: Path, out: Path, config: PackConfig) -> None:
         value = vars(config)[name]
         if not least <= value <= most:
             raise ConfigError(f"{name}={value}: use {least} to {most}")
-    check_share(config.val)
+    check_share(config.val, zero=True)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):

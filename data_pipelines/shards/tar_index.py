@@ -28,7 +28,7 @@ from data_pipelines.shards.columns import (
 )
 from data_pipelines.shards.tar_contents import TarContents, read_tar
 from xray.errors import BadSample, DataError, brief
-from xray.files import printable, sha256_file
+from xray.files import is_inside, printable, sha256_file
 
 log = logging.getLogger("xray")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -93,6 +93,16 @@ class ShardIndex:
     def key(self, member: int) -> str:
         """Return the key of a sample."""
         return text_at(self.columns["keys"], self.columns["key_ends"], member)
+
+    def safe_key(self, member: int) -> str:
+        """Return the key of a sample to write; raises DataError for one that leads outside."""
+        key = self.key(member)
+        if not is_inside(key):
+            raise DataError(
+                f"shard {self.path} has a sample {key!r}, which would be unpacked outside of the "
+                "folder: rename it"
+            )
+        return key
 
     def members_with(self, extensions: Sequence[str]) -> np.ndarray:
         """Return the numbers of the samples that have a file with one of these extensions."""

@@ -60,6 +60,7 @@ def progressive(size: tuple[int, int], scans: int) -> bytes:
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
     """Write files to a tar in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)

@@ -173,6 +173,12 @@ def settings(schema: type[S], items: Sequence[str] | None) -> S:
     return build(schema, parse_overrides(items or [], kinds_of(schema)))
 
 
+def check_folder(folder: Path | str) -> None:
+    """Raise ConfigError if a setting stands where the command takes a folder to write to."""
+    if SETTING.match(str(folder)):
+        raise ConfigError(f"{folder} is a setting: name the folder to write to before it")
+
+
 def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return (data, settings) of a command's arguments; raises ConfigError without data."""
     given = [item for item in items if SETTING.match(item)]

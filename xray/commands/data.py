@@ -1,4 +1,4 @@
-"""`xray data demo`, `index`, `pack`, `check`, `stats` and `tiny-llm`."""
+"""`xray data demo`, `index`, `pack`, `split`, `check`, `stats` and `tiny-llm`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from xray.commands.common import (
     SHARDS,
     Overrides,
     Workers,
+    check_folder,
     counted,
     guarded,
     settings,
@@ -38,6 +39,7 @@ def data_demo(
     """Generate pictures and clips of coloured shapes, with captions and hashtags, as shards."""
     from data_pipelines.ingest.demo import DemoConfig, make_demo
 
+    check_folder(folder)
     make_demo(folder, settings(DemoConfig, overrides))
     print(f"demo data in {folder}")
 
@@ -81,11 +83,12 @@ def data_pack(
     After an interruption, run the same command again: it continues.
     """
     from data_pipelines.ingest.endings import by_ending
-    from data_pipelines.ingest.held_out import held_out_line
-    from data_pipelines.ingest.pack import VAL, PackConfig, captioned, pack
+    from data_pipelines.ingest.held_out import VAL, held_out_line
+    from data_pipelines.ingest.pack import PackConfig, captioned, pack
     from data_pipelines.ingest.tables import CAPTION_COLUMNS
     from data_pipelines.shards.manifest import write_manifest
 
+    check_folder(out)
     config = settings(PackConfig, overrides)
     with progress_bar("packing") as progress:
         report = pack(source, out, config, progress)
@@ -108,6 +111,32 @@ def data_pack(
         print(f"no label: {first}{more}, in no class's folder")
     if report.skipped:
         print(f"left out: {counted(report.skipped)}; listed in {out / 'pack_skipped.jsonl'}")
+
+
+@takes("data_pipelines.ingest.split:SplitConfig")
+@guarded
+def data_split(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=SHARDS)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new shards")],
+    overrides: Overrides = None,
+) -> None:
+    """Copy SHARDS to OUT and hold a share of the samples out in OUT/val, for evaluation.
+
+    Near-duplicates stay on one side. After an interruption, run the same command again.
+    """
+    from data_pipelines.ingest.held_out import VAL, held_out_line
+    from data_pipelines.ingest.split import SplitConfig, split
+    from data_pipelines.ingest.user_data import kind_of
+    from data_pipelines.shards.manifest import write_manifest
+
+    check_folder(out)
+    config = settings(SplitConfig, overrides)
+    kind_of(shards, ("shards",), "xray data split")
+    report = split(shards, out, config)
+    for folder in [out] + [out / VAL] * bool(report.held_out):
+        write_manifest(str(folder), checksum=True, workers=config.workers)
+    print(f"{out}: {report.samples:,} samples in {report.shards:,} shards")
+    print(held_out_line(out / VAL, report.held_out, report.cut))
 
 
 @guarded
@@ -173,6 +202,7 @@ def data_tiny_llm(
     from xray.config.model import LlmConfig
     from xray.recipes.run import make_llm
 
+    check_folder(folder)
     config = settings(LlmConfig, overrides)
     config.path, config.captions = folder, captions
     make_llm(config, "")

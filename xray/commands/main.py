@@ -46,6 +46,7 @@ DATA: Commands = {
     "demo": data.data_demo,
     "index": data.data_index,
     "pack": data.data_pack,
+    "split": data.data_split,
     "check": data.data_check,
     "stats": data.data_stats,
     "tiny-llm": data.data_tiny_llm,

@@ -237,7 +237,7 @@ def test_the_command_says_what_it_held_out(photos: Path, tmp_path: Path) -> None
     assert "captions: 60 of 85 samples have captions" in done.stdout
     for wrong in ("0.6", "-0.1"):
         refused = invoke("data", "pack", str(photos), str(tmp_path / "b"), f"val={wrong}")
-        assert refused.exit_code == 2 and "use a share from 0 to 0.5" in refused.stderr
+        assert refused.exit_code == 2 and "use a share 0 (none) to 0.5" in refused.stderr
     alike = tmp_path / "alike"
     alike.mkdir()
     for quality in range(60, 70):
