@@ -322,3 +322,11 @@ def test_median_rank_is_not_shown_as_a_percentage(tmp_path: Path) -> None:
     table = Page(ablation, outcomes, metrics, cells, {rank: 60.0}, {}).results()
     assert metrics == [rank] and "%" not in table.columns[2]
     assert table.rows == [("a", "1", "3.5"), ("chance", "", "60")]
+
+
+def test_arms_may_be_given_in_epochs(demo: Path, tmp_path: Path) -> None:
+    common = 'common: {stages: [mae, clip], clip.train.epochs: 2, eval.zero_shot.shards: ""}'
+    arms = "arms:\n  a: {}\n  b: {clip.train.epochs: 0.5}\n"
+    text = f"base: {RECIPE}\nseeds: [0]\n{common}\n{arms}"
+    ablation = load(tmp_path, text, f"data.root={demo}")
+    assert [samples_of(trial.recipe.runs[-1]) for trial in ablation.trials] == [288, 72]

@@ -126,7 +126,13 @@ def _resolve(
     """Read an arm's recipe for the first seed."""
     fixed = {"name": arm, "out": str(_folder(ablation, arm, ablation.config.seeds[0]))}
     try:
-        return read_recipe([*base, cfg.merge(layer, fixed)])
+        recipe = read_recipe([*base, cfg.merge(layer, fixed)])
+        if any(run.train.epochs is not None for run in recipe.runs):
+            from xray.recipes.run import sizes_at_hand  # imports torch
+
+            sizes = sizes_at_hand(recipe)
+            recipe.runs = [run.with_length(sizes[run.stage]) for run in recipe.runs]
+        return recipe
     except ConfigError as error:
         raise ConfigError(f"arm {arm}: {error}") from error
 

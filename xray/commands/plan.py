@@ -38,9 +38,10 @@ def plan(
 
     check_gpu(gpu)
     runs, llm = load_runs(name, overrides or [])
+    from stages import STAGES
     from xray.planning.plan import make_plan
 
-    made = make_plan(runs, llm, tags, devices, gpu, gb, mfu)
+    made = make_plan(runs, llm, tags, devices, gpu, gb, mfu, recipe=name not in STAGES)
     if as_json:
         content = {"devices": devices, "gpu": gpu, "stages": made.stages, "notes": made.notes}
         print(json.dumps(content, indent=1))
@@ -78,6 +79,9 @@ def show_config(
         sections = {config.stage: config for config in recipe.runs} | {"eval": recipe.eval}
     for key, section in sections.items():
         print(OmegaConf.to_yaml(OmegaConf.create({key: asdict(section)})), end="")
+        if key in STAGES and section.train.epochs is not None:
+            print(f"# {key}: samples becomes the number of {section.train.epochs:g} epochs", end="")
+            print(" when a run opens its data")
 
 
 @guarded

@@ -27,11 +27,14 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [])
     from xray.recipes.report import write_run_report
-    from xray.recipes.run import evaluate, plan_table, run_recipe
+    from xray.recipes.run import evaluate, plan_notes, plan_table, run_recipe, sizes_at_hand
 
-    table = plan_table(loaded)  # on every rank: it raises for models that cannot be built
+    sizes = sizes_at_hand(loaded) if dist.is_main() else {}
+    table = plan_table(loaded, sizes)  # on every rank: it raises for models that cannot be built
     if dist.is_main():
         table.print()
+        for note in plan_notes(loaded, sizes):
+            print(note)
     if plan:
         return
     artifacts = run_recipe(loaded)

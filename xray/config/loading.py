@@ -27,6 +27,7 @@ from xray.urls import conceal_all
 PRESETS = ("model", "zero")
 # Settings that belong to one model and are dropped if a later layer names another.
 OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")
+LENGTH = ("samples", "epochs")  # of section train: a later layer's replaces those of earlier ones
 
 C = TypeVar("C")
 Layer = Mapping[str, Any]
@@ -115,7 +116,16 @@ def parse_overrides(items: Sequence[str], kinds: Kinds | None = None) -> dict[st
             layers.append(_parse_override(key, value, kinds))
         except Exception as error:  # yaml and omegaconf have several parser errors
             raise ConfigError(f"{item!r} cannot be read: {_first_line(error)}") from error
+    _check_lengths([item.split("=", 1)[0] for item in items])
     return merge(*layers)
+
+
+def _check_lengths(keys: Sequence[str]) -> None:
+    """Raise ConfigError for two keys that set the length of the same stage."""
+    for key in keys:
+        other = f"{key.removesuffix('.samples')}.epochs"
+        if key.endswith("train.samples") and other in keys:
+            raise ConfigError(f"{key} and {other} both set the length: give one of them")
 
 
 def _parse_override(key: str, value: str, kinds: Kinds | None) -> dict[str, Any]:
@@ -151,7 +161,8 @@ def merge(*layers: Layer) -> dict[str, Any]:
     """Merge nested mappings; later layers win, and lists replace.
 
     A section of PRESETS may be the name of a preset. A layer that names a model drops the settings
-    in OF_THE_NAME of earlier layers, because they belong to the earlier model.
+    in OF_THE_NAME of earlier layers, because they belong to the earlier model. A layer that sets a
+    length of training drops that of earlier layers.
     """
     result: dict[str, Any] = {}
     for layer in layers:
@@ -161,11 +172,20 @@ def merge(*layers: Layer) -> dict[str, Any]:
             if key in PRESETS and isinstance(value, Mapping) and "name" in value:
                 kept = result.get(key, {})
                 result[key] = {name: kept[name] for name in kept if name not in OF_THE_NAME}
+            if key == "train" and _sets_length(value) and isinstance(result.get(key), Mapping):
+                kept = result[key]
+                result[key] = {name: kept[name] for name in kept if name not in LENGTH}
             if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
                 result[key] = merge(result[key], value)
             else:
                 result[key] = merge(value) if isinstance(value, Mapping) else value
     return result
+
+
+def _sets_length(train: Any) -> bool:
+    """Return True for a section with a length; samples: 0 is what a config without one shows."""
+    given = train if isinstance(train, Mapping) else {}
+    return bool(given.get("samples")) or given.get("epochs") is not None
 
 
 def build(schema: type[C], *layers: Layer, section: str = "") -> C:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -13,6 +15,8 @@ from xray.config.identity import runtime
 from xray.config.model import ModelConfig, TextConfig
 from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConfig
 from xray.errors import ConfigError
+
+R = TypeVar("R", bound="RunConfig")
 
 
 @dataclass
@@ -52,8 +56,32 @@ class RunConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the stage."""
+        """Optimizer steps of the stage; ConfigError while only `train.epochs` is known."""
+        if self.train.epochs is not None:
+            raise ConfigError(
+                f"the number of steps of train.epochs={self.train.epochs:g} follows from the data, "
+                "which are not at hand: set data.root to them, or train.samples instead"
+            )
         return max(1, round(self.train.samples / self.global_batch))
+
+    def passes(self, sizes: Mapping[str, int], steps: int = 1) -> dict[str, float]:
+        """Return the passes of `steps` steps over each source, by name; sizes: their samples."""
+        drawn = {block.source: block.samples / self.data.views for block in self.blocks}
+        return {name: steps * drawn[name] / sizes[name] for name in drawn if sizes.get(name)}
+
+    def with_length(self: R, sizes: Mapping[str, int]) -> R:
+        """Return the config with `train.samples` instead of `train.epochs`.
+
+        An epoch is one pass over the source that takes the most steps for it, so that every sample
+        of every source is seen. sizes: samples of the sources; the config stays as it is while one
+        is missing.
+        """
+        passes = self.passes(sizes)
+        if self.train.epochs is None or len(passes) < len(self.blocks):
+            return self
+        steps = math.ceil(round(self.train.epochs / min(passes.values()), 6))
+        train = replace(self.train, samples=steps * self.global_batch, epochs=None)
+        return replace(self, train=train)
 
     @property
     def zero_limit(self) -> Literal[0, 2, 3]:

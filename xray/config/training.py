@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xray.config import schedule
-from xray.config.identity import runtime
+from xray.config.identity import added, runtime
 from xray.config.model import Precision
 from xray.errors import ConfigError, nearest
 
@@ -143,6 +144,9 @@ class TrainConfig:
     """Length, precision, logging and checkpoints of a stage."""
 
     samples: int = 0  # samples seen in the stage, over all blocks
+    # instead of samples: passes over the source that takes the most steps for one pass; a run
+    # records the samples that follow from its data
+    epochs: float | None = added(None)
     precision: Precision = "fp32"  # bf16 = autocast over fp32 weights
     compile: bool = runtime(False)  # torch.compile the transformer blocks
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
@@ -171,10 +175,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Check the settings; raises ConfigError that names the key to change."""
-        if self.samples < 1:
-            raise ConfigError(
-                "train.samples is not set: set the number of samples to see in this stage"
-            )
+        self._validate_length()
         if self.spike <= 0 or self.hang_seconds < 0:
             raise ConfigError(
                 f"train.spike={self.spike} must be above 0, and train.hang_seconds="
@@ -202,6 +203,22 @@ class TrainConfig:
                 f"{self.save_every} to a multiple of it"
             )
         schedule.check(self.micro_batch, "train.micro_batch", least=0)
+
+    def _validate_length(self) -> None:
+        if self.epochs is None:
+            if self.samples < 1:
+                raise ConfigError(
+                    "train.samples is not set: set the number of samples to see in this stage, or "
+                    "train.epochs, the passes over its data"
+                )
+            return
+        if self.samples:
+            raise ConfigError(
+                f"train.samples={self.samples} and train.epochs={self.epochs:g} both set the "
+                "length of the stage: remove one of them"
+            )
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"train.epochs={self.epochs} must be a number above 0")
 
 
 @dataclass

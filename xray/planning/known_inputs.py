@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from data_pipelines.curation.tables import keep_listed
-from data_pipelines.ingest.user_data import open_sources
-from data_pipelines.shards.manifest import resolve
-from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source
 from stages import stage_class
 from stages.base import Facts
@@ -20,8 +16,8 @@ from xray.artifacts.offers import SENTENCES, VISION
 from xray.config import RunConfig, TextConfig
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
-from xray.errors import DataError
 from xray.models.tiny_llm import tiny_settings
+from xray.training.length import sources_at_hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +51,7 @@ def known(
 
 def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, tags: int) -> Known:
     """Collect the facts of a stage. tuned: text section of an earlier stage that tunes the LLM."""
-    sources, notes = _sources(config), list[str]()
+    sources, notes = sources_at_hand(config), list[str]()
     kind, own, text, llm = stage_class(config.stage), text_section(config), None, None
     if own is not None:
         name = own.llm or (tuned.llm if tuned is not None else "")  # as the stage itself takes it
@@ -71,20 +67,6 @@ def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, t
     facts, assumed = kind(config).count(sources, Facts(tags, llm, text))
     countable = own is None or llm is not None or VISION in kind.offers
     return Known(facts, sources, notes + assumed, countable)
-
-
-def _sources(config: RunConfig) -> dict[str, Source]:
-    """Open the sources that are on this computer."""
-    found: dict[str, Source] = {}
-    for block in config.blocks:
-        own = config.data.sources[block.source]
-        if not is_remote(resolve(own.shards, config.data.root)):
-            try:
-                opened = open_sources(config.data, [block.source])
-            except DataError:
-                continue
-            found |= {name: keep_listed(source, own) for name, source in opened.items()}
-    return found
 
 
 def _llm(name: str) -> Path | None:

@@ -11,8 +11,9 @@ from xray.config import RunConfig
 from xray.config.model import LlmConfig
 from xray.planning.estimate import Change, Memory, Resources, cheapest_fit, resources
 from xray.planning.known_inputs import Known, known
-from xray.reports.tables import ResultTable, short
+from xray.reports.tables import ResultTable, figure, short
 from xray.training.gpu_specs import GPUS, Gpu, check_gpu
+from xray.training.length import length_advice, sizes_of
 
 USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 PARTS = {
@@ -47,8 +48,8 @@ class Plan:
 
         line("parameters", [short(r["parameters"]) for r in rows])
         line("trained parameters", [short(r["trained"]) for r in rows])
-        line("samples", [short(r["samples"]) for r in rows])
-        line("steps", [short(r["steps"]) for r in rows])
+        line("samples", [_count(r["samples"]) for r in rows])
+        line("steps", [_count(r["steps"]) for r in rows])
         line("epochs", ["\n".join(_epochs(r)) for r in rows])
         line("tokens per step", [short(r["tokens_per_step"]) for r in rows])
         line("TFLOP per step", [f"{r['flops_per_step'] / 1e12:,.4g}" for r in rows])
@@ -57,8 +58,9 @@ class Plan:
         line("checkpoint", [_gb(r["checkpoint_bytes"]) for r in rows])
         for part, words in PARTS.items():
             line(f"memory: {words}", [_gb(r["memory"][part]) for r in rows])
-        if rows and rows[0]["hours"] is not None:
-            line(f"hours at an MFU of {mfu:g}", [f"{r['hours']:,.3g}" for r in rows])
+        if any(r["hours"] is not None for r in rows):
+            hours = ["unknown" if r["hours"] is None else f"{r['hours']:,.3g}" for r in rows]
+            line(f"hours at an MFU of {mfu:g}", hours)
         return table
 
 
@@ -70,19 +72,23 @@ def make_plan(
     gpu: str,
     gb: float,
     mfu: float,
+    recipe: bool = True,
 ) -> Plan:
     """Estimate stages on `devices` GPUs; tiny, tags: an LLM and a vocabulary still to be made.
 
     gpu: a name of GPUS, or "none". gb: memory of a device, 0 = the GPU's; without both, every stage
-    fits. Raises ConfigError for an unknown GPU.
+    fits. recipe: the notes name the keys of a recipe, otherwise of a stage. Raises ConfigError for
+    an unknown GPU.
     """
     check_gpu(gpu)
     device = GPUS.get(gpu)
     capacity = 1e9 * USABLE * (gb or (device.memory if device else 0))
     plan = Plan()
     with known(configs, tiny, tags) as found:
-        for config, own in zip(configs, found, strict=True):
+        for given, own in zip(configs, found, strict=True):
+            config = given.with_length(sizes_of(own.sources))
             plan.notes += [f"{config.stage}: {note}" for note in own.notes]
+            plan.notes += _length_notes(config, own, f"{config.stage}." if recipe else "")
             if not own.countable:
                 continue
             needs = resources(config, own.facts, devices)
@@ -93,6 +99,15 @@ def make_plan(
                 plan.notes.append(_advice(config.stage, needs.memory, change, capacity))
             plan.stages.append(_facts(needs, own, device, mfu, change))
     return plan
+
+
+def _length_notes(config: RunConfig, own: Known, section: str) -> list[str]:
+    if config.train.epochs is None:
+        return length_advice(config, sizes_of(own.sources), section)
+    return [
+        f"{config.stage}: the samples and hours of {section}train.epochs={config.train.epochs:g} "
+        "follow from the data, which are not at hand: set data.root to their folder"
+    ]
 
 
 def _advice(stage: str, memory: Memory, change: Change | None, capacity: float) -> str:
@@ -107,34 +122,34 @@ def _facts(
     needs: Resources, own: Known, gpu: Gpu | None, mfu: float, change: Change | None
 ) -> dict[str, Any]:
     config, size = needs.config, needs.size
-    views = config.data.views
-    epochs = {
-        block.source: config.steps * block.samples / views / len(own.sources[block.source])
-        if block.source in own.sources
-        else None
-        for block in config.blocks
-    }
+    known_length = config.train.epochs is None
+    steps = config.steps if known_length else None
+    passes = config.passes(sizes_of(own.sources), config.steps) if known_length else {}
     return {
         "stage": config.stage,
         "parameters": size.trained + size.frozen,
         "trained": size.trained,
-        "steps": config.steps,
-        "samples": config.steps * config.global_batch,
-        "epochs": epochs,
+        "steps": steps,
+        "samples": steps and steps * config.global_batch,
+        "epochs": {block.source: passes.get(block.source) for block in config.blocks},
         "tokens_per_step": round(needs.tokens),
         "flops_per_step": round(needs.flops),
         "recomputed_flops": round(needs.recomputed),
         "micro_batches": needs.micros,
         "checkpoint_bytes": needs.checkpoint,
         "memory": {**dataclasses.asdict(needs.memory), "total": needs.memory.total},
-        "hours": needs.hours(gpu, mfu) if gpu else None,
+        "hours": needs.hours(gpu, mfu) if gpu and known_length else None,
         "fits_with": change.settings if change else None,
     }
 
 
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else short(number)
+
+
 def _epochs(row: dict[str, Any]) -> list[str]:
     return [
-        f"{source} " + ("unknown" if value is None else f"{value:.3g}")
+        f"{source} " + ("unknown" if value is None else figure(value))
         for source, value in row["epochs"].items()
     ]
 

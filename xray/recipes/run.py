@@ -41,26 +41,55 @@ from xray.precompute.config import TextFeaturesConfig
 from xray.precompute.text_features import write_text_features
 from xray.progress import progress_bar
 from xray.recipes.recipe import Recipe
-from xray.reports.tables import ResultTable, short
+from xray.reports.tables import ResultTable, figure, short
+from xray.training.length import length_advice, sizes_of, sources_at_hand
 from xray.training.run import check_decoding, holds_another_run
 
+Sizes = dict[str, dict[str, int]]  # samples of the sources at hand, by stage and source
 
-def plan_table(recipe: Recipe) -> ResultTable:
+
+def sizes_at_hand(recipe: Recipe) -> Sizes:
+    """Count the samples of each stage's sources that are on this computer; not collective."""
+    with dist.rehearsed(1):
+        return {run.stage: sizes_of(sources_at_hand(run)) for run in recipe.runs}
+
+
+def plan_table(recipe: Recipe, sizes: Sizes) -> ResultTable:
     """Make the table of a recipe's stages; raises ConfigError for one that cannot be built."""
     table = ResultTable(
         f"{recipe.name} -> {recipe.out}",
         ("stage", "starts from", "batch", "GMACs each", "length", "peak lr", "state"),
     )
-    for config in recipe.runs:
+    for given in recipe.runs:
+        own = sizes.get(given.stage, {})
+        config = given.with_length(own)
         parents = [Path(p).parent.name if p.endswith("artifact") else p for p in config.init_from]
         start = "\n+ ".join(parents) or "scratch"
         size, cost = _inputs(config)
         batch = f"{' + '.join(f'{b.samples} {b.source}' for b in config.blocks)}\n{size}"
-        samples = short(config.steps * config.global_batch)
-        length = f"{samples} samples\n{short(config.steps)} steps"
+        length = _length(config, own)
         lr = f"{config.optim.base_lr * config.global_batch / 256:.2g}"
         table.rows.append((config.stage, start, batch, cost, length, lr, _state(config)))
     return table
+
+
+def _length(config: RunConfig, sizes: dict[str, int]) -> str:
+    if config.train.epochs is not None:
+        return f"{config.train.epochs:g} epochs"
+    lines = [f"{short(config.steps * config.global_batch)} samples", f"{short(config.steps)} steps"]
+    if passes := config.passes(sizes, config.steps):
+        least, most = (figure(choose(passes.values())) for choose in (min, max))
+        lines.append(f"{least} epochs" if least == most else f"{least} to {most} epochs")
+    return "\n".join(lines)
+
+
+def plan_notes(recipe: Recipe, sizes: Sizes) -> list[str]:
+    """Return what is odd about the lengths of a recipe's stages, each with a setting to change."""
+    notes = []
+    for run in recipe.runs:
+        own = sizes.get(run.stage, {})
+        notes += length_advice(run.with_length(own), own, f"{run.stage}.")
+    return notes
 
 
 def _state(config: RunConfig) -> str:

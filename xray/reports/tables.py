@@ -20,6 +20,11 @@ def short(number: int) -> str:
     return str(number)
 
 
+def figure(number: float) -> str:
+    """Format a number with at least 2 digits, without an exponent: 0.037, 9.4, 4,000."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 NAME = 24  # longest row name, in characters, that is never wrapped
 
 

@@ -28,6 +28,7 @@ from xray.errors import ConfigError, DataError
 from xray.files import lock_folder, sha256_file, write_text
 from xray.records import read_record
 from xray.training.checkpoint import complete_checkpoints
+from xray.training.length import sizes_of
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
 from xray.training.state import TrainState
@@ -68,6 +69,7 @@ class Run:
 
         def prepare() -> dict[str, Source]:
             kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+            stage.config = stage.config.with_length(sizes_of(kept))
             return stage.prepare(kept, parents)
 
         sources = dist.main_first(prepare, "preparing the data of the stage")
@@ -305,6 +307,9 @@ def holds_another_run(config: RunConfig) -> bool:
     own = json.loads(json.dumps(identity(config, whole=True)))
     if own["data"]["decode"] == "auto":
         own["data"]["decode"] = old["config"]["data"]["decode"]
+    if config.train.epochs is not None:  # the data are not at hand
+        for name in ("samples", "epochs"):
+            own["train"][name] = old["config"]["train"][name]
     return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
 
 
