@@ -111,7 +111,8 @@ def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
     assert again == config
 
 
-NEEDED = {name: ["text.llm=there"] for name in ("real_pretrained", "small")}
+NEEDED = {name: ["text.llm=there"] for name in ("one_gpu", "real_pretrained", "small")}
+NEEDED["adapt"] = ["text.llm=there", "model.pretrained=timm"]
 
 
 def test_every_shipped_yaml_is_valid() -> None:
