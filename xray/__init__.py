@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from xray.api import Model as Model
     from xray.api import load as load
 
-
 __all__ = ["Model", "__version__", "load"]
 
 
@@ -24,3 +23,8 @@ def __getattr__(name: str) -> Any:
     from xray import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

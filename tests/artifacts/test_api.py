@@ -54,6 +54,11 @@ def test_import_is_lazy_and_unknown_names_are_refused() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_dir_shows_the_api_and_nothing_else() -> None:
+    assert dir(xray) == ["Model", "__version__", "load"]
+    assert all(getattr(xray, name) for name in dir(xray))
+
+
 @pytest.mark.parametrize(("source", "ending"), [("heldout", "jpg"), ("clips", "mp4")])
 def test_features_equal_those_of_evaluation(
     clip: xray.Model, hashtag: xray.Model, demo: Path, tmp_path: Path, source: str, ending: str

@@ -9,9 +9,18 @@ import typer
 
 from xray import dist
 from xray.commands.common import Overrides, guarded
+from xray.commands.help import examples
 from xray.errors import ConfigError
 
 
+@examples(
+    ("xray ablate stages --plan", "arms, seeds, samples and FLOPs, without training"),
+    ("xray ablate losses seeds=[0,1,2] jobs=2", "three seeds, two runs at a time"),
+    (
+        "xray ablate token_reduction base=real_small data.root=/data/mine",
+        "a shipped ablation with another recipe and your own data",
+    ),
+)
 @guarded
 def ablate(
     file: Annotated[str, typer.Argument(help="A shipped ablation's name, or a .yaml file")],

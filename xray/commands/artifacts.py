@@ -10,6 +10,7 @@ import typer
 
 from xray import dist
 from xray.commands.common import ArtifactName, AsJson, KeepRate, Overrides, guarded
+from xray.commands.help import examples
 
 
 @guarded
@@ -48,6 +49,21 @@ def lineage(
         raise SystemExit(1)
 
 
+@examples(
+    ("xray export runs/small/clip@400", "the artifact of the checkpoint at step 400"),
+    (
+        "xray export runs/small/clip --weights ema --out averaged",
+        "the moving average of the weights (train.ema), at the last checkpoint",
+    ),
+    (
+        "xray export runs/small/clip/artifact --to timm --out exports/timm",
+        'a folder for timm.create_model("local-dir:exports/timm", pretrained=True)',
+    ),
+    (
+        "xray export runs/small/clip/artifact --to onnx --keep-rate 0.7",
+        "ONNX files in onnx_export, with reduced tokens",
+    ),
+)
 @guarded
 def export(
     source: Annotated[
@@ -60,11 +76,17 @@ def export(
     ],
     overrides: Overrides = None,
     to: Annotated[
-        str, typer.Option(help="Convert ARTIFACT to timm, open_clip, onnx or safetensors")
+        str,
+        typer.Option(
+            metavar="FORMAT", help="Convert ARTIFACT to timm, open_clip, onnx or safetensors"
+        ),
     ] = "",
     out: Annotated[
         str,
-        typer.Option(help="Folder to write (default: RUN/artifact_STEP; with --to: FORMAT_export)"),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to write (default: RUN/artifact_STEP; with --to: FORMAT_export)",
+        ),
     ] = "",
     weights: Annotated[
         str, typer.Option(help="Weights of RUN: last, or ema (the moving average of train.ema)")
@@ -79,9 +101,8 @@ def export(
 ) -> None:
     """Write an artifact from a checkpoint of RUN; with --to, convert ARTIFACT for another library.
 
-    xray export runs/a/clip@400 writes the artifact of a run that ended at step 400. xray export
-    runs/a/clip/artifact --to timm writes a folder for timm.create_model, with a model card
-    (README.md). The converted model is compared with the original before it is kept.
+    With --to, the folder contains a model card (README.md), and the converted model is compared
+    with the original before it is kept.
     """
     from xray.config.loading import parse_overrides, stored_config
     from xray.errors import ConfigError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import inspect
 import io
 import json
@@ -31,7 +30,6 @@ from typing import (
 )
 
 import typer
-from typer.core import TyperCommand
 
 from xray import dist
 from xray.agreement import is_lost_connection
@@ -221,23 +219,6 @@ def takes(config: str, *given: str) -> Callable[[C], C]:
         return command
 
     return mark
-
-
-def command_class(command: Callable[..., None]) -> type[TyperCommand]:
-    """Return a command class whose help lists the settings that the command takes."""
-    if not hasattr(command, "takes"):
-        return TyperCommand
-    name, given = command.takes
-
-    class SettingsCommand(TyperCommand):
-        def format_help(self, ctx: Any, formatter: Any) -> None:
-            super().format_help(ctx, formatter)
-            module, _, config = name.partition(":")
-            rows = settings_of(getattr(importlib.import_module(module), config))
-            with formatter.section("Settings, KEY=VALUE with their defaults"):
-                formatter.write_dl([row for row in rows if row[0].split("=")[0] not in given])
-
-    return SettingsCommand
 
 
 def settings_of(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from xray.commands.common import (
     settings,
     takes,
 )
+from xray.commands.help import examples
 from xray.files import write_in_place
 from xray.progress import progress_bar, progress_of
 
@@ -70,6 +71,14 @@ def data_index(
         )
 
 
+@examples(
+    ("xray data pack photos /data/mine/images short_side=256", "pictures, shrunk to 256 pixels"),
+    (
+        "xray data pack clips /data/mine/clips short_side=256 gop=16 per_shard=200",
+        "clips, re-encoded with a key frame every 16 frames, which makes seeking fast",
+    ),
+    ("xray data pack photos.csv /data/mine/images", "the files and captions of a list"),
+)
 @takes("data_pipelines.ingest.pack:PackConfig")
 @guarded
 def data_pack(

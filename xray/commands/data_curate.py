@@ -32,7 +32,8 @@ def data_metadata(
     pool: Annotated[str, typer.Argument(metavar="DATA", help=f"{DATA}; a .txt of captions")],
     overrides: Overrides = None,
     lists: Annotated[
-        list[Path] | None, typer.Option("--list", help="First entries, one per line")
+        list[Path] | None,
+        typer.Option("--list", metavar="FILE", help="First entries, one per line"),
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write")] = Path("metadata.txt"),
     modality: Modality = "",

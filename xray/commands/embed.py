@@ -21,6 +21,7 @@ from xray.commands.common import (
     counted,
     guarded,
 )
+from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.progress import progress_bar
 
@@ -29,9 +30,25 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # left-out samples that are printed
 
-Llm = Annotated[str, typer.Option(help="Folder of the artifact's LLM, if it was moved")]
+Llm = Annotated[
+    str, typer.Option(metavar="FOLDER", help="Folder of the artifact's LLM, if it was moved")
+]
 
 
+@examples(
+    (
+        "xray embed runs/small/clip/artifact photos --out photos.parquet",
+        "one row for each picture of a folder",
+    ),
+    (
+        "xray embed runs/small/clip/artifact /data/val --texts --out captions.npy",
+        "the captions of shards",
+    ),
+    (
+        "xray embed runs/small/clip/artifact photos --out small.parquet --dtype int8",
+        "a quarter of the bytes",
+    ),
+)
 @guarded
 def embed(
     artifact: ArtifactName,
@@ -51,7 +68,10 @@ def embed(
         bool, typer.Option("--texts", help="Embed captions instead of pictures")
     ] = False,
     captions: Annotated[
-        str, typer.Option(help="Json fields of captions, a,b (default: the usual ones)")
+        str,
+        typer.Option(
+            metavar="FIELDS", help="Json fields of captions, a,b (default: the usual ones)"
+        ),
     ] = "",
     modality: Modality = "",
     keep_rate: KeepRate = None,
@@ -119,6 +139,14 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
     print(f"left out: {counted(causes)} ({names}{more}); listed in {listed}")
 
 
+@examples(
+    ('xray search photos.parquet "a dog on a beach" --html found.html', "search by text"),
+    ("xray search photos.parquet photo.jpg --top 20", "search by picture"),
+    (
+        'xray search small.parquet "a dog" --rescore photos.parquet',
+        "rank the candidates of small embeddings again with exact ones",
+    ),
+)
 @guarded
 def search(
     embeddings: Annotated[

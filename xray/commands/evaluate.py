@@ -10,6 +10,7 @@ import typer
 
 from xray import dist
 from xray.commands.common import ArtifactName, Overrides, check_artifact, checking, guarded
+from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.files import write_in_place
 
@@ -19,22 +20,47 @@ if TYPE_CHECKING:
     from xray.evaluation.suite import Measures
 
 
+@examples(
+    (
+        "xray eval runs/small/clip/artifact eval.retrieval.shards=/data/val",
+        "retrieval between the pictures and the captions of /data/val",
+    ),
+    (
+        "xray eval runs/small/clip/artifact eval.zero_shot.shards=/data/pets",
+        "zero-shot classification of /data/pets/CLASS/*.jpg",
+    ),
+    (
+        "xray eval runs/quickstart/clip/artifact --recipe quickstart --out results",
+        "every suite of a recipe; also writes results/results.json",
+    ),
+    (
+        "xray eval runs/quickstart/clip/artifact --recipe quickstart --keep-rates 1,.7",
+        "accuracy against speed, without retraining",
+    ),
+)
 @guarded
 def evaluate(
     artifact: ArtifactName,
     overrides: Overrides = None,
     suite: Annotated[
         str,
-        typer.Option(help="Names, separated by commas (default: all that have data of their own)"),
+        typer.Option(
+            metavar="NAMES",
+            help="Names, separated by commas (default: all that have data of their own)",
+        ),
     ] = "",
     recipe: Annotated[
         str, typer.Option(help="Take the data sets from section eval of this recipe")
     ] = "",
     keep_rates: Annotated[
-        str, typer.Option(help="1,.9,.7,.5: accuracy against speed, without retraining")
+        str,
+        typer.Option(
+            metavar="RATES", help="1,.9,.7,.5: accuracy against speed, without retraining"
+        ),
     ] = "",
     out: Annotated[
-        str, typer.Option(help="A .json file for results, plots beside; or a folder")
+        str,
+        typer.Option(metavar="PATH", help="A .json file of results, plots beside; or a folder"),
     ] = "",
 ) -> None:
     """Evaluate ARTIFACT: each measure with its 95 % interval, beside chance.

@@ -6,16 +6,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import typer
 
-from xray import dist, processes
+from xray import __version__, dist, processes
 from xray.commands import artifacts, data, data_curate, data_precompute, embed, train
 from xray.commands.ablate import ablate
-from xray.commands.common import command_class
 from xray.commands.doctor import doctor
 from xray.commands.evaluate import evaluate
-from xray.commands.plan import plan, show_config, version
+from xray.commands.help import HELP, Command, Group
+from xray.commands.plan import plan, show_config
+from xray.commands.plan import version as show_version
 from xray.urls import RedactingFormatter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,7 +42,7 @@ COMMANDS: Commands = {
     "search": embed.search,
     "report": train.report,
     "config": show_config,
-    "version": version,
+    "version": show_version,
 }
 DATA: Commands = {
     "demo": data.data_demo,
@@ -64,13 +66,15 @@ DEBUG: Commands = {"replay": train.replay}
 def _group(name: str, help_text: str, commands: Commands) -> typer.Typer:
     group = typer.Typer(
         name=name,
+        cls=Group,
         help=help_text,
         no_args_is_help=True,
+        context_settings=HELP,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     for word, command in commands.items():
-        group.command(word, cls=command_class(command))(command)
+        group.command(word, cls=Command, context_settings=HELP)(command)
     return group
 
 
@@ -78,6 +82,24 @@ TITLE = "One vision backbone through MAE, hashtags and CLIP with an LLM, on Deep
 app = _group("xray", TITLE, COMMANDS)
 app.add_typer(_group("data", "Make and inspect data.", DATA))
 app.add_typer(_group("debug", "Inspect a run that failed.", DEBUG))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Take the options of `xray` without a command."""
 
 
 def main() -> None:
@@ -91,4 +113,4 @@ def main() -> None:
     # deepspeed's launcher passes it twice: in the environment too
     sys.argv = [item for item in sys.argv if not item.startswith("--local_rank=")]
     logging.getLogger("xray").setLevel(logging.INFO if dist.is_main() else logging.ERROR)
-    app()
+    app(prog_name="xray")

@@ -10,8 +10,14 @@ import typer
 
 from xray import __version__
 from xray.commands.common import AsJson, Overrides, guarded
+from xray.commands.help import examples
 
 
+@examples(
+    ("xray plan full --devices 64 --gpu h100", "memory, time and cost of a recipe on 64 GPUs"),
+    ("xray plan mine.yaml --gpu a100 --gb 40", "your own recipe, on GPUs with 40 GB"),
+    ("xray plan quickstart --gpu none --gb 8", "whether a machine without a GPU has the memory"),
+)
 @guarded
 def plan(
     name: Annotated[str, typer.Argument(metavar="RECIPE|STAGE", help="A recipe, or a stage")],

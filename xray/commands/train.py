@@ -9,10 +9,20 @@ import typer
 
 from xray import dist
 from xray.commands.common import Overrides, check_artifact, guarded
+from xray.commands.help import examples
 from xray.errors import ArtifactError
 from xray.files import nearest_path
 
 
+@examples(
+    ("xray run quickstart", "all stages on generated data, in minutes on 2 CPU cores"),
+    (
+        "xray run small data.root=/data/mine text.llm=/models/llm --plan",
+        "print the stages of a small model on your own shards, without training",
+    ),
+    ("xray run mine.yaml clip.train.samples=20000", "your own recipe, with one setting changed"),
+    ("torchrun --nproc_per_node 8 -m xray run mine.yaml", "the same on 8 GPUs"),
+)
 @guarded
 def run(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml file")],
@@ -45,6 +55,14 @@ def run(
         print(f"report: {write_run_report(loaded, artifacts, results)}")
 
 
+@examples(
+    ("xray train mae --recipe quickstart", "one stage of a recipe; writes runs/mae"),
+    (
+        "xray train clip --recipe quickstart --init-from runs/quickstart/mae/artifact",
+        "the same with the backbone of another run",
+    ),
+    ("xray train clip --resume runs/clip train.samples=40000", "continue a run, and train longer"),
+)
 @guarded
 def train(
     stage: Annotated[str, typer.Argument(help="mae, hashtag, text or clip")],
@@ -54,9 +72,15 @@ def train(
     ] = None,
     recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
     model: Annotated[str, typer.Option(help="A shipped model, same as model=NAME")] = "",
-    init_from: Annotated[list[str] | None, typer.Option(help="An artifact: folder or URL")] = None,
-    out: Annotated[str, typer.Option(help="Folder of the run (default: runs/STAGE)")] = "",
-    resume: Annotated[str, typer.Option(help="Folder of a run to continue, with its config")] = "",
+    init_from: Annotated[
+        list[str] | None, typer.Option(metavar="ARTIFACT", help="An artifact: folder or URL")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder of the run (default: runs/STAGE)")
+    ] = "",
+    resume: Annotated[
+        str, typer.Option(metavar="RUN", help="Folder of a run to continue, with its config")
+    ] = "",
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
     from stages import stage_class, stage_config
