@@ -17,9 +17,10 @@ from data_pipelines.ingest.user_data import kind_of, list_files
 from data_pipelines.shards.columns import open_columns
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.process_pool import reporting_killed_workers
-from data_pipelines.shards.remote import ShardCache, fetch_small, is_remote
+from data_pipelines.shards.remote import ShardCache, is_remote
+from data_pipelines.shards.remote_index import side_file
 from data_pipelines.shards.shard_list import find_shards
-from data_pipelines.shards.tar_index import possible_paths
+from data_pipelines.shards.side_files import possible_paths
 from xray.config import DataConfig
 from xray.files import printable
 from xray.processes import process_pool
@@ -119,7 +120,8 @@ def _recorded(
             continue
         except (OSError, ValueError, LookupError) as error:
             reason = str(error).removeprefix(f"{file} ")
-            damaged[path] = f"manifest {path} {reason}: delete it and run xray data index"
+            named = path if is_remote(path) else file
+            damaged[path] = f"manifest {named} {reason}: delete it and run xray data index"
     return recorded, damaged
 
 
@@ -133,7 +135,7 @@ def _local_copy(path: str, cache: ShardCache) -> Iterator[Path]:
             raise FileNotFoundError(path)
         yield file
         return
-    content = fetch_small(path, cache.patience)
+    content = side_file(path, cache.patience)
     if content is None:
         raise FileNotFoundError(path)
     with tempfile.NamedTemporaryFile() as copy:

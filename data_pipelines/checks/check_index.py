@@ -10,14 +10,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.shards.columns import Columns, open_columns
-from data_pipelines.shards.manifest import remote_index_file
 from data_pipelines.shards.remote import ShardCache, is_remote
-from data_pipelines.shards.tar_index import (
-    INDEX_VERSION,
-    ShardIndex,
-    check_index,
-    possible_paths,
-)
+from data_pipelines.shards.remote_index import remote_index_file
+from data_pipelines.shards.side_files import possible_paths
+from data_pipelines.shards.tar_index import INDEX_VERSION, ShardIndex, check_index
 from xray.files import printable, sha256_file
 
 

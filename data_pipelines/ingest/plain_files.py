@@ -24,8 +24,9 @@ from data_pipelines.ingest.listing import Item, texts_in
 from data_pipelines.shards.columns import pack_texts
 from data_pipelines.shards.manifest import COUNTED, Manifest
 from data_pipelines.shards.remote import ShardCache
+from data_pipelines.shards.side_files import user_cache
 from data_pipelines.shards.source import Source
-from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions, user_cache
+from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import encoding_of, sha256_file
 

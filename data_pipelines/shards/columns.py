@@ -23,8 +23,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from data_pipelines.shards.side_files import make_side_folder
 from xray.errors import DataError, brief
-from xray.files import make_folder, replacing_shared, usual_mode
+from xray.files import replacing_shared, usual_mode
 
 log = logging.getLogger("xray")
 CHECKSUM = "checksum"  # the fact that holds it, which callers do not see
@@ -43,7 +44,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], facts: Mapping[s
     columns: arrays of one of the types in DTYPES. facts: values for JSON. Raises OSError, and
     DataError if its folder cannot be created.
     """
-    make_folder(path.parent, "the folder", "XDG_CACHE_HOME")  # one of the user's cache may be new
+    make_side_folder(path.parent)
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     # One entry: safetensors writes several in any order, and equal content is to be equal bytes.
     facts = {**facts, CHECKSUM: _checksum(contiguous, facts)}

@@ -1,6 +1,6 @@
 """Manifest of a source: names, sizes and sample counts of its shards, in one memory-mapped file.
 
-The file is stored beside the shards. A run opens the manifest but no shard index, because a
+A run opens the manifest but no shard index, because a
 sampling plan only needs the number of samples per shard. So opening a million shards takes one
 listing of the folder and some megabytes of mapped columns.
 """
@@ -28,23 +28,21 @@ from data_pipelines.shards.columns import (
     unpack_texts,
 )
 from data_pipelines.shards.process_pool import Progress, over_shards
-from data_pipelines.shards.remote import ShardCache, expand, fetch_small, is_remote
+from data_pipelines.shards.remote import ShardCache, expand, is_remote
+from data_pipelines.shards.remote_index import fetch_side_file, remote_cache_path, remote_index
 from data_pipelines.shards.shard_list import find_shards
+from data_pipelines.shards.side_files import path_to_write, possible_paths
 from data_pipelines.shards.tar_index import (
     INDEX_VERSION,
     Modality,
     ShardIndex,
-    build_index,
-    cache_path,
     index_shard,
     keep_columns,
-    load_index,
     media_extensions,
-    possible_paths,
 )
 from xray.errors import DataError
-from xray.files import is_inside, nearest_path, replacing_shared
-from xray.urls import conceal, is_signed, url_folder
+from xray.files import is_inside, nearest_path
+from xray.urls import conceal, url_folder
 
 log = logging.getLogger("xray")
 MANIFEST_VERSION = 2
@@ -185,7 +183,7 @@ def write_manifest(
     paths = find_shards(pattern)
     indexes = over_shards(functools.partial(_index, paths, checksum), len(paths), workers, progress)
     names = [os.path.relpath(path, folder) for path in paths]
-    return _save(folder, cache_path(wanted), names, indexes, required)
+    return _save(folder, path_to_write(wanted), names, indexes, required)
 
 
 def _index(paths: list[str], checksum: bool, shard: int) -> ShardIndex:
@@ -257,7 +255,7 @@ def load_manifest(folder: str, cached: Path) -> Manifest | None:
 
 
 def _manifest_path(pattern: str) -> tuple[str, Path]:
-    """Return (folder that shard names are relative to, preferred path of the manifest)."""
+    """Return (folder that shard names are relative to, path of the manifest beside the shards)."""
     if os.path.isdir(pattern):
         folder, name = pattern, "shards.manifest"
     else:
@@ -297,7 +295,7 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     manifest = load_manifest(folder, cached)
     beside = f"{folder}/shards.manifest" if folder == pattern.rstrip("/") else ""
     wanted = beside and (verify or manifest is None)
-    if wanted and _fetched(beside, cached, cache.patience):
+    if wanted and fetch_side_file(beside, cached, cache.patience):
         manifest = load_manifest(folder, cached)
         if manifest is not None and not all(map(is_inside, manifest.names)):
             raise DataError(
@@ -311,52 +309,3 @@ def _write_remote(pattern: str, cache: ShardCache, progress: Progress) -> Manife
     indexes = progress((remote_index(url, cache, rebuild=True) for url in urls), len(urls))
     names = [url.removeprefix(f"{folder}/") for url in urls]
     return _save(folder, remote_cache_path(pattern, cache, "manifest"), names, indexes)
-
-
-def remote_cache_path(url: str, cache: ShardCache, ending: str) -> Path:
-    """Return the local path of a file that is derived from a URL, such as its index."""
-    folder = cache.create() / "index"  # not among the shards, which may be evicted
-    folder.mkdir(exist_ok=True)
-    return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.{ending}"
-
-
-def remote_index(
-    url: str,
-    cache: ShardCache,
-    size: int | None = None,
-    sha256: str | None = None,
-    rebuild: bool = False,
-) -> ShardIndex:
-    """Return the index of a remote tar: a cached one, or the file beside it, or a new one.
-
-    rebuild: ignore the cached index and the cached tar.
-    """
-    cached = remote_cache_path(url, cache, "index")
-    index = None if rebuild else load_index(url, [cached])
-    beside = "" if is_signed(url) else f"{url}.index"  # a signature is for one file
-    if index is None and beside and _fetched(beside, cached, cache.patience):
-        index = load_index(url, [cached])
-    if index is None:
-        if rebuild:
-            cache.forget(url)
-        built = build_index(cache.fetch(url, size, sha256), checksum=True)
-        save_columns(cached, built.columns, built.facts)
-        index = ShardIndex(url, built.columns, built.facts)
-    return index
-
-
-def remote_index_file(url: str, cache: ShardCache) -> Path:
-    """Return the local copy of the index of a remote tar; there is none if it has no index."""
-    cached = remote_cache_path(url, cache, "index")
-    if not cached.is_file():
-        _fetched(f"{url}.index", cached, cache.patience)
-    return cached
-
-
-def _fetched(url: str, target: Path, patience: float) -> bool:
-    """Download a small file; returns False if it does not exist."""
-    content = fetch_small(url, patience)
-    if content is not None:
-        with replacing_shared(target) as temporary:
-            temporary.write_bytes(content)
-    return content is not None

@@ -1,8 +1,7 @@
 """Sidecars: tables derived from the samples of a source, such as labels, scores and slots.
 
-A sidecar has one file per shard, beside the shard's index (`SHARD.tar.NAME`), and one summary file
-(`shards-HASH.NAME`). The summary is written last, so a sidecar without a summary is incomplete and
-is ignored.
+A sidecar has one side file per shard (`SHARD.tar.NAME`) and one summary (`shards-HASH.NAME`). The
+summary is written last, so a sidecar without a summary is incomplete and is ignored.
 
 The table of a shard has one of two layouts. Either it has a row for every member, of any length;
 then the column `ends` is the end of each row in the other columns. Or it has a row for some

@@ -15,19 +15,17 @@ from data_pipelines.shards import meter
 from data_pipelines.shards.manifest import (
     Manifest,
     open_manifest,
-    remote_cache_path,
-    remote_index,
     resolve,
 )
 from data_pipelines.shards.remote import ShardCache, is_remote
+from data_pipelines.shards.remote_index import remote_cache_path, remote_index
+from data_pipelines.shards.side_files import possible_paths, user_cache
 from data_pipelines.shards.tar_index import (
     Modality,
     ShardIndex,
     index_shard,
     load_index,
     media_extensions,
-    possible_paths,
-    user_cache,
 )
 from xray import dist
 from xray.config import DataConfig
@@ -159,7 +157,7 @@ class Source:
         return self.derived_at(name, shard)[-1]
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
-        """Return the paths where a derived file may be: beside the data, or in the user's cache."""
+        """Return the paths where a derived file may be, the one to write it to last."""
         these = f"{self.manifest.folder}/shards-{self.manifest.digest[:8]}"
         where = these if shard is None else self.manifest.path(shard)
         if self.cache is not None:

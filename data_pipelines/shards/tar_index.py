@@ -1,4 +1,4 @@
-"""Shard index: byte offsets of the samples in a webdataset tar, kept in a file beside the tar.
+"""Shard index: byte offsets of the samples in a webdataset tar, kept in a side file.
 
 A sample is a run of consecutive files in the tar that share a key: `KEY.jpg KEY.txt KEY.json`. The
 index holds keys, offsets and sizes as columns, so any file of any sample is read by one `pread`.
@@ -10,7 +10,6 @@ import functools
 import hashlib
 import logging
 import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from data_pipelines.shards.columns import (
     text_at,
     unpack_texts,
 )
+from data_pipelines.shards.side_files import path_to_write, possible_paths
 from data_pipelines.shards.tar_contents import TarContents, read_tar
 from xray.errors import BadSample, DataError, brief
 from xray.files import is_inside, printable, sha256_file
@@ -173,7 +173,7 @@ def index_shard(path: str | Path, checksum: bool = False) -> ShardIndex:
     if index is not None and "left_out" in index.facts and (index.facts["sha256"] or not checksum):
         return index
     index = build_index(path, checksum)
-    keep_columns(cache_path(wanted), index.columns, index.facts)
+    keep_columns(path_to_write(wanted), index.columns, index.facts)
     return index
 
 
@@ -257,26 +257,3 @@ def _digest(columns: Columns, extensions: list[str]) -> str:
     for name in ("keys", "key_ends", "sizes"):
         state.update(np.ascontiguousarray(columns[name]).tobytes())
     return state.hexdigest()
-
-
-def cache_path(wanted: Path) -> Path:
-    """Return `wanted`, or a path in the user's cache if the folder of `wanted` is read-only."""
-    folder = wanted.parent
-    if folder.stat().st_mode & stat.S_IWUSR and os.access(folder, os.W_OK):
-        return wanted
-    return user_cache("index") / hashlib.sha256(str(wanted.resolve()).encode()).hexdigest()[:32]
-
-
-def possible_paths(wanted: Path) -> list[Path]:
-    """Return the paths that a derived file may have: beside the data, or in the user's cache."""
-    private = cache_path(wanted)
-    return [wanted] if private == wanted else [wanted, private]
-
-
-def user_cache(name: str) -> Path:
-    """Return the path of a folder in the user's cache; who writes into it creates it."""
-    try:
-        usual = Path.home() / ".cache"
-    except RuntimeError:  # a user without a home, as in some containers
-        usual = Path("/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "xray" / name

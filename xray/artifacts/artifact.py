@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.tar_index import user_cache
+from data_pipelines.shards.side_files import user_cache
 from xray import processes
 from xray.artifacts.limits import check_numbers
 from xray.artifacts.location import Place

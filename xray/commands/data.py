@@ -1,4 +1,4 @@
-"""`xray data demo`, `index`, `pack`, `split`, `check`, `stats` and `tiny-llm`."""
+"""`xray data demo`, `index`, `pack`, `split`, `check`, `stats`, `clean` and `tiny-llm`."""
 
 from __future__ import annotations
 
@@ -185,6 +185,43 @@ def data_stats(
     write_stats(report, out)
     print(totals(report))
     print(f"statistics in {out}")
+
+
+@guarded
+def data_clean(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of shards")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the files, with their sizes")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also remove what a command made, such as text features")
+    ] = False,
+) -> None:
+    """Remove the files that xray derived from shards (docs/data.md lists them), in the folders and
+    below: old and new places, and what interrupted writers left. Tars are never removed.
+    """
+    from data_pipelines.checks.clean import find_derived, remove
+    from data_pipelines.shards.side_files import user_cache
+    from xray.reports.clean import clean_table, total
+
+    for folder in folders:
+        found = find_derived(folder)
+        gone = [item for item in found.derived if everything or not item.kind.costly]
+        kept = [item for item in found.derived if item not in gone]
+        if found.derived:
+            clean_table(str(folder), gone, kept).print()
+        if not dry_run:
+            remove(gone)
+        print(f"{folder}: {total(gone)} {'can be removed' if dry_run else 'removed'}")
+        if kept:
+            print(
+                f"kept: {total(kept)} that a command made, and that recipes may name; --all "
+                "removes them, too"
+            )
+        for path in found.unknown:
+            print(f"not removed, because it is damaged or not by xray: {path}")
+        for path in found.read_only:
+            print(f"{path} is read-only: its side files are in {user_cache('index')}")
 
 
 def _checked(data: list[str], workers: int, cache: str) -> CheckReport:

@@ -77,7 +77,7 @@ def data_curate(
     """Choose from a pool of captioned pictures or clips as MetaCLIP does: filters, duplicates, and
     balance over the entries of a metadata list.
 
-    Writes a keep-list beside the shards, for data.sources.NAME.keep (docs/curation.md).
+    Writes a keep-list to .xray beside the shards, for data.sources.NAME.keep (docs/curation.md).
     """
     from data_pipelines.curation.config import CurationConfig
     from data_pipelines.curation.curate import check_folder, curate, write_shards

@@ -48,7 +48,7 @@ def data_pseudo_tags(
 ) -> None:
     """Predict tags of samples with a hashtag or clip ARTIFACT, and score the tags they have.
 
-    Writes a sidecar beside the shards and prints its name, for hashtag.teacher. After an
+    Writes a sidecar to .xray beside the shards and prints its name, for hashtag.teacher. After an
     interruption, run the same command again: it continues.
     """
     from xray.artifacts.artifact import open_artifact
@@ -81,7 +81,7 @@ def data_embeddings(
 ) -> None:
     """Embed pictures or clips with the backbone of ARTIFACT, to find duplicates.
 
-    Writes a sidecar beside the shards and prints its name, for dedup.embeddings. After an
+    Writes a sidecar to .xray beside the shards and prints its name, for dedup.embeddings. After an
     interruption, run the same command again: it continues.
     """
     _write_features(artifact, items, modality, "xray data embeddings", "dedup.embeddings")
@@ -92,7 +92,7 @@ def data_embeddings(
 def data_scores(artifact: ArtifactName, items: ShardsAndSettings, modality: Modality = "") -> None:
     """Score how well each caption fits its picture or clip: their cosine by a clip ARTIFACT.
 
-    Writes a sidecar beside the shards and prints its name, for filters.scores and
+    Writes a sidecar to .xray beside the shards and prints its name, for filters.scores and
     filters.min_score. After an interruption, run the same command again: it continues.
     """
     _write_features(artifact, items, modality, "xray data scores", "filters.scores")

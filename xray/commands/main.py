@@ -51,6 +51,7 @@ DATA: Commands = {
     "split": data.data_split,
     "check": data.data_check,
     "stats": data.data_stats,
+    "clean": data.data_clean,
     "tiny-llm": data.data_tiny_llm,
     "metadata": data_curate.data_metadata,
     "curate": data_curate.data_curate,

@@ -169,7 +169,7 @@ def test_the_manifest_alone_tells_of_a_change(tmp_path: Path, scheme: str) -> No
     folder.mkdir()
     tar = good(folder / "a.tar")
     write_manifest(str(folder), checksum=True)
-    (folder / "a.tar.index").unlink()
+    (folder / ".xray" / "a.tar.index").unlink()
     assert only(checked(f"{scheme}{folder}", tmp_path / "before")).matches_sha256 is True
     good(tar, count=4)
     shard = only(checked(f"{scheme}{folder}", tmp_path / "after"))

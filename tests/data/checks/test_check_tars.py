@@ -101,10 +101,12 @@ def test_a_damaged_index_is_a_row(shards: Path, tmp_path: Path, scheme: str) -> 
     for name in ("0.tar", "1.tar", "2.tar"):
         write_tar(shards / name, {"a.jpg": jpeg(), "a.json": b'{"caption": "words"}'})
     write_manifest(str(shards))
-    (shards / "0.tar.index").write_bytes((shards / "0.tar.index").read_bytes()[:-1] + b"\xa5")
-    moved = shards / "1.tar.index"  # with the right checksum of wrong places
+    cut, moved = shards / ".xray" / "0.tar.index", shards / ".xray" / "1.tar.index"
+    cut.write_bytes(cut.read_bytes()[:-1] + b"\xa5")
     table, facts = open_columns(moved)
-    save_columns(moved, table | {"offsets": np.flip(table["offsets"], 1)}, facts)
+    save_columns(
+        moved, table | {"offsets": np.flip(table["offsets"], 1)}, facts
+    )  # with its checksum
     report = checked(f"{scheme}{shards}", tmp_path)
     first, second, third = report.shards
     assert first.matches_index is second.matches_index is False and third.matches_index is True
@@ -118,11 +120,12 @@ def test_a_damaged_index_is_a_row(shards: Path, tmp_path: Path, scheme: str) -> 
 def test_a_damaged_manifest_is_a_row(shards: Path, tmp_path: Path, scheme: str) -> None:
     write_tar(shards / "0.tar", {"a.jpg": jpeg(), "a.txt": b"words"})
     write_manifest(str(shards))
-    path = shards / "shards.manifest"
+    path = shards / ".xray" / "shards.manifest"
     path.write_bytes(path.read_bytes()[:-1] + b"\xa5")
     report = checked(f"{scheme}{shards}", tmp_path)
     assert not report.shards[0].error and report.broken
-    expected = f"manifest {scheme}{path} is damaged: its content does not have its checksum: "
+    shown = f"{scheme}{shards}/shards.manifest" if scheme else path
+    expected = f"manifest {shown} is damaged: its content does not have its checksum: "
     assert report.shards[1].error == f"{expected}delete it and run xray data index"
     path.unlink()
     assert not checked(f"{scheme}{shards}", tmp_path).broken

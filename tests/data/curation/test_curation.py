@@ -97,9 +97,10 @@ def test_the_result_is_the_same_with_more_processes_and_after_a_resume(tmp_path:
     settings = {"t": 10, "dedup": {"exact": True}, "filters": {"same_text": 5}}
     one = curate(pool(tmp_path / "one", shards), config(tmp_path, ENTRIES, **settings))
     assert {"exact duplicate", "same_text", "balance"} <= dropped(one).keys()
-    folder = tmp_path / "two"
+    pooled = tmp_path / "two"
+    folder = pooled / ".xray"
     both = config(tmp_path, ENTRIES, workers=2, **settings)
-    two = curate(pool(folder, shards), both)
+    two = curate(pool(pooled, shards), both)
     assert kept(two) == kept(one) and two.kept.digest == one.kept.digest
     assert two.report.steps == one.report.steps
     removed = [*folder.glob("shards-*.*"), *folder.glob("0000[135].tar.*-*")]
@@ -108,7 +109,7 @@ def test_the_result_is_the_same_with_more_processes_and_after_a_resume(tmp_path:
     assert len(removed) >= 12 and len(left) >= 12
     for path in removed:
         path.unlink()
-    again = curate(pool(folder, shards), config(tmp_path, ENTRIES, **settings))
+    again = curate(pool(pooled, shards), config(tmp_path, ENTRIES, **settings))
     assert again.kept.digest == one.kept.digest and again.report.steps == one.report.steps
     assert all(path.stat().st_mtime_ns == time for path, time in left.items())
 

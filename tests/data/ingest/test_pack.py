@@ -111,7 +111,7 @@ def meta_of(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def tree(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in out.iterdir() if ".index" not in p.name}
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
 
 def skipped_in(out: Path) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from shards import jpeg, without_checksum, write_tar
 from data_pipelines.shards import columns
 from data_pipelines.shards.columns import open_columns, save_columns
 from data_pipelines.shards.manifest import load_manifest, write_manifest
+from data_pipelines.shards.side_files import hidden_path
 from data_pipelines.shards.sidecar import open_sidecar, open_whole, write_sidecar
 from data_pipelines.shards.source import Source, open_source
 from data_pipelines.shards.tar_index import index_shard, load_index
@@ -68,7 +69,7 @@ def test_wrong_places_in_an_index_are_found(
     photos: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Otherwise other bytes of the tar become a sample's json."""
-    path = Path(f"{photos.manifest.path(0)}.index")
+    path = hidden_path(Path(f"{photos.manifest.path(0)}.index"))
     expected = index_shard(photos.manifest.path(0)).read(1)
     table, _ = open_columns(path)
     offsets = np.array(table["offsets"]).tobytes()
@@ -81,7 +82,7 @@ def test_wrong_places_in_an_index_are_found(
 
 
 def test_places_outside_of_the_tar_are_found_without_checksum(photos: Source) -> None:
-    path = Path(f"{photos.manifest.path(0)}.index")
+    path = hidden_path(Path(f"{photos.manifest.path(0)}.index"))
     table, _ = open_columns(path)
     for name, value in (("offsets", 1 << 40), ("offsets", -7), ("sizes", 1 << 62), ("key_ends", 1)):
         before, wrong = path.read_bytes(), np.array(table[name])
@@ -98,14 +99,14 @@ def test_files_of_an_older_version_are_opened_with_one_line(
 ) -> None:
     folder = Path(photos.manifest.folder)
     expected = [photos.sample(*place, 8, 1) for place in photos.places()]
-    for path in (*folder.glob("*.index"), folder / "shards.manifest"):
+    for path in (*folder.glob(".xray/*.index"), folder / ".xray/shards.manifest"):
         without_checksum(path)
     caplog.clear()
     old = open_source("photos", str(folder), "image")
     assert old.digest == photos.digest
     assert [old.sample(*place, 8, 1) for place in old.places()] == expected
     lines = [line for line in caplog.messages if "without checksums" in line]
-    assert len(lines) == 2 and any(f"{folder}/*.index:" in line for line in lines)
+    assert len(lines) == 2 and any(f"{folder}/.xray/*.index:" in line for line in lines)
     caplog.clear()
     assert invoke("data", "index", folder).exit_code == 0
     columns._warn_of_no_checksum.cache_clear()
@@ -118,7 +119,7 @@ def test_files_of_an_older_version_are_opened_with_one_line(
 def test_a_damaged_manifest_is_written_again(
     photos: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path(photos.manifest.folder) / "shards.manifest"
+    path = Path(photos.manifest.folder) / ".xray" / "shards.manifest"
     table, _ = open_columns(path)
     counts = np.array(table["counts"]).tobytes()
     flip(path, path.read_bytes().index(counts), 2)  # 1 image instead of 3

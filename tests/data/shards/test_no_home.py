@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from in_process import invoke
 
-from data_pipelines.shards import tar_index
+from data_pipelines.shards import side_files
 from data_pipelines.shards.source import make_cache, open_source
 from xray.config import DataConfig
 from xray.errors import DataError
@@ -41,7 +41,7 @@ def test_commands_on_local_shards_create_no_cache(shards: Path, tagger: Path) ->
     ):
         done = invoke(*command)
         assert done.exit_code == 0, (command, done.output)
-    assert (shards / "shards.manifest").is_file()
+    assert (shards / ".xray" / "shards.manifest").is_file()
 
 
 @pytest.mark.parametrize("command", ["check", "embed", "index"])
@@ -60,7 +60,7 @@ def test_read_only_shards_without_a_cache_are_read(
             "check": (0, False), "embed": (0, True), "index": (2, True),
         }[command], done.output  # fmt: skip
         whole = open_source("a", str(shards), "image")
-        assert whole.read(0, 0) and not list(shards.glob("*.index"))
+        assert whole.read(0, 0) and not list(shards.rglob("*.index"))
     finally:
         shards.chmod(0o755)
 
@@ -76,8 +76,8 @@ def test_a_user_without_a_home_has_a_cache_path(monkeypatch: pytest.MonkeyPatch)
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(tar_index.Path, "home", none)
+    monkeypatch.setattr(side_files.Path, "home", none)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert tar_index.user_cache("index") == Path("/.cache/xray/index")
+    assert side_files.user_cache("index") == Path("/.cache/xray/index")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert tar_index.user_cache("index") == Path("/.cache/xray/index")
+    assert side_files.user_cache("index") == Path("/.cache/xray/index")

@@ -57,7 +57,7 @@ def test_index_reads_the_files_of_the_tar(tmp_path: Path) -> None:
         assert index.keys == ["a", "b"] and index.key(1) == "b"
         assert index.read(0) == {"jpg": files["a.jpg"], "txt": b"one"}
         assert index.read(1) == {"c.jpg": b"x", "txt": b"two"}
-    assert (tmp_path / "0.tar.index").is_file()
+    assert (tmp_path / ".xray" / "0.tar.index").is_file()
     assert index_shard(path).facts["sha256"] == ""
     assert index_shard(path, checksum=True).facts["sha256"] == sha256_file(path)
     write_tar(path, {"z.jpg": jpeg(), "z.txt": b"three"})
@@ -199,8 +199,7 @@ def test_remote_shards_are_downloaded_once(
     url, folder, seen = server
     make(folder / "s")
     local = open_source("s", str(folder / "s"), "image")
-    for name in ("shards.manifest", *(f"0000{i}.tar.index" for i in range(3))):
-        (folder / "s" / name).unlink()
+    shutil.rmtree(folder / "s" / ".xray")
     for _ in range(2):
         cache = ShardCache(tmp_path / "cache", 10**9, 600)
         source = open_source("s", "s/{00000..00002}.tar", "image", url, cache=cache)
@@ -222,7 +221,7 @@ def test_opening_a_remote_manifest_downloads_no_shard(
     assert len(source) == 12 and not [line for line in seen if ".tar" in line]
     source.sample(1, 2, 8, 1)
     assert [line for line in seen if ".tar" in line] == [
-        "GET /s/00001.tar.index",
+        "GET /s/.xray/00001.tar.index",  # where its manifest was
         "GET /s/00001.tar",
     ]
     changed = (folder / "s" / "00002.tar").read_bytes().replace(b"21.txt", b"2x.txt")
@@ -277,8 +276,6 @@ def test_remote_shards_uploaded_again_are_indexed_again(
     cache = ShardCache(tmp_path / "cache", 10**9, 600)
     assert len(write_manifest(f"{url}/s/", cache)) == 3
     make(folder / "s", samples=2)
-    for stale in folder.glob("s/*.index"):
-        stale.unlink()
     cache = ShardCache(tmp_path / "cache", 10**9, 600)
     again = write_manifest(f"{url}/s/", cache)
     assert again.counts("image", "image").tolist() == [2, 2, 2]
