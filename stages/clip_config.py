@@ -20,18 +20,20 @@ MASK_LEVELS = 8  # the mask ratio rises in this many steps, so that compiled gra
 class ClipOptions:
     """The joint space, its loss and its temperature."""
 
-    embed_dim: int = 512
-    text_head: TextHead = "adapter"  # LLM2CLIP's, or CLIP's linear map
+    embed_dim: int = 512  # size of the vectors of images and texts
+    text_head: TextHead = "adapter"  # layers on top of the LLM: LLM2CLIP's, or CLIP's linear map
     adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
     loss: str = "info_nce"  # a name of xray.losses.named.CONTRASTIVE_LOSSES
-    logit_scale: float | None = None  # initial; None = 1/0.07, and 10 for the sigmoid loss
-    logit_scale_max: float = 100.0
+    # initial factor of the cosine similarities; None = 1/0.07, and 10 for the sigmoid loss
+    logit_scale: float | None = None
+    logit_scale_max: float = 100.0  # largest value that the learned factor may reach
     # initial bias of the sigmoid loss; None = -ln of the largest block's samples
     logit_bias: float | None = None
-    captions: int = 1  # per sample and step, all of them positives
+    captions: int = 1  # captions read per sample and step; all of them are positives
     matryoshka: list[int] = field(default_factory=list)  # prefix sizes that are trained too
     mask_ratio: float = 0.0  # share of image tokens left out in training
-    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])  # progress of its rise
+    # progress at which mask_ratio begins to rise from 0, and at which it is reached
+    mask_span: list[float] = field(default_factory=lambda: [0.0, 0.0])
     mask_until: float = 1.0  # progress after which no token is left out
     # a clip artifact or open_clip:MODEL:WEIGHTS, to distil from; identified by its hash
     teacher: str = runtime("")

@@ -35,9 +35,10 @@ class HashtagOptions(TagRules):
     # share of a micro-batch treated as mislabelled: the largest losses above their lower bound
     truncate: float = 0.0
     truncate_after: float = 0.3  # progress from which on losses are truncated
-    # Beta(a, a) of the mixing within a micro-batch; 0 = off; if both are set, one is drawn
-    mixup: float = 0.0  # blends images
-    cutmix: float = 0.0  # pastes a rectangle of another image
+    # a of the Beta(a, a) that mixup blends two images with; 0 = off; a step with both set draws one
+    mixup: float = 0.0
+    # a of the Beta(a, a) that gives the area cutmix takes from another image; 0 = off
+    cutmix: float = 0.0
 
     def validate(self, section: str = "hashtag") -> None:
         """Check all values; raises ConfigError that names the key to change."""

@@ -13,13 +13,13 @@ from xray.errors import ConfigError
 class MaeOptions:
     """Masks and decoder."""
 
-    mask_ratio: float = 0.75  # images
-    video_mask_ratio: float = 0.9  # clips
+    mask_ratio: float = 0.75  # share of the patches of an image that are masked
+    video_mask_ratio: float = 0.9  # share of the patches of a clip that are masked
     video_mask: Literal["tube", "random"] = "tube"  # the same places in each time slot, or any
-    norm_pix_loss: bool = True
-    decoder_dim: int = 512
-    decoder_depth: int = 4
-    decoder_heads: int = 16
+    norm_pix_loss: bool = True  # targets are the pixels of a patch, normalised within the patch
+    decoder_dim: int = 512  # width of the decoder; a multiple of 4 x decoder_heads
+    decoder_depth: int = 4  # number of transformer blocks of the decoder
+    decoder_heads: int = 16  # attention heads per block of the decoder
 
     def validate(self, model: ModelConfig) -> None:
         """Check all values; raises ConfigError that names the key to change."""

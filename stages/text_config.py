@@ -12,7 +12,7 @@ from xray.errors import ConfigError
 class TextOptions(TextConfig):
     """LLM and contrastive loss."""
 
-    temperature: float = 0.05
+    temperature: float = 0.05  # cosine similarities are divided by it (fixed, not learned)
     negatives: str = ""  # json field of hard negatives: wrong texts similar to the captions
     negatives_each: int = 1  # negatives per sample and step; a sample may have fewer
 

@@ -16,15 +16,15 @@ class FilterConfig:
     """
 
     min_width: int = 0  # pixels; from `width` and `height` in the JSON, else from the image header
-    max_width: int = 0
-    min_height: int = 0
-    max_height: int = 0
-    min_aspect: float = 0.0  # width / height
-    max_aspect: float = 0.0
+    max_width: int = 0  # pixels
+    min_height: int = 0  # pixels
+    max_height: int = 0  # pixels
+    min_aspect: float = 0.0  # smallest width / height
+    max_aspect: float = 0.0  # largest width / height
     min_words: int = 0  # words are split at spaces; in scripts without spaces, characters count
-    max_words: int = 0
-    min_chars: int = 0
-    max_chars: int = 0
+    max_words: int = 0  # largest number of words of a text
+    min_chars: int = 0  # smallest number of characters of a text
+    max_chars: int = 0  # largest number of characters of a text
     max_word_share: float = 0.0  # share of the most frequent word, in texts of at least 5 words
     max_run: int = 0  # equal characters in a row
     scores: str = ""  # sidecar with a float column `score`: one per sample, or one per text
@@ -96,7 +96,7 @@ class CurationConfig:
     filters: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     seed: int = 0  # for all draws; they depend on the sample, not on the order of samples
-    engine: Literal["local", "ray"] = "local"
+    engine: Literal["local", "ray"] = "local"  # processes of this machine, or of a Ray cluster
     workers: int = 2  # processes
 
     def validate(self) -> None:

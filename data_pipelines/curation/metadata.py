@@ -179,8 +179,8 @@ class NgramConfig:
 
     min_count: int = 100  # words and pairs with fewer occurrences are left out
     min_pmi: float = 10.0  # least pointwise mutual information of the words of a pair, in bits
-    max_words: int = 250_000  # keep the most frequent ones
-    max_pairs: int = 100_000
+    max_words: int = 250_000  # keep at most this number of words, the most frequent ones
+    max_pairs: int = 100_000  # keep at most this number of pairs, the most frequent ones
 
 
 @dataclass

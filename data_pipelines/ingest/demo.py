@@ -51,13 +51,13 @@ HELD_OUT = tuple(zip(COLORS, itertools.cycle(SHAPES), strict=False))
 class DemoConfig:
     """Sizes of the generated sets."""
 
-    photos: int = 2400
-    clips: int = 400
+    photos: int = 2400  # pictures for training
+    clips: int = 400  # clips for training
     heldout: int = 120  # photos of pairs that are not in training; the gallery gets the rest
-    per_shard: int = 600
-    side: int = 64  # pixels
-    frames: int = 12
-    seed: int = 0
+    per_shard: int = 600  # samples per shard
+    side: int = 64  # width and height, in pixels
+    frames: int = 12  # frames per clip
+    seed: int = 0  # of all random draws
 
 
 @dataclass(frozen=True)

@@ -206,5 +206,5 @@ def stop_list(path: str) -> frozenset[str]:
 class TagsConfig(TagRules):
     """Settings of `xray data tags`: the origin of tags, and the rules of the vocabulary."""
 
-    tags: Origin = "hashtags"
+    tags: Origin = "hashtags"  # origin of the tags, as in data.sources
     captions: dict[str, float] = field(default_factory=dict)  # JSON field -> weight; {} = default

@@ -42,12 +42,12 @@ FIXED = ("base", "name", "out", "seed")  # keys of a recipe that the ablation se
 class AblationConfig:
     """Keys of an ablation that are not keys of a recipe; docs/ablations.md describes them."""
 
-    base: str = ""
-    name: str = ""
-    out: str = ""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    baseline: str = ""
-    metrics: list[str] = field(default_factory=list)
+    base: str = ""  # recipe that the arms change
+    name: str = ""  # name of the ablation; "" = the name of the file
+    out: str = ""  # folder of the runs and the report; "" = runs/ablate_NAME
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # each arm is trained with each
+    baseline: str = ""  # arm that the others are compared with; "" = the first
+    metrics: list[str] = field(default_factory=list)  # columns: SUITE.MEASURE or STAGE.METRIC
     jobs: int = 0  # concurrent runs; 0 = one per GPU, or one without GPUs
 
     def validate(self) -> None:

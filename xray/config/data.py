@@ -30,8 +30,8 @@ class SourceConfig:
 class BlockConfig:
     """A part of every step that has one modality and comes from one source."""
 
-    source: str = ""
-    samples: int = 0
+    source: str = ""  # name of an entry of data.sources
+    samples: int = 0  # samples per step, over all processes
     weight: float | None = None  # of this block's loss; None = its share of the step
 
 
@@ -39,42 +39,46 @@ class BlockConfig:
 class DataConfig:
     """Blocks of a training step and how samples are read."""
 
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    blocks: list[BlockConfig] = field(default_factory=list)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # name -> a set of shards
+    blocks: list[BlockConfig] = field(default_factory=list)  # parts of a training step
     # blocks without a weight share the loss in proportion to their samples or their tokens
     weigh_blocks_by: Literal["samples", "tokens"] = "samples"
-    # blocks of other modalities are left out
+    # modalities to train on; blocks of other modalities are left out
     modalities: list[str] = field(default_factory=lambda: ["image", "video", "text"])
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, not trained on
     # views of a decoded sample in a step: a block of N samples reads N / views of its source
     views: int = added(1)
-    lanes: int | None = None  # None = largest power of two <= min(block, 256)
+    # parallel read positions in a source; None = largest power of two <= min(block, 256)
+    lanes: int | None = None
     shuffle_shards: int = 8  # samples of this many shards are shuffled together
     # JPEGs of training are decoded by the loader's workers (cpu) or on the GPU (gpu); auto = on the
     # GPU if it can, decided when a run begins
     decode: Literal["cpu", "gpu", "auto"] = added("cpu")
-    # a number, or steps over the progress of the stage: [[0.0, 96], [0.6, 160], [0.9, 224]]
-    resolution: Any = 224  # pixels per side
-    frames: Any = 8  # per clip
+    # pixels per side: a number, or steps over the progress of the stage, such as
+    # [[0.0, 96], [0.6, 160], [0.9, 224]]
+    resolution: Any = 224
+    frames: Any = 8  # frames per clip: a number, or steps as in data.resolution
     frame_sampling: Literal["uniform", "strided", "segment"] = "uniform"  # which frames of a clip
     frame_rate: float = 8.0  # frames per second (strided)
     segment_seconds: float = 2.0  # length of the random segment (segment)
-    # area of the random crop, from low to high
+    # smallest and largest area of the random crop, as a share of the picture
     crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
     flip: bool = True  # horizontal flip; turn off if text or left and right matter
     # brightness, contrast, saturation, hue; 0 = off
     color_jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude (0-30)
     erase: float = 0.0  # probability of erasing a random rectangle
+    # mean of red, green and blue, in [0, 1], for normalising; ImageNet's
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    # standard deviation of red, green and blue, likewise; ImageNet's
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     # image and video tokens per forward pass, instead of train.micro_batch; 0 = off
     tokens_per_batch: int = runtime(0)
-    max_bad_fraction: float = runtime(0.01)  # share of samples read; above it the run stops
-    decode_seconds: float = runtime(30.0)  # limit for one clip; a slower clip is rejected
-    decode_gb: float = runtime(2.0)  # limit for the resident memory of a decoder, likewise
+    max_bad_fraction: float = runtime(0.01)  # the run stops above this share of broken samples
+    decode_seconds: float = runtime(30.0)  # seconds to decode a clip; a slower clip is rejected
+    decode_gb: float = runtime(2.0)  # GB a decoder may use; a clip that needs more is rejected
     cache: str = runtime("")  # folder for remote shards; "" = the user's cache folder
-    cache_gb: float = runtime(50.0)  # size limit of the cache
+    cache_gb: float = runtime(50.0)  # size limit of the cache, in GB
     fetch_patience: float = runtime(600.0)  # seconds to keep trying to fetch one shard
     root: str = runtime("")  # base of relative shards: a folder or a URL
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process

@@ -17,19 +17,22 @@ class ModelConfig:
 
     name: str = "vit_tiny_patch16_224"  # any standard timm VisionTransformer
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm (embed_dim, depth, ...)
-    tubelet: int = 2  # frames per video token
+    tubelet: int = 2  # frames per video token; an image counts as one frame
     video: Literal["joint", "frames"] = "joint"  # attention over space and time, or per frame
     # pooling of the frames' CLS tokens (video: frames)
     frame_pool: Literal["mean", "attention"] = "mean"
+    # token reduction: evit keeps the tokens with the most attention of CLS, tome merges similar
+    # tokens, random keeps random ones
     reduce: Literal["none", "evit", "tome", "random"] = "evit"
-    reduce_at: list[int] | None = None  # zero-based blocks; None = depth/4, 2/4, 3/4
+    # numbers of the blocks that reduce tokens, from 0; None = depth/4, 2/4, 3/4
+    reduce_at: list[int] | None = None
     fuse: bool = True  # evit, random: fuse the dropped tokens into one
     keep_rate: float = 1.0  # final share of patch tokens kept at each reducing block
-    keep_rates: list[float] | None = None  # instead of keep_rate: one per reducing block
-    keep_rate_levels: int = 8  # number of steps from 1 down to keep_rate
-    # progress at which the steps begin and end
+    keep_rates: list[float] | None = None  # one keep rate per reducing block, not keep_rate
+    keep_rate_levels: int = 8  # number of steps in which the keep rate falls from 1
+    # progress of the stage, in [0, 1], at which the keep rate begins and ends to fall
     keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # stochastic depth: probability in the last block
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
     # true = compute the activations of blocks again in the backward pass; mlp = of their MLPs only
     grad_checkpointing: Checkpointing = runtime(False)
@@ -67,16 +70,16 @@ class TextConfig:
 
     llm: str = runtime("")  # a transformers folder or a hub name; the hash of its files is recorded
     tune: Literal["none", "lora", "full"] = "lora"  # trained part of the LLM
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    attention: Literal["bidirectional", "causal"] = "bidirectional"  # mask of the LLM's attention
     # mean over tokens, the last token, the first (cls), or attention with learned latents, then the
     # mean; auto = the setting in a sentence encoder's folder, otherwise mean
     pooling: Literal["auto", "mean", "last", "cls", "latent"] = "auto"
     latents: int = 64  # number of latents (pooling=latent)
     prompt: str = ""  # an instruction before every caption; its tokens are not pooled
     max_length: int = 64  # tokens, including the prompt; longer captions are truncated
-    lora_rank: int = 16  # 0 = no LoRA
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_rank: int = 16  # rank of the LoRA matrices; 0 = no LoRA
+    lora_alpha: int = 32  # LoRA's scale: its update is multiplied by lora_alpha / lora_rank
+    lora_dropout: float = 0.05  # dropout probability on the input of the LoRA layers
     lora_targets: list[str] = field(default_factory=list)  # layer names; [] = every linear layer
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights
     # captions of similar length share a micro-batch, where the loss spans a split block
@@ -128,10 +131,10 @@ class TextConfig:
 class LlmConfig:
     """Sizes of a small, randomly initialised language model with a tokenizer of the captions."""
 
-    path: str = ""
-    captions: str = ""  # shards under data.root
-    vocab_size: int = 2048
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
+    path: str = ""  # folder to write
+    captions: str = ""  # shards, under data.root, whose captions the tokenizer is built from
+    vocab_size: int = 2048  # largest number of tokens of the tokenizer
+    width: int = 128  # size of the hidden states
+    depth: int = 2  # number of transformer blocks
+    heads: int = 4  # attention heads per block
     family: Literal["qwen3", "clip"] = "qwen3"  # a decoder, or CLIP's text transformer

@@ -23,8 +23,8 @@ R = TypeVar("R", bound="RunConfig")
 class RunConfig:
     """Settings of one stage's run. A stage subclasses it and adds its section."""
 
-    stage: str = ""
-    seed: int = 0
+    stage: str = ""  # name of the stage; the command sets it
+    seed: int = 0  # of initial weights, sample order, augmentation and all other random draws
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -60,8 +60,8 @@ OWNED = {
 class TowerOptim:
     """Learning rate and freezing of a tower, relative to the new layers on top of it."""
 
-    lr: float = 1.0  # factor of the lr
-    layer_decay: float = 1.0  # additional factor per block, from the top down
+    lr: float = 1.0  # factor of the learning rate of this tower
+    layer_decay: float = 1.0  # additional factor of the rate per block, from the top down
     freeze: float = 0.0  # share of the stage in which the tower is frozen; 1 = the whole stage
 
 
@@ -69,17 +69,17 @@ class TowerOptim:
 class OptimConfig:
     """Settings of the optimizer and its schedule; lr = base_lr * global_batch / 256."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    base_lr: float = 1e-3
-    min_lr: float = 0.0  # final rate, as a share of the peak
-    warmup: float = 0.05  # share of the stage's samples
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    logit_scale_lr: float = 1.0  # factor of the lr, for the logit scale and bias
+    name: Literal["adamw", "lion"] = "adamw"  # algorithm
+    base_lr: float = 1e-3  # peak learning rate per 256 samples of a step
+    min_lr: float = 0.0  # final learning rate, as a share of the peak (cosine schedule)
+    warmup: float = 0.05  # share of the stage in which the learning rate rises from 0
+    weight_decay: float = 0.05  # decoupled decay of matrices, not of biases and norms
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of both moments
+    eps: float = 1e-8  # added to the denominator of AdamW
+    logit_scale_lr: float = 1.0  # factor of the learning rate of the logit scale and bias
     vision: TowerOptim = field(default_factory=TowerOptim)
     text: TowerOptim = field(default_factory=TowerOptim)
-    clip_grad: float = 1.0  # global norm; 0 = off
+    clip_grad: float = 1.0  # largest global norm of the gradients; 0 = off
 
     def validate(self) -> None:
         """Check the settings; raises ConfigError that names the key to change."""
@@ -106,6 +106,7 @@ class OptimConfig:
 class ZeroConfig:
     """Settings of DeepSpeed's ZeRO."""
 
+    # parts divided over processes: 1 optimizer state, 2 gradients too, 3 parameters too; 0 = none
     stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
     # sum gradients over processes while the backward pass runs (ZeRO 3 always does)
@@ -152,25 +153,25 @@ class TrainConfig:
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
     # in data.resolution
     micro_batch: Any = runtime(0)
-    log_every: int = runtime(10)  # steps; 0 = at the end only
-    save_every: int = runtime(200)  # steps
+    log_every: int = runtime(10)  # steps between two lines of metrics; 0 = at the end only
+    save_every: int = runtime(200)  # steps between two checkpoints; 0 = at the end only
     # write checkpoints while training goes on, from copies in the host's memory
     save_in_background: bool = runtime(False)
     keep_checkpoints: int = runtime(2)  # number of newest checkpoints to keep
     mirror: str = runtime("")  # a URL: checkpoints and the artifact are copied to URL/STAGE/
-    keep_every: int = runtime(0)  # steps; also keep checkpoints at its multiples; 0 = none
-    keep_best: int = runtime(0)  # also keep this many with the best `best_by`
+    keep_every: int = runtime(0)  # also keep checkpoints at multiples of this step; 0 = none
+    keep_best: int = runtime(0)  # also keep this many checkpoints with the best `best_by`
     best_by: str = runtime("val/loss")  # a metric of metrics.jsonl at the saved step
-    best_is: Literal["lowest", "highest"] = runtime("lowest")
-    validate_every: int = runtime(0)  # steps; 0 = at the end only
-    device: Literal["auto", "cpu", "cuda"] = runtime("auto")
-    tensorboard: bool = runtime(True)  # metrics.jsonl is always written
-    wandb: str = runtime("")  # project name; "" = off
+    best_is: Literal["lowest", "highest"] = runtime("lowest")  # best value of `best_by`
+    validate_every: int = runtime(0)  # steps between two validations; 0 = at the end only
+    device: Literal["auto", "cpu", "cuda"] = runtime("auto")  # auto = a GPU if there is one
+    tensorboard: bool = runtime(True)  # write tensorboard files, too, beside metrics.jsonl
+    wandb: str = runtime("")  # name of a Weights & Biases project; "" = off
     # action if a loss is more than `spike` standard deviations above its running mean
     spikes: Literal["ignore", "warn", "skip"] = "warn"
-    spike: float = 6.0
-    hang_seconds: float = runtime(1200.0)  # limit for a step, then the run ends; 0 = no limit
-    ema: float = 0.0  # decay per step of the averaged weights; 0 = no average
+    spike: float = 6.0  # standard deviations that make a loss a spike
+    hang_seconds: float = runtime(1200.0)  # a run ends if a step takes longer; 0 = no limit
+    ema: float = 0.0  # decay per step of averaged weights, e.g. 0.9999; 0 = no average
     export: Literal["last", "ema"] = "last"  # weights of the artifact
 
     def validate(self) -> None:

@@ -19,8 +19,8 @@ E = TypeVar("E")
 class ViewsConfig:
     """Views of a clip, whose features are averaged: evenly spaced times and squares."""
 
-    clips: int = 1
-    crops: int = 1  # 1 in the centre, or 3: left, centre, right
+    clips: int = 1  # evenly spaced times per video
+    crops: int = 1  # squares per frame: 1 in the centre, or 3: left, centre, right
 
     def validate(self) -> None:
         """Raise ConfigError naming the key to change."""
@@ -45,7 +45,7 @@ class EvalConfig:
     """The settings of each suite; suites without data are left out, unless asked for by name."""
 
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    batch_size: int = 64
+    batch_size: int = 64  # samples per forward pass
     precision: Precision = added("fp32")  # of backbone and text tower, and of training in suites
 
     def of(self, suite: Suite[C]) -> C:

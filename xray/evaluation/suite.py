@@ -51,8 +51,8 @@ class CaptionedConfig(SuiteConfig):
 
     required_sets = ("shards",)
 
-    shards: str = ""
-    modality: Literal["image", "video", "text"] = "image"
+    shards: str = ""  # samples with captions: shards, a folder or a list
+    modality: Literal["image", "video", "text"] = "image"  # of the samples
     captions: dict[str, float] = field(default_factory=dict)  # json fields and their weights
 
 
@@ -62,9 +62,9 @@ class LabelledConfig(SuiteConfig):
 
     required_sets = ("train", "test")
 
-    train: str = ""
-    test: str = ""
-    modality: Literal["image", "video"] = "image"
+    train: str = ""  # labelled samples to fit on: shards, a folder of class folders, or a list
+    test: str = ""  # labelled samples to test on, with the same classes
+    modality: Literal["image", "video"] = "image"  # of the samples
 
 
 @dataclass(frozen=True)

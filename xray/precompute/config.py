@@ -17,14 +17,14 @@ class PseudoTagsConfig:
     tags: Origin = "hashtags"  # origin of a sample's own tags
     field: str = "hashtags"  # json field of the tags
     captions: dict[str, float] = dataclass_field(default_factory=dict)  # json fields of captions
-    top: int = 5
-    threshold: float = 0.1  # probability
+    top: int = 5  # most tags that a sample gets
+    threshold: float = 0.1  # smallest probability of a tag that is added
     temperature: float = 1.0  # of the softmax; above 1 is less confident
     template: str = "a photo of {}"  # prompt of a clip artifact: {} is the tag
     precision: Precision = "fp32"  # of the teacher
     llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
-    batch_size: int = 64
-    workers: int = 2
+    batch_size: int = 64  # samples per forward pass
+    workers: int = 2  # loader processes
 
     def validate(self) -> None:
         """Check all values; raises ConfigError that names the key to change."""
@@ -47,8 +47,8 @@ class FeaturesConfig:
     )  # json fields, if not the default ones
     precision: Precision = "fp32"  # of the encoder
     llm: str = ""  # folder of the artifact's base LLM, if it has moved since training
-    batch_size: int = 64
-    workers: int = 2
+    batch_size: int = 64  # samples per forward pass
+    workers: int = 2  # loader processes
 
     def validate(self) -> None:
         """Check all values; raises ConfigError that names the key to change."""
@@ -60,12 +60,12 @@ class FeaturesConfig:
 class TextFeaturesConfig(TextConfig):
     """Text section, and how captions are read and vectors are stored."""
 
-    features: Features = "bf16"
+    features: Features = "bf16"  # number format of the stored vectors
     captions: dict[str, float] = dataclass_field(
         default_factory=dict
     )  # json fields, if not the default ones
-    batch_size: int = 256
-    workers: int = 2
+    batch_size: int = 256  # captions per forward pass
+    workers: int = 2  # loader processes
 
     def validate(self) -> None:
         """Check all values; raises ConfigError that names the key to change."""

@@ -41,7 +41,7 @@ class PrepareConfig:
     """Data and language model that a recipe makes once, before its first stage."""
 
     demo: dict[str, Any] | None = None  # sizes of the data set generated at data.root
-    llm: LlmConfig | None = None
+    llm: LlmConfig | None = None  # a small language model to make, with these sizes
 
 
 @dataclass

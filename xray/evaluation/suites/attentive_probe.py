@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class AttentiveProbeConfig(LabelledConfig):
     """Settings of the probe's training; the defaults are V-JEPA's."""
 
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    seed: int = 0
+    epochs: int = 20  # passes over the training samples
+    batch_size: int = 64  # samples per step
+    lr: float = 1e-3  # peak learning rate
+    weight_decay: float = 0.01  # AdamW's
+    seed: int = 0  # of initial weights and sample order
 
     def validate(self, key: str) -> None:
         super().validate(key)

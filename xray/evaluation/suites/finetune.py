@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 class FinetuneConfig(LabelledConfig):
     """MAE's settings for a ViT-B, with smaller batches, half the epochs and half the peak lr."""
 
-    epochs: int = 50
-    batch_size: int = 32
-    base_lr: float = 8e-3  # x batch_size / 256
-    weight_decay: float = 0.05
-    layer_decay: float = 0.65
-    warmup: float = 0.1  # fraction of the steps
-    drop_path: float = 0.1
+    epochs: int = 50  # passes over the training samples
+    batch_size: int = 32  # samples per step
+    base_lr: float = 8e-3  # peak learning rate per 256 samples of a step
+    weight_decay: float = 0.05  # AdamW's
+    layer_decay: float = 0.65  # factor of the learning rate per block, from the top down
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    drop_path: float = 0.1  # stochastic depth: probability in the last block
     smoothing: float = 0.1  # label smoothing
+    # smallest and largest area of the random crop, as a share of the picture
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
-    flip: bool = True
+    flip: bool = True  # horizontal flip
     rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude <= 30
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    seed: int = 0
+    mixup: float = 0.0  # a of the Beta(a, a) that blends two images; 0 = off
+    cutmix: float = 0.0  # a of the Beta(a, a) of the area from another image; 0 = off
+    seed: int = 0  # of the head's initial weights, sample order and augmentation
 
     def validate(self, key: str) -> None:
         super().validate(key)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class KnnConfig(LabelledConfig):
     """Number of neighbours, and the temperature of their votes."""
 
-    k: int = 20
-    temperature: float = 0.07
+    k: int = 20  # number of nearest training samples that vote
+    temperature: float = 0.07  # a vote weighs exp(cosine / temperature)
 
     def validate(self, key: str) -> None:
         super().validate(key)

@@ -37,7 +37,8 @@ class RetrievalConfig(CaptionedConfig):
 class VideoRetrievalConfig(RetrievalConfig):
     """Videos with captions."""
 
-    modality: Literal["image", "video", "text"] = "video"
+    modality: Literal["image", "video", "text"] = "video"  # of the samples
+    # correct for a caption: only its own sample, or every sample that has the same caption
     same: Literal["sample", "caption"] = "caption"
 
 

@@ -32,18 +32,20 @@ class RobustnessConfig(SuiteConfig):
 
     optional_sets = ("shift",)
 
-    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
-    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    # factors of the artifact's resolution, and of the width relative to the height
+    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # as in ImageNet-C
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # of each corruption
+    # resolutions to test at, as factors of the artifact's own
     resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])
+    # pictures are stretched by these factors of width / height
     aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    attacks: list[str] = field(default_factory=lambda: list(ATTACKS))
-    eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # /255, L-infinity
-    steps: int = 5  # of pgd
-    queries: int = 100  # of the black-box attack
+    attacks: list[str] = field(default_factory=lambda: list(ATTACKS))  # adversarial attacks
+    # largest change of a pixel value by an attack, in 1/255 (L-infinity)
+    eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    steps: int = 5  # gradient steps of the attack pgd
+    queries: int = 100  # model calls of the black-box attack, square
     attacked: int = 200  # samples that are attacked, evenly spaced
     shift: str = ""  # labelled samples of the same classes from another source
-    seed: int = 0
+    seed: int = 0  # of noise and attacks
 
     def validate(self, key: str) -> None:
         for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):

@@ -22,10 +22,10 @@ class TaggingConfig(SuiteConfig):
 
     required_sets = ("shards",)
 
-    shards: str = ""
-    modality: Literal["image", "video"] = "image"
-    tags: Origin = "hashtags"  # where a sample's tags come from
-    field: str = "hashtags"  # their json field
+    shards: str = ""  # samples with tags: shards, a folder or a list
+    modality: Literal["image", "video"] = "image"  # of the samples
+    tags: Origin = "hashtags"  # origin of a sample's tags, as in data.sources
+    field: str = "hashtags"  # json field of the tags
     # json fields of the captions that tags are read from, and their weights
     captions: dict[str, float] = dataclass_field(default_factory=dict)
     clips: int = 1  # times per video

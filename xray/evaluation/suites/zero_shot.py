@@ -21,10 +21,11 @@ class ZeroShotConfig(SuiteConfig):
     required_sets = ("shards",)
     optional_sets = ("classes",)
 
-    shards: str = ""
-    classes: str = ""
+    shards: str = ""  # labelled samples: shards, a folder of class folders, or a list
+    classes: str = ""  # file of class names, one per line; "" = the names of the data set
+    # texts for a class, whose vectors are averaged; {} is the class name
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
-    modality: Literal["image", "video"] = "image"
+    modality: Literal["image", "video"] = "image"  # of the samples
 
     def validate(self, key: str) -> None:
         super().validate(key)
