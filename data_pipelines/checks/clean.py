@@ -89,7 +89,9 @@ def find_derived(folder: Path) -> Findings:
     for where, folders, names in os.walk(folder):
         here = Path(where)
         hidden = here.name == HIDDEN
-        folders[:] = [] if hidden else sorted(n for n in folders if n == HIDDEN or not is_system_name(n))
+        folders[:] = (
+            [] if hidden else sorted(n for n in folders if n == HIDDEN or not is_system_name(n))
+        )
         if not hidden and any(n.endswith(".tar") for n in names) and not is_writable(here):
             found.read_only.append(here)
         for name in sorted(names):

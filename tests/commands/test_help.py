@@ -15,8 +15,8 @@ from in_process import invoke
 
 from stages import stage_class
 from xray.ablations.trials import load_ablation
-from xray.commands.common import settings_of
 from xray.commands.evaluate import _settings as eval_settings
+from xray.commands.help import help_rows
 from xray.commands.main import COMMANDS, DATA, DEBUG, app
 from xray.config.loading import build, kinds_of, parse_overrides
 from xray.recipes.recipe import load_recipe, stage_from_recipe
@@ -54,8 +54,8 @@ class Settings(Base):
         assert local
 
 
-def test_settings_of_a_dataclass() -> None:
-    assert list(settings_of(Settings)) == [
+def test_help_rows_of_a_dataclass() -> None:
+    assert list(help_rows(Settings)) == [
         ("name='a b'", "what is above a field"),
         ("many=[1, 2]", "behind the last line"),
         ("mode=y", "x | y; how"),

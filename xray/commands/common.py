@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import io
-import json
 import os
 import re
 import select
 import sys
-import textwrap
-import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +15,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
-    Literal,
     TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 import typer
@@ -204,9 +193,6 @@ def counted(causes: Mapping[str, int]) -> str:
     return ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
 
 
-# settings in the help text ---------------------------------------------------------------------
-
-
 def takes(config: str, *given: str) -> Callable[[C], C]:
     """Decorate a command so that its help lists the fields of a config dataclass.
 
@@ -219,48 +205,3 @@ def takes(config: str, *given: str) -> Callable[[C], C]:
         return command
 
     return mark
-
-
-def settings_of(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (`key=default`, description) of each field of a dataclass and of nested ones.
-
-    A description is the field's choices and the comment beside or above it.
-    """
-    comments: dict[str, str] = {}
-    for owner in reversed(config.__mro__[:-1]):
-        comments |= _comments(owner)
-    types = get_type_hints(config)
-    defaults = config()
-    for own in dataclasses.fields(config):
-        value, key = getattr(defaults, own.name), f"{prefix}{own.name}"
-        if dataclasses.is_dataclass(value):
-            yield from settings_of(type(value), f"{key}.")
-            continue
-        choices = get_args(types[own.name]) if get_origin(types[own.name]) is Literal else ()
-        told = [" | ".join(map(str, choices)), comments.get(own.name, "")]
-        yield f"{key}={_shown(value)}", "; ".join(filter(None, told))
-
-
-def _comments(config: type) -> dict[str, str]:
-    """Return the comment of each field of a class: the lines above it, and those beside it."""
-    source = textwrap.dedent(inspect.getsource(config))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
-    lines = source.splitlines()
-    texts = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first = node.lineno
-            while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
-                first -= 1
-            numbers = range(first, (node.end_lineno or node.lineno) + 1)
-            found = [comments[n].string.lstrip("# ") for n in numbers if n in comments]
-            texts[node.target.id] = " ".join(found)
-    return texts
-
-
-def _shown(value: Any) -> str:
-    """Return a default as it is written on the command line."""
-    if isinstance(value, str):
-        return f"'{value}'" if " " in value else value
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -7,11 +7,11 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from typer.core import TyperCommand, TyperGroup
 
-from xray.commands.common import settings_of
+from xray.config.explain import settings_of, shown
 
 C = TypeVar("C", bound=Callable[..., None])
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
@@ -66,9 +66,16 @@ class Command(TyperCommand):
         name, given = getattr(self.callback, "takes", ("", ()))
         if name:
             module, _, config = name.partition(":")
-            for row in settings_of(getattr(importlib.import_module(module), config)):
+            for row in help_rows(getattr(importlib.import_module(module), config)):
                 if row[0].split("=")[0] not in given:
                     yield row
+
+
+def help_rows(config: type) -> Iterator[tuple[str, str]]:
+    """Yield (`key=default`, its choices and its meaning) of each setting of a command."""
+    for own in settings_of(config):
+        choices = own.type if get_origin(own.kind) is Literal else ""
+        yield f"{own.key}={shown(own.default)}", "; ".join(filter(None, (choices, own.meaning)))
 
 
 class Group(TyperGroup):

@@ -61,14 +61,24 @@ def plan(
 
 @guarded
 def show_config(
-    name: Annotated[str, typer.Argument(help="A recipe, a stage, or eval")],
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE|STAGE|eval|KEY", help="A recipe, a stage, or a key")
+    ],
     overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With a comment on each key: meaning, type, default")
+    ] = False,
 ) -> None:
-    """Print the resolved config of a stage, of an evaluation, or of every stage of a recipe."""
+    """Print the resolved settings of a stage, of an evaluation, or of every stage of a recipe.
+
+    For a key or a section, such as data.crop_scale or optim: its meaning, type, default, and the
+    shipped files that set it. Keys marked `runtime` may differ when a run is resumed.
+    """
     from omegaconf import OmegaConf
 
     from stages import STAGES, stage_config
     from xray.config import loading as cfg
+    from xray.config.explain import commented
     from xray.evaluation.config import EvalConfig
     from xray.recipes.recipe import kind_of_key
 
@@ -78,16 +88,38 @@ def show_config(
         sections = {name: cfg.load_config(stage_config(name), name, given)}
     elif name == "eval":
         sections = {"eval": cfg.build(EvalConfig, given.get("eval", {}), section="eval.")}
+    elif _explain_key(name):
+        return
     else:
         from xray.recipes.recipe import load_recipe
 
         recipe = load_recipe(name, overrides or [])
         sections = {config.stage: config for config in recipe.runs} | {"eval": recipe.eval}
     for key, section in sections.items():
-        print(OmegaConf.to_yaml(OmegaConf.create({key: asdict(section)})), end="")
+        if explain:
+            print("\n".join(commented(key, section)))
+        else:
+            print(OmegaConf.to_yaml(OmegaConf.create({key: asdict(section)})), end="")
         if key in STAGES and section.train.epochs is not None:
             print(f"# {key}: samples becomes the number of {section.train.epochs:g} epochs", end="")
             print(" when a run opens its data")
+
+
+def _explain_key(name: str) -> bool:
+    """Print the description of a key or a section; returns False for the name of a recipe."""
+    from xray.config.explain import shown
+    from xray.recipes.settings import explain_key, section_of, unknown_key
+
+    if name.endswith((".yaml", ".yml")):
+        return False
+    if found := explain_key(name):
+        print("\n".join(found.lines()))
+    elif section := section_of(name):
+        for own in section.values():
+            print(f"{own.key}={shown(own.default)}\n    {own.meaning}")
+    elif "." in name:
+        raise unknown_key(name)
+    return bool(found or section)
 
 
 @guarded

@@ -32,7 +32,7 @@ class BlockConfig:
 
     source: str = ""  # name of an entry of data.sources
     samples: int = 0  # samples per step, over all processes
-    weight: float | None = None  # of this block's loss; None = its share of the step
+    weight: float | None = None  # of this block's loss; null = its share of the step
 
 
 @dataclass
@@ -48,7 +48,7 @@ class DataConfig:
     validation: list[BlockConfig] = field(default_factory=list)  # a fixed set, not trained on
     # views of a decoded sample in a step: a block of N samples reads N / views of its source
     views: int = added(1)
-    # parallel read positions in a source; None = largest power of two <= min(block, 256)
+    # parallel read positions in a source; null = largest power of two <= min(block, 256)
     lanes: int | None = None
     shuffle_shards: int = 8  # samples of this many shards are shuffled together
     # JPEGs of training are decoded by the loader's workers (cpu) or on the GPU (gpu); auto = on the

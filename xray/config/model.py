@@ -24,7 +24,7 @@ class ModelConfig:
     # token reduction: evit keeps the tokens with the most attention of CLS, tome merges similar
     # tokens, random keeps random ones
     reduce: Literal["none", "evit", "tome", "random"] = "evit"
-    # numbers of the blocks that reduce tokens, from 0; None = depth/4, 2/4, 3/4
+    # numbers of the blocks that reduce tokens, from 0; null = depth/4, 2/4, 3/4
     reduce_at: list[int] | None = None
     fuse: bool = True  # evit, random: fuse the dropped tokens into one
     keep_rate: float = 1.0  # final share of patch tokens kept at each reducing block

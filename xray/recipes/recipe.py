@@ -32,7 +32,15 @@ from xray.config.model import LlmConfig
 from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
 
-OWN_KEYS = ("base", "name", "out", "stages", "prepare", "eval")
+# Keys of the recipe itself and their meanings.
+OWN_KEYS = {
+    "base": "recipe to start from: a shipped one by name, or a yaml file",
+    "name": 'title of the report; "" = the name of the file',
+    "out": 'folder of the runs and the report; "" = runs/NAME',
+    "stages": "stages to run, in the order mae, hashtag, text, clip; [] = all",
+    "prepare": "section: data and a language model that the recipe makes before its first stage",
+    "eval": "section: data sets to evaluate on after the last stage",
+}
 SHARED = ("seed", "license", "model", "data", "optim", "train", "zero")
 
 
