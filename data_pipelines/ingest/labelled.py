@@ -64,6 +64,15 @@ def _class_of(files: dict[str, bytes]) -> tuple[str, int]:
     return name.strip(), label if isinstance(label, int) else 0
 
 
+def class_of(files: dict[str, bytes]) -> str:
+    """Return the name of a sample's class, or its number; "" if it has none."""
+    if name := _class_of(files)[0]:
+        return name
+    if "cls" in files:
+        return files["cls"].decode("utf-8", "replace").strip()
+    return str(metadata_of(files)["label"]) if _has_class(files) else ""
+
+
 def _has_class(files: dict[str, bytes]) -> bool:
     """Return True if a sample has the name or the number (from 0) of a class."""
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import yaml
 from child_process import RECIPE
 from in_process import invoke
 from shards import photo
@@ -31,6 +33,35 @@ def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.exit_code == 0, run.stderr
     assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
+
+
+def test_a_run_is_evaluated_on_the_samples_that_its_sources_hold_out(
+    demo: Path, tmp_path: Path
+) -> None:
+    mine, shards = tmp_path / "mine", tmp_path / "shards"
+    mine.mkdir()
+    for i in range(40):
+        (mine / f"IMG {i}.jpg").write_bytes(photo(i, (90, 70)))
+        (mine / f"IMG {i}.txt").write_text(f"picture number {i}\nanother text about {i}\n")
+    packed = invoke("data", "pack", str(mine), str(shards), "val=0.15")
+    assert "6 samples held out for validation" in packed.stdout
+    recipe = yaml.safe_load(Path(RECIPE).read_text())
+    recipe["eval"] = {"held_out": True}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    settings = f"data.root={demo}", f"out={tmp_path / 'run'}", "data.modalities=[image]"
+    source = f"data.sources.photos={{shards: {shards}, tags: caption_words}}"
+    run = invoke("run", str(tmp_path / "mine.yaml"), "stages=[hashtag,clip]", *settings, source)
+    assert run.exit_code == 0, run.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results.keys() == {"retrieval", "tags"} and results["retrieval"]["images"] == 6
+    assert results["retrieval"]["texts"] == 12 and "overlap" not in run.stdout
+    assert "text to image R@1" in run.stdout and "photos mAP" in run.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Images retrieved for captions" in page and "text to image R@1" in page
+    artifact = tmp_path / "run" / "clip" / "artifact"
+    again = invoke("eval", artifact, "eval.held_out=true", "--suite=retrieval", f"--out={tmp_path}")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["retrieval"] == results["retrieval"]
 
 
 def test_img2dataset_and_video2dataset_shards_train_unchanged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from xray.evaluation.config import EvalConfig
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.suite import Measures
+
+log = logging.getLogger("xray")
 
 
 @examples(
@@ -67,8 +70,9 @@ def evaluate(
 
     `xray config eval` prints the suites and their settings. Data sets are eval.SUITE.shards, or
     .train and .test: shards, a folder with a folder per class, or a .csv file with the columns
-    path and label or caption. With torchrun, each process encodes a part of every data set; rank
-    0 writes the results.
+    path and label or caption. eval.held_out=true adds the samples that the artifact's sources hold
+    out (xray data pack val=, xray data split). With torchrun, each process encodes a part of every
+    data set; rank 0 writes the results.
     """
     from xray.evaluation.suites import suite_named
 
@@ -81,6 +85,7 @@ def evaluate(
         check_artifact(artifact)
     from xray.artifacts.artifact import open_artifact
     from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.held_out import trained_sources, with_held_out
 
     device = dist.choose_device("auto")
     if dist.world_size() > 1:
@@ -89,7 +94,12 @@ def evaluate(
         init_distributed(device)
 
     def opening() -> Evaluator:
-        return Evaluator.open(open_artifact(artifact, llm), config, root, workers, device)
+        given, opened = config, open_artifact(artifact, llm)
+        if given.held_out:
+            given, lines = with_held_out(given, *trained_sources(opened, root))
+            for line in lines:
+                log.info("%s", line)
+        return Evaluator.open(opened, given, root, workers, device)
 
     def work() -> None:
         target = _target(out)
@@ -103,24 +113,36 @@ def evaluate(
 
 
 def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> None:
+    from xray.evaluation.overlap import OVERLAP
     from xray.evaluation.suites import result_table, suite_named
     from xray.models.inference import recorded
 
     results: dict[str, Measures] = {}
+    suites = names or evaluator.default_suites()
+
+    def write() -> None:
+        if target is not None:
+            facts = recorded(evaluator.config.precision)
+            write_in_place(target, json.dumps({**facts, **results}, indent=1))
+
     try:  # write each result at once: the next suite may take hours, or fail
-        for name, measures in evaluator.each(names or evaluator.default_suites()):
+        for name, measures in evaluator.each(suites):
             results[name] = measures
-            if target is not None:
-                facts = recorded(evaluator.config.precision)
-                write_in_place(target, json.dumps({**facts, **results}, indent=1))
+            write()
+        overlap = evaluator.overlap(suites)
+        if overlap.shares:
+            results[OVERLAP] = overlap.shares
+            write()
     finally:
         if results:
             result_table(results).print()
+    if overlap.unknown:
+        print(overlap.unknown)
     if target is not None:
         print(f"written: {target}")
-        for name, measures in results.items():
+        for name in suites:
             if plot := suite_named(name).plot:
-                plot(measures, target.with_suffix(f".{name}.png"))
+                plot(results[name], target.with_suffix(f".{name}.png"))
 
 
 def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:

@@ -46,6 +46,8 @@ class EvalConfig:
 
     views: ViewsConfig = field(default_factory=ViewsConfig)
     batch_size: int = 64  # samples per forward pass
+    # fill the data sets that are not set with the samples that the sources hold out in a folder val
+    held_out: bool = added(False)
     precision: Precision = added("fp32")  # of backbone and text tower, and of training in suites
 
     def of(self, suite: Suite[C]) -> C:

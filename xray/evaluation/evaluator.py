@@ -14,6 +14,7 @@ from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets, check_sets
 from xray.evaluation.dealing import dismiss, serve
+from xray.evaluation.overlap import Overlap, find_overlap
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import SUITES, suite_named
 
@@ -80,6 +81,10 @@ class Evaluator:
         for name in names:
             suite = suite_named(name)
             yield name, suite.run(self.sets, self.sets.config.of(suite))
+
+    def overlap(self, names: Sequence[str]) -> Overlap:
+        """Compare these suites' data sets with what the artifact and its ancestors trained on."""
+        return find_overlap(self.sets, [suite_named(name) for name in names])
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ConfigError for an unknown suite or missing data, ArtifactError for a suite that

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import write_text
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags
+from xray.recipes.run import held_out_sets
 from xray.records import read_record
 from xray.reports.figures import subplots, svg
 from xray.reports.html import Picture, gallery, paragraph, write_report
@@ -70,7 +71,7 @@ def write_run_report(
     others = [pair for pair in seeing if DECODER not in pair[0].offers]
     for artifact, run in with_decoder + others[-1:]:
         parts += [picture.html() for picture in _pictures(artifact, run.data)]
-    parts += _examples(recipe, seeing)
+    parts += _examples(replace(recipe, eval=held_out_sets(recipe)[0]), seeing)
     if artifacts:
         parts.append(_stage_table(artifacts).html())
         versions = artifacts[-1].manifest["versions"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -25,14 +26,17 @@ from stages.base import split_parents
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.language_model import Language
-from xray.config import RunConfig, TextConfig
+from xray.artifacts.offers import TAGS
+from xray.config import RunConfig, SourceConfig, TextConfig
 from xray.config import loading as cfg
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
 from xray.config.schedule import steps_of, value_at
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
-from xray.evaluation.evaluator import Evaluator
+from xray.evaluation.evaluator import Evaluator, Results
+from xray.evaluation.held_out import TaggedSources, located, with_held_out
+from xray.evaluation.overlap import OVERLAP, Overlap
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import result_table
 from xray.files import making, replacing, write_text
@@ -45,6 +49,7 @@ from xray.reports.tables import ResultTable, figure, short
 from xray.training.length import length_advice, sizes_of, sources_at_hand
 from xray.training.run import check_decoding, holds_another_run
 
+log = logging.getLogger("xray")
 Sizes = dict[str, dict[str, int]]  # samples of the sources at hand, by stage and source
 
 
@@ -179,7 +184,10 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         if not (Path(config.out) / "artifact").exists():
             check_decoding(config, device)
     prepare(recipe)
-    preflight(recipe.runs, recipe.eval, recipe.root)
+    evaluation, lines = dist.main_first(partial(held_out_sets, recipe), "opening the data")
+    for line in lines:
+        log.info("%s", line)
+    preflight(recipe.runs, evaluation, recipe.root)
     artifacts = []
     for config in recipe.runs:
         text = text_section(config)
@@ -215,6 +223,19 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         check_sets(evaluation, suites, root)
 
 
+def held_out_sets(recipe: Recipe) -> tuple[EvalConfig, list[str]]:
+    """Return a recipe's evaluation with the sets that its sources hold out, and lines about it."""
+    sources: dict[str, SourceConfig] = {}
+    tagged = TaggedSources()
+    for run in recipe.runs:
+        names = [block.source for block in run.blocks]
+        own = {name: located(run.data, name) for name in names}
+        sources |= own
+        if TAGS in stage_class(run.stage).offers:
+            tagged = TaggedSources(frozenset(own), getattr(run, run.stage).field)
+    return with_held_out(recipe.eval, sources, tagged)
+
+
 def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | None:
     """Evaluate a recipe's artifacts on all ranks; rank 0 writes results.json.
 
@@ -224,13 +245,26 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
     if dist.world_size() > 1:
         device = dist.choose_device(recipe.runs[0].train.device)
     results: dict[str, Measures] = {}
-    asked = recipe.eval.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
+    shares, unknown = dict[str, float](), list[str]()
+    evaluation, _ = held_out_sets(recipe)
+    asked = evaluation.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
     for artifact in artifacts:
         if suites := asked[artifact.stage]:
-            given = artifact, recipe.eval, recipe.root, recipe.workers, device
+            given = artifact, evaluation, recipe.root, recipe.workers, device
             evaluator = dist.main_first(partial(Evaluator.open, *given), "opening the artifact")
-            results |= evaluator.lead(partial(evaluator.run, suites)) or {}
+            measured = evaluator.lead(partial(_measured, evaluator, suites))
+            if measured is not None:
+                results |= measured[0]
+                shares |= measured[1].shares
+                unknown.append(measured[1].unknown)
     if not results:
         return None
+    results |= {OVERLAP: shares} if shares else {}
     write_text(recipe.out / "results.json", json.dumps(results, indent=1))
-    return result_table(results)
+    table = result_table(results)
+    table.notes += dict.fromkeys(filter(None, unknown))
+    return table
+
+
+def _measured(evaluator: Evaluator, suites: list[str]) -> tuple[Results, Overlap]:
+    return evaluator.run(suites), evaluator.overlap(suites)

@@ -35,6 +35,7 @@ class ResultTable:
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # lines below the table
 
     def print(self) -> None:
         """Print the table on the terminal."""
@@ -48,13 +49,17 @@ class ResultTable:
         for row in self.rows:
             table.add_row(*map(Text, row))
         Console(highlight=False).print(table)
+        for note in self.notes:
+            print(note)
 
     def html(self) -> str:
-        """Return the table as HTML, with its title."""
+        """Return the table as HTML, with its title and notes."""
         cells = ["".join(f"<th>{html.escape(c)}</th>" for c in self.columns)]
         cells += ["".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in self.rows]
         body = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<h2>{html.escape(self.title)}</h2><div class=wide><table>{body}</table></div>"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        title = f"<h2>{html.escape(self.title)}</h2>"
+        return f"{title}<div class=wide><table>{body}</table></div>{notes}"
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown, without its title."""

@@ -43,12 +43,15 @@ def suite_named(name: str) -> Suite[Any]:
 def result_table(results: Mapping[str, Measures]) -> ResultTable:
     """Make the table of results: each measure with its 95 % interval, beside chance, in percent.
 
-    Suites that use other suites' data sets come last.
+    Suites that use other suites' data sets come last. The notes say which samples were trained on.
     """
+    from xray.evaluation.overlap import OVERLAP, overlap_lines  # imports torch
+
     table = ResultTable("Results", ("measure", "result % [95 % CI]", "chance %", "over"))
     for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
         if results.get(suite.name):
             table.rows += suite.rows(results[suite.name])
+    table.notes += overlap_lines(results.get(OVERLAP, {}))
     return table
 
 
