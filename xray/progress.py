@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from xray.words import duration
+
 Progress = Callable[[int, int], None]  # called with (done, total)
 LINE_SECONDS = 15.0  # between lines if stderr is not a terminal
 
@@ -51,6 +53,6 @@ def _lines(what: str) -> Progress:
             return
         printed = now
         left = (total - done) * (now - began) / (done - first)
-        print(f"{what}  {done:,}/{total:,}  eta {left:.0f} s", file=sys.stderr, flush=True)
+        print(f"{what}  {done:,}/{total:,}  eta {duration(left)}", file=sys.stderr, flush=True)
 
     return show

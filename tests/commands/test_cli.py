@@ -69,7 +69,7 @@ def test_config_prints_what_is_resolved() -> None:
         (["run", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["run", "quickstart", "stages=[mae,clipp]"], "unknown stage 'clipp'"),
         (["run", "quickstart", "stages=[mae,clipp]"], "did you mean 'clip'"),
-        (["run", "quickstart", "clip.optim.bse_lr=1"], "did you mean 'clip.optim.base_lr'"),
+        (["run", "quickstart", "clip.optim.bse_lr=1"], "did you mean 'optim.base_lr'"),
         (["run", "quickstart", "modle.keep_rate=1"], "did you mean 'model'"),
         (["run", "quickstart", "mae.train.samples=lots"], "train.samples"),
         (["run", "quickstart", "model.keep_rate=1.5"], "model.keep_rate=1.5 must be in (0, 1]"),

@@ -133,7 +133,7 @@ def test_bad_samples_are_left_out_and_named(artifacts: dict[str, Artifact], tmp_
     assert "skipped: 1 files that are not image" in told
     write_tar(tmp_path / "0.tar", {"0.jpg": photo(0), "1.mp4": b""})
     told = xray("embed", artifacts["clip"].path, tmp_path, "--out", tmp_path / "z.npy")
-    assert "1 rows" in told and "skipped: 1 samples that are not image" in told
+    assert "1 row (" in told and "skipped: 1 samples that are not image" in told
     found = open_embeddings(tmp_path / "x.parquet")
     assert found.names([0, 1, 2, 3]).paths == [f"deep/{n}.jpg" for n in (0, 2, 3, 5)]
     files = [folder / "deep" / f"{n}.jpg" for n in (0, 2, 3, 5)]

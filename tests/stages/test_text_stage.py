@@ -208,4 +208,4 @@ def test_samples_without_media_are_counted_as_text(tmp_path: Path) -> None:
     files = {"0.jpg": jpeg(), "0.txt": b"a", "1.txt": b"b"}
     write_tar(tmp_path / "0.tar", files)
     done = invoke("data", "index", str(tmp_path))
-    assert "1 images, 0 clips, 2 samples with text" in done.output
+    assert "1 image, 0 clips, 2 samples with text" in done.output

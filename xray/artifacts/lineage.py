@@ -23,6 +23,7 @@ from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
 from xray.urls import redact, redact_all
+from xray.words import count
 
 # State of an ancestor at the path that its child recorded. URLs are not checked; "replaced" means
 # that another artifact is at that path now.
@@ -190,7 +191,7 @@ def _about(link: Link) -> Iterator[str]:
         )
     else:
         data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
-        yield f"{manifest.get('samples', 0):,} samples seen, data {data}, config {config}"
+        yield f"{count(manifest.get('samples', 0), 'sample')} seen, data {data}, config {config}"
         yield made_with(manifest)
         inputs = ", ".join(f"{name} {value[:12]}" for name, value in manifest["inputs"].items())
         if inputs:

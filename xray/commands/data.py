@@ -23,6 +23,7 @@ from xray.commands.common import (
 from xray.commands.help import examples
 from xray.files import write_in_place
 from xray.progress import progress_bar, progress_of
+from xray.words import count
 
 if TYPE_CHECKING:
     from data_pipelines.checks.check import CheckReport
@@ -65,9 +66,10 @@ def data_index(
         manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
         kinds: tuple[Modality, ...] = ("image", "video", "text")
         images, clips, texts = (manifest.counts(kind, "image").sum() for kind in kinds)
+        media = f"{count(images, 'image')}, {count(clips, 'clip')}"
         print(
-            f"{pattern}: {len(manifest):,} shards, {images:,} images, {clips:,} clips, "
-            f"{texts:,} samples with text, digest {manifest.digest[:12]}"
+            f"{pattern}: {count(len(manifest), 'shard')}, {media}, "
+            f"{count(texts, 'sample')} with text, digest {manifest.digest[:12]}"
         )
 
 
@@ -103,15 +105,16 @@ def data_pack(
         report = pack(source, out, config, progress)
     for folder in [out] + [out / VAL] * bool(report.held_out):
         write_manifest(str(folder), checksum=True, workers=config.workers)
-    print(f"{out}: {report.samples:,} samples in {report.shards:,} shards", end="")
+    print(f"{out}: {count(report.samples, 'sample')} in {count(report.shards, 'shard')}", end="")
     print(f", {report.reused:,} of them already there" if report.reused else "", end="")
-    print(f", of {report.classes:,} classes by their folders' names" if report.classes else "")
+    classes = count(report.classes, "class", "classes")
+    print(f", of {classes} by their folders' names" if report.classes else "")
     if config.val:
         print(held_out_line(out / VAL, report.held_out, report.cut))
-    count, samples = captioned(out), report.samples + report.held_out
-    print(f"captions: {count:,} of {samples:,} samples have captions", end="")
+    told, samples = captioned(out), report.samples + report.held_out
+    print(f"captions: {told:,} of {samples:,} samples have captions", end="")
     columns = ", ".join(CAPTION_COLUMNS)
-    print("" if count else f"; they are read from a.txt beside a.jpg, or the columns {columns}")
+    print("" if told else f"; they are read from a.txt beside a.jpg, or the columns {columns}")
     if report.unread:
         print(f"not read: {by_ending(report.unread)}")
     if report.outside:

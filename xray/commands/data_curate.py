@@ -24,6 +24,7 @@ from xray.commands.common import (
 )
 from xray.files import write_in_place
 from xray.progress import progress_of
+from xray.words import count
 
 
 @takes("data_pipelines.curation.metadata:NgramConfig")
@@ -54,7 +55,8 @@ def data_metadata(
     counts = count_ngrams(open_any(pool, modality, "xray data metadata"), workers=workers)
     metadata = build_metadata(given, counts, config)
     write_metadata(metadata, out)
-    print(f"{len(metadata):,} entries, {sum(map(len, given)):,} of them given, in {out}")
+    entries = count(len(metadata), "entry", "entries")
+    print(f"{entries}, {sum(map(len, given)):,} of them given, in {out}")
 
 
 @takes("data_pipelines.curation.config:CurationConfig")
@@ -101,7 +103,7 @@ def data_curate(
     print(f"keep-list: {curated.kept.name} (data.sources.NAME.keep={curated.kept.name}); {report}")
     if out is not None:
         number = write_shards(curated, out, config.workers, progress_of("writing"))
-        print(f"{number:,} samples in {out}")
+        print(f"{count(number, 'sample')} in {out}")
 
 
 @takes("data_pipelines.tags.reader:TagsConfig")

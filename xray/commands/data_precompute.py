@@ -26,6 +26,7 @@ from xray.commands.common import (
 )
 from xray.errors import ConfigError
 from xray.progress import progress_bar, progress_of
+from xray.words import count
 
 if TYPE_CHECKING:
     from data_pipelines.shards.sidecar import Sidecar
@@ -130,7 +131,7 @@ def _write_features(
         with progress_bar("encoding") as progress:
             data = data_of(opened, config.workers)
             sidecar, causes = write(source, encoder, config, data, progress)
-        print(f"{pattern}: {len(source):,} samples; {key}={sidecar.name}")
+        print(f"{pattern}: {count(len(source), 'sample')}; {key}={sidecar.name}")
         _print_left_out(causes)
 
 
@@ -183,8 +184,9 @@ def data_text_features(
             continue
         unique = store.facts["captions_stored"]
         print(
-            f"{pattern}: {unique:,} different captions of {len(source):,} samples; train clip with "
-            f"text.features={config.features} and the same text settings ({store.name})"
+            f"{pattern}: {count(unique, 'different caption')} of {count(len(source), 'sample')}; "
+            f"train clip with text.features={config.features} and the same text settings "
+            f"({store.name})"
         )
 
 

@@ -35,17 +35,14 @@ def doctor(
         rows = [dataclasses.asdict(finding) for finding in found]
         print(json.dumps({"host": socket.gethostname(), "ok": not broken, "findings": rows}))
     else:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        from xray.reports.tables import ResultTable
 
-        table = Table(title=f"xray doctor: {socket.gethostname()}", title_justify="left")
-        for column in ("what", "found", "", "problem and fix"):
-            table.add_column(column, overflow="fold")
+        columns = "what", "found", "", "problem and fix"
+        table = ResultTable(f"xray doctor: {socket.gethostname()}", columns, prose=True)
         for finding in found:
             row = finding.what, finding.found, SIGNS[finding.state], finding.lacks
-            table.add_row(*map(Text, row))
-        Console(highlight=False).print(table)
+            table.rows.append(row)
+        table.print()
         print(f"broken: {', '.join(broken)}" if broken else "nothing that is needed is missing")
     if broken:
         raise SystemExit(1)

@@ -24,6 +24,7 @@ from xray.commands.common import (
 from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.progress import progress_bar
+from xray.words import count
 
 if TYPE_CHECKING:
     from data_pipelines.ingest.user_data import Corpus
@@ -122,7 +123,7 @@ def embed(
         report = write(encoder, corpus, config, out, progress)
     if dist.is_main():
         again = f", {report.reused} of {report.parts} parts were there" if report.reused else ""
-        print(f"{out}: {report.rows:,} rows ({dtype}){again}")
+        print(f"{out}: {count(report.rows, 'row')} ({dtype}){again}")
         _print_left_out(report.left_out, report.listed, corpus)
 
 
@@ -201,4 +202,4 @@ def search(
         missing = write_page(html, query, opened.facts, names, scores, trust_paths)
         print(f"written: {html}")
         if missing:
-            print(f"{len(missing)} pictures are missing; the first: {missing[0]}")
+            print(f"missing: {count(len(missing), 'picture')}, the first {missing[0]}")

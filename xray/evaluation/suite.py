@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from xray.artifacts.offers import VISION
 from xray.errors import ConfigError
+from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
@@ -112,7 +113,7 @@ def probe_suite(
     """Make a suite that measures top-1 accuracy on labels and needs only a backbone."""
 
     def rows(measures: Measures) -> Iterator[Row]:
-        over = f"{measures['samples']:.0f} samples"
+        over = count(measures["samples"], "sample")
         yield share_row(f"{label} top1", measures, "top1", measures["chance_top1"], over)
 
     return Suite(name, config, frozenset({VISION}), run, rows, titled(label), **more)

@@ -14,6 +14,7 @@ from xray.planning.known_inputs import Known, known
 from xray.reports.tables import ResultTable, figure, short
 from xray.training.gpu_specs import GPUS, Gpu, check_gpu
 from xray.training.length import length_advice, sizes_of
+from xray.words import duration
 
 USABLE = 0.9  # share of a device's memory: CUDA, NCCL and fragmentation take the rest
 PARTS = {
@@ -59,8 +60,9 @@ class Plan:
         for part, words in PARTS.items():
             line(f"memory: {words}", [_gb(r["memory"][part]) for r in rows])
         if any(r["hours"] is not None for r in rows):
-            hours = ["unknown" if r["hours"] is None else f"{r['hours']:,.3g}" for r in rows]
-            line(f"hours at an MFU of {mfu:g}", hours)
+            hours = [r["hours"] for r in rows]
+            times = ["unknown" if h is None else duration(3600 * h) for h in hours]
+            line(f"time at an MFU of {mfu:g}", times)
         return table
 
 

@@ -189,12 +189,26 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         log.info("%s", line)
     preflight(recipe.runs, evaluation, recipe.root)
     artifacts = []
-    for config in recipe.runs:
+    work = [work_of(config) for config in recipe.runs]
+    for number, config in enumerate(recipe.runs):
         text = text_section(config)
         if text is not None and text.features != "live":
             store_captions(config, text, device)
-        artifacts.append(train_stage(stage_class(config.stage), config, device))
+        following = sum(work[number + 1 :]) / work[number] if work[number] else 0.0
+        artifacts.append(train_stage(stage_class(config.stage), config, device, following))
     return artifacts
+
+
+def work_of(config: RunConfig) -> float:
+    """Count the multiply-adds of a stage on images and clips, in its forward passes; 0 for texts.
+
+    The time of a recipe's later stages is estimated from it and the time of the present one.
+    """
+    stage, frames = stage_class(config.stage)(config), value_at(config.data.frames, 1.0)
+    each = {"image": 1, "video": frames}
+    kinds = [(block.samples, config.data.sources[block.source].modality) for block in config.blocks]
+    step = sum(samples * stage.macs(each[kind]) for samples, kind in kinds if kind in each)
+    return float(config.steps * step)
 
 
 def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:

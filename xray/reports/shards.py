@@ -16,6 +16,7 @@ from data_pipelines.checks.check_shard import Media, Range, ShardCheck, Stats, T
 from xray.reports.figures import COLOR, label_axis, section, subplots
 from xray.reports.html import paragraph, write_report
 from xray.reports.tables import ResultTable
+from xray.words import count
 
 ROWS = 40  # with more shards, the table lists only the broken ones
 TAGS = 30  # number of tags shown
@@ -50,7 +51,7 @@ def check_table(report: CheckReport) -> ResultTable:
 def totals(report: CheckReport) -> str:
     """Summarise all shards in one line, by modality."""
     total = _total(report)
-    parts = [f"{len(report.shards):,} shards", f"{total.samples:,} samples"]
+    parts = [count(len(report.shards), "shard"), count(total.samples, "sample")]
     for name, media in (("images", total.images), ("clips", total.clips)):
         if media.samples:
             usable = f"{media.usable:,} of {media.samples:,} {name} usable"
@@ -60,10 +61,10 @@ def totals(report: CheckReport) -> str:
         where = f"first {first.first_without_caption} in {first.path}"
         parts.append(f"{total.without_caption:,} without caption ({where})")
     if total.system_files:
-        parts.append(f"{total.system_files:,} system or hidden files left out")
-    causes = [f"{count:,} {cause}" for cause, count in sorted(total.causes.items())]
+        parts.append(f"{count(total.system_files, 'system or hidden file')} left out")
+    causes = [f"{number:,} {cause}" for cause, number in sorted(total.causes.items())]
     if errors := sum(bool(shard.error) for shard in report.shards):
-        causes.append(f"{errors:,} broken shards")
+        causes.append(count(errors, "broken shard"))
     return f"{'; '.join(parts)}: {', '.join(causes) if causes else 'no errors'}"
 
 
@@ -98,8 +99,8 @@ def _total(report: CheckReport) -> ShardCheck:
             sums.samples += media.samples
             sums.usable += media.usable
             sums.captioned += media.captioned
-        for cause, count in shard.causes.items():
-            total.causes[cause] = total.causes.get(cause, 0) + count
+        for cause, number in shard.causes.items():
+            total.causes[cause] = total.causes.get(cause, 0) + number
     total.width, total.height = report.stats.range("width"), report.stats.range("height")
     return total
 

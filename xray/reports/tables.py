@@ -25,30 +25,53 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-NAME = 24  # longest row name, in characters, that is never wrapped
+LONG = 24  # characters of a path or an id, which may be broken
 
 
 @dataclass
 class ResultTable:
-    """Table of text with a title and column heads; the first column names the row."""
+    """Table of text with a title and column heads; the first column names the row.
+
+    prose: the other columns are sentences, which are not aligned to the right.
+    """
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # lines below the table
+    prose: bool = False
 
     def print(self) -> None:
-        """Print the table on the terminal."""
+        """Print the table on the terminal; if words would be broken, each row as a list."""
+        console = Console(highlight=False)
+        columns = list(zip(self.columns, *self.rows, strict=True))
+        widths = _widths(columns, console.width - 3 * len(columns) - 1)
+        if not widths:
+            self._print_lists(console)
+            return
         # Text, because rich would read a plain string as markup
         table = Table(title=Text(self.title), title_justify="left")
-        names = [line for row in [self.columns, *self.rows] for line in row[0].split("\n")]
-        for number, column in enumerate(self.columns):
-            justify: Any = "left" if number == 0 else "right"
-            no_wrap = number == 0 and max(map(len, names)) <= NAME
-            table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=no_wrap)
+        for number, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
+            justify: Any = "right" if number and not self.prose else "left"
+            table.add_column(Text(column), justify=justify, width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
-        Console(highlight=False).print(table)
+        console.print(table)
+        self._print_notes()
+
+    def _print_lists(self, console: Console) -> None:
+        """Print each row as a list of its columns, for a terminal that is too narrow."""
+        console.print(Text(self.title), soft_wrap=True)
+        for name, *cells in self.rows:
+            head = f"{self.columns[0]}: " if self.columns[0] else ""
+            console.print(Text(head + " ".join(name.split())), soft_wrap=True)
+            for column, cell in zip(self.columns[1:], cells, strict=True):
+                if cell:
+                    told = cell.replace("\n+", " +").replace("\n", ", ")
+                    console.print(Text(f"   {column}: {told}"), soft_wrap=True)
+        self._print_notes()
+
+    def _print_notes(self) -> None:
         for note in self.notes:
             print(note)
 
@@ -69,3 +92,19 @@ class ResultTable:
             for row in (self.columns, rule, *self.rows)
         ]
         return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Choose the width of each column so that no word is broken; [] if that does not fit."""
+    words = [
+        max(min(len(word), LONG) for cell in column for word in cell.split() or [""])
+        for column in columns
+    ]
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    while sum(widths) > room:
+        # the first column, which names the rows, is wrapped last
+        wide = [n for n, width in enumerate(widths) if n and width > words[n]]
+        if not wide and widths[0] == words[0]:
+            return []
+        widths[max(wide, key=widths.__getitem__, default=0)] -= 1
+    return widths

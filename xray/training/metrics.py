@@ -31,6 +31,7 @@ from xray.files import write_text
 from xray.progress import LINE_SECONDS
 from xray.records import parse_record
 from xray.training.state import TrainState
+from xray.words import duration
 
 log = logging.getLogger("xray")
 console = Console(stderr=True, highlight=False)
@@ -55,12 +56,16 @@ def check_sinks(config: TrainConfig) -> None:
 class Sinks:
     """Writer of a run's metrics on rank 0; drops lines after the step from which the run resumes.
 
+    following: work of a recipe's later stages, as a multiple of this one's, for the time left.
     Raises on every rank: ConfigError if wandb does not start, ArtifactError if it cannot write.
     """
 
-    def __init__(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
+    def __init__(
+        self, out: Path, name: str, config: RunConfig, state: TrainState, following: float = 0.0
+    ) -> None:
         self.last: dict[str, float] = {}
         self.main = dist.is_main()
+        self.following = following
         self.wandb: Any = None
         if config.train.wandb:
             self.wandb = dist.main_first(lambda: _wandb(out, config) if dist.is_main() else None)
@@ -82,7 +87,7 @@ class Sinks:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tb"), purge_step=state.samples + 1)
-        self.terminal = Terminal(name, config.steps, state.step)
+        self.terminal = Terminal(name, config.steps, state.step, self.following)
 
     def write(self, state: TrainState, values: Mapping[str, float], logged: bool) -> None:
         """Show a step in the terminal; write its line if it is logged, which is collective."""
@@ -148,10 +153,10 @@ def _wandb(out: Path, config: RunConfig) -> Any:
 
 
 class Terminal:
-    """Progress bar, or progress lines if there is no tty."""
+    """Progress bar, or progress lines if there is no tty; following: as for Sinks."""
 
-    def __init__(self, name: str, steps: int, step: int) -> None:
-        self.name, self.steps = name, steps
+    def __init__(self, name: str, steps: int, step: int, following: float = 0.0) -> None:
+        self.name, self.steps, self.following = name, steps, following
         self.resumed_at, self.started, self.printed = step, time.monotonic(), 0.0
         self.progress = Progress(
             TextColumn("[bold]{task.description:>8}"),
@@ -174,14 +179,16 @@ class Terminal:
         rate = state.samples / state.step * done / elapsed
         note = f"loss {values['loss']:.4f}  {rate:,.0f} samples/s"
         note += f"  data wait {values['data/wait']:.0%}"
-        self.progress.update(self.task, completed=state.step, note=note)
+        eta = (self.steps - state.step) * elapsed / done
+        recipe = eta + self.following * self.steps * elapsed / done
+        whole = f"  whole recipe about {duration(recipe)}" if self.following else ""
+        self.progress.update(self.task, completed=state.step, note=note + whole)
         if console.is_terminal or (
             time.monotonic() - self.printed <= LINE_SECONDS and state.step != self.steps
         ):
             return
         self.printed = time.monotonic()
-        eta = (self.steps - state.step) * elapsed / done
-        line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {eta:.0f} s"
+        line = f"{self.name:>8}  step {state.step}/{self.steps}  {note}  eta {duration(eta)}{whole}"
         print(line, file=sys.stderr, flush=True)
 
 

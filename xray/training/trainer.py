@@ -27,10 +27,13 @@ from xray.training.watchdog import SAVING, Watchdog
 log = logging.getLogger("xray")
 
 
-def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.device) -> Artifact:
+def train_stage(
+    stage_class: type[Stage], config: RunConfig, device: torch.device, following: float = 0.0
+) -> Artifact:
     """Train a stage to the end, from its checkpoint or its parents; return the verified artifact.
 
     A run that was finished before is only verified. The device's memory is free afterwards.
+    following: work of a recipe's later stages, as a multiple of this one's; for the time shown.
     Raises ConfigError, ArtifactError or DataError if the run cannot be trained, and the errors of
     `TrainingLoop.run_steps`.
     """
@@ -39,14 +42,14 @@ def train_stage(stage_class: type[Stage], config: RunConfig, device: torch.devic
     if finished := run.finished():
         return finished
     run.settle_decoding(device)
-    artifact = _train(run, device)
+    artifact = _train(run, device, following)
     gc.collect()  # the module and DeepSpeed's engine refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return artifact
 
 
-def _train(run: Run, device: torch.device) -> Artifact:
+def _train(run: Run, device: torch.device, following: float) -> Artifact:
     config = run.config
     module = run.build()
     engine = Engine(module, config)
@@ -56,7 +59,7 @@ def _train(run: Run, device: torch.device) -> Artifact:
         stack.callback(run.release)
         state = _restore(run, engine)
         signals = stack.enter_context(StopSignals())
-        sinks = Sinks(run.out, run.stage.name, config, state)
+        sinks = Sinks(run.out, run.stage.name, config, state, following)
         stack.callback(sinks.close)
         if run.mirror is not None:
             stack.callback(run.mirror.wait)  # while signals are still handled

@@ -18,6 +18,7 @@ from xray.evaluation.suite import (
     share_row,
     titled,
 )
+from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
@@ -55,8 +56,8 @@ def _title(medium: str, measure: str) -> str:
     return direction + (f", first {prefix} features" if slash else "")
 
 
-def _rows(medium: str, plural: str, measures: Measures) -> Iterator[Row]:
-    over = f"{measures['images']:.0f} {plural}, {measures['texts']:.0f} captions"
+def _rows(medium: str, noun: str, measures: Measures) -> Iterator[Row]:
+    over = f"{count(measures['images'], noun)}, {count(measures['texts'], 'caption')}"
     recalls = [name for name in measures if name.startswith(DIRECTIONS)]
     prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
     for prefix, direction in product(prefixes, DIRECTIONS):
@@ -68,20 +69,20 @@ def _rows(medium: str, plural: str, measures: Measures) -> Iterator[Row]:
                 yield row(_title(medium, key), measures, key, measures[f"chance_{name}"], over)
 
 
-def _suite(name: str, config: type[RetrievalConfig], medium: str, plural: str) -> Suite[Any]:
+def _suite(name: str, config: type[RetrievalConfig], medium: str, noun: str) -> Suite[Any]:
     return Suite(
         name,
         config,
         needs=frozenset({JOINT}),
         run=partial(_run, name),
-        rows=partial(_rows, medium, plural),
+        rows=partial(_rows, medium, noun),
         title=partial(_title, medium),
         compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
     )
 
 
-RETRIEVAL = _suite("retrieval", RetrievalConfig, "image", "pictures")
-VIDEO_RETRIEVAL = _suite("video_retrieval", VideoRetrievalConfig, "clip", "clips")
+RETRIEVAL = _suite("retrieval", RetrievalConfig, "image", "picture")
+VIDEO_RETRIEVAL = _suite("video_retrieval", VideoRetrievalConfig, "clip", "clip")
 
 
 def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
@@ -91,7 +92,7 @@ def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
 
 
 def _rows_captions(measures: Measures) -> Iterator[Row]:
-    title, over = "caption to caption top1", f"{measures['captions']:.0f} captions"
+    title, over = "caption to caption top1", count(measures["captions"], "caption")
     chance = measures["chance_top1"]
     if "before_top1" in measures:
         yield share_row(f"{title}, before tuning", measures, "before_top1", chance, over)

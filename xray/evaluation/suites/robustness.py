@@ -13,6 +13,7 @@ from xray.evaluation.corruptions import CORRUPTIONS
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
+from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
@@ -89,13 +90,13 @@ def _rows(measures: Measures) -> Iterator[Row]:
 
 def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """List the measures of a head that have a row, each with its number of samples."""
-    every, some = f"{own['samples']:.0f} samples", f"{own['attacked_samples']:.0f} samples"
+    every, some = (count(own[key], "sample") for key in ("samples", "attacked_samples"))
     corruptions = dict.fromkeys(c for c, _ in steps if c not in SHIFTS + ATTACKS)
     rows = [(key, every) for key in ("clean", *corruptions, "corrupted")]
     rows += [(f"{change} {strength}", every) for change, strength in steps if change in SHIFTS]
     rows.append(("attacked_clean", some))
     rows += [(f"{change} {strength}", some) for change, strength in steps if change in ATTACKS]
-    rows.append(("shift", f"{own.get('shift_samples', 0):.0f} samples"))
+    rows.append(("shift", count(own.get("shift_samples", 0), "sample")))
     return [row for row in rows if row[0] in own]
 
 

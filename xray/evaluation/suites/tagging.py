@@ -11,6 +11,7 @@ from data_pipelines.tags.reader import Origin
 from xray.artifacts import offers
 from xray.errors import ConfigError
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
@@ -49,14 +50,14 @@ def _rows(measures: Measures) -> Iterator[Row]:
         prefix = f"{name}/"
         r = {k.removeprefix(prefix): v for k, v in measures.items() if k.startswith(prefix)}
         samples, size = r["samples"] + r["untagged"], r["vocabulary"]
-        over = f"{r['samples']:.0f} of {samples:.0f} samples, {r['tags']:.0f} tags"
+        over = f"{r['samples']:,.0f} of {count(samples, 'sample')}, {count(r['tags'], 'tag')}"
         for measure in ("precision@1", "recall@5"):
             yield share_row(f"{name} {measure}", r, measure, r[f"chance_{measure}"], over)
         for measure in [m for m in r if m == "mAP" or m.startswith("mAP[")]:
-            tags = f"{r[measure.replace('mAP', 'mAP_tags')]:.0f} tags"
+            tags = count(r[measure.replace("mAP", "mAP_tags")], "tag")
             yield share_row(f"{name} {measure}", r, measure, r[f"random_{measure}"], tags)
         least = r["least_dead@10"] / size
-        yield share_row(f"{name} dead tags", r, "dead_share@10", least, f"{size:.0f} tags")
+        yield share_row(f"{name} dead tags", r, "dead_share@10", least, count(size, "tag"))
         yield f"{name} calibration error", f"{100 * r['ece']:.1f}", "", over
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
@@ -43,7 +44,8 @@ def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
 
 
 def _rows(measures: Measures) -> Iterator[Row]:
-    over = f"{measures['samples']:.0f} samples, {measures['classes']:.0f} classes"
+    samples = count(measures["samples"], "sample")
+    over = f"{samples}, {count(measures['classes'], 'class', 'classes')}"
     for key in ("top1", "top5"):
         yield share_row(f"zero-shot {key}", measures, key, measures[f"chance_{key}"], over)
 

@@ -1,0 +1,21 @@
+"""Numbers in sentences for people: counts with their noun, and times."""
+
+from __future__ import annotations
+
+
+def count(number: float, noun: str, plural: str = "") -> str:
+    """Format a count with its noun: 1 shard, 1,234 shards; plural: if it is not the noun with s."""
+    return f"{number:,.0f} {noun if number == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Format a time with two units at most: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02} min"
+    return f"{hours // 24} d {hours % 24} h"
