@@ -195,3 +195,20 @@ def test_shards_that_are_gone_are_known_by_their_digest(
     assert gone.source is None
     assert gone.is_all_of(open_labelled("photos", str(moved), "image"))
     assert not gone.is_all_of(open_labelled("photos", str(demo / "heldout"), "image"))
+
+
+def test_shards_that_changed_since_training_are_named(
+    demo: Path, trained: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo, data)
+    settings = f"data.root={data}", "data.modalities=[image]", "train.samples=8"
+    run = trained("clip", *settings)
+    evaluate = "eval", run, f"eval.retrieval.shards={demo / 'heldout'}"
+    assert "overlap" not in invoke(*evaluate).stdout
+    tar = sorted((data / "photos").glob("*.tar"))[0]
+    write_tar(tar, {"new.jpg": photo(7), "new.txt": b"a new picture"})
+    changed = " ".join(invoke(*evaluate).stdout.split())
+    assert f"stage clip ({data / 'photos'}) trained on could be compared" in changed
+    shutil.rmtree(data)
+    assert f"stage clip ({data / 'photos'})" in " ".join(invoke(*evaluate).stdout.split())

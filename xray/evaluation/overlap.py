@@ -81,6 +81,7 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
             continue
         digests = link.manifest.get("sources") or {}
         used = {block.get("source") for block in data.get("blocks", ())}
+        used &= set(digests) or used  # without the blocks of modalities that were left out
         for name, source in data.get("sources", {}).items():
             if name in used and source.get("modality") != "text":
                 where = resolve(source.get("shards", ""), data.get("root", ""))
@@ -93,24 +94,28 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
 def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
     """Compare the data sets of suites with what the artifact trained on."""
     trained, unknown = trained_on(sets.encoder.artifact)
-    missing = {own.stage: own.where or own.name for own in trained if own.source is None}
-    missing |= dict.fromkeys(unknown, "not recorded")
+    places = {own.where: own.source for own in trained}  # several stages may share one
     overlap, known = Overlap(), dict[int, float]()
     for key, source, gallery in _tested(sets, suites):
         if id(source) not in known:
             seen = np.zeros(len(source), bool)
-            for own in trained:
-                seen |= True if own.is_all_of(source) else _shared(source, own.source)
+            seen |= any(own.is_all_of(source) for own in trained)
+            for other in places.values():
+                seen |= _shared(source, other)
             known[id(source)] = float(seen.mean())
         if known[id(source)]:
             overlap.shares[key] = known[id(source)]
         if gallery is not None and (same := _shared(source, gallery)).any():
             overlap.shares[f"{key} in train"] = float(same.mean())
+    same_as_then = {own.where for own in trained if own.source and own.is_all_of(own.source)}
+    unsure = {own.where: own.stage for own in trained if own.where not in same_as_then}
+    missing = [f"{stage} ({where or 'not recorded'})" for where, stage in unsure.items()]
+    missing += [f"{stage} (not recorded)" for stage in unknown]
     if known and missing:
-        places = ", ".join(f"{stage} ({where})" for stage, where in missing.items())
         overlap.unknown = (
-            f"overlap: the data sets were compared only by their digests with what stage {places} "
-            f"trained on: those shards are not at hand, or have more than {MOST:,} samples"
+            f"overlap: not all that stage {', '.join(missing)} trained on could be compared: the "
+            "shards are not there, may have changed since, or have more than "
+            f"{MOST:,} samples"
         )
     return overlap
 
@@ -144,15 +149,13 @@ def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
     readers = {reader.name: reader for suite in suites for reader in (suite, *suite.reads)}
     for reader in readers.values():
         for key, part in reader.sections(sets.config.of(reader)).items():
-            if part.has_data():
-                yield _opened(sets, key, part)
-
-
-def _opened(sets: Sets, key: str, part: Any) -> Tested:
-    if isinstance(part, LabelledConfig):
-        train, test = sets.labelled(key, part)
-        return f"{key}.test", test, train
-    return f"{key}.shards", sets.open(key, part.shards, part.modality), None
+            if isinstance(part, LabelledConfig) and part.has_data():
+                train, test = sets.labelled(key, part)
+                yield f"{key}.test", test, train
+            elif part.has_data():
+                for name in part.required_sets:
+                    modality: Any = getattr(part, "modality", "image")
+                    yield f"{key}.{name}", sets.open(key, getattr(part, name), modality), None
 
 
 def _shared(source: Source, other: Source | None) -> np.ndarray:
