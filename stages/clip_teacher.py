@@ -15,8 +15,9 @@ from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.artifacts.manifest_config import image_side, text_config
 from xray.artifacts.offers import JOINT
-from xray.errors import ArtifactError, ConfigError, brief
+from xray.errors import ArtifactError, ConfigError
 from xray.files import sha256_file
+from xray.models.hub import hub
 from xray.models.tokenizer import TokenIds
 
 OPEN_CLIP = "open_clip:"  # open_clip:MODEL:WEIGHTS; WEIGHTS: a file or a pretrained tag
@@ -79,11 +80,16 @@ class OpenClip:
         model, _, weights = name.removeprefix(OPEN_CLIP).partition(":")
         if not weights:
             raise ConfigError(f"clip.teacher={name} must be {OPEN_CLIP}MODEL:WEIGHTS")
-        try:
-            self.model: Any = open_clip.create_model(model, pretrained=weights).to(device).eval()
-            self.tokenizer = open_clip.get_tokenizer(model)
-        except Exception as error:  # an unknown model, no file, no network
-            raise ConfigError(f"clip.teacher={name} cannot be loaded: {brief(error)}") from error
+        instead = f"download its weights, and set clip.teacher={OPEN_CLIP}{model}:FILE"
+        with hub(instead) as explain:
+            try:
+                built = open_clip.create_model(model, pretrained=weights)
+                self.tokenizer = open_clip.get_tokenizer(model)
+            except Exception as error:  # an unknown model, no file, no network
+                raise ConfigError(
+                    f"clip.teacher={name} cannot be loaded: {explain(error)}"
+                ) from error
+        self.model: Any = built.to(device).eval()
         self.model.requires_grad_(False)
         self.digest = sha256_file(Path(weights)) if Path(weights).is_file() else name
         self.scale = float(self.model.logit_scale.exp())

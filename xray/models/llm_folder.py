@@ -14,6 +14,7 @@ from torch import nn
 
 from xray.errors import ConfigError, brief
 from xray.files import hash_file, is_inside
+from xray.models.hub import hub
 from xray.records import parse_record
 
 Attention = Literal["bidirectional", "causal"]
@@ -41,12 +42,14 @@ def find_llm(name: str) -> Path:
         raise ConfigError(f"text.llm={name} is not a transformers folder: it has no config.json")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # no network, no such repository, no permission
-        raise ConfigError(
-            f"text.llm={name} is not a folder, and the hub cannot provide it: {brief(error)}"
-        ) from error
+    instead = f"run `hf download {name} --local-dir FOLDER` on a machine with a network, and set "
+    with hub(f"{instead}text.llm to that folder") as explain:
+        try:
+            return Path(snapshot_download(name, allow_patterns=FILES))
+        except Exception as error:  # no network, no such repository, no permission
+            raise ConfigError(
+                f"text.llm={name} is not a folder, and the hub cannot provide it: {explain(error)}"
+            ) from error
 
 
 def llm_digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from xray.config import ModelConfig
 from xray.errors import ArtifactError, ConfigError
+from xray.models.hub import hub
 from xray.models.patch_embed import inflate
 
 if TYPE_CHECKING:
     from xray.models.backbone import VisionBackbone
 
 log = logging.getLogger("xray")
-HUBS = ("hf-hub:", "local-dir:")  # prefixes that timm defines
+FOLDER = "local-dir:"
+HUBS = ("hf-hub:", FOLDER)  # prefixes that timm defines
 HEADS = ("head.", "head_drop.", "attn_pool.")  # parts of timm's models that the backbone lacks
 
 
@@ -51,12 +54,15 @@ def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
 
 def _from_timm(config: ModelConfig) -> dict[str, Tensor]:
     name = config.name if config.pretrained == "timm" else config.pretrained
-    try:
-        return timm.create_model(name, pretrained=True, **config.kwargs).state_dict()
-    except Exception as error:  # no network, unknown name, wrong sizes: timm raises many types
-        raise ConfigError(
-            f"timm finds no weights for model.pretrained={config.pretrained} ({name}): {error}"
-        ) from error
+    instead = "download its model.safetensors, and set model.pretrained to that file"
+    with contextlib.nullcontext(str) if name.startswith(FOLDER) else hub(instead) as explain:
+        try:
+            return timm.create_model(name, pretrained=True, **config.kwargs).state_dict()
+        except Exception as error:  # no network, unknown name, wrong sizes: timm raises many types
+            raise ConfigError(
+                f"timm finds no weights for model.pretrained={config.pretrained} ({name}): "
+                f"{explain(error)}"
+            ) from error
 
 
 def _from_file(path: str) -> dict[str, Tensor]:
