@@ -30,8 +30,18 @@ from xray.exports.common import (
 )
 
 MODEL = "open_clip_model.safetensors"
-# Placeholder for a missing text tower: one token, with NaN features so that no one uses them.
-NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+# Placeholder for a missing text tower, so that open_clip loads the image tower. Reading texts
+# fails: the tokenizer refuses an argument whose name says why, and encode_text finds no end token.
+NO_TEXT: dict[str, Any] = {
+    "context_length": 77,
+    "vocab_size": 49_408,  # as open_clip's own, because a lookup beyond it would end a CUDA process
+    "width": 1,
+    "heads": 1,
+    "layers": 1,
+    "pool_type": "eos",
+    "eos_id": None,
+}
+REFUSAL = "this_model_has_no_text_tower"
 
 
 def to_open_clip(artifact: Artifact, out: Path) -> Export:
@@ -114,8 +124,9 @@ def _code(with_text: bool) -> list[str]:
 def _notes(missing: str) -> list[str]:
     if missing:
         return [
-            f"This folder has only the image tower and its projection: {missing}. `encode_text` "
-            "returns NaN or raises an error, because there is no text tower."
+            f"This folder has only the image tower and its projection: {missing}. "
+            "`open_clip.get_tokenizer` and `encode_text` raise an error, because there is no text "
+            f"tower (`{REFUSAL}`)."
         ]
     return [
         "open_clip's tokenizer repairs unicode and joins white space before it reads a caption; "
@@ -182,7 +193,7 @@ def _config(
     }
     if is_present(first.ls1):
         image["ls_init_value"] = 1.0  # replaced by the weights
-    text: dict[str, Any] = dict(NO_TEXT)
+    text = {**NO_TEXT, "tokenizer_kwargs": {REFUSAL: True}}
     if texts is not None:
         llm: Any = texts.text.llm
         settings, tokenizer = llm.config, texts.tokenizer.tokenizer
