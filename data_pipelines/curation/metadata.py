@@ -24,6 +24,7 @@ from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.concept_matcher import spaced
 from data_pipelines.text.captions import captions_of
+from data_pipelines.text.stop_words import stop_words
 from xray.config import nearest
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
@@ -181,6 +182,9 @@ class NgramConfig:
     min_pmi: float = 10.0  # least pointwise mutual information of the words of a pair, in bits
     max_words: int = 250_000  # keep at most this number of words, the most frequent ones
     max_pairs: int = 100_000  # keep at most this number of pairs, the most frequent ones
+    # languages (de, en, es, fr, it, nl, pt) and .txt files; their words are no entry, nor the first
+    # or last word of a pair
+    stop_words: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -204,7 +208,9 @@ class NgramCounts:
 
     def entries(self, config: NgramConfig) -> list[str]:
         """Return frequent words, then frequent pairs with log2 p(a, b) / (p(a) p(b)) >= min_pmi."""
-        words = [word for word, n in _ordered(self.words) if n >= config.min_count]
+        stop = stop_words(config.stop_words)
+        counted = [word for word, n in _ordered(self.words) if n >= config.min_count]
+        words = [word for word in counted if word.casefold() not in stop]
         all_words, all_pairs = self.words.total(), self.pairs.total()
 
         def pmi(a: str, b: str) -> float:
@@ -215,6 +221,7 @@ class NgramCounts:
             f"{a} {b}"
             for (a, b), n in _ordered(self.pairs)
             if n >= config.min_count and pmi(a, b) >= config.min_pmi
+            if not {a.casefold(), b.casefold()} & stop
         ]
         return words[: config.max_words] + pairs[: config.max_pairs]
 

@@ -26,6 +26,8 @@ from xray.files import write_in_place
 from xray.progress import progress_of
 from xray.words import count
 
+FREQUENT = 8  # most frequent words that `metadata` prints
+
 
 @takes("data_pipelines.curation.metadata:NgramConfig")
 @guarded
@@ -49,14 +51,20 @@ def data_metadata(
         read_metadata,
         write_metadata,
     )
+    from data_pipelines.text.stop_words import stop_words
 
     config = settings(NgramConfig, overrides)
+    stop_words(config.stop_words)  # a wrong name is found before the captions are counted
     given = [own for path in lists or [] for _, own in read_metadata(str(path)).lists]
     counts = count_ngrams(open_any(pool, modality, "xray data metadata"), workers=workers)
     metadata = build_metadata(given, counts, config)
     write_metadata(metadata, out)
     entries = count(len(metadata), "entry", "entries")
     print(f"{entries}, {sum(map(len, given)):,} of them given, in {out}")
+    if not config.stop_words and (frequent := counts.entries(config)[:FREQUENT]):
+        print(
+            f"most frequent words: {', '.join(frequent)}; stop_words=[en] leaves out 'the' and such"
+        )
 
 
 @takes("data_pipelines.curation.config:CurationConfig")

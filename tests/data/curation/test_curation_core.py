@@ -36,6 +36,7 @@ from data_pipelines.curation.metadata import (
 )
 from data_pipelines.curation.phrase_matcher import PhraseMatcher
 from data_pipelines.shards.source import open_source
+from data_pipelines.text.stop_words import LANGUAGES, stop_words
 from xray.errors import ConfigError
 
 # matching -------------------------------------------------------------------------------------
@@ -226,3 +227,31 @@ def test_metadata_are_built_from_the_pool(tmp_path: Path) -> None:
     assert made.lists[0][1] == ("cat", "dog", "a", "hot", "1", "hot dog", "a 1")
     assert NgramCounts.entries(counts, NgramConfig(3, 2.5)) == ["a", "dog", "hot"]
     assert NgramCounts.entries(counts, NgramConfig(1, 2.1, 1, 1)) == ["a", "hot dog"]
+
+
+def test_stop_words_are_no_entries_nor_parts_of_pairs(tmp_path: Path) -> None:
+    counts = NgramCounts()
+    for text in ("A dog on the beach", "ein Hund am Strand", "the beach", "hot dog", "Straße 1"):
+        counts.add(text)
+
+    def entries(*stop: str) -> set[str]:
+        config = NgramConfig(min_count=1, min_pmi=0, stop_words=list(stop))
+        return set(NgramCounts.entries(counts, config))
+
+    assert {"A", "the", "ein", "the beach", "dog on", "hot dog"} <= entries()
+    assert entries() - entries("en") == {"A", "on", "the", "am", "A dog", "dog on", "on the",
+                                         "the beach", "Hund am", "am Strand"}  # fmt: skip
+    assert {"the", "the beach"} <= entries("de") and not {"ein", "am", "ein Hund"} & entries("de")
+    own = tmp_path / "own.txt"
+    own.write_text("STRASSE\nhot\n")
+    assert entries() - entries("de", str(own)) >= {"ein", "Straße", "Straße 1", "hot", "hot dog"}
+    for name, message in (("english", "there are lists for de, en, "), ("gone.txt", "gone.txt")):
+        with pytest.raises(ConfigError, match=message):
+            stop_words([name])
+
+
+def test_lists_of_stop_words_are_lists_of_words() -> None:
+    for language in LANGUAGES:
+        words = stop_words([language])
+        assert 50 < len(words) < 200 and all(map(str.isalpha, words))
+        assert all(word == word.casefold() for word in words)
