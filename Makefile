@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+# Without an NVIDIA GPU, torch comes from this index if it answers: without the libraries of CUDA.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+GPU ?= /dev/nvidiactl
+PIP := -m pip install --quiet --disable-pip-version-check
+ANSWERS := import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)
 PYTEST := --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 .PHONY: quickstart test test-lowest lint install clean
@@ -28,14 +33,17 @@ install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	if ! test -e $(GPU) && timeout 10 $(BIN)/python -c "$(ANSWERS)" $(CPU_INDEX)/ 2> /dev/null; then \
+		$(BIN)/python $(PIP) --retries 1 --timeout 15 torch torchvision --index-url $(CPU_INDEX) \
+			|| echo "torch for the CPU was not installed: PyPI's build follows, with CUDA"; \
+	fi
+	$(BIN)/python $(PIP) -e ".[dev]"
 	touch $@
 
 $(LOWEST)/.installed: setup.cfg pyproject.toml tools/lowest_versions.py
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tools/lowest_versions.py > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c $(LOWEST)/constraints.txt -e ".[dev]"
+	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
