@@ -25,7 +25,10 @@ def hub(instead: str) -> Iterator[Callable[[Exception], str]]:
     cause = "HF_HUB_OFFLINE is set" if offline else _silence()
 
     def explain(error: Exception) -> str:
-        if not cause or not isinstance(error, OSError):
+        chain: list[BaseException | None] = [error]  # open_clip raises RuntimeError from OSError
+        while chain[-1] is not None:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)
+        if not cause or not any(isinstance(link, OSError) for link in chain):
             return brief(error)
         return f"it is not in the cache, and {cause}: {instead}"
 
