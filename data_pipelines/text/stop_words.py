@@ -16,7 +16,7 @@ sehr sein seine seinem seinen seiner sich sie sind so und uns unser unter vom vo
 was wenn wer wie wir wird wo zu zum zur zwischen über
 """,
     "en": """
-a about after all also an and any are as at be been but by can could did do does each for from
+a about after all also am an and any are as at be been but by can could did do does each for from
 had has have he her hers him his how i if in into is it its itself may me my no nor not of off
 on onto or our out over own shall she should so some such than that the their them then there
 these they this those to too up upon us very was we were what when where which while who whom
