@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ SIDE_FILE = re.compile(
     rf"|(?:.+\.tar|shards-[0-9a-f]{{8}})\.(?P<hashed>{'|'.join(HASHED)})(?:-[0-9a-f-]{{8,}}"
     r"(?:-counts)?)?)$"
 )
-LOCK = re.compile(r"process \d+ on \S+\n")
+LOCK = re.compile(r"(process \d+ on \S+\n)?")
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ def find_derived(folder: Path) -> Findings:
     for where, folders, names in os.walk(folder):
         here = Path(where)
         hidden = here.name == HIDDEN
-        folders[:] = (
-            [] if hidden else sorted(n for n in folders if n == HIDDEN or not is_system_name(n))
-        )
+        below = [name for name in folders if name == HIDDEN or not is_system_name(name)]
+        folders[:] = [] if hidden else sorted(below)
         if not hidden and any(n.endswith(".tar") for n in names) and not is_writable(here):
             found.read_only.append(here)
         for name in sorted(names):
@@ -131,9 +130,9 @@ def _is_our_lock(path: Path) -> bool:
     Raises ConfigError if its process holds it.
     """
     records = ("pack.json", "curation.json")
-    if path.stat().st_size > 1000 or not any((path.parent / name).is_file() for name in records):
+    if not is_writable(path.parent) or not _is_lock(path):
         return False
-    if not is_writable(path.parent) or not LOCK.fullmatch(path.read_text("utf-8", "replace")):
+    if not any((path.parent / name).is_file() for name in records):
         return False
     if (file := lock_folder(path.parent, "written to", "folder")) is not None:
         file.close()
@@ -158,7 +157,7 @@ def remove(derived: Sequence[Derived]) -> None:
     _check_unused({os.path.realpath(item.path) for item in derived})
     for folder in dict.fromkeys(item.path.parent for item in derived):
         home = folder.parent if folder.name == HIDDEN else folder
-        with _no_writer(folder), sole_writer(home, "folder"):
+        with _no_writer(folder), _sole_user(home):
             for item in derived:
                 if item.path.parent == folder and item.path.name != "lock":  # sole_writer's own
                     item.path.unlink(missing_ok=True)
@@ -178,6 +177,18 @@ def _check_unused(paths: set[str]) -> None:
             raise ConfigError(
                 f"process {maps.parent.name} reads {min(used)}: wait for it or end it first"
             )
+
+
+def _sole_user(folder: Path) -> AbstractContextManager[None]:
+    """Lock a folder of shards, as writers of shards do; a user's file `lock` stays as it is."""
+    path = folder / "lock"
+    mine = path.exists() and (not path.is_file() or not _is_lock(path))
+    return nullcontext() if mine else sole_writer(folder, "folder")
+
+
+def _is_lock(path: Path) -> bool:
+    size = path.stat().st_size
+    return size < 1000 and bool(LOCK.fullmatch(path.read_text("utf-8", "replace")))
 
 
 @contextmanager
