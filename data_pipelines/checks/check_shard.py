@@ -11,7 +11,7 @@ import bisect
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from data_pipelines.shards.tar_index import (
 )
 from data_pipelines.tags.reader import TagReader
 from data_pipelines.text.captions import Caption, read_captions
+from data_pipelines.text.names import original_name
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 from xray.files import printable
@@ -66,6 +67,7 @@ class Bad:
     key: str
     cause: str
     detail: str
+    name: str = ""  # original file name, if known
 
 
 @dataclass
@@ -103,7 +105,8 @@ class ShardCheck:
     height: Range = Range()
     seconds: float = 0.0  # of all clips
     without_caption: int = 0
-    first_without_caption: str = ""
+    first_without_caption: str = ""  # its key
+    first_without_caption_name: str = ""  # its original file name, if known
     duplicates: int = 0  # keys that occur more than once
     system_files: int = 0  # hidden ones included; left out
     causes: dict[str, int] = field(default_factory=dict)  # cause -> findings
@@ -112,13 +115,19 @@ class ShardCheck:
 
 @dataclass(frozen=True, order=True)
 class Thumbnail:
-    """Thumbnail of an image or of a clip's middle frame. The sheet shows the lowest ranks."""
+    """Thumbnail of an image or of a clip's middle frame. The sheet shows the lowest ranks.
+
+    name: for people, "" = the key. link: URL of the whole picture, "" = none. detail: more text.
+    """
 
     rank: str
     shard: str
     key: str
     caption: str
     png: str  # base64
+    name: str = ""
+    link: str = ""
+    detail: str = ""
 
 
 @dataclass
@@ -238,7 +247,7 @@ class _ShardReader:
         images = [e for e in media_extensions("image", "image") if e in files]
         clips = [e for e in media_extensions("video", "image") if e in files]
         if not images and not clips:
-            self.note(key, BadSample("no media", f"only {', '.join(files)}"))
+            self.note(key, BadSample("no media", f"only {', '.join(files)}"), files)
         row = self.row
         kinds = ((images, row.images, self.read_image), (clips, row.clips, self.read_clip))
         for found, media, load in kinds:
@@ -250,12 +259,12 @@ class _ShardReader:
                     raise BadSample("no media", f"several of one modality: {', '.join(found)}")
                 image = load(files[found[0]])
             except BadSample as error:
-                self.note(key, error)
+                self.note(key, error, files)
                 continue
             media.usable += 1
             media.captioned += bool(captions)
             self.stats.name("extension", found[0])
-            self.show(key, captions, image)
+            self.show(key, captions, image, files)
 
     def read_texts(self, key: str, files: dict[str, bytes]) -> list[Caption]:
         """Return the captions; count them and the tags."""
@@ -264,7 +273,7 @@ class _ShardReader:
             captions = read_captions(files)
         except BadSample as error:
             if error.cause != "no caption":
-                self.note(key, error)
+                self.note(key, error, files)
                 return []
             captions = []
         for tag in tags:
@@ -275,7 +284,9 @@ class _ShardReader:
             if caption.language:
                 self.stats.name("language", printable(caption.language))
         if not captions:
-            self.row.first_without_caption = self.row.first_without_caption or key
+            if not self.row.without_caption:
+                self.row.first_without_caption = key
+                self.row.first_without_caption_name = original_name(files)
             self.row.without_caption += 1
         return captions
 
@@ -300,7 +311,9 @@ class _ShardReader:
         self.stats.number("height", height)
         self.stats.number("aspect", round(width / height, 2))
 
-    def show(self, key: str, captions: list[Caption], image: Image.Image) -> None:
+    def show(
+        self, key: str, captions: list[Caption], image: Image.Image, files: Mapping[str, bytes]
+    ) -> None:
         """Keep a sample for the contact sheet if its hash is among the lowest."""
         name = self.row.path.rpartition("/")[2]  # independent of the shards' folder
         rank = hashlib.sha256(f"{name}/{key}".encode()).hexdigest()
@@ -310,13 +323,17 @@ class _ShardReader:
         image.thumbnail((SIDE, SIDE))
         caption = printable(captions[0].text) if captions else ""
         png = png_of(np.asarray(image))
-        bisect.insort(sheet, Thumbnail(rank, self.row.path, key, caption, png))
+        shown = Thumbnail(rank, self.row.path, key, caption, png, original_name(files))
+        bisect.insort(sheet, shown)
         del sheet[THUMBNAILS:]
 
-    def note(self, key: str, error: BadSample) -> None:
+    def note(self, key: str, error: BadSample, files: Mapping[str, bytes] | None = None) -> None:
+        """Record a defect of a sample; files: of the sample, if they were read."""
         self.row.causes[error.cause] = self.row.causes.get(error.cause, 0) + 1
         if len(self.row.bad) < BAD_KEPT:
-            self.row.bad.append(Bad(self.row.path, key, error.cause, printable(error.detail)))
+            name = original_name(files or {})
+            detail = printable(error.detail)
+            self.row.bad.append(Bad(self.row.path, key, error.cause, detail, name))
 
     def finished(self) -> tuple[ShardCheck, Stats]:
         self.row.width, self.row.height = self.stats.range("width"), self.stats.range("height")

@@ -26,6 +26,7 @@ class Replaced:
     shard: str  # name in the manifest
     key: str
     quarantine: bool  # True = the sample is not tried again
+    name: str = ""  # original file name, or the key
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from data_pipelines.stream.workers import (
     received,
     reporting_dead_workers,
 )
+from data_pipelines.text.names import name_at
 from xray import dist
 from xray.config import DataConfig
 from xray.config.schedule import value_at
@@ -135,7 +136,8 @@ def _unusable(problem: Exception) -> BadSample:
 
 def _replaced(source: Source, shard: int, member: int, error: BadSample) -> Replaced:
     key, name = source.index(shard).key(member), source.manifest.name(shard)
-    return Replaced(error.cause, source.name, name, key, isinstance(error, Killed))
+    shown = name_at(source, shard, member)
+    return Replaced(error.cause, source.name, name, key, isinstance(error, Killed), shown)
 
 
 def _ignore_signals(worker: int) -> None:

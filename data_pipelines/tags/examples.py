@@ -10,17 +10,18 @@ from data_pipelines.shards.tar_index import TEXT_FILES
 from data_pipelines.tags.reader import TagReader, TagsConfig
 from data_pipelines.tags.vocabulary import Vocabulary
 from data_pipelines.text.captions import captions_of
+from data_pipelines.text.names import original_name
 from xray.errors import BadSample
 from xray.files import printable
 
-EXAMPLES, LETTERS = 3, 80  # samples per tag, and letters of each
+EXAMPLES = 3  # samples per tag
 MOST_READ = 100_000  # samples of a source that are searched for examples
 
 
 def find_examples(
     sources: Sequence[Source], vocabulary: Vocabulary, config: TagsConfig, wanted: Collection[str]
 ) -> dict[str, list[str]]:
-    """Return captions of some samples of each wanted tag; keys for samples without a caption."""
+    """Return captions of some samples of each wanted tag; names for samples without a caption."""
     missing = set(wanted)
     examples: dict[str, list[str]] = {tag: [] for tag in wanted}
     reader = vocabulary.reader(config)
@@ -35,8 +36,8 @@ def find_examples(
                 continue
             for tag in missing & {vocabulary.tags[number] for number in numbers}:
                 text = _caption_with(tag, files, vocabulary, reader, config)
-                text = text or printable(source.index(shard).key(member))
-                examples[tag].append(text[:LETTERS])
+                text = text or original_name(files) or printable(source.index(shard).key(member))
+                examples[tag].append(text)
                 if len(examples[tag]) == EXAMPLES:
                     missing.discard(tag)
     return examples

@@ -143,3 +143,12 @@ def test_every_shipped_yaml_is_valid() -> None:
 def test_rules_across_fields_are_checked(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         mae(*overrides).validate()
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (19, 1), (60, 3), (199, 9), (5000, 10)])
+def test_a_short_run_logs_at_least_twenty_lines(steps: int, every: int) -> None:
+    config = mae("data.blocks=[{source: photos, samples: 8}]", f"train.samples={8 * steps}")
+    assert config.train.log_every is None and config.log_every == every
+    assert steps // config.log_every >= min(steps, 20)
+    asked = mae(f"train.samples={8 * steps}", "train.log_every=50")
+    assert asked.log_every == 50 and mae("train.log_every=0").log_every == 0

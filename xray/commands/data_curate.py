@@ -99,14 +99,15 @@ def data_curate(
     source = open_shards(pool, modality, "xray data curate")
     if out is not None:
         check_folder(out, source)
-    from xray.reports.curation import tables, write_curation_page
+    from xray.reports.curation import example_places, names_in, tables, write_curation_page
 
     curated = curate(source, config, progress_of("curating"))
     write_curation_page(curated.report, source, report)
     if json_file is not None:
         facts = json.dumps(asdict(curated.report), indent=1, ensure_ascii=False)
         write_in_place(json_file, facts)
-    for table in tables(curated.report):
+    names = names_in(source, example_places(curated.report, source))
+    for table in tables(curated.report, names):
         table.print()
     print(f"keep-list: {curated.kept.name} (data.sources.NAME.keep={curated.kept.name}); {report}")
     if out is not None:

@@ -189,17 +189,18 @@ def search(
     from xray.search.encoding import encode_query, open_maker
     from xray.search.exact import check_same_rows
     from xray.search.exact import search as find
-    from xray.search.page import hits_table, write_page
+    from xray.search.page import Media, hits_table, write_page
 
     if finer is not None:
         check_same_rows(opened, finer)
     maker = open_maker(opened.facts, artifact, llm, trust_paths)
     rows = encode_query(maker, opened.facts, query, dist.choose_device("auto"))
     hits = find(opened, rows, top, oversample, finer)
-    names, scores = opened.names(hits.rows[0].tolist()), hits.scores[0].tolist()
-    hits_table(query, names, scores).print()
+    media = Media(opened.facts, trust_paths)
+    found = media.hits(opened.names(hits.rows[0].tolist()), hits.scores[0].tolist())
+    hits_table(query, found).print()
     if html is not None:
-        missing = write_page(html, query, opened.facts, names, scores, trust_paths)
+        missing = write_page(html, query, found, media)
         print(f"written: {html}")
         if missing:
             print(f"missing: {count(len(missing), 'picture')}, the first {missing[0]}")

@@ -17,6 +17,7 @@ from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConf
 from xray.errors import ConfigError
 
 R = TypeVar("R", bound="RunConfig")
+LOG_EVERY, LINES = 10, 20  # steps between lines of metrics, and least number of lines
 
 
 @dataclass
@@ -82,6 +83,13 @@ class RunConfig:
         steps = math.ceil(round(self.train.epochs / min(passes.values()), 6))
         train = replace(self.train, samples=steps * self.global_batch, epochs=None)
         return replace(self, train=train)
+
+    @property
+    def log_every(self) -> int:
+        """Steps from one line of metrics to the next, by default at least LINES lines in a run."""
+        if self.train.log_every is None:
+            return max(1, min(LOG_EVERY, self.steps // LINES))
+        return self.train.log_every
 
     @property
     def zero_limit(self) -> Literal[0, 2, 3]:

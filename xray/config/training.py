@@ -88,7 +88,7 @@ class OptimConfig:
         if self.eps <= 0:
             raise ConfigError(f"optim.eps={self.eps} must be above 0")
         for name in ("base_lr", "min_lr", "weight_decay", "logit_scale_lr", "clip_grad"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optim.warmup={self.warmup} must be in [0, 1)")
@@ -153,7 +153,9 @@ class TrainConfig:
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
     # in data.resolution
     micro_batch: Any = runtime(0)
-    log_every: int = runtime(10)  # steps between two lines of metrics; 0 = at the end only
+    # steps between two lines of metrics; None = 10, or fewer in a stage of less than 200 steps;
+    # 0 = at the end only
+    log_every: int | None = runtime(None)
     save_every: int = runtime(200)  # steps between two checkpoints; 0 = at the end only
     # write checkpoints while training goes on, from copies in the host's memory
     save_in_background: bool = runtime(False)
@@ -189,7 +191,7 @@ class TrainConfig:
                 "train.export=ema needs averaged weights: set train.ema, e.g. to 0.9999"
             )
         for name in ("log_every", "save_every", "validate_every", "keep_every", "keep_best"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"train.keep_checkpoints={self.keep_checkpoints} must be at least 1")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from data_pipelines.checks.clean import KINDS, Derived
 from xray.reports.tables import ResultTable
+from xray.words import count
 
 
 def clean_table(title: str, gone: Sequence[Derived], kept: Sequence[Derived]) -> ResultTable:
@@ -25,4 +26,4 @@ def clean_table(title: str, gone: Sequence[Derived], kept: Sequence[Derived]) ->
 def total(items: Sequence[Derived]) -> str:
     """Return number and size of files, such as `3 files (0.12 MB)`."""
     size = sum(item.size for item in items) / 1e6
-    return f"{len(items):,} {'file' if len(items) == 1 else 'files'} ({size:,.2f} MB)"
+    return f"{count(len(items), 'file')} ({size:,.2f} MB)"

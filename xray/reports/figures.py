@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from xray.reports.html import Picture
+from xray.reports.html import Picture, paragraph
 
 COLOR = "#3b6ea5"
 
@@ -37,6 +38,12 @@ def section(title: str, caption: str, figure: Any) -> str:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     return Picture(title, caption, pixels).html()
+
+
+def figures(title: str, caption: str, panels: Sequence[tuple[Any, str]]) -> str:
+    """Lay out figures, each with its text for screen readers, in as many columns as fit."""
+    drawn = "".join(svg(figure, text) for figure, text in panels)
+    return f"<h2>{html.escape(title)}</h2><div class=figures>{drawn}</div>{paragraph(caption)}"
 
 
 def svg(figure: Any, title: str) -> str:

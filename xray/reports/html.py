@@ -77,8 +77,16 @@ def write_report(path: Path, title: str, parts: Iterable[str]) -> None:
         "image-rendering:pixelated}.pair{grid-column:span 2;display:grid;gap:.5rem;"
         "grid-template-columns:1fr 1fr}td{white-space:pre}td:first-child{white-space:pre-line}"
         "img{max-width:100%;height:auto}figcaption,p.note{color:#57606a;font-size:.9rem}"
-        "@media(max-width:30rem){th,td{padding:.25rem .4rem}td:first-child{min-width:7rem}}"
-        "figure{margin:0}code{font-size:.85rem;overflow-wrap:anywhere}"
+        "@media(max-width:30rem){th,td{padding:.25rem .4rem}}"
+        # names and captions of users may be long, and without spaces
+        "h1,h2,p,figcaption,td:first-child{overflow-wrap:anywhere}td:first-child{min-width:7rem}"
+        "td.text{white-space:pre-line;overflow-wrap:anywhere;text-align:start;min-width:16rem}"
+        ".sheet{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}"
+        ".figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}"
+        ".bars{width:100%}.bars td:nth-child(2){width:60%}.bars i{display:block;height:.9rem;"
+        "background:#3b6ea5}td{vertical-align:top}summary{color:#3b6ea5;cursor:pointer}"
+        "figure{margin:0;min-width:0}code{font-size:.85rem}small{color:#57606a}th.text{text-align:left}"
+        "figcaption code,figcaption small{display:block}"
     )
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -95,6 +103,31 @@ def gallery(title: str, panels: Sequence[str]) -> str:
     if not panels:
         return ""
     return f"<h2>{html.escape(title)}</h2><div class=gallery>{''.join(panels)}</div>"
+
+
+LETTERS = 300  # of a text that are shown at once
+
+
+def folded(text: str) -> str:
+    """Return a text as HTML; the rest of a very long one is shown by a click."""
+    if len(text) <= 2 * LETTERS:
+        return html.escape(text)
+    start, rest = html.escape(text[:LETTERS]), html.escape(text[LETTERS:])
+    return f"{start}<details><summary>...</summary>{rest}</details>"
+
+
+def bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
+    """Draw a bar per name, in their order; return "" if there are no counts."""
+    if not counts:
+        return ""
+    most = max(count for _, count in counts)
+    rows = "".join(
+        f"<tr><td dir=auto>{html.escape(name)}</td>"
+        f'<td><i style="width:{100 * count / most:.1f}%"></i></td><td>{count:,}</td></tr>'
+        for name, count in counts
+    )
+    table = f"<table class=bars>{rows}</table>"
+    return f"<h2>{html.escape(title)}</h2><div class=wide>{table}</div>{paragraph(caption)}"
 
 
 def paragraph(text: Any) -> str:

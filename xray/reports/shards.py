@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 
 from data_pipelines.checks.check import CheckReport
 from data_pipelines.checks.check_shard import Media, Range, ShardCheck, Stats, Thumbnail
-from xray.reports.figures import COLOR, label_axis, section, subplots
-from xray.reports.html import paragraph, write_report
+from data_pipelines.text.names import with_key
+from xray.reports.figures import COLOR, figures, label_axis, subplots
+from xray.reports.html import bars, folded, paragraph, write_report
 from xray.reports.tables import ResultTable
 from xray.words import count
 
@@ -58,7 +59,8 @@ def totals(report: CheckReport) -> str:
             parts.append(f"{usable}, {media.captioned:,} captioned")
     if total.without_caption:
         first = next(s for s in report.shards if s.without_caption)
-        where = f"first {first.first_without_caption} in {first.path}"
+        name = with_key(first.first_without_caption_name, first.first_without_caption)
+        where = f"first {name} in {first.path}"
         parts.append(f"{total.without_caption:,} without caption ({where})")
     if total.system_files:
         parts.append(f"{count(total.system_files, 'system or hidden file')} left out")
@@ -72,7 +74,7 @@ def findings(report: CheckReport, most: int) -> list[str]:
     """List broken shards, then at most `most` bad samples, one line each."""
     lines = [shard.error for shard in report.shards if shard.error]
     bad = [bad for shard in report.shards for bad in shard.bad]
-    lines += [f"{b.shard}, {b.key}, {b.cause}: {b.detail}" for b in bad[:most]]
+    lines += [f"{b.shard}, {with_key(b.name, b.key)}, {b.cause}: {b.detail}" for b in bad[:most]]
     not_listed = sum(sum(shard.causes.values()) for shard in report.shards) - len(bad[:most])
     lines += [f"and {not_listed:,} more"] if not_listed else []
     return [" ".join(line.split()) for line in lines]
@@ -152,9 +154,9 @@ def write_stats(report: CheckReport, out: Path) -> None:
         _figure("Sizes", sizes, stats, SIZES),
         _figure("Clips", "Lengths of clips.", stats, LENGTHS),
         _figure("Captions", "Lengths of captions, and their number per sample.", stats, TEXTS),
-        _bars("Tags", f"The {TAGS} most frequent hashtags.", _top(stats, "hashtag")),
-        _bars("Languages", languages, _top(stats, "language")),
-        _bars("Files", "Usable media by file extension.", _top(stats, "extension")),
+        bars("Tags", f"The {TAGS} most frequent hashtags.", _top(stats, "hashtag")),
+        bars("Languages", languages, _top(stats, "language")),
+        bars("Files", "Usable media by file extension.", _top(stats, "extension")),
         sheet("Samples", stats.sheet),
         check_table(report).html(),
     ]
@@ -172,14 +174,24 @@ def _figure(title: str, caption: str, stats: Stats, panels: Sequence[tuple[str, 
     histograms = [(stats.numbers[name], label) for name, label in panels if name in stats.numbers]
     if not histograms:
         return ""
-    figure, axes = subplots(len(histograms), (3.1 * len(histograms), 2.5))
-    for axis, (counts, label) in zip(axes, histograms, strict=True):
-        values, weights = list(counts), list(counts.values())
-        integer = all(float(value).is_integer() for value in values)
-        bins = _bins(min(values), max(values), integer)
-        axis.hist(values, bins=bins, weights=weights, color=COLOR)
+    panels = []
+    for counts, label in histograms:
+        figure, (axis,) = subplots(1, (3.1, 2.5))
+        _histogram(axis, counts)
         label_axis(axis, label)
-    return section(title, caption, figure)
+        panels.append((figure, label))
+    return figures(title, caption, panels)
+
+
+def _histogram(axis: Any, counts: Mapping[float, int]) -> None:
+    values, weights = list(counts), list(counts.values())
+    if len(values) == 1:  # a histogram would be one bar as wide as the axis
+        axis.bar(values, weights, width=0.2, color=COLOR)
+        axis.set_xlim(values[0] - 1, values[0] + 1)
+        axis.set_xticks(values, [f"{values[0]:g}"])
+        return
+    integer = all(float(value).is_integer() for value in values)
+    axis.hist(values, bins=_bins(min(values), max(values), integer), weights=weights, color=COLOR)
 
 
 def _bins(low: float, high: float, integer: bool) -> np.ndarray:
@@ -187,35 +199,23 @@ def _bins(low: float, high: float, integer: bool) -> np.ndarray:
     if integer:
         step = max(1, round((high - low + 1) / BINS))
         return np.arange(low, high + 1 + step, step) - 0.5
-    return np.linspace(low, high, BINS + 1) if high > low else np.array([low - 1, low + 1])
-
-
-def _bars(title: str, caption: str, counts: Sequence[tuple[str, int]]) -> str:
-    """Draw a bar per name, the most frequent on top; return "" if there are no counts."""
-    if not counts:
-        return ""
-    figure, (axis,) = subplots(1, (6.2, 0.5 + 0.22 * len(counts)))
-    # matplotlib reads "$" as the start of a formula; a very long name leaves no room for the bar
-    labels = [name[:32].replace("$", r"\$") for name, _ in counts]
-    bars = axis.barh(range(len(counts)), [count for _, count in counts], color=COLOR)
-    axis.bar_label(bars, labels=[f"{count:,}" for _, count in counts], fontsize=7, padding=2)
-    axis.set_yticks(range(len(counts)), labels, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xticks([])
-    axis.margins(x=0.1, y=0.01)
-    axis.spines[["top", "right", "bottom"]].set_visible(False)
-    return section(title, caption, figure)
+    return np.linspace(low, high, BINS + 1)
 
 
 def sheet(title: str, thumbnails: Sequence[Thumbnail]) -> str:
-    """Lay out thumbnails in rows with key and caption; return "" if there are none."""
+    """Lay out thumbnails in rows with name and caption; return "" if there are none."""
     if not thumbnails:
         return ""
-    cells = [
-        f'<figure><img alt="{html.escape(t.key)}" src="data:image/png;base64,{t.png}">'
-        f"<figcaption><code>{html.escape(t.key)}</code><br>{html.escape(t.caption)}</figcaption>"
-        "</figure>"
-        for t in thumbnails
-    ]
-    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(128px,1fr));gap:1rem"
-    return f'<h2>{html.escape(title)}</h2><div style="{grid}">{"".join(cells)}</div>'
+    cells = "".join(map(_cell, thumbnails))
+    return f"<h2>{html.escape(title)}</h2><div class=sheet>{cells}</div>"
+
+
+def _cell(shown: Thumbnail) -> str:
+    name, key = html.escape(shown.name or shown.key), html.escape(shown.key)
+    image = f'<img alt="{name}" src="data:image/png;base64,{shown.png}">'
+    if shown.link:
+        image = f'<a href="{html.escape(shown.link)}">{image}</a>'
+    lines = [f'<code title="{key}">{name}</code>']
+    lines += [f"<div dir=auto>{folded(shown.caption)}</div>"] if shown.caption else []
+    lines += [f"<small>{html.escape(shown.detail)}</small>"] if shown.detail else []
+    return f"<figure>{image}<figcaption>{''.join(lines)}</figcaption></figure>"

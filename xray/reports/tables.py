@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from xray.reports.html import folded
 
 
 def short(number: int) -> str:
@@ -25,7 +28,17 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-LONG = 24  # characters of a path or an id, which may be broken
+PART = 24  # characters of a path or an id on the terminal, which may be broken
+LONG = 40  # characters of a cell on a page; a column with longer ones is of texts, which wrap
+
+
+def _longest(cell: str) -> int:
+    return max(map(len, cell.split("\n")))
+
+
+def _cell(tag: str, content: str, text: bool) -> str:
+    """Return a cell as HTML; one of a column of texts wraps, in the direction of its language."""
+    return f"<{tag}{' class=text dir=auto' if text else ''}>{folded(content)}</{tag}>"
 
 
 @dataclass
@@ -52,7 +65,9 @@ class ResultTable:
         # Text, because rich would read a plain string as markup
         table = Table(title=Text(self.title), title_justify="left")
         for number, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
-            justify: Any = "right" if number and not self.prose else "left"
+            cells = [line for row in self.rows for line in row[number].split("\n")]
+            text = number == 0 or self.prose or max(map(len, cells), default=0) > PART
+            justify: Any = "left" if text else "right"
             table.add_column(Text(column), justify=justify, width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
@@ -77,8 +92,13 @@ class ResultTable:
 
     def html(self) -> str:
         """Return the table as HTML, with its title and notes."""
-        cells = ["".join(f"<th>{html.escape(c)}</th>" for c in self.columns)]
-        cells += ["".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in self.rows]
+        lengths = [
+            max(map(_longest, column)) for column in zip(self.columns, *self.rows, strict=True)
+        ]
+        texts = [number > 0 and length > LONG for number, length in enumerate(lengths)]
+        cells = []
+        for tag, row in [("th", self.columns), *(("td", row) for row in self.rows)]:
+            cells.append("".join(map(_cell, itertools.repeat(tag), row, texts)))
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         title = f"<h2>{html.escape(self.title)}</h2>"
@@ -97,7 +117,7 @@ class ResultTable:
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
     """Choose the width of each column so that no word is broken; [] if that does not fit."""
     words = [
-        max(min(len(word), LONG) for cell in column for word in cell.split() or [""])
+        max(min(len(word), PART) for cell in column for word in cell.split() or [""])
         for column in columns
     ]
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]

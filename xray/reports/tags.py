@@ -102,5 +102,5 @@ def _tag_table(
     for tag, count in ranked:
         number = vocabulary.ids[tag]
         aliases = ", ".join(vocabulary.aliases[number]) if vocabulary.aliases else ""
-        table.rows.append((tag, f"{count:,}", aliases, " | ".join(examples.get(tag, ()))))
+        table.rows.append((tag, f"{count:,}", aliases, "\n".join(examples.get(tag, ()))))
     return table.html() if table.rows else ""

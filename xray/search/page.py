@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.user_data import Corpus, open_corpus
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.text.captions import find_captions
+from data_pipelines.text.names import name_at
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
 from xray.files import is_inside, printable
@@ -25,42 +27,64 @@ from xray.reports.tables import ResultTable
 from xray.search.embedding_file import Facts, Names
 
 SIDE = 192  # longer side of a picture, in pixels
-LETTERS = 120  # of a caption
 EMPTY = np.full((SIDE * 3 // 4, SIDE, 3), 225, np.uint8)
 
 
-def hits_table(query: str, names: Names, scores: Sequence[float]) -> ResultTable:
-    """Return a row per hit, best first."""
-    texts = names.texts or names.paths
-    table = ResultTable(query, ("rank", "score", "key", "text" if names.texts else "path"))
-    for rank, (score, key, text) in enumerate(zip(scores, names.keys, texts, strict=True), 1):
-        table.rows.append((str(rank), f"{score:.4f}", key, text))
+@dataclass(frozen=True)
+class Hit:
+    """Result of a search.
+
+    path: of its file or tar, as in the embedding file. where: full path or URL of the same. name:
+    for people, of a sample in a tar; "" for a file.
+    """
+
+    score: float
+    key: str
+    path: str
+    where: str
+    name: str = ""
+    text: str | None = None
+
+    @property
+    def link(self) -> str:
+        """URL of the file, "" for a sample in a tar."""
+        outside = self.name or is_remote(self.where) or not is_inside(self.path)
+        return "" if outside else Path(self.where).as_uri()
+
+
+def hits_table(query: str, hits: Sequence[Hit]) -> ResultTable:
+    """Return a row per hit, best first; samples in tars have keys, and names if they differ."""
+    texts = any(hit.text is not None for hit in hits)
+    columns = {
+        "rank": True,
+        "score": True,
+        "key": texts or any(hit.name for hit in hits),
+        "name": any(hit.name not in ("", hit.key) for hit in hits),
+        "text": texts,
+        "path": True,
+    }
+    table = ResultTable(query, [name for name, shown in columns.items() if shown])
+    for rank, hit in enumerate(hits, 1):
+        cells = (str(rank), f"{hit.score:.4f}", hit.key, hit.name, hit.text or "", hit.where)
+        shown = zip(columns.values(), cells, strict=True)
+        table.rows.append([cell for wanted, cell in shown if wanted])
     return table
 
 
-def write_page(
-    out: Path,
-    query: str,
-    facts: Facts,
-    names: Names,
-    scores: Sequence[float],
-    trust_paths: bool = False,
-) -> list[str]:
-    """Write a self-contained page of the hits; return the errors of missing pictures.
-
-    trust_paths: also show pictures at a URL, or outside the folder that was embedded.
-    """
-    found, missing, media = list[Thumbnail](), list[str](), _Media(facts, trust_paths)
-    texts = names.texts or [""] * len(names.keys)
-    for rank, (key, path, text) in enumerate(zip(names.keys, names.paths, texts, strict=True)):
-        pixels, caption = EMPTY, text
+def write_page(out: Path, query: str, hits: Sequence[Hit], media: Media) -> list[str]:
+    """Write a self-contained page of the hits; return the errors of missing pictures."""
+    found, missing, facts = list[Thumbnail](), list[str](), media.facts
+    for rank, hit in enumerate(hits, 1):
+        pixels, caption = EMPTY, ""
         try:
-            if names.texts is None:
-                pixels, caption = media.shown(key, path)
+            if hit.text is None:
+                pixels, caption = media.shown(hit)
         except DataError as error:
-            missing.append(f"{key}: {error}")
-        label = f"{rank + 1}. {scores[rank]:.3f} · {caption or path}"
-        found.append(Thumbnail(str(rank), path, key, label, png_of(pixels)))
+            missing.append(f"{hit.key}: {error}")
+        label = f"{rank}. {hit.score:.3f} · {hit.name or Path(hit.where).name}"
+        place = f"{hit.where}:{hit.key}" if hit.name else hit.where
+        png = png_of(pixels)
+        found.append(Thumbnail("", hit.path, hit.key, caption, png, label, hit.link, place))
     asked = ""
     if ending_of(query) in MEDIA:
         whole = open_corpus([query])
@@ -69,49 +93,80 @@ def write_page(
     made = facts["artifact"]
     note = f"{len(found)} of {facts['rows']:,} embeddings ({facts['dtype']}, {facts['dim']} "
     note += f"dimensions) by the {made['stage']} artifact {made['digest'][:12]}; cosines"
-    listing = hits_table("Hits", names, scores).html() if names.texts else sheet("Hits", found)
+    texts = facts["modality"] == "text"
+    listing = hits_table("Hits", hits).html() if texts else sheet("Hits", found)
     write_report(out, query, [paragraph(note), asked, listing])
     return missing
 
 
-class _Media:
-    """Reader of the pictures and clips of an embedding file, by key and path.
+class Media:
+    """Reader of the samples of an embedding file, by key and path.
 
     The file may come from others: without `trust_paths`, its paths stay in its folder, and no URL
     is fetched.
     """
 
-    def __init__(self, facts: Facts, trust_paths: bool) -> None:
+    def __init__(self, facts: Facts, trust_paths: bool = False) -> None:
         self.facts, self.trust_paths = facts, trust_paths
+        self.where: str = facts["source"]["where"]
+        self.in_tars = facts["source"]["kind"] == "shards"
         self.corpus: Corpus | None = None
         self.shards: dict[str, int] = {}
 
-    def shown(self, key: str, path: str) -> tuple[np.ndarray, str]:
+    def hits(self, names: Names, scores: Sequence[float]) -> list[Hit]:
+        """Return the hits of a search, best first; one whose tar is missing is named by its key."""
+        found = list[Hit]()
+        for n, (score, key, path) in enumerate(zip(scores, names.keys, names.paths, strict=True)):
+            name = self._name(key, path) if self.in_tars else ""
+            text = names.texts[n] if names.texts is not None else None
+            found.append(Hit(score, key, path, self._full(path), name, text))
+        return found
+
+    def _full(self, path: str) -> str:
+        """Return the full path or URL of a file or a tar."""
+        if self.in_tars:
+            folder = self.where  # of a pattern, its folder
+            while folder.endswith(".tar") or any(c in folder for c in "*?[{"):
+                folder = folder.rpartition("/")[0]
+            return f"{folder.rstrip('/')}/{path}"
+        lines = ending_of(self.where) == "txt"  # of a text file
+        return self.where if lines else str(Path(self.where) / path)
+
+    def _name(self, key: str, path: str) -> str:
+        try:
+            corpus, shard, member = self._opened(key, path)
+            return name_at(corpus.source, shard, member)
+        except DataError:
+            return key
+
+    def shown(self, hit: Hit) -> tuple[np.ndarray, str]:
         """Return (picture, first caption or ""); raises DataError if it is missing."""
-        where = self.facts["source"]["where"]
-        if not self.trust_paths and is_remote(where):
-            raise DataError(f"{where} is a URL: add --trust-paths to fetch it")
+        corpus, shard, member = self._opened(hit.key, hit.path)
+        captions = find_captions(corpus.source, shard, member, corpus.captions)
+        caption = printable(captions[0]) if captions else ""
+        return _pixels_of(corpus, shard, member), caption
+
+    def _opened(self, key: str, path: str) -> tuple[Corpus, int, int]:
+        """Return the corpus of a sample and its place there; raises DataError if it is missing."""
+        if not self.trust_paths and is_remote(self.where):
+            raise DataError(f"{self.where} is a URL: add --trust-paths to fetch it")
         if not (self.trust_paths or is_inside(path)):
-            raise DataError(f"{path} is outside {where}: add --trust-paths to show it")
-        if self.facts["source"]["kind"] == "files":
-            return _shown(open_corpus([str(Path(where) / path)], self.facts["modality"]), 0, 0)
+            raise DataError(f"{path} is outside {self.where}: add --trust-paths to show it")
+        if not self.in_tars:
+            return open_corpus([str(Path(self.where) / path)], self.facts["modality"]), 0, 0
         if self.corpus is None:
-            self.corpus = open_corpus([where], self.facts["modality"])
+            texts = self.facts["modality"] == "text"
+            kind = "" if texts else self.facts["modality"]
+            self.corpus = open_corpus([self.where], kind, texts)
             names = self.corpus.source.manifest.names
             self.shards = {name: number for number, name in enumerate(names)}
         if path not in self.shards:
-            raise DataError(f"{where} no longer has {path}")
+            raise DataError(f"{self.where} no longer has {path}")
         shard = self.shards[path]
         keys = self.corpus.source.index(shard).keys
         if key not in keys:
             raise DataError(f"{path} no longer has {key}")
-        return _shown(self.corpus, shard, keys.index(key))
-
-
-def _shown(corpus: Corpus, shard: int, member: int) -> tuple[np.ndarray, str]:
-    captions = find_captions(corpus.source, shard, member, corpus.captions)
-    caption = printable(captions[0])[:LETTERS] if captions else ""
-    return _pixels_of(corpus, shard, member), caption
+        return self.corpus, shard, keys.index(key)
 
 
 def _pixels_of(corpus: Corpus, shard: int, member: int) -> np.ndarray:

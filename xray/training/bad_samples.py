@@ -13,6 +13,7 @@ from data_pipelines.stream import quarantine
 from data_pipelines.stream.loaded import Replaced
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan
+from data_pipelines.text.names import with_key
 from xray import dist
 from xray.errors import DataError
 from xray.training.state import TrainState
@@ -41,7 +42,8 @@ class BadSamples:
             bad[entry.cause] = bad.get(entry.cause, 0) + 1
             self.shards[f"{entry.source}/{entry.shard}"] += 1
             if sum(bad.values()) <= WARNED:
-                log.warning("replaced %r of %s: %s", entry.key, entry.shard, entry.cause)
+                shown = with_key(entry.name, entry.key)
+                log.warning("replaced %r of %s: %s", shown, entry.shard, entry.cause)
                 if sum(bad.values()) == WARNED:
                     log.warning("further bad samples are only listed in %s", self.path)
         self._keep(everyone)

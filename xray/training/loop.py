@@ -153,7 +153,7 @@ class TrainingLoop:
         Otherwise they are read while the next step's passes run.
         """
         train = self.config.train
-        intervals = train.log_every, train.save_every, train.validate_every
+        intervals = self.config.log_every, train.save_every, train.validate_every
         return done == self.config.steps or any(_every(done, each) for each in intervals)
 
     def _run_passes(self, step: int, shape: StepShape, data: StepData) -> PendingStep:
@@ -222,7 +222,7 @@ class TrainingLoop:
         last = state.step == config.steps
         if last or _every(state.step, config.train.validate_every):
             values |= self._validate(1.0 if last else config.progress(step))
-        self._log(values, config.progress(step), last or _every(step + 1, config.train.log_every))
+        self._log(values, config.progress(step), last or _every(step + 1, config.log_every))
         if last or events.preempted or _every(step + 1, config.train.save_every):
             self._save(values, at_once=last or events.preempted)
         if events.preempted:

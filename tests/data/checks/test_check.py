@@ -258,7 +258,8 @@ def test_statistics_page(tmp_path: Path) -> None:
     page = out.read_text()
     for title in ("Sizes", "Captions", "Tags", "Languages", "Files", "Samples"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("data:image/png;base64,") == 5 + 3
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/svg+xml;base64,") == 3 + 2 and page.count("class=bars") == 3
     assert "a red &lt;b&gt;square&lt;/b&gt; &amp; more" in page and "<b>" not in page
     assert "http" not in page, "not self-contained"
 
