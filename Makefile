@@ -12,7 +12,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 ANSWERS := import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)
 PYTEST := --numprocesses logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: quickstart test test-lowest lint install clean
+.PHONY: quickstart test test-lowest lint docs install clean
 
 quickstart: $(STAMP)
 	$(BIN)/xray run quickstart
@@ -29,6 +29,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The manual, as a site: site/index.html. A warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d site/.doctrees docs site
+
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml
@@ -37,14 +41,14 @@ $(STAMP): setup.cfg pyproject.toml
 		$(BIN)/python $(PIP) --retries 1 --timeout 15 torch torchvision --index-url $(CPU_INDEX) \
 			|| echo "torch for the CPU was not installed: PyPI's build follows, with CUDA"; \
 	fi
-	$(BIN)/python $(PIP) -e ".[dev]"
+	$(BIN)/python $(PIP) -e ".[dev,docs]"
 	touch $@
 
 $(LOWEST)/.installed: setup.cfg pyproject.toml tools/lowest_versions.py
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tools/lowest_versions.py > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e ".[dev]"
+	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e ".[dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs data
+	rm -rf $(VENV) $(LOWEST) runs data site

@@ -24,10 +24,10 @@ class ClipOptions:
     text_head: TextHead = "adapter"  # layers on top of the LLM: LLM2CLIP's, or CLIP's linear map
     adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
     loss: str = "info_nce"  # a name of xray.losses.named.CONTRASTIVE_LOSSES
-    # initial factor of the cosine similarities; None = 1/0.07, and 10 for the sigmoid loss
+    # initial factor of the cosine similarities; null = 1/0.07, and 10 for the sigmoid loss
     logit_scale: float | None = None
     logit_scale_max: float = 100.0  # largest value that the learned factor may reach
-    # initial bias of the sigmoid loss; None = -ln of the largest block's samples
+    # initial bias of the sigmoid loss; null = -ln of the largest block's samples
     logit_bias: float | None = None
     captions: int = 1  # captions read per sample and step; all of them are positives
     matryoshka: list[int] = field(default_factory=list)  # prefix sizes that are trained too

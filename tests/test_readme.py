@@ -18,7 +18,8 @@ from xray.commands.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 MOST_LINES = 150
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -33,7 +34,7 @@ FILE = re.compile(
 MODULE = re.compile(r"-m ((?:tools|data_pipelines)\.[\w.]*\w)")
 OPTION = re.compile(r"^\[?(--?[a-z][\w-]*)")
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -159,9 +160,12 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= MOST_LINES
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme_or_the_manual() -> None:
+    index = DOCS / "index.md"
     linked = {ROOT / link for link in LINK.findall(README.read_text())}
-    assert set(PAGES[1:]) <= linked
+    assert index in linked and {*DOCS.glob("*.md")} <= linked
+    listed = {DOCS / link for link in LINK.findall(index.read_text())}
+    assert {*PAGES[1:]} - {index} <= listed
 
 
 def python_block(page: Path, words: str) -> str:

@@ -1,6 +1,6 @@
 """Print the lowest versions that setup.cfg allows, as constraints for pip.
 
-python tools/lowest_versions.py > lowest.txt && pip install -c lowest.txt -e ".[dev]"
+python tools/lowest_versions.py > lowest.txt && pip install -c lowest.txt -e ".[dev,docs]"
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ REQUIREMENT = re.compile(r"(?P<name>[\w-]+)(\[[\w,]+\])?>=(?P<bound>[\w.]+)(,<[\
 
 
 def lowest(file: Path = FILE) -> dict[str, str]:
-    """Read the lower bound of every package that the extra `dev` installs.
+    """Read the lower bound of every package that the extras `dev` and `docs` install.
 
     Raises ValueError for a requirement without a lower bound and for a package with two bounds.
     """
     config = configparser.ConfigParser()
     config.read_string(file.read_text("utf-8"))
-    lines = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
+    extras = config["options.extras_require"]
+    lines = config["options"]["install_requires"] + extras["dev"] + extras["docs"]
     bounds: dict[str, str] = {}
     for line in filter(None, map(str.strip, lines.splitlines())):
         if line.startswith("#"):

@@ -15,7 +15,7 @@ class SourceConfig:
     """A set of webdataset shards."""
 
     shards: str = ""  # a folder, glob, {000..123} pattern or URL, under data.root if relative
-    modality: Literal["image", "video", "text"] = "image"  # text: captions only (text stage)
+    modality: Literal["image", "video", "text"] = "image"  # text = captions only (text stage)
     animations: Literal["image", "video"] = "image"  # how GIF and WebP files are read
     # origin of the tags: the json field hashtag.field, #tags in captions, words of captions, or
     # names of the vocabulary found in captions
