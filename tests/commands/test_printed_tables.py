@@ -1,4 +1,4 @@
-"""What commands print for people: tables on narrow terminals, counts and times."""
+"""Output for people: tables on narrow terminals, counts and times."""
 
 from __future__ import annotations
 
