@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from PIL import Image, ImageDraw
 
 from xray.errors import ConfigError
@@ -165,6 +164,8 @@ def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion
 
 def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random.Generator) -> None:
     """Write shards in the layout of img2dataset and video2dataset."""
+    import webdataset  # it imports torch
+
     folder.mkdir(parents=True)
     for start in range(0, len(scenes), config.per_shard):
         shard = start // config.per_shard

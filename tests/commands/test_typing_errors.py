@@ -60,6 +60,7 @@ WRONG = (
     ("search y.npy dog", "y.npy does not exist; did you mean 'x.npy'?"),
     ("report runs/smal", "did you mean 'runs/small'?"),
     ("debug replay runs/smal", "did you mean 'runs/small'?"),
+    ("data demo d phots=3", "did you mean 'photos'?"),
     ("data pack phto.jpg out", "did you mean 'photo.jpg'?"),
     ("data pack . out short_sid=3", "did you mean 'short_side'?"),
     ("data check phto.jpg", "did you mean 'photo.jpg'?"),
