@@ -159,11 +159,19 @@ def python_page() -> str:
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
+    """Show a signature, one parameter a line; annotations are texts, as they were written."""
     signature = inspect.signature(function)
-    kept = [own for own in signature.parameters.values() if own.name != "self"]
-    lines = "".join(f"    {own},\n" for own in kept)
-    returns = f" -> {signature.return_annotation}"
-    return f"```python\n{name}(\n{lines}){returns}\n```".replace("'", "")
+    lines, keywords = [], False
+    for own in signature.parameters.values():
+        if own.name == "self":
+            continue
+        if own.kind is own.KEYWORD_ONLY and not keywords:
+            lines.append("*")
+            keywords = True
+        default = "" if own.default is own.empty else f" = {own.default!r}"
+        lines.append(f"{own.name}: {own.annotation}{default}")
+    inside = "".join(f"    {line},\n" for line in lines)
+    return f"```python\n{name}(\n{inside}) -> {signature.return_annotation}\n```"
 
 
 def _joined(text: str) -> str:
