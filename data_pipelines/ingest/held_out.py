@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from data_pipelines.decode.near_duplicates import dhash_of, first_64, near_duplicates
-from data_pipelines.ingest.tables import LABELS
+from data_pipelines.ingest.table_columns import LABELS
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, ConfigError
 

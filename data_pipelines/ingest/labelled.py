@@ -13,7 +13,8 @@ from typing import Any
 from data_pipelines.ingest.endings import by_ending, ending_of
 from data_pipelines.ingest.listing import Item, captions_in
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
-from data_pipelines.ingest.tables import LABELS, whole_number
+from data_pipelines.ingest.table_columns import LABELS
+from data_pipelines.ingest.tables import whole_number
 from data_pipelines.ingest.user_data import kind_of, list_files, open_data
 from data_pipelines.ingest.walk import is_folder, loops
 from data_pipelines.shards.manifest import resolve

@@ -1,7 +1,7 @@
 """Lists the pictures and clips of a folder or a table, with their captions and metadata.
 
-A table has a column of files (`data_pipelines.ingest.tables`). Rows with the same path that differ
-only in their captions become one sample with all captions. Folders have one of these forms:
+A table has a column of files (`table_columns`). Rows with the same path that differ only in their
+captions become one sample with all captions. Folders have one of these forms:
 
 sidecars        a.jpg a.txt a.json, also a.caption, a.jpg.txt and a.jpg.json
 class folders   cat/1.jpg dog/1.jpg, where no file has a sidecar
@@ -11,6 +11,7 @@ imagefolder     metadata.csv, .jsonl or .parquet in the folder, or one per split
 from __future__ import annotations
 
 import json
+import logging
 import os
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,21 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.ingest.endings import MEDIA, ending_of
-from data_pipelines.ingest.tables import (
+from data_pipelines.ingest.parquet_tables import Cell, read_cell
+from data_pipelines.ingest.table_columns import (
     CAPTION_COLUMNS,
-    PATH_COLUMNS,
-    Cell,
     Row,
-    parse_object,
-    read_cell,
-    read_table,
+    TableKeys,
+    file_column,
+    with_captions,
 )
+from data_pipelines.ingest.tables import parse_object, read_table
 from data_pipelines.ingest.walk import walk
 from data_pipelines.shards.tar_contents import compressed, is_compressed_tar
 from data_pipelines.shards.tar_index import VIDEO_EXTENSIONS
-from xray.errors import BadSample, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.files import decode_text, is_system_name, lines_of
 
+log = logging.getLogger("xray")
+FIRST_ROWS = 100  # of a table, which are looked for beside it
 TEXT_KEYS = ("text", "raw", "caption")  # of the text in an object
 
 
@@ -48,6 +51,7 @@ class Item:
     listed: bool = True  # False: no row of its folder's metadata file names it
     row: int = 0  # number of its row in a list or a metadata file; 0 = no row
     column: str = ""  # of the parquet table at `path` that holds the file; "" = a file at `path`
+    empty: int = 0  # number of its rows whose caption is empty, in a table with captions
 
     def stamp(self) -> str:
         """Return a line that changes when the file, its sidecars or its metadata change."""
@@ -155,27 +159,40 @@ def _state(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def list_table(where: str) -> list[Item]:
-    """Return the files that a table names; relative paths start at the table's folder."""
+def list_table(where: str, keys: TableKeys) -> list[Item]:
+    """Return the files that a table names; relative paths start at `keys.root`, or at the table's
+    folder, or at a folder beside the table in which they are.
+    """
     path = Path(where).absolute()
-    return rows_of_table(path, path.parent, "")
+    if not keys.root:
+        return rows_of_table(path, path.parent, None, keys)
+    root = Path(keys.root).expanduser().absolute()
+    if not root.is_dir():
+        raise ConfigError(f"root={keys.root} is not a folder")
+    return rows_of_table(path, root, "", keys)
 
 
-def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
+def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -> list[Item]:
     """Return the files of a table's rows.
 
-    Paths are relative to `folder`, which is relative to `root`. Raises DataError for a table that
-    cannot be read or has no column of files.
+    Paths are relative to `folder`, which is relative to `root`; None: the root, or a folder in it.
+    Raises DataError for a table that cannot be read or has no column of files, ConfigError for
+    keys that do not fit.
     """
-    rows = read_table(path)
-    column = _file_column(path, rows)
+    rows = read_table(path, keys)
+    held = [column for column, value in rows[0].items() if isinstance(value, Cell)]
+    column = file_column(path, rows, keys.image_key, held)
+    rows = with_captions(path, rows, keys.caption_key)
+    captioned = any(captions_in(row) for row in rows)
+    if folder is None:
+        folder = _folder_of(path, root, [row.get(column) for row in rows[:FIRST_ROWS]])
     items = []
     for number, row in enumerate(rows, start=1):
-        name = row.pop(column, None)
+        name, empty = row.pop(column, None), int(captioned and not captions_in(row))
         if isinstance(name, Cell):
             inner = posixpath.normpath(f"/{name.name}")  # absolute, so that it cannot lead outside
             own = posixpath.join(folder, path.name + inner)
-            items.append(Item(path, own, row, row=number, column=name.column))
+            items.append(Item(path, own, row, row=number, column=name.column, empty=empty))
             continue
         if name is not None and not isinstance(name, str):
             raise DataError(
@@ -185,21 +202,27 @@ def rows_of_table(path: Path, root: Path, folder: str) -> list[Item]:
         name = posixpath.normpath(posixpath.join(folder, name or f"(row {number} names no file)"))
         if name.startswith(f"{root.as_posix()}/"):
             name = Path(name).relative_to(root).as_posix()
-        items.append(Item(root / name, name, row, row=number))
+        items.append(Item(root / name, name, row, row=number, empty=empty))
     return _joined(items)
 
 
-def _file_column(path: Path, rows: Sequence[Row]) -> str:
-    """Return the column of a table that holds or names files; raises DataError without one."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    held = [column for column, value in rows[0].items() if isinstance(value, Cell)]
-    known = [*held, *(column for column in PATH_COLUMNS if column in columns)]
-    if not known:
-        raise DataError(
-            f"{path} has no column of paths: rename one of its columns "
-            f"({', '.join(columns)}) to {PATH_COLUMNS[0]}"
-        )
-    return known[0]
+def _folder_of(path: Path, root: Path, names: Sequence[Any]) -> str:
+    """Return the folder in `root` that has the files of a table, "" for the root itself.
+
+    Flickr8k and Flickr30k have their pictures in such a folder beside the table.
+    """
+    wanted = [name for name in names if isinstance(name, str) and name]
+
+    def has_one(folder: str) -> bool:
+        return any(os.path.exists(root / folder / name) for name in wanted)
+
+    if not wanted or has_one(""):
+        return ""
+    beside = sorted(own.name for own in os.scandir(root) if not is_system_name(own.name))
+    found = next((own for own in beside if (root / own).is_dir() and has_one(own)), "")
+    if found:
+        log.info("%s: its files are in %s", path, root / found)
+    return found
 
 
 def _joined(items: list[Item]) -> list[Item]:
@@ -211,15 +234,18 @@ def _joined(items: list[Item]) -> list[Item]:
     joined = []
     for group in groups.values():
         texts = dict.fromkeys(text for item in group for text in captions_in(item.meta))
-        joined.append(group[0].with_captions([*texts]) if len(group) > 1 else group[0])
+        first = replace(group[0], empty=sum(item.empty for item in group))
+        joined.append(first.with_captions([*texts]) if len(group) > 1 else first)
     return joined
 
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-def list_folder(where: str) -> list[Item]:
-    """Return the pictures and clips below a folder, sorted; raises DataError for .tar shards."""
+def list_folder(where: str, keys: TableKeys) -> list[Item]:
+    """Return the pictures and clips below a folder, sorted; raises DataError for .tar shards,
+    ConfigError for keys of a table in a folder without one.
+    """
     root = Path(where).absolute()
     names = sorted(walk(root))
     tars = [name for name in names if name.endswith(".tar")]
@@ -234,8 +260,10 @@ def list_folder(where: str) -> list[Item]:
         if packed := [name for name in names if is_compressed_tar(name)]:
             raise DataError(compressed(f"{where}/{packed[0]}"))
         raise DataError(f"{where} contains neither .tar shards nor pictures or clips")
+    if (given := keys.given()) and (keys.root or not tables):
+        raise ConfigError(f"{given[0]} is for a table of files, and {where} is a folder")
     if tables:
-        rows = [rows_of_table(root / name, root, posixpath.dirname(name)) for name in tables]
+        rows = [rows_of_table(root / name, root, posixpath.dirname(name), keys) for name in tables]
         items = [item for table in rows for item in table]
         named = {item.name for item in items}
         others = [name for name in media if name not in named]

@@ -25,6 +25,7 @@ from data_pipelines.ingest.endings import ending_of
 from data_pipelines.ingest.held_out import VAL, Cut, Traits, check_share, hold_out, traits_of
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
+from data_pipelines.ingest.table_columns import TableKeys
 from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.process_pool import over_shards, reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
@@ -52,8 +53,8 @@ LIMITS = {
 
 
 @dataclass
-class PackConfig:
-    """Settings of a packing."""
+class PackConfig(TableKeys):
+    """Settings of a packing, and the columns and form of a table."""
 
     per_shard: int = 1000  # samples per tar, at most 10,000
     short_side: int = 0  # shrink to this short side; 0 = keep the bytes
@@ -78,6 +79,8 @@ class PackReport:
     unread: tuple[str, ...] = ()  # files beside the media that are neither media nor read
     held_out: int = 0  # samples in OUT/val
     cut: Cut = field(default_factory=Cut)  # between training and validation
+    empty: int = 0  # rows of a table whose caption is empty
+    columns: tuple[str, ...] = ()  # of the tables, without that of the files
 
 
 def pack(
@@ -86,7 +89,7 @@ def pack(
     """Write missing shards; progress gets (samples done, all). Raises ConfigError or DataError."""
     _check(Path(source), out, config)
     where = os.path.expanduser(source)
-    items = list_files(where, user="xray data pack")
+    items = list_files(where, user="xray data pack", keys=config)
     with sole_writer(out, "folder"):
         _claim(out, items, config)
         cut = _cut(out, items, config)
@@ -102,9 +105,12 @@ def pack(
             skipped += _merge_skipped(val)
     if len(skipped) == len(items):
         first = skipped[0]
+        elsewhere = first["cause"] == "missing file" and not config.root
         raise DataError(
             f"nothing in {source} can be used, e.g. {first['file']}: {first['cause']} "
             f"({first['detail']}); see {out / SKIPPED}"
+            + "; if the files are in another folder, name it with root="
+            * elsewhere
         )
     causes = Counter(record["cause"] for record in skipped)
     count = sum(len(index_shard(tar)) for tar in (out / VAL).glob("*.tar")) if held else 0
@@ -120,6 +126,8 @@ def pack(
         unread=tuple(unread_files(where, items)),
         held_out=count,
         cut=cut,
+        empty=sum(item.empty for item in items),
+        columns=tuple(dict.fromkeys(name for item in items if item.row for name in item.meta)),
     )
 
 

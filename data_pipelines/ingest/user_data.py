@@ -22,7 +22,8 @@ from data_pipelines.ingest.plain_files import (
     open_lines,
     source_of_files,
 )
-from data_pipelines.ingest.tables import READERS
+from data_pipelines.ingest.table_columns import TableKeys
+from data_pipelines.ingest.tables import is_table
 from data_pipelines.shards.manifest import open_manifest, resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import tars_in
@@ -50,7 +51,7 @@ class Kind:
     what: str
     fits: Callable[[str], bool]
     open: Callable[[str, Request], Source]
-    items: Callable[[str], list[Item]] | None = None  # lists plain files, if it has some
+    items: Callable[[str, TableKeys], list[Item]] | None = None  # lists plain files, if any
 
 
 MODALITIES: tuple[Modality, ...] = ("image", "video", "text")
@@ -71,11 +72,13 @@ def _open_shards(where: str, request: Request) -> Source:
     return open_source(request.name, where, modality, "", request.animations, cache, verify)
 
 
-def _files(items: Callable[[str], list[Item]], place: Callable[[str], str]) -> Any:
+def _files(items: Callable[[str, TableKeys], list[Item]], place: Callable[[str], str]) -> Any:
     """Return the function that opens files as a source."""
 
     def open_files(where: str, request: Request) -> Source:
-        return source_of_files(items(where), where, place(os.path.abspath(where)), request)
+        return source_of_files(
+            items(where, TableKeys()), where, place(os.path.abspath(where)), request
+        )
 
     return open_files
 
@@ -98,19 +101,21 @@ KINDS: Mapping[str, Kind] = {
         "a folder of pictures and clips", os.path.isdir, _files(list_folder, str), list_folder
     ),
     "list": Kind(
-        "a .csv, .tsv, .jsonl or .parquet list of files",
-        lambda where: ending_of(where) in READERS,
+        "a .csv, .tsv, .jsonl, .json or .parquet list of files",
+        is_table,
         _files(list_table, os.path.dirname),
         list_table,
     ),
     "file": Kind(
         "a picture or clip",
         lambda where: ending_of(where) in MEDIA,
-        _files(list_file, lambda _: os.sep),
-        list_file,
+        _files(lambda where, keys: list_file(where), lambda _: os.sep),
+        lambda where, keys: list_file(where),
     ),
     "text": Kind(
-        "a .txt file of one text per line", lambda where: ending_of(where) == "txt", open_lines
+        "a .txt file of one text per line",
+        lambda where: ending_of(where) == "txt" and not is_table(where),
+        open_lines,
     ),
 }
 ALL: tuple[str, ...] = tuple(KINDS)
@@ -151,12 +156,20 @@ def _advice(where: str, kind: str) -> str:
 
 
 def list_files(
-    where: str, accept: Collection[str] = ("folder", "list"), user: str = "xray"
+    where: str,
+    accept: Collection[str] = ("folder", "list"),
+    user: str = "xray",
+    keys: TableKeys | None = None,
 ) -> list[Item]:
-    """Return the files of a folder or list, in a fixed order; accept, user: as in `kind_of`."""
-    kind = KINDS[kind_of(where, accept, user)]
+    """Return the files of a folder or list, in a fixed order; accept, user: as in `kind_of`.
+
+    keys: columns and form of a table. A .txt file for which they are given is a table.
+    """
+    keys = keys or TableKeys()
+    text = keys.given() and os.path.isfile(where) and ending_of(where) in ("txt", "token")
+    kind = KINDS["list" if text else kind_of(where, accept, user)]
     assert kind.items is not None
-    return kind.items(where)
+    return kind.items(where, keys)
 
 
 def open_data(
@@ -251,7 +264,7 @@ def open_corpus(
     request = Request("corpus", cast(Any, "text" if texts else modality))
     if len(given) == 1:
         where = os.path.expanduser(given[0])
-        if ending_of(where) == "txt":
+        if kind_of(where, user="embedding") == "text":
             request = Request("corpus")
         source = open_data(where, request, user="embedding")
     else:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Callable[..., None])
 S = TypeVar("S")
 SHARDS = "Folders, globs, {000..123} patterns or URLs of .tar shards"
-DATA = f"{SHARDS}; folders or lists (.csv, .tsv, .jsonl, .parquet) of pictures and clips"
+DATA = f"{SHARDS}; folders or lists (.csv, .tsv, .jsonl, .json, .parquet) of pictures and clips"
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings")]
 ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder or a URL")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]

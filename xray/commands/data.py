@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,7 @@ from xray.words import count
 
 if TYPE_CHECKING:
     from data_pipelines.checks.check import CheckReport
+    from data_pipelines.ingest.pack import PackReport
 
 LISTED = 20  # bad samples that `check` prints
 Data = Annotated[list[str], typer.Argument(metavar="DATA...", help=DATA)]
@@ -89,14 +91,14 @@ def data_pack(
     overrides: Overrides = None,
 ) -> None:
     """Pack pictures and clips into shards: a folder with .txt and .json files beside the media,
-    class folders, a Hugging Face imagefolder, or a .csv, .tsv, .jsonl or .parquet list of files.
+    class folders, a Hugging Face imagefolder, a .csv, .tsv, .jsonl, .json or .parquet list of
+    files, or a caption file of Flickr8k, Flickr30k, COCO or Karpathy.
 
     After an interruption, run the same command again: it continues.
     """
     from data_pipelines.ingest.endings import by_ending
     from data_pipelines.ingest.held_out import VAL, held_out_line
     from data_pipelines.ingest.pack import PackConfig, captioned, pack
-    from data_pipelines.ingest.tables import CAPTION_COLUMNS
     from data_pipelines.shards.manifest import write_manifest
 
     check_folder(out)
@@ -113,8 +115,9 @@ def data_pack(
         print(held_out_line(out / VAL, report.held_out, report.cut))
     told, samples = captioned(out), report.samples + report.held_out
     print(f"captions: {told:,} of {samples:,} samples have captions", end="")
-    columns = ", ".join(CAPTION_COLUMNS)
-    print("" if told else f"; they are read from a.txt beside a.jpg, or the columns {columns}")
+    print("" if told else f"; {_captions_elsewhere(source, out, report)}")
+    if report.empty:
+        print(f"empty captions: {count(report.empty, 'row')} of the table")
     if report.unread:
         print(f"not read: {by_ending(report.unread)}")
     if report.outside:
@@ -149,6 +152,21 @@ def data_split(
         write_manifest(str(folder), checksum=True, workers=config.workers)
     print(f"{out}: {report.samples:,} samples in {report.shards:,} shards")
     print(held_out_line(out / VAL, report.held_out, report.cut))
+
+
+def _captions_elsewhere(source: str, out: Path, report: PackReport) -> str:
+    """Say where captions are read from, for files without one."""
+    from data_pipelines.ingest.table_columns import CAPTION_COLUMNS
+    from data_pipelines.ingest.tables import is_table
+
+    if report.columns:
+        return f"name their column with caption_key=: there are {', '.join(report.columns)}"
+    beside = (str(Path(source) / name) for name in report.unread)
+    if table := next(filter(is_table, beside), ""):
+        command = f"xray data pack {shlex.quote(table)} {shlex.quote(str(out))}"
+        return f"if {table} has them, delete {out} and pack the table: {command}"
+    columns = ", ".join(CAPTION_COLUMNS)
+    return f"they are read from a.txt beside a.jpg, or the columns {columns}"
 
 
 @guarded

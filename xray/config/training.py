@@ -153,7 +153,7 @@ class TrainConfig:
     # samples per device and forward pass; 0 = the whole block of the rank; a number, or steps as
     # in data.resolution
     micro_batch: Any = runtime(0)
-    # steps between two lines of metrics; None = 10, or fewer in a stage of less than 200 steps;
+    # steps between two lines of metrics; null = 10, or fewer in a stage of less than 200 steps;
     # 0 = at the end only
     log_every: int | None = runtime(None)
     save_every: int = runtime(200)  # steps between two checkpoints; 0 = at the end only

@@ -21,6 +21,7 @@ from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.listing import list_folder
 from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.ingest.plain_files import FileSource, Request
+from data_pipelines.ingest.table_columns import TableKeys
 from data_pipelines.ingest.user_data import list_files, open_data
 from data_pipelines.shards.source import Source, make_cache
 from data_pipelines.shards.tar_index import index_shard
@@ -42,7 +43,7 @@ def made(root: Path, *names: str) -> Path:
 
 
 def names_in(folder: Path) -> list[str]:
-    return [item.name for item in list_folder(str(folder))]
+    return [item.name for item in list_folder(str(folder), TableKeys())]
 
 
 # --- links -------------------------------------------------------------------------------------
@@ -185,9 +186,11 @@ def test_files_that_no_row_names_are_told(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_a_folder_of_clips_beside_pictures_is_no_class(tmp_path: Path) -> None:
     root = made(tmp_path / "in", "a.jpg", "clips/1.mp4", "clips/2.mp4")
-    assert not any(item.meta for item in list_folder(str(root)))
+    assert not any(item.meta for item in list_folder(str(root), TableKeys()))
     made(root, "ant/1.jpg", "bee/2.jpg")
-    labels = {item.name: item.meta.get("label_name") for item in list_folder(str(root))}
+    labels = {
+        item.name: item.meta.get("label_name") for item in list_folder(str(root), TableKeys())
+    }
     assert labels == {
         "a.jpg": None,
         "clips/1.mp4": None,
@@ -196,9 +199,9 @@ def test_a_folder_of_clips_beside_pictures_is_no_class(tmp_path: Path) -> None:
         "bee/2.jpg": "bee",
     }
     made(root, "run/1.mp4", "swim/1.mp4")  # folders that divide the clips are their classes
-    assert {i.meta.get("label_name") for i in list_folder(str(root)) if i.name[-1] == "4"} == {
-        *("clips", "run", "swim")
-    }
+    assert {
+        i.meta.get("label_name") for i in list_folder(str(root), TableKeys()) if i.name[-1] == "4"
+    } == {*("clips", "run", "swim")}
 
 
 # --- labels ------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def test_other_columns_of_files(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="missing file: row 2: the cell is empty"):
         empty.read()
     nothing = parquet_of(tmp_path / "none.parquet", [{"mask": b"x", "n": 1}])
-    with pytest.raises(DataError, match=r"no column of paths: rename one of its columns \(n\)"):
+    with pytest.raises(DataError, match=r"no column of files: its columns are n:"):
         list_files(str(nothing))
     rows = [{"file_name": "a.jpg", "label": 1.0}, {"file_name": "a.jpg", "label": float("nan")}]
     metas = [i.meta["label"] for i in list_files(str(parquet_of(tmp_path / "f.parquet", rows)))]
@@ -326,8 +329,8 @@ def test_the_delimiter_of_a_csv_is_found(tmp_path: Path, delimiter: str) -> None
     (tmp_path / "l.csv").write_text("\n".join(lines))
     (item,) = list_files(str(tmp_path / "l.csv"))
     assert item.name == "a.jpg" and item.describe()[0] == ["x; y, z\t!"]
-    (tmp_path / "l.csv").write_text(f"picture{delimiter}caption\na.jpg{delimiter}x\n")
-    with pytest.raises(DataError, match=r"rename one of its columns \(picture, caption\)"):
+    (tmp_path / "l.csv").write_text(f"picture{delimiter}caption\na{delimiter}x\n")
+    with pytest.raises(DataError, match=r"no column of files: its columns are picture, caption"):
         list_files(str(tmp_path / "l.csv"))
 
 

@@ -98,7 +98,7 @@ def test_sets_of_other_numbers_meet_by_name(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("where,label\na.jpg,1\n", "has no column of paths"),
+        ("where,label\na,1\n", "has no column of files"),
         ("path,score\nset/ant/ant0.jpg,1\n", "has neither a column `label` nor"),
         ("", "has no rows"),
         ("path,label\n", "has no rows"),

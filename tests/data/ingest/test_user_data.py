@@ -15,6 +15,7 @@ from shards import photo, write_tar
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.listing import list_folder
 from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.table_columns import TableKeys
 from data_pipelines.ingest.user_data import KINDS, kind_of, open_corpus, open_data, open_sources
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
@@ -292,10 +293,10 @@ def test_a_link_to_its_own_folder_or_above_lists_no_file_twice(tmp_path: Path) -
     (folder / "a.jpg").write_bytes(photo(0))
     (folder / "itself").symlink_to(".")
     (folder / "above").symlink_to(tmp_path)
-    assert [item.name for item in list_folder(str(folder))] == ["a.jpg"]
+    assert [item.name for item in list_folder(str(folder), TableKeys())] == ["a.jpg"]
     above = tmp_path / "link"
     above.symlink_to(folder)  # the folder itself may be given as a link
-    assert [item.name for item in list_folder(str(above))] == ["a.jpg"]
+    assert [item.name for item in list_folder(str(above), TableKeys())] == ["a.jpg"]
 
 
 def test_evaluation_reads_captions_beside_files(made: Path) -> None:
