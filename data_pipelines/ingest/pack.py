@@ -200,14 +200,19 @@ def _check(source: Path, out: Path, config: PackConfig) -> None:
         raise ConfigError(f"{out} is inside {source}: choose a folder outside it")
 
 
-def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
-    """Claim the folder for this packing; raise ConfigError if it has shards of another one."""
+def digest_of(items: list[Item]) -> str:
+    """Return a sha256 that changes when a file, its sidecars or its metadata change."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.stamp().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _claim(out: Path, items: list[Item], config: PackConfig) -> None:
+    """Claim the folder for this packing; raise ConfigError if it has shards of another one."""
     settings = asdict(config)
     del settings["workers"]  # does not change the shards
-    wanted = {"config": settings, "files": digest.hexdigest()}
+    wanted = {"config": settings, "files": digest_of(items)}
     _remove(out, f"{TEMPORARY}*")
     if not any(out.glob("*.tar")):
         _remove(out, OF_SHARDS)

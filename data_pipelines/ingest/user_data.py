@@ -5,6 +5,7 @@ Each command names the kinds that it takes. A kind needs its functions and an en
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +36,7 @@ from data_pipelines.shards.source import (
     open_source,
 )
 from data_pipelines.shards.tar_contents import is_compressed_tar
-from data_pipelines.shards.tar_index import TEXT_FILES, Modality
+from data_pipelines.shards.tar_index import TEXT_FILES, Modality, user_cache
 from data_pipelines.text.captions import captions_of
 from xray import dist
 from xray.config import DataConfig
@@ -87,10 +88,11 @@ def _is_shards(where: str) -> bool:
     if os.path.isdir(where):
         return bool(tars_in(where))
     named = where.endswith(".tar") or is_compressed_tar(where)  # which gets its own message
-    return is_remote(where) or named or _is_pattern(where)
+    return is_remote(where) or named or is_pattern(where)
 
 
-def _is_pattern(where: str) -> bool:
+def is_pattern(where: str) -> bool:
+    """Return True for a pattern of paths, not for a path that exists."""
     return any(c in where for c in WILD) and not os.path.exists(where)
 
 
@@ -135,7 +137,7 @@ def kind_of(where: str, accept: Collection[str] = ALL, user: str = "xray") -> st
     if is_remote(where):
         if len(fitting) > 1:
             raise DataError(f"{where}: only .tar shards are read from a URL; download the file")
-    elif not os.path.exists(where) and not _is_pattern(where):
+    elif not os.path.exists(where) and not is_pattern(where):
         raise DataError(f"{where} does not exist{nearest_path(where)}")
     if not fitting:
         raise DataError(f"{where} is of unknown kind: {user} takes {taken}")
@@ -150,9 +152,25 @@ def _advice(where: str, kind: str) -> str:
         return f": use shards as they are, as data.sources.NAME.shards={where}"
     if kind in ("folder", "list"):
         list_files(where)  # raises a clearer error if there is nothing to pack
-        out = os.path.splitext(where.rstrip("/"))[0] + "_shards"
-        return f". Make shards: xray data pack {shlex.quote(where)} {shlex.quote(out)}"
+        out = shlex.quote(shards_beside(where))
+        return f". Make shards: xray data pack {shlex.quote(where)} {out}"
     return ""
+
+
+def shards_beside(where: str) -> str:
+    """Return the folder for the shards of a folder or table: PHOTOS_shards beside it.
+
+    If that can neither be read nor written, it is a folder of the user's cache.
+    """
+    path = where.rstrip("/")
+    if os.path.basename(path) in ("", ".", ".."):
+        path = os.path.abspath(where)
+    beside = (path if os.path.isdir(path) else os.path.splitext(path)[0]) + "_shards"
+    if os.path.isdir(beside) or os.access(os.path.dirname(beside) or ".", os.W_OK):
+        return beside
+    real = os.path.realpath(where)
+    name = f"{os.path.basename(beside)}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
+    return str(user_cache("packed") / name)
 
 
 def list_files(
@@ -196,7 +214,10 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
             try:
                 opened[name] = open_data(where, own, ("shards",), "training")
             except DataError as error:
-                raise DataError(f"data.sources.{name}: {error}") from error
+                clips = config.modality == "video" and "image" in data.modalities
+                none = clips and not is_remote(where) and not os.path.exists(where)
+                leave = "; if there are no clips, set data.modalities=[image]" if none else ""
+                raise DataError(f"data.sources.{name}: {error}{leave}") from error
         return opened
 
     sources = dist.main_first(open_all, "opening the data")

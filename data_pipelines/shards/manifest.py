@@ -129,10 +129,15 @@ def as_named(manifest: Manifest, pattern: str) -> Manifest:
 
 
 def resolve(pattern: str, root: str = "") -> str:
-    """Join a shard pattern to a root folder; either may be a URL, whose credentials it conceals."""
+    """Join a shard pattern to a root folder; either may be a URL, whose credentials it conceals.
+
+    "." is the root itself.
+    """
     pattern, root = conceal(pattern), conceal(root)
     if is_remote(pattern) or not root:
         return os.path.expanduser(pattern)
+    if pattern == ".":
+        return root.rstrip("/") if is_remote(root) else os.path.expanduser(root)
     if is_remote(root):
         return f"{root.rstrip('/')}/{pattern}"
     return os.path.join(os.path.expanduser(root), os.path.expanduser(pattern))

@@ -37,13 +37,17 @@ def ablate(
 
     if dist.world_size() > 1:
         raise ConfigError("xray ablate starts its own processes: run it without a launcher")
-    ablation = load_ablation(file, overrides or [])
+    given = overrides or []
+    ablation = load_ablation(file, given)
     from xray.ablations.comparison import check_metrics, outcomes_of
     from xray.ablations.cost import flops_of, plan_of
     from xray.ablations.jobs import Jobs, exclusive
     from xray.ablations.report import write_comparison
-    from xray.recipes.run import prepare
+    from xray.recipes.own_data import recipe_settings
+    from xray.recipes.run import check_evaluation, prepare
 
+    if packed := recipe_settings(ablation.trials[0].recipe, write=not plan):
+        ablation = load_ablation(file, [*given, *packed])
     if plan:
         plan_of(ablation, flops_of(ablation, None)).print()
         return
@@ -51,6 +55,7 @@ def ablate(
         write_recipes(ablation)
         for trial in ablation.trials[: len(ablation.arms)]:
             prepare(trial.recipe)
+            check_evaluation(trial.recipe.runs, trial.recipe.eval, trial.recipe.root)
         flops = flops_of(ablation, ablation.out / "flops.json")
         plan_of(ablation, flops).print()
         failures = Jobs(ablation.out, ablation.config.jobs, lock).run(ablation.trials)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from xray.commands.common import Overrides, check_artifact, guarded
 from xray.commands.help import examples
 from xray.errors import ArtifactError
 from xray.files import nearest_path
+
+if TYPE_CHECKING:
+    from xray.recipes.recipe import Recipe
 
 
 @examples(
@@ -31,16 +34,31 @@ def run(
 ) -> None:
     """Train the stages of RECIPE in order, skip the finished ones, evaluate, write a report.
 
-    With torchrun, all processes train and encode the data of the evaluation.
+    data.root may be a folder of pictures and clips or a list of them: they are packed once. With
+    torchrun, all processes train and encode the data of the evaluation.
     """
     from xray.recipes.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    given = overrides or []
+    loaded = load_recipe(recipe, given)
+    from xray.recipes.own_data import recipe_settings
     from xray.recipes.report import write_run_report
-    from xray.recipes.run import evaluate, plan_notes, plan_table, run_recipe, sizes_at_hand
+    from xray.recipes.run import (
+        evaluate,
+        join_ranks,
+        plan_notes,
+        plan_table,
+        run_recipe,
+        sizes_at_hand,
+    )
 
+    plan_table(loaded, {})  # on every rank: it raises for models that cannot be built
+    if not plan:
+        join_ranks(loaded)
+    if packed := recipe_settings(loaded, write=not plan):
+        loaded = load_recipe(recipe, [*given, *packed])
     sizes = sizes_at_hand(loaded) if dist.is_main() else {}
-    table = plan_table(loaded, sizes)  # on every rank: it raises for models that cannot be built
+    table = plan_table(loaded, sizes)
     if dist.is_main():
         table.print()
         for note in plan_notes(loaded, sizes):
@@ -84,6 +102,7 @@ def train(
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
     from stages import stage_class, stage_config
+    from xray.config import RunConfig
     from xray.config import loading as cfg
 
     schema = stage_config(stage)
@@ -91,28 +110,36 @@ def train(
     files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
     values = [item for item in items if item not in files]
     named = [f"model={model}"] if model else []
-    overrides = cfg.parse_overrides(named + values, cfg.kinds_of(schema))
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
-    layers, loaded = list[Any](), None
-    if recipe:
-        from xray.recipes.recipe import stage_from_recipe
 
-        layer, loaded = stage_from_recipe(stage, recipe, values)
-        layers.append(layer)
-    config = cfg.load_config(schema, stage, *layers, *map(cfg.read_yaml, files), overrides)
-    config.out = out or config.out or f"runs/{stage}"
-    config.init_from = init_from or config.init_from
-    config.validate()
+    def load(packed: list[str]) -> tuple[RunConfig, Recipe | None]:
+        overrides = cfg.parse_overrides(named + values + packed, cfg.kinds_of(schema))
+        layers, loaded = list[Any](), None
+        if recipe:
+            from xray.recipes.recipe import stage_from_recipe
+
+            layer, loaded = stage_from_recipe(stage, recipe, values + packed)
+            layers.append(layer)
+        config = cfg.load_config(schema, stage, *layers, *map(cfg.read_yaml, files), overrides)
+        config.out = out or config.out or f"runs/{stage}"
+        config.init_from = init_from or config.init_from
+        config.validate()
+        return config, loaded
+
+    config, loaded = load([])
     for path in config.init_from:
         check_artifact(path)
     device = dist.choose_device(config.train.device)
+    from xray.recipes.own_data import stage_settings
     from xray.recipes.run import prepare
     from xray.training.deepspeed_setup import init_distributed
     from xray.training.trainer import train_stage
 
     init_distributed(device)
+    if packed := stage_settings(config, loaded):
+        config, loaded = load(packed)
     if loaded is not None:
         prepare(loaded)
     artifact = train_stage(stage_class(stage), config, device)

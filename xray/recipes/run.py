@@ -173,13 +173,20 @@ def store_captions(config: RunConfig, text: TextConfig, device: torch.device) ->
             write_text_features(source, language, job, device, progress)
 
 
-def run_recipe(recipe: Recipe) -> list[Artifact]:
-    """Train every stage that is not finished, in order, and return all artifacts."""
+def join_ranks(recipe: Recipe) -> torch.device:
+    """Join the process group of a recipe's run, and return this rank's device."""
     device = dist.choose_device(recipe.runs[0].train.device)
     from xray.training.deepspeed_setup import init_distributed
-    from xray.training.trainer import train_stage
 
     init_distributed(device)
+    return device
+
+
+def run_recipe(recipe: Recipe) -> list[Artifact]:
+    """Train every stage that is not finished, in order, and return all artifacts."""
+    from xray.training.trainer import train_stage
+
+    device = join_ranks(recipe)
     for config in recipe.runs:
         if not (Path(config.out) / "artifact").exists():
             check_decoding(config, device)
@@ -217,6 +224,7 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
     Sidecars that this writes are the ones that the stage reads later. Raises ConfigError,
     ArtifactError or DataError.
     """
+    check_evaluation(runs, evaluation, root)
     offers = {run.stage: stage_class(run.stage).offers for run in runs}
     results = {str(Path(run.out) / "artifact"): offers[run.stage] for run in runs}
     todo = [run for run in runs if not (Path(run.out) / "artifact").exists()]
@@ -233,6 +241,11 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         pending = frozenset[str]().union(*(results[path] for path in coming))
         foresee = partial(stage.foresee, kept, parents, pending)
         dist.main_first(foresee, f"checking the data of {config.stage}")
+
+
+def check_evaluation(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
+    """Check that the data sets of a recipe's evaluation exist; raises ConfigError or DataError."""
+    offers = {run.stage: stage_class(run.stage).offers for run in runs}
     for suites in evaluation.in_recipe(offers).values():
         check_sets(evaluation, suites, root)
 

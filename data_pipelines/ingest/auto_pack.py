@@ -1,0 +1,258 @@
+"""Packs the plain files that a run's sources name, so that it trains on the shards instead.
+
+The shards of `photos/`, and of `photos.csv`, are in `photos_shards` beside it; if that cannot be
+written, in the user's cache. A later run finds them there, and refuses them if the files changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipelines.ingest.endings import by_ending, ending_of
+from data_pipelines.ingest.pack import (
+    OF_SHARDS,
+    RECORD,
+    SKIPPED,
+    VAL,
+    PackConfig,
+    PackReport,
+    captioned,
+    digest_of,
+    pack,
+)
+from data_pipelines.ingest.tables import is_table
+from data_pipelines.ingest.user_data import (
+    KINDS,
+    is_pattern,
+    list_files,
+    shards_beside,
+)
+from data_pipelines.shards.manifest import open_manifest, resolve
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_list import tars_in
+from data_pipelines.shards.tar_index import Modality, media_extensions
+from xray.config import DataConfig, SourceConfig
+from xray.config.loading import build
+from xray.errors import ConfigError, DataError
+from xray.files import making
+from xray.progress import progress_bar
+
+log = logging.getLogger("xray")
+HELD_OUT = 0.05  # share of the samples that are held out for validation
+ROOT = "."  # as `shards` of a source: data.root itself
+WORDS: Mapping[str, str] = {"image": "pictures", "video": "clips", "text": "captions"}
+
+
+@dataclass
+class _Plan:
+    """Sources to change: those of data.root itself, and those of files and folders of their own."""
+
+    at_root: list[str]
+    own: dict[str, str]  # source -> path of its files
+    absent: list[str]  # sources without a path, beside plain folders of the others
+
+
+def pack_sources(
+    data: DataConfig, names: Collection[str], use_root: bool = True, write: bool = True
+) -> list[str]:
+    """Pack the plain files of sources, and return the settings `key=value` that replace them.
+
+    data.root may itself be plain files, or shards, for sources whose path does not exist in it. A
+    modality of which it has no samples is left out. use_root: False if data.root is yet to be
+    made. write: False to pack nothing, as for a plan. Raises ConfigError or DataError.
+    """
+    sources = {n: data.sources[n] for n in names if data.sources[n].modality in data.modalities}
+    plan, settings = _plan(data, sources, use_root), dict[str, str]()
+    counted: dict[str, int] = {name: 0 for name in plan.absent}
+    if plan.at_root:
+        where = os.path.expanduser(data.root)
+        folder = where if _has_shards(where) else shards_beside(where)
+        _check_single(data.root, {name: sources[name] for name in plan.at_root})
+        for name in plan.at_root:
+            settings[f"data.sources.{name}.shards"] = ROOT
+        if folder != where:
+            _packed("data.root", where, folder, write)
+            settings["data.root"] = folder
+        counted |= _counts(where, folder, {name: sources[name] for name in plan.at_root})
+    for name, where in plan.own.items():
+        folder = shards_beside(where)
+        _packed(f"data.sources.{name}", where, folder, write)
+        settings[f"data.sources.{name}.shards"] = _below(folder, data.root)
+        counted |= _counts(where, folder, {name: sources[name]})
+    return [f"{key}={value}" for key, value in settings.items()] + _left_out(data, sources, counted)
+
+
+def _plan(data: DataConfig, sources: Mapping[str, SourceConfig], use_root: bool) -> _Plan:
+    root = os.path.expanduser(data.root)
+    local = bool(data.root) and not is_remote(data.root) and use_root
+    plan, missing, there = _Plan([], {}, []), list[str](), list[str]()
+    for name, source in sources.items():
+        where = resolve(source.shards, data.root)
+        if not source.shards or is_remote(where):
+            continue
+        if local and os.path.abspath(where) == os.path.abspath(root):
+            plan.at_root += [name] * _is_plain(root)
+        elif _is_plain(where):
+            plan.own[name] = where
+        elif not os.path.exists(where) and not is_pattern(where):
+            missing += [name] * (local and not os.path.isabs(os.path.expanduser(source.shards)))
+        else:
+            there.append(name)
+    if missing and not there and not plan.own and (_is_plain(root) or _has_shards(root)):
+        plan.at_root += missing
+    elif missing and not there and plan.own:
+        plan.absent = missing
+    return plan
+
+
+def _has_shards(where: str) -> bool:
+    return os.path.isdir(where) and bool(tars_in(where))
+
+
+def _is_plain(where: str) -> bool:
+    """Return True for a table of files, and for a folder of pictures and clips."""
+    if not os.path.exists(where) or is_pattern(where):
+        return False
+    kind = next((name for name, own in KINDS.items() if own.fits(where)), "")
+    if kind != "folder":
+        return kind == "list"
+    try:
+        return bool(list_files(where))
+    except DataError:  # no pictures: perhaps a folder of folders of shards
+        return False
+
+
+def _check_single(root: str, sources: Mapping[str, SourceConfig]) -> None:
+    """Raise ConfigError if two sources would read the same files of data.root."""
+    first: dict[str, str] = {}
+    for name, source in sources.items():
+        other = first.setdefault(source.modality, name)
+        if other != name:
+            raise ConfigError(
+                f"data.root={root} has files, and both {other} and {name} would read its "
+                f"{WORDS[source.modality]}: give data.sources.{other}.shards= and "
+                f"data.sources.{name}.shards="
+            )
+
+
+def _below(folder: str, root: str) -> str:
+    """Return a folder relative to data.root, if it is below it."""
+    start = os.path.expanduser(root).rstrip("/") + "/"
+    return os.path.relpath(folder, start) if root and folder.startswith(start) else folder
+
+
+def _counts(where: str, folder: str, sources: Mapping[str, SourceConfig]) -> dict[str, int]:
+    """Count the samples of each source in shards; in the files, if they are not packed yet."""
+    if _has_shards(folder):
+        manifest = open_manifest(folder)
+        kinds = {name: (own.modality, own.animations) for name, own in sources.items()}
+        return {name: int(manifest.counts(*kind).sum()) for name, kind in kinds.items()}
+    endings = [ending_of(item.name) for item in list_files(where)]
+
+    def count(modality: Modality, animations: Modality) -> int:
+        known = media_extensions(modality, animations)
+        return sum(modality == "text" or ending in known for ending in endings)
+
+    return {name: count(own.modality, own.animations) for name, own in sources.items()}
+
+
+def _left_out(
+    data: DataConfig, sources: Mapping[str, SourceConfig], counted: Mapping[str, int]
+) -> list[str]:
+    """Return the setting that leaves out modalities without samples; raises DataError if all are.
+
+    A modality of which another source may have samples stays.
+    """
+    held = {own.modality for name, own in sources.items() if counted.get(name, 1)}
+    empty = [name for name in sources if sources[name].modality not in held]
+    if not empty:
+        return []
+    words = " or ".join(dict.fromkeys(WORDS[sources[name].modality] for name in empty))
+    if not held:
+        raise DataError(f"there are no {words} for the sources {', '.join(sources)}")
+    setting = f"data.modalities=[{','.join(kind for kind in data.modalities if kind in held)}]"
+    log.info("no %s: source %s is left out (%s)", words, ", ".join(empty), setting)
+    return [setting]
+
+
+# packing ----------------------------------------------------------------------------------------
+
+
+def _packed(key: str, where: str, folder: str, write: bool) -> None:
+    """Pack files into a folder, unless it has them; raises ConfigError if they have changed."""
+    try:
+        if _is_current(key, where, folder) or not write:
+            return
+        with making(Path(folder)):
+            if not _is_current(key, where, folder):
+                log.info("%s: packing its files once, to %s", where, folder)
+                with progress_bar("packing") as progress:
+                    config = _settings(folder) or PackConfig(val=HELD_OUT)
+                    report = pack(where, Path(folder), config, progress)
+                log.info("%s", _told(where, folder, report))
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
+def _is_current(key: str, where: str, folder: str) -> bool:
+    """Return True if a folder has all shards of these files; raises ConfigError for other files."""
+    config = _settings(folder)
+    if config is None:
+        return False
+    record = json.loads((Path(folder) / RECORD).read_text("utf-8"))
+    items = list_files(where, keys=config)
+    if record["files"] != digest_of(items):
+        raise ConfigError(
+            f"{key}: the files of {where} have changed since {folder} was packed from them: delete "
+            f"{folder} to pack them again, or train on it as it is with {_key(key)}={folder}"
+        )
+    held = record.get("held_out", {}).get("held")
+    folders = [Path(folder), *([Path(folder) / VAL] if held else [])]
+    if config.val and held is None:
+        return False
+    if not all((own / SKIPPED).is_file() and not any(own.glob(OF_SHARDS)) for own in folders):
+        return False
+    log.info("%s: training on its shards in %s", where, folder)
+    return True
+
+
+def _key(name: str) -> str:
+    """Return the setting that names the data of `data.root` or of `data.sources.NAME`."""
+    return name if name == "data.root" else f"{name}.shards"
+
+
+def _settings(folder: str) -> PackConfig | None:
+    """Return the recorded settings of a packing, None if there is none; raises ConfigError."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return build(PackConfig, json.loads(path.read_text("utf-8"))["config"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: delete {folder}") from error
+
+
+def _told(where: str, folder: str, report: PackReport) -> str:
+    """Say what was packed, and what was left out."""
+    shards = f"{report.shards:,} shard{'s' * (report.shards != 1)}"
+    total, captions = report.samples + report.held_out, captioned(Path(folder))
+    parts = [f"{where}: packed {total:,} samples in {shards} in {folder}"]
+    if report.held_out:
+        parts.append(f"{report.held_out:,} of them held out in {folder}/{VAL}")
+    parts.append(f"{captions:,} have captions")
+    if report.empty:
+        parts.append(f"{report.empty:,} rows have an empty one")
+    if causes := report.skipped:
+        listed = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
+        parts.append(f"left out: {listed} ({folder}/{SKIPPED})")
+    if report.unread:
+        parts.append(f"not read: {by_ending(report.unread)}")
+    tables = (os.path.join(where, name) for name in report.unread)
+    if not captions and (table := next(filter(is_table, tables), "")):
+        parts.append(f"if {table} has the captions, give it instead of {where}")
+    return "; ".join(parts)
