@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from data_pipelines.tags.labels import (
     most_labels,
     teacher_sidecar,
 )
+from data_pipelines.tags.missing import TagKeys, why_no_tags
 from data_pipelines.tags.vocabulary import TagCounts, Vocabulary, build_vocabulary, count_tags
 from stages.base import (
     Batch,
@@ -136,10 +138,30 @@ def find_vocabulary(
     if options.vocabulary:
         return Vocabulary.load(Path(options.vocabulary))
     counts, names = TagCounts(), [block.source for block in config.blocks]
-    for name in names:
-        own, workers = config.data.sources[name], config.data.workers
-        counts.join(count_tags(sources[name], own.tags, options, workers, captions=own.captions))
-    return build_vocabulary(counts, options, ", ".join(names))[0]
+
+    def why_none() -> str:
+        return "; ".join(why_untagged(config, options, sources[name]) for name in names)
+
+    try:
+        for name in names:
+            own, workers = config.data.sources[name], config.data.workers
+            given = sources[name], own.tags, options, workers
+            counts.join(count_tags(*given, captions=own.captions))
+        where = ", ".join(names)
+        return build_vocabulary(counts, options, where, None, "hashtag.", why_none)[0]
+    except ConfigError as error:  # about a key of the rules
+        raise ConfigError(f"hashtag.{error}") from error
+
+
+def why_untagged(config: RunConfig, options: HashtagOptions, source: Source) -> str:
+    """Say why the samples of a source have no tags, and each way out."""
+    own = config.data.sources[source.name]
+    kinds = dict.fromkeys(config.data.sources[block.source].modality for block in config.blocks)
+    others = ",".join(kind for kind in kinds if kind != own.modality)
+    leave_out = f"leave the source out with data.modalities=[{others}]" if others else ""
+    leave_out = leave_out or f"leave out the {config.stage} stage"
+    keys = TagKeys(f"data.sources.{source.name}.tags", "hashtag.field")
+    return why_no_tags(source, own.tags, options, own.captions, keys, leave_out)
 
 
 def vocabulary_size(
@@ -192,7 +214,8 @@ class HashtagStage(Stage[HashtagConfig]):
             labels = label(work, data.workers)
             balance: Balance = options.balance if name in training else "none"
             settings = balance, options.epoch_length, self.config.seed, data.workers
-            self.balanced[name] = balanced(source, labels, len(self.vocabulary), *settings)
+            why = partial(why_untagged, self.config, options, source)
+            self.balanced[name] = balanced(source, labels, len(self.vocabulary), *settings, why)
             if dist.is_main():
                 log.info("source %s: %s", name, self._labelled(work, self.balanced[name]))
         if options.shard_classes:

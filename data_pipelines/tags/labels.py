@@ -8,7 +8,7 @@ times its probability. Loader workers read rows of the sidecar, so tags are pars
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -202,14 +202,17 @@ def balanced(
     length: float,
     seed: int,
     workers: int = 1,
+    why_none: Callable[[], str] = str,
 ) -> BalancedSource:
-    """Make about `length` slots per labelled sample; raises DataError if no sample has labels."""
+    """Make about `length` slots per labelled sample; raises DataError if no sample has labels.
+
+    why_none: explains in the error that no sample has one.
+    """
     counts, rarest = _tag_counts(labels, tags)
     unique = int(rarest.sum())
     if not unique:
         raise DataError(
-            f"source {source.name!r} has no sample with a tag of the vocabulary: set where its "
-            f"tags come from, for example data.sources.{source.name}.tags=caption_words"
+            f"source {source.name!r} has no sample with a tag of the vocabulary: {why_none()}"
         )
     factors, threshold = replication(counts, rarest, balance, length)
     facts = {"labels": labels.digest, "balance": balance, "threshold": threshold, "seed": seed}

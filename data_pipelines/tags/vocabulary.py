@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -204,7 +204,7 @@ def count_tags(
     captions: JSON field -> weight for tags from captions (`read_captions`). Raises ConfigError.
     """
     if origin == "concepts" and not rules.concepts:
-        raise ConfigError("tags=concepts needs a list of concepts: set concepts=FILE")
+        raise ConfigError("concepts is not set: tags=concepts needs a file of one concept per line")
     reader, captions = raw_reader(rules.field, rules.aliases, rules.concepts), dict(captions or {})
     facts = {"source": source.digest, "tags": origin, "captions": captions, **reader.facts}
     name = f"tags-{hash_json(facts)[:12]}"
@@ -248,11 +248,17 @@ class Dropped:
 
 
 def build_vocabulary(
-    counts: TagCounts, rules: TagRules, where: str, settings: Mapping[str, Any] | None = None
+    counts: TagCounts,
+    rules: TagRules,
+    where: str,
+    settings: Mapping[str, Any] | None = None,
+    section: str = "",
+    why_none: Callable[[], str] = str,
 ) -> tuple[Vocabulary, dict[str, Dropped]]:
     """Build a vocabulary of the most frequent tags; also return the left-out tags by reason.
 
-    where: names of the sources, for the error. Raises DataError if no tag is frequent enough.
+    where: names of the sources; section: prefix of the rules' keys; why_none: explains that no
+    sample has a tag; all for the error. Raises DataError if no tag is frequent enough.
     """
     merged, plurals = _merge_plurals(counts) if rules.plurals else (counts.tags, {})
     spellings: dict[str, list[str]] = {}
@@ -276,11 +282,11 @@ def build_vocabulary(
         else:
             kept.append((tag, count))
     if not kept:
+        best = max((count for tag, count in merged.items() if tag not in stop), default=0)
+        way = f"set {section}min_count={best}" if best else f"set {section}stop=none"
         raise DataError(
             f"no tag occurs in {rules.min_count} samples of {where} ({counts.tagged:,} of "
-            f"{counts.samples:,} have a tag): lower min_count, read tags from elsewhere "
-            "(data.sources.NAME.tags=hashtags, caption_hashtags, caption_words or concepts), or "
-            "leave out the hashtag stage"
+            f"{counts.samples:,} have a tag): {way if counts.tagged else why_none()}"
         )
     tags, numbers = zip(*kept, strict=True)
     aliases = tuple(tuple(sorted(set(spellings.get(tag, ())))) for tag in tags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -186,10 +187,14 @@ def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") ->
             if len(captions) >= MAX_CAPTIONS:
                 return CaptionSample(captions, pairs, with_negatives)
     if not captions:
-        where = f"data.sources.{source.name}.captions={dict(fields)}" if fields else "their json"
+        cause = Counter(causes).most_common(1)[0][0] if causes else "it has no samples"
+        key = f"data.sources.{source.name}.captions"
+        given = f"={dict(fields)}" if fields else ", a json field such as {synthetic: 1}"
+        clips = source.modality == "video"
+        leave = ", or leave the clips out with data.modalities=[image]" if clips else ""
         raise DataError(
             f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
-            f"({causes[0] if causes else 'it has no samples'}): check {where}, and run xray data "
-            "check"
+            f"({cause}): pack them again with captions (a.txt beside a.jpg or a.mp4), or check "
+            f"{key}{given}{leave}"
         )
     return CaptionSample(captions, pairs, with_negatives)

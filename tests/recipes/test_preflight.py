@@ -72,7 +72,10 @@ def test_a_missing_file_is_named_by_its_key(
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
-        ("mae,hashtag", r"0 of 12 have a tag\).*data.sources.NAME.tags.*leave out the hashtag"),
+        (
+            "mae,hashtag",
+            r"0 of 12 have a tag\): .*data.sources.photos.tags=.*leave out the has",
+        ),
         ("mae,text", r"has two captions, which stage text compares: leave it out \(stages="),
     ],
 )

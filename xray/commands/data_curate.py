@@ -132,6 +132,7 @@ def data_tags(
 ) -> None:
     """Build a vocabulary of tags."""
     from data_pipelines.tags.examples import find_examples
+    from data_pipelines.tags.missing import TagKeys, why_no_tags
     from data_pipelines.tags.reader import TagsConfig
     from data_pipelines.tags.vocabulary import TagCounts, build_vocabulary, count_tags
     from xray.reports.tags import SHOWN, dropped_table, summary, write_tag_report
@@ -144,7 +145,13 @@ def data_tags(
         reading = progress_of("reading")
         counts.join(count_tags(source, config.tags, config, workers, reading, config.captions))
     facts = {"shards": data, **asdict(config)}
-    vocabulary, dropped = build_vocabulary(counts, config, ", ".join(data), facts)
+
+    def why_none() -> str:
+        rules = config.tags, config, config.captions, TagKeys()
+        return "; ".join(why_no_tags(source, *rules) for source in sources)
+
+    where = ", ".join(data)
+    vocabulary, dropped = build_vocabulary(counts, config, where, facts, why_none=why_none)
     out.parent.mkdir(parents=True, exist_ok=True)
     vocabulary.save(out)
     page = report or out.with_suffix(".html")

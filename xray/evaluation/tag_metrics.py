@@ -200,10 +200,7 @@ class TagMetrics:
     def _joined(self) -> _Block:
         """Join all blocks, without the scores; raises DataError if no sample has a tag."""
         if not any(len(block.owned) for block in self.blocks):
-            raise DataError(
-                f"none of the {self.samples} samples has a tag of the vocabulary: say where their "
-                "tags are, eval.tags.NAME.tags=caption_words, say"
-            )
+            raise DataError(f"none of the {self.samples} samples has a tag of the vocabulary")
         columns = [torch.cat(column) for column in list(zip(*self.blocks, strict=True))[1:]]
         return _Block(torch.empty(0), *columns)
 

@@ -14,10 +14,11 @@ from data_pipelines.decode.transforms import load_views
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.tags.labels import Labeller, label
+from data_pipelines.tags.missing import TagKeys, why_no_tags
 from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray.artifacts.encoders import Tagger
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, DataError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Samples, Views
 from xray.evaluation.suite import Measures
@@ -58,6 +59,10 @@ def tagging(
     present = [
         torch.from_numpy(np.array(labels.table(s)["ids"])) for s in range(len(labels.counts))
     ]
+    if not any(map(len, present)):
+        keys = TagKeys(f"{source.name}.tags", f"{source.name}.field")
+        why = why_no_tags(source, config.tags, rules, config.captions, keys)
+        raise DataError(f"{source.name}: no sample has a tag of the vocabulary: {why}")
     measured = measured_tags(torch.cat(present), len(source))
     metrics = TagMetrics(torch.tensor(vocabulary.counts), measured)
     rows = (labels.row(*place, "ids") for place in source.places())

@@ -153,7 +153,7 @@ def test_errors_in_tag_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             count_tags(source, "hashtags", rules)
-    with pytest.raises(ConfigError, match="set concepts=FILE"):
+    with pytest.raises(ConfigError, match="concepts is not set"):
         count_tags(source, "concepts", TagRules())
 
 
