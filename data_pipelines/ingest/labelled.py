@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import defaultdict
@@ -15,9 +16,17 @@ from data_pipelines.ingest.listing import Item, captions_in
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
 from data_pipelines.ingest.table_columns import LABELS
 from data_pipelines.ingest.tables import whole_number
-from data_pipelines.ingest.user_data import kind_of, list_files, open_data
+from data_pipelines.ingest.user_data import (
+    is_pattern,
+    kind_of,
+    list_files,
+    open_data,
+    shards_beside,
+)
 from data_pipelines.ingest.walk import is_folder, loops
 from data_pipelines.shards.manifest import resolve
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, media_extensions
 from data_pipelines.text.captions import metadata_of
@@ -93,7 +102,7 @@ def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -
     (`label_name`, or a `label` that is text). If there are numbers beside the names, these give the
     order.
     """
-    where, request = resolve(pattern, root), Request(name, modality)
+    where, request = place_of(name, pattern, root), Request(name, modality)
     try:
         kind = kind_of(where, ("shards", "folder", "list"), "evaluation")
         if kind == "shards":
@@ -109,6 +118,39 @@ def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     return _numbered(source)
+
+
+def place_of(key: str, pattern: str, root: str) -> str:
+    """Return the place of a relative path of an evaluation: in data.root, if that is set.
+
+    If it does not exist there, it is in the shards that were packed from data.root, or else in the
+    working folder. key: for the line that says which one is used if there are both.
+    """
+    where, here = resolve(pattern, root), resolve(pattern)
+    if not root or where == here or is_remote(where):
+        return where
+    if not _exists(where):
+        packed = resolve(pattern, shards_beside(os.path.expanduser(root)))
+        return next(filter(_exists, (packed, here)), where)
+    if not _exists(here):
+        return where
+    if os.path.realpath(where) != os.path.realpath(here):
+        _tell_of_both(key, where, os.path.abspath(here))
+    return where
+
+
+@functools.cache
+def _tell_of_both(key: str, where: str, other: str) -> None:
+    log.info("%s: %s in data.root is used, not %s in the working folder", key, where, other)
+
+
+def _exists(where: str) -> bool:
+    """Return True for a path that exists, or a pattern of shards that do."""
+    if os.path.exists(where):
+        return True
+    with suppress(DataError):
+        return is_pattern(where) and bool(find_shards(where))
+    return False
 
 
 def _report_unused(what: str, items: Iterable[Item], source: FileSource) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from child_process import RECIPE
 from in_process import invoke
 from shards import photo, write_tar
 
+from data_pipelines.ingest.labelled import place_of
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.recipes.recipe import load_recipe
 from xray.recipes.run import preflight
@@ -98,3 +101,37 @@ def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:
     done = invoke("run", RECIPE, *settings)
     assert done.exit_code == 2 and "text.llm=/nope" in done.stderr + done.stdout
     assert not out.exists()
+
+
+def test_a_relative_set_is_in_the_data_root_or_else_in_the_working_folder(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "xray")
+    shutil.copytree(demo / "heldout", tmp_path / "here")
+    check_recipe(demo, tmp_path / "run", "eval.retrieval.shards=here")
+    assert place_of("eval.a", "here", str(demo)) == "here"
+    assert place_of("eval.a", "here/*.tar", str(demo)) == "here/*.tar"
+    assert "is used" not in caplog.text
+    shutil.copytree(demo / "heldout", tmp_path / "heldout")
+    for _ in range(2):
+        assert place_of("eval.b", "heldout", str(demo)) == str(demo / "heldout")
+    line = f"eval.b: {demo / 'heldout'} in data.root is used, not {tmp_path / 'heldout'} in the"
+    assert caplog.text.count(line) == 1
+    assert place_of("eval.b", "heldout", "") == "heldout"
+    assert place_of("eval.b", "heldout", "http://x.org/data") == "http://x.org/data/heldout"
+    shutil.copytree(demo / "heldout", tmp_path / "mine_shards" / "val")
+    (tmp_path / "mine").mkdir()  # packed before, with samples held out
+    assert place_of("eval.c", "val", "mine") == "mine_shards/val"
+    words = f"there is no {demo / 'nope'}, nor nope in the working folder"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_recipe(demo, tmp_path / "run", "eval.retrieval.shards=nope")
+
+
+def test_an_ablation_trains_nothing_if_a_set_is_missing(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("arms:\n  one: {}\n  two: {eval.knn.test: nope}\n")
+    given = f"base={RECIPE}", f"data.root={demo}", f"out={tmp_path / 'out'}", "stages=[mae]"
+    done = invoke("ablate", file, *given)
+    assert done.exit_code == 2 and "eval.knn.test=nope: there is no" in done.stderr, done.stderr
+    assert not any((tmp_path / "out").glob("stages/*"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from data_pipelines.ingest.labelled import open_labelled
+from data_pipelines.ingest.labelled import open_labelled, place_of
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import find_shards
@@ -39,11 +39,13 @@ if TYPE_CHECKING:  # config imports the suites, which import this module
 def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:
     """Raise ConfigError or DataError if a data set that these suites read does not exist."""
     for key, pattern in config.sets(suites):
-        path = resolve(pattern, root)
+        path = place_of(f"eval.{key}", pattern, root)
         if is_remote(path) or os.path.exists(path):
             continue
         if not any(c in path for c in "*?[{"):
-            raise ConfigError(f"eval.{key}={pattern}: there is no {path}")
+            other = resolve(pattern)
+            nor = f", nor {other} in the working folder" if other != path else ""
+            raise ConfigError(f"eval.{key}={pattern}: there is no {path}{nor}")
         find_shards(path)
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipelines.ingest.labelled import spaced
-from data_pipelines.shards.manifest import resolve
+from data_pipelines.ingest.labelled import place_of, spaced
 from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import class_weights
 from xray.errors import ConfigError
@@ -42,7 +41,7 @@ class NamedClasses:
                 )
             names = list(source.classes)
         else:
-            path = resolve(config.classes, sets.data.root)
+            path = place_of("eval.zero_shot.classes", config.classes, sets.data.root)
             lines = lines_of(read_text(path, "eval.zero_shot.classes"))
             names = list(spaced(line.strip() for line in lines if line.strip()))
         origin = config.classes or config.shards
