@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data_pipelines.ingest.endings import by_ending, ending_of
 from data_pipelines.ingest.pack import (
@@ -23,6 +24,7 @@ from data_pipelines.ingest.pack import (
     PackReport,
     captioned,
     digest_of,
+    files_to_pack,
     pack,
 )
 from data_pipelines.ingest.tables import is_table
@@ -70,21 +72,46 @@ def pack_sources(
     plan, settings = _plan(data, sources, use_root), dict[str, str]()
     counted: dict[str, int] = {name: 0 for name in plan.absent}
     if plan.at_root:
-        where = os.path.expanduser(data.root)
-        folder = where if _has_shards(where) else shards_beside(where)
-        _check_single(data.root, {name: sources[name] for name in plan.at_root})
-        for name in plan.at_root:
-            settings[f"data.sources.{name}.shards"] = ROOT
-        if folder != where:
-            _packed("data.root", where, folder, write)
-            settings["data.root"] = folder
-        counted |= _counts(where, folder, {name: sources[name] for name in plan.at_root})
+        given = {name: sources[name] for name in plan.at_root}
+        _check_single(data.root, given)
+        settings |= _at_root(data.root, given, write, counted)
     for name, where in plan.own.items():
         folder = shards_beside(where)
         _packed(f"data.sources.{name}", where, folder, write)
         settings[f"data.sources.{name}.shards"] = _below(folder, data.root)
         counted |= _counts(where, folder, {name: sources[name]})
     return [f"{key}={value}" for key, value in settings.items()] + _left_out(data, sources, counted)
+
+
+def _at_root(
+    root: str, sources: Mapping[str, SourceConfig], write: bool, counted: dict[str, int]
+) -> dict[str, str]:
+    """Pack the files of data.root, and return the settings of the sources that read them.
+
+    Pictures and clips are packed apart, because each shard of a source must have samples of it.
+    counted: gets the number of samples of each source.
+    """
+    where = os.path.expanduser(root)
+    keys = {name: f"data.sources.{name}.shards" for name in sources}
+    if _has_shards(where):
+        counted |= _counts(where, where, sources)
+        return dict.fromkeys(keys.values(), ROOT)
+    folder = shards_beside(where)
+    files = _counts(where, "", sources)
+    apart = {n: own for n, own in sources.items() if own.modality != "text" and files[n]}
+    if len(apart) < 2 or _settings(folder) is not None:  # packed by hand: as it is
+        _packed("data.root", where, folder, write)
+        counted |= _counts(where, folder, sources)
+        return {**dict.fromkeys(keys.values(), ROOT), "data.root": folder}
+    settings = {"data.root": folder}
+    for name, own in apart.items():
+        part = os.path.join(folder, name)
+        _packed("data.root", where, part, write, "video" if own.modality == "video" else "image")
+        counted |= _counts(where, part, {name: own})
+        settings[keys[name]] = name
+    texts = {name: own for name, own in sources.items() if own.modality == "text"}
+    counted |= dict.fromkeys(texts, 1)
+    return settings | {keys[name]: next(iter(apart)) for name in texts}
 
 
 def _plan(data: DataConfig, sources: Mapping[str, SourceConfig], use_root: bool) -> _Plan:
@@ -148,7 +175,7 @@ def _below(folder: str, root: str) -> str:
 
 def _counts(where: str, folder: str, sources: Mapping[str, SourceConfig]) -> dict[str, int]:
     """Count the samples of each source in shards; in the files, if they are not packed yet."""
-    if _has_shards(folder):
+    if folder and _has_shards(folder):
         manifest = open_manifest(folder)
         kinds = {name: (own.modality, own.animations) for name, own in sources.items()}
         return {name: int(manifest.counts(*kind).sum()) for name, kind in kinds.items()}
@@ -183,7 +210,9 @@ def _left_out(
 # packing ----------------------------------------------------------------------------------------
 
 
-def _packed(key: str, where: str, folder: str, write: bool) -> None:
+def _packed(
+    key: str, where: str, folder: str, write: bool, modality: Literal["", "image", "video"] = ""
+) -> None:
     """Pack files into a folder, unless it has them; raises ConfigError if they have changed."""
     try:
         if _is_current(key, where, folder) or not write:
@@ -192,7 +221,8 @@ def _packed(key: str, where: str, folder: str, write: bool) -> None:
             if not _is_current(key, where, folder):
                 log.info("%s: packing its files once, to %s", where, folder)
                 with progress_bar("packing") as progress:
-                    config = _settings(folder) or PackConfig(val=HELD_OUT)
+                    fresh = PackConfig(val=HELD_OUT, modality=modality)
+                    config = _settings(folder) or fresh
                     report = pack(where, Path(folder), config, progress)
                 log.info("%s", _told(where, folder, report))
     except DataError as error:
@@ -205,11 +235,12 @@ def _is_current(key: str, where: str, folder: str) -> bool:
     if config is None:
         return False
     record = json.loads((Path(folder) / RECORD).read_text("utf-8"))
-    items = list_files(where, keys=config)
+    items = files_to_pack(where, config)
     if record["files"] != digest_of(items):
+        whole = os.path.dirname(folder) if config.modality else folder
         raise ConfigError(
             f"{key}: the files of {where} have changed since {folder} was packed from them: delete "
-            f"{folder} to pack them again, or train on it as it is with {_key(key)}={folder}"
+            f"{folder} to pack them again, or train on it as it is with {_key(key)}={whole}"
         )
     held = record.get("held_out", {}).get("held")
     folders = [Path(folder), *([Path(folder) / VAL] if held else [])]

@@ -19,7 +19,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_pipelines.ingest.endings import ending_of
 from data_pipelines.ingest.held_out import VAL, Cut, Traits, check_share, hold_out, traits_of
@@ -63,6 +63,7 @@ class PackConfig(TableKeys):
     crf: int = 20  # H.264 quality of re-encoded clips, lower is better
     # share of the samples to hold out in OUT/val, 0 to 0.5; near-duplicates stay together
     val: float = 0.0
+    modality: Literal["", "image", "video"] = ""  # pack only pictures, or only clips; "" = both
     workers: int = 2  # processes
 
 
@@ -89,7 +90,7 @@ def pack(
     """Write missing shards; progress gets (samples done, all). Raises ConfigError or DataError."""
     _check(Path(source), out, config)
     where = os.path.expanduser(source)
-    items = list_files(where, user="xray data pack", keys=config)
+    items = files_to_pack(where, config)
     with sole_writer(out, "folder"):
         _claim(out, items, config)
         cut = _cut(out, items, config)
@@ -129,6 +130,18 @@ def pack(
         empty=sum(item.empty for item in items),
         columns=tuple(dict.fromkeys(name for item in items if item.row for name in item.meta)),
     )
+
+
+def files_to_pack(where: str, config: PackConfig) -> list[Item]:
+    """List the files to pack; those that cannot be read count as pictures. Raises DataError."""
+    items = list_files(where, user="xray data pack", keys=config)
+    if not config.modality:
+        return items
+    clips = config.modality == "video"
+    kept = [item for item in items if (ending_of(item.name) in VIDEO_EXTENSIONS) == clips]
+    if not kept:
+        raise DataError(f"{where} contains no {'clips' if clips else 'pictures'}")
+    return kept
 
 
 def _cut(out: Path, items: list[Item], config: PackConfig) -> Cut:

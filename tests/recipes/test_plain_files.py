@@ -17,6 +17,7 @@ from shards import photo
 from data_pipelines.ingest import auto_pack, user_data
 from data_pipelines.ingest.auto_pack import pack_sources
 from data_pipelines.ingest.pack import PackConfig, pack
+from data_pipelines.ingest.user_data import open_sources
 from xray.config import BlockConfig, DataConfig, SourceConfig
 from xray.errors import ConfigError, DataError
 from xray.recipes.own_data import recipe_settings
@@ -154,9 +155,16 @@ def test_tables_and_imagefolders_are_packed(
 def test_pictures_and_clips_go_to_their_sources(tmp_path: Path) -> None:
     root = photos(clips(tmp_path / "mixed"))
     settings = pack_sources(data_of(root), SOURCES)
-    assert settings == [
-        "data.sources.photos.shards=.", "data.sources.clips.shards=.", f"data.root={root}_shards"
-    ]  # fmt: skip
+    assert sorted(settings) == [
+        f"data.root={root}_shards",
+        "data.sources.clips.shards=clips",
+        "data.sources.photos.shards=photos",
+    ]
+    packed = data_of(f"{root}_shards")
+    held = {name: len(own) for name, own in open_sources(packed, SOURCES).items()}
+    assert held == {"photos": 18, "clips": 6}  # the others are held out
+    assert sorted(pack_sources(data_of(root), SOURCES)) == sorted(settings)
+    assert pack_sources(packed, SOURCES) == []
     apart = tmp_path / "apart"
     photos(apart / "photos"), clips(apart / "clips")
     settings = pack_sources(data_of(apart), SOURCES)
