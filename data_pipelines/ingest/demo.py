@@ -57,6 +57,7 @@ class DemoConfig:
     side: int = 64  # width and height, in pixels
     frames: int = 12  # frames per clip
     seed: int = 0  # of all random draws
+    version: int = 1  # 2: photos have the shape's box (object_box) and a hashtag of its place
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ class Scene:
             f"{self.ground} background with a {self.size} {thing} {self.place}{moves}",
         ]
 
-    def hashtags(self) -> list[str]:
-        """Return the hashtags."""
+    def hashtags(self, version: int = 1) -> list[str]:
+        """Return the hashtags; from version 2 on, those of a photo name the place."""
         tags = [self.color, self.shape, self.size, f"{self.ground}background"]
         tags += [f"moving{self.motion}"] if self.motion else []
+        tags += [self.place.replace(" ", "")] if version > 1 and not self.motion else []
         return [f"#{tag}" for tag in tags]
 
 
@@ -138,6 +140,7 @@ def _check_same(known: Path, config: DemoConfig) -> None:
         there = parse_record(known.read_bytes(), dict[str, dict[str, Any]])["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{known} cannot be read ({error}): delete {known.parent}") from error
+    there = {"version": 1} | there  # older folders do not record it
     for key, value in vars(config).items():
         if there.get(key) != value:
             raise ConfigError(
@@ -149,7 +152,8 @@ def _check_same(known: Path, config: DemoConfig) -> None:
 def example(motion: str = "") -> bytes:
     """Return a generated picture as JPEG, or with a motion a clip of 12 frames as mp4."""
     scene = Scene("red", "circle", "white", "large", "in the middle", motion)
-    return (_clip if motion else _photo)(scene, DemoConfig(), np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    return _clip(scene, DemoConfig(), rng) if motion else _photo(scene, DemoConfig(), rng)[0]
 
 
 def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion: bool) -> Scene:
@@ -172,26 +176,43 @@ def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random
         with webdataset.TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0.0) as sink:
             for number, scene in enumerate(scenes[start : start + config.per_shard]):
                 captions = scene.captions()
-                media = _clip(scene, config, rng) if scene.motion else _photo(scene, config, rng)
                 meta = {
                     "caption": captions[0],
                     "captions": captions,
-                    "hashtags": scene.hashtags(),
+                    "hashtags": scene.hashtags(config.version),
                     "label": scene.label,
                     "key": f"{shard:05d}{number:04d}",
                 }
+                if scene.motion:
+                    media = _clip(scene, config, rng)
+                else:
+                    media, box = _photo(scene, config, rng)
+                    meta |= {"object_box": box} if config.version > 1 else {}
                 ending = "mp4" if scene.motion else "jpg"
                 files = {"txt": captions[0], "json": meta, ending: media}
                 sink.write({"__key__": meta["key"], **files})
 
 
-def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:
+def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> tuple[bytes, list[float]]:
+    """Draw a photo: its JPEG and the box of its shape."""
     jitter = rng.uniform(-0.04, 0.04, 2)
     place = np.array(PLACES[scene.place]) + jitter
     buffer = io.BytesIO()
-    image = _draw(scene, place, config.side, rng.uniform(0.9, 1.1), rng)
+    scale = rng.uniform(0.9, 1.1)
+    image = _draw(scene, place, config.side, scale, rng)
     image.save(buffer, format="JPEG", quality=90)
-    return buffer.getvalue()
+    return buffer.getvalue(), _box(scene, place, SIZES[scene.size] * scale)
+
+
+def _box(scene: Scene, place: np.ndarray, r: float) -> list[float]:
+    """Return left, top, right and bottom of a shape, as shares of the picture's sides."""
+    x, y = place.tolist()
+    if scene.shape in ("circle", "ring", "cross"):
+        ends = np.array([(x - r, y - r), (x + r, y + r)])
+    else:
+        ends = np.array(_corners(scene.shape, x, y, r))
+    box = np.concatenate([ends.min(axis=0), ends.max(axis=0)]).clip(0, 1)
+    return [round(share, 4) for share in box.tolist()]
 
 
 def _clip(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> bytes:

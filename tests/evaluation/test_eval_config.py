@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from xray.config.identity import identity
 from xray.config.loading import build
 from xray.errors import ConfigError
 from xray.evaluation.config import EvalConfig
@@ -63,6 +64,24 @@ def test_probes_without_data_sets_take_those_of_knn() -> None:
         ("linear_probe.train", "a"),
         ("linear_probe.test", "b"),
     ]
+
+
+def test_settings_that_came_later_leave_the_identity_of_older_evaluations() -> None:
+    own = identity(config())
+    assert "token_selection" not in own and "keep_rates" not in own and "retrieval" in own
+    sections = {"token_selection": {"shards": "c"}, "keep_rates": {"rates": [0.5]}}
+    added = identity(build(EvalConfig, sections))
+    assert added["token_selection"]["shards"] == "c" and added["keep_rates"]["rates"] == [0.5]
+
+
+def test_keep_rates_name_suites_that_can_be_compared() -> None:
+    for wrong, message in (
+        ({"rates": [0]}, r"eval\.keep_rates\.rates=\[0\.0\] must be numbers in \(0, 1\]"),
+        ({"suites": ["tags"]}, "eval.keep_rates.suites names tags: use some of zero_shot"),
+        ({"suites": ["knnn"]}, "unknown suite 'knnn'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(EvalConfig, {"keep_rates": wrong}).validate()
 
 
 def test_every_suite_names_the_keys_of_its_data() -> None:

@@ -44,7 +44,7 @@ def test_a_suite_is_added_in_one_place(demo: Path, tmp_path: Path) -> None:
     assert missing[0] == 2 and "eval.toy.samples=nowhere: there is no" in missing[2]
     assert not (tmp_path / "run" / "mae" / "metrics.jsonl").exists()  # nothing was trained
     assert unset[0] == 2 and "suite toy has no data: set eval.toy.samples" in unset[2]
-    assert unknown[0] == 2 and "tags, toy" in unknown[2]
+    assert unknown[0] == 2 and "token_selection, toy" in unknown[2]
 
     assert result[0] == 0, result
     measures = json.loads((out / "results.json").read_text())["toy"]

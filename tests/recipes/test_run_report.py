@@ -13,9 +13,14 @@ from shards import photo, write_tar
 from tiny import copy_run
 
 from data_pipelines.shards.source import open_source
+from xray.artifacts.artifact import open_artifact
 from xray.config import DataConfig
+from xray.config.loading import build
+from xray.evaluation.config import EvalConfig
+from xray.recipes.recipe import Recipe
 from xray.recipes.report import curves
 from xray.recipes.report_examples import _matrix, _mistakes, read_examples
+from xray.recipes.run import evaluate
 from xray.reports.html import Card, cards, gallery, write_report
 from xray.reports.tables import ResultTable
 
@@ -50,6 +55,24 @@ def test_a_report_is_rewritten_from_the_runs_files(run: Path) -> None:
     )
     assert invoke("report", str(run)).exit_code == 0
     assert headings((run / "report.html").read_text())[0] == "Results"
+
+
+def test_accuracy_against_speed_is_measured_at_the_end_of_a_recipe(
+    tagger: Path, demo: Path, tmp_path: Path
+) -> None:
+    copy_run(tagger, tmp_path / "hashtag")
+    recipe = Recipe("own", tmp_path, root=str(demo))
+    sections = {"knn": {"train": "gallery", "test": "heldout", "k": 5}, "keep_rates": {}}
+    for rates, names in (([1, 0.5], ["0.5", "1"]), ([], [])):
+        sections["keep_rates"] = {"rates": rates}
+        recipe.eval = build(EvalConfig, sections)
+        assert evaluate(recipe, [open_artifact(tmp_path / "hashtag" / "artifact")]) is not None
+        measured = tmp_path / "keep_rates.json"
+        assert sorted(json.loads(measured.read_text()) if measured.exists() else []) == names
+        assert invoke("report", str(tmp_path)).exit_code == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("Accuracy against speed" in headings(page)) == bool(rates)
+        assert ("accuracy against speed, by keep rate" in page) == bool(rates)
 
 
 def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> None:

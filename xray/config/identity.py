@@ -14,12 +14,12 @@ def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSI
     return dataclasses.field(default=default, default_factory=factory, metadata={"runtime": True})
 
 
-def added(default: Any) -> Any:
+def added(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
     """Declare a field that older configs lack: the identity leaves its default out.
 
     So their hashes stay the same, and folders and files that are named by a hash are found.
     """
-    return dataclasses.field(default=default, metadata={"added": True})
+    return dataclasses.field(default=default, default_factory=factory, metadata={"added": True})
 
 
 def identity(config: Any, whole: bool = False) -> Any:
@@ -33,13 +33,19 @@ def identity(config: Any, whole: bool = False) -> Any:
             item.name: identity(value, whole)
             for item, value in values
             if "runtime" not in item.metadata
-            and (whole or "added" not in item.metadata or value != item.default)
+            and (whole or "added" not in item.metadata or value != _default(item))
         }
     if isinstance(config, dict):
         return {key: identity(item, whole) for key, item in config.items()}
     if isinstance(config, list):
         return [identity(item, whole) for item in config]
     return config
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
 
 
 def config_hash(config: Any) -> str:

@@ -28,6 +28,23 @@ class ViewsConfig:
             raise ConfigError("eval.views.clips must be at least 1, and eval.views.crops 1 or 3")
 
 
+@dataclass
+class KeepRatesConfig:
+    """Comparison of keep rates at the end of a recipe: accuracy against speed."""
+
+    rates: list[float] = field(default_factory=list)  # such as [1, 0.7, 0.5]; [] = no comparison
+    suites: list[str] = field(default_factory=list)  # [] = all that have data and can be compared
+
+    def validate(self) -> None:
+        """Raise ConfigError naming the key to change."""
+        if any(not 0 < rate <= 1 for rate in self.rates):
+            raise ConfigError(f"eval.keep_rates.rates={self.rates} must be numbers in (0, 1]")
+        for name in self.suites:
+            if not suite_named(name).compared:
+                known = ", ".join(suite.name for suite in SUITES if suite.compared)
+                raise ConfigError(f"eval.keep_rates.suites names {name}: use some of {known}")
+
+
 def with_sections(cls: type[E]) -> type[E]:
     """Make a dataclass with a field for each of SUITES before the fields of `cls`.
 
@@ -35,7 +52,8 @@ def with_sections(cls: type[E]) -> type[E]:
     """
     ordered = sorted(SUITES, key=lambda suite: not isinstance(suite.Config(), CaptionedConfig))
     for suite in ordered:
-        setattr(cls, suite.name, field(default_factory=suite.Config))
+        own = added(factory=suite.Config) if suite.added else field(default_factory=suite.Config)
+        setattr(cls, suite.name, own)
     cls.__annotations__ = {suite.name: suite.Config for suite in ordered} | cls.__annotations__
     return dataclass(cls)
 
@@ -49,6 +67,7 @@ class EvalConfig:
     # fill the data sets that are not set with the samples that the sources hold out in a folder val
     held_out: bool = added(False)
     precision: Precision = added("fp32")  # of backbone and text tower, and of training in suites
+    keep_rates: KeepRatesConfig = added(factory=KeepRatesConfig)
 
     def of(self, suite: Suite[C]) -> C:
         """Return the section of a suite."""
@@ -60,6 +79,7 @@ class EvalConfig:
         if self.batch_size < 1:
             raise ConfigError(f"eval.batch_size={self.batch_size} must be at least 1")
         self.views.validate()
+        self.keep_rates.validate()
         for suite in SUITES:
             for key, part in suite.sections(self.of(suite)).items():
                 part.validate(f"eval.{key}")

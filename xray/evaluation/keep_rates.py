@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from xray.errors import ConfigError
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.suites import SUITES, suite_named, title_of
 from xray.models.flops import vision_macs
-from xray.reports.figures import subplots
+from xray.reports.figures import label_axis, subplots
 from xray.reports.tables import ResultTable
 
+KEEP_RATES = "keep_rates.json"  # in the folder of a recipe
 ROUNDS = 15  # of timing, after one of warm-up
 
 Rates = dict[str, dict[str, float]]  # keep rate -> measures
@@ -113,21 +115,29 @@ def keep_rate_table(by_rate: Rates) -> ResultTable:
 
 
 def plot_keep_rates(by_rate: Rates, path: Path) -> None:
-    """Plot each measure with its interval over speed, one point per keep rate."""
-    figure, (axis,) = subplots(1, (7.4, 3.8))
-    speeds = [r["samples_per_s"] for r in by_rate.values()]
-    for key in _compared(by_rate):
-        values = [100 * r[key] for r in by_rate.values()]
-        below = [100 * (r[key] - r[f"{key}_low"]) for r in by_rate.values()]
-        above = [100 * (r[f"{key}_high"] - r[key]) for r in by_rate.values()]
-        label = title_of(*key.split("/", 1))
-        axis.errorbar(
-            speeds, values, [below, above], marker="o", ms=4, lw=1.2, capsize=2, label=label
-        )
-        for rate, x, y in zip(by_rate, speeds, values, strict=True):
-            axis.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
-    axis.set(xlabel=f"{_speed_unit(by_rate)} of the forward pass", ylabel="%")
-    axis.set_title("One artifact at several keep rates", fontsize=10)
-    axis.grid(alpha=0.25)
-    figure.legend(fontsize=7, loc="outside right upper")  # beside the curves, never on them
-    figure.savefig(path)
+    """Save `keep_rate_figure` to a file."""
+    keep_rate_figure(by_rate).savefig(path)
+
+
+def keep_rate_figure(by_rate: Rates) -> Any:
+    """Draw each measure with its interval over speed and over FLOPs, one point per keep rate."""
+    figure, axes = subplots(2, (7.4, 3.8))
+    columns = ("samples_per_s", f"{_speed_unit(by_rate)} of the forward pass"), ("gflops", "GFLOPs")
+    for axis, (column, title) in zip(axes, columns, strict=True):
+        for number, key in enumerate(_compared(by_rate)):
+            xs = [r[column] for r in by_rate.values()]
+            values = [100 * r[key] for r in by_rate.values()]
+            below = [100 * (r[key] - r[f"{key}_low"]) for r in by_rate.values()]
+            above = [100 * (r[f"{key}_high"] - r[key]) for r in by_rate.values()]
+            label = title_of(*key.split("/", 1)) if axis is axes[0] else None
+            axis.errorbar(
+                xs, values, [below, above], marker="os^v"[number % 4], ms=4, lw=1.2, capsize=2,
+                label=label,
+            )  # fmt: skip
+            for rate, x, y in zip(by_rate, xs, values, strict=True):
+                axis.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
+        label_axis(axis, title, "%" if axis is axes[0] else "")
+        axis.grid(alpha=0.25)
+    figure.suptitle("One artifact at several keep rates", fontsize=10)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)  # never on the curves
+    return figure

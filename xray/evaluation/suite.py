@@ -85,6 +85,7 @@ class Suite(Generic[C]):
     sets_from: Suite[Any] | None = None  # whose data sets it takes if it has none
     reads: tuple[Suite[Any], ...] = ()  # suites whose data sets and heads it uses
     plot: Callable[[Measures, Path], None] | None = None
+    added: bool = False  # older evaluations lack its section
 
     def sections(self, section: C) -> dict[str, SuiteConfig]:
         """Return the suite's settings by their key below eval: one, or one for each named set."""

@@ -185,6 +185,19 @@ def tome(
     return x, state._replace(sizes=sizes)
 
 
+def group_sizes(assign: Tensor) -> Tensor:
+    """Count the input tokens that share each input token's token, [B, n]; any if dropped."""
+    place = assign.clamp(min=0)
+    count = torch.zeros(len(assign), int(assign.max()) + 1, device=assign.device)
+    return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
+
+
+def kept_alone(assign: Tensor) -> Tensor:
+    """Return which input tokens have a token of their own, [B, n] bool: the others were merged,
+    fused or dropped."""
+    return (group_sizes(assign) == 1) & (assign >= 0)
+
+
 def size_bias(state: TokenState, dtype: torch.dtype) -> Tensor | None:
     """Return ToMe's bias of the attention logits: each key's log size, [B, 1, 1, N], or None."""
     return None if state.sizes is None else state.sizes.log()[:, None, None].to(dtype)

@@ -24,6 +24,7 @@ from xray.config import loading as cfg
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample
 from xray.evaluation.config import EvalConfig
+from xray.evaluation.keep_rates import KEEP_RATES, Rates, keep_rate_figure, keep_rate_table
 from xray.evaluation.suites import result_table
 from xray.evaluation.suites.retrieval import RETRIEVAL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
@@ -63,6 +64,7 @@ def write_run_report(
     """Write `report.html` into the recipe's folder and return its path."""
     metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts = [results.html()] if results is not None else []
+    parts += _keep_rates(recipe.out / KEEP_RATES)
     parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
     by_stage = {artifact.stage: artifact for artifact in artifacts}
     done = [(by_stage[run.stage], run) for run in recipe.runs if run.stage in by_stage]
@@ -80,6 +82,15 @@ def write_run_report(
     path = recipe.out / "report.html"
     write_report(path, f"xray: {recipe.name}", parts)
     return path
+
+
+def _keep_rates(measured: Path) -> list[str]:
+    """Show accuracy against speed by keep rate, if it was measured."""
+    if not measured.is_file():
+        return []
+    by_rate = read_record(measured, Rates, advice="; delete it")
+    figure = svg(keep_rate_figure(by_rate), "accuracy against speed, by keep rate")
+    return [keep_rate_table(by_rate).html(), figure]
 
 
 def _facts(recipe: Recipe) -> Facts:

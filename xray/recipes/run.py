@@ -36,9 +36,10 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
 from xray.evaluation.evaluator import Evaluator, Results
 from xray.evaluation.held_out import TaggedSources, located, with_held_out
+from xray.evaluation.keep_rates import KEEP_RATES, over_keep_rates
 from xray.evaluation.overlap import OVERLAP, Overlap
 from xray.evaluation.suite import Measures
-from xray.evaluation.suites import result_table
+from xray.evaluation.suites import result_table, suite_named
 from xray.files import making, replacing, write_text
 from xray.models.tiny_llm import build_tiny_llm
 from xray.precompute.config import TextFeaturesConfig
@@ -273,6 +274,7 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
         device = dist.choose_device(recipe.runs[0].train.device)
     results: dict[str, Measures] = {}
     shares, unknown = dict[str, float](), list[str]()
+    (recipe.out / KEEP_RATES).unlink(missing_ok=True)
     evaluation, _ = held_out_sets(recipe)
     asked = evaluation.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
     for artifact in artifacts:
@@ -284,6 +286,7 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
                 results |= measured[0]
                 shares |= measured[1].shares
                 unknown.append(measured[1].unknown)
+            evaluator.lead(partial(_compare_keep_rates, evaluator, recipe, suites))
     if not results:
         return None
     results |= {OVERLAP: shares} if shares else {}
@@ -295,3 +298,12 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
 
 def _measured(evaluator: Evaluator, suites: list[str]) -> tuple[Results, Overlap]:
     return evaluator.run(suites), evaluator.overlap(suites)
+
+
+def _compare_keep_rates(evaluator: Evaluator, recipe: Recipe, suites: Sequence[str]) -> None:
+    """Write the comparison that eval.keep_rates asks for; a model with all tokens has none."""
+    rates, chosen = recipe.eval.keep_rates.rates, recipe.eval.keep_rates.suites
+    names = [name for name in suites if suite_named(name).compared and name in (chosen or suites)]
+    if rates and names and evaluator.sets.vision.vision.reduction != "none":
+        by_rate = over_keep_rates(evaluator, rates, names)
+        write_text(recipe.out / KEEP_RATES, json.dumps(by_rate, indent=1))

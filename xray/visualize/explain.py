@@ -20,7 +20,7 @@ from xray.artifacts.offers import DECODER
 from xray.errors import ConfigError
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.patch_embed import patchify, unpatchify
-from xray.models.token_reduction import KeepRate
+from xray.models.token_reduction import KeepRate, group_sizes, kept_alone
 from xray.reports.html import Picture, paragraph, write_report
 
 FORMATS = (".png", ".html")
@@ -123,18 +123,12 @@ def kept_tokens(encoder: VisionEncoder, pixels: Tensor, names: Sequence[str] = (
         if vision.reduction == "tome":
             shown.append(_merged(frames, assign, (h, w)))
         else:
-            kept = (_group_sizes(assign) == 1) & (assign >= 0)
-            mask = F.interpolate(kept.float().reshape(-1, 1, h, w), size=frames.shape[-2:])
+            mask = F.interpolate(
+                kept_alone(assign).float().reshape(-1, 1, h, w), size=frames.shape[-2:]
+            )
             veiled = 0.25 * frames + 0.75 * torch.tensor(VEIL)[:, None, None]
             shown.append(frames * mask + veiled * (1 - mask))
     return Sheet(rows, _columns(names, len(x), t), torch.stack(shown))
-
-
-def _group_sizes(assign: Tensor) -> Tensor:
-    """Count the input tokens that share each input token's token, [B, n]; any if dropped."""
-    place = assign.clamp(min=0)
-    count = torch.zeros(len(assign), int(assign.max()) + 1)
-    return count.scatter_add(1, place, (assign >= 0).float()).gather(1, place)
 
 
 def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -144,7 +138,7 @@ def _merged(frames: Tensor, assign: Tensor, grid: tuple[int, int]) -> Tensor:
     colour = colour.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, 3, n)
     place = assign[:, None].expand(-1, 3, -1)
     groups = torch.zeros(B, 3, int(assign.max()) + 1)
-    sizes = _group_sizes(assign)
+    sizes = group_sizes(assign)
     mean = groups.scatter_add(2, place, colour).gather(2, place) / sizes[:, None]
 
     def spread(values: Tensor) -> Tensor:

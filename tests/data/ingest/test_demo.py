@@ -1,13 +1,18 @@
 """Generated data are the same bytes wherever and whenever they are made."""
 
 import dataclasses
+import io
+import json
 import multiprocessing
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data_pipelines.ingest.demo import DemoConfig, make_demo
+from data_pipelines.ingest.demo import GROUNDS, DemoConfig, make_demo
+from data_pipelines.shards.source import open_source
 from xray.errors import ConfigError
 
 
@@ -62,3 +67,41 @@ def test_several_processes_may_make_one_folder(tmp_path: Path) -> None:
     )
     assert one == shared and len(one) > 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "shared"]
+
+
+def test_a_box_holds_the_pixels_of_its_shape(tmp_path: Path) -> None:
+    config = DemoConfig(photos=60, clips=2, heldout=6, side=64, frames=4, version=2)
+    make_demo(tmp_path / "data", config)
+    source = open_source("photos", str(tmp_path / "data" / "photos"), "image")
+    for place in source.places():
+        files = source.read(*place)
+        meta = json.loads(files["json"])
+        pixels = np.asarray(Image.open(io.BytesIO(files["jpg"])), np.float32)
+        ground = np.array(GROUNDS[meta["caption"].split()[-2]])
+        rows, columns = (np.abs(pixels - ground).max(axis=2) > 60).nonzero()
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(64 * np.array(meta["object_box"]) - found).max() <= 3, meta["caption"]
+
+
+def test_version_2_adds_a_box_and_a_tag_and_older_folders_stay_valid(tmp_path: Path) -> None:
+    plain = DemoConfig(photos=6, clips=2, heldout=6, side=32, frames=4)
+    make_demo(tmp_path / "plain", plain)
+    make_demo(tmp_path / "boxed", dataclasses.replace(plain, version=2))
+    without, boxed = (
+        open_source("photos", str(tmp_path / name / "photos"), "image")
+        for name in ("plain", "boxed")
+    )
+    for place in without.places():
+        old, new = without.read(*place), boxed.read(*place)
+        meta = json.loads(new["json"])
+        assert len(meta.pop("object_box")) == 4
+        place = meta["hashtags"].pop().removeprefix("#")
+        assert place in meta["caption"].replace(" ", "")
+        assert meta == json.loads(old["json"]) and new["jpg"] == old["jpg"]
+    known = tmp_path / "plain" / "demo.json"
+    record = json.loads(known.read_text())
+    del record["config"]["version"]  # as an older version wrote it
+    known.write_text(json.dumps(record))
+    make_demo(tmp_path / "plain", plain)
+    with pytest.raises(ConfigError, match="generated with version=1, not 2"):
+        make_demo(tmp_path / "plain", dataclasses.replace(plain, version=2))

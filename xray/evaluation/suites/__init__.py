@@ -14,6 +14,7 @@ from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
 from xray.evaluation.suites.robustness import ROBUSTNESS
 from xray.evaluation.suites.tagging import TAGS
+from xray.evaluation.suites.token_selection import TOKEN_SELECTION
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.reports.tables import ResultTable
 
@@ -28,6 +29,7 @@ SUITES: tuple[Suite[Any], ...] = (
     FINETUNE,
     ROBUSTNESS,
     TAGS,
+    TOKEN_SELECTION,
 )
 
 
