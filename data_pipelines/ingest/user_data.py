@@ -28,6 +28,7 @@ from data_pipelines.ingest.tables import is_table
 from data_pipelines.shards.manifest import open_manifest, resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import tars_in
+from data_pipelines.shards.side_files import user_cache
 from data_pipelines.shards.source import (
     Sample,
     Source,
@@ -36,7 +37,7 @@ from data_pipelines.shards.source import (
     open_source,
 )
 from data_pipelines.shards.tar_contents import is_compressed_tar
-from data_pipelines.shards.tar_index import TEXT_FILES, Modality, user_cache
+from data_pipelines.shards.tar_index import TEXT_FILES, Modality
 from data_pipelines.text.captions import captions_of
 from xray import dist
 from xray.config import DataConfig
