@@ -147,7 +147,11 @@ def test_rules_across_fields_are_checked(overrides: list[str], message: str) -> 
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (19, 1), (60, 3), (199, 9), (5000, 10)])
 def test_a_short_run_logs_at_least_twenty_lines(steps: int, every: int) -> None:
-    config = mae("data.blocks=[{source: photos, samples: 8}]", f"train.samples={8 * steps}")
+    source = (
+        "data.sources={a: {shards: x, modality: image}}",
+        "data.blocks=[{source: a, samples: 8}]",
+    )
+    config = mae(*source, f"train.samples={8 * steps}")
     assert config.train.log_every is None and config.log_every == every
     assert steps // config.log_every >= min(steps, 20)
     asked = mae(f"train.samples={8 * steps}", "train.log_every=50")
