@@ -25,6 +25,7 @@ from xray.config import loading as cfg
 from xray.config.identity import hash_json, identity
 from xray.config.run import text_section
 from xray.errors import ConfigError
+from xray.evaluation.config import EvalConfig
 from xray.files import write_text
 from xray.recipes.recipe import Recipe, link, read_recipe, recipe_layers
 from xray.records import read_record
@@ -237,9 +238,18 @@ def _check_differ(ablation: Ablation) -> None:
             )
 
 
+def _evaluation(recipe: Recipe) -> EvalConfig:
+    """Return a recipe's evaluation, with the samples that its sources hold out."""
+    if not recipe.eval.held_out:
+        return recipe.eval
+    from xray.recipes.run import held_out_sets  # imports torch
+
+    return held_out_sets(recipe)[0]
+
+
 def _check_metrics(ablation: Ablation, recipes: Sequence[Recipe]) -> None:
     """Raise ConfigError for a metric of a suite or stage that no arm has."""
-    suites = {name for recipe in recipes for name in recipe.eval.configured()}
+    suites = {name for recipe in recipes for name in _evaluation(recipe).configured()}
     sections = sorted(suites | {run.stage for recipe in recipes for run in recipe.runs})
     for metric in ablation.config.metrics:
         section, dot, _ = metric.partition(".")
