@@ -42,8 +42,11 @@ ROWS: dict[str, set[str]] = {
     "xray.training": {"stages"},
     "xray.doctor": {"data_pipelines", "xray.version"},
     "xray.planning": {"xray.training", "xray.reports"},
-    "xray.recipes": {"xray.training", "xray.evaluation", "xray.precompute", "xray.visualize"},
-    "xray.ablations": {"xray.recipes", "xray.planning"},
+    "xray.recipes": {
+        *("xray.planning", "xray.training", "xray.evaluation", "xray.precompute"),
+        "xray.visualize",
+    },
+    "xray.ablations": {"xray.recipes"},
     "xray.commands": {
         *("xray", "xray.ablations", "xray.doctor", "xray.exports", "xray.planning"),
         "xray.search",

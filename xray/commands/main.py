@@ -16,6 +16,7 @@ from xray.commands.ablate import ablate
 from xray.commands.doctor import doctor
 from xray.commands.evaluate import evaluate
 from xray.commands.help import HELP, Command, Group
+from xray.commands.init import init
 from xray.commands.plan import plan, show_config
 from xray.commands.plan import version as show_version
 from xray.urls import RedactingFormatter
@@ -30,6 +31,7 @@ Commands = Mapping[str, Callable[..., None]]
 # In the order of the help. Each is @guarded where it is defined.
 COMMANDS: Commands = {
     "doctor": doctor,
+    "init": init,
     "plan": plan,
     "ablate": ablate,
     "run": train.run,

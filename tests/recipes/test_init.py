@@ -1,0 +1,209 @@
+"""`xray init`: its look at the data, its rules, and a recipe that runs as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from in_process import invoke
+from shards import photo
+
+from xray.recipes.first_recipe import LENGTHS, blocks, draft, scales_for
+from xray.recipes.init import _divided
+from xray.recipes.machine import Machine
+from xray.recipes.recipe import load_recipe
+from xray.recipes.survey import Found, Survey, survey
+
+LAPTOP = Machine(2, 0, "", 25e9)
+ONE_GPU = Machine(16, 1, "h100", 3e14)
+NODE = Machine(128, 8, "h100", 2.4e15)
+
+
+def found(name: str = "images", **more: Any) -> Found:
+    own = {"modality": "image", "samples": 1000, "side": 128, "captioned": 0.0, "captions": 0.0}
+    return Found(name, name, **{**own, "tagged": 0.0, "labelled": 0.0, **more})
+
+
+CAPTIONED = {"captioned": 1.0, "captions": 5.0}
+
+
+# look -------------------------------------------------------------------------------------------
+
+
+def test_folders_of_shards_are_found_with_their_contents(demo: Path) -> None:
+    seen = survey(str(demo))
+    names = {own.name: own for own in seen.training}
+    assert {"photos", "clips"} <= names.keys() and [own.name for own in seen.held_out] == [
+        "heldout"
+    ]
+    photos, clips = names["photos"], names["clips"]
+    assert (photos.samples, photos.modality, photos.side) == (96, "image", 32)
+    assert (clips.samples, clips.modality, clips.side) == (24, "video", 32)
+    assert photos.captioned == photos.tagged == 1.0 and photos.captions == 3.0
+    alone = survey(str(demo / "photos"))
+    assert [(own.name, own.shards) for own in alone.training] == [("images", ".")]
+
+
+def test_plain_photos_with_captions_are_counted(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(photo(number, (60, 40)))
+        if number < 4:
+            (tmp_path / f"{number}.txt").write_text("a dog\na ball\n")
+    (own,) = survey(str(tmp_path)).training
+    assert (own.samples, own.side, own.captioned, own.captions) == (8, 40, 0.5, 2.0)
+
+
+def test_real_data_are_described(shared_data: Path) -> None:
+    seen = survey(str(shared_data))
+    names = {own.name: own for own in seen.training}
+    assert names["captions_train"].samples == 6090 and names["captions_train"].captions == 5.0
+    assert names["actions_train"].tagged == 1.0 and names["actions_train"].label == "label"
+    assert names["classes_val_probe_train"].labelled == 1.0
+    held = {own.name for own in seen.held_out}
+    assert held == {"captions_val", "actions_val", "classes_val_val"}
+    settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings
+    assert settings["eval"]["retrieval"] == {"shards": "captions_val"}
+    knn = {"train": "classes_val/probe_train", "test": "classes_val/val"}
+    assert settings["eval"]["knn"] == knn
+
+
+# rules ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sources", "machine", "pretrained", "base", "stages"),
+    [
+        ([found(**CAPTIONED)], LAPTOP, "", "small", ["mae", "hashtag", "text", "clip"]),
+        ([found(captioned=1.0, captions=1.0)], LAPTOP, "", "small", ["mae", "hashtag", "clip"]),
+        ([found(labelled=1.0, label="label_name")], LAPTOP, "", "small", ["mae", "hashtag"]),
+        ([found(tagged=0.5)], LAPTOP, "", "small", ["mae", "hashtag"]),
+        ([found()], LAPTOP, "", "small", ["mae"]),
+        ([found(**CAPTIONED)], LAPTOP, "vit_small_patch16_224", "adapt", ["text", "clip"]),
+        ([found(tagged=1.0)], ONE_GPU, "vit_small_patch16_224", "adapt", ["hashtag"]),
+        ([found(samples=200_000, **CAPTIONED)], LAPTOP, "", "small", None),
+        ([found(samples=200_000, **CAPTIONED)], ONE_GPU, "", "one_gpu", ["mae", "hashtag", "clip"]),
+        ([found(samples=9_000_000, **CAPTIONED)], ONE_GPU, "", "one_gpu", None),
+        (
+            [found(samples=9_000_000, **CAPTIONED)],
+            *(NODE, "", "one_node", ["mae", "hashtag", "text", "clip"]),
+        ),
+    ],
+)  # fmt: skip
+def test_the_data_and_the_machine_choose_base_and_stages(
+    sources: list[Found], machine: Machine, pretrained: str, base: str, stages: list[str] | None
+) -> None:
+    seen = Survey("data", sources, [])
+    scale = scales_for(seen, machine, pretrained)[0]
+    made = draft(scale, seen, machine, pretrained)
+    assert made.settings["base"] == base
+    assert stages is None or made.stages == stages
+
+
+def test_each_stage_reads_only_the_sources_that_it_can_learn_from() -> None:
+    clips = found("clips", modality="video", samples=100, tagged=1.0)
+    seen = Survey("data", [found(**CAPTIONED), clips], [])
+    settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings
+    assert [block["source"] for block in settings["data"]["blocks"]] == ["images", "clips"]
+    assert [block["source"] for block in settings["clip"]["data"]["blocks"]] == ["images"]
+    assert "data" not in settings.get("hashtag", {})  # the words of captions, and tags
+    assert settings["data"]["sources"]["clips"]["tags"] == "hashtags"
+
+
+def test_a_language_model_is_made_taken_or_asked_for() -> None:
+    few, many = found(**CAPTIONED), found(samples=200_000, **CAPTIONED)
+    for own, machine, given, llm, prepared in (
+        (few, LAPTOP, "", "${out}/llm", True),
+        (few, LAPTOP, "/models/minilm", "/models/minilm", False),
+        (many, ONE_GPU, "", "???", False),
+    ):
+        seen = Survey("data", [own], [])
+        made = draft(scales_for(seen, machine, "")[0], seen, machine, text_llm=given)
+        assert made.settings["text"]["llm"] == llm and ("prepare" in made.settings) == prepared
+        assert ("text" in made.stages) == prepared  # a sentence encoder needs no text stage
+
+
+@pytest.mark.parametrize(
+    ("images", "clips", "most", "devices", "expected"),
+    [
+        (6090, 323, 72, 1, [64, 8]),
+        (6090, 0, 72, 1, [72]),
+        (100, 0, 72, 1, [32]),  # enough to contrast them
+        (5, 0, 72, 1, [5]),
+        (6090, 23, 72, 1, [64, 8]),
+        (0, 323, 72, 1, [20]),
+        (9_000_000, 900_000, 4096, 8, [3640, 448]),
+    ],
+)
+def test_a_step_is_divided_over_the_sources(
+    images: int, clips: int, most: int, devices: int, expected: list[int]
+) -> None:
+    sources = [found(samples=images)] * bool(images)
+    sources += [found("clips", modality="video", samples=clips)] * bool(clips)
+    made = [block["samples"] for block in blocks(sources, most, devices)]
+    assert made == expected and all(samples % devices == 0 for samples in made)
+
+
+def test_the_time_is_divided_over_the_stages() -> None:
+    each = {"mae": 10.0, "hashtag": 10.0, "text": 10.0, "clip": 10.0}
+    epochs = _divided(LENGTHS, each, 900.0)
+    assert sum(each[stage] * epochs[stage] for stage in each) == pytest.approx(900)
+    assert epochs["clip"] == pytest.approx(6 * epochs["mae"])
+    assert _divided(LENGTHS, each, 1.0) == {"mae": 1, "hashtag": 1, "text": 1, "clip": 2}
+    long = _divided(LENGTHS, each, 1e9)  # more time than is useful
+    assert long == {stage: length.most for stage, length in LENGTHS.items()}
+
+
+# command ----------------------------------------------------------------------------------------
+
+
+def test_the_recipe_runs_as_it_is(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("init", "mine.yaml", demo / "photos", "--hours", "0.01")
+    assert done.exit_code == 0, done.stderr
+    assert "96 pictures, 32 px on the shorter side" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == "xray run mine.yaml"
+    text = (tmp_path / "mine.yaml").read_text()
+    settings = yaml.safe_load(text)
+    assert settings["base"] == "small" and settings["data"]["root"] == str(demo / "photos")
+    assert text.count("#") > 12 and "epochs" in settings["clip"]["train"]
+    plan = invoke("run", "mine.yaml", "--plan")
+    assert plan.exit_code == 0 and "epochs" in plan.stdout, plan.stderr
+    run = invoke("run", "mine.yaml", "clip.train.epochs=1")
+    assert run.exit_code == 0, run.stderr
+    assert (tmp_path / "runs" / "mine" / "clip" / "artifact" / "manifest.json").is_file()
+    again = invoke("init", "mine.yaml", demo)
+    assert again.exit_code == 2 and "mine.yaml exists already" in again.stderr
+    assert (tmp_path / "mine.yaml").read_text() == text
+
+
+def test_a_recipe_for_a_gpu_asks_for_a_language_model(demo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    given = "--gpus", "1", "--gpu", "l4", "--hours", "1", "--pretrained", "vit_tiny_patch16_224"
+    done = invoke("init", path, demo, *given, "--text-llm", demo / "llm")
+    assert done.exit_code == 0, done.stderr
+    (clip,) = load_recipe(str(path)).runs
+    assert clip.model.pretrained == "timm" and clip.data.mean == [0.5, 0.5, 0.5]
+    assert clip.train.epochs == 20 and clip.train.precision == "bf16"
+    assert "1 x l4; assumed to reach 30% of the peak" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mine.txt", "data"), "must end in .yaml"),
+        (("mine.yaml", "/nowhere"), "/nowhere does not exist"),
+        (("mine.yaml", "DEMO", "--gpu", "h1000"), "--gpu h1000 is not known"),
+        (("mine.yaml", "DEMO", "--gpus", "2"), "set --gpu"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: tuple[str, ...], words: str, demo: Path, tmp_path: Path
+) -> None:
+    name, data, *rest = arguments
+    done = invoke("init", tmp_path / name, data.replace("DEMO", str(demo / "photos")), *rest)
+    assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,175 @@
+"""Survey of a user's data: its sources, their sizes, and the captions, tags and classes they have.
+
+DATA is a folder or pattern of shards, a folder of such folders (images/, clips/), a folder of
+pictures and clips, or a list of them. Folders named val, test, ... are for evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from data_pipelines.decode.decoders import open_clip, open_image, read_clip, upright_size
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import open_data
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_list import tars_in
+from data_pipelines.shards.source import Source
+from data_pipelines.shards.tar_index import TEXT_FILES, Modality, media_extensions
+from data_pipelines.tags.reader import TagReader
+from data_pipelines.text.captions import captions_of, metadata_of
+from xray.errors import BadSample, DataError
+
+MOST_READ = 200  # samples of a source whose texts are read
+MOST_OPENED = 16  # samples of a source whose pictures or clips are opened
+# Evaluation sets: images/val, or captions_val beside captions_train.
+HELD_OUT = re.compile(r"(?:^|[_-])(?:val|valid|validation|test|heldout|held_out)$", re.IGNORECASE)
+LABELS = ("label_name", "label")
+CLASS = "cls"  # a file with the number of a class
+NAMES: Mapping[Modality, str] = {"image": "images", "video": "clips"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Samples of one modality in one folder; the shares are of the samples that were read."""
+
+    name: str  # in data.sources
+    shards: str  # below data.root; "." is data.root itself
+    modality: Modality
+    samples: int
+    side: int  # median of the shorter sides in pixels, 0 = not known
+    captioned: float  # share with captions
+    captions: float  # mean number of captions of those
+    tagged: float  # share with hashtags
+    labelled: float  # share with the name or the number of a class
+    label: str = ""  # json field of the name, if there is one
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Sources of a user's data to train on, and those held out for evaluation."""
+
+    root: str
+    training: list[Found]
+    held_out: list[Found]
+
+    def total(self, modality: Modality) -> int:
+        """Return the number of training samples of a modality."""
+        return sum(found.samples for found in self.training if found.modality == modality)
+
+
+def survey(data: str) -> Survey:
+    """Look at data; raises DataError if there is nothing to train on."""
+    root = data if is_remote(data) else os.path.abspath(os.path.expanduser(data))
+    places = _folders_of_shards(root) or [("", ".")]
+    found = [found for name, shards in places for found in _look(root, name, shards)]
+    found.sort(key=lambda own: own.modality)  # pictures first
+    training = [own for own in found if not _is_held_out(own.shards)]
+    if not training:
+        raise DataError(f"{data} has no pictures or clips to train on")
+    return Survey(root, training, [own for own in found if _is_held_out(own.shards)])
+
+
+def _is_held_out(shards: str) -> bool:
+    return bool(HELD_OUT.search(os.path.basename(shards)))
+
+
+def _folders_of_shards(root: str) -> list[tuple[str, str]]:
+    """List (name, path below root) of the folders of shards up to two levels below a folder."""
+    if not os.path.isdir(root):
+        return []
+    listed = []
+    first = [name for name in sorted(os.listdir(root)) if not name.startswith(".")]
+    inner = [
+        f"{name}/{below}"
+        for name in first
+        if os.path.isdir(os.path.join(root, name))
+        for below in sorted(os.listdir(os.path.join(root, name)))
+        if not below.startswith(".")
+    ]
+    own = [("", ".")] if tars_in(root) else []
+    for path in sorted([*first, *inner]):
+        folder = os.path.join(root, path)
+        if os.path.isdir(folder) and tars_in(folder):
+            listed.append((re.sub(r"\W+", "_", path), path))
+    return own + listed
+
+
+def _look(root: str, name: str, shards: str) -> Iterator[Found]:
+    """Yield what there is of each modality in a folder or list."""
+    where = root if shards == "." else os.path.join(root, shards)
+    sources: list[Source] = []
+    failure: DataError | None = None
+    for modality in NAMES:
+        try:
+            source = open_data(where, Request(name, modality), user="xray init")
+        except DataError as error:
+            failure = failure or error
+            continue
+        sources += [source] * bool(len(source))
+    if failure is not None and not sources:
+        raise failure
+    for source in sources:
+        kind = NAMES[source.modality]
+        own = name or kind
+        yield _described(source, f"{own}_{kind}" if name and len(sources) > 1 else own, shards)
+
+
+def _described(source: Source, name: str, shards: str) -> Found:
+    """Read the texts of some samples, spread over the shards, and open a few."""
+    tags = TagReader("hashtags", {})
+    labels, sides = dict.fromkeys(LABELS, 0), list[int]()
+    read = counts = captions = tagged = numbered = 0
+    media = media_extensions(source.modality, source.animations)
+    for number, (shard, member) in enumerate(_spread(source)):
+        wanted = (*TEXT_FILES, CLASS, *(media if number < MOST_OPENED else ()))
+        try:
+            files = source.read(shard, member, wanted)
+        except BadSample:
+            continue
+        read += 1
+        with suppress(BadSample):
+            texts = captions_of(files)
+            counts, captions = counts + 1, captions + len(texts)
+        with suppress(BadSample):
+            tagged += bool(tags.tags_of(files, "hashtags"))
+            facts = metadata_of(files)
+            for field in LABELS:
+                labels[field] += isinstance(facts.get(field), str) and bool(facts[field])
+        numbered += CLASS in files
+        sides += _side({ending: files[ending] for ending in media if ending in files})
+    label = max(LABELS, key=lambda field: labels[field])
+    labelled = max(labels[label], numbered)
+    most = max(read, 1)
+    return Found(
+        name, shards, source.modality, len(source), round(median(sides)) if sides else 0,
+        counts / most, captions / max(counts, 1), tagged / most, labelled / most,
+        label if labels[label] else "",
+    )  # fmt: skip
+
+
+def _spread(source: Source) -> Iterator[tuple[int, int]]:
+    """Yield up to MOST_READ (shard, member), from the beginning of up to 8 shards."""
+    shards = len(source.manifest)
+    chosen = sorted({round(k * (shards - 1) / 7) for k in range(8)})
+    for shard in chosen:
+        members = source.members(shard).tolist()
+        step = max(1, len(members) * len(chosen) // MOST_READ)
+        yield from ((shard, member) for member in members[::step])
+
+
+def _side(media: Mapping[str, bytes]) -> list[int]:
+    """Return the shorter side in pixels of a picture or clip; [] if it cannot be read."""
+    for ending, data in media.items():
+        with suppress(BadSample):
+            if ending in media_extensions("image", "image"):
+                return [min(upright_size(open_image(data)))]
+            (frame,) = read_clip(open_clip(data), data, np.array([0]))
+            return [min(frame.shape[:2])]
+    return []
