@@ -157,6 +157,8 @@ def test_defaults_that_differ_by_stage_are_told_apart() -> None:
 def test_config_of_a_section_lists_its_keys() -> None:
     lines = invoke("config", "zero").output.splitlines()
     assert lines[0] == "zero.stage=0" and "zero.overlap=false" in lines
+    named = invoke("config", "data.sources.images").output.splitlines()
+    assert named[0] == "data.sources.NAME.shards=" and "data.sources.NAME.keep=" in named
 
 
 @pytest.mark.parametrize(

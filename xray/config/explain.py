@@ -46,11 +46,19 @@ class Setting:
 
     def matches(self, key: str) -> bool:
         """Check if a key as a user writes it names this setting: NAME and N stand for any part."""
-        own = self.key.split(".")
-        given = key.replace("[", ".").replace("]", "").split(".")
-        return len(own) == len(given) and all(
-            a in (b, NAME) or (a == PLACE and b.isdigit()) for a, b in zip(own, given, strict=True)
+        return self.key.count(".") == _parts_of(key).count(".") and self.is_below(key)
+
+    def is_below(self, key: str) -> bool:
+        """Check if a key as a user writes it names this setting or a section that it is in."""
+        own, given = self.key.split("."), _parts_of(key).split(".")
+        return len(own) >= len(given) and all(
+            a in (b, NAME) or (a == PLACE and b.isdigit()) for a, b in zip(own, given, strict=False)
         )
+
+
+def _parts_of(key: str) -> str:
+    """Write a position in a list, `blocks[0]`, as a part of a dotted key."""
+    return key.replace("[", ".").replace("]", "")
 
 
 def settings_of(config: type, prefix: str = "") -> Iterator[Setting]:

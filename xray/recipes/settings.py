@@ -88,7 +88,7 @@ def section_of(key: str) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for settings in scopes().values():
         for own in settings:
-            if own.key.startswith(f"{key}."):
+            if own.is_below(key):
                 found.setdefault(own.key, own)
     return found
 
