@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from PIL import Image, ImageDraw
 from xray.errors import ConfigError
 from xray.files import making, replacing
 from xray.records import parse_record
+
+log = logging.getLogger("xray")
 
 COLORS = {
     "red": (214, 40, 40),
@@ -57,7 +60,7 @@ class DemoConfig:
     side: int = 64  # width and height, in pixels
     frames: int = 12  # frames per clip
     seed: int = 0  # of all random draws
-    version: int = 1  # 2: photos have the shape's box (object_box) and a hashtag of its place
+    version: int = 1  # 2: photos have the box of their shape (object_box)
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,10 @@ class Scene:
             f"{self.ground} background with a {self.size} {thing} {self.place}{moves}",
         ]
 
-    def hashtags(self, version: int = 1) -> list[str]:
-        """Return the hashtags; from version 2 on, those of a photo name the place."""
+    def hashtags(self) -> list[str]:
+        """Return the hashtags."""
         tags = [self.color, self.shape, self.size, f"{self.ground}background"]
         tags += [f"moving{self.motion}"] if self.motion else []
-        tags += [self.place.replace(" ", "")] if version > 1 and not self.motion else []
         return [f"#{tag}" for tag in tags]
 
 
@@ -140,9 +142,10 @@ def _check_same(known: Path, config: DemoConfig) -> None:
         there = parse_record(known.read_bytes(), dict[str, dict[str, Any]])["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{known} cannot be read ({error}): delete {known.parent}") from error
-    there = {"version": 1} | there  # older folders do not record it
+    if there.get("version", 1) < config.version:  # older folders do not record it
+        log.info("%s has no boxes of shapes: delete it to have them made", known.parent)
     for key, value in vars(config).items():
-        if there.get(key) != value:
+        if key != "version" and there.get(key) != value:
             raise ConfigError(
                 f"{known.parent} was generated with {key}={there.get(key)}, not {value}: delete "
                 "it, or name another data.root"
@@ -179,7 +182,7 @@ def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random
                 meta = {
                     "caption": captions[0],
                     "captions": captions,
-                    "hashtags": scene.hashtags(config.version),
+                    "hashtags": scene.hashtags(),
                     "label": scene.label,
                     "key": f"{shard:05d}{number:04d}",
                 }

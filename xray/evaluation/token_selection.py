@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from xray.evaluation.suite import Measures
 from xray.evaluation.suites.token_selection import TokenSelectionConfig
 from xray.models.inference import autocast
 from xray.models.token_reduction import kept_alone
+
+log = logging.getLogger("xray")
 
 UNKNOWN = (float("nan"),) * 4  # the box of a sample without one
 
@@ -89,7 +92,7 @@ class KeptShares(Samples):
 
 
 def measure_selection(sets: Sets, config: TokenSelectionConfig) -> Measures:
-    """Measure the shares of objects and tokens that are kept, over the pictures that have a box."""
+    """Measure the shares of objects and tokens that are kept, over the pictures that have a box; {} if none has."""
     encoder = sets.vision
     rates = [1.0] if encoder.vision.reduction == "none" else config.keep_rates
     source = sets.open("token_selection", config.shards, "image")
@@ -98,11 +101,12 @@ def measure_selection(sets: Sets, config: TokenSelectionConfig) -> Measures:
     objects, tokens = (torch.cat(part) for part in zip(*batches, strict=True))
     known = objects.isfinite().all(dim=1)
     if not known.any():
-        raise DataError(
-            f"eval.token_selection.shards={config.shards}: no picture has a box in json field "
-            f"{config.box} (eval.token_selection.box): [left, top, right, bottom], as shares of "
-            "its width and height"
-        )
+        log.warning(
+            "eval.token_selection is left out: no picture of eval.token_selection.shards=%s has a box "
+            "in json field %s (eval.token_selection.box): [left, top, right, bottom], as shares of "
+            "its width and height", config.shards, config.box,
+        )  # fmt: skip
+        return {}
     measures = {"images": float(known.sum())}
     for column, rate in enumerate(rates):
         name = f"object_kept@{rate:g}"
