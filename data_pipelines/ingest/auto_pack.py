@@ -283,7 +283,8 @@ def _told(where: str, folder: str, report: PackReport) -> str:
         parts.append(f"left out: {listed} ({folder}/{SKIPPED})")
     if report.unread:
         parts.append(f"not read: {by_ending(report.unread)}")
-    tables = (os.path.join(where, name) for name in report.unread)
+    unread = report.unread if os.path.isdir(where) else ()
+    tables = (os.path.join(where, name) for name in unread if not name.endswith(".json"))
     if not captions and (table := next(filter(is_table, tables), "")):
         parts.append(f"if {table} has the captions, give it instead of {where}")
     return "; ".join(parts)

@@ -159,14 +159,15 @@ def _captions_elsewhere(source: str, out: Path, report: PackReport) -> str:
     from data_pipelines.ingest.table_columns import CAPTION_COLUMNS
     from data_pipelines.ingest.tables import is_table
 
-    if report.columns:
-        return f"name their column with caption_key=: there are {', '.join(report.columns)}"
-    beside = (str(Path(source) / name) for name in report.unread)
+    unread = report.unread if Path(source).is_dir() else ()
+    beside = (str(Path(source) / name) for name in unread if not name.endswith(".json"))
     if table := next(filter(is_table, beside), ""):
         command = f"xray data pack {shlex.quote(table)} {shlex.quote(str(out))}"
         return f"if {table} has them, delete {out} and pack the table: {command}"
     columns = ", ".join(CAPTION_COLUMNS)
-    return f"they are read from a.txt beside a.jpg, or the columns {columns}"
+    usual = f"they are read from a.txt beside a.jpg, or the columns {columns}"
+    own = ", ".join(report.columns)
+    return f"{usual}; or name their column with caption_key=: there are {own}" if own else usual
 
 
 @guarded
