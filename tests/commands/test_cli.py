@@ -99,7 +99,7 @@ def test_a_mistake_ends_the_process_with_2() -> None:
 def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
     missing = invoke("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
-    assert missing.exit_code == 2 and "photos" in missing.stderr
+    assert missing.exit_code == 2 and "eval.knn.train=gallery: there is no" in missing.stderr
     write_tar(tmp_path / "bad.tar", {f"{i}.jpg": jpeg() for i in range(20)})
     whole = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2])

@@ -84,7 +84,7 @@ def test_help_lists_every_setting_with_its_default(name: str) -> None:
 
 
 def test_commands_that_take_settings_list_them() -> None:
-    assert set(WITH_SETTINGS) == set(DATA) - {"index", "check", "stats"}
+    assert set(WITH_SETTINGS) == set(DATA) - {"index", "check", "stats", "clean"}
 
 
 WITH_EXAMPLES = ["run", "train", "eval", "embed", "search", "export", "plan", "ablate", "data pack"]

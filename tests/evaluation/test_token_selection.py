@@ -1,4 +1,4 @@
-"""How much of a picture's object is kept, against plain loops over pixels and tokens."""
+"""Share of a picture's object that is kept, against plain loops over pixels and tokens."""
 
 from __future__ import annotations
 

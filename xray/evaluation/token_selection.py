@@ -92,7 +92,10 @@ class KeptShares(Samples):
 
 
 def measure_selection(sets: Sets, config: TokenSelectionConfig) -> Measures:
-    """Measure the shares of objects and tokens that are kept, over the pictures that have a box; {} if none has."""
+    """Measure the shares of objects and of tokens that are kept, over the pictures with a box.
+
+    Returns {} if no picture has one.
+    """
     encoder = sets.vision
     rates = [1.0] if encoder.vision.reduction == "none" else config.keep_rates
     source = sets.open("token_selection", config.shards, "image")
@@ -102,9 +105,9 @@ def measure_selection(sets: Sets, config: TokenSelectionConfig) -> Measures:
     known = objects.isfinite().all(dim=1)
     if not known.any():
         log.warning(
-            "eval.token_selection is left out: no picture of eval.token_selection.shards=%s has a box "
-            "in json field %s (eval.token_selection.box): [left, top, right, bottom], as shares of "
-            "its width and height", config.shards, config.box,
+            "eval.token_selection is left out: no picture of eval.token_selection.shards=%s has a "
+            "box in json field %s (eval.token_selection.box): [left, top, right, bottom], as "
+            "shares of its width and height", config.shards, config.box,
         )  # fmt: skip
         return {}
     measures = {"images": float(known.sum())}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from xray.errors import ConfigError
-from xray.training.throughput import GPUS, gpu_of
+from xray.training.gpu_specs import GPUS, gpu_of
 
 GPU_SHARE = 0.3  # of a GPU's peak that training reaches; assumed, as `xray plan --mfu`
 # Share of the speed of a matrix product that training a small model reaches on a CPU, with data

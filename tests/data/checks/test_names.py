@@ -14,7 +14,8 @@ from data_pipelines.text.names import name_at, original_name, with_key
 from xray.reports.figures import subplots
 from xray.reports.html import bars, folded
 from xray.reports.shards import _histogram
-from xray.reports.tables import ResultTable, counted
+from xray.reports.tables import ResultTable
+from xray.words import count
 
 LONG = "قطة تجلس على الكرسي " * 60
 NAMES = {"000000001": "Ferien am Meer & <Düne>.jpg", "000000002": "x" * 200 + ".jpg"}
@@ -106,4 +107,4 @@ def test_columns_of_texts_wrap_and_numbers_do_not() -> None:
     assert (
         folded("&" * 601).replace("<details><summary>...</summary>", "").startswith("&amp;" * 601)
     )
-    assert (counted(1, "shard"), counted(2000, "shard")) == ("1 shard", "2,000 shards")
+    assert (count(1, "shard"), count(2000, "shard")) == ("1 shard", "2,000 shards")

@@ -231,7 +231,7 @@ def test_the_command_says_what_it_held_out(photos: Path, tmp_path: Path) -> None
     out = tmp_path / "out"
     done = invoke("data", "pack", str(photos), str(out), "val=0.2")
     held = len(held_names(out))
-    assert f"{out}: {85 - held} samples in 1 shards" in done.stdout
+    assert f"{out}: {85 - held} samples in 1 shard" in done.stdout
     line = f"{out}/val: {held} samples held out for validation; 45 near-duplicates in 20 groups"
     assert f"{line} stay together" in done.stdout
     assert "captions: 60 of 85 samples have captions" in done.stdout

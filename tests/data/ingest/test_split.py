@@ -107,7 +107,7 @@ def test_the_command_says_what_it_wrote(pool: Path, tmp_path: Path) -> None:
     done = invoke("data", "split", str(pool), str(tmp_path), "val=0.2")
     assert done.exit_code == 0, done.stderr
     assert f"{tmp_path}/val: " in done.stdout and "near-duplicates in 8 groups" in done.stdout
-    assert (tmp_path / "val" / "shards.manifest").is_file()
+    assert (tmp_path / "val" / ".xray" / "shards.manifest").is_file()
     wrong = invoke("data", "split", str(pool), "val=0.2")
     assert wrong.exit_code == 2 and "name the folder to write to before it" in wrong.stderr
     photos = invoke("data", "split", str(pool / "broken"), str(tmp_path / "d"))

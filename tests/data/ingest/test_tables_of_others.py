@@ -235,7 +235,7 @@ def test_the_command_packs_with_the_settings_that_its_errors_name(tmp_path: Path
     made = invoke(*command[:-1], "image_key=Name", "caption_key=Words")
     assert made.exit_code == 0, made.stderr
     assert "1 of 2 samples have captions" in made.stdout
-    assert "empty captions: 1 rows" in made.stdout
+    assert "empty captions: 1 row of" in made.stdout
 
 
 def test_files_without_captions_are_told_where_to_have_them(tmp_path: Path) -> None:

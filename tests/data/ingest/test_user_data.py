@@ -129,7 +129,7 @@ def check(where: str, out: Path) -> int:
 
 def stats(where: str, out: Path) -> int:
     told = run("data", "stats", where, "--out", out / "stats.html")
-    if "1 broken shards" in told:
+    if "1 broken shard" in told:
         return check(where, out)  # which says why
     return int(told.split(" of ")[0].split()[-1])
 

@@ -20,10 +20,10 @@ class TokenSelectionConfig(SuiteConfig):
 
     required_sets = ("shards",)
 
-    shards: str = ""
+    shards: str = ""  # pictures whose json has the box of their object
     # json field of the box: [left, top, right, bottom], as shares of the width and the height
     box: str = "object_box"
-    keep_rates: list[float] = field(default_factory=lambda: [0.7, 0.5])
+    keep_rates: list[float] = field(default_factory=lambda: [0.7, 0.5])  # to measure at
 
     def validate(self, key: str) -> None:
         if not self.keep_rates or any(not 0 < rate <= 1 for rate in self.keep_rates):
