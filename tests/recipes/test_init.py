@@ -10,6 +10,7 @@ import yaml
 from in_process import invoke
 from shards import photo
 
+from xray.errors import ConfigError
 from xray.recipes.first_recipe import LENGTHS, blocks, draft, scales_for
 from xray.recipes.init import _divided
 from xray.recipes.machine import Machine
@@ -24,6 +25,15 @@ NODE = Machine(128, 8, "h100", 2.4e15)
 def found(name: str = "images", **more: Any) -> Found:
     own = {"modality": "image", "samples": 1000, "side": 128, "captioned": 0.0, "captions": 0.0}
     return Found(name, name, **{**own, "tagged": 0.0, "labelled": 0.0, **more})
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of pictures without captions, tags and classes."""
+    folder = tmp_path_factory.mktemp("pixels")
+    for number in range(8):
+        (folder / f"{number}.jpg").write_bytes(photo(number, (60, 40)))
+    return folder
 
 
 CAPTIONED = {"captioned": 1.0, "captions": 5.0}
@@ -180,6 +190,14 @@ def test_the_recipe_runs_as_it_is(
     assert (tmp_path / "mine.yaml").read_text() == text
 
 
+def test_pictures_alone_need_no_language_model(pixels: Path, tmp_path: Path) -> None:
+    done = invoke("init", tmp_path / "mine.yaml", pixels, "--hours", "0.01")
+    assert done.exit_code == 0, done.stderr
+    assert [run.stage for run in load_recipe(str(tmp_path / "mine.yaml")).runs] == ["mae"]
+    with pytest.raises(ConfigError, match=r"^text\.llm is not set"):
+        load_recipe(str(tmp_path / "mine.yaml"), ["stages=[mae,clip]"])
+
+
 def test_a_recipe_for_a_gpu_asks_for_a_language_model(demo: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     given = "--gpus", "1", "--gpu", "l4", "--hours", "1", "--pretrained", "vit_tiny_patch16_224"
@@ -198,12 +216,14 @@ def test_a_recipe_for_a_gpu_asks_for_a_language_model(demo: Path, tmp_path: Path
         (("mine.yaml", "/nowhere"), "/nowhere does not exist"),
         (("mine.yaml", "DEMO", "--gpu", "h1000"), "--gpu h1000 is not known"),
         (("mine.yaml", "DEMO", "--gpus", "2"), "set --gpu"),
+        (("mine.yaml", "PIXELS", "--pretrained", "vit_tiny_patch16_224"), "leave out --pretrained"),
     ],
 )
 def test_mistakes_are_named(
-    arguments: tuple[str, ...], words: str, demo: Path, tmp_path: Path
+    arguments: tuple[str, ...], words: str, demo: Path, pixels: Path, tmp_path: Path
 ) -> None:
     name, data, *rest = arguments
-    done = invoke("init", tmp_path / name, data.replace("DEMO", str(demo / "photos")), *rest)
+    data = {"DEMO": str(demo / "photos"), "PIXELS": str(pixels)}.get(data, data)
+    done = invoke("init", tmp_path / name, data, *rest)
     assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())

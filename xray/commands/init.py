@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from xray.commands.common import guarded
+from xray.errors import ConfigError
 
 
 @guarded
@@ -38,8 +40,23 @@ def init(
 
     For example: xray init mine.yaml /data/mine --hours 1
     """
+    _check(recipe, data, gpu)
     from xray.recipes.init import InitOptions, write_first_recipe
 
     options = InitOptions(gpus, gpu, hours or 0.0, pretrained, text_llm)
     for line in write_first_recipe(recipe, data, options):
         print(line)
+
+
+def _check(recipe: Path, data: str, gpu: str) -> None:
+    """Check what was typed, before torch is imported; raises ConfigError or DataError."""
+    from data_pipelines.ingest.user_data import kind_of
+    from xray.training.gpu_specs import check_gpu
+
+    if recipe.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{recipe} must end in .yaml: xray run takes such files")
+    if recipe.exists():
+        raise ConfigError(f"{recipe} exists already: choose another name, or delete it")
+    kind_of(os.path.expanduser(data), ("shards", "folder", "list"), "xray init")
+    if gpu:
+        check_gpu(gpu)

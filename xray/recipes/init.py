@@ -13,7 +13,7 @@ import yaml
 
 from xray.config import RunConfig
 from xray.config import loading as cfg
-from xray.errors import ConfigError
+from xray.errors import DataError
 from xray.files import write_text
 from xray.planning.plan import Plan, make_plan
 from xray.recipes.first_recipe import (
@@ -64,12 +64,8 @@ class Timed:
 def write_first_recipe(path: Path, data: str, options: InitOptions) -> list[str]:
     """Write a recipe for data, and return lines for the user.
 
-    Raises ConfigError if the file exists, DataError if there is nothing to train on.
+    Raises ConfigError for an unknown GPU, DataError if there is nothing to train on.
     """
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path} must end in .yaml: xray run takes such files")
-    if path.exists():
-        raise ConfigError(f"{path} exists already: choose another name, or delete it")
     seen = survey(data)
     machine = find_machine(options.gpus, options.gpu)
     hours = options.hours or (HOURS_GPU if machine.gpus else HOURS_CPU)
@@ -102,6 +98,11 @@ def _choose(
     left_out = [DISPENSABLE[:count] for count in range(1, len(DISPENSABLE) + 1)]
     for scale, without in [*tries, *((scales[-1], stages) for stages in left_out)]:
         made = draft(scale, seen, machine, *given, without)
+        if not made.stages and not without:
+            raise DataError(
+                f"{seen.root} has neither captions, tags nor classes, which a pretrained tower is "
+                "adapted with: leave out --pretrained to train on the pixels alone"
+            )
         if not made.stages:
             break
         plan, runs = _plan(made, seen, machine, name)

@@ -134,7 +134,8 @@ def stage_from_recipe(
     for layer in layers:
         check_keys(layer)
     data = [item for item in overrides if item.startswith("data.")]
-    merged = _resolve_whole(cfg.merge(*layers, cfg.parse_overrides(data, kind_of_key)))
+    own = {**cfg.parse_overrides(data, kind_of_key), "stages": [stage]}
+    merged = _resolve_whole(cfg.merge(*layers, own))
     parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
     return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
 
@@ -178,7 +179,7 @@ def check_keys(layer: Mapping[str, Any]) -> None:
             )
 
 
-def _resolve(content: dict[str, Any]) -> dict[str, Any]:
+def _resolve(content: Any) -> dict[str, Any]:
     with _resolving():
         return OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # type: ignore
 
@@ -196,7 +197,9 @@ def _resolving() -> Iterator[None]:
 
 
 def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
-    """Resolve a recipe's values; raises ConfigError for one that is still `???`."""
+    """Resolve a recipe's values; raises ConfigError for one that is still `???`, unless only stages
+    that are left out read it: it becomes "".
+    """
     whole = OmegaConf.create(content)
 
     def refers(key: str) -> bool:  # a reference to another missing key: that one is named instead
@@ -205,9 +208,13 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
 
     with _resolving():
         missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
-    if missing:
+    stages = content.get("stages")
+    unused = {*STAGES} - {*stages} if isinstance(stages, list) and stages else set[str]()
+    if any(key.partition(".")[0] not in unused for key in missing):
         raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=...")
-    return _resolve(content)
+    for key in missing:
+        OmegaConf.update(whole, key, "")
+    return _resolve(whole)
 
 
 def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         log.info("%s", line)
     preflight(recipe.runs, evaluation, recipe.root)
     artifacts = []
-    work = [work_of(config) for config in recipe.runs]
+    sizes = sizes_at_hand(recipe) if dist.is_main() else {}
+    work = [work_of(run.with_length(sizes.get(run.stage, {}))) for run in recipe.runs]
     for number, config in enumerate(recipe.runs):
         text = text_section(config)
         if text is not None and text.features != "live":
@@ -208,10 +209,13 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
 
 
 def work_of(config: RunConfig) -> float:
-    """Count the multiply-adds of a stage on images and clips, in its forward passes; 0 for texts.
+    """Count the multiply-adds of a stage on images and clips, in its forward passes; 0 for texts,
+    and for a length in epochs of data that are not at hand.
 
     The time of a recipe's later stages is estimated from it and the time of the present one.
     """
+    if config.train.epochs is not None:
+        return 0.0
     stage, frames = stage_class(config.stage)(config), value_at(config.data.frames, 1.0)
     each = {"image": 1, "video": frames}
     kinds = [(block.samples, config.data.sources[block.source].modality) for block in config.blocks]
