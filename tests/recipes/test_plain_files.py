@@ -18,6 +18,7 @@ from data_pipelines.ingest import auto_pack, user_data
 from data_pipelines.ingest.auto_pack import pack_sources
 from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.ingest.user_data import open_sources
+from xray.ablations.trials import load_ablation
 from xray.config import BlockConfig, DataConfig, SourceConfig
 from xray.errors import ConfigError, DataError
 from xray.recipes.own_data import recipe_settings
@@ -279,6 +280,24 @@ def test_two_ranks_train_on_a_folder_that_one_packs(tmp_path: Path, recipe: str)
     stderr = torchrun("-m", "xray", "run", recipe, f"data.root={root}", out, "stages=[mae]")
     assert stderr.count("packed 20 samples") == 1, stderr
     assert (tmp_path / "run" / "mae" / "artifact" / "manifest.json").is_file()
+
+
+def test_metrics_of_an_ablation_may_be_of_samples_that_packing_holds_out(
+    tmp_path: Path, recipe: str
+) -> None:
+    root = photos(tmp_path / "mine")
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        f"base: {recipe}\ncommon: {{stages: [mae, clip], eval.held_out: true}}\n"
+        "arms:\n  one: {}\n  two: {mae.train.samples: 8}\n"
+        "metrics: [retrieval.text_to_image_R@5, knn.top1]\n"
+    )
+    before = load_ablation(str(file), [f"data.root={root}"])
+    packed = recipe_settings(before.trials[0].recipe)
+    with pytest.raises(ConfigError, match="'knn.top1' is not a metric"):  # there are no classes
+        load_ablation(str(file), [f"data.root={root}", *packed])
+    captions = "metrics=[retrieval.text_to_image_R@5]"
+    assert load_ablation(str(file), [f"data.root={root}", *packed, captions]).trials
 
 
 def test_an_ablation_packs_before_its_runs(tmp_path: Path, recipe: str) -> None:
