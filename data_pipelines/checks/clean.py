@@ -57,7 +57,7 @@ SIDE_FILE = re.compile(
     rf"|(?:.+\.tar|shards-[0-9a-f]{{8}})\.(?P<hashed>{'|'.join(HASHED)})(?:-[0-9a-f-]{{8,}}"
     r"(?:-counts)?)?)$"
 )
-LOCK = re.compile(r"(process \d+ on \S+\n)?")
+LOCK = re.compile(r"process \d+ on \S+\n")
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def _kind(path: Path, hidden: bool) -> Kind | None:
 
 
 def _is_our_lock(path: Path) -> bool:
-    """Return True for the lock file of a packing or a curation.
+    """Return True for the lock file of a packing, a split or a curation.
 
     Raises ConfigError if its process holds it.
     """
-    records = ("pack.json", "curation.json")
+    records = ("pack.json", "split.json", "curation.json")
     if not is_writable(path.parent) or not _is_lock(path):
         return False
     if not any((path.parent / name).is_file() for name in records):

@@ -1,8 +1,8 @@
 """Manifest of a source: names, sizes and sample counts of its shards, in one memory-mapped file.
 
-A run opens the manifest but no shard index, because a
-sampling plan only needs the number of samples per shard. So opening a million shards takes one
-listing of the folder and some megabytes of mapped columns.
+A run opens the manifest but no shard index, because a sampling plan only needs the number of
+samples per shard. So opening a million shards takes one listing of the folder and some megabytes
+of mapped columns.
 """
 
 from __future__ import annotations

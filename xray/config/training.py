@@ -88,7 +88,7 @@ class OptimConfig:
         if self.eps <= 0:
             raise ConfigError(f"optim.eps={self.eps} must be above 0")
         for name in ("base_lr", "min_lr", "weight_decay", "logit_scale_lr", "clip_grad"):
-            if (getattr(self, name) or 0) < 0:
+            if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optim.warmup={self.warmup} must be in [0, 1)")

@@ -138,6 +138,19 @@ def test_a_folder_in_use_is_refused(shards: Path, use: str) -> None:
     assert names(shards) == ["0.tar", "1.tar", "pack.json"]
 
 
+def test_a_users_empty_file_named_lock_stays(shards: Path) -> None:
+    (shards / "lock").touch()
+    cleaned(shards, "--all")
+    assert names(shards) == ["0.tar", "1.tar", "lock"]
+
+
+def test_the_lock_of_a_killed_split_is_removed(shards: Path) -> None:
+    (shards / "lock").write_text("process 1 on host\n")
+    (shards / "split.json").write_text("{}")
+    cleaned(shards)
+    assert names(shards) == ["0.tar", "1.tar", "split.json"]
+
+
 def test_only_folders_are_cleaned(shards: Path) -> None:
     for path in (shards / "0.tar", shards / "none"):
         with pytest.raises(ConfigError, match="is not a folder"):
