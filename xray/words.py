@@ -1,11 +1,18 @@
-"""Numbers in sentences for people: counts with their noun, and times."""
+"""Numbers in sentences for people: counts with their noun or cause, and times."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 def count(number: float, noun: str, plural: str = "") -> str:
     """Format a count with its noun: 1 shard, 1,234 shards; plural: if it is not the noun with s."""
     return f"{number:,.0f} {noun if number == 1 else plural or noun + 's'}"
+
+
+def counted(causes: Mapping[str, int]) -> str:
+    """List the causes for which samples were left out, with the number of samples of each."""
+    return ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
 
 
 def duration(seconds: float) -> str:

@@ -26,8 +26,8 @@ from data_pipelines.ingest.pack import (
     digest_of,
     files_to_pack,
     pack,
+    unread_table,
 )
-from data_pipelines.ingest.tables import is_table
 from data_pipelines.ingest.user_data import (
     KINDS,
     is_pattern,
@@ -43,6 +43,7 @@ from xray.config.loading import build
 from xray.errors import ConfigError, DataError
 from xray.files import making
 from xray.progress import progress_bar
+from xray.words import count, counted
 
 log = logging.getLogger("xray")
 HELD_OUT = 0.05  # share of the samples that are held out for validation
@@ -181,11 +182,11 @@ def _counts(where: str, folder: str, sources: Mapping[str, SourceConfig]) -> dic
         return {name: int(manifest.counts(*kind).sum()) for name, kind in kinds.items()}
     endings = [ending_of(item.name) for item in list_files(where)]
 
-    def count(modality: Modality, animations: Modality) -> int:
+    def fitting(modality: Modality, animations: Modality) -> int:
         known = media_extensions(modality, animations)
         return sum(modality == "text" or ending in known for ending in endings)
 
-    return {name: count(own.modality, own.animations) for name, own in sources.items()}
+    return {name: fitting(own.modality, own.animations) for name, own in sources.items()}
 
 
 def _left_out(
@@ -270,21 +271,18 @@ def _settings(folder: str) -> PackConfig | None:
 
 def _told(where: str, folder: str, report: PackReport) -> str:
     """Say what was packed, and what was left out."""
-    shards = f"{report.shards:,} shard{'s' * (report.shards != 1)}"
+    shards = count(report.shards, "shard")
     total, captions = report.samples + report.held_out, captioned(Path(folder))
-    parts = [f"{where}: packed {total:,} samples in {shards} in {folder}"]
+    parts = [f"{where}: packed {count(total, 'sample')} in {shards} in {folder}"]
     if report.held_out:
         parts.append(f"{report.held_out:,} of them held out in {folder}/{VAL}")
     parts.append(f"{captions:,} have captions")
     if report.empty:
         parts.append(f"{report.empty:,} rows have an empty one")
     if causes := report.skipped:
-        listed = ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
-        parts.append(f"left out: {listed} ({folder}/{SKIPPED})")
+        parts.append(f"left out: {counted(causes)} ({folder}/{SKIPPED})")
     if report.unread:
         parts.append(f"not read: {by_ending(report.unread)}")
-    unread = report.unread if os.path.isdir(where) else ()
-    tables = (os.path.join(where, name) for name in unread if not name.endswith(".json"))
-    if not captions and (table := next(filter(is_table, tables), "")):
+    if not captions and (table := unread_table(where, report)):
         parts.append(f"if {table} has the captions, give it instead of {where}")
     return "; ".join(parts)

@@ -20,6 +20,7 @@ from data_pipelines.decode.near_duplicates import dhash_of, first_64, near_dupli
 from data_pipelines.ingest.table_columns import LABELS
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, ConfigError
+from xray.words import count
 
 T = TypeVar("T")
 VAL = "val"  # the folder, below the shards to train on, of those that are held out
@@ -126,7 +127,7 @@ def quotas(sizes: Mapping[Stratum, int], share: float) -> dict[Stratum, int]:
 
 def held_out_line(folder: Path, samples: int, cut: Cut) -> str:
     """Report the number of samples that are held out in a folder, and what was kept together."""
-    line = f"{folder}: {samples:,} samples held out for validation"
+    line = f"{folder}: {count(samples, 'sample')} held out for validation"
     if not samples:
         return f"{line}: there are too few, or all are near-duplicates of others"
     if cut.groups:

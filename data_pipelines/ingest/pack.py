@@ -26,6 +26,7 @@ from data_pipelines.ingest.held_out import VAL, Cut, Traits, check_share, hold_o
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.table_columns import TableKeys
+from data_pipelines.ingest.tables import is_table
 from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.process_pool import over_shards, reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
@@ -199,6 +200,13 @@ def captioned(out: Path) -> int:
     """Count the samples of a packed folder that have captions, with those held out."""
     tars = sorted([*out.glob("*.tar"), *out.glob(f"{VAL}/*.tar")])
     return sum(len(index_shard(tar).members_with(("txt",))) for tar in tars)
+
+
+def unread_table(where: str, report: PackReport) -> str:
+    """Return the first table in a packed folder that was not read; "" if there is none."""
+    unread = report.unread if os.path.isdir(where) else ()
+    paths = (os.path.join(where, name) for name in unread if not name.endswith(".json"))
+    return next(filter(is_table, paths), "")
 
 
 def _check(source: Path, out: Path, config: PackConfig) -> None:

@@ -108,6 +108,13 @@ def test_suites_that_would_fail_are_left_out(
     assert len(lines) == 1 and ("nothing" in lines[0]) == (not expected)
 
 
+def test_a_line_says_why_some_captions_are_not_enough(tmp_path: Path) -> None:
+    _, lines = filled(source(tmp_path, {50: {}, 51: {}, 52: {"captions": None}}))
+    assert lines[0].endswith("; retrieval needs captions of all: 1 sample without")
+    _, lines = filled(source(tmp_path / "all", {50: {}, 51: {}}))
+    assert "needs captions" not in lines[0]
+
+
 def test_broken_held_out_shards_do_not_stop_a_run(tmp_path: Path) -> None:
     shards = source(tmp_path, {50: {}, 51: {}})
     write_tar(tmp_path / "val" / "1.tar", {"a.txt": b"no picture"})

@@ -10,11 +10,13 @@ import yaml
 from in_process import invoke
 from shards import photo
 
-from xray.errors import ConfigError
+from xray.config.model import LlmConfig
+from xray.errors import ConfigError, DataError
 from xray.recipes.first_recipe import LENGTHS, blocks, draft, scales_for
 from xray.recipes.init import _divided
 from xray.recipes.machine import Machine
 from xray.recipes.recipe import load_recipe
+from xray.recipes.run import make_llm
 from xray.recipes.survey import Found, Survey, survey
 
 LAPTOP = Machine(2, 0, "", 25e9)
@@ -163,6 +165,27 @@ def test_the_time_is_divided_over_the_stages() -> None:
     assert _divided(LENGTHS, each, 1.0) == {"mae": 1, "hashtag": 1, "text": 1, "clip": 2}
     long = _divided(LENGTHS, each, 1e9)  # more time than is useful
     assert long == {stage: length.most for stage, length in LENGTHS.items()}
+
+
+def test_stages_that_read_captions_leave_out_samples_without(tmp_path: Path) -> None:
+    own = found(captioned=0.6, captions=2.0)
+    made = draft(
+        scales_for(Survey("/d", [own], []), LAPTOP, "")[-1], Survey("/d", [own], []), LAPTOP
+    )
+    shares = {stage: made.settings[stage].get("data", {}) for stage in ("hashtag", "text", "clip")}
+    assert [own.get("max_bad_fraction") for own in shares.values()] == [None, 0.45, 0.45]
+
+
+def test_a_language_model_is_built_from_the_captions_there_are(
+    pixels: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="has no captions to build an LLM from"):
+        make_llm(LlmConfig(str(tmp_path / "none"), str(pixels), 300, 32, 2, 2), "")
+    (tmp_path / "a.jpg").write_bytes(photo(0, (60, 40)))
+    (tmp_path / "b.jpg").write_bytes(photo(1, (60, 40)))
+    (tmp_path / "b.txt").write_text("a dog and a ball")
+    make_llm(LlmConfig(str(tmp_path / "llm"), str(tmp_path), 300, 32, 2, 2), "")
+    assert (tmp_path / "llm" / "config.json").is_file()
 
 
 # command ----------------------------------------------------------------------------------------

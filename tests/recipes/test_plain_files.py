@@ -294,7 +294,7 @@ def test_metrics_of_an_ablation_may_be_of_samples_that_packing_holds_out(
     )
     before = load_ablation(str(file), [f"data.root={root}"])
     packed = recipe_settings(before.trials[0].recipe)
-    with pytest.raises(ConfigError, match="'knn.top1' is not a metric"):  # there are no classes
+    with pytest.raises(ConfigError, match=r"'knn\.top1' is not a metric"):  # there are no classes
         load_ablation(str(file), [f"data.root={root}", *packed])
     captions = "metrics=[retrieval.text_to_image_R@5]"
     assert load_ablation(str(file), [f"data.root={root}", *packed, captions]).trials

@@ -7,7 +7,7 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -186,11 +186,6 @@ def open_any(pattern: str, modality: Any, user: str, kinds: Sequence[str] | None
 def open_shards(pattern: str, modality: str, user: str) -> Source:
     """Open shards for a command that writes a sidecar beside them."""
     return open_any(pattern, modality, user, ("shards",))
-
-
-def counted(causes: Mapping[str, int]) -> str:
-    """List the causes for which samples were left out, with the number of samples of each."""
-    return ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
 
 
 def takes(config: str, *given: str) -> Callable[[C], C]:

@@ -16,7 +16,6 @@ from xray.commands.common import (
     Overrides,
     Workers,
     check_folder,
-    counted,
     guarded,
     settings,
     takes,
@@ -24,7 +23,7 @@ from xray.commands.common import (
 from xray.commands.help import examples
 from xray.files import write_in_place
 from xray.progress import progress_bar, progress_of
-from xray.words import count
+from xray.words import count, counted
 
 if TYPE_CHECKING:
     from data_pipelines.checks.check import CheckReport
@@ -150,18 +149,16 @@ def data_split(
     report = split(shards, out, config)
     for folder in [out] + [out / VAL] * bool(report.held_out):
         write_manifest(str(folder), checksum=True, workers=config.workers)
-    print(f"{out}: {report.samples:,} samples in {report.shards:,} shards")
+    print(f"{out}: {count(report.samples, 'sample')} in {count(report.shards, 'shard')}")
     print(held_out_line(out / VAL, report.held_out, report.cut))
 
 
 def _captions_elsewhere(source: str, out: Path, report: PackReport) -> str:
     """Say where captions are read from, for files without one."""
+    from data_pipelines.ingest.pack import unread_table
     from data_pipelines.ingest.table_columns import CAPTION_COLUMNS
-    from data_pipelines.ingest.tables import is_table
 
-    unread = report.unread if Path(source).is_dir() else ()
-    beside = (str(Path(source) / name) for name in unread if not name.endswith(".json"))
-    if table := next(filter(is_table, beside), ""):
+    if table := unread_table(source, report):
         command = f"xray data pack {shlex.quote(table)} {shlex.quote(str(out))}"
         return f"if {table} has them, delete {out} and pack the table: {command}"
     columns = ", ".join(CAPTION_COLUMNS)

@@ -17,7 +17,6 @@ from xray.commands.common import (
     Modality,
     check_artifact,
     checking,
-    counted,
     guarded,
     open_shards,
     settings,
@@ -26,7 +25,7 @@ from xray.commands.common import (
 )
 from xray.errors import ConfigError
 from xray.progress import progress_bar, progress_of
-from xray.words import count
+from xray.words import count, counted
 
 if TYPE_CHECKING:
     from data_pipelines.shards.sidecar import Sidecar

@@ -18,13 +18,12 @@ from xray.commands.common import (
     Modality,
     check_artifact,
     checking,
-    counted,
     guarded,
 )
 from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.progress import progress_bar
-from xray.words import count
+from xray.words import count, counted
 
 if TYPE_CHECKING:
     from data_pipelines.ingest.user_data import Corpus

@@ -26,6 +26,7 @@ from xray.evaluation.feature_extraction import read_all_captions
 from xray.evaluation.suite import LabelledConfig, SuiteConfig
 from xray.evaluation.suites.knn import KNN
 from xray.evaluation.suites.tagging import TAGS, TaggingConfig
+from xray.words import count
 
 MOST_TRAINED = 100_000  # training samples of kNN and the linear probe, which encode all of them
 
@@ -182,7 +183,11 @@ def _lines(there: list[HeldOut], filled: Mapping[str, Any]) -> Iterator[str]:
     for held in there:
         suites = [suite for suite, section in filled.items() if held.folder in _places(section)]
         what = ", ".join(suites) or "nothing: they have neither captions, tags nor classes for it"
-        yield f"{len(held.source):,} samples held out of {held.name} evaluate {what}"
+        line = f"{count(len(held.source), 'sample')} held out of {held.name} evaluate {what}"
+        without = sum(not own for own in held.captions)
+        if 0 < without < len(held.source):
+            line += f"; retrieval needs captions of all: {count(without, 'sample')} without"
+        yield line
 
 
 def _places(section: Any) -> set[str]:

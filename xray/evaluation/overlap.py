@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,8 +56,8 @@ class Trained:
 
     def is_all_of(self, source: Source) -> bool:
         """Check if the stage trained on exactly the shards of a source."""
-        kind = f"{self.name}\0{self.modality}\0{self.animations}\0{source.manifest.digest}"
-        return hashlib.sha256(kind.encode()).hexdigest() == self.digest
+        kind = {"modality": self.modality, "animations": self.animations}
+        return replace(source, name=self.name, **kind).digest == self.digest
 
 
 @dataclass

@@ -185,11 +185,12 @@ def _add_data(made: Draft, seen: Survey, machine: Machine, uses: dict[str, list[
         if sources != seen.training or stage == "text":
             own_blocks = blocks(sources, scale.batch, machine.devices)
             made.settings[stage] = {"data": {"blocks": own_blocks}}
-    worst = min((found.captioned for found in uses.get("clip", ())), default=1.0)
-    if worst < 0.99:
-        section = made.settings.setdefault("clip", {}).setdefault("data", {})
-        section["max_bad_fraction"] = round(min(0.99, 1.05 - worst), 2)
-        made.comments["clip.data"] = "samples without captions are left out of this stage"
+    for stage in ("text", "clip"):
+        worst = min((found.captioned for found in uses.get(stage, ())), default=1.0)
+        if worst < 0.99:
+            section = made.settings.setdefault(stage, {}).setdefault("data", {})
+            section["max_bad_fraction"] = round(min(0.99, 1.05 - worst), 2)
+            made.comments[f"{stage}.data"] = "samples without captions are left out of this stage"
 
 
 def described(found: Found) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from xray.errors import ConfigError
 from xray.training.gpu_specs import GPUS, gpu_of
+from xray.words import count
 
 GPU_SHARE = 0.3  # of a GPU's peak that training reaches; assumed, as `xray plan --mfu`
 # Share of the speed of a matrix product that training a small model reaches on a CPU, with data
@@ -35,8 +36,8 @@ class Machine:
     def __str__(self) -> str:
         if self.gpus:
             return f"{self.gpus:,} x {self.gpu}; assumed to reach {GPU_SHARE:.0%} of the peak"
-        cores = f"{self.cores} CPU core{'s' * (self.cores != 1)}, no GPU"
-        return f"{cores}; training reaches about {self.speed / 1e9:.0f} GFLOP/s here"
+        cores = count(self.cores, "CPU core")
+        return f"{cores}, no GPU; training reaches about {self.speed / 1e9:.0f} GFLOP/s here"
 
 
 def find_machine(gpus: int | None, gpu: str) -> Machine:
@@ -45,10 +46,10 @@ def find_machine(gpus: int | None, gpu: str) -> Machine:
     gpus: their number; None = those of this machine. gpu: their name; "" = that of this machine.
     """
     cores = len(os.sched_getaffinity(0))
-    count = torch.cuda.device_count() if gpus is None else gpus
+    number = torch.cuda.device_count() if gpus is None else gpus
     if gpu and gpus is None:
-        count = max(1, count)
-    if not count:
+        number = max(1, number)
+    if not number:
         return Machine(cores, 0, "", CPU_SHARE * matmul_speed())
     if not gpu and torch.cuda.is_available():
         reported = torch.cuda.get_device_name(0)
@@ -57,7 +58,7 @@ def find_machine(gpus: int | None, gpu: str) -> Machine:
     if gpu not in GPUS:
         wrong = f"--gpu {gpu} is not known" if gpu else "the kind of GPU is not known: set --gpu"
         raise ConfigError(f"{wrong}; there are {', '.join(GPUS)}")
-    return Machine(cores, count, gpu, count * GPU_SHARE * GPUS[gpu].peak("bf16"))
+    return Machine(cores, number, gpu, number * GPU_SHARE * GPUS[gpu].peak("bf16"))
 
 
 def matmul_speed() -> float:

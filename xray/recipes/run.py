@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from xray.config import loading as cfg
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
 from xray.config.schedule import steps_of, value_at
+from xray.errors import BadSample, DataError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
 from xray.evaluation.evaluator import Evaluator, Results
@@ -140,16 +141,20 @@ def prepare(recipe: Recipe) -> None:
 
 
 def make_llm(config: LlmConfig, root: str) -> None:
-    """Build the tiny LLM, unless it exists; a half-written folder is written again."""
+    """Build the tiny LLM, unless it exists; a half-written folder is written again.
+
+    Raises DataError if no sample has a caption.
+    """
     folder = Path(config.path)
     if folder.is_dir():
         return
     source = open_data(resolve(config.captions, root), Request("captions", "text"))
-    captions = [
-        caption
-        for place in source.places()
-        for caption in captions_of(source.read(*place, TEXT_FILES))
-    ]
+    captions: list[str] = []
+    for place in source.places():
+        with suppress(BadSample):  # without a caption
+            captions += captions_of(source.read(*place, TEXT_FILES))
+    if not captions:
+        raise DataError(f"{resolve(config.captions, root)} has no captions to build an LLM from")
     sizes = config.vocab_size, config.width, config.depth, config.heads
     with making(folder):
         if not folder.is_dir():
