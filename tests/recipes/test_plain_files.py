@@ -277,7 +277,8 @@ def test_an_evaluation_set_inside_the_training_files_is_refused(
 def test_two_ranks_train_on_a_folder_that_one_packs(tmp_path: Path, recipe: str) -> None:
     root = photos(tmp_path / "mine")
     out = f"out={tmp_path / 'run'}"
-    stderr = torchrun("-m", "xray", "run", recipe, f"data.root={root}", out, "stages=[mae]")
+    given = f"data.root={root}", out, "stages=[mae]", "mae.train.epochs=1"
+    stderr = torchrun("-m", "xray", "run", recipe, *given)
     assert stderr.count("packed 20 samples") == 1, stderr
     assert (tmp_path / "run" / "mae" / "artifact" / "manifest.json").is_file()
 

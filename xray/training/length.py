@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from data_pipelines.curation.tables import keep_listed
-from data_pipelines.ingest.user_data import open_sources
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import open_data
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import Source
@@ -17,16 +19,19 @@ ENOUGH_PASSES = 100  # advised instead
 
 
 def sources_at_hand(config: RunConfig) -> dict[str, Source]:
-    """Open the sources of a run's blocks that are on this computer; the others are left out."""
+    """Open the sources of a run's blocks that are on this computer; the others are left out.
+
+    Not collective.
+    """
     found: dict[str, Source] = {}
     for block in config.blocks:
         own = config.data.sources[block.source]
-        if not is_remote(resolve(own.shards, config.data.root)):
-            try:
-                opened = open_sources(config.data, [block.source])
-            except DataError:
-                continue
-            found |= {name: keep_listed(source, own) for name, source in opened.items()}
+        where = resolve(own.shards, config.data.root)
+        if not is_remote(where):
+            request = Request(block.source, own.modality, own.animations)
+            with suppress(DataError):
+                source = open_data(where, request, ("shards",), "training")
+                found[block.source] = keep_listed(source, own)
     return found
 
 
