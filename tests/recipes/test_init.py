@@ -250,3 +250,20 @@ def test_mistakes_are_named(
     done = invoke("init", tmp_path / name, data, *rest)
     assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_pictures_without_captions_need_no_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(16):
+        folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(photo(number, (60, 40)))
+    wrote = invoke("init", "mine.yaml", "photos", "--hours", "0.02")
+    assert wrote.exit_code == 0, wrote.stderr
+    stages = [run.stage for run in load_recipe("mine.yaml").runs]
+    assert stages == ["mae", "hashtag"]
+    assert load_recipe("small", ["data.root=photos", "stages=[mae]"]).runs
+    with pytest.raises(ConfigError, match=r"^text\.llm is not set"):
+        load_recipe("small", ["data.root=photos", "stages=[clip]"])
