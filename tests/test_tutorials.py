@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from data_pipelines.shards.tar_index import index_shard
 
 # A run of seconds: the settings that are added to the tutorial's own.
 SHORT = (
-    *("mae.train.samples=8", "hashtag.train.samples=8", "clip.train.samples=8"),
+    *(f"{stage}.train.samples=8" for stage in ("mae", "hashtag", "text", "clip")),
     *("data.blocks=[{source: images, samples: 4}]", "hashtag.min_count=1", "data.workers=0"),
-    "clip.captions=1",
+    "text.data.blocks=[{source: images, samples: 4}]",
 )
 
 
@@ -32,29 +32,34 @@ def write_photos(demo: Path, folder: Path, numbers: range) -> None:
 def test_the_tutorial_about_photos(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_photos(demo, tmp_path / "photos", range(8))
-    write_photos(demo, tmp_path / "photos_val", range(8, 12))
+    write_photos(demo, tmp_path / "photos", range(32))
     monkeypatch.chdir(tmp_path)
-    calls = list(commands("\n".join(re.findall(r"```\n.*?```", page("photos"), re.DOTALL))))
-    assert [call[0] for call in calls].count("run") == 2
-    for call in calls:
+    text = page("photos").partition("## Next steps")[0]
+    calls = list(commands(text))
+    assert [call[0] for call in calls] == ["init", "run", "embed", "search", "init", "data"]
+    for call in (calls[5], *calls[:4]):
         extra = SHORT if call[0] == "run" else ()
         done = invoke(*call, *extra)
         assert done.exit_code == 0, (call, done.output, done.stderr)
-    assert "text to image R@1" in Path("runs/small/report.html").read_text("utf-8")
+    assert len(list(Path("photos_shards/val").glob("*.tar"))) == 1
+    results = json.loads(Path("runs/mine/results.json").read_text("utf-8"))
+    assert results["retrieval"]["images"] == 2 and "overlap" not in results
+    assert "text to image R@1" in Path("runs/mine/report.html").read_text("utf-8")
     assert Path("stats.html").is_file() and Path("found.html").is_file()
 
 
-def test_the_recipe_of_the_tutorial_about_pretrained_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_recipes_of_the_tutorial_about_pretrained_weights(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_photos(demo, tmp_path / "photos", range(32))
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks(page("adapt"), "yaml")
-    Path("adapt.yaml").write_text(recipe, "utf-8")
-    planned = [call for call in commands(page("adapt")) if call[0] == "run"]
-    assert len(planned) >= 3
+    Path("adapt_mine.yaml").write_text(recipe, "utf-8")
+    planned = [call for call in commands(page("adapt")) if call[0] in ("init", "run")]
+    assert [call[0] for call in planned] == ["init", "run", "run", "run", "run"]
     for call in planned:
-        done = invoke(*call, *(() if "--plan" in call else ("--plan",)))
+        plan = call[0] == "run" and "--plan" not in call
+        done = invoke(*call, *(["--plan"] if plan else []))
         assert done.exit_code == 0 and "clip" in done.output, (call, done.output, done.stderr)
 
 

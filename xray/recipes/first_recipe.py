@@ -320,6 +320,6 @@ def _add_evaluation(made: Draft, seen: Survey) -> None:
     made.settings["eval"] = {"held_out": True, **own}
     made.comments["eval"] = (
         "measured at the end, on samples that are not trained on" if own else
-        "measured at the end, on samples that are held out: 5 % of files that xray packs by\n"
-        "itself; of shards, xray data split SHARDS OUT val=0.05 holds some out"
+        "measured at the end, on samples that are held out: 5 % of files that xray packs itself;\n"
+        "of shards, xray data split SHARDS OUT val=0.05 holds some out"
     )  # fmt: skip
