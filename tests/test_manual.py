@@ -67,7 +67,7 @@ def described(section: str) -> list[re.Pattern[str]]:
     text = (DOCS / "reference" / "metrics.md").read_text("utf-8")
     body = text.split("\n## ")[[t.split("\n")[0] for t in text.split("\n## ")].index(section)]
     names = [name for row in ROW.findall(body) for name in re.findall(r"`([^`]+)`", row)]
-    parts = {"SOURCE": r"\w+", "NAME": r".+", "N": r"\d+", "K": r"\d+"}
+    parts = {"SOURCE": r"\w+", "NAME": r".+", "N": r"\d+", "K": r"\d+", "RATE": r"[\d.]+"}
     split = [re.split(r"(\b[A-Z]+\b)", name) for name in names]
     return [re.compile("".join(parts.get(p, re.escape(p)) for p in name)) for name in split]
 
