@@ -36,8 +36,8 @@ from data_pipelines.curation.tables import (
     language_function,
     sample_texts,
 )
-from data_pipelines.ingest.pack import new_tar
 from data_pipelines.ingest.recode import TEMPORARY
+from data_pipelines.ingest.tar_writer import new_tar
 from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.sidecar import Sidecar, Work, open_sidecar, write_sidecar
 from data_pipelines.shards.source import Source, open_source

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from data_pipelines.decode.near_duplicates import dhash_of, first_64, near_duplicates
+from data_pipelines.ingest.endings import ending_of
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.table_columns import LABELS
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from xray.errors import BadSample, ConfigError
@@ -25,6 +27,7 @@ from xray.words import count
 T = TypeVar("T")
 VAL = "val"  # the folder, below the shards to train on, of those that are held out
 LARGEST_SHARE = 0.5
+COMPARED = 64  # files to hash at a time
 LEAST = 2  # samples of a modality to hold out, because retrieval needs two; at most a half of them
 
 
@@ -54,6 +57,28 @@ def traits_of(media: bytes, ending: str, meta: Mapping[str, Any]) -> Traits:
     label = next((str(meta[key]) for key in LABELS if meta.get(key) not in (None, "")), "")
     exact = first_64(hashlib.sha256(media).digest())
     return Traits(exact, dhash_of(media, is_clip), Stratum("video" if is_clip else "image", label))
+
+
+@dataclass(frozen=True)
+class ItemHasher:
+    """Function that hashes a block of files; None for a file that would be skipped."""
+
+    items: list[Item]
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // COMPARED)
+
+    def __call__(self, block: int) -> list[Traits | None]:
+        own = self.items[block * COMPARED : (block + 1) * COMPARED]
+        return [self._traits(item) for item in own]
+
+    def _traits(self, item: Item) -> Traits | None:
+        if not item.listed:
+            return None
+        try:
+            return traits_of(item.read(), ending_of(item.name), item.describe()[1])
+        except BadSample:
+            return None
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,22 @@ held out (`val`) go to shards in the folder `val`, which is a packing like the o
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.ingest.endings import ending_of
-from data_pipelines.ingest.held_out import VAL, Cut, Traits, check_share, hold_out, traits_of
+from data_pipelines.ingest.held_out import VAL, Cut, ItemHasher, check_share, hold_out
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
 from data_pipelines.ingest.table_columns import TableKeys
 from data_pipelines.ingest.tables import is_table
+from data_pipelines.ingest.tar_writer import new_tar
 from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.process_pool import over_shards, reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
@@ -41,7 +39,6 @@ Skipped = dict[str, str]  # key, file, cause, detail
 Job = tuple[int, list[Item]]  # a shard's number and its samples
 
 RECORD, SKIPPED = "pack.json", "pack_skipped.jsonl"
-COMPARED = 64  # files to hash at a time
 OF_SHARDS = "pack_skipped.*.jsonl"  # per shard, until all shards are written
 LIMITS = {
     "per_shard": (1, 10_000),
@@ -158,28 +155,6 @@ def _cut(out: Path, items: list[Item], config: PackConfig) -> Cut:
         record["held_out"] = asdict(cut)
         _write(out / RECORD, json.dumps(record, indent=1) + "\n")
     return Cut(**record["held_out"])
-
-
-@dataclass(frozen=True)
-class ItemHasher:
-    """Function that hashes a block of files; None for a file that would be skipped."""
-
-    items: list[Item]
-
-    def __len__(self) -> int:
-        return -(-len(self.items) // COMPARED)
-
-    def __call__(self, block: int) -> list[Traits | None]:
-        own = self.items[block * COMPARED : (block + 1) * COMPARED]
-        return [self._traits(item) for item in own]
-
-    def _traits(self, item: Item) -> Traits | None:
-        if not item.listed:
-            return None
-        try:
-            return traits_of(item.read(), ending_of(item.name), item.describe()[1])
-        except BadSample:
-            return None
 
 
 def _write_shards(items: list[Item], out: Path, config: PackConfig, progress: Progress) -> int:
@@ -333,26 +308,6 @@ def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -
     else:
         temporary.unlink()  # a tar without samples is not readable
     return len(items)
-
-
-@contextmanager
-def new_tar(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
-    """Write a tar; yields the function that adds the files of a sample, (key, ending -> bytes).
-
-    The bytes of the tar depend only on the samples, and are on disk when the block ends.
-    """
-    with path.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as archive:
-
-            def add(key: str, files: Mapping[str, bytes]) -> None:
-                for ending, content in sorted(files.items()):
-                    member = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
-                    member.size, member.mode = len(content), 0o444
-                    archive.addfile(member, io.BytesIO(content))
-
-            yield add
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:

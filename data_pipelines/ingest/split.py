@@ -26,8 +26,8 @@ from data_pipelines.ingest.held_out import (
     hold_out,
     traits_of,
 )
-from data_pipelines.ingest.pack import new_tar
 from data_pipelines.ingest.recode import TEMPORARY
+from data_pipelines.ingest.tar_writer import new_tar
 from data_pipelines.shards.manifest import open_manifest
 from data_pipelines.shards.process_pool import over_shards
 from data_pipelines.shards.remote import is_remote

@@ -210,7 +210,7 @@ def test_an_interrupted_packing_continues(
     def again(*_: Any) -> int:
         raise AssertionError("the choice is recorded")
 
-    monkeypatch.setattr("data_pipelines.ingest.pack.traits_of", again)
+    monkeypatch.setattr("data_pipelines.ingest.held_out.traits_of", again)
     report = pack(photos, part, PackConfig(val=0.2, per_shard=10, workers=1))
     assert report.reused == len([*whole.rglob("*.tar")]) - 2
     for tar in whole.rglob("*.tar"):

@@ -1,0 +1,30 @@
+"""Writer of tars whose bytes depend only on their samples."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_tar(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
+    """Write a tar; yields the function that adds the files of a sample, (key, ending -> bytes).
+
+    The bytes of the tar depend only on the samples, and are on disk when the block ends.
+    """
+    with path.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+
+            def add(key: str, files: Mapping[str, bytes]) -> None:
+                for ending, content in sorted(files.items()):
+                    member = tarfile.TarInfo(f"{key}.{ending}")  # its time is 0
+                    member.size, member.mode = len(content), 0o444
+                    archive.addfile(member, io.BytesIO(content))
+
+            yield add
+        file.flush()
+        os.fsync(file.fileno())
