@@ -36,8 +36,8 @@ def plan(
 ) -> None:
     """Print what RECIPE or STAGE needs, without a GPU or data; exit code 1 if it does not fit.
 
-    Memory is the peak of one device, from a step with tensors without values. Hours assume --mfu.
-    A stage takes its settings from KEY=VALUE.
+    Memory is the peak of one device, from a step with tensors without values. The time assumes
+    --mfu. A stage takes its settings from KEY=VALUE.
     """
     from xray.recipes.recipe import load_runs
     from xray.training.gpu_specs import check_gpu
