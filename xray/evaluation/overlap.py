@@ -42,6 +42,7 @@ class Trained:
     modality: Any
     animations: Any
     digest: str  # of the samples; "" if the manifest does not say
+    chosen: bool = False  # by a keep-list or for class balance: the digest is not of the shards
 
     @cached_property
     def source(self) -> Source | None:
@@ -75,7 +76,8 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     found: dict[tuple[str, str], Trained] = {}
     unknown = []
     for link in lineage(artifact.path):
-        data = (link.manifest or {}).get("config", {}).get("data")
+        config = (link.manifest or {}).get("config", {})
+        data = config.get("data")
         if link.manifest is None or not isinstance(data, Mapping):
             unknown.append(link.stage)
             continue
@@ -86,7 +88,9 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
             if name in used and source.get("modality") != "text":
                 where = resolve(source.get("shards", ""), data.get("root", ""))
                 kind = source.get("modality", "image"), source.get("animations", "image")
-                own = Trained(link.stage, name, where, *kind, str(digests.get(name, "")))
+                balanced = any("balance" in own for own in config.values() if isinstance(own, dict))
+                chosen = balanced or bool(source.get("keep"))
+                own = Trained(link.stage, name, where, *kind, str(digests.get(name, "")), chosen)
                 found.setdefault((where, own.digest), own)
     return list(found.values()), unknown
 
@@ -107,7 +111,9 @@ def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
             overlap.shares[key] = known[id(source)]
         if gallery is not None and (same := _shared(source, gallery)).any():
             overlap.shares[f"{key} in train"] = float(same.mean())
-    same_as_then = {own.where for own in trained if own.source and own.is_all_of(own.source)}
+    same_as_then = {
+        own.where for own in trained if own.source and (own.chosen or own.is_all_of(own.source))
+    }
     unsure = {own.where: own.stage for own in trained if own.where not in same_as_then}
     missing = [f"{stage} ({where or 'not recorded'})" for where, stage in unsure.items()]
     missing += [f"{stage} (not recorded)" for stage in unknown]
