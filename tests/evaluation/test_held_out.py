@@ -219,3 +219,15 @@ def test_shards_that_changed_since_training_are_named(
     assert f"stage clip ({data / 'photos'}) trained on could be compared" in changed
     shutil.rmtree(data)
     assert f"stage clip ({data / 'photos'})" in " ".join(invoke(*evaluate).stdout.split())
+
+
+def test_pictures_and_clips_of_one_folder_are_two_sources(control: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(control, older)
+    manifest = json.loads((older / "manifest.json").read_text())
+    for source_ in manifest["config"]["data"]["sources"].values():
+        source_["shards"] = "both"
+    manifest["sources"] = {}  # without digests
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    found, _ = trained_on(open_artifact(older))
+    assert {own.modality for own in found} == {"image", "video"}

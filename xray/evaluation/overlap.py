@@ -73,7 +73,7 @@ class Overlap:
 
 def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     """List the sources of an artifact and its ancestors, and the stages that are not known."""
-    found: dict[tuple[str, str], Trained] = {}
+    found: dict[tuple[str, ...], Trained] = {}
     unknown = []
     for link in lineage(artifact.path):
         config = (link.manifest or {}).get("config", {})
@@ -88,17 +88,18 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
             if name in used and source.get("modality") != "text":
                 where = resolve(source.get("shards", ""), data.get("root", ""))
                 kind = source.get("modality", "image"), source.get("animations", "image")
-                balanced = any("balance" in own for own in config.values() if isinstance(own, dict))
+                balanced = "balance" in (config.get(link.stage) or {})
                 chosen = balanced or bool(source.get("keep"))
                 own = Trained(link.stage, name, where, *kind, str(digests.get(name, "")), chosen)
-                found.setdefault((where, own.digest), own)
+                found.setdefault((where, *kind, own.digest), own)
     return list(found.values()), unknown
 
 
 def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
     """Compare the data sets of suites with what the artifact trained on."""
     trained, unknown = trained_on(sets.encoder.artifact)
-    places = {own.where: own.source for own in trained}  # several stages may share one
+    # several stages may share one
+    places = {(own.where, own.modality, own.animations): own.source for own in trained}
     overlap, known = Overlap(), dict[int, float]()
     for key, source, gallery in _tested(sets, suites):
         if id(source) not in known:
