@@ -251,7 +251,7 @@ def test_an_artifact_is_loaded_from_any_fsspec_url(runs: Path, tmp_path: Path, s
     for part in here.manifest["tensors"]:
         theirs = there.load(part)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in here.load(part).items())
-    with pytest.raises(ArtifactError, match="nothing is not an artifact: there is no such folder"):
+    with pytest.raises(ArtifactError, match="nothing is not an artifact: it has no manifest"):
         open_artifact(f"{scheme}:///{tmp_path}/nothing".replace("////", "///"))
 
 

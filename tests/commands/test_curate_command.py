@@ -117,7 +117,7 @@ def test_mistakes_say_what_to_change(demo: Path, tmp_path: Path) -> None:
     for out, says in ((demo / "photos", "is the pool itself"), (demo / "clips", "other shards")):
         command = ("data", "curate", demo / "photos", "metadata=none", "--out", out)
         assert says in " ".join(run(*command, expect=2).split())
-    with pytest.raises(ConfigError, match=r"unknown key 'data.sources.photos.kept'.*'keep'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'data.sources.photos.kept'.*\.keep'"):
         settings("hashtag", demo, tmp_path, "data.sources.photos.kept=x")
     with pytest.raises(ConfigError, match=r"unknown key 'sample'.*'samples'"):
         settings("hashtag", demo, tmp_path, "data.blocks=[{source: photos, sample: 1}]")

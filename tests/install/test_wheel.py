@@ -98,7 +98,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Requires-Python"] == f">={versions[0]}"
     assert versions == [f"3.{10 + number}" for number in range(len(versions))]
     extras = [extra.replace("_", "-") for extra in metadata.get_all("Provides-Extra", [])]
-    assert sorted(extras) == ["dev", "onnx", "open-clip", "ray", "wandb"]
+    assert sorted(extras) == ["dev", "docs", "onnx", "open-clip", "ray", "wandb"]
     needed = [line.replace("_", "-") for line in metadata.get_all("Requires-Dist", [])]
     assert any(line.startswith("torch>=") for line in needed)
     for extra in extras:

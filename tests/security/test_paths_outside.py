@@ -70,7 +70,7 @@ def test_a_manifest_at_a_url_cannot_name_shards_outside(tmp_path: Path) -> None:
     write_tar(folder / "0.tar", {"0.jpg": jpeg()})
     write_tar(folder / "in" / "0.tar", {"0.jpg": jpeg()})
     assert invoke("data", "index", folder).exit_code == 0
-    table, facts = columns.open_columns(folder / "shards.manifest")
+    table, facts = columns.open_columns(folder / ".xray" / "shards.manifest")
     table["names"], table["name_ends"] = columns.pack_texts(["../0.tar"])
     columns.save_columns(folder / "in" / "shards.manifest", table, facts)
     with pytest.raises(DataError, match=r"shards\.manifest lists shards outside its folder"):

@@ -40,7 +40,7 @@ def test_files_beside_shards_that_are_pickles_are_refused(
     names = ["labels-x", "teacher-x", "kept-x", store_name(facts)]
     for name in names:
         write_sidecar(source, name, lambda shard: {"ids": np.arange(3), "ends": np.arange(3)}, {})
-    made = sorted(path for path in folder.iterdir() if path.suffix != ".tar")
+    made = sorted((folder / ".xray").iterdir())
     assert len(made) == 2 + 2 * len(names)
     for path in made:
         if path.name.startswith("0.tar."):  # files of a single shard

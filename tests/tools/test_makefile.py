@@ -53,11 +53,11 @@ def test_the_cpu_build_is_installed_first(
 ) -> None:
     gpu = str(tmp_path if has_gpu else tmp_path / "none")
     *first, last = installed(tmp_path, index if answers else NOBODY, gpu)
-    assert last.endswith("-e .[dev]")
+    assert last.endswith("-e .[dev,docs]")
     assert bool(first) == (answers and not has_gpu)
     assert all(line.endswith(f"torch torchvision --index-url {index}") for line in first)
 
 
 def test_pypi_follows_if_the_cpu_build_cannot_be_installed(tmp_path: Path, index: str) -> None:
     first, last = installed(tmp_path, index, str(tmp_path / "none"), refused="torchvision")
-    assert "--index-url" in first and last.endswith("-e .[dev]")
+    assert "--index-url" in first and last.endswith("-e .[dev,docs]")

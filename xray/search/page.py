@@ -49,7 +49,8 @@ class Hit:
     def link(self) -> str:
         """URL of the file, "" for a sample in a tar."""
         outside = self.name or is_remote(self.where) or not is_inside(self.path)
-        return "" if outside else Path(self.where).as_uri()
+        local = not outside and Path(self.where).is_absolute()
+        return Path(self.where).as_uri() if local else ""
 
 
 def hits_table(query: str, hits: Sequence[Hit]) -> ResultTable:
