@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tools.common.process_tree import descendants, freeze
+from tools.common.process_tree import at_work, descendants, freeze, wait_until
 from tools.faults.commands import CODES, Command, Outcome, same_result, train
 
 STAGES = ("stages=[mae,clip]",)
@@ -49,11 +49,15 @@ def killed_child(folder: Path, data: Path, rng: random.Random) -> Outcome:
 
 
 def frozen_children(folder: Path, data: Path, rng: random.Random) -> Outcome:
-    """Freeze all children, kill the run, and look for what is left."""
+    """Freeze all children, kill the run, and look for what is left.
+
+    Not before they have begun to work: one that is still starting is not yet tied to its parent.
+    """
     out = folder / "run"
     running = train(out, data, *CHILDREN)
     fault, kills = "", 0
-    if _some_child(running, rng) is not None:
+    child = _some_child(running, rng)
+    if child is not None and wait_until(lambda: all(map(at_work, descendants(running.pid))), 30):
         freeze(descendants(running.pid))
         fault, kills = running.kill(), 1
     fault = fault or _finished(out, folder.parent / "loaded", data, *CHILDREN)
@@ -147,9 +151,9 @@ def _stopped_in_save(running: Command, out: Path) -> bool:
     return False
 
 
-def _steps(out: Path) -> list[float]:
-    """Return the times at which the metrics of the stages were written last."""
-    return [path.stat().st_mtime for path in sorted(out.glob("*/metrics.jsonl"))]
+def _steps(out: Path) -> int:
+    """Return the size of all metrics, which grows with every step: their files are empty before."""
+    return sum(path.stat().st_size for path in out.glob("*/metrics.jsonl"))
 
 
 def _some_child(running: Command, rng: random.Random) -> psutil.Process | None:
