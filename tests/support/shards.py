@@ -69,6 +69,13 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
+def two_shards(folder: Path) -> Path:
+    """Write two shards of three pictures to a new folder."""
+    for number in range(2):
+        write_tar(folder / f"{number}.tar", {f"{n}.jpg": jpeg() for n in range(3)})
+    return folder
+
+
 def without_checksum(path: Path, change: Mapping[str, np.ndarray] | None = None) -> None:
     """Write a file again as commit 9205be0 did."""
     table, facts = open_columns(path)

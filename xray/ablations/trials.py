@@ -131,10 +131,9 @@ def _resolve(
     try:
         recipe = read_recipe([*base, cfg.merge(layer, fixed)])
         if any(run.train.epochs is not None for run in recipe.runs):
-            from xray.recipes.run import sizes_at_hand  # imports torch
+            from xray.recipes.run import with_lengths  # imports torch
 
-            sizes = sizes_at_hand(recipe)
-            recipe.runs = [run.with_length(sizes[run.stage]) for run in recipe.runs]
+            recipe.runs = with_lengths(recipe)
         return recipe
     except ConfigError as error:
         raise ConfigError(f"arm {arm}: {error}") from error

@@ -12,12 +12,13 @@ import io
 import json
 import textwrap
 import tokenize
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
+from xray.config.kinds import members
 
 Role = Literal["identity", "runtime", "added"]
 ROLES: dict[Role, str] = {
@@ -95,7 +96,7 @@ def _role(metadata: Mapping[str, Any], above: Role) -> Role:
 
 def _parts(kind: Any) -> tuple[str, type | None]:
     """Return the part of a key, and the dataclass, in a dict, a list or an optional; else None."""
-    for one in _options(kind):
+    for one in members(kind):
         if dataclasses.is_dataclass(one):
             return "", one  # type: ignore[return-value]
         if get_origin(one) in (dict, list) and dataclasses.is_dataclass(get_args(one)[-1]):
@@ -134,15 +135,10 @@ def _comments(config: type) -> dict[str, str]:
     return texts
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
 def type_in_words(kind: Any) -> str:
     """Describe a type hint for a reader: `list of numbers`, `a | b`."""
     told = []
-    for one in _options(kind):
+    for one in members(kind):
         origin, args = get_origin(one), get_args(one)
         if origin is Literal:
             told += [_shown(choice) for choice in args]

@@ -69,6 +69,13 @@ def in_words(kind: Any) -> str:
 
 def options(kind: Any) -> tuple[Any, ...]:
     """Return the types of a union and the values of choices."""
-    if get_origin(kind) in (Union, types.UnionType, Literal):
-        return tuple(option for one in get_args(kind) for option in options(one))
-    return (kind,)
+    return tuple(
+        option
+        for one in members(kind)
+        for option in (get_args(one) if get_origin(one) is Literal else (one,))
+    )
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

@@ -57,7 +57,23 @@ Sizes = dict[str, dict[str, int]]  # samples of the sources at hand, by stage an
 
 def sizes_at_hand(recipe: Recipe) -> Sizes:
     """Count the samples of each stage's sources that are on this computer; not collective."""
-    return {run.stage: sizes_of(sources_at_hand(run)) for run in recipe.runs}
+    known: dict[str, dict[str, int]] = {}  # by the sources, which most stages share
+    sizes: Sizes = {}
+    for run in recipe.runs:
+        sources = [(block.source, run.data.sources[block.source]) for block in run.blocks]
+        key = repr((run.data.root, sources))
+        if key not in known:
+            known[key] = sizes_of(sources_at_hand(run))
+        sizes[run.stage] = known[key]
+    return sizes
+
+
+def with_lengths(recipe: Recipe) -> list[RunConfig]:
+    """Return the runs with their lengths in samples; no source is opened if none is in epochs."""
+    if all(run.train.epochs is None for run in recipe.runs):
+        return recipe.runs
+    sizes = sizes_at_hand(recipe)
+    return [run.with_length(sizes[run.stage]) for run in recipe.runs]
 
 
 def plan_table(recipe: Recipe, sizes: Sizes) -> ResultTable:
@@ -201,8 +217,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         log.info("%s", line)
     preflight(recipe.runs, evaluation, recipe.root)
     artifacts = []
-    sizes = sizes_at_hand(recipe) if dist.is_main() else {}
-    work = [work_of(run.with_length(sizes.get(run.stage, {}))) for run in recipe.runs]
+    work = [work_of(run) for run in (with_lengths(recipe) if dist.is_main() else recipe.runs)]
     for number, config in enumerate(recipe.runs):
         text = text_section(config)
         if text is not None and text.features != "live":

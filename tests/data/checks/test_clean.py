@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from in_process import invoke
-from shards import jpeg, write_tar
+from shards import two_shards
 
 from data_pipelines.checks.clean import KINDS, find_derived
 from data_pipelines.shards.side_files import HIDDEN
@@ -22,10 +22,7 @@ OLD = Path(__file__).parents[2] / "fixtures" / "9205be0" / "data"
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Shards with indexes and a manifest in the hidden folder."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(2):
-        write_tar(folder / f"{number}.tar", {f"{n}.jpg": jpeg() for n in range(3)})
+    folder = two_shards(tmp_path / "photos")
     source = open_source("s", str(folder), "image")
     assert len(source) == 6
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import jpeg, write_tar
+from shards import jpeg, two_shards, write_tar
 
 from data_pipelines.shards import remote_index
 from data_pipelines.shards.manifest import write_manifest
@@ -20,11 +20,7 @@ from data_pipelines.shards.source import Source, open_source
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for number in range(2):
-        write_tar(folder / f"{number}.tar", {f"{n}.jpg": jpeg() for n in range(3)})
-    return folder
+    return two_shards(tmp_path / "shards")
 
 
 def opened(folder: Path) -> Source:
