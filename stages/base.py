@@ -262,6 +262,10 @@ class Stage(ABC, Generic[C]):
         """Return hashes of the run's inputs other than config, data and parents, by name."""
         return {}
 
+    def first_weights(self) -> str:
+        """Return where the weights of a run without parents come from; "scratch" if they are new."""
+        return self.config.model.first_weights
+
     def models(self) -> dict[str, str]:
         """Return paths or names of the other models that the run reads, by role."""
         text = text_section(self.config)

@@ -161,5 +161,8 @@ class TextStage(Stage[TextRunConfig]):
     def export_files(self) -> dict[str, Any]:
         return self.language.export_files()
 
+    def first_weights(self) -> str:
+        return self.config.text.llm or "scratch"
+
     def inputs(self) -> dict[str, str]:
         return {"llm": self.language.digest}

@@ -48,6 +48,7 @@ from xray.words import count, counted
 log = logging.getLogger("xray")
 HELD_OUT = 0.05  # share of the samples that are held out for validation
 ROOT = "."  # as `shards` of a source: data.root itself
+Kind = Literal["", "image", "video"]  # modality to pack; "" = both
 WORDS: Mapping[str, str] = {"image": "pictures", "video": "clips", "text": "captions"}
 
 
@@ -67,7 +68,8 @@ def pack_sources(
 
     data.root may itself be plain files, or shards, for sources whose path does not exist in it. A
     modality of which it has no samples is left out. use_root: False if data.root is yet to be
-    made. write: False to pack nothing, as for a plan. Raises ConfigError or DataError.
+    made. write: False to pack nothing, as for a plan: files that are not packed yet stay the data
+    of their source. Raises ConfigError or DataError.
     """
     sources = {n: data.sources[n] for n in names if data.sources[n].modality in data.modalities}
     plan, settings = _plan(data, sources, use_root), dict[str, str]()
@@ -78,8 +80,8 @@ def pack_sources(
         settings |= _at_root(data.root, given, write, counted)
     for name, where in plan.own.items():
         folder = shards_beside(where)
-        _packed(f"data.sources.{name}", where, folder, write)
-        settings[f"data.sources.{name}.shards"] = _below(folder, data.root)
+        if _packed(f"data.sources.{name}", where, folder, write):
+            settings[f"data.sources.{name}.shards"] = _below(folder, data.root)
         counted |= _counts(where, folder, {name: sources[name]})
     return [f"{key}={value}" for key, value in settings.items()] + _left_out(data, sources, counted)
 
@@ -100,14 +102,18 @@ def _at_root(
     folder = shards_beside(where)
     files = _counts(where, "", sources)
     apart = {n: own for n, own in sources.items() if own.modality != "text" and files[n]}
+    whole = dict.fromkeys(keys.values(), ROOT)
     if len(apart) < 2 or _settings(folder) is not None:  # packed by hand: as it is
-        _packed("data.root", where, folder, write)
+        packed = _packed("data.root", where, folder, write)
         counted |= _counts(where, folder, sources)
-        return {**dict.fromkeys(keys.values(), ROOT), "data.root": folder}
+        return whole | {"data.root": folder if packed else where}
     settings = {"data.root": folder}
     for name, own in apart.items():
         part = os.path.join(folder, name)
-        _packed("data.root", where, part, write, "video" if own.modality == "video" else "image")
+        kind: Kind = "video" if own.modality == "video" else "image"
+        if not _packed("data.root", where, part, write, kind):
+            counted |= files
+            return whole | {"data.root": where}
         counted |= _counts(where, part, {name: own})
         settings[keys[name]] = name
     texts = {name: own for name, own in sources.items() if own.modality == "text"}
@@ -211,13 +217,16 @@ def _left_out(
 # packing ----------------------------------------------------------------------------------------
 
 
-def _packed(
-    key: str, where: str, folder: str, write: bool, modality: Literal["", "image", "video"] = ""
-) -> None:
-    """Pack files into a folder, unless it has them; raises ConfigError if they have changed."""
+def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "") -> bool:
+    """Pack files into a folder, unless it has them; raises ConfigError if they have changed.
+
+    Returns True if the folder has them: always, if it may write.
+    """
     try:
-        if _is_current(key, where, folder) or not write:
-            return
+        if _is_current(key, where, folder):
+            return True
+        if not write:
+            return False
         with making(Path(folder)):
             if not _is_current(key, where, folder):
                 log.info("%s: packing its files once, to %s", where, folder)
@@ -226,6 +235,7 @@ def _packed(
                     config = _settings(folder) or fresh
                     report = pack(where, Path(folder), config, progress)
                 log.info("%s", _told(where, folder, report))
+        return True
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
 

@@ -33,6 +33,22 @@ def test_a_table_breaks_no_word(
     assert all(len(line) <= width for line in framed)
 
 
+def test_an_interval_is_not_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intervals = ("[9.7, 18.1]", "[100.0, 100.0]")
+    rows = [
+        ("top1", f"{value} {own}", "360 captions")
+        for value, own in zip("12", intervals, strict=True)
+    ]
+    for width in (80, 45, 41, 30):
+        monkeypatch.setenv("COLUMNS", str(width))
+        ResultTable("results", ("measure", "value", "over"), rows).print()
+        told = capsys.readouterr().out
+        assert all(own in told for own in intervals), told
+        assert all(len(line) <= width for line in told.splitlines() if "│" in line)
+
+
 def test_counts_agree_with_their_nouns() -> None:
     assert [count(n, "shard") for n in (0, 1, 1234)] == ["0 shards", "1 shard", "1,234 shards"]
     assert [count(n, "class", "classes") for n in (1, 8)] == ["1 class", "8 classes"]

@@ -15,7 +15,7 @@ from xray.errors import ConfigError, DataError
 from xray.recipes.first_recipe import LENGTHS, blocks, draft, scales_for
 from xray.recipes.init import _divided
 from xray.recipes.machine import Machine
-from xray.recipes.recipe import load_recipe
+from xray.recipes.recipe import load_recipe, stage_from_recipe
 from xray.recipes.run import make_llm
 from xray.recipes.survey import Found, Survey, survey
 
@@ -267,3 +267,7 @@ def test_pictures_without_captions_need_no_language_model(
     assert load_recipe("small", ["data.root=photos", "stages=[mae]"]).runs
     with pytest.raises(ConfigError, match=r"^text\.llm is not set"):
         load_recipe("small", ["data.root=photos", "stages=[clip]"])
+    for given in (["text.llm=encoder"], ["text.llm=encoder", "train.samples=8", "model=vit_s16"]):
+        _, recipe = stage_from_recipe("clip", "small", ["data.root=photos", *given])
+        assert recipe.runs[0].text.llm == "encoder"  # type: ignore[attr-defined]
+        assert recipe.runs[0].train.samples == 64_000  # of the stage, which sets it itself

@@ -187,11 +187,18 @@ def test_nothing_is_packed_for_a_plan_or_for_data_yet_to_be_made(
 ) -> None:
     root = photos(tmp_path / "mine", 4)
     settings = pack_sources(data_of(root), SOURCES, write=False)
-    assert f"data.root={root}_shards" in settings and "data.modalities=[image]" in settings
+    assert f"data.root={root}" in settings and "data.modalities=[image]" in settings
     assert pack_sources(data_of(root), SOURCES, use_root=False) == []
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    plan = invoke("run", recipe, "--plan", f"data.root={root}", f"out={tmp_path / 'o'}")
+    given = f"data.root={root}", f"out={tmp_path / 'o'}"
+    plan = invoke("run", recipe, "--plan", *given)
     assert plan.exit_code == 0 and "clips\n" not in plan.stdout, plan.stderr
+    clips(root)  # the two sources are packed apart
+    length = "stages=[mae]", "mae.train.epochs=3"
+    plan = invoke("plan", recipe, *given, *length, "--json")
+    assert plan.exit_code == 0, plan.stderr
+    (stage,) = json.loads(plan.stdout)["stages"]
+    assert stage["epochs"] == {"photos": 12, "clips": 3}  # steps of 8 and 4 samples, 4 and 8 files
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -111,6 +111,23 @@ def test_the_plan_of_a_recipe_shows_samples_steps_and_epochs(demo: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("model.fuse=false", "scratch"),
+        ("model.pretrained=timm", "vit_tiny_patch16_224 of timm"),
+        ("model.pretrained=/weights/tower.safetensors", "tower.safetensors"),
+    ],
+)
+def test_the_plan_of_a_recipe_shows_where_a_stage_starts(
+    given: str, origin: str, demo: Path
+) -> None:
+    recipe = load_recipe(RECIPE, [f"data.root={demo}", "stages=[mae,text]", given])
+    table = plan_table(recipe, {})
+    start = table.columns.index("starts from")
+    assert [row[start] for row in table.rows] == [origin, "llm"]
+
+
+@pytest.mark.parametrize(
     ("setting", "note"),
     [
         (

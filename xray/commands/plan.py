@@ -39,12 +39,21 @@ def plan(
     Memory is the peak of one device, from a step with tensors without values. The time assumes
     --mfu. A stage takes its settings from KEY=VALUE.
     """
-    from xray.recipes.recipe import load_runs
+    from stages import STAGES
+    from xray.recipes.recipe import load_recipe, load_stage
     from xray.training.gpu_specs import check_gpu
 
     check_gpu(gpu)
-    runs, llm = load_runs(name, overrides or [])
-    from stages import STAGES
+    given = overrides or []
+    if name in STAGES:
+        runs, llm = [load_stage(name, given)], None
+    else:
+        recipe = load_recipe(name, given)
+        from xray.recipes.own_data import recipe_settings
+
+        if packed := recipe_settings(recipe, write=False):
+            recipe = load_recipe(name, [*given, *packed])
+        runs, llm = recipe.runs, recipe.prepare.llm
     from xray.planning.plan import make_plan
 
     made = make_plan(runs, llm, tags, devices, gpu, gb, mfu, recipe=name not in STAGES)

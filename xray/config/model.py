@@ -42,6 +42,11 @@ class ModelConfig:
         """Final keep rates: one for all reducing blocks, or one for each."""
         return [self.keep_rate] if self.keep_rates is None else self.keep_rates
 
+    @property
+    def first_weights(self) -> str:
+        """Where a new backbone's weights come from: timm, a file, or "scratch"."""
+        return f"{self.name} of timm" if self.pretrained == "timm" else self.pretrained or "scratch"
+
     def validate(self) -> None:
         """Check the settings; raises ConfigError that names the key to change."""
         key = "keep_rate" if self.keep_rates is None else "keep_rates"

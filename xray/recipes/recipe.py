@@ -77,16 +77,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_recipe([*layers, command_line])
 
 
-def load_runs(name: str, overrides: Sequence[str]) -> tuple[list[RunConfig], LlmConfig | None]:
-    """Load the validated configs of a recipe's stages, or of one stage, and the LLM to make."""
-    if name not in STAGES:
-        recipe = load_recipe(name, overrides)
-        return recipe.runs, recipe.prepare.llm
+def load_stage(name: str, overrides: Sequence[str]) -> RunConfig:
+    """Load the validated config of one stage, without a recipe."""
     schema = stage_config(name)
-    given = cfg.parse_overrides(overrides, cfg.kinds_of(schema))
-    config = cfg.load_config(schema, name, given)
+    config = cfg.load_config(schema, name, cfg.parse_overrides(overrides, cfg.kinds_of(schema)))
     config.validate()
-    return [config], None
+    return config
 
 
 def resolve_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
@@ -128,16 +124,18 @@ def stage_from_recipe(
 ) -> tuple[dict[str, Any], Recipe]:
     """Return a recipe's settings for one stage as a config layer, and the recipe to prepare.
 
-    Only the overrides of section data are used, because paths depend on them.
+    Only the overrides of section data are used, because paths depend on them, and those of keys
+    that the recipe leaves to the user.
     """
     layers = recipe_layers(name, None)
     for layer in layers:
         check_keys(layer)
-    data = [item for item in overrides if item.startswith("data.")]
-    own = {**cfg.parse_overrides(data, kind_of_key), "stages": [stage]}
+    left = OmegaConf.missing_keys(OmegaConf.create(cfg.merge(*layers)))
+    used = [item for item in overrides if item.startswith("data.") or item.split("=")[0] in left]
+    own = {**cfg.parse_overrides(used, kind_of_key), "stages": [stage]}
     merged = _resolve_whole(cfg.merge(*layers, own))
     parts = [part for layer in layers for part in _sections(stage, _resolve_in(layer, merged))]
-    return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *data])
+    return cfg.merge(*parts), load_recipe(name, [f"stages=[{stage}]", *used])
 
 
 def recipe_layers(name: str, base: str | None, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -86,7 +87,8 @@ def plan_table(recipe: Recipe, sizes: Sizes) -> ResultTable:
         own = sizes.get(given.stage, {})
         config = given.with_length(own)
         parents = [Path(p).parent.name if p.endswith("artifact") else p for p in config.init_from]
-        start = "\n+ ".join(parents) or "scratch"
+        first = stage_class(config.stage)(config).first_weights()
+        start = "\n+ ".join(parents) or os.path.basename(first)
         size, cost = _inputs(config)
         batch = f"{' + '.join(f'{b.samples} {b.source}' for b in config.blocks)}\n{size}"
         length = _length(config, own)

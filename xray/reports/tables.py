@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,17 @@ def figure(number: float) -> str:
 
 
 PART = 24  # characters of a path or an id on the terminal, which may be broken
+WORD = re.compile(r"\[[^\]]*\]|\S+")  # of a cell; an interval [low, high] is one
 LONG = 40  # characters of a cell on a page; a column with longer ones is of texts, which wrap
 
 
 def _longest(cell: str) -> int:
     return max(map(len, cell.split("\n")))
+
+
+def _wrapped(cell: str, width: int) -> str:
+    """Return a cell for a column of this width; an interval that does not fit gets its own line."""
+    return cell.replace(" [", "\n[") if _longest(cell) > width else cell
 
 
 def _cell(tag: str, content: str, text: bool) -> str:
@@ -70,7 +77,7 @@ class ResultTable:
             justify: Any = "left" if text else "right"
             table.add_column(Text(column), justify=justify, width=width, overflow="fold")
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(_wrapped(*cell)) for cell in zip(row, widths, strict=True)))
         console.print(table)
         self._print_notes()
 
@@ -117,7 +124,7 @@ class ResultTable:
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
     """Choose the width of each column so that no word is broken; [] if that does not fit."""
     words = [
-        max(min(len(word), PART) for cell in column for word in cell.split() or [""])
+        max(min(len(word), PART) for cell in column for word in WORD.findall(cell) or [""])
         for column in columns
     ]
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]

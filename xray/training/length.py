@@ -15,13 +15,14 @@ from xray.config import RunConfig
 from xray.errors import DataError
 
 MOST_PASSES = 1000  # over a source; more is probably a mistake in the recipe
+AT_HAND = ("shards", "folder", "list")  # kinds of data that are counted
 ENOUGH_PASSES = 100  # advised instead
 
 
 def sources_at_hand(config: RunConfig) -> dict[str, Source]:
     """Open the sources of a run's blocks that are on this computer; the others are left out.
 
-    Not collective.
+    Plain files, which a run packs first, are opened as they are. Not collective.
     """
     found: dict[str, Source] = {}
     for block in config.blocks:
@@ -30,7 +31,7 @@ def sources_at_hand(config: RunConfig) -> dict[str, Source]:
         if not is_remote(where):
             request = Request(block.source, own.modality, own.animations)
             with suppress(DataError):
-                source = open_data(where, request, ("shards",), "training")
+                source = open_data(where, request, AT_HAND, "training")
                 found[block.source] = keep_listed(source, own)
     return found
 

@@ -94,7 +94,7 @@ def _restore(run: Run, engine: Engine) -> TrainState:
         log.info("continues from %s, step %d of %d", newest, state.step, run.config.steps)
         return state
     paths = [str(artifact.path) for artifact in named(run.parents).values()]
-    log.info("starts from %s", ", ".join(paths) or "scratch")
+    log.info("starts from %s", ", ".join(paths) or run.stage.first_weights())
     return TrainState(world=dist.world_size(), zero_stage=run.config.zero.stage)
 
 
