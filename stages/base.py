@@ -263,7 +263,7 @@ class Stage(ABC, Generic[C]):
         return {}
 
     def first_weights(self) -> str:
-        """Return where the weights of a run without parents come from; "scratch" if they are new."""
+        """Return the origin of the weights of a run without parents; "scratch" for new ones."""
         return self.config.model.first_weights
 
     def models(self) -> dict[str, str]:

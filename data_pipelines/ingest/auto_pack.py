@@ -46,7 +46,9 @@ from xray.progress import progress_bar
 from xray.words import count, counted
 
 log = logging.getLogger("xray")
-HELD_OUT = 0.05  # share of the samples that are held out for validation
+# Share of the samples that are held out for validation, and their least number, for intervals that
+# are not too wide; of few samples, at most MOST_HELD_OUT.
+HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 100, 0.2
 ROOT = "."  # as `shards` of a source: data.root itself
 Kind = Literal["", "image", "video"]  # modality to pack; "" = both
 WORDS: Mapping[str, str] = {"image": "pictures", "video": "clips", "text": "captions"}
@@ -214,6 +216,11 @@ def _left_out(
     return [setting]
 
 
+def held_out_share(samples: int) -> float:
+    """Return the share of the samples that is held out, with 2 decimals."""
+    return min(MOST_HELD_OUT, max(HELD_OUT, round(LEAST_HELD_OUT / max(1, samples), 2)))
+
+
 # packing ----------------------------------------------------------------------------------------
 
 
@@ -231,8 +238,8 @@ def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "")
             if not _is_current(key, where, folder):
                 log.info("%s: packing its files once, to %s", where, folder)
                 with progress_bar("packing") as progress:
-                    fresh = PackConfig(val=HELD_OUT, modality=modality)
-                    config = _settings(folder) or fresh
+                    share = held_out_share(len(list_files(where)))
+                    config = _settings(folder) or PackConfig(val=share, modality=modality)
                     report = pack(where, Path(folder), config, progress)
                 log.info("%s", _told(where, folder, report))
         return True

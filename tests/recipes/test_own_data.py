@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
+import pytest
 import yaml
 from child_process import RECIPE
 from in_process import invoke
 from shards import photo
 
 
-def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
+def test_a_folder_of_photos_becomes_a_model(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "mine"
     (mine / "holiday").mkdir(parents=True)
     for i in range(40):
@@ -33,6 +37,18 @@ def test_a_folder_of_photos_becomes_a_model(demo: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.exit_code == 0, run.stderr
     assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = [line for line in run.stdout.splitlines() if line.startswith("next: xray")]
+    search, show, _ = (shlex.split(line.removeprefix("next: xray"), comments=True) for line in told)
+    found = invoke(*search)
+    assert found.exit_code == 0, found.stderr
+    assert f"{shards}: embedded 40 samples once" in found.stdout and "IMG " in found.stdout
+    assert "a dog" in Path("found.html").read_text()
+    assert "embedded" not in invoke(*search).stdout  # the second time
+    picture = str(mine / "IMG 0.JPG")
+    shown = invoke(*(picture if word == "PICTURE" else word for word in show))
+    assert shown.exit_code == 0 and Path("show.png").is_file(), shown.stderr
 
 
 def test_a_run_is_evaluated_on_the_samples_that_its_sources_hold_out(

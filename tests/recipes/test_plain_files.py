@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -163,7 +164,7 @@ def test_pictures_and_clips_go_to_their_sources(tmp_path: Path) -> None:
     ]
     packed = data_of(f"{root}_shards")
     held = {name: len(own) for name, own in open_sources(packed, SOURCES).items()}
-    assert held == {"photos": 18, "clips": 6}  # the others are held out
+    assert held == {"photos": 16, "clips": 6}  # the others are held out
     assert sorted(pack_sources(data_of(root), SOURCES)) == sorted(settings)
     assert pack_sources(packed, SOURCES) == []
     apart = tmp_path / "apart"
@@ -180,6 +181,13 @@ def test_pictures_and_clips_go_to_their_sources(tmp_path: Path) -> None:
     assert pack_sources(data_of(shards / "photos"), SOURCES) == [
         "data.sources.photos.shards=.", "data.sources.clips.shards=.", "data.modalities=[image]"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("samples", "held"), [(1, 1), (20, 4), (500, 100), (1_000, 100), (2_000, 100), (10_000, 500)]
+)
+def test_few_samples_hold_out_a_larger_share(samples: int, held: int) -> None:
+    assert math.ceil(auto_pack.held_out_share(samples) * samples) == held
 
 
 def test_nothing_is_packed_for_a_plan_or_for_data_yet_to_be_made(

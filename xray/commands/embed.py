@@ -141,6 +141,10 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
 
 @examples(
     ('xray search photos.parquet "a dog on a beach" --html found.html', "search by text"),
+    (
+        'xray search photos "a dog on a beach" --artifact runs/small/clip/artifact',
+        "the same of a folder, which is embedded once",
+    ),
     ("xray search photos.parquet photo.jpg --top 20", "search by picture"),
     (
         'xray search small.parquet "a dog" --rescore photos.parquet',
@@ -149,8 +153,13 @@ def _print_left_out(causes: Mapping[str, int], listed: Path, corpus: Corpus) -> 
 )
 @guarded
 def search(
-    embeddings: Annotated[
-        Path, typer.Argument(metavar="X", help="Embedding file of xray embed: .parquet or .npy")
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="X",
+            help="Embedding file of xray embed, .parquet or .npy; or a folder, a .csv list or "
+            "shards of pictures or clips, which are embedded once",
+        ),
     ],
     query: Annotated[str, typer.Argument(help="A text, or the file of a picture or clip")],
     top: Annotated[int, typer.Option(min=1, help="Number of hits")] = 10,
@@ -158,7 +167,11 @@ def search(
         Path | None, typer.Option(help="Also write an HTML page of the pictures")
     ] = None,
     artifact: Annotated[
-        str, typer.Option(help="Folder or URL of the artifact that made X, if it was moved")
+        str,
+        typer.Option(
+            help="The artifact, a folder or a URL, that embeds X; of an embedding file, the one "
+            "that made it, if it was moved"
+        ),
     ] = "",
     oversample: Annotated[
         int,
@@ -179,10 +192,12 @@ def search(
     llm: Llm = "",
 ) -> None:
     """Find the pictures, clips or texts of X that are nearest to QUERY."""
-    from xray.search.embedding_file import open_embeddings
+    from xray.search.embedding_file import ENDINGS, open_embeddings
 
     if html is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html} must end in .html")
+    given = Path(data)
+    embeddings = given if given.suffix in ENDINGS else _embedded(data, artifact, llm)
     opened = open_embeddings(embeddings)
     finer = None if rescore is None else open_embeddings(rescore)
     from xray.search.encoding import encode_query, open_maker
@@ -203,3 +218,28 @@ def search(
         print(f"written: {html}")
         if missing:
             print(f"missing: {count(len(missing), 'picture')}, the first {missing[0]}")
+
+
+def _embedded(data: str, artifact: str, llm: str) -> Path:
+    """Embed pictures or clips, unless they are, and return the file in the user's cache."""
+    from data_pipelines.ingest.user_data import open_corpus
+    from xray.artifacts.artifact import open_artifact
+    from xray.artifacts.offers import VISION
+
+    if not artifact:
+        raise ConfigError(
+            f"{data} is not an embedding file (.parquet, .npy): give the artifact that is to embed "
+            "it as --artifact"
+        )
+    with checking():
+        check_artifact(artifact)
+    opened = open_artifact(artifact, llm)
+    corpus = open_corpus([data], "", VISION not in opened.offers)
+    from xray.search.embed import cached_embeddings
+
+    with progress_bar("embedding") as progress:
+        out, report = cached_embeddings(opened, corpus, progress)
+    if report is not None:
+        print(f"{data}: embedded {count(report.rows, 'sample')} once, in {out}")
+        _print_left_out(report.left_out, report.listed, corpus)
+    return out

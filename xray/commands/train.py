@@ -41,6 +41,7 @@ def run(
 
     given = overrides or []
     loaded = load_recipe(recipe, given)
+    from xray.recipes.next_steps import next_steps
     from xray.recipes.own_data import recipe_settings
     from xray.recipes.report import write_run_report
     from xray.recipes.run import (
@@ -55,6 +56,7 @@ def run(
     plan_table(loaded, {})  # on every rank: it raises for models that cannot be built
     if not plan:
         join_ranks(loaded)
+    as_given = loaded
     if packed := recipe_settings(loaded, write=not plan):
         loaded = load_recipe(recipe, [*given, *packed])
     sizes = sizes_at_hand(loaded) if dist.is_main() else {}
@@ -71,6 +73,8 @@ def run(
         if results is not None:
             results.print()
         print(f"report: {write_run_report(loaded, artifacts, results)}")
+        for step in next_steps(as_given, artifacts):
+            print(f"next: {step.command}  # {step.purpose}")
 
 
 @examples(

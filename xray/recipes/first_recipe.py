@@ -211,7 +211,7 @@ def described(found: Found) -> str:
 def blocks(sources: Sequence[Found], most: int, devices: int) -> list[Settings]:
     """Divide a step over sources: pictures by their numbers, and about 1 clip for 8 pictures.
 
-    A clip costs as much as several pictures. A step has at most a sixteenth of the samples, but
+    A clip costs as much as several pictures. A step has at most a tenth of the samples, but
     enough that each is contrasted with some others.
     """
     images = sum(found.samples for found in sources if found.modality == "image")
@@ -219,8 +219,8 @@ def blocks(sources: Sequence[Found], most: int, devices: int) -> list[Settings]:
     most_images = most * 8 // 9 if clips else most
     most_clips = most // 9 if images else most // 2
     step = {
-        "image": min(most_images, max(4 * FEWEST, images // 16)),
-        "video": min(most_clips, max(2 * FEWEST, clips // 16)),
+        "image": min(most_images, max(4 * FEWEST, images // 10)),
+        "video": min(most_clips, max(2 * FEWEST, clips // 10)),
     }
     totals = {"image": images, "video": clips}
     made = []
@@ -320,6 +320,6 @@ def _add_evaluation(made: Draft, seen: Survey) -> None:
     made.settings["eval"] = {"held_out": True, **own}
     made.comments["eval"] = (
         "measured at the end, on samples that are not trained on" if own else
-        "measured at the end, on samples that are held out: 5 % of files that xray packs itself;\n"
+        "measured at the end, on samples that are held out: 5 to 20 % of files that xray packs\n"
         "of shards, xray data split SHARDS OUT val=0.05 holds some out"
     )  # fmt: skip

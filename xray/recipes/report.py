@@ -29,6 +29,7 @@ from xray.evaluation.suites import result_table
 from xray.evaluation.suites.retrieval import RETRIEVAL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import write_text
+from xray.recipes.next_steps import next_steps
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags
 from xray.recipes.run import held_out_sets
@@ -76,6 +77,8 @@ def write_run_report(
     parts += _examples(replace(recipe, eval=held_out_sets(recipe)[0]), seeing)
     if artifacts:
         parts.append(_stage_table(artifacts).html())
+        rows = [(step.purpose, step.command) for step in next_steps(recipe, artifacts)]
+        parts.append(ResultTable("Next", ("to see", "type"), [*rows], prose=True).html())
         versions = artifacts[-1].manifest["versions"]
         parts.append(paragraph(f"xray {versions['xray']}, {recipe.name}"))
     write_text(recipe.out / FACTS, json.dumps(asdict(_facts(recipe)), indent=1))

@@ -7,6 +7,7 @@ that makes it, so one process and many write the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -28,11 +29,13 @@ from data_pipelines.shards.columns import (
     save_columns,
     unpack_texts,
 )
+from data_pipelines.shards.side_files import user_cache
 from xray import dist
-from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of
+from xray.artifacts.artifact import Artifact
+from xray.artifacts.encoders import TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.config.identity import differences
 from xray.errors import BadSample, ConfigError, DataError
-from xray.files import lock_folder
+from xray.files import lock_folder, make_folder
 from xray.models.inference import one_behind
 from xray.precompute.inference import Place, Places, cut, pixels_of
 from xray.progress import Progress
@@ -106,6 +109,23 @@ def embed(
             shutil.rmtree(job.folder)
     facts, parts = open_embeddings(out).facts, len(job.parts)
     return EmbedReport(facts["rows"], facts["left_out"], listed, parts - len(todo), parts)
+
+
+def cached_embeddings(
+    artifact: Artifact, corpus: Corpus, progress: Progress | None = None
+) -> tuple[Path, EmbedReport | None]:
+    """Return the file in the user's cache with the embeddings of a corpus by an artifact.
+
+    Also returns the report of the job, None if the file is there already. Raises as `embed`.
+    """
+    made_of = f"{artifact.digest} {corpus.digest} {corpus.modality}"
+    name = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    out = user_cache("embeddings") / f"{name}.parquet"
+    if out.is_file():
+        return out, None
+    make_folder(out.parent, "the folder of embeddings", "XDG_CACHE_HOME")
+    encoder = restore_encoder(artifact).to(dist.choose_device("auto"))
+    return out, embed(encoder, corpus, EmbedConfig(), out, progress)
 
 
 class _Job:
