@@ -10,10 +10,13 @@ from child_process import RECIPE, xray
 from in_process import invoke
 from tiny import settings, train
 
+from stages.mae import MaeStage
 from xray.config import loading as cfg
 from xray.errors import ConfigError
+from xray.recipes.machine import Machine
+from xray.recipes.plan_table import plan_notes, plan_table, plan_time
 from xray.recipes.recipe import load_recipe
-from xray.recipes.run import plan_notes, plan_table, sizes_at_hand
+from xray.recipes.run import sizes_at_hand
 
 SIZES = {"photos": 96, "clips": 24}  # of the demo data; a step has 8 photos and 4 clips
 
@@ -108,6 +111,25 @@ def test_the_plan_of_a_recipe_shows_samples_steps_and_epochs(demo: Path) -> None
     assert plan_notes(recipe, sizes_at_hand(recipe)) == []
     (row,) = plan_table(recipe, {}).rows
     assert row[table.columns.index("length")] == "3 epochs"
+
+
+def test_the_plan_of_a_recipe_estimates_its_time(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(RECIPE, [f"data.root={demo}", "train.epochs=3", "stages=[mae,text]"])
+    mae, _ = (run.with_length(SIZES) for run in recipe.runs)
+    sizes = {run.stage: SIZES for run in recipe.runs}
+    forward = 36 * (8 * MaeStage(mae).macs(1) + 4 * MaeStage(mae).macs(4))  # type: ignore[arg-type]
+    machine = Machine(2, 0, "", 3 * 2 * forward / 90)
+    monkeypatch.setattr("xray.recipes.plan_table.find_machine", lambda *given: machine)
+    assert plan_time(recipe, sizes).startswith("time: about 90 s, estimated, on 2 CPU cores")
+    assert plan_time(recipe, {}) == ""  # the samples of the data are not known
+
+    def unknown(*given: object) -> Machine:
+        raise ConfigError("the kind of GPU is not known")
+
+    monkeypatch.setattr("xray.recipes.plan_table.find_machine", unknown)
+    assert plan_time(recipe, sizes) == ""
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,9 @@ def run(
     loaded = load_recipe(recipe, given)
     from xray.recipes.next_steps import next_steps
     from xray.recipes.own_data import recipe_settings
+    from xray.recipes.plan_table import plan_notes, plan_table, plan_time
     from xray.recipes.report import write_run_report
-    from xray.recipes.run import (
-        evaluate,
-        join_ranks,
-        plan_notes,
-        plan_table,
-        run_recipe,
-        sizes_at_hand,
-    )
+    from xray.recipes.run import evaluate, join_ranks, run_recipe, sizes_at_hand
 
     plan_table(loaded, {})  # on every rank: it raises for models that cannot be built
     if not plan:
@@ -63,7 +57,7 @@ def run(
     table = plan_table(loaded, sizes)
     if dist.is_main():
         table.print()
-        for note in plan_notes(loaded, sizes):
+        for note in filter(None, [plan_time(loaded, sizes), *plan_notes(loaded, sizes)]):
             print(note)
     if plan:
         return

@@ -6,12 +6,10 @@ import copy
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +30,6 @@ from xray.config import RunConfig, SourceConfig, TextConfig
 from xray.config import loading as cfg
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
-from xray.config.schedule import steps_of, value_at
 from xray.errors import BadSample, DataError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
@@ -47,13 +44,13 @@ from xray.models.tiny_llm import build_tiny_llm
 from xray.precompute.config import TextFeaturesConfig
 from xray.precompute.text_features import write_text_features
 from xray.progress import progress_bar
+from xray.recipes.plan_table import Sizes, work_of
 from xray.recipes.recipe import Recipe
-from xray.reports.tables import ResultTable, figure, short
-from xray.training.length import length_advice, sizes_of, sources_at_hand
-from xray.training.run import check_decoding, holds_another_run
+from xray.reports.tables import ResultTable
+from xray.training.length import sizes_of, sources_at_hand
+from xray.training.run import check_decoding
 
 log = logging.getLogger("xray")
-Sizes = dict[str, dict[str, int]]  # samples of the sources at hand, by stage and source
 
 
 def sizes_at_hand(recipe: Recipe) -> Sizes:
@@ -75,73 +72,6 @@ def with_lengths(recipe: Recipe) -> list[RunConfig]:
         return recipe.runs
     sizes = sizes_at_hand(recipe)
     return [run.with_length(sizes[run.stage]) for run in recipe.runs]
-
-
-def plan_table(recipe: Recipe, sizes: Sizes) -> ResultTable:
-    """Make the table of a recipe's stages; raises ConfigError for one that cannot be built."""
-    table = ResultTable(
-        f"{recipe.name} -> {recipe.out}",
-        ("stage", "starts from", "batch", "GMACs each", "length", "peak lr", "state"),
-    )
-    for given in recipe.runs:
-        own = sizes.get(given.stage, {})
-        config = given.with_length(own)
-        parents = [Path(p).parent.name if p.endswith("artifact") else p for p in config.init_from]
-        first = stage_class(config.stage)(config).first_weights()
-        start = "\n+ ".join(parents) or os.path.basename(first)
-        size, cost = _inputs(config)
-        batch = f"{' + '.join(f'{b.samples} {b.source}' for b in config.blocks)}\n{size}"
-        length = _length(config, own)
-        lr = f"{config.optim.base_lr * config.global_batch / 256:.2g}"
-        table.rows.append((config.stage, start, batch, cost, length, lr, _state(config)))
-    return table
-
-
-def _length(config: RunConfig, sizes: dict[str, int]) -> str:
-    if config.train.epochs is not None:
-        return f"{config.train.epochs:g} epochs"
-    lines = [f"{short(config.steps * config.global_batch)} samples", f"{short(config.steps)} steps"]
-    if passes := config.passes(sizes, config.steps):
-        least, most = (figure(choose(passes.values())) for choose in (min, max))
-        lines.append(f"{least} epochs" if least == most else f"{least} to {most} epochs")
-    return "\n".join(lines)
-
-
-def plan_notes(recipe: Recipe, sizes: Sizes) -> list[str]:
-    """Return what is odd about the lengths of a recipe's stages, each with a setting to change."""
-    notes = []
-    for run in recipe.runs:
-        own = sizes.get(run.stage, {})
-        notes += length_advice(run.with_length(own), own, f"{run.stage}.")
-    return notes
-
-
-def _state(config: RunConfig) -> str:
-    out = Path(config.out)
-    if holds_another_run(config):
-        return "other settings there"
-    if (out / "artifact" / "manifest.json").is_file():
-        return "finished"
-    return "continues" if (out / "run.json").is_file() else "new"
-
-
-def _inputs(config: RunConfig) -> tuple[str, str]:
-    """Return (pixels and frames over the stage, GMACs of an image + of a clip at the end)."""
-    data, stage = config.data, stage_class(config.stage)(config)
-    modalities = {data.sources[block.source].modality for block in config.blocks}
-    clip = value_at(data.frames, 1.0)
-    frames = [n for n, kind in ((1, "image"), (clip, "video")) if kind in modalities]
-    macs = [stage.macs(n) for n in frames]
-    if not any(macs):
-        return "text", ""
-    size = f"{_over_time(data.resolution)} px"
-    if "video" in modalities:
-        size += f" x {_over_time(data.frames)}"
-    return size, " + ".join(f"{n / 1e9:.3g}" for n in macs)
-
-
-def _over_time(schedule: Any) -> str:
-    return ">".join(str(value) for _, value in steps_of(schedule))
 
 
 def prepare(recipe: Recipe) -> None:
@@ -227,21 +157,6 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
         following = sum(work[number + 1 :]) / work[number] if work[number] else 0.0
         artifacts.append(train_stage(stage_class(config.stage), config, device, following))
     return artifacts
-
-
-def work_of(config: RunConfig) -> float:
-    """Count the multiply-adds of a stage on images and clips, in its forward passes; 0 for texts,
-    and for a length in epochs of data that are not at hand.
-
-    The time of a recipe's later stages is estimated from it and the time of the present one.
-    """
-    if config.train.epochs is not None:
-        return 0.0
-    stage, frames = stage_class(config.stage)(config), value_at(config.data.frames, 1.0)
-    each = {"image": 1, "video": frames}
-    kinds = [(block.samples, config.data.sources[block.source].modality) for block in config.blocks]
-    step = sum(samples * stage.macs(each[kind]) for samples, kind in kinds if kind in each)
-    return float(config.steps * step)
 
 
 def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
