@@ -18,6 +18,7 @@ from tiny import train
 
 from data_pipelines.decode.transforms import load_views
 from data_pipelines.ingest.labelled import open_labelled
+from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.shards.source import Source, open_source
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, VisionEncoder
@@ -281,7 +282,7 @@ def mistakes(root: Path) -> list[tuple[list[str], str]]:
             "crop_scale",
         ),
         (["knn", "eval.knn={train: set, test: set}", "data.rooot=a"], "unknown key 'data.rooot'"),
-        (["retrieval", "eval.retrieval.shards=set"], "24 samples have no caption"),
+        (["retrieval", "eval.retrieval.shards=set"], "none of the 24 samples has a caption"),
         (["linear_probe"], "suite linear_probe has no data: set eval.linear_probe.train and .test"),
         (["robustness"], "suite robustness has no data: set eval.zero_shot.shards"),
         (
@@ -424,6 +425,25 @@ def test_results_are_written_after_each_suite(
     ):  # nothing starts if a later suite would fail
         refused = invoke("eval", clip.path, *settings, *more, "--suite", suites_asked)
         assert refused.exit_code == 2 and len(seen) == 1, refused.output
+
+
+def test_pictures_without_captions_are_left_out_of_retrieval_and_counted(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    with (folder / "captions.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    paths = list(dict.fromkeys(path for path, _ in rows))
+    some = [(folder / path, text) for path, text in rows if paths.index(path) % 2]
+    none = [(folder / path, "") for path in paths[::2]]
+    found = {}
+    for name, own in (("some", some), ("all", [*none, *some])):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([head, *own])
+        pack(tmp_path / f"{name}.csv", tmp_path / name, PackConfig())
+        given = "--suite", "retrieval", f"eval.retrieval.shards={tmp_path / name}"
+        found[name] = results(clip, tmp_path, *given)["retrieval"]
+    assert found["all"].pop("uncaptioned") == len(none) == 12
+    assert found["all"] == pytest.approx(found["some"], abs=1e-9)
 
 
 def test_features_that_are_nan_are_refused(clip: Artifact, demo: Path) -> None:

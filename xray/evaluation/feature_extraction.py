@@ -247,13 +247,16 @@ def read_all_captions(source: Source, fields: Mapping[str, float] | None = None)
     return [find_captions(source, *place, fields) for place in source.places()]
 
 
-def flat_captions(captions: Sequence[Sequence[str]], key: str) -> tuple[list[str], Tensor]:
-    """List all captions [M], and the number of the sample that each belongs to, [M].
+def flat_captions(
+    captions: Sequence[Sequence[str]], key: str
+) -> tuple[list[str], Tensor, list[int]]:
+    """List all captions [M], and the captioned samples [N].
 
-    Raises DataError naming the config's key if a sample has none.
+    Returns the captions, the place in the list of captioned samples that each belongs to, and that
+    list. Raises DataError naming the config's key if no sample has a caption.
     """
-    empty = sum(not own for own in captions)
-    if empty:
-        raise DataError(f"{key}: {empty} samples have no caption")
-    owner = [number for number, own in enumerate(captions) for _ in own]
-    return [caption for own in captions for caption in own], torch.tensor(owner)
+    captioned = [number for number, own in enumerate(captions) if own]
+    if not captioned:
+        raise DataError(f"{key}: none of the {len(captions):,} samples has a caption")
+    owner = [place for place, number in enumerate(captioned) for _ in captions[number]]
+    return [caption for own in captions for caption in own], torch.tensor(owner), captioned

@@ -108,7 +108,7 @@ class HeldOut:
             yield "captions", captioned
         if self.config.modality == "text" or len(self.source) < 2:
             return
-        if all(self.captions):
+        if sum(map(bool, self.captions)) > 1:
             yield "retrieval" if self.config.modality == "image" else "video_retrieval", captioned
         if not all(self.classes) or len({*self.classes}) < 2:
             return
@@ -186,7 +186,7 @@ def _lines(there: list[HeldOut], filled: Mapping[str, Any]) -> Iterator[str]:
         line = f"{count(len(held.source), 'sample')} held out of {held.name} evaluate {what}"
         without = sum(not own for own in held.captions)
         if 0 < without < len(held.source):
-            line += f"; retrieval needs captions of all: {count(without, 'sample')} without"
+            line += f"; captions leave out {count(without, 'sample')} without any"
         yield line
 
 

@@ -136,16 +136,21 @@ def _chance_median(right: Tensor, answers: int) -> float:
 
 
 def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
-    """Measure retrieval on the data set of a suite, and on each prefix size of the features."""
+    """Measure retrieval on the data set of a suite, and on each prefix size of the features.
+
+    Samples without captions are left out, and counted as `uncaptioned`.
+    """
     source = sets.open(name, config.shards, config.modality)
     captions = read_all_captions(source, config.captions)
-    texts, owner = flat_captions(captions, f"eval.{name}.shards")
+    texts, owner, captioned = flat_captions(captions, f"eval.{name}.shards")
     kind = None
     if config.same == "caption":
         numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         kind = torch.tensor([numbers[text] for text in texts])
-    images, rows = sets.features(source, "joint").rows, sets.texts(texts)
+    images, rows = sets.features(source, "joint").rows[captioned], sets.texts(texts)
     measures = retrieval(images, rows, owner, kind=kind)
+    if left_out := len(captions) - len(captioned):
+        measures["uncaptioned"] = float(left_out)
     for size in sets.joint.matryoshka:
         image_part, text_part = (F.normalize(x[:, :size], dim=-1) for x in (images, rows))
         part = retrieval(image_part, text_part, owner, kind=kind)
@@ -185,8 +190,8 @@ def captions_of_tower(sets: Sets, config: CaptionedConfig) -> Measures:
     if not isinstance(encoder, TextEncoder):
         raise ArtifactError(f"{sets.what}: it has no tuned text tower")
     source = sets.open("captions", config.shards, config.modality)
-    captions = [own for own in read_all_captions(source, config.captions) if own]
-    texts, owner = flat_captions(captions, "eval.captions.shards")
+    captions = read_all_captions(source, config.captions)
+    texts, owner, _ = flat_captions(captions, "eval.captions.shards")
     measures = caption_retrieval(sets.encode_texts(texts), owner)
     if encoder.base is not None:
         before = caption_retrieval(sets.encode_texts(texts, base=True), owner)

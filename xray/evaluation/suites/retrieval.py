@@ -58,6 +58,8 @@ def _title(medium: str, measure: str) -> str:
 
 def _rows(medium: str, noun: str, measures: Measures) -> Iterator[Row]:
     over = f"{count(measures['images'], noun)}, {count(measures['texts'], 'caption')}"
+    if "uncaptioned" in measures:
+        over += f"; {measures['uncaptioned']:,.0f} without, left out"
     recalls = [name for name in measures if name.startswith(DIRECTIONS)]
     prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
     for prefix, direction in product(prefixes, DIRECTIONS):
