@@ -159,6 +159,12 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "averaged": ({"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "global_pool": "avg"}}, ""),
     "layer scale": ({"name": "deit3_small_patch16_224", "kwargs": PATCH}, ""),
     "no CLS": ({"name": "vit_base_patch16_siglip_224", "kwargs": PATCH}, ""),
+    "attention pooling": (
+        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "map"}, "not a CLS token",
+    ),
+    "mean": (
+        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
+    ),
     "registers": ({"name": "vit_small_patch14_reg4_dinov2", "kwargs": PATCH}, "register tokens"),
     "qk-norm": (
         {"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "qk_norm": True}}, "normalisation",

@@ -21,8 +21,44 @@ def explicit_attention(attn: torch.nn.Module, y: Tensor, bias: Tensor) -> tuple[
     return attn.proj((weights @ v).transpose(0, 1).reshape(N, D)), weights, k
 
 
+def plain_head(ours: VisionBackbone, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the pooling head of x [N, D]: feature [D], attention to each token [H, N].
+
+    bias: [N], added to the logits.
+    """
+    pool = ours.attn_pool
+    assert pool is not None
+    N, D = x.shape
+    q = pool.q(pool.latent[0]).reshape(1, pool.num_heads, -1).transpose(0, 1)
+    k, v = pool.kv(x).reshape(N, 2, pool.num_heads, -1).permute(1, 2, 0, 3)
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    out = pool.proj((weights @ v).transpose(0, 1).reshape(D))
+    return out + pool.mlp(pool.norm(out)), weights[:, 0]
+
+
+def plain_pool(ours: VisionBackbone, x: Tensor, sizes: Tensor) -> Tensor:
+    """Pool the tokens [N, D] of the last block, of these sizes [N], into a feature [D]."""
+    x = ours.norm(x)
+    if ours.pool == "cls":
+        return x[0]
+    P = ours.num_prefix_tokens
+    if ours.pool == "map":
+        return plain_head(ours, x[P:], sizes[P:].log())[0]
+    return ours.fc_norm((sizes[P:, None] * x[P:]).sum(0) / sizes[P:].sum())
+
+
+def plain_scores(ours: VisionBackbone, x: Tensor, weights: Tensor) -> Tensor:
+    """Score the patch tokens, [n], after an attention of these weights [H, N, N]."""
+    P = ours.num_prefix_tokens
+    if ours.pool == "cls":
+        return weights[:, 0, P:].mean(0)
+    if ours.pool == "map":
+        return plain_head(ours, ours.norm(x)[P:], x.new_zeros(()))[1].mean(0).detach()
+    return weights[:, P:, P:].mean((0, 1)).detach()
+
+
 def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: bool) -> Tensor:
-    """Compute CLS features [B, D] with EViT reduction (2202.07800)."""
+    """Compute pooled features [B, D] with EViT reduction (2202.07800)."""
     rows = []
     P = ours.num_prefix_tokens
     for x in ours.embed(pixels):
@@ -31,19 +67,19 @@ def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: b
             out, weights, _ = explicit_attention(block.attn, block.norm1(x), x.new_zeros(()))
             x = x + out
             if number in rate_at:
-                score = weights[:, 0, P:].mean(0)
+                score = plain_scores(ours, x, weights)
                 n = len(score)
                 keep = torch.zeros(n, dtype=torch.bool)
                 keep[score.argsort(descending=True)[: math.ceil(rate_at[number] * n - 1e-6)]] = True
                 fused = (score[~keep, None] * x[P:][~keep]).sum(0, keepdim=True)
                 x = torch.cat([x[:P], x[P:][keep], fused[: int(fuse)]])
             x = x + block.mlp(block.norm2(x))
-        rows.append(ours.norm(x)[0])
+        rows.append(plain_pool(ours, x, x.new_ones(len(x))))
     return torch.stack(rows)
 
 
 def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
-    """Compute CLS features [B, D] with ToMe reduction (2210.09461), merging pair by pair."""
+    """Compute pooled features [B, D] with ToMe reduction (2210.09461), merging pair by pair."""
     rows = []
     P = ours.num_prefix_tokens
     for x in ours.embed(pixels):
@@ -54,7 +90,7 @@ def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
             if number in ours.reduce_at:
                 x, sizes = _merge(x, sizes, k.mean(0), P, rate)
             x = x + block.mlp(block.norm2(x))
-        rows.append(ours.norm(x)[0])
+        rows.append(plain_pool(ours, x, sizes))
     return torch.stack(rows)
 
 

@@ -19,10 +19,13 @@ class ModelConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm (embed_dim, depth, ...)
     tubelet: int = 2  # frames per video token; an image counts as one frame
     video: Literal["joint", "frames"] = "joint"  # attention over space and time, or per frame
-    # pooling of the frames' CLS tokens (video: frames)
+    # pooling of the tokens into one feature: the CLS token (which is added to a model without one),
+    # timm's attention pooling head (map, as in SigLIP) or the mean of the patch tokens
+    pool: Literal["cls", "map", "mean"] = added("cls")
+    # pooling of the frames' features (video: frames)
     frame_pool: Literal["mean", "attention"] = "mean"
-    # token reduction: evit keeps the tokens with the most attention of CLS, tome merges similar
-    # tokens, random keeps random ones
+    # token reduction: evit keeps the tokens with the most attention of CLS (or of what pools them),
+    # tome merges similar tokens, random keeps random ones
     reduce: Literal["none", "evit", "tome", "random"] = "evit"
     # numbers of the blocks that reduce tokens, from 0; null = depth/4, 2/4, 3/4
     reduce_at: list[int] | None = None

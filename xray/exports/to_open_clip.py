@@ -137,6 +137,8 @@ def _notes(missing: str) -> list[str]:
 def unsupported_vision(encoder: ImageEncoder) -> str:
     """Name the part of a backbone that open_clip's VisionTransformer lacks, or ""."""
     vision = encoder.vision
+    if vision.pool != "cls":
+        return f"its feature is not a CLS token (model.pool={vision.pool})"
     if vision.reg_token is not None:
         return "it has register tokens"
     if is_present(vision.patch_embed.norm):

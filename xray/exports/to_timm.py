@@ -22,6 +22,7 @@ from xray.exports.common import (
     save_json,
     vision_of,
 )
+from xray.models.timm_vit import GLOBAL_POOL
 
 
 def to_timm(artifact: Artifact, out: Path) -> Export:
@@ -57,9 +58,9 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
     arguments = {
         **model.kwargs,
         "img_size": [side, side],
-        "class_token": True,
+        "class_token": vision.cls_token is not None,
         "no_embed_class": vision.position_prefix == 0,
-        "global_pool": "token",
+        "global_pool": GLOBAL_POOL.get(model.pool, "token"),
         "fc_norm": is_present(vision.fc_norm),
     }
     return {

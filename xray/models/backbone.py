@@ -2,7 +2,7 @@
 
 Parameter names are timm's. The backbone adds a stem over tubelets (for an image, its kernels are
 summed over time), `pos_temporal` (positions of the time slots after the first), a CLS token if
-timm's model has none, and `frame_query` (attention pooling over frames).
+timm's model has none and `model.pool` is cls, and `frame_query` (attention pooling over frames).
 
 Shapes: B batch, T frames, t time slots, h x w patch grid, n = t*h*w patch tokens, P prefix tokens,
 D width.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,16 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from xray.config import ModelConfig
 from xray.config.model import Checkpointing
 from xray.errors import ConfigError
+from xray.models.block import run_block
 from xray.models.patch_embed import Geometry, TubeletEmbed, whole_tubelets
+from xray.models.pooling import pool_tokens, pooling_head
 from xray.models.timm_vit import create_timm
-from xray.models.token_reduction import (
-    KeepRate,
-    Spec,
-    TokenState,
-    kept_tokens,
-    reduce_tokens,
-    size_bias,
-)
+from xray.models.token_reduction import KeepRate, Spec, TokenState, kept_tokens
 from xray.models.weight_loading import load_pretrained, resample_time
 
 
@@ -39,7 +34,7 @@ class Tokens(NamedTuple):
     """Output of the backbone. It is a tuple because ZeRO 3 searches tuples for tensors.
 
     Attributes:
-        cls: CLS feature, [B, D].
+        cls: pooled feature, [B, D]: the CLS token, or what `model.pool` puts in its place.
         patches: features of the m remaining patch tokens, [B, m, D].
         assign: one tensor per reducing block, [B, n] long: the index of the patch token that holds
             each input token after the block, or -1 if it was dropped. None without `track=True`.
@@ -64,7 +59,7 @@ class Tokens(NamedTuple):
 
 
 class VisionBackbone(nn.Module):
-    """VisionTransformer of timm for images and clips, with a CLS token.
+    """VisionTransformer of timm for images and clips.
 
     config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough. resolution (in
     pixels: a side, or (height, width)), frames: size of the position table, which is interpolated
@@ -86,16 +81,18 @@ class VisionBackbone(nn.Module):
         self.geometry = Geometry(self.patch_size, 1 if config.video == "frames" else config.tubelet)
         slots, *_ = self.geometry.grid(frames, *size)  # raises if a side does not fit
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
-        self.cls_added = vit.cls_token is None
+        self.pool = config.pool
+        self.cls_added = vit.cls_token is None and config.pool == "cls"
         # the position table has rows for all prefix tokens of timm's model, or for none
         self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
+        # number of prefix tokens that are not pooled (model.pool=map and mean)
+        self.pooled_from = 0 if vit.pool_include_prefix else self.num_prefix_tokens
         self.grad_checkpointing = config.grad_checkpointing
 
-        cls_token = vit.cls_token
-        if cls_token is None:
-            cls_token = nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim))
-        self.cls_token: nn.Parameter = cls_token
+        self.cls_token: nn.Parameter | None = vit.cls_token
+        if self.cls_added:
+            self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim))
         self.reg_token = vit.reg_token
         self.pos_embed = vit.pos_embed
         self.pos_drop = vit.pos_drop
@@ -111,6 +108,7 @@ class VisionBackbone(nn.Module):
         self.blocks = vit.blocks
         self.norm = vit.norm
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
+        self.attn_pool: AttentionPoolLatent | None = vit.attn_pool if self.pool == "map" else None
 
         self.reduction = config.reduce
         self.run_block = run_block  # compiled by xray.models.compilation
@@ -150,7 +148,7 @@ class VisionBackbone(nn.Module):
                 the same number of them.
             track: also return `assign`.
 
-        With `video: frames`, the CLS tokens of the frames are pooled into one. The patch tokens of
+        With `video: frames`, the features of the frames are pooled into one. The patch tokens of
         all frames are concatenated in time order, and `assign` indexes the concatenated tokens.
         """
         if self.video == "joint":
@@ -170,7 +168,7 @@ class VisionBackbone(nn.Module):
                 for a, n in zip(assign, remaining, strict=True)
             )
         patches = patches.reshape(B, -1, self.embed_dim)
-        return Tokens(self._pool(cls.unflatten(0, (B, T))), patches, assign)
+        return Tokens(self._pool_frames(cls.unflatten(0, (B, T))), patches, assign)
 
     def _encode(
         self, pixels: Tensor, keep_rate: KeepRate, visible: Tensor | None, track: bool
@@ -179,16 +177,19 @@ class VisionBackbone(nn.Module):
         P = self.num_prefix_tokens
         rates = self.rates(keep_rate)
         state = TokenState(assign=() if track else None)
+        head = pooling_head(self) if rates and self.reduction != "tome" else None
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
             spec = None
             if number in rates:
                 kept = kept_tokens(x.shape[1] - P, rates[number])
-                spec = Spec(self.reduction, kept, self.fuse, P, self.training)
+                spec = Spec(self.reduction, kept, self.fuse, P, self.training, self.pool, head)
             if self.grad_checkpointing is True and self.training:
                 x, state = checkpoint(self._block, block, x, state, spec, use_reentrant=False)
             else:
                 x, state = self._block(block, x, state, spec)
+        if self.pool != "cls":
+            return Tokens(*pool_tokens(self, x, state.sizes), state.assign)
         x = self.fc_norm(self.norm(x))
         return Tokens(x[:, 0], x[:, P:], state.assign)
 
@@ -233,8 +234,8 @@ class VisionBackbone(nn.Module):
             return block(x), state
         return self.run_block(block, x, state, spec, recompute)
 
-    def _pool(self, cls: Tensor) -> Tensor:
-        """Pool the frames' CLS tokens, [B, T, D] -> [B, D], by mean or by attention."""
+    def _pool_frames(self, cls: Tensor) -> Tensor:
+        """Pool the frames' features, [B, T, D] -> [B, D], by mean or by attention."""
         if self.frame_query is None:
             return cls.mean(dim=1)
         weights = ((cls * self.frame_query).sum(-1) * cls.shape[-1] ** -0.5).softmax(dim=1)
@@ -283,7 +284,7 @@ class VisionBackbone(nn.Module):
         if visible is not None:
             positions = F.embedding(visible, positions[0])
         x = self.patch_embed(pixels, visible) + positions
-        prefix: Tensor = self.cls_token
+        prefix = x[:1, :0] if self.cls_token is None else self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
         if self.position_prefix:  # an added CLS token comes first and has no position: pad with 0
@@ -298,49 +299,15 @@ class VisionBackbone(nn.Module):
     # timm's interface -------------------------------------------------------------------------
 
     def forward_features(self, pixels: Tensor, keep_rate: KeepRate = 1.0) -> Tensor:
-        """Encode pixels into one tensor, [B, T, 3, H, W] -> [B, 1 + m, D], CLS first."""
+        """Encode pixels into one tensor, [B, T, 3, H, W] -> [B, 1 + m, D], feature first."""
         tokens = self(pixels, keep_rate)
         return torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay."""
-        return {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
+        learned = {"cls_token", "reg_token", "pos_embed", "pos_temporal", "frame_query"}
+        return learned | {"attn_pool.latent"}
 
     def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
         """Enable or disable activation checkpointing of the blocks, or of their MLPs only."""
         self.grad_checkpointing = enable
-
-
-def run_block(
-    block: Block, x: Tensor, state: TokenState, spec: Spec | None, recompute: bool
-) -> tuple[Tensor, TokenState]:
-    """Run timm's block on x [B, P + n, D] and reduce tokens between attention and MLP.
-
-    Without a spec no token is removed; the sizes of merged tokens are part of the attention.
-    recompute: do not keep the MLP's hidden activations for the backward pass.
-    """
-    attention: Any = block.attn
-    attended, q, k = attend(attention, block.norm1(x), size_bias(state, x.dtype))
-    x = x + block.drop_path1(block.ls1(attended))
-    if spec is not None:
-        x, state = reduce_tokens(x, q, k, state, spec)
-    hidden = block.norm2(x)
-    hidden = checkpoint(block.mlp, hidden, use_reentrant=False) if recompute else block.mlp(hidden)
-    return x + block.drop_path2(block.ls2(hidden)), state
-
-
-def attend(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run timm's attention with SDPA on x [B, N, D] and also return its queries and keys.
-
-    bias: added to the attention logits, [B, 1, 1, N], or None. Returns the output [B, N, D],
-    queries and keys, each [B, H, N, d].
-    """
-    B, N, _ = x.shape
-    qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, N, -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    out = attn.norm(out.transpose(1, 2).reshape(B, N, -1))
-    return attn.proj_drop(attn.proj(out)), q, k

@@ -1,7 +1,8 @@
 """Multiply-accumulate operations (MACs) of a forward pass, counted from the modules.
 
-1 MAC = 2 FLOPs. Counted are the stem, linear layers, attention and token reduction; as in published
-tables, not norms, activations and additions. A training step costs about three forward passes.
+1 MAC = 2 FLOPs. Counted are the stem, linear layers, attention, token reduction and the pooling
+head; as in published tables, not norms, activations and additions. A training step costs about
+three forward passes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def vision_macs(
     for block, after in zip(backbone.blocks, counts, strict=True):
         total += _block_macs(backbone, block, n, after)
         n = after
-    return passes * total
+    return passes * (total + _pool_macs(backbone, n))
 
 
 def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int:
@@ -49,11 +50,33 @@ def _block_macs(backbone: VisionBackbone, block: Any, n: int, after: int) -> int
     width = attn.num_heads * attn.head_dim
     N = P + n
     total = N * linear_macs(attn) + 2 * N * N * width + (P + after) * linear_macs(block.mlp)
-    if after < n:
+    if after < n and backbone.reduction == "tome":
         pairs = (n + P % 2) // 2
-        cls_row = N * width + n * backbone.embed_dim * backbone.fuse
-        total += pairs * (n - pairs) * attn.head_dim if backbone.reduction == "tome" else cls_row
+        total += pairs * (n - pairs) * attn.head_dim
+    elif after < n:
+        total += _score_macs(backbone, N, width) + n * backbone.embed_dim * backbone.fuse
     return total
+
+
+def _score_macs(backbone: VisionBackbone, tokens: int, width: int) -> int:
+    """Return the MACs of scoring the patch tokens among all tokens, by an attention's width.
+
+    The pooling head's query times its key weights is left out: it is computed once per batch.
+    """
+    if backbone.attn_pool is not None:
+        return (tokens - backbone.pooled_from) * backbone.attn_pool.num_heads * backbone.embed_dim
+    queries = tokens - backbone.num_prefix_tokens if backbone.pool == "mean" else 1
+    return queries * tokens * width
+
+
+def _pool_macs(backbone: VisionBackbone, n: int) -> int:
+    """Return the MACs of the pooling head over n patch tokens, 0 if there is none."""
+    head = backbone.attn_pool
+    if head is None:
+        return 0
+    keys = linear_macs(head.kv)
+    read = backbone.num_prefix_tokens - backbone.pooled_from + n
+    return read * keys + linear_macs(head) - keys + 2 * read * backbone.embed_dim
 
 
 def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:

@@ -24,6 +24,7 @@ REJECTED_KWARGS = {
     "drop_path_rate": "model.drop_path",
     "img_size": "data.resolution",
 }
+GLOBAL_POOL = {"map": "map", "mean": "avg"}  # timm's name of a `model.pool` other than cls
 
 
 def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer:
@@ -44,7 +45,7 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
             num_classes=0,
             img_size=resolution,
             drop_path_rate=config.drop_path,
-            **config.kwargs,
+            **timm_kwargs(config),
         )
     except Exception as error:  # timm raises many types of errors for a bad name or keyword
         raise ConfigError(
@@ -60,6 +61,22 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
             _start_weights(vit)
         _start_positions(vit)
     return vit
+
+
+def timm_kwargs(config: ModelConfig) -> dict[str, Any]:
+    """Return the keywords of the timm model, with its pooling.
+
+    Raises ConfigError if `model.kwargs.global_pool` contradicts `model.pool`.
+    """
+    if config.pool == "cls":
+        return config.kwargs
+    pool = GLOBAL_POOL[config.pool]
+    given = config.kwargs.get("global_pool", pool)
+    if given != pool:
+        raise ConfigError(
+            f"model.kwargs.global_pool={given} contradicts model.pool={config.pool}: leave it out"
+        )
+    return {**config.kwargs, "global_pool": pool}
 
 
 def _unsupported(vit: Any) -> str:

@@ -2,7 +2,8 @@
 
 All methods have one interface, `reduce(x, q, k, state, spec) -> (x, state)`, called between the
 attention residual and the MLP. Shapes: x [B, P + n, D], q and k [B, H, P + n, d], for B samples, P
-prefix tokens (CLS first), n patch tokens, width D, H heads of width d; N0 input tokens.
+prefix tokens (CLS first, if there is one), n patch tokens, width D, H heads of width d; N0 input
+tokens. EViT's score of a token depends on how the model pools its tokens (`model.pool`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
@@ -28,6 +29,14 @@ class TokenState(NamedTuple):
     assign: tuple[Tensor, ...] | None = None  # [B, N0] long per reducing block so far, see `Tokens`
 
 
+class PoolingHead(NamedTuple):
+    """The part of a pooling head that gives its attention, see `head_attention`."""
+
+    norm: nn.Module  # the model's final norm, which the head's input has passed
+    query: Tensor  # latent query times key weights of each head, [H, D]
+    first: int  # number of prefix tokens that the head does not attend to
+
+
 class Spec(NamedTuple):
     """Parameters of one reduction."""
 
@@ -36,6 +45,8 @@ class Spec(NamedTuple):
     fuse: bool  # fuse the other tokens into one additional token
     prefix: int  # number of prefix tokens
     training: bool  # the model is in training mode
+    pool: str = "cls"  # how the model pools tokens, which decides how they are scored
+    head: PoolingHead | None = None  # of pool "map"
 
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenState, Spec], tuple[Tensor, TokenState]]
@@ -75,6 +86,45 @@ def cls_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
     return row.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)
 
 
+@torch.no_grad()
+def received_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
+    """Return the mean attention of the patch tokens to each patch token, over heads, [B, n].
+
+    It has no gradient. Heads follow one another: the attention of all heads is a large tensor.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    total = q.new_zeros((), dtype=dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        for head in range(q.shape[1]):
+            queries, keys = q[:, head, prefix:].to(dtype), k[:, head].to(dtype)
+            logits = queries @ keys.transpose(-2, -1) * q.shape[-1] ** -0.5
+            total = total + logits.softmax(dim=-1)[..., prefix:].mean(dim=1)
+    return total / q.shape[1]
+
+
+@torch.no_grad()
+def head_attention(x: Tensor, head: PoolingHead, prefix: int) -> Tensor:
+    """Return the pooling head's attention to each patch token, averaged over its heads, [B, n].
+
+    The head's latent query attends to x [B, P + n, D], the tokens after the attention of the
+    reducing block, through the final norm: as if the model ended here. It has no gradient.
+    """
+    normed = head.norm(x[:, head.first :])
+    dtype = torch.promote_types(normed.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = normed.to(dtype) @ head.query.to(dtype).t()
+    return logits.softmax(dim=1)[:, prefix - head.first :].mean(dim=2)
+
+
+def importance(x: Tensor, q: Tensor, k: Tensor, spec: Spec) -> Tensor:
+    """Score the patch tokens, [B, n], by the attention with which the model pools them."""
+    if spec.head is not None:
+        return head_attention(x, spec.head, spec.prefix)
+    if spec.pool == "mean":
+        return received_attention(q, k, spec.prefix)
+    return cls_attention(q, k, spec.prefix)
+
+
 def reduce_tokens(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
@@ -93,8 +143,9 @@ def evit(
     """Keep the tokens that CLS attends to most and fuse the others into one (EViT, 2202.07800).
 
     The fused token is the sum of the others, weighted by their attention without renormalisation.
+    A model that does not pool by CLS has other attention scores, see `importance`.
     """
-    attention = cls_attention(q, k, spec.prefix)
+    attention = importance(x, q, k, spec)
     return _keep(x, attention, attention, state, spec)
 
 
@@ -102,7 +153,7 @@ def random(
     x: Tensor, q: Tensor, k: Tensor, state: TokenState, spec: Spec
 ) -> tuple[Tensor, TokenState]:
     """Reduce like EViT with a random choice of tokens, as the control; fixed in evaluation."""
-    attention = cls_attention(q, k, spec.prefix)
+    attention = importance(x, q, k, spec)
     if spec.training:
         scores = torch.rand_like(attention)
     else:

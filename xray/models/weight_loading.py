@@ -20,6 +20,7 @@ from xray.config import ModelConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.hub import hub
 from xray.models.patch_embed import inflate
+from xray.models.timm_vit import timm_kwargs
 
 if TYPE_CHECKING:
     from xray.models.backbone import VisionBackbone
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("xray")
 FOLDER = "local-dir:"
 HUBS = ("hf-hub:", FOLDER)  # prefixes that timm defines
-HEADS = ("head.", "head_drop.", "attn_pool.")  # parts of timm's models that the backbone lacks
+HEADS = ("head.", "head_drop.")  # parts of timm's models that the backbone lacks
 
 
 def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
@@ -41,7 +42,8 @@ def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
     source = config.pretrained
     from_timm = source == "timm" or source.startswith(HUBS)
     state = _from_timm(config) if from_timm else _from_file(source)
-    state = {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    unused = HEADS if backbone.attn_pool is not None else (*HEADS, "attn_pool.")
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
     current = backbone.state_dict()
     for norm, other in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
         # timm calls the final norm fc_norm in models that pool before it
@@ -57,7 +59,7 @@ def _from_timm(config: ModelConfig) -> dict[str, Tensor]:
     instead = "download its model.safetensors, and set model.pretrained to that file"
     with contextlib.nullcontext(str) if name.startswith(FOLDER) else hub(instead) as explain:
         try:
-            return timm.create_model(name, pretrained=True, **config.kwargs).state_dict()
+            return timm.create_model(name, pretrained=True, **timm_kwargs(config)).state_dict()
         except Exception as error:  # no network, unknown name, wrong sizes: timm raises many types
             raise ConfigError(
                 f"timm finds no weights for model.pretrained={config.pretrained} ({name}): "
@@ -128,7 +130,7 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ArtifactError(
             f"{origin} has the weights of another model: {problems[0]}{more}; "
-            "set model.name and model.kwargs to the values that it was trained with"
+            "set model.name, model.kwargs and model.pool to the values that it was trained with"
         )
     backbone.load_state_dict(state)
 

@@ -1,0 +1,58 @@
+"""Pooling of the backbone's tokens into one feature, and the head's attention that EViT uses.
+
+Shapes: B batch, P prefix tokens, n patch tokens, D width, H heads of the pooling head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor
+
+from xray.models.token_reduction import PoolingHead
+
+if TYPE_CHECKING:
+    from xray.models.backbone import VisionBackbone
+
+
+def pool_tokens(vit: VisionBackbone, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Normalise and pool x [B, P + n, D]: the feature [B, D] and the patch tokens [B, n, D].
+
+    For images, the feature equals timm's `forward_head(pre_logits=True)`. sizes: input tokens
+    merged into each token, [B, P + n], or None. A merged token counts as often in the mean and has
+    ToMe's bias in the attention of the pooling head, as in the blocks.
+    """
+    x = vit.norm(x)
+    P, first = vit.num_prefix_tokens, vit.pooled_from
+    if vit.attn_pool is not None:
+        bias = None if sizes is None else sizes[:, None, None, first:].log().to(x.dtype)
+        pooled = vit.attn_pool(x[:, first:], bias)
+    elif sizes is None:
+        pooled = x[:, first:].mean(dim=1)
+    else:
+        weights = (sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)).to(x.dtype)
+        pooled = (weights[..., None] * x[:, first:]).sum(dim=1)
+    return vit.fc_norm(pooled), vit.fc_norm(x[:, P:])
+
+
+def pooling_head(vit: VisionBackbone) -> PoolingHead | None:
+    """Prepare the pooling head's attention for `head_attention`; None without such a head."""
+    if vit.attn_pool is None:
+        return None
+    return PoolingHead(vit.norm, latent_query(vit.attn_pool), vit.pooled_from)
+
+
+@torch.no_grad()
+def latent_query(pool: AttentionPoolLatent) -> Tensor:
+    """Return the latent query of each head, multiplied by its key weights and scale, [H, D].
+
+    Its product with a normalised token is the logit of the head's attention, but for the key's
+    bias, which is the same for all tokens and has no effect on the softmax.
+    """
+    heads, width = pool.num_heads, pool.num_heads * pool.head_dim
+    with torch.autocast(pool.latent.device.type, enabled=False):
+        query = pool.q(pool.latent)[0, 0].reshape(heads, 1, -1)
+        keys = pool.kv.weight[:width].reshape(heads, -1, pool.kv.weight.shape[1])
+        return (query @ keys)[:, 0] * pool.scale
