@@ -165,6 +165,13 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "mean": (
         {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
     ),
+    "rotary": ({"name": "vit_small_patch16_dinov3", "kwargs": PATCH}, "timm's Eva"),
+    "rotary, added CLS": (
+        {"name": "vit_medium_patch16_rope_reg1_gap_256", "kwargs": PATCH}, "timm's Eva",
+    ),
+    "rotary, mean": (
+        {"name": "eva02_tiny_patch14_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
+    ),
     "registers": ({"name": "vit_small_patch14_reg4_dinov2", "kwargs": PATCH}, "register tokens"),
     "qk-norm": (
         {"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "qk_norm": True}}, "normalisation",

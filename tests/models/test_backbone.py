@@ -137,7 +137,10 @@ def test_keep_rate_falls_in_steps_to_its_target() -> None:
 UNSUPPORTED = {
     "resnet18": "cannot build|not its VisionTransformer",
     "vit_tiny_patch61": r"is not a model of timm; did you mean",
-    "vit_small_patch16_dinov3": "it is timm's Eva",
+    "beit_base_patch16_224": "it is timm's Beit",
+    "eva02_enormous_patch14_clip_224": "its blocks are EvaBlockPostNorm",
+    "vit_small_patch16_rope_mixed_224": "its rotary positions are RotaryEmbeddingMixed",
+    "vit_base_patch16_sapiens2": "it changes its rotary positions at random",
     "vit_small_patch16_18x2_224": "its blocks are ParallelThingsBlock",
     "vit_base_patch16_rpn_224": "its blocks are ResPostBlock",
     "deit_tiny_distilled_patch16_224": "it is timm's VisionTransformerDistilled",
@@ -148,7 +151,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_models_raise_with_the_reason(name: str) -> None:
-    with pytest.raises(ConfigError, match=UNSUPPORTED[name]):
+    with pytest.raises(ConfigError, match=UNSUPPORTED[name]), torch.device("meta"):
         VisionBackbone(ModelConfig(name=name), 32, 4)
     with pytest.raises(ConfigError, match=r"kwargs.img_size is not .*: set data.resolution"):
         VisionBackbone(ModelConfig(kwargs={"img_size": 32}), 32, 4)
@@ -157,6 +160,7 @@ def test_unsupported_models_raise_with_the_reason(name: str) -> None:
 @pytest.mark.slow
 def test_every_vision_transformer_of_timm_is_built_or_rejected_with_a_reason() -> None:
     rejected, names = {}, timm.list_models(module="vision_transformer")
+    names += timm.list_models(module="eva")
     for name in names:
         try:
             with torch.device("meta"):
@@ -164,7 +168,7 @@ def test_every_vision_transformer_of_timm_is_built_or_rejected_with_a_reason() -
             assert not [*backbone.buffers()], name  # artifacts store parameters, not buffers
         except ConfigError as error:
             rejected[name] = str(error)
-    reasons = ("its blocks are", "its attention is")
+    reasons = ("its blocks are", "its attention is", "its rotary positions", "it changes")
     assert all(any(r in error for r in reasons) for error in rejected.values()), rejected
     assert set(UNSUPPORTED) & set(names) <= rejected.keys()
     assert len(rejected) < len(names) / 10

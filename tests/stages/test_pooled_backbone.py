@@ -1,4 +1,4 @@
-"""Stages, evaluation and exports with a backbone that has no CLS token (`model.pool`)."""
+"""Stages, evaluation and exports with backbones without CLS token, and with rotary positions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 SIGLIP = ("model.name=vit_base_patch16_siglip_224", "train.samples=24")
 
 
-@pytest.mark.parametrize("pool", ["map", "mean"])
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [("map", SIGLIP[0]), ("mean", SIGLIP[0]), ("cls", "model.name=vit_small_patch16_dinov3")],
+)
 def test_an_artifact_goes_through_all_vision_stages(
-    demo: Path, trained: Trained, media: Path, tmp_path: Path, pool: str
+    demo: Path, trained: Trained, media: Path, tmp_path: Path, pool: str, name: str
 ) -> None:
-    options = (*SIGLIP, f"model.pool={pool}")
+    options = (*SIGLIP, name, f"model.pool={pool}")
     mae = trained("mae", *options)
     # with masked patches and all auxiliary losses, from the parent's weights
     clip = trained(
@@ -37,10 +40,11 @@ def test_an_artifact_goes_through_all_vision_stages(
     artifact = open_artifact(clip)
     assert artifact.manifest["config"]["model"]["pool"] == pool
     stored = artifact.load("backbone")
-    assert "cls_token" not in stored
+    assert ("cls_token" in stored) == (pool == "cls")
     assert ("attn_pool.latent" in stored) == (pool == "map")
     encoder = restore_encoder(artifact)
-    assert isinstance(encoder, VisionEncoder) and encoder.vision.num_prefix_tokens == 0
+    assert isinstance(encoder, VisionEncoder)
+    assert encoder.vision.num_prefix_tokens == (5 if pool == "cls" else 0)
     pixels = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
     assert encoder.features(pixels).isfinite().all()
     for command in (
@@ -50,6 +54,21 @@ def test_an_artifact_goes_through_all_vision_stages(
     ):
         done = invoke(*command)
         assert done.exit_code == 0, (done.stderr, done.exception)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(*SIGLIP, "model.pool=map"), (SIGLIP[1], "model.name=eva02_tiny_patch14_224")],
+)
+def test_zero_3_gathers_the_parameters_of_pooling_and_rotary_attention(
+    trained: Trained, options: tuple[str, ...]
+) -> None:
+    """They are read outside of the module that owns them, or are its own beside its children's."""
+    plain, sharded = (trained("hashtag", *options, f"zero.stage={zero}") for zero in (0, 3))
+    expected, found = (open_artifact(path).load("backbone") for path in (plain, sharded))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("pool", ["map", "mean"])

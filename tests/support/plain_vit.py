@@ -88,16 +88,19 @@ def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
             out, _, k = explicit_attention(block.attn, block.norm1(x), sizes.log())
             x = x + out
             if number in ours.reduce_at:
-                x, sizes = _merge(x, sizes, k.mean(0), P, rate)
+                x, sizes, _ = merge(x, sizes, k.mean(0), P, rate)
             x = x + block.mlp(block.norm2(x))
         rows.append(plain_pool(ours, x, sizes))
     return torch.stack(rows)
 
 
-def _merge(
+def merge(
     x: Tensor, sizes: Tensor, keys: Tensor, prefix: int, rate: float
-) -> tuple[Tensor, Tensor]:
-    """Merge the most similar pairs of even and odd tokens: returns (tokens, sizes)."""
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Merge the most similar pairs of even and odd tokens: returns (tokens, sizes, groups).
+
+    A group lists the tokens that a new token is made of, beginning with the one at an odd place.
+    """
     n = len(x) - prefix
     merges = n - (math.ceil(rate * n - 1e-6) + 1)
     unit = keys / keys.norm(dim=-1, keepdim=True)
@@ -109,10 +112,11 @@ def _merge(
         best = max(range(len(targets)), key=lambda j: cosines[j])
         pairs.append((cosines[best], i, targets[best]))
     chosen = {i: j for _, i, j in sorted(pairs, reverse=True)[:merges]}
-    tokens, counts = [], []
+    tokens, counts, groups = [], [], []
     for token in [*range(prefix), *(i for i in sources if i not in chosen), *targets]:
         group = [token, *(i for i, j in chosen.items() if j == token)]
         total = sizes[group].sum()
         tokens.append((x[group] * sizes[group, None]).sum(0) / total)
         counts.append(total)
-    return torch.stack(tokens), torch.stack(counts)
+        groups.append(group)
+    return torch.stack(tokens), torch.stack(counts), groups

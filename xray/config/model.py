@@ -15,7 +15,7 @@ Checkpointing = bool | Literal["mlp"]
 class ModelConfig:
     """Settings of the vision backbone."""
 
-    name: str = "vit_tiny_patch16_224"  # any standard timm VisionTransformer
+    name: str = "vit_tiny_patch16_224"  # any timm VisionTransformer or Eva of standard blocks
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm (embed_dim, depth, ...)
     tubelet: int = 2  # frames per video token; an image counts as one frame
     video: Literal["joint", "frames"] = "joint"  # attention over space and time, or per frame

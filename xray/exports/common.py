@@ -77,13 +77,14 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
     for name in ("pos_temporal", "frame_query"):
         state.pop(name, None)
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(dim=2)
-    height, width = vision.patch_size
-    state["pos_embed"] = resample_abs_pos_embed(
-        state["pos_embed"],
-        new_size=[side // height, side // width],
-        old_size=list(vision.grid),
-        num_prefix_tokens=vision.position_prefix,
-    )
+    if "pos_embed" in state:
+        height, width = vision.patch_size
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"],
+            new_size=[side // height, side // width],
+            old_size=list(vision.grid),
+            num_prefix_tokens=vision.position_prefix,
+        )
     return state
 
 

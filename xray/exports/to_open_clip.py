@@ -139,6 +139,8 @@ def unsupported_vision(encoder: ImageEncoder) -> str:
     vision = encoder.vision
     if vision.pool != "cls":
         return f"its feature is not a CLS token (model.pool={vision.pool})"
+    if vision.eva:
+        return "it is timm's Eva, with other blocks"
     if vision.reg_token is not None:
         return "it has register tokens"
     if is_present(vision.patch_embed.norm):

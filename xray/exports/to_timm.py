@@ -61,7 +61,7 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
         "class_token": vision.cls_token is not None,
         "no_embed_class": vision.position_prefix == 0,
         "global_pool": GLOBAL_POOL.get(model.pool, "token"),
-        "fc_norm": is_present(vision.fc_norm),
+        "use_fc_norm" if vision.eva else "fc_norm": is_present(vision.fc_norm),
     }
     return {
         "architecture": model.name.partition(".")[0],

@@ -1,4 +1,5 @@
-"""The shared vision backbone: timm's VisionTransformer for images and clips, with token reduction.
+"""The shared vision backbone: timm's VisionTransformer or Eva for images and clips, with token
+reduction.
 
 Parameter names are timm's. The backbone adds a stem over tubelets (for an image, its kernels are
 summed over time), `pos_temporal` (positions of the time slots after the first), a CLS token if
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from xray.config import ModelConfig
 from xray.config.model import Checkpointing
 from xray.errors import ConfigError
-from xray.models.block import run_block
+from xray.models.block import RotaryBlock, run_block
 from xray.models.patch_embed import Geometry, TubeletEmbed, whole_tubelets
 from xray.models.pooling import pool_tokens, pooling_head
-from xray.models.timm_vit import create_timm
+from xray.models.rotary import Rotary
+from xray.models.timm_vit import create_timm, pools_prefix
 from xray.models.token_reduction import KeepRate, Spec, TokenState, kept_tokens
 from xray.models.weight_loading import load_pretrained, resample_time
 
@@ -59,12 +62,11 @@ class Tokens(NamedTuple):
 
 
 class VisionBackbone(nn.Module):
-    """VisionTransformer of timm for images and clips.
+    """VisionTransformer or Eva of timm for images and clips.
 
     config: the model section; `ModelConfig(name="vit_base_patch16_224")` is enough. resolution (in
     pixels: a side, or (height, width)), frames: size of the position table, which is interpolated
-    for other inputs. Raises ConfigError for a timm model that is not a VisionTransformer of
-    standard blocks.
+    for other inputs. Raises ConfigError for a timm model of another class or of other blocks.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class VisionBackbone(nn.Module):
         self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
         # number of prefix tokens that are not pooled (model.pool=map and mean)
-        self.pooled_from = 0 if vit.pool_include_prefix else self.num_prefix_tokens
+        self.pooled_from = 0 if pools_prefix(vit) else self.num_prefix_tokens
         self.grad_checkpointing = config.grad_checkpointing
 
         self.cls_token: nn.Parameter | None = vit.cls_token
@@ -104,8 +106,12 @@ class VisionBackbone(nn.Module):
         if self.video == "frames" and config.frame_pool == "attention":
             # with a zero query, attention pooling equals the mean at the start of training
             self.frame_query = nn.Parameter(torch.zeros(vit.embed_dim))
+        self.rotary = None if getattr(vit, "rope", None) is None else Rotary.of(vit.rope)
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
+        self.eva = isinstance(vit, Eva)
+        if self.eva:
+            self.blocks = nn.ModuleList(RotaryBlock(block) for block in vit.blocks)
         self.norm = vit.norm
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
         self.attn_pool: AttentionPoolLatent | None = vit.attn_pool if self.pool == "map" else None
@@ -176,7 +182,8 @@ class VisionBackbone(nn.Module):
         x = self.norm_pre(self.embed(pixels, visible))
         P = self.num_prefix_tokens
         rates = self.rates(keep_rate)
-        state = TokenState(assign=() if track else None)
+        rotation = None if self.rotary is None else self._rotation(pixels, visible)
+        state = TokenState(assign=() if track else None, rotation=rotation)
         head = pooling_head(self) if rates and self.reduction != "tome" else None
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
@@ -226,11 +233,12 @@ class VisionBackbone(nn.Module):
         return counts
 
     def _block(
-        self, block: Block, x: Tensor, state: TokenState, spec: Spec | None
+        self, block: Block | RotaryBlock, x: Tensor, state: TokenState, spec: Spec | None
     ) -> tuple[Tensor, TokenState]:
-        """Run a block of timm, with token reduction if there is a spec."""
+        """Run a block, with token reduction if there is a spec."""
         recompute = self.grad_checkpointing == "mlp" and self.training
-        if spec is None and state.sizes is None and not recompute:
+        plain = spec is None and state.sizes is None and not recompute
+        if plain and isinstance(block, Block):
             return block(x), state
         return self.run_block(block, x, state, spec, recompute)
 
@@ -261,6 +269,15 @@ class VisionBackbone(nn.Module):
         """
         return self.geometry.grid(pixels.shape[1], *pixels.shape[-2:])
 
+    def _rotation(self, pixels: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the rotary positions of the patch tokens, the same ones in each time slot."""
+        assert self.rotary is not None
+        slots, h, w = self.token_grid(pixels)
+        rotation = self.rotary.rotation(h, w, pixels.device)
+        if visible is not None:
+            return F.embedding(visible % (h * w), rotation)
+        return rotation.repeat(slots, 1)[None]
+
     def embed(self, pixels: Tensor, visible: Tensor | None = None) -> Tensor:
         """Apply stem and positions and prepend prefix tokens: [B, P + n, D], time slot by slot.
 
@@ -269,6 +286,31 @@ class VisionBackbone(nn.Module):
         slots, h, w = self.token_grid(pixels)
         if pixels.shape[1] > 1:
             pixels = whole_tubelets(pixels, self.tubelet)
+        x = self.patch_embed(pixels, visible)
+        rows, positions = self._positions(slots, h, w)
+        if positions is not None:
+            x = x + (positions if visible is None else F.embedding(visible, positions[0]))
+        prefix = x[:1, :0] if self.cls_token is None else self.cls_token
+        if self.reg_token is not None:
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
+        if rows is not None:  # an added CLS token comes first and has no position: pad with 0
+            prefix = prefix + F.pad(rows, (0, 0, int(self.cls_added), 0))
+        if slots == 1 and self.training and self.pos_temporal is not None:
+            # ZeRO reduces the gradients of the step's last micro-batch only. If that one holds
+            # images, it must still use the parameters that clips before it used. Adding 0 is exact.
+            prefix = prefix + 0 * self.pos_temporal.sum()
+        return self.pos_drop(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
+
+    def _positions(self, slots: int, h: int, w: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the learned positions of the prefix tokens and patches: [1, P, D], [1, n, D].
+
+        None stands for tokens that have no learned positions.
+        """
+        time = None
+        if slots > 1 and self.pos_temporal is not None:
+            time = resample_time(self.pos_temporal, slots)
+        if self.pos_embed is None:
+            return None, None if time is None else time.repeat_interleave(h * w, dim=1)
         table = resample_abs_pos_embed(
             self.pos_embed,
             new_size=[h, w],
@@ -276,25 +318,11 @@ class VisionBackbone(nn.Module):
             num_prefix_tokens=self.position_prefix,
         )
         spatial = table[:, self.position_prefix :]
-        if slots > 1 and self.pos_temporal is not None:
-            time = resample_time(self.pos_temporal, slots)
-            positions = (spatial[:, None] + time[:, :, None]).flatten(1, 2)
-        else:
+        if time is None:
             positions = spatial.repeat(1, slots, 1)
-        if visible is not None:
-            positions = F.embedding(visible, positions[0])
-        x = self.patch_embed(pixels, visible) + positions
-        prefix = x[:1, :0] if self.cls_token is None else self.cls_token
-        if self.reg_token is not None:
-            prefix = torch.cat([prefix, self.reg_token], dim=1)
-        if self.position_prefix:  # an added CLS token comes first and has no position: pad with 0
-            rows = F.pad(table[:, : self.position_prefix], (0, 0, int(self.cls_added), 0))
-            prefix = prefix + rows
-        if slots == 1 and self.training and self.pos_temporal is not None:
-            # ZeRO reduces the gradients of the step's last micro-batch only. If that one holds
-            # images, it must still use the parameters that clips before it used. Adding 0 is exact.
-            prefix = prefix + 0 * self.pos_temporal.sum()
-        return self.pos_drop(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
+        else:
+            positions = (spatial[:, None] + time[:, :, None]).flatten(1, 2)
+        return table[:, : self.position_prefix] if self.position_prefix else None, positions
 
     # timm's interface -------------------------------------------------------------------------
 

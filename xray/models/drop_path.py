@@ -6,6 +6,7 @@ from typing import Any
 
 import timm.layers
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class DropPath(timm.layers.DropPath):
         return x * kept.div_(self.keep_prob)
 
 
-def replace_drop_path(vit: VisionTransformer) -> None:
+def replace_drop_path(vit: VisionTransformer | Eva) -> None:
     """Replace timm's stochastic depth in all blocks.
 
     The first block, whose probability is 0, gets it too, so that it shares the others' graphs.

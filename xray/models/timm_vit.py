@@ -1,4 +1,4 @@
-"""Creation of timm models, restricted to a VisionTransformer of standard blocks.
+"""Creation of timm models, restricted to VisionTransformer and Eva with pre-norm blocks.
 
 Without pretrained weights they are initialised as in MAE (2111.06377)."""
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    PatchEmbed,
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+)
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -24,10 +31,11 @@ REJECTED_KWARGS = {
     "drop_path_rate": "model.drop_path",
     "img_size": "data.resolution",
 }
+MODULES = ("vision_transformer", "eva")  # of timm, which define the classes that can be used
 GLOBAL_POOL = {"map": "map", "mean": "avg"}  # timm's name of a `model.pool` other than cls
 
 
-def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer:
+def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTransformer | Eva:
     """Create timm's model without loading weights; resolution is (height, width) in pixels.
 
     Raises ConfigError with the reason if the model cannot be the backbone.
@@ -37,7 +45,8 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
             hint = f": set {instead}" if instead else ""
             raise ConfigError(f"model.kwargs.{key} is not a setting of the backbone{hint}")
     if ":" not in config.name and not timm.is_model(config.name):
-        hint = nearest(config.name, timm.list_models(module="vision_transformer"))
+        names = [name for module in MODULES for name in timm.list_models(module=module)]
+        hint = nearest(config.name, names)
         raise ConfigError(f"model.name={config.name} is not a model of timm{hint}")
     try:
         vit = timm.create_model(
@@ -52,14 +61,15 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
             f"timm cannot build model.name={config.name} with model.kwargs={config.kwargs}: {error}"
         ) from error
     reason = _unsupported(vit)
-    if reason or not isinstance(vit, VisionTransformer):
+    if reason or not isinstance(vit, VisionTransformer | Eva):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
     if config.drop_path:
         replace_drop_path(vit)
     if not config.pretrained:
         if "weight_init" not in config.kwargs:
             _start_weights(vit)
-        _start_positions(vit)
+        if vit.pos_embed is not None:
+            _start_positions(vit)
     return vit
 
 
@@ -79,27 +89,41 @@ def timm_kwargs(config: ModelConfig) -> dict[str, Any]:
     return {**config.kwargs, "global_pool": pool}
 
 
+def pools_prefix(vit: VisionTransformer | Eva) -> bool:
+    """Check if the pooling also reads the prefix tokens; Eva's attention pooling does."""
+    if isinstance(vit, Eva):
+        return vit.attn_pool is not None
+    return vit.pool_include_prefix
+
+
 def _unsupported(vit: Any) -> str:
-    """Return the difference from a VisionTransformer of standard blocks, or an empty string."""
+    """Return the difference from a model of standard blocks, or an empty string."""
     kind = type(vit)
-    if kind is not VisionTransformer:  # subclasses handle tokens or positions differently
-        return f"it is timm's {kind.__name__} ({kind.__module__}), not its VisionTransformer"
+    if kind not in (VisionTransformer, Eva):  # subclasses handle tokens or positions differently
+        return f"it is timm's {kind.__name__} ({kind.__module__}), not its VisionTransformer or Eva"
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its stem is {type(vit.patch_embed).__name__}, not one convolution over patches"
-    if vit.pos_embed is None:
-        return "it has no learned position table"
+    rope = getattr(vit, "rope", None)
+    if rope is not None and type(rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
+        return f"its rotary positions are {type(rope).__name__}, not the same in all blocks"
+    if getattr(rope, "aug_active", False):
+        return "it changes its rotary positions at random in training (model.kwargs.rope_*_coords)"
+    if vit.pos_embed is None and rope is None:
+        return "it has no positions"
     for block in vit.blocks:
-        if type(block) is not Block:
-            return f"its blocks are {type(block).__name__}, not timm's pre-norm Block"
-        if type(block.attn) is not Attention:
+        if type(block) not in (Block, EvaBlock):
+            return f"its blocks are {type(block).__name__}, not timm's pre-norm Block or EvaBlock"
+        if type(block.attn) not in (Attention, EvaAttention, AttentionRope):
             return f"its attention is {type(block.attn).__name__}, not timm's Attention"
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
+        if getattr(block.attn, "num_kv_groups", 1) > 1:
+            return "its heads share keys and values (num_kv_heads)"
     return ""
 
 
 @torch.no_grad()
-def _start_weights(vit: VisionTransformer) -> None:
+def _start_weights(vit: VisionTransformer | Eva) -> None:
     """Initialise linear layers and the stem as Xavier does; timm's 0.02 suits widths of 1000."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -109,7 +133,7 @@ def _start_weights(vit: VisionTransformer) -> None:
 
 
 @torch.no_grad()
-def _start_positions(vit: VisionTransformer) -> None:
+def _start_positions(vit: VisionTransformer | Eva) -> None:
     """Initialise the position table with sine-cosine embeddings of the patch positions.
 
     timm initialises it with noise, from which a short run must first learn the positions. Raises

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xray.config import ModelConfig
 from xray.errors import ConfigError
+from xray.models.rotary import kept_rotation
 
 KeepRate = float | Sequence[float]  # one rate for all reducing blocks, or one rate per block
 
@@ -27,6 +28,7 @@ class TokenState(NamedTuple):
 
     sizes: Tensor | None = None  # input tokens merged into each token, [B, P + n]
     assign: tuple[Tensor, ...] | None = None  # [B, N0] long per reducing block so far, see `Tokens`
+    rotation: Tensor | None = None  # of rotary positions, [1 or B, n, 2 * d], see `rotary`
 
 
 class PoolingHead(NamedTuple):
@@ -175,6 +177,8 @@ def _keep(
         weights = attention.scatter(1, index, 0.0).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             parts.append(weights[:, None] @ patches)  # [B, 1, D]
+    if state.rotation is not None:
+        state = state._replace(rotation=kept_rotation(state.rotation, index, spec.fuse))
     if state.assign is not None:
         rest = spec.kept if spec.fuse else -1
         new_index = torch.full((B, n), rest, dtype=torch.long, device=x.device)
@@ -190,7 +194,8 @@ def tome(
 
     Each token at an even position of the sequence is matched to the most similar token at an odd
     position, by the cosine of the keys' mean over heads. The most similar pairs are merged into
-    size-weighted means. Raises ConfigError if there are fewer pairs than merges.
+    size-weighted means. A merged token has the rotary position of its token at the odd position,
+    and rotated keys are compared. Raises ConfigError if there are fewer pairs than merges.
     """
     B, n, P = x.shape[0], x.shape[1] - spec.prefix, spec.prefix
     merges = n - (spec.kept + spec.fuse)
@@ -224,6 +229,10 @@ def tome(
     x = torch.cat([x[:, :P], joined[..., :-1] / joined[..., -1:]], dim=1)
     # Detach: the gradient is zero, and an attention mask with gradient disables fused kernels.
     sizes = torch.cat([sizes[:, :P], joined[..., -1].detach().to(sizes.dtype)], dim=1)
+    if state.rotation is not None:
+        rotation = state.rotation.expand(B, -1, -1)
+        own = kept_rotation(rotation[:, even::2], stay, False)
+        state = state._replace(rotation=torch.cat([own, rotation[:, 1 - even :: 2]], dim=1))
     if state.assign is not None:
         first = stay.shape[1]  # index of the first target: targets follow unmerged sources
         new_index = torch.empty(B, n, dtype=torch.long, device=x.device)

@@ -100,7 +100,7 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
     if stem is not None and stem.ndim == 4:
         state["patch_embed.proj.weight"] = inflate(stem, backbone.tubelet)
     table = state.get("pos_embed")
-    if table is not None and table.shape != current["pos_embed"].shape:
+    if table is not None and "pos_embed" in current and table.shape != current["pos_embed"].shape:
         positions = table.shape[1] - backbone.position_prefix
         if math.isqrt(max(0, positions)) ** 2 != positions:
             raise ArtifactError(
