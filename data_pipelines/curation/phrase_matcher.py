@@ -5,6 +5,10 @@ of words, and a word is the text between two neighbouring spaces. Each word of a
 once in a hash table. Then the trie is followed from all positions of the text at the same time, one
 word per step. Words are also compared byte by byte, so the result is exact.
 
+Phrases with punctuation differ from MetaCLIP, which puts spaces around the punctuation of texts and
+not of its entries. There, an entry such as "st. louis" matches no text, because each text then has
+"st .  louis". Here, phrases and texts are normalised alike, so that it matches "in st. louis".
+
 It is faster than an Aho-Corasick automaton, which waits for memory at each character. This matcher
 waits only once per word, and for many words at once.
 """
@@ -25,7 +29,9 @@ FIRST = np.array([(1 << 8 * k) - 1 for k in range(9)], np.uint64)
 
 
 class PhraseMatcher:
-    """Matcher of many phrases in texts, as MetaCLIP matches its metadata (2309.16671).
+    """Matcher of many phrases in texts.
+
+    Phrases without punctuation match as the metadata of MetaCLIP (2309.16671).
 
     First, phrases and texts are normalised: spaces are put around punctuation and around each
     character of a script without spaces, and other white space becomes a space. Then a text

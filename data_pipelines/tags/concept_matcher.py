@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import ahocorasick
 import regex
 
-PUNCTUATION = ",.;:?!`"  # MetaCLIP puts spaces around these
+PUNCTUATION = ",.;:?!`"  # MetaCLIP puts spaces around these in texts
 SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in " \n")
 _SPACED = str.maketrans({c: f" {c} " for c in PUNCTUATION} | dict.fromkeys(f"{SPACES}\n", " "))
 # Scripts without spaces between words: a word may begin or end between any two characters.

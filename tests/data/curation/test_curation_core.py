@@ -78,6 +78,13 @@ def test_matchers_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [row.tolist() for row in np.split(matches, ends[:-1])] == expected
 
 
+def test_entries_with_punctuation_match_unlike_metaclips() -> None:
+    """MetaCLIP puts spaces around the punctuation of texts, and not of entries: none matches."""
+    entries, text = ["st. louis", "U.S.", "arch"], "The arch in st. louis, U.S."
+    assert [e for e in entries if f" {e} " in add_spaces(text)] == ["arch"]
+    assert PhraseMatcher(entries).find([text])[0].tolist() == [0, 1, 2]
+
+
 def test_scripts_without_spaces_match_at_any_position() -> None:
     matcher = PhraseMatcher(["東京", "東京タワー", "京都", "in"])
     matches, ends = matcher.find(["私は東京タワーに行く", "in京都、東京。", "東 京", "東京-in"])
