@@ -23,7 +23,8 @@ from xray.errors import ConfigError, DataError
 Stored = Literal["fp32", "bf16", "int8"]
 KIND = "text-features"
 ROW_BITS = 32
-USUAL = {"precision": "fp32"}  # of the model that made a store, if its facts do not name another
+# Settings of the text encoder that facts leave out: the values of older stores, which lack them.
+USUAL = {"precision": "fp32", "pool_prompt": False, "pool_special": True, "padding": "longest"}
 
 
 def store_facts(

@@ -140,7 +140,8 @@ def test_prompt_between_special_tokens(demo: Path, tmp_path: Path) -> None:
     around = TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = around
     tokenizer.save_pretrained(path)
-    tokens = CaptionTokenizer(path, TextConfig(prompt="find: ", max_length=48))([SHORT, LONG])
+    config = TextConfig(prompt="find: ", pool_prompt=False, max_length=48)
+    tokens = CaptionTokenizer(path, config)([SHORT, LONG])
     for row in range(2):
         inside = tokens["input_ids"][row][tokens["pooled_mask"][row].bool()]
         plain = AutoTokenizer.from_pretrained(demo / "llm")([SHORT, LONG][row])["input_ids"]

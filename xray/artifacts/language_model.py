@@ -11,19 +11,27 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipelines.text.feature_store import USUAL
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.limits import check_size
 from xray.artifacts.manifest_config import text_config
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.models.inference import recorded
-from xray.models.llm_folder import find_llm, llm_digest, load_llm, own_pooling
+from xray.models.llm_folder import (
+    default_prompt,
+    find_llm,
+    llm_digest,
+    load_llm,
+    own_pooling,
+    reads_padding,
+)
 from xray.models.text_tower import TextTower, is_added
 from xray.models.tokenizer import CaptionTokenizer
 
 log = logging.getLogger("xray")
 # Settings that a run takes from its text parent.
-STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets", "attention", "pooling", "latents", "prompt")
+STRUCTURE = ("lora_rank", "lora_alpha", "lora_targets", "attention", "pooling", "latents", "prompt",
+             "pool_prompt", "pool_special", "padding")  # fmt: skip
 MOST_CUT = 0.1  # share of truncated captions above which a run warns
 
 
@@ -53,8 +61,11 @@ class Language:
             )
         if Path(config.llm).is_dir():  # the recorded path must work from any folder
             config = dataclasses.replace(config, llm=str(Path(config.llm).resolve()))
-        self.config = config
         self.tokenizer = CaptionTokenizer(self.folder, config)
+        prompt, special = self.tokenizer.pool_prompt, self.tokenizer.pool_special
+        self.config = dataclasses.replace(config, pool_prompt=prompt, pool_special=special)
+        if parent is None:
+            self._warn_of_other_texts()
 
     def build(self) -> TextTower:
         """Build the tower with its weights; raises ConfigError for a tokenizer of another model."""
@@ -90,11 +101,24 @@ class Language:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines a caption's sentence vector, by name of the setting."""
-        names = ("attention", "pooling", "prompt", "max_length", "dtype")
+        names = ("attention", "pooling", "prompt", "max_length", "dtype", *USUAL)
         artifact = "" if self.parent is None else self.parent.digest
         settings = {name: getattr(self.config, name) for name in names}
-        settings |= recorded(self.config.precision)
-        return {"llm": self.digest, "artifact": artifact, **settings}
+        changed = {name: value for name, value in settings.items() if value != USUAL.get(name)}
+        return {"llm": self.digest, "artifact": artifact, **changed}
+
+    def _warn_of_other_texts(self) -> None:
+        """Warn if the model was trained on texts with another prompt or padding."""
+        if not self.config.prompt and (usual := default_prompt(self.folder)):
+            log.warning(
+                "%s is made for texts after the prompt %r (default_prompt_name in its "
+                "config_sentence_transformers.json): set text.prompt to it", self.folder, usual,
+            )  # fmt: skip
+        if self.config.padding != "full" and reads_padding(self.folder):
+            log.warning(
+                "%s is made for captions that are padded to the full length: set text.padding=full",
+                self.folder,
+            )
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:
         """Warn if many of these captions are longer than text.max_length."""
@@ -113,6 +137,12 @@ class Language:
         return {f"llm/{path.name}": path for path in paths}
 
 
+def structure_of(parent: TextConfig) -> dict[str, Any]:
+    """Return the settings that a run takes from a text parent; captions in full have its length."""
+    names = (*STRUCTURE, "max_length") if parent.padding == "full" else STRUCTURE
+    return {name: getattr(parent, name) for name in names}
+
+
 def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
     """Return the text section with the structure of the parent artifact."""
     theirs, usual = text_config(parent), TextConfig()
@@ -122,8 +152,8 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
             f"text.tune={config.tune} cannot continue from {parent.path}, tuned with {has}: "
             f"set text.tune=none or {has}"
         )
-    structure = {name: getattr(theirs, name) for name in STRUCTURE}
-    for name in STRUCTURE if config.tune == "lora" else STRUCTURE[3:]:
+    structure = structure_of(theirs)
+    for name in structure if config.tune == "lora" else [*structure][3:]:
         asked = getattr(config, name)
         if asked not in (getattr(usual, name), structure[name]):
             raise ConfigError(

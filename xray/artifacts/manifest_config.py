@@ -1,4 +1,5 @@
-"""Typed views of the run's config in a manifest; a key that an older version lacks has its default.
+"""Typed views of the run's config in a manifest; a key that an older version lacks has the value
+that it stood for then.
 
 All raise ArtifactError that names the artifact if its manifest lacks the section.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import DECODER, JOINT, USUAL_SECTION
 from xray.config import BlockConfig, DataConfig, ModelConfig, SourceConfig, TextConfig
+from xray.config.identity import older_values
 from xray.config.model import TextHead
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
@@ -129,8 +131,9 @@ def _section(artifact: Artifact, name: str) -> Mapping[str, Any]:
 
 def _read(schema: type[T], section: Mapping[str, Any], artifact: Artifact) -> T:
     names = {item.name for item in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    known = {key: value for key, value in section.items() if key in names}
     try:
-        return schema(**{key: value for key, value in section.items() if key in names})
+        return schema(**(older_values(schema) | known))
     except TypeError as error:
         raise ArtifactError(
             f"the config in the manifest of {artifact.path} is incomplete: {brief(error)}"

@@ -98,8 +98,9 @@ def _shape(artifact: Artifact) -> list[str]:
         )
     if "text" in manifest["tensors"]:
         text = text_config(artifact)
+        length = "padded to" if text.padding == "full" else "up to"
         lines.append(
-            f"Captions are read {text.attention}, pooled by `{text.pooling}`, up to "
+            f"Captions are read {text.attention}, pooled by `{text.pooling}`, {length} "
             f"{text.max_length} tokens; the base model's files hash to "
             f"`{manifest['inputs']['llm'][:12]}`."
         )

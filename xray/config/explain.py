@@ -24,7 +24,7 @@ Role = Literal["identity", "runtime", "added"]
 ROLES: dict[Role, str] = {
     "identity": "changes the result; a resumed run must have the same value",
     "runtime": "does not change the result; may differ when a run is resumed",
-    "added": "as identity; runs made before the key existed have the default",
+    "added": "as identity; runs made before the key existed have the default, unless stated",
 }
 NAME, PLACE = "NAME", "N"  # parts of a key that stand for any name, and for a position in a list
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Any: "schedule"}

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=Any)
 
 
 def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
@@ -14,12 +16,54 @@ def runtime(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSI
     return dataclasses.field(default=default, default_factory=factory, metadata={"runtime": True})
 
 
-def added(default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+def added(
+    default: Any = dataclasses.MISSING,
+    factory: Any = dataclasses.MISSING,
+    older: Any = dataclasses.MISSING,
+) -> Any:
     """Declare a field that older configs lack: the identity leaves its default out.
 
     So their hashes stay the same, and folders and files that are named by a hash are found.
+    older: value that older files have without the field, if it is not today's default.
     """
-    return dataclasses.field(default=default, default_factory=factory, metadata={"added": True})
+    metadata = {"added": True} | ({} if older is dataclasses.MISSING else {"older": older})
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+def older_values(config: Any) -> dict[str, Any]:
+    """Return the values that older files have without a field, where today's default differs.
+
+    config: a dataclass or an instance of one; the sections in it are left out.
+    """
+    items = dataclasses.fields(config)
+    return {item.name: item.metadata["older"] for item in items if "older" in item.metadata}
+
+
+def absent(config: Any) -> dict[str, Any]:
+    """Return the values of the fields that an older record lacks, as nested dicts.
+
+    config: an instance with today's defaults.
+    """
+    values: dict[str, Any] = identity(config, whole=True)
+    for name in values:
+        if dataclasses.is_dataclass(section := getattr(config, name)):
+            values[name] = absent(section)
+    return values | older_values(config)
+
+
+def with_older(config: C, record: Mapping[str, Any]) -> C:
+    """Give settings whose default has changed the values of a record, unless they differ from it.
+
+    record: the same config as nested dicts; {} changes nothing.
+    """
+    changed: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value, then = getattr(config, item.name), record.get(item.name)
+        if dataclasses.is_dataclass(value) and then:
+            changed[item.name] = with_older(value, then)
+        elif "older" in item.metadata and item.name in record and value == _default(item):
+            changed[item.name] = then
+    return dataclasses.replace(config, **changed)
 
 
 def identity(config: Any, whole: bool = False) -> Any:

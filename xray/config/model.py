@@ -68,6 +68,7 @@ class ModelConfig:
 
 
 TextHead = Literal["adapter", "linear"]
+IsPooled = bool | Literal["auto"]
 Features = Literal["live", "fp32", "bf16", "int8"]
 Precision = Literal["fp32", "bf16"]  # bf16 = autocast over fp32 weights
 
@@ -80,10 +81,19 @@ class TextConfig:
     tune: Literal["none", "lora", "full"] = "lora"  # trained part of the LLM
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # mask of the LLM's attention
     # mean over tokens, the last token, the first (cls), or attention with learned latents, then the
-    # mean; auto = the setting in a sentence encoder's folder, otherwise mean
+    # mean; auto = the setting in a sentence encoder's folder, last for SigLIP, otherwise mean
     pooling: Literal["auto", "mean", "last", "cls", "latent"] = "auto"
     latents: int = 64  # number of latents (pooling=latent)
-    prompt: str = ""  # an instruction before every caption; its tokens are not pooled
+    prompt: str = ""  # an instruction before every caption
+    # pool the prompt's tokens; auto = as a sentence encoder's folder says, otherwise those of
+    # encoders only. Runs made before the key existed have false
+    pool_prompt: IsPooled = added("auto", older=False)
+    # pool the special tokens before a caption (BOS, [CLS]); auto = those of encoders and sentence
+    # encoders only. Runs made before the key existed have true
+    pool_special: IsPooled = added("auto", older=True)
+    # longest = captions are padded to the longest of a batch, and no token attends to the padding;
+    # full = to max_length, and the padding is attended to and pooled like other tokens (SigLIP)
+    padding: Literal["longest", "full"] = added("longest")
     max_length: int = 64  # tokens, including the prompt; longer captions are truncated
     lora_rank: int = 16  # rank of the LoRA matrices; 0 = no LoRA
     lora_alpha: int = 32  # LoRA's scale: its update is multiplied by lora_alpha / lora_rank
@@ -122,6 +132,11 @@ class TextConfig:
             raise ConfigError(
                 f"text.bucket_by_length has no captions to order with text.features="
                 f"{self.features}: leave it out"
+            )
+        if self.bucket_by_length and self.padding == "full":
+            raise ConfigError(
+                "text.bucket_by_length has nothing to order with text.padding=full, which gives "
+                "all captions the same length: leave it out"
             )
         if self.features == "live" and self.precision != "fp32":
             raise ConfigError(

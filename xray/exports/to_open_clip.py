@@ -169,7 +169,8 @@ def unsupported_text(encoder: Encoder) -> str:
         return f"the text tower is a {kind}, open_clip's is CLIP's text transformer"
     if settings.hidden_act != "gelu":
         return f"its activation is {settings.hidden_act}, that of the image tower is gelu"
-    if encoder.text.pooling != "last" or encoder.tokenizer.prompt:
+    at_the_end = encoder.text.pooling == "last" and not encoder.tokenizer.full
+    if not at_the_end or encoder.tokenizer.prompt:
         return "it is not pooled at the end token of the caption without a prompt"
     if any(".lora_" in name for name in encoder.text.state_dict()):
         return "it has LoRA weights: use text.tune=full"

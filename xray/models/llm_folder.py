@@ -22,6 +22,12 @@ Pooling = Literal["mean", "last", "cls", "latent"]
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # weights, config and tokenizer
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 SIZE = re.compile(r"layer|size|dim|head|width|embd|d_model|d_ff|d_kv|position|ctx|inner|expert")
+SIGLIP = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
+# Text towers that AutoModel does not know, by model_type; all are pooled at their last token
+TEXT_TOWERS = {"metaclip_2_text_model": "MetaClip2TextModel", **SIGLIP}
+# Modules after the last hidden state, which are not used: BERT's pooler, SigLIP's projection
+UNUSED = re.compile(r"(^|\.)(pooler|head)\.")
+SENTENCE_POOLING = "1_Pooling/config.json"  # of sentence-transformers
 NO_REMOTE_CODE = {"trust_remote_code": False}  # with None, transformers asks on the terminal
 
 
@@ -69,22 +75,16 @@ def load_llm(
 ) -> nn.Module:
     """Load a folder's decoder or encoder without its head; of an encoder-decoder, the encoder.
 
+    The projection that follows SigLIP's pooling is a head, too.
+
     weights: False builds the model with random ones. Raises ConfigError for a folder without a
     usable text model or with incomplete weights.
     """
-    from transformers import (
-        MODEL_FOR_TEXT_ENCODING_MAPPING,
-        AutoConfig,
-        AutoModel,
-        AutoModelForTextEncoding,
-    )
+    import transformers
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
 
     quiet_transformers()
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
-    except Exception as error:
-        check_no_code(folder)
-        raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
+    settings = _settings(folder)
     if hasattr(settings, "vision_config") or hasattr(settings, "audio_config"):
         raise ConfigError(
             f"{folder} contains a multimodal model: set text.llm to a text-only model"
@@ -102,6 +102,8 @@ def load_llm(
             "transformers cannot load alone: set text.llm to a T5 model, a decoder or an encoder"
         )
     kind = AutoModelForTextEncoding if encodes else AutoModel
+    if tower := TEXT_TOWERS.get(settings.model_type):
+        AutoModel.register(type(settings), getattr(transformers, tower), exist_ok=True)
     try:
         if weights:
             options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -117,9 +119,29 @@ def load_llm(
             "incomplete or damaged, download them again"
         ) from error
     _check_complete(folder, loading_info)
-    if hasattr(llm, "pooler"):  # BERT's pooler is not used, so it would get no gradient
+    if hasattr(llm, "pooler"):  # a module that is not used would get no gradient
         llm.pooler = None
+    if hasattr(llm, "head"):
+        llm.head = nn.Identity()
     return llm
+
+
+def is_decoder(folder: Path) -> bool:
+    """Return True for a model that predicts the next token, False for an encoder such as BERT."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(_settings(folder))  # BERT's family can do both
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _settings(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
+    except Exception as error:
+        check_no_code(folder)
+        raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
 
 
 def _check_sizes(settings: Any, folder: Path) -> None:
@@ -148,7 +170,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_complete(folder: Path, loading_info: Mapping[str, Any]) -> None:
     """Reject incomplete weights: transformers would initialise the missing ones randomly."""
-    missing = [name for name in loading_info.get("missing_keys", ()) if "pooler." not in name]
+    missing = [name for name in loading_info.get("missing_keys", ()) if not UNUSED.search(name)]
     wrong = [str(entry[0]) for entry in loading_info.get("mismatched_keys", ())]
     if missing or wrong:
         names = sorted([*missing, *wrong])
@@ -177,18 +199,26 @@ def quiet_transformers() -> None:
 
 
 def own_pooling(folder: Path) -> Pooling:
-    """Return the pooling that a sentence encoder's folder asks for, by default the mean.
+    """Return the pooling that a folder asks for: a sentence encoder's own, `last` of SigLIP, or
+    the mean.
 
     It is read from 1_Pooling/config.json of sentence-transformers. Raises ConfigError for a pooling
     that xray does not have.
     """
-    modes, modules = (_json(folder / name) for name in ("1_Pooling/config.json", "modules.json"))
+    if _json(folder / "config.json").get("model_type") in TEXT_TOWERS:
+        return "last"
+    modes, modules = (_json(folder / name) for name in (SENTENCE_POOLING, "modules.json"))
     names: dict[str, Pooling] = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "last",
+        "pooling_mode=mean": "mean",  # as newer versions write it
+        "pooling_mode=cls": "cls",
+        "pooling_mode=lasttoken": "last",
     }
     enabled = [m for m, on in modes.items() if m.startswith("pooling_mode_") and on is True]
+    if "pooling_mode" in modes:
+        enabled = [f"pooling_mode={modes['pooling_mode']}"]
     choices = ", ".join(get_args(Pooling))
     if len(enabled) > 1 or any(mode not in names for mode in enabled):
         raise ConfigError(
@@ -201,6 +231,33 @@ def own_pooling(folder: Path) -> Pooling:
             f"support: to use the model without it, set text.pooling to one of {choices}"
         )
     return names[enabled[0]] if enabled else "mean"
+
+
+def pools_prompt(folder: Path) -> bool | None:
+    """Read if a sentence encoder's folder pools the prompt's tokens; None for any other folder.
+
+    sentence-transformers pools them unless include_prompt is false.
+    """
+    if not (folder / SENTENCE_POOLING).is_file():
+        return None
+    return bool(_json(folder / SENTENCE_POOLING).get("include_prompt", True))
+
+
+def reads_padding(folder: Path) -> bool:
+    """Return True for the text towers of SigLIP, which attend to the padding."""
+    return _json(folder / "config.json").get("model_type") in SIGLIP
+
+
+def default_prompt(folder: Path) -> str:
+    """Read the prompt that sentence-transformers puts before a text if none is named, "" if none.
+
+    Its name is default_prompt_name in config_sentence_transformers.json.
+    """
+    settings = _json(folder / "config_sentence_transformers.json")
+    prompts = settings.get("prompts")
+    if not isinstance(prompts, dict):
+        return ""
+    return str(prompts.get(settings.get("default_prompt_name"), ""))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xray.config import TextConfig
 from xray.errors import ConfigError, brief
-from xray.models.llm_folder import NO_REMOTE_CODE, check_no_code
+from xray.models.llm_folder import NO_REMOTE_CODE, check_no_code, is_decoder, pools_prompt
 
 TokenIds = dict[str, Tensor]  # one tensor per name in TOKENS
 TOKENS = ("input_ids", "attention_mask", "pooled_mask")
@@ -21,17 +21,25 @@ TOKENS = ("input_ids", "attention_mask", "pooled_mask")
 class CaptionTokenizer:
     """Tokenizer of a model's folder, with the prompt and the maximum length of a text section.
 
-    The model reads the prompt before every caption, but its tokens are not pooled (LLM2CLIP,
-    2411.04997). Raises ConfigError without a usable tokenizer, and for a prompt that is too long.
+    The model reads the prompt before every caption. Sentence encoders also pool its tokens, as in
+    sentence-transformers; LLMs do not (LLM2Vec, 2404.05961; LLM2CLIP, 2411.04997). Raises
+    ConfigError without a usable tokenizer, and for a prompt that is too long.
     """
 
     def __init__(self, folder: Path, config: TextConfig) -> None:
         self.tokenizer = _load(folder)
         self.prompt, self.max_length = config.prompt, config.max_length
-        if self.prompt and not self.tokenizer.is_fast:
+        self.full = config.padding == "full"
+        special: list[int] = self.tokenizer("a", return_special_tokens_mask=True)[
+            "special_tokens_mask"
+        ]
+        self.leading = special.index(0) if 0 in special else 0  # special tokens before a caption
+        self.pool_prompt = _pools_prompt(folder, config)
+        self.pool_special = _pools_special(folder, config, self.leading)
+        if self._ends_prompt and not self.tokenizer.is_fast:
             raise ConfigError(
                 f"the tokenizer in {folder} has no fast version, so the end of text.prompt is "
-                "unknown: set text.prompt to an empty string"
+                "unknown: set text.prompt to an empty string, or text.pool_prompt=true"
             )
         used = len(self.tokenizer(self.prompt)["input_ids"])
         if used >= self.max_length:
@@ -49,16 +57,21 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> TokenIds:
         """Tokenize C captions into `input_ids`, `attention_mask` and `pooled_mask`, each [C, L].
 
-        Rows are padded on the right. `pooled_mask` is 0 for padding and the prompt.
+        Rows are padded on the right. `attention_mask` is 0 for padding, unless it is `full`.
+        `pooled_mask` is also 0 for the prompt and the special tokens that are not pooled.
         """
-        encoded = self._encoded(captions, self.max_length, padding=True)
+        padding = "max_length" if self.full else True
+        encoded = self._encoded(captions, self.max_length, padding)
         if not encoded["input_ids"].numel():  # only empty captions, and no special tokens
             encoded = self._encoded(captions, 1, padding="max_length")
         mask = encoded["attention_mask"]
+        mask = torch.ones_like(mask) if self.full else mask
         pooled = mask
-        if self.prompt:
+        if self._ends_prompt:
             after = encoded["offset_mapping"][..., 1] > len(self.prompt)
             pooled = mask * (after.long().cumsum(dim=1) > 0)
+        elif not self.pool_special:
+            pooled = mask * (torch.arange(mask.shape[1]) >= self.leading)
         return {"input_ids": encoded["input_ids"], "attention_mask": mask, "pooled_mask": pooled}
 
     def _encoded(self, captions: Sequence[str], most: int, padding: bool | str) -> Any:
@@ -68,8 +81,13 @@ class CaptionTokenizer:
             max_length=most,
             padding=padding,
             return_tensors="pt",
-            return_offsets_mapping=bool(self.prompt),
+            return_offsets_mapping=self._ends_prompt,
         )
+
+    @property
+    def _ends_prompt(self) -> bool:
+        """True if pooling begins after the prompt."""
+        return bool(self.prompt) and not self.pool_prompt
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Count the tokens of each caption with its prompt, without truncation."""
@@ -104,6 +122,23 @@ class CaptionTokenizer:
             key: [F.pad(row[key], (0, longest - row[key].shape[-1]), value=value) for row in rows]
             for key, value in fill.items()
         }
+
+
+def _pools_prompt(folder: Path, config: TextConfig) -> bool:
+    """Decide text.pool_prompt=auto; false without a prompt."""
+    if config.pool_prompt != "auto":
+        return config.pool_prompt
+    if not config.prompt:
+        return False
+    own = pools_prompt(folder)
+    return not is_decoder(folder) if own is None else own
+
+
+def _pools_special(folder: Path, config: TextConfig, leading: int) -> bool:
+    """Decide text.pool_special=auto; true without leading special tokens."""
+    if config.pool_special != "auto":
+        return config.pool_special
+    return not leading or pools_prompt(folder) is not None or not is_decoder(folder)
 
 
 def _load(folder: Path) -> Any:

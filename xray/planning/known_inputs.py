@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from data_pipelines.shards.source import Source
 from stages import stage_class
 from stages.base import Facts
-from xray.artifacts.language_model import STRUCTURE
+from xray.artifacts.language_model import structure_of
 from xray.artifacts.offers import SENTENCES, VISION
 from xray.config import RunConfig, TextConfig
 from xray.config.model import LlmConfig
@@ -84,8 +84,8 @@ def _llm(name: str) -> Path | None:
 
 def _inherited(own: TextConfig, tuned: TextConfig) -> TextConfig:
     """Return a stage's text section with the structure that an earlier text stage gives."""
-    structure = {name: getattr(tuned, name) for name in STRUCTURE}
+    structure = structure_of(tuned)
     if tuned.tune == "full":
         structure["lora_rank"] = 0
     names = [item.name for item in dataclasses.fields(TextConfig)]
-    return TextConfig(**{name: getattr(own, name) for name in names} | structure)
+    return TextConfig(**({name: getattr(own, name) for name in names} | structure))

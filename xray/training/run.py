@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,15 @@ from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
 from xray.config import RunConfig, dump
-from xray.config.identity import config_hash, differences, filled, hash_json, identity
+from xray.config.identity import (
+    absent,
+    config_hash,
+    differences,
+    filled,
+    hash_json,
+    identity,
+    with_older,
+)
 from xray.errors import ConfigError, DataError
 from xray.files import lock_folder, sha256_file, write_text
 from xray.records import read_record
@@ -36,6 +44,7 @@ from xray.training.step_data import check_batches, check_loading
 from xray.urls import conceal_all, has_signature, redact_all
 
 log = logging.getLogger("xray")
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass
@@ -60,6 +69,8 @@ class Run:
         """
         conceal_all(config)
         config.validate()
+        given = config
+        config = dist.broadcast_object(dist.main_first(lambda: as_begun(given)))  # as rank 0 began
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         stage = stage_class(config)
         check_batches(stage, config)
@@ -296,6 +307,16 @@ def check_decoding(config: RunConfig, device: torch.device) -> None:
     dist.together(check)
 
 
+def as_begun(config: C, folder: Path | None = None) -> C:
+    """Give settings whose default has changed the values that the run in the folder began with.
+
+    A setting that differs from today's default is kept. folder: by default the run's. Raises
+    ConfigError for a damaged run.json.
+    """
+    record = _recorded(folder or Path(config.out), config)
+    return with_older(config, record.get("config", {}))
+
+
 def holds_another_run(config: RunConfig) -> bool:
     """Return True if the config's folder holds a run with other settings; data are not compared.
 
@@ -314,9 +335,8 @@ def holds_another_run(config: RunConfig) -> bool:
 
 
 def _completed(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Add the settings that a record leaves out, with the defaults of the config's class."""
-    defaults = identity(type(config)(), whole=True)
-    return {**record, "config": filled(record.get("config", {}), defaults)}
+    """Add the settings that a record leaves out, with the values that they had then."""
+    return {**record, "config": filled(record.get("config", {}), absent(type(config)()))}
 
 
 def _as_recorded(sources: Mapping[str, Source], config: RunConfig) -> dict[str, Source]:
