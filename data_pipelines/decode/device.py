@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from data_pipelines.decode.decoders import open_image, orientation_of, upright_size
-from data_pipelines.decode.transforms import Augmentation, Box
+from data_pipelines.decode.preparation import Box
+from data_pipelines.decode.transforms import Augmentation
 from xray.errors import brief
 
 CHUNK = 1 << 25  # pixels that are processed at a time, padding included: about 0.5 GB of memory

@@ -19,8 +19,6 @@ from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from data_pipelines.decode.decoders import (
     FrameChoice,
@@ -29,27 +27,34 @@ from data_pipelines.decode.decoders import (
     upright,
     upright_size,
 )
+from data_pipelines.decode.preparation import (
+    Box,
+    center_crop,
+    crop_and_resize,
+    least_side,
+    prepare,
+)
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.shards.meter import metered
 from data_pipelines.shards.source import Sample, SharedDecoding
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Modality, media_in
 from xray.config import DataConfig
+from xray.config.data import Interpolation
 from xray.config.schedule import value_at
-from xray.errors import BadSample, ConfigError, DataError
+from xray.errors import BadSample, DataError
 from xray.files import nearest_path
 
 # torchvision warns that its decoder moves to torchcodec. We cannot follow yet: torchcodec's wheels
 # need FFmpeg's shared libraries on the machine.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
 ASPECT = (3 / 4, 4 / 3)  # of the random crop (Inception, 1409.4842)
-Box = tuple[int, int, int, int]  # left, top, width, height
 Crop = Callable[[int, int], Box]  # (width, height) of the image -> box of the crop
 
 
 def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | None) -> Tensor:
     """Decode, crop, resize and augment one sample to [T, 3, S, S] uint8; T = 1 for an image.
 
-    rng: source of all random draws; None = centre crop and middle frames, as in evaluation. If the
+    rng: source of all random draws; None = `prepare` and middle frames, as in evaluation. If the
     device decodes the sample later (`sample.deferred`), the result is an empty tensor on the meta
     device. Raises BadSample for a sample that cannot be decoded.
     """
@@ -57,21 +62,24 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
 
     def crop(width: int, height: int) -> Box:
         if rng is None:
-            return center_crop(width, height)
+            return center_crop(width, height, data.crop_pct)
         return random_crop(width, height, data.crop_scale, rng)
 
     def draw(width: int, height: int) -> tuple[Box, Augmentation | None]:
         return crop(width, height), None if rng is None else draw_augmentation(data, rng)
 
+    interpolation: Interpolation = "bicubic" if rng is not None else data.interpolation
     with metered(sample.modality):
-        if sample.deferred is not None:
+        if rng is None and data.resize != "crop":
+            return prepare(_whole(media, sample, data), data, sample.resolution)[0]
+        if sample.deferred is not None and interpolation == "bicubic":  # the device has no other
             empty = sample.deferred.take(media, draw, sample.resolution)
             if empty is not None:
                 return empty
         if sample.shared is not None:
             pixels = _load_view(media, crop, sample, data, sample.shared)
         elif sample.modality == "image":
-            pixels = load_image(media, crop, sample.resolution)
+            pixels = load_image(media, crop, sample.resolution, interpolation)
         else:
             pixels = load_clip(media, crop, sample, data, rng)
     return pixels if rng is None else augment(pixels, data, rng).contiguous()
@@ -95,14 +103,14 @@ def _load_view(
             shared.pixels = _decode_clip(media, choice, least, data)
             shared.size = shared.pixels.shape[3], shared.pixels.shape[2]
     box = _scaled(crop(*shared.size), shared.size, shared.pixels)
-    return _resize(shared.pixels, box, sample.resolution)
+    return crop_and_resize(shared.pixels, box, sample.resolution)
 
 
 def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tensor:
     """Load several views of a sample for evaluation, [clips * crops, T, 3, S, S] uint8.
 
     clips: evenly spaced times at which frames of a video are taken. crops: crops of each frame
-    (`view_boxes`). Nothing is random. Raises BadSample.
+    (`prepare`). Nothing is random. Raises BadSample.
     """
     media, views = media_of(sample), []
     for time in range(clips if sample.modality == "video" else 1):
@@ -110,9 +118,15 @@ def load_views(sample: Sample, data: DataConfig, clips: int, crops: int) -> Tens
             frames = _at_time(media, sample, data, time, clips)
         else:
             frames = _tensor_of(decode_image(media))
-        boxes = view_boxes(frames.shape[3], frames.shape[2], crops)
-        views += [_resize(frames, box, sample.resolution) for box in boxes]
+        views += prepare(frames, data, sample.resolution, crops)
     return torch.stack(views)
+
+
+def _whole(media: bytes, sample: Sample, data: DataConfig) -> Tensor:
+    """Decode an image, or the middle frames of a clip, at full size: [T, 3, H, W] uint8."""
+    if sample.modality == "image":
+        return _tensor_of(decode_image(media))
+    return _at_time(media, sample, data, 0, 1)
 
 
 def _tensor_of(image: Image.Image) -> Tensor:
@@ -125,7 +139,7 @@ def _at_time(media: bytes, sample: Sample, data: DataConfig, time: int, clips: i
     settings = sample.frames, data.frame_sampling, data.frame_rate, data.segment_seconds
     start = 0.5 if clips == 1 else 0.9999 * time / (clips - 1)
     choice = FrameChoice(*settings, start=start, offsets=((time + 0.5) / clips,) * sample.frames)
-    return _decode_clip(media, choice, sample.resolution, data)
+    return _decode_clip(media, choice, _least_side(sample.resolution, data, None), data)
 
 
 def _decode_clip(media: bytes, choice: FrameChoice, least: int, data: DataConfig) -> Tensor:
@@ -134,24 +148,14 @@ def _decode_clip(media: bytes, choice: FrameChoice, least: int, data: DataConfig
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
-def view_boxes(width: int, height: int, crops: int) -> list[Box]:
-    """Return the largest square crops along the longer side: 1 in the centre, or 3 from end to end.
-
-    Raises ConfigError for another number of crops.
-    """
-    if crops not in (1, 3):
-        raise ConfigError(f"crops={crops} must be 1 or 3")
-    side = min(width, height)
-    halves = (1,) if crops == 1 else (0, 1, 2)
-    return [((width - side) * i // 2, (height - side) * i // 2, side, side) for i in halves]
-
-
 def media_of(sample: Sample) -> bytes:
     """Return the bytes of the image or clip of a sample; raises BadSample if it has none."""
     return media_in(sample.files, sample.modality, sample.animations)
 
 
-def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
+def load_image(
+    media: bytes, crop: Crop, size: int, interpolation: Interpolation = "bicubic"
+) -> Tensor:
     """Decode an image, crop it and resize to size x size: [1, 3, S, S] uint8.
 
     A JPEG is decoded at the smallest DCT scale at which the crop is not enlarged. Raises BadSample.
@@ -161,7 +165,7 @@ def load_image(media: bytes, crop: Crop, size: int) -> Tensor:
     box = crop(width, height)
     # The smallest decoding scale at which the crop has at least `size` pixels per side.
     pixels = _decode(media, header, min(1.0, max(size / box[2], size / box[3])))
-    return _resize(pixels, _scaled(box, (width, height), pixels), size)
+    return crop_and_resize(pixels, _scaled(box, (width, height), pixels), size, interpolation)
 
 
 def _decode(media: bytes, header: Image.Image, scale: float) -> Tensor:
@@ -175,21 +179,20 @@ def _decode(media: bytes, header: Image.Image, scale: float) -> Tensor:
     return _tensor_of(decode_image(media, at_least))
 
 
-def load_picture(image: Image.Image, size: int) -> Tensor:
-    """Crop a Pillow image at its centre: [1, 3, S, S] uint8; raises BadSample.
+def load_picture(image: Image.Image, data: DataConfig, size: int) -> Tensor:
+    """Prepare a Pillow image as in evaluation: [1, 3, S, S] uint8; raises BadSample.
 
-    An image that Pillow has opened but not decoded yet gives exactly the result of `load_image`.
+    An image that Pillow has opened but not decoded yet gives exactly the result of its file.
     """
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None:
         position = image.fp.tell()
         image.fp.seek(0)
         media = image.fp.read()
         image.fp.seek(position)
-        return load_image(media, center_crop, size)
+        return load_pixels(Sample({"jpg": media}, "file", "image", "", size, 1), data, None)
     if not min(image.size):
         raise BadSample("decode error", "the image has no pixels")
-    pixels = _tensor_of(upright(image))
-    return _resize(pixels, center_crop(pixels.shape[3], pixels.shape[2]), size)
+    return prepare(_tensor_of(upright(image)), data, size)[0]
 
 
 def _decode_jpeg(media: bytes) -> Tensor | None:
@@ -208,15 +211,19 @@ def load_clip(
     least = _least_side(sample.resolution, data, rng)
     choice = choose_frames(sample.frames, data, rng)
     pixels = _decode_clip(media, choice, least, data)
-    return _resize(pixels, crop(pixels.shape[3], pixels.shape[2]), sample.resolution)
+    box, interpolation = crop(pixels.shape[3], pixels.shape[2]), data.interpolation
+    if rng is not None:
+        interpolation = "bicubic"
+    return crop_and_resize(pixels, box, sample.resolution, interpolation)
 
 
 def _least_side(size: int, data: DataConfig, rng: np.random.Generator | None) -> int:
     """Return the short side of a frame at which no crop has fewer than `size` pixels per side."""
+    if rng is None:
+        return least_side(data, size)
     # Short side of the smallest possible crop, as a share of the frame's: the area of a crop is at
     # least crop_scale[0] and its aspect ratio within ASPECT.
-    smallest = 1.0 if rng is None else math.sqrt(data.crop_scale[0] * ASPECT[0])
-    return math.ceil(size / smallest)
+    return math.ceil(size / math.sqrt(data.crop_scale[0] * ASPECT[0]))
 
 
 def choose_frames(frames: int, data: DataConfig, rng: np.random.Generator | None) -> FrameChoice:
@@ -239,12 +246,6 @@ def random_crop(width: int, height: int, scale: list[float], rng: np.random.Gene
     return center_crop(width, height)
 
 
-def center_crop(width: int, height: int) -> Box:
-    """Return the largest square in the centre."""
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side, side
-
-
 def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
     """Convert a box of the full image to an image that was decoded at a smaller scale."""
     height, width = pixels.shape[-2:]
@@ -254,16 +255,6 @@ def _scaled(box: Box, full: tuple[int, int], pixels: Tensor) -> Box:
     left, top = min(round(box[0] * across), width - 1), min(round(box[1] * down), height - 1)
     w, h = max(1, round(box[2] * across)), max(1, round(box[3] * down))
     return left, top, min(w, width - left), min(h, height - top)
-
-
-def _resize(frames: Tensor, box: Box, size: int) -> Tensor:
-    """Crop frames [T, 3, H, W] and resize them (bicubic) to [T, 3, S, S], as a new tensor."""
-    left, top, w, h = box
-    cropped = tv.crop(frames, top, left, h, w)
-    if (h, w) == (size, size):
-        return cropped.clone(memory_format=torch.contiguous_format)
-    bicubic = InterpolationMode.BICUBIC
-    return tv.resize(cropped, [size, size], bicubic, antialias=True).contiguous()
 
 
 Policy = tuple[tuple[float, ...], tuple[int, ...], float]
@@ -355,4 +346,4 @@ def read_media(path: Path, data: DataConfig) -> Tensor:
 
 def read_picture(image: Image.Image, data: DataConfig) -> Tensor:
     """Load a Pillow image as [1, 3, S, S] uint8; raises DataError if it is broken."""
-    return load_picture(image, value_at(data.resolution, 1.0))
+    return load_picture(image, data, value_at(data.resolution, 1.0))

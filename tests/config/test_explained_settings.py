@@ -162,7 +162,7 @@ def test_config_of_a_section_lists_its_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "hint"), [("data.crop", "data.crop_scale"), ("trian.samples", "train.samples")]
+    ("key", "hint"), [("data.crop_scal", "data.crop_scale"), ("trian.samples", "train.samples")]
 )
 def test_a_key_that_does_not_exist(key: str, hint: str) -> None:
     done = invoke("config", key)

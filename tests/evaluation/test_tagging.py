@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipelines.decode.transforms import center_crop, view_boxes
+from data_pipelines.decode.preparation import center_crop, view_boxes
 from xray.errors import ConfigError, DataError
 from xray.evaluation.tag_metrics import (
     TagMetrics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from data_pipelines.shards.source import Sample, open_source
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import VisionEncoder
 from xray.artifacts.manifest_config import data_config
+from xray.config import DataConfig
 from xray.errors import DataError
 from xray.evaluation.token_selection import KeptShares, areas, box_of
 from xray.models.token_reduction import kept_alone
@@ -58,14 +60,20 @@ def test_the_area_of_each_patch_in_a_box_is_that_of_its_pixels() -> None:
         assert np.allclose(own.reshape(grid), patches, atol=1e-6)
 
 
-def test_a_box_follows_the_centre_crop() -> None:
-    assert box_of(picture(40, 20, [0.25, 0, 0.75, 0.5]), "object_box") == (0, 0, 1, 0.5)
-    left, top, right, bottom = box_of(picture(20, 40, [0.5, 0.1, 1, 0.5]), "object_box")
+def test_a_box_follows_the_shown_part() -> None:
+    def shown(sample: Sample, **settings: Any) -> tuple[float, ...]:
+        return box_of(sample, "object_box", DataConfig(**settings))
+
+    wide = picture(40, 20, [0.25, 0, 0.75, 0.5])
+    assert shown(wide) == shown(wide, resize="shortest") == (0, 0, 1, 0.5)
+    assert shown(wide, resize="squash") == (0.25, 0, 0.75, 0.5)
+    assert shown(wide, crop_pct=0.5) == (0, 0, 1, 0.5)
+    left, top, right, bottom = shown(picture(20, 40, [0.5, 0.1, 1, 0.5]))
     assert (left, top, right, bottom) == (0.5, 0, 1, 0.5)
-    assert all(np.isnan(box_of(picture(20, 20, None), "object_box")))
+    assert all(np.isnan(shown(picture(20, 20, None))))
     for broken in ([1, 2, 30, 40], [0.5, 0.1], "box", {"left": 0}):
         with pytest.raises(DataError, match=r"a: json field object_box=.* must be \[left, top"):
-            box_of(picture(20, 20, broken), "object_box")
+            shown(picture(20, 20, broken))
 
 
 def test_shares_are_those_of_plain_loops(boxed: Path, tagger: Artifact) -> None:

@@ -229,3 +229,30 @@ def test_after_a_resolution_schedule_timm_gets_the_final_positions(
         theirs = F.normalize(vit(normalised(pixels, artifact)), dim=-1)
     expected = Model(artifact, "cpu", 1.0).encode_image(pixels[:, 0])
     torch.testing.assert_close(theirs, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+def test_other_libraries_prepare_photos_as_the_artifact(
+    resize: str, control: Path, tmp_path: Path
+) -> None:
+    config = json.loads(json.dumps(open_artifact(control).manifest["config"]))
+    config["data"] |= {"resize": resize, "interpolation": "bilinear", "crop_pct": 0.9}
+    artifact = rewritten(control, tmp_path / "artifact", config, {})
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), np.uint8))
+    convert(artifact, "timm", tmp_path / "timm")
+    names: dict[str, Any] = {"image": photo}
+    exec(code_of(tmp_path / "timm" / "README.md"), names)
+    vision = load(artifact.path)
+    pixels = vision.preprocess(photo)
+    given = normalised(pixels[None, None], artifact)
+    torch.testing.assert_close(names["preprocess"](photo)[None], given, rtol=0, atol=1e-6)
+    # open_clip has no share of the short side
+    note = "open_clip's preprocessing has no crop of 0.9"
+    assert note in "".join(convert(artifact, "open_clip", tmp_path / "with_note").notes)
+    config["data"]["crop_pct"] = 1.0
+    artifact = rewritten(control, tmp_path / "whole", config, {})
+    convert(artifact, "open_clip", tmp_path / "open_clip")
+    names = {"picture": photo}
+    exec(code_of(tmp_path / "open_clip" / "README.md"), names)
+    expected = load(artifact.path).encode_image(photo)
+    torch.testing.assert_close(names["image"], expected, rtol=0, atol=TOLERANCE)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_pipelines.decode import device
 from data_pipelines.decode.device import PendingJpeg, Pictures, decode
-from data_pipelines.decode.transforms import center_crop, draw_augmentation
+from data_pipelines.decode.preparation import center_crop
+from data_pipelines.decode.transforms import draw_augmentation
 from xray.config import DataConfig
 
 CUDA = torch.device("cuda", 0)

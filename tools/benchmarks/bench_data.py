@@ -37,8 +37,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
 from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.preparation import center_crop
 from data_pipelines.decode.sandbox import ClipDecoder
-from data_pipelines.decode.transforms import center_crop, load_clip, load_pixels, media_of
+from data_pipelines.decode.transforms import load_clip, load_pixels, media_of
 from data_pipelines.shards.source import Sample, Source, open_source
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.stream.loader import iterate_steps

@@ -19,7 +19,7 @@ from data_pipelines.decode.device import (
     cannot_decode,
     decode,
 )
-from data_pipelines.decode.transforms import center_crop
+from data_pipelines.decode.preparation import center_crop
 from data_pipelines.stream.loaded import Loaded
 from stages.mae import MaeStage
 from stages.mae_config import MaeConfig

@@ -9,6 +9,9 @@ from xray.config import schedule
 from xray.config.identity import added, runtime
 from xray.errors import ConfigError, nearest
 
+Resize = Literal["crop", "shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+
 
 @dataclass
 class SourceConfig:
@@ -61,6 +64,11 @@ class DataConfig:
     frame_sampling: Literal["uniform", "strided", "segment"] = "uniform"  # which frames of a clip
     frame_rate: float = 8.0  # frames per second (strided)
     segment_seconds: float = 2.0  # length of the random segment (segment)
+    # how evaluation and inference make a picture square: crop the centre and resize it; resize the
+    # short side and crop; or resize both sides, whatever their ratio
+    resize: Resize = added("crop")
+    interpolation: Interpolation = added("bicubic")  # of evaluation and inference
+    crop_pct: float = added(1.0)  # side of their centre crop, as a share of the picture's
     # smallest and largest area of the random crop, as a share of the picture
     crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
     flip: bool = True  # horizontal flip; turn off if text or left and right matter
@@ -126,6 +134,8 @@ def validate_data(data: DataConfig) -> None:
     for modality in data.modalities:
         if modality not in ("image", "video", "text"):
             raise ConfigError(f"data.modalities: {modality!r} is not one of image, video, text")
+    if not 0 < data.crop_pct <= 1:
+        raise ConfigError(f"data.crop_pct={data.crop_pct} must be in (0, 1]")
     if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise ConfigError(f"data.crop_scale={data.crop_scale} must be [low, high] within (0, 1]")
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode.decoders import open_image, upright_size
-from data_pipelines.decode.transforms import center_crop, load_pixels, media_of
+from data_pipelines.decode.preparation import shown_box
+from data_pipelines.decode.transforms import load_pixels, media_of
 from data_pipelines.shards.source import Sample
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.text.captions import metadata_of
 from xray.artifacts.encoders import VisionEncoder
+from xray.config import DataConfig
 from xray.errors import DataError
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
@@ -29,10 +31,10 @@ log = logging.getLogger("xray")
 UNKNOWN = (float("nan"),) * 4  # the box of a sample without one
 
 
-def box_of(sample: Sample, name: str) -> tuple[float, ...]:
-    """Read the box of a picture's object as shares of its centre crop; UNKNOWN if it has none.
+def box_of(sample: Sample, name: str, data: DataConfig) -> tuple[float, ...]:
+    """Read the box of a picture's object as shares of its shown part; UNKNOWN if it has none.
 
-    The part outside the crop is cut off. Raises DataError for a field that contains no box.
+    The part outside that is cut off. Raises DataError for a field that contains no box.
     """
     value = metadata_of(sample.files).get(name)
     if value is None:
@@ -44,7 +46,7 @@ def box_of(sample: Sample, name: str) -> tuple[float, ...]:
             "shares of the picture's width and height"
         )
     width, height = upright_size(open_image(media_of(sample)))
-    left, top, w, h = center_crop(width, height)
+    left, top, w, h = shown_box(width, height, data)
     starts, sizes, crop = (left, top) * 2, (width, height) * 2, (w, h) * 2
     ends = zip(value, starts, sizes, crop, strict=True)
     return tuple(min(max((x * size - start) / own, 0), 1) for x, start, size, own in ends)
@@ -72,7 +74,7 @@ class KeptShares(Samples):
     def fields(self, sample: Sample) -> Fields:
         """Load the pixels of a picture, [1, 3, S, S] uint8, and the box of its object, [4]."""
         pixels = load_pixels(sample, self.data, None)
-        return {"pixels": pixels, "box": torch.tensor(box_of(sample, self.box))}
+        return {"pixels": pixels, "box": torch.tensor(box_of(sample, self.box, self.data))}
 
     @torch.no_grad()
     def encode(self, encoder: VisionEncoder, numbers: Iterable[int]) -> Iterator[Fields]:

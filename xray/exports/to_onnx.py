@@ -22,6 +22,11 @@ from xray.models.token_reduction import KeepRate
 
 OPSET = 18
 FILE = "model.onnx"
+CROPS = {  # by data.resize
+    "crop": "the largest centred square",
+    "shortest": "the centre, after the short side is resized",
+    "squash": "none: both sides are resized",
+}
 
 
 class ImageTower(nn.Module):
@@ -132,7 +137,9 @@ def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> di
         "outputs": tower.outputs,
         "mean": data.mean,
         "std": data.std,
-        "interpolation": "bicubic",
-        "crop": "the largest centred square",
+        "interpolation": data.interpolation,
+        "resize": data.resize,
+        "crop_pct": data.crop_pct,
+        "crop": CROPS[data.resize],
         "keep_rate": tower.keep_rate,
     }

@@ -90,7 +90,8 @@ def to_open_clip(artifact: Artifact, out: Path) -> Export:
             tokens = open_clip.get_tokenizer(name)(list(CAPTIONS))
             text = model.encode_text(tokens)
             differences["text features"] = difference(text, texts.encode_text(CAPTIONS))
-    return Export("open_clip", _code(texts is not None), differences, _notes(missing))
+    notes = [*_notes(missing), *_crop_notes(data_config(artifact).crop_pct)]
+    return Export("open_clip", _code(texts is not None), differences, notes)
 
 
 def text_side(artifact: Artifact) -> tuple[Encoder | None, str]:
@@ -180,6 +181,14 @@ def unsupported_text(encoder: Encoder) -> str:
     return ""
 
 
+def _crop_notes(crop_pct: float) -> list[str]:
+    if crop_pct == 1:
+        return []
+    return [
+        f"open_clip's preprocessing has no crop of {crop_pct:g}: it shows the whole short side."
+    ]
+
+
 def _config(
     artifact: Artifact, encoder: ImageEncoder, texts: Encoder | None, side: int
 ) -> dict[str, Any]:
@@ -219,7 +228,8 @@ def _config(
     model = {"embed_dim": width, "vision_cfg": image, "text_cfg": text}
     if artifact.has_tensor("head", "logit_bias"):
         model["init_logit_bias"] = 0.0  # replaced by the weights
-    reads = {"interpolation": "bicubic", "resize_mode": "shortest", "size": side}
+    mode = "squash" if data.resize == "squash" else "shortest"
+    reads = {"interpolation": data.interpolation, "resize_mode": mode, "size": side}
     preprocess = {**reads, "mean": data.mean, "std": data.std}
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 

@@ -37,6 +37,9 @@ from xray.exports.common import CAPTIONS, Export, difference, ours, sample_image
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower, merge_lora
 
+PREPROCESSING = (
+    "resolution", "frames", "mean", "std", "resize", "interpolation", "crop_pct",
+)  # fmt: skip
 PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}
 
 
@@ -63,7 +66,7 @@ def to_safetensors(artifact: Artifact, out: Path) -> Export:
 
 
 def _config(artifact: Artifact) -> dict[str, Any]:
-    data = {k: getattr(data_config(artifact), k) for k in ("resolution", "frames", "mean", "std")}
+    data = {name: getattr(data_config(artifact), name) for name in PREPROCESSING}
     sections = stage_sections(artifact.manifest)
     keep_rate = artifact.manifest["keep_rate"]
     return {"stage": artifact.stage, "keep_rate": keep_rate, "data": data, **sections}
