@@ -59,7 +59,7 @@ def example_noise(
 def make_decoder(options: MaeOptions, vision: VisionBackbone) -> MaeDecoder:
     """Build the decoder for a backbone."""
     sizes = options.decoder_dim, options.decoder_depth, options.decoder_heads
-    return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes)
+    return MaeDecoder(vision.embed_dim, vision.patch_values, *sizes, vision.rows_first)
 
 
 def reconstruct(

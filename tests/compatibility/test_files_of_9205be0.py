@@ -40,6 +40,7 @@ SAME_MACHINE = HELPERS["machine"]() == {key: RECORD[key] for key in ("torch", "c
 # Since then, mae embeds visible patches and predicts masked ones only: sums have another order.
 ROUNDED = ("mae",)
 STAGES = ("mae", "hashtag", "text", "clip")
+AS_THEN = ("model.sincos=rows",)  # settings whose default is another one today
 SHARDS = ("data/photos", "data/clips", "data/heldout", "data/gallery")
 LLM = next((FIXTURE / "data" / "hub").glob("*/snapshots/*")).relative_to(FIXTURE)
 RECIPE = ("--recipe", "recipe.yaml")
@@ -124,7 +125,7 @@ TRAINING: dict[str, list[str]] = {
         *("train", "clip", *RECIPE, "--init-from", "runs/full/hashtag"),
         *("--out", "runs/next", "train.samples=24", "text.features=live"),
     ],
-    "again": ["run", "recipe.yaml", "out=runs/again"],
+    "again": ["run", "recipe.yaml", "out=runs/again", *AS_THEN],
     "ablate": ["ablate", "ablation.yaml"],
 }
 

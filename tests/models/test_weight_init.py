@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,21 +22,45 @@ def test_positions_of_an_image_equal_the_first_slot_of_a_clip() -> None:
     assert len({tuple(row.tolist()) for row in clip}) == 48
 
 
-def reference_embedding(row: int, column: int, width: int) -> list[float]:
-    """Return sines, then cosines, of the row times 10000^(-k / (D/4)); then of the column."""
+def reference_embedding(first: int, second: int, width: int) -> list[float]:
+    """Return sines, then cosines, of a place times 10000^(-k / (D/4)); then of the other."""
     rates = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
-    return [f(i * rate) for i in (row, column) for f in (math.sin, math.cos) for rate in rates]
+    return [f(i * rate) for i in (first, second) for f in (math.sin, math.cos) for rate in rates]
 
 
-def test_position_table_starts_with_sine_cosine_embeddings() -> None:
+def mae_table(side: int, width: int) -> np.ndarray:
+    """Return MAE's table [side * side, D] of a square grid in float64 (2111.06377, its code).
+
+    Its code passes the columns first to the mesh grid, so the half that it calls `emb_h` has them.
+    """
+    rates = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    across, down = np.tile(np.arange(side), side), np.repeat(np.arange(side), side)
+    angles = [np.outer(places, rates) for places in (across, down)]
+    return np.hstack([f(angle) for angle in angles for f in (np.sin, np.cos)])
+
+
+@pytest.mark.parametrize(("side", "width"), [(14, 512), (7, 64)])
+def test_positions_are_those_of_mae(side: int, width: int) -> None:
+    ours = sincos_positions((1, side, side), width).double().numpy()
+    expected = mae_table(side, width)
+    assert np.abs(ours - expected).max() < 2e-6
+    older = sincos_positions((1, side, side), width, rows_first=True).double().numpy()
+    assert np.abs(older - np.roll(expected, width // 2, axis=1)).max() < 2e-6
+    assert np.abs(older - expected).max() > 0.5
+
+
+@pytest.mark.parametrize("sincos", ["auto", "columns", "rows"])
+def test_position_table_starts_with_sine_cosine_embeddings(sincos: Any) -> None:
     config = ModelConfig(
         name="vit_tiny_patch16_224",
         kwargs={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        sincos=sincos,
     )
     vit = VisionBackbone(config, resolution=(24, 40), frames=4)
     table = vit.pos_embed.detach()[0, 1:].reshape(3, 5, 32)
     for row, column in ((0, 0), (2, 1), (1, 4)):
-        expected = torch.tensor(reference_embedding(row, column, 32))
+        places = (row, column) if sincos == "rows" else (column, row)
+        expected = torch.tensor(reference_embedding(*places, 32))
         torch.testing.assert_close(table[row, column], expected, atol=1e-6, rtol=0)
     assert vit.pos_embed.requires_grad  # training changes them
     assert vit.pos_temporal is not None and vit.pos_temporal.abs().max() < 0.1

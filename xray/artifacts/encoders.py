@@ -309,7 +309,7 @@ def restore_decoder(artifact: Artifact, vision: VisionBackbone) -> MaeDecoder:
     stored = artifact.load("decoder")
     decoder = sized(
         artifact, stored, "config of the decoder",
-        lambda: MaeDecoder(vision.embed_dim, vision.patch_values, *sizes),
+        lambda: MaeDecoder(vision.embed_dim, vision.patch_values, *sizes, vision.rows_first),
     )  # fmt: skip
     decoder.load_state_dict(stored)
     return decoder.eval()

@@ -29,6 +29,9 @@ class ModelConfig:
     reduce: Literal["none", "evit", "tome", "random"] = "evit"
     # numbers of the blocks that reduce tokens, from 0; null = depth/4, 2/4, 3/4
     reduce_at: list[int] | None = None
+    # the half that comes first in sine-cosine positions, initial ones and those of the MAE decoder:
+    # columns, as in MAE's code, or rows; auto = columns. Runs made before the key existed have rows
+    sincos: Literal["auto", "columns", "rows"] = added("auto", older="rows")
     fuse: bool = True  # evit, random: fuse the dropped tokens into one
     keep_rate: float = 1.0  # final share of patch tokens kept at each reducing block
     keep_rates: list[float] | None = None  # one keep rate per reducing block, not keep_rate
@@ -39,6 +42,11 @@ class ModelConfig:
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
     # true = compute the activations of blocks again in the backward pass; mlp = of their MLPs only
     grad_checkpointing: Checkpointing = runtime(False)
+
+    @property
+    def rows_first(self) -> bool:
+        """True if the sine-cosine positions begin with those of rows."""
+        return self.sincos == "rows"
 
     @property
     def final_rates(self) -> list[float]:

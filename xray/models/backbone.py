@@ -85,6 +85,7 @@ class VisionBackbone(nn.Module):
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.pool = config.pool
         self.cls_added = vit.cls_token is None and config.pool == "cls"
+        self.rows_first = config.rows_first
         # the position table has rows for all prefix tokens of timm's model, or for none
         self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added

@@ -81,11 +81,20 @@ class MaeDecoder(nn.Module):
     """Decoder that predicts patches from the visible tokens (MAE, 2111.06377).
 
     width: of the encoder's tokens. outputs: values predicted per patch. dim, depth, heads: width,
-    blocks and attention heads of the decoder.
+    blocks and attention heads of the decoder. rows_first: see `sincos_positions`.
     """
 
-    def __init__(self, width: int, outputs: int, dim: int, depth: int, heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        outputs: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        rows_first: bool = False,
+    ) -> None:
         super().__init__()
+        self.rows_first = rows_first
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
@@ -114,7 +123,7 @@ class MaeDecoder(nn.Module):
         B, m, dim = x.shape
         hidden = self.mask_token.expand(B, ids_restore.shape[1] - m, -1).to(x.dtype)
         x = torch.cat([x, hidden], dim=1).gather(1, ids_restore[..., None].expand(-1, -1, dim))
-        x = x + sincos_positions(grid, dim, x.device).to(x.dtype)
+        x = x + sincos_positions(grid, dim, x.device, self.rows_first).to(x.dtype)
         x = torch.cat([self.embed(cls)[:, None], x], dim=1)
         for block in self.blocks:
             x = block(x)

@@ -69,7 +69,7 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
         if "weight_init" not in config.kwargs:
             _start_weights(vit)
         if vit.pos_embed is not None:
-            _start_positions(vit)
+            _start_positions(vit, config.rows_first)
     return vit
 
 
@@ -133,7 +133,7 @@ def _start_weights(vit: VisionTransformer | Eva) -> None:
 
 
 @torch.no_grad()
-def _start_positions(vit: VisionTransformer | Eva) -> None:
+def _start_positions(vit: VisionTransformer | Eva, rows_first: bool) -> None:
     """Initialise the position table with sine-cosine embeddings of the patch positions.
 
     timm initialises it with noise, from which a short run must first learn the positions. Raises
@@ -145,7 +145,8 @@ def _start_positions(vit: VisionTransformer | Eva) -> None:
             "embedding has a sine and a cosine for rows and for columns"
         )
     table: Any = vit.pos_embed  # never None: create_timm rejects such a model
-    positions = sincos_positions((1, *vit.patch_embed.grid_size), vit.embed_dim, table.device)
+    grid = (1, *vit.patch_embed.grid_size)
+    positions = sincos_positions(grid, vit.embed_dim, table.device, rows_first)
     table[:, -len(positions) :] = positions  # rows of prefix tokens, if any, come first
 
 
@@ -158,16 +159,21 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 
 
 def sincos_positions(
-    grid: tuple[int, int, int], width: int, device: torch.device | None = None
+    grid: tuple[int, int, int],
+    width: int,
+    device: torch.device | None = None,
+    rows_first: bool = False,
 ) -> Tensor:
     """Embed the positions of a grid (t, h, w), [t*h*w, width]; width is a multiple of 4.
 
-    Half of the channels encode rows, half columns. A time embedding, zero in the first slot, is
-    added to all channels: an image equals a clip's first slot.
+    The first half of the channels encodes columns and the second rows, as in MAE's code; with
+    `rows_first` the other way round. A time embedding, zero in the first slot, is added to all
+    channels: an image equals a clip's first slot.
     """
     t, h, w = grid
     ticks = torch.arange(max(grid), device=device)
     rows = sincos(ticks[:h], width // 2).repeat_interleave(w, dim=0)
     columns = sincos(ticks[:w], width // 2).repeat(h, 1)
     time = sincos(ticks[:t], width) - sincos(ticks[:1], width)
-    return (torch.cat([rows, columns], dim=1)[None] + time[:, None]).flatten(0, 1)
+    halves = [rows, columns] if rows_first else [columns, rows]
+    return (torch.cat(halves, dim=1)[None] + time[:, None]).flatten(0, 1)

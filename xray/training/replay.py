@@ -92,7 +92,7 @@ def replay(path: Path, run: Run, device: torch.device) -> tuple[dict[str, float]
             f"{path} was written by {facts.world} processes: replay it with the same number "
             f"(torchrun --nproc_per_node {facts.world} -m xray debug replay ...)"
         )
-    run.settle_decoding(device)
+    run.settle(device)
     module = run.build()
     engine = Engine(module, config)
     checkpoint.verify(path)

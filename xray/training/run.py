@@ -39,6 +39,7 @@ from xray.training.checkpoint import complete_checkpoints
 from xray.training.length import sizes_of
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
+from xray.training.open_settings import decided
 from xray.training.state import TrainState
 from xray.training.step_data import check_batches, check_loading
 from xray.urls import conceal_all, has_signature, redact_all
@@ -103,11 +104,13 @@ class Run:
     def check_folder(self, folder: Path | None = None, place: str = "") -> None:
         """Raise ConfigError if the run's folder, or a copy at a place, belongs to another run.
 
-        data.decode=auto becomes what the run that is there began with.
+        Settings that the config leaves open become what the run that is there began with.
         """
         folder = folder or self.out
         place = place or str(folder)
         old = _recorded(folder, self.config)
+        if old:
+            self._replace_config(as_begun(self.config, folder))
         if old and self.config.data.decode == "auto":
             self._decode_on(old["config"]["data"]["decode"])
         new = _completed(json.loads(json.dumps(self.record)), self.config)
@@ -139,11 +142,13 @@ class Run:
         if mirrored and not begun:
             mirror.fetch()
 
-    def settle_decoding(self, device: torch.device) -> None:
-        """Decide data.decode=auto for a new run, and check that the device can decode. Collective.
+    def settle(self, device: torch.device) -> None:
+        """Decide the settings that a new run leaves open, and check that it can decode. Collective.
 
-        It becomes `gpu` if the devices of all ranks can decode JPEGs. Raises ConfigError.
+        data.decode=auto becomes `gpu` if the devices of all ranks can decode JPEGs. Raises
+        ConfigError.
         """
+        self._replace_config(decided(self.config))
         decode = dist.broadcast_object(self.config.data.decode)  # rank 0 knows an earlier decision
         if decode == "auto":
             reasons = dist.gather_objects(cannot_decode(device))
@@ -153,9 +158,11 @@ class Run:
         check_decoding(self.config, device)
 
     def _decode_on(self, decode: Literal["cpu", "gpu"]) -> None:
-        data = replace(self.config.data, decode=decode)
-        self.config = self.stage.config = replace(self.config, data=data)
-        self.record = {**self.record, "config": identity(self.config)}
+        self._replace_config(replace(self.config, data=replace(self.config.data, decode=decode)))
+
+    def _replace_config(self, config: RunConfig) -> None:
+        self.config = self.stage.config = config
+        self.record = {**self.record, "config": identity(config)}
 
     def copy(self) -> None:
         """Start copying new checkpoints and the artifact to the mirror, if one is set."""
@@ -325,6 +332,7 @@ def holds_another_run(config: RunConfig) -> bool:
     old = redact_all(_recorded(Path(config.out), config))
     if not old:
         return False
+    config = as_begun(config)
     own = json.loads(json.dumps(identity(config, whole=True)))
     if own["data"]["decode"] == "auto":
         own["data"]["decode"] = old["config"]["data"]["decode"]

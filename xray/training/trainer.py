@@ -41,7 +41,7 @@ def train_stage(
     dist.main_first(run.restore, "checking the folder and the mirror of the run")
     if finished := run.finished():
         return finished
-    run.settle_decoding(device)
+    run.settle(device)
     artifact = _train(run, device, following)
     gc.collect()  # the module and DeepSpeed's engine refer to each other
     if device.type == "cuda":
