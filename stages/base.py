@@ -101,7 +101,7 @@ class VisionModule(StageModule):
         super().__init__()
         self.model_config = config.model
         self.towers = nn.ModuleDict({"vision": make_backbone(config)})
-        self.normalize = Normalize(config.data.mean, config.data.std)
+        self.normalize = Normalize(*config.data.normalisation)
 
         self.frozen_until = config.optim.vision.freeze
 

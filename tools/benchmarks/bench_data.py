@@ -91,7 +91,7 @@ def xray_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor,
     shape = StepShape(SIZE, 1, micro_batches(blocks, [0], 0, 1))
     plans = make_plans(blocks, {"photos": sources}, data, seed=0)
     sampler = StepSampler(blocks, plans, lambda step: shape, range(10**6))
-    normalize = Normalize(data.mean, data.std)
+    normalize = Normalize(*data.normalisation)
 
     def transform(sample: Sample, rng: np.random.Generator | None) -> Fields:
         return {"pixels": load_pixels(sample, data, rng)}
@@ -103,7 +103,7 @@ def xray_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor,
 def plain_stream(folder: Path, photos: Photos, workers: int) -> Generator[Tensor, None, None]:
     """Yield the same batches with webdataset, PIL and torchvision, as in open_clip."""
     data = DataConfig()
-    transform = plain_transform(photos.scale, data.mean, data.std)
+    transform = plain_transform(photos.scale, *data.normalisation)
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
     dataset = (
         wds.WebDataset(shards, resampled=True, shardshuffle=False)

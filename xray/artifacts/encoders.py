@@ -66,7 +66,7 @@ class VisionEncoder(nn.Module):
         _check_tables(artifact, vision, stored)
         self.vision = vision.to_empty(device="cpu")
         load_adapted(self.vision, stored, str(artifact.path))
-        self.normalize = Normalize(data.mean, data.std)
+        self.normalize = Normalize(*data.normalisation)
         self.eval()
 
     def choose(self, keep_rate: KeepRate) -> None:

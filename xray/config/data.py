@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xray.config import schedule
-from xray.config.identity import added, runtime
+from xray.config.identity import added, left_open, runtime
 from xray.errors import ConfigError, nearest
 
+IMAGENET: tuple[list[float], list[float]] = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Resize = Literal["crop", "shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -76,10 +77,11 @@ class DataConfig:
     color_jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude (0-30)
     erase: float = 0.0  # probability of erasing a random rectangle
-    # mean of red, green and blue, in [0, 1], for normalising; ImageNet's
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    # standard deviation of red, green and blue, likewise; ImageNet's
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    # mean of red, green and blue, in [0, 1], for normalising; null = that of the parent artifact or
+    # of the weights of model.pretrained, otherwise ImageNet's
+    mean: list[float] | None = left_open(IMAGENET[0])
+    # standard deviation of red, green and blue, likewise
+    std: list[float] | None = left_open(IMAGENET[1])
     # image and video tokens per forward pass, instead of train.micro_batch; 0 = off
     tokens_per_batch: int = runtime(0)
     max_bad_fraction: float = runtime(0.01)  # the run stops above this share of broken samples
@@ -90,6 +92,11 @@ class DataConfig:
     fetch_patience: float = runtime(600.0)  # seconds to keep trying to fetch one shard
     root: str = runtime("")  # base of relative shards: a folder or a URL
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation; ImageNet's where they are not decided."""
+        return self.mean or IMAGENET[0], self.std or IMAGENET[1]
 
 
 def validate_data(data: DataConfig) -> None:
@@ -134,6 +141,11 @@ def validate_data(data: DataConfig) -> None:
     for modality in data.modalities:
         if modality not in ("image", "video", "text"):
             raise ConfigError(f"data.modalities: {modality!r} is not one of image, video, text")
+    mean, std = data.normalisation
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
+        raise ConfigError(
+            f"data.mean={mean} and data.std={std} must have three numbers each, std above 0"
+        )
     if not 0 < data.crop_pct <= 1:
         raise ConfigError(f"data.crop_pct={data.crop_pct} must be in (0, 1]")
     if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:

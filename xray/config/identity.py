@@ -30,6 +30,14 @@ def added(
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
+def left_open(older: Any) -> Any:
+    """Declare a field of None that a run decides when it begins.
+
+    older: its default before, which stands for None in the identity: hashes stay the same.
+    """
+    return dataclasses.field(default=None, metadata={"older": older})
+
+
 def older_values(config: Any) -> dict[str, Any]:
     """Return the values that older files have without a field, where today's default differs.
 
@@ -74,7 +82,7 @@ def identity(config: Any, whole: bool = False) -> Any:
     if dataclasses.is_dataclass(config):
         values = [(item, getattr(config, item.name)) for item in dataclasses.fields(config)]
         return {
-            item.name: identity(value, whole)
+            item.name: identity(_decided(item, value), whole)
             for item, value in values
             if "runtime" not in item.metadata
             and (whole or "added" not in item.metadata or value != _default(item))
@@ -84,6 +92,11 @@ def identity(config: Any, whole: bool = False) -> Any:
     if isinstance(config, list):
         return [identity(item, whole) for item in config]
     return config
+
+
+def _decided(item: dataclasses.Field[Any], value: Any) -> Any:
+    unknown = value is None and "added" not in item.metadata
+    return item.metadata.get("older") if unknown else value
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

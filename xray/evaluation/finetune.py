@@ -19,7 +19,8 @@ from data_pipelines.shards.source import Source
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.stream.loader import WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
-from xray.config import DataConfig, ModelConfig, OptimConfig, TowerOptim
+from xray.artifacts.manifest_config import data_config, model_config
+from xray.config import DataConfig, OptimConfig, TowerOptim
 from xray.config.schedule import largest
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
@@ -40,16 +41,15 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: VisionEncoder, classes: int, drop_path: float) -> None:
         super().__init__()
-        config = encoder.artifact.manifest["config"]
-        model = ModelConfig(**{**config["model"], "pretrained": "", "drop_path": drop_path})
-        data = config["data"]
-        vision = VisionBackbone(model, largest(data["resolution"]), largest(data["frames"]))
+        model = dataclasses.replace(model_config(encoder.artifact), drop_path=drop_path)
+        data = data_config(encoder.artifact)
+        vision = VisionBackbone(model, largest(data.resolution), largest(data.frames))
         load_adapted(vision, encoder.vision.state_dict(), str(encoder.artifact.path))
         self.towers = nn.ModuleDict({"vision": vision})
         self.head = nn.Linear(vision.embed_dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: logits start at 0
         nn.init.zeros_(self.head.bias)
-        self.normalize = Normalize(data["mean"], data["std"])
+        self.normalize = Normalize(*data.normalisation)
         self.keep_rate: KeepRate = encoder.keep_rate
         self.precision = encoder.precision
 

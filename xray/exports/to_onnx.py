@@ -132,11 +132,12 @@ def _write(tower: ImageTower, pixels: Tensor, path: Path) -> None:
 
 def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> dict[str, Any]:
     data = data_config(artifact)
+    mean, std = data.normalisation
     return {
         "input": {"name": "pixels", "side": side, "frames": frames, "dtype": "float32"},
         "outputs": tower.outputs,
-        "mean": data.mean,
-        "std": data.std,
+        "mean": mean,
+        "std": std,
         "interpolation": data.interpolation,
         "resize": data.resize,
         "crop_pct": data.crop_pct,

@@ -228,9 +228,10 @@ def _config(
     model = {"embed_dim": width, "vision_cfg": image, "text_cfg": text}
     if artifact.has_tensor("head", "logit_bias"):
         model["init_logit_bias"] = 0.0  # replaced by the weights
+    mean, std = data.normalisation
     mode = "squash" if data.resize == "squash" else "shortest"
     reads = {"interpolation": data.interpolation, "resize_mode": mode, "size": side}
-    preprocess = {**reads, "mean": data.mean, "std": data.std}
+    preprocess = {**reads, "mean": mean, "std": std}
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 

@@ -55,6 +55,7 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
 def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[str, Any]:
     """Make timm's config: model arguments and image transforms."""
     model, data, vision = model_config(artifact), data_config(artifact), encoder.vision
+    mean, std = data.normalisation
     arguments = {
         **model.kwargs,
         "img_size": [side, side],
@@ -76,8 +77,8 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
             "interpolation": data.interpolation,
             "crop_pct": data.crop_pct,
             "crop_mode": "squash" if data.resize == "squash" else "center",
-            "mean": data.mean,
-            "std": data.std,
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",

@@ -242,18 +242,6 @@ def _add_pretrained(made: Draft, pretrained: str) -> None:
     name, _, tag = pretrained.partition(".")
     weights = f"hf-hub:timm/{pretrained}" if tag else "timm"
     made.settings["model"] = {"name": name, "pretrained": weights}
-    mean, std = _normalisation(pretrained)
-    if mean:
-        made.settings["data"] |= {"mean": mean, "std": std}
-        made.comments["data.mean"] = "as the tower was trained with"
-
-
-def _normalisation(name: str) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of timm's default weights of a model, if known."""
-    from timm.models import get_pretrained_cfg, is_model
-
-    known = get_pretrained_cfg(name) if is_model(name) else None
-    return (list(known.mean), list(known.std)) if known else ([], [])
 
 
 TUNED = {"tune": "full", "lora_rank": 0}  # of a model whose weights are random

@@ -25,7 +25,7 @@ from stages.base import split_parents
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.language_model import Language
-from xray.artifacts.offers import TAGS
+from xray.artifacts.offers import TAGS, VISION
 from xray.config import RunConfig, SourceConfig, TextConfig
 from xray.config import loading as cfg
 from xray.config.model import LlmConfig
@@ -48,6 +48,7 @@ from xray.recipes.plan_table import Sizes, work_of
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable
 from xray.training.length import sizes_of, sources_at_hand
+from xray.training.open_settings import normalisation
 from xray.training.run import as_begun, check_decoding
 
 log = logging.getLogger("xray")
@@ -180,6 +181,8 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = frozenset[str]().union(*(results[path] for path in coming))
+        if VISION in kind.offers and VISION not in pending and not Path(config.out).exists():
+            normalisation(config.data, parents.vision, config.model)  # raises
         foresee = partial(stage.foresee, kept, parents, pending)
         dist.main_first(foresee, f"checking the data of {config.stage}")
 

@@ -22,6 +22,7 @@ from stages.base import Parents, Stage, StageModule, split_parents
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
+from xray.artifacts.offers import VISION
 from xray.config import RunConfig, dump
 from xray.config.identity import (
     absent,
@@ -148,7 +149,8 @@ class Run:
         data.decode=auto becomes `gpu` if the devices of all ranks can decode JPEGs. Raises
         ConfigError.
         """
-        self._replace_config(decided(self.config))
+        weights = self.config.model if VISION in self.stage.offers else None
+        self._replace_config(decided(self.config, self.parents.vision, weights))
         decode = dist.broadcast_object(self.config.data.decode)  # rank 0 knows an earlier decision
         if decode == "auto":
             reasons = dist.gather_objects(cannot_decode(device))
