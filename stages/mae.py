@@ -86,7 +86,7 @@ def reconstruct(
     frames = pixels if equal > 1 else whole_tubelets(pixels, vision.tubelet)
     targets = patchify(frames, vision.patch_size, vision.tubelet // equal, masked)
     if options.norm_pix_loss:
-        targets = normalize_patches(targets, equal)
+        targets = normalize_patches(targets, equal, options.norm_pix == "channel")
     return {"predictions": predictions, "targets": targets}
 
 

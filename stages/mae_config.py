@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from xray.config import ModelConfig, RunConfig
+from xray.config.identity import added
 from xray.errors import ConfigError
 
 
@@ -17,6 +18,9 @@ class MaeOptions:
     video_mask_ratio: float = 0.9  # share of the patches of a clip that are masked
     video_mask: Literal["tube", "random"] = "tube"  # the same places in each time slot, or any
     norm_pix_loss: bool = True  # targets are the pixels of a patch, normalised within the patch
+    # values that a target is normalised over: all of a patch or tubelet, as in MAE, or those of
+    # each colour channel, as in VideoMAE
+    norm_pix: Literal["tubelet", "channel"] = added("tubelet")
     decoder_dim: int = 512  # width of the decoder; a multiple of 4 x decoder_heads
     decoder_depth: int = 4  # number of transformer blocks of the decoder
     decoder_heads: int = 16  # attention heads per block of the decoder

@@ -17,6 +17,7 @@ from xray.models.mae_decoder import (
     Masking,
     make_mask,
     normalize_patches,
+    patch_statistics,
     visible_tokens,
 )
 from xray.models.patch_embed import patchify
@@ -136,6 +137,43 @@ def test_targets_have_zero_mean_and_unit_variance() -> None:
     target = normalize_patches(torch.rand(2, 5, 384) * 40 + 3)
     assert target.mean(-1).abs().max() < 1e-4
     assert (target.var(-1) - 1).abs().max() < 1e-3
+
+
+def test_targets_per_channel_are_those_of_videomae() -> None:
+    """Each colour of a tubelet has its own mean and variance (2203.12602, its code)."""
+    torch.manual_seed(0)
+    tubelets = torch.rand(2, 5, 2, 8, 8, 3, dtype=torch.float64)
+    patches = tubelets.flatten(2)
+    colours = tubelets.flatten(2, 4)  # [2, 5, pixels, 3]
+    expected = (colours - colours.mean(2, True)) / (colours.std(2, keepdim=True) + 1e-6)
+    found = normalize_patches(patches, per_channel=True)
+    assert torch.allclose(found, expected.flatten(2), rtol=1e-12, atol=0)
+    assert not torch.allclose(found, normalize_patches(patches), atol=0.1)
+    # an image stands for equal frames of a tubelet
+    image = tubelets[:, :, :1].flatten(2)
+    doubled = tubelets[:, :, :1].expand(-1, -1, 2, -1, -1, -1).flatten(2)
+    for per_channel in (False, True):
+        one, two = (
+            normalize_patches(image, 2, per_channel),
+            normalize_patches(doubled, 1, per_channel),
+        )
+        assert torch.allclose(one.repeat(1, 1, 2), two, rtol=1e-12, atol=0)
+
+
+def test_reconstructions_invert_the_normalisation_of_each_kind() -> None:
+    torch.manual_seed(0)
+    patches = torch.rand(2, 5, 48)
+    for per_channel in (False, True):
+        mean, deviation = patch_statistics(patches, per_channel=per_channel)
+        target = normalize_patches(patches, per_channel=per_channel)
+        assert torch.allclose(target * deviation + mean, patches, atol=1e-6)
+    assert len(patch_statistics(patches, per_channel=True)[0][0, 0].unique()) == 3
+
+
+def test_a_flat_patch_has_a_target_of_zeros() -> None:
+    for per_channel in (False, True):
+        target = normalize_patches(torch.full((1, 2, 12), 0.3), per_channel=per_channel)
+        assert target.abs().max() < 1e-3
 
 
 def test_decoder_is_invariant_to_the_order_of_visible_tokens() -> None:

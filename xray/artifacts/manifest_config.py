@@ -47,6 +47,7 @@ class DecoderConfig:
     video_mask_ratio: float
     norm_pix_loss: bool
     video_mask: str = "tube"
+    norm_pix: str = "tubelet"
 
     @property
     def masking(self) -> Masking:

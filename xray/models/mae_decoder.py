@@ -66,15 +66,29 @@ def make_mask(noise: Tensor, kept: int, slots: int = 1) -> tuple[Tensor, Tensor,
     return visible, removed, torch.cat([visible, removed], dim=1).argsort(dim=1)
 
 
-def normalize_patches(patches: Tensor, frames: int = 1) -> Tensor:
-    """Normalise each patch to zero mean and unit (unbiased) variance, as MAE's target.
+def patch_statistics(
+    patches: Tensor, frames: int = 1, per_channel: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return mean and (unbiased) standard deviation of patches [..., P], which broadcast with them.
 
-    frames: number of equal frames that a patch stands for, whose values the variance counts.
+    They are those of all values of a patch, as in MAE, or of each colour channel, as in VideoMAE
+    (2203.12602). frames: number of equal frames that a patch stands for, whose values the variance
+    counts.
     """
-    centred = patches - patches.mean(dim=-1, keepdim=True)
-    squares = centred.square().sum(dim=-1, keepdim=True)
-    variance = frames * squares / (frames * patches.shape[-1] - 1)
-    return centred / (variance + 1e-6).sqrt()
+    values = patches.unflatten(-1, (-1, 3)) if per_channel else patches[..., None]
+    mean = values.mean(dim=-2, keepdim=True)
+    squares = (values - mean).square().sum(dim=-2, keepdim=True)
+    variance = frames * squares / (frames * values.shape[-2] - 1)
+    # the small numbers of both authors' code
+    deviation = variance.sqrt() + 1e-6 if per_channel else (variance + 1e-6).sqrt()
+    mean, deviation = (x.expand_as(values).flatten(-2) for x in (mean, deviation))
+    return mean, deviation
+
+
+def normalize_patches(patches: Tensor, frames: int = 1, per_channel: bool = False) -> Tensor:
+    """Normalise patches [..., P] to zero mean and unit variance; see `patch_statistics`."""
+    mean, deviation = patch_statistics(patches, frames, per_channel)
+    return (patches - mean) / deviation
 
 
 class MaeDecoder(nn.Module):

@@ -18,7 +18,7 @@ from xray.artifacts.encoders import VisionEncoder, restore_decoder
 from xray.artifacts.manifest_config import DecoderConfig, data_config, decoder_config
 from xray.artifacts.offers import DECODER
 from xray.errors import ConfigError
-from xray.models.mae_decoder import MaeDecoder
+from xray.models.mae_decoder import MaeDecoder, patch_statistics
 from xray.models.patch_embed import patchify, unpatchify
 from xray.models.token_reduction import KeepRate, group_sizes, kept_alone
 from xray.reports.html import Picture, paragraph, write_report
@@ -84,8 +84,8 @@ def reconstructions(
     predicted = decoder(tokens.cls, tokens.patches, restore, grid)
     target = patchify(vision.tubelets(x), vision.patch_size, vision.tubelet)
     if options.norm_pix_loss:
-        deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        predicted = predicted * deviation + target.mean(dim=-1, keepdim=True)
+        mean, deviation = patch_statistics(target, per_channel=options.norm_pix == "channel")
+        predicted = predicted * deviation + mean
     removed = (restore >= visible.shape[1]).float()[..., None]
 
     def frames(patches: Tensor) -> Tensor:
