@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -266,6 +267,31 @@ def test_pretrained_from_a_file(tmp_path: object) -> None:
     assert torch.equal(model(image[:, None]).cls, vit.forward_features(image)[:, 0])
     with pytest.raises(ArtifactError, match="of another model"):
         VisionBackbone(ModelConfig(kwargs={"depth": 3}, pretrained=path), 64, 4)
+
+
+@pytest.mark.parametrize("resize", ["antialias", "plain"])
+def test_position_tables_are_resized_as_asked(resize: Any) -> None:
+    """`plain` is what MAE, EViT and SWAG do; both differ more, the more the table shrinks."""
+    config = ModelConfig(kwargs={"depth": 1}, resize_positions=resize)
+    torch.manual_seed(0)
+    model = VisionBackbone(config, 112, 1).eval()
+    table = model.pos_embed.data.normal_()
+    grid = table[:, 1:].unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+
+    def expected(side: int, antialias: bool) -> torch.Tensor:
+        resized = F.interpolate(grid, (side, side), mode="bicubic", antialias=antialias)
+        return resized.flatten(2).transpose(1, 2)
+
+    small = VisionBackbone(config, 64, 1)
+    load_adapted(small, model.state_dict(), "model")
+    own = expected(4, antialias=resize == "antialias")
+    other = expected(4, antialias=resize == "plain")
+    assert torch.allclose(small.pos_embed[:, 1:], own, atol=1e-6)
+    assert (own - other).norm() > 0.3 * other.norm()
+    with torch.no_grad():
+        embedded = model.embed(torch.zeros(1, 1, 3, 64, 64))[:, 1:]
+    bias = model.patch_embed.proj.bias
+    assert torch.allclose(embedded - bias, own, atol=1e-5)
 
 
 def test_position_tables_are_resized_on_loading() -> None:

@@ -69,6 +69,16 @@ def test_tome_equals_a_simple_implementation(frames: int, registers: int, rate: 
     assert_same(model, lambda: model(pixels, rate).cls, lambda: plain_tome(model, pixels, rate))
 
 
+def test_tome_without_proportional_attention_equals_a_simple_implementation() -> None:
+    model = backbone("tome", proportional_attention=False).double()
+    pixels = torch.randn(2, 1, 3, 64, 64, dtype=torch.float64)
+    assert_same(
+        model, lambda: model(pixels, 0.5).cls, lambda: plain_tome(model, pixels, 0.5, False)
+    )
+    other = backbone("tome").double()
+    assert (model(pixels, 0.5).cls - other(pixels, 0.5).cls).abs().max() > 1e-4
+
+
 @torch.no_grad()
 def test_cls_attention_equals_explicit_attention() -> None:
     q, k = torch.randn(2, 2, 3, 17, 8, dtype=torch.float64)

@@ -78,14 +78,17 @@ def plain_evit(ours: VisionBackbone, pixels: Tensor, rates: list[float], fuse: b
     return torch.stack(rows)
 
 
-def plain_tome(ours: VisionBackbone, pixels: Tensor, rate: float) -> Tensor:
+def plain_tome(
+    ours: VisionBackbone, pixels: Tensor, rate: float, proportional: bool = True
+) -> Tensor:
     """Compute pooled features [B, D] with ToMe reduction (2210.09461), merging pair by pair."""
     rows = []
     P = ours.num_prefix_tokens
     for x in ours.embed(pixels):
         sizes = torch.ones(len(x), dtype=x.dtype)
         for number, block in enumerate(ours.blocks):
-            out, _, k = explicit_attention(block.attn, block.norm1(x), sizes.log())
+            bias = sizes.log() if proportional else torch.zeros_like(sizes)
+            out, _, k = explicit_attention(block.attn, block.norm1(x), bias)
             x = x + out
             if number in ours.reduce_at:
                 x, sizes, _ = merge(x, sizes, k.mean(0), P, rate)

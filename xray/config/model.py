@@ -32,6 +32,11 @@ class ModelConfig:
     # the half that comes first in sine-cosine positions, initial ones and those of the MAE decoder:
     # columns, as in MAE's code, or rows; auto = columns. Runs made before the key existed have rows
     sincos: Literal["auto", "columns", "rows"] = added("auto", older="rows")
+    # true = a merged token counts as all its tokens in attention (tome); MAE's weights want false
+    proportional_attention: bool = added(True)
+    # resize of the position table: with antialiasing, as in timm, or without, as in the code of
+    # MAE, EViT and SWAG
+    resize_positions: Literal["antialias", "plain"] = added("antialias")
     fuse: bool = True  # evit, random: fuse the dropped tokens into one
     keep_rate: float = 1.0  # final share of patch tokens kept at each reducing block
     keep_rates: list[float] | None = None  # one keep rate per reducing block, not keep_rate

@@ -84,6 +84,7 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
             new_size=[side // height, side // width],
             old_size=list(vision.grid),
             num_prefix_tokens=vision.position_prefix,
+            antialias=vision.antialias,
         )
     return state
 

@@ -86,6 +86,7 @@ class VisionBackbone(nn.Module):
         self.pool = config.pool
         self.cls_added = vit.cls_token is None and config.pool == "cls"
         self.rows_first = config.rows_first
+        self.antialias = config.resize_positions == "antialias"  # of a resized position table
         # the position table has rows for all prefix tokens of timm's model, or for none
         self.position_prefix: int = 0 if vit.no_embed_class else vit.num_prefix_tokens
         self.num_prefix_tokens: int = vit.num_prefix_tokens + self.cls_added
@@ -112,12 +113,14 @@ class VisionBackbone(nn.Module):
         self.blocks = vit.blocks
         self.eva = isinstance(vit, Eva)
         if self.eva:
-            self.blocks = nn.ModuleList(RotaryBlock(block) for block in vit.blocks)
+            blocks: Any = vit.blocks
+            self.blocks = nn.ModuleList(RotaryBlock(block) for block in blocks)
         self.norm = vit.norm
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
         self.attn_pool: AttentionPoolLatent | None = vit.attn_pool if self.pool == "map" else None
 
         self.reduction = config.reduce
+        self.proportional = config.proportional_attention
         self.run_block = run_block  # compiled by xray.models.compilation
         self.fuse = config.fuse
         depth = len(self.blocks)
@@ -184,7 +187,9 @@ class VisionBackbone(nn.Module):
         P = self.num_prefix_tokens
         rates = self.rates(keep_rate)
         rotation = None if self.rotary is None else self._rotation(pixels, visible)
-        state = TokenState(assign=() if track else None, rotation=rotation)
+        state = TokenState(
+            assign=() if track else None, proportional=self.proportional, rotation=rotation
+        )
         head = pooling_head(self) if rates and self.reduction != "tome" else None
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
@@ -197,7 +202,7 @@ class VisionBackbone(nn.Module):
             else:
                 x, state = self._block(block, x, state, spec)
         if self.pool != "cls":
-            return Tokens(*pool_tokens(self, x, state.sizes), state.assign)
+            return Tokens(*pool_tokens(self, x, state), state.assign)
         x = self.fc_norm(self.norm(x))
         return Tokens(x[:, 0], x[:, P:], state.assign)
 
@@ -317,6 +322,7 @@ class VisionBackbone(nn.Module):
             new_size=[h, w],
             old_size=list(self.grid),
             num_prefix_tokens=self.position_prefix,
+            antialias=self.antialias,
         )
         spatial = table[:, self.position_prefix :]
         if time is None:

@@ -86,10 +86,9 @@ def _pair(part: Any, mean: str, std: str) -> Normalisation | None:
     pair = []
     for key in (mean, std):
         value = part.get(key)
-        numbers = isinstance(value, list | tuple) and all(
-            isinstance(x, int | float) and math.isfinite(x) for x in value
-        )
-        if not numbers or len(value) != 3:
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            return None
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
             return None
         pair.append([float(x) for x in value])
     return (pair[0], pair[1]) if min(pair[1]) > 0 else None

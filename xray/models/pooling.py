@@ -11,24 +11,24 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor
 
-from xray.models.token_reduction import PoolingHead
+from xray.models.token_reduction import PoolingHead, TokenState, size_bias
 
 if TYPE_CHECKING:
     from xray.models.backbone import VisionBackbone
 
 
-def pool_tokens(vit: VisionBackbone, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+def pool_tokens(vit: VisionBackbone, x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """Normalise and pool x [B, P + n, D]: the feature [B, D] and the patch tokens [B, n, D].
 
-    For images, the feature equals timm's `forward_head(pre_logits=True)`. sizes: input tokens
-    merged into each token, [B, P + n], or None. A merged token counts as often in the mean and has
-    ToMe's bias in the attention of the pooling head, as in the blocks.
+    For images, the feature equals timm's `forward_head(pre_logits=True)`. A token that ToMe merged
+    counts as often in the mean as the tokens in it, and has the same bias in the attention of the
+    pooling head as in the blocks.
     """
-    x = vit.norm(x)
+    x, sizes = vit.norm(x), state.sizes
     P, first = vit.num_prefix_tokens, vit.pooled_from
     if vit.attn_pool is not None:
-        bias = None if sizes is None else sizes[:, None, None, first:].log().to(x.dtype)
-        pooled = vit.attn_pool(x[:, first:], bias)
+        bias = size_bias(state, x.dtype)
+        pooled = vit.attn_pool(x[:, first:], None if bias is None else bias[..., first:])
     elif sizes is None:
         pooled = x[:, first:].mean(dim=1)
     else:

@@ -28,6 +28,7 @@ class TokenState(NamedTuple):
 
     sizes: Tensor | None = None  # input tokens merged into each token, [B, P + n]
     assign: tuple[Tensor, ...] | None = None  # [B, N0] long per reducing block so far, see `Tokens`
+    proportional: bool = True  # the sizes are part of the attention
     rotation: Tensor | None = None  # of rotary positions, [1 or B, n, 2 * d], see `rotary`
 
 
@@ -260,7 +261,9 @@ def kept_alone(assign: Tensor) -> Tensor:
 
 def size_bias(state: TokenState, dtype: torch.dtype) -> Tensor | None:
     """Return ToMe's bias of the attention logits: each key's log size, [B, 1, 1, N], or None."""
-    return None if state.sizes is None else state.sizes.log()[:, None, None].to(dtype)
+    if state.sizes is None or not state.proportional:
+        return None
+    return state.sizes.log()[:, None, None].to(dtype)
 
 
 def _reassigned(state: TokenState, new_index: Tensor) -> TokenState:

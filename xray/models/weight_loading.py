@@ -108,7 +108,10 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
                 "to the resolution that it was trained with"
             )
         state["pos_embed"] = resample_abs_pos_embed(
-            table, new_size=list(backbone.grid), num_prefix_tokens=backbone.position_prefix
+            table,
+            new_size=list(backbone.grid),
+            num_prefix_tokens=backbone.position_prefix,
+            antialias=backbone.antialias,
         )
         log.info("%s: position embedding resized to %s", origin, backbone.grid)
     _adapt_time(state, current, origin)
