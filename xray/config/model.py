@@ -60,7 +60,7 @@ class ModelConfig:
 
     @property
     def first_weights(self) -> str:
-        """Where a new backbone's weights come from: timm, a file, or "scratch"."""
+        """Origin of a new backbone's weights: timm, a file, or "scratch"."""
         return f"{self.name} of timm" if self.pretrained == "timm" else self.pretrained or "scratch"
 
     def validate(self) -> None:
