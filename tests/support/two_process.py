@@ -19,9 +19,10 @@ LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 WHOLE = [(stage, zero) for stage in ("mae", "hashtag", "clip") for zero in (0, 1, 2, 3)]
 QUICK = [(stage, zero) for stage in ("mae", "clip") for zero in (0, 1, 3)]
 # Runs without a resume.
-MORE = [("hashtag", 3), ("sigmoid", 1), ("one_batch", 0), ("text", 2)]
+MORE = [("hashtag", 3), ("pooled", 3), ("rotary", 3), ("sigmoid", 1), ("one_batch", 0), ("text", 2)]
 MOVES = [(stage, a, b) for stage, a in WHOLE for b in (0, 1, 2, 3) if a != b]
-STAGES = {"sigmoid": "clip", "one_batch": "clip"}  # stage of runs that have another name
+# Stage of runs that have another name.
+STAGES = {"sigmoid": "clip", "one_batch": "clip", "pooled": "hashtag", "rotary": "mae"}
 # Settings that must not change the result. Without the threshold of 0, ZeRO 3 would not shard so
 # small a model.
 WITHOUT_EFFECT = {
@@ -46,6 +47,9 @@ CHANGES = {
     # two captions per sample; blocks of 8 and 4 samples in micro-batches of 2
     "clip": [ALL_TOKENS, *LORA, "clip.captions=2", "train.micro_batch=2"],
     "sigmoid": [ALL_TOKENS, "clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
+    # EViT scores the tokens by weights of the pooling head, outside of its forward pass
+    "pooled": ["model.name=vit_base_patch16_siglip_224", "model.pool=map"],
+    "rotary": ["model.name=eva02_tiny_patch14_224", "model.kwargs.patch_size=8"],
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from xray.config.model import Checkpointing
 from xray.errors import ConfigError
 from xray.models.block import RotaryBlock, run_block
 from xray.models.patch_embed import Geometry, TubeletEmbed, whole_tubelets
-from xray.models.pooling import pool_tokens, pooling_head
+from xray.models.pooling import AttentionPooling, pool_tokens, pooling_head
 from xray.models.rotary import Rotary
 from xray.models.timm_vit import create_timm, pools_prefix
 from xray.models.token_reduction import KeepRate, Spec, TokenState, kept_tokens
@@ -117,7 +117,7 @@ class VisionBackbone(nn.Module):
             self.blocks = nn.ModuleList(RotaryBlock(block) for block in blocks)
         self.norm = vit.norm
         self.fc_norm = vit.fc_norm  # in timm models that pool before the final norm
-        self.attn_pool: AttentionPoolLatent | None = vit.attn_pool if self.pool == "map" else None
+        self.attn_pool = AttentionPooling.of(vit.attn_pool) if self.pool == "map" else None
 
         self.reduction = config.reduce
         self.proportional = config.proportional_attention
