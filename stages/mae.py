@@ -29,6 +29,7 @@ from xray.config.schedule import value_at
 from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
 from xray.models.flops import decoder_macs, vision_macs
+from xray.models.mae_checkpoints import load_decoder
 from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches
 from xray.models.patch_embed import Geometry, patchify, whole_tubelets
 from xray.models.token_reduction import KeepRate
@@ -120,6 +121,8 @@ class MaeStage(Stage[MaeConfig]):
     def build(self, parents: Parents) -> MaeModule:
         module = MaeModule(self.config)
         load_vision(module, parents.vision)
+        if parents.vision is None:
+            load_decoder(module.decoder, self.config.model)
         self.geometry = module.vision.geometry  # transform draws the masks
         return module
 

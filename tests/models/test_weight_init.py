@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from plain_vit import mae_table
 from torch import nn
 
 from xray.errors import ConfigError
@@ -26,17 +27,6 @@ def reference_embedding(first: int, second: int, width: int) -> list[float]:
     """Return sines, then cosines, of a place times 10000^(-k / (D/4)); then of the other."""
     rates = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
     return [f(i * rate) for i in (first, second) for f in (math.sin, math.cos) for rate in rates]
-
-
-def mae_table(side: int, width: int) -> np.ndarray:
-    """Return MAE's table [side * side, D] of a square grid in float64 (2111.06377, its code).
-
-    Its code passes the columns first to the mesh grid, so the half that it calls `emb_h` has them.
-    """
-    rates = 10000.0 ** -(np.arange(width // 4) / (width / 4))
-    across, down = np.tile(np.arange(side), side), np.repeat(np.arange(side), side)
-    angles = [np.outer(places, rates) for places in (across, down)]
-    return np.hstack([f(angle) for angle in angles for f in (np.sin, np.cos)])
 
 
 @pytest.mark.parametrize(("side", "width"), [(14, 512), (7, 64)])

@@ -30,8 +30,10 @@ def test_pretrained_weights_that_are_pickles_are_refused(
 
     file = tmp_path / f"weights.{ending}"
     file.write_bytes(hostile)
-    with pytest.raises(ArtifactError, match=rf"{file} is not a readable safetensors"):
+    why = "plain tensors" if ending in ("pth", "pt", "bin") else "a readable safetensors"
+    with pytest.raises(ArtifactError, match=rf"{file} (is not|cannot be read as) {why}") as error:
         load(str(file))
+    assert "\n" not in str(error.value)
     folder = tmp_path / "timm"
     folder.mkdir()
     settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 10}

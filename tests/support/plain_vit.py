@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,3 +124,14 @@ def merge(
         counts.append(total)
         groups.append(group)
     return torch.stack(tokens), torch.stack(counts), groups
+
+
+def mae_table(side: int, width: int) -> np.ndarray:
+    """Return MAE's table [side * side, D] of a square grid in float64 (2111.06377, its code).
+
+    Its code passes the columns first to the mesh grid, so the half that it calls `emb_h` has them.
+    """
+    rates = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    across, down = np.tile(np.arange(side), side), np.repeat(np.arange(side), side)
+    angles = [np.outer(places, rates) for places in (across, down)]
+    return np.hstack([f(angle) for angle in angles for f in (np.sin, np.cos)])

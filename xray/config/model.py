@@ -22,6 +22,9 @@ class ModelConfig:
     # pooling of the tokens into one feature: the CLS token (which is added to a model without one),
     # timm's attention pooling head (map, as in SigLIP) or the mean of the patch tokens
     pool: Literal["cls", "map", "mean"] = added("cls")
+    # positions of the later time slots of a clip: one for each slot, added to those of the grid, or
+    # one for each token, as in VideoMAE (video: joint)
+    clip_positions: Literal["slots", "tokens"] = added("slots")
     # pooling of the frames' features (video: frames)
     frame_pool: Literal["mean", "attention"] = "mean"
     # token reduction: evit keeps the tokens with the most attention of CLS (or of what pools them),

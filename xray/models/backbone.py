@@ -11,6 +11,7 @@ D width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from xray.models.pooling import AttentionPooling, pool_tokens, pooling_head
 from xray.models.rotary import Rotary
 from xray.models.timm_vit import create_timm, pools_prefix
 from xray.models.token_reduction import KeepRate, Spec, TokenState, kept_tokens
-from xray.models.weight_loading import load_pretrained, resample_time
+from xray.models.weight_loading import load_pretrained, resample_clip
 
 
 class Tokens(NamedTuple):
@@ -103,7 +104,8 @@ class VisionBackbone(nn.Module):
         self.patch_embed = TubeletEmbed(vit.patch_embed.proj, vit.patch_embed.norm, config.tubelet)
         self.pos_temporal = self.frame_query = None
         if self.video == "joint" and slots > 1:
-            self.pos_temporal = nn.Parameter(torch.empty(1, slots - 1, vit.embed_dim))
+            each = [math.prod(self.grid)] if config.clip_positions == "tokens" else []
+            self.pos_temporal = nn.Parameter(torch.empty(1, slots - 1, *each, vit.embed_dim))
             nn.init.trunc_normal_(self.pos_temporal, std=0.02)
         if self.video == "frames" and config.frame_pool == "attention":
             # with a zero query, attention pooling equals the mean at the start of training
@@ -314,9 +316,9 @@ class VisionBackbone(nn.Module):
         """
         time = None
         if slots > 1 and self.pos_temporal is not None:
-            time = resample_time(self.pos_temporal, slots)
+            time = resample_clip(self.pos_temporal, slots, self.grid, (h, w), self.antialias)
         if self.pos_embed is None:
-            return None, None if time is None else time.repeat_interleave(h * w, dim=1)
+            return None, None if time is None else time.expand(-1, -1, h * w, -1).flatten(1, 2)
         table = resample_abs_pos_embed(
             self.pos_embed,
             new_size=[h, w],
@@ -328,7 +330,7 @@ class VisionBackbone(nn.Module):
         if time is None:
             positions = spatial.repeat(1, slots, 1)
         else:
-            positions = (spatial[:, None] + time[:, :, None]).flatten(1, 2)
+            positions = (spatial[:, None] + time).flatten(1, 2)
         return table[:, : self.position_prefix] if self.position_prefix else None, positions
 
     # timm's interface -------------------------------------------------------------------------

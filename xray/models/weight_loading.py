@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from xray.config import ModelConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.models.hub import hub
+from xray.models.mae_checkpoints import clip_table, published, read_weights
 from xray.models.patch_embed import inflate
 from xray.models.timm_vit import timm_kwargs
 
@@ -34,14 +34,15 @@ HEADS = ("head.", "head_drop.")  # parts of timm's models that the backbone lack
 def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
     """Load the weights that `model.pretrained` names.
 
-    It is `timm` (the default weights of `model.name`), a hub name or a .safetensors file. Raises
+    It is `timm` (the default weights of `model.name`), a hub name or a file: .safetensors, or a
+    torch file of plain tensors, by timm's names or in the layouts of MAE and VideoMAE. Raises
     ConfigError if the weights are not available and ArtifactError if they do not fit.
     """
     if not config.pretrained:
         return
     source = config.pretrained
     from_timm = source == "timm" or source.startswith(HUBS)
-    state = _from_timm(config) if from_timm else _from_file(source)
+    state = _from_timm(config) if from_timm else _from_file(source, backbone)
     unused = HEADS if backbone.attn_pool is not None else (*HEADS, "attn_pool.")
     state = {key: value for key, value in state.items() if not key.startswith(unused)}
     current = backbone.state_dict()
@@ -67,18 +68,32 @@ def _from_timm(config: ModelConfig) -> dict[str, Tensor]:
             ) from error
 
 
-def _from_file(path: str) -> dict[str, Tensor]:
+def _from_file(path: str, backbone: VisionBackbone) -> dict[str, Tensor]:
+    origin = f"model.pretrained={path}"
     if not Path(path).is_file():
         raise ConfigError(
-            f"model.pretrained={path} is not a file: set it to a .safetensors file, `timm`, or a "
-            "hub name such as hf-hub:timm/vit_base_patch16_224.mae"
+            f"{origin} is not a file: set it to a .safetensors file, `timm`, or a hub name such as "
+            "hf-hub:timm/vit_base_patch16_224.mae"
         )
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own error types
-        raise ArtifactError(
-            f"model.pretrained={path} is not a readable safetensors file: {error}"
-        ) from error
+    found = published(read_weights(Path(path), origin), origin)
+    if not found.sinusoid:
+        return found.backbone
+    return {**found.backbone, **_sinusoids(backbone, origin)}
+
+
+def _sinusoids(backbone: VisionBackbone, origin: str) -> dict[str, Tensor]:
+    """Return VideoMAE's fixed positions for the backbone's own size, by our names."""
+    clip, slots = backbone.pos_temporal, 1
+    if clip is not None:
+        if clip.ndim == 3:
+            raise ConfigError(
+                f"{origin} is of VideoMAE, whose positions are of each token of a clip: set "
+                "model.clip_positions=tokens"
+            )
+        slots += clip.shape[1]
+    first, later = clip_table((slots, *backbone.grid), backbone.embed_dim)
+    table = {"pos_embed": F.pad(first, (0, 0, backbone.position_prefix, 0))}
+    return table if clip is None else {**table, "pos_temporal": later}
 
 
 def _renamed(key: str, old: str, new: str) -> str:
@@ -114,7 +129,7 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
             antialias=backbone.antialias,
         )
         log.info("%s: position embedding resized to %s", origin, backbone.grid)
-    _adapt_time(state, current, origin)
+    _adapt_time(state, backbone, origin)
     added = {"frame_query"} | ({"cls_token"} if backbone.cls_added else set())
     for key in added:
         if key in current and key not in state:
@@ -138,9 +153,9 @@ def load_adapted(backbone: VisionBackbone, state: Mapping[str, Tensor], origin: 
     backbone.load_state_dict(state)
 
 
-def _adapt_time(state: dict[str, Tensor], current: Mapping[str, Tensor], origin: str) -> None:
-    """Resize clip positions in time, set absent ones to zero, drop those that the model lacks."""
-    loaded, target = state.pop("pos_temporal", None), current.get("pos_temporal")
+def _adapt_time(state: dict[str, Tensor], backbone: VisionBackbone, origin: str) -> None:
+    """Resize clip positions, set absent ones to zero, drop those that the model lacks."""
+    loaded, target = state.pop("pos_temporal", None), backbone.pos_temporal
     if target is None:
         if loaded is not None:
             log.info("%s: clip positions dropped", origin)
@@ -148,10 +163,34 @@ def _adapt_time(state: dict[str, Tensor], current: Mapping[str, Tensor], origin:
     if loaded is None:
         state["pos_temporal"] = torch.zeros_like(target)
         return
-    if loaded.shape[1] != target.shape[1]:
-        loaded = resample_time(loaded, target.shape[1] + 1)[:, 1:]
-        log.info("%s: clip positions resized to %d", origin, target.shape[1] + 1)
+    if loaded.shape != target.shape and loaded.shape[-1] == target.shape[-1]:
+        slots, side = target.shape[1] + 1, math.isqrt(loaded.shape[2])
+        grids = (side, side), backbone.grid
+        resized = resample_clip(loaded, slots, *grids, backbone.antialias)[:, 1:]
+        log.info("%s: clip positions resized to %d slots", origin, slots)
+        # one for each token from one for each slot, or the other way round
+        resized = resized.mean(dim=2) if target.ndim == 3 else resized.expand_as(target)
+        loaded = resized.contiguous()
     state["pos_temporal"] = loaded
+
+
+def resample_clip(
+    table: Tensor, slots: int, old: tuple[int, int], new: tuple[int, int], antialias: bool
+) -> Tensor:
+    """Resample clip positions [1, s, D] or [1, s, n, D] to [1, slots, 1 or n', D].
+
+    old, new: grids (h, w) of the n and n' places. See `resample_time`.
+    """
+    if table.ndim == 3:
+        return resample_time(table, slots)[:, :, None]
+    width = table.shape[3]
+    if old != new:  # the time slots of a place as one long vector
+        flat = table.transpose(1, 2).flatten(2)
+        flat = resample_abs_pos_embed(
+            flat, list(new), list(old), num_prefix_tokens=0, antialias=antialias
+        )
+        table = flat.unflatten(2, (-1, width)).transpose(1, 2)
+    return resample_time(table.flatten(2), slots).unflatten(2, (-1, width))
 
 
 def resample_time(pos_temporal: Tensor, slots: int) -> Tensor:

@@ -235,7 +235,7 @@ def blocks(sources: Sequence[Found], most: int, devices: int) -> list[Settings]:
 
 
 def _add_pretrained(made: Draft, pretrained: str) -> None:
-    if pretrained.endswith(".safetensors"):
+    if pretrained.endswith((".safetensors", ".pth", ".pt", ".bin")):
         made.settings["model"] = {"pretrained": pretrained}
         made.comments["model"] = "set name, if the file is not of a vit_small_patch16_224"
         return
