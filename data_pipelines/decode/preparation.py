@@ -79,12 +79,13 @@ def prepare(frames: Tensor, data: DataConfig, size: int, crops: int = 1) -> list
     Raises ConfigError for three views of a squashed picture, which are equal.
     """
     height, width = frames.shape[2:]
-    if data.resize == "crop":
+    if not data.resizes_first:
         boxes = view_boxes(width, height, crops, data.crop_pct)
         return [crop_and_resize(frames, box, size, data.interpolation) for box in boxes]
     if data.resize == "squash" and crops != 1:
         raise ConfigError(f"crops={crops}: data.resize=squash shows the whole picture: set 1")
-    resized = _resize_whole(frames, data, math.floor(size / data.crop_pct))
+    # as in timm, where a share such as 224 / 232 is not rounded down
+    resized = _resize_whole(frames, data, math.floor(size / data.crop_pct + 1e-6))
     height, width = resized.shape[2:]
     if crops == 1:  # torchvision's centre, which all those libraries take
         corners = [(round((width - size) / 2), round((height - size) / 2))]

@@ -70,7 +70,7 @@ def load_pixels(sample: Sample, data: DataConfig, rng: np.random.Generator | Non
 
     interpolation: Interpolation = "bicubic" if rng is not None else data.interpolation
     with metered(sample.modality):
-        if rng is None and data.resize != "crop":
+        if rng is None and data.resizes_first:
             return prepare(_whole(media, sample, data), data, sample.resolution)[0]
         if sample.deferred is not None and interpolation == "bicubic":  # the device has no other
             empty = sample.deferred.take(media, draw, sample.resolution)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny import SMALL, settings, train
 from two_process import halfway
 
+from stages.hashtag import HashtagStage
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import VisionEncoder, restore_decoder, vision_encoder
 from xray.config import ModelConfig
@@ -23,7 +24,7 @@ from xray.config.data import IMAGENET
 from xray.errors import ConfigError
 from xray.models.backbone import VisionBackbone
 from xray.models.normalisation import normalisation_of
-from xray.training.run import holds_another_run
+from xray.training.run import Run, holds_another_run
 
 
 def recorded(run: Path, section: str) -> dict[str, Any]:
@@ -169,3 +170,25 @@ def test_without_weights_mean_and_std_are_those_of_imagenet(demo: Path, tmp_path
     assert (data["mean"], data["std"]) == IMAGENET
     with pytest.raises(ConfigError, match="must have three numbers each, std above 0"):
         settings("mae", demo, tmp_path, "data.std=[0, 0, 0]")
+
+
+def test_a_stage_prepares_pictures_as_its_parent(demo: Path, tmp_path: Path) -> None:
+    own = ("data.resize=squash", "data.interpolation=bilinear", "train.samples=12")
+    parent = [train("mae", demo, tmp_path / "parent", *own).path]
+    for name, given, expected in (
+        ("child", (), ("squash", "bilinear", 1.0)),
+        ("changed", ("data.crop_pct=0.9",), ("squash", "bilinear", 0.9)),
+        ("other", ("data.resize=crop",), ("crop", "bicubic", 1.0)),
+    ):
+        config = settings("hashtag", demo, tmp_path / name, *given)
+        config.init_from = [str(path) for path in parent]
+        run = Run.open(HashtagStage, config)
+        run.settle(torch.device("cpu"))
+        data = run.record["config"]["data"]
+        keys = {"resize": "crop", "interpolation": "bicubic", "crop_pct": 1.0}
+        assert tuple(data.get(key, usual) for key, usual in keys.items()) == expected
+    # a run without the key cropped, and goes on
+    older = halfway(tmp_path / "parent", tmp_path / "older")
+    made_older(older, "data", "resize", "interpolation")
+    assert not holds_another_run(settings("mae", demo, older, "train.samples=12"))
+    assert holds_another_run(settings("mae", demo, older, *own))

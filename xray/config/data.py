@@ -10,7 +10,7 @@ from xray.config.identity import added, left_open, runtime
 from xray.errors import ConfigError, nearest
 
 IMAGENET: tuple[list[float], list[float]] = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-Resize = Literal["crop", "shortest", "squash"]
+Resize = Literal["auto", "crop", "shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 
@@ -66,8 +66,9 @@ class DataConfig:
     frame_rate: float = 8.0  # frames per second (strided)
     segment_seconds: float = 2.0  # length of the random segment (segment)
     # how evaluation and inference make a picture square: crop the centre and resize it; resize the
-    # short side and crop; or resize both sides, whatever their ratio
-    resize: Resize = added("crop")
+    # short side and crop; or resize both sides, whatever their ratio. auto = as the parent artifact
+    # does, otherwise crop. Runs made before the key existed have crop
+    resize: Resize = added("auto", older="crop")
     interpolation: Interpolation = added("bicubic")  # of evaluation and inference
     crop_pct: float = added(1.0)  # side of their centre crop, as a share of the picture's
     # smallest and largest area of the random crop, as a share of the picture
@@ -92,6 +93,11 @@ class DataConfig:
     fetch_patience: float = runtime(600.0)  # seconds to keep trying to fetch one shard
     root: str = runtime("")  # base of relative shards: a folder or a URL
     workers: int = runtime(2)  # loader processes per rank; 0 = in the training process
+
+    @property
+    def resizes_first(self) -> bool:
+        """True if evaluation resizes the whole picture, before it crops."""
+        return self.resize in ("shortest", "squash")
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:

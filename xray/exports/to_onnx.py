@@ -23,7 +23,6 @@ from xray.models.token_reduction import KeepRate
 OPSET = 18
 FILE = "model.onnx"
 CROPS = {  # by data.resize
-    "crop": "the largest centred square",
     "shortest": "the centre, after the short side is resized",
     "squash": "none: both sides are resized",
 }
@@ -139,8 +138,8 @@ def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> di
         "mean": mean,
         "std": std,
         "interpolation": data.interpolation,
-        "resize": data.resize,
+        "resize": data.resize if data.resizes_first else "crop",
         "crop_pct": data.crop_pct,
-        "crop": CROPS[data.resize],
+        "crop": CROPS.get(data.resize, "the largest centred square"),
         "keep_rate": tower.keep_rate,
     }

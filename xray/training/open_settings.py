@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from xray import dist
 from xray.artifacts.artifact import Artifact
@@ -17,15 +17,17 @@ from xray.models.normalisation import Normalisation, normalisation_of, of_releas
 
 log = logging.getLogger("xray")
 C = TypeVar("C", bound=RunConfig)
+PREPARATION: dict[str, Any] = {"resize": "auto", "interpolation": "bicubic", "crop_pct": 1.0}
 SAME = 1e-3  # largest difference of a mean or std that was rounded
 
 
 def decided(config: C, vision: Artifact | None, weights: ModelConfig | None) -> C:
-    """Decide model.sincos, data.mean and data.std, and return the config; as on rank 0. Collective.
+    """Decide the settings that are left open, and return the config; as on rank 0. Collective.
 
-    vision, weights: the artifact that the backbone starts from, and the settings of the weights
-    that it would load; None without a backbone. A run that exists keeps its own values. Raises
-    ConfigError if data.mean or data.std contradict the weights.
+    They are model.sincos, data.mean, data.std and data.resize. vision, weights: the artifact that
+    the backbone starts from, and the settings of the weights that it would load; None without a
+    backbone. A run that exists keeps its own values. Raises ConfigError if data.mean or data.std
+    contradict the weights.
     """
     sincos = "rows" if config.model.rows_first else "columns"
     given = config.data.mean, config.data.std
@@ -33,9 +35,20 @@ def decided(config: C, vision: Artifact | None, weights: ModelConfig | None) -> 
     if not dist.broadcast_object(begun):
         reading = "reading what the weights were trained with"
         given = dist.main_first(lambda: normalisation(config.data, vision, weights), reading)
-    sincos, (mean, std) = dist.broadcast_object((sincos, given))
-    data = replace(config.data, mean=list(mean), std=list(std))
+    prepared = preparation(config.data, vision)
+    sincos, (mean, std), prepared = dist.broadcast_object((sincos, given, prepared))
+    data = replace(config.data, mean=list(mean), std=list(std), **prepared)
     return replace(config, model=replace(config.model, sincos=sincos), data=data)
+
+
+def preparation(data: DataConfig, vision: Artifact | None) -> dict[str, Any]:
+    """Return data.resize, interpolation and crop_pct; with auto, those of the parent artifact."""
+    source = data if vision is None or data.resize != "auto" else data_config(vision)
+    values = {name: getattr(source, name) for name in PREPARATION}
+    for name, usual in PREPARATION.items():
+        if getattr(data, name) != usual:  # given
+            values[name] = getattr(data, name)
+    return {**values, "resize": "crop"} if values["resize"] == "auto" else values
 
 
 def normalisation(
