@@ -103,7 +103,7 @@ class VisionModule(StageModule):
         self.towers = nn.ModuleDict({"vision": make_backbone(config)})
         self.normalize = Normalize(*config.data.normalisation)
 
-        self.frozen_until = config.optim.vision.freeze
+        self.frozen_until = config.optim.vision.frozen_until
 
     @property
     def vision(self) -> VisionBackbone:

@@ -16,7 +16,7 @@ ALONE = ("logit_scale", "logit_bias")  # parameters in a separate group
 SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # moments of a parameter
 # Parameters of a tower's stem, and of its blocks.
 BOTTOM = re.compile(r"embed|cls_token|reg_token|pos_temporal|norm_pre|wte|wpe|shared")
-BLOCK = re.compile(r"\.(?:blocks?|layers?|h)\.(\d+)\.")
+BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?|h)\.(\d+)\.")
 
 
 def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
@@ -29,14 +29,6 @@ def lr_at(progress: float, config: OptimConfig, global_batch: int) -> float:
     return floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-def freeze_towers(module: nn.Module, config: OptimConfig) -> None:
-    """Set requires_grad=False for towers that are frozen throughout (`freeze` of 1)."""
-    towers: Any = getattr(module, "towers", {})
-    for name, tower in towers.items():
-        if getattr(config, name).freeze >= 1:
-            tower.requires_grad_(False)
-
-
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Return trained parameters by (lr_scale, freeze, weight_decay); logit scale and bias apart.
 
@@ -45,7 +37,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     """
     towers: Any = getattr(module, "towers", {})
     settings = {name: getattr(config, name) for name in towers}
-    depths = {name: _depth(tower) for name, tower in towers.items()}
+    depths = {name: depth_of(tower) for name, tower in towers.items()}
     exempt = {
         f"towers.{name}.{own}"
         for name, tower in towers.items()
@@ -58,7 +50,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and name not in exempt and not name.endswith("mask_token")
-        below = depths[tower] + 1 - _layer(name, depths[tower]) if tower else 0
+        below = depths[tower] + 1 - layer_of(name, depths[tower]) if tower else 0
         lr_scale = config.logit_scale_lr if name in ALONE else own.lr * own.layer_decay**below
         weight_decay = config.weight_decay if decayed else 0.0
         key = (name in ALONE, lr_scale, own.freeze, weight_decay)
@@ -67,9 +59,9 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     return list(groups.values())
 
 
-def _depth(tower: nn.Module) -> int:
+def depth_of(tower: nn.Module) -> int:
     """Return the number of blocks of a tower."""
-    return 1 + max((_block(f".{name}") for name, _ in tower.named_parameters()), default=-1)
+    return 1 + max((_block(name) for name, _ in tower.named_parameters()), default=-1)
 
 
 def _block(name: str) -> int:
@@ -77,7 +69,7 @@ def _block(name: str) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _layer(name: str, depth: int) -> int:
+def layer_of(name: str, depth: int) -> int:
     """Return a parameter's layer: 0 is the stem, 1 the first block, depth + 1 all after them."""
     block = _block(name)
     return block + 1 if block >= 0 else 0 if BOTTOM.search(name) else depth + 1

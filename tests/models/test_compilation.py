@@ -19,6 +19,7 @@ from xray.errors import ConfigError
 from xray.models import VisionBackbone, timm_vit
 from xray.models.compilation import compile_blocks, explained_limit
 from xray.models.drop_path import DropPath
+from xray.models.lora import add_lora
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.text_tower import TextTower
 
@@ -99,6 +100,20 @@ def test_blocks_with_recomputed_mlps_share_graphs() -> None:
         outputs.append([run(model), run(model, rate=0.7), model.cls_token.grad])
     for one, other in zip(*outputs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+    assert 0 < graphs() <= 5 and not counters["graph_break"]
+
+
+def test_blocks_with_lora_share_graphs() -> None:
+    outputs = []
+    for compiled in (False, True):
+        model = backbone(drop_path=0.0).train()
+        add_lora(model, 2, 4)
+        if compiled:
+            compile_blocks(model, "aot_eager")
+        last = model.get_parameter("blocks.11.attn.qkv.lora_b")
+        outputs.append([run(model), run(model, rate=0.7), last.grad])
+    for one, other in zip(*outputs, strict=True):
+        assert one.any() and torch.allclose(one, other, atol=1e-5)
     assert 0 < graphs() <= 5 and not counters["graph_break"]
 
 

@@ -92,6 +92,8 @@ def test_flops_equal_those_of_a_real_step(stage: str, demo: Path, tmp_path: Path
         ("clip", ("text.max_length=16", "clip.adapter_blocks=0", "train.micro_batch=4")),
         ("hashtag", ("model.grad_checkpointing=true",)),
         ("hashtag", ("model.grad_checkpointing=mlp",)),
+        ("hashtag", ("optim.vision.tune=lora",)),
+        ("mae", ("optim.vision.tune=last:2", "zero.stage=1")),
     ],
 )
 def test_memory_is_close_to_that_of_a_real_step(stage: str, overrides: tuple[str, ...]) -> None:
@@ -99,6 +101,25 @@ def test_memory_is_close_to_that_of_a_real_step(stage: str, overrides: tuple[str
     memory = compare(stage, overrides)
     assert memory["measured"] > 5e6
     assert abs(memory["planned"] / memory["measured"] - 1) < 0.1, memory
+
+
+def test_a_part_of_the_tower_takes_less_memory_and_work(demo: Path, tmp_path: Path) -> None:
+    """The less, the fewer blocks a gradient passes; a plan of `none` equals one of freeze=1."""
+    plans = {
+        tune: resources(
+            settings("hashtag", demo, tmp_path, IMAGES, f"optim.vision.{tune}"), FACTS, 1
+        )
+        for tune in ("tune=full", "tune=lora", "tune=bias", "tune=last:1", "tune=none", "freeze=1")
+    }
+    full, lora, bias, last, none, frozen = plans.values()
+    head = none.size.trained
+    assert frozen.size == none.size and frozen.memory == none.memory
+    assert head < bias.size.trained < lora.size.trained < full.size.trained
+    for each in (lora, bias, last):
+        assert each.memory.optimizer == 8 * each.size.trained < full.memory.optimizer
+        assert none.memory.total < each.memory.total < full.memory.total
+        assert each.checkpoint == 12 * each.size.trained
+    assert none.flops < last.flops < 0.8 * bias.flops < lora.flops < full.flops
 
 
 def test_recomputing_mlps_saves_much_memory_for_few_flops(demo: Path, tmp_path: Path) -> None:

@@ -19,10 +19,25 @@ LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 WHOLE = [(stage, zero) for stage in ("mae", "hashtag", "clip") for zero in (0, 1, 2, 3)]
 QUICK = [(stage, zero) for stage in ("mae", "clip") for zero in (0, 1, 3)]
 # Runs without a resume.
-MORE = [("hashtag", 3), ("pooled", 3), ("rotary", 3), ("sigmoid", 1), ("one_batch", 0), ("text", 2)]
+MORE = [
+    ("hashtag", 3),
+    ("pooled", 3),
+    ("rotary", 3),
+    ("sigmoid", 1),
+    ("one_batch", 0),
+    ("text", 2),
+    ("lora", 1),
+    ("lora", 3),
+]
 MOVES = [(stage, a, b) for stage, a in WHOLE for b in (0, 1, 2, 3) if a != b]
 # Stage of runs that have another name.
-STAGES = {"sigmoid": "clip", "one_batch": "clip", "pooled": "hashtag", "rotary": "mae"}
+STAGES = {
+    "sigmoid": "clip",
+    "one_batch": "clip",
+    "pooled": "hashtag",
+    "rotary": "mae",
+    "lora": "clip",
+}
 # Settings that must not change the result. Without the threshold of 0, ZeRO 3 would not shard so
 # small a model.
 WITHOUT_EFFECT = {
@@ -50,6 +65,7 @@ CHANGES = {
     # EViT scores the tokens by weights of the pooling head, outside of its forward pass
     "pooled": ["model.name=vit_base_patch16_siglip_224", "model.pool=map"],
     "rotary": ["model.name=eva02_tiny_patch14_224", "model.kwargs.patch_size=8"],
+    "lora": [ALL_TOKENS, "optim.vision.tune=lora", "train.micro_batch=2"],  # of the image tower
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages import stage_class
 from stages.base import Parents
+from stages.tuning import set_trained
 from xray.errors import ConfigError
 from xray.training import throughput
 from xray.training.gpu_specs import gpu_of
@@ -32,7 +33,9 @@ def built(stage: str, demo: Path, out: Path, *overrides: str) -> tuple[Any, Any]
     config = settings(stage, demo, out, *overrides)
     made = stage_class(stage)(config)
     made.prepare(open_sources(config.data, list(config.data.sources)), Parents())
-    return made, made.build(Parents())
+    module = made.build(Parents())
+    set_trained(module, config.optim)
+    return made, module
 
 
 def test_every_logged_line_has_the_throughput(demo: Path, tmp_path: Path) -> None:
@@ -104,6 +107,8 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     ("stage", "more"),
     [
         ("mae", ()),
+        ("mae", ("optim.vision.tune=lora",)),
+        ("clip", ("optim.vision.tune=last:1",)),
         ("clip", ()),  # the LLM is not trained
         ("clip", ("optim.vision.freeze=1.0", "text.tune=full")),
         ("clip", ("text.tune=lora", "text.lora_rank=4")),

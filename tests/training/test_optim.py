@@ -14,8 +14,9 @@ from torch import nn
 from stages.base import Parents
 from stages.clip import ClipStage
 from stages.mae import MaeModule
-from xray.config import OptimConfig, TowerOptim
-from xray.optim import freeze_towers, lr_at, make_optimizer, parameter_groups, set_lr
+from stages.tuning import set_trained
+from xray.config import OptimConfig, TowerOptim, VisionOptim
+from xray.optim import lr_at, make_optimizer, parameter_groups, set_lr
 
 
 def test_lr_is_scaled_by_the_batch_and_warms_up_and_decays() -> None:
@@ -29,7 +30,7 @@ def test_lr_is_scaled_by_the_batch_and_warms_up_and_decays() -> None:
 
 def test_parameters_are_grouped_by_decay_and_depth(demo: Path, tmp_path: Path) -> None:
     module = MaeModule(settings("mae", demo, tmp_path))
-    config = OptimConfig(vision=TowerOptim(layer_decay=0.5), weight_decay=0.1)
+    config = OptimConfig(vision=VisionOptim(layer_decay=0.5), weight_decay=0.1)
     groups = parameter_groups(module, config)
     names = {id(p): n for n, p in module.named_parameters()}
     where = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -55,7 +56,7 @@ def scales(module: nn.Module, config: OptimConfig) -> dict[str, float]:
 def test_each_tower_has_its_own_lr(demo: Path, tmp_path: Path, tune: str) -> None:
     stage = ClipStage(settings("clip", demo, tmp_path, f"text.tune={tune}", "text.lora_rank=2"))
     stage.prepare({}, Parents())
-    vision, text = TowerOptim(lr=0.5, layer_decay=0.7), TowerOptim(lr=0.1, layer_decay=0.3)
+    vision, text = VisionOptim(lr=0.5, layer_decay=0.7), TowerOptim(lr=0.1, layer_decay=0.3)
     module = stage.build(Parents())
     where = scales(module, OptimConfig(vision=vision, text=text, logit_scale_lr=2.0))
     assert where.keys() == {n for n, p in module.named_parameters() if p.requires_grad}
@@ -78,7 +79,7 @@ def test_each_tower_has_its_own_lr(demo: Path, tmp_path: Path, tune: str) -> Non
         if not name.startswith("towers."):  # the adapter has blocks too
             assert scale == (2.0 if name == "logit_scale" else 1.0), name
     frozen = OptimConfig(vision=vision, text=TowerOptim(freeze=1))
-    freeze_towers(module, frozen)
+    set_trained(module, frozen)
     left = {id(p) for group in parameter_groups(module, frozen) for p in group["params"]}
     assert {id(p) for p in module.parameters() if p.requires_grad} == left
     assert not any(p.requires_grad for p in module.towers["text"].parameters())
@@ -135,7 +136,7 @@ def test_a_frozen_group_has_lr_0_until_its_freeze_ends() -> None:
     module = nn.Module()
     module.towers = nn.ModuleDict({"vision": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
     module.head = nn.Linear(2, 2)
-    config = OptimConfig(vision=TowerOptim(lr=0.5, freeze=0.4), text=TowerOptim(freeze=0.6))
+    config = OptimConfig(vision=VisionOptim(lr=0.5, freeze=0.4), text=TowerOptim(freeze=0.6))
     groups = parameter_groups(module, config)
     names = {id(p): name.split(".")[-2] for name, p in module.named_parameters()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipelines.stream.loaded import Loaded
 from stages import stage_class
 from stages.base import Batch, Facts
+from stages.tuning import set_trained
 from xray.config import BlockConfig
 from xray.config.loading import load_config, merge
 from xray.models.tiny_llm import tiny_settings
@@ -92,6 +93,7 @@ class StageSteps:
         torch.manual_seed(seed)
         with torch.device(build_on):
             self.module: Any = self.stage.meta_module(Facts(TAGS, llm))
+        set_trained(self.module, self.config.optim)
         self.engine = Engine(self.module.to(device), self.config)
         self.accumulator = Accumulator(self.engine, self.stage, device, seed)
         self.shape = step_shape(self.stage, self.config.blocks, PROGRESS)

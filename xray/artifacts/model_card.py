@@ -96,6 +96,12 @@ def _shape(artifact: Artifact) -> list[str]:
             f"of {side} px and clips of {frames} frames, tubelets of {model.tubelet}; token "
             f"reduction {model.reduce} at keep rate {manifest['keep_rate']}."
         )
+        own = manifest.get("parameters", {}).get("vision")
+        if own and own["trained"] < own["all"]:
+            lines.append(
+                f"This stage trained {100 * own['trained'] / own['all']:.3g} % of the backbone's "
+                "parameters (`optim.vision`)."
+            )
     if "text" in manifest["tensors"]:
         text = text_config(artifact)
         length = "padded to" if text.padding == "full" else "up to"

@@ -8,7 +8,14 @@ from xray.config.data import BlockConfig, DataConfig, SourceConfig
 from xray.config.identity import runtime
 from xray.config.model import Features, ModelConfig, Precision, TextConfig
 from xray.config.run import RunConfig, dump
-from xray.config.training import DebugConfig, OptimConfig, TowerOptim, TrainConfig, ZeroConfig
+from xray.config.training import (
+    DebugConfig,
+    OptimConfig,
+    TowerOptim,
+    TrainConfig,
+    VisionOptim,
+    ZeroConfig,
+)
 from xray.errors import nearest
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "TextConfig",
     "TowerOptim",
     "TrainConfig",
+    "VisionOptim",
     "ZeroConfig",
     "dump",
     "nearest",

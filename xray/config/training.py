@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,6 +56,9 @@ OWNED = {
     "zero_optimization.zenflow": "checkpoints need the optimizer's own moments",
 }
 
+TUNES = ("full", "lora", "bias", "norm", "none")  # beside last:N
+LAST_BLOCKS = re.compile(r"last:([1-9]\d*)")
+
 
 @dataclass
 class TowerOptim:
@@ -63,6 +67,60 @@ class TowerOptim:
     lr: float = 1.0  # factor of the learning rate of this tower
     layer_decay: float = 1.0  # additional factor of the rate per block, from the top down
     freeze: float = 0.0  # share of the stage in which the tower is frozen; 1 = the whole stage
+
+    @property
+    def frozen_until(self) -> float:
+        """Progress at which the training of the tower begins; 1 = never."""
+        return self.freeze
+
+
+@dataclass
+class VisionOptim(TowerOptim):
+    """Learning rate, freezing and trained part of the image tower."""
+
+    # trained part: full, lora (low-rank updates of the attention, merged at export), bias, norm,
+    # last:N (the last N blocks and what follows them), none (frozen for the whole stage)
+    tune: str = added("full")
+    lora_rank: int = added(8)  # rank of the LoRA matrices (tune=lora)
+    lora_alpha: int = added(16)  # LoRA's scale: its update is multiplied by lora_alpha / lora_rank
+
+    @property
+    def frozen_until(self) -> float:
+        return 1.0 if self.tune == "none" else self.freeze
+
+    @property
+    def last_blocks(self) -> int:
+        """N of tune=last:N; 0 for the other values."""
+        found = LAST_BLOCKS.fullmatch(self.tune)
+        return int(found.group(1)) if found else 0
+
+    def validate(self) -> None:
+        """Check the settings of the trained part; raises ConfigError."""
+        if self.tune not in TUNES and not self.last_blocks:
+            raise ConfigError(
+                f"optim.vision.tune={self.tune} must be {', '.join(TUNES)} or last:N, for example "
+                f"last:4{nearest(self.tune, TUNES)}"
+            )
+        if self.freeze == 1 and self.tune not in ("full", "none"):
+            raise ConfigError(
+                f"optim.vision.freeze=1 and tune={self.tune} contradict each other: set "
+                "optim.vision.freeze below 1 to train a part of the image tower, or tune=none"
+            )
+        if self.lora_rank < 1 or self.lora_alpha <= 0:
+            raise ConfigError(
+                f"optim.vision: lora_rank={self.lora_rank} must be at least 1, and lora_alpha="
+                f"{self.lora_alpha} above 0"
+            )
+        unused = [
+            f"{name}={getattr(self, name)}"
+            for name in ("lora_rank", "lora_alpha")
+            if getattr(self, name) != getattr(VisionOptim, name)
+        ]
+        if unused and self.tune != "lora":
+            raise ConfigError(
+                f"optim.vision.{unused[0]} does nothing with optim.vision.tune={self.tune}: set "
+                "optim.vision.tune=lora, or remove it"
+            )
 
 
 @dataclass
@@ -77,7 +135,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of both moments
     eps: float = 1e-8  # added to the denominator of AdamW
     logit_scale_lr: float = 1.0  # factor of the learning rate of the logit scale and bias
-    vision: TowerOptim = field(default_factory=TowerOptim)
+    vision: VisionOptim = field(default_factory=VisionOptim)
     text: TowerOptim = field(default_factory=TowerOptim)
     clip_grad: float = 1.0  # largest global norm of the gradients; 0 = off
 
@@ -100,6 +158,7 @@ class OptimConfig:
                     f"optim.{name}: lr={tower.lr} must be above 0 (set freeze instead), and "
                     f"layer_decay={tower.layer_decay} in (0, 1]"
                 )
+        self.vision.validate()
 
 
 @dataclass

@@ -20,7 +20,7 @@ from data_pipelines.stream.loaded import Fields
 from data_pipelines.stream.loader import WholeDataset, iterate_batches
 from xray.artifacts.encoders import VisionEncoder
 from xray.artifacts.manifest_config import data_config, model_config
-from xray.config import DataConfig, OptimConfig, TowerOptim
+from xray.config import DataConfig, OptimConfig, VisionOptim
 from xray.config.schedule import largest
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
@@ -104,7 +104,7 @@ def _train(
     device: torch.device,
 ) -> float:
     """Train for all epochs; returns the mean loss of the last one."""
-    tower = TowerOptim(layer_decay=config.layer_decay)
+    tower = VisionOptim(layer_decay=config.layer_decay)
     optim = OptimConfig(
         base_lr=config.base_lr, warmup=config.warmup, weight_decay=config.weight_decay,
         betas=[0.9, 0.999], vision=tower,

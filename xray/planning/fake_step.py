@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data_pipelines.stream.sampling import MicroBatch, StepShape
 from stages import stage_class
 from stages.base import Batch, Facts, Stage, StageModule
+from stages.tuning import set_trained
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig
 from xray.config.run import text_section
 from xray.config.schedule import steps_of
-from xray.optim import freeze_towers
 from xray.planning.memory_tracker import LiveBytes, materialize
 from xray.training.gradient_cache import CachedLoss, Pass, cached_losses, schedule, surrogate_loss
 from xray.training.row_shards import keep_own_rows, sharded_shapes
@@ -102,7 +102,7 @@ def planned(config: RunConfig, facts: Facts) -> tuple[Stage, StageModule]:
     stage = stage_class(config.stage)(plain)
     with torch.device("meta"):
         module = stage.meta_module(facts)
-    freeze_towers(module, config.optim)
+    set_trained(module, config.optim)
     return stage, module
 
 
@@ -237,7 +237,7 @@ def starts_of(config: RunConfig) -> Sequence[float]:
     """List points of progress, ascending and below 1, at which the cost of a step changes."""
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = {start for schedule in schedules for start, _ in steps_of(schedule)}
-    starts |= {config.optim.vision.freeze, config.optim.text.freeze}
+    starts |= {config.optim.vision.frozen_until, config.optim.text.frozen_until}
     starts |= {point for span in moving(config) for point in span}
     return sorted(start for start in starts if start < 1)
 

@@ -48,7 +48,7 @@ class Plan:
             table.rows.append((what, *values))
 
         line("parameters", [short(r["parameters"]) for r in rows])
-        line("trained parameters", [short(r["trained"]) for r in rows])
+        line("trained parameters", [_share(r["trained"], r["parameters"]) for r in rows])
         line("samples", [_count(r["samples"]) for r in rows])
         line("steps", [_count(r["steps"]) for r in rows])
         line("epochs", ["\n".join(_epochs(r)) for r in rows])
@@ -147,6 +147,10 @@ def _facts(
 
 def _count(number: int | None) -> str:
     return "unknown" if number is None else short(number)
+
+
+def _share(trained: int, parameters: int) -> str:
+    return f"{short(trained)} ({100 * trained / parameters:.3g} %)"
 
 
 def _epochs(row: dict[str, Any]) -> list[str]:

@@ -56,7 +56,6 @@ class Engine:
     """A stage's module and its optimizer under DeepSpeed."""
 
     def __init__(self, module: StageModule, config: RunConfig) -> None:
-        optim.freeze_towers(module, config.optim)
         groups = optim.parameter_groups(module, config.optim)
         if not groups:
             raise ConfigError(

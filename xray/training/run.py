@@ -19,6 +19,7 @@ from data_pipelines.shards.manifest import as_named
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
 from data_pipelines.stream.sampling import SamplePlan, make_plans
 from stages.base import Parents, Stage, StageModule, split_parents
+from stages.tuning import parameter_counts, set_trained
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
@@ -35,6 +36,7 @@ from xray.config.identity import (
 )
 from xray.errors import ConfigError, DataError
 from xray.files import lock_folder, sha256_file, write_text
+from xray.models.lora import merged
 from xray.records import read_record
 from xray.training.checkpoint import complete_checkpoints
 from xray.training.length import sizes_of
@@ -187,7 +189,9 @@ class Run:
     def build(self) -> StageModule:
         """Return the module before the first step, equal on every rank."""
         torch.manual_seed(self.config.seed)
-        return self.stage.build(self.parents)
+        module = self.stage.build(self.parents)
+        set_trained(module, self.config.optim)
+        return module
 
     def begin(self) -> None:
         """Lock the run's folder and write its config and record. Collective.
@@ -229,6 +233,7 @@ class Run:
             "data_digest": hash_json(self.record["data"]),
             "sources": self.record["data"],
             "inputs": self.record["inputs"],
+            "parameters": parameter_counts(module, state_dict),
             "keep_rate": module.keep_rate(state.step / self.config.steps),
             "weights": weights,
             "step": state.step,
@@ -237,7 +242,7 @@ class Run:
             "bad_samples": state.bad,
             "metrics": metrics,
         }
-        parts = self.stage.export(module, state_dict)
+        parts = self.stage.export(module, merged(module, state_dict))
         files = self.stage.export_files()
         write_artifact(path, parts, files, facts, named(self.parents), artifact_card)
 

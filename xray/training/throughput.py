@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from data_pipelines.stream.loaded import Loaded
 from stages.base import Stage, StageModule
+from stages.tuning import reach
 from xray import dist
-from xray.config import RunConfig, TowerOptim
+from xray.config import RunConfig
 from xray.config.schedule import value_at
 from xray.models.flops import linear_macs
 from xray.training.gpu_specs import gpu_of
@@ -31,10 +33,11 @@ class Throughput:
         if device.type == "cuda":
             gpu = gpu_of(torch.cuda.get_device_name(device))
             self.peak = None if gpu is None else gpu.peak(self.config.train.precision)
-        self.text_macs, self.trained = 0, 0.0
+        self.text_macs, self.forwards = 0, {"vision": 1.0, "text": 1.0}
         if "text" in module.towers:
             self.text_macs = linear_macs(module.towers["text"])
-            self.trained = linear_macs(module.towers["text"], trained=True) / self.text_macs
+        for name, tower in module.towers.items():
+            self.forwards[name] = _forwards_of(tower)
         self.restart()
 
     def restart(self) -> None:
@@ -56,11 +59,16 @@ class Throughput:
             self.tokens += block.samples * self.stage.visible(frames, progress)
             if self.peak is not None:
                 macs = block.samples * self.stage.macs(frames, progress)
-                self.flops += 2 * macs * _forwards(1.0, self.config.optim.vision, progress)
+                self.flops += 2 * macs * self._forwards("vision", progress)
         if self.peak is not None and self.text_macs:
             read = sum(item.batch["input_ids"].numel() for item in loaded)
             macs = dist.world_size() * read * self.text_macs  # ranks read about as much each
-            self.flops += 2 * macs * _forwards(self.trained, self.config.optim.text, progress)
+            self.flops += 2 * macs * self._forwards("text", progress)
+
+    def _forwards(self, tower: str, progress: float) -> float:
+        """Return a tower's cost per step in forwards at a progress."""
+        frozen = progress < getattr(self.config.optim, tower).frozen_until
+        return 1.0 if frozen else self.forwards[tower]
 
     def rates(self) -> dict[str, float]:
         """Return the rates of all ranks together since `restart`."""
@@ -73,9 +81,10 @@ class Throughput:
         return values
 
 
-def _forwards(trained: float, tower: TowerOptim, progress: float) -> float:
-    """Return a tower's cost per step in forwards; trained: share of weights with gradients.
+def _forwards_of(tower: nn.Module) -> float:
+    """Return a tower's cost per step in forwards.
 
-    A backward costs one forward for the gradients of activations, and one for those of weights.
+    A backward costs one forward for the gradients of activations, of the blocks that they pass, and
+    one for those of weights, of the weights that are trained.
     """
-    return 1.0 if not trained or progress < tower.freeze else 2.0 + trained
+    return 1.0 + reach(tower) + linear_macs(tower, trained=True) / linear_macs(tower)

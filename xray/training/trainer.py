@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 
 from stages.base import Stage
+from stages.tuning import in_words, parameter_counts
 from xray import dist
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.config import RunConfig
@@ -52,6 +54,9 @@ def train_stage(
 def _train(run: Run, device: torch.device, following: float) -> Artifact:
     config = run.config
     module = run.build()
+    counts = parameter_counts(module, dict(module.named_parameters()))
+    log.info("trains %s", in_words(counts))
+    _warn_of_random_weights(run, counts.get("vision"))
     engine = Engine(module, config)
     with ExitStack() as stack:
         stack.callback(engine.destroy)
@@ -84,6 +89,16 @@ def _train(run: Run, device: torch.device, following: float) -> Artifact:
             message = f"stage {run.stage.name} is finished; run the same command to continue"
             raise Preempted(message).on_all_ranks()
     return artifact
+
+
+def _warn_of_random_weights(run: Run, vision: Mapping[str, int] | None) -> None:
+    """Warn about an image tower of which a part keeps random weights; vision: its counts."""
+    started = run.parents.vision is not None or run.config.model.pretrained
+    if vision and vision["trained"] < vision["all"] and not started:
+        log.warning(
+            "optim.vision leaves weights of the image tower as they start, at random: start from "
+            "an artifact (--init-from), set model.pretrained, or set optim.vision.tune=full"
+        )
 
 
 def _restore(run: Run, engine: Engine) -> TrainState:
