@@ -4,7 +4,7 @@ Credentials are a user and password before the host, and the parameters of a que
 hold a key (`X-Amz-Signature`, `sig`, `token`, `Expires`, ...). `conceal` removes them where a URL
 enters the program and remembers them in this process; `reveal` adds them again where it is opened.
 So configs, file names, digests, messages and reports never hold them. `redact` removes them from
-any text, such as an error of a library.
+any text, such as an error of a library, and tokens of the Hugging Face Hub, which no URL has.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _SECRET = re.compile(
     r"|apikey|accesskey|accesskeyid|accessid|authorization)|sig|sign|key|pwd|pass|sas|jwt|auth|hmac"
     r"|expires|policy|keypairid|hashalgorithm"
 )
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # of the Hugging Face Hub
 _AZURE = frozenset(  # of a query that has `sig`
     {"sv", "st", "se", "sr", "sp", "spr", "sip", "ss", "srt", "si", "skoid", "sktid", "skt", "ske"}
     | {"sks", "skv", "saoid", "suoid", "scid", "sdd", "ses"}
@@ -46,8 +47,8 @@ _queries: dict[str, str] = {}  # likewise -> `name=value&name=value`
 
 
 def redact(text: str) -> str:
-    """Return a text without the credentials of the URLs in it."""
-    return _split(text, _QUERY)[0]
+    """Return a text without the credentials of the URLs in it, and without tokens of the hub."""
+    return _TOKEN.sub("hf_...", _split(text, _QUERY)[0])
 
 
 def conceal(url: str) -> str:

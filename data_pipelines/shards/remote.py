@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipelines.shards.tar_contents import is_system_file
-from xray.errors import DataError
+from xray import hub
+from xray.errors import ConfigError, DataError
 from xray.files import locked, make_folder, replacing
 from xray.urls import conceal, redact, remember, remembered, reveal
 
@@ -49,6 +50,7 @@ FINAL_STATUS = (401, 403, 405, 410, 451)
 _alive: set[Any] = set()
 Job = tuple[str, "int | None", "str | None"]  # url, size, sha256
 _caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
+_hub_answers = False  # the model hub has answered this process or the one it was forked from
 
 
 def _start_in_child() -> None:
@@ -70,6 +72,7 @@ def expand(url: str) -> list[str]:
 
     Raises DataError if there are none, or if the protocol needs a package that is not installed.
     """
+    _meet_hub(url)
     fs, path = filesystem(url, LIST_PATIENCE)
     if "{" in url:
         from webdataset.shardlists import expand_urls
@@ -86,6 +89,8 @@ def expand(url: str) -> list[str]:
         if not url.endswith("/") and url.partition("?")[0].endswith(".tar"):
             return [url]
         return expand(url.rstrip("/") + "/*.tar")
+    if hub.is_hub(url):
+        fs.invalidate_cache()
     with suppress(FileNotFoundError):
         names = retry(url, LIST_PATIENCE, lambda: fs.glob(path))
         if names := [name for name in names if not is_system_file(name)]:
@@ -93,8 +98,14 @@ def expand(url: str) -> list[str]:
     raise DataError(f"no shards at {url}")
 
 
-def fetch_small(url: str, patience: float) -> bytes | None:
-    """Download a small file to memory, None if it does not exist; raises DataError."""
+def fetch_small(url: str, patience: float, fresh: bool = False) -> bytes | None:
+    """Download a small file to memory, None if it does not exist; raises DataError.
+
+    fresh: forget the listing of its folder that fsspec may remember.
+    """
+    _meet_hub(url)
+    if fresh:
+        filesystem(url, patience)[0].invalidate_cache()
     with suppress(FileNotFoundError):
         body = retry(url, patience, lambda: _stream(url, io.BytesIO(), None, patience))
         return body.getvalue()
@@ -115,6 +126,18 @@ def fetch_file(url: str, target: Path, patience: float) -> str:
             return body.digest.hexdigest()
 
         return retry(url, patience, download)
+
+
+def _meet_hub(url: str) -> None:
+    """Raise DataError if a URL is on the model hub, and the hub has never answered this process.
+
+    Later on, and for shards, its silence is a temporary error.
+    """
+    global _hub_answers
+    if hub.is_hub(url) and not _hub_answers:
+        if silence := hub.silence():
+            raise DataError(f"{url} cannot be fetched: {silence}")
+        _hub_answers = True
 
 
 class ShardCache:
@@ -290,6 +313,9 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
+        if hub.is_hub(url):
+            hub.parse_address(url)
+
         if url.startswith(HTTP):
             from aiohttp import ClientTimeout
 
@@ -304,6 +330,8 @@ def filesystem(url: str, patience: float) -> tuple[Any, str]:
     except ImportError as error:
         missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         raise DataError(f"{url} needs a package: pip install {missing.name}") from error
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     except ValueError as error:
         raise DataError(redact(f"{url} cannot be opened: {error}")) from error
     _alive.add(fs)
@@ -319,7 +347,8 @@ def _stream(url: str, body: Body, size: int | None, patience: float) -> Body:
         fs.get_file(path, body)
     else:  # other file systems may not accept an open file in `get_file`
         size = fs.size(path) if size is None else size
-        with fs.open(path, block_size=BLOCK) as stream:
+        block = 0 if hub.is_hub(url) else BLOCK  # 0: the hub sends a file in one request
+        with fs.open(path, block_size=block) as stream:
             shutil.copyfileobj(stream, body, CHUNK)
     if size not in (None, body.tell()):
         raise OSError(f"received {body.tell():,} bytes, expected {size:,}")
@@ -336,7 +365,9 @@ def retry(what: str, patience: float, attempt: Callable[[], T]) -> T:
     while True:
         try:
             return attempt()
-        except (DataError, FileNotFoundError):
+        except (DataError, FileNotFoundError) as error:
+            if advice := hub.advice(error):  # the repository is missing, not only the file
+                raise DataError(f"{redact(what)} cannot be fetched: {advice}") from error
             raise
         except Exception as error:  # each protocol's package has its own error types
             (cause, final), spent = _explain(error), time.monotonic() - start
@@ -356,6 +387,8 @@ def _explain(error: Exception) -> tuple[str, bool]:
     aiohttp = sys.modules.get("aiohttp")  # if it is not imported, the error is not from it
     if aiohttp is not None and isinstance(error, aiohttp.ClientResponseError):
         return f"HTTP {error.status} {error.message}", error.status in FINAL_STATUS
+    if advice := hub.advice(error):
+        return advice, True
     text = " ".join(str(error).split()) or error.__cause__  # fsspec's timeouts have no text
     final = isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError))
     return redact(f"{type(error).__name__}: {text}"), final

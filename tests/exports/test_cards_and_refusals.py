@@ -13,6 +13,8 @@ from export_checks import assert_refused, code_of
 from in_process import invoke
 
 from xray.artifacts.artifact import open_artifact
+from xray.artifacts.lineage import Link
+from xray.artifacts.model_card import base_models
 from xray.exports import convert as converting
 
 
@@ -51,6 +53,33 @@ def test_the_card_of_an_export_states_the_largest_difference(
     assert all(0 <= float(value) <= 1e-5 for value in rows.values())
     assert "library_name: open_clip" in card and "apache-2.0" in card
     assert open_artifact(control).digest[:12] in card
+
+
+def test_a_card_names_the_models_of_the_hub_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--acme--llm"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1")
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "snapshots" / "1" / "config.json").write_text("{}")
+    manifests: list[dict[str, Any]] = [
+        {"config": {"model": {"name": "vit_base_patch16_224.mae", "pretrained": "timm"}}},
+        {"config": {"model": {"name": "vit_base_patch16_224", "pretrained": "hf-hub:acme/vit@v1"}}},
+        {"config": {"model": {"name": "a.b", "pretrained": "/data/model.safetensors"}}},
+        {"config": {"text": {"llm": "acme/llm"}}},
+        {"config": {"text": {"llm": "models/folder"}}},
+        {"config": {"text": {"llm": "/data/llm"}}},
+        {"config": {}, "imported": {"source": "hf-hub:acme/clip"}},
+        {"config": {}, "parents": {"vision": {"path": "hf://acme/parent@main"}}},
+    ]
+    chain = [Link(0, "", "", "", "", "found", {"parents": {}} | own) for own in manifests]
+    images = ["timm/vit_base_patch16_224.mae", "acme/vit", "acme/clip", "acme/parent"]
+    assert base_models(chain, texts=False) == images
+    assert base_models(chain) == [*images, "acme/llm"]
 
 
 def test_an_export_with_too_large_a_difference_is_refused(

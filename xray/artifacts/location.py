@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from data_pipelines.shards.remote import fetch_file, fetch_small, is_remote
+from xray.artifacts.shards import ENDING, index_name, join
 from xray.files import inside, sha256_file
 
 FIRST_PATIENCE = 60.0  # seconds of retries to read a manifest
@@ -37,7 +39,7 @@ class Place:
     def read(self, name: str) -> bytes | None:
         """Read a small file; None if there is none."""
         if self.remote:
-            return fetch_small(self._url(name), FIRST_PATIENCE)
+            return fetch_small(self._url(name), FIRST_PATIENCE, fresh=True)
         path = inside(self.folder, name)
         return path.read_bytes() if path.is_file() else None
 
@@ -50,12 +52,15 @@ class Place:
         return sha256_file(path) if path.is_file() else None
 
     def fetch(self, name: str, target: Path) -> str | None:
-        """Download a file of a URL and return its hash; None if there is none."""
+        """Download a file of a URL and return its hash; None if there is none.
+
+        Weights that are in several files there are joined.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileNotFoundError):
             return fetch_file(self._url(name), target, PATIENCE)
-        except FileNotFoundError:
-            return None
+        index = self.read(index_name(name)) if name.endswith(ENDING) else None
+        return None if index is None else join(index, name, target, self.fetch)
 
     def unnamed(self, files: list[str]) -> list[str]:
         """List other files in the subfolders of these, which a library would read."""

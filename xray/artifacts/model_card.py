@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from xray.artifacts.manifest_config import (
 )
 from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
 from xray.config.schedule import value_at
+from xray.hub import is_hub, parse_address
 from xray.urls import redact
 
 T = TypeVar("T")
@@ -37,6 +39,15 @@ USES = {
     VISION: ['features = model.encode_image("photo.jpg")  # [1, D], of unit length'],
     SENTENCES: ['vectors = model.encode_text(["a dog on a beach"])  # [1, D], of unit length'],
 }
+TASKS = {  # names that model hubs search by
+    JOINT: "zero-shot-image-classification",
+    TAGS: "image-classification",
+    VISION: "image-feature-extraction",
+    SENTENCES: "feature-extraction",
+}
+HF_HUB = "hf-hub:"  # prefix that timm defines
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+IMAGES_ONLY = ("timm", "onnx")  # libraries whose exports have no text tower
 # Metrics of the machine or the schedule, not of the model.
 LEFT_OUT = ("lr", "grad_norm", "keep_rate", "samples/s", "tokens/s", "mfu")
 UNKNOWN = (
@@ -71,7 +82,11 @@ def card(
     licence, offers = license_of(manifest), offers_of(manifest)
     summary = manifest.get("summary") or _first(PURPOSES, offers, "")
     front = ["---", f"license: {licence or 'unknown'}", f"library_name: {library}"]
-    front += [f"tags: [xray, {slot_of(offers)}, {manifest['stage']}]", "---", ""]
+    front += [f"tags: [xray, {slot_of(offers)}, {manifest['stage']}]"]
+    front += [f"pipeline_tag: {task}" for task in [_first(TASKS, offers, "")] if task]
+    bases = base_models(chain, texts=library not in IMAGES_ONLY)
+    front += [f"base_model: [{', '.join(bases)}]"] if bases else []
+    front += ["---", ""]
     body = [f"# {title}", "", summary, *_shape(artifact), ""]
     body += ["## How to load it", "", "```python", *code, "```", "", *more]
     body += ["## Lineage", "", *_lineage(chain), ""]
@@ -79,6 +94,39 @@ def card(
     body += ["## Metrics", "", *_metrics(manifest), ""]
     body += ["## Licence", "", f"{licence}." if licence else UNKNOWN]
     return "\n".join([*front, *body]) + "\n"
+
+
+def base_models(chain: Sequence[Link], texts: bool = True) -> list[str]:
+    """List the models on the hub that a lineage began with, as ORG/NAME.
+
+    texts: also the language models.
+    """
+    manifests = [link.manifest for link in chain if link.manifest]
+    names = [name for manifest in manifests for name in _bases(manifest)]
+    if texts:
+        found = [str(manifest["config"].get("text", {}).get("llm", "")) for manifest in manifests]
+        names += filter(_is_from_hub, found)
+    return list(dict.fromkeys(names))
+
+
+def _bases(manifest: Mapping[str, Any]) -> Iterator[str]:
+    for parent in manifest["parents"].values():
+        if is_hub(str(parent["path"])):
+            yield parse_address(str(parent["path"])).name
+    source, model = manifest.get("imported", {}).get("source"), manifest["config"].get("model", {})
+    for name in (str(source), str(model.get("pretrained"))):
+        if name.startswith(HF_HUB):
+            yield name.removeprefix(HF_HUB).partition("@")[0]
+    if model.get("pretrained") == "timm" and "." in model["name"]:  # with the tag of its weights
+        yield f"timm/{model['name']}"
+
+
+def _is_from_hub(llm: str) -> bool:
+    """Return True if a language model is in the hub's cache; older runs name folders like this."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = HUB_NAME.fullmatch(llm) and not Path(llm).exists()
+    return bool(name) and isinstance(try_to_load_from_cache(llm, "config.json"), str)
 
 
 def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:

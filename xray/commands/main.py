@@ -19,6 +19,7 @@ from xray.commands.help import HELP, Command, Group
 from xray.commands.init import init
 from xray.commands.plan import plan, show_config
 from xray.commands.plan import version as show_version
+from xray.commands.push import push
 from xray.urls import RedactingFormatter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,6 +41,7 @@ COMMANDS: Commands = {
     "show": artifacts.show,
     "lineage": artifacts.lineage,
     "export": artifacts.export,
+    "push": push,
     "embed": embed.embed,
     "search": embed.search,
     "report": train.report,
