@@ -36,6 +36,7 @@ ROWS: dict[str, set[str]] = {
     "xray.evaluation": {"xray.artifacts", "xray.losses", "xray.optim", "xray.reports"},
     "xray.visualize": {"xray.artifacts", "xray.reports"},
     "xray.exports": {"xray.artifacts"},
+    "xray.imports": {"xray.exports"},
     "xray.precompute": {"xray.artifacts"},
     "xray.search": {"xray.precompute", "xray.reports"},
     "xray": {"xray.artifacts"},  # xray/__init__.py and api.py
@@ -49,7 +50,7 @@ ROWS: dict[str, set[str]] = {
     },
     "xray.ablations": {"xray.recipes"},
     "xray.commands": {
-        *("xray", "xray.ablations", "xray.doctor", "xray.exports", "xray.planning"),
+        *("xray", "xray.ablations", "xray.doctor", "xray.imports", "xray.planning"),
         "xray.search",
     },
     "xray.__main__": {"xray.commands"},
@@ -71,7 +72,12 @@ PLACES = {  # of heavy libraries
     "decord": ["data_pipelines/decode/decoders.py"],
     "ahocorasick": ["data_pipelines/tags/concept_matcher.py"],
     "ray": ["data_pipelines/curation/ray_engine.py"],
-    "open_clip": ["stages/clip_teacher.py", "xray/exports/to_open_clip.py"],
+    "open_clip": [
+        "stages/clip_teacher.py",
+        "xray/exports/to_open_clip.py",
+        "xray/imports/source.py",
+        "xray/imports/texts.py",
+    ],
     "onnxruntime": ["xray/exports/to_onnx.py"],
     "wandb": ["xray/training/metrics.py"],
 }

@@ -27,7 +27,7 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import read_all_captions
 from xray.exports.convert import convert
-from xray.exports.to_open_clip import unsupported_vision
+from xray.exports.open_clip_towers import unsupported_vision
 from xray.models.backbone import VisionBackbone
 
 

@@ -27,7 +27,7 @@ from xray.config.schedule import largest
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.losses.named import tag_loss
 from xray.models.backbone import VisionBackbone
-from xray.models.heads import Normalize, Projection, TagHead, text_head
+from xray.models.heads import Normalize, TagHead, image_head, text_head
 from xray.models.inference import autocast, one_behind
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.token_reduction import KeepRate
@@ -112,9 +112,13 @@ class ImageEncoder(VisionEncoder):
         super().__init__(artifact)
         options = self.options = joint_head(artifact)
         head = artifact.load("head")
-        sizes, section = (self.vision.embed_dim, options.embed_dim), "config of the joint space"
-        self.vision_projection = sized(artifact, head, section, lambda: Projection(*sizes))
-        self.vision_projection.load_state_dict({"weight": head["vision_projection.weight"]})
+        sizes = options.image_head, self.vision.embed_dim, options.embed_dim, options.head_bias
+        section = "config of the joint space"
+        self.vision_projection = sized(artifact, head, section, lambda: image_head(*sizes))
+        own = "vision_projection."
+        self.vision_projection.load_state_dict(
+            {k.removeprefix(own): v for k, v in head.items() if k.startswith(own)}
+        )
         self.logit_scale = head["logit_scale"].exp()
         self.eval()
 
@@ -143,7 +147,7 @@ class Encoder(ImageEncoder):
         language = Language(text, artifact)
         self.text, self.tokenizer = language.build(), language.tokenizer
         options = self.options
-        sizes = (self.text.width, options.embed_dim, options.adapter_blocks)
+        sizes = self.text.width, options.embed_dim, options.adapter_blocks, options.head_bias
         self.matryoshka, head = options.matryoshka, artifact.load("head")
         self.text_adapter = sized(
             artifact, head, "config of the text head", lambda: text_head(options.text_head, *sizes)

@@ -15,7 +15,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import DECODER, JOINT, USUAL_SECTION
 from xray.config import BlockConfig, DataConfig, ModelConfig, SourceConfig, TextConfig
 from xray.config.identity import older_values
-from xray.config.model import TextHead
+from xray.config.model import ImageHead, TextHead
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, brief
 
@@ -33,6 +33,8 @@ class JointHead:
     embed_dim: int
     adapter_blocks: int
     text_head: TextHead = "adapter"
+    image_head: ImageHead = "linear"
+    head_bias: bool = False  # of linear heads
     matryoshka: list[int] = field(default_factory=list)  # prefixes trained to work alone
 
 

@@ -207,6 +207,8 @@ def _metrics(manifest: Mapping[str, Any]) -> list[str]:
         and not name.endswith("/epochs")
     }
     which = "averaged over steps" if manifest.get("weights") == "ema" else "of the last step"
+    if "imported" in manifest:
+        return ["None: the weights were imported, not trained here."]
     told = f"In training at step {manifest['step']:,}; the weights are those {which}."
     rows = [(name, f"{value:.4g}") for name, value in sorted(metrics.items())]
     return [told, "", *_table(("metric", "value"), rows)]

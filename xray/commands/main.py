@@ -16,6 +16,7 @@ from xray.commands.ablate import ablate
 from xray.commands.doctor import doctor
 from xray.commands.evaluate import evaluate
 from xray.commands.help import HELP, Command, Group
+from xray.commands.import_weights import import_weights
 from xray.commands.init import init
 from xray.commands.plan import plan, show_config
 from xray.commands.plan import version as show_version
@@ -41,6 +42,7 @@ COMMANDS: Commands = {
     "show": artifacts.show,
     "lineage": artifacts.lineage,
     "export": artifacts.export,
+    "import": import_weights,
     "push": push,
     "embed": embed.embed,
     "search": embed.search,

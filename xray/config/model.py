@@ -46,6 +46,7 @@ class ModelConfig:
     keep_rate_levels: int = 8  # number of steps in which the keep rate falls from 1
     # progress of the stage, in [0, 1], at which the keep rate begins and ends to fall
     keep_rate_span: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    norm_eps: float | None = added(None)  # epsilon of the layer norms; null = timm's
     drop_path: float = 0.0  # stochastic depth: probability in the last block
     pretrained: str = runtime("")  # timm weights: a local .safetensors file, or "timm" for the hub
     # true = compute the activations of blocks again in the backward pass; mlp = of their MLPs only
@@ -77,6 +78,8 @@ class ModelConfig:
                     f"model.{key}={rate} must be at least 0.5 with model.reduce=tome, which merges "
                     "pairs: raise it, or add blocks to model.reduce_at"
                 )
+        if self.norm_eps is not None and self.norm_eps <= 0:
+            raise ConfigError(f"model.norm_eps={self.norm_eps} must be above 0")
         if self.tubelet < 1 or self.keep_rate_levels < 1:
             raise ConfigError("model.tubelet and model.keep_rate_levels must be at least 1")
         if len(self.keep_rate_span) != 2 or not 0 <= min(self.keep_rate_span) <= 1:
@@ -84,6 +87,7 @@ class ModelConfig:
 
 
 TextHead = Literal["adapter", "linear"]
+ImageHead = Literal["linear", "none"]
 IsPooled = bool | Literal["auto"]
 Features = Literal["live", "fp32", "bf16", "int8"]
 Precision = Literal["fp32", "bf16"]  # bf16 = autocast over fp32 weights

@@ -78,7 +78,8 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     for link in lineage(artifact.path):
         config = (link.manifest or {}).get("config", {})
         data = config.get("data")
-        if link.manifest is None or not isinstance(data, Mapping):
+        known = isinstance(data, Mapping) and "imported" not in (link.manifest or {})
+        if link.manifest is None or not known:
             unknown.append(link.stage)
             continue
         digests = link.manifest.get("sources") or {}

@@ -89,6 +89,12 @@ def image_state(encoder: VisionEncoder, side: int) -> dict[str, Tensor]:
     return state
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """Return the MLP ratio whose product with the width, rounded down, is `hidden`."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
 def is_present(module: nn.Module | None) -> bool:
     """Check if an optional module is present."""
     return module is not None and not isinstance(module, nn.Identity)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xray.config.model import TextHead
+from xray.config.model import ImageHead, TextHead
+from xray.errors import ConfigError
 
 
 class Normalize(nn.Module):
@@ -30,11 +31,13 @@ class Normalize(nn.Module):
 
 
 class Projection(nn.Linear):
-    """Linear map without bias into the joint space, [B, width] -> [B, joint]."""
+    """Linear map into the joint space, [B, width] -> [B, joint]."""
 
-    def __init__(self, width: int, joint: int) -> None:
-        super().__init__(width, joint, bias=False)
+    def __init__(self, width: int, joint: int, bias: bool = False) -> None:
+        super().__init__(width, joint, bias=bias)
         nn.init.normal_(self.weight, std=width**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class TextProjection(Projection):
@@ -96,6 +99,23 @@ class TextAdapter(nn.Module):
         return self.project(self.norm(self.blocks(F.normalize(sentence.float(), dim=-1))))
 
 
-def text_head(kind: TextHead, width: int, joint: int, blocks: int) -> nn.Module:
+def image_head(kind: ImageHead, width: int, joint: int, bias: bool = False) -> nn.Module:
+    """Build the image head: CLIP's linear map, or none, as SigLIP's.
+
+    Raises ConfigError if there is none and the joint space has another width.
+    """
+    if kind == "linear":
+        return Projection(width, joint, bias)
+    if width != joint:
+        raise ConfigError(
+            f"clip.image_head=none needs clip.embed_dim={width}, the width of the backbone, and it "
+            f"is {joint}"
+        )
+    return nn.Identity()
+
+
+def text_head(kind: TextHead, width: int, joint: int, blocks: int, bias: bool = False) -> nn.Module:
     """Build the text head: CLIP's linear map, or LLM2CLIP's adapter of `blocks` residual MLPs."""
-    return TextProjection(width, joint) if kind == "linear" else TextAdapter(width, joint, blocks)
+    if kind == "linear":
+        return TextProjection(width, joint, bias)
+    return TextAdapter(width, joint, blocks)

@@ -63,6 +63,10 @@ def create_timm(config: ModelConfig, resolution: tuple[int, int]) -> VisionTrans
     reason = _unsupported(vit)
     if reason or not isinstance(vit, VisionTransformer | Eva):
         raise ConfigError(f"model.name={config.name} cannot be the backbone: {reason}")
+    if config.norm_eps is not None:
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
     if config.drop_path:
         replace_drop_path(vit)
     if not config.pretrained:

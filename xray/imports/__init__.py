@@ -1,0 +1,1 @@
+"""Imports of released weights as artifacts, one file per family of models."""

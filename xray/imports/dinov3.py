@@ -1,0 +1,51 @@
+"""transformers' DINOv3ViTModel as a backbone: rotary positions, registers, and SwiGLU in some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xray.errors import ArtifactError
+from xray.exports.common import mlp_ratio
+from xray.exports.names.vit import DINOV3, DINOV3_GATED
+from xray.imports.clip import settings
+from xray.imports.parts import DINOV3_VIT, Family, Imported, Vision, complete, side_of, square, vit
+from xray.imports.preprocessing import of_transformers
+from xray.imports.source import Source
+
+ALIGNED = 8  # the width of SwiGLU's MLP is a multiple of it
+# Biases of released models; timm's EvaAttention has one for queries and values only.
+BIASES = {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True,
+          "mlp_bias": True}  # fmt: skip
+
+
+def read(source: Source, folder: Path) -> Imported:
+    """Read the backbone; the mask token is left out."""
+    config = settings(source)
+    for name, usual in BIASES.items():
+        if getattr(config, name) != usual:
+            raise ArtifactError(f"{source}: {name}={getattr(config, name)} is not supported")
+    gated, hidden = config.use_gated_mlp, config.intermediate_size
+    if config.hidden_act != ("silu" if gated else "gelu") or (gated and hidden % ALIGNED):
+        raise ArtifactError(
+            f"{source}: an MLP of {hidden} with {config.hidden_act} is not one of DINOv3's"
+        )
+    model = vit(
+        DINOV3_VIT,
+        config.layer_norm_eps,
+        patch_size=square(source, config.patch_size),
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=mlp_ratio(hidden, config.hidden_size),
+        num_reg_tokens=config.num_register_tokens,
+        rope_temperature=config.rope_theta,
+        swiglu_mlp=gated,
+        swiglu_align_to=ALIGNED if gated else 0,
+    )
+    named = {k: v for k, v in source.tensors().items() if v.numel()}  # there may be no registers
+    state = complete(source, "the backbone", (DINOV3_GATED if gated else DINOV3).to_ours(named))
+    data = of_transformers(source, side_of(source, config.image_size, state))
+    return Imported("transformers", Vision(model, data, state))
+
+
+FAMILY = Family("DINOv3ViTModel", lambda source: source.kind == "dinov3_vit", read)

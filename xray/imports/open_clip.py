@@ -1,0 +1,215 @@
+"""Models of open_clip: its ViT or a ViT of timm, and its text transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xray.config import ModelConfig
+from xray.config.model import ImageHead
+from xray.errors import ArtifactError, ConfigError
+from xray.exports.names.open_clip import (
+    LINEAR,
+    PROJECTION,
+    TEXT,
+    TRUNK_HEAD,
+    TRUNK_PROJECTION,
+    VISION,
+)
+from xray.imports.parts import (
+    CLIP_VIT,
+    Family,
+    Imported,
+    State,
+    Text,
+    Vision,
+    below,
+    complete,
+    flat,
+    linear_head,
+    side_of,
+    square,
+    vit,
+    zeros,
+)
+from xray.imports.preprocessing import of_open_clip
+from xray.imports.source import Source
+from xray.imports.texts import (
+    clean,
+    clip_text,
+    copy_tokenizer,
+    siglip_text,
+    write_clip_tokenizer,
+)
+from xray.models.timm_vit import create_timm
+
+CONFIG = "open_clip_config.json"
+BESIDE = ("logit_scale", "logit_bias")
+# Settings of a tower's blocks or heads that our towers do not have, with the value of a plain one.
+PLAIN_BLOCKS = {
+    "block_type": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
+PLAIN_VISION = {**PLAIN_BLOCKS, "attentional_pool": False, "pool_type": "tok"}
+PLAIN_TEXT = {**PLAIN_BLOCKS, "hf_model_name": None, "embed_cls": False, "ls_init_value": None,
+              "proj_type": "linear", "tokenizer_mode": None}  # fmt: skip
+POOLS: dict[str | None, Any] = {"map": "map", "token": "cls", "avg": "mean", "": "cls"}
+
+
+def read(source: Source, folder: Path) -> Imported:
+    """Read both towers; raises ArtifactError for a part that ours cannot represent."""
+    settings = source.json(CONFIG)
+    config = settings.get("model_cfg")
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise ArtifactError(
+            f"{source}/{CONFIG} has no model_cfg with embed_dim, vision_cfg, text_cfg"
+        )
+    if "multimodal_cfg" in config:
+        raise ArtifactError(f"{source} is a CoCa: its text decoder is not supported")
+    image, text = config["vision_cfg"], config["text_cfg"]
+    quick = bool(config.get("quick_gelu", False))
+    model = _timm(source, image) if image.get("timm_model_name") else _vit(source, image, quick)
+    _refuse(source, "the text tower", text, PLAIN_TEXT)
+    state = source.tensors()
+    head = flat(state, *BESIDE)
+    visual, texts = below(state, "visual."), _texts(state)
+    if image.get("timm_model_name"):
+        vision = complete(source, "the image tower", _trunk(visual))
+    else:
+        vision = complete(source, "the image tower", VISION.to_ours(visual))
+        if model.kwargs.get("pre_norm") is False:  # timm's then has a bias in the patch embedding
+            vision["patch_embed.proj.bias"] = zeros(vision["patch_embed.proj.weight"])
+    if text.get("proj_bias"):
+        own, projection = TEXT.to_ours(texts), LINEAR
+    else:
+        own, projection = TEXT.to_ours(texts), PROJECTION
+    named = projection.to_ours({name: texts[name] for name in own.unknown})
+    own = own._replace(unknown=named.unknown)
+    head |= named.state
+    for name in [name for name in vision if name.startswith("vision_projection.")]:
+        head[name] = vision.pop(name)
+    side = side_of(source, image.get("image_size", 224), vision)
+    preprocess = of_open_clip(source, settings.get("preprocess_cfg", {}), side)
+    tower = _text(source, folder, text, quick, complete(source, "the text tower", own))
+    bias = any(name.endswith(".bias") for name in head)
+    for part in ("vision_projection", "text_adapter") if bias else ():
+        if f"{part}.weight" in head:  # one of them may have none
+            head.setdefault(f"{part}.bias", zeros(head[f"{part}.weight"]))
+    kind: ImageHead = "none" if image.get("timm_proj") == "none" else "linear"
+    joint = linear_head(config["embed_dim"], kind, bias)
+    return Imported("open_clip", Vision(model, preprocess, vision), tower, joint, head)
+
+
+def _refuse(source: Source, what: str, given: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Raise ArtifactError for the first setting that differs from a plain tower's."""
+    for key, usual in plain.items():
+        value = given.get(key, usual)
+        if value != usual and value:
+            raise ArtifactError(f"{source}: {what} has {key}={value}, which is not supported")
+
+
+def _vit(source: Source, given: dict[str, Any], quick: bool) -> ModelConfig:
+    """Return the settings of open_clip's own ViT."""
+    if isinstance(given.get("layers"), list):
+        raise ArtifactError(
+            f"{source}: the image tower is a ResNet (layers={given['layers']}), not a ViT"
+        )
+    _refuse(source, "the image tower", given, PLAIN_VISION)
+    width = given.get("width", 768)
+    return vit(
+        CLIP_VIT,
+        (given.get("norm_kwargs") or {}).get("eps", 1e-5),
+        patch_size=square(source, given.get("patch_size", 16)),
+        embed_dim=width,
+        depth=given.get("layers", 12),
+        num_heads=width // given.get("head_width", 64),
+        mlp_ratio=given.get("mlp_ratio", 4.0),
+        act_layer=_activation(given, quick, {"gelu_pytorch_tanh": "gelu_tanh"}),
+        init_values=given.get("ls_init_value"),
+        pre_norm=not given.get("no_ln_pre", False),
+    )
+
+
+def _activation(given: dict[str, Any], quick: bool, names: dict[str, str]) -> str:
+    tanh = (given.get("act_kwargs") or {}).get("approximate") == "tanh"
+    name = "quick_gelu" if quick else "gelu_pytorch_tanh" if tanh else "gelu"
+    return names.get(name, name)
+
+
+def _timm(source: Source, given: dict[str, Any]) -> ModelConfig:
+    """Return the settings of an image tower that is a model of timm."""
+    pool = POOLS.get(given.get("timm_pool", "avg"), "cls")
+    model = ModelConfig(name=given["timm_model_name"], video="frames", pool=pool)
+    side = square(source, given.get("image_size", 224))
+    try:
+        with torch.device("meta"):
+            create_timm(model, (side, side))
+    except ConfigError as error:
+        raise ArtifactError(f"{source}: the image tower is not supported: {error}") from error
+    return model
+
+
+def _trunk(visual: State) -> Any:
+    """Return the tensors of a model of timm, and of the projection beside it or in its head."""
+    trunk = below(visual, "trunk.")
+    beside = {name: value for name, value in visual.items() if not name.startswith("trunk.")}
+    table = TRUNK_PROJECTION if beside else TRUNK_HEAD
+    named = table.to_ours(
+        beside or {k: v for k, v in visual.items() if k.startswith("trunk.head.")}
+    )
+    own = {k: v for k, v in trunk.items() if not k.startswith("head.")}
+    return named._replace(state=named.state | own)
+
+
+def _texts(state: State) -> State:
+    """Select the tensors of the text tower, which are below `text.` in a CustomTextCLIP."""
+    custom = below(state, "text.")
+    plain = {k: v for k, v in state.items() if not k.startswith("visual.") and k not in BESIDE}
+    return custom or plain
+
+
+def _text(source: Source, folder: Path, given: dict[str, Any], quick: bool, state: State) -> Text:
+    """Make the text tower and its tokenizer."""
+    width = given.get("width", 512)
+    sizes = {
+        "vocab_size": given.get("vocab_size", 49_408),
+        "hidden_size": width,
+        "intermediate_size": int(width * given.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": given.get("layers", 12),
+        "num_attention_heads": given.get("heads", 8),
+        "max_position_embeddings": given.get("context_length", 77),
+        "hidden_act": _activation(given, quick, {}),
+        "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
+    options, name = given.get("tokenizer_kwargs") or {}, given.get("hf_tokenizer_name")
+    if options.keys() - {"clean"}:
+        raise ArtifactError(f"{source}: text_cfg.tokenizer_kwargs={options} is not supported")
+    if not copy_tokenizer(source, folder):
+        if name:
+            raise ArtifactError(
+                f"{source} has no tokenizer: put the files of {name} into the folder"
+            )
+        write_clip_tokenizer(source, folder)
+    if name:
+        clean(source, folder, options.get("clean", "whitespace"))
+    pool, causal = given.get("pool_type", "argmax"), not given.get("no_causal_mask", False)
+    if causal and pool in ("argmax", "eos"):
+        end = given.get("eos_id", 2) if pool == "eos" else None
+        return clip_text(source, folder, sizes, state, end)
+    if not causal and pool == "last":
+        return siglip_text(source, folder, sizes, state)
+    raise ArtifactError(
+        f"{source}: the text tower has pool_type={pool} and no_causal_mask={not causal}, which are "
+        "not supported together"
+    )
+
+
+def fits(source: Source) -> bool:
+    """Tell if a folder is of open_clip; many contain transformers' CLIPModel, too."""
+    own = [name for name in source.files if name.startswith("open_clip_")]
+    return CONFIG in own and (not source.kind or any(".safetensors" in name for name in own))
+
+
+FAMILY = Family("open_clip", fits, read)

@@ -1,0 +1,170 @@
+"""Folder that weights are imported from: its JSON files, its tensors, their hashes, its licence."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xray.errors import ArtifactError, ConfigError, brief, nearest
+from xray.files import is_inside, nearest_path, read_text, sha256_file
+from xray.imports.place import HUB, OPEN_CLIP
+from xray.models.hub import hub
+from xray.models.llm_folder import FILES
+from xray.records import parse_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LICENSE = re.compile(r"^(license|license_name):\s*['\"]?([\w.+-]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with released weights. name: what the user asked for."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def files(self) -> frozenset[str]:
+        """Names of the files in the folder."""
+        return frozenset(path.name for path in self.folder.iterdir() if path.is_file())
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """Family of transformers that config.json names, "" without one."""
+        return str(self.json("config.json").get("model_type", ""))
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object; {} if there is no such file. Raises ArtifactError if damaged."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            return parse_record(path.read_bytes(), dict[str, Any])
+        except ValueError as error:
+            raise ArtifactError(f"{path} cannot be read: {brief(error)}") from error
+
+    @functools.cached_property
+    def weight_files(self) -> list[str]:
+        """Names of the safetensors files; raises ArtifactError if there are none."""
+        for stem in WEIGHTS:
+            if f"{stem}.safetensors" in self.files:
+                return [f"{stem}.safetensors"]
+            index = self.json(f"{stem}.safetensors.index.json").get("weight_map")
+            if isinstance(index, dict) and index:
+                return sorted({str(name) for name in index.values()})
+        others = sorted(name for name in self.files if name.endswith(".safetensors"))
+        if len(others) == 1:
+            return others
+        pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
+        if pickles:
+            raise ArtifactError(
+                f"{self}: {pickles[0]} is a pickle, which can run any code and is not loaded: "
+                "give a folder with safetensors (save_pretrained of transformers writes them)"
+            )
+        raise ArtifactError(f"{self} has no weights: no model.safetensors, no index of parts")
+
+    def check_weights(self) -> None:
+        """Raise ArtifactError if there are no safetensors."""
+        assert self.weight_files
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Load all tensors as float32; raises ArtifactError for missing or unreadable files."""
+        from safetensors.torch import load_file
+
+        state: dict[str, Tensor] = {}
+        for name in self.weight_files:
+            path = self.folder / name
+            if not is_inside(name) or not path.is_file():  # in the hub's cache, files are links
+                raise ArtifactError(f"{self} lacks {name}, which its index names")
+            try:
+                state |= load_file(path)
+            except Exception as error:  # safetensors raises its own error types
+                raise ArtifactError(
+                    f"{path} is not a readable safetensors file: {brief(error)}"
+                ) from error
+        return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """Hash the files that determine the model: weights, configs and tokenizer."""
+        names = {path.name for pattern in FILES for path in self.folder.glob(pattern)}
+        return {name: sha256_file(self.folder / name) for name in sorted(names)}
+
+    @property
+    def license(self) -> str:
+        """Licence that the card of the folder states, "" if it states none."""
+        if "README.md" not in self.files:
+            return ""
+        text = read_text(str(self.folder / "README.md"), "SOURCE")
+        front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+        stated = {name: value for name, value in LICENSE.findall(front)}
+        own = stated.get("license", "")
+        own = stated.get("license_name", "") if own == "other" else own
+        return "" if own == "unknown" else own
+
+
+def open_source(name: str) -> Source:
+    """Open a local folder, a repository of the hub, or a name of open_clip's released weights.
+
+    Raises ConfigError with one line for a name that is neither, or that the hub does not provide.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source(folder, name)
+    if folder.is_file():
+        raise ConfigError(f"{name} is a file: give the folder with its config.json")
+    if name.startswith(OPEN_CLIP):
+        return Source(_download(_repository(name), name), name)
+    repository = name.removeprefix(HUB)
+    if not REPOSITORY.fullmatch(repository) or name.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"{name} is not a folder{nearest_path(folder)}, nor a name of the hub (ORG/NAME) or of "
+            f"open_clip ({OPEN_CLIP}MODEL:TAG)"
+        )
+    return Source(_download(repository, name), name)
+
+
+def _repository(name: str) -> str:
+    """Return the hub's repository of an open_clip name."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(f"{name} needs pip install 'xray-trainer[open_clip]'") from error
+    model, _, tag = name.removeprefix(OPEN_CLIP).partition(":")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        models = open_clip.list_models()
+        if model not in models:
+            raise ConfigError(f"open_clip has no model {model!r}{nearest(model, models)}")
+        raise ConfigError(
+            f"open_clip has no weights {tag!r} of {model}: {', '.join(tags) or 'none'}"
+        )
+    repository = str(open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "")).strip("/")
+    if repository.count("/") != 1:
+        raise ConfigError(
+            f"{name} is not published as safetensors: give a folder that open_clip's "
+            "push_to_hf_hub wrote"
+        )
+    return repository
+
+
+def _download(repository: str, name: str) -> Path:
+    """Return the hub's cached folder of a repository, downloaded if the network answers."""
+    from huggingface_hub import snapshot_download
+
+    instead = f"run `hf download {repository} --local-dir FOLDER` where there is one, give FOLDER"
+    with hub(instead) as explain:
+        try:
+            return Path(snapshot_download(repository, allow_patterns=[*FILES, "README.md"]))
+        except Exception as error:  # no network, no such repository, no permission
+            raise ConfigError(f"the hub cannot provide {name}: {explain(error)}") from error

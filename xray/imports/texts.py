@@ -1,0 +1,152 @@
+"""Text towers of released models: CLIPTextModel or SiglipTextModel, and their tokenizers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from xray.config import TextConfig
+from xray.errors import ArtifactError, ConfigError
+from xray.imports.parts import State, Text, check_fit
+from xray.imports.source import Source
+from xray.models.llm_folder import NO_REMOTE_CODE
+from xray.models.text_tower import TextTower
+from xray.models.tokenizer import CaptionTokenizer
+
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+             "*.model")  # fmt: skip
+CLEANED = ("whitespace", "lower", "canonicalize")
+END = "<|endoftext|>"
+START = "<|startoftext|>"
+
+
+def clip_text(
+    source: Source, folder: Path, sizes: dict[str, Any], state: State, end: int | None = None
+) -> Text:
+    """Make CLIP's causal text tower, pooled at the end token.
+
+    sizes: settings of transformers' CLIPTextConfig. state: by the names of CLIPTextModel. end: id
+    of the token that ends a caption; None = the largest of the vocabulary. Raises ArtifactError for
+    weights or a tokenizer that do not fit.
+    """
+    from transformers import CLIPTextConfig
+
+    own = _write_config(CLIPTextConfig, source, folder, sizes)
+    text = _text(source, folder, sizes, state, "causal")
+    expected = sizes["vocab_size"] - 1 if end is None else end
+    given = own("a dog")["input_ids"][-1]
+    if given != expected:
+        raise ArtifactError(
+            f"{source}: its tokenizer ends a caption with token {given}, the text tower is read "
+            f"at token {expected}: it is another model's tokenizer"
+        )
+    return text
+
+
+def siglip_text(source: Source, folder: Path, sizes: dict[str, Any], state: State) -> Text:
+    """Make SigLIP's bidirectional text tower, pooled at the last of a full length of tokens."""
+    from transformers import SiglipTextConfig
+
+    _write_config(SiglipTextConfig, source, folder, sizes)
+    return _text(source, folder, sizes, state, "bidirectional", padding="full")
+
+
+def _write_config(kind: Any, source: Source, folder: Path, sizes: dict[str, Any]) -> Any:
+    """Write config.json with the tokenizer's special tokens; return the tokenizer."""
+    kind(**sizes).save_pretrained(folder)
+    length = sizes["max_position_embeddings"]
+    try:
+        own = CaptionTokenizer(folder, TextConfig(max_length=length)).tokenizer
+    except ConfigError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+    tokens = {
+        f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
+    kind(**sizes, **tokens).save_pretrained(folder)
+    return own
+
+
+def _text(
+    source: Source,
+    folder: Path,
+    sizes: dict[str, Any],
+    state: State,
+    attention: Literal["causal", "bidirectional"],
+    **more: Any,
+) -> Text:
+    config = TextConfig(
+        tune="none", lora_rank=0, attention=attention, pooling="last",
+        max_length=sizes["max_position_embeddings"], **more,
+    )  # fmt: skip
+    text = Text(config, folder, {f"llm.{name}": value for name, value in state.items()})
+    check_text(source, text)
+    return text
+
+
+def check_text(source: Source, text: Text) -> None:
+    """Raise ArtifactError if the weights or the tokenizer do not fit the tower."""
+    try:
+        with torch.device("meta"):
+            tower = TextTower(text.config, text.folder, weights=False)
+        largest = CaptionTokenizer(text.folder, text.config).largest_id
+    except ConfigError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+    check_fit(source, "the text tower", tower, text.state)
+    if largest >= tower.vocabulary:
+        raise ArtifactError(
+            f"{source}: its tokenizer gives token {largest}, and the text tower embeds "
+            f"{tower.vocabulary}: it is another model's tokenizer"
+        )
+
+
+def copy_tokenizer(source: Source, folder: Path) -> bool:
+    """Copy the files of a tokenizer; False if the source has none."""
+    paths = {path for pattern in TOKENIZER for path in source.folder.glob(pattern)}
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
+    return any(path.suffix in (".json", ".model", ".txt") for path in paths)
+
+
+def write_clip_tokenizer(source: Source, folder: Path) -> None:
+    """Write the tokenizer of CLIP as open_clip has it, for folders that do not contain one."""
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            f"{source} has no tokenizer.json: pip install 'xray-trainer[open_clip]', which has "
+            "CLIP's tokenizer"
+        ) from error
+    from transformers import CLIPTokenizer
+
+    theirs = SimpleTokenizer()
+    names = {"<start_of_text>": START, "<end_of_text>": END}
+    vocabulary = {names.get(token, token): number for token, number in theirs.encoder.items()}
+    merges = [pair for pair, _ in sorted(theirs.bpe_ranks.items(), key=lambda item: item[1])]
+    CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+
+
+def clean(source: Source, folder: Path, how: str) -> None:
+    """Make a tokenizer clean captions itself, as open_clip does before it.
+
+    how: open_clip's whitespace, lower or canonicalize (no punctuation). Raises ArtifactError for
+    another, and for a tokenizer without a fast version.
+    """
+    from tokenizers import Regex, normalizers
+    from transformers import AutoTokenizer
+
+    steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if how in ("lower", "canonicalize"):
+        steps = [normalizers.Lowercase(), *steps]
+    if how == "canonicalize":
+        punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
+        steps = [normalizers.Replace("_", " "), punctuation, *steps]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if how not in CLEANED or backend is None:
+        raise ArtifactError(f"{source}: captions cannot be cleaned as its tokenizer needs ({how})")
+    own = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    tokenizer.save_pretrained(folder)
