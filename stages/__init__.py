@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xray.config import nearest
@@ -11,6 +12,7 @@ from xray.errors import ConfigError
 if TYPE_CHECKING:
     from stages.base import Stage
     from xray.config import RunConfig
+    from xray.config.loading import Layer
 
 
 class Place(NamedTuple):
@@ -38,6 +40,25 @@ def stage_config(name: str) -> type[RunConfig]:
     """Return the class of a stage's settings, without importing the stage; raises ConfigError."""
     check_stage(name)
     return _imported(STAGES[name].config)
+
+
+def load_settings(name: str, *layers: Layer, init_from: Sequence[str] = ()) -> RunConfig:
+    """Load the settings of a stage's run from layers, on top of those of its parents.
+
+    init_from: artifacts that replace the layers' own. Raises ConfigError as `load_config` does.
+    """
+    from stages.parent_settings import of_imported
+    from xray.config.loading import load_config
+
+    schema = stage_config(name)
+    config = load_config(schema, name, *layers)
+    parents = list(init_from) or config.init_from
+    config.init_from = parents
+    taken = {**of_imported(parents), **config.from_parents()}
+    if taken:
+        config = load_config(schema, name, taken, *layers)
+        config.init_from = parents
+    return config
 
 
 def check_stage(name: str) -> None:

@@ -32,6 +32,7 @@ from stages.base import (
 from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
 from stages.clip_monitor import ContrastGuard
+from stages.clip_parent import joint_parent, load_heads, text_parent
 from stages.clip_teacher import Teacher, load_teacher
 from stages.hashtag import example_labels, pad_labels, vocabulary_size
 from stages.mae import example_noise
@@ -42,7 +43,7 @@ from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
 from xray.losses.contrastive import distillation, row_ids
 from xray.losses.named import contrastive_loss
-from xray.models.heads import Projection, text_head
+from xray.models.heads import image_head, text_head
 from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
@@ -72,9 +73,10 @@ class ClipModule(VisionModule):
         if text is not None:
             self.towers["text"] = text
         self.text_frozen_until = 1.0 if config.text.tune == "none" else config.optim.text.freeze
-        self.vision_projection = Projection(self.vision.embed_dim, options.embed_dim)
+        joint, bias = options.embed_dim, options.head_bias
+        self.vision_projection = image_head(options.image_head, self.vision.embed_dim, joint, bias)
         self.sentence_width = width
-        sizes = (width, options.embed_dim, options.adapter_blocks)
+        sizes = width, joint, options.adapter_blocks, bias
         self.text_adapter = text_head(options.text_head, *sizes)
         # [1] and not 0-d: DeepSpeed cannot flatten 0-d parameters
         self.logit_scale = nn.Parameter(torch.tensor([math.log(options.first_scale)]))
@@ -187,7 +189,7 @@ class ClipStage(Stage[ClipConfig]):
     spans_batch = True
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        self.language = Language(self.config.text, parents.text)
+        self.language = Language(self.config.text, text_parent(self.config.clip, parents))
         self.config = dataclasses.replace(self.config, text=self.language.config)
         self.stores: dict[str, TextStore] = {}
         for name, source in sources.items():
@@ -211,7 +213,7 @@ class ClipStage(Stage[ClipConfig]):
         self, sources: dict[str, Source], parents: Parents, pending: frozenset[str]
     ) -> None:
         if SENTENCES not in pending:
-            Language(self.config.text, parents.text)
+            Language(self.config.text, text_parent(self.config.clip, parents))
         for name, source in sources.items():
             look_at(source, self.config.data.sources[name].captions)
 
@@ -227,6 +229,8 @@ class ClipStage(Stage[ClipConfig]):
         if self.auxiliary is not None and module.auxiliary is not None:
             self.auxiliary.start(module.auxiliary)
         load_vision(module, parents.vision)
+        if self.config.clip.heads == "parent":
+            load_heads(module, joint_parent(parents))
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:

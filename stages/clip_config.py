@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from data_pipelines.tags.reader import TagRules
 from stages.hashtag_config import HashtagOptions
 from stages.mae_config import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
+from xray.config.identity import added
 from xray.config.model import TextHead
 from xray.errors import ConfigError
 from xray.losses.named import contrastive_loss
@@ -22,6 +24,11 @@ class ClipOptions:
 
     embed_dim: int = 512  # size of the vectors of images and texts
     text_head: TextHead = "adapter"  # layers on top of the LLM: LLM2CLIP's, or CLIP's linear map
+    image_head: Literal["linear", "none"] = added("linear")  # layer on the backbone's feature
+    head_bias: bool = added(False)  # linear heads have a bias
+    # new = heads and logit scale start anew, parent = from the clip artifact of --init-from, whose
+    # text tower is the run's, too, if no other is given
+    heads: Literal["new", "parent"] = added("new")
     adapter_blocks: int = 4  # residual MLPs between the LLM and the projection
     loss: str = "info_nce"  # a name of xray.losses.named.CONTRASTIVE_LOSSES
     # initial factor of the cosine similarities; null = 1/0.07, and 10 for the sigmoid loss
@@ -117,6 +124,12 @@ class ClipConfig(RunConfig):
         if self.clip.hashtag_weight:
             self.hashtag.validate()
             check_unread(self.hashtag)
+
+    def from_parents(self) -> dict[str, Any]:
+        """Return the settings of a parent clip artifact, if its text tower is the run's."""
+        from stages.parent_settings import of_clip
+
+        return {} if self.text.llm else of_clip(self.init_from)
 
     @property
     def first_bias(self) -> float | None:

@@ -99,7 +99,7 @@ def train(
     ] = "",
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
-    from stages import stage_class, stage_config
+    from stages import load_settings, stage_class, stage_config
     from xray.config import RunConfig
     from xray.config import loading as cfg
 
@@ -120,9 +120,9 @@ def train(
 
             layer, loaded = stage_from_recipe(stage, recipe, values + packed)
             layers.append(layer)
-        config = cfg.load_config(schema, stage, *layers, *map(cfg.read_yaml, files), overrides)
+        read = map(cfg.read_yaml, files)
+        config = load_settings(stage, *layers, *read, overrides, init_from=init_from or [])
         config.out = out or config.out or f"runs/{stage}"
-        config.init_from = init_from or config.init_from
         config.validate()
         return config, loaded
 

@@ -100,6 +100,10 @@ class RunConfig:
         """Progress of the stage at a step, in (0, 1); every schedule is a function of it."""
         return (step + 0.5) / self.steps
 
+    def from_parents(self) -> dict[str, Any]:
+        """Return settings, below those of the user, that the run takes from `init_from`."""
+        return {}
+
     def validate(self) -> None:
         """Check the settings together; raises ConfigError that names the key to change."""
         validate_data(self.data)

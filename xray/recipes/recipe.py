@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages import STAGES, check_stage, stage_class, stage_config
+from stages import STAGES, check_stage, load_settings, stage_class, stage_config
 from xray.artifacts.offers import slot_of
 from xray.config import RunConfig, nearest
 from xray.config import loading as cfg
@@ -80,7 +80,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def load_stage(name: str, overrides: Sequence[str]) -> RunConfig:
     """Load the validated config of one stage, without a recipe."""
     schema = stage_config(name)
-    config = cfg.load_config(schema, name, cfg.parse_overrides(overrides, cfg.kinds_of(schema)))
+    config = load_settings(name, cfg.parse_overrides(overrides, cfg.kinds_of(schema)))
     config.validate()
     return config
 
@@ -236,7 +236,7 @@ def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _stage_config(stage: str, layers: Sequence[Mapping[str, Any]], out: Path) -> RunConfig:
     parts = [part for layer in layers for part in _sections(stage, layer)]
-    config = cfg.load_config(stage_config(stage), stage, *parts)
+    config = load_settings(stage, *parts)
     config.out = config.out or str(out / stage)
     config.validate()
     return config

@@ -1,0 +1,109 @@
+"""The clip stage continues an imported artifact: its first loss, its settings, its heads."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from in_process import invoke
+from open_clip.loss import SigLipLoss
+from PIL import Image
+from released import MEAN, SIDE, Released, normalised, of_backbone
+
+from data_pipelines.shards.source import Source, open_source
+from stages import load_settings
+from xray.api import load
+from xray.artifacts.artifact import open_artifact
+from xray.evaluation.feature_extraction import read_all_captions
+from xray.models.backbone import VisionBackbone
+from xray.models.weight_loading import load_adapted
+from xray.training.metrics import read_metrics
+
+PHOTOS = 8
+
+
+def train(few: Path, out: Path, *more: object) -> None:
+    done = invoke(
+        "train", "clip", f"data.root={few}", "--out", out,
+        "data.sources={photos: {shards: photos, modality: image}}",
+        f"data.blocks=[{{source: photos, samples: {PHOTOS}}}]", "data.workers=0",
+        "train.log_every=1", "train.save_every=0", "train.precision=fp32",
+        "debug.overfit_batch=true",
+        "optim={name: adamw, base_lr: 0.01, warmup: 0.0}", *more,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+
+
+def test_training_begins_at_the_loss_of_open_clip(
+    few: Path, released: Released, imported: Path, tmp_path: Path
+) -> None:
+    """The block has all photos, so that the order in which they are drawn does not matter."""
+    train(few, tmp_path / "run", f"train.samples={20 * PHOTOS}", "--init-from", imported,
+          "text.tune=full")  # fmt: skip
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    source = open_source("photos", "photos", "image", str(few))
+    captions = [texts[0] for texts in read_all_captions(source)]
+    model = load(imported)
+    pictures = [open_photo(source, place) for place in source.places()]
+    pixels = torch.stack([model.preprocess(picture) for picture in pictures])[:, None]
+    assert released.text is not None
+    with torch.no_grad():
+        image, text = released.image(normalised(pixels)), released.text(captions)
+        scale, bias = released.model.logit_scale.exp(), released.model.logit_bias
+        if bias is None:
+            expected = open_clip.ClipLoss()(image, text, scale)
+        else:
+            expected = SigLipLoss()(image, text, scale, bias)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+    trained = open_artifact(tmp_path / "run")
+    assert trained.manifest["config"]["clip"]["heads"] == "parent"
+    assert trained.manifest["parents"]["vision"]["manifest"] == open_artifact(imported).digest
+    before, after = open_artifact(imported).load("text"), trained.load("text")
+    assert before.keys() == after.keys() and any(
+        not torch.equal(before[k], after[k]) for k in after
+    )
+
+
+def open_photo(source: Source, place: tuple[int, int]) -> Image.Image:
+    """Open a photo of a source as PIL does."""
+    return Image.open(io.BytesIO(source.read(*place, ("jpg",))["jpg"]))
+
+
+def test_settings_of_the_user_replace_those_of_the_parent(few: Path, imported: Path) -> None:
+    blocks = {"sources": {"photos": {"shards": "photos"}}, "blocks": []}
+    layer = {"data": blocks, "model": {"keep_rate": 0.5}, "train": {"samples": 8}}
+    config = load_settings("clip", layer, init_from=[str(imported)])
+    theirs = open_artifact(imported).manifest["config"]
+    assert config.model.keep_rate == 0.5 and config.model.name == theirs["model"]["name"]
+    assert config.data.mean == theirs["data"]["mean"] and config.data.resolution == SIDE
+    # with an LLM of its own, a run takes the backbone only
+    other: Any = load_settings("clip", layer, {"text": {"llm": "llm"}}, init_from=[str(imported)])
+    assert other.clip.heads == "new" and other.clip.text_head == "adapter"
+    assert other.model.name == theirs["model"]["name"]
+
+
+def test_heads_of_another_shape_are_refused(few: Path, imported: Path, tmp_path: Path) -> None:
+    done = invoke(
+        "train", "clip", f"data.root={few}", "--out", tmp_path / "run", "--init-from", imported,
+        "data.sources={photos: {shards: photos, modality: image}}", "data.workers=0",
+        f"data.blocks=[{{source: photos, samples: {PHOTOS}}}]", "train.samples=8",
+        "clip.text_head=adapter",
+    )  # fmt: skip
+    assert done.exit_code == 2 and "set clip.heads=new" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_any_stage_takes_the_backbone_of_an_import(tmp_path: Path) -> None:
+    released = of_backbone(tmp_path / "released", "Dinov2WithRegistersModel")
+    done = invoke("import", released.folder, "--out", tmp_path / "artifact")
+    assert done.exit_code == 0, done.output
+    layer = {"data": {"sources": {"photos": {"shards": "photos"}}}, "train": {"samples": 8}}
+    config = load_settings("hashtag", layer, init_from=[str(tmp_path / "artifact")])
+    assert config.model.kwargs["reg_tokens"] == 4 and config.data.mean == MEAN
+    backbone = VisionBackbone(config.model, config.data.resolution)
+    load_adapted(backbone, open_artifact(tmp_path / "artifact").load("backbone"), "the import")
