@@ -34,6 +34,9 @@ S = TypeVar("S")
 SHARDS = "Folders, globs, {000..123} patterns or URLs of .tar shards"
 DATA = f"{SHARDS}; folders or lists (.csv, .tsv, .jsonl, .json, .parquet) of pictures and clips"
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="An artifact, or released weights (xray import)")
+]
 ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder or a URL")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
 KeepRate = Annotated[
@@ -130,6 +133,14 @@ def check_artifact(name: str) -> None:
 
     if not is_remote(name):
         find_manifest(name)
+
+
+def check_model(name: str) -> None:
+    """Raise ArtifactError if a local folder is neither an artifact nor released weights."""
+    from xray.imports.place import is_released
+
+    if not is_released(name):
+        check_artifact(name)
 
 
 def _concealed(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import ArtifactName, Overrides, check_artifact, checking, guarded
+from xray.commands.common import ModelName, Overrides, check_model, checking, guarded
 from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.files import write_in_place
@@ -43,7 +43,7 @@ log = logging.getLogger("xray")
 )
 @guarded
 def evaluate(
-    artifact: ArtifactName,
+    artifact: ModelName,
     overrides: Overrides = None,
     suite: Annotated[
         str,
@@ -78,14 +78,14 @@ def evaluate(
 
     names = suite.split(",") if suite else []
     with checking():
-        config, root, workers, llm = _settings(overrides or [], recipe)
+        config, root, workers, llm = eval_settings(overrides or [], recipe)
         rates = _rates(keep_rates)
         for name in names:
             suite_named(name)
-        check_artifact(artifact)
-    from xray.artifacts.artifact import open_artifact
+        check_model(artifact)
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.held_out import trained_sources, with_held_out
+    from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
     if dist.world_size() > 1:
@@ -94,7 +94,7 @@ def evaluate(
         init_distributed(device)
 
     def opening() -> Evaluator:
-        given, opened = config, open_artifact(artifact, llm)
+        given, opened = config, open_model(artifact, llm)
         if given.held_out:
             given, lines = with_held_out(given, *trained_sources(opened, root))
             for line in lines:
@@ -145,7 +145,7 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
                 plot(results[name], target.with_suffix(f".{name}.png"))
 
 
-def _settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:
+def eval_settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:
     """Read the config, the root and the workers of the data, and the folder of the LLM."""
     from xray.config.loading import build, parse_overrides
     from xray.evaluation.config import EvalConfig

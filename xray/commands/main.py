@@ -13,6 +13,7 @@ import typer
 from xray import __version__, dist, processes
 from xray.commands import artifacts, data, data_curate, data_precompute, embed, train
 from xray.commands.ablate import ablate
+from xray.commands.compare import compare
 from xray.commands.doctor import doctor
 from xray.commands.evaluate import evaluate
 from xray.commands.help import HELP, Command, Group
@@ -39,6 +40,7 @@ COMMANDS: Commands = {
     "run": train.run,
     "train": train.train,
     "eval": evaluate,
+    "compare": compare,
     "show": artifacts.show,
     "lineage": artifacts.lineage,
     "export": artifacts.export,

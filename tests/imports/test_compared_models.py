@@ -1,0 +1,36 @@
+"""`xray compare` and `xray eval` on released weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from in_process import invoke
+from released import Released, of_timm
+
+
+def test_released_weights_stand_beside_artifacts(
+    few: Path, released: Released, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the released weights has the results of its artifact."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backbone = of_timm(tmp_path / "vit")
+    sets = [f"eval.retrieval.shards={few}/heldout", f"eval.knn.train={few}/photos"]
+    sets += [f"eval.knn.test={few}/heldout"]
+    models = [imported, released.folder, backbone.folder]
+    done = invoke("compare", *models, *sets, "--out", tmp_path / "all.json")
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "all.json").read_text())["models"]
+    ours, theirs, plain = (own["results"] for own in content.values())
+    assert [*content][::2] == [imported.parent.name, "vit"]
+    assert ours == theirs and ours.keys() == {"retrieval", "knn"} and plain.keys() == {"knn"}
+    assert "text to image R@1" in done.stdout and "kNN top1" in done.stdout
+    cached = list((tmp_path / "cache" / "xray" / "imports").glob("*/manifest.json"))
+    assert len(cached) == 2
+    times = [path.stat().st_mtime_ns for path in cached]
+    done = invoke("eval", released.folder, *sets, "--suite", "retrieval")
+    assert done.exit_code == 0 and "text to image R@1" in done.stdout, done.output
+    assert [path.stat().st_mtime_ns for path in cached] == times  # not imported again
+    done = invoke("compare", imported, *sets)
+    assert done.exit_code == 2 and "at least two models" in done.stderr

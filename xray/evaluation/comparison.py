@@ -1,0 +1,37 @@
+"""Table of several models' results on the same data: measures as rows, models as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from xray.evaluation.suite import Measures, Row
+from xray.evaluation.suites import SUITES
+from xray.reports.tables import ResultTable
+
+
+def comparison_table(results: Mapping[str, Mapping[str, Measures]]) -> ResultTable:
+    """Make the table: each measure with its 95 % interval for every model, beside chance.
+
+    results: measures by model and by suite; a model without a suite has an empty cell.
+    """
+    table = ResultTable("Results % [95 % CI]", ("measure", *results, "chance %"))
+    for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
+        rows: dict[str, dict[str, Row]] = {}
+        for model, measures in results.items():
+            for row in suite.rows(measures[suite.name]) if suite.name in measures else ():
+                rows.setdefault(row[0], {})[model] = row
+        for title, cells in rows.items():
+            values = [cells[model][1] if model in cells else "" for model in results]
+            chance = next(iter(cells.values()))[2]
+            table.rows.append((title, *values, chance))
+    return table
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Shorten paths to their last parts that tell them apart, without `artifact`."""
+    parts = [model.rstrip("/").removesuffix("/artifact").split("/") for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len({*names}) == len(names):
+            return names
+    return [f"{number} {model}" for number, model in enumerate(models, 1)]
