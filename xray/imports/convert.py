@@ -135,7 +135,7 @@ def inflated(source: Source, vision: Vision) -> State:
 def joint_space(source: Source, imported: Imported) -> tuple[dict[str, Any], State]:
     """Return section `clip` and the heads; raises ArtifactError if they do not fit the towers."""
     head, own = dict(imported.head), imported.joint
-    assert imported.vision is not None and imported.text is not None
+    assert own is not None and imported.vision is not None and imported.text is not None
     width = len(imported.vision.state[STEM])
     text_width = imported.text.state["llm.embeddings.token_embedding.weight"].shape[1]
     size, bias = own.embed_dim, own.head_bias
