@@ -16,11 +16,11 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 
 Manifest = Mapping[str, Any]
-# Keys of each section. The structure of a text tower is taken by xray.artifacts.language_model.
+# Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
+# its parent's in any case (xray.artifacts.language_model, xray.training.open_settings).
 VISION_KEYS = {
     "model": ("name", "kwargs", "tubelet", "video", "pool", "frame_pool", "norm_eps", "reduce",
               "reduce_at", "fuse", "keep_rate", "keep_rates"),
-    "data": ("mean", "std", "resize", "interpolation", "crop_pct"),
 }  # fmt: skip
 JOINT_KEYS = {
     "text": ("max_length",),
@@ -53,7 +53,7 @@ def _taken(manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> dict[str, A
         name: {key: theirs[name][key] for key in own if key in theirs.get(name, {})}
         for name, own in keys.items()
     }
-    layer["data"]["resolution"] = value_at(theirs["data"]["resolution"], 1.0)
+    layer["data"] = {"resolution": value_at(theirs["data"]["resolution"], 1.0)}
     return layer
 
 

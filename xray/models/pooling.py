@@ -80,11 +80,12 @@ def latent_query(pool: AttentionPooling) -> Tensor:
     bias, which is the same for all tokens and has no effect on the softmax.
     """
     heads, width = pool.num_heads, pool.num_heads * pool.head_dim
+    dtype = torch.promote_types(pool.latent.dtype, torch.float32)
     with torch.autocast(pool.latent.device.type, enabled=False):
-        query = pool.q(pool.latent)[0, 0].reshape(heads, 1, -1)
+        query = pool.q(pool.latent)[0, 0].reshape(heads, 1, -1).to(dtype)
 
         def product(weight: Tensor) -> Tensor:
-            keys = weight[:width].reshape(heads, -1, weight.shape[1])
+            keys = weight[:width].reshape(heads, query.shape[-1], -1).to(dtype)
             return (query @ keys)[:, 0] * pool.scale
 
         return pool.kv(query, product)
