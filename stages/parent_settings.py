@@ -18,11 +18,11 @@ from xray.errors import ArtifactError
 Manifest = Mapping[str, Any]
 # Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
 # its parent's in any case (xray.artifacts.language_model, xray.training.open_settings).
-VISION_KEYS = {
+VISION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("name", "kwargs", "tubelet", "video", "pool", "frame_pool", "norm_eps", "reduce",
               "reduce_at", "fuse", "keep_rate", "keep_rates"),
 }  # fmt: skip
-JOINT_KEYS = {
+JOINT_KEYS: dict[str, tuple[str, ...]] = {
     "text": ("max_length",),
     "clip": ("embed_dim", "text_head", "image_head", "head_bias", "adapter_blocks", "loss",
              "logit_scale_max", "matryoshka"),
