@@ -20,17 +20,16 @@ from xray.errors import ArtifactError
 if TYPE_CHECKING:
     from conftest import Trained
 
-SIGLIP = ("model.name=vit_base_patch16_siglip_224", "train.samples=24")
+SMALL = ("model.kwargs={patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}", "train.samples=24")
+SIGLIP = ("model.name=vit_base_patch16_siglip_224", *SMALL)
+DINOV3 = ("model.name=vit_small_patch16_dinov3", *SMALL)
 
 
-@pytest.mark.parametrize(
-    ("pool", "name"),
-    [("map", SIGLIP[0]), ("mean", SIGLIP[0]), ("cls", "model.name=vit_small_patch16_dinov3")],
-)
+@pytest.mark.parametrize(("pool", "model"), [("map", SIGLIP), ("mean", SIGLIP), ("cls", DINOV3)])
 def test_an_artifact_goes_through_all_vision_stages(
-    demo: Path, trained: Trained, media: Path, tmp_path: Path, pool: str, name: str
+    demo: Path, trained: Trained, media: Path, tmp_path: Path, pool: str, model: tuple[str, ...]
 ) -> None:
-    options = (*SIGLIP, name, f"model.pool={pool}")
+    options = (*model, f"model.pool={pool}")
     mae = trained("mae", *options)
     # with masked patches and all auxiliary losses, from the parent's weights
     clip = trained(

@@ -1,4 +1,4 @@
-"""How captions are read and pooled stays as it was in older runs, artifacts and stored vectors."""
+"""Reading and pooling of captions by older runs, artifacts and stored vectors: as it was."""
 
 from __future__ import annotations
 
@@ -86,20 +86,19 @@ def test_an_older_run_continues_with_what_it_pooled(
 
 
 def test_a_run_keeps_what_its_older_text_artifact_pools(
-    demo: Path, older: Path, tmp_path: Path
+    demo: Path, llm: Path, older: Path, tmp_path: Path
 ) -> None:
     parent = open_artifact(older / "artifact")
     language = Language(TextConfig(tune="none"), parent)
     assert language.config.pool_special is True and not {*NEW} & {*language.identity()}
     tokens = TextEncoder.after(parent).tokenizer(["a red circle"])
     assert torch.equal(tokens["pooled_mask"], tokens["attention_mask"])
-    start = ("train.samples=12", "train.save_every=0")
+    start = ("train.samples=12", "train.save_every=0", f"text.llm={llm}")
     made = train("clip", demo, tmp_path / "clip", *start, init_from=[parent.path])
     assert text_of(made.path)["pool_special"] is True
+    other = (*start, "text.pool_special=false")
     with pytest.raises(ConfigError, match=r"text.pool_special=False cannot be: .* with True"):
-        train(
-            "clip", demo, tmp_path / "x", *start, "text.pool_special=false", init_from=[parent.path]
-        )
+        train("clip", demo, tmp_path / "x", *other, init_from=[parent.path])
 
 
 def test_older_stores_serve_older_settings_only(demo: Path, llm: Path) -> None:

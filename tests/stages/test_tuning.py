@@ -57,8 +57,8 @@ def names_in(tower: nn.Module, kind: type[nn.Module], ending: str = "") -> set[s
 
 
 def test_the_trained_part_is_the_one_that_is_named() -> None:
-    biases = names_in(tuned("full"), nn.Module, "bias")
-    norms = names_in(tuned("full"), nn.LayerNorm)
+    biases = names_in(tuned("full", **TOWER), nn.Module, "bias")
+    norms = names_in(tuned("full", **TOWER), nn.LayerNorm)
     assert len(biases) == 4 * 6 + 2 and len(norms) == 2 * (4 * 2 + 1)
     assert trained_names(tuned("bias", **TOWER)) == biases | ADDED
     assert trained_names(tuned("norm", **TOWER)) == norms | ADDED
@@ -133,8 +133,9 @@ def test_each_stage_writes_a_plain_backbone(
     expected = {f"blocks.{n}.attn.{layer}.weight" for n in range(4) for layer in ("qkv", "proj")}
     assert moved == expected | ADDED
     count = artifact.manifest["parameters"]["vision"]
-    assert count["all"] == sum(value.numel() for value in after.values()) + 4 * 2 * 8 * 32
-    assert count["trained"] == 4 * 2 * 8 * 32 + after["pos_temporal"].numel()
+    lora = 4 * 2 * (32 + 96 + 32 + 32)  # blocks, rank, inputs and outputs of both layers
+    assert count["all"] == sum(value.numel() for value in after.values()) + lora
+    assert count["trained"] == lora + after["pos_temporal"].numel()
     share = f"trained {100 * count['trained'] / count['all']:.3g} % of the backbone's parameters"
     assert share in (artifact.path / "README.md").read_text()
 
@@ -171,7 +172,7 @@ def test_a_resumed_run_is_bit_equal(
     out = halfway(whole, tmp_path / "run")
     train("clip", demo, out, ALL_TOKENS, *LORA, init_from=[parent])
     assert_same(whole, out, exact=True)
-    with pytest.raises(ConfigError, match=r"optim\.vision\.tune: 'lora' -> 'bias'"):
+    with pytest.raises(ConfigError, match=r"contains another run: config\.optim\.vision"):
         train("clip", demo, out, ALL_TOKENS, "optim.vision.tune=bias", init_from=[parent])
 
 
@@ -188,18 +189,18 @@ def test_a_part_of_a_tower_with_random_weights_is_warned_about(
 
 
 # Beside LoRA: towers that unfreeze, averaged weights and an auxiliary loss.
-MUCH = ("optim.vision.layer_decay=0.7", "optim.vision.freeze=0.3", "train.ema=0.9",
-        "train.export=ema", "clip.mae_weight=0.5", "mae.decoder_dim=32", "mae.decoder_depth=1",
-        "mae.decoder_heads=2")  # fmt: skip
+MUCH = ("train.samples=36", "optim.vision.layer_decay=0.7", "optim.vision.freeze=0.3",
+        "train.ema=0.9", "train.export=ema", "clip.mae_weight=0.5", "mae.decoder_dim=32",
+        "mae.decoder_depth=1", "mae.decoder_heads=2")  # fmt: skip
 SHARDED = "zero.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        ("zero.stage=1", "train.micro_batch=2"),
+        ("zero.stage=1", "train.micro_batch=4"),
         ("zero.stage=2", "model.grad_checkpointing=mlp"),
-        ("zero.stage=3", "model.grad_checkpointing=true", "train.micro_batch=4", SHARDED),
+        ("zero.stage=3", "model.grad_checkpointing=true", SHARDED),
     ],
 )
 def test_zero_stages_and_the_gradient_cache_change_nothing(
@@ -211,7 +212,7 @@ def test_zero_stages_and_the_gradient_cache_change_nothing(
 ) -> None:
     plain = adapted("clip", *MUCH)
     other = train("clip", demo, tmp_path, ALL_TOKENS, *LORA, *MUCH, *changes, init_from=[parent])
-    assert_same_losses(plain, tmp_path, 6)
+    assert_same_losses(plain, tmp_path, 3)
     for part in ("backbone", "head"):
         one = open_artifact(plain / "artifact").load(part)
         for name, value in other.load(part).items():

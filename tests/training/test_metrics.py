@@ -107,8 +107,8 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     ("stage", "more"),
     [
         ("mae", ()),
-        ("mae", ("optim.vision.tune=lora",)),
-        ("clip", ("optim.vision.tune=last:1",)),
+        ("clip", ("optim.vision.tune=lora",)),
+        ("clip", ("optim.vision.tune=last:3",)),
         ("clip", ()),  # the LLM is not trained
         ("clip", ("optim.vision.freeze=1.0", "text.tune=full")),
         ("clip", ("text.tune=lora", "text.lora_rank=4")),
