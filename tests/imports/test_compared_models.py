@@ -16,8 +16,8 @@ def test_released_weights_stand_beside_artifacts(
     """The folder of the released weights has the results of its artifact."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     backbone = of_timm(tmp_path / "vit")
-    sets = [f"eval.retrieval.shards={few}/heldout", f"eval.knn.train={few}/photos"]
-    sets += [f"eval.knn.test={few}/heldout"]
+    sets = [f"eval.retrieval.shards={few}/heldout", f"eval.knn.train={few}/heldout"]
+    sets += [f"eval.knn.test={few}/heldout", "eval.knn.k=3"]
     models = [imported, released.folder, backbone.folder]
     done = invoke("compare", *models, *sets, "--out", tmp_path / "all.json")
     assert done.exit_code == 0, done.output

@@ -25,7 +25,8 @@ def test_every_command_takes_an_import(
     assert done.exit_code == 0, done.output
     done = invoke("search", table, "a dog on a beach")
     assert done.exit_code == 0 and "photo.jpg" in done.stdout, done.output
-    done = invoke("show", imported, media / "photo.jpg", "--out", tmp_path / "show.png")
+    done = invoke("show", imported, media / "photo.jpg", "--out", tmp_path / "show.png",
+                  "--keep-rate", "0.5")  # fmt: skip
     assert done.exit_code == 0, done.output
     done = invoke("lineage", imported, "--verify")
     assert done.exit_code == 0 and "0 samples seen" in done.stdout

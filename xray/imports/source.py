@@ -102,13 +102,14 @@ class Source:
 
     @property
     def license(self) -> str:
-        """Licence that the card of the folder states, "" if it states none."""
-        if "README.md" not in self.files:
-            return ""
-        text = read_text(str(self.folder / "README.md"), "SOURCE")
-        front = text.split("\n---", 1)[0] if text.startswith("---") else ""
-        stated = {name: value for name, value in LICENSE.findall(front)}
-        own = stated.get("license", "")
+        """Licence that the card or timm's config states, "" if neither does."""
+        given = self.json("config.json").get("pretrained_cfg") or {}
+        stated = {"license": str(given.get("license") or "")}
+        if "README.md" in self.files:
+            text = read_text(str(self.folder / "README.md"), "SOURCE")
+            front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+            stated |= LICENSE.findall(front)
+        own = stated["license"]
         own = stated.get("license_name", "") if own == "other" else own
         return "" if own == "unknown" else own
 
