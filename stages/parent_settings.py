@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 from xray.artifacts.artifact import find_manifest
 from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
+from xray.config import ModelConfig
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError
 
 Manifest = Mapping[str, Any]
+# Settings of a run's backbone that do not belong to the weights.
+OF_THE_RUN = ("pretrained", "grad_checkpointing", "drop_path", "keep_rate_levels", "keep_rate_span")
 # Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
 # its parent's in any case (xray.artifacts.language_model, xray.training.open_settings).
-VISION_KEYS: dict[str, tuple[str, ...]] = {
-    "model": ("name", "kwargs", "tubelet", "video", "pool", "frame_pool", "norm_eps", "reduce",
-              "reduce_at", "fuse", "keep_rate", "keep_rates"),
-}  # fmt: skip
-JOINT_KEYS: dict[str, tuple[str, ...]] = {
+VISION_KEYS: dict[str, Sequence[str]] = {
+    "model": [item.name for item in fields(ModelConfig) if item.name not in OF_THE_RUN],
+}
+JOINT_KEYS: dict[str, Sequence[str]] = {
     "text": ("max_length",),
     "clip": ("embed_dim", "text_head", "image_head", "head_bias", "adapter_blocks", "loss",
              "logit_scale_max", "matryoshka"),

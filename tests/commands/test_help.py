@@ -15,7 +15,7 @@ from in_process import invoke
 
 from stages import stage_class
 from xray.ablations.trials import load_ablation
-from xray.commands.evaluate import _settings as eval_settings
+from xray.commands.evaluate import eval_settings
 from xray.commands.help import help_rows
 from xray.commands.main import COMMANDS, DATA, DEBUG, app
 from xray.config.loading import build, kinds_of, parse_overrides

@@ -26,6 +26,7 @@ def test_released_weights_stand_beside_artifacts(
     assert [*content][::2] == [imported.parent.name, "vit"]
     assert ours == theirs and ours.keys() == {"retrieval", "knn"} and plain.keys() == {"knn"}
     assert "text to image R@1" in done.stdout and "kNN top1" in done.stdout
+    assert "what the imported weights were trained on is not known" in done.stdout
     cached = list((tmp_path / "cache" / "xray" / "imports").glob("*/manifest.json"))
     assert len(cached) == 2
     times = [path.stat().st_mtime_ns for path in cached]

@@ -30,6 +30,7 @@ from xray.evaluation.suite import LabelledConfig, Suite
 OVERLAP = "overlap"  # key of the shares in the results
 Tested = tuple[str, Source, Source | None]  # key, data set, training set of a probe
 MOST = 100_000  # training samples of a source to compare one by one
+IMPORTED = "imported"  # stands for the stage of weights that were made elsewhere
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     for link in lineage(artifact.path):
         config = (link.manifest or {}).get("config", {})
         data = config.get("data")
-        known = isinstance(data, Mapping) and "imported" not in (link.manifest or {})
-        if link.manifest is None or not known:
+        if link.manifest is not None and "imported" in link.manifest:
+            unknown.append(IMPORTED)
+            continue
+        if link.manifest is None or not isinstance(data, Mapping):
             unknown.append(link.stage)
             continue
         digests = link.manifest.get("sources") or {}
@@ -118,7 +121,9 @@ def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
     }
     unsure = {own.where: own.stage for own in trained if own.where not in same_as_then}
     missing = [f"{stage} ({where or 'not recorded'})" for where, stage in unsure.items()]
-    missing += [f"{stage} (not recorded)" for stage in unknown]
+    missing += [f"{stage} (not recorded)" for stage in unknown if stage != IMPORTED]
+    if known and IMPORTED in unknown:
+        overlap.unknown = "overlap: what the imported weights were trained on is not known"
     if known and missing:
         overlap.unknown = (
             f"overlap: not all that stage {', '.join(missing)} trained on could be compared: the "

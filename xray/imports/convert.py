@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +38,8 @@ FAMILIES: tuple[Family, ...] = (
     sentences.FAMILY,
 )
 ALONE = ("logit_scale", "logit_bias")
+# Each frame of a clip is encoded alone, because the weights have seen images only.
+DECIDED: dict[str, Any] = {"video": "frames", "sincos": "columns"}
 LARGEST_SCALE = 100.0  # that training lets the logit scale reach, unless the weights exceed it
 
 
@@ -78,7 +80,7 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
     offers, hashes = list[str](), source.hashes()
     inputs = {"weights": hash_json(hashes)}
     if imported.vision is not None:
-        vision = imported.vision
+        vision = replace(imported.vision, model=replace(imported.vision.model, **DECIDED))
         parts["backbone"] = inflated(source, vision)
         config |= {"model": asdict(vision.model), "data": asdict(vision.data)}
         offers.append(VISION)

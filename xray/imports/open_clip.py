@@ -141,7 +141,7 @@ def _activation(given: dict[str, Any], quick: bool, names: dict[str, str]) -> st
 def _timm(source: Source, given: dict[str, Any]) -> ModelConfig:
     """Return the settings of an image tower that is a model of timm."""
     pool = POOLS.get(given.get("timm_pool", "avg"), "cls")
-    model = ModelConfig(name=given["timm_model_name"], video="frames", pool=pool)
+    model = ModelConfig(name=given["timm_model_name"], pool=pool)
     side = square(source, given.get("image_size", 224))
     try:
         with torch.device("meta"):

@@ -84,8 +84,7 @@ def vit(name: str, eps: float, pool: Any = "cls", **sizes: Any) -> ModelConfig:
     """Return the settings of a plain ViT. name: of EPS. eps: of its layer norms."""
     own = {k: v for k, v in sizes.items() if name == DINOV2_GIANT or v != SIZES[k]}
     norm_eps = None if eps == EPS[name] else eps
-    # each frame of a clip is encoded alone, because the weights have seen images only
-    return ModelConfig(name=name, kwargs=own, video="frames", norm_eps=norm_eps, pool=pool)
+    return ModelConfig(name=name, kwargs=own, norm_eps=norm_eps, pool=pool)
 
 
 def activation(source: Source, name: str) -> str:

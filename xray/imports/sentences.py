@@ -12,7 +12,7 @@ from xray.errors import ArtifactError, ConfigError
 from xray.imports.clip import settings
 from xray.imports.parts import Family, Imported, Text
 from xray.imports.source import Source
-from xray.imports.texts import check_text, copy_tokenizer
+from xray.imports.texts import checked_text, copy_tokenizer
 from xray.models.llm_folder import SENTENCE_POOLING, default_prompt, is_decoder, own_pooling
 from xray.models.text_tower import TextTower
 
@@ -39,8 +39,7 @@ def read(source: Source, folder: Path) -> Imported:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, folder / name)
     text = Text(dataclasses.replace(config, tune="none"), folder, tower.state_dict())
-    check_text(source, text)
-    return Imported("transformers", text=text)
+    return Imported("transformers", text=checked_text(source, text))
 
 
 def fits(source: Source) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -81,25 +82,29 @@ def _text(
         tune="none", lora_rank=0, attention=attention, pooling="last",
         max_length=sizes["max_position_embeddings"], **more,
     )  # fmt: skip
-    text = Text(config, folder, {f"llm.{name}": value for name, value in state.items()})
-    check_text(source, text)
-    return text
+    named = {f"llm.{name}": value for name, value in state.items()}
+    return checked_text(source, Text(config, folder, named))
 
 
-def check_text(source: Source, text: Text) -> None:
-    """Raise ArtifactError if the weights or the tokenizer do not fit the tower."""
+def checked_text(source: Source, text: Text) -> Text:
+    """Return a text tower with all settings decided, as a run records them.
+
+    Raises ArtifactError if the weights or the tokenizer do not fit the tower.
+    """
     try:
         with torch.device("meta"):
             tower = TextTower(text.config, text.folder, weights=False)
-        largest = CaptionTokenizer(text.folder, text.config).largest_id
+        tokenizer = CaptionTokenizer(text.folder, text.config)
     except ConfigError as error:
         raise ArtifactError(f"{source}: {error}") from error
     check_fit(source, "the text tower", tower, text.state)
-    if largest >= tower.vocabulary:
+    if tokenizer.largest_id >= tower.vocabulary:
         raise ArtifactError(
-            f"{source}: its tokenizer gives token {largest}, and the text tower embeds "
-            f"{tower.vocabulary}: it is another model's tokenizer"
+            f"{source}: its tokenizer gives token {tokenizer.largest_id}, and the text tower "
+            f"embeds {tower.vocabulary}: it is another model's tokenizer"
         )
+    pooled = {name: getattr(tokenizer, name) for name in ("pool_prompt", "pool_special")}
+    return dataclasses.replace(text, config=dataclasses.replace(text.config, **pooled))
 
 
 def copy_tokenizer(source: Source, folder: Path) -> bool:

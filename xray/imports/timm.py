@@ -41,7 +41,7 @@ def read(source: Source, folder: Path) -> Imported:
     )
     usual_pool = _pool(state)
     pool = POOLS.get(kwargs.pop("global_pool", config.get("global_pool", usual_pool)), "cls")
-    model = ModelConfig(name=name, kwargs=kwargs, video="frames", pool=pool)
+    model = ModelConfig(name=name, kwargs=kwargs, pool=pool)
     return Imported("timm", Vision(model, data, state))
 
 
