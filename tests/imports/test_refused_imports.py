@@ -169,7 +169,7 @@ def test_backbones_of_other_blocks(tmp_path: Path) -> None:
 def test_names_that_are_none(clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     refused(tmp_path / "nothing", out, "is not a folder")
-    refused(clip / "model.safetensors", out, "is a file")
+    refused(clip / "model.safetensors", out, "give the folder with its config.json")
     for name, reason in (
         ("open_clip:ViT-B-17:openai", "no model 'ViT-B-17'; did you mean"),
         ("open_clip:ViT-B-16:mine", "no weights 'mine'"),

@@ -22,7 +22,9 @@ from xray.commands.help import examples
 )
 @guarded
 def import_weights(
-    source: Annotated[str, typer.Argument(help="A folder, hf-hub:ORG/NAME or open_clip:MODEL:TAG")],
+    source: Annotated[
+        str, typer.Argument(help="A folder or file, hf-hub:ORG/NAME or open_clip:MODEL:TAG")
+    ],
     out: Annotated[Path, typer.Option(metavar="ARTIFACT", help="Folder to write")],
     license_id: Annotated[
         str,

@@ -19,7 +19,7 @@ from xray.config import DataConfig
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
 from xray.files import making
-from xray.imports import clip, dinov3, open_clip, sentences, siglip, timm, vit
+from xray.imports import clip, dinov3, mae, open_clip, sentences, siglip, timm, vit
 from xray.imports.parts import STEM, Family, Imported, State, Vision, check_fit
 from xray.imports.source import Source, open_source
 from xray.models.backbone import VisionBackbone
@@ -29,6 +29,7 @@ from xray.models.patch_embed import inflate
 
 # The first that fits reads the folder. To add a family: its file, and a line here.
 FAMILIES: tuple[Family, ...] = (
+    mae.FAMILY,
     open_clip.FAMILY,
     timm.FAMILY,
     clip.FAMILY,
@@ -38,8 +39,6 @@ FAMILIES: tuple[Family, ...] = (
     sentences.FAMILY,
 )
 ALONE = ("logit_scale", "logit_bias")
-# Each frame of a clip is encoded alone, because the weights have seen images only.
-DECIDED: dict[str, Any] = {"video": "frames", "sincos": "columns"}
 LARGEST_SCALE = 100.0  # that training lets the logit scale reach, unless the weights exceed it
 
 
@@ -80,7 +79,11 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
     offers, hashes = list[str](), source.hashes()
     inputs = {"weights": hash_json(hashes)}
     if imported.vision is not None:
-        vision = replace(imported.vision, model=replace(imported.vision.model, **DECIDED))
+        vision = imported.vision
+        decided = replace(vision.model, sincos="columns")
+        if not vision.clips:  # each frame of a clip is encoded alone
+            decided = replace(decided, video="frames")
+        vision = replace(vision, model=decided)
         parts["backbone"] = inflated(source, vision)
         config |= {"model": asdict(vision.model), "data": asdict(vision.data)}
         offers.append(VISION)
@@ -121,7 +124,7 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
 def inflated(source: Source, vision: Vision) -> State:
     """Return the backbone's weights with a stem for clips; ArtifactError if they do not fit."""
     state = dict(vision.state)
-    if STEM in state:
+    if STEM in state and not vision.clips:
         state[STEM] = inflate(state[STEM], vision.model.tubelet)
     config = {"model": asdict(vision.model), "data": asdict(vision.data)}
     check_numbers({"config": config}, str(source))

@@ -38,11 +38,15 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": 
 
 @dataclass
 class Vision:
-    """A backbone: its settings, how its images are prepared, and its weights by timm's names."""
+    """A backbone: its settings, how its images are prepared, and its weights by timm's names.
+
+    clips: the weights have seen clips; the stem then has kernels over time.
+    """
 
     model: ModelConfig
     data: DataConfig
     state: State
+    clips: bool = False
 
 
 @dataclass

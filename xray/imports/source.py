@@ -26,10 +26,11 @@ LICENSE = re.compile(r"^(license|license_name):\s*['\"]?([\w.+-]+)", re.MULTILIN
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with released weights. name: what the user asked for."""
+    """A folder with released weights. name: what the user asked for. file: one alone, or ""."""
 
     folder: Path
     name: str
+    file: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -37,6 +38,8 @@ class Source:
     @functools.cached_property
     def files(self) -> frozenset[str]:
         """Names of the files in the folder."""
+        if self.file:
+            return frozenset([self.file])
         return frozenset(path.name for path in self.folder.iterdir() if path.is_file())
 
     @functools.cached_property
@@ -47,7 +50,7 @@ class Source:
     def json(self, name: str) -> dict[str, Any]:
         """Read a JSON object; {} if there is no such file. Raises ArtifactError if damaged."""
         path = self.folder / name
-        if not path.is_file():
+        if self.file or not path.is_file():
             return {}
         try:
             return parse_record(path.read_bytes(), dict[str, Any])
@@ -98,6 +101,7 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """Hash the files that determine the model: weights, configs and tokenizer."""
         names = {path.name for pattern in FILES for path in self.folder.glob(pattern)}
+        names = {self.file} if self.file else names
         return {name: sha256_file(self.folder / name) for name in sorted(names)}
 
     @property
@@ -123,7 +127,7 @@ def open_source(name: str) -> Source:
     if folder.is_dir():
         return Source(folder, name)
     if folder.is_file():
-        raise ConfigError(f"{name} is a file: give the folder with its config.json")
+        return Source(folder.parent, name, folder.name)
     if name.startswith(OPEN_CLIP):
         return Source(_download(_repository(name), name), name)
     repository = name.removeprefix(HUB)
