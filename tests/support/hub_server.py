@@ -63,6 +63,7 @@ class HubServer(ThreadingHTTPServer):
         self.leaks: list[str] = []
         self.faults: dict[str, list[int]] = {}
         self.root = f"http://127.0.0.1:{self.server_address[1]}"
+        self.store = f"http://localhost:{self.server_address[1]}"  # another host, for LFS objects
 
     def add(self, name: str, files: Files, revision: str = "main", **access: bool) -> Repository:
         """Add files to a repository, which is made if it is new."""
@@ -195,7 +196,7 @@ class HubHandler(BaseHTTPRequestHandler):
         for item in json.loads(self.body)["objects"]:
             own = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.server.objects:
-                href = f"{self.server.root}/lfs/{item['oid']}?{SIGNED}"
+                href = f"{self.server.store}/lfs/{item['oid']}?{SIGNED}"
                 own["actions"] = {"upload": {"href": href}}
             objects.append(own)
         self.answer(200, {"transfer": "basic", "objects": objects})
@@ -260,12 +261,14 @@ class HubHandler(BaseHTTPRequestHandler):
                 oid = hashlib.sha256(body).hexdigest()
                 self.server.objects[oid] = body
                 about |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{oid}"'}
-                about["Location"] = f"{self.server.root}/lfs/{oid}?{SIGNED}"
+                about["Location"] = f"{self.server.store}/lfs/{oid}?{SIGNED}"
                 self.answer(302, b"", about)
             else:
                 self.send(body, about)
 
     def download(self, oid: str) -> None:
+        if self.token:
+            self.server.leaks.append(self.path)
         if SIGNED in self.query:
             self.send(self.server.objects[oid], {"ETag": f'"{oid}"'})
         else:
@@ -352,7 +355,7 @@ def hub_server(patch: pytest.MonkeyPatch, token: str = "") -> Iterator[HubServer
     from huggingface_hub import constants, file_download
 
     server = HubServer()
-    patch.setenv("NO_PROXY", "127.0.0.1")
+    patch.setenv("NO_PROXY", "127.0.0.1,localhost")
     patch.setenv("HF_TOKEN", token)
     patch.setattr(constants, "ENDPOINT", server.root)
     url = "/{repo_id}/resolve/{revision}/{filename}"
