@@ -78,7 +78,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="FORMAT", help="Convert ARTIFACT to timm, open_clip, onnx or safetensors"
+            metavar="FORMAT",
+            help="Convert ARTIFACT to timm, open_clip, transformers, onnx or safetensors",
         ),
     ] = "",
     out: Annotated[

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from xray.artifacts.artifact import Artifact
+from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import VisionEncoder, vision_encoder
 from xray.artifacts.offers import VISION
 from xray.errors import ArtifactError
@@ -24,6 +24,7 @@ CAPTIONS = (
     "red",
     "a very long caption " * 40,  # longer than any text tower reads: truncated
 )
+SHARD = 5_000_000_000  # bytes of the largest file of weights, as transformers writes them
 
 
 @dataclass
@@ -93,6 +94,18 @@ def mlp_ratio(hidden: int, width: int) -> float:
     """Return the MLP ratio whose product with the width, rounded down, is `hidden`."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
+def save_sharded(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write model.safetensors, or several files of at most 5 GB and their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    for name, tensors in plan.filename_to_tensors.items():
+        save_tensors(folder / name, {tensor: state[tensor] for tensor in tensors})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        save_json(folder / "model.safetensors.index.json", index)
 
 
 def is_present(module: nn.Module | None) -> bool:

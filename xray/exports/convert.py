@@ -14,6 +14,7 @@ from xray.exports.to_onnx import to_onnx
 from xray.exports.to_open_clip import to_open_clip
 from xray.exports.to_safetensors import to_safetensors
 from xray.exports.to_timm import to_timm
+from xray.exports.to_transformers import to_transformers
 from xray.files import making, replacing, sync_tree
 from xray.models.token_reduction import KeepRate
 
@@ -43,10 +44,15 @@ def _write(
     if form == "onnx":
         export = to_onnx(artifact, folder, keep_rate, frames)
     else:
-        writers = {"timm": to_timm, "open_clip": to_open_clip, "safetensors": to_safetensors}
+        writers = {
+            "timm": to_timm,
+            "open_clip": to_open_clip,
+            "transformers": to_transformers,
+            "safetensors": to_safetensors,
+        }
         export = writers[form](artifact, folder)
     rate = artifact.manifest["keep_rate"]
-    if form in ("timm", "open_clip") and rate != 1.0:
+    if form in ("timm", "open_clip", "transformers") and rate != 1.0:
         export.notes.append(
             f"Every token is kept here. The artifact's own keep rate is {rate}, which "
             "gives other features: xray.load(ARTIFACT, keep_rate=1.0) gives the export's."

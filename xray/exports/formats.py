@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from xray.errors import ConfigError, nearest
 
-Format = Literal["timm", "open_clip", "onnx", "safetensors"]
+Format = Literal["timm", "open_clip", "transformers", "onnx", "safetensors"]
 
 
 def check_format(form: str, keep_rate: object, frames: int) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import GELUTanh, Mlp, QuickGELU
-from torch import Tensor, nn
+from torch import nn
 
 from xray.artifacts.encoders import Encoder, ImageEncoder
 from xray.artifacts.manifest_config import model_config
@@ -22,8 +21,8 @@ from xray.exports.names.open_clip import (
     TRUNK_PROJECTION,
     VISION,
 )
+from xray.exports.plain_vit import State, fill_bias, fold_bias, plain_state, renamed
 
-State = dict[str, Tensor]
 TIMM_POOLS = {"map": "map", "cls": "token", "mean": "avg"}  # open_clip's timm_pool by model.pool
 TANH = {"approximate": "tanh"}
 
@@ -165,34 +164,19 @@ def has_bias(encoder: Encoder) -> bool:
 
 def vision_state(encoder: ImageEncoder, side: int) -> State:
     """Rename the image tower's weights, below `visual.`."""
-    own = image_state(encoder, side)
     head = {k: v.detach() for k, v in encoder.vision_projection.named_parameters()}
     projection = {f"vision_projection.{name}": value for name, value in head.items()}
     if is_timm(encoder):
-        named = {f"trunk.{name}": value for name, value in own.items()}
+        named = {f"trunk.{name}": value for name, value in image_state(encoder, side).items()}
         table = TRUNK_HEAD if "vision_projection.bias" in projection else TRUNK_PROJECTION
         named |= table.to_theirs(projection).state
     else:
-        named = _plain_vit(encoder, own, projection)
+        own = plain_state(encoder, side)
+        fold_bias(own)
+        for number in range(len(list(encoder.vision.blocks.children()))):
+            fill_bias(own, f"blocks.{number}.attn.qkv")
+        named = renamed(VISION, own | projection)
     return {f"visual.{name}": value for name, value in named.items()}
-
-
-def _plain_vit(encoder: ImageEncoder, own: State, projection: State) -> State:
-    """Rename a ViT's weights, with the stem's bias in the positions and zeros for other biases."""
-    vision, places = encoder.vision, own["pos_embed"]
-    missing = vision.num_prefix_tokens - vision.position_prefix  # rows of the CLS token
-    places = torch.cat([places.new_zeros(1, missing, places.shape[2]), places], dim=1)
-    if (bias := own.pop("patch_embed.proj.bias", None)) is not None:
-        places = torch.cat([places[:, :1], places[:, 1:] + bias], dim=1)
-    own["pos_embed"] = places
-    own = {k.removeprefix("fc_") if k.startswith("fc_norm.") else k: v for k, v in own.items()}
-    for number in range(len(list(vision.blocks.children()))):
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-            layer = f"blocks.{number}.{name}"
-            own.setdefault(f"{layer}.bias", torch.zeros(len(own[f"{layer}.weight"])))
-    named = VISION.to_theirs(own | projection)
-    assert not named.unknown, named.unknown
-    return named.state
 
 
 def text_state(encoder: Encoder) -> State:
@@ -200,7 +184,5 @@ def text_state(encoder: Encoder) -> State:
     own = {k: v.detach() for k, v in encoder.text.llm.state_dict().items()}
     positions = "embeddings.position_embedding.weight"
     own[positions] = own[positions][: encoder.tokenizer.max_length]
-    named = TEXT.to_theirs(own)
-    assert not named.unknown, named.unknown
     head = {f"text_adapter.{k}": v.detach() for k, v in encoder.text_adapter.named_parameters()}
-    return named.state | (LINEAR if has_bias(encoder) else PROJECTION).to_theirs(head).state
+    return renamed(TEXT, own) | (LINEAR if has_bias(encoder) else PROJECTION).to_theirs(head).state
