@@ -34,6 +34,7 @@ ROWS: dict[str, set[str]] = {
     "xray.artifacts": {"xray.models", "xray.losses", "data_pipelines", "xray.version"},
     "stages": {"xray.artifacts", "xray.losses", "xray.optim"},
     "xray.evaluation": {"xray.artifacts", "xray.losses", "xray.optim", "xray.reports"},
+    "xray.merging": {"xray.evaluation"},
     "xray.visualize": {"xray.artifacts", "xray.reports"},
     "xray.exports": {"xray.artifacts"},
     "xray.imports": {"xray.exports"},
@@ -50,8 +51,8 @@ ROWS: dict[str, set[str]] = {
     },
     "xray.ablations": {"xray.recipes"},
     "xray.commands": {
-        *("xray", "xray.ablations", "xray.doctor", "xray.imports", "xray.planning"),
-        "xray.search",
+        *("xray", "xray.ablations", "xray.doctor", "xray.imports", "xray.merging"),
+        *("xray.planning", "xray.search"),
     },
     "xray.__main__": {"xray.commands"},
 }

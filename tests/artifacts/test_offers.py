@@ -54,7 +54,7 @@ def test_an_artifact_without_offers_opens_as_before(
 def test_a_manifest_with_damaged_offers_is_refused(control: Path, key: str, value: Any) -> None:
     manifest = json.loads((control / "manifest.json").read_text())
     content = json.dumps({**manifest, key: value}).encode()
-    with pytest.raises(ArtifactError, match="its offers, heads or summary"):
+    with pytest.raises(ArtifactError, match="its offers, heads, summary or mixture"):
         parse_manifest(content, "manifest.json")
 
 

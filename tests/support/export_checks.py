@@ -45,7 +45,11 @@ def code_of(card: Path) -> str:
 
 
 def rewritten(
-    path: Path, out: Path, config: dict[str, Any], parts: dict[str, dict[str, torch.Tensor]]
+    path: Path,
+    out: Path,
+    config: dict[str, Any],
+    parts: dict[str, dict[str, torch.Tensor]],
+    **parents: Artifact,
 ) -> Artifact:
     """Write a copy of an artifact with another config and with the given parts replaced."""
     old = open_artifact(path)
@@ -55,5 +59,5 @@ def rewritten(
     files = {
         name: old.path / name for name in old.manifest["files"] if name[:4] in ("llm/", "voca")
     }
-    write_artifact(out, own, files, facts, {}, artifact_card)
+    write_artifact(out, own, files, facts, parents, artifact_card)
     return open_artifact(out)

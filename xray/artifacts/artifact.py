@@ -177,7 +177,9 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
         if not isinstance(manifest.get(section), dict):
             raise ArtifactError(f"{where} is damaged: it has no {section}")
     if not offers_are_sound(manifest):
-        raise ArtifactError(f"{where} is damaged: its offers, heads or summary cannot be read")
+        raise ArtifactError(
+            f"{where} is damaged: its offers, heads, summary or mixture cannot be read"
+        )
     for parent in manifest["parents"].values():
         if not isinstance(parent, dict) or not parent.keys() >= {"manifest", "stage", "path"}:
             raise ArtifactError(f"{where} is damaged: its parents have no manifest, stage or path")
@@ -222,7 +224,7 @@ def _fetch(place: Place, folder: Path, manifest: Mapping[str, Any], content: byt
 
 def write_artifact(
     path: Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
+    parts: Mapping[str, Any],
     files: Mapping[str, Any],
     facts: Mapping[str, Any],
     parents: Mapping[str, Artifact],
@@ -230,8 +232,10 @@ def write_artifact(
 ) -> None:
     """Write an artifact under a temporary name and rename it; never overwrites one.
 
-    card: makes the text of README.md from the folder. The manifest has no hash of it, so people may
-    edit it. Raises ArtifactError if the artifact cannot be written, and removes what was written.
+    parts: the tensors of each by name, or an object with `save(path)`. files: paths, or such
+    objects. card: makes the text of README.md from the folder. The manifest has no hash of it, so
+    people may edit it. Raises ArtifactError if the artifact cannot be written, and removes what was
+    written.
     """
     with _whole_or_none(path) as temporary:
         _fill(temporary, parts, files)
@@ -271,11 +275,13 @@ def _whole_or_none(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _fill(
-    temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, Any]
-) -> None:
-    for name, tensors in parts.items():
-        save_tensors(temporary / f"{name}.safetensors", tensors)
+def _fill(temporary: Path, parts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
+        target = temporary / f"{name}.safetensors"
+        if isinstance(part, Mapping):
+            save_tensors(target, part)
+        else:
+            part.save(target)
     for name, item in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)

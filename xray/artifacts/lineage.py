@@ -19,6 +19,7 @@ from xray.artifacts.artifact import (
 )
 from xray.artifacts.location import Place
 from xray.artifacts.manifest_config import read_section
+from xray.artifacts.offers import MIXTURE
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
@@ -75,6 +76,7 @@ class Link:
         values["manifest"] = values.pop("digest")
         parents = {slot: parent["manifest"] for slot, parent in manifest.get("parents", {}).items()}
         copied = {key: manifest.get(key) for key in COPIED}
+        copied |= {MIXTURE: manifest[MIXTURE]} if MIXTURE in manifest else {}
         return {**values, **copied, "parents": parents, "sound": self.sound}
 
 
@@ -181,6 +183,21 @@ def made_with(manifest: Mapping[str, Any]) -> str:
     return versions + (f", commit {commit[:12]}" if commit else "")
 
 
+def mixed_of(manifest: Mapping[str, Any]) -> str:
+    """Describe the mixture that an artifact is, "" for one that was trained."""
+    mixture = manifest.get(MIXTURE)
+    if mixture is None:
+        return ""
+    weights = ", ".join(f"{weight:.4g} of {slot}" for slot, weight in mixture["weights"].items())
+    why = f" ({mixture['by']})" if mixture.get("by") else ""
+    return f"mean of its parents' weights: {weights}{why}"
+
+
+def _trained_on(manifest: Mapping[str, Any]) -> str:
+    data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
+    return f"{count(manifest.get('samples', 0), 'sample')} seen, data {data}, config {config}"
+
+
 def _about(link: Link) -> Iterator[str]:
     yield f"manifest {link.digest}"
     manifest = link.manifest
@@ -190,8 +207,7 @@ def _about(link: Link) -> Iterator[str]:
             "or its manifest has credentials in a URL"
         )
     else:
-        data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
-        yield f"{count(manifest.get('samples', 0), 'sample')} seen, data {data}, config {config}"
+        yield mixed_of(manifest) or _trained_on(manifest)
         yield made_with(manifest)
         inputs = ", ".join(f"{name} {value[:12]}" for name, value in manifest["inputs"].items())
         if inputs:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xray.artifacts.artifact import Artifact
-from xray.artifacts.lineage import Link, lineage, made_with
+from xray.artifacts.lineage import Link, lineage, made_with, mixed_of
 from xray.artifacts.manifest_config import (
     data_config,
     license_of,
@@ -199,6 +199,8 @@ def _sources(artifact: Artifact) -> Iterator[tuple[str, ...]]:
 
 
 def _metrics(manifest: Mapping[str, Any]) -> list[str]:
+    if mixed := mixed_of(manifest):
+        return [f"Not trained itself: a {mixed}."]
     metrics = {
         name: value
         for name, value in manifest.get("metrics", {}).items()

@@ -2,7 +2,7 @@
 
 A stage writes them into the manifest: `offers`, a list of the names below; `heads`, the section of
 the run's config that describes a head, if it is not the usual one; `summary`, a sentence for the
-model card.
+model card. `xray merge` writes `mixture`: the weights of the parents, by slot, and why (`by`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ DECODER = "decoder"  # the decoder of a masked auto-encoder
 TAGS = "tags"  # a tag head with its vocabulary
 SENTENCES = "sentences"  # a text tower tuned on captions
 JOINT = "joint"  # images, clips and texts in one space
+MIXTURE = "mixture"  # key of a manifest
 
 # For manifests of older versions, which have no `offers`.
 OFFERS_OF_STAGE = {
@@ -32,12 +33,17 @@ def offers_of(manifest: Mapping[str, Any]) -> frozenset[str]:
 
 
 def offers_are_sound(manifest: Mapping[str, Any]) -> bool:
-    """Check if the keys that a stage writes about its artifact have the right types."""
+    """Check if the keys that a stage or a merge writes about its artifact have the right types."""
     names, heads = manifest.get("offers", []), manifest.get("heads", {})
     if not isinstance(names, list) or not isinstance(heads, dict):
         return False
-    summary = manifest.get("summary", "")
-    return all(isinstance(value, str) for value in [*names, *heads.values(), summary])
+    mixture = manifest.get(MIXTURE, {"weights": {}, "by": ""})
+    if not isinstance(mixture, dict) or not isinstance(mixture.get("weights"), dict):
+        return False
+    if not all(isinstance(weight, int | float) for weight in mixture["weights"].values()):
+        return False
+    texts = [*names, *heads.values(), manifest.get("summary", ""), mixture.get("by", "")]
+    return all(isinstance(value, str) for value in texts)
 
 
 def slot_of(offers: frozenset[str]) -> str:

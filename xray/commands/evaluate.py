@@ -16,6 +16,7 @@ from xray.errors import ConfigError
 from xray.files import write_in_place
 
 if TYPE_CHECKING:
+    from xray.artifacts.artifact import Artifact
     from xray.evaluation.config import EvalConfig
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.suite import Measures
@@ -84,7 +85,6 @@ def evaluate(
             suite_named(name)
         check_model(artifact)
     from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.held_out import trained_sources, with_held_out
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
@@ -94,12 +94,8 @@ def evaluate(
         init_distributed(device)
 
     def opening() -> Evaluator:
-        given, opened = config, open_model(artifact, llm)
-        if given.held_out:
-            given, lines = with_held_out(given, *trained_sources(opened, root))
-            for line in lines:
-                log.info("%s", line)
-        return Evaluator.open(opened, given, root, workers, device)
+        opened = open_model(artifact, llm)
+        return Evaluator.open(opened, filled_sets(config, opened, root), root, workers, device)
 
     def work() -> None:
         target = _target(out)
@@ -110,6 +106,18 @@ def evaluate(
 
     evaluator = dist.main_first(opening, "opening the artifact")
     evaluator.lead(work)
+
+
+def filled_sets(config: EvalConfig, artifact: Artifact, root: str) -> EvalConfig:
+    """Fill the data sets of eval.held_out with those that the artifact's sources hold out."""
+    if not config.held_out:
+        return config
+    from xray.evaluation.held_out import trained_sources, with_held_out
+
+    filled, lines = with_held_out(config, *trained_sources(artifact, root))
+    for line in lines:
+        log.info("%s", line)
+    return filled
 
 
 def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> None:

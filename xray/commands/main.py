@@ -19,6 +19,7 @@ from xray.commands.evaluate import evaluate
 from xray.commands.help import HELP, Command, Group
 from xray.commands.import_weights import import_weights
 from xray.commands.init import init
+from xray.commands.merge import merge
 from xray.commands.plan import plan, show_config
 from xray.commands.plan import version as show_version
 from xray.commands.push import push
@@ -46,6 +47,7 @@ COMMANDS: Commands = {
     "export": artifacts.export,
     "import": import_weights,
     "push": push,
+    "merge": merge,
     "embed": embed.embed,
     "search": embed.search,
     "report": train.report,

@@ -87,21 +87,8 @@ class Evaluator:
         return find_overlap(self.sets, [suite_named(name) for name in names])
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise ConfigError for an unknown suite or missing data, ArtifactError for a suite that
-        needs what the artifact does not offer.
-        """
-        configured = self.sets.config.configured()
-        for name in names:
-            suite = suite_named(name)
-            if not suite.needs <= self.offers:
-                raise ArtifactError(
-                    f"{self.sets.what}: suite {name} needs an artifact that offers "
-                    f"{', '.join(sorted(suite.needs))}, this one offers "
-                    f"{', '.join(sorted(self.offers))}"
-                )
-            if name not in configured and not any(s.name in configured for s in suite.reads):
-                raise ConfigError(f"suite {name} has no data: set eval.{suite.data_keys()}")
-        check_sets(self.sets.config, names, self.sets.data.root)
+        """Check suites as `check_suites`."""
+        check_suites(names, self.sets.config, self.offers, self.sets.what, self.sets.data.root)
 
     def default_suites(self) -> list[str]:
         """List the suites that have data and that the artifact can run; ConfigError for none."""
@@ -115,3 +102,24 @@ class Evaluator:
                 f"{data if configured else 'there are no data: give --recipe'}"
             )
         return suites
+
+
+def check_suites(
+    names: Sequence[str], config: EvalConfig, offers: frozenset[str], what: str, root: str
+) -> None:
+    """Raise ConfigError for an unknown suite or missing data, ArtifactError for a suite that needs
+    what the artifact does not offer.
+
+    config: `filled`. what: the artifact, for errors.
+    """
+    configured = config.configured()
+    for name in names:
+        suite = suite_named(name)
+        if not suite.needs <= offers:
+            raise ArtifactError(
+                f"{what}: suite {name} needs an artifact that offers "
+                f"{', '.join(sorted(suite.needs))}, this one offers {', '.join(sorted(offers))}"
+            )
+        if name not in configured and not any(s.name in configured for s in suite.reads):
+            raise ConfigError(f"suite {name} has no data: set eval.{suite.data_keys()}")
+    check_sets(config, names, root)

@@ -1,0 +1,1 @@
+"""Weight-space ensembles: weighted means of the weights of several artifacts."""
