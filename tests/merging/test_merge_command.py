@@ -182,6 +182,7 @@ def test_a_greedy_soup_is_never_below_its_best_member(
     assert values[tuple(sorted(soup))] >= max(values[(p,)] for p in range(3))
     assert 0 not in soup  # its weights are mostly noise
     assert f"greedy soup by {measure}" in done.stdout and "members" in done.stdout
+    assert "image to text R@5" in (out / "merge.html").read_text()  # the measure that chose
     parents = open_artifact(out / "artifact").manifest["parents"]
     assert [*parents] == [f"member {position + 1}" for position in sorted(soup)]
 

@@ -226,6 +226,7 @@ def _mixtures(choice: Choice, artifacts: int) -> list[Mixture]:
 
 def _judged(choice: Choice, search: Search) -> None:
     """Evaluate the mixtures, print and write the results, and write the chosen artifact."""
+    from xray.merging.measures import shown_measures
     from xray.merging.report import mixture_table, panels_of, write_page
 
     if choice.soup == "greedy":
@@ -236,15 +237,15 @@ def _judged(choice: Choice, search: Search) -> None:
         chosen = search.best(mixtures) if choice.by else mixtures[-1]
     picked = chosen if choice.by or not choice.needs_data else None
     measured = [(mixture, search.of(mixture)) for mixture in mixtures]
-    table = mixture_table(measured, picked, bool(choice.alphas))
+    how = shown_measures(measured[0][1], choice.by), picked, bool(choice.alphas)
+    table = mixture_table(measured, *how)
     table.print()
     facts: dict[str, Any] | None = None
     if picked is not None:
         facts = {"name": picked.name, "weights": picked.weights, "by": choice.rule(picked)}
     search.save(search.stored.mixtures, facts)
     rule = "No mixture was chosen." if facts is None else f"Chosen (*): {facts['by']}."
-    panels = panels_of(measured, picked, bool(choice.alphas))
-    path = write_page(search.out, search.artifacts, table, panels, rule)
+    path = write_page(search.out, search.artifacts, table, panels_of(measured, *how), rule)
     print(f"report: {path}")
     if picked is None:
         print(

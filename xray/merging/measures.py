@@ -49,16 +49,16 @@ def mean_of(results: Mapping[str, Measures], measures: Sequence[str]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def shown_measures(results: Mapping[str, Measures]) -> list[str]:
-    """List the measures of tables and figures: of each suite those that keep rates compare.
+def shown_measures(results: Mapping[str, Measures], by: Sequence[str]) -> list[str]:
+    """List the measures of tables and figures: `by`, and of each suite those of --keep-rates.
 
     Of a suite without them, it is the first one that has an interval.
     """
-    shown = []
+    shown = [*by]
     for suite, measures in results.items():
         first = [key for key in measures if interval_keys(key)[0] in measures][:1]
         shown += [f"{suite}.{key}" for key in suite_named(suite).compared or first]
-    return shown
+    return list(dict.fromkeys(shown))
 
 
 def title(measure: str) -> str:

@@ -10,15 +10,14 @@ from xray.artifacts.artifact import Artifact
 from xray.evaluation.suite import Measures
 from xray.merging.measures import (
     chance,
-    shown_measures,
     split_measure,
     title,
     value_and_ends,
     with_interval,
 )
 from xray.merging.mixtures import Mixture
-from xray.reports.figures import COLOR, figures, label_axis, subplots
-from xray.reports.html import paragraph, write_report
+from xray.reports.figures import COLOR, label_axis, subplots, svg
+from xray.reports.html import gallery, paragraph, write_report
 from xray.reports.tables import ResultTable
 
 PAGE = "merge.html"
@@ -26,9 +25,10 @@ CHOSEN = "#b4552d"
 Measured = Sequence[tuple[Mixture, Mapping[str, Measures]]]
 
 
-def mixture_table(measured: Measured, chosen: Mixture | None, on_line: bool) -> ResultTable:
+def mixture_table(
+    measured: Measured, measures: Sequence[str], chosen: Mixture | None, on_line: bool
+) -> ResultTable:
     """Make a table with a row per mixture; the chosen one has a star."""
-    measures = shown_measures(measured[0][1])
     first = "alpha" if on_line else "members"
     table = ResultTable("Mixtures, with 95 % intervals", (first, *map(title, measures)))
     for mixture, results in measured:
@@ -52,23 +52,24 @@ def write_page(
     return path
 
 
-def panels_of(measured: Measured, chosen: Mixture | None, on_line: bool) -> str:
+def panels_of(
+    measured: Measured, measures: Sequence[str], chosen: Mixture | None, on_line: bool
+) -> str:
     """Draw two measures against each other, of two suites if there are, and each over alpha."""
-    measures = shown_measures(measured[0][1])
     suites = dict.fromkeys(split_measure(measure)[0] for measure in measures)
     firsts = [next(m for m in measures if split_measure(m)[0] == suite) for suite in suites]
     pair = [*firsts, *(m for m in measures if m not in firsts)][:2]
     drawn = []
     if len(pair) == 2:
         text = f"{title(pair[0])} against {title(pair[1])}, one point per mixture"
-        drawn.append((_against(measured, pair, chosen, on_line), text))
+        drawn.append(svg(_against(measured, pair, chosen, on_line), text))
     if on_line and len(measured) > 1:
-        drawn += [(_over_alpha(measured, m, chosen), f"{title(m)} over alpha") for m in measures]
+        drawn += [svg(_over_alpha(measured, m, chosen), f"{title(m)} over alpha") for m in measures]
     if not drawn:
         return ""
     what = "alpha" if on_line else "the members of the soup"
     caption = f"Bars are 95 % intervals; the numbers are {what}. The chosen mixture is orange."
-    return figures("Curves", caption, drawn)
+    return gallery("Curves", drawn) + paragraph(caption)
 
 
 def _against(measured: Measured, pair: Sequence[str], chosen: Mixture | None, on_line: bool) -> Any:

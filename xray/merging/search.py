@@ -133,7 +133,7 @@ class Search:
             seconds = (time.monotonic() - began) / number * (total - number)
             rest = f"; about {duration(seconds)} left" if total > number else ""
             self.value(mixture)  # raises after the first evaluation, if there is no such measure
-            log.info("%s: %s%s", mixture.name, self._told(mixture), rest)
+            log.info("mixture %s: %s%s", mixture.name, self._told(mixture), rest)
 
     def _missing(self, mixture: Mixture) -> list[str]:
         done = self.results.get(mixture.weights, {})
@@ -162,7 +162,9 @@ class Search:
 
     def _told(self, mixture: Mixture) -> str:
         results = self.of(mixture)
-        return ", ".join(f"{key} {with_interval(results, key)}" for key in shown_measures(results))
+        return ", ".join(
+            f"{key} {with_interval(results, key)}" for key in shown_measures(results, self.by)
+        )
 
     def value(self, mixture: Mixture) -> float:
         """Return the mean of the measures that choose, of a mixture that has results."""
