@@ -160,17 +160,19 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "layer scale": ({"name": "deit3_small_patch16_224", "kwargs": PATCH}, ""),
     "no CLS": ({"name": "vit_base_patch16_siglip_224", "kwargs": PATCH}, ""),
     "attention pooling": (
-        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "map"}, "not a CLS token",
+        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "map"},
+        "without model.kwargs",
     ),
     "mean": (
         {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
     ),
-    "rotary": ({"name": "vit_small_patch16_dinov3", "kwargs": PATCH}, "timm's Eva"),
+    "rotary": ({"name": "vit_small_patch16_dinov3", "kwargs": PATCH}, "without model.kwargs"),
     "rotary, added CLS": (
-        {"name": "vit_medium_patch16_rope_reg1_gap_256", "kwargs": PATCH}, "timm's Eva",
+        {"name": "vit_medium_patch16_rope_reg1_gap_256", "kwargs": PATCH}, "without model.kwargs",
     ),
     "rotary, mean": (
-        {"name": "eva02_tiny_patch14_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
+        {"name": "eva02_tiny_patch14_224", "kwargs": PATCH, "pool": "mean"},
+        "without model.kwargs",
     ),
     "registers": ({"name": "vit_small_patch14_reg4_dinov2", "kwargs": PATCH}, "register tokens"),
     "qk-norm": (

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         "your own model beside a released one, on your own data",
     ),
     (
-        "xray compare runs/mine/clip open_clip:ViT-B-16:openai --recipe mine.yaml --out all.json",
+        "xray compare runs/mine/clip models/clip --recipe quickstart --out all.json",
         "every suite of a recipe; the results are also written to a file",
     ),
 )
