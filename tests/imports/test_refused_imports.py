@@ -176,5 +176,7 @@ def test_names_that_are_none(clip: Path, tmp_path: Path) -> None:
     ):
         done = invoke("import", name, "--out", out)
         assert done.exit_code == 2 and reason in done.stderr, done.stderr
+    (tmp_path / "manifest.json").write_text("{}")
+    refused(tmp_path, tmp_path / "other", "is an artifact already")
     done = invoke("import", clip, "--out", clip)
     assert done.exit_code == 2 and "already exists" in done.stderr

@@ -124,6 +124,8 @@ def open_source(name: str) -> Source:
     Raises ConfigError with one line for a name that is neither, or that the hub does not provide.
     """
     folder = Path(name).expanduser()
+    if (folder / "manifest.json").is_file():
+        raise ConfigError(f"{name} is an artifact already: commands take it as it is")
     if folder.is_dir():
         return Source(folder, name)
     if folder.is_file():
