@@ -46,7 +46,10 @@ SHAPES: dict[str, tuple[dict[str, Any], str, str]] = {
     "qk-norm": (
         {"name": "vit_tiny_patch16_224", "kwargs": {"qk_norm": True}}, "", "normalisation layers",
     ),
-    "swiglu": ({"name": "vit_giant_patch14_dinov2"}, "", "not two linear layers"),
+    "swiglu": (
+        {"name": "vit_giant_patch14_dinov2", "kwargs": {"mlp_ratio": 5.5}}, DUAL, "dinov2",
+    ),
+    "swiglu of another width": ({"name": "vit_giant_patch14_dinov2"}, "", "MLP ratio is not a"),
     "relu": (
         {"name": "vit_tiny_patch16_224", "kwargs": {"act_layer": "relu"}}, "", "not two linear",
     ),
@@ -55,7 +58,7 @@ SHAPES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "pre-norm with layer scale": (
         {"name": "vit_base_patch16_clip_224", "kwargs": {"init_values": 0.1}}, "",
-        "LayerScale or registers, and a norm before",
+        "and a norm before its blocks",
     ),
 }  # fmt: skip
 
@@ -195,10 +198,11 @@ def released(kind: str, folder: Path, words: Path) -> Any:
         "Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersConfig(
             **image, num_register_tokens=2
         ),
+        "Dinov2Model with SwiGLU": lambda: hf.Dinov2Config(**image, use_swiglu_ffn=True),
         "DINOv3ViTModel": lambda: hf.DINOv3ViTConfig(**wide, num_register_tokens=2),
     }
     torch.manual_seed(0)
-    model = getattr(hf, kind)(made[kind]()).eval()
+    model = getattr(hf, kind.split()[0])(made[kind]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -215,7 +219,7 @@ def released(kind: str, folder: Path, words: Path) -> Any:
 
 UNUSED = ("pooler.", "embeddings.mask_token")  # parts that an import leaves out
 KINDS = ("CLIPModel", "SiglipModel", "ViTModel", "Dinov2Model", "Dinov2WithRegistersModel",
-         "DINOv3ViTModel")  # fmt: skip
+         "Dinov2Model with SwiGLU", "DINOv3ViTModel")  # fmt: skip
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -56,18 +56,42 @@ def unsupported_vision(encoder: VisionEncoder) -> str:
         mlp: Any = block.mlp
         if is_present(attention.q_norm) or is_present(attention.norm):
             return "its attention has normalisation layers"
-        if type(mlp) is not Mlp or is_present(mlp.norm) or not activation_name(mlp.act):
+        plain = type(mlp) is Mlp and activation_name(mlp.act)
+        if is_present(mlp.norm) or not (plain or _is_gated(mlp)):
             return f"its MLP is not two linear layers with GELU or QuickGELU ({type(mlp).__name__})"
         if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
             return "its blocks have other norms than LayerNorm"
-    first, dinov2 = blocks[0], is_present(blocks[0].ls1) or vision.reg_token is not None
+    first, dinov2 = blocks[0], _is_dinov2(vision)
     if dinov2 and is_present(vision.norm_pre):
-        return "it has LayerScale or registers, and a norm before its blocks"
+        return "it has LayerScale, registers or SwiGLU, and a norm before its blocks"
     if vision.pool == "map":
         return _unsupported_pool(vision, first)
-    if dinov2 and first.mlp.fc1.out_features % vision.embed_dim:
+    if dinov2 and not _ratio(vision, first.mlp):
         return "its MLP ratio is not a whole number"
     return ""
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    """Return True for the SwiGLU of the largest DINOv2."""
+    return type(mlp) is GluMlp and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
+
+
+def _is_dinov2(vision: Any) -> bool:
+    """Return True for a ViT with a part that of these families only DINOv2 has."""
+    first = vision.blocks[0]
+    return is_present(first.ls1) or vision.reg_token is not None or _is_gated(first.mlp)
+
+
+def _ratio(vision: Any, mlp: Any) -> int:
+    """Return DINOv2's MLP ratio, a whole number; 0 if there is none.
+
+    SwiGLU has two thirds of the width that it stands for, rounded up to a multiple of 8.
+    """
+    width, hidden = vision.embed_dim, mlp.fc2.in_features
+    ratios = {ratio: ratio * width for ratio in range(1, 17)}
+    if _is_gated(mlp):
+        ratios = {ratio: (size * 2 // 3 + 7) // 8 * 8 for ratio, size in ratios.items()}
+    return next((ratio for ratio, size in ratios.items() if size == hidden), 0)
 
 
 def _unsupported_pool(vision: Any, block: Any) -> str:
@@ -164,9 +188,10 @@ def image_tower(encoder: VisionEncoder, side: int) -> Tower:
         for layer in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2"):
             fill_bias(own, f"attn_pool.{layer}")
         return Tower({"model_type": "siglip_vision_model", **settings}, renamed(siglip.VISION, own))
-    if not is_present(first.ls1) and vision.reg_token is None:
+    if not _is_dinov2(vision):
         return Tower({"model_type": "vit", **settings}, renamed(vit.VIT, own))
-    settings["mlp_ratio"] = settings.pop("intermediate_size") // width
+    del settings["intermediate_size"]
+    settings["mlp_ratio"] = _ratio(vision, first.mlp)
     kind = "dinov2"
     if vision.reg_token is not None:
         kind, settings["num_register_tokens"] = "dinov2_with_registers", vision.reg_token.shape[1]
@@ -174,6 +199,11 @@ def image_tower(encoder: VisionEncoder, side: int) -> Tower:
         for scale in ("ls1", "ls2"):
             own.setdefault(f"blocks.{number}.{scale}.gamma", torch.ones(width))
     state = renamed(vit.DINOV2, own) | {"embeddings.mask_token": torch.zeros(1, width)}
+    if _is_gated(first.mlp):
+        settings |= {"use_swiglu_ffn": True, "hidden_act": "gelu"}  # it has no other name for SiLU
+        gated = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+        for old, new in gated.items():
+            state = {name.replace(old, new): tensor for name, tensor in state.items()}
     return Tower({"model_type": kind, **settings}, state)
 
 
