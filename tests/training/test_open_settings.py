@@ -85,7 +85,7 @@ def tower(tmp_path: Path) -> Path:
     """A file of weights, alone in its folder."""
     torch.manual_seed(0)
     model = SMALL["model"]
-    vit = VisionBackbone(ModelConfig(model["name"], model["kwargs"], tubelet=1), 32, 1)
+    vit = VisionBackbone(ModelConfig(model["name"], model["kwargs"]), 32, 1)
     state = {name: tensor.contiguous() for name, tensor in vit.state_dict().items()}
     path = tmp_path / "weights" / "model.safetensors"
     path.parent.mkdir()
