@@ -24,6 +24,7 @@ from xray.training.metrics import read_metrics
 from xray.training.throughput import Throughput
 
 CPU = torch.device("cpu")
+DEEP = "model.kwargs={patch_size: 8, embed_dim: 96, depth: 12, num_heads: 2}"
 
 
 def built(stage: str, demo: Path, out: Path, *overrides: str) -> tuple[Any, Any]:
@@ -108,7 +109,7 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     [
         ("mae", ()),
         ("clip", ("optim.vision.tune=lora",)),
-        ("clip", ("optim.vision.tune=last:3",)),
+        ("clip", (DEEP, "optim.vision.tune=last:6", "model.keep_rate=1.0")),
         ("clip", ()),  # the LLM is not trained
         ("clip", ("optim.vision.freeze=1.0", "text.tune=full")),
         ("clip", ("text.tune=lora", "text.lora_rank=4")),

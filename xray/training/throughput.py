@@ -23,7 +23,8 @@ class Throughput:
 
     Model FLOPs are three forwards of each trained part and one of each frozen part. The parts are
     the vision tower, as `Stage.macs` counts it, and the linear layers of a text tower. Work
-    that is repeated, in a gradient cache or by activation checkpointing, counts once.
+    that is repeated, in a gradient cache or by activation checkpointing, counts once. Blocks of a
+    tower count as equal, and a decoder as the vision tower, if a part of it is trained.
     """
 
     def __init__(self, stage: Stage, module: StageModule, device: torch.device) -> None:
