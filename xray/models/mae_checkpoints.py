@@ -50,9 +50,11 @@ def read_weights(path: Path, origin: str) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many types
+        refused = type(error).__name__ == "UnpicklingError"  # torch's text is advice to load it all
+        why = "it holds more than these, or is damaged" if refused else brief(error)
         raise ArtifactError(
-            f"{origin} cannot be read as plain tensors ({brief(error)}): convert it to a "
-            ".safetensors file where you trust it"
+            f"{origin} cannot be read as plain tensors ({why}): convert it to a .safetensors file "
+            "where you trust it"
         ) from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
