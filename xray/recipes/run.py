@@ -182,7 +182,8 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
         pending = frozenset[str]().union(*(results[path] for path in coming))
         if VISION in kind.offers and VISION not in pending and not Path(config.out).exists():
-            normalisation(config.data, parents.vision, config.model)  # raises
+            check = partial(normalisation, config.data, parents.vision, config.model)
+            dist.main_first(check, f"checking the weights of {config.stage}")
         foresee = partial(stage.foresee, kept, parents, pending)
         dist.main_first(foresee, f"checking the data of {config.stage}")
 
