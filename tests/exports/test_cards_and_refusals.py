@@ -74,10 +74,12 @@ def test_a_card_names_the_models_of_the_hub_that_it_began_with(
         {"config": {"text": {"llm": "models/folder"}}},
         {"config": {"text": {"llm": "/data/llm"}}},
         {"config": {}, "imported": {"source": "hf-hub:acme/clip"}},
+        {"config": {}, "imported": {"source": "hf://acme/siglip"}},
         {"config": {}, "parents": {"vision": {"path": "hf://acme/parent@main"}}},
     ]
     chain = [Link(0, "", "", "", "", "found", {"parents": {}} | own) for own in manifests]
-    images = ["timm/vit_base_patch16_224.mae", "acme/vit", "acme/clip", "acme/parent"]
+    images = ["timm/vit_base_patch16_224.mae", "acme/vit", "acme/clip", "acme/siglip"]
+    images += ["acme/parent"]
     assert base_models(chain, texts=False) == images
     assert base_models(chain) == [*images, "acme/llm"]
 

@@ -286,6 +286,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def files(self, kind: str, name: str, revision: str) -> Files | None:
         """Return the files of a revision; None after an answer that there are none."""
         repository = self.server.repositories.get(f"{kind}/{name}")
+        if repository is not None and revision == repository.sha:
+            revision = "main"
         known = self.token in (TOKEN, READER)
         if self.token and not known:
             message = "Invalid credentials in Authorization header"

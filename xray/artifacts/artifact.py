@@ -41,6 +41,7 @@ from xray.files import (
     sync_tree,
     usual_mode,
 )
+from xray.hub import is_hub
 from xray.records import parse_record
 from xray.urls import conceal, redact
 from xray.version import __version__
@@ -150,7 +151,7 @@ def _what_it_is(base: str) -> str:
     """Describe a place without a manifest: a missing folder, a run, or a folder of artifacts."""
     folder, none = Path(base), "it has no manifest.json"
     if is_remote(base):
-        return none
+        return f"{none}; xray import {base} reads released weights" if is_hub(base) else none
     if not folder.exists():
         return f"there is no such folder{nearest_path(folder)}"
     if (folder / "config.yaml").is_file():

@@ -115,6 +115,8 @@ def _bases(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield parse_address(str(parent["path"])).name
     source, model = manifest.get("imported", {}).get("source"), manifest["config"].get("model", {})
     for name in (str(source), str(model.get("pretrained"))):
+        if is_hub(name):
+            yield parse_address(name).name
         if name.startswith(HF_HUB):
             yield name.removeprefix(HF_HUB).partition("@")[0]
     if model.get("pretrained") == "timm" and "." in model["name"]:  # with the tag of its weights

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xray.errors import ArtifactError, ConfigError, brief, nearest
 from xray.files import is_inside, nearest_path, read_text, sha256_file
+from xray.hub import SCHEME
 from xray.imports.place import HUB, OPEN_CLIP
 from xray.models.hub import hub
 from xray.models.llm_folder import FILES
@@ -132,7 +133,7 @@ def open_source(name: str) -> Source:
         return Source(folder.parent, name, folder.name)
     if name.startswith(OPEN_CLIP):
         return Source(_download(_repository(name), name), name)
-    repository = name.removeprefix(HUB)
+    repository = name.removeprefix(HUB).removeprefix(SCHEME)
     if not REPOSITORY.fullmatch(repository) or name.startswith((".", "/", "~")):
         raise ConfigError(
             f"{name} is not a folder{nearest_path(folder)}, nor a name of the hub (ORG/NAME) or of "
