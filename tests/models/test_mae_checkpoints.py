@@ -198,8 +198,9 @@ def videomae() -> tuple[VideoMAEModel, dict[str, Tensor]]:
 
 
 def video_config(file: Path, **more: Any) -> ModelConfig:
-    kwargs = {**SIZES, "class_token": False, "global_pool": "avg", "fc_norm": False}
-    return ModelConfig(kwargs=kwargs, pretrained=str(file), clip_positions="tokens", **more)
+    kwargs = {**SIZES, "class_token": False, "fc_norm": False}
+    more = {"pool": "mean", "clip_positions": "tokens", **more}
+    return ModelConfig(kwargs=kwargs, pretrained=str(file), **more)
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder."])
