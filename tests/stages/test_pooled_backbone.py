@@ -55,21 +55,6 @@ def test_an_artifact_goes_through_all_vision_stages(
         assert done.exit_code == 0, (done.stderr, done.exception)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [(*SIGLIP, "model.pool=map"), (SIGLIP[1], "model.name=eva02_tiny_patch14_224")],
-)
-def test_zero_3_gathers_the_parameters_of_pooling_and_rotary_attention(
-    trained: Trained, options: tuple[str, ...]
-) -> None:
-    """They are read outside of the module that owns them, or are its own beside its children's."""
-    plain, sharded = (trained("hashtag", *options, f"zero.stage={zero}") for zero in (0, 3))
-    expected, found = (open_artifact(path).load("backbone") for path in (plain, sharded))
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("pool", ["map", "mean"])
 @pytest.mark.parametrize("stage", ["mae", "hashtag"])
 def test_every_parameter_gets_a_gradient(demo: Path, tmp_path: Path, stage: str, pool: str) -> None:

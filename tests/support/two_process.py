@@ -7,11 +7,12 @@ one process group, one after another.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
-from tiny import ALL_TOKENS, train
+from tiny import ALL_TOKENS, SMALL, train
 
 from xray import dist
 
@@ -50,6 +51,8 @@ WITHOUT_EFFECT = {
         "model.grad_checkpointing=true",
     ],
 }
+# Another model than that of SMALL does not take its kwargs.
+KWARGS = f"model.kwargs={json.dumps(SMALL['model']['kwargs'])}"
 # In the mae stage, sizes of samples and micro-batches change at one third and two thirds.
 CHANGES = {
     "mae": ["data.resolution=[[0.0,16],[0.6,32]]", "train.micro_batch=[[0.0,0],[0.3,2]]"],
@@ -63,8 +66,8 @@ CHANGES = {
     "clip": [ALL_TOKENS, *LORA, "clip.captions=2", "train.micro_batch=2"],
     "sigmoid": [ALL_TOKENS, "clip.loss=sigmoid", "clip.matryoshka=[4]", "optim.vision.freeze=0.4"],
     # EViT scores the tokens by weights of the pooling head, outside of its forward pass
-    "pooled": ["model.name=vit_base_patch16_siglip_224", "model.pool=map"],
-    "rotary": ["model.name=eva02_tiny_patch14_224", "model.kwargs.patch_size=8"],
+    "pooled": ["model.name=vit_base_patch16_siglip_224", KWARGS, "model.pool=map"],
+    "rotary": ["model.name=eva02_tiny_patch14_224", KWARGS],
     "lora": [ALL_TOKENS, "optim.vision.tune=lora", "train.micro_batch=2"],  # of the image tower
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
