@@ -13,7 +13,7 @@ import torch
 import transformers
 from released import tokenizer, write_processor
 
-from xray.imports.convert import family_of, inflated, joint_space
+from xray.imports.convert import decided, family_of, inflated, joint_space
 from xray.imports.source import Source, open_source
 from xray.imports.texts import write_clip_tokenizer
 
@@ -100,7 +100,7 @@ def check(folder: Path, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch)
     texts.mkdir()
     imported = family_of(source).read(source, texts)
     assert imported.vision is not None
-    inflated(source, imported.vision)
+    inflated(source, decided(imported.vision))
     if imported.joint is not None:
         joint_space(source, imported)
 

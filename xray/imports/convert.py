@@ -79,11 +79,7 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
     offers, hashes = list[str](), source.hashes()
     inputs = {"weights": hash_json(hashes)}
     if imported.vision is not None:
-        vision = imported.vision
-        decided = replace(vision.model, sincos="columns")
-        if not vision.clips:  # each frame of a clip is encoded alone
-            decided = replace(decided, video="frames")
-        vision = replace(vision, model=decided)
+        vision = decided(imported.vision)
         parts["backbone"] = inflated(source, vision)
         config |= {"model": asdict(vision.model), "data": asdict(vision.data)}
         offers.append(VISION)
@@ -119,6 +115,15 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
         "metrics": {},
     }
     write_artifact(out, parts, files, facts, {}, artifact_card)
+
+
+def decided(vision: Vision) -> Vision:
+    """Return a backbone with the settings that no source states.
+
+    Of weights that have seen images only, each frame of a clip is encoded alone.
+    """
+    video = vision.model.video if vision.clips else "frames"
+    return replace(vision, model=replace(vision.model, sincos="columns", video=video))
 
 
 def inflated(source: Source, vision: Vision) -> State:
