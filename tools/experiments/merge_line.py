@@ -31,6 +31,7 @@ from xray.config import loading as cfg
 from xray.config.model import LlmConfig
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.suite import Measures
+from xray.merging.frozen_text import share_text
 from xray.merging.mixtures import line, parse_alphas
 from xray.merging.search import Judge, Search
 from xray.recipes.run import make_llm
@@ -78,7 +79,8 @@ def train(
 def evaluated(options: argparse.Namespace, seed: int, pair: Sequence[Artifact]) -> list[Any]:
     """Evaluate the line between two artifacts: the results of each alpha."""
     config = cfg.build(EvalConfig, EVAL, section="eval.")
-    judge = Judge(SUITES, config, str(options.data), 1, dist.choose_device("auto"))
+    vectors: dict[str, Any] | None = {} if share_text(pair) else None
+    judge = Judge(SUITES, config, str(options.data), 1, dist.choose_device("auto"), vectors)
     out = options.work / f"merged-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     search = Search(pair, judge, out)
@@ -133,7 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=30_000, help="training samples before")
     parser.add_argument("--rate", default="3e-3", help="base_lr of the training before")
     parser.add_argument("--tuning", type=int, default=6_000, help="samples of the fine-tuning")
-    parser.add_argument("--tuning-rate", default="1e-3", help="base_lr of the fine-tuning")
+    parser.add_argument("--tuning-rate", default="3e-3", help="base_lr of the fine-tuning")
     parser.add_argument("--block", type=int, default=64, help="photos per step")
     parser.add_argument("--alphas", type=parse_alphas, default="0:1:.1", help="as of xray merge")
     parser.add_argument("--out", type=Path, help="also write all results to this JSON file")
@@ -153,7 +155,8 @@ def main() -> None:
     base = train(options, "base", "captions_train", options.samples, *own)
     runs = []
     for seed in range(options.seeds):
-        own = f"optim.base_lr={options.tuning_rate}", f"seed={seed}", "clip.heads=parent"
+        rate = f"optim.base_lr={options.tuning_rate}"
+        own = rate, f"seed={seed}", "clip.heads=parent"
         shards = "classes_val/probe_train"
         tuned = train(
             options, f"tuned-{seed}", shards, options.tuning, *own, init_from=[base]
