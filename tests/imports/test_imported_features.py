@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from released import (
     of_transformers,
 )
 
+from data_pipelines.shards.tar_index import index_shard
 from xray.api import load
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder
 from xray.imports.convert import import_model
@@ -115,3 +117,21 @@ def test_a_photo_is_prepared_as_open_clip_does(tmp_path: Path) -> None:
     prepare: Any = open_clip.create_model_from_pretrained(f"local-dir:{released.folder}")[1]
     theirs = released.image(prepare(photo)[None])
     torch.testing.assert_close(model.encode_image(photo), theirs, **FEATURES)
+
+
+@pytest.mark.parametrize("kind", ("open_clip", "open_clip SigLIP"))
+@torch.no_grad()
+def test_real_photos_have_the_features_of_open_clip(
+    kind: str, shared_data: Path, tmp_path: Path
+) -> None:
+    """From the file to the feature, by open_clip's preprocessing and by that of the artifact."""
+    import open_clip
+
+    released = TWO_TOWERS[kind](tmp_path / "released")
+    model = load(import_model(str(released.folder), tmp_path / "artifact").path)
+    prepare: Any = open_clip.create_model_from_pretrained(f"local-dir:{released.folder}")[1]
+    shard = index_shard(min((shared_data / "captions_val").glob("*.tar")))
+    for member in range(4):
+        photo = Image.open(io.BytesIO(shard.read(member, ("jpg",))["jpg"])).convert("RGB")
+        theirs = released.image(prepare(photo)[None])
+        torch.testing.assert_close(model.encode_image(photo), theirs, **FEATURES)
