@@ -266,6 +266,10 @@ class Stage(ABC, Generic[C]):
         """Return the origin of the weights of a run without parents; "scratch" for new ones."""
         return self.config.model.first_weights
 
+    def text_parent(self, parents: Parents) -> Artifact | None:
+        """Return the artifact whose text tower the run starts from; None = that of text.llm."""
+        return parents.text
+
     def models(self) -> dict[str, str]:
         """Return paths or names of the other models that the run reads, by role."""
         text = text_section(self.config)

@@ -32,12 +32,13 @@ from stages.base import (
 from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
 from stages.clip_config import ClipConfig
 from stages.clip_monitor import ContrastGuard
-from stages.clip_parent import joint_parent, load_heads, text_parent
+from stages.clip_parent import joint_parent, load_heads
 from stages.clip_teacher import Teacher, load_teacher
 from stages.hashtag import example_labels, pad_labels, vocabulary_size
 from stages.mae import example_noise
 from stages.text import example_captions, meta_tower
 from xray import dist
+from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
 from xray.config.schedule import value_at
@@ -189,7 +190,7 @@ class ClipStage(Stage[ClipConfig]):
     spans_batch = True
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
-        self.language = Language(self.config.text, text_parent(self.config.clip, parents))
+        self.language = Language(self.config.text, self.text_parent(parents))
         self.config = dataclasses.replace(self.config, text=self.language.config)
         self.stores: dict[str, TextStore] = {}
         for name, source in sources.items():
@@ -209,11 +210,16 @@ class ClipStage(Stage[ClipConfig]):
         self.guard = ContrastGuard(self.config.blocks, self.config.clip)
         return sources
 
+    def text_parent(self, parents: Parents) -> Artifact | None:
+        if parents.text is None and self.config.clip.heads == "parent":
+            return joint_parent(parents)
+        return parents.text
+
     def foresee(
         self, sources: dict[str, Source], parents: Parents, pending: frozenset[str]
     ) -> None:
         if SENTENCES not in pending:
-            Language(self.config.text, text_parent(self.config.clip, parents))
+            Language(self.config.text, self.text_parent(parents))
         for name, source in sources.items():
             look_at(source, self.config.data.sources[name].captions)
 

@@ -1,11 +1,10 @@
-"""Heads and text tower of the clip artifact that a clip run continues."""
+"""Heads of the clip artifact that a clip run continues."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from stages.base import Parents
-from stages.clip_config import ClipOptions
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
@@ -24,13 +23,6 @@ def joint_parent(parents: Parents) -> Artifact:
             "set clip.heads=new"
         )
     return parents.vision
-
-
-def text_parent(options: ClipOptions, parents: Parents) -> Artifact | None:
-    """Return the artifact whose text tower a run starts from; None = the folder of text.llm."""
-    if parents.text is None and options.heads == "parent":
-        return joint_parent(parents)
-    return parents.text
 
 
 def load_heads(module: nn.Module, parent: Artifact) -> None:

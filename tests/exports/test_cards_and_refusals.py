@@ -72,7 +72,7 @@ def test_a_card_names_the_models_of_the_hub_that_it_began_with(
         {"config": {"model": {"name": "a.b", "pretrained": "/data/model.safetensors"}}},
         {"config": {"text": {"llm": "acme/llm"}}},
         {"config": {"text": {"llm": "models/folder"}}},
-        {"config": {"text": {"llm": "/data/llm"}}},
+        *({"config": {"text": {"llm": path}}} for path in ("/data/llm", "./llm", "models/my--llm")),
         {"config": {}, "imported": {"source": "hf-hub:acme/clip"}},
         {"config": {}, "imported": {"source": "hf://acme/siglip"}},
         {"config": {}, "parents": {"vision": {"path": "hf://acme/parent@main"}}},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,28 @@ def test_heads_of_another_shape_are_refused(few: Path, imported: Path, tmp_path:
     last = done.stderr.strip().splitlines()[-1]  # after a warning of captions that are cut
     assert done.exit_code == 2 and "clip.heads=parent: text_adapter" in last
     assert "set clip.heads=new" in last
+
+
+def test_a_recipe_with_stored_texts_continues_an_import(
+    few: Path, imported: Path, tmp_path: Path
+) -> None:
+    recipe = {
+        "stages": ["clip"],
+        "out": str(tmp_path / "run"),
+        "data": {
+            "root": str(shutil.copytree(few, tmp_path / "data")),
+            "workers": 0,
+            "sources": {"photos": {"shards": "photos"}},
+            "blocks": [{"source": "photos", "samples": PHOTOS}],
+        },
+        "train": {"samples": PHOTOS, "save_every": 0},
+        "clip": {"init_from": [str(imported)], "text": {"features": "fp32", "tune": "none"}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe), "utf-8")
+    done = invoke("run", tmp_path / "mine.yaml")
+    assert done.exit_code == 0, done.stderr
+    trained = open_artifact(tmp_path / "run" / "clip").manifest
+    assert trained["parents"]["vision"]["manifest"] == open_artifact(imported).digest
 
 
 def test_any_stage_takes_the_backbone_of_an_import(tmp_path: Path) -> None:

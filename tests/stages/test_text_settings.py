@@ -85,6 +85,16 @@ def test_an_older_run_continues_with_what_it_pooled(
     assert first[0] != first[1]
 
 
+def test_an_older_run_that_is_only_at_its_mirror_continues(
+    demo: Path, llm: Path, older: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(older, tmp_path / "bucket" / "text")
+    shutil.rmtree(tmp_path / "bucket" / "text" / "artifact")
+    given = (*PHOTOS, f"text.llm={llm}", f"train.mirror=file://{tmp_path}/bucket")
+    made = train("text", demo, tmp_path / "new disk", *given)
+    assert text_of(made.path)["pool_special"] is True
+
+
 def test_a_run_keeps_what_its_older_text_artifact_pools(
     demo: Path, llm: Path, older: Path, tmp_path: Path
 ) -> None:

@@ -187,6 +187,15 @@ def test_a_stage_prepares_pictures_as_its_parent(demo: Path, tmp_path: Path) -> 
         data = run.record["config"]["data"]
         keys = {"resize": "crop", "interpolation": "bicubic", "crop_pct": 1.0}
         assert tuple(data.get(key, usual) for key, usual in keys.items()) == expected
+    # the same command finds its run again, also one whose parent set what has a usual value
+    share = [train("mae", demo, tmp_path / "share", *own, "data.crop_pct=0.9").path]
+    for number, given in enumerate((parent, share)):
+        out = tmp_path / f"again{number}"
+        made = [train("hashtag", demo, out, "train.samples=12", init_from=given) for _ in "12"]
+        assert made[0].digest == made[1].digest
+        again = settings("hashtag", demo, out, "train.samples=12")
+        again.init_from = [str(path) for path in given]
+        assert not holds_another_run(again)
     # a run without the key cropped, and goes on
     older = halfway(tmp_path / "parent", tmp_path / "older")
     made_older(older, "data", "resize", "interpolation")

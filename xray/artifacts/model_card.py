@@ -127,8 +127,12 @@ def _is_from_hub(llm: str) -> bool:
     """Return True if a language model is in the hub's cache; older runs name folders like this."""
     from huggingface_hub import try_to_load_from_cache
 
-    name = HUB_NAME.fullmatch(llm) and not Path(llm).exists()
-    return bool(name) and isinstance(try_to_load_from_cache(llm, "config.json"), str)
+    if not HUB_NAME.fullmatch(llm) or Path(llm).exists():
+        return False
+    try:
+        return isinstance(try_to_load_from_cache(llm, "config.json"), str)
+    except ValueError:  # a path that cannot be a name of the hub
+        return False
 
 
 def _first(table: Mapping[str, T], offers: frozenset[str], usual: T) -> T:

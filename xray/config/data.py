@@ -69,8 +69,10 @@ class DataConfig:
     # short side and crop; or resize both sides, whatever their ratio. auto = as the parent artifact
     # does, otherwise crop. Runs made before the key existed have crop
     resize: Resize = added("auto", older="crop")
-    interpolation: Interpolation = added("bicubic")  # of evaluation and inference
-    crop_pct: float = added(1.0)  # side of their centre crop, as a share of the picture's
+    # of evaluation and inference; the default becomes the parent artifact's with data.resize=auto
+    interpolation: Interpolation = added("bicubic", older="bicubic")
+    # side of their centre crop, as a share of the picture's; likewise
+    crop_pct: float = added(1.0, older=1.0)
     # smallest and largest area of the random crop, as a share of the picture
     crop_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
     flip: bool = True  # horizontal flip; turn off if text or left and right matter

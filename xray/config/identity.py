@@ -24,7 +24,8 @@ def added(
     """Declare a field that older configs lack: the identity leaves its default out.
 
     So their hashes stay the same, and folders and files that are named by a hash are found.
-    older: value that older files have without the field, if it is not today's default.
+    older: value that older files have without the field, if it is not today's default, or if a run
+    replaces the default when it begins.
     """
     metadata = {"added": True} | ({} if older is dataclasses.MISSING else {"older": older})
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)

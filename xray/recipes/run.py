@@ -49,7 +49,7 @@ from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable
 from xray.training.length import sizes_of, sources_at_hand
 from xray.training.open_settings import normalisation
-from xray.training.run import as_begun, check_decoding
+from xray.training.run import as_rank_0_began, check_decoding
 
 log = logging.getLogger("xray")
 
@@ -113,11 +113,11 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
 def store_captions(config: RunConfig, text: TextConfig, device: torch.device) -> None:
     """Write the text features that a run reads, unless they are there already; on all ranks."""
-    parents = split_parents(
-        stage_class(config.stage), [open_artifact(path) for path in config.init_from]
-    )
+    kind = stage_class(config.stage)
+    parents = split_parents(kind, [open_artifact(path) for path in config.init_from])
     names = [block.source for block in [*config.blocks, *config.validation]]
-    language = dist.main_first(lambda: Language(text, parents.text), "opening the LLM")
+    parent = kind(config).text_parent(parents)
+    language = dist.main_first(lambda: Language(text, parent), "opening the LLM")
     for name, source in open_sources(config.data, names).items():
         given = dataclasses.asdict(text)
         captions = config.data.sources[name].captions
@@ -152,7 +152,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     artifacts = []
     work = [work_of(run) for run in (with_lengths(recipe) if dist.is_main() else recipe.runs)]
     for number, config in enumerate(recipe.runs):
-        text = text_section(as_begun(config))
+        text = text_section(as_rank_0_began(config))
         if text is not None and text.features != "live":
             store_captions(config, text, device)
         following = sum(work[number + 1 :]) / work[number] if work[number] else 0.0

@@ -73,8 +73,7 @@ class Run:
         """
         conceal_all(config)
         config.validate()
-        given = config
-        config = dist.broadcast_object(dist.main_first(lambda: as_begun(given)))  # as rank 0 began
+        config = as_rank_0_began(config)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         stage = stage_class(config)
         check_batches(stage, config)
@@ -329,6 +328,23 @@ def as_begun(config: C, folder: Path | None = None) -> C:
     """
     record = _recorded(folder or Path(config.out), config)
     return with_older(config, record.get("config", {}))
+
+
+def as_rank_0_began(config: C) -> C:
+    """Do as `as_begun` on all ranks, by the run that rank 0 finds in the folder or at the mirror.
+
+    Collective. Raises DataError if there is no run and the mirror cannot be reached.
+    """
+    record: dict[str, Any] = {}
+
+    def read() -> None:
+        record.update(_recorded(Path(config.out), config))
+        if not record and config.train.mirror:
+            mirror = Mirror(config.train.mirror, config.stage, Path(config.out))
+            mirror.holds(lambda folder: record.update(_recorded(folder, config)))
+
+    dist.on_main(read, dist.PREPARATION, "reading what the run began with")
+    return with_older(config, dist.broadcast_object(record.get("config", {})))
 
 
 def holds_another_run(config: RunConfig) -> bool:
