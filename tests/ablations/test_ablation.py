@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ablation_files import load, write
+from ablation_files import FILE, load, write
 from child_process import RECIPE, clean_environment
 from in_process import invoke
 from safetensors.torch import load_file
@@ -217,6 +217,14 @@ arms:
         for arm, runs in runs_by_arm.items()
     }
     assert samples == {"full": 120 + 72 + 72, "alone": 264}
+
+
+def test_a_mean_that_is_left_to_the_weights_is_not_a_given_one(tmp_path: Path) -> None:
+    text = FILE.replace("arms:", "arms:\n  imagenet: {data: {mean: [0.485, 0.456, 0.406]}}")
+    for weights, folders in (("", 2), ("model.pretrained=timm", 4)):
+        ablation = load(tmp_path, text, *([weights] if weights else []))
+        mae = [name for name in stage_runs(ablation) if name.startswith("mae-")]
+        assert len(mae) == folders  # of two seeds
 
 
 def test_arms_share_a_prepared_llm_only_if_its_settings_are_equal(tmp_path: Path) -> None:

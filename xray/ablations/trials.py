@@ -166,9 +166,16 @@ def _trial(
 
 
 def _inputs(run: RunConfig) -> dict[str, str]:
-    """Return a stage's input paths: its identity leaves them out, but arms may differ in one."""
+    """Return a stage's input paths: its identity leaves them out, but arms may differ in one.
+
+    So may a mean that is given and one that is left to the weights, which the identity does not
+    tell apart before the run begins.
+    """
     models = stage_class(run.stage)(run).models()
-    return {"data": run.data.root, "weights": run.model.pretrained, **models}
+    given = {name: getattr(run.data, name) for name in ("mean", "std")}
+    found = run.model.pretrained or run.init_from  # where a mean that is left open comes from
+    own = {name: str(value) for name, value in given.items() if found and value is not None}
+    return {"data": run.data.root, "weights": run.model.pretrained, **models, **own}
 
 
 def _share_llm(recipe: Recipe, out: Path) -> dict[str, Any]:

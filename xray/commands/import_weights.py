@@ -23,7 +23,7 @@ from xray.commands.help import examples
 @guarded
 def import_weights(
     source: Annotated[
-        str, typer.Argument(help="A folder or file, hf-hub:ORG/NAME or open_clip:MODEL:TAG")
+        str, typer.Argument(help="A folder or file, ORG/NAME of the hub, or open_clip:MODEL:TAG")
     ],
     out: Annotated[Path, typer.Option(metavar="ARTIFACT", help="Folder to write")],
     license_id: Annotated[
