@@ -19,6 +19,7 @@ from xray.artifacts import shards
 from xray.artifacts.artifact import open_artifact
 from xray.errors import ArtifactError
 from xray.exports.convert import convert
+from xray.files import sha256_file
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "9205be0" / "runs"
 CLIP, TAGGER = (RUNS / "full" / stage / "artifact" for stage in ("clip", "hashtag"))
@@ -143,6 +144,27 @@ def test_large_weights_are_sent_in_parts_and_joined_again(
     shutil.rmtree(tmp_path / "home")
     with pytest.raises(ArtifactError, match=r"backbone.safetensors is missing"):
         open_artifact(TARGET)
+
+
+def test_parts_of_weights_in_a_subfolder_are_joined_there(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy, name = tmp_path / "copy", "parts/backbone.safetensors"
+    above = (CLIP / "backbone.safetensors").read_bytes()
+    shutil.copytree(CLIP, copy)
+    (copy / "parts").mkdir()
+    below = above[:-1] + bytes([above[-1] ^ 1])  # its parts have the names of the other's
+    (copy / name).write_bytes(below)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"][name] = sha256_file(copy / name)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(shards, "SHARD", 8_000)
+    assert invoke("push", copy, TARGET, *LICENCE).exit_code == 0
+    files = published(hub).revisions["main"]
+    assert f"{name}.index.json" in files and name not in files
+    opened = open_artifact(TARGET).path
+    assert (opened / name).read_bytes() == below
+    assert (opened / "backbone.safetensors").read_bytes() == above
 
 
 def test_an_export_is_pushed_and_loaded_by_its_library(hub: HubServer, tmp_path: Path) -> None:

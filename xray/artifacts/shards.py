@@ -115,10 +115,11 @@ def join(index: bytes, name: str, target: Path, fetch: Callable[[str, Path], str
             digest.update(piece)
             file.write(piece)
         for number in range(1, count + 1):
-            shard = target.with_name(shard_name(name, number, count))
+            own = shard_name(name, number, count)  # with its folder, as the index lies beside it
+            shard = target.with_name(Path(own).name)
             try:
-                if fetch(shard.name, shard) is None:
-                    raise ArtifactError(f"{shard.name} is missing, which {index_name(name)} names")
+                if fetch(own, shard) is None:
+                    raise ArtifactError(f"{own} is missing, which {index_name(name)} names")
                 with shard.open("rb") as source:
                     source.seek(_layout(shard).start)
                     while piece := source.read(CHUNK):

@@ -266,7 +266,9 @@ def _contents(
         if there.get(index_name(name), "") in _possible(index, ""):
             contents |= dict.fromkeys(before + shard for shard in shards_of(index))
         else:
-            contents |= {before + shard.name: shard for shard in split(path, folder)}
+            own = folder / before  # files in two folders may have the same name
+            own.mkdir(parents=True, exist_ok=True)
+            contents |= {before + shard.name: shard for shard in split(path, own)}
     return contents
 
 
