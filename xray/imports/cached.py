@@ -5,8 +5,8 @@ from __future__ import annotations
 from data_pipelines.shards.side_files import user_cache
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.config.identity import hash_json
-from xray.files import make_folder
-from xray.imports.convert import import_model
+from xray.files import make_folder, making
+from xray.imports.convert import import_source
 from xray.imports.place import is_released
 from xray.imports.source import open_source
 from xray.version import __version__
@@ -25,5 +25,7 @@ def open_model(name: str, llm: str = "") -> Artifact:
     folder = user_cache("imports") / key
     if not folder.exists():
         make_folder(folder.parent, "the cache of imports", "XDG_CACHE_HOME")
-        import_model(name, folder)
+        with making(folder):
+            if not folder.exists():  # another process has imported it meanwhile
+                import_source(source, folder)
     return open_artifact(folder)

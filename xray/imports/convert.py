@@ -52,11 +52,15 @@ def import_model(name: str, out: Path, license_id: str = "") -> Artifact:
     with making(out):
         if out.exists():
             raise ArtifactError(f"{out} already exists: choose another --out, or delete it")
-        source = open_source(name)
-        with TemporaryDirectory() as folder:
-            imported = family_of(source).read(source, Path(folder))
-            _write(imported, source, out, license_id or source.license)
+        import_source(open_source(name), out, license_id)
     return open_artifact(out)
+
+
+def import_source(source: Source, out: Path, license_id: str = "") -> None:
+    """Write the artifact of an opened source; hold the lock of `making` on `out`."""
+    with TemporaryDirectory() as folder:
+        imported = family_of(source).read(source, Path(folder))
+        _write(imported, source, out, license_id or source.license)
 
 
 def family_of(source: Source) -> Family:
