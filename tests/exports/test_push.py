@@ -256,6 +256,58 @@ def test_files_with_credentials_are_not_sent(hub: HubServer, tmp_path: Path) -> 
     assert not hub.repositories
 
 
+def exported(folder: Path) -> Path:
+    """Write what push takes for an export."""
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\n---\n# Photos, exported by xray to timm\n"
+    )
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_links_in_a_folder_are_not_followed(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "id_rsa").write_text("private")
+    targets = {"notes.txt": "../secret/id_rsa", "more": "../secret", "all.txt": "model.safetensors"}
+    for name, target in targets.items():
+        folder = exported(tmp_path / name.partition(".")[0])
+        (folder / name).symlink_to(target)
+        assert_refused(invoke("push", folder, TARGET), f"{name} is a link, and was not sent")
+    copy = tmp_path / "copy"
+    shutil.copytree(CLIP, copy)
+    (copy / "README.md").unlink()
+    (copy / "README.md").symlink_to("../secret/id_rsa")
+    done = invoke("push", copy, TARGET, *LICENCE)
+    assert_refused(done, "names a file outside of it: README.md")
+    assert not hub.repositories
+
+
+def test_every_small_text_is_searched_for_credentials(hub: HubServer, tmp_path: Path) -> None:
+    texts = {
+        "train.env": f"HF_TOKEN={TOKEN}".encode(),
+        "logs/latin.txt": f"\xe9 {TOKEN}".encode("latin-1"),
+    }
+    for name, text in texts.items():
+        folder = exported(tmp_path / Path(name).stem)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text)
+        assert_refused(invoke("push", folder, TARGET), f"{name} contains credentials")
+    copy = tmp_path / "copy"
+    shutil.copytree(CLIP, copy)
+    (copy / "llm" / "train.env").write_bytes(texts["train.env"])
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["llm/train.env"] = sha256_file(copy / "llm" / "train.env")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = invoke("push", copy, TARGET, *LICENCE)
+    assert_refused(done, "train.env contains credentials")
+    assert not hub.repositories
+    folder = exported(tmp_path / "words")
+    (folder / "vocab.json").write_text('{"http://a:b@c": 0}')  # a token of a tokenizer
+    (folder / "figure.png").write_bytes(b"\0\xff")
+    assert invoke("push", folder, TARGET).exit_code == 0
+
+
 def test_the_token_is_in_no_file_and_no_message(
     hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,8 +24,9 @@ from xray.artifacts.manifest_config import license_of
 from xray.artifacts.model_card import UNKNOWN, artifact_card
 from xray.artifacts.shards import index_name, is_large, make_index, shards_of, split
 from xray.errors import ArtifactError, ConfigError
-from xray.files import decode_text, make_folder, sha256_file
+from xray.files import decode_text, inside, make_folder, sha256_file
 from xray.hub import LOGIN, SCHEME, Address, advice, parse_address, silence
+from xray.models.llm_folder import TOKENIZER_FILES
 from xray.urls import redact
 from xray.version import __version__
 
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
 CARD = "README.md"
 EXPORTED = "exported by xray to"  # in the title of an export's card
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
-# Files that are searched for credentials. Tokenizers have parts of URLs among their tokens.
+# Files that are searched for credentials whatever their size. Of others, the small ones are, but
+# those of tokenizers, which have parts of URLs among their tokens.
 SEARCHED = re.compile(r"(.*/)?(README\.md|\w*config\.json|manifest\.json|\w{64}\.json)")
+SMALL = 1_000_000  # bytes
 GIT_LIMIT = 20_000_000  # bytes; the hub keeps larger files as LFS objects
 # Files of an earlier push that a later one removes, if it does not have them. People's are kept.
 OURS = re.compile(r"(lineage|llm|text)/.*|.*\.(safetensors|safetensors\.index\.json|onnx|data)")
@@ -96,14 +99,13 @@ def _target(target: str) -> Address:
 def open_folder(source: str) -> Source:
     """Open an artifact, and verify it, or a folder that `xray export --to` wrote.
 
-    Raises ArtifactError for other folders.
+    Raises ArtifactError for other folders, and for links in them that are not to be followed.
     """
     folder = Path(source).expanduser()
     if _is_export(folder):
-        paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-        names = [str(p) for p in paths if not any(part.startswith(".") for part in p.parts)]
+        names = _visible(folder)
         text = (folder / CARD).read_text("utf-8")
-        return Source(folder, dict.fromkeys(sorted(names), ""), text, "")
+        return Source(folder, dict.fromkeys(names, ""), text, "")
     try:
         artifact = open_artifact(source)
     except ArtifactError as error:
@@ -113,13 +115,28 @@ def open_folder(source: str) -> Source:
             f"{source} is neither an artifact nor an export of xray export --to: {error}"
         ) from error
     folder = artifact.path
-    card = folder / CARD  # not among the hashed files: an artifact from a URL comes without it
+    # not among the hashed files: an artifact from a URL comes without it
+    card = inside(folder, CARD)
     text = card.read_text("utf-8") if card.is_file() else artifact_card(folder)
     files = {**artifact.manifest["files"], "manifest.json": artifact.digest, CARD: ""}
     base = ""
     if "text" in artifact.manifest["tensors"] and "llm/config.json" not in files:
         base = str(artifact.manifest["config"].get("text", {}).get("llm", ""))
     return Source(folder, files, text, license_of(artifact.manifest), base)
+
+
+def _visible(folder: Path) -> list[str]:
+    """List the files of an export that are not hidden; raises ArtifactError for a link."""
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_symlink():  # what it points to may be private, also in this folder
+            raise ArtifactError(f"{path} is a link, and was not sent: put a file in its place")
+        if path.is_file():
+            names.append(str(name))
+    return names
 
 
 def _is_export(folder: Path) -> bool:
@@ -158,13 +175,23 @@ def finished_card(source: Source, licence: str, address: Address) -> str:
 def _check_secrets(source: Source) -> None:
     """Raise ArtifactError if a text has a token, or a URL with credentials."""
     for name in source.files:
-        if SEARCHED.fullmatch(name):
-            text = decode_text((source.folder / name).read_bytes())
+        path = source.folder / name
+        small = path.stat().st_size <= SMALL and path.name not in TOKENIZER_FILES
+        if SEARCHED.fullmatch(name) or small:
+            text = _text(path.read_bytes())
             if redact(text) != text:
                 raise ArtifactError(
-                    f"{source.folder / name} contains credentials, and was not sent: change them, "
-                    "as others may have read them"
+                    f"{path} contains credentials, and was not sent: change them, as others may "
+                    "have read them"
                 )
+
+
+def _text(content: bytes) -> str:
+    """Decode a text in any encoding, as far as URLs and tokens are concerned; "" if it is none."""
+    try:
+        return decode_text(content)
+    except ValueError:
+        return "" if b"\0" in content else content.decode("latin-1")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,11 @@ from xray.records import parse_record
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "last", "cls", "latent"]
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # weights, config and tokenizer
+TOKENIZER_FILES = (  # by the names that transformers gives them
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "spm.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model"),
+)
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 SIZE = re.compile(r"layer|size|dim|head|width|embd|d_model|d_ff|d_kv|position|ctx|inner|expert")
 SIGLIP = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
