@@ -129,6 +129,45 @@ def refused(folder: Path, out: Path, reason: str) -> None:
     assert not out.exists() and not out.with_name(f"{out.name}.tmp").exists()
 
 
+LINKS = {  # name of a file or a folder -> what it links to
+    "model.safetensors": "../kept/model.safetensors",
+    "config.json": "../kept/config.json",
+    "tokenizer.json": "../kept/tokenizer.json",
+    "README.md": "../kept/key",
+    "1_Pooling": "../kept",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_to_files_outside_are_refused(name: str, clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "released"
+    for copy in (folder, tmp_path / "kept"):
+        shutil.copytree(clip, copy)
+    (tmp_path / "kept" / "key").write_text("license: secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(LINKS[name])
+    refused(folder, tmp_path / "artifact", f"{name} is a link that leads outside of the folder")
+
+
+def test_only_the_files_of_a_tokenizer_are_copied(clip: Path, tmp_path: Path) -> None:
+    """Links of the hub's cache, into the blobs of the same repository, are followed."""
+    folder, blobs = tmp_path / "models--acme--clip" / "snapshots" / "1", "models--acme--clip/blobs"
+    shutil.copytree(clip, folder)
+    (tmp_path / blobs).mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(tmp_path / blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    for name in ("tokenizer_extra.json", "tokenizer.py", "vocab.pkl", "other.model"):
+        (folder / name).write_text("{}")
+    (folder / "loop.json").symlink_to("loop.json")
+    (folder / "tokenizer").mkdir()
+    (folder / "vocab.json").mkdir()
+    done = invoke("import", folder, "--out", tmp_path / "artifact")
+    assert done.exit_code == 0, done.output
+    copied = {path.name for path in (tmp_path / "artifact" / "llm").iterdir()}
+    assert copied == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
 TOWERS = [
     ({"vision_cfg": {"layers": [1, 1, 1, 1]}}, "is a ResNet"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+CARD = "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 LICENSE = re.compile(r"^(license|license_name):\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
@@ -101,8 +103,7 @@ class Source:
 
     def hashes(self) -> dict[str, str]:
         """Hash the files that determine the model: weights, configs and tokenizer."""
-        names = {path.name for pattern in FILES for path in self.folder.glob(pattern)}
-        names = {self.file} if self.file else names
+        names = [name for name in self.files if self.file or _matches(Path(name), FILES)]
         return {name: sha256_file(self.folder / name) for name in sorted(names)}
 
     @property
@@ -110,8 +111,8 @@ class Source:
         """Licence that the card or timm's config states, "" if neither does."""
         given = self.json("config.json").get("pretrained_cfg") or {}
         stated = {"license": str(given.get("license") or "")}
-        if "README.md" in self.files:
-            text = read_text(str(self.folder / "README.md"), "SOURCE")
+        if CARD in self.files:
+            text = read_text(str(self.folder / CARD), "SOURCE")
             front = text.split("\n---", 1)[0] if text.startswith("---") else ""
             stated |= LICENSE.findall(front)
         own = stated["license"]
@@ -122,8 +123,16 @@ class Source:
 def open_source(name: str) -> Source:
     """Open a local folder, a repository of the hub, or a name of open_clip's released weights.
 
-    Raises ConfigError with one line for a name that is neither, or that the hub does not provide.
+    Raises ConfigError with one line for a name that is neither, or that the hub does not provide,
+    and ArtifactError for a folder with a link to a file outside of it.
     """
+    source = _find(name)
+    if not source.file:  # one that is named alone may be a link
+        _check_links(source)
+    return source
+
+
+def _find(name: str) -> Source:
     folder = Path(name).expanduser()
     if (folder / "manifest.json").is_file():
         raise ConfigError(f"{name} is an artifact already: commands take it as it is")
@@ -140,6 +149,29 @@ def open_source(name: str) -> Source:
             f"open_clip ({OPEN_CLIP}MODEL:TAG)"
         )
     return Source(_download(repository, name), name)
+
+
+def _check_links(source: Source) -> None:
+    """Raise ArtifactError if a file to read is a link that leads outside.
+
+    In the hub's cache, the files of a snapshot are links to `blobs` of the same repository.
+    """
+    folder = source.folder.resolve()
+    snapshots = (path for path in folder.parents if path.name == "snapshots")
+    caches = [path.parent for path in snapshots if (path.parent / "blobs").is_dir()]
+    allowed = caches[0] if caches else folder
+    for path in sorted(source.folder.rglob("*")):
+        if not path.is_symlink() or not (path.is_dir() or _matches(path, [*FILES, CARD])):
+            continue
+        if not Path(os.path.realpath(path)).is_relative_to(allowed):
+            raise ArtifactError(
+                f"{source}: {path.relative_to(source.folder)} is a link that leads outside of the "
+                "folder: put the file in its place"
+            )
+
+
+def _matches(path: Path, patterns: list[str]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
 
 
 def _repository(name: str) -> str:
@@ -173,6 +205,6 @@ def _download(repository: str, name: str) -> Path:
     instead = f"run `hf download {repository} --local-dir FOLDER` where there is one, give FOLDER"
     with hub(instead) as explain:
         try:
-            return Path(snapshot_download(repository, allow_patterns=[*FILES, "README.md"]))
+            return Path(snapshot_download(repository, allow_patterns=[*FILES, CARD]))
         except Exception as error:  # no network, no such repository, no permission
             raise ConfigError(f"the hub cannot provide {name}: {explain(error)}") from error

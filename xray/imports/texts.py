@@ -13,12 +13,10 @@ from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.imports.parts import State, Text, check_fit
 from xray.imports.source import Source
-from xray.models.llm_folder import NO_REMOTE_CODE
+from xray.models.llm_folder import NO_REMOTE_CODE, TOKENIZER_FILES
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import CaptionTokenizer
 
-TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-             "*.model")  # fmt: skip
 CLEANED = ("whitespace", "lower", "canonicalize")
 END = "<|endoftext|>"
 START = "<|startoftext|>"
@@ -109,10 +107,10 @@ def checked_text(source: Source, text: Text) -> Text:
 
 def copy_tokenizer(source: Source, folder: Path) -> bool:
     """Copy the files of a tokenizer; False if the source has none."""
-    paths = {path for pattern in TOKENIZER for path in source.folder.glob(pattern)}
-    for path in paths:
-        shutil.copyfile(path, folder / path.name)
-    return any(path.suffix in (".json", ".model", ".txt") for path in paths)
+    names = source.files.intersection(TOKENIZER_FILES)
+    for name in names:
+        shutil.copyfile(source.folder / name, folder / name)
+    return bool(names)
 
 
 def write_clip_tokenizer(source: Source, folder: Path) -> None:
