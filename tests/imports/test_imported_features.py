@@ -43,6 +43,7 @@ TWO_TOWERS: dict[str, Callable[[Path], Released]] = {
 }
 BACKBONES: dict[str, Callable[[Path], Released]] = {
     "timm": of_timm,
+    "timm's DINOv3": partial(of_timm, name="vit_small_patch16_dinov3"),
     **{
         name: partial(of_backbone, name=name)
         for name in (

@@ -216,14 +216,14 @@ def of_backbone(folder: Path, name: str) -> Released:
     return Released(folder, feature, model=model)
 
 
-def of_timm(folder: Path) -> Released:
-    """Write a folder of timm as its push_to_hf_hub does."""
+def of_timm(folder: Path, name: str = "vit_base_patch16_224") -> Released:
+    """Write a folder of timm as its push_to_hf_hub does, without its pooling."""
     sizes = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": SIDE}
-    model = shaken(timm.create_model("vit_base_patch16_224", num_classes=7, **sizes))
+    model = shaken(timm.create_model(name, num_classes=7, **sizes))
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {
-        "architecture": "vit_base_patch16_224",
+        "architecture": name,
         "num_classes": 7,
         "model_args": sizes,
         "pretrained_cfg": {

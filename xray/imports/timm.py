@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from xray.artifacts.limits import check_numbers
 from xray.config import DataConfig, ModelConfig
-from xray.errors import ArtifactError
-from xray.imports.parts import Family, Imported, State, Vision, side_of
+from xray.errors import ArtifactError, brief
+from xray.imports.parts import Family, Imported, Vision, side_of
 from xray.imports.source import Source
 
 HEADS = ("head.", "head_drop.", "head_dist.")
@@ -39,17 +40,24 @@ def read(source: Source, folder: Path) -> Imported:
         interpolation=interpolation,
         crop_pct=float(given.get("crop_pct") or 1.0),
     )
-    usual_pool = _pool(state)
-    pool = POOLS.get(kwargs.pop("global_pool", config.get("global_pool", usual_pool)), "cls")
-    model = ModelConfig(name=name, kwargs=kwargs, pool=pool)
+    pool = kwargs.pop("global_pool", config.get("global_pool"))
+    if pool is None:
+        pool = _usual_pool(source, name, kwargs)
+    model = ModelConfig(name=name, kwargs=kwargs, pool=POOLS.get(pool, "cls"))
     return Imported("timm", Vision(model, data, state))
 
 
-def _pool(state: State) -> str:
-    """Return timm's name of the pooling that the weights of a model are for."""
-    if "attn_pool.latent" in state:
-        return "map"
-    return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
+def _usual_pool(source: Source, name: str, kwargs: dict[str, Any]) -> str:
+    """Return timm's name of the pooling of a model whose folder does not state it."""
+    import timm
+    import torch
+
+    check_numbers({"config": {"model": {"kwargs": kwargs}}}, str(source))
+    try:
+        with torch.device("meta"):
+            return str(getattr(timm.create_model(name, **kwargs), "global_pool", ""))
+    except Exception as error:  # timm raises many kinds
+        raise ArtifactError(f"{source}: timm cannot build {name}: {brief(error)}") from error
 
 
 FAMILY = Family("timm", lambda source: "architecture" in source.json("config.json"), read)
