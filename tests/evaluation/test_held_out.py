@@ -21,7 +21,7 @@ from xray.config import SourceConfig
 from xray.config.loading import build, parse_overrides
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.held_out import TaggedSources, with_held_out
-from xray.evaluation.overlap import _shared, overlap_lines, trained_on
+from xray.evaluation.overlap import _shared, _unknown, overlap_lines, trained_on
 
 TAGGED = TaggedSources(frozenset({"photos"}), "hashtags")
 
@@ -138,6 +138,13 @@ def test_the_advice_without_held_out_samples_works_as_it_is_printed(tmp_path: Pa
 
 
 # overlap ----------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_cannot_be_compared_does_not_hide_the_imported_weights() -> None:
+    assert _unknown(False, []) == ""
+    line = _unknown(True, ["hashtag (photos)"])
+    assert line.startswith("overlap: what the imported weights were trained on is not known; not ")
+    assert "stage hashtag (photos) trained on could be compared" in line
 
 
 def test_shared_samples_are_those_of_equal_bytes(tmp_path: Path) -> None:

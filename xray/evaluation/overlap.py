@@ -122,15 +122,22 @@ def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
     unsure = {own.where: own.stage for own in trained if own.where not in same_as_then}
     missing = [f"{stage} ({where or 'not recorded'})" for where, stage in unsure.items()]
     missing += [f"{stage} (not recorded)" for stage in unknown if stage != IMPORTED]
-    if known and IMPORTED in unknown:
-        overlap.unknown = "overlap: what the imported weights were trained on is not known"
-    if known and missing:
-        overlap.unknown = (
-            f"overlap: not all that stage {', '.join(missing)} trained on could be compared: the "
-            "shards are not there, may have changed since, or have more than "
-            f"{MOST:,} samples"
-        )
+    if known:
+        overlap.unknown = _unknown(IMPORTED in unknown, missing)
     return overlap
+
+
+def _unknown(imported: bool, missing: Sequence[str]) -> str:
+    """Say what could not be compared: imported weights, and the data of stages; "" for nothing."""
+    lines = []
+    if imported:
+        lines.append("what the imported weights were trained on is not known")
+    if missing:
+        lines.append(
+            f"not all that stage {', '.join(missing)} trained on could be compared: the shards are "
+            f"not there, may have changed since, or have more than {MOST:,} samples"
+        )
+    return f"overlap: {'; '.join(lines)}" if lines else ""
 
 
 def overlap_lines(shares: Mapping[str, float]) -> list[str]:
