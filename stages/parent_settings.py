@@ -14,10 +14,10 @@ from typing import Any
 from xray.artifacts.artifact import find_manifest
 from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
 from xray.config import ModelConfig
-from xray.config.schedule import value_at
-from xray.errors import ArtifactError
+from xray.config import schedule
+from xray.errors import ArtifactError, ConfigError, NoArtifactError
 
-Manifest = Mapping[str, Any]
+Parent = tuple[str, Mapping[str, Any]]  # place, manifest
 # Settings of a run's backbone that do not belong to the weights.
 OF_THE_RUN = ("pretrained", "grad_checkpointing", "drop_path", "keep_rate_levels", "keep_rate_span")
 # Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
@@ -34,36 +34,53 @@ JOINT_KEYS: dict[str, Sequence[str]] = {
 
 def of_imported(init_from: Sequence[str]) -> dict[str, Any]:
     """Return the settings of the backbone and the images of an imported parent, {} without one."""
-    found = [own for own in _manifests(init_from) if "imported" in own]
-    found = [own for own in found if VISION in offers_of(own)]
-    return _taken(found[0], VISION_KEYS) if found else {}
+    found = [own for own in parents_at(init_from) if "imported" in own[1]]
+    found = [own for own in found if VISION in offers_of(own[1])]
+    return _taken(*found[0], VISION_KEYS) if found else {}
 
 
 def of_clip(init_from: Sequence[str]) -> dict[str, Any]:
     """Return the settings of the parent clip artifact; {} if a text artifact is a parent, too."""
-    manifests = _manifests(init_from)
-    joint = [own for own in manifests if JOINT in offers_of(own)]
-    if len(joint) != 1 or any(SENTENCES in offers_of(own) for own in manifests):
+    found = parents_at(init_from)
+    joint = [own for own in found if JOINT in offers_of(own[1])]
+    if len(joint) != 1 or any(SENTENCES in offers_of(own) for _, own in found):
         return {}
-    layer = _taken(joint[0], VISION_KEYS | JOINT_KEYS)
+    layer = _taken(*joint[0], VISION_KEYS | JOINT_KEYS)
     layer["clip"]["heads"] = "parent"
     return layer
 
 
-def _taken(manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _taken(
+    place: str, manifest: Mapping[str, Any], keys: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Select the settings of a parent; raises ArtifactError if its manifest lacks them."""
     theirs = manifest["config"]
+    for name in ("model", "data"):
+        if not isinstance(theirs.get(name), Mapping):
+            raise ArtifactError(f"{place}/manifest.json is damaged: it has no config.{name}")
+    for name in keys:
+        if not isinstance(theirs.get(name, {}), Mapping):
+            raise ArtifactError(f"{place}/manifest.json is damaged: its config.{name} is no section")
+    try:
+        schedule.check(theirs["data"].get("resolution"), "config.data.resolution")
+    except ConfigError as error:
+        raise ArtifactError(f"{place}/manifest.json is damaged: {error}") from error
     layer: dict[str, Any] = {
         name: {key: theirs[name][key] for key in own if key in theirs.get(name, {})}
         for name, own in keys.items()
     }
-    layer["data"] = {"resolution": value_at(theirs["data"]["resolution"], 1.0)}
+    layer["data"] = {"resolution": schedule.value_at(theirs["data"]["resolution"], 1.0)}
     return layer
 
 
-def _manifests(init_from: Sequence[str]) -> list[Manifest]:
-    """Read the parents that exist; the run itself says what is wrong with others."""
-    manifests: list[Manifest] = []
+def parents_at(init_from: Sequence[str]) -> list[Parent]:
+    """Read the manifests of the parents that exist; the run itself says which do not.
+
+    Raises ArtifactError or DataError for one that cannot be read.
+    """
+    found = list[Parent]()
     for path in init_from:
-        with suppress(ArtifactError):
-            manifests.append(find_manifest(path)[2])
-    return manifests
+        with suppress(NoArtifactError):
+            place, _, manifest = find_manifest(path)
+            found.append((str(place), manifest))
+    return found

@@ -29,6 +29,10 @@ class ArtifactError(XrayError):
     """An artifact or checkpoint that is missing, changed, or belongs to another model."""
 
 
+class NoArtifactError(ArtifactError):
+    """A place without an artifact, such as that of a stage that has not run yet."""
+
+
 class DataError(XrayError):
     """Shards or samples that cannot be used."""
 

@@ -20,6 +20,8 @@ from data_pipelines.shards.source import Source, open_source
 from stages import load_settings
 from xray.api import load
 from xray.artifacts.artifact import open_artifact
+from xray.artifacts.location import Place
+from xray.errors import ArtifactError
 from xray.evaluation.feature_extraction import read_all_captions
 from xray.models.backbone import VisionBackbone
 from xray.models.weight_loading import load_adapted
@@ -134,3 +136,37 @@ def test_any_stage_takes_the_backbone_of_an_import(tmp_path: Path) -> None:
     assert config.model.kwargs["reg_tokens"] == 4
     backbone = VisionBackbone(config.model, config.data.resolution)
     load_adapted(backbone, open_artifact(tmp_path / "artifact").load("backbone"), "the import")
+
+
+DAMAGES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no data": ("config", {"data": None}, "is damaged: it has no config.data"),
+    "no model": ("config", {"model": None}, "is damaged: it has no config.model"),
+    "no text": ("config", {"text": 3}, "is damaged: its config.text is no section"),
+    "no resolution": ("config", {"data": {}}, "config.data.resolution=None must be a whole"),
+    "no files": ("files", {"../out": ""}, "names a file outside"),
+    "no limit": ("config", {"model": {"kwargs": {"depth": 10**9}}}, "depth=1000000000 must be"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_parent_is_one_line(imported: Path, tmp_path: Path, damage: str) -> None:
+    section, change, words = DAMAGES[damage]
+    manifest = json.loads((imported / "manifest.json").read_text())
+    manifest[section] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError) as raised:
+        load_settings("clip", {"train": {"samples": 8}}, init_from=[str(tmp_path)])
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_passed_over(
+    imported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began without its parent's settings would train another model."""
+
+    def fail(place: Place, name: str) -> bytes:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(Place, "read", fail)
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read: Input/output error"):
+        load_settings("clip", {"train": {"samples": 8}}, init_from=[str(imported)])

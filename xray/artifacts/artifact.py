@@ -30,7 +30,7 @@ from xray import processes
 from xray.artifacts.limits import check_numbers
 from xray.artifacts.location import Place
 from xray.artifacts.offers import offers_are_sound, offers_of
-from xray.errors import ArtifactError, brief
+from xray.errors import ArtifactError, NoArtifactError, brief
 from xray.files import (
     is_inside,
     locked,
@@ -132,7 +132,7 @@ def open_artifact(path: str | Path, llm: str = "") -> Artifact:
 def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
     """Find an artifact and read its manifest: (place, bytes, content); no other file is read.
 
-    Raises ArtifactError if there is none that this version can read.
+    Raises NoArtifactError if there is none, and ArtifactError for one that this version cannot read.
     """
     url = conceal(str(path))
     base = url.rstrip("/") if is_remote(url) else str(Path(path).expanduser())
@@ -144,7 +144,7 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
             raise ArtifactError(f"{place}/manifest.json cannot be read: {cause}") from error
         if content is not None:
             return place, content, parse_manifest(content, f"{place}/manifest.json")
-    raise ArtifactError(f"{base} is not an artifact: {_what_it_is(base)}")
+    raise NoArtifactError(f"{base} is not an artifact: {_what_it_is(base)}")
 
 
 def _what_it_is(base: str) -> str:
