@@ -13,8 +13,7 @@ from typing import Any
 
 from xray.artifacts.artifact import find_manifest
 from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
-from xray.config import ModelConfig
-from xray.config import schedule
+from xray.config import ModelConfig, schedule
 from xray.errors import ArtifactError, ConfigError, NoArtifactError
 
 Parent = tuple[str, Mapping[str, Any]]  # place, manifest
@@ -60,7 +59,9 @@ def _taken(
             raise ArtifactError(f"{place}/manifest.json is damaged: it has no config.{name}")
     for name in keys:
         if not isinstance(theirs.get(name, {}), Mapping):
-            raise ArtifactError(f"{place}/manifest.json is damaged: its config.{name} is no section")
+            raise ArtifactError(
+                f"{place}/manifest.json is damaged: its config.{name} is no section"
+            )
     try:
         schedule.check(theirs["data"].get("resolution"), "config.data.resolution")
     except ConfigError as error:

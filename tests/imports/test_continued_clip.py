@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,21 @@ def test_a_manifest_that_cannot_be_read_is_not_passed_over(
     monkeypatch.setattr(Place, "read", fail)
     with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read: Input/output error"):
         load_settings("clip", {"train": {"samples": 8}}, init_from=[str(imported)])
+
+
+def test_a_plan_counts_the_text_tower_of_the_parent(imported: Path, tmp_path: Path) -> None:
+    """As many parameters as the parent stores."""
+    values = [
+        "data.sources={photos: {shards: photos, modality: image}}", f"data.root={tmp_path}",
+        f"data.blocks=[{{source: photos, samples: {PHOTOS}}}]", "train.samples=8",
+        f"init_from=[{imported}]", "text.tune=none",
+    ]  # fmt: skip
+    done = invoke("plan", "clip", *values, "--json")
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert not [note for note in plan["notes"] if "LLM" in note]
+    tensors = open_artifact(imported).manifest["tensors"]
+    parts = [tensors[part].values() for part in ("backbone", "head", "text")]
+    stored = sum(math.prod(tensor["shape"]) for part in parts for tensor in part)
+    row = plan["stages"][0]
+    assert row["parameters"] == stored and row["memory"]["llm"] > 0

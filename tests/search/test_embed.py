@@ -327,7 +327,7 @@ def test_mistakes_give_one_line(artifacts: dict[str, Artifact], demo: Path, tmp_
     embedded(artifacts["clip"], tmp_path / "a.txt", tmp_path / "x.npy")
     for arguments, says in (
         ((tmp_path / "gone.npy", "a dog"), "gone.npy does not exist"),
-        ((lines, "a dog"), "it must end in .parquet or .npy"),
+        ((lines, "a dog"), "give the artifact that is to embed it as --artifact"),
         ((tmp_path / "x.npy", " "), "the query is empty"),
         ((tmp_path / "x.npy", "gone.jpg"), "gone.jpg does not exist"),
         ((tmp_path / "x.npy", "a dog", "--html", "x.png"), "must end in .html"),

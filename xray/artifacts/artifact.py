@@ -132,7 +132,7 @@ def open_artifact(path: str | Path, llm: str = "") -> Artifact:
 def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
     """Find an artifact and read its manifest: (place, bytes, content); no other file is read.
 
-    Raises NoArtifactError if there is none, and ArtifactError for one that this version cannot read.
+    Raises NoArtifactError if there is none, ArtifactError for one that this version cannot read.
     """
     url = conceal(str(path))
     base = url.rstrip("/") if is_remote(url) else str(Path(path).expanduser())

@@ -11,8 +11,11 @@ from tempfile import TemporaryDirectory
 from data_pipelines.shards.source import Source
 from stages import stage_class
 from stages.base import Facts
+from stages.parent_settings import parents_at
+from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import structure_of
-from xray.artifacts.offers import SENTENCES, VISION
+from xray.artifacts.manifest_config import text_config
+from xray.artifacts.offers import JOINT, SENTENCES, VISION, slot_of
 from xray.config import RunConfig, TextConfig
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
@@ -54,7 +57,12 @@ def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, t
     sources, notes = sources_at_hand(config), list[str]()
     kind, own, text, llm = stage_class(config.stage), text_section(config), None, None
     if own is not None:
+        parent = None if tuned is not None else _text_parent(config)
+        if parent is not None:
+            tuned = text_config(parent)
         name = own.llm or (tuned.llm if tuned is not None else "")  # as the stage itself takes it
+        carried = parent is not None and "llm/config.json" in parent.manifest["files"]
+        name = f"{parent.path}/llm" if parent is not None and carried else name
         llm = made.get(name) or _llm(name)
         if llm is None:
             named = f"text.llm={name} is not at hand" if name else "no text.llm"
@@ -67,6 +75,15 @@ def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, t
     facts, assumed = kind(config).count(sources, Facts(tags, llm, text))
     countable = own is None or llm is not None or VISION in kind.offers
     return Known(facts, sources, notes + assumed, countable)
+
+
+def _text_parent(config: RunConfig) -> Artifact | None:
+    """Find the artifact whose text tower a run starts from; only its manifest is read."""
+    found = [Artifact(Path(at), dict(own), "", at) for at, own in parents_at(config.init_from)]
+    tuned = [own for own in found if slot_of(own.offers) == "text"]
+    if not tuned and getattr(getattr(config, "clip", None), "heads", "") == "parent":
+        tuned = [own for own in found if JOINT in own.offers]
+    return tuned[0] if tuned else None
 
 
 def _llm(name: str) -> Path | None:
