@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from released import of_backbone
+from released import of_backbone, of_sentences
 
 from xray.imports import cached
 
@@ -28,3 +28,12 @@ def test_two_that_open_the_same_weights_share_one_import(
         first, second = pool.map(cached.open_model, [str(folder)] * 2)
     assert first.path == second.path and first.digest == second.digest
     assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
+
+
+def test_encoders_that_differ_in_pooling_have_imports_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = [of_sentences(tmp_path / name, name).folder for name in ("cls", "mean")]
+    one, other = (cached.open_model(str(folder)).manifest for folder in folders)
+    assert one["config"]["text"]["pooling"] == "cls" != other["config"]["text"]["pooling"]

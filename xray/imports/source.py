@@ -14,7 +14,7 @@ from xray.files import is_inside, nearest_path, read_text, sha256_file
 from xray.hub import SCHEME
 from xray.imports.place import HUB, OPEN_CLIP
 from xray.models.hub import hub
-from xray.models.llm_folder import FILES
+from xray.models.llm_folder import FILES, SENTENCE_POOLING
 from xray.records import parse_record
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """Hash the files that determine the model: weights, configs and tokenizer."""
         names = [name for name in self.files if self.file or _matches(Path(name), FILES)]
+        if (self.folder / SENTENCE_POOLING).is_file():
+            names.append(SENTENCE_POOLING)
         return {name: sha256_file(self.folder / name) for name in sorted(names)}
 
     @property
