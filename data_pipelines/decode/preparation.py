@@ -61,6 +61,14 @@ def least_side(data: DataConfig, size: int) -> int:
     return math.ceil(size / data.crop_pct)
 
 
+def resized_side(data: DataConfig, size: int) -> int:
+    """Return the short side to which a whole picture is resized before the crop to `size`.
+
+    As in timm, where a share such as 224 / 232 is not rounded down.
+    """
+    return math.floor(size / data.crop_pct + 1e-6)
+
+
 def crop_and_resize(
     frames: Tensor, box: Box, size: int, interpolation: Interpolation = "bicubic"
 ) -> Tensor:
@@ -84,8 +92,7 @@ def prepare(frames: Tensor, data: DataConfig, size: int, crops: int = 1) -> list
         return [crop_and_resize(frames, box, size, data.interpolation) for box in boxes]
     if data.resize == "squash" and crops != 1:
         raise ConfigError(f"crops={crops}: data.resize=squash shows the whole picture: set 1")
-    # as in timm, where a share such as 224 / 232 is not rounded down
-    resized = _resize_whole(frames, data, math.floor(size / data.crop_pct + 1e-6))
+    resized = _resize_whole(frames, data, resized_side(data, size))
     height, width = resized.shape[2:]
     if crops == 1:  # torchvision's centre, which all those libraries take
         corners = [(round((width - size) / 2), round((height - size) / 2))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from export_checks import SIDE, TOLERANCE, code_of, normalised, pixels_of, rewri
 from in_process import invoke
 from PIL import Image
 
+from data_pipelines.decode.preparation import resized_side
 from data_pipelines.shards.source import open_source
 from xray.api import Model, load
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, VisionEncoder, restore_encoder
-from xray.config import ModelConfig
+from xray.config import DataConfig, ModelConfig
 from xray.config import loading as cfg
 from xray.errors import ArtifactError
 from xray.evaluation.config import EvalConfig
@@ -28,6 +30,7 @@ from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import read_all_captions
 from xray.exports.convert import convert
 from xray.exports.open_clip_towers import unsupported_vision
+from xray.exports.to_timm import _crop_pct
 from xray.models.backbone import VisionBackbone
 
 
@@ -231,6 +234,14 @@ def test_after_a_resolution_schedule_timm_gets_the_final_positions(
         theirs = F.normalize(vit(normalised(pixels, artifact)), dim=-1)
     expected = Model(artifact, "cpu", 1.0).encode_image(pixels[:, 0])
     torch.testing.assert_close(theirs, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_timm_computes_the_size_before_the_crop() -> None:
+    """It rounds down: 64 / (64 / 93) is 92.99..., for which it would take 92."""
+    for whole in range(64, 128):
+        data = DataConfig(crop_pct=64 / whole)
+        assert resized_side(data, 64) == math.floor(64 / _crop_pct(data, 64)) == whole
+    assert _crop_pct(DataConfig(crop_pct=0.9), 224) == 0.9
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,3 +290,25 @@ def test_towers_of_two_families_are_not_joined(demo: Path, control: Path, tmp_pa
     encoder = VisionEncoder(artifact)
     expected = encoder.features(pixels)
     torch.testing.assert_close(F.normalize(theirs, dim=-1), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+def test_the_processor_prepares_what_evaluation_does(
+    control: Path, tmp_path: Path, resize: str
+) -> None:
+    """Of a share at which rounding to the nearest pixel gives 39, and rounding down 38 px."""
+    shaped = of_shape(control, tmp_path / "shaped", {"name": "vit_base_patch16_clip_224"})
+    config = copy.deepcopy(shaped.manifest["config"])
+    config["data"] |= {"resize": resize, "crop_pct": 0.83}
+    artifact = rewritten(shaped.path, tmp_path / "artifact", config, {})
+    convert(artifact, "transformers", tmp_path / "out")
+    processor, model = AutoProcessor.from_pretrained(tmp_path / "out"), load(artifact.path)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    size = (80, 80) if resize == "shortest" else (100, 80)
+    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    found = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    expected = normalised(model.preprocess(picture)[None, None], artifact)
+    grey_levels = 255 * min(config["data"]["std"]) * (found - expected).abs()
+    assert grey_levels.mean() < 0.1 and grey_levels.max() < 5
+    imported = import_model(str(tmp_path / "out"), tmp_path / "again", "mit").manifest["config"]
+    assert math.floor(SIDE / imported["data"]["crop_pct"] + 1e-6) == 38

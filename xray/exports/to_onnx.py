@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipelines.decode.preparation import resized_side
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import ImageEncoder, Tagger, VisionEncoder
 from xray.artifacts.manifest_config import data_config, image_side
@@ -24,7 +25,7 @@ OPSET = 18
 FILE = "model.onnx"
 CROPS = {  # by data.resize
     "shortest": "the centre, after the short side is resized",
-    "squash": "none: both sides are resized",
+    "squash": "the centre, after both sides are resized",
 }
 
 
@@ -141,5 +142,7 @@ def _config(artifact: Artifact, tower: ImageTower, side: int, frames: int) -> di
         "resize": data.resize if data.resizes_first else "crop",
         "crop_pct": data.crop_pct,
         "crop": CROPS.get(data.resize, "the largest centred square"),
+        # before the crop: the short side, or both; the crop is resized if the picture is not
+        "resized_side": resized_side(data, side) if data.resizes_first else None,
         "keep_rate": tower.keep_rate,
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from data_pipelines.decode.preparation import resized_side
 from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import VisionEncoder
 from xray.artifacts.manifest_config import data_config, image_side, license_of, model_config
+from xray.config import DataConfig
 from xray.errors import ArtifactError, brief
 from xray.exports.common import (
     Export,
@@ -75,7 +78,7 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
             "input_size": [3, side, side],
             "fixed_input_size": True,
             "interpolation": data.interpolation,
-            "crop_pct": data.crop_pct,
+            "crop_pct": _crop_pct(data, side),
             "crop_mode": "squash" if data.resize == "squash" else "center",
             "mean": mean,
             "std": std,
@@ -86,3 +89,10 @@ def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[s
             "license": license_of(artifact.manifest) or "unknown",
         },
     }
+
+
+def _crop_pct(data: DataConfig, side: int) -> float:
+    """Return a share from which timm, which rounds down, computes our size before the crop."""
+    whole = resized_side(data, side)
+    same = math.floor(side / data.crop_pct) == whole
+    return data.crop_pct if same else side / (whole + 0.5)

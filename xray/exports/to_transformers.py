@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipelines.decode.preparation import resized_side
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, ImageEncoder, VisionEncoder
 from xray.artifacts.manifest_config import data_config, image_side
@@ -204,12 +205,11 @@ def _save_processor(artifact: Artifact, texts: Encoder | None, made: Made, out: 
     )
 
     data, side = data_config(artifact), image_side(artifact)
-    square = {"height": side, "width": side}
-    squash = data.resize == "squash"
+    whole, squash = resized_side(data, side), data.resize == "squash"
     images = CLIPImageProcessor(
-        size=square if squash else {"shortest_edge": round(side / data.crop_pct)},
-        crop_size=square,
-        do_center_crop=not squash,
+        size={"height": whole, "width": whole} if squash else {"shortest_edge": whole},
+        crop_size={"height": side, "width": side},
+        do_center_crop=not squash or whole != side,
         resample=RESAMPLE[data.interpolation],
         image_mean=data.mean,
         image_std=data.std,

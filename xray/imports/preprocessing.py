@@ -43,8 +43,9 @@ def of_transformers(source: Source, side: int) -> DataConfig:
         raise ArtifactError(f"{source}/{FILE} has no image_mean and image_std")
     size, crop = given.get("size"), given.get("crop_size")
     squash = isinstance(size, dict) and "height" in size
-    shortest = size.get("shortest_edge", side) if isinstance(size, dict) else size or side
-    cut = given.get("do_center_crop", crop is not None) and not squash
+    edge = "height" if squash else "shortest_edge"
+    shortest = size.get(edge, side) if isinstance(size, dict) else size or side
+    cut = given.get("do_center_crop", crop is not None)
     return _data(
         source,
         side,
