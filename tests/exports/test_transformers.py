@@ -296,7 +296,7 @@ def test_towers_of_two_families_are_not_joined(demo: Path, control: Path, tmp_pa
 def test_the_processor_prepares_what_evaluation_does(
     control: Path, tmp_path: Path, resize: str
 ) -> None:
-    """Of a share at which rounding to the nearest pixel gives 39, and rounding down 38 px."""
+    """A share at which rounding to the nearest pixel gives 39, and rounding down 38 px."""
     shaped = of_shape(control, tmp_path / "shaped", {"name": "vit_base_patch16_clip_224"})
     config = copy.deepcopy(shaped.manifest["config"])
     config["data"] |= {"resize": resize, "crop_pct": 0.83}

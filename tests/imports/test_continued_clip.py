@@ -174,7 +174,7 @@ def test_a_manifest_that_cannot_be_read_is_not_passed_over(
 
 
 def test_a_plan_counts_the_text_tower_of_the_parent(imported: Path, tmp_path: Path) -> None:
-    """As many parameters as the parent stores."""
+    """The plan has as many parameters as the parent stores."""
     values = [
         "data.sources={photos: {shards: photos, modality: image}}", f"data.root={tmp_path}",
         f"data.blocks=[{{source: photos, samples: {PHOTOS}}}]", "train.samples=8",
