@@ -16,7 +16,7 @@ from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
 from xray.config import ModelConfig, schedule
 from xray.errors import ArtifactError, ConfigError, NoArtifactError
 
-Parent = tuple[str, Mapping[str, Any]]  # place, manifest
+Parent = tuple[str, dict[str, Any]]  # place, manifest
 # Settings of a run's backbone that do not belong to the weights.
 OF_THE_RUN = ("pretrained", "grad_checkpointing", "drop_path", "keep_rate_levels", "keep_rate_span")
 # Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
