@@ -49,7 +49,7 @@ from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable
 from xray.training.length import sizes_of, sources_at_hand
 from xray.training.open_settings import normalisation
-from xray.training.run import as_rank_0_began, check_decoding
+from xray.training.run import as_begun, check_decoding
 
 log = logging.getLogger("xray")
 
@@ -152,7 +152,7 @@ def run_recipe(recipe: Recipe) -> list[Artifact]:
     artifacts = []
     work = [work_of(run) for run in (with_lengths(recipe) if dist.is_main() else recipe.runs)]
     for number, config in enumerate(recipe.runs):
-        text = text_section(as_rank_0_began(config))
+        text = text_section(as_begun(config))
         if text is not None and text.features != "live":
             store_captions(config, text, device)
         following = sum(work[number + 1 :]) / work[number] if work[number] else 0.0

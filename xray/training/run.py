@@ -73,7 +73,7 @@ class Run:
         """
         conceal_all(config)
         config.validate()
-        config = as_rank_0_began(config)
+        config = as_begun(config)
         parents = split_parents(stage_class, [open_artifact(path) for path in config.init_from])
         stage = stage_class(config)
         check_batches(stage, config)
@@ -112,7 +112,7 @@ class Run:
         place = place or str(folder)
         old = _recorded(folder, self.config)
         if old:
-            self._replace_config(as_begun(self.config, folder))
+            self._replace_config(with_older(self.config, old["config"]))
         if old and self.config.data.decode == "auto":
             self._decode_on(old["config"]["data"]["decode"])
         new = _completed(json.loads(json.dumps(self.record)), self.config)
@@ -320,20 +320,12 @@ def check_decoding(config: RunConfig, device: torch.device) -> None:
     dist.together(check)
 
 
-def as_begun(config: C, folder: Path | None = None) -> C:
-    """Give settings whose default has changed the values that the run in the folder began with.
+def as_begun(config: C) -> C:
+    """Give settings whose default has changed the values that the run began with. Collective.
 
-    A setting that differs from today's default is kept. folder: by default the run's. Raises
-    ConfigError for a damaged run.json.
-    """
-    record = _recorded(folder or Path(config.out), config)
-    return with_older(config, record.get("config", {}))
-
-
-def as_rank_0_began(config: C) -> C:
-    """Do as `as_begun` on all ranks, by the run that rank 0 finds in the folder or at the mirror.
-
-    Collective. Raises DataError if there is no run and the mirror cannot be reached.
+    The run is the one that rank 0 finds in the folder or at the mirror. A setting that differs from
+    today's default is kept. Raises ConfigError for a damaged run.json, and DataError if there is no
+    run and the mirror cannot be reached.
     """
     record: dict[str, Any] = {}
 
@@ -352,10 +344,11 @@ def holds_another_run(config: RunConfig) -> bool:
 
     The text section is left out, because a run completes it from the LLM.
     """
-    old = redact_all(_recorded(Path(config.out), config))
-    if not old:
+    record = _recorded(Path(config.out), config)
+    if not record:
         return False
-    config = as_begun(config)
+    old = redact_all(record)
+    config = with_older(config, record["config"])
     own = json.loads(json.dumps(identity(config, whole=True)))
     if own["data"]["decode"] == "auto":
         own["data"]["decode"] = old["config"]["data"]["decode"]
