@@ -47,17 +47,18 @@ def load_settings(name: str, *layers: Layer, init_from: Sequence[str] = ()) -> R
 
     init_from: artifacts that replace the layers' own. Raises ConfigError as `load_config` does.
     """
-    from stages.parent_settings import of_imported
+    from stages.parent_settings import of_imported, parents_at
     from xray.config.loading import load_config
 
     schema = stage_config(name)
     config = load_config(schema, name, *layers)
-    parents = list(init_from) or config.init_from
-    config.init_from = parents
-    taken = {**of_imported(parents), **config.from_parents()}
+    config.init_from = list(init_from) or config.init_from
+    parents = parents_at(config.init_from)
+    taken = {**of_imported(parents), **config.from_parents(parents)}
     if taken:
+        paths = config.init_from
         config = load_config(schema, name, taken, *layers)
-        config.init_from = parents
+        config.init_from = paths
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from stages.mae_config import MaeOptions
 from xray.config import RunConfig, TextConfig, TowerOptim, runtime
 from xray.config.identity import added
 from xray.config.model import TextHead
+from xray.config.run import Parent
 from xray.errors import ConfigError
 from xray.losses.named import contrastive_loss
 
@@ -125,11 +127,11 @@ class ClipConfig(RunConfig):
             self.hashtag.validate()
             check_unread(self.hashtag)
 
-    def from_parents(self) -> dict[str, Any]:
+    def from_parents(self, parents: Sequence[Parent]) -> dict[str, Any]:
         """Return the settings of a parent clip artifact, if its text tower is the run's."""
         from stages.parent_settings import of_clip
 
-        return {} if self.text.llm else of_clip(self.init_from)
+        return {} if self.text.llm else of_clip(parents)
 
     @property
     def first_bias(self) -> float | None:

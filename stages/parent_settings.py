@@ -14,9 +14,9 @@ from typing import Any
 from xray.artifacts.artifact import find_manifest
 from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
 from xray.config import ModelConfig, schedule
+from xray.config.run import Parent
 from xray.errors import ArtifactError, ConfigError, NoArtifactError
 
-Parent = tuple[str, dict[str, Any]]  # place, manifest
 # Settings of a run's backbone that do not belong to the weights.
 OF_THE_RUN = ("pretrained", "grad_checkpointing", "drop_path", "keep_rate_levels", "keep_rate_span")
 # Keys of each section. Of the text tower's structure and of how pictures are prepared, a run takes
@@ -31,18 +31,16 @@ JOINT_KEYS: dict[str, Sequence[str]] = {
 }  # fmt: skip
 
 
-def of_imported(init_from: Sequence[str]) -> dict[str, Any]:
+def of_imported(parents: Sequence[Parent]) -> dict[str, Any]:
     """Return the settings of the backbone and the images of an imported parent, {} without one."""
-    found = [own for own in parents_at(init_from) if "imported" in own[1]]
-    found = [own for own in found if VISION in offers_of(own[1])]
+    found = [own for own in parents if "imported" in own[1] and VISION in offers_of(own[1])]
     return _taken(*found[0], VISION_KEYS) if found else {}
 
 
-def of_clip(init_from: Sequence[str]) -> dict[str, Any]:
+def of_clip(parents: Sequence[Parent]) -> dict[str, Any]:
     """Return the settings of the parent clip artifact; {} if a text artifact is a parent, too."""
-    found = parents_at(init_from)
-    joint = [own for own in found if JOINT in offers_of(own[1])]
-    if len(joint) != 1 or any(SENTENCES in offers_of(own) for _, own in found):
+    joint = [own for own in parents if JOINT in offers_of(own[1])]
+    if len(joint) != 1 or any(SENTENCES in offers_of(own) for _, own in parents):
         return {}
     layer = _taken(*joint[0], VISION_KEYS | JOINT_KEYS)
     layer["clip"]["heads"] = "parent"

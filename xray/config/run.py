@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from xray.config.training import DebugConfig, OptimConfig, TrainConfig, ZeroConf
 from xray.errors import ConfigError
 
 R = TypeVar("R", bound="RunConfig")
+Parent = tuple[str, dict[str, Any]]  # place and manifest of an artifact of `init_from`
 LOG_EVERY, LINES = 10, 20  # steps between lines of metrics, and least number of lines
 
 
@@ -100,8 +101,8 @@ class RunConfig:
         """Progress of the stage at a step, in (0, 1); every schedule is a function of it."""
         return (step + 0.5) / self.steps
 
-    def from_parents(self) -> dict[str, Any]:
-        """Return settings, below those of the user, that the run takes from `init_from`."""
+    def from_parents(self, parents: Sequence[Parent]) -> dict[str, Any]:
+        """Return settings, below those of the user, that the run takes from its parents."""
         return {}
 
     def validate(self) -> None:
