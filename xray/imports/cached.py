@@ -21,7 +21,7 @@ def open_model(name: str, llm: str = "") -> Artifact:
     if not is_released(name):
         return open_artifact(name, llm)
     source = open_source(name)
-    key = hash_json({"xray": __version__, "files": source.hashes()})
+    key = hash_json({"xray": __version__, "files": source.hashes})
     folder = user_cache("imports") / key
     if not folder.exists():
         make_folder(folder.parent, "the cache of imports", "XDG_CACHE_HOME")

@@ -80,7 +80,7 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
     config: dict[str, Any] = {"license": license_id, "data": asdict(DataConfig())}
     parts: dict[str, State] = {}
     files: dict[str, Path] = {}
-    offers, hashes = list[str](), source.hashes()
+    offers, hashes = list[str](), source.hashes
     inputs = {"weights": hash_json(hashes)}
     if imported.vision is not None:
         vision = decided(imported.vision)

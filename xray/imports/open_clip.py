@@ -81,10 +81,7 @@ def read(source: Source, folder: Path) -> Imported:
         vision = complete(source, "the image tower", VISION.to_ours(visual))
         if model.kwargs.get("pre_norm") is False:  # timm's then has a bias in the patch embedding
             vision["patch_embed.proj.bias"] = zeros(vision["patch_embed.proj.weight"])
-    if text.get("proj_bias"):
-        own, projection = TEXT.to_ours(texts), LINEAR
-    else:
-        own, projection = TEXT.to_ours(texts), PROJECTION
+    own, projection = TEXT.to_ours(texts), LINEAR if text.get("proj_bias") else PROJECTION
     named = projection.to_ours({name: texts[name] for name in own.unknown})
     own = own._replace(unknown=named.unknown)
     head |= named.state

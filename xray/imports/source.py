@@ -82,7 +82,7 @@ class Source:
 
     def check_weights(self) -> None:
         """Raise ArtifactError if there are no safetensors."""
-        assert self.weight_files
+        _ = self.weight_files  # unlike an assert, also read under python -O
 
     def tensors(self) -> dict[str, Tensor]:
         """Load all tensors as float32; raises ArtifactError for missing or unreadable files."""
@@ -101,8 +101,9 @@ class Source:
                 ) from error
         return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
+    @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """Hash the files that determine the model: weights, configs and tokenizer."""
+        """Hashes of the files that determine the model: weights, configs and tokenizer."""
         names = [name for name in self.files if self.file or _matches(Path(name), FILES)]
         if (self.folder / SENTENCE_POOLING).is_file():
             names.append(SENTENCE_POOLING)
