@@ -9,6 +9,8 @@ from xray.config import schedule
 from xray.config.identity import added, left_open, runtime
 from xray.errors import ConfigError, nearest
 
+# Settings of how evaluation and inference prepare a picture, beside its size.
+PREPARATION = ("resize", "interpolation", "crop_pct")
 IMAGENET: tuple[list[float], list[float]] = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Resize = Literal["auto", "crop", "shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]

@@ -32,14 +32,13 @@ from xray.artifacts.manifest_config import (
     stage_sections,
     text_config,
 )
+from xray.config.data import PREPARATION
 from xray.config.schedule import largest
 from xray.exports.common import CAPTIONS, Export, difference, ours, sample_images, save_json
 from xray.models.backbone import VisionBackbone
 from xray.models.text_tower import TextTower, merge_lora
 
-PREPROCESSING = (
-    "resolution", "frames", "mean", "std", "resize", "interpolation", "crop_pct",
-)  # fmt: skip
+PREPROCESSING = ("resolution", "frames", "mean", "std", *PREPARATION)
 PARTS = {"backbone": "vision", "head": "head", "decoder": "decoder"}
 
 

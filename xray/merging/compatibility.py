@@ -18,6 +18,7 @@ from xray.artifacts.manifest_config import (
     text_config,
 )
 from xray.artifacts.offers import DECODER, JOINT, TAGS, VISION
+from xray.config.data import PREPARATION
 from xray.config.identity import differences, identity
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError
@@ -33,7 +34,7 @@ FREE = {
     },
 }
 # Of section data, beside the sizes at the end of training.
-PREPROCESSING = ("mean", "std", "resize", "interpolation", "crop_pct")
+PREPROCESSING = ("mean", "std", *PREPARATION)
 WEIGHTS = ".safetensors"
 
 

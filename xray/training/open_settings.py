@@ -11,13 +11,12 @@ from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.manifest_config import data_config
 from xray.config import DataConfig, ModelConfig, RunConfig
-from xray.config.data import IMAGENET
+from xray.config.data import IMAGENET, PREPARATION
 from xray.errors import ConfigError
 from xray.models.normalisation import Normalisation, normalisation_of, of_release
 
 log = logging.getLogger("xray")
 C = TypeVar("C", bound=RunConfig)
-PREPARATION: dict[str, Any] = {"resize": "auto", "interpolation": "bicubic", "crop_pct": 1.0}
 SAME = 1e-3  # largest difference of a mean or std that was rounded
 
 
@@ -45,8 +44,9 @@ def preparation(data: DataConfig, vision: Artifact | None) -> dict[str, Any]:
     """Return data.resize, interpolation and crop_pct; with auto, those of the parent artifact."""
     source = data if vision is None or data.resize != "auto" else data_config(vision)
     values = {name: getattr(source, name) for name in PREPARATION}
-    for name, usual in PREPARATION.items():
-        if getattr(data, name) != usual:  # given
+    usual = DataConfig()
+    for name in PREPARATION:
+        if getattr(data, name) != getattr(usual, name):  # given
             values[name] = getattr(data, name)
     return {**values, "resize": "crop"} if values["resize"] == "auto" else values
 
