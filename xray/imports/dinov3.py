@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from xray.errors import ArtifactError
-from xray.exports.common import mlp_ratio
 from xray.exports.names.vit import DINOV3, DINOV3_GATED
-from xray.imports.clip import settings
-from xray.imports.parts import DINOV3_VIT, Family, Imported, Vision, complete, side_of, square, vit
+from xray.imports.parts import DINOV3_VIT, Family, Imported, Vision, complete, side_of, vit
 from xray.imports.preprocessing import of_transformers
 from xray.imports.source import Source
+from xray.imports.transformers_folder import read_config, vision_sizes
 
 ALIGNED = 8  # the width of SwiGLU's MLP is a multiple of it
 # Biases of released models; timm's EvaAttention has one for queries and values only.
@@ -20,7 +19,7 @@ BIASES = {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias"
 
 def read(source: Source, folder: Path) -> Imported:
     """Read the backbone; the mask token is left out."""
-    config = settings(source)
+    config = read_config(source)
     for name, usual in BIASES.items():
         if getattr(config, name) != usual:
             raise ArtifactError(f"{source}: {name}={getattr(config, name)} is not supported")
@@ -32,11 +31,7 @@ def read(source: Source, folder: Path) -> Imported:
     model = vit(
         DINOV3_VIT,
         config.layer_norm_eps,
-        patch_size=square(source, config.patch_size),
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=mlp_ratio(hidden, config.hidden_size),
+        **vision_sizes(source, config, hidden),
         num_reg_tokens=config.num_register_tokens,
         rope_temperature=config.rope_theta,
         swiglu_mlp=gated,

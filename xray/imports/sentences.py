@@ -9,10 +9,10 @@ from typing import Any
 
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.imports.clip import settings
 from xray.imports.parts import Family, Imported, Text
 from xray.imports.source import Source
 from xray.imports.texts import checked_text, copy_tokenizer
+from xray.imports.transformers_folder import read_config
 from xray.models.llm_folder import SENTENCE_POOLING, default_prompt, is_decoder, own_pooling
 from xray.models.text_tower import TextTower
 
@@ -49,7 +49,7 @@ def fits(source: Source) -> bool:
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING
 
     try:
-        return type(settings(source)) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        return type(read_config(source)) in MODEL_FOR_TEXT_ENCODING_MAPPING
     except ArtifactError:  # of a model that transformers does not have
         return False
 

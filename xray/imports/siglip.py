@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from xray.errors import ArtifactError
-from xray.exports.common import mlp_ratio
 from xray.exports.names.siglip import HEAD, VISION, VISION_2
-from xray.imports.clip import TEXT_SIZES, settings, text_part
 from xray.imports.parts import (
     SIGLIP_VIT,
     Family,
@@ -22,12 +19,12 @@ from xray.imports.parts import (
     flat,
     linear_head,
     side_of,
-    square,
     vit,
 )
 from xray.imports.preprocessing import of_transformers
 from xray.imports.source import Source
-from xray.imports.texts import copy_tokenizer, siglip_text
+from xray.imports.texts import require_tokenizer, siglip_text
+from xray.imports.transformers_folder import read_config, text_part, text_sizes, vision_sizes
 
 KINDS = ("siglip", "siglip2")
 SCALARS = ("logit_scale", "logit_bias")
@@ -35,25 +32,21 @@ SCALARS = ("logit_scale", "logit_bias")
 
 def read(source: Source, folder: Path) -> Imported:
     """Read both towers; raises ArtifactError for a part that ours cannot represent."""
-    config = settings(source)
+    config = read_config(source)
     image, text = config.vision_config, config.text_config
     if not getattr(image, "vision_use_head", True):
         raise ArtifactError(
             f"{source}: the image tower has no pooling head (vision_use_head=false)"
         )
     state = source.tensors()
-    patch = square(source, image.patch_size)
+    sizes = vision_sizes(source, image, image.intermediate_size)
     patches = getattr(image, "num_patches", None)  # of Siglip2Model, at its own resolution
-    side = image.image_size if patches is None else patch * math.isqrt(patches)
+    side = image.image_size if patches is None else sizes["patch_size"] * math.isqrt(patches)
     model = vit(
         SIGLIP_VIT,
         image.layer_norm_eps,
         "map",
-        patch_size=patch,
-        embed_dim=image.hidden_size,
-        depth=image.num_hidden_layers,
-        num_heads=image.num_attention_heads,
-        mlp_ratio=mlp_ratio(image.intermediate_size, image.hidden_size),
+        **sizes,
         act_layer=activation(source, image.hidden_act),
     )
     table = VISION if patches is None else VISION_2
@@ -66,10 +59,8 @@ def read(source: Source, folder: Path) -> Imported:
     own = {name: value for name, value in texts.items() if not name.startswith("head.")}
     projection = HEAD.to_ours({f"text_model.{k}": v for k, v in texts.items() if k not in own})
     head = complete(source, "the joint space", projection) | flat(state, *SCALARS)
-    if not copy_tokenizer(source, folder):
-        raise ArtifactError(f"{source} has no tokenizer: put its files into the folder")
-    sizes: dict[str, Any] = {name: getattr(text, name) for name in TEXT_SIZES}
-    tower = siglip_text(source, folder, sizes, own)
+    require_tokenizer(source, folder)
+    tower = siglip_text(source, folder, text_sizes(text), own)
     joint = linear_head(image.hidden_size, "none", bias=True)
     return Imported("transformers", vision, tower, joint, head)
 

@@ -113,6 +113,12 @@ def copy_tokenizer(source: Source, folder: Path) -> bool:
     return bool(names)
 
 
+def require_tokenizer(source: Source, folder: Path) -> None:
+    """Copy the files of a tokenizer; raises ArtifactError if the source has none."""
+    if not copy_tokenizer(source, folder):
+        raise ArtifactError(f"{source} has no tokenizer: put its files into the folder")
+
+
 def write_clip_tokenizer(source: Source, folder: Path) -> None:
     """Write the tokenizer of CLIP as open_clip has it, for folders that do not contain one."""
     try:

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from xray.exports.common import mlp_ratio
 from xray.exports.names.vit import DINOV2, VIT
-from xray.imports.clip import settings
 from xray.imports.parts import (
     DINOV2_GIANT,
     PLAIN_VIT,
@@ -19,11 +17,11 @@ from xray.imports.parts import (
     activation,
     complete,
     side_of,
-    square,
     vit,
 )
 from xray.imports.preprocessing import of_transformers
 from xray.imports.source import Source
+from xray.imports.transformers_folder import read_config, vision_sizes
 
 # Prefix of a model with a head, and its table, by model_type.
 KINDS = {
@@ -36,19 +34,15 @@ KINDS = {
 
 def read(source: Source, folder: Path) -> Imported:
     """Read the backbone; heads, poolers and mask tokens are left out."""
-    config = settings(source)
+    config = read_config(source)
     prefix, table = KINDS[config.model_type]
-    width, dinov2 = config.hidden_size, table is DINOV2
+    dinov2 = table is DINOV2
     gated = getattr(config, "use_swiglu_ffn", False)
-    hidden = int(width * config.mlp_ratio) if dinov2 else config.intermediate_size
+    hidden = int(config.hidden_size * config.mlp_ratio) if dinov2 else config.intermediate_size
     if gated:  # gate and value in one matrix, as in timm
         hidden = 2 * ((hidden * 2 // 3 + 7) // 8 * 8)
     sizes = {
-        "patch_size": square(source, config.patch_size),
-        "embed_dim": width,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": mlp_ratio(hidden, width),
+        **vision_sizes(source, config, hidden),
         "init_values": 1e-5 if dinov2 else None,  # replaced by the weights
         "qkv_bias": config.qkv_bias,
         "reg_tokens": getattr(config, "num_register_tokens", 0),
