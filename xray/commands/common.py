@@ -38,6 +38,9 @@ ModelName = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="An artifact, or released weights (xray import)")
 ]
 ArtifactName = Annotated[str, typer.Argument(help="An artifact: a folder or a URL")]
+EvalRecipe = Annotated[
+    str, typer.Option(help="Take the data sets from section eval of this recipe")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
 KeepRate = Annotated[
     float | None, typer.Option(min=0.01, max=1.0, help="Replaces the artifact's own")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import SETTING, check_model, checking, guarded
+from xray.commands.common import SETTING, EvalRecipe, check_model, checking, guarded
 from xray.commands.evaluate import eval_settings
 from xray.commands.help import examples
 from xray.errors import ConfigError
@@ -42,9 +42,7 @@ def compare(
         str,
         typer.Option(metavar="NAMES", help="Names, separated by commas (default: all with data)"),
     ] = "",
-    recipe: Annotated[
-        str, typer.Option(help="Take the data sets from section eval of this recipe")
-    ] = "",
+    recipe: EvalRecipe = "",
     out: Annotated[str, typer.Option(metavar="FILE.json", help="File of all results")] = "",
 ) -> None:
     """Evaluate each MODEL on the same data, and print one table with 95 % intervals.

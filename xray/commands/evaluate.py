@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xray import dist
-from xray.commands.common import ModelName, Overrides, check_model, checking, guarded
+from xray.commands.common import (
+    EvalRecipe,
+    ModelName,
+    Overrides,
+    check_model,
+    checking,
+    guarded,
+)
 from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.files import write_in_place
@@ -53,9 +60,7 @@ def evaluate(
             help="Names, separated by commas (default: all that have data of their own)",
         ),
     ] = "",
-    recipe: Annotated[
-        str, typer.Option(help="Take the data sets from section eval of this recipe")
-    ] = "",
+    recipe: EvalRecipe = "",
     keep_rates: Annotated[
         str,
         typer.Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import SETTING, check_folder, checking, guarded
+from xray.commands.common import SETTING, EvalRecipe, check_folder, checking, guarded
 from xray.commands.evaluate import eval_settings, filled_sets
 from xray.commands.help import examples
 from xray.errors import ArtifactError, ConfigError
@@ -101,9 +101,7 @@ def merge(
         str,
         typer.Option(metavar="NAMES", help="Suites to run (default: all that have data)"),
     ] = "",
-    recipe: Annotated[
-        str, typer.Option(help="Take the data sets from section eval of this recipe")
-    ] = "",
+    recipe: EvalRecipe = "",
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Folder to write")] = "merged",
 ) -> None:
     """Average the weights of artifacts that were trained from the same weights.
