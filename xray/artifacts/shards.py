@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from xray.errors import ArtifactError
 from xray.files import replacing
 from xray.records import parse_record
 
-SHARD = 5_000_000_000  # bytes of the largest file on a hub, if no tensor is larger
+SHARD = 5_000_000_000  # bytes of the largest file, as transformers has it, if no tensor is larger
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 CHUNK = 1 << 22  # bytes per read
 ENDING = ".safetensors"
@@ -82,20 +82,26 @@ def split(path: Path, folder: Path) -> list[Path]:
         for number, group in enumerate(groups, 1):
             first = layout.tensors[group[0]]["data_offsets"][0]
             last = layout.tensors[group[-1]]["data_offsets"][1]
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            header = {}
             for name in group:
                 start, end = layout.tensors[name]["data_offsets"]
                 offsets = [start - first, end - first]
                 header[name] = {**layout.tensors[name], "data_offsets": offsets}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
             paths.append(folder / shard_name(path.name, number, len(groups)))
             with paths[-1].open("wb") as target:
-                target.write(len(text).to_bytes(8, "little") + text)
+                target.write(header_bytes(header))
                 file.seek(layout.start + first)
                 for piece in _pieces(file, last - first):
                     target.write(piece)
     return paths
+
+
+def header_bytes(tensors: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return the length and the header of a safetensors file with these tensors."""
+    header = {"__metadata__": {"format": "pt"}, **tensors}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def join(index: bytes, name: str, target: Path, fetch: Callable[[str, Path], str | None]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xray.artifacts.artifact import Artifact, save_tensors
 from xray.artifacts.encoders import VisionEncoder, vision_encoder
 from xray.artifacts.offers import VISION
+from xray.artifacts.shards import SHARD
 from xray.errors import ArtifactError
 from xray.models.token_reduction import KeepRate
 
@@ -24,7 +25,6 @@ CAPTIONS = (
     "red",
     "a very long caption " * 40,  # longer than any text tower reads: truncated
 )
-SHARD = 5_000_000_000  # bytes of the largest file of weights, as transformers writes them
 
 
 @dataclass

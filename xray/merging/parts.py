@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xray.artifacts.artifact import Artifact
+from xray.artifacts.shards import header_bytes
 from xray.errors import ArtifactError
 from xray.files import usual_mode
 
@@ -70,16 +70,14 @@ class MixedPart:
 
     def _header(self, names: Sequence[str]) -> bytes:
         """Return the length and the header of a safetensors file."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header = dict[str, Any]()
         end = 0
         for name in names:
             shape, start = self._shape(name), end
             end += math.prod(shape) * self._bytes(name)
             kind = self.described[name]["dtype"]
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return header_bytes(header)
 
     def _shape(self, name: str) -> list[int]:
         shape = list(self.described[name]["shape"])
