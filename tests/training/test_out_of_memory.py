@@ -56,7 +56,7 @@ def test_the_other_ranks_end_when_one_has_stopped(
     dist.report_failure(TrainingError("out of memory"))
     assert dist.reported_failure() is None  # its own
     monkeypatch.setenv("RANK", "0")
-    watchdog = Watchdog(tmp_path, patience=0.01)
+    watchdog = Watchdog(tmp_path, patience=5)  # long enough to reach `at`, on a busy machine too
     watchdog.at("forward and backward", 3, factor=1e9)
     assert ended.get(timeout=60) == 1
     assert capsys.readouterr().err == "xray: rank 1 has stopped: TrainingError: out of memory\n"
