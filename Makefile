@@ -10,7 +10,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= /dev/nvidiactl
 PIP := -m pip install --quiet --disable-pip-version-check
 ANSWERS := import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)
-PYTEST := --numprocesses logical --maxprocesses 4 --dist loadgroup
+PYTEST := --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quickstart test test-lowest lint docs install clean
 

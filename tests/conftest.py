@@ -17,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # models this small gain nothing from m
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Files whose tests share no fixture and take long: their tests run on any worker.
 UNGROUPED = ("test_cli", "test_own_data")
+# The files that take longest, in this order, so that no worker begins one when the others end.
+FIRST = (
+    *("test_resume", "test_zero_stage_matrix", "test_distributed", "test_evaluation_ranks"),
+    *("test_chaos", "test_orphans", "test_ablation", "test_gpu_check", "test_shipped_recipes"),
+    *("test_cli", "test_gradient_cache", "test_plan", "test_sharded_head", "test_launch"),
+)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -30,8 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used; children inherit it
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one more worker than cores: tests of child processes often wait."""
+    return min(4, 1 + (os.cpu_count() or 1))
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: place for place, name in enumerate(FIRST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
     for item in items:  # the tests of a file share fixtures, so one worker runs them all
         if item.path.stem not in UNGROUPED:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
