@@ -67,25 +67,27 @@ def compare(
             suite_named(name)
         for model in named:
             check_model(model)
-    from xray.evaluation.comparison import comparison_table, short_names
+    from xray.evaluation.comparison import comparison_table, notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.overlap import OVERLAP, overlap_lines
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    notes = []
+    lines: dict[str, list[str]] = {}
     for name, model in zip(short_names(named), named, strict=True):
         artifact = open_model(model, llm)
         evaluator = Evaluator.open(artifact, config, root, workers, device)
         results[name] = _run(evaluator, names)
+        overlap = evaluator.overlap(list(results[name]))
+        lines[name] = [*overlap_lines(overlap.shares), *filter(None, [overlap.unknown])]
+        results[name] |= {OVERLAP: overlap.shares} if overlap.shares else {}
         facts[name] = {"model": model, "artifact": artifact.digest, "results": results[name]}
-        if missing := evaluator.overlap(list(results[name])).unknown:
-            notes.append(f"{name}: {missing}")
         if out:  # each model at once: the next may take hours
             write_in_place(Path(out), json.dumps({"models": facts}, indent=1))
     table = comparison_table(results)
-    table.notes += notes
+    table.notes += notes_of(lines)
     table.print()
     if out:
         print(f"written: {out}")

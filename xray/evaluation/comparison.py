@@ -27,6 +27,18 @@ def comparison_table(results: Mapping[str, Mapping[str, Measures]]) -> ResultTab
     return table
 
 
+def notes_of(lines: Mapping[str, Sequence[str]]) -> list[str]:
+    """Name the models that a line is about before it; a line of all models has no names.
+
+    lines: those of each model.
+    """
+    notes = []
+    for line in dict.fromkeys(line for own in lines.values() for line in own):
+        names = [name for name, own in lines.items() if line in own]
+        notes.append(line if len(names) == len(lines) else f"{', '.join(names)}: {line}")
+    return notes
+
+
 def short_names(models: Sequence[str]) -> list[str]:
     """Shorten paths to their last parts that tell them apart, without `artifact`."""
     parts = [model.rstrip("/").removesuffix("/artifact").split("/") for model in models]
