@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import Overrides, check_artifact, guarded
+from xray.commands.common import Overrides, artifact_of, check_artifact, guarded
 from xray.commands.help import examples
 from xray.errors import ArtifactError
 from xray.files import nearest_path
@@ -89,7 +89,8 @@ def train(
     recipe: Annotated[str, typer.Option(help="Take this stage's settings from a recipe")] = "",
     model: Annotated[str, typer.Option(help="A shipped model, same as model=NAME")] = "",
     init_from: Annotated[
-        list[str] | None, typer.Option(metavar="ARTIFACT", help="An artifact: folder or URL")
+        list[str] | None,
+        typer.Option(metavar="ARTIFACT", help="An artifact, or released weights (xray import)"),
     ] = None,
     out: Annotated[
         str, typer.Option(metavar="FOLDER", help="Folder of the run (default: runs/STAGE)")
@@ -112,6 +113,8 @@ def train(
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
 
+    parents = [artifact_of(name) for name in init_from or []]
+
     def load(packed: list[str]) -> tuple[RunConfig, Recipe | None]:
         overrides = cfg.parse_overrides(named + values + packed, cfg.kinds_of(schema))
         layers, loaded = list[Any](), None
@@ -121,7 +124,7 @@ def train(
             layer, loaded = stage_from_recipe(stage, recipe, values + packed)
             layers.append(layer)
         read = map(cfg.read_yaml, files)
-        config = load_settings(stage, *layers, *read, overrides, init_from=init_from or [])
+        config = load_settings(stage, *layers, *read, overrides, init_from=parents)
         config.out = out or config.out or f"runs/{stage}"
         config.validate()
         return config, loaded

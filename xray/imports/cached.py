@@ -1,11 +1,15 @@
-"""Models by name for the evaluation: artifacts, and released weights that are imported once."""
+"""Models by name: artifacts, and released weights that are imported once."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from data_pipelines.shards.side_files import user_cache
-from xray.artifacts.artifact import Artifact, open_artifact
+from xray.artifacts.artifact import Artifact, find_manifest, open_artifact
 from xray.config.identity import hash_json
+from xray.errors import NoArtifactError
 from xray.files import make_folder, making
+from xray.hub import is_hub
 from xray.imports.convert import import_source
 from xray.imports.place import is_released
 from xray.imports.source import open_source
@@ -13,13 +17,25 @@ from xray.version import __version__
 
 
 def open_model(name: str, llm: str = "") -> Artifact:
-    """Open an artifact, or import released weights into the user's cache, by their files' hash.
+    """Open an artifact, or the import of released weights.
 
     llm: folder of an artifact's base LLM, if it has moved. Raises as `open_artifact` and
     `import_model` do.
     """
+    return open_artifact(artifact_of(name), llm)
+
+
+def artifact_of(name: str) -> str:
+    """Return an artifact's name as it is; import released weights, and return the folder.
+
+    Imports are in the user's cache, by the hash of the weights' files. Raises as `import_model`.
+    """
     if not is_released(name):
-        return open_artifact(name, llm)
+        if not is_hub(name):
+            return name
+        with suppress(NoArtifactError):  # only a request tells the two apart there
+            find_manifest(name)
+            return name
     source = open_source(name)
     key = hash_json({"xray": __version__, "files": source.hashes})
     folder = user_cache("imports") / key
@@ -28,4 +44,4 @@ def open_model(name: str, llm: str = "") -> Artifact:
         with making(folder):
             if not folder.exists():  # another process has imported it meanwhile
                 import_source(source, folder)
-    return open_artifact(folder)
+    return str(folder)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xray.errors import ArtifactError, ConfigError, brief, nearest
 from xray.files import is_inside, nearest_path, read_text, sha256_file
 from xray.hub import SCHEME
-from xray.imports.place import HUB, OPEN_CLIP
+from xray.imports.place import HUB, OPEN_CLIP, REPOSITORY
 from xray.models.hub import hub
 from xray.models.llm_folder import FILES, SENTENCE_POOLING
 from xray.records import parse_record
@@ -20,7 +20,6 @@ from xray.records import parse_record
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 CARD = "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -129,7 +128,10 @@ def open_source(name: str) -> Source:
     Raises ConfigError with one line for a name that is neither, or that the hub does not provide,
     and ArtifactError for a folder with a link to a file outside of it.
     """
-    source = _find(name)
+    source = _find(name)  # it refuses a local artifact
+    if {"schema", "tensors"} <= source.json("manifest.json").keys():
+        repository = name.removeprefix(HUB)
+        raise ConfigError(f"{name} is an artifact already: commands take it as hf://{repository}")
     if not source.file:  # one that is named alone may be a link
         _check_links(source)
     return source
@@ -146,7 +148,7 @@ def _find(name: str) -> Source:
     if name.startswith(OPEN_CLIP):
         return Source(_download(_repository(name), name), name)
     repository = name.removeprefix(HUB).removeprefix(SCHEME)
-    if not REPOSITORY.fullmatch(repository) or name.startswith((".", "/", "~")):
+    if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
             f"{name} is not a folder{nearest_path(folder)}, nor a name of the hub (ORG/NAME) or of "
             f"open_clip ({OPEN_CLIP}MODEL:TAG)"
