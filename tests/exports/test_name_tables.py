@@ -39,13 +39,16 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     back = table.to_theirs(ours.state)
     assert not back.unknown and back.state.keys() == state.keys()
     assert all(torch.equal(back.state[key], state[key]) for key in state)
+    told = [part for key in ours.state for part in table.theirs(key, prefix).split(" + ")]
+    assert sorted({*told}) == sorted(prefix + key for key in state)
 
 
-def test_a_part_of_joined_tensors_is_unknown() -> None:
+def test_a_part_of_joined_tensors_is_missing() -> None:
     """One of the three matrices that make `qkv` is missing: the others have no place."""
     state = {f"encoder.layers.0.self_attn.{part}_proj.weight": torch.zeros(2, 2) for part in "qk"}
     renamed = clip.VISION.to_ours(state)
     assert not renamed.state and renamed.unknown == sorted(state)
+    assert renamed.missing == ["encoder.layers.0.self_attn.v_proj.weight"]
 
 
 def test_blocks_are_numbered_as_they_are() -> None:

@@ -28,16 +28,32 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def without(folder: Path, *names: str, file: str = "model.safetensors") -> None:
+    state = load_file(folder / file)
+    for name in names:
+        del state[name]
+    save_file(state, folder / file)
+
+
 def tensor_missing(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    del state["vision_model.encoder.layers.1.mlp.fc1.weight"]
-    save_file(state, folder / "model.safetensors")
+    without(folder, "vision_model.encoder.layers.1.mlp.fc1.weight")
+
+
+def text_missing(folder: Path) -> None:
+    without(folder, "text_model.encoder.layers.1.mlp.fc1.weight")
+
+
+def query_missing(folder: Path) -> None:
+    without(folder, "vision_model.encoder.layers.0.self_attn.q_proj.weight")
+
+
+def queries_missing(folder: Path) -> None:
+    """Two of the three biases that are one in the backbone."""
+    without(folder, *(f"vision_model.encoder.layers.0.self_attn.{p}_proj.bias" for p in "kv"))
 
 
 def head_missing(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    del state["visual_projection.weight"]
-    save_file(state, folder / "model.safetensors")
+    without(folder, "visual_projection.weight")
 
 
 def unknown_tensor(folder: Path) -> None:
@@ -94,9 +110,12 @@ def own_code(folder: Path) -> None:
 
 CASES: list[tuple[Callable[[Path], None], str]] = [
     (pickled, "pytorch_model.bin is a pickle"),
-    (tensor_missing, "blocks.1.mlp.fc1.weight is missing"),
-    (head_missing, "vision_projection.weight is missing"),
-    (unknown_tensor, "no place for: extra.weight"),
+    (tensor_missing, ": vision_model.encoder.layers.1.mlp.fc1.weight is missing"),
+    (text_missing, ": text_model.encoder.layers.1.mlp.fc1.weight is missing"),
+    (query_missing, ": vision_model.encoder.layers.0.self_attn.q_proj.weight is missing"),
+    (queries_missing, "self_attn.k_proj.bias is missing (and 1 more)"),
+    (head_missing, ": visual_projection.weight is missing"),
+    (unknown_tensor, "no place for: vision_model.extra.weight"),
     (part_missing, "lacks model-00001-of-00002.safetensors"),
     (outside, "lacks ../model.safetensors"),
     (damaged, "not a readable safetensors file"),
@@ -197,10 +216,20 @@ def test_other_towers_of_open_clip(
     refused(folder, tmp_path / "artifact", reason)
 
 
+@pytest.mark.parametrize(
+    "name", ["visual.ln_post.bias", "transformer.resblocks.1.ln_2.weight", "text_projection"]
+)
+def test_a_missing_tensor_has_the_name_of_open_clip(name: str, other: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "released"
+    shutil.copytree(other, folder)
+    without(folder, name, file="open_clip_model.safetensors")
+    refused(folder, tmp_path / "artifact", f": {name} is missing")
+
+
 def test_backbones_of_other_blocks(tmp_path: Path) -> None:
     folder = of_backbone(tmp_path / "released", "Dinov2Model").folder
     edit(folder, use_swiglu_ffn=True)
-    refused(folder, tmp_path / "artifact", "blocks.0.mlp.fc1.weight has the shape")
+    refused(folder, tmp_path / "artifact", "encoder.layer.0.mlp.fc1.weight has the shape")
     edit(folder, model_type="convnextv2", use_swiglu_ffn=False)
     refused(folder, tmp_path / "artifact", "model_type convnextv2")
 

@@ -45,9 +45,9 @@ def fold_bias(own: State) -> None:
 
 def renamed(names: Names, own: State) -> State:
     """Rename all weights; the caller has refused models with parts that the table lacks."""
-    state, unknown = names.to_theirs(own)
-    assert not unknown, unknown
-    return state
+    found = names.to_theirs(own)
+    assert not found.unknown, found.unknown
+    return found.state
 
 
 def final_norm(name: str) -> str:

@@ -142,7 +142,7 @@ def inflated(source: Source, vision: Vision) -> State:
             backbone = VisionBackbone(vision.model, vision.data.resolution, vision.data.frames)
     except ConfigError as error:
         raise ArtifactError(f"{source}: {error}") from error
-    check_fit(source, "the image tower", backbone, state)
+    check_fit(source, "the image tower", backbone, state, vision.theirs)
     return state
 
 
@@ -164,7 +164,7 @@ def joint_space(source: Source, imported: Imported) -> tuple[dict[str, Any], Sta
     if "logit_scale" not in scalars:
         raise ArtifactError(f"{source} has no logit_scale")
     weights = {name: value for name, value in head.items() if name not in scalars}
-    check_fit(source, "the joint space", nn.ModuleDict(heads), weights)
+    check_fit(source, "the joint space", nn.ModuleDict(heads), weights, imported.theirs)
     scale = float(scalars["logit_scale"].exp())
     section = {
         **asdict(own),

@@ -38,9 +38,10 @@ def read(source: Source, folder: Path) -> Imported:
         swiglu_align_to=ALIGNED if gated else 0,
     )
     named = {k: v for k, v in source.tensors().items() if v.numel()}  # there may be no registers
-    state = complete(source, "the backbone", (DINOV3_GATED if gated else DINOV3).to_ours(named))
+    table = DINOV3_GATED if gated else DINOV3
+    state = complete(source, "the backbone", table.to_ours(named))
     data = of_transformers(source, side_of(source, config.image_size, state))
-    return Imported("transformers", Vision(model, data, state))
+    return Imported("transformers", Vision(model, data, state, table.theirs))
 
 
 FAMILY = Family("DINOv3ViTModel", lambda source: source.kind == "dinov3_vit", read)

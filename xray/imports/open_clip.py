@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from xray.exports.names.open_clip import (
     TRUNK_PROJECTION,
     VISION,
 )
+from xray.exports.names.table import Renamed
 from xray.imports.parts import (
     CLIP_VIT,
+    STEM,
     Family,
     Imported,
+    Naming,
     State,
     Text,
     Vision,
@@ -47,6 +51,9 @@ from xray.models.timm_vit import create_timm
 
 CONFIG = "open_clip_config.json"
 BESIDE = ("logit_scale", "logit_bias")
+IMAGE, TEXTS = "visual.", "text."  # prefixes of the towers' tensors
+TRUNK, TRUNK_OWN = "trunk.", "trunk.head."  # of a model of timm in the image tower, of its head
+STEM_BIAS = "patch_embed.proj.bias"
 # Settings of a tower's blocks or heads that our towers do not have, with the value of a plain one.
 PLAIN_BLOCKS = {
     "block_type": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
@@ -74,13 +81,11 @@ def read(source: Source, folder: Path) -> Imported:
     _refuse(source, "the text tower", text, PLAIN_TEXT)
     state = source.tensors()
     head = flat(state, *BESIDE)
-    visual, texts = below(state, "visual."), _texts(state)
-    if image.get("timm_model_name"):
-        vision = complete(source, "the image tower", _trunk(visual))
-    else:
-        vision = complete(source, "the image tower", VISION.to_ours(visual))
-        if model.kwargs.get("pre_norm") is False:  # timm's then has a bias in the patch embedding
-            vision["patch_embed.proj.bias"] = zeros(vision["patch_embed.proj.weight"])
+    named, in_image = (_trunk if image.get("timm_model_name") else _own)(below(state, IMAGE))
+    vision = complete(source, "the image tower", named, IMAGE)
+    if model.kwargs.get("pre_norm") is False and STEM in vision:  # timm's then has a bias in it
+        vision[STEM_BIAS] = zeros(vision[STEM])
+    texts, prefix = _texts(state)
     own, projection = TEXT.to_ours(texts), LINEAR if text.get("proj_bias") else PROJECTION
     named = projection.to_ours({name: texts[name] for name in own.unknown})
     own = own._replace(unknown=named.unknown)
@@ -89,14 +94,21 @@ def read(source: Source, folder: Path) -> Imported:
         head[name] = vision.pop(name)
     side = side_of(source, image.get("image_size", 224), vision)
     preprocess = of_open_clip(source, settings.get("preprocess_cfg", {}), side)
-    tower = _text(source, folder, text, quick, complete(source, "the text tower", own))
+    own_text = complete(source, "the text tower", own, prefix)
+    tower = _text(source, folder, text, quick, own_text, partial(TEXT.theirs, prefix=prefix))
     bias = any(name.endswith(".bias") for name in head)
     for part in ("vision_projection", "text_adapter") if bias else ():
         if f"{part}.weight" in head:  # one of them may have none
             head.setdefault(f"{part}.bias", zeros(head[f"{part}.weight"]))
     kind: ImageHead = "none" if image.get("timm_proj") == "none" else "linear"
     joint = linear_head(config["embed_dim"], kind, bias)
-    return Imported("open_clip", Vision(model, preprocess, vision), tower, joint, head)
+
+    def theirs(name: str) -> str:
+        ours = name.startswith("vision_projection.")
+        return in_image(name) if ours else projection.theirs(name, prefix)
+
+    seen = Vision(model, preprocess, vision, in_image)
+    return Imported("open_clip", seen, tower, joint, head, theirs)
 
 
 def _refuse(source: Source, what: str, given: dict[str, Any], plain: dict[str, Any]) -> None:
@@ -148,26 +160,38 @@ def _timm(source: Source, given: dict[str, Any]) -> ModelConfig:
     return model
 
 
-def _trunk(visual: State) -> Any:
+def _own(visual: State) -> tuple[Renamed, Naming]:
+    """Return the tensors of open_clip's own ViT with its projection, and their names there."""
+    return VISION.to_ours(visual), partial(VISION.theirs, prefix=IMAGE)
+
+
+def _trunk(visual: State) -> tuple[Renamed, Naming]:
     """Return the tensors of a model of timm, and of the projection beside it or in its head."""
-    trunk = below(visual, "trunk.")
-    beside = {name: value for name, value in visual.items() if not name.startswith("trunk.")}
+    beside = {name: value for name, value in visual.items() if not name.startswith(TRUNK)}
     table = TRUNK_PROJECTION if beside else TRUNK_HEAD
-    named = table.to_ours(
-        beside or {k: v for k, v in visual.items() if k.startswith("trunk.head.")}
-    )
-    own = {k: v for k, v in trunk.items() if not k.startswith("head.")}
-    return named._replace(state=named.state | own)
+    named = table.to_ours(beside or {k: v for k, v in visual.items() if k.startswith(TRUNK_OWN)})
+    own = {k: v for k, v in below(visual, TRUNK).items() if not k.startswith("head.")}
+
+    def theirs(name: str) -> str:
+        found = table.theirs(name)
+        return IMAGE + (found if found != name else f"{TRUNK}{name}")
+
+    return named._replace(state=named.state | own), theirs
 
 
-def _texts(state: State) -> State:
-    """Select the tensors of the text tower, which are below `text.` in a CustomTextCLIP."""
-    custom = below(state, "text.")
-    plain = {k: v for k, v in state.items() if not k.startswith("visual.") and k not in BESIDE}
-    return custom or plain
+def _texts(state: State) -> tuple[State, str]:
+    """Select the tensors of the text tower; returns the prefix of their names, too.
+
+    It is `text.` in a CustomTextCLIP.
+    """
+    custom = below(state, TEXTS)
+    plain = {k: v for k, v in state.items() if not k.startswith(IMAGE) and k not in BESIDE}
+    return (custom, TEXTS) if custom else (plain, "")
 
 
-def _text(source: Source, folder: Path, given: dict[str, Any], quick: bool, state: State) -> Text:
+def _text(
+    source: Source, folder: Path, given: dict[str, Any], quick: bool, state: State, theirs: Naming
+) -> Text:
     """Make the text tower and its tokenizer."""
     width = given.get("width", 512)
     sizes = {
@@ -194,9 +218,9 @@ def _text(source: Source, folder: Path, given: dict[str, Any], quick: bool, stat
     pool, causal = given.get("pool_type", "argmax"), not given.get("no_causal_mask", False)
     if causal and pool in ("argmax", "eos"):
         end = given.get("eos_id", 2) if pool == "eos" else None
-        return clip_text(source, folder, sizes, state, end)
+        return clip_text(source, folder, sizes, state, theirs, end)
     if not causal and pool == "last":
-        return siglip_text(source, folder, sizes, state)
+        return siglip_text(source, folder, sizes, state, theirs)
     raise ArtifactError(
         f"{source}: the text tower has pool_type={pool} and no_causal_mask={not causal}, which are "
         "not supported together"

@@ -20,6 +20,7 @@ from xray.imports.source import Source
 
 log = logging.getLogger("xray")
 State = dict[str, Tensor]
+Naming = Callable[[str], str]  # from our name of a tensor to that in the source's files
 # Models of timm whose sizes are left out of model.kwargs, with the epsilon of their layer norms.
 CLIP_VIT, PLAIN_VIT = "vit_base_patch16_clip_224", "vit_base_patch16_224"
 DINOV2_GIANT = "vit_giant_patch14_dinov2"  # the only one with a SwiGLU MLP: all sizes are given
@@ -46,6 +47,7 @@ class Vision:
     model: ModelConfig
     data: DataConfig
     state: State
+    theirs: Naming = str
     clips: bool = False
 
 
@@ -56,6 +58,7 @@ class Text:
     config: TextConfig
     folder: Path
     state: State  # by the names of xray.models.text_tower.TextTower
+    theirs: Naming = str
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Imported:
     """A released model in our form.
 
     joint: sizes of the joint space, None without one. head: its projections, logit scale and bias.
+    theirs: names of the head's tensors.
     """
 
     library: str
@@ -70,6 +74,7 @@ class Imported:
     text: Text | None = None
     joint: JointHead | None = None
     head: State = field(default_factory=dict)
+    theirs: Naming = str
 
 
 class Family(NamedTuple):
@@ -120,14 +125,18 @@ def side_of(source: Source, size: Any, state: Mapping[str, Tensor]) -> int:
     return side // patch * patch
 
 
-def complete(source: Source, what: str, renamed: Renamed) -> State:
-    """Return renamed tensors; raises ArtifactError for one that our model has no place for."""
-    if renamed.unknown:
-        first, more = renamed.unknown[0], len(renamed.unknown) - 1
-        raise ArtifactError(
-            f"{source}: {what} has weights that our model has no place for: {first}"
-            + (f" (and {more} more)" if more else "")
-        )
+def complete(source: Source, what: str, renamed: Renamed, prefix: str = "") -> State:
+    """Return renamed tensors; raises ArtifactError for one that our model has no place for.
+
+    prefix: what was removed from the names in the source's files.
+    """
+    for names, problem in (
+        (renamed.missing, "does not fit its config: {} is missing"),
+        (renamed.unknown, "has weights that our model has no place for: {}"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ArtifactError(f"{source}: {what} {problem.format(prefix + names[0])}{more}")
     return renamed.state
 
 
@@ -136,14 +145,16 @@ def below(state: Mapping[str, Tensor], prefix: str) -> State:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def check_fit(source: Source, what: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_fit(
+    source: Source, what: str, module: nn.Module, state: Mapping[str, Tensor], theirs: Naming
+) -> None:
     """Raise ArtifactError with the first difference of a module's names and shapes to a state's."""
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state.items()}
-    problems = [f"{name} is missing" for name in own if name not in given]
-    problems += [f"{name} is not a part of it" for name in given if name not in own]
+    problems = [f"{theirs(name)} is missing" for name in own if name not in given]
+    problems += [f"{theirs(name)} is not a part of it" for name in given if name not in own]
     problems += [
-        f"{name} has the shape {list(given[name])}, not {list(own[name])}"
+        f"{theirs(name)} has the shape {list(given[name])}, not {list(own[name])}"
         for name in own
         if name in given and given[name] != own[name]
     ]

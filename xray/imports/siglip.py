@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 from xray.errors import ArtifactError
@@ -24,7 +25,14 @@ from xray.imports.parts import (
 from xray.imports.preprocessing import of_transformers
 from xray.imports.source import Source
 from xray.imports.texts import require_tokenizer, siglip_text
-from xray.imports.transformers_folder import read_config, text_part, text_sizes, vision_sizes
+from xray.imports.transformers_folder import (
+    IMAGE,
+    in_text,
+    read_config,
+    text_part,
+    text_sizes,
+    vision_sizes,
+)
 
 KINDS = ("siglip", "siglip2")
 SCALARS = ("logit_scale", "logit_bias")
@@ -50,19 +58,20 @@ def read(source: Source, folder: Path) -> Imported:
         act_layer=activation(source, image.hidden_act),
     )
     table = VISION if patches is None else VISION_2
-    named = complete(source, "the image tower", table.to_ours(below(state, "vision_model.")))
+    found = table.to_ours(below(state, IMAGE))
+    named = complete(source, "the image tower", found, IMAGE)
     data = of_transformers(source, side_of(source, side, named))
     if patches is not None:  # its processor keeps the ratio, with fewer patches on one side
         data = dataclasses.replace(data, resize="squash")
-    vision = Vision(model, data, named)
+    vision = Vision(model, data, named, partial(table.theirs, prefix=IMAGE))
     texts = text_part(state)
     own = {name: value for name, value in texts.items() if not name.startswith("head.")}
-    projection = HEAD.to_ours({f"text_model.{k}": v for k, v in texts.items() if k not in own})
+    projection = HEAD.to_ours({in_text(k): v for k, v in texts.items() if k not in own})
     head = complete(source, "the joint space", projection) | flat(state, *SCALARS)
     require_tokenizer(source, folder)
-    tower = siglip_text(source, folder, text_sizes(text), own)
+    tower = siglip_text(source, folder, text_sizes(text), own, in_text)
     joint = linear_head(image.hidden_size, "none", bias=True)
-    return Imported("transformers", vision, tower, joint, head)
+    return Imported("transformers", vision, tower, joint, head, HEAD.theirs)
 
 
 FAMILY = Family("SiglipModel", lambda source: source.kind in KINDS, read)

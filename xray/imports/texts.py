@@ -11,7 +11,7 @@ import torch
 
 from xray.config import TextConfig
 from xray.errors import ArtifactError, ConfigError
-from xray.imports.parts import State, Text, check_fit
+from xray.imports.parts import Naming, State, Text, check_fit
 from xray.imports.source import Source
 from xray.models.llm_folder import NO_REMOTE_CODE, TOKENIZER_FILES
 from xray.models.text_tower import TextTower
@@ -20,21 +20,27 @@ from xray.models.tokenizer import CaptionTokenizer
 CLEANED = ("whitespace", "lower", "canonicalize")
 END = "<|endoftext|>"
 START = "<|startoftext|>"
+LLM = "llm."  # prefix of the language model's tensors in our text tower
 
 
 def clip_text(
-    source: Source, folder: Path, sizes: dict[str, Any], state: State, end: int | None = None
+    source: Source,
+    folder: Path,
+    sizes: dict[str, Any],
+    state: State,
+    theirs: Naming,
+    end: int | None = None,
 ) -> Text:
     """Make CLIP's causal text tower, pooled at the end token.
 
-    sizes: settings of transformers' CLIPTextConfig. state: by the names of CLIPTextModel. end: id
-    of the token that ends a caption; None = the largest of the vocabulary. Raises ArtifactError for
-    weights or a tokenizer that do not fit.
+    sizes: settings of transformers' CLIPTextConfig. state: by the names of CLIPTextModel, which
+    `theirs` maps to those in the source. end: id of the token that ends a caption; None = the
+    largest of the vocabulary. Raises ArtifactError for weights or a tokenizer that do not fit.
     """
     from transformers import CLIPTextConfig
 
     own = _write_config(CLIPTextConfig, source, folder, sizes)
-    text = _text(source, folder, sizes, state, "causal")
+    text = _text(source, folder, sizes, state, theirs, "causal")
     expected = sizes["vocab_size"] - 1 if end is None else end
     given = own("a dog")["input_ids"][-1]
     if given != expected:
@@ -45,12 +51,14 @@ def clip_text(
     return text
 
 
-def siglip_text(source: Source, folder: Path, sizes: dict[str, Any], state: State) -> Text:
+def siglip_text(
+    source: Source, folder: Path, sizes: dict[str, Any], state: State, theirs: Naming
+) -> Text:
     """Make SigLIP's bidirectional text tower, pooled at the last of a full length of tokens."""
     from transformers import SiglipTextConfig
 
     _write_config(SiglipTextConfig, source, folder, sizes)
-    return _text(source, folder, sizes, state, "bidirectional", padding="full")
+    return _text(source, folder, sizes, state, theirs, "bidirectional", padding="full")
 
 
 def _write_config(kind: Any, source: Source, folder: Path, sizes: dict[str, Any]) -> Any:
@@ -73,6 +81,7 @@ def _text(
     folder: Path,
     sizes: dict[str, Any],
     state: State,
+    theirs: Naming,
     attention: Literal["causal", "bidirectional"],
     **more: Any,
 ) -> Text:
@@ -80,8 +89,9 @@ def _text(
         tune="none", lora_rank=0, attention=attention, pooling="last",
         max_length=sizes["max_position_embeddings"], **more,
     )  # fmt: skip
-    named = {f"llm.{name}": value for name, value in state.items()}
-    return checked_text(source, Text(config, folder, named))
+    named = {f"{LLM}{name}": value for name, value in state.items()}
+    naming = lambda name: theirs(name.removeprefix(LLM))  # noqa: E731
+    return checked_text(source, Text(config, folder, named, naming))
 
 
 def checked_text(source: Source, text: Text) -> Text:
@@ -95,7 +105,7 @@ def checked_text(source: Source, text: Text) -> Text:
         tokenizer = CaptionTokenizer(text.folder, text.config)
     except ConfigError as error:
         raise ArtifactError(f"{source}: {error}") from error
-    check_fit(source, "the text tower", tower, text.state)
+    check_fit(source, "the text tower", tower, text.state, text.theirs)
     if tokenizer.largest_id >= tower.vocabulary:
         raise ArtifactError(
             f"{source}: its tokenizer gives token {tokenizer.largest_id}, and the text tower "

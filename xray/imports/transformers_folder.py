@@ -12,6 +12,7 @@ from xray.imports.source import Source
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "max_position_embeddings", "hidden_act",
               "layer_norm_eps")  # fmt: skip
+TEXT, IMAGE = "text_model.", "vision_model."  # prefixes of the towers of CLIP and SigLIP
 
 
 def read_config(source: Source) -> Any:
@@ -47,5 +48,10 @@ def text_sizes(config: Any) -> dict[str, Any]:
 
 def text_part(state: State) -> State:
     """Select the text tower's tensors, without positions that older files store as numbers."""
-    own = below(state, "text_model.")
+    own = below(state, TEXT)
     return {k: v for k, v in own.items() if not k.endswith("position_ids")}
+
+
+def in_text(name: str) -> str:
+    """Return the full name of a text tower's tensor."""
+    return f"{TEXT}{name}"

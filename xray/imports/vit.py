@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -50,11 +51,14 @@ def read(source: Source, folder: Path) -> Imported:
     if not gated:
         sizes["act_layer"] = activation(source, config.hidden_act)
     model = vit(DINOV2_GIANT if gated else PLAIN_VIT, config.layer_norm_eps, **sizes)
-    plain = {k.removeprefix(prefix): v for k, v in source.tensors().items()}
-    state = complete(source, "the backbone", table.to_ours(plain))
+    tensors = source.tensors()
+    prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+    plain = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    state = complete(source, "the backbone", table.to_ours(plain), prefix)
+    theirs = partial(table.theirs, prefix=prefix)
     _positions_of_registers(state)
     side = side_of(source, config.image_size, state)
-    return Imported("transformers", Vision(model, of_transformers(source, side), state))
+    return Imported("transformers", Vision(model, of_transformers(source, side), state, theirs))
 
 
 def _positions_of_registers(state: State) -> None:

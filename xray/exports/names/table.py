@@ -32,10 +32,11 @@ class Entry(NamedTuple):
 
 
 class Renamed(NamedTuple):
-    """Renamed tensors, and the names that the table does not have."""
+    """Renamed tensors, the names that the table does not have, and those beside which one lacks."""
 
     state: dict[str, Tensor]
     unknown: list[str]
+    missing: list[str]  # of several that the other side holds as one
 
 
 class Names:
@@ -59,6 +60,21 @@ class Names:
         entries = [(own.ours, own.theirs, own.form) for own in self.entries]
         return _rename(dict(state), entries, forward=False)
 
+    def theirs(self, name: str, prefix: str = "") -> str:
+        """Return another library's name of our tensor, ours if the table does not have it.
+
+        prefix: of theirs. Several of theirs that are one of ours are joined by " + ".
+        """
+        for entry in self.entries:
+            for own in entry.ours:
+                pattern = re.escape(_plain(own)).replace(r"\*", r"(\d+)")
+                match = re.fullmatch(rf"{pattern}({'|'.join(map(re.escape, LEAVES))})", name)
+                if match:
+                    leaf, block = match.groups()[-1], match.groups()[0]
+                    found = [_plain(other).replace("*", block) for other in entry.theirs]
+                    return " + ".join(f"{prefix}{other}{leaf}" for other in found)
+        return name
+
 
 def _rename(
     left: dict[str, Tensor],
@@ -66,8 +82,12 @@ def _rename(
     forward: bool,
 ) -> Renamed:
     state: dict[str, Tensor] = {}
+    missing: list[str] = []
     for source, target, form in entries:
         for old, new in _pairs(left, source, target):
+            if lacking := [name for name in old if name not in left]:
+                missing += lacking
+                continue
             tensors = [left.pop(name) for name in old]
             joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             shaped = _formed(joined, form) if forward else _unformed(joined, form)
@@ -75,18 +95,18 @@ def _rename(
             if len(new) > 1:  # copies: tensors of a file share no memory
                 parts = [part.clone() for part in shaped.split(_sizes(len(shaped), target))]
             state |= zip(new, parts, strict=True)
-    return Renamed(state, sorted(left))
+    return Renamed(state, sorted(left), missing)
 
 
 def _pairs(
     state: Mapping[str, Tensor], source: tuple[str, ...], target: tuple[str, ...]
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield (names in `state`, new names) of every block and leaf that an entry matches."""
+    """Yield (old names, new names) of every block and leaf of which `state` has an old name."""
     old, new = ([_plain(name) for name in names] for names in (source, target))
     for block in _blocks(state, old[0]):
         for leaf in LEAVES:
             there = [name.replace("*", block) + leaf for name in old]
-            if all(name in state for name in there):
+            if any(name in state for name in there):
                 yield there, [name.replace("*", block) + leaf for name in new]
 
 
