@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from xray.artifacts.artifact import find_manifest
-from xray.artifacts.offers import JOINT, SENTENCES, VISION, offers_of
+from xray.artifacts.offers import IMPORTED, JOINT, SENTENCES, VISION, offers_of
 from xray.config import ModelConfig, schedule
 from xray.config.run import Parent
 from xray.errors import ArtifactError, ConfigError, NoArtifactError
@@ -33,7 +33,7 @@ JOINT_KEYS: dict[str, Sequence[str]] = {
 
 def of_imported(parents: Sequence[Parent]) -> dict[str, Any]:
     """Return the settings of the backbone and the images of an imported parent, {} without one."""
-    found = [own for own in parents if "imported" in own[1] and VISION in offers_of(own[1])]
+    found = [own for own in parents if IMPORTED in own[1] and VISION in offers_of(own[1])]
     return _taken(*found[0], VISION_KEYS) if found else {}
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 
 def test_every_command_takes_an_import(
-    few: Path, imported: Path, media: Path, tmp_path: Path
+    few: Path, released: Released, imported: Path, media: Path, tmp_path: Path
 ) -> None:
+    source = released.folder
     results = tmp_path / "results.json"
     done = invoke("eval", imported, f"eval.retrieval.shards={few}/heldout", "--out", results)
     assert done.exit_code == 0, done.output
@@ -29,7 +30,10 @@ def test_every_command_takes_an_import(
                   "--keep-rate", "0.5")  # fmt: skip
     assert done.exit_code == 0, done.output
     done = invoke("lineage", imported, "--verify")
-    assert done.exit_code == 0 and "0 samples seen" in done.stdout
+    assert done.exit_code == 0 and f"imported from {source}, a model of open_clip" in done.stdout
+    (facts,) = json.loads(invoke("lineage", imported, "--json").stdout)
+    assert facts["imported"]["source"] == str(source)
+    assert "| clip, imported |" in (imported / "README.md").read_text()
 
 
 def test_import_then_export_is_the_source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 import xray
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.encoders import TextEncoder
+from xray.artifacts.model_card import PURPOSES
+from xray.artifacts.offers import JOINT
 from xray.errors import ArtifactError, ConfigError
 from xray.merging.artifact import write_mixture
 from xray.merging.mixtures import Mixture, line, parse_alphas, soup
@@ -193,6 +196,11 @@ def test_lineage_and_card_name_all_parents(base: Artifact, varied: Varied, tmp_p
     )
     with pytest.raises(ArtifactError, match="mixture cannot be read"):
         open_artifact(path)
+    facts = {"imported": {}, "summary": "Imported from acme/clip, a model of open_clip."}
+    imported = replace(base, manifest={**base.manifest, **facts})
+    write_mixture(tmp_path / "n", [imported, other], line([0.25], 2)[0], {})
+    card = (tmp_path / "n" / "README.md").read_text()
+    assert "Imported" not in card and PURPOSES[JOINT] in card
 
 
 def test_alphas_and_soups() -> None:

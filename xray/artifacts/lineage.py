@@ -19,7 +19,7 @@ from xray.artifacts.artifact import (
 )
 from xray.artifacts.location import Place
 from xray.artifacts.manifest_config import read_section
-from xray.artifacts.offers import MIXTURE
+from xray.artifacts.offers import IMPORTED, MIXTURE
 from xray.config import DataConfig, ModelConfig, TextConfig
 from xray.config.identity import differences, identity
 from xray.errors import ArtifactError
@@ -76,7 +76,7 @@ class Link:
         values["manifest"] = values.pop("digest")
         parents = {slot: parent["manifest"] for slot, parent in manifest.get("parents", {}).items()}
         copied = {key: manifest.get(key) for key in COPIED}
-        copied |= {MIXTURE: manifest[MIXTURE]} if MIXTURE in manifest else {}
+        copied |= {key: manifest[key] for key in (MIXTURE, IMPORTED) if key in manifest}
         return {**values, **copied, "parents": parents, "sound": self.sound}
 
 
@@ -193,6 +193,15 @@ def mixed_of(manifest: Mapping[str, Any]) -> str:
     return f"mean of its parents' weights: {weights}{why}"
 
 
+def imported_of(manifest: Mapping[str, Any]) -> str:
+    """Describe the source of imported weights, "" for an artifact that was trained or mixed."""
+    own = manifest.get(IMPORTED)
+    if not isinstance(own, Mapping):
+        return ""
+    source = redact(str(own.get("source")))
+    return f"imported from {source}, a model of {own.get('library')}; its data are not known"
+
+
 def _trained_on(manifest: Mapping[str, Any]) -> str:
     data, config = (str(manifest.get(key, ""))[:12] for key in ("data_digest", "config_hash"))
     return f"{count(manifest.get('samples', 0), 'sample')} seen, data {data}, config {config}"
@@ -207,7 +216,7 @@ def _about(link: Link) -> Iterator[str]:
             "or its manifest has credentials in a URL"
         )
     else:
-        yield mixed_of(manifest) or _trained_on(manifest)
+        yield mixed_of(manifest) or imported_of(manifest) or _trained_on(manifest)
         yield made_with(manifest)
         inputs = ", ".join(f"{name} {value[:12]}" for name, value in manifest["inputs"].items())
         if inputs:

@@ -16,7 +16,16 @@ from xray.artifacts.manifest_config import (
     text_config,
     training_blocks,
 )
-from xray.artifacts.offers import DECODER, JOINT, SENTENCES, TAGS, VISION, offers_of, slot_of
+from xray.artifacts.offers import (
+    DECODER,
+    IMPORTED,
+    JOINT,
+    SENTENCES,
+    TAGS,
+    VISION,
+    offers_of,
+    slot_of,
+)
 from xray.config.schedule import value_at
 from xray.hub import is_hub, parse_address
 from xray.urls import redact
@@ -113,7 +122,7 @@ def _bases(manifest: Mapping[str, Any]) -> Iterator[str]:
     for parent in manifest["parents"].values():
         if is_hub(str(parent["path"])):
             yield parse_address(str(parent["path"])).name
-    source, model = manifest.get("imported", {}).get("source"), manifest["config"].get("model", {})
+    source, model = manifest.get(IMPORTED, {}).get("source"), manifest["config"].get("model", {})
     for name in (str(source), str(model.get("pretrained"))):
         if is_hub(name):
             yield parse_address(name).name
@@ -177,6 +186,7 @@ def _lineage(chain: Sequence[Link]) -> list[str]:
     for link in chain:
         told = link.manifest or {}
         name = f"{'from ' * bool(link.depth)}{link.stage}{f' ({link.slot})' * bool(link.slot)}"
+        name += ", imported" * (IMPORTED in told)
         hashes = [str(told.get(key, ""))[:12] for key in ("data_digest", "config_hash")]
         rows.append((name, f"{told.get('samples', 0):,}", *hashes, link.digest[:12]))
     table = _table(("stage", "samples seen", "data", "config", "manifest"), rows)
@@ -215,7 +225,7 @@ def _metrics(manifest: Mapping[str, Any]) -> list[str]:
         and not name.endswith("/epochs")
     }
     which = "averaged over steps" if manifest.get("weights") == "ema" else "of the last step"
-    if "imported" in manifest:
+    if IMPORTED in manifest:
         return ["None: the weights were imported, not trained here."]
     told = f"In training at step {manifest['step']:,}; the weights are those {which}."
     rows = [(name, f"{value:.4g}") for name, value in sorted(metrics.items())]

@@ -3,6 +3,7 @@
 A stage writes them into the manifest: `offers`, a list of the names below; `heads`, the section of
 the run's config that describes a head, if it is not the usual one; `summary`, a sentence for the
 model card. `xray merge` writes `mixture`: the weights of the parents, by slot, and why (`by`).
+`xray import` writes `imported`: source, library and the hashes of the source's files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ DECODER = "decoder"  # the decoder of a masked auto-encoder
 TAGS = "tags"  # a tag head with its vocabulary
 SENTENCES = "sentences"  # a text tower tuned on captions
 JOINT = "joint"  # images, clips and texts in one space
-MIXTURE = "mixture"  # key of a manifest
+# Keys of a manifest
+MIXTURE = "mixture"
+IMPORTED = "imported"
 
 # For manifests of older versions, which have no `offers`.
 OFFERS_OF_STAGE = {

@@ -23,6 +23,7 @@ from data_pipelines.shards.source import Source, open_source
 from data_pipelines.shards.tar_index import media_extensions, media_in
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.lineage import lineage
+from xray.artifacts.offers import IMPORTED
 from xray.errors import BadSample, DataError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import LabelledConfig, Suite
@@ -30,7 +31,6 @@ from xray.evaluation.suite import LabelledConfig, Suite
 OVERLAP = "overlap"  # key of the shares in the results
 Tested = tuple[str, Source, Source | None]  # key, data set, training set of a probe
 MOST = 100_000  # training samples of a source to compare one by one
-IMPORTED = "imported"  # stands for the stage of weights that were made elsewhere
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     for link in lineage(artifact.path):
         config = (link.manifest or {}).get("config", {})
         data = config.get("data")
-        if link.manifest is not None and "imported" in link.manifest:
-            unknown.append(IMPORTED)
+        if link.manifest is not None and IMPORTED in link.manifest:
+            unknown.append(IMPORTED)  # in place of its stage
             continue
         if link.manifest is None or not isinstance(data, Mapping):
             unknown.append(link.stage)

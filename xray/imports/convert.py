@@ -14,7 +14,7 @@ from torch import nn
 from xray.artifacts.artifact import Artifact, open_artifact, write_artifact
 from xray.artifacts.limits import check_numbers
 from xray.artifacts.model_card import artifact_card
-from xray.artifacts.offers import JOINT, SENTENCES, VISION
+from xray.artifacts.offers import IMPORTED, JOINT, SENTENCES, VISION
 from xray.config import DataConfig
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
@@ -104,7 +104,7 @@ def _write(imported: Imported, source: Source, out: Path, license_id: str) -> No
         "offers": offers,
         "heads": {},
         "summary": f"Imported from {where}, a model of {imported.library}.",
-        "imported": {"source": source.name, "library": imported.library, "files": hashes},
+        IMPORTED: {"source": source.name, "library": imported.library, "files": hashes},
         "config": {"stage": stage, **config},
         "config_hash": hash_json(config),
         "data_digest": hash_json({}),

@@ -9,7 +9,7 @@ from typing import Any
 
 from xray.artifacts.artifact import LINEAGE, Artifact, open_artifact, write_artifact
 from xray.artifacts.model_card import artifact_card
-from xray.artifacts.offers import MIXTURE
+from xray.artifacts.offers import IMPORTED, MIXTURE
 from xray.config.identity import hash_json
 from xray.merging.mixtures import Mixture
 from xray.merging.parts import MixedPart
@@ -42,6 +42,8 @@ def write_mixture(
         **{"step": 0, "samples": 0, "seconds": 0.0, "metrics": {}},
         MIXTURE: {"weights": weights, **chosen},
     }
+    if IMPORTED in first.manifest:  # its summary says from where
+        facts.pop("summary", None)
     files = {
         name: first.path / name
         for name in first.manifest["files"]
