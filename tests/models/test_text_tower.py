@@ -344,6 +344,11 @@ def test_truncated_captions_are_logged(folder: Path, caplog: pytest.LogCaptureFi
         assert not caplog.records
         language.warn_of_cut([SHORT, LONG])
     assert "50 % of captions are longer than text.max_length=12" in caplog.text
+    assert "raise it to 512 at most, or use shorter captions" in caplog.text
+    longer = Language(TextConfig(str(folder), "none", max_length=512))
+    with caplog.at_level("WARNING", "xray"):
+        longer.warn_of_cut([LONG * 60])
+    assert "are cut there: the model reads no more, so use shorter captions" in caplog.text
 
 
 def test_adapter_is_norm_and_projection_at_the_start() -> None:

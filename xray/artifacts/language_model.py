@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_pipelines.text.feature_store import USUAL
@@ -25,7 +26,7 @@ from xray.models.llm_folder import (
     own_pooling,
     reads_padding,
 )
-from xray.models.text_tower import TextTower, is_added
+from xray.models.text_tower import TextTower, is_added, longest_text
 from xray.models.tokenizer import CaptionTokenizer
 
 log = logging.getLogger("xray")
@@ -127,8 +128,18 @@ class Language:
         if share > MOST_CUT:
             log.warning(
                 "%.0f %% of captions are longer than text.max_length=%d tokens and are cut there: "
-                "raise it, or use shorter captions", 100 * share, self.config.max_length,
+                "%s shorter captions", 100 * share, self.config.max_length, self._longer(),
             )  # fmt: skip
+
+    def _longer(self) -> str:
+        """Return the advice to raise text.max_length, if the model can read more tokens."""
+        with torch.device("meta"):
+            most = longest_text(load_llm(self.folder, weights=False))
+        if most is None:
+            return "raise it, or use"
+        if self.config.max_length < most:
+            return f"raise it to {most} at most, or use"
+        return "the model reads no more, so use"
 
     def export_files(self) -> dict[str, Any]:
         """Return config and tokenizer files, for artifacts with all weights."""

@@ -179,14 +179,21 @@ def _width(llm: nn.Module) -> int:
     return int(llm(input_ids=ids).last_hidden_state.shape[-1])
 
 
-def _check_length(llm: Any, max_length: int) -> None:
-    limit = getattr(llm.config, "max_position_embeddings", None)
+def longest_text(llm: Any) -> int | None:
+    """Return the number of tokens that a language model can read, None if it does not say."""
+    limit: int | None = getattr(llm.config, "max_position_embeddings", None)
     for name, module in llm.named_modules():  # RoBERTa's positions start after the padding index
         if (
             name.endswith("position_embeddings")
             and getattr(module, "padding_idx", None) is not None
+            and limit is not None
         ):
             limit -= module.padding_idx + 1
+    return limit
+
+
+def _check_length(llm: Any, max_length: int) -> None:
+    limit = longest_text(llm)
     if limit is not None and max_length > limit:
         raise ConfigError(
             f"text.max_length={max_length} is more than the {limit} tokens that "
