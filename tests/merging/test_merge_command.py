@@ -198,20 +198,29 @@ def different(base: Artifact, varied: Varied, tagger: Path, folder: Path) -> lis
     name = next(n for n in manifest["files"] if n.startswith("llm/") and "tokenizer" in n)
     files = {**manifest["files"], name: "0" * 64}
     (folder / "tokenizer" / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    shutil.copytree(folder / "tokenizer", folder / "wider")
+    wider = json.loads((base.path / "llm/config.json").read_text())
+    wider |= {"hidden_size": 1 + wider["hidden_size"]}
+    (folder / "wider" / "llm/config.json").write_text(json.dumps(wider))
     head = base.load("head")
     smaller = {**head, "logit_scale": head["logit_scale"].double()}
     rewritten(base.path, folder / "typed", config, {"head": smaller})
     heads = {**config["model"]["kwargs"], "num_heads": 4}
     return [
         (tagger, "stage: 'clip' -> 'hashtag'"),
-        (folder / "llm", "inputs.llm"),
-        (folder / "tokenizer", f"files.{name}"),
-        (folder / "typed", "tensors.head.logit_scale: 'F32 [1]' -> 'F64 [1]'"),
-        (varied(1, model={"kwargs": heads}).path, "config.model.kwargs.num_heads: 2 -> 4"),
-        (varied(1, data={"mean": [0.5, 0.5, 0.5]}).path, "config.data.mean"),
-        (varied(1, data={"resolution": [[0.0, 32], [0.5, 16]]}).path, "config.data.resolution"),
-        (varied(1, text={"prompt": "query: "}).path, "config.text.prompt: '' -> 'query: '"),
-        (varied(1, clip={"matryoshka": [8]}).path, "config.joint.matryoshka"),
+        (folder / "llm", "the LLM in "),
+        (folder / "tokenizer", f"; {name} is another file"),
+        (folder / "wider", f"; llm.hidden_size: {wider['hidden_size'] - 1} -> "),
+        (folder / "typed", "; head.logit_scale: 'F32 [1]' -> 'F64 [1]'"),
+        (varied(1, model={"kwargs": heads}).path, "; model.kwargs.num_heads: 2 -> 4"),
+        (
+            varied(1, model={"kwargs": heads}, data={"mean": [0.5, 0.5, 0.5]}).path,
+            ", model.kwargs.num_heads: 2 -> 4",
+        ),
+        (varied(1, data={"mean": [0.5, 0.5, 0.5]}).path, "; data.mean"),
+        (varied(1, data={"resolution": [[0.0, 32], [0.5, 16]]}).path, "; data.resolution"),
+        (varied(1, text={"prompt": "query: "}).path, "; text.prompt: '' -> 'query: '"),
+        (varied(1, clip={"matryoshka": [8]}).path, "; joint.matryoshka"),
     ]
 
 

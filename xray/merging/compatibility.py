@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from xray.artifacts.artifact import LINEAGE, Artifact
 from xray.artifacts.lineage import lineage
+from xray.artifacts.location import Place
 from xray.artifacts.manifest_config import (
     data_config,
     decoder_config,
@@ -22,6 +23,7 @@ from xray.config.data import PREPARATION
 from xray.config.identity import differences, identity
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, ConfigError
+from xray.records import parse_record
 
 # Settings of initial weights, training and token reduction, in which the artifacts may differ.
 FREE = {
@@ -36,6 +38,8 @@ FREE = {
 # Of section data, beside the sizes at the end of training.
 PREPROCESSING = ("mean", "std", *PREPARATION)
 WEIGHTS = ".safetensors"
+LLM = "llm/config.json"
+SHOWN = 3  # differences that an error names
 
 
 def check_mergeable(artifacts: Sequence[Artifact]) -> None:
@@ -50,14 +54,12 @@ def check_mergeable(artifacts: Sequence[Artifact]) -> None:
     for position, other in enumerate(others, start=1):
         if other.digest in {artifact.digest for artifact in artifacts[:position]}:
             raise ConfigError(f"{other.origin} is given twice: name it once")
-        for old, new in zip(_traits(first), _traits(other), strict=True):
-            lines = differences(old, new)
-            if lines:
-                more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-                raise ArtifactError(
-                    f"{other.origin} cannot be merged with {first.origin}: they are different "
-                    f"models; {lines[0]}{more}"
-                )
+        if lines := _differences(first, other):
+            more = f" (and {len(lines) - SHOWN} more)" if len(lines) > SHOWN else ""
+            raise ArtifactError(
+                f"{other.origin} cannot be merged with {first.origin}: they are different "
+                f"models; {', '.join(lines[:SHOWN])}{more}"
+            )
 
 
 def unrelated(artifacts: Sequence[Artifact]) -> str:
@@ -81,26 +83,54 @@ def _origins(artifact: Artifact) -> set[str]:
     return {link.digest for link in links} | {own for own in files if own != "None"}
 
 
-def _traits(artifact: Artifact) -> list[dict[str, Any]]:
-    """Return what must be equal, in the order in which a difference is told."""
-    manifest = artifact.manifest
-    files = {
-        name: digest[:12]
-        for name, digest in manifest["files"].items()
+def _differences(first: Artifact, other: Artifact) -> list[str]:
+    """List differences that a user can understand: of settings, else of files, else of tensors."""
+    for traits in (_kind, _settings, _language):
+        if lines := differences(traits(first), traits(other)):
+            return lines
+    old, new = _files(first), _files(other)
+    if changed := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+        return [f"{name} is another file" for name in changed]
+    if first.manifest["inputs"].get("llm") != other.manifest["inputs"].get("llm"):
+        names = [own.manifest["config"].get("text", {}).get("llm", "") for own in (first, other)]
+        return [f"the LLM in {names[0]} is not that in {names[1]}"]
+    return differences(_tensors(first), _tensors(other))
+
+
+def _kind(artifact: Artifact) -> dict[str, Any]:
+    return {"stage": artifact.stage, "offers": sorted(artifact.offers)}
+
+
+def _language(artifact: Artifact) -> dict[str, Any]:
+    """Return the settings of an LLM that the artifact holds; the library's version is left out."""
+    if LLM not in artifact.manifest["files"]:
+        return {}
+    content = Place(artifact.origin).read(LLM)
+    try:
+        found = parse_record(content or b"{}", dict[str, Any])
+    except ValueError:  # the difference is that of the file, then
+        return {}
+    return {"llm": {name: own for name, own in found.items() if not name.endswith("_version")}}
+
+
+def _files(artifact: Artifact) -> dict[str, str]:
+    """Return the hashes of all files but weights and ancestors."""
+    return {
+        name: digest
+        for name, digest in artifact.manifest["files"].items()
         if not name.endswith(WEIGHTS) and not name.startswith(f"{LINEAGE}/")
     }
-    tensors = {
+
+
+def _tensors(artifact: Artifact) -> dict[str, str]:
+    return {
         f"{part}.{name}": f"{facts['dtype']} {facts['shape']}"
-        for part, own in manifest["tensors"].items()
+        for part, own in artifact.manifest["tensors"].items()
         for name, facts in own.items()
     }
-    llm = {"llm": str(manifest["inputs"].get("llm", ""))[:12]}
-    kind: list[dict[str, Any]] = [{"stage": artifact.stage}, {"offers": sorted(artifact.offers)}]
-    config = {"config": dict(_settings(artifact))}
-    return [*kind, {"inputs": llm}, config, {"files": files}, {"tensors": tensors}]
 
 
-def _settings(artifact: Artifact) -> Mapping[str, Any]:
+def _settings(artifact: Artifact) -> dict[str, Any]:
     """Return the settings of the model, its heads and its preprocessing."""
     offers, found = artifact.offers, dict[str, Any]()
     if VISION in offers:
