@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, co
 from xray.ablations.report import Page
 from xray.ablations.trials import Trial, load_ablation, samples_of, stage_runs
 from xray.config import loading as cfg
+from xray.config.identity import identity
 from xray.errors import ConfigError
+from xray.recipes.recipe import read_recipe, recipe_layers
 
 
 def one_thread(*command: str) -> subprocess.CompletedProcess[str]:
@@ -225,6 +228,34 @@ def test_a_mean_that_is_left_to_the_weights_is_not_a_given_one(tmp_path: Path) -
         ablation = load(tmp_path, text, *([weights] if weights else []))
         mae = [name for name in stage_runs(ablation) if name.startswith("mae-")]
         assert len(mae) == folders  # of two seeds
+
+
+def test_runs_added_to_an_older_folder_take_its_defaults(tmp_path: Path) -> None:
+    """Records of before a key existed lack it; those of today have what the run decided."""
+    before = load(tmp_path, FILE, f"out={tmp_path / 'out'}")
+    first, other, second = before.trials[:3]
+    today: dict[str, dict[str, Any]] = {
+        "model": {"sincos": "columns"},
+        "data": {"resize": "crop"},
+        "text": {"pool_prompt": False, "pool_special": False},
+    }
+    for decided in (today, {}):
+        for run in first.recipe.runs:
+            record = cfg.merge(identity(run), {k: v for k, v in decided.items() if hasattr(run, k)})
+            Path(run.out).mkdir(parents=True, exist_ok=True)
+            (Path(run.out) / "run.json").write_text(json.dumps({"config": record}))
+        after = load(tmp_path, FILE, f"out={tmp_path / 'out'}")
+        assert [trial.keys for trial in after.trials] == [trial.keys for trial in before.trials]
+        assert after.trials[0].layer == first.layer
+        if decided:
+            assert after.trials[1].layer == other.layer
+    older = {"model": {"sincos": "rows"}, "data": {"resize": "crop"}}
+    texts = {"text": {"pool_prompt": False, "pool_special": True}}
+    added, seed = after.trials[1:3]
+    assert added.layer == cfg.merge(other.layer, {"clip": older | texts})
+    assert seed.layer == cfg.merge(second.layer, {"mae": older, "clip": older | texts})
+    resolved = read_recipe([*recipe_layers(RECIPE, None), *before.common, seed.layer])
+    assert [identity(run) for run in resolved.runs] == [identity(run) for run in seed.recipe.runs]
 
 
 def test_arms_share_a_prepared_llm_only_if_its_settings_are_equal(tmp_path: Path) -> None:

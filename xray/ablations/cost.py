@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from xray.ablations.trials import Ablation, Trial, samples_of, stage_runs
+from xray.ablations.trials import STAGE_RUNS, Ablation, Trial, samples_of, stage_runs
 from xray.config.run import text_section
 from xray.errors import XrayError
 from xray.files import write_text
@@ -72,7 +72,7 @@ def plan_of(ablation: Ablation, flops: Flops) -> ResultTable:
     for (stage, arms), keys in rows.items():
         run = runs[keys[0]][0][1]
         each = flops[keys[0]]
-        done = sum((ablation.out / "stages" / key / "artifact").is_dir() for key in keys)
+        done = sum((ablation.out / STAGE_RUNS / key / "artifact").is_dir() for key in keys)
         total, remaining = total + (each or 0.0) * len(keys), remaining + len(keys) - done
         names = "all" if len(arms) == len(ablation.arms) > 1 else "\n".join(arms)
         samples, state = short(samples_of(run)), f"{done}/{len(keys)} done"

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from stages import STAGES, stage_class
+from xray.ablations.older import older_defaults, take_older
 from xray.ablations.spec import AblationConfig, check_fixed, nest, read_ablation
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig, nearest
@@ -33,6 +34,7 @@ from xray.records import read_record
 from xray.urls import redact_all
 
 MATCH = "match_samples"
+STAGE_RUNS = "stages"  # folder of the stage runs
 SUITE_NAMES = [suite.name for suite in SUITES]
 
 
@@ -118,9 +120,10 @@ def _trials(ablation: Ablation) -> Iterator[Trial]:
             recipes[arm] = _resolve(ablation, base, arm, layers[arm])
     for recipe in recipes.values():
         link(recipe)
+    older = older_defaults(ablation.out / STAGE_RUNS)
     for seed in ablation.config.seeds:
         for arm in ablation.arms:
-            yield _trial(ablation, arm, layers[arm], recipes[arm], seed)
+            yield _trial(ablation, arm, layers[arm], recipes[arm], seed, older)
 
 
 def _resolve(
@@ -144,24 +147,33 @@ def _folder(ablation: Ablation, arm: str, seed: int) -> Path:
 
 
 def _trial(
-    ablation: Ablation, arm: str, settings: dict[str, Any], resolved: Recipe, seed: int
+    ablation: Ablation,
+    arm: str,
+    settings: dict[str, Any],
+    resolved: Recipe,
+    seed: int,
+    older: Mapping[str, Any],
 ) -> Trial:
-    """Make a trial whose stage runs are in folders named by a hash of their settings."""
+    """Make a trial whose stage runs are in folders named by a hash of their settings.
+
+    older: defaults of runs that begin now, which do not change the hash.
+    """
     folder = _folder(ablation, arm, seed)
     name = f"{ablation.config.name}: {arm}, seed {seed}"
     recipe = dataclasses.replace(copy.deepcopy(resolved), name=name, out=folder)
     fixed = {"name": name, "out": str(folder), "seed": seed}
     layer = cfg.merge(settings, fixed, _share_llm(recipe, ablation.out))
     moved: dict[str, str] = {}  # an artifact's path in the recipe -> its path in OUT/stages
-    for run in recipe.runs:
+    for number, run in enumerate(recipe.runs):
         run.seed = seed
         run.init_from = [moved.get(path, path) for path in run.init_from]
         parents = [Path(path).parent.name if path in moved.values() else path
                    for path in run.init_from]  # fmt: skip
         key = f"{run.stage}-{hash_json([identity(run), _inputs(run), parents])[:12]}"
-        before, run.out = run.out, str(ablation.out / "stages" / key)
+        before, run.out = run.out, str(ablation.out / STAGE_RUNS / key)
         moved[str(Path(before) / "artifact")] = str(Path(run.out) / "artifact")
-        layer = cfg.merge(layer, {run.stage: {"out": run.out}})
+        recipe.runs[number], changed = take_older(run, older)
+        layer = cfg.merge(layer, {run.stage: {"out": run.out, **changed}})
     return Trial(arm, seed, folder, layer, recipe)
 
 

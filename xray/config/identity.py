@@ -60,6 +60,20 @@ def absent(config: Any) -> dict[str, Any]:
     return values | older_values(config)
 
 
+def lacking(config: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the older values of the fields that a record lacks, as nested dicts.
+
+    config: an instance of the record's config. A section that the record lacks is left out.
+    """
+    values = older_values(config)
+    found = {name: value for name, value in values.items() if name not in record}
+    for item in dataclasses.fields(config):
+        section, own = getattr(config, item.name), record.get(item.name)
+        if dataclasses.is_dataclass(section) and isinstance(own, Mapping):
+            found |= {item.name: inner} if (inner := lacking(section, own)) else {}
+    return found
+
+
 def with_older(config: C, record: Mapping[str, Any]) -> C:
     """Give settings whose default has changed the values of a record, unless they differ from it.
 
