@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from xray.reports.tables import ResultTable
@@ -47,6 +49,27 @@ def test_an_interval_is_not_broken(
         told = capsys.readouterr().out
         assert all(own in told for own in intervals), told
         assert all(len(line) <= width for line in told.splitlines() if "│" in line)
+
+
+def test_long_names_of_models_break_between_their_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    models = ("vit_base_patch16_siglip_224.webli", "ViT-B-16-SigLIP2-256", "photos-lora8")
+    cells = ("61.3 [55.1, 66.7]", "100.0 [100.0, 100.0]", "place 2.0 [2.0, 2.0]", "1.00")
+    rows = [(name, *cells) for name in ("text to image R@1", "image to text median rank")]
+    ResultTable("Results", ("measure", *models, "chance %"), rows).print()
+    told = capsys.readouterr().out
+    framed = [line for line in told.splitlines() if "│" in line or "┃" in line]
+    assert len(framed) > 4 and all(len(line) <= 80 for line in framed)
+    columns = [
+        [*parts] for parts in zip(*(re.split("[│┃]", line)[1:-1] for line in framed), strict=True)
+    ]
+    for column, model in zip(columns[1:], models, strict=False):
+        heads = [part.strip() for part, line in zip(column, framed, strict=True) if "┃" in line]
+        assert "".join(heads) == model
+        assert all(part == "" or part[-1] in "_.-" or model.endswith(part) for part in heads)
+    assert all(whole in told for whole in ("61.3", "[55.1, 66.7]", "[100.0, 100.0]"))
 
 
 def test_counts_agree_with_their_nouns() -> None:

@@ -31,6 +31,8 @@ def figure(number: float) -> str:
 
 PART = 24  # characters of a path or an id on the terminal, which may be broken
 WORD = re.compile(r"\[[^\]]*\]|\S+")  # of a cell; an interval [low, high] is one
+# Of a column's head: a word or an interval, or a part of a name such as vit_base.mae
+PIECE = re.compile(r"(?:\[[^\]]*\]|[^\s\[_./:-]+[_./:-]*|\S)\s*")
 LONG = 40  # characters of a cell on a page; a column with longer ones is of texts, which wrap
 
 
@@ -41,6 +43,18 @@ def _longest(cell: str) -> int:
 def _wrapped(cell: str, width: int) -> str:
     """Return a cell for a column of this width; an interval that does not fit gets its own line."""
     return cell.replace(" [", "\n[") if _longest(cell) > width else cell
+
+
+def _head(name: str, width: int) -> str:
+    """Return the head of a column of this width; a name that does not fit breaks between parts."""
+    if _longest(name) <= width:
+        return name
+    lines = [""]
+    for piece in PIECE.findall(name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(tag: str, content: str, text: bool) -> str:
@@ -75,7 +89,8 @@ class ResultTable:
             cells = [line for row in self.rows for line in row[number].split("\n")]
             text = number == 0 or self.prose or max(map(len, cells), default=0) > PART
             justify: Any = "left" if text else "right"
-            table.add_column(Text(column), justify=justify, width=width, overflow="fold")
+            head = Text(_head(column, width))
+            table.add_column(head, justify=justify, width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(_wrapped(*cell)) for cell in zip(row, widths, strict=True)))
         console.print(table)
@@ -121,12 +136,15 @@ class ResultTable:
         return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+def _unbroken(head: str, *cells: str) -> list[str]:
+    """List the parts of a column's text that are not broken."""
+    words = [word for cell in cells for word in WORD.findall(cell)]
+    return [*words, *(piece.rstrip() for piece in PIECE.findall(head)), ""]
+
+
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
     """Choose the width of each column so that no word is broken; [] if that does not fit."""
-    words = [
-        max(min(len(word), PART) for cell in column for word in WORD.findall(cell) or [""])
-        for column in columns
-    ]
+    words = [max(min(len(word), PART) for word in _unbroken(*column)) for column in columns]
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
     while sum(widths) > room:
         # the first column, which names the rows, is wrapped last
