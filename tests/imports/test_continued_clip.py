@@ -76,6 +76,22 @@ def test_training_begins_at_the_loss_of_open_clip(
     )
 
 
+def test_lora_of_an_imported_text_tower_is_refused(
+    few: Path, imported: Path, tmp_path: Path
+) -> None:
+    for setting, words in (
+        ("text.tune=lora", "whose text tower has no LoRA weights: set text.tune=none or full"),
+        ("optim.text.tune=lora", "unknown key 'optim.text.tune'; did you mean 'text.tune'?"),
+    ):
+        done = invoke(
+            "train", "clip", "--init-from", imported, f"data.root={few}", "--out", tmp_path / "run",
+            "data.sources={photos: {shards: photos}}", "train.samples=8", setting,
+            f"data.blocks=[{{source: photos, samples: {PHOTOS}}}]",
+        )  # fmt: skip
+        assert done.exit_code == 2 and words in done.stderr, done.output
+        assert done.stderr.strip().count("\n") == 0 and not (tmp_path / "run").exists()
+
+
 def open_photo(source: Source, place: tuple[int, int]) -> Image.Image:
     """Open a photo of a source as PIL does."""
     return Image.open(io.BytesIO(source.read(*place, ("jpg",))["jpg"]))

@@ -160,8 +160,8 @@ def _inherited(config: TextConfig, parent: Artifact) -> TextConfig:
     has = "lora" if theirs.lora_rank else "full"
     if config.tune not in ("none", has):
         raise ConfigError(
-            f"text.tune={config.tune} cannot continue from {parent.path}, tuned with {has}: "
-            f"set text.tune=none or {has}"
+            f"text.tune={config.tune} cannot continue from {parent.path}, whose text tower has "
+            f"{'' if theirs.lora_rank else 'no '}LoRA weights: set text.tune=none or {has}"
         )
     structure = structure_of(theirs)
     for name in structure if config.tune == "lora" else [*structure][3:]:

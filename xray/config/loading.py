@@ -205,8 +205,10 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
         where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
         above, dot, last = key.rpartition(".")
         match = closest(last, where)
-        hint = f"; did you mean '{above}{dot}{match}'?" if match else ""
-        raise ConfigError(f"unknown key {key!r}{hint or f'; there are {sorted(where)}'}") from error
+        ends = [own for own in keys_of(schema) if "." in own and key.endswith(f".{own}")]
+        meant = f"{above}{dot}{match}" if match else max(ends, key=len, default="")
+        hint = f"did you mean {meant!r}?" if meant else f"there are {', '.join(sorted(where))}"
+        raise ConfigError(f"unknown key {key!r}; {hint}") from error
     except TypeError as error:  # omegaconf's for a list and a section in each other's place
         key = misplaced(schema, merged)
         if not key:
