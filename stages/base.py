@@ -42,6 +42,7 @@ from xray.models.flops import vision_macs
 from xray.models.heads import Normalize
 from xray.models.token_reduction import KeepRate, keep_rate_at
 from xray.models.weight_loading import load_adapted
+from xray.models.weight_loading import part as part  # stages import it from here
 
 if TYPE_CHECKING:
     from xray.artifacts.artifact import Artifact
@@ -339,8 +340,3 @@ def load_vision(module: VisionModule, parent: Artifact | None) -> None:
     """Load the backbone's weights from a parent artifact, if there is one."""
     if parent is not None:
         load_adapted(module.vision, parent.load("backbone"), str(parent.path))
-
-
-def part(state: Mapping[str, Tensor], prefix: str) -> StateDict:
-    """Select the entries under a prefix and remove the prefix from their names."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

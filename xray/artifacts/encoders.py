@@ -32,7 +32,7 @@ from xray.models.inference import autocast, one_behind
 from xray.models.mae_decoder import MaeDecoder
 from xray.models.token_reduction import KeepRate
 from xray.models.tokenizer import CaptionTokenizer, TokenIds
-from xray.models.weight_loading import load_adapted
+from xray.models.weight_loading import load_adapted, part
 from xray.progress import progress_of
 
 TEXTS = 256  # captions per batch
@@ -115,10 +115,7 @@ class ImageEncoder(VisionEncoder):
         sizes = options.image_head, self.vision.embed_dim, options.embed_dim, options.head_bias
         section = "config of the joint space"
         self.vision_projection = sized(artifact, head, section, lambda: image_head(*sizes))
-        own = "vision_projection."
-        self.vision_projection.load_state_dict(
-            {k.removeprefix(own): v for k, v in head.items() if k.startswith(own)}
-        )
+        self.vision_projection.load_state_dict(part(head, "vision_projection."))
         self.logit_scale = head["logit_scale"].exp()
         self.eval()
 

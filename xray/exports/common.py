@@ -25,6 +25,7 @@ CAPTIONS = (
     "red",
     "a very long caption " * 40,  # longer than any text tower reads: truncated
 )
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers, which transformers writes
 
 
 @dataclass

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import GELUTanh, Mlp, QuickGELU
-from torch import nn
-
 from xray.artifacts.encoders import Encoder, ImageEncoder
 from xray.artifacts.manifest_config import model_config
 from xray.exports.common import image_state, is_present, mlp_ratio
@@ -21,19 +18,19 @@ from xray.exports.names.open_clip import (
     TRUNK_PROJECTION,
     VISION,
 )
-from xray.exports.plain_vit import State, fill_bias, fold_bias, plain_state, renamed
+from xray.exports.plain_vit import (
+    State,
+    activation_name,
+    fill_bias,
+    fold_bias,
+    has_plain_mlp,
+    plain_state,
+    renamed,
+    unsupported_part,
+)
 
 TIMM_POOLS = {"map": "map", "cls": "token", "mean": "avg"}  # open_clip's timm_pool by model.pool
 TANH = {"approximate": "tanh"}
-
-
-def activation_name(act: nn.Module) -> str:
-    """Return transformers' name of an MLP's activation, "" for one that open_clip lacks."""
-    if isinstance(act, QuickGELU):
-        return "quick_gelu"
-    if isinstance(act, GELUTanh) or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
-        return "gelu_pytorch_tanh"
-    return "gelu" if isinstance(act, nn.GELU) else ""
 
 
 def is_timm(encoder: ImageEncoder) -> bool:
@@ -60,23 +57,9 @@ def unsupported_vision(encoder: ImageEncoder) -> str:
         return f"its feature is not a CLS token (model.pool={vision.pool})"
     if vision.reg_token is not None:
         return "it has register tokens"
-    if is_present(vision.patch_embed.norm):
-        return "its stem ends in a norm"
     if not is_present(encoder.vision_projection):
         return "it has no projection (clip.image_head=none)"
-    norms = [m for m in vision.modules() if isinstance(m, nn.LayerNorm)]
-    if len({norm.eps for norm in norms}) != 1:
-        return "its norms have more than one epsilon"
-    blocks: Any = vision.blocks
-    for block in blocks:
-        attention, mlp = block.attn, block.mlp
-        if is_present(attention.q_norm) or is_present(attention.norm):
-            return "its attention has normalisation layers"
-        if type(mlp) is not Mlp or not activation_name(mlp.act) or is_present(mlp.norm):
-            return f"its MLP is not two linear layers with GELU ({type(mlp).__name__})"
-        if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
-            return "its blocks have other norms than LayerNorm"
-    return ""
+    return unsupported_part(vision, has_plain_mlp)
 
 
 def unsupported_text(encoder: Encoder) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.layers import GELUTanh, Mlp, QuickGELU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from xray.artifacts.encoders import VisionEncoder
-from xray.exports.common import image_state
+from xray.exports.common import image_state, is_present
 from xray.exports.names.table import Names
 
 State = dict[str, Tensor]
@@ -28,6 +31,44 @@ def plain_state(encoder: VisionEncoder, side: int) -> State:
         for layer in ("attn.proj", "mlp.fc1", "mlp.fc2"):
             fill_bias(own, f"blocks.{number}.{layer}")
     return own
+
+
+def activation_name(act: nn.Module) -> str:
+    """Return transformers' name of an MLP's activation, "" for one that no plain ViT has."""
+    if isinstance(act, QuickGELU):
+        return "quick_gelu"
+    if isinstance(act, GELUTanh) or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_pytorch_tanh"
+    return "gelu" if isinstance(act, nn.GELU) else ""
+
+
+def has_plain_mlp(mlp: Any) -> bool:
+    """Check if an MLP is two linear layers with a kind of GELU between them."""
+    return type(mlp) is Mlp and bool(activation_name(mlp.act))
+
+
+def unsupported_part(vision: Any, accepts: Callable[[Any], bool]) -> str:
+    """Name the part of one of timm's ViTs that a plain ViT lacks, or "".
+
+    accepts: tells if the other library has an MLP.
+    """
+    if is_present(vision.patch_embed.norm):
+        return "its patch embedding ends in a norm"
+    norms = [m for m in vision.modules() if isinstance(m, nn.LayerNorm)]
+    if len({norm.eps for norm in norms}) != 1:
+        return "its norms have more than one epsilon"
+    for block in vision.blocks:
+        if type(block) is not Block:
+            return f"its blocks are timm's {type(block).__name__}"
+        attention: Any = block.attn
+        mlp: Any = block.mlp
+        if is_present(attention.q_norm) or is_present(attention.norm):
+            return "its attention has normalisation layers"
+        if not accepts(mlp) or is_present(mlp.norm):
+            return f"its MLP is not two linear layers with GELU or QuickGELU ({type(mlp).__name__})"
+        if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
+            return "its blocks have other norms than LayerNorm"
+    return ""
 
 
 def fill_bias(own: State, layer: str) -> None:

@@ -22,6 +22,7 @@ from xray.artifacts.manifest_config import data_config, image_side
 from xray.errors import ArtifactError, brief
 from xray.exports.common import (
     CAPTIONS,
+    RESAMPLE,
     Export,
     difference,
     ours,
@@ -45,7 +46,6 @@ CLASSES = {
 }
 SIGLIP = ("SiglipTextModel", "Siglip2TextModel")
 PREFIXED = ("clip_vision_model", "siglip_vision_model")  # their files have the prefix vision_model.
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
 @dataclass

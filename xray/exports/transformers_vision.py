@@ -12,14 +12,22 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from xray.artifacts.encoders import VisionEncoder
 from xray.exports.common import image_state, is_present
 from xray.exports.names import clip, siglip, vit
-from xray.exports.open_clip_towers import activation_name
-from xray.exports.plain_vit import State, fill_bias, final_norm, fold_bias, plain_state, renamed
+from xray.exports.plain_vit import (
+    State,
+    activation_name,
+    fill_bias,
+    final_norm,
+    fold_bias,
+    has_plain_mlp,
+    plain_state,
+    renamed,
+    unsupported_part,
+)
 
 
 @dataclass
@@ -41,27 +49,11 @@ def unsupported_vision(encoder: VisionEncoder) -> str:
         return _unsupported_eva(vision)
     if vision.pool == "mean":
         return "its feature is the mean of the tokens (model.pool=mean)"
-    if is_present(vision.patch_embed.norm):
-        return "its patch embedding ends in a norm"
-    norms = [m for m in vision.modules() if isinstance(m, nn.LayerNorm)]
-    if len({norm.eps for norm in norms}) != 1:
-        return "its norms have more than one epsilon"
     if len(set(vision.patch_size)) != 1:
         return "its patches are not square"
-    blocks: Any = vision.blocks
-    for block in blocks:
-        if type(block) is not Block:
-            return f"its blocks are timm's {type(block).__name__}"
-        attention: Any = block.attn
-        mlp: Any = block.mlp
-        if is_present(attention.q_norm) or is_present(attention.norm):
-            return "its attention has normalisation layers"
-        plain = type(mlp) is Mlp and activation_name(mlp.act)
-        if is_present(mlp.norm) or not (plain or _is_gated(mlp)):
-            return f"its MLP is not two linear layers with GELU or QuickGELU ({type(mlp).__name__})"
-        if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
-            return "its blocks have other norms than LayerNorm"
-    first, dinov2 = blocks[0], _is_dinov2(vision)
+    if reason := unsupported_part(vision, lambda mlp: has_plain_mlp(mlp) or _is_gated(mlp)):
+        return reason
+    first, dinov2 = vision.blocks[0], _is_dinov2(vision)
     if dinov2 and is_present(vision.norm_pre):
         return "it has LayerScale, registers or SwiGLU, and a norm before its blocks"
     if vision.pool == "map":

@@ -12,7 +12,6 @@ from xray.imports.parts import (
     Imported,
     Vision,
     activation,
-    below,
     complete,
     flat,
     linear_head,
@@ -31,6 +30,7 @@ from xray.imports.transformers_folder import (
     text_sizes,
     vision_sizes,
 )
+from xray.models.weight_loading import part
 
 KINDS = ("clip", "metaclip_2")
 TOWERS = (TEXT, IMAGE)
@@ -47,7 +47,7 @@ def read(source: Source, folder: Path) -> Imported:
         **vision_sizes(source, image, image.intermediate_size),
         act_layer=activation(source, image.hidden_act),
     )
-    found = VISION.to_ours(below(state, IMAGE))
+    found = VISION.to_ours(part(state, IMAGE))
     named = complete(source, "the image tower", found, IMAGE)
     data = of_transformers(source, side_of(source, image.image_size, named))
     vision = Vision(model, data, named, partial(VISION.theirs, prefix=IMAGE))

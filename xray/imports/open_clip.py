@@ -29,7 +29,6 @@ from xray.imports.parts import (
     State,
     Text,
     Vision,
-    below,
     complete,
     flat,
     linear_head,
@@ -48,6 +47,7 @@ from xray.imports.texts import (
     write_clip_tokenizer,
 )
 from xray.models.timm_vit import create_timm
+from xray.models.weight_loading import part
 
 CONFIG = "open_clip_config.json"
 BESIDE = ("logit_scale", "logit_bias")
@@ -81,7 +81,7 @@ def read(source: Source, folder: Path) -> Imported:
     _refuse(source, "the text tower", text, PLAIN_TEXT)
     state = source.tensors()
     head = flat(state, *BESIDE)
-    named, in_image = (_trunk if image.get("timm_model_name") else _own)(below(state, IMAGE))
+    named, in_image = (_trunk if image.get("timm_model_name") else _own)(part(state, IMAGE))
     vision = complete(source, "the image tower", named, IMAGE)
     if model.kwargs.get("pre_norm") is False and STEM in vision:  # timm's then has a bias in it
         vision[STEM_BIAS] = zeros(vision[STEM])
@@ -97,9 +97,9 @@ def read(source: Source, folder: Path) -> Imported:
     own_text = complete(source, "the text tower", own, prefix)
     tower = _text(source, folder, text, quick, own_text, partial(TEXT.theirs, prefix=prefix))
     bias = any(name.endswith(".bias") for name in head)
-    for part in ("vision_projection", "text_adapter") if bias else ():
-        if f"{part}.weight" in head:  # one of them may have none
-            head.setdefault(f"{part}.bias", zeros(head[f"{part}.weight"]))
+    for layer in ("vision_projection", "text_adapter") if bias else ():
+        if f"{layer}.weight" in head:  # one of them may have none
+            head.setdefault(f"{layer}.bias", zeros(head[f"{layer}.weight"]))
     kind: ImageHead = "none" if image.get("timm_proj") == "none" else "linear"
     joint = linear_head(config["embed_dim"], kind, bias)
 
@@ -170,7 +170,7 @@ def _trunk(visual: State) -> tuple[Renamed, Naming]:
     beside = {name: value for name, value in visual.items() if not name.startswith(TRUNK)}
     table = TRUNK_PROJECTION if beside else TRUNK_HEAD
     named = table.to_ours(beside or {k: v for k, v in visual.items() if k.startswith(TRUNK_OWN)})
-    own = {k: v for k, v in below(visual, TRUNK).items() if not k.startswith("head.")}
+    own = {k: v for k, v in part(visual, TRUNK).items() if not k.startswith("head.")}
 
     def theirs(name: str) -> str:
         found = table.theirs(name)
@@ -184,7 +184,7 @@ def _texts(state: State) -> tuple[State, str]:
 
     It is `text.` in a CustomTextCLIP.
     """
-    custom = below(state, TEXTS)
+    custom = part(state, TEXTS)
     plain = {k: v for k, v in state.items() if not k.startswith(IMAGE) and k not in BESIDE}
     return (custom, TEXTS) if custom else (plain, "")
 

@@ -140,11 +140,6 @@ def complete(source: Source, what: str, renamed: Renamed, prefix: str = "") -> S
     return renamed.state
 
 
-def below(state: Mapping[str, Tensor], prefix: str) -> State:
-    """Select the tensors under a prefix and remove it from their names."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
 def check_fit(
     source: Source, what: str, module: nn.Module, state: Mapping[str, Tensor], theirs: Naming
 ) -> None:

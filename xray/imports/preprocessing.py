@@ -6,11 +6,12 @@ from typing import Any
 
 from xray.config import DataConfig
 from xray.errors import ArtifactError
+from xray.exports.common import RESAMPLE
 from xray.imports.source import Source
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # open_clip's default
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which transformers writes
+INTERPOLATION = {number: name for name, number in RESAMPLE.items()}
 FILE = "preprocessor_config.json"
 
 
@@ -52,7 +53,7 @@ def of_transformers(source: Source, side: int) -> DataConfig:
         mean if normalised else [0.0, 0.0, 0.0],
         std if normalised else [1.0, 1.0, 1.0],
         "squash" if squash else "shortest",
-        RESAMPLE.get(given.get("resample", 3), ""),
+        INTERPOLATION.get(given.get("resample", 3), ""),
         side / shortest if cut else 1.0,
     )
 
@@ -68,7 +69,7 @@ def _data(
 ) -> DataConfig:
     if interpolation == "random":  # open_clip's training draws one; evaluation is bicubic
         interpolation = "bicubic"
-    if interpolation not in RESAMPLE.values():
+    if interpolation not in RESAMPLE:
         raise ArtifactError(f"{source}: images are resized by neither bicubic nor bilinear")
     return DataConfig(
         resolution=side, mean=[float(x) for x in mean], std=[float(x) for x in std],

@@ -15,7 +15,6 @@ from xray.imports.parts import (
     Imported,
     Vision,
     activation,
-    below,
     complete,
     flat,
     linear_head,
@@ -33,6 +32,7 @@ from xray.imports.transformers_folder import (
     text_sizes,
     vision_sizes,
 )
+from xray.models.weight_loading import part
 
 KINDS = ("siglip", "siglip2")
 SCALARS = ("logit_scale", "logit_bias")
@@ -58,7 +58,7 @@ def read(source: Source, folder: Path) -> Imported:
         act_layer=activation(source, image.hidden_act),
     )
     table = VISION if patches is None else VISION_2
-    found = table.to_ours(below(state, IMAGE))
+    found = table.to_ours(part(state, IMAGE))
     named = complete(source, "the image tower", found, IMAGE)
     data = of_transformers(source, side_of(source, side, named))
     if patches is not None:  # its processor keeps the ratio, with fewer patches on one side

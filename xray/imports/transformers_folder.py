@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from xray.errors import ArtifactError, brief
+from xray.errors import ArtifactError, ConfigError
 from xray.exports.common import mlp_ratio
-from xray.imports.parts import State, below, square
+from xray.imports.parts import State, square
 from xray.imports.source import Source
+from xray.models.llm_folder import read_settings
+from xray.models.weight_loading import part
 
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "max_position_embeddings", "hidden_act",
@@ -17,17 +19,10 @@ TEXT, IMAGE = "text_model.", "vision_model."  # prefixes of the towers of CLIP a
 
 def read_config(source: Source) -> Any:
     """Read config.json as transformers does; raises ArtifactError for what it cannot read."""
-    from transformers import AutoConfig
-
-    from xray.models.llm_folder import NO_REMOTE_CODE, quiet_transformers
-
-    quiet_transformers()
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, **NO_REMOTE_CODE)
-    except Exception as error:  # transformers raises many kinds
-        raise ArtifactError(
-            f"transformers cannot read {source}/config.json: {brief(error)}"
-        ) from error
+        return read_settings(source.folder)
+    except ConfigError as error:
+        raise ArtifactError(f"{source}: {error}") from error
 
 
 def vision_sizes(source: Source, config: Any, hidden: int) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def text_sizes(config: Any) -> dict[str, Any]:
 
 def text_part(state: State) -> State:
     """Select the text tower's tensors, without positions that older files store as numbers."""
-    own = below(state, TEXT)
+    own = part(state, TEXT)
     return {k: v for k, v in own.items() if not k.endswith("position_ids")}
 
 

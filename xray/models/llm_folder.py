@@ -88,8 +88,7 @@ def load_llm(
     import transformers
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
 
-    quiet_transformers()
-    settings = _settings(folder)
+    settings = read_settings(folder)
     if hasattr(settings, "vision_config") or hasattr(settings, "audio_config"):
         raise ConfigError(
             f"{folder} contains a multimodal model: set text.llm to a text-only model"
@@ -135,18 +134,22 @@ def is_decoder(folder: Path) -> bool:
     """Return True for a model that predicts the next token, False for an encoder such as BERT."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    kind = type(_settings(folder))  # BERT's family can do both
+    kind = type(read_settings(folder))  # BERT's family can do both
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def _settings(folder: Path) -> Any:
+def read_settings(folder: Path) -> Any:
+    """Read a folder's config.json as transformers does; raises ConfigError if it cannot."""
     from transformers import AutoConfig
 
+    quiet_transformers()
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, **NO_REMOTE_CODE)
-    except Exception as error:
+    except Exception as error:  # transformers raises many kinds
         check_no_code(folder)
-        raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
+        raise ConfigError(
+            f"transformers cannot read {folder}/config.json: {brief(error)}"
+        ) from error
 
 
 def _check_sizes(settings: Any, folder: Path) -> None:

@@ -31,6 +31,11 @@ HUBS = ("hf-hub:", FOLDER)  # prefixes that timm defines
 HEADS = ("head.", "head_drop.")  # parts of timm's models that the backbone lacks
 
 
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Select the tensors under a prefix and remove it from their names."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def load_pretrained(backbone: VisionBackbone, config: ModelConfig) -> None:
     """Load the weights that `model.pretrained` names.
 
