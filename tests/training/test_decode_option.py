@@ -22,7 +22,7 @@ from two_process import halfway
 from xray.errors import ConfigError
 from xray.training import run as run_module
 from xray.training.metrics import read_metrics
-from xray.training.run import holds_another_run
+from xray.training.run_record import holds_another_run
 
 GPU, AUTO = "data.decode=gpu", "data.decode=auto"
 REASON = "training runs on the CPU"

@@ -24,7 +24,8 @@ from xray.config.data import IMAGENET
 from xray.errors import ConfigError
 from xray.models.backbone import VisionBackbone
 from xray.models.normalisation import normalisation_of
-from xray.training.run import Run, holds_another_run
+from xray.training.run import Run
+from xray.training.run_record import holds_another_run
 
 
 def recorded(run: Path, section: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from xray.recipes.machine import find_machine
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable, figure, short
 from xray.training.length import length_advice
-from xray.training.run import holds_another_run
+from xray.training.run_record import holds_another_run
 from xray.words import duration
 
 BACKWARD = 2  # times the operations of a forward pass

@@ -49,7 +49,8 @@ from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable
 from xray.training.length import sizes_of, sources_at_hand
 from xray.training.open_settings import normalisation
-from xray.training.run import as_begun, check_decoding
+from xray.training.run import check_decoding
+from xray.training.run_record import as_begun
 
 log = logging.getLogger("xray")
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from data_pipelines.curation.tables import keep_listed
 from data_pipelines.decode.device import cannot_decode
 from data_pipelines.ingest.user_data import open_sources
-from data_pipelines.shards.manifest import as_named
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
 from data_pipelines.stream.sampling import SamplePlan, make_plans
 from stages.base import Parents, Stage, StageModule, split_parents
@@ -26,29 +25,26 @@ from xray.artifacts.model_card import artifact_card
 from xray.artifacts.offers import VISION
 from xray.config import RunConfig, dump
 from xray.config.identity import (
-    absent,
     config_hash,
     differences,
-    filled,
     hash_json,
     identity,
     with_older,
 )
 from xray.errors import ConfigError, DataError
-from xray.files import lock_folder, sha256_file, write_text
+from xray.files import lock_folder, write_text
 from xray.models.lora import merged
-from xray.records import read_record
 from xray.training.checkpoint import complete_checkpoints
 from xray.training.length import sizes_of
 from xray.training.metrics import check_sinks
 from xray.training.mirror import Mirror
 from xray.training.open_settings import decided
+from xray.training.run_record import as_begun, as_recorded, completed, recorded, run_record
 from xray.training.state import TrainState
 from xray.training.step_data import check_batches, check_loading
-from xray.urls import conceal_all, has_signature, redact_all
+from xray.urls import conceal_all, redact_all
 
 log = logging.getLogger("xray")
-C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass
@@ -79,7 +75,7 @@ class Run:
         check_batches(stage, config)
         check_sinks(config.train)
         names = [block.source for block in [*config.blocks, *config.validation]]
-        opened = _as_recorded(open_sources(config.data, names), config)
+        opened = as_recorded(open_sources(config.data, names), config)
 
         def prepare() -> dict[str, Source]:
             kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
@@ -110,12 +106,12 @@ class Run:
         """
         folder = folder or self.out
         place = place or str(folder)
-        old = _recorded(folder, self.config)
+        old = recorded(folder, self.config)
         if old:
             self._replace_config(with_older(self.config, old["config"]))
         if old and self.config.data.decode == "auto":
             self._decode_on(old["config"]["data"]["decode"])
-        new = _completed(json.loads(json.dumps(self.record)), self.config)
+        new = completed(json.loads(json.dumps(self.record)), self.config)
         changed = differences(redact_all(old), new) if old else []
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -283,32 +279,6 @@ def samples_of(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
     return samples
 
 
-@dataclass
-class Record:
-    """Contents of a run.json: everything that determines a run's result."""
-
-    stage: str
-    config: dict[str, Any]
-    data: dict[str, str]  # digests of the sources
-    parents: dict[str, str]  # digests of the artifacts, by slot
-    inputs: dict[str, Any]
-
-
-def run_record(
-    stage: Stage, config: RunConfig, sources: Mapping[str, Source], parents: Mapping[str, Artifact]
-) -> dict[str, Any]:
-    """Return the record of everything that determines a run's result."""
-    weights = Path(config.model.pretrained)
-    pretrained = {"pretrained": sha256_file(weights)} if weights.is_file() else {}
-    return {
-        "stage": stage.name,
-        "config": identity(config),
-        "data": {name: source.digest for name, source in sorted(sources.items())},
-        "parents": {slot: artifact.digest for slot, artifact in parents.items()},
-        "inputs": {**stage.inputs(), **pretrained},
-    }
-
-
 def check_decoding(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError if data.decode=gpu, but the device of a rank cannot decode. Collective."""
 
@@ -318,69 +288,3 @@ def check_decoding(config: RunConfig, device: torch.device) -> None:
             raise ConfigError(f"data.decode=gpu: {reason}; set data.decode to cpu")
 
     dist.together(check)
-
-
-def as_begun(config: C) -> C:
-    """Give settings whose default has changed the values that the run began with. Collective.
-
-    The run is the one that rank 0 finds in the folder or at the mirror. A setting that differs from
-    today's default is kept. Raises ConfigError for a damaged run.json, and DataError if there is no
-    run and the mirror cannot be reached.
-    """
-    record: dict[str, Any] = {}
-
-    def read() -> None:
-        record.update(_recorded(Path(config.out), config))
-        if not record and config.train.mirror:
-            mirror = Mirror(config.train.mirror, config.stage, Path(config.out))
-            mirror.holds(lambda folder: record.update(_recorded(folder, config)))
-
-    dist.on_main(read, dist.PREPARATION, "reading what the run began with")
-    return with_older(config, dist.broadcast_object(record.get("config", {})))
-
-
-def holds_another_run(config: RunConfig) -> bool:
-    """Return True if the config's folder holds a run with other settings; data are not compared.
-
-    The text section is left out, because a run completes it from the LLM.
-    """
-    record = _recorded(Path(config.out), config)
-    if not record:
-        return False
-    old = redact_all(record)
-    config = with_older(config, record["config"])
-    own = json.loads(json.dumps(identity(config, whole=True)))
-    if own["data"]["decode"] == "auto":
-        own["data"]["decode"] = old["config"]["data"]["decode"]
-    if config.train.epochs is not None:  # the data are not at hand
-        for name in ("samples", "epochs"):
-            own["train"][name] = old["config"]["train"][name]
-    return bool(differences({**old["config"], "text": None}, {**own, "text": None}))
-
-
-def _completed(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Add the settings that a record leaves out, with the values that they had then."""
-    return {**record, "config": filled(record.get("config", {}), absent(type(config)()))}
-
-
-def _as_recorded(sources: Mapping[str, Source], config: RunConfig) -> dict[str, Source]:
-    """Give the sources of an older run the digests and seeds that signed URLs had in it."""
-    config_then = _recorded(Path(config.out), config).get("config", {})
-    named = {}
-    for name, source in sources.items():
-        then = config_then.get("data", {}).get("sources", {}).get(name) or {}
-        pattern = str(then.get("shards", ""))
-        signed = has_signature(pattern)
-        manifest = as_named(source.manifest, pattern) if signed else source.manifest
-        named[name] = replace(source, manifest=manifest)
-    return named
-
-
-def _recorded(out: Path, config: RunConfig) -> dict[str, Any]:
-    """Return the record of a folder's run, completed; {} if there is none."""
-    path = out / "run.json"
-    if not path.is_file():
-        return {}
-    return _completed(
-        asdict(read_record(path, Record, ConfigError, "; choose another out=")), config
-    )
