@@ -27,6 +27,8 @@ from xray.files import disk_is_full
 from xray.urls import conceal, redact
 
 if TYPE_CHECKING:
+    import torch
+
     from data_pipelines.shards.source import Source
 
 C = TypeVar("C", bound=Callable[..., None])
@@ -156,6 +158,16 @@ def artifact_of(name: str) -> str:
     from xray.imports.cached import artifact_of as imported  # imports torch
 
     return imported(name)
+
+
+def connected_device() -> torch.device:
+    """Return the fastest device of this rank, after the ranks are connected."""
+    device = dist.choose_device("auto")
+    if dist.world_size() > 1:
+        from xray.training.deepspeed_setup import init_distributed
+
+        init_distributed(device)
+    return device
 
 
 def _concealed(value: Any) -> Any:

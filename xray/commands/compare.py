@@ -69,7 +69,6 @@ def compare(
             check_model(model)
     from xray.evaluation.comparison import comparison_table, notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
-    from xray.evaluation.overlap import OVERLAP, overlap_lines
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
@@ -79,10 +78,7 @@ def compare(
     for name, model in zip(short_names(named), named, strict=True):
         artifact = open_model(model, llm)
         evaluator = Evaluator.open(artifact, config, root, workers, device)
-        results[name] = _run(evaluator, names)
-        overlap = evaluator.overlap(list(results[name]))
-        lines[name] = [*overlap_lines(overlap.shares), *filter(None, [overlap.unknown])]
-        results[name] |= {OVERLAP: overlap.shares} if overlap.shares else {}
+        results[name], lines[name] = _run(evaluator, names)
         facts[name] = {"model": model, "artifact": artifact.digest, "results": results[name]}
         if out:  # each model at once: the next may take hours
             write_in_place(Path(out), json.dumps({"models": facts}, indent=1))
@@ -93,9 +89,14 @@ def compare(
         print(f"written: {out}")
 
 
-def _run(evaluator: Evaluator, names: list[str]) -> dict[str, Any]:
-    """Run the suites that a model can run."""
+def _run(evaluator: Evaluator, names: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Run the suites that a model can run; returns lines about what it trained on, too."""
+    from xray.evaluation.overlap import OVERLAP, overlap_lines
     from xray.evaluation.suites import suite_named
 
     able = [name for name in names if suite_named(name).needs <= evaluator.offers]
-    return dict(evaluator.run(able if names else evaluator.default_suites()))
+    results: dict[str, Any] = dict(evaluator.run(able if names else evaluator.default_suites()))
+    overlap = evaluator.overlap(list(results))
+    if overlap.shares:
+        results[OVERLAP] = overlap.shares
+    return results, [*overlap_lines(overlap.shares), *filter(None, [overlap.unknown])]

@@ -18,6 +18,7 @@ from xray.commands.common import (
     Modality,
     check_artifact,
     checking,
+    connected_device,
     guarded,
 )
 from xray.commands.help import examples
@@ -26,7 +27,12 @@ from xray.progress import progress_bar
 from xray.words import count, counted
 
 if TYPE_CHECKING:
+    import torch
+
     from data_pipelines.ingest.user_data import Corpus
+    from xray.artifacts.artifact import Artifact
+    from xray.search.config import EmbedConfig
+    from xray.search.page import Hit, Media
 
 SHOWN = 5  # left-out samples that are printed
 
@@ -104,25 +110,28 @@ def embed(
         config.validate()
         check_out(out)
         check_artifact(artifact)
-    from xray.artifacts.encoders import restore_encoder
-    from xray.search.embed import embed as write
-
-    device = dist.choose_device("auto")
-    if dist.world_size() > 1:
-        from xray.training.deepspeed_setup import init_distributed
-
-        init_distributed(device)
+    device = connected_device()
     opened = dist.main_first(lambda: open_artifact(artifact, llm), "opening the artifact")
     wanted = texts or VISION not in opened.offers
     corpus = dist.main_first(
         lambda: open_corpus(source, modality, wanted, config.captions), "listing the samples"
     )
-    encoder = restore_encoder(opened).to(device)
+    _write(opened, corpus, config, out, device)
+
+
+def _write(
+    artifact: Artifact, corpus: Corpus, config: EmbedConfig, out: Path, device: torch.device
+) -> None:
+    """Embed the samples, each rank its part, and print what was written and left out."""
+    from xray.artifacts.encoders import restore_encoder
+    from xray.search.embed import embed as write
+
+    encoder = restore_encoder(artifact).to(device)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
         report = write(encoder, corpus, config, out, progress)
     if dist.is_main():
         again = f", {report.reused} of {report.parts} parts were there" if report.reused else ""
-        print(f"{out}: {count(report.rows, 'row')} ({dtype}){again}")
+        print(f"{out}: {count(report.rows, 'row')} ({config.dtype}){again}")
         _print_left_out(report.left_out, report.listed, corpus)
 
 
@@ -203,7 +212,7 @@ def search(
     from xray.search.encoding import encode_query, open_maker
     from xray.search.exact import check_same_rows
     from xray.search.exact import search as find
-    from xray.search.page import Media, hits_table, write_page
+    from xray.search.page import Media
 
     if finer is not None:
         check_same_rows(opened, finer)
@@ -212,6 +221,13 @@ def search(
     hits = find(opened, rows, top, oversample, finer)
     media = Media(opened.facts, trust_paths)
     found = media.hits(opened.names(hits.rows[0].tolist()), hits.scores[0].tolist())
+    _print_hits(query, found, media, html)
+
+
+def _print_hits(query: str, found: list[Hit], media: Media, html: Path | None) -> None:
+    """Print the hits, and write their page."""
+    from xray.search.page import hits_table, write_page
+
     hits_table(query, found).print()
     if html is not None:
         missing = write_page(html, query, found, media)

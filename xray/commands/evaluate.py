@@ -16,6 +16,7 @@ from xray.commands.common import (
     Overrides,
     check_model,
     checking,
+    connected_device,
     guarded,
 )
 from xray.commands.help import examples
@@ -92,11 +93,7 @@ def evaluate(
     from xray.evaluation.evaluator import Evaluator
     from xray.imports.cached import open_model
 
-    device = dist.choose_device("auto")
-    if dist.world_size() > 1:
-        from xray.training.deepspeed_setup import init_distributed
-
-        init_distributed(device)
+    device = connected_device()
 
     def opening() -> Evaluator:
         opened = open_model(artifact, llm)

@@ -128,16 +128,12 @@ def merge(
         for artifact in described:
             config = filled_sets(config, artifact, root)
         suites = _suites(choice, names, config, root, described[0])
-    from xray.artifacts.artifact import open_artifact
-    from xray.merging.compatibility import unrelated
-    from xray.merging.frozen_text import share_text
-    from xray.merging.search import Judge, Search
-
-    artifacts = [open_artifact(path, llm) for path in paths]
-    if warning := unrelated(artifacts):
-        log.warning("%s", warning)
+    artifacts = _opened(paths, llm)
     with sole_writer(folder, "--out"):
         if suites:
+            from xray.merging.frozen_text import share_text
+            from xray.merging.search import Judge, Search
+
             vectors: dict[str, Any] | None = {} if share_text(artifacts) else None
             device = dist.choose_device("auto")
             judge = Judge(suites, config, root, workers, device, vectors)
@@ -176,6 +172,17 @@ def _described(paths: Sequence[str]) -> list[Artifact]:
         digest = hashlib.sha256(content).hexdigest()
         artifacts.append(Artifact(place.folder, manifest, digest, place.where))
     check_mergeable(artifacts)
+    return artifacts
+
+
+def _opened(paths: Sequence[str], llm: str) -> list[Artifact]:
+    """Open the artifacts; warn if they were not trained from the same weights."""
+    from xray.artifacts.artifact import open_artifact
+    from xray.merging.compatibility import unrelated
+
+    artifacts = [open_artifact(path, llm) for path in paths]
+    if warning := unrelated(artifacts):
+        log.warning("%s", warning)
     return artifacts
 
 
