@@ -15,8 +15,10 @@ from xray.commands.common import (
     SHARDS,
     ArtifactName,
     Modality,
-    check_artifact,
+    artifact_of,
+    check_model,
     checking,
+    connected_device,
     guarded,
     open_shards,
     settings,
@@ -139,7 +141,10 @@ def _write_features(
 def data_text_features(
     items: ShardsAndSettings,
     init_from: Annotated[
-        str, typer.Option(help="The text artifact that the clip stage starts from: folder or URL")
+        str,
+        typer.Option(
+            help="The text or clip artifact, or released weights, that the clip stage starts from"
+        ),
     ] = "",
     modality: Modality = "",
 ) -> None:
@@ -156,23 +161,18 @@ def data_text_features(
     with checking():
         config.validate()
         if init_from:
-            check_artifact(init_from)
+            check_model(init_from)
         elif not config.llm:
             raise ConfigError("no LLM is named: give llm=FOLDER, a hub name, or --init-from")
-    if dist.world_size() > 1:
-        from xray.training.deepspeed_setup import init_distributed
-
-        init_distributed(dist.choose_device("auto"))
+    device = connected_device()
     opening = partial(_open_all, shards, modality, "xray data text-features")
     sources = dist.main_first(opening)
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.language_model import Language
     from xray.precompute.text_features import write_text_features
 
-    device = dist.choose_device("auto")
-
     def open_language() -> Language:
-        return Language(config, open_artifact(init_from) if init_from else None)
+        return Language(config, open_artifact(artifact_of(init_from)) if init_from else None)
 
     language = dist.main_first(open_language)
     for pattern, source in zip(shards, sources, strict=True):
