@@ -333,6 +333,8 @@ def modality_of(path: Path) -> Modality:
 
 def read_media(path: Path, data: DataConfig) -> Tensor:
     """Load an image or clip as [T, 3, S, S] uint8, T = 1 for an image; raises DataError."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name images or videos in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file{nearest_path(path)}")
     modality, extension = modality_of(path), path.suffix.lower().removeprefix(".")

@@ -114,6 +114,7 @@ def test_mistakes_give_an_error_of_one_line(
     full = str(mae.path)
     cases = {
         "no such file": [full, "missing.jpg"],
+        f"{tmp_path} is a folder: name images": [full, str(tmp_path)],
         "broken.jpg: undecodable image": [full, str(broken)],
         "must end in one of .jpg": [full, __file__],
         "must end in .png or .html": [full, files[0], "--out", "x.gif"],
