@@ -124,6 +124,12 @@ def open_store(source: Source, facts: Mapping[str, Any]) -> TextStore:
     )
 
 
+def has_store_of_other_model(source: Source, facts: Mapping[str, Any]) -> bool:
+    """Check if another language model has a store that agrees in everything else."""
+    others = (other for other in _all(source) if other.get("llm") != facts["llm"])
+    return any(other | {"llm": ""} == {**facts, "llm": ""} for other in others)
+
+
 def note_store(source: Source, facts: Mapping[str, Any]) -> None:
     """Add a store to the list of stores of a source; `open_store` compares with this list."""
     others = [other for other in _all(source) if other != facts]

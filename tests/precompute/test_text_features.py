@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,23 @@ def test_each_selection_of_shards_has_its_own_store(demo: Path, shards: Path) ->
     grown = open_source("s", str(shards), "image")
     assert_live(grown, stored(grown, config)[0], config)
     assert_live(alone, stored(alone, config)[0], config)
+
+
+def test_a_bit_that_flipped_in_the_language_model_is_warned_of(
+    demo: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another model is no error, but with settings that agree it may be a damaged one."""
+    llm = shutil.copytree(demo / "llm", tmp_path / "llm")
+    source, config = open_source("s", str(shards), "image"), config_of(demo, llm=str(llm))
+    stored(source, config)
+    stored(source, config_of(demo, llm=str(llm), features="fp32"))
+    assert "is damaged" not in caplog.text
+    weights = llm / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    stored(source, config)
+    assert f"those of {llm}" in caplog.text and "it is damaged" in caplog.text
 
 
 def test_a_store_with_other_settings_is_refused_with_the_difference(

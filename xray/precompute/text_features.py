@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from data_pipelines.text.captions import find_captions
 from data_pipelines.text.feature_store import (
     ROW_BITS,
     Stored,
+    has_store_of_other_model,
     note_store,
     packed,
     store_facts,
@@ -41,6 +43,8 @@ from xray.models.inference import autocast, one_behind
 from xray.models.text_tower import TextTower
 from xray.precompute.config import TextFeaturesConfig
 from xray.progress import Progress
+
+log = logging.getLogger("xray")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,13 @@ def write_text_features(
     """
     job = _Job(source, language, config, device, progress, reading)
     missing = dist.main_first(lambda: job.missing() if dist.is_main() else [])
+    if missing and has_store_of_other_model(source, job.facts):
+        log.warning(
+            "the captions of %s are stored for other weights or another tokenizer than those of "
+            "%s; they are encoded again. If you did not change this folder, it is damaged",
+            source.name,
+            language.folder,
+        )
     if missing := dist.broadcast_object(missing):
         dist.main_first(lambda: job.layout)
         mine = missing[dist.rank() :: dist.world_size()]
