@@ -75,6 +75,7 @@ PLACES = {  # of heavy libraries
     "ray": ["data_pipelines/curation/ray_engine.py"],
     "open_clip": [
         "stages/clip_teacher.py",
+        "xray/evaluation/prompts.py",
         "xray/exports/to_open_clip.py",
         "xray/imports/source.py",
         "xray/imports/texts.py",

@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from timm.optim import Lars
 from vectors import unit
 
 from xray.artifacts.encoders import class_weights
 from xray.errors import DataError
-from xray.evaluation.class_labels import guess
+from xray.evaluation import confidence as bootstrap
+from xray.evaluation.class_labels import accuracy, guess
 from xray.evaluation.knn import knn
 from xray.evaluation.linear_probe import SOLVERS, STRENGTHS, LinearHead, fit, linear_probe
 from xray.evaluation.suites import title_of
@@ -142,6 +144,45 @@ def test_views_of_a_clip_are_averaged_after_the_softmax() -> None:
     views = torch.tensor([[[2.0, 0.0], [2.0, 0.0], [0.0, 9.0]]])
     assert views.mean(dim=1).argmax() == 1
     assert head.predict(views).item() == 0
+
+
+def test_mean_per_class_recall_equals_the_balanced_accuracy_of_sklearn() -> None:
+    """Also if a class of the training set has no test sample, and one only a single sample."""
+    rng = np.random.default_rng(0)
+    truth = torch.from_numpy(rng.choice(6, 200, p=[0.5, 0.25, 0.15, 0.07, 0.03, 0]))
+    predicted = torch.where(torch.from_numpy(rng.random(200)) < 0.6, truth, 0)
+    truth[0], train = 5, torch.arange(60) % 7
+    measures = accuracy(predicted, truth, train)
+    recall = balanced_accuracy_score(truth, predicted)
+    assert measures["mean_per_class_recall"] == pytest.approx(recall, abs=1e-9)
+    assert measures["mean_per_class_recall"] != pytest.approx(measures["top1"], abs=0.01)
+    assert measures["chance_mean_per_class_recall"] == pytest.approx(1 / 6)
+    means = []
+    for row in np.concatenate([*bootstrap.resamples(200)]):
+        own = np.repeat(np.arange(200), row)
+        hits, classes = (predicted == truth)[own].double(), truth[own]
+        means.append(np.mean([float(hits[classes == c].mean()) for c in classes.unique()]))
+    ends = [measures[f"mean_per_class_recall_{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-9)
+    frequent = accuracy(
+        torch.zeros(9).long(), torch.tensor([0] * 7 + [1, 2]), torch.tensor([0, 0, 1, 2])
+    )
+    assert frequent["top1"] == frequent["chance_top1"] == pytest.approx(7 / 9)
+    for key in ("mean_per_class_recall", "chance_mean_per_class_recall"):
+        assert frequent[key] == pytest.approx(1 / 3)
+
+
+def test_recall_of_zero_shot_and_knn_equals_sklearn() -> None:
+    features, weights, train = unit(90, 6), unit(4, 6), unit(40, 6)
+    labels = torch.cat([torch.zeros(60), torch.arange(30) % 3 + 1]).long()
+    measures = zero_shot(features, labels, weights)
+    judged = balanced_accuracy_score(labels, (features @ weights.t()).argmax(dim=1))
+    assert measures["mean_per_class_recall"] == pytest.approx(judged, abs=1e-9)
+    assert measures["chance_mean_per_class_recall"] == 0.25
+    own = torch.arange(40) % 4
+    judge = KNeighborsClassifier(1, metric="cosine", algorithm="brute").fit(train, own)
+    judged = balanced_accuracy_score(labels, judge.predict(features))
+    assert knn(train, own, features, labels, 1)["mean_per_class_recall"] == pytest.approx(judged)
 
 
 def test_zero_shot_weights_and_accuracy_equal_open_clip() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data_pipelines.shards.source import Source
 from xray.errors import DataError
-from xray.evaluation.confidence import share
+from xray.evaluation.confidence import class_mean, share
+from xray.evaluation.suite import RECALL
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,15 @@ def guess(train: Tensor, test: Tensor) -> float:
 
 
 def accuracy(predicted: Tensor, truth: Tensor, train: Tensor) -> dict[str, float]:
-    """Compute top-1 accuracy on labels [N], with its interval, and chance (`guess`)."""
-    chance = {"chance_top1": guess(train, truth), "samples": float(len(truth))}
-    return share("top1", predicted == truth) | chance
+    """Compute top-1 accuracy and mean per-class recall on labels [N], with intervals and chance.
+
+    Chance is that of `guess`; for the recall, each class counts once.
+    """
+    hits = predicted == truth
+    return {
+        **share("top1", hits),
+        **class_mean(RECALL, hits, truth),
+        "chance_top1": guess(train, truth),
+        f"chance_{RECALL}": guess(train, truth.unique()),
+        "samples": float(len(truth)),
+    }

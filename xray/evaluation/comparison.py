@@ -18,8 +18,13 @@ def comparison_table(results: Mapping[str, Mapping[str, Measures]]) -> ResultTab
     for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
         rows: dict[str, dict[str, Row]] = {}
         for model, measures in results.items():
-            for row in suite.rows(measures[suite.name]) if suite.name in measures else ():
+            if suite.name not in measures:
+                continue
+            for row in suite.rows(measures[suite.name]):
                 rows.setdefault(row[0], {})[model] = row
+            for note in suite.notes(measures[suite.name]) if suite.notes else ():
+                if note not in table.notes:
+                    table.notes.append(note)
         for title, cells in rows.items():
             values = [cells[model][1] if model in cells else "" for model in results]
             chance = next(iter(cells.values()))[2]

@@ -26,6 +26,26 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
+def class_mean(name: str, hits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute the mean over classes of the share in each class as NAME, with its interval.
+
+    hits: [N], 0 or 1 per sample. labels: [N], its class. A class without a sample in a resample is
+    left out of that resample's mean.
+    """
+    order = labels.argsort(stable=True)
+    starts = np.unique(labels[order].numpy(), return_index=True)[1]
+    own, places = hits[order].double().numpy(), order.numpy()
+
+    def means(counts: np.ndarray) -> np.ndarray:
+        drawn = counts[:, places]
+        hit = np.add.reduceat(drawn * own, starts, axis=1)
+        return _mean_ratio(hit, np.add.reduceat(drawn, starts, axis=1))
+
+    low, high = _ends(np.concatenate([means(counts) for counts in resamples(len(own))]))
+    value = float(means(np.ones((1, len(own)), np.int64))[0])
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
     """Compute a median as NAME, with its interval; values [M] belong to samples `owner` [M]."""
     order = values.argsort()
@@ -38,6 +58,26 @@ def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
         medians.append((ranked[places[0]] + ranked[places[1]]) / 2)
     low, high = _ends(np.concatenate(medians))
     return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
+
+
+def mean_ratio(name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
+    """Compute a mean over classes as NAME, with its interval: of sum(parts) / sum(wholes).
+
+    parts and wholes [N, C] are those of N samples; a class whose wholes are all 0 is left out.
+    """
+    own, of = parts.double().numpy(), wholes.double().numpy()
+    means = [_mean_ratio(counts @ own, counts @ of) for counts in resamples(len(own))]
+    low, high = _ends(np.concatenate(means))
+    value = float(_mean_ratio(own.sum(axis=0)[None], of.sum(axis=0)[None])[0])
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _mean_ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """Return the mean over classes of [b, C] ratios, [b]; 0 where all classes are left out."""
+    there = wholes > 0
+    ratios = parts / np.where(there, wholes, 1)
+    means: np.ndarray = ratios.sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+    return means
 
 
 def resamples(samples: int, seed: int = 0) -> Iterator[np.ndarray]:

@@ -105,13 +105,13 @@ class EvalConfig:
         }
 
     def sets(self, suites: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yield (key, pattern) of every data set that these suites read."""
+        """Yield (key, pattern) of every data set and file that these suites read."""
         asked = [suite_named(name) for name in suites]
         reads = [other for suite in asked for other in suite.reads]
         asked += [other for other in reads if other.has_data(self.of(other))]
         for suite in {suite.name: suite for suite in asked}.values():
             for key, part in suite.sections(self.of(suite)).items():
-                yield from ((f"{key}.{name}", place) for name, place in part.sets().items())
+                yield from ((f"{key}.{name}", place) for name, place in part.files().items())
 
     def filled(self) -> EvalConfig:
         """Return a copy in which each probe without data sets has those of `sets_from`."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 Measures = Mapping[str, float]
 Row = tuple[str, str, str, str]  # measure, result, chance, number of samples
+RECALL = "mean_per_class_recall"  # a measure of classifiers; the balanced accuracy
 
 # A key that names a data set holds shards (a folder, glob, {000..123} pattern or URL), a folder
 # with a folder per class, or a .csv file with the columns path and label or caption.
@@ -33,6 +34,10 @@ class SuiteConfig:
         """Return the patterns of the data sets that are set, by key."""
         keys = (*self.required_sets, *self.optional_sets)
         return {key: getattr(self, key) for key in keys if getattr(self, key)}
+
+    def files(self) -> dict[str, str]:
+        """Return the data sets and other files that the suite reads, by key."""
+        return self.sets()
 
     def has_data(self) -> bool:
         """Check if all required data sets are set."""
@@ -85,6 +90,7 @@ class Suite(Generic[C]):
     sets_from: Suite[Any] | None = None  # whose data sets it takes if it has none
     reads: tuple[Suite[Any], ...] = ()  # suites whose data sets and heads it uses
     plot: Callable[[Measures, Path], None] | None = None
+    notes: Callable[[Measures], Iterable[str]] | None = None  # lines below the results table
     added: bool = False  # older evaluations lack its section
 
     def sections(self, section: C) -> dict[str, SuiteConfig]:
@@ -111,13 +117,25 @@ class Suite(Generic[C]):
 def probe_suite(
     name: str, config: type[C], run: Callable[[Sets, C], Measures], label: str, **more: Any
 ) -> Suite[C]:
-    """Make a suite that measures top-1 accuracy on labels and needs only a backbone."""
+    """Make a suite that measures accuracy on labels and needs only a backbone."""
 
     def rows(measures: Measures) -> Iterator[Row]:
         over = count(measures["samples"], "sample")
-        yield share_row(f"{label} top1", measures, "top1", measures["chance_top1"], over)
+        yield from classifier_rows(label, measures, ("top1",), over)
 
     return Suite(name, config, frozenset({VISION}), run, rows, titled(label), **more)
+
+
+def classifier_rows(
+    label: str, measures: Measures, tops: Iterable[str], over: str
+) -> Iterator[Row]:
+    """Make the rows of top-k accuracies and of the mean per-class recall.
+
+    Results of older versions lack the recall.
+    """
+    for key in (*tops, RECALL):
+        if key in measures:
+            yield share_row(titled(label)(key), measures, key, measures[f"chance_{key}"], over)
 
 
 def share_row(title: str, measures: Measures, key: str, chance: float, over: str) -> Row:

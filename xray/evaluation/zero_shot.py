@@ -12,8 +12,10 @@ from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import class_weights
 from xray.errors import ConfigError
 from xray.evaluation.class_labels import check_named, renumber
-from xray.evaluation.confidence import share
+from xray.evaluation.confidence import class_mean, share
 from xray.evaluation.datasets import Sets
+from xray.evaluation.prompts import prompt_templates
+from xray.evaluation.suite import RECALL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import lines_of, read_text
 
@@ -63,11 +65,15 @@ class NamedClasses:
 
     def weights(self, sets: Sets) -> Tensor:
         """Encode the names in the prompt templates: [C, E], normalised."""
-        return class_weights(sets.texts, self.names, sets.config.of(ZERO_SHOT).templates)
+        templates = prompt_templates(sets.config.of(ZERO_SHOT), sets.data.root)
+        return class_weights(sets.texts, self.names, templates)
 
 
 def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
-    """Measure top-1 and top-5 accuracy of features [N, D], labels [N] and class weights [C, D]."""
+    """Measure top-1 and top-5 accuracy and mean per-class recall, with chance.
+
+    features: [N, D]. labels: [N]. weights: class features [C, D].
+    """
     classes = len(weights)
     check_named(labels, classes, "zero-shot")
     rows = max(1, HELD // classes)
@@ -77,7 +83,9 @@ def zero_shot(features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, fl
     return {
         **share("top1", hits[:, 0]),
         **share("top5", hits.any(dim=1)),
+        **class_mean(RECALL, hits[:, 0], labels),
         "chance_top1": 1 / classes,
+        f"chance_{RECALL}": 1 / classes,
         "chance_top5": first / classes,
         "samples": float(len(labels)),
         "classes": float(classes),

@@ -53,6 +53,7 @@ def result_table(results: Mapping[str, Measures]) -> ResultTable:
     for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
         if results.get(suite.name):
             table.rows += suite.rows(results[suite.name])
+            table.notes += suite.notes(results[suite.name]) if suite.notes else ()
     table.notes += overlap_lines(results.get(OVERLAP, {}))
     return table
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
-from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, classifier_rows, titled
 from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
+
+OF_OPEN_CLIP = ("openai", "simple")  # its lists of 80 and of 7 templates
 
 
 @dataclass
@@ -24,30 +27,60 @@ class ZeroShotConfig(SuiteConfig):
 
     shards: str = ""  # labelled samples: shards, a folder of class folders, or a list
     classes: str = ""  # file of class names, one per line; "" = the names of the data set
-    # texts for a class, whose vectors are averaged; {} is the class name
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    # texts for a class, whose vectors are averaged: openai (CLIP's 80), simple (7 of them), a file
+    # with one per line, or a list; {} or {c} is the class name
+    templates: str | list[str] = field(default_factory=lambda: ["a photo of a {}"])
     modality: Literal["image", "video"] = "image"  # of the samples
 
     def validate(self, key: str) -> None:
         super().validate(key)
-        if not self.templates or not all("{}" in template for template in self.templates):
-            raise ConfigError(f"{key}.templates: each needs {{}} where the class name goes")
+        given = self.templates
+        if not given or (isinstance(given, list) and not all(map(is_template, given))):
+            raise ConfigError(
+                f"{key}.templates: each needs {{}} or {{c}} where the class name goes"
+            )
+        if given in OF_OPEN_CLIP and importlib.util.find_spec("open_clip") is None:
+            raise ConfigError(
+                f"{key}.templates={given} reads the templates of open_clip: "
+                "pip install 'xray-trainer[open_clip]'"
+            )
+
+    def files(self) -> dict[str, str]:
+        file = self.templates_file()
+        return self.sets() | ({"templates": file} if file else {})
+
+    def templates_file(self) -> str:
+        """Return the file of the templates, "" if they are in the config or of open_clip."""
+        given = self.templates
+        inside = isinstance(given, list) or given in OF_OPEN_CLIP or is_template(given)
+        return "" if inside else str(given)
+
+
+def is_template(text: str) -> bool:
+    """Check if a text has a place for the class name."""
+    return "{}" in text or "{c}" in text
 
 
 def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
+    from xray.evaluation.prompts import prompt_templates
     from xray.evaluation.zero_shot import NamedClasses, zero_shot
 
     classes = NamedClasses.open(sets)
+    prompts = len(prompt_templates(config, sets.data.root))
     features = sets.features(classes.source, "joint")
     labels = classes.number(features.labels, classes.source)
-    return zero_shot(features.rows, labels, classes.weights(sets))
+    return zero_shot(features.rows, labels, classes.weights(sets)) | {"prompts": float(prompts)}
 
 
 def _rows(measures: Measures) -> Iterator[Row]:
     samples = count(measures["samples"], "sample")
     over = f"{samples}, {count(measures['classes'], 'class', 'classes')}"
-    for key in ("top1", "top5"):
-        yield share_row(f"zero-shot {key}", measures, key, measures[f"chance_{key}"], over)
+    yield from classifier_rows("zero-shot", measures, ("top1", "top5"), over)
+
+
+def _notes(measures: Measures) -> Iterator[str]:
+    if measures.get("prompts") == 1:
+        yield "zero-shot: one prompt for each class; CLIP's 80: eval.zero_shot.templates=openai"
 
 
 ZERO_SHOT = Suite(
@@ -58,4 +91,5 @@ ZERO_SHOT = Suite(
     rows=_rows,
     title=titled("zero-shot"),
     compared=("top1",),
+    notes=_notes,
 )
