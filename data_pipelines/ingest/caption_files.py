@@ -1,9 +1,12 @@
-"""Caption files of known data sets as they are distributed: Flickr8k, Flickr30k, COCO, Karpathy.
+"""Caption files of known data sets as they are distributed.
+
+Flickr8k, Flickr30k, COCO, Karpathy's splits, and Crossmodal-3600:
 
 captions.txt                  a table: `image,caption`, or `image|comment_number|comment`
 Flickr8k.token.txt, .token    no header: `1000268201.jpg#0<TAB>caption`
 dataset_coco.json             Karpathy's splits: {"images": [{filename, filepath, sentences}]}
 captions_val2014.json         COCO: {"images": [{id, file_name}], "annotations": [{image_id, ...}]}
+captions.jsonl                Crossmodal-3600: {"image/key": ..., "en": {"caption": [...]}, ...}
 """
 
 from __future__ import annotations
@@ -111,6 +114,22 @@ def read_json(path: Path) -> list[Row]:
     if isinstance(content, Mapping) and isinstance(content.get("annotations"), list):
         return _of_coco(rows, content["annotations"])
     return [with_known_names(row) for row in rows]
+
+
+def of_crossmodal(row: Row) -> Row:
+    """Return a row of Crossmodal-3600 with its picture and its captions by language.
+
+    Other rows do not change. The data set's pictures are KEY.jpg.
+    """
+    key = row.get("image/key")
+    if not isinstance(key, str):
+        return row
+    captions = {
+        language: own["caption"]
+        for language, own in row.items()
+        if isinstance(own, Mapping) and own.get("caption")
+    }
+    return {"file_name": f"{key}.jpg", "captions": captions, "locale": row.get("image/locale")}
 
 
 def _of_karpathy(path: Path, image: Row) -> Row:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data_pipelines.ingest.endings import by_ending, ending_of
-from data_pipelines.ingest.listing import Item, captions_in
+from data_pipelines.ingest.listing import Item, merged_captions
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
+from data_pipelines.ingest.row_captions import captions_in, texts_in
 from data_pipelines.ingest.table_columns import LABELS
 from data_pipelines.ingest.tables import whole_number
 from data_pipelines.ingest.user_data import (
@@ -93,14 +94,16 @@ def _has_class(files: dict[str, bytes]) -> bool:
     return "cls" in files or numbered or bool(_class_of(files)[0])
 
 
-def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -> Source:
+def open_labelled(
+    name: str, pattern: str, modality: Modality, root: str = "", captions: Iterable[str] = ()
+) -> Source:
     """Open shards, a folder or a list as an evaluation set; raises DataError for other data.
 
     Class folders (torchvision's ImageFolder) are FOLDER/CLASS/**/*.jpg, numbered by their sorted
     names. A list has columns `label`, `caption` or both beside its paths. Labels that are numbers
     are class numbers. Class names are numbered in sorted order, also those in the json of shards
     (`label_name`, or a `label` that is text). If there are numbers beside the names, these give the
-    order.
+    order. captions: columns of a list that have captions, beside the usual ones.
     """
     where, request = place_of(name, pattern, root), Request(name, modality)
     try:
@@ -109,8 +112,10 @@ def open_labelled(name: str, pattern: str, modality: Modality, root: str = "") -
             source = open_data(where, request)
         else:
             listed = list_files(where)
-            check = _checked_rows if kind == "list" else _with_classes
-            items = check(where, listed, media_extensions(modality, "image"), modality)
+            if kind == "list":
+                items = _checked_rows(where, listed, modality, tuple(captions))
+            else:
+                items = _with_classes(where, listed, modality)
             place = where if kind == "folder" else os.path.dirname(where)
             files = source_of_files(items, where, os.path.abspath(place), request)
             _report_unused(f"{name}={where}", listed, files)
@@ -184,9 +189,7 @@ def _numbered(source: Source) -> Source:
     return NamedFiles(**known) if isinstance(source, FileSource) else NamedSource(**known)
 
 
-def _with_classes(
-    where: str, items: list[Item], endings: Sequence[str], modality: Modality
-) -> list[Item]:
+def _with_classes(where: str, items: list[Item], modality: Modality) -> list[Item]:
     """Label the files of class folders, and return them in the order of the classes.
 
     A folder with metadata files, or with sidecars beside its own files, has no class folders.
@@ -203,6 +206,7 @@ def _with_classes(
             "nor captions or labels beside its files"
         )
     members: dict[str, list[Item]] = defaultdict(list)
+    endings = media_extensions(modality, "image")
     for item in items:
         if ending_of(item.name) in endings:
             members[item.name.partition("/")[0]].append(item)
@@ -229,13 +233,17 @@ def _labelled(item: Item, name: str, number: int) -> Item:
 
 
 def _checked_rows(
-    where: str, items: list[Item], endings: Sequence[str], modality: Modality
+    where: str, items: list[Item], modality: Modality, columns: Sequence[str]
 ) -> list[Item]:
-    """Check the rows of a list and merge those of each file; raises DataError with the row."""
+    """Check the rows of a list and merge those of each file; raises DataError with the row.
+
+    columns: of captions, beside the usual ones.
+    """
     labels = any(key in item.meta for item in items for key in LABELS)
     captioned = any(captions_in(item.meta) for item in items)
-    if not labels and not captioned:
+    if not (labels or captioned or any(item.meta.keys() & {*columns} for item in items)):
         raise DataError(f"{where} has neither a column `label` nor a column `caption`")
+    endings = media_extensions(modality, "image")
     samples: dict[str, Item] = {}
     for item in items:
         place = f"{where}, data row {item.row}"
@@ -255,7 +263,9 @@ def _checked_rows(
         if _label_of(first) != label:
             raise DataError(f"{place}: {item.name} is {label!r}, and {_label_of(first)!r} too")
         if first is not item:
-            samples[item.name] = first.with_captions(captions_in(first.meta) + texts)
+            own = {key: texts_in([first.meta.get(key), item.meta.get(key)]) for key in columns}
+            first = replace(first, meta=first.meta | {key: own[key] for key in own if own[key]})
+            samples[item.name] = first.with_captions(merged_captions([first, item]))
     return list(samples.values())
 
 

@@ -21,6 +21,12 @@ from typing import Any
 
 from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.parquet_tables import Cell, read_cell
+from data_pipelines.ingest.row_captions import (
+    captions_in,
+    captions_with_languages,
+    check_captions,
+    texts_in,
+)
 from data_pipelines.ingest.table_columns import (
     CAPTION_COLUMNS,
     Row,
@@ -32,12 +38,12 @@ from data_pipelines.ingest.tables import parse_object, read_table
 from data_pipelines.ingest.walk import walk
 from data_pipelines.shards.tar_contents import compressed, is_compressed_tar
 from data_pipelines.shards.tar_index import VIDEO_EXTENSIONS
+from data_pipelines.text.captions import LANGUAGE_FIELDS, language_of
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import decode_text, is_system_name, lines_of
 
 log = logging.getLogger("xray")
 FIRST_ROWS = 100  # of a table, which are looked for beside it
-TEXT_KEYS = ("text", "raw", "caption")  # of the text in an object
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,15 @@ class Item:
         states = [_state(path) for path in (self.path, *self.sidecars)]
         return json.dumps([self.name, self.meta, states], default=str)
 
-    def with_captions(self, captions: Sequence[str]) -> Item:
-        """Return this item with these captions instead of those of its metadata."""
-        rest = {key: value for key, value in self.meta.items() if key not in CAPTION_COLUMNS}
+    def with_captions(self, captions: Sequence[Any]) -> Item:
+        """Return this item with these captions instead of those of its metadata.
+
+        captions: texts, or objects {text, language}, which replace the metadata's language, too.
+        """
+        replaced = {*CAPTION_COLUMNS}
+        if any(isinstance(caption, dict) for caption in captions):
+            replaced |= {*LANGUAGE_FIELDS}
+        rest = {key: value for key, value in self.meta.items() if key not in replaced}
         return replace(self, meta={**rest, "captions": list(captions)})
 
     def read(self) -> bytes:
@@ -88,7 +100,7 @@ class Item:
                     raise BadSample("broken json", f"{path.name} is {error}") from error
             else:
                 captions = texts_in(lines_of(text))
-        _check_captions(meta)
+        check_captions(meta)
         captions = captions or captions_in(meta)
         # The json files of some photo services have the name of the file as their title.
         captions = [text for text in captions if text != posixpath.basename(self.name)]
@@ -104,51 +116,6 @@ def _read(path: Path) -> bytes:
         cause = "unreadable file" if os.path.isfile(path) else "missing file"
         detail = error.strerror if isinstance(error, OSError) else None
         raise BadSample(cause, detail or str(error)) from error
-
-
-def _check_captions(meta: Row) -> None:
-    """Bring `caption` and `captions` into the form that training reads; raises BadSample.
-
-    Empty ones, such as null and NaN, are removed; an object such as {raw: ...} becomes its text.
-    """
-    for column in ("caption", "captions"):
-        value = meta.get(column)
-        entries = value if isinstance(value, list) else [value]
-        wrong = [entry for entry in entries if not (texts_in(entry) or _is_null(entry))]
-        if wrong:
-            kind = type(wrong[0]).__name__
-            raise BadSample(
-                "broken caption", f"{column} must hold text, not a value of type {kind}"
-            )
-        if not texts_in(value):
-            meta.pop(column, None)
-        elif not all(isinstance(_text_of(entry), str) for entry in entries):
-            meta[column] = texts_in(value)
-
-
-def _text_of(entry: Any) -> Any:
-    """Return the text of a caption in training's form: a text or {text, ...}."""
-    return entry.get("text") if isinstance(entry, dict) else entry
-
-
-def _is_null(entry: Any) -> bool:
-    if isinstance(entry, dict):
-        return not entry or any(key in entry for key in TEXT_KEYS)
-    return entry is None or entry in ("", []) or str(entry).strip() in ("", "nan")
-
-
-def captions_in(meta: Row) -> list[str]:
-    """Return the captions of the first caption column that is not empty."""
-    return next(filter(None, (texts_in(meta.get(column)) for column in CAPTION_COLUMNS)), [])
-
-
-def texts_in(value: Any) -> list[str]:
-    """Return the texts of a field: a text, an object with a text, or a list of these; else []."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in TEXT_KEYS if value.get(key)), None)
-    if isinstance(value, list):
-        return [text for entry in value for text in texts_in(entry)]
-    return [value.strip()] if isinstance(value, str) and value.strip() else []
 
 
 def _state(path: Path) -> list[int] | None:
@@ -185,7 +152,7 @@ def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -
     rows = with_captions(path, rows, keys.caption_key)
     captioned = any(captions_in(row) for row in rows)
     if folder is None:
-        folder = _folder_of(path, root, [row.get(column) for row in rows[:FIRST_ROWS]])
+        folder = folder_of(path, root, [row.get(column) for row in rows[:FIRST_ROWS]])
     items = []
     for number, row in enumerate(rows, start=1):
         name, empty = row.pop(column, None), int(captioned and not captions_in(row))
@@ -206,7 +173,7 @@ def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -
     return _joined(items)
 
 
-def _folder_of(path: Path, root: Path, names: Sequence[Any]) -> str:
+def folder_of(path: Path, root: Path, names: Sequence[Any]) -> str:
     """Return the folder in `root` that has the files of a table, "" for the root itself.
 
     Flickr8k and Flickr30k have their pictures in such a folder beside the table.
@@ -226,17 +193,34 @@ def _folder_of(path: Path, root: Path, names: Sequence[Any]) -> str:
 
 
 def _joined(items: list[Item]) -> list[Item]:
-    """Merge the rows of a file that differ only in their caption; the first row sets the order."""
+    """Merge the rows of a file that differ only in their caption and its language.
+
+    The first row sets the order.
+    """
     groups: dict[str, list[Item]] = {}
     for item in items:
-        rest = {key: value for key, value in item.meta.items() if key not in CAPTION_COLUMNS}
+        own = {*CAPTION_COLUMNS, *LANGUAGE_FIELDS}
+        rest = {key: value for key, value in item.meta.items() if key not in own}
         groups.setdefault(json.dumps([item.name, rest], default=str), []).append(item)
     joined = []
     for group in groups.values():
-        texts = dict.fromkeys(text for item in group for text in captions_in(item.meta))
         first = replace(group[0], empty=sum(item.empty for item in group))
-        joined.append(first.with_captions([*texts]) if len(group) > 1 else first)
+        unique = {json.dumps(caption): caption for caption in merged_captions(group)}
+        joined.append(first.with_captions([*unique.values()]) if len(group) > 1 else first)
     return joined
+
+
+def merged_captions(rows: Sequence[Item]) -> list[Any]:
+    """Return the captions of several rows of a file.
+
+    They are texts if all have the language of the first row's metadata, or none is known, and
+    otherwise {text, language} where it is known.
+    """
+    found = [caption for row in rows for caption in captions_with_languages(row.meta)]
+    language = language_of(rows[0].meta)
+    if all(isinstance(caption, dict) and caption["language"] == language for caption in found):
+        return [caption["text"] for caption in found]
+    return found
 
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

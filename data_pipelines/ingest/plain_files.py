@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipelines.ingest.endings import by_ending, ending_of
-from data_pipelines.ingest.listing import Item, texts_in
+from data_pipelines.ingest.listing import Item
+from data_pipelines.ingest.row_captions import texts_in
 from data_pipelines.shards.columns import pack_texts
 from data_pipelines.shards.manifest import COUNTED, Manifest
 from data_pipelines.shards.remote import ShardCache

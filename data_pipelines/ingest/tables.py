@@ -21,6 +21,7 @@ from data_pipelines.ingest.caption_files import (
     is_caption_file,
     is_numbered,
     numbered_rows,
+    of_crossmodal,
     read_json,
     unquoted_rows,
 )
@@ -158,7 +159,7 @@ def _read_jsonl(path: Path, keys: TableKeys) -> list[Row]:
     for number, line in enumerate(lines_of(_text_of(path)), start=1):
         if line.strip():
             try:
-                rows.append(parse_object(line))
+                rows.append(of_crossmodal(parse_object(line)))
             except ValueError as error:
                 raise DataError(f"{path} line {number} is {error}") from error
     return rows

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from xray.errors import BadSample, DataError
 from xray.files import decode_text
 
 MOST_WEIGHT = 1e6
+# Codes such as en, quz, zh-Hans and eng_Latn, but not the key of the text in Karpathy's files.
+LANGUAGE = re.compile(r"(?!raw$)[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+LANGUAGE_FIELDS = ("language", "lang")  # of a sample's captions: one, or a list beside theirs
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
 
 
@@ -52,10 +56,11 @@ def read_captions(
     fields: JSON field -> weight, for example {captions: 1, synthetic: 3}. Dots reach into nested
     objects, and "txt" means the txt file. The texts of a field share its weight. Without `fields`,
     the first existing field of FIELDS is used, else the txt file. A caption in the JSON is a string
-    or {text, weight, language}. Raises BadSample for broken captions, or if there are none.
+    or {text, weight, language}; captions may also be given by language, as {en: [...], de: [...]}.
+    Raises BadSample for broken captions, or if there are none.
     """
     meta = metadata_of(files)
-    language = str(meta.get("language") or meta.get("lang") or "")
+    language = language_of(meta)
     if not fields:
         first = next((name for name in FIELDS if _field(meta, name)), "txt")
         fields = {first: 1.0}
@@ -91,9 +96,34 @@ def _field(meta: Mapping[str, Any], name: str) -> Any:
     return _field(nested, rest) if isinstance(nested, dict) else None
 
 
-def _captions_in(value: Any, language: str) -> list[Caption]:
+def language_of(meta: Mapping[str, Any]) -> Any:
+    """Return the language of a sample's captions: a text, a list of the captions' own, or ""."""
+    return next((meta[field] for field in LANGUAGE_FIELDS if meta.get(field)), "")
+
+
+def is_by_language(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Return True for captions by language: {en: "a dog", de: [...]}."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and LANGUAGE.fullmatch(key) for key in value)
+    )
+
+
+def languages_beside(language: Any, captions: int) -> list[str]:
+    """Return the language of each caption; a list of another length says nothing about them."""
+    if not isinstance(language, list):
+        return [str(language)] * captions
+    return [str(own or "") for own in language] if len(language) == captions else [""] * captions
+
+
+def _captions_in(value: Any, language: Any) -> list[Caption]:
+    if is_by_language(value):
+        return [caption for own, inner in value.items() for caption in _captions_in(inner, own)]
     entries = value if isinstance(value, list) else [value]
-    captions = [_caption(entry, language) for entry in entries if entry]
+    languages = languages_beside(language, len(entries))
+    pairs = zip(entries, languages, strict=True)
+    captions = [_caption(entry, own) for entry, own in pairs if entry]
     return [caption for caption in captions if caption.text]
 
 

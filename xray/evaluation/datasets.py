@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -60,7 +60,7 @@ class Sets:
         self.data = dataclasses.replace(plain, root=root, workers=workers)
         self.views = Views(config.views.clips, config.views.crops)
         self.dealt = False  # encoding is dealt over all ranks (Evaluator.lead)
-        self._sources: dict[tuple[str, Modality], Source] = {}
+        self._sources: dict[tuple[str, ...], Source] = {}
         self._features: dict[int, dict[str, Features]] = {}  # by the id of an opened source
         self._texts: dict[tuple[str, ...], Tensor] = {}
 
@@ -83,11 +83,20 @@ class Sets:
         """Name the artifact in an error."""
         return f"{self.encoder.artifact.path} is of stage {self.encoder.artifact.stage}"
 
-    def open(self, name: str, pattern: str, modality: Modality) -> Source:
-        """Open a source by its pattern; `name` is the key below eval, for errors."""
-        key = pattern, modality
+    def open(
+        self, name: str, pattern: str, modality: Modality, captions: Iterable[str] = ()
+    ) -> Source:
+        """Open a source by its pattern; `name` is the key below eval, for errors.
+
+        captions: columns of a list that have captions, beside the usual ones.
+        """
+        key, how = f"eval.{name}", (pattern, modality, self.data.root)
+        return self.once((pattern, modality, *captions), lambda: open_labelled(key, *how, captions))
+
+    def once(self, key: tuple[str, ...], opening: Callable[[], Source]) -> Source:
+        """Return the source that was opened under a key; opens it at the first call."""
         if key not in self._sources:
-            self._sources[key] = open_labelled(f"eval.{name}", pattern, modality, self.data.root)
+            self._sources[key] = opening()
         return self._sources[key]
 
     def features(self, source: Source, space: str = "backbone") -> Features:

@@ -174,8 +174,7 @@ def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
                 yield f"{key}.test", test, train
             elif part.has_data():
                 for name in part.required_sets:
-                    modality: Any = getattr(part, "modality", "image")
-                    yield f"{key}.{name}", sets.open(key, getattr(part, name), modality), None
+                    yield f"{key}.{name}", part.open(sets, key, name), None
 
 
 def _shared(source: Source, other: Source | None) -> np.ndarray:

@@ -9,7 +9,8 @@ tower groups the captions of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from xray.evaluation.suite import CaptionedConfig, Measures
 from xray.evaluation.suites.retrieval import DIRECTIONS, RetrievalConfig
 from xray.evaluation.zero_shot import HELD
 
+KS = (1, 5, 10)  # of R@k
+TEXT_TO_IMAGE, IMAGE_TO_TEXT = DIRECTIONS
 COPIES = 4  # of a chunk of similarities in memory at once
 
 
@@ -32,7 +35,7 @@ def retrieval(
     images: Tensor,
     texts: Tensor,
     owner: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     kind: Tensor | None = None,
 ) -> dict[str, float]:
     """Measure R@k in both directions and the median rank of the best correct result, with chance.
@@ -42,27 +45,61 @@ def retrieval(
     correct only for its own image. Intervals resample images, each with its captions. Raises
     DataError for fewer than two images or an image without a caption.
     """
-    N, M = len(images), len(texts)
-    if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
-        raise DataError("retrieval needs at least two samples, each with a caption")
-    kind = torch.arange(M) if kind is None else kind
-    right = right_pairs(owner, kind)
-    text_rank, image_rank = (f(images, texts, right, kind) for f in (text_ranks, image_ranks))
-    own = torch.bincount(owner, minlength=N).double()
-    per_text = right.sum(dim=1).to_dense().double()[kind]
-    per_image = torch.mv(right.t().double(), torch.bincount(kind).double())
-    result = {"images": float(N), "texts": float(M)}
-    for k in ks:
-        hits = torch.zeros(N, dtype=torch.float64).index_add(0, owner, text_rank.hits(k))
-        result |= share(f"text_to_image_R@{k}", hits, own)
-        result |= share(f"image_to_text_R@{k}", image_rank.hits(k))
-        result[f"chance_text_to_image_R@{k}"] = _chance(per_text, N, k)
-        result[f"chance_image_to_text_R@{k}"] = _chance(per_image, M, k)
-    result |= median("text_to_image_median_rank", text_rank.mean_places() + 1, owner)
-    result |= median("image_to_text_median_rank", image_rank.mean_places() + 1, torch.arange(N))
-    result["chance_text_to_image_median_rank"] = _chance_median(per_text, N)
-    result["chance_image_to_text_median_rank"] = _chance_median(per_image, M)
-    return result
+    return Ranking.of(images, texts, owner, kind).measures(ks)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Ranks of texts for images and of images for texts; see `retrieval`."""
+
+    text: Ranks  # of the images, for each text
+    image: Ranks  # of the texts, for each image
+    owner: Tensor
+    per_text: Tensor  # number of correct images of each text, [M]
+    per_image: Tensor  # number of correct texts of each image, [N]
+
+    @classmethod
+    def of(cls, images: Tensor, texts: Tensor, owner: Tensor, kind: Tensor | None) -> Ranking:
+        """Rank all images and texts; the arguments and errors are those of `retrieval`."""
+        N, M = len(images), len(texts)
+        if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
+            raise DataError("retrieval needs at least two samples, each with a caption")
+        kind = torch.arange(M) if kind is None else kind
+        right = right_pairs(owner, kind)
+        text_rank, image_rank = (f(images, texts, right, kind) for f in (text_ranks, image_ranks))
+        per_text = right.sum(dim=1).to_dense().double()[kind]
+        per_image = torch.mv(right.t().double(), torch.bincount(kind).double())
+        return cls(text_rank, image_rank, owner, per_text, per_image)
+
+    def hits(self, direction: str, k: int) -> tuple[Tensor, Tensor]:
+        """Return the hits among the first k, summed by image, and the number of queries, [N]."""
+        N = len(self.per_image)
+        if direction == IMAGE_TO_TEXT:
+            return self.image.hits(k), torch.ones(N)
+        hits = torch.zeros(N, dtype=torch.float64).index_add(0, self.owner, self.text.hits(k))
+        return hits, torch.bincount(self.owner, minlength=N).double()
+
+    def chance(self, direction: str, k: int) -> float:
+        """Compute R@k of random rankings."""
+        N, M = len(self.per_image), len(self.per_text)
+        both = {TEXT_TO_IMAGE: (self.per_text, N), IMAGE_TO_TEXT: (self.per_image, M)}
+        return _chance(*both[direction], k)
+
+    def measures(self, ks: Sequence[int]) -> dict[str, float]:
+        """Compute the measures of `retrieval`."""
+        N, M = len(self.per_image), len(self.per_text)
+        result = {"images": float(N), "texts": float(M)}
+        for k in ks:
+            for direction in DIRECTIONS:
+                result |= share(f"{direction}_R@{k}", *self.hits(direction, k))
+            for direction in DIRECTIONS:
+                result[f"chance_{direction}_R@{k}"] = self.chance(direction, k)
+        text, image = (rank.mean_places() + 1 for rank in (self.text, self.image))
+        result |= median("text_to_image_median_rank", text, self.owner)
+        result |= median("image_to_text_median_rank", image, torch.arange(N))
+        result["chance_text_to_image_median_rank"] = _chance_median(self.per_text, N)
+        result["chance_image_to_text_median_rank"] = _chance_median(self.per_image, M)
+        return result
 
 
 class Ranks(NamedTuple):
@@ -140,23 +177,38 @@ def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
 
     Samples without captions are left out, and counted as `uncaptioned`.
     """
-    source = sets.open(name, config.shards, config.modality)
+    source = config.open(sets, name, "shards")
     captions = read_all_captions(source, config.captions)
     texts, owner, captioned = flat_captions(captions, f"eval.{name}.shards")
-    kind = None
-    if config.same == "caption":
-        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        kind = torch.tensor([numbers[text] for text in texts])
+    kind = kinds_of(texts, config.same)
     images, rows = sets.features(source, "joint").rows[captioned], sets.texts(texts)
-    measures = retrieval(images, rows, owner, kind=kind)
+
+    def part(images: Tensor, rows: Tensor) -> dict[str, float]:
+        return retrieval(images, rows, owner, kind=kind)
+
+    measures = part(images, rows)
     if left_out := len(captions) - len(captioned):
         measures["uncaptioned"] = float(left_out)
+    return measures | of_prefixes(sets, images, rows, part)
+
+
+def kinds_of(texts: Sequence[str], same: str) -> Tensor | None:
+    """Number the texts, equal for equal texts, if they share their correct images; else None."""
+    if same != "caption":
+        return None
+    numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return torch.tensor([numbers[text] for text in texts])
+
+
+def of_prefixes(
+    sets: Sets, images: Tensor, texts: Tensor, measure: Callable[[Tensor, Tensor], Measures]
+) -> dict[str, float]:
+    """Return the measures of both directions on each prefix size, which ends their names."""
+    found: dict[str, float] = {}
     for size in sets.joint.matryoshka:
-        image_part, text_part = (F.normalize(x[:, :size], dim=-1) for x in (images, rows))
-        part = retrieval(image_part, text_part, owner, kind=kind)
-        recalls = {key: value for key, value in part.items() if key.startswith(DIRECTIONS)}
-        measures |= {f"{key}/{size}": value for key, value in recalls.items()}
-    return measures
+        part = measure(*(F.normalize(x[:, :size], dim=-1) for x in (images, texts)))
+        found |= {f"{key}/{size}": part[key] for key in part if key.startswith(DIRECTIONS)}
+    return found
 
 
 def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
@@ -189,7 +241,7 @@ def captions_of_tower(sets: Sets, config: CaptionedConfig) -> Measures:
     encoder = sets.encoder
     if not isinstance(encoder, TextEncoder):
         raise ArtifactError(f"{sets.what}: it has no tuned text tower")
-    source = sets.open("captions", config.shards, config.modality)
+    source = config.open(sets, "captions", "shards")
     captions = read_all_captions(source, config.captions)
     texts, owner, _ = flat_captions(captions, "eval.captions.shards")
     measures = caption_retrieval(sets.encode_texts(texts), owner)

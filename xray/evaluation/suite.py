@@ -12,6 +12,7 @@ from xray.errors import ConfigError
 from xray.words import count
 
 if TYPE_CHECKING:
+    from data_pipelines.shards.source import Source
     from xray.evaluation.datasets import Sets
 
 C = TypeVar("C")
@@ -38,6 +39,12 @@ class SuiteConfig:
     def files(self) -> dict[str, str]:
         """Return the data sets and other files that the suite reads, by key."""
         return self.sets()
+
+    def open(self, sets: Sets, key: str, name: str) -> Source:
+        """Open the data set `name`; `key` is the section's below eval, for errors."""
+        modality: Any = getattr(self, "modality", "image")
+        captions = getattr(self, "captions", ())
+        return sets.open(key, getattr(self, name), modality, captions)
 
     def has_data(self) -> bool:
         """Check if all required data sets are set."""

@@ -9,6 +9,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from xray.artifacts.offers import JOINT, SENTENCES
+from xray.config.identity import added
+from xray.errors import ConfigError
 from xray.evaluation.suite import (
     CaptionedConfig,
     Measures,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
 
 DIRECTIONS = ("text_to_image", "image_to_text")
+ALL = "all"  # languages
 
 
 @dataclass
@@ -32,6 +35,15 @@ class RetrievalConfig(CaptionedConfig):
 
     # correct for a caption: only its own sample, or every sample that has the same caption
     same: Literal["sample", "caption"] = "sample"
+    # languages to measure one by one, and their mean: [en, de], or [all]; [] = all captions at once
+    languages: list[str] = added(factory=list)
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if ALL in self.languages and len(self.languages) > 1:
+            raise ConfigError(f"{key}.languages={self.languages}: give [{ALL}], or names")
+        if "False" in self.languages:
+            raise ConfigError(f"{key}.languages: yaml reads no as false: write 'no' in quotes")
 
 
 @dataclass
@@ -44,31 +56,61 @@ class VideoRetrievalConfig(RetrievalConfig):
 
 
 def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
+    if config.languages:
+        from xray.evaluation.languages import retrieval_by_language
+
+        return retrieval_by_language(name, sets, config)
     from xray.evaluation.retrieval import retrieval_of
 
     return retrieval_of(name, sets, config)
 
 
 def _title(medium: str, measure: str) -> str:
-    """Name a measure, such as: text to clip R@5, first 64 features."""
-    name, slash, prefix = measure.partition("/")
-    direction = name.replace("image", medium).replace("_", " ")
-    return direction + (f", first {prefix} features" if slash else "")
+    """Name a measure, such as: text to clip R@5, first 64 features; text to image R@1, en."""
+    first, slash, rest = measure.rpartition("/")
+    language = slash and not first.startswith(DIRECTIONS)
+    direction = (rest if language or not slash else first).replace("_", " ")
+    more = first if language else f"first {rest} features" if slash else ""
+    return direction.replace("image", medium) + (f", {more}" if more else "")
 
 
 def _rows(medium: str, noun: str, measures: Measures) -> Iterator[Row]:
-    over = f"{count(measures['images'], noun)}, {count(measures['texts'], 'caption')}"
-    if "uncaptioned" in measures:
-        over += f"; {measures['uncaptioned']:,.0f} without, left out"
+    over = _over(noun, measures)
     recalls = [name for name in measures if name.startswith(DIRECTIONS)]
     prefixes = dict.fromkeys(name.partition("/")[2] for name in recalls)
+    mean = ", mean" if "languages" in measures else ""
     for prefix, direction in product(prefixes, DIRECTIONS):
         for measure in ("R@1", "R@5", "R@10", "median_rank"):
             name = f"{direction}_{measure}"
             key = f"{name}/{prefix}" if prefix else name
             if key in measures:
                 row = rank_row if measure == "median_rank" else share_row
-                yield row(_title(medium, key), measures, key, measures[f"chance_{name}"], over)
+                title = _title(medium, key) + mean
+                yield row(title, measures, key, measures[f"chance_{name}"], over)
+    for language in [key.removesuffix("/images") for key in measures if key.endswith("/images")]:
+        yield from _language_rows(medium, noun, language, measures)
+
+
+def _language_rows(medium: str, noun: str, language: str, measures: Measures) -> Iterator[Row]:
+    """Make the rows of one language, whose measures are LANGUAGE/MEASURE."""
+    prefix = f"{language}/"
+    own = {key.removeprefix(prefix): measures[key] for key in measures if key.startswith(prefix)}
+    for direction in DIRECTIONS:
+        for key in (f"{direction}_R@{k}" for k in (1, 5, 10)):
+            title = _title(medium, f"{prefix}{key}")
+            yield share_row(title, own, key, own[f"chance_{key}"], _over(noun, own))
+
+
+def _over(noun: str, measures: Measures) -> str:
+    """Describe the samples and captions of a result, and those that were left out."""
+    sizes = {"languages": "language", "images": noun, "texts": "caption"}
+    over = ", ".join(count(measures[key], sizes[key]) for key in sizes if key in measures)
+    if "uncaptioned" in measures:
+        over += f"; {measures['uncaptioned']:,.0f} without, left out"
+    if "without_language" in measures:
+        captions = count(measures["without_language"], "caption")
+        over += f"; {captions} of unknown language, left out"
+    return over
 
 
 def _suite(name: str, config: type[RetrievalConfig], medium: str, noun: str) -> Suite[Any]:

@@ -1,0 +1,93 @@
+"""Captions in the metadata of a row or of a sidecar, and their languages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.ingest.table_columns import CAPTION_COLUMNS, Row
+from data_pipelines.text.captions import is_by_language, language_of, languages_beside
+from xray.errors import BadSample
+
+TEXT_KEYS = ("text", "raw", "caption")  # of the text in an object
+
+
+def captions_in(meta: Row) -> list[str]:
+    """Return the captions of the first caption column that is not empty."""
+    return texts_in(meta.get(_caption_column(meta)))
+
+
+def _caption_column(meta: Row) -> str:
+    """Return the first caption column that is not empty, "" if there is none."""
+    return next((column for column in CAPTION_COLUMNS if texts_in(meta.get(column))), "")
+
+
+def texts_in(value: Any) -> list[str]:
+    """Return the texts of a field: a text, an object with a text, or a list of these; else [].
+
+    An object has its text under one of TEXT_KEYS, or has captions by language.
+    """
+    if isinstance(value, dict):
+        found = next((value[key] for key in TEXT_KEYS if value.get(key)), None)
+        value = _listed(value) if found is None and is_by_language(value) else found
+    if isinstance(value, list):
+        return [text for entry in value for text in texts_in(entry)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
+
+
+def captions_with_languages(meta: Row) -> list[Any]:
+    """Return the captions as `captions_in`; those whose language is known as {text, language}."""
+    value = meta.get(_caption_column(meta))
+    value = _listed(value) if is_by_language(value) else value
+    entries = value if isinstance(value, list) else [value]
+    found: list[Any] = []
+    beside = languages_beside(language_of(meta), len(entries))
+    for entry, language in zip(entries, beside, strict=True):
+        own = entry.get("language") if isinstance(entry, dict) else None
+        known, texts = str(own or language), texts_in(entry)
+        found += [{"text": text, "language": known} for text in texts] if known else texts
+    return found
+
+
+def _listed(captions: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return captions by language as a list of {text, language}."""
+    return [
+        {"text": text, "language": language}
+        for language, own in captions.items()
+        for text in texts_in(own)
+    ]
+
+
+def check_captions(meta: Row) -> None:
+    """Bring `caption` and `captions` into the form that training reads; raises BadSample.
+
+    Empty ones, such as null and NaN, are removed; an object such as {raw: ...} becomes its text,
+    and captions by language become a list of {text, language}.
+    """
+    column = _caption_column(meta)
+    if is_by_language(meta.get(column)):
+        meta["captions"] = _listed(meta.pop(column))
+    for column in ("caption", "captions"):
+        value = meta.get(column)
+        entries = value if isinstance(value, list) else [value]
+        wrong = [entry for entry in entries if not (texts_in(entry) or _is_null(entry))]
+        if wrong:
+            kind = type(wrong[0]).__name__
+            raise BadSample(
+                "broken caption", f"{column} must hold text, not a value of type {kind}"
+            )
+        if not texts_in(value):
+            meta.pop(column, None)
+        elif not all(isinstance(_text_of(entry), str) for entry in entries):
+            meta[column] = texts_in(value)
+
+
+def _text_of(entry: Any) -> Any:
+    """Return the text of a caption in training's form: a text or {text, ...}."""
+    return entry.get("text") if isinstance(entry, dict) else entry
+
+
+def _is_null(entry: Any) -> bool:
+    if isinstance(entry, dict):
+        return not entry or any(key in entry for key in TEXT_KEYS)
+    return entry is None or entry in ("", []) or str(entry).strip() in ("", "nan")
