@@ -1,12 +1,13 @@
 """Caption files of known data sets as they are distributed.
 
-Flickr8k, Flickr30k, COCO, Karpathy's splits, and Crossmodal-3600:
+Flickr8k, Flickr30k, COCO, Karpathy's splits, Crossmodal-3600, and SugarCrepe:
 
 captions.txt                  a table: `image,caption`, or `image|comment_number|comment`
 Flickr8k.token.txt, .token    no header: `1000268201.jpg#0<TAB>caption`
 dataset_coco.json             Karpathy's splits: {"images": [{filename, filepath, sentences}]}
 captions_val2014.json         COCO: {"images": [{id, file_name}], "annotations": [{image_id, ...}]}
 captions.jsonl                Crossmodal-3600: {"image/key": ..., "en": {"caption": [...]}, ...}
+swap_obj.json                 SugarCrepe: {"0": {filename, caption, negative_caption}, ...}
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def read_json(path: Path) -> list[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not json: {brief(error)}") from error
     rows = content.get("images") if isinstance(content, Mapping) else content
+    if rows is None and content and all(isinstance(row, dict) for row in content.values()):
+        rows = [*content.values()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(
             f"{path} is not a list of objects with a path and captions, nor a caption file of "

@@ -8,6 +8,7 @@ from typing import Any
 from xray.errors import ConfigError, nearest
 from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
+from xray.evaluation.suites.compositional import COMPOSITIONAL
 from xray.evaluation.suites.finetune import FINETUNE
 from xray.evaluation.suites.knn import KNN
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
@@ -23,6 +24,7 @@ SUITES: tuple[Suite[Any], ...] = (
     RETRIEVAL,
     VIDEO_RETRIEVAL,
     CAPTIONS,
+    COMPOSITIONAL,
     KNN,
     LINEAR_PROBE,
     ATTENTIVE_PROBE,
