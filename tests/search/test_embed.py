@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
 from xray.errors import DataError
 from xray.search import embed as job
+from xray.search import embedding_file
 from xray.search.config import EmbedConfig
 from xray.search.embedding_file import Embeddings, open_embeddings
 from xray.search.quantisation import restored
@@ -91,6 +93,59 @@ def test_pictures_and_clips_as_they_are_encoded_alone(
     assert names.keys == keys and set(names.paths) <= {f"{i:05d}.tar" for i in range(9)}
     assert found.facts["artifact"]["digest"] == artifacts[stage].digest
     assert list(tmp_path.iterdir()) == [out] or ending == ".npy"
+
+
+@pytest.mark.parametrize(
+    ("stage", "shards", "modality", "name", "grid"),
+    [
+        ("clip", "heldout", "image", "x.npy", [4, 4]),
+        ("mae", "clips", "video", "x.parquet", [2, 4, 4]),
+    ],
+)
+def test_patch_tokens_as_they_are_encoded_alone(
+    artifacts: dict[str, Artifact], demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stage: str, shards: str, modality: Any, name: str, grid: list[int],
+) -> None:  # fmt: skip
+    """In their grid, also at another keep rate; in files whose groups have few rows."""
+    monkeypatch.setattr(embedding_file, "GROUP_BYTES", 7 * 2 * 32 * math.prod(grid))
+    monkeypatch.setattr(job, "MOST_BYTES", 5 * 4 * 32 * math.prod(grid))
+    more = "--patches", "--dtype", "fp16", "--keep-rate", 0.5, "--modality", modality
+    found = embedded(artifacts[stage], demo / shards, tmp_path / name, *more)
+    source = open_source("test", str(demo / shards), modality)
+    encoder = restore_encoder(artifacts[stage])
+    assert isinstance(encoder, VisionEncoder)
+    data, expected = data_of(artifacts[stage], 0), []
+    for place in source.places():
+        pixels = load_pixels(source.sample(*place, 32, 4), data, None)[None]
+        with torch.no_grad():
+            tokens = encoder.vision(encoder.normalize(pixels), 0.5, track=True).dense()
+        expected.append(tokens[0].reshape(*grid, 32).numpy())
+    chunks = list(found.chunks())
+    rows = np.concatenate(chunks)
+    assert rows.shape == (24, *grid, 32) and rows.dtype == np.float16 and len(chunks) == 3
+    assert np.allclose(rows, np.stack(expected), atol=5e-3)
+    assert np.array_equal(found.take(np.array([9, 2, 23])), rows[[9, 2, 23]])
+    assert found.facts["grid"] == grid and found.facts["dim"] == 32
+    if name.endswith(".npy"):
+        assert np.load(tmp_path / name).shape == rows.shape
+    told = xray("search", tmp_path / name, "a star", expect=2)
+    assert "has patch tokens, and xray search takes one row per sample" in told
+
+
+def test_patch_tokens_are_refused_where_they_do_not_fit(
+    artifacts: dict[str, Artifact], demo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.npy"
+    command = "embed", artifacts["mae"].path, demo / "heldout", "--out", out, "--workers", 0
+    for more in (["--dtype", "int8"], ["--dim", 8]):
+        told = xray(*command, "--patches", *more, expect=2)
+        assert "--patches: use --dtype fp32 or fp16, and leave out --dim" in told
+    xray(*command)
+    assert "contains other embeddings (grid: None -> [4, 4])" in xray(
+        *command, "--patches", expect=2
+    )
+    texts = "embed", artifacts["text"].path, demo / "heldout", "--out", tmp_path / "y.npy"
+    assert "--patches applies to pictures and clips" in xray(*texts, "--patches", expect=2)
 
 
 def test_texts_as_they_are_encoded_alone(

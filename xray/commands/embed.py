@@ -54,6 +54,10 @@ Llm = Annotated[
         "xray embed runs/small/clip/artifact photos --out small.parquet --dtype int8",
         "a quarter of the bytes",
     ),
+    (
+        "xray embed runs/small/clip/artifact photos --out patches.npy --patches --dtype fp16",
+        "the patch tokens of each picture, [N, h, w, D]",
+    ),
 )
 @guarded
 def embed(
@@ -70,6 +74,12 @@ def embed(
     dim: Annotated[
         int, typer.Option(help="Number of leading features to keep (Matryoshka); 0 = all")
     ] = 0,
+    patches: Annotated[
+        bool,
+        typer.Option(
+            "--patches", help="Patch tokens of the backbone, not normalised, instead of one feature"
+        ),
+    ] = False,
     texts: Annotated[
         bool, typer.Option("--texts", help="Embed captions instead of pictures")
     ] = False,
@@ -88,6 +98,8 @@ def embed(
 ) -> None:
     """Embed pictures, clips or texts as normalised features; a clip artifact's share one space.
 
+    --patches writes the patch tokens of pictures or clips.
+
     After an interruption, run the same command again: it continues. With torchrun, each process
     does a part.
     """
@@ -103,6 +115,7 @@ def embed(
         keep_rate=keep_rate,
         precision=precision,  # type: ignore[arg-type]
         captions={name.strip(): 1.0 for name in captions.split(",") if name.strip()},
+        patches=patches,
         batch_size=batch_size,
         workers=workers,
     )
@@ -209,6 +222,10 @@ def search(
     embeddings = given if given.suffix in ENDINGS else _embedded(data, artifact, llm)
     opened = open_embeddings(embeddings)
     finer = None if rescore is None else open_embeddings(rescore)
+    if "grid" in opened.facts:
+        raise ConfigError(
+            f"{embeddings} has patch tokens, and xray search takes one row per sample"
+        )
     from xray.search.encoding import encode_query, open_maker
     from xray.search.exact import check_same_rows
     from xray.search.exact import search as find

@@ -19,6 +19,7 @@ class EmbedConfig:
     keep_rate: float | None = None  # replaces the artifact's own
     precision: Precision = "fp32"  # of the encoder
     captions: dict[str, float] = field(default_factory=dict)  # json fields; {} = the usual ones
+    patches: bool = False  # patch tokens in the place of one feature per sample
     batch_size: int = 64
     workers: int = 2
 
@@ -29,3 +30,5 @@ class EmbedConfig:
                 raise ConfigError(f"--{name} {getattr(self, name)}: use {', '.join(kinds)}")
         if self.dim < 0 or self.batch_size < 1 or self.workers < 0:
             raise ConfigError("--dim and --workers must be at least 0, --batch-size at least 1")
+        if self.patches and (self.dim or self.dtype not in ("fp32", "fp16")):
+            raise ConfigError("--patches: use --dtype fp32 or fp16, and leave out --dim")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,8 +52,10 @@ from xray.search.embedding_file import (
     write_embeddings,
 )
 from xray.search.encoding import (
+    of_patches,
     of_pixels,
     of_texts,
+    patch_grid,
     set_keep_rate,
     warn_of_prefix,
     width_of,
@@ -61,6 +64,7 @@ from xray.search.quantisation import calibrate, shortened
 
 PARTS = 256  # per corpus, unless they would be too small or too large
 LEAST, MOST = 256, 16_384  # samples per part
+MOST_BYTES = 2**28  # of patch tokens per part, which then has fewer samples
 Rows = tuple[Place, np.ndarray, list[str]]  # a sample, its rows [n, D], their texts
 Found = tuple[list[Rows], dict[Place, str]]  # of one batch, and the cause of each bad sample
 
@@ -139,13 +143,16 @@ class _Job:
         if not len(self.places):
             raise DataError(f"{corpus.where} contains no samples")
         self.text = corpus.modality == "text"
-        self.width = width_of(encoder, self.text)
+        self.grid = patch_grid(encoder, corpus.modality) if config.patches else []
+        self.width = width_of(encoder, self.text, config.patches)
         self.dim = config.dim or self.width
         if self.dim > self.width:
             raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
         set_keep_rate(encoder, config.keep_rate, self.text)
         encoder.precision = config.precision
+        self.length = math.prod((*self.grid, self.dim))  # numbers per row
         size = min(max(LEAST, -(-len(self.places) // PARTS)), MOST)
+        size = min(size, max(1, MOST_BYTES // (4 * self.length))) if self.grid else size
         self.parts = list(cut(range(len(self.places)), size))
         self.folder = out.with_name(f"{out.name}.parts")
         self.identity = {
@@ -156,13 +163,14 @@ class _Job:
             "keep_rate": None if self.text else cast(VisionEncoder, encoder).keep_rate,
             "precision": config.precision,
             "captions": config.captions,
+            **({"grid": self.grid} if self.grid else {}),
         }
 
     def finished(self) -> bool:
         """Return True if the file is complete; raises ConfigError for a file of another command."""
         if not self.out.exists():
             return False
-        asked = {**self.identity, "dtype": self.config.dtype}
+        asked = {"grid": None, **self.identity, "dtype": self.config.dtype}
         there = by_digest(open_embeddings(self.out).facts)
         changed = differences({name: there.get(name) for name in asked}, asked)
         if changed:
@@ -233,7 +241,7 @@ class _Job:
         columns: Columns = {}
         for at, name in enumerate(("keys", "paths", "texts")):
             columns[name], columns[f"{name}_ends"] = pack_texts(row[at] for row in names)
-        none = np.empty((0, self.dim), np.float32)
+        none = np.empty((0, self.length), np.float32)
         columns["rows"] = np.concatenate([none, *(found for _, found, _ in rows)])
         wrong = np.flatnonzero(~np.isfinite(columns["rows"]).all(axis=1))
         if len(wrong):  # one row would make int8's scale, and so all rows, NaN
@@ -244,7 +252,7 @@ class _Job:
 
     def _media(self, todo: Sequence[int]) -> Iterator[Found]:
         """Yield rows of pictures or clips by batch; no batch spans two parts."""
-        encode = of_pixels(self.encoder)
+        encode = of_patches(self.encoder) if self.grid else of_pixels(self.encoder)
         size = self.config.batch_size
         batches = (batch for part in todo for batch in cut(self.parts[part], size))
         data = data_of(self.encoder.artifact, self.config.workers)
@@ -256,7 +264,9 @@ class _Job:
                 yield (here, bad), rows
 
         for (here, bad), batch in one_behind(encoded()):
-            found: Any = shortened(batch["rows"].numpy(), self.dim) if batch else []
+            found: Any = batch["rows"].numpy() if batch else []
+            if batch and not self.grid:
+                found = shortened(found, self.dim)
             yield [(p, row[None], [""]) for p, row in zip(here, found, strict=True)], bad
 
     def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
@@ -287,7 +297,8 @@ class _Job:
     def finish(self, listed: Path) -> None:
         """Join the parts, and list the samples that were left out."""
         counts, bad = 0, []
-        low, high = np.full(self.dim, np.inf, np.float32), np.full(self.dim, -np.inf, np.float32)
+        low = np.full(self.length, np.inf, np.float32)
+        high = -low
         for columns, facts in self._loaded():
             counts += len(columns["rows"])
             bad += facts["left_out"]
@@ -322,7 +333,8 @@ class _Job:
             unpack_texts(columns[name], columns[f"{name}_ends"])
             for name in ("keys", "paths", "texts")
         )
-        return columns["rows"], Names(keys, paths, texts if self.text else None)
+        rows = columns["rows"].reshape(-1, *self.grid, self.dim)
+        return rows, Names(keys, paths, texts if self.text else None)
 
     def _facts(self, rows: int, left_out: Mapping[str, int]) -> Facts:
         artifact, corpus = self.encoder.artifact, self.corpus

@@ -5,7 +5,8 @@ X.parquet   columns key, path, (text,) embedding. An embedding is fixed-size bin
 X.npy       only the rows, and X.npy.json with keys, facts and checksums
 
 The facts describe the rows: dtype, dim, artifact, source. int8 has a scale and an offset per
-dimension; binary holds the signs, eight dimensions per byte.
+dimension; binary holds the signs, eight dimensions per byte. `grid` is that of patch tokens: a row
+is then [h, w, dim].
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import pyarrow.parquet as pq
 from xray.errors import ConfigError, DataError, brief
 from xray.files import nearest_path, replacing, usual_mode
 from xray.records import parse_record
-from xray.search.quantisation import STORED, quantise, row_length
+from xray.search.quantisation import STORED, quantise, row_length, row_shape
 
 log = logging.getLogger("xray")
 VERSION = 1
 GROUP = 16_384  # rows per Parquet row group
+GROUP_BYTES = 2**27  # of patch tokens in a group, which has fewer rows
 ENDINGS = (".parquet", ".npy")
 FACTS, DIGEST = b"xray", b"xray_sha256"  # of the schema's metadata
 CHECKED = "\n], "  # ends the part of X.npy.json that has the checksum
@@ -77,15 +79,21 @@ def check_out(out: Path) -> None:
 def write_embeddings(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
     """Write blocks of `facts["rows"]` rows in all; the finished file appears in one rename."""
     write = _write_parquet if out.suffix == ".parquet" else _write_npy
-    write(out, {"version": VERSION, **facts}, _grouped(blocks))
+    write(out, {"version": VERSION, **facts}, _grouped(blocks, rows_per_group(facts)))
 
 
-def _grouped(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the same rows in blocks of at least GROUP rows; only the last may be smaller."""
+def rows_per_group(facts: Mapping[str, Any]) -> int:
+    """Return the number of rows of a group, or of a block with a checksum."""
+    each = row_length(facts) * np.dtype(STORED[facts["dtype"]]).itemsize
+    return min(GROUP, max(1, GROUP_BYTES // each)) if "grid" in facts else GROUP
+
+
+def _grouped(blocks: Iterable[Block], least: int) -> Iterator[Block]:
+    """Yield the same rows in blocks of at least `least` rows; only the last may be smaller."""
     held: list[Block] = []
     for block in blocks:
         held.append(block)
-        if sum(len(rows) for rows, _ in held) >= GROUP:
+        if sum(len(rows) for rows, _ in held) >= least:
             yield _joined(held)
             held = []
     if held:
@@ -134,7 +142,7 @@ def _write_parquet(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
 
 
 def _write_npy(out: Path, facts: Facts, blocks: Iterable[Block]) -> None:
-    shape = (facts["rows"], row_length(facts))
+    shape = (facts["rows"], *row_shape(facts))
     header = {"descr": np.dtype(STORED[facts["dtype"]]).str, "fortran_order": False, "shape": shape}
     with (
         replacing(out) as rows_file,  # renamed last: its presence means that both are complete
@@ -264,7 +272,7 @@ class NpyEmbeddings(Embeddings):
         _check_digest(path, checked, content.get("sha256"))
         self.facts, self._listed = content["xray"], content["rows"]
         self.rows = np.lib.format.open_memmap(path, mode="r")
-        if self.rows.shape != (len(self), row_length(self.facts)):
+        if self.rows.shape != (len(self), *row_shape(self.facts)):
             raise ValueError(f"its rows are {self.rows.shape}, and {_names_of(path)} is of others")
 
         blocks = [(min(GROUP, len(self) - start), None) for start in range(0, len(self), GROUP)]
@@ -324,7 +332,7 @@ class ParquetEmbeddings(Embeddings):
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         dtype, length = STORED[self.facts["dtype"]], row_length(self.facts)
         flat = np.frombuffer(array.buffers()[1], dtype)[array.offset * length :]
-        return cast(np.ndarray, flat[: len(array) * length].reshape(-1, length))
+        return cast(np.ndarray, flat[: len(array) * length].reshape(-1, *row_shape(self.facts)))
 
     def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (row group, places in `rows`, their rows in the group)."""
@@ -334,7 +342,7 @@ class ParquetEmbeddings(Embeddings):
             yield group, places, rows[places] - (self.ends[group - 1] if group else 0)
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), row_length(self.facts)), STORED[self.facts["dtype"]])
+        found = np.empty((len(rows), *row_shape(self.facts)), STORED[self.facts["dtype"]])
         for group, places, own in self._by_group(rows):
             found[places] = self._stored(group)[own]
         return found

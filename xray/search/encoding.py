@@ -16,8 +16,10 @@ from data_pipelines.ingest.user_data import open_corpus
 from data_pipelines.shards.remote import is_remote
 from xray.artifacts.artifact import Artifact, open_artifact
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, data_of, restore_encoder
+from xray.artifacts.manifest_config import data_config
 from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
+from xray.models.inference import autocast
 from xray.search.embedding_file import Facts
 from xray.search.quantisation import shortened
 
@@ -33,14 +35,17 @@ def set_keep_rate(
     encoder.choose(keep_rate)
 
 
-def width_of(encoder: VisionEncoder | TextEncoder, text: bool) -> int:
-    """Return the number of features; raises ConfigError for a modality it cannot encode."""
+def width_of(encoder: VisionEncoder | TextEncoder, text: bool, patches: bool = False) -> int:
+    """Return the number of features, those of a patch token if patches.
+
+    Raises ConfigError for a modality it cannot encode.
+    """
     what = f"{encoder.artifact.path} is of stage {encoder.artifact.stage}"
     if isinstance(encoder, TextEncoder):
         if not text:
             raise ConfigError(f"{what}: it encodes texts (a .txt, or --texts), not pictures")
         return int(encoder.text.width)
-    if isinstance(encoder, Encoder):
+    if isinstance(encoder, Encoder) and not patches:
         return encoder.options.embed_dim
     if text:
         raise ConfigError(f"{what}: texts are encoded by a clip or text artifact")
@@ -53,6 +58,36 @@ def of_pixels(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor
         return encoder.image_features
     assert isinstance(encoder, VisionEncoder)
     return encoder.cls
+
+
+def patch_grid(encoder: VisionEncoder | TextEncoder, modality: str) -> list[int]:
+    """Return the grid of patch tokens: [h, w] of a picture, [t, h, w] of a clip.
+
+    Raises ConfigError for texts.
+    """
+    if modality == "text" or not isinstance(encoder, VisionEncoder):
+        raise ConfigError("--patches applies to pictures and clips, and these are texts")
+    data = data_config(encoder.artifact)
+    size, video = value_at(data.resolution, 1.0), modality == "video"
+    frames = value_at(data.frames, 1.0) if video else 1
+    grid = encoder.vision.geometry.grid(frames, size, size)
+    return list(grid if video else grid[1:])
+
+
+def of_patches(encoder: VisionEncoder | TextEncoder) -> Callable[[Tensor], Tensor]:
+    """Return the encoder of pixels [B, T, 3, H, W] to all patch tokens [B, n * D], in order.
+
+    An input token that was merged has the feature of its token, a dropped one has zeros.
+    """
+    assert isinstance(encoder, VisionEncoder)
+    vision, normalize = encoder.vision, encoder.normalize
+
+    def encode(pixels: Tensor) -> Tensor:
+        x = normalize(pixels.to(normalize.mean.device, non_blocking=True))
+        with autocast(x.device, encoder.precision):
+            return vision(x, encoder.keep_rate, track=True).dense().flatten(1)
+
+    return encode
 
 
 def of_texts(encoder: VisionEncoder | TextEncoder) -> Callable[[Sequence[str]], Tensor]:

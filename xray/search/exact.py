@@ -18,6 +18,7 @@ from xray.search.quantisation import quantise, restored
 ROWS = 2048  # per comparison: 4 MB of fp32 at 512 dimensions, which fits a core's cache
 OVERSAMPLE = 4
 SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "keep_rate", "captions", "modality"]
+SAME_ROWS += ["grid"]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -54,6 +55,14 @@ def restored(stored: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
     return rows
 
 
+def row_shape(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of a stored row: [D], [D / 8] of signs, or a grid of patch tokens [h, w, D],
+    of a clip [t, h, w, D]."""
+    if facts["dtype"] == "binary":
+        return (-(-facts["dim"] // 8),)
+    return (*facts.get("grid", ()), facts["dim"])
+
+
 def row_length(facts: Mapping[str, Any]) -> int:
     """Return the count of numbers stored per row."""
-    return -(-facts["dim"] // 8) if facts["dtype"] == "binary" else facts["dim"]
+    return math.prod(row_shape(facts))
