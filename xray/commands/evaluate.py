@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -49,6 +50,11 @@ log = logging.getLogger("xray")
         "xray eval runs/quickstart/clip/artifact --recipe quickstart --keep-rates 1,.7",
         "accuracy against speed, without retraining",
     ),
+    (
+        "xray eval runs/quickstart/clip/artifact --recipe quickstart --keep-rates 1,.7 "
+        "--reduce evit,tome,random",
+        "the same for three methods of token reduction",
+    ),
 )
 @guarded
 def evaluate(
@@ -66,6 +72,13 @@ def evaluate(
         str,
         typer.Option(
             metavar="RATES", help="1,.9,.7,.5: accuracy against speed, without retraining"
+        ),
+    ] = "",
+    reduce: Annotated[
+        str,
+        typer.Option(
+            metavar="METHODS",
+            help="evit,tome,random: compare these methods of token reduction at the --keep-rates",
         ),
     ] = "",
     out: Annotated[
@@ -87,6 +100,7 @@ def evaluate(
     with checking():
         config, root, workers, llm = eval_settings(overrides or [], recipe)
         rates = _rates(keep_rates)
+        methods = _methods(reduce, rates)
         for name in names:
             suite_named(name)
         check_model(artifact)
@@ -102,7 +116,7 @@ def evaluate(
     def work() -> None:
         target = _target(out)
         if rates:
-            _over_rates(evaluator, rates, names, target)
+            _over_rates(evaluator, rates, methods, names, target)
         else:
             _all_suites(evaluator, names, target)
 
@@ -193,26 +207,46 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
+def _methods(text: str, rates: list[float]) -> list[Any]:
+    from xray.config.model import Reduction
+
+    known = get_args(Reduction)[1:]  # without none
+    methods = [*dict.fromkeys(item.strip() for item in text.split(",") if item.strip())]
+    if methods and not rates:
+        raise ConfigError(f"--reduce {text}: add --keep-rates 1,.9,.7,.5")
+    if unknown := [name for name in methods if name not in known]:
+        raise ConfigError(f"--reduce {unknown[0]}: use some of {', '.join(known)}")
+    return methods
+
+
 def _over_rates(
-    evaluator: Evaluator, rates: list[float], names: list[str], target: Path | None
+    evaluator: Evaluator,
+    rates: list[float],
+    methods: list[Any],
+    names: list[str],
+    target: Path | None,
 ) -> None:
-    from xray.evaluation.keep_rates import (
-        check_comparable,
-        keep_rate_table,
-        over_keep_rates,
-        plot_keep_rates,
-    )
+    from xray.evaluation import keep_rates
     from xray.evaluation.suites import suite_named
 
     evaluator.check(names)
     names = names or [n for n in evaluator.default_suites() if suite_named(n).compared]
-    check_comparable(names)
-    by_rate = over_keep_rates(evaluator, rates, names)
-    keep_rate_table(by_rate).print()
+    keep_rates.check_comparable(names)
+    if methods:
+        by_method = keep_rates.over_methods(evaluator, methods, rates, names)
+        keep_rates.method_table(by_method).print()
+        _write(by_method, keep_rates.plot_methods, target)
+    else:
+        by_rate = keep_rates.over_keep_rates(evaluator, rates, names)
+        keep_rates.keep_rate_table(by_rate).print()
+        _write(by_rate, keep_rates.plot_keep_rates, target)
+
+
+def _write(found: Any, plot: Callable[[Any, Path], None], target: Path | None) -> None:
     if target is not None:
-        write_in_place(target, json.dumps(by_rate, indent=1))
+        write_in_place(target, json.dumps(found, indent=1))
         print(f"written: {target}")
-        plot_keep_rates(by_rate, target.with_suffix(".png"))
+        plot(found, target.with_suffix(".png"))
 
 
 def _target(out: str) -> Path | None:

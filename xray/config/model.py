@@ -9,6 +9,7 @@ from xray.config.identity import added, runtime
 from xray.errors import ConfigError
 
 Checkpointing = bool | Literal["mlp"]
+Reduction = Literal["none", "evit", "tome", "random"]
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ModelConfig:
     frame_pool: Literal["mean", "attention"] = "mean"
     # token reduction: evit keeps the tokens with the most attention of CLS (or of what pools them),
     # tome merges similar tokens, random keeps random ones
-    reduce: Literal["none", "evit", "tome", "random"] = "evit"
+    reduce: Reduction = "evit"
     # numbers of the blocks that reduce tokens, from 0; null = depth/4, 2/4, 3/4
     reduce_at: list[int] | None = None
     # the half that comes first in sine-cosine positions, initial ones and those of the MAE decoder:

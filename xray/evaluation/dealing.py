@@ -57,12 +57,14 @@ def dismiss(encoder: VisionEncoder | TextEncoder) -> None:
 
 
 def _next_task(encoder: VisionEncoder | TextEncoder, task: Task | None) -> Task | None:
-    """Return rank 0's task on all ranks, whose encoders then have its keep rate, too."""
+    """Return rank 0's task on all ranks, whose encoders then reduce tokens as its encoder does."""
     dist.agree(None, dist.PREPARATION, "evaluating")
-    own = encoder.keep_rate if isinstance(encoder, VisionEncoder) else None
-    task, keep_rate = dist.broadcast_object((task, own))
+    own = None
     if isinstance(encoder, VisionEncoder):
-        encoder.keep_rate = keep_rate
+        own = encoder.keep_rate, encoder.vision.reduction
+    task, reduction = dist.broadcast_object((task, own))
+    if isinstance(encoder, VisionEncoder):
+        encoder.keep_rate, encoder.vision.reduction = reduction
     return task
 
 
