@@ -12,7 +12,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,7 +60,7 @@ class DemoConfig:
     side: int = 64  # width and height, in pixels
     frames: int = 12  # frames per clip
     seed: int = 0  # of all random draws
-    version: int = 1  # 2: photos have the box of their shape (object_box)
+    version: int = 1  # 2: photos have the box of their shape (object_box); 3: its mask, too
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def _check_same(known: Path, config: DemoConfig) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{known} cannot be read ({error}): delete {known.parent}") from error
     if there.get("version", 1) < config.version:  # older folders do not record it
-        log.info("%s has no boxes of shapes: delete it to have them made", known.parent)
+        missing = "masks" if config.version > 2 else "boxes"
+        log.info("%s has no %s of shapes: delete it to have them made", known.parent, missing)
     for key, value in vars(config).items():
         if key != "version" and there.get(key) != value:
             raise ConfigError(
@@ -156,7 +157,7 @@ def example(motion: str = "") -> bytes:
     """Return a generated picture as JPEG, or with a motion a clip of 12 frames as mp4."""
     scene = Scene("red", "circle", "white", "large", "in the middle", motion)
     rng = np.random.default_rng(0)
-    return _clip(scene, DemoConfig(), rng) if motion else _photo(scene, DemoConfig(), rng)[0]
+    return _clip(scene, DemoConfig(), rng) if motion else _photo(scene, DemoConfig(), rng).jpeg
 
 
 def _random_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], motion: bool) -> Scene:
@@ -186,25 +187,36 @@ def _write(folder: Path, scenes: list[Scene], config: DemoConfig, rng: np.random
                     "label": scene.label,
                     "key": f"{shard:05d}{number:04d}",
                 }
+                files: dict[str, Any] = {"txt": captions[0], "json": meta}
                 if scene.motion:
-                    media = _clip(scene, config, rng)
+                    files["mp4"] = _clip(scene, config, rng)
                 else:
-                    media, box = _photo(scene, config, rng)
-                    meta |= {"object_box": box} if config.version > 1 else {}
-                ending = "mp4" if scene.motion else "jpg"
-                files = {"txt": captions[0], "json": meta, ending: media}
+                    photo = _photo(scene, config, rng)
+                    files["jpg"] = photo.jpeg
+                    meta |= {"object_box": photo.box} if config.version > 1 else {}
+                    files |= {"mask.png": photo.mask} if config.version > 2 else {}
                 sink.write({"__key__": meta["key"], **files})
 
 
-def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> tuple[bytes, list[float]]:
-    """Draw a photo: its JPEG and the box of its shape."""
+class _Photo(NamedTuple):
+    jpeg: bytes
+    box: list[float]  # of its shape
+    mask: bytes  # PNG: 0 = the ground, 1 to 6 = the number of the shape in SHAPES, from 1
+
+
+def _photo(scene: Scene, config: DemoConfig, rng: np.random.Generator) -> _Photo:
+    """Draw a photo."""
     jitter = rng.uniform(-0.04, 0.04, 2)
     place = np.array(PLACES[scene.place]) + jitter
-    buffer = io.BytesIO()
+    buffer, mask = io.BytesIO(), io.BytesIO()
     scale = rng.uniform(0.9, 1.1)
     image = _draw(scene, place, config.side, scale, rng)
     image.save(buffer, format="JPEG", quality=90)
-    return buffer.getvalue(), _box(scene, place, SIZES[scene.size] * scale)
+    numbers = Image.new("L", (4 * config.side,) * 2, 0)
+    _draw_shape(numbers, scene, place, scale, 1 + SHAPES.index(scene.shape), 0)
+    numbers.resize((config.side,) * 2, Image.Resampling.NEAREST).save(mask, format="PNG")
+    box = _box(scene, place, SIZES[scene.size] * scale)
+    return _Photo(buffer.getvalue(), box, mask.getvalue())
 
 
 def _box(scene: Scene, place: np.ndarray, r: float) -> list[float]:
@@ -247,24 +259,30 @@ def _draw(
     """Draw at four times the size, shrink, and add noise."""
     big = 4 * side
     image = Image.new("RGB", (big, big), GROUNDS[scene.ground])
-    canvas = ImageDraw.Draw(image)
+    _draw_shape(image, scene, place, scale, COLORS[scene.color], GROUNDS[scene.ground])
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    noisy = pixels + rng.normal(0, 4, pixels.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def _draw_shape(
+    image: Image.Image, scene: Scene, place: np.ndarray, scale: float, fill: Any, hole: Any
+) -> None:
+    """Draw the shape on a square image; hole: fill of the middle of a ring."""
+    canvas, big = ImageDraw.Draw(image), image.width
     x, y = (place * big).tolist()
     r = SIZES[scene.size] * scale * big
-    fill = COLORS[scene.color]
     if scene.shape in ("circle", "ring"):
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         if scene.shape == "ring":
             h = 0.55 * r
-            canvas.ellipse((x - h, y - h, x + h, y + h), fill=GROUNDS[scene.ground])
+            canvas.ellipse((x - h, y - h, x + h, y + h), fill=hole)
     elif scene.shape == "cross":
         w = 0.33 * r
         canvas.rectangle((x - r, y - w, x + r, y + w), fill=fill)
         canvas.rectangle((x - w, y - r, x + w, y + r), fill=fill)
     else:
         canvas.polygon(_corners(scene.shape, x, y, r), fill=fill)
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS), np.float32)
-    noisy = pixels + rng.normal(0, 4, pixels.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def _corners(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.ingest.demo import GROUNDS, DemoConfig, make_demo
+from data_pipelines.ingest.demo import GROUNDS, SHAPES, DemoConfig, make_demo
 from data_pipelines.shards.source import open_source
 from xray.errors import ConfigError
 
@@ -69,8 +69,8 @@ def test_several_processes_may_make_one_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "shared"]
 
 
-def test_a_box_holds_the_pixels_of_its_shape(tmp_path: Path) -> None:
-    config = DemoConfig(photos=60, clips=2, heldout=6, side=64, frames=4, version=2)
+def test_a_box_and_a_mask_hold_the_pixels_of_their_shape(tmp_path: Path) -> None:
+    config = DemoConfig(photos=60, clips=2, heldout=6, side=64, frames=4, version=3)
     make_demo(tmp_path / "data", config)
     source = open_source("photos", str(tmp_path / "data" / "photos"), "image")
     for place in source.places():
@@ -78,7 +78,12 @@ def test_a_box_holds_the_pixels_of_its_shape(tmp_path: Path) -> None:
         meta = json.loads(files["json"])
         pixels = np.asarray(Image.open(io.BytesIO(files["jpg"])), np.float32)
         ground = np.array(GROUNDS[meta["caption"].split()[-2]])
-        rows, columns = (np.abs(pixels - ground).max(axis=2) > 60).nonzero()
+        of_shape = np.abs(pixels - ground).max(axis=2) > 60
+        mask = np.asarray(Image.open(io.BytesIO(files["mask.png"])))
+        shape = next(word for word in meta["caption"].split() if word in SHAPES)
+        assert set(np.unique(mask)) == {0, 1 + SHAPES.index(shape)}
+        assert ((mask > 0) != of_shape).mean() < 0.05  # pixels of the outline
+        rows, columns = of_shape.nonzero()
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert np.abs(64 * np.array(meta["object_box"]) - found).max() <= 3, meta["caption"]
 
@@ -98,6 +103,7 @@ def test_version_2_adds_a_box_and_older_folders_stay_valid(
         meta = json.loads(new["json"])
         assert len(meta.pop("object_box")) == 4
         assert meta == json.loads(old["json"]) and new["jpg"] == old["jpg"]
+        assert new.keys() == old.keys()
     known = tmp_path / "plain" / "demo.json"
     record = json.loads(known.read_text())
     del record["config"]["version"]  # as an older version wrote it
