@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +16,12 @@ from data_pipelines.shards.source import Source
 from data_pipelines.stream.loader import Fields
 from xray.artifacts.encoders import VisionEncoder
 from xray.config import OptimConfig, Precision
-from xray.errors import DataError
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Samples, batch_samples
 from xray.evaluation.suites.attentive_probe import AttentiveProbeConfig
-from xray.models.inference import autocast, one_behind
+from xray.evaluation.token_files import Rows, batch_of, blocks, stored, token_folder
+from xray.models.inference import autocast
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
 
@@ -61,16 +58,16 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
     in half precision. The query attends to the tokens of all views of a clip.
     """
     source, test_source = sets.labelled("attentive_probe", config)
-    with tempfile.TemporaryDirectory(prefix="xray-tokens-") as folder:
-        train, labels = _tokens(sets, source, Path(folder) / "train")
-        test, truth = _tokens(sets, test_source, Path(folder) / "test")
+    with token_folder() as folder:
+        train, labels = _tokens(sets, source, folder / "train")
+        test, truth = _tokens(sets, test_source, folder / "test")
         classes = Classes.of(labels, source)
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
-        blocks: Any = sets.vision.vision.blocks
+        layers: Any = sets.vision.vision.blocks
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            sizes = train.shape[-1], blocks[0].attn.num_heads, int(labels.max()) + 1
+            sizes = train.shape[-1], layers[0].attn.num_heads, int(labels.max()) + 1
             probe = AttentiveProbe(*sizes, sets.config.precision).to(device)
         _fit(probe, train, labels, config, device)
         predicted = _predict(probe, test, config.batch_size, device)
@@ -94,49 +91,29 @@ class TokensOf(Samples):
         yield from self.encoded(tokens, numbers)
 
 
-def _tokens(sets: Sets, source: Source, path: Path) -> tuple[np.memmap, Tensor]:
-    """Store patch tokens of all views, [N, V * n, D] float16, in a file; returns labels [N] too."""
+def _tokens(sets: Sets, source: Source, path: Path) -> tuple[Rows, Tensor]:
+    """Store patch tokens of all views, [N, V, n, D] float16, in a file; returns labels [N] too."""
     size = batch_samples(source, sets.config.batch_size, sets.views)
     batches = sets.encoded(TokensOf(source, sets.data, size, sets.views))
-    labels, done, kept = torch.empty(len(source), dtype=torch.long), 0, None
-    for _, batch in one_behind((None, batch) for batch in batches):
-        rows, own = batch["tokens"].flatten(1, 2).numpy(), batch["label"]
-        if kept is None:
-            kept = _mapped(path, (len(source), *rows.shape[1:]))
-        until = done + len(rows)
-        kept[done:until], labels[done:until], done = rows, own, until
-    assert kept is not None
-    return kept, labels
+    files = stored(source, batches, path)
+    return files["tokens"], torch.from_numpy(np.array(files["label"]))
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Map a file of half floats, allocated in full: a full disk then raises instead of killing."""
-    size = 2 * math.prod(shape)
-    try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise DataError(
-            f"{path.parent}: no room for {size / 1e9:.1f} GB of tokens ({error.strerror}): set "
-            "TMPDIR to a folder on a larger disk"
-        ) from error
-    return np.memmap(path, np.float16, "r+", shape=shape)
-
-
-def _batch(tokens: np.memmap, rows: slice | np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(tokens[rows])).to(device).float()
+def _batch(tokens: Rows, rows: slice | np.ndarray, device: torch.device) -> Tensor:
+    """Return the tokens of all views of some samples, [B, V * n, D]."""
+    return batch_of(tokens, rows, device).flatten(1, 2)
 
 
 @torch.no_grad()
-def _predict(probe: AttentiveProbe, tokens: np.memmap, size: int, device: torch.device) -> Tensor:
+def _predict(probe: AttentiveProbe, tokens: Rows, size: int, device: torch.device) -> Tensor:
     """Predict classes [N], with one batch of tokens in memory."""
-    blocks = (slice(at, at + size) for at in range(0, len(tokens), size))
-    return torch.cat([probe(_batch(tokens, rows, device)).argmax(1).cpu() for rows in blocks])
+    parts = (_batch(tokens, rows, device) for rows in blocks(len(tokens), size))
+    return torch.cat([probe(part).argmax(1).cpu() for part in parts])
 
 
 def _fit(
     probe: AttentiveProbe,
-    tokens: np.memmap,
+    tokens: Rows,
     labels: Tensor,
     config: AttentiveProbeConfig,
     device: torch.device,
