@@ -31,8 +31,8 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.finetune import Classifier, finetune
+from xray.evaluation.heads import open_heads
 from xray.evaluation.keep_rates import over_keep_rates
-from xray.evaluation.robustness import _heads as heads_of
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.finetune import FINETUNE
 from xray.evaluation.zero_shot import NamedClasses
@@ -372,7 +372,7 @@ def test_logits_are_on_the_device_of_the_features(clip: Artifact, demo: Path) ->
         clip, demo, "eval.zero_shot={shards: heldout, classes: classes.txt}",
         "eval.linear_probe={train: gallery, test: heldout}",
     )  # fmt: skip
-    for head in heads_of(run.sets):
+    for head in open_heads(run.sets):
         width = {"joint": 16, "backbone": run.sets.vision.vision.embed_dim}[head.space]
         assert head.logits(torch.rand(2, width)).shape == (2, round(1 / head.chance))
         if head.name == "zero_shot":  # a probe's logits are on the CPU

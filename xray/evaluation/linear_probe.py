@@ -32,11 +32,15 @@ class LinearHead(NamedTuple):
         scaled = (x.to(self.mean) - self.mean) / self.deviation
         return scaled @ self.weights[:-1] + self.weights[-1]
 
-    def predict(self, views: Tensor) -> Tensor:
-        """Predict classes [N] of views [N, V, D] by the mean softmax over views."""
+    def scores(self, views: Tensor) -> Tensor:
+        """Score classes by the mean softmax over views, [N, V, D] -> [N, C]; logits of one view."""
         if views.shape[1] == 1:
-            return self.logits(views[:, 0]).argmax(dim=1)
-        return self.logits(views).softmax(dim=-1).mean(dim=1).argmax(dim=1)
+            return self.logits(views[:, 0])
+        return self.logits(views).softmax(dim=-1).mean(dim=1)
+
+    def predict(self, views: Tensor) -> Tensor:
+        """Predict classes [N] of views [N, V, D]."""
+        return self.scores(views).argmax(dim=1)
 
 
 def linear_probe(

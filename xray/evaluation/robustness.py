@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,41 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.shards.source import Source
-from xray.artifacts.encoders import Encoder
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, fgsm, pgd, square
-from xray.evaluation.class_labels import Classes, guess
 from xray.evaluation.confidence import share
 from xray.evaluation.corruptions import corrupt, stretch
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import Change, Features, batches_of, labels_of
-from xray.evaluation.linear_probe import SOLVERS
-from xray.evaluation.suites.linear_probe import LINEAR_PROBE
+from xray.evaluation.domain_shift import check_shift, shifted
+from xray.evaluation.feature_extraction import Change, batches_of
+from xray.evaluation.heads import Head, open_heads
 from xray.evaluation.suites.robustness import RobustnessConfig
-from xray.evaluation.suites.zero_shot import ZERO_SHOT
-from xray.evaluation.zero_shot import NamedClasses
 
 Scores = dict[str, float]
-
-
-@dataclass
-class Head:
-    """A classifier on the features of one space, with its labelled samples.
-
-    number: numbers another source's labels by this head's classes. predict: features -> [N]
-    classes. logits: [B, D] -> [B, C], differentiable.
-    """
-
-    name: str
-    space: str
-    source: Source
-    labels: Tensor
-    chance: float
-    number: Callable[[Tensor, Source], Tensor]
-    predict: Callable[[Features], Tensor]
-    logits: Callable[[Tensor], Tensor]
 
 
 def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
@@ -55,16 +33,14 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
 
     Measures are HEAD/CHANGE/STRENGTH: `zero_shot/gaussian_noise/3`, `linear_probe/pgd/1` (of 255).
     """
-    heads = list(_heads(sets))
+    heads = list(open_heads(sets))
     if not heads:
         raise ConfigError(
             f"{sets.what}: robustness is measured with a linear probe, set eval.linear_probe.train "
             "and .test (a zero-shot head needs a joint space)"
         )
-    if config.shift:  # fail on unknown labels before hours of work
-        for head in heads:
-            source = sets.open("robustness.shift", config.shift, head.source.modality)
-            head.number(labels_of(source), source)
+    for head in heads:  # fail on unknown labels before hours of work
+        check_shift(head, config, sets)
     measures: Scores = {}
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
@@ -72,7 +48,7 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         measures[f"{head.name}/chance"] = head.chance
         measures[f"{head.name}/attacked_samples"] = 0.0
         features = sets.features(head.source, head.space)
-        hits[head.name] = {"clean": head.predict(features) == head.labels}
+        hits[head.name] = {"clean": head.right(features, head.labels)}
     for source in {id(head.source): head.source for head in heads}.values():
         own = [head for head in heads if head.source is source]
         for name, change, data in _changes(config, sets):
@@ -80,38 +56,12 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
             views = replace(sets.views, change=change, seed=seed)
             spaces = sets.encode(replace(source, name=f"{source.name} {name}"), views, data)
             for head in own:
-                hits[head.name][name] = head.predict(spaces[head.space]) == head.labels
+                hits[head.name][name] = head.right(spaces[head.space], head.labels)
     for head in heads:
         measures |= _scores(head.name, hits[head.name], config)
         measures |= _attacked(head, config, sets)
-        measures |= _shifted(head, config, sets, measures[f"{head.name}/clean"])
+        measures |= shifted(head, config, sets)
     return measures
-
-
-def _heads(sets: Sets) -> Iterator[Head]:
-    configured, encoder = sets.config.configured(), sets.vision
-    if ZERO_SHOT.name in configured and isinstance(encoder, Encoder):
-        classes = NamedClasses.open(sets)
-        weights = classes.weights(sets)
-        labels = sets.features(classes.source, "joint").labels
-        scale = float(encoder.logit_scale.detach())
-        yield Head(
-            "zero_shot", "joint", classes.source, classes.number(labels, classes.source),
-            1 / len(classes.names), classes.number,
-            lambda features: (features.rows @ weights.t()).argmax(dim=1),
-            lambda x: scale * x @ weights.to(x).t(),
-        )  # fmt: skip
-    if LINEAR_PROBE.name in configured:
-        config = sets.config.of(LINEAR_PROBE)
-        train, test = sets.probe("linear_probe", config)
-        head = SOLVERS[config.solver](train.views, train.labels)
-        sources = sets.labelled("linear_probe", config)
-        places = Classes.of(sets.features(sources[0]).labels, sources[0]).places
-        yield Head(
-            "linear_probe", "backbone", sources[1], test.labels,
-            guess(train.labels, test.labels), places,
-            lambda features: head.predict(features.views), head.logits,
-        )  # fmt: skip
 
 
 def _changes(
@@ -146,18 +96,6 @@ def _scores(head: str, hits: dict[str, Tensor], config: RobustnessConfig) -> Sco
 def _mean(name: str, hits: Tensor) -> Scores:
     """Average hits [changes, N]; the bootstrap draws a sample with all its changes."""
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
-
-
-def _shifted(head: Head, config: RobustnessConfig, sets: Sets, clean: float) -> Scores:
-    """Measure accuracy on a data set of the same classes from another source, and the loss."""
-    if not config.shift:
-        return {}
-    source = sets.open("robustness.shift", config.shift, head.source.modality)
-    features = sets.features(source, head.space)
-    labels = head.number(features.labels, source)
-    scores = share(f"{head.name}/shift", head.predict(features) == labels)
-    scores[f"{head.name}/shift_gap"] = clean - scores[f"{head.name}/shift"]
-    return scores | {f"{head.name}/shift_samples": float(len(labels))}
 
 
 class SomeSlots:

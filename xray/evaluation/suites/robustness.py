@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 ATTACKS = ("fgsm", "pgd", "square")
 SHIFTS = ("resolution", "aspect")
+ENDS = ("", "_low", "_high")  # of the keys of a measure with its interval
 TITLES = {
     "corrupted": "mean of corruptions",
     "attacked_clean": "those attacked, clean",
-    "shift": "elsewhere",
 }
 
 
@@ -45,8 +45,20 @@ class RobustnessConfig(SuiteConfig):
     steps: int = 5  # gradient steps of the attack pgd
     queries: int = 100  # model calls of the black-box attack, square
     attacked: int = 200  # samples that are attacked, evenly spaced
-    shift: str = ""  # labelled samples of the same classes from another source
+    # labelled samples of the same classes from another source; several as NAME: samples
+    shift: str | dict[str, str] = ""
     seed: int = 0  # of noise and attacks
+
+    def shifts(self) -> dict[str, str]:
+        """Return the sets from other sources by name; "" is the name of a single set."""
+        if isinstance(self.shift, dict):
+            return dict(self.shift)
+        return {"": self.shift} if self.shift else {}
+
+    def sets(self) -> dict[str, str]:
+        own = {key: place for key, place in super().sets().items() if key != "shift"}
+        named = {f"shift.{name}".rstrip("."): place for name, place in self.shifts().items()}
+        return named | own
 
     def validate(self, key: str) -> None:
         for option, known in (("corruptions", CORRUPTIONS), ("attacks", ATTACKS)):
@@ -60,6 +72,11 @@ class RobustnessConfig(SuiteConfig):
             raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
         if min(self.steps, self.queries, self.attacked) < 1:
             raise ConfigError(f"{key}: steps, queries and attacked must be at least 1")
+        for name, place in self.shifts().items():
+            if "/" in name or not isinstance(place, str) or not place:
+                raise ConfigError(
+                    f"{key}.shift.{name}={place}: give a data set for a name without /"
+                )
 
 
 def _run(sets: Sets, config: RobustnessConfig) -> Measures:
@@ -71,33 +88,69 @@ def _run(sets: Sets, config: RobustnessConfig) -> Measures:
 def _changed(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
     """Yield (head, change, strength, accuracy) of every changed data set."""
     for key, value in measures.items():
-        parts = key.split("/")
-        if len(parts) == 3 and not parts[2].endswith(("_low", "_high")):
-            yield parts[0], parts[1], parts[2], value
+        head, change, strength = (*key.split("/"), "", "")[:3]
+        end = strength.endswith(ENDS[1:])
+        if strength and not end and change in CORRUPTIONS + SHIFTS + ATTACKS:
+            yield head, change, strength, value
 
 
 def _rows(measures: Measures) -> Iterator[Row]:
     """Make the rows of each head; a corruption has one, the mean over its severities."""
     for head in dict.fromkeys(key.split("/")[0] for key in measures):
-        prefix = f"{head}/"
-        own = {key.removeprefix(prefix).replace("/", " "): v for key, v in measures.items()}
+        prefix, name = f"{head}/", head.replace("_", "-")
+        own = {key.removeprefix(prefix): v for key, v in measures.items() if key.startswith(prefix)}
         steps = [(change, strength) for h, change, strength, _ in _changed(measures) if h == head]
-        for key, over in _listed(own, steps):
-            title = TITLES.get(key, key.replace("_", " "))
-            title += "/255" if key.startswith(ATTACKS) else ""
-            yield share_row(f"{head.replace('_', '-')}, {title}", own, key, own["chance"], over)
+        for title, key, over in _listed(own, steps):
+            yield _share(f"{name}, {title}", own, key, own["chance"], over)
+        for title, value, chance, over in _shifted(own):
+            yield f"{name}, {title}", value, chance, over
 
 
-def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """List the measures of a head that have a row, each with its number of samples."""
+def _share(title: str, own: Measures, key: str, chance: float, over: str) -> Row:
+    """Make the row of a measure whose interval is from KEY_low to KEY_high, also for a/b."""
+    ends = {f"share{end}": own[f"{key}{end}"] for end in ENDS if f"{key}{end}" in own}
+    return share_row(title, ends, "share", chance, over)
+
+
+def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield (title, measure, number of samples) of computed changes and attacks that have a row."""
     every, some = (count(own[key], "sample") for key in ("samples", "attacked_samples"))
-    corruptions = dict.fromkeys(c for c, _ in steps if c not in SHIFTS + ATTACKS)
-    rows = [(key, every) for key in ("clean", *corruptions, "corrupted")]
-    rows += [(f"{change} {strength}", every) for change, strength in steps if change in SHIFTS]
-    rows.append(("attacked_clean", some))
-    rows += [(f"{change} {strength}", some) for change, strength in steps if change in ATTACKS]
-    rows.append(("shift", count(own.get("shift_samples", 0), "sample")))
-    return [row for row in rows if row[0] in own]
+    corruptions = dict.fromkeys(change for change, _ in steps if change in CORRUPTIONS)
+    for key in ("clean", *corruptions, "corrupted"):
+        if key in own:
+            yield TITLES.get(key, key.replace("_", " ")), key, every
+    for change, strength in steps:
+        if change in SHIFTS:
+            yield f"{change} {strength}", f"{change}/{strength}", every
+    if "attacked_clean" in own:
+        yield TITLES["attacked_clean"], "attacked_clean", some
+    for change, strength in steps:
+        if change in ATTACKS:
+            title = f"{TITLES.get(change, change)} {strength}/255"
+            yield title, f"{change}/{strength}", some
+
+
+def _shifted(own: Measures) -> Iterator[Row]:
+    """Make the rows of sets from other sources, and of their gaps to the head's own samples."""
+    if "shift_samples" in own:  # a single set
+        over = count(own["shift_samples"], "sample")
+        yield _share("elsewhere", own, "shift", own["chance"], over)
+        return
+    names = [key.removeprefix("shift_samples/") for key in own if key.startswith("shift_samples/")]
+    for name in names:
+        classes = count(own[f"shift_classes/{name}"], "class", "classes")
+        over = f"{count(own[f'shift_samples/{name}'], 'sample')}, {classes}"
+        if left := own[f"shift_left_out/{name}"]:
+            over += f"; {left:,.0f} of others left out"
+        yield _share(f"shift {name}", own, f"shift/{name}", own[f"shift/chance_{name}"], over)
+        if f"shift_gap/{name}" in own:
+            clean = f"clean {100 * own[f'shift_clean/{name}']:.1f}"
+            yield f"gap to {name}", f"{100 * own[f'shift_gap/{name}']:.1f}", "", clean
+    if len(names) > 1:
+        over = count(len(names), "set")
+        yield _share("mean of shifts", own, "shift", own["chance_shift"], over)
+        if "shift_gap" in own:
+            yield "mean gap", f"{100 * own['shift_gap']:.1f}", "", over
 
 
 def _plot(measures: Measures, path: Path) -> None:
@@ -106,7 +159,7 @@ def _plot(measures: Measures, path: Path) -> None:
     panels = []
     for head in dict.fromkeys(key.split("/")[0] for key in measures):
         own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
-        corrupted = [row for row in own if row[0] not in SHIFTS + ATTACKS]
+        corrupted = [row for row in own if row[0] in CORRUPTIONS]
         attacked = [row for row in own if row[0] in ATTACKS]
         title = head.replace("_", "-")
         severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"

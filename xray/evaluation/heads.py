@@ -1,0 +1,130 @@
+"""Classifiers whose robustness is measured: the zero-shot head and the linear probe."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.shards.source import Source
+from xray.artifacts.encoders import Encoder
+from xray.errors import DataError
+from xray.evaluation.class_labels import Classes, check_labels, guess
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import Features
+from xray.evaluation.linear_probe import SOLVERS
+from xray.evaluation.suites.linear_probe import LINEAR_PROBE
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
+from xray.evaluation.zero_shot import NamedClasses
+
+log = logging.getLogger("xray")
+
+
+@dataclass
+class Head:
+    """A classifier on the features of one space, with its labelled samples.
+
+    names: of the head's classes, () if they have none. places: numbers another source's labels by
+    the head's classes. scores: (features, classes [K]) -> [N, K], highest for the prediction.
+    logits: [B, D] -> [B, C], differentiable.
+    """
+
+    name: str
+    space: str
+    source: Source
+    labels: Tensor
+    chance: float
+    classes: int
+    names: Sequence[str]
+    places: Callable[[Tensor, Source], Tensor]
+    scores: Callable[[Features, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+    def right(self, features: Features, labels: Tensor, among: Tensor | None = None) -> Tensor:
+        """Mark correct predictions, [N]; among: the classes to choose from, ascending."""
+        chosen = torch.arange(self.classes) if among is None else among
+        return chosen[self.scores(features, chosen).argmax(dim=1)] == labels
+
+    @functools.cached_property
+    def known(self) -> dict[str, int]:
+        """Numbers of the head's classes by name, also by the names in the head's own samples."""
+        known = {name: number for number, name in enumerate(self.names)}
+        if own := self.source.classes:
+            places = self.places(torch.arange(len(own)), self.source)
+            known |= dict(zip(own, places.tolist(), strict=True))
+        return known
+
+    def number(self, labels: Tensor, source: Source, some: bool = False) -> Tensor:
+        """Number a source's labels [N] by the head's classes.
+
+        Classes are matched by name: by those of the head, such as `tench`, or of its own samples,
+        such as n01440764. Without a known name they are matched by position, and a line says so; a
+        source without names has the head's numbers. Raises DataError for a class that the head does
+        not have; some: it becomes -1, if other classes are known.
+        """
+        check_labels(labels, source.name)
+        unknown = [name for name in source.classes if name not in self.known]
+        if unknown and not self.known and len(unknown) != self.classes:
+            raise DataError(
+                f"{source.name} has class names, and {self.source.name} has only numbers, of "
+                f"{self.classes} classes: give both sets names, or class numbers"
+            )
+        if len(unknown) == len(source.classes):
+            places = self.places(labels, source)
+            if unknown:
+                _tell_of_position(source.name.partition(" ")[0], self.name)
+            return places
+        if unknown and not some:
+            raise DataError(
+                f"class {unknown[0]!r} of {source.name} is not among the {self.classes} classes of "
+                f"{self.source.name}"
+            )
+        return torch.tensor([self.known.get(name, -1) for name in source.classes])[labels]
+
+
+@functools.cache
+def _tell_of_position(source: str, head: str) -> None:
+    log.warning("%s: no class name is one of %s, classes are matched by position", source, head)
+
+
+def open_heads(sets: Sets) -> Iterator[Head]:
+    """Yield the head of each suite that has data and that the artifact can run."""
+    configured, encoder = sets.config.configured(), sets.vision
+    if ZERO_SHOT.name in configured and isinstance(encoder, Encoder):
+        yield _zero_shot(sets, float(encoder.logit_scale.detach()))
+    if LINEAR_PROBE.name in configured:
+        yield _linear_probe(sets)
+
+
+def _zero_shot(sets: Sets, scale: float) -> Head:
+    classes = NamedClasses.open(sets)
+    weights = classes.weights(sets)
+    labels = sets.features(classes.source, "joint").labels
+    return Head(
+        "zero_shot", "joint", classes.source, classes.number(labels, classes.source),
+        1 / len(classes.names), len(classes.names), classes.names, classes.number,
+        lambda features, among: features.rows @ weights[among].t(),
+        lambda x: scale * x @ weights.to(x).t(),
+    )  # fmt: skip
+
+
+def _linear_probe(sets: Sets) -> Head:
+    config = sets.config.of(LINEAR_PROBE)
+    train, test = sets.probe("linear_probe", config)
+    probe = SOLVERS[config.solver](train.views, train.labels)
+    sources = sets.labelled("linear_probe", config)
+    classes = Classes.of(sets.features(sources[0]).labels, sources[0])
+    names = [classes.names[n] for n in classes.numbers.tolist()] if classes.names else []
+
+    def scores(features: Features, among: Tensor) -> Tensor:
+        return probe._replace(weights=probe.weights[:, among]).scores(features.views)
+
+    return Head(
+        "linear_probe", "backbone", sources[1], test.labels,
+        guess(train.labels, test.labels), probe.weights.shape[1], names, classes.places,
+        scores, probe.logits,
+    )  # fmt: skip
