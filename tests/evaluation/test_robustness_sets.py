@@ -143,3 +143,24 @@ def test_sets_with_codes_of_classes_are_matched_by_the_heads_own_samples(
         both[form] = found["robustness"]
     assert both["names"] == both["codes"]
     assert both["codes"]["zero_shot/shift_classes/few"] == 3
+
+
+def test_worst_case_and_two_classes(clip: Path, root: Path, tmp_path: Path) -> None:
+    """A sample counts under all attacks if no attack changes it; DLR needs three classes."""
+    nothing = NOTHING.replace("attacks: []", "attacks: [pgd, apgd_ce, apgd_dlr, square]")
+    settings = f"eval.robustness={{{nothing}, eps: [4, 16], apgd_steps: 4, queries: 4}}"
+    found, printed, _ = results(clip, root, tmp_path / "a.json", "robustness", *BOTH, settings)
+    for head in HEADS:
+        own = found["robustness"]
+        for eps in (4, 16):
+            each = [own[f"{head}/{name}/{eps}"] for name in ("pgd", "apgd_ce", "apgd_dlr")]
+            least = min(*each, own[f"{head}/square/{eps}"], own[f"{head}/attacked_clean"])
+            assert own[f"{head}/adversarial/{eps}"] <= least
+        assert own[f"{head}/adversarial/16"] <= own[f"{head}/adversarial/4"]
+    assert "APGD-DLR 4/255" in printed and "all attacks 16/255" in printed
+    two = few(root, tmp_path / "two", "names", 2)
+    given = f"eval.zero_shot.shards={two}"
+    found, _, told = results(clip, root, tmp_path / "b.json", "robustness", given, settings)
+    assert "zero_shot: apgd_dlr is left out: its loss needs three classes, not two" in told
+    assert "zero_shot/adversarial/4" in found["robustness"]
+    assert not any("apgd_dlr" in key for key in found["robustness"])

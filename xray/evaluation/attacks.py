@@ -18,7 +18,10 @@ from torch import Tensor
 from xray.errors import ArtifactError
 
 Logits = Callable[[Tensor], Tensor]  # [B, T, 3, H, W] in [0, 1] -> [B, C]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], labels [B] -> [B]
 HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # progress of the square's halvings
+MOMENTUM = 0.75  # APGD's weight of the new step; the rest is that of the last step
+RISING = 0.75  # share of steps that must raise the loss, or APGD's step size is halved
 
 
 def fgsm(logits: Logits, x: Tensor, labels: Tensor, eps: float) -> Tensor:
@@ -33,12 +36,86 @@ def pgd(
 
     At eps 2/255 the step is that of TeCoA (2212.07016), 1/255.
     """
-    noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
-    adversarial = (x + eps * noise).clamp(0, 1)
+    adversarial = _random_start(x, eps, generator)
     for _ in range(steps):
         adversarial = adversarial + eps / 2 * _gradient(logits, adversarial, labels).sign()
-        adversarial = torch.minimum(torch.maximum(adversarial, x - eps), x + eps).clamp(0, 1)
+        adversarial = _projected(adversarial, x, eps)
     return adversarial
+
+
+def apgd(
+    logits: Logits,
+    x: Tensor,
+    labels: Tensor,
+    eps: float,
+    loss: Loss,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Take steps of 2 eps with momentum, halved for a sample when its loss stops rising (APGD).
+
+    At each of `checkpoints`, a sample whose step is halved continues from its point of the highest
+    loss (2003.01690, algorithm 1). A sample is finished once it is misclassified. Returns the
+    misclassified images, and of the others those of the highest loss.
+    """
+    now = _random_start(x, eps, generator)
+    before, best = now.clone(), now.clone()
+    value, gradient, wrong = _ascent(logits, now, labels, loss)
+    best_value, best_gradient = value.clone(), gradient.clone()
+    step = x.new_full((len(x),), 2 * eps)
+    rises, since = torch.zeros_like(value), best_value.clone()  # since the last checkpoint
+    halved, last, checks = torch.zeros_like(wrong), 0, checkpoints(steps)
+    for number in range(1, steps + 1):
+        own = (~wrong).nonzero()[:, 0]
+        if not len(own):
+            break
+        at = now[own]
+        ahead = at + step[own].view(-1, 1, 1, 1, 1) * gradient[own].sign()
+        moved = _projected(ahead, x[own], eps)
+        if number > 1:
+            moved = at + MOMENTUM * (moved - at) + (1 - MOMENTUM) * (at - before[own])
+            moved = _projected(moved, x[own], eps)
+        reached, slope, fooled = _ascent(logits, moved, labels[own], loss)
+        rises[own] += reached > value[own]
+        before[own], now[own] = at, moved
+        value[own], gradient[own], wrong[own] = reached, slope, fooled
+        better = fooled | (reached > best_value[own])
+        up = own[better]
+        best[up], best_value[up], best_gradient[up] = now[up], value[up], gradient[up]
+        if number in checks:
+            stalled = rises < RISING * (number - last)
+            halved = stalled | (~halved & (best_value <= since))
+            step = torch.where(halved, step / 2, step)
+            now[halved], value[halved] = best[halved], best_value[halved]
+            gradient[halved] = best_gradient[halved]
+            rises, since, last = torch.zeros_like(rises), best_value.clone(), number
+    return best
+
+
+def checkpoints(steps: int) -> list[int]:
+    """List the steps after which APGD may halve its step size: 22, 41, 57 % ... of all."""
+    percent, gap = 22, 22
+    found = []
+    while percent <= 100:
+        found.append(-(-percent * steps // 100))
+        gap = max(gap - 3, 6)
+        percent += gap
+    return sorted({*found})
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy of each sample, [B]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the difference of logits ratio of each sample, [B], for three or more classes.
+
+    It is the negative margin divided by the difference of the largest and the third largest logit
+    (2003.01690, equation 6), so it changes neither with a shift nor with a scale of the logits.
+    """
+    top = logits.topk(3, dim=1).values
+    return -_margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -86,15 +163,32 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return right - others
 
 
+def _random_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
+    return (x + eps * noise).clamp(0, 1)
+
+
+def _projected(changed: Tensor, x: Tensor, eps: float) -> Tensor:
+    return torch.minimum(torch.maximum(changed, x - eps), x + eps).clamp(0, 1)
+
+
 def _gradient(logits: Logits, x: Tensor, labels: Tensor) -> Tensor:
-    """Compute the gradient of the cross-entropy; raises ArtifactError if there is none."""
+    return _ascent(logits, x, labels, cross_entropy)[1]
+
+
+def _ascent(logits: Logits, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the loss of each sample [B], its gradient, and which are misclassified [B].
+
+    Raises ArtifactError if there is no gradient.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         output = logits(x)
         if not output.requires_grad:
             raise ArtifactError(
-                "no gradient reaches the pixels through this classifier: FGSM and PGD need one, "
-                "set eval.robustness.attacks=[square]"
+                "no gradient reaches the pixels through this classifier: every attack but square "
+                "needs one, set eval.robustness.attacks=[square]"
             )
-        loss = F.cross_entropy(output, labels, reduction="sum")
-    return torch.autograd.grad(loss, x)[0]
+        values = loss(output, labels)
+    gradient = torch.autograd.grad(values.sum(), x)[0]
+    return values.detach(), gradient, output.detach().argmax(dim=1) != labels

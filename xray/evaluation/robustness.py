@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from data_pipelines.shards.source import Source
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
-from xray.evaluation.attacks import Logits, fgsm, pgd, square
+from xray.evaluation.attacks import Logits, apgd, cross_entropy, dlr, fgsm, pgd, square
 from xray.evaluation.confidence import share
 from xray.evaluation.corruptions import corrupt, stretch
 from xray.evaluation.datasets import Sets
@@ -24,6 +25,8 @@ from xray.evaluation.domain_shift import check_shift, shifted
 from xray.evaluation.feature_extraction import Change, batches_of
 from xray.evaluation.heads import Head, open_heads
 from xray.evaluation.suites.robustness import RobustnessConfig
+
+log = logging.getLogger("xray")
 
 Scores = dict[str, float]
 
@@ -118,8 +121,11 @@ class SomeSlots:
 
 
 def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
-    """Measure accuracy under each attack at each eps, on some of the samples, one view each."""
-    if not config.attacks:
+    """Measure accuracy under each attack and all of them at each eps, on some samples, one view."""
+    names = [name for name in config.attacks if name != "apgd_dlr" or head.classes > 2]
+    if len(names) < len(config.attacks):
+        log.warning("%s: apgd_dlr is left out: its loss needs three classes, not two", head.name)
+    if not names:
         return {}
     encoder = sets.vision
     slots = SomeSlots(head.source, config.attacked)
@@ -141,24 +147,31 @@ def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
         truth = labels[done : done + len(x)].to(device)
         done += len(x)
         hits.setdefault("attacked_clean", []).append(_right(logits, x, truth))
-        for name, attack in _attacks(config, logits, generator):
+        for name, attack in _attacks(names, config, logits, generator):
             hits.setdefault(name, []).append(_right(logits, attack(x, truth), truth))
+    rows = {name: torch.cat(parts) for name, parts in hits.items()}
+    for eps in config.eps:  # correct without a change and under every attack
+        tried = [rows[name] for name in rows if name.endswith(f"/{eps:g}")]
+        rows[f"adversarial/{eps:g}"] = torch.stack([rows["attacked_clean"], *tried]).all(dim=0)
     scores = {f"{head.name}/attacked_samples": float(len(labels))}
-    for name, parts in hits.items():
-        scores |= share(f"{head.name}/{name}", torch.cat(parts))
+    for name, own in rows.items():
+        scores |= share(f"{head.name}/{name}", own)
     return scores
 
 
 def _attacks(
-    config: RobustnessConfig, logits: Logits, generator: torch.Generator
+    names: Sequence[str], config: RobustnessConfig, logits: Logits, generator: torch.Generator
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
     """Yield (ATTACK/EPS, attack), where an attack maps images and labels to images."""
+    adaptive = partial(apgd, steps=config.apgd_steps, generator=generator)
     makers: dict[str, Callable[..., Tensor]] = {
         "fgsm": fgsm,
         "pgd": partial(pgd, steps=config.steps, generator=generator),
         "square": partial(square, queries=config.queries, generator=generator),
+        "apgd_ce": partial(adaptive, loss=cross_entropy),
+        "apgd_dlr": partial(adaptive, loss=dlr),
     }
-    for name in config.attacks:
+    for name in names:
         for eps in config.eps:
             yield f"{name}/{eps:g}", partial(makers[name], logits, eps=eps / 255)
 

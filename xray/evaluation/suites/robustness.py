@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xray.artifacts.offers import VISION
+from xray.config.identity import added
 from xray.errors import ConfigError
 from xray.evaluation.corruptions import CORRUPTIONS
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
@@ -18,12 +19,17 @@ from xray.words import count
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
 
-ATTACKS = ("fgsm", "pgd", "square")
+CLASSIC = ("fgsm", "pgd", "square")
+ATTACKS = (*CLASSIC, "apgd_ce", "apgd_dlr")
+ATTACKED = (*ATTACKS, "adversarial")  # changes whose strength is eps
 SHIFTS = ("resolution", "aspect")
 ENDS = ("", "_low", "_high")  # of the keys of a measure with its interval
 TITLES = {
     "corrupted": "mean of corruptions",
     "attacked_clean": "those attacked, clean",
+    "apgd_ce": "APGD-CE",
+    "apgd_dlr": "APGD-DLR",
+    "adversarial": "all attacks",
 }
 
 
@@ -39,10 +45,12 @@ class RobustnessConfig(SuiteConfig):
     resolutions: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.5])
     # pictures are stretched by these factors of width / height
     aspects: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    attacks: list[str] = field(default_factory=lambda: list(ATTACKS))  # adversarial attacks
+    # adversarial attacks; those of AutoAttack that are here: [apgd_ce, apgd_dlr, square]
+    attacks: list[str] = field(default_factory=lambda: list(CLASSIC))
     # largest change of a pixel value by an attack, in 1/255 (L-infinity)
     eps: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     steps: int = 5  # gradient steps of the attack pgd
+    apgd_steps: int = added(20)  # gradient steps of apgd_ce and apgd_dlr; AutoAttack takes 100
     queries: int = 100  # model calls of the black-box attack, square
     attacked: int = 200  # samples that are attacked, evenly spaced
     # labelled samples of the same classes from another source; several as NAME: samples
@@ -70,8 +78,8 @@ class RobustnessConfig(SuiteConfig):
             raise ConfigError(f"{key}.severities={self.severities} must be in 1 to 5")
         if any(value <= 0 for value in (*self.resolutions, *self.aspects, *self.eps)):
             raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
-        if min(self.steps, self.queries, self.attacked) < 1:
-            raise ConfigError(f"{key}: steps, queries and attacked must be at least 1")
+        if min(self.steps, self.apgd_steps, self.queries, self.attacked) < 1:
+            raise ConfigError(f"{key}: steps, apgd_steps, queries, attacked must be at least 1")
         for name, place in self.shifts().items():
             if "/" in name or not isinstance(place, str) or not place:
                 raise ConfigError(
@@ -90,7 +98,7 @@ def _changed(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
     for key, value in measures.items():
         head, change, strength = (*key.split("/"), "", "")[:3]
         end = strength.endswith(ENDS[1:])
-        if strength and not end and change in CORRUPTIONS + SHIFTS + ATTACKS:
+        if strength and not end and change in CORRUPTIONS + SHIFTS + ATTACKED:
             yield head, change, strength, value
 
 
@@ -125,7 +133,7 @@ def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> Iterator[tuple[s
     if "attacked_clean" in own:
         yield TITLES["attacked_clean"], "attacked_clean", some
     for change, strength in steps:
-        if change in ATTACKS:
+        if change in ATTACKED:
             title = f"{TITLES.get(change, change)} {strength}/255"
             yield title, f"{change}/{strength}", some
 
@@ -160,7 +168,7 @@ def _plot(measures: Measures, path: Path) -> None:
     for head in dict.fromkeys(key.split("/")[0] for key in measures):
         own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
         corrupted = [row for row in own if row[0] in CORRUPTIONS]
-        attacked = [row for row in own if row[0] in ATTACKS]
+        attacked = [row for row in own if row[0] in ATTACKED]
         title = head.replace("_", "-")
         severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"
         panels.append((f"{title}: corruptions", head, "clean", severity, corrupted))
@@ -180,7 +188,7 @@ def _plot(measures: Measures, path: Path) -> None:
 def _curves(axis: Any, rows: Sequence[tuple[str, str, float]], clean: float, chance: float) -> None:
     for change in dict.fromkeys(change for change, *_ in rows):
         points = sorted((float(s), value) for c, s, value in rows if c == change)
-        label = change.replace("_", " ")
+        label = TITLES.get(change, change.replace("_", " "))
         axis.plot(*zip((0.0, clean), *points, strict=True), marker="o", ms=3, lw=1.2, label=label)
     axis.axhline(chance, color="gray", lw=0.8, ls=":", label="chance")
     ticks = [0.0, *sorted({float(strength) for _, strength, _ in rows})]
