@@ -81,6 +81,37 @@ def crop_and_resize(
     return tv.resize(cropped, [size, size], mode, antialias=True).contiguous()
 
 
+def view_geometry(
+    width: int, height: int, data: DataConfig, size: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return where evaluation's view of S x S pixels lies in a picture: its corner, and its scales.
+
+    Position (u, v) in the view is (left + u * across, top + v * down) in the picture.
+    """
+    if not data.resizes_first:
+        left, top, w, h = center_crop(width, height, data.crop_pct)
+        return (left, top), (w / size, h / size)
+    to = _resized_size(width, height, data, resized_side(data, size))
+    across, down = width / to[0], height / to[1]
+    left, top = (round((own - size) / 2) for own in to)
+    return (left * across, top * down), (across, down)
+
+
+def shown_pixels(width: int, height: int, data: DataConfig, size: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and the columns of a picture that lie under the pixels of evaluation's view.
+
+    Both are [S] long, for a view of S x S pixels: the pixels that are nearest to its pixels'
+    centres, as a mask of class numbers needs them.
+    """
+    (left, top), (across, down) = view_geometry(width, height, data, size)
+    centres = torch.arange(size, dtype=torch.float64) + 0.5
+
+    def nearest(first: float, step: float, side: int) -> Tensor:
+        return (first + centres * step).long().clamp(0, side - 1)
+
+    return nearest(top, down, height), nearest(left, across, width)
+
+
 def prepare(frames: Tensor, data: DataConfig, size: int, crops: int = 1) -> list[Tensor]:
     """Make one or three views [T, 3, S, S] of frames [T, 3, H, W] uint8 at full size.
 
@@ -107,14 +138,18 @@ def _resize_whole(frames: Tensor, data: DataConfig, short: int) -> Tensor:
     Pillow resizes, as in those libraries: torchvision's result differs by up to 9 grey levels.
     """
     height, width = frames.shape[2:]
-    if data.resize == "squash":
-        to = short, short
-    elif width <= height:
-        to = short, int(short * height / width)
-    else:
-        to = int(short * width / height), short
+    to = _resized_size(width, height, data, short)
     filters: Any = Image.Resampling
     resample = filters[data.interpolation.upper()]
     rows = frames.permute(0, 2, 3, 1).contiguous().numpy()
     resized = [np.asarray(Image.fromarray(row).resize(to, resample)) for row in rows]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+
+
+def _resized_size(width: int, height: int, data: DataConfig, short: int) -> tuple[int, int]:
+    """Return the (width, height) of a whole picture that is resized to a short side."""
+    if data.resize == "squash":
+        return short, short
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short

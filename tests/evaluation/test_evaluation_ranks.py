@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from child_process import RECIPE, SUPPORT, torchrun
+from masked import write_masked
 
 from xray.artifacts.artifact import open_artifact
 from xray.commands.evaluate import evaluate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # 24 held-out photos and 24 clips: the last batch is short, and a process has one batch less.
 BATCH = "eval.batch_size=5"
+MASKS = "eval.segmentation={train: shards, test: plain, steps: 3}"
 PROBES = "eval.knn={train: gallery, test: heldout, k: 5}"
 SETS = (
     "eval.zero_shot={shards: heldout, classes: classes.txt}",
@@ -55,10 +57,18 @@ def jobs(
     """The jobs of evaluation_ranks.py."""
     files = tmp_path_factory.mktemp("list") / "list.csv"
     files.write_text(f"path,label\n{media / 'photo.jpg'},a\n{media / 'other.jpg'},b\n")
+    masked = write_masked(tmp_path_factory.mktemp("masked"), 12)
     clip, data = trained("clip", "train.samples=24"), [f"data.root={demo}", "data.workers=0", BATCH]
     text = trained("text", "train.samples=24", "data.blocks=[{source: photos, samples: 8}]")
     commands = {
         "clip": {"artifact": clip, "overrides": [*data, PROBES, *SETS], "suite": SUITES},
+        "masks": {
+            "artifact": clip,
+            "overrides": [*data[1:], f"data.root={masked}", MASKS],
+            "suite": "segmentation,correspondence",
+            "keep_rates": "1,.5",
+            "reduce": "tome,random",
+        },
         "rates": {"artifact": clip, "overrides": [*data, PROBES], "keep_rates": "1,.5"},
         "text": {"artifact": text, "overrides": [*data, "eval.captions.shards=heldout"]},
         "tags": {
@@ -109,16 +119,20 @@ def two(jobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple
     return out, torchrun(str(SUPPORT / "evaluation_ranks.py"), str(out / "jobs"))
 
 
+def _untimed(section: dict[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in section.items() if key not in TIMED}
+    return {k: _untimed(v) if isinstance(v, dict) else v for k, v in own.items()}
+
+
 def measures(path: Path) -> dict[str, Any]:
     """Return the results in a file, without those of timing."""
     sections = json.loads(path.read_text()).items()
-    return {
-        name: {key: value for key, value in own.items() if key not in TIMED}
-        for name, own in sections
-    }
+    return {name: _untimed(own) for name, own in sections}
 
 
-@pytest.mark.parametrize("name", ("clip", "rates", "text", "tags", "one_batch", "recipe/results"))
+@pytest.mark.parametrize(
+    "name", ("clip", "masks", "rates", "text", "tags", "one_batch", "recipe/results")
+)
 def test_two_processes_have_the_results_of_one(one: Path, two: tuple[Path, str], name: str) -> None:
     found = measures(two[0] / f"{name}.json")
     assert found == measures(one / f"{name}.json") and found

@@ -119,6 +119,6 @@ class EvalConfig:
         for suite in SUITES:
             if suite.sets_from is not None and not self.of(suite).sets():
                 lender = self.of(suite.sets_from)
-                sets = {key: getattr(lender, key) for key in (*lender.required_sets, "modality")}
+                sets = {key: getattr(lender, key) for key in lender.lends}
                 lent[suite.name] = replace(self.of(suite), **sets)
         return replace(self, **lent)  # type: ignore[type-var]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data_pipelines.ingest.labelled import open_labelled, place_of
+from data_pipelines.ingest.masked import MaskNames, open_masked
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import find_shards
@@ -29,7 +30,7 @@ from xray.evaluation.feature_extraction import (
     batch_samples,
     features_of,
 )
-from xray.evaluation.suite import LabelledConfig
+from xray.evaluation.suite import LabelledConfig, MaskedConfig
 from xray.progress import progress_of
 
 if TYPE_CHECKING:  # config imports the suites, which import this module
@@ -98,6 +99,16 @@ class Sets:
         if key not in self._sources:
             self._sources[key] = opening()
         return self._sources[key]
+
+    def masked(self, name: str, config: MaskedConfig) -> tuple[Source, Source]:
+        """Open the training and the test source of a suite, whose pictures have masks."""
+        names = MaskNames(config.images, config.masks, config.mask.lstrip("."))
+
+        def opened(which: str, pattern: str) -> Source:
+            own = f"eval.{name}.{which}", pattern, self.data.root, names
+            return self.once((pattern, *dataclasses.astuple(names)), lambda: open_masked(*own))
+
+        return opened("train", config.train), opened("test", config.test)
 
     def features(self, source: Source, space: str = "backbone") -> Features:
         """Return the features of a whole source in one space: backbone or joint."""

@@ -26,7 +26,7 @@ from xray.artifacts.lineage import lineage
 from xray.artifacts.offers import IMPORTED
 from xray.errors import BadSample, DataError
 from xray.evaluation.datasets import Sets
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.suite import LabelledConfig, MaskedConfig, Suite
 
 OVERLAP = "overlap"  # key of the shares in the results
 Tested = tuple[str, Source, Source | None]  # key, data set, training set of a probe
@@ -171,6 +171,9 @@ def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
         for key, part in reader.sections(sets.config.of(reader)).items():
             if isinstance(part, LabelledConfig) and part.has_data():
                 train, test = sets.labelled(key, part)
+                yield f"{key}.test", test, train
+            elif isinstance(part, MaskedConfig) and part.has_data():
+                train, test = sets.masked(key, part)
                 yield f"{key}.test", test, train
             elif part.has_data():
                 for name in part.required_sets:

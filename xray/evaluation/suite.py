@@ -30,6 +30,7 @@ class SuiteConfig:
 
     required_sets: ClassVar[tuple[str, ...]] = ()
     optional_sets: ClassVar[tuple[str, ...]] = ()
+    lends: ClassVar[tuple[str, ...]] = ()  # keys that suites with `sets_from` take
 
     def sets(self) -> dict[str, str]:
         """Return the patterns of the data sets that are set, by key."""
@@ -74,10 +75,35 @@ class LabelledConfig(SuiteConfig):
     """Labelled samples for training and for test; a probe without sets takes those of eval.knn."""
 
     required_sets = ("train", "test")
+    lends = ("train", "test", "modality")
 
     train: str = ""  # labelled samples to fit on: shards, a folder of class folders, or a list
     test: str = ""  # labelled samples to test on, with the same classes
     modality: Literal["image", "video"] = "image"  # of the samples
+
+
+@dataclass
+class MaskedConfig(SuiteConfig):
+    """Pictures with masks for training and for test; a pixel value of a mask is a class number."""
+
+    required_sets = ("train", "test")
+    lends = ("train", "test", "images", "masks", "mask", "classes", "ignore")
+    modality: ClassVar[Literal["image"]] = "image"
+
+    train: str = ""  # pictures with masks to learn from: shards, a folder or a list
+    test: str = ""  # pictures with masks to test on
+    images: str = "images"  # folder of the pictures in the folder of a set
+    masks: str = "masks"  # folder of the masks beside it, with the same file names
+    mask: str = "mask.png"  # ending of a mask in shards: KEY.mask.png
+    classes: int = 0  # number of classes, 0 to classes - 1; 0 = those in the masks of `train`
+    ignore: list[int] = field(default_factory=lambda: [255])  # values of pixels without a class
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.classes < 0 or self.classes == 1:
+            raise ConfigError(f"{key}.classes={self.classes} must be 0, or at least 2")
+        if not (self.images and self.masks and self.mask.strip(".")):
+            raise ConfigError(f"{key}: images, masks and mask must not be empty")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from xray.errors import ConfigError, nearest
 from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.compositional import COMPOSITIONAL
+from xray.evaluation.suites.correspondence import CORRESPONDENCE
 from xray.evaluation.suites.finetune import FINETUNE
 from xray.evaluation.suites.knn import KNN
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
 from xray.evaluation.suites.robustness import ROBUSTNESS
+from xray.evaluation.suites.segmentation import SEGMENTATION
 from xray.evaluation.suites.tagging import TAGS
 from xray.evaluation.suites.token_selection import TOKEN_SELECTION
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
@@ -29,6 +31,8 @@ SUITES: tuple[Suite[Any], ...] = (
     LINEAR_PROBE,
     ATTENTIVE_PROBE,
     FINETUNE,
+    SEGMENTATION,
+    CORRESPONDENCE,
     ROBUSTNESS,
     TAGS,
     TOKEN_SELECTION,
