@@ -11,6 +11,7 @@ from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.compositional import COMPOSITIONAL
 from xray.evaluation.suites.correspondence import CORRESPONDENCE
 from xray.evaluation.suites.finetune import FINETUNE
+from xray.evaluation.suites.keypoints import KEYPOINTS
 from xray.evaluation.suites.knn import KNN
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.retrieval import CAPTIONS, RETRIEVAL, VIDEO_RETRIEVAL
@@ -33,6 +34,7 @@ SUITES: tuple[Suite[Any], ...] = (
     FINETUNE,
     SEGMENTATION,
     CORRESPONDENCE,
+    KEYPOINTS,
     ROBUSTNESS,
     TAGS,
     TOKEN_SELECTION,
