@@ -69,6 +69,8 @@ def test_probes_without_data_sets_take_those_of_knn() -> None:
 def test_settings_that_came_later_leave_the_identity_of_older_evaluations() -> None:
     own = identity(config())
     assert "token_selection" not in own and "keep_rates" not in own and "retrieval" in own
+    assert own["robustness"]["attacks"] == ["fgsm", "pgd", "square"]
+    assert not {"apgd_steps", "corrupted", "baseline"} & own["robustness"].keys()
     sections = {"token_selection": {"shards": "c"}, "keep_rates": {"rates": [0.5]}}
     added = identity(build(EvalConfig, sections))
     assert added["token_selection"]["shards"] == "c" and added["keep_rates"]["rates"] == [0.5]

@@ -1,9 +1,10 @@
 """Common corruptions at five severities (ImageNet-C, 1903.12261), and changes of aspect ratio.
 
 These are the eight of the fifteen corruptions that numeric constants define. Glass, motion and zoom
-blur, snow, frost, fog and elastic are left out: they need images of frost, ImageMagick's motion
-blur or a plasma fractal. As in ImageNet-C, images are corrupted after they are cropped and resized.
-The constants are for 224 pixels, so a disc or a block covers more of a smaller image.
+blur, snow, frost, fog and elastic are not computed: they need images of frost, ImageMagick's motion
+blur or a plasma fractal. They can be read from ImageNet-C's own files (`corruption_folders`). As in
+ImageNet-C, images are corrupted after they are cropped and resized. The constants are for 224
+pixels, so a disc or a block covers more of a smaller image.
 """
 
 from __future__ import annotations
@@ -111,6 +112,15 @@ ON_VALUES: dict[str, Callable[[Array, int, Rng], Array]] = {
 }
 ON_FRAMES = {"pixelate": pixelate, "jpeg_compression": jpeg_compression}
 CORRUPTIONS = (*ON_VALUES, *ON_FRAMES)
+SEVERITIES = (1, 2, 3, 4, 5)
+# The corruptions of ImageNet-C's folders: the fifteen of its mean, and four more for validation.
+IMAGENET_C = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 def corrupt(name: str, severity: int, pixels: Tensor, rng: Rng) -> Tensor:

@@ -19,6 +19,7 @@ from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, apgd, cross_entropy, dlr, fgsm, pgd, square
 from xray.evaluation.confidence import share
+from xray.evaluation.corruption_folders import CorruptionFolders
 from xray.evaluation.corruptions import corrupt, stretch
 from xray.evaluation.datasets import Sets
 from xray.evaluation.domain_shift import check_shift, shifted
@@ -44,6 +45,7 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         )
     for head in heads:  # fail on unknown labels before hours of work
         check_shift(head, config, sets)
+    folders = CorruptionFolders.open(config, sets, heads) if config.corrupted else None
     measures: Scores = {}
     hits: dict[str, dict[str, Tensor]] = {}
     for head in heads:
@@ -64,7 +66,7 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         measures |= _scores(head.name, hits[head.name], config)
         measures |= _attacked(head, config, sets)
         measures |= shifted(head, config, sets)
-    return measures
+    return measures | (folders.measure(sets, heads, measures) if folders else {})
 
 
 def _changes(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xray.artifacts.offers import VISION
 from xray.config.identity import added
 from xray.errors import ConfigError
-from xray.evaluation.corruptions import CORRUPTIONS
+from xray.evaluation.corruptions import CORRUPTIONS, EXTRA
 from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, titled
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
@@ -23,6 +23,7 @@ CLASSIC = ("fgsm", "pgd", "square")
 ATTACKS = (*CLASSIC, "apgd_ce", "apgd_dlr")
 ATTACKED = (*ATTACKS, "adversarial")  # changes whose strength is eps
 SHIFTS = ("resolution", "aspect")
+FILES = "corrupted_files"  # measure of pictures in the folders of ImageNet-C
 ENDS = ("", "_low", "_high")  # of the keys of a measure with its interval
 TITLES = {
     "corrupted": "mean of corruptions",
@@ -37,7 +38,7 @@ TITLES = {
 class RobustnessConfig(SuiteConfig):
     """Changes to the labelled samples of eval.zero_shot and eval.linear_probe."""
 
-    optional_sets = ("shift",)
+    optional_sets = ("shift", "corrupted", "baseline")
 
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # as in ImageNet-C
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # of each corruption
@@ -55,6 +56,9 @@ class RobustnessConfig(SuiteConfig):
     attacked: int = 200  # samples that are attacked, evenly spaced
     # labelled samples of the same classes from another source; several as NAME: samples
     shift: str | dict[str, str] = ""
+    corrupted: str = added("")  # folder of ImageNet-C: CORRUPTION/SEVERITY/CLASS/*.JPEG in it
+    # for mCE: results.json of another model on `corrupted`, or json of its errors by corruption
+    baseline: str = added("")
     seed: int = 0  # of noise and attacks
 
     def shifts(self) -> dict[str, str]:
@@ -80,6 +84,8 @@ class RobustnessConfig(SuiteConfig):
             raise ConfigError(f"{key}: resolutions, aspects and eps must be above 0")
         if min(self.steps, self.apgd_steps, self.queries, self.attacked) < 1:
             raise ConfigError(f"{key}: steps, apgd_steps, queries, attacked must be at least 1")
+        if self.baseline and not self.corrupted:
+            raise ConfigError(f"{key}.baseline is for corrupted pictures: set {key}.corrupted, too")
         for name, place in self.shifts().items():
             if "/" in name or not isinstance(place, str) or not place:
                 raise ConfigError(
@@ -108,9 +114,9 @@ def _rows(measures: Measures) -> Iterator[Row]:
         prefix, name = f"{head}/", head.replace("_", "-")
         own = {key.removeprefix(prefix): v for key, v in measures.items() if key.startswith(prefix)}
         steps = [(change, strength) for h, change, strength, _ in _changed(measures) if h == head]
-        for title, key, over in _listed(own, steps):
+        for title, key, over in (*_listed(own, steps), *_listed_files(own)):
             yield _share(f"{name}, {title}", own, key, own["chance"], over)
-        for title, value, chance, over in _shifted(own):
+        for title, value, chance, over in (*_ratios(own), *_shifted(own)):
             yield f"{name}, {title}", value, chance, over
 
 
@@ -136,6 +142,39 @@ def _listed(own: Measures, steps: Sequence[tuple[str, str]]) -> Iterator[tuple[s
         if change in ATTACKED:
             title = f"{TITLES.get(change, change)} {strength}/255"
             yield title, f"{change}/{strength}", some
+
+
+def _listed_files(own: Measures) -> Iterator[tuple[str, str, str]]:
+    """Yield (title, measure, number of severities) of each corruption of the folders, and means."""
+    found: dict[str, list[str]] = {}
+    for name, severity in _severities(own):
+        found.setdefault(name, []).append(severity)
+    for name, severities in found.items():
+        over = count(len(severities), "severity", "severities")
+        yield f"{name.replace('_', ' ')} (files)", f"{FILES}/{name}", over
+    extra = len(set(EXTRA) & found.keys())
+    for title, key, number in (
+        ("mean of corruptions (files)", FILES, len(found) - extra),
+        ("mean of extra (files)", f"{FILES}_extra", extra),
+    ):
+        if key in own:
+            yield title, key, count(number, "corruption")
+
+
+def _severities(own: Measures) -> Iterator[tuple[str, str]]:
+    """Yield (corruption, severity) of the folders of corrupted pictures."""
+    for key in own:
+        first, *parts = key.split("/")
+        if first == FILES and len(parts) == 2 and parts[1].isdecimal():
+            yield parts[0], parts[1]
+
+
+def _ratios(own: Measures) -> Iterator[Row]:
+    """Make the rows of the mean corruption errors; 100 % is the baseline's error."""
+    for key in ("mCE", "relative_mCE"):
+        if key in own:
+            over = count(own[f"{key}_corruptions"], "corruption")
+            yield key.replace("_", " "), f"{100 * own[key]:.1f}", "", over
 
 
 def _shifted(own: Measures) -> Iterator[Row]:
@@ -169,9 +208,13 @@ def _plot(measures: Measures, path: Path) -> None:
         own = [(c, s, 100 * value) for h, c, s, value in steps if h == head]
         corrupted = [row for row in own if row[0] in CORRUPTIONS]
         attacked = [row for row in own if row[0] in ATTACKED]
+        prefix = f"{head}/{FILES}/"
+        parts = {key.removeprefix(f"{head}/"): value for key, value in measures.items()}
+        stored = [(c, s, 100 * measures[f"{prefix}{c}/{s}"]) for c, s in _severities(parts)]
         title = head.replace("_", "-")
         severity, eps = "severity (0 = clean)", "eps of 255 (0 = clean)"
         panels.append((f"{title}: corruptions", head, "clean", severity, corrupted))
+        panels.append((f"{title}: corrupted files", head, "clean", severity, stored))
         panels.append((f"{title}: attacks", head, "attacked_clean", eps, attacked))
     panels = [panel for panel in panels if panel[-1]]
     if not panels:
