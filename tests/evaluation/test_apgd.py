@@ -66,7 +66,7 @@ def test_checkpoints_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_apgd_reaches_the_optimum_of_a_linear_model(loss: Callable[..., Tensor]) -> None:
-    """Of two classes and a far third: each pixel moves by eps against w, or up to 0 or 1."""
+    """Two classes and a far third: each pixel moves by eps against w, or up to 0 or 1."""
     eps, x = 0.01, images(16)
     weights, _ = linear(1)
     labels = torch.zeros(16, dtype=torch.long)
