@@ -21,7 +21,7 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
     own = hits.double().numpy()
     of = np.ones_like(own) if weights is None else weights.double().numpy()
     shares = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
-    low, high = _ends(np.concatenate(shares))
+    low, high = interval(np.concatenate(shares))
     value = hits.double().sum().item() / of.sum().item()
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
@@ -56,7 +56,7 @@ def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
         lower, upper = (until[:, -1:] - 1) // 2, until[:, -1:] // 2
         places = [(until <= middle).sum(axis=1) for middle in (lower, upper)]
         medians.append((ranked[places[0]] + ranked[places[1]]) / 2)
-    low, high = _ends(np.concatenate(medians))
+    low, high = interval(np.concatenate(medians))
     return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -91,7 +91,8 @@ def resamples(samples: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=rows * samples).reshape(rows, samples)
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval of resampled values."""
     tail = (100 - COVERED) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

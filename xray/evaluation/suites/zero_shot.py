@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
-from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, classifier_rows, titled
+from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, classifier_rows, share_row, titled
 from xray.words import count
 
 if TYPE_CHECKING:
     from xray.evaluation.datasets import Sets
 
 OF_OPEN_CLIP = ("openai", "simple")  # its lists of 80 and of 7 templates
+MAP = "mean_average_precision"  # of samples with several classes
 
 
 @dataclass
@@ -62,19 +63,30 @@ def is_template(text: str) -> bool:
 
 
 def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
+    from xray.evaluation.multilabel import has_label_vectors, label_vectors, mean_precision
     from xray.evaluation.prompts import prompt_templates
     from xray.evaluation.zero_shot import NamedClasses, zero_shot
 
     classes = NamedClasses.open(sets)
     prompts = len(prompt_templates(config, sets.data.root))
     features = sets.features(classes.source, "joint")
-    labels = classes.number(features.labels, classes.source)
-    return zero_shot(features.rows, labels, classes.weights(sets)) | {"prompts": float(prompts)}
+    if has_label_vectors(classes.source):
+        truth = label_vectors(classes.source, len(classes.names))
+        measures = mean_precision(features.rows @ classes.weights(sets).t(), truth)
+    else:
+        labels = classes.number(features.labels, classes.source)
+        measures = zero_shot(features.rows, labels, classes.weights(sets))
+    return {**measures, "prompts": float(prompts)}
 
 
 def _rows(measures: Measures) -> Iterator[Row]:
     samples = count(measures["samples"], "sample")
     over = f"{samples}, {count(measures['classes'], 'class', 'classes')}"
+    if MAP in measures:
+        if left_out := measures["absent_classes"]:
+            over += f"; {left_out:,.0f} without samples, left out"
+        yield share_row("zero-shot mAP", measures, MAP, measures[f"chance_{MAP}"], over)
+        return
     yield from classifier_rows("zero-shot", measures, ("top1", "top5"), over)
 
 
