@@ -134,10 +134,10 @@ def place_of(key: str, pattern: str, root: str) -> str:
     where, here = resolve(pattern, root), resolve(pattern)
     if not root or where == here or is_remote(where):
         return where
-    if not _exists(where):
+    if not data_exists(where):
         packed = resolve(pattern, shards_beside(os.path.expanduser(root)))
-        return next(filter(_exists, (packed, here)), where)
-    if not _exists(here):
+        return next(filter(data_exists, (packed, here)), where)
+    if not data_exists(here):
         return where
     if os.path.realpath(where) != os.path.realpath(here):
         _tell_of_both(key, where, os.path.abspath(here))
@@ -149,7 +149,7 @@ def _tell_of_both(key: str, where: str, other: str) -> None:
     log.info("%s: %s in data.root is used, not %s in the working folder", key, where, other)
 
 
-def _exists(where: str) -> bool:
+def data_exists(where: str) -> bool:
     """Return True for a path that exists, or a pattern of shards that do."""
     if os.path.exists(where):
         return True

@@ -60,7 +60,7 @@ def test_probes_without_data_sets_take_those_of_knn() -> None:
     probe = own.filled().of(LINEAR_PROBE)
     assert (probe.train, probe.test, probe.modality) == ("a", "b", "video")
     assert own.of(LINEAR_PROBE).train == "" and own.configured() == ["knn"]
-    assert list(own.filled().sets(["robustness"])) == [
+    assert list(own.filled().data_sets(["robustness"])) == [
         ("linear_probe.train", "a"),
         ("linear_probe.test", "b"),
     ]

@@ -51,7 +51,7 @@ def filled(shards: str, *overrides: str, **settings: Any) -> tuple[EvalConfig, l
 
 
 def sets(found: EvalConfig) -> dict[str, str]:
-    return dict(found.sets(found.configured()))
+    return dict(found.data_sets(found.configured()))
 
 
 def test_the_suites_that_the_samples_have_fields_for_are_filled(tmp_path: Path) -> None:

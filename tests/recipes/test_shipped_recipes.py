@@ -61,7 +61,7 @@ def shrunk(recipe: Recipe, demo: Path) -> list[str]:
     if recipe.prepare.llm is not None:
         settings.append("prepare.llm.captions=photos")
     asked: dict[str, Any] = {"classes": "classes.txt", "train": "gallery"}
-    for key, _ in recipe.eval.sets(recipe.eval.configured()):
+    for key, _ in recipe.eval.data_sets(recipe.eval.configured()):
         clips = "clips" in key or "video" in key
         settings.append(
             f"eval.{key}={asked.get(key.split('.')[-1], 'clips' if clips else 'heldout')}"

@@ -2,7 +2,8 @@
 
 usage: python kill_helper.py MOMENT ARGS...
 MOMENT is step:N (after step N), save:N (during save number N), file:N (after file number N of the
-checkpoints, in the thread that writes it) or artifact:STAGE (after that stage).
+checkpoints, in the thread that writes it), artifact:STAGE (after that stage) or set:N (in data set
+number N of eval.sets).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ def die() -> None:
 
 
 def arm(moment: str) -> None:
-    """Patch the trainer so that it kills this process at a moment."""
+    """Patch the trainer, or the evaluation, so that it kills this process at a moment."""
+    if moment.startswith("set:"):
+        _arm_set(int(moment.partition(":")[2]))
+        return
     import xray.training.checkpoint
     import xray.training.metrics
     import xray.training.portable_state
@@ -66,6 +70,25 @@ def arm(moment: str) -> None:
             return artifact
 
         xray.training.trainer._export = export_and_die
+
+
+def _arm_set(number: int) -> None:
+    from xray.evaluation.set_features import SharedSets
+
+    following, encode, done = SharedSets.following, SharedSets.encode_once, []
+
+    def following_and_count(self, *given):  # type: ignore[no-untyped-def]
+        done.append(given)
+        return following(self, *given)
+
+    def encode_and_die(self, source):  # type: ignore[no-untyped-def]
+        features = encode(self, source)
+        if len(done) == number - 1:
+            die()
+        return features
+
+    SharedSets.following = following_and_count  # type: ignore[method-assign]
+    SharedSets.encode_once = encode_and_die  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

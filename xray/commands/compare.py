@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +12,14 @@ import typer
 
 from xray import dist
 from xray.commands.common import SETTING, EvalRecipe, check_model, checking, guarded
-from xray.commands.evaluate import eval_settings
+from xray.commands.evaluate import check_named, eval_settings
 from xray.commands.help import examples
 from xray.errors import ConfigError
-from xray.files import write_in_place
+from xray.files import write_in_place, write_text
 
 if TYPE_CHECKING:
     from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.set_runs import SetResults
 
 
 @examples(
@@ -65,28 +68,75 @@ def compare(
             )
         for name in names:
             suite_named(name)
+        check_named(config, root)
         for model in named:
             check_model(model)
     from xray.evaluation.comparison import comparison_table, notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.set_page import write_page
+    from xray.evaluation.set_runs import SetRun, read_results
+    from xray.evaluation.set_tables import compared_sets
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
+    target = Path(out) if out else None
+    short = short_names(named)
+    earlier = {name: read_results(target, "models", name) if config.sets else {} for name in short}
     results: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    of_sets: dict[str, SetResults] = {}
     lines: dict[str, list[str]] = {}
-    for name, model in zip(short_names(named), named, strict=True):
+    written = Written(target, earlier)
+    for name, model in zip(short, named, strict=True):
         artifact = open_model(model, llm)
         evaluator = Evaluator.open(artifact, config, root, workers, device)
-        results[name], lines[name] = _run(evaluator, names)
-        facts[name] = {"model": model, "artifact": artifact.digest, "results": results[name]}
-        if out:  # each model at once: the next may take hours
-            write_in_place(Path(out), json.dumps({"models": facts}, indent=1))
-    table = comparison_table(results)
-    table.notes += notes_of(lines)
-    table.print()
-    if out:
+        facts = {"model": model, "artifact": artifact.digest}
+        if config.sets:
+            run = SetRun(evaluator, names)
+            save = partial(written.save, name, facts | {"results": {}})
+            of_sets[name] = run.evaluate(earlier[name], save)
+            written.save(name, facts | {"results": {}}, of_sets[name])
+            lines[name] = [run.unknown] if run.unknown else []
+        if not config.sets or config.configured():
+            results[name], lines[name] = _run(evaluator, names)
+            # each model at once: the next may take hours
+            written.save(name, facts | {"results": results[name]}, of_sets.get(name))
+    notes = notes_of(lines)
+    tables = [comparison_table(results)] if results else []
+    tables += [compared_sets(of_sets)] if of_sets else []
+    tables[-1].notes += notes
+    for table in tables:
+        table.print()
+    if target is not None:
+        if of_sets:
+            write_page(target.with_suffix(".html"), of_sets, notes)
+            print(f"page: {target.with_suffix('.html')}")
         print(f"written: {out}")
+
+
+@dataclass
+class Written:
+    """The file of all results; `earlier` ones of sets stay until their model is evaluated."""
+
+    target: Path | None
+    earlier: dict[str, SetResults]
+    models: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, name: str, facts: dict[str, Any], sets: SetResults | None) -> None:
+        """Write the file with the results of one more model, or more results of one."""
+        from xray.evaluation.set_runs import SETS, as_json
+        from xray.evaluation.set_tables import summary
+
+        own = {SETS: as_json(sets), **summary(sets)} if sets else {}
+        self.models[name] = facts | own
+        if self.target is None:
+            return
+        later = {
+            model: {SETS: as_json(known)}
+            for model, known in self.earlier.items()
+            if known and model not in self.models
+        }
+        text = json.dumps({"models": self.models | later}, indent=1)
+        (write_text if own or later else write_in_place)(self.target, text)
 
 
 def _run(evaluator: Evaluator, names: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -94,8 +144,13 @@ def _run(evaluator: Evaluator, names: list[str]) -> tuple[dict[str, Any], list[s
     from xray.evaluation.overlap import OVERLAP, overlap_lines
     from xray.evaluation.suites import suite_named
 
-    able = [name for name in names if suite_named(name).needs <= evaluator.offers]
-    results: dict[str, Any] = dict(evaluator.run(able if names else evaluator.default_suites()))
+    if evaluator.config.sets:  # a suite without data may have some there
+        configured = evaluator.config.possible(evaluator.offers)
+        able = [name for name in names or configured if name in configured]
+    else:
+        able = [name for name in names if suite_named(name).needs <= evaluator.offers]
+        able = able if names else evaluator.default_suites()
+    results: dict[str, Any] = dict(evaluator.run(able))
     overlap = evaluator.overlap(list(results))
     if overlap.shares:
         results[OVERLAP] = overlap.shares

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -22,7 +22,7 @@ from xray.commands.common import (
 )
 from xray.commands.help import examples
 from xray.errors import ConfigError
-from xray.files import write_in_place
+from xray.files import write_in_place, write_text
 
 if TYPE_CHECKING:
     from xray.artifacts.artifact import Artifact
@@ -54,6 +54,10 @@ log = logging.getLogger("xray")
         "xray eval runs/quickstart/clip/artifact --recipe quickstart --keep-rates 1,.7 "
         "--reduce evit,tome,random",
         "the same for three methods of token reduction",
+    ),
+    (
+        "xray eval runs/small/clip/artifact eval.sets=/data/benchmarks --out results",
+        "every data set in a folder, or in a .yaml file: one table, results.json and results.html",
     ),
 )
 @guarded
@@ -91,8 +95,9 @@ def evaluate(
     `xray config eval` prints the suites and their settings. Data sets are eval.SUITE.shards, or
     .train and .test: shards, a folder with a folder per class, or a .csv file with the columns
     path and label or caption. eval.held_out=true adds the samples that the artifact's sources hold
-    out (xray data pack val=, xray data split). With torchrun, each process encodes a part of every
-    data set; rank 0 writes the results.
+    out (xray data pack val=, xray data split). eval.sets evaluates many data sets, each
+    with a name; after an interruption, the same command continues. With torchrun, each process
+    encodes a part of every data set; rank 0 writes the results.
     """
     from xray.evaluation.suites import suite_named
 
@@ -103,6 +108,7 @@ def evaluate(
         methods = _methods(reduce, rates)
         for name in names:
             suite_named(name)
+        check_named(config, root, rates)
         check_model(artifact)
     from xray.evaluation.evaluator import Evaluator
     from xray.imports.cached import open_model
@@ -136,19 +142,39 @@ def filled_sets(config: EvalConfig, artifact: Artifact, root: str) -> EvalConfig
     return filled
 
 
+def check_named(config: EvalConfig, root: str, rates: Sequence[float] = ()) -> None:
+    """Check what can be checked of eval.sets before a model is loaded; raises ConfigError."""
+    if config.sets:
+        from xray.evaluation.named_sets import check_entries
+
+        if rates:
+            raise ConfigError("--keep-rates takes eval.SUITE.KEY=, not eval.sets")
+        check_entries(config, root)
+
+
 def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> None:
     from xray.evaluation.overlap import OVERLAP
     from xray.evaluation.suites import result_table, suite_named
     from xray.models.inference import recorded
 
     results: dict[str, Measures] = {}
-    suites = names or evaluator.default_suites()
+    named: dict[str, Any] = {}  # results of eval.sets
+    if evaluator.config.sets:  # a suite without data may have some there
+        configured = evaluator.config.configured()
+        suites = [name for name in names or configured if name in configured]
+    else:
+        suites = names or evaluator.default_suites()
 
     def write() -> None:
         if target is not None:
             facts = recorded(evaluator.config.precision)
-            write_in_place(target, json.dumps({**facts, **results}, indent=1))
+            text = json.dumps({**facts, **results, **named}, indent=1)
+            # whole, because the next run takes the finished sets from the file
+            (write_text if named else write_in_place)(target, text)
 
+    if evaluator.config.sets:
+        evaluator.check(suites)
+        evaluate_named(evaluator, names, named, write, target)
     try:  # write each result at once: the next suite may take hours, or fail
         for name, measures in evaluator.each(suites):
             results[name] = measures
@@ -167,6 +193,45 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
         for name in suites:
             if plot := suite_named(name).plot:
                 plot(results[name], target.with_suffix(f".{name}.png"))
+
+
+def evaluate_named(
+    evaluator: Evaluator,
+    names: Sequence[str],
+    written: dict[str, Any],
+    write: Callable[[], None],
+    target: Path | None,
+) -> None:
+    """Evaluate eval.sets, print the table, and write the page beside the file of results.
+
+    written: gets the results as JSON values, and then `write` is called, after each set.
+    """
+    from xray.evaluation.comparison import short_names
+    from xray.evaluation.set_page import write_page
+    from xray.evaluation.set_runs import SETS, SetResults, SetRun, as_json, read_results
+    from xray.evaluation.set_tables import set_table, summary
+
+    known, results = read_results(target), SetResults()
+
+    def save(found: SetResults) -> None:
+        results.clear()
+        results.update({name: own for name, own in found.items() if own})
+        written.update({SETS: as_json(results)}, **summary(results))
+        write()
+
+    run = SetRun(evaluator, names)
+    try:
+        save(run.evaluate(known, save))
+    finally:  # an error in one set leaves the results of the others
+        if results:
+            set_table(results).print()
+    if run.unknown:
+        print(run.unknown)
+    if target is not None:
+        page, model = target.with_suffix(".html"), str(evaluator.sets.encoder.artifact.path)
+        notes = [run.unknown] if run.unknown else []
+        write_page(page, {short_names([model])[0]: results}, notes)
+        print(f"page: {page}")
 
 
 def eval_settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:

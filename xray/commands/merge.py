@@ -123,6 +123,8 @@ def merge(
         _check(choice)
         names = [suite_named(name).name for name in _names(suite)]
         config, root, workers, llm = eval_settings(settings, recipe)
+        if config.sets:
+            raise ConfigError("xray merge takes eval.SUITE.KEY=, not eval.sets")
         folder = _folder(out, paths)
         described = _described(paths)
         for artifact in described:

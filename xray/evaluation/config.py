@@ -68,6 +68,8 @@ class EvalConfig:
     held_out: bool = added(False)
     precision: Precision = added("fp32")  # of backbone and text tower, and of training in suites
     keep_rates: KeepRatesConfig = added(factory=KeepRatesConfig)
+    # named data sets: a folder with a folder for each, or a .yaml file of their settings
+    sets: str = added("")
 
     def of(self, suite: Suite[C]) -> C:
         """Return the section of a suite."""
@@ -104,7 +106,7 @@ class EvalConfig:
             for stage, own in offers.items()
         }
 
-    def sets(self, suites: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def data_sets(self, suites: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield (key, pattern) of every data set and file that these suites read."""
         asked = [suite_named(name) for name in suites]
         reads = [other for suite in asked for other in suite.reads]

@@ -29,6 +29,7 @@ from xray.evaluation.feature_extraction import (
     Views,
     batch_samples,
     features_of,
+    labels_of,
 )
 from xray.evaluation.suite import LabelledConfig, MaskedConfig
 from xray.progress import progress_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # config imports the suites, which import this module
 
 def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:
     """Raise ConfigError or DataError if a data set that these suites read does not exist."""
-    for key, pattern in config.sets(suites):
+    for key, pattern in config.data_sets(suites):
         path = place_of(f"eval.{key}", pattern, root)
         if is_remote(path) or os.path.exists(path):
             continue
@@ -113,8 +114,12 @@ class Sets:
     def features(self, source: Source, space: str = "backbone") -> Features:
         """Return the features of a whole source in one space: backbone or joint."""
         if id(source) not in self._features:
-            self._features[id(source)] = self.encode(source)
+            self._features[id(source)] = self.encode_once(source)
         return self._features[id(source)][space]
+
+    def encode_once(self, source: Source) -> dict[str, Features]:
+        """Extract the features of a source that has none yet."""
+        return self.encode(source)
 
     def encode(
         self, source: Source, views: Views | None = None, data: DataConfig | None = None
@@ -158,3 +163,8 @@ class Sets:
             for own, source in zip(features, sources, strict=True)
         )
         return train, test
+
+    def check_classes(self, name: str, config: LabelledConfig) -> None:
+        """Raise the errors of the labels of `probe`, without decoding pictures."""
+        train, test = self.labelled(name, config)
+        Classes.of(labels_of(train), train).places(labels_of(test), test)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets, check_sets
 from xray.evaluation.dealing import dismiss, serve
 from xray.evaluation.overlap import Overlap, find_overlap
-from xray.evaluation.suite import Measures
+from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites import SUITES, suite_named
 
 T = TypeVar("T")
@@ -79,8 +79,7 @@ class Evaluator:
         """Check all suites, then yield each with its results as soon as it has run."""
         self.check(names)
         for name in names:
-            suite = suite_named(name)
-            yield name, suite.run(self.sets, self.sets.config.of(suite))
+            yield name, run_suite(suite_named(name), self.sets)
 
     def overlap(self, names: Sequence[str]) -> Overlap:
         """Compare these suites' data sets with what the artifact and its ancestors trained on."""
@@ -102,6 +101,11 @@ class Evaluator:
                 f"{data if configured else 'there are no data: give --recipe'}"
             )
         return suites
+
+
+def run_suite(suite: Suite[Any], sets: Sets) -> Measures:
+    """Run a suite on its section of the settings of data sets."""
+    return suite.run(sets, sets.config.of(suite))
 
 
 def check_suites(

@@ -143,7 +143,7 @@ def with_held_out(
     found = [HeldOut(name, own) for name, own in sources.items()]
     there = [held for held in found if held.folder]
     if not there:
-        return config, [] if config.configured() else [_advice(found)]
+        return config, [] if config.configured() or config.sets else [_advice(found)]
     filled: dict[str, Any] = {}
     lines = list[str]()
     for held in [*there]:

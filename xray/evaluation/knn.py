@@ -25,8 +25,7 @@ def knn(
     """
     check_labels(train_labels, "kNN")
     check_labels(test_labels, "kNN")
-    if k > len(train):
-        raise DataError(f"kNN with k={k} needs that many samples, there are {len(train)}: lower k")
+    check_neighbours(k, len(train))
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     rows = max(1, HELD // (len(train) + classes))
     predicted = []
@@ -37,3 +36,9 @@ def knn(
         votes.scatter_add_(1, train_labels[nearest], weight)
         predicted.append(votes.argmax(dim=1))
     return accuracy(torch.cat(predicted), test_labels, train_labels)
+
+
+def check_neighbours(k: int, samples: int) -> None:
+    """Raise DataError for fewer training samples than neighbours."""
+    if k > samples:
+        raise DataError(f"kNN with k={k} needs that many samples, there are {samples}: lower k")

@@ -74,7 +74,10 @@ class Overlap:
     unknown: str = ""  # line that says what could not be compared
 
 
-def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
+Training = tuple[list[Trained], list[str]]
+
+
+def trained_on(artifact: Artifact) -> Training:
     """List the sources of an artifact and its ancestors, and the stages that are not known."""
     found: dict[tuple[str, ...], Trained] = {}
     unknown = []
@@ -101,9 +104,14 @@ def trained_on(artifact: Artifact) -> tuple[list[Trained], list[str]]:
     return list(found.values()), unknown
 
 
-def find_overlap(sets: Sets, suites: Sequence[Suite[Any]]) -> Overlap:
-    """Compare the data sets of suites with what the artifact trained on."""
-    trained, unknown = trained_on(sets.encoder.artifact)
+def find_overlap(
+    sets: Sets, suites: Sequence[Suite[Any]], known_training: Training | None = None
+) -> Overlap:
+    """Compare the data sets of suites with what the artifact trained on.
+
+    known_training: `trained_on` of the artifact, for several calls.
+    """
+    trained, unknown = known_training or trained_on(sets.encoder.artifact)
     # several stages may share one
     places = {(own.where, own.modality, own.animations): own.source for own in trained}
     overlap, known = Overlap(), dict[int, float]()

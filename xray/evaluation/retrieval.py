@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import TextEncoder
 from xray.errors import ArtifactError, DataError
 from xray.evaluation.confidence import median, share
@@ -25,9 +26,11 @@ from xray.evaluation.feature_extraction import flat_captions, read_all_captions
 from xray.evaluation.suite import CaptionedConfig, Measures
 from xray.evaluation.suites.retrieval import DIRECTIONS, RetrievalConfig
 from xray.evaluation.zero_shot import HELD
+from xray.files import lines_of
 
 KS = (1, 5, 10)  # of R@k
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = DIRECTIONS
+TOO_FEW = "retrieval needs at least two samples, each with a caption"
 COPIES = 4  # of a chunk of similarities in memory at once
 
 
@@ -63,7 +66,7 @@ class Ranking:
         """Rank all images and texts; the arguments and errors are those of `retrieval`."""
         N, M = len(images), len(texts)
         if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
-            raise DataError("retrieval needs at least two samples, each with a caption")
+            raise DataError(TOO_FEW)
         kind = torch.arange(M) if kind is None else kind
         right = right_pairs(owner, kind)
         text_rank, image_rank = (f(images, texts, right, kind) for f in (text_ranks, image_ranks))
@@ -172,13 +175,27 @@ def _chance_median(right: Tensor, answers: int) -> float:
     return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
+def captioned_of(name: str, sets: Sets, config: RetrievalConfig) -> tuple[Source, list[list[str]]]:
+    """Open the data set of a suite and read the captions of each sample.
+
+    Raises DataError for fewer than two samples with captions.
+    """
+    source = config.open(sets, name, "shards")
+    captions = read_all_captions(source, config.captions)
+    if config.lines:
+        lines = [[line.strip() for text in own for line in lines_of(text)] for own in captions]
+        captions = [[line for line in own if line] for own in lines]
+    if sum(map(bool, captions)) == 1:
+        raise DataError(TOO_FEW)
+    return source, captions
+
+
 def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
     """Measure retrieval on the data set of a suite, and on each prefix size of the features.
 
     Samples without captions are left out, and counted as `uncaptioned`.
     """
-    source = config.open(sets, name, "shards")
-    captions = read_all_captions(source, config.captions)
+    source, captions = captioned_of(name, sets, config)
     texts, owner, captioned = flat_captions(captions, f"eval.{name}.shards")
     kind = kinds_of(texts, config.same)
     images, rows = sets.features(source, "joint").rows[captioned], sets.texts(texts)

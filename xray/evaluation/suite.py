@@ -125,6 +125,9 @@ class Suite(Generic[C]):
     plot: Callable[[Measures, Path], None] | None = None
     notes: Callable[[Measures], Iterable[str]] | None = None  # lines below the results table
     added: bool = False  # older evaluations lack its section
+    # of eval.sets: raises an error for data that `run` cannot use, without decoding pictures;
+    # the classes of a LabelledConfig are checked without it
+    check: Callable[[Sets, C], None] | None = None
 
     def sections(self, section: C) -> dict[str, SuiteConfig]:
         """Return the suite's settings by their key below eval: one, or one for each named set."""
@@ -181,9 +184,11 @@ def share_row(title: str, measures: Measures, key: str, chance: float, over: str
 
 
 def rank_row(title: str, measures: Measures, key: str, chance: float, over: str) -> Row:
-    """Make the row of a median rank and its interval."""
+    """Make the row of a median rank and of its interval, if it has one."""
     low, high = interval_keys(key)
-    value = f"place {measures[key]:.1f} [{measures[low]:.1f}, {measures[high]:.1f}]"
+    value = f"place {measures[key]:.1f}"
+    if low in measures:
+        value += f" [{measures[low]:.1f}, {measures[high]:.1f}]"
     return title, value, f"place {chance:.1f}", over
 
 

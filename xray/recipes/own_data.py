@@ -77,7 +77,9 @@ def _check_evaluation(recipe: Recipe) -> None:
     A table names its files, so what is beside it is not trained on.
     """
     root = os.path.realpath(os.path.expanduser(recipe.root))
-    for key, pattern in recipe.eval.sets(recipe.eval.configured()) if os.path.isdir(root) else ():
+    for key, pattern in (
+        recipe.eval.data_sets(recipe.eval.configured()) if os.path.isdir(root) else ()
+    ):
         for where in dict.fromkeys((resolve(pattern, recipe.root), os.path.expanduser(pattern))):
             inside = not is_remote(where) and os.path.realpath(where).startswith(root + os.sep)
             if inside and os.path.exists(where):

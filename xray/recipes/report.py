@@ -25,16 +25,19 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.keep_rates import KEEP_RATES, Rates, keep_rate_figure, keep_rate_table
+from xray.evaluation.set_runs import read_results
+from xray.evaluation.set_tables import for_page, mean_table, whole_table
 from xray.evaluation.suites import result_table
 from xray.evaluation.suites.retrieval import RETRIEVAL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.files import write_text
+from xray.recipes.named_results import NAMED_SETS
 from xray.recipes.next_steps import next_steps
 from xray.recipes.recipe import Recipe
 from xray.recipes.report_examples import confused, retrieved, tags
 from xray.recipes.run import held_out_sets
 from xray.records import read_record
-from xray.reports.figures import subplots, svg
+from xray.reports.figures import COLOURS, subplots, svg
 from xray.reports.html import Picture, gallery, paragraph, write_report
 from xray.reports.tables import ResultTable
 from xray.training.metrics import read_metrics
@@ -43,7 +46,6 @@ from xray.visualize.explain import Explainer
 FACTS = "report.json"
 SHOWN = 6  # images per sheet
 CLIPS = 2  # one per sheet
-COLOURS = ("#3b6ea5", "#b4552d", "#6f5b9a", "#2f7d5b", "#a33c63", "#8a6d1f", "#4a4a4a")
 SIZE = (4.4, 2.6)  # inches: the width of a phone, or half of a page
 Rows = Sequence[Mapping[str, float]]
 
@@ -65,6 +67,9 @@ def write_run_report(
     """Write `report.html` into the recipe's folder and return its path."""
     metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts = [results.html()] if results is not None else []
+    if named := read_results(recipe.out / NAMED_SETS):
+        tables = mean_table({"": named}), whole_table(named)
+        parts += [for_page(table).html() for table in tables if table.rows]
     parts += _keep_rates(recipe.out / KEEP_RATES)
     parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
     by_stage = {artifact.stage: artifact for artifact in artifacts}

@@ -36,6 +36,7 @@ from xray.evaluation.datasets import check_sets
 from xray.evaluation.evaluator import Evaluator, Results
 from xray.evaluation.held_out import TaggedSources, located, with_held_out
 from xray.evaluation.keep_rates import KEEP_RATES, over_keep_rates
+from xray.evaluation.named_sets import named_sets, naming
 from xray.evaluation.overlap import OVERLAP, Overlap
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import result_table, suite_named
@@ -44,6 +45,7 @@ from xray.models.tiny_llm import build_tiny_llm
 from xray.precompute.config import TextFeaturesConfig
 from xray.precompute.text_features import write_text_features
 from xray.progress import progress_bar
+from xray.recipes.named_results import NamedResults, suites_by_stage
 from xray.recipes.plan_table import Sizes, work_of
 from xray.recipes.recipe import Recipe
 from xray.reports.tables import ResultTable
@@ -194,6 +196,10 @@ def check_evaluation(runs: list[RunConfig], evaluation: EvalConfig, root: str) -
     offers = {run.stage: stage_class(run.stage).offers for run in runs}
     for suites in evaluation.in_recipe(offers).values():
         check_sets(evaluation, suites, root)
+    opening = partial(named_sets, evaluation, root, ())
+    for own in dist.main_first(opening, "opening the data sets of eval.sets"):
+        with naming(own.name):
+            check_sets(own.config, own.suites, root)
 
 
 def held_out_sets(recipe: Recipe) -> tuple[EvalConfig, list[str]]:
@@ -221,17 +227,26 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
     shares, unknown = dict[str, float](), list[str]()
     (recipe.out / KEEP_RATES).unlink(missing_ok=True)
     evaluation, _ = held_out_sets(recipe)
+    by_stage = suites_by_stage({artifact.stage: artifact.offers for artifact in artifacts})
+    named = NamedResults(recipe.out)
     asked = evaluation.in_recipe({artifact.stage: artifact.offers for artifact in artifacts})
     for artifact in artifacts:
-        if suites := asked[artifact.stage]:
-            given = artifact, evaluation, recipe.root, recipe.workers, device
-            evaluator = dist.main_first(partial(Evaluator.open, *given), "opening the artifact")
+        suites = asked[artifact.stage]
+        own = by_stage[artifact.stage] if evaluation.sets else []
+        if not suites and not own:
+            continue
+        given = artifact, evaluation, recipe.root, recipe.workers, device
+        evaluator = dist.main_first(partial(Evaluator.open, *given), "opening the artifact")
+        if own:
+            evaluator.lead(partial(named.evaluate, evaluator, own))
+        if suites:
             measured = evaluator.lead(partial(_measured, evaluator, suites))
             if measured is not None:
                 results |= measured[0]
                 shares |= measured[1].shares
                 unknown.append(measured[1].unknown)
             evaluator.lead(partial(_compare_keep_rates, evaluator, recipe, suites))
+    named.finish()
     if not results:
         return None
     results |= {OVERLAP: shares} if shares else {}

@@ -13,6 +13,7 @@ import numpy as np
 from xray.reports.html import Picture, paragraph
 
 COLOR = "#3b6ea5"
+COLOURS = (COLOR, "#b4552d", "#6f5b9a", "#2f7d5b", "#a33c63", "#8a6d1f", "#4a4a4a")
 
 
 def subplots(across: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -33,4 +33,10 @@ def _run(sets: Sets, config: KnnConfig) -> Measures:
     return knn(train.rows, train.labels, test.rows, test.labels, *settings)
 
 
-KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",))
+def _check(sets: Sets, config: KnnConfig) -> None:
+    from xray.evaluation.knn import check_neighbours
+
+    check_neighbours(config.k, len(sets.labelled("knn", config)[0]))
+
+
+KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",), check=_check)

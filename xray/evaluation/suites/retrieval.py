@@ -35,6 +35,7 @@ class RetrievalConfig(CaptionedConfig):
 
     # correct for a caption: only its own sample, or every sample that has the same caption
     same: Literal["sample", "caption"] = "sample"
+    lines: bool = added(False)  # each line of a caption is one, as in CLIP_benchmark's txt files
     # languages to measure one by one, and their mean: [en, de], or [all]; [] = all captions at once
     languages: list[str] = added(factory=list)
 
@@ -63,6 +64,14 @@ def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
     from xray.evaluation.retrieval import retrieval_of
 
     return retrieval_of(name, sets, config)
+
+
+def _check(name: str, sets: Sets, config: RetrievalConfig) -> None:
+    from xray.evaluation.feature_extraction import flat_captions
+    from xray.evaluation.retrieval import captioned_of
+
+    _, captions = captioned_of(name, sets, config)
+    flat_captions(captions, f"eval.{name}.shards")
 
 
 def _title(medium: str, measure: str) -> str:
@@ -122,6 +131,7 @@ def _suite(name: str, config: type[RetrievalConfig], medium: str, noun: str) -> 
         rows=partial(_rows, medium, noun),
         title=partial(_title, medium),
         compared=tuple(f"{direction}_R@1" for direction in DIRECTIONS),
+        check=partial(_check, name),
     )
 
 

@@ -62,6 +62,18 @@ def is_template(text: str) -> bool:
     return "{}" in text or "{c}" in text
 
 
+def _check(sets: Sets, config: ZeroShotConfig) -> None:
+    from xray.evaluation.feature_extraction import labels_of
+    from xray.evaluation.multilabel import has_label_vectors, label_vectors
+    from xray.evaluation.zero_shot import NamedClasses
+
+    classes = NamedClasses.open(sets)
+    if has_label_vectors(classes.source):
+        label_vectors(classes.source, len(classes.names))
+    else:
+        classes.number(labels_of(classes.source), classes.source)
+
+
 def _run(sets: Sets, config: ZeroShotConfig) -> Measures:
     from xray.evaluation.multilabel import has_label_vectors, label_vectors, mean_precision
     from xray.evaluation.prompts import prompt_templates
@@ -104,4 +116,5 @@ ZERO_SHOT = Suite(
     title=titled("zero-shot"),
     compared=("top1",),
     notes=_notes,
+    check=_check,
 )

@@ -1,0 +1,204 @@
+"""Features of named data sets: each picture is decoded once, and kept until its last use."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipelines.ingest.labelled import place_of
+from data_pipelines.ingest.plain_files import FileSource
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.source import Source
+from xray.errors import DataError
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import Features, labels_of
+from xray.evaluation.named_sets import NamedSet
+from xray.evaluation.suite import Suite
+from xray.files import sha256_file
+
+
+class SharedSets(Sets):
+    """Data sets that may have pictures in common, such as captions and classes of the same ones.
+
+    Features of a picture that another open source has, too, are taken from there.
+    """
+
+    def of(self, own: NamedSet) -> SharedSets:
+        """Return the same sources and features with the settings of a set."""
+        sets = copy.copy(self)
+        sets.config = own.config.filled()
+        return sets
+
+    def encode_once(self, source: Source) -> dict[str, Features]:
+        """Extract the features of the samples whose pictures no other open source has."""
+        keys = picture_keys(source)
+        held = [
+            (picture_keys(other), self._features[id(other)])
+            for other in self._sources.values()
+            if id(other) in self._features and other.modality == source.modality
+        ]
+        found = [(_positions(keys, known), features) for known, features in held]
+        new = np.ones(len(keys), bool)
+        for places, _ in found:
+            new &= places < 0
+        if new.all():
+            return self.encode(source)
+        if new.any():
+            places = np.full(len(keys), -1)
+            places[new] = np.arange(new.sum())
+            found.append((places, self.encode(source.with_slots(ChosenSlots(source, new)))))
+        return _joined(found, labels_of(source))
+
+    def following(self, uses: Uses, done: int) -> SharedSets:
+        """Return the open sources, with their features, that sets after number `done` still need.
+
+        The texts that were encoded last stay: the next set may have the same classes.
+        """
+        after = SharedSets(self.encoder, self.config, self.data.root, self.data.workers)
+        after.dealt = self.dealt
+        for key, source in self._sources.items():
+            if uses.later(picture_keys(source), done):
+                after._sources[key] = source
+                if id(source) in self._features:
+                    after._features[id(source)] = self._features[id(source)]
+        after._texts.update(list(self._texts.items())[-1:])
+        return after
+
+
+class ChosenSlots:
+    """Slots of some samples of a source; chosen: [N] bool."""
+
+    digest = "chosen"
+
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        places = np.array(list(source.places()))[chosen]
+        shards = range(len(source.manifest))
+        self.members = [places[places[:, 0] == shard, 1] for shard in shards]
+        self.counts = np.array([len(own) for own in self.members])
+
+    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (members, copies) of a shard's slots."""
+        return self.members[shard], np.zeros_like(self.members[shard])
+
+    def texts(self, shard: int, slot: int) -> np.ndarray | None:
+        """Return None: all captions are used."""
+        return None
+
+
+def picture_keys(source: Source) -> np.ndarray:
+    """Return a number for the place of each sample's picture, [N]: a file, or a member of a tar."""
+    if isinstance(source, FileSource):
+        items = (source.items[member] for _, member in source.places())
+        names = [hash((os.path.realpath(i.path), i.column and i.row)) for i in items]
+    else:
+        tars = [source.manifest.path(shard) for shard in range(len(source.manifest))]
+        tars = [tar if is_remote(tar) else os.path.realpath(tar) for tar in tars]
+        names = [hash((tars[shard], member)) for shard, member in source.places()]
+    return np.array(names, np.int64)
+
+
+def _positions(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the position in `known` of each wanted key, -1 if it is not there."""
+    if not len(known):
+        return np.full(len(wanted), -1)
+    order = known.argsort()
+    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[places] == wanted, places, -1)
+
+
+def _joined(
+    found: Sequence[tuple[np.ndarray, Mapping[str, Features]]], labels: torch.Tensor
+) -> dict[str, Features]:
+    """Join features of parts; each has its positions in the part [N], -1 for other samples."""
+    joined = {}
+    for space, example in found[0][1].items():
+        views = example.views.new_empty(len(labels), *example.views.shape[1:])
+        rows = example.rows.new_empty(len(labels), *example.rows.shape[1:])
+        for places, features in found:
+            mine = torch.from_numpy(np.flatnonzero(places >= 0))
+            taken = torch.from_numpy(places[places >= 0])
+            views[mine], rows[mine] = features[space].views[taken], features[space].rows[taken]
+        joined[space] = Features(rows, labels, views)
+    return joined
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set that a suite reads. source: None if it is not of samples, such as a text file."""
+
+    place: str
+    source: Source | None
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes with the names, sizes or times of the files."""
+        state = hashlib.sha256()
+        if self.source is not None:
+            state.update(self.source.manifest.digest.encode())
+            if not is_remote(self.place):  # a changed label may leave all sizes as they were
+                state.update(self.source.manifest.columns["mtimes"].tobytes())
+        elif os.path.isfile(self.place):
+            return sha256_file(Path(self.place))
+        else:
+            for folder, _, names in sorted(os.walk(self.place)):
+                for name in sorted(names):
+                    facts = os.stat(os.path.join(folder, name))
+                    state.update(f"{folder}/{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return state.hexdigest()
+
+
+def data_of(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Data]:
+    """Yield the data sets that suites read, and the files that their settings name."""
+    parts = [part for own in suites for part in own.sections(sets.config.of(own)).items()]
+    for name, part in parts:
+        modality: Any = getattr(part, "modality", "image")
+        for item in fields(part):
+            pattern, source = getattr(part, item.name), None
+            if not isinstance(pattern, str) or not pattern:
+                continue
+            key, is_set = f"{name}.{item.name}", item.name in part.required_sets
+            place = place_of(f"eval.{key}", pattern, sets.data.root)
+            if is_set:
+                with suppress(DataError):  # a suite may have another kind of data
+                    source = sets.open(key, pattern, modality)
+            if is_set or item.name in part.optional_sets or os.path.isfile(place):
+                yield Data(place, source)
+
+
+class Uses:
+    """Order of named sets, and when their pictures are needed; pictures: keys of each set."""
+
+    def __init__(self, pictures: Sequence[np.ndarray]) -> None:
+        self.order = _grouped(pictures)
+        rows = [np.empty(0, np.int64), *(pictures[number] for number in self.order)]
+        self.known, inverse = np.unique(np.concatenate(rows), return_inverse=True)
+        self.last = np.zeros(len(self.known), int)  # place in the order
+        lengths = np.array([len(row) for row in rows[1:]], int)
+        np.maximum.at(self.last, inverse, np.repeat(np.arange(len(lengths)), lengths))
+
+    def later(self, keys: np.ndarray, done: int) -> bool:
+        """Return True if a set after place `done` in the order has one of these pictures."""
+        places = _positions(keys, self.known)
+        return bool((self.last[places[places >= 0]] > done).any())
+
+
+def _grouped(pictures: Sequence[np.ndarray]) -> list[int]:
+    """Return the numbers of the sets so that those that share pictures follow each other."""
+    groups: list[tuple[np.ndarray, list[int]]] = []
+    for number, own in enumerate(pictures):
+        for place, (known, members) in enumerate(groups):
+            if np.isin(own, known).any():
+                members.append(number)
+                groups[place] = np.union1d(known, own), members
+                break
+        else:
+            groups.append((own, [number]))
+    return [number for _, members in groups for number in members]
