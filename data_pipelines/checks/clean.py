@@ -42,6 +42,7 @@ KINDS = {
     "texts": Kind("texts", "matches of the captions", "data curate"),
     "left": Kind("left", "samples left by filters", "data curate"),
     "kept": Kind("kept", "keep-lists", "data curate", costly=True),
+    "uids": Kind("uids", "samples of a list of uids", USE),
     "teacher": Kind("teacher", "tags given by a model", "data pseudo-tags", costly=True),
     "embeddings": Kind("embeddings", "embeddings by a model", "data embeddings", costly=True),
     "scores": Kind("scores", "scores by a model", "data scores", costly=True),

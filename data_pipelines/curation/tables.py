@@ -29,12 +29,13 @@ from data_pipelines.curation.filters import (
     text_filters,
 )
 from data_pipelines.curation.metadata import Metadata
+from data_pipelines.curation.uids import is_uid_list, keep_uids
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.shards.sidecar import CopySlots, Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.tags.balance import uniform
 from data_pipelines.text.captions import Caption, read_captions
-from xray.config import SourceConfig
+from xray.config import DataConfig, SourceConfig
 from xray.errors import BadSample, ConfigError
 
 MATCHES = ("hashes", "text_ends", "texts", "entry_ends", "entries")  # the columns of Matches
@@ -280,14 +281,17 @@ class KeptSlots(CopySlots):
         return table["texts"][start : int(table["text_ends"][slot])]
 
 
-def keep_listed(source: Source, config: SourceConfig) -> Source:
+def keep_listed(source: Source, config: SourceConfig, root: str = "", workers: int = 1) -> Source:
     """Restrict a source to the samples of its keep-list; without one, return it unchanged.
 
-    Raises ConfigError if its shards have no keep-list of that name, or if the keep-list was made
-    from other captions.
+    root: folder that the path of a list of uids is relative to. workers: processes that look for
+    uids. Raises ConfigError if its shards have no keep-list of that name, if the keep-list was made
+    from other captions, or for a list of uids that cannot be used.
     """
     if not config.keep:
         return source
+    if is_uid_list(config.keep):
+        return keep_uids(source, config.keep, root, workers)
     sidecar, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
     if sidecar is None or "captions" not in sidecar.facts:
         raise ConfigError(
@@ -300,3 +304,11 @@ def keep_listed(source: Source, config: SourceConfig) -> Source:
             f"chosen from captions={sidecar.facts['captions']}: set it to the same fields"
         )
     return source.with_slots(KeptSlots(sidecar))
+
+
+def kept_sources(sources: Mapping[str, Source], data: DataConfig) -> dict[str, Source]:
+    """Restrict the sources of a run to the samples of their keep-lists, as `keep_listed`."""
+    return {
+        name: keep_listed(source, data.sources[name], data.root, data.workers)
+        for name, source in sources.items()
+    }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.curation.tables import keep_listed
+from data_pipelines.curation.tables import kept_sources
 from data_pipelines.ingest.demo import DemoConfig, make_demo
 from data_pipelines.ingest.plain_files import Request
 from data_pipelines.ingest.user_data import open_data, open_sources
@@ -182,7 +182,8 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
         there = [open_artifact(path) for path in config.init_from if path not in coming]
         kind = stage_class(config.stage)
         stage, parents = kind(copy.deepcopy(config)), split_parents(kind, there)
-        kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+        keep = partial(kept_sources, opened, config.data)
+        kept = dist.main_first(keep, f"finding the kept samples of {config.stage}")
         pending = frozenset[str]().union(*(results[path] for path in coming))
         if VISION in kind.offers and VISION not in pending and not Path(config.out).exists():
             check = partial(normalisation, config.data, parents.vision, config.model)

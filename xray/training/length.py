@@ -32,7 +32,8 @@ def sources_at_hand(config: RunConfig) -> dict[str, Source]:
             request = Request(block.source, own.modality, own.animations)
             with suppress(DataError):
                 source = open_data(where, request, AT_HAND, "training")
-                found[block.source] = keep_listed(source, own)
+                given = own, config.data.root, config.data.workers
+                found[block.source] = keep_listed(source, *given)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from data_pipelines.curation.tables import keep_listed
+from data_pipelines.curation.tables import kept_sources
 from data_pipelines.decode.device import cannot_decode
 from data_pipelines.ingest.user_data import open_sources
 from data_pipelines.shards.source import Source, check_same_on_all_ranks
@@ -78,7 +78,7 @@ class Run:
         opened = as_recorded(open_sources(config.data, names), config)
 
         def prepare() -> dict[str, Source]:
-            kept = {n: keep_listed(s, config.data.sources[n]) for n, s in opened.items()}
+            kept = kept_sources(opened, config.data)
             stage.config = stage.config.with_length(sizes_of(kept))
             return stage.prepare(kept, parents)
 
