@@ -59,7 +59,8 @@ def shrunk(recipe: Recipe, demo: Path) -> list[str]:
         sizes = {"photos": 96, "clips": 24, "heldout": 24, "per_shard": 32, "side": 32, "frames": 8}
         settings.append(f"prepare.demo={json.dumps(sizes)}")
     if recipe.prepare.llm is not None:
-        settings.append("prepare.llm.captions=photos")
+        sizes = {"captions": "photos", "vocab_size": 300, "width": 32, "depth": 2, "heads": 4}
+        settings.append(f"prepare.llm={json.dumps(sizes)}")
     asked: dict[str, Any] = {"classes": "classes.txt", "train": "gallery"}
     for key, _ in recipe.eval.data_sets(recipe.eval.configured()):
         clips = "clips" in key or "video" in key
@@ -91,3 +92,15 @@ def test_a_shipped_recipe_trains_from_end_to_end(
     asked = recipe.eval.in_recipe({a.stage: open_artifact(a.path).offers for a in artifacts})
     table = evaluate(recipe, artifacts)
     assert (table is not None) == any(asked.values())
+
+
+def test_datacomp_small_has_the_settings_of_datacomp() -> None:
+    """The published settings of the small scale (2304.14108), with open_clip's AdamW for a ViT."""
+    (run,) = load_recipe("datacomp_small", []).runs
+    (block,) = run.blocks
+    optim, steps = run.optim, run.train.samples / block.samples
+    assert block.samples == 4096 and run.train.samples == 12_800_000 and steps == 3125
+    assert optim.base_lr * block.samples / 256 == pytest.approx(5e-4)
+    assert optim.warmup * steps == pytest.approx(500)
+    assert optim.name == "adamw" and optim.betas == [0.9, 0.98] and optim.weight_decay == 0.2
+    assert run.model.name == "vit_base_patch32_clip_224" and run.model.reduce == "none"
