@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def count(number: float, noun: str, plural: str = "") -> str:
@@ -13,6 +13,13 @@ def count(number: float, noun: str, plural: str = "") -> str:
 def counted(causes: Mapping[str, int]) -> str:
     """List the causes for which samples were left out, with the number of samples of each."""
     return ", ".join(f"{cause}: {n:,}" for cause, n in sorted(causes.items()))
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """List the first of several names, and count the others: a, b, c and 1,234 others."""
+    others = len(names) - most
+    rest = f" and {count(others, 'other')}" if others > 0 else ""
+    return ", ".join(names[:most]) + rest
 
 
 def duration(seconds: float) -> str:

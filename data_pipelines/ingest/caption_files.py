@@ -8,6 +8,7 @@ dataset_coco.json             Karpathy's splits: {"images": [{filename, filepath
 captions_val2014.json         COCO: {"images": [{id, file_name}], "annotations": [{image_id, ...}]}
 captions.jsonl                Crossmodal-3600: {"image/key": ..., "en": {"caption": [...]}, ...}
 swap_obj.json                 SugarCrepe: {"0": {filename, caption, negative_caption}, ...}
+test_videodatainfo.json       MSR-VTT: {"videos": [{video_id}], "sentences": [{video_id, caption}]}
 """
 
 from __future__ import annotations
@@ -99,18 +100,20 @@ def as_captions(row: Row) -> Row:
 
 
 def read_json(path: Path) -> list[Row]:
-    """Read a .json list of objects, or Karpathy's or COCO's; raises DataError for others."""
+    """Read a .json list of objects, or that of Karpathy, COCO or MSR-VTT; else DataError."""
     try:
         content = json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not json: {brief(error)}") from error
+    if isinstance(content, Mapping) and content.keys() >= {"videos", "sentences"}:
+        return _of_msrvtt(path, content)
     rows = content.get("images") if isinstance(content, Mapping) else content
     if rows is None and content and all(isinstance(row, dict) for row in content.values()):
         rows = [*content.values()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(
             f"{path} is not a list of objects with a path and captions, nor a caption file of "
-            'COCO or Karpathy, which have a list "images"'
+            'COCO or Karpathy, which have a list "images", nor MSR-VTT\'s, with "videos"'
         )
     if rows and "sentences" in rows[0]:
         return [_of_karpathy(path, row) for row in rows]
@@ -154,3 +157,23 @@ def _of_coco(images: Sequence[Row], annotations: Sequence[Any]) -> list[Row]:
         {**{key: image[key] for key in kept if key in image}, "captions": captions[image.get("id")]}
         for image in images
     ]
+
+
+def _of_msrvtt(path: Path, content: Mapping[str, Any]) -> list[Row]:
+    """Return a row for each video, with its sentences; `clip_lists` finds its file."""
+    captions: dict[Any, list[str]] = defaultdict(list)
+    videos, sentences = content["videos"], content["sentences"]
+    try:
+        for own in sentences:
+            captions[own["video_id"]].append(str(own["caption"]).strip())
+        return [
+            {
+                **{key: video[key] for key in ("video_id", "split", "category") if key in video},
+                "captions": captions[video["video_id"]],
+            }
+            for video in videos
+        ]
+    except (TypeError, LookupError) as error:
+        raise DataError(
+            f"{path}: an entry of videos has no video_id, or one of sentences none or no caption"
+        ) from error

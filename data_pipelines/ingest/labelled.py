@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from data_pipelines.ingest.clip_lists import tell_missing
 from data_pipelines.ingest.endings import by_ending, ending_of
 from data_pipelines.ingest.listing import Item, merged_captions
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
@@ -33,6 +34,7 @@ from data_pipelines.shards.tar_index import Modality, media_extensions
 from data_pipelines.text.captions import metadata_of
 from xray.errors import BadSample, DataError
 from xray.files import is_system_name
+from xray.words import count
 
 log = logging.getLogger("xray")
 
@@ -111,7 +113,7 @@ def open_labelled(
         if kind == "shards":
             source = open_data(where, request)
         else:
-            listed = list_files(where)
+            listed = _there(f"{name}={where}", list_files(where))
             if kind == "list":
                 items = _checked_rows(where, listed, modality, tuple(captions))
             else:
@@ -156,6 +158,25 @@ def data_exists(where: str) -> bool:
     with suppress(DataError):
         return is_pattern(where) and bool(find_shards(where))
     return False
+
+
+def _there(what: str, items: list[Item]) -> list[Item]:
+    """Leave out clips that may be missing, and are, with a line that counts them.
+
+    A list of MSR-VTT with videos of several splits is evaluated on those of its split `test`.
+    """
+    clips = [item for item in items if item.optional]
+    splits = {item.meta.get("split") for item in clips if "video_id" in item.meta}
+    if len(splits) > 1 and "test" in splits:
+        tested = [item for item in items if item.meta.get("split") == "test"]
+        of = count(len(items), "clip")
+        log.info("%s: those of the split test are used, %s of %s", what, f"{len(tested):,}", of)
+        items = tested
+    missing = {item.name for item in items if item.optional and not item.path.is_file()}
+    if items and len(missing) == len(items):
+        raise DataError(f"none of the {count(len(items), 'listed clip')} is there")
+    tell_missing(what, sorted(missing), len(items))
+    return [item for item in items if item.name not in missing]
 
 
 def _report_unused(what: str, items: Iterable[Item], source: FileSource) -> None:

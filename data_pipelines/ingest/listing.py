@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.ingest.clip_lists import is_clip_list, with_clips
 from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.parquet_tables import Cell, read_cell
 from data_pipelines.ingest.row_captions import (
@@ -58,6 +59,7 @@ class Item:
     row: int = 0  # number of its row in a list or a metadata file; 0 = no row
     column: str = ""  # of the parquet table at `path` that holds the file; "" = a file at `path`
     empty: int = 0  # number of its rows whose caption is empty, in a table with captions
+    optional: bool = False  # may be missing: a clip of a data set that is fetched clip by clip
 
     def stamp(self) -> str:
         """Return a line that changes when the file, its sidecars or its metadata change."""
@@ -147,6 +149,9 @@ def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -
     keys that do not fit.
     """
     rows = read_table(path, keys)
+    if clips := not keys.image_key and is_clip_list(rows):
+        folder = ""
+        root, rows = with_clips(path, root, rows)
     held = [column for column, value in rows[0].items() if isinstance(value, Cell)]
     column = file_column(path, rows, keys.image_key, held)
     rows = with_captions(path, rows, keys.caption_key)
@@ -169,7 +174,7 @@ def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -
         name = posixpath.normpath(posixpath.join(folder, name or f"(row {number} names no file)"))
         if name.startswith(f"{root.as_posix()}/"):
             name = Path(name).relative_to(root).as_posix()
-        items.append(Item(root / name, name, row, row=number, empty=empty))
+        items.append(Item(root / name, name, row, row=number, empty=empty, optional=clips))
     return _joined(items)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from xray.artifacts.offers import JOINT
 from xray.errors import ConfigError
-from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, classifier_rows, share_row, titled
+from xray.evaluation.suite import (
+    Measures,
+    Row,
+    Suite,
+    SuiteConfig,
+    classifier_rows,
+    share_row,
+    titled,
+)
 from xray.words import count
 
 if TYPE_CHECKING:
