@@ -41,7 +41,7 @@ def class_mean(name: str, hits: Tensor, labels: Tensor) -> dict[str, float]:
         hit = np.add.reduceat(drawn * own, starts, axis=1)
         return _mean_ratio(hit, np.add.reduceat(drawn, starts, axis=1))
 
-    low, high = _ends(np.concatenate([means(counts) for counts in resamples(len(own))]))
+    low, high = interval(np.concatenate([means(counts) for counts in resamples(len(own))]))
     value = float(means(np.ones((1, len(own)), np.int64))[0])
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
@@ -67,7 +67,7 @@ def mean_ratio(name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
     """
     own, of = parts.double().numpy(), wholes.double().numpy()
     means = [_mean_ratio(counts @ own, counts @ of) for counts in resamples(len(own))]
-    low, high = _ends(np.concatenate(means))
+    low, high = interval(np.concatenate(means))
     value = float(_mean_ratio(own.sum(axis=0)[None], of.sum(axis=0)[None])[0])
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
