@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from xray.ablations.comparison import chance_of, deviation, paired_t, student_p
+from xray.ablations.comparison import chance_of, deviation, paired_t
+from xray.evaluation.student_t import mean_interval, student_p
 
 
 def density(x: np.ndarray, df: int) -> np.ndarray:
@@ -22,6 +23,15 @@ def test_p_equals_the_integral_of_the_density(df: int) -> None:
         x = np.linspace(0, t, 200_001)
         assert student_p(t, df) == pytest.approx(1 - 2 * np.trapezoid(density(x, df), x), abs=1e-9)
         assert student_p(-t, df) == student_p(t, df)
+
+
+def test_the_interval_of_a_mean_is_that_of_published_t_tables() -> None:
+    for n, t in ((2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)):
+        values = np.random.default_rng(n).normal(0.3, 1.0, n)
+        error = values.std(ddof=1) / math.sqrt(n)
+        expected = values.mean() - t * error, values.mean() + t * error
+        assert mean_interval(values.tolist()) == pytest.approx(expected, abs=5e-4 * error)
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5)
 
 
 def test_paired_t() -> None:

@@ -17,6 +17,7 @@ from xray.ablations.trials import Ablation, Trial
 from xray.artifacts.artifact import find_manifest
 from xray.config import nearest
 from xray.errors import ConfigError
+from xray.evaluation.student_t import student_p
 from xray.records import read_record
 
 CHANCE = "chance_"
@@ -186,20 +187,3 @@ def paired_t(differences: Sequence[float]) -> float:
     if centre == 0:
         return 1.0
     return student_p(centre / error, n - 1) if error > ROUNDING * abs(centre) else math.nan
-
-
-def student_p(t: float, df: int) -> float:
-    """Return P(|T| >= |t|) for Student's t-distribution with `df` degrees of freedom (an integer).
-
-    Source: the finite series 26.7.3 and 26.7.4 of Abramowitz and Stegun (1964).
-    """
-    angle = math.atan2(abs(t), math.sqrt(df))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = df % 2 == 1
-    term = cosine if odd else 1.0
-    total = term if df > 1 else 0.0
-    for k in range(3 if odd else 2, df - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return max(0.0, 1.0 - inside)

@@ -39,12 +39,15 @@ class Classes:
         places = torch.searchsorted(self.numbers, labels).clamp(max=len(self.numbers) - 1)
         unknown = labels[self.numbers[places] != labels].tolist()
         if unknown:
-            name = self.names[unknown[0]] if unknown[0] < len(self.names) else unknown[0]
             raise DataError(
-                f"class {name!r} of {source.name} is not among the {len(self.numbers)} classes of "
-                f"{self.where}"
+                f"class {self.name(unknown[0])!r} of {source.name} is not among the "
+                f"{len(self.numbers)} classes of {self.where}"
             )
         return places
+
+    def name(self, number: int) -> str | int:
+        """Return the name of a class of the training set, or its number if it has no name."""
+        return self.names[number] if number < len(self.names) else number
 
 
 def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -> Tensor:

@@ -88,25 +88,37 @@ def _lbfgs(views: Tensor, own: Tensor) -> LinearHead:
     return LinearHead(mean, deviation, weights, strength)
 
 
-def fit(x: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
+def fit(
+    x: Tensor,
+    labels: Tensor,
+    strength: float,
+    start: Tensor,
+    tolerance: float = 1e-9,
+    history: int = 100,
+) -> Tensor:
     """Minimise the mean cross-entropy + strength/2 * |W|^2; returns weights [D + 1, C], bias last.
 
     This is scikit-learn's LogisticRegression with C = 1 / (strength * N). x: [N, D] double. start:
-    initial weights, which do not change the minimum.
+    initial weights, which do not change the minimum. With x [R, N, D], labels [R, N] and start
+    [R, D + 1, C], R separate problems are solved together. tolerance: largest derivative at the
+    end. history: steps that L-BFGS remembers.
     """
     weights = start.clone().requires_grad_()
+    problems = x[..., 0, 0].numel()
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=1000,
-        tolerance_grad=1e-9,
+        tolerance_grad=tolerance,
         tolerance_change=1e-16,
+        history_size=history,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights[:-1] + weights[-1], labels)
-        loss = loss + strength / 2 * weights[:-1].square().sum()
+        logits = x @ weights[..., :-1, :] + weights[..., -1:, :]
+        loss = problems * F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        loss = loss + strength / 2 * weights[..., :-1, :].square().sum()
         loss.backward()
         return loss
 

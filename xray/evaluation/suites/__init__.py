@@ -10,6 +10,7 @@ from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.compositional import COMPOSITIONAL
 from xray.evaluation.suites.correspondence import CORRESPONDENCE
+from xray.evaluation.suites.few_shot import FEW_SHOT
 from xray.evaluation.suites.finetune import FINETUNE
 from xray.evaluation.suites.keypoints import KEYPOINTS
 from xray.evaluation.suites.knn import KNN
@@ -30,6 +31,7 @@ SUITES: tuple[Suite[Any], ...] = (
     COMPOSITIONAL,
     KNN,
     LINEAR_PROBE,
+    FEW_SHOT,
     ATTENTIVE_PROBE,
     FINETUNE,
     SEGMENTATION,
