@@ -58,6 +58,11 @@ Llm = Annotated[
         "xray embed runs/small/clip/artifact photos --out patches.npy --patches --dtype fp16",
         "the patch tokens of each picture, [N, h, w, D]",
     ),
+    (
+        "xray embed runs/small/clip/artifact photos --out tiny.parquet --pca train.parquet "
+        "--dim 64 --dtype int8",
+        "64 principal components of the embeddings in train.parquet, one byte each",
+    ),
 )
 @guarded
 def embed(
@@ -72,8 +77,17 @@ def embed(
     out: Annotated[Path, typer.Option(help=".parquet or .npy file to write")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or binary")] = "fp32",
     dim: Annotated[
-        int, typer.Option(help="Number of leading features to keep (Matryoshka); 0 = all")
+        int,
+        typer.Option(help="Number of leading features (Matryoshka) or components to keep; 0 = all"),
     ] = 0,
+    pca: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Reduce to --dim principal components of the embeddings in this file, or to "
+            "those stored in it",
+        ),
+    ] = "",
     patches: Annotated[
         bool,
         typer.Option(
@@ -107,11 +121,12 @@ def embed(
     from xray.artifacts.artifact import open_artifact
     from xray.artifacts.offers import VISION
     from xray.search.config import EmbedConfig
-    from xray.search.embedding_file import check_out
+    from xray.search.embedding_file import check_out, open_embeddings
 
     config = EmbedConfig(
         dtype=dtype,  # type: ignore[arg-type]  # checked by validate()
         dim=dim,
+        pca=pca,
         keep_rate=keep_rate,
         precision=precision,  # type: ignore[arg-type]
         captions={name.strip(): 1.0 for name in captions.split(",") if name.strip()},
@@ -123,6 +138,8 @@ def embed(
         config.validate()
         check_out(out)
         check_artifact(artifact)
+        if pca:
+            open_embeddings(Path(pca))
     device = connected_device()
     opened = dist.main_first(lambda: open_artifact(artifact, llm), "opening the artifact")
     wanted = texts or VISION not in opened.offers
@@ -138,6 +155,7 @@ def _write(
     """Embed the samples, each rank its part, and print what was written and left out."""
     from xray.artifacts.encoders import restore_encoder
     from xray.search.embed import embed as write
+    from xray.search.embedding_file import open_embeddings
 
     encoder = restore_encoder(artifact).to(device)
     with progress_bar("embedding") if dist.is_main() else nullcontext() as progress:
@@ -145,6 +163,11 @@ def _write(
     if dist.is_main():
         again = f", {report.reused} of {report.parts} parts were there" if report.reused else ""
         print(f"{out}: {count(report.rows, 'row')} ({config.dtype}){again}")
+        if fitted := open_embeddings(out).facts.get("pca"):
+            print(
+                f"PCA of {count(fitted['samples'], 'embedding')} in {config.pca} keeps "
+                f"{100 * fitted['variance_kept']:.1f} % of their variance"
+            )
         _print_left_out(report.left_out, report.listed, corpus)
 
 

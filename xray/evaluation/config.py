@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from xray.config import Precision
@@ -116,11 +116,13 @@ class EvalConfig:
                 yield from ((f"{key}.{name}", place) for name, place in part.files().items())
 
     def filled(self) -> EvalConfig:
-        """Return a copy in which each probe without data sets has those of `sets_from`."""
+        """Return a copy in which each suite without data sets has those of `sets_from`."""
         lent = {}
         for suite in SUITES:
-            if suite.sets_from is not None and not self.of(suite).sets():
+            own = self.of(suite)
+            if suite.sets_from is not None and not suite.has_data(own):
                 lender = self.of(suite.sets_from)
-                sets = {key: getattr(lender, key) for key in lender.lends}
-                lent[suite.name] = replace(self.of(suite), **sets)
+                kind = next(cls for cls in type(lender).__mro__ if isinstance(own, cls))
+                sets = {key.name: getattr(lender, key.name) for key in fields(kind)}
+                lent[suite.name] = replace(own, **sets)
         return replace(self, **lent)  # type: ignore[type-var]

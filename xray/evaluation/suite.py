@@ -30,7 +30,6 @@ class SuiteConfig:
 
     required_sets: ClassVar[tuple[str, ...]] = ()
     optional_sets: ClassVar[tuple[str, ...]] = ()
-    lends: ClassVar[tuple[str, ...]] = ()  # keys that suites with `sets_from` take
 
     def sets(self) -> dict[str, str]:
         """Return the patterns of the data sets that are set, by key."""
@@ -75,7 +74,6 @@ class LabelledConfig(SuiteConfig):
     """Labelled samples for training and for test; a probe without sets takes those of eval.knn."""
 
     required_sets = ("train", "test")
-    lends = ("train", "test", "modality")
 
     train: str = ""  # labelled samples to fit on: shards, a folder of class folders, or a list
     test: str = ""  # labelled samples to test on, with the same classes
@@ -87,7 +85,6 @@ class MaskedConfig(SuiteConfig):
     """Pictures with masks for training and for test; a pixel value of a mask is a class number."""
 
     required_sets = ("train", "test")
-    lends = ("train", "test", "images", "masks", "mask", "classes", "ignore")
     modality: ClassVar[Literal["image"]] = "image"
 
     train: str = ""  # pictures with masks to learn from: shards, a folder or a list

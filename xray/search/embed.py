@@ -12,9 +12,10 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +61,8 @@ from xray.search.encoding import (
     warn_of_prefix,
     width_of,
 )
+from xray.search.pca import Pca
+from xray.search.projection import projection
 from xray.search.quantisation import calibrate, shortened
 
 PARTS = 256  # per corpus, unless they would be too small or too large
@@ -97,9 +100,10 @@ def embed(
     `out` of another job, DataError if nothing can be read.
     """
     check_out(out)
-    job = dist.main_first(lambda: _Job(encoder, corpus, config, out), "planning the parts")
+    pca = projection(config.pca, encoder.artifact, config.dim)
+    job = dist.main_first(lambda: _Job(encoder, corpus, config, out, pca), "planning the parts")
     listed = out.with_name(f"{out.name}.left_out.jsonl")
-    if dist.is_main() and job.dim < job.width:
+    if dist.is_main() and pca is None and job.dim < job.width:
         warn_of_prefix(encoder, job.dim)
     todo: list[int] = []
     if not dist.main_first(job.finished):
@@ -136,9 +140,15 @@ class _Job:
     """Request of an embedding job, and its finished parts."""
 
     def __init__(
-        self, encoder: VisionEncoder | TextEncoder, corpus: Corpus, config: EmbedConfig, out: Path
+        self,
+        encoder: VisionEncoder | TextEncoder,
+        corpus: Corpus,
+        config: EmbedConfig,
+        out: Path,
+        pca: Pca | None = None,
     ) -> None:
         self.encoder, self.corpus, self.config, self.out = encoder, corpus, config, out
+        self.pca = None if pca is None else pca.facts()
         self.places = Places(corpus.source, range(len(corpus.source.counts)))
         if not len(self.places):
             raise DataError(f"{corpus.where} contains no samples")
@@ -146,6 +156,9 @@ class _Job:
         self.grid = patch_grid(encoder, corpus.modality) if config.patches else []
         self.width = width_of(encoder, self.text, config.patches)
         self.dim = config.dim or self.width
+        self.reduced: Callable[[np.ndarray], np.ndarray] = partial(shortened, dim=self.dim)
+        if pca is not None:
+            self.dim, self.reduced = len(pca.components), pca.project
         if self.dim > self.width:
             raise ConfigError(f"--dim {self.dim}: the artifact has {self.width} dimensions")
         set_keep_rate(encoder, config.keep_rate, self.text)
@@ -165,12 +178,14 @@ class _Job:
             "captions": config.captions,
             **({"grid": self.grid} if self.grid else {}),
         }
+        if self.pca is not None:  # parts of older versions lack the key
+            self.identity["pca"] = self.pca["digest"]
 
     def finished(self) -> bool:
         """Return True if the file is complete; raises ConfigError for a file of another command."""
         if not self.out.exists():
             return False
-        asked = {"grid": None, **self.identity, "dtype": self.config.dtype}
+        asked = {"grid": None, "pca": None, **self.identity, "dtype": self.config.dtype}
         there = by_digest(open_embeddings(self.out).facts)
         changed = differences({name: there.get(name) for name in asked}, asked)
         if changed:
@@ -266,7 +281,7 @@ class _Job:
         for (here, bad), batch in one_behind(encoded()):
             found: Any = batch["rows"].numpy() if batch else []
             if batch and not self.grid:
-                found = shortened(found, self.dim)
+                found = self.reduced(found)
             yield [(p, row[None], [""]) for p, row in zip(here, found, strict=True)], bad
 
     def _texts(self, todo: Sequence[int]) -> Iterator[Found]:
@@ -289,7 +304,7 @@ class _Job:
                 (some, {"rows": encode([flat[n] for n in some]).float()}) for some in batches
             )
             for some, batch in one_behind(encoded):
-                rows[some] = shortened(batch["rows"].numpy(), self.dim)
+                rows[some] = self.reduced(batch["rows"].numpy())
             ends = np.cumsum([len(texts) for _, texts in own])
             parts = np.split(rows, ends[:-1]) if own else []
             yield [(p, r, t) for (p, t), r in zip(own, parts, strict=True)], bad
@@ -341,6 +356,7 @@ class _Job:
         made = {"digest": artifact.digest, "stage": artifact.stage, "where": artifact.origin}
         return {
             **self.identity,
+            **({} if self.pca is None else {"pca": self.pca}),
             "rows": rows,
             "dtype": self.config.dtype,
             "width": self.width,

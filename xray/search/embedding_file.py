@@ -6,7 +6,7 @@ X.npy       only the rows, and X.npy.json with keys, facts and checksums
 
 The facts describe the rows: dtype, dim, artifact, source. int8 has a scale and an offset per
 dimension; binary holds the signs, eight dimensions per byte. `grid` is that of patch tokens: a row
-is then [h, w, dim].
+is then [h, w, dim]. Rows that PCA projected have it in the facts, too (`xray.search.pca`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from xray.errors import ConfigError, DataError, brief
 from xray.files import nearest_path, replacing, usual_mode
 from xray.records import parse_record
+from xray.search.pca import Pca
 from xray.search.quantisation import STORED, quantise, row_length, row_shape
 
 log = logging.getLogger("xray")
@@ -63,8 +64,9 @@ Block = tuple[np.ndarray, Names]  # rows [n, D] float32, and their names
 
 
 def by_digest(facts: Mapping[str, Any]) -> Facts:
-    """Return facts with only the digests of the artifact and the source, not their paths."""
-    return {**facts, **{name: facts[name]["digest"] for name in ("artifact", "source")}}
+    """Return facts with only the digests of the artifact, the source and the PCA."""
+    named = [name for name in ("artifact", "source", "pca") if facts.get(name)]
+    return {**facts, **{name: facts[name]["digest"] for name in named}}
 
 
 # writing --------------------------------------------------------------------------------------
@@ -251,6 +253,7 @@ def _check_facts(facts: Any) -> None:
             raise ValueError(f"its {name} is {facts[name]!r}")
     if facts["version"] != VERSION:
         raise ValueError(f"it has version {facts['version']}, and this xray reads {VERSION}")
+    Pca.of(facts)
 
 
 def open_embeddings(path: Path) -> Embeddings:

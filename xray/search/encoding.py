@@ -21,7 +21,7 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample, ConfigError, DataError
 from xray.models.inference import autocast
 from xray.search.embedding_file import Facts
-from xray.search.quantisation import shortened
+from xray.search.pca import shaped
 
 
 def set_keep_rate(
@@ -139,7 +139,7 @@ def open_maker(facts: Facts, where: str = "", llm: str = "", trust_paths: bool =
 
 
 def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.device) -> np.ndarray:
-    """Encode a text, or a file of a picture or clip, to [1, D], shortened like the embeddings.
+    """Encode a text, or a file of a picture or clip, to [1, D], reduced as the embeddings are.
 
     Raises ConfigError for a query that the artifact cannot encode, DataError for an unusable file.
     """
@@ -149,13 +149,13 @@ def encode_query(artifact: Artifact, facts: Facts, query: str, device: torch.dev
     if isinstance(encoder, VisionEncoder):
         encoder.keep_rate = facts["keep_rate"] or encoder.keep_rate
     if ending_of(query) in MEDIA:
-        return shortened(_picture(encoder, query), facts["dim"])
+        return shaped(_picture(encoder, query), facts)
     if not isinstance(encoder, Encoder | TextEncoder):
         raise ConfigError(
             f"{artifact.path} is of stage {artifact.stage}, which encodes no text: give the "
             "file of a picture or clip"
         )
-    return shortened(encoder.encode_text([query]).numpy(), facts["dim"])
+    return shaped(encoder.encode_text([query]).numpy(), facts)
 
 
 def _picture(encoder: VisionEncoder | TextEncoder, name: str) -> np.ndarray:

@@ -17,8 +17,8 @@ from xray.search.quantisation import quantise, restored
 
 ROWS = 2048  # per comparison: 4 MB of fp32 at 512 dimensions, which fits a core's cache
 OVERSAMPLE = 4
-SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "keep_rate", "captions", "modality"]
-SAME_ROWS += ["grid"]
+SAME_ROWS = ["artifact", "source", "rows", "left_out", "dim", "pca", "grid"]
+SAME_ROWS += ["keep_rate", "captions", "modality"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def check_same_rows(embeddings: Embeddings, other: Embeddings) -> None:
-    """Raise ConfigError unless two files have the same samples, artifact and dim; their folders may
-    differ."""
+    """Raise ConfigError unless two files have the same samples, artifact, dim and PCA.
+
+    Their folders may differ.
+    """
     one, two = by_digest(embeddings.facts), by_digest(other.facts)
     for name in SAME_ROWS:
         ours, theirs = one.get(name), two.get(name)

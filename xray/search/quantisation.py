@@ -19,8 +19,12 @@ STORED: dict[str, Any] = {
 
 def shortened(rows: np.ndarray, dim: int) -> np.ndarray:
     """Return the first `dim` features of rows [N, D], normalised again."""
-    part = rows[:, :dim].astype(np.float32)
-    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+    return normalised(rows[:, :dim].astype(np.float32))
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """Return rows [N, D] float32 of length 1."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def calibrate(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from xray.errors import ConfigError, nearest
 from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.compositional import COMPOSITIONAL
+from xray.evaluation.suites.compression import COMPRESSION
 from xray.evaluation.suites.correspondence import CORRESPONDENCE
 from xray.evaluation.suites.few_shot import FEW_SHOT
 from xray.evaluation.suites.finetune import FINETUNE
@@ -27,6 +28,7 @@ SUITES: tuple[Suite[Any], ...] = (
     ZERO_SHOT,
     RETRIEVAL,
     VIDEO_RETRIEVAL,
+    COMPRESSION,
     CAPTIONS,
     COMPOSITIONAL,
     KNN,

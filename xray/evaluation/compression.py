@@ -1,0 +1,159 @@
+"""Compression: recall of shortened and quantised embeddings against the bytes of each.
+
+Embeddings are reduced to fewer dimensions, by a prefix of the features or by PCA, normalised again
+and stored as numbers of fewer bits, as `xray embed` stores them. Queries are reduced by the same,
+and stay fp32. PCA is fitted on other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xray.errors import ConfigError, DataError
+from xray.evaluation.confidence import share
+from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import flat_captions, read_all_captions
+from xray.evaluation.retrieval import image_ranks, retrieval, right_pairs, text_ranks
+from xray.evaluation.suite import Measures
+from xray.evaluation.suites.compression import CompressionConfig
+from xray.progress import progress_of
+from xray.search.pca import Pca
+from xray.search.quantisation import (
+    STORED,
+    Dtype,
+    calibrate,
+    quantise,
+    restored,
+    row_length,
+    shortened,
+)
+
+KS = (1, 5, 10)
+WHOLE: tuple[Dtype, ...] = ("fp32", "fp16", "int8", "binary")
+REDUCED: tuple[Dtype, ...] = ("fp32", "int8", "binary")
+FEWEST = 20  # images with a hit, below which a ratio of recalls says nothing
+
+Reduce = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Normalised features of images [N, D] and of their captions [M, D].
+
+    owner: [M], the image of each caption. kind: [M], equal for captions with the same images.
+    """
+
+    images: Tensor
+    texts: Tensor
+    owner: Tensor
+    kind: Tensor
+
+
+def compression_of(sets: Sets, config: CompressionConfig) -> Measures:
+    """Measure the recall of compressed embeddings on the data sets of the suite.
+
+    Samples without captions are left out, and counted as `uncaptioned`. Raises ConfigError for more
+    dimensions than the artifact or PCA has.
+    """
+    width, trained = sets.joint.options.embed_dim, sets.joint.matryoshka
+    dims = config.dims or [*trained] or [width // 2, width // 4, width // 8]
+    if max(dims) >= width:
+        raise ConfigError(f"eval.compression.dims={dims}: the artifact has {width} dimensions")
+    source = sets.open("compression.shards", config.shards, config.modality)
+    captions = read_all_captions(source, config.captions)
+    texts, owner, captioned = flat_captions(captions, "eval.compression.shards")
+    own = texts if config.same == "caption" else [str(number) for number in range(len(texts))]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(own))}
+    kind = torch.tensor([numbers[text] for text in own])
+    pairs = Pairs(sets.features(source, "joint").rows[captioned], sets.texts(texts), owner, kind)
+    pca = None
+    if config.train:
+        train = sets.open("compression.train", config.train, config.modality)
+        if len(train) <= max(dims):
+            raise DataError(
+                f"eval.compression.train has {len(train):,} samples: PCA to {max(dims)} "
+                "dimensions needs more"
+            )
+        pca = Pca.fit(part.numpy() for part in sets.features(train, "joint").rows.split(2**16))
+    measures = compression(pairs, sorted({*dims}, reverse=True), trained, pca)
+    if left_out := len(captions) - len(captioned):
+        measures["uncaptioned"] = float(left_out)
+    return measures
+
+
+def compression(
+    pairs: Pairs, dims: Sequence[int], trained: Sequence[int], pca: Pca | None
+) -> dict[str, float]:
+    """Measure R@k in both directions for each way to store the embeddings, and its bytes.
+
+    trained: Matryoshka prefixes. Keys are MEASURE/VARIANT, such as text_to_image_R@10/pca64_int8.
+    `_kept` is the recall relative to that of all features in fp32, with the interval of the ratio:
+    both are resampled together.
+    """
+    whole = retrieval(pairs.images, pairs.texts, pairs.owner, KS, pairs.kind)
+    measures = {key: whole[key] for key in whole if key in ("images", "texts") or "chance" in key}
+    variants = [*_variants(pairs.images.shape[1], dims, trained, pca)]
+    first: dict[str, Tensor] = {}
+    for name, reduce, dtype in progress_of("compression")(variants, len(variants)):
+        images, texts = (reduce(rows.numpy()) for rows in (pairs.images, pairs.texts))
+        facts = facts_of(images, dtype)
+        measures[f"bytes/{name}"] = float(row_length(facts) * np.dtype(STORED[dtype]).itemsize)
+        hits = _hits(images, texts, pairs, dtype)
+        first = first or {key: own for key, (own, _) in hits.items()}
+        for key, (own, weights) in hits.items():
+            found = share(key, own, weights)
+            if own is not first[key] and int((first[key] > 0).sum()) >= FEWEST:
+                found |= share(f"{key}_kept", own, first[key])
+            measures |= {f"{part}/{name}": value for part, value in found.items()}
+    return measures
+
+
+def _variants(
+    width: int, dims: Sequence[int], trained: Sequence[int], pca: Pca | None
+) -> Iterator[tuple[str, Reduce, Dtype]]:
+    """Yield (name, function that reduces rows, dtype), the uncompressed one first."""
+    for dtype in WHOLE:
+        yield f"full{width}_{dtype}", np.asarray, dtype
+    for dim in dims:
+        prefix = "matryoshka" if dim in trained else "prefix"
+        ways: dict[str, Reduce] = {prefix: partial(shortened, dim=dim)}
+        if pca is not None:
+            ways["pca"] = pca.first(dim).project
+        for dtype in REDUCED:
+            yield from ((f"{way}{dim}_{dtype}", own, dtype) for way, own in ways.items())
+
+
+def facts_of(rows: np.ndarray, dtype: Dtype) -> dict[str, Any]:
+    """Return the facts that rows [N, D] are stored by; int8 is calibrated on the rows."""
+    facts: dict[str, Any] = {"dtype": dtype, "dim": rows.shape[1]}
+    if dtype == "int8":
+        facts["scale"], facts["offset"] = calibrate(rows.min(axis=0), rows.max(axis=0))
+    return facts
+
+
+def _hits(
+    images: np.ndarray, texts: np.ndarray, pairs: Pairs, dtype: Dtype
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Find hits [N] by measure, and their weights: fp32 queries search stored rows."""
+    stored = []
+    for rows in (images, texts):
+        facts = facts_of(rows, dtype)
+        stored.append(torch.from_numpy(restored(quantise(rows, facts), facts)))
+    right = right_pairs(pairs.owner, pairs.kind)
+    by_text = text_ranks(stored[0], torch.from_numpy(texts), right, pairs.kind)
+    by_image = image_ranks(torch.from_numpy(images), stored[1], right, pairs.kind)
+    N = len(images)
+    captions = torch.bincount(pairs.owner, minlength=N).double()
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for k in KS:
+        hits = torch.zeros(N, dtype=torch.float64).index_add(0, pairs.owner, by_text.hits(k))
+        found[f"text_to_image_R@{k}"] = hits, captions
+        found[f"image_to_text_R@{k}"] = by_image.hits(k), None
+    return found
