@@ -49,6 +49,25 @@ class Slots(Protocol):
         """Return the numbers of the captions to use with a slot's sample; None = all."""
 
 
+class ChosenSlots:
+    """Slots of some samples of a source, once each; numbers: their places in it, ascending."""
+
+    def __init__(self, source: Source, numbers: np.ndarray) -> None:
+        shards, members = np.array(list(source.places())).reshape(-1, 2)[numbers].T
+        self.members = [members[shards == shard] for shard in range(len(source.manifest))]
+        self.counts = np.array([len(own) for own in self.members], np.int64)
+        self.numbers = numbers
+        self.digest = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
+
+    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (members, copies) of a shard's slots."""
+        return self.members[shard], np.zeros_like(self.members[shard])
+
+    def texts(self, shard: int, slot: int) -> np.ndarray | None:
+        """Return None: all captions are used."""
+        return None
+
+
 @dataclass
 class SharedDecoding:
     """Parts that the views of a sample have in common: its decoded frames, and how to draw them."""

@@ -19,8 +19,9 @@ from xray.config import OptimConfig, Precision
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Samples, batch_samples
+from xray.evaluation.splits import Chosen, Scratch
 from xray.evaluation.suites.attentive_probe import AttentiveProbeConfig
-from xray.evaluation.token_files import Rows, batch_of, blocks, stored, token_folder
+from xray.evaluation.token_files import Rows, batch_of, blocks, stored
 from xray.models.inference import autocast
 from xray.optim import lr_at, set_lr
 from xray.progress import progress_of
@@ -58,9 +59,9 @@ def attentive_probe(sets: Sets, config: AttentiveProbeConfig) -> dict[str, float
     in half precision. The query attends to the tokens of all views of a clip.
     """
     source, test_source = sets.labelled("attentive_probe", config)
-    with token_folder() as folder:
-        train, labels = _tokens(sets, source, folder / "train")
-        test, truth = _tokens(sets, test_source, folder / "test")
+    with sets.scratch() as scratch:
+        train, labels = _stored(sets, source, scratch)
+        test, truth = _stored(sets, test_source, scratch)
         classes = Classes.of(labels, source)
         labels, truth = classes.places(labels, source), classes.places(truth, test_source)
         device = sets.vision.normalize.mean.device
@@ -89,6 +90,16 @@ class TokensOf(Samples):
                 return {"tokens": encoder.vision(x, encoder.keep_rate).patches.half()}
 
         yield from self.encoded(tokens, numbers)
+
+
+def _stored(sets: Sets, source: Source, scratch: Scratch) -> tuple[Any, Tensor]:
+    """Return the tokens of a source and its labels [N]; all splits of a set share one file."""
+    whole, numbers = sets.part(source)
+    files = scratch.stored
+    if id(whole) not in files:
+        files[id(whole)] = _tokens(sets, whole, scratch.folder / str(len(files)))
+    tokens, labels = files[id(whole)]
+    return (tokens, labels) if whole is source else (Chosen(tokens, numbers), labels[numbers])
 
 
 def _tokens(sets: Sets, source: Source, path: Path) -> tuple[Rows, Tensor]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 
 from data_pipelines.ingest.labelled import open_labelled, place_of
 from data_pipelines.ingest.masked import MaskNames, open_masked
+from data_pipelines.ingest.split_files import open_splits
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import find_shards
-from data_pipelines.shards.source import Source
+from data_pipelines.shards.source import ChosenSlots, Source
 from data_pipelines.shards.tar_index import Modality
 from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, normalised_rows
 from xray.artifacts.manifest_config import data_config
@@ -31,11 +35,16 @@ from xray.evaluation.feature_extraction import (
     features_of,
     labels_of,
 )
+from xray.evaluation.splits import Part, PartFeatures, Scratch
 from xray.evaluation.suite import LabelledConfig, MaskedConfig
+from xray.evaluation.token_files import token_folder
 from xray.progress import progress_of
 
 if TYPE_CHECKING:  # config imports the suites, which import this module
     from xray.evaluation.config import EvalConfig
+    from xray.evaluation.suites.zero_shot import ZeroShotConfig
+
+    Divided: TypeAlias = LabelledConfig | ZeroShotConfig  # settings with `splits`
 
 
 def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:
@@ -64,6 +73,10 @@ class Sets:
         self.dealt = False  # encoding is dealt over all ranks (Evaluator.lead)
         self._sources: dict[tuple[str, ...], Source] = {}
         self._features: dict[int, dict[str, Features]] = {}  # by the id of an opened source
+        self._splits: dict[tuple[str, ...], dict[int, tuple[Source, Source]]] = {}
+        self._parts: dict[int, Part] = {}  # by the id of the source of a part
+        self._partial: dict[int, PartFeatures] = {}  # by the id of a source that has parts
+        self._scratch: Scratch | None = None
         self._texts: dict[tuple[str, ...], Tensor] = {}
 
     @property
@@ -111,8 +124,71 @@ class Sets:
 
         return opened("train", config.train), opened("test", config.test)
 
+    def tested(self, name: str, pattern: str, config: Divided) -> Source:
+        """Open the set that a suite without training is measured on, or the tests of a split."""
+        if config.splits:
+            return self._pair(name, config)[1]
+        return self.open(name, pattern, config.modality)
+
+    def splits(self, name: str, config: Divided) -> list[int]:
+        """List the numbers of the chosen splits; raises ConfigError for one that has no files."""
+        there = list(self._divided(name, config))
+        if config.split == "all":
+            return there
+        if config.split not in there:
+            known = ", ".join(map(str, there))
+            raise ConfigError(f"eval.{name}.split={config.split}: {config.splits} has {known}")
+        return [config.split]
+
+    def part(self, source: Source) -> Part:
+        """Return the set that a source is a part of, or is, and the numbers of its samples."""
+        return self._parts.get(id(source)) or Part(source, torch.arange(len(source)))
+
+    @contextmanager
+    def scratch(self) -> Iterator[Scratch]:
+        """Yield a folder for files of a suite; all splits of a suite have the same one."""
+        if self._scratch is not None:
+            yield self._scratch
+            return
+        with token_folder() as folder:
+            self._scratch = Scratch(folder, {})
+            try:
+                yield self._scratch
+            finally:
+                self._scratch = None
+
+    def _pair(self, name: str, config: Divided) -> tuple[Source, Source]:
+        """Return training and test clips of the chosen split; raises ConfigError for split=all."""
+        if config.split == "all":
+            raise ConfigError(
+                f"eval.{name}.split=all: a suite that uses these sets takes one split: set it to 1"
+            )
+        (number,) = self.splits(name, config)
+        return self._divided(name, config)[number]
+
+    def _divided(self, name: str, config: Divided) -> dict[int, tuple[Source, Source]]:
+        """Return the training and the test clips of each split."""
+        labelled = isinstance(config, LabelledConfig)
+        pattern = config.train if isinstance(config, LabelledConfig) else config.shards
+        key = pattern, config.modality, config.splits
+        if key not in self._splits:
+            what = f"eval.{name}.splits"
+            where = place_of(what, config.splits, self.data.root)
+            opened = self.open(f"{name}.train" if labelled else name, pattern, config.modality)
+            whole, pairs = open_splits(f"{what}={config.splits}", opened, where)
+            for source in itertools.chain.from_iterable(pairs.values()):
+                assert isinstance(source.slots, ChosenSlots)
+                numbers = torch.from_numpy(source.slots.numbers)
+                self._parts[id(source)] = Part(whole, numbers)
+            self._splits[key] = pairs
+        return self._splits[key]
+
     def features(self, source: Source, space: str = "backbone") -> Features:
-        """Return the features of a whole source in one space: backbone or joint."""
+        """Return the features of a source in one space: backbone or joint."""
+        if part := self._parts.get(id(source)):
+            if id(part.whole) not in self._partial:
+                self._partial[id(part.whole)] = PartFeatures(part.whole)
+            return self._partial[id(part.whole)].of(part.numbers, space, self.encode)
         if id(source) not in self._features:
             self._features[id(source)] = self.encode_once(source)
         return self._features[id(source)][space]
@@ -147,9 +223,12 @@ class Sets:
     def forget(self) -> None:
         """Drop the features of images, after a change of the encoder's token reduction."""
         self._features.clear()
+        self._partial.clear()
 
     def labelled(self, name: str, config: LabelledConfig) -> tuple[Source, Source]:
         """Open the training and the test source of a suite."""
+        if config.splits:
+            return self._pair(name, config)
         train = self.open(f"{name}.train", config.train, config.modality)
         return train, self.open(f"{name}.test", config.test, config.modality)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -15,7 +15,8 @@ from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import Sets, check_sets
 from xray.evaluation.dealing import dismiss, serve
 from xray.evaluation.overlap import Overlap, find_overlap
-from xray.evaluation.suite import Measures, Suite
+from xray.evaluation.splits import run_suite
+from xray.evaluation.suite import Measures
 from xray.evaluation.suites import SUITES, suite_named
 
 T = TypeVar("T")
@@ -101,11 +102,6 @@ class Evaluator:
                 f"{data if configured else 'there are no data: give --recipe'}"
             )
         return suites
-
-
-def run_suite(suite: Suite[Any], sets: Sets) -> Measures:
-    """Run a suite on its section of the settings of data sets."""
-    return suite.run(sets, sets.config.of(suite))
 
 
 def check_suites(

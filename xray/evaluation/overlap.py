@@ -179,7 +179,8 @@ def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
     readers = {reader.name: reader for suite in suites for reader in (suite, *suite.reads)}
     for reader in readers.values():
         for key, part in reader.sections(sets.config.of(reader)).items():
-            if isinstance(part, LabelledConfig) and part.has_data():
+            divided = getattr(part, "splits", "")
+            if isinstance(part, LabelledConfig) and part.has_data() and not divided:
                 train, test = sets.labelled(key, part)
                 yield f"{key}.test", test, train
             elif isinstance(part, MaskedConfig) and part.has_data():
@@ -190,7 +191,8 @@ def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
                 yield f"{key}.pairs", pairs.source, None
             elif part.has_data():
                 for name in part.required_sets:
-                    yield f"{key}.{name}", part.open(sets, key, name), None
+                    if getattr(part, name):  # with split files, a set has no `test`
+                        yield f"{key}.{name}", part.open(sets, key, name), None
 
 
 def _shared(source: Source, other: Source | None) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from data_pipelines.ingest.labelled import place_of
 from data_pipelines.ingest.plain_files import FileSource
 from data_pipelines.shards.remote import is_remote
-from data_pipelines.shards.source import Source
+from data_pipelines.shards.source import ChosenSlots, Source
 from xray.errors import DataError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Features, labels_of
@@ -55,7 +55,9 @@ class SharedSets(Sets):
         if new.any():
             places = np.full(len(keys), -1)
             places[new] = np.arange(new.sum())
-            found.append((places, self.encode(source.with_slots(ChosenSlots(source, new)))))
+            found.append(
+                (places, self.encode(source.with_slots(ChosenSlots(source, np.flatnonzero(new)))))
+            )
         return _joined(found, labels_of(source))
 
     def following(self, uses: Uses, done: int) -> SharedSets:
@@ -72,26 +74,6 @@ class SharedSets(Sets):
                     after._features[id(source)] = self._features[id(source)]
         after._texts.update(list(self._texts.items())[-1:])
         return after
-
-
-class ChosenSlots:
-    """Slots of some samples of a source; chosen: [N] bool."""
-
-    digest = "chosen"
-
-    def __init__(self, source: Source, chosen: np.ndarray) -> None:
-        places = np.array(list(source.places()))[chosen]
-        shards = range(len(source.manifest))
-        self.members = [places[places[:, 0] == shard, 1] for shard in shards]
-        self.counts = np.array([len(own) for own in self.members])
-
-    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (members, copies) of a shard's slots."""
-        return self.members[shard], np.zeros_like(self.members[shard])
-
-    def texts(self, shard: int, slot: int) -> np.ndarray | None:
-        """Return None: all captions are used."""
-        return None
 
 
 def picture_keys(source: Source) -> np.ndarray:

@@ -13,10 +13,11 @@ import numpy as np
 
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
-from xray.evaluation.evaluator import Evaluator, check_suites, run_suite
+from xray.evaluation.evaluator import Evaluator, check_suites
 from xray.evaluation.named_sets import NamedSet, named_sets, naming
 from xray.evaluation.overlap import Training, find_overlap, trained_on
 from xray.evaluation.set_features import SharedSets, Uses, data_of, picture_keys
+from xray.evaluation.splits import run_suite
 from xray.evaluation.suite import LabelledConfig, Suite
 from xray.evaluation.suites import suite_named
 from xray.records import parse_record

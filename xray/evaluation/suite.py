@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from xray.artifacts.offers import VISION
+from xray.config.identity import added
 from xray.errors import ConfigError
 from xray.words import count
 
@@ -74,10 +75,34 @@ class LabelledConfig(SuiteConfig):
     """Labelled samples for training and for test; a probe without sets takes those of eval.knn."""
 
     required_sets = ("train", "test")
+    optional_sets = ("splits",)
 
     train: str = ""  # labelled samples to fit on: shards, a folder of class folders, or a list
     test: str = ""  # labelled samples to test on, with the same classes
     modality: Literal["image", "video"] = "image"  # of the samples
+    # folder of split files of HMDB51 or UCF101, which divide the clips of `train` into both sets
+    splits: str = added("")
+    split: Literal["all", 1, 2, 3] = added("all")  # of `splits`; all = the mean over all of them
+
+    def has_data(self) -> bool:
+        """Check if both sets are set, or one with split files that divide it."""
+        return bool(self.train and self.splits) or super().has_data()
+
+    def validate(self, key: str) -> None:
+        """Raise ConfigError naming the key to change."""
+        check_split(key, self.splits, self.split)
+        if not self.splits:
+            super().validate(key)
+        elif self.test:
+            raise ConfigError(f"{key}.splits divides the clips of {key}.train: remove {key}.test")
+        elif not self.train:
+            raise ConfigError(f"{key}.splits is set: set {key}.train, too")
+
+
+def check_split(key: str, splits: str, split: object) -> None:
+    """Raise ConfigError for the number of a split without split files."""
+    if split != "all" and not splits:
+        raise ConfigError(f"{key}.split={split}: set {key}.splits, too, the folder of split files")
 
 
 @dataclass

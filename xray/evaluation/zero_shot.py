@@ -34,7 +34,7 @@ class NamedClasses:
     def open(cls, sets: Sets) -> NamedClasses:
         """Open the source and read the names; raises ConfigError for fewer than two."""
         config = sets.config.of(ZERO_SHOT)
-        source = sets.open("zero_shot", config.shards, config.modality)
+        source = sets.tested("zero_shot", config.shards, config)
         if not config.classes:
             if not source.classes:
                 raise ConfigError(

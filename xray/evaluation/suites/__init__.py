@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xray.errors import ConfigError, nearest
-from xray.evaluation.suite import Measures, Suite
+from xray.evaluation.suite import Measures, Row, Suite
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
 from xray.evaluation.suites.compositional import COMPOSITIONAL
 from xray.evaluation.suites.compression import COMPRESSION
@@ -64,10 +64,21 @@ def result_table(results: Mapping[str, Measures]) -> ResultTable:
     table = ResultTable("Results", ("measure", "result % [95 % CI]", "chance %", "over"))
     for suite in sorted(SUITES, key=lambda suite: bool(suite.reads)):
         if results.get(suite.name):
-            table.rows += suite.rows(results[suite.name])
+            table.rows += rows_of(suite, results[suite.name])
             table.notes += suite.notes(results[suite.name]) if suite.notes else ()
     table.notes += overlap_lines(results.get(OVERLAP, {}))
     return table
+
+
+def rows_of(suite: Suite[Any], measures: Measures) -> Iterator[Row]:
+    """Make a suite's rows; those of data with several splits say which ones they are of."""
+    note = ""
+    if "splits" in measures:
+        note = f", mean of {measures['splits']:.0f} splits"
+    elif "split" in measures:
+        note = f", split {measures['split']:.0f}"
+    for title, value, chance, over in suite.rows(measures):
+        yield title, value, chance, over + note
 
 
 def title_of(section: str, measure: str) -> str:

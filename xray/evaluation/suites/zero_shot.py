@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from xray.artifacts.offers import JOINT
+from xray.config.identity import added
 from xray.errors import ConfigError
 from xray.evaluation.suite import (
     Measures,
     Row,
     Suite,
     SuiteConfig,
+    check_split,
     classifier_rows,
     share_row,
     titled,
@@ -32,7 +34,7 @@ class ZeroShotConfig(SuiteConfig):
     """Labelled samples and a file of class names, one per line; "" = the names of the data set."""
 
     required_sets = ("shards",)
-    optional_sets = ("classes",)
+    optional_sets = ("classes", "splits")
 
     shards: str = ""  # labelled samples: shards, a folder of class folders, or a list
     classes: str = ""  # file of class names, one per line; "" = the names of the data set
@@ -40,9 +42,13 @@ class ZeroShotConfig(SuiteConfig):
     # with one per line, or a list; {} or {c} is the class name
     templates: str | list[str] = field(default_factory=lambda: ["a photo of a {}"])
     modality: Literal["image", "video"] = "image"  # of the samples
+    # folder of split files of HMDB51 or UCF101: only their test clips are classified
+    splits: str = added("")
+    split: Literal["all", 1, 2, 3] = added("all")  # of `splits`; all = the mean over all of them
 
     def validate(self, key: str) -> None:
         super().validate(key)
+        check_split(key, self.splits, self.split)
         given = self.templates
         if not given or (isinstance(given, list) and not all(map(is_template, given))):
             raise ConfigError(
