@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.shards.source import Source
+from data_pipelines.shards.source import ChosenSlots
 from xray.config import DataConfig
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
@@ -103,23 +103,6 @@ def _mean(name: str, hits: Tensor) -> Scores:
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
 
 
-class SomeSlots:
-    """Slots of evenly spaced samples of a source; numbers: ascending numbers of the samples."""
-
-    digest = "chosen"
-
-    def __init__(self, source: Source, samples: int) -> None:
-        chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).round())
-        self.numbers = torch.from_numpy(chosen).long()
-        shards, members = np.array(list(source.places()))[self.numbers].T
-        self.members = [members[shards == shard] for shard in range(len(source.manifest))]
-        self.counts = np.array([len(own) for own in self.members])
-
-    def of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.members[shard], np.zeros_like(self.members[shard])
-
-    def texts(self, shard: int, slot: int) -> np.ndarray | None:
-        return None
 
 
 def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
@@ -130,9 +113,11 @@ def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
     if not names:
         return {}
     encoder = sets.vision
-    slots = SomeSlots(head.source, config.attacked)
+    samples = len(head.source)
+    chosen = np.linspace(0, samples - 1, min(config.attacked, samples)).round().astype(np.int64)
+    slots = ChosenSlots(head.source, np.unique(chosen))
     source = replace(head.source, slots=slots, name=f"{head.source.name} attacked")
-    labels, device = head.labels[slots.numbers], encoder.normalize.mean.device
+    labels, device = head.labels[torch.from_numpy(slots.numbers)], encoder.normalize.mean.device
 
     def logits(x: Tensor) -> Tensor:
         cls = encoder.cls(255 * x)
