@@ -103,8 +103,6 @@ def _mean(name: str, hits: Tensor) -> Scores:
     return share(name, hits.sum(dim=0), torch.full((hits.shape[1],), len(hits)))
 
 
-
-
 def _attacked(head: Head, config: RobustnessConfig, sets: Sets) -> Scores:
     """Measure accuracy under each attack and all of them at each eps, on some samples, one view."""
     names = [name for name in config.attacks if name != "apgd_dlr" or head.classes > 2]
