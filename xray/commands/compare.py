@@ -79,36 +79,33 @@ def compare(
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
-    target = Path(out) if out else None
-    short = short_names(named)
+    target, short = Path(out) if out else None, short_names(named)
     earlier = {name: read_results(target, "models", name) if config.sets else {} for name in short}
+    written = Written(target, earlier)
     results: dict[str, Any] = {}
     of_sets: dict[str, SetResults] = {}
     lines: dict[str, list[str]] = {}
-    written = Written(target, earlier)
-    for name, model in zip(short, named, strict=True):
-        artifact = open_model(model, llm)
+    opened = [open_model(model, llm) for model in named]  # all, before the first is evaluated
+    for name, model, artifact in zip(short, named, opened, strict=True):
         evaluator = Evaluator.open(artifact, config, root, workers, device)
-        facts = {"model": model, "artifact": artifact.digest}
+        facts = {"model": model, "artifact": artifact.digest, "results": {}}
         if config.sets:
             run = SetRun(evaluator, names)
-            save = partial(written.save, name, facts | {"results": {}})
-            of_sets[name] = run.evaluate(earlier[name], save)
-            written.save(name, facts | {"results": {}}, of_sets[name])
+            of_sets[name] = run.evaluate(earlier[name], partial(written.save, name, facts))
             lines[name] = [run.unknown] if run.unknown else []
         if not config.sets or config.configured():
             results[name], lines[name] = _run(evaluator, names)
-            # each model at once: the next may take hours
-            written.save(name, facts | {"results": results[name]}, of_sets.get(name))
-    notes = notes_of(lines)
+            facts["results"] = results[name]
+        # each model at once: the next may take hours
+        written.save(name, facts, of_sets.get(name, {}))
     tables = [comparison_table(results)] if results else []
     tables += [compared_sets(of_sets)] if of_sets else []
-    tables[-1].notes += notes
+    tables[-1].notes += notes_of(lines)
     for table in tables:
         table.print()
     if target is not None:
         if of_sets:
-            write_page(target.with_suffix(".html"), of_sets, notes)
+            write_page(target.with_suffix(".html"), of_sets, notes_of(lines))
             print(f"page: {target.with_suffix('.html')}")
         print(f"written: {out}")
 
@@ -121,7 +118,7 @@ class Written:
     earlier: dict[str, SetResults]
     models: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, name: str, facts: dict[str, Any], sets: SetResults | None) -> None:
+    def save(self, name: str, facts: dict[str, Any], sets: SetResults) -> None:
         """Write the file with the results of one more model, or more results of one."""
         from xray.evaluation.set_runs import SETS, as_json
         from xray.evaluation.set_tables import summary

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from xray.evaluation.comparison import notes_of
 from xray.evaluation.overlap import overlap_lines
 from xray.evaluation.set_runs import SetResults
 from xray.evaluation.suite import Measures, Row, interval_keys
@@ -93,8 +94,7 @@ def compared_sets(results: Mapping[str, SetResults], means: bool = True) -> Resu
         table.rows.append((name, title, *values, next(iter(own_cells.values()))[2]))
     if means:
         table.rows += mean_table(results).rows
-    for model, own in results.items():
-        table.notes += [f"{model}: {note}" for note in overlap_notes(own)]
+    table.notes += notes_of({model: overlap_notes(own) for model, own in results.items()})
     return table
 
 
