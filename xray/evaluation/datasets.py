@@ -245,5 +245,12 @@ class Sets:
 
     def check_classes(self, name: str, config: LabelledConfig) -> None:
         """Raise the errors of the labels of `probe`, without decoding pictures."""
-        train, test = self.labelled(name, config)
-        Classes.of(labels_of(train), train).places(labels_of(test), test)
+        for train, test in self.pairs(name, config):
+            Classes.of(labels_of(train), train).places(labels_of(test), test)
+
+    def pairs(self, name: str, config: LabelledConfig) -> list[tuple[Source, Source]]:
+        """List the training and test sources of all chosen splits, or the only ones."""
+        if not config.splits:
+            return [self.labelled(name, config)]
+        divided = self._divided(name, config)
+        return [divided[number] for number in self.splits(name, config)]

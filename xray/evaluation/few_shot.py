@@ -11,7 +11,7 @@ from torch import Tensor
 from xray.errors import DataError
 from xray.evaluation.class_labels import Classes
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import Features
+from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.linear_probe import LinearHead, fit
 from xray.evaluation.student_t import mean_interval
 from xray.evaluation.suite import Measures
@@ -24,21 +24,25 @@ TOLERANCE = 3e-8  # largest derivative at the end; rounding hides smaller ones
 
 
 def few_shot_of(sets: Sets, config: FewShotConfig) -> Measures:
-    """Measure few-shot classification on the data sets of the suite.
+    """Measure few-shot classification on the data sets of the suite; raises as `check_shots`."""
+    check_shots(sets, config)
+    return few_shot(*sets.probe("few_shot", config), config)
 
-    Raises DataError that names a class with fewer samples than the largest number of shots.
-    """
-    train, test = sets.probe("few_shot", config)
-    source, _ = sets.labelled("few_shot", config)
-    least, most = int(train.labels.bincount().argmin()), max(config.shots)
-    if (there := int((train.labels == least).sum())) < most:
-        classes = Classes.of(sets.features(source).labels, source)
-        name = classes.name(int(classes.numbers[least]))
-        raise DataError(
-            f"eval.few_shot.shots: {most} samples per class, but class {name!r} of {source.name} "
-            f"has {there}: use fewer shots"
-        )
-    return few_shot(train, test, config)
+
+def check_shots(sets: Sets, config: FewShotConfig) -> None:
+    """Raise DataError that names a class with fewer samples than the largest number of shots."""
+    most = max(config.shots)
+    for source, _ in sets.pairs("few_shot", config):
+        labels = labels_of(source)
+        classes = Classes.of(labels, source)
+        counts = classes.places(labels, source).bincount()
+        if counts.min() < most:
+            least = int(counts.argmin())
+            name = classes.name(int(classes.numbers[least]))
+            raise DataError(
+                f"eval.few_shot.shots: {most} samples per class, but class {name!r} of "
+                f"{source.name} has {counts[least]}: use fewer shots"
+            )
 
 
 def few_shot(train: Features, test: Features, config: FewShotConfig) -> dict[str, float]:

@@ -11,7 +11,7 @@ from xray.evaluation.comparison import notes_of
 from xray.evaluation.overlap import overlap_lines
 from xray.evaluation.set_runs import SetResults
 from xray.evaluation.suite import Measures, Row, interval_keys
-from xray.evaluation.suites import SUITES
+from xray.evaluation.suites import SUITES, rows_of
 from xray.evaluation.suites.retrieval import DIRECTIONS, RETRIEVAL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.reports.tables import ResultTable
@@ -43,7 +43,7 @@ def set_table(results: SetResults) -> ResultTable:
     table = ResultTable("Data sets", ("set", "measure", "result % [95 % CI]", "chance %"))
     table.rows += [(name, *row[:3]) for name, row in _rows(results)]
     table.rows += mean_table({"": results}).rows
-    table.notes += overlap_notes(results)
+    table.notes += notes_on(results)
     return table
 
 
@@ -51,7 +51,7 @@ def whole_table(results: SetResults) -> ResultTable:
     """Make the table of one model for a page: with the number of samples, without means."""
     columns = ("set", "measure", "result % [95 % CI]", "chance %", "over")
     table = ResultTable("Data sets", columns, [(name, *row) for name, row in _rows(results)])
-    table.notes += overlap_notes(results)
+    table.notes += notes_on(results)
     return table
 
 
@@ -94,7 +94,7 @@ def compared_sets(results: Mapping[str, SetResults], means: bool = True) -> Resu
         table.rows.append((name, title, *values, next(iter(own_cells.values()))[2]))
     if means:
         table.rows += mean_table(results).rows
-    table.notes += notes_of({model: overlap_notes(own) for model, own in results.items()})
+    table.notes += notes_of({model: notes_on(own) for model, own in results.items()})
     return table
 
 
@@ -141,15 +141,24 @@ def canonical(name: str) -> str:
     return ALIASES.get(short, short)
 
 
-def overlap_notes(results: SetResults) -> list[str]:
-    """Describe the shares of the sets that were trained on."""
+def notes_on(results: SetResults) -> list[str]:
+    """Return the notes of suites, and lines about the shares of the sets that were trained on."""
+    notes = {
+        name: [
+            note
+            for suite in SUITES
+            if suite.notes and suite.name in own
+            for note in suite.notes(own[suite.name].measures)
+        ]
+        for name, own in results.items()
+    }
     shares = {
         f"sets.{name}.{key}": share
         for name, own in results.items()
         for result in own.values()
         for key, share in result.overlap.items()
     }
-    return overlap_lines(shares)
+    return [*notes_of(notes), *overlap_lines(shares)]
 
 
 def _rows(results: SetResults) -> Iterator[tuple[str, Row]]:
@@ -157,7 +166,7 @@ def _rows(results: SetResults) -> Iterator[tuple[str, Row]]:
     for name, own in results.items():
         for suite in SUITES:
             if suite.name in own:
-                for row in suite.rows(own[suite.name].measures):
+                for row in rows_of(suite, own[suite.name].measures):
                     yield name, row
 
 

@@ -49,6 +49,12 @@ def _run(sets: Sets, config: FewShotConfig) -> Measures:
     return few_shot_of(sets, config)
 
 
+def _check(sets: Sets, config: FewShotConfig) -> None:
+    from xray.evaluation.few_shot import check_shots
+
+    check_shots(sets, config)
+
+
 def _title(measure: str) -> str:
     """Name a measure, such as: 4-shot logistic regression."""
     name, _, shots = measure.partition("_top1@")
@@ -102,5 +108,6 @@ FEW_SHOT = Suite(
     title=_title,
     sets_from=KNN,
     plot=_plot,
+    check=_check,
     added=True,
 )
