@@ -51,9 +51,8 @@ log = logging.getLogger("xray")
         "accuracy against speed, without retraining",
     ),
     (
-        "xray eval runs/quickstart/clip/artifact --recipe quickstart --keep-rates 1,.7 "
-        "--reduce evit,tome,random",
-        "the same for three methods of token reduction",
+        "xray eval runs/a/clip --recipe mine.yaml --keep-rates 1,.7 --reduce evit,tome",
+        "the same for several methods of token reduction",
     ),
     (
         "xray eval runs/small/clip/artifact eval.sets=/data/benchmarks --out results",
