@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 
 from tools.experiments import compare_embeddings as files
 from xray.config.loading import build
+from xray.errors import ConfigError
 from xray.evaluation.compression import Pairs, compression
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.suites.compression import COMPRESSION
@@ -123,6 +124,10 @@ def test_data_sets_are_those_of_retrieval() -> None:
     assert (filled.shards, filled.train, filled.dims) == ("a", "b", [4])
     assert (filled.same, filled.captions) == ("caption", {"mine": 1.0})
     assert own.configured() == ["retrieval"]
+    same = build(EvalConfig, {"retrieval": {"shards": "a"}, "compression": {"same": "caption"}})
+    assert same.filled().of(COMPRESSION).same == "caption"  # its own setting stays
+    with pytest.raises(ConfigError, match="languages: all captions"):
+        build(EvalConfig, {"compression": {"languages": ["en"]}}).validate()
 
 
 def test_the_command_compares_all_variants(

@@ -20,6 +20,7 @@ from xray.evaluation import few_shot as module
 from xray.evaluation.feature_extraction import Features
 from xray.evaluation.few_shot import draw, few_shot, logistic, prototypes
 from xray.evaluation.linear_probe import LinearHead
+from xray.evaluation.splits import mean_over_splits
 from xray.evaluation.suites.few_shot import FEW_SHOT, FewShotConfig
 from xray.evaluation.suites.knn import KNN
 
@@ -100,6 +101,13 @@ def test_draws_that_do_not_fit_into_memory_together_give_the_same(
     monkeypatch.setattr(module, "HELD", 1)
     assert few_shot(train, test, CONFIG) == pytest.approx(together)
     assert calls == [1] * DRAWS * len(SHOTS)
+
+
+def test_rows_over_splits_are_those_of_the_mean() -> None:
+    one = {"logistic_top1@1": 0.5, "prototype_top1@1": 0.25, "chance_top1": 0.1}
+    one |= {"draws": 2.0, "samples": 4.0}
+    both = mean_over_splits({1: one, 2: one})
+    assert [row[0] for row in FEW_SHOT.rows(both)] == [row[0] for row in FEW_SHOT.rows(one)]
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

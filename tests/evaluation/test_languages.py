@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import invoke
-from shards import photo
+from shards import photo, write_tar
 from vectors import unit
 
 from data_pipelines.ingest.labelled import open_labelled
@@ -22,10 +22,10 @@ from xray.errors import ConfigError, DataError
 from xray.evaluation import confidence as bootstrap
 from xray.evaluation.comparison import comparison_table
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.languages import by_language, captions_of, chosen
+from xray.evaluation.languages import all_captions, by_language, captions_of, chosen
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.suites import title_of
-from xray.evaluation.suites.retrieval import RETRIEVAL
+from xray.evaluation.suites.retrieval import RETRIEVAL, RetrievalConfig
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -117,6 +117,14 @@ def test_languages_are_read_in_every_form(
         read = [captions_of(source, *place, fields) for place in source.places()]
         pairs = [sorted((c.language, c.text) for c in own) for own in read]
         assert pairs == [sorted(flat(own)) for own in CAPTIONS], form
+
+
+def test_lines_of_a_caption_keep_its_language(tmp_path: Path) -> None:
+    files = {"a.jpg": photo(0), "a.txt": b"eins\n\nzwei\n", "a.json": b'{"language": "de"}'}
+    write_tar(tmp_path / "0.tar", files)
+    source = open_labelled("x", str(tmp_path), "image")
+    (own,) = all_captions(source, RetrievalConfig(lines=True))
+    assert [(c.language, c.text) for c in own] == [("de", "eins"), ("de", "zwei")]
 
 
 def test_a_list_of_another_length_says_nothing_about_languages(tmp_path: Path) -> None:

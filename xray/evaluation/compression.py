@@ -19,8 +19,15 @@ from torch import Tensor
 from xray.errors import ConfigError, DataError
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import flat_captions, read_all_captions
-from xray.evaluation.retrieval import image_ranks, retrieval, right_pairs, text_ranks
+from xray.evaluation.feature_extraction import flat_captions
+from xray.evaluation.retrieval import (
+    captioned_of,
+    image_ranks,
+    kinds_of,
+    retrieval,
+    right_pairs,
+    text_ranks,
+)
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites.compression import CompressionConfig
 from xray.progress import progress_of
@@ -66,12 +73,10 @@ def compression_of(sets: Sets, config: CompressionConfig) -> Measures:
     dims = config.dims or [*trained] or [width // 2, width // 4, width // 8]
     if max(dims) >= width:
         raise ConfigError(f"eval.compression.dims={dims}: the artifact has {width} dimensions")
-    source = sets.open("compression.shards", config.shards, config.modality)
-    captions = read_all_captions(source, config.captions)
+    source, captions = captioned_of("compression", sets, config)
     texts, owner, captioned = flat_captions(captions, "eval.compression.shards")
-    own = texts if config.same == "caption" else [str(number) for number in range(len(texts))]
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(own))}
-    kind = torch.tensor([numbers[text] for text in own])
+    kind = kinds_of(texts, config.same)
+    kind = torch.arange(len(texts)) if kind is None else kind
     pairs = Pairs(sets.features(source, "joint").rows[captioned], sets.texts(texts), owner, kind)
     pca = None
     if config.train:

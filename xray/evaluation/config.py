@@ -116,13 +116,18 @@ class EvalConfig:
                 yield from ((f"{key}.{name}", place) for name, place in part.files().items())
 
     def filled(self) -> EvalConfig:
-        """Return a copy in which each suite without data sets has those of `sets_from`."""
+        """Return a copy in which each suite without data sets has those of `sets_from`.
+
+        It also has the settings that belong to them, such as `modality`, unless they are its own.
+        """
         lent = {}
         for suite in SUITES:
             own = self.of(suite)
             if suite.sets_from is not None and not suite.has_data(own):
                 lender = self.of(suite.sets_from)
                 kind = next(cls for cls in type(lender).__mro__ if isinstance(own, cls))
-                sets = {key.name: getattr(lender, key.name) for key in fields(kind)}
-                lent[suite.name] = replace(own, **sets)
+                usual = type(own)()
+                left = (key.name for key in fields(kind))
+                left = (key for key in left if getattr(own, key) == getattr(usual, key))
+                lent[suite.name] = replace(own, **{key: getattr(lender, key) for key in left})
         return replace(self, **lent)  # type: ignore[type-var]

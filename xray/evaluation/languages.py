@@ -20,7 +20,7 @@ from xray.errors import BadSample, DataError, nearest
 from xray.evaluation.confidence import mean_ratio
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions
-from xray.evaluation.retrieval import KS, Ranking, kinds_of, of_prefixes
+from xray.evaluation.retrieval import KS, Ranking, kinds_of, of_prefixes, stripped_lines
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites.retrieval import ALL, DIRECTIONS, RetrievalConfig
 
@@ -34,7 +34,7 @@ def retrieval_by_language(name: str, sets: Sets, config: RetrievalConfig) -> Mea
     """
     key = f"eval.{name}"
     source = config.open(sets, name, "shards")
-    every = [captions_of(source, *place, config.captions) for place in source.places()]
+    every = all_captions(source, config)
     counts = Counter(caption.language for own in every for caption in own)
     unknown = counts.pop("", 0)
     languages = chosen(config.languages, counts, key)
@@ -62,6 +62,17 @@ def retrieval_by_language(name: str, sets: Sets, config: RetrievalConfig) -> Mea
     if unknown:
         measures["without_language"] = float(unknown)
     return measures | of_prefixes(sets, images, rows, part)
+
+
+def all_captions(source: Source, config: RetrievalConfig) -> list[list[Caption]]:
+    """Read the captions of each sample of a suite's data set with their languages."""
+    every = [captions_of(source, *place, config.captions) for place in source.places()]
+    if not config.lines:
+        return every
+    return [
+        [replace(own, text=line) for own in captions for line in stripped_lines(own.text)]
+        for captions in every
+    ]
 
 
 def captions_of(

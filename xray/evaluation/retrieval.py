@@ -183,11 +183,15 @@ def captioned_of(name: str, sets: Sets, config: RetrievalConfig) -> tuple[Source
     source = config.open(sets, name, "shards")
     captions = read_all_captions(source, config.captions)
     if config.lines:
-        lines = [[line.strip() for text in own for line in lines_of(text)] for own in captions]
-        captions = [[line for line in own if line] for own in lines]
+        captions = [[line for text in own for line in stripped_lines(text)] for own in captions]
     if sum(map(bool, captions)) == 1:
         raise DataError(TOO_FEW)
     return source, captions
+
+
+def stripped_lines(text: str) -> list[str]:
+    """List the lines of a text that are not empty."""
+    return [line.strip() for line in lines_of(text) if line.strip()]
 
 
 def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
+from pathlib import Path
 
 from data_pipelines.shards.side_files import user_cache
 from xray.artifacts.artifact import Artifact, find_manifest, open_artifact
@@ -11,9 +13,11 @@ from xray.errors import NoArtifactError
 from xray.files import make_folder, making
 from xray.hub import is_hub
 from xray.imports.convert import import_source
-from xray.imports.place import is_released
+from xray.imports.place import REPOSITORY, is_released
 from xray.imports.source import open_source
 from xray.version import __version__
+
+log = logging.getLogger("xray")
 
 
 def open_model(name: str, llm: str = "") -> Artifact:
@@ -36,6 +40,8 @@ def artifact_of(name: str) -> str:
         with suppress(NoArtifactError):  # only a request tells the two apart there
             find_manifest(name)
             return name
+    elif REPOSITORY.fullmatch(name) and not Path(name).exists():
+        log.info("%s: there is no such folder, so it is taken for a name of the hub", name)
     source = open_source(name)
     key = hash_json({"xray": __version__, "files": source.hashes})
     folder = user_cache("imports") / key

@@ -39,6 +39,8 @@ def _pca_of(path: Path, artifact: Artifact, dim: int) -> Pca:
             f"--pca {path} was made by artifact {facts['artifact']['digest'][:12]}, not by "
             f"{artifact.path} ({artifact.digest[:12]})"
         )
+    if "grid" in facts:
+        raise ConfigError(f"--pca {path} has patch tokens: name embeddings of whole pictures")
     pca = Pca.of(facts)
     if pca is None:
         whole = facts["dim"] == facts["width"] and facts["dtype"] != "binary"

@@ -43,6 +43,8 @@ class CompressionConfig(RetrievalConfig):
         super().validate(key)
         if any(dim < 1 for dim in self.dims):
             raise ConfigError(f"{key}.dims={self.dims}: give numbers of dimensions, at least 1")
+        if self.languages:
+            raise ConfigError(f"{key}.languages: all captions are searched at once: leave it out")
 
 
 def _run(sets: Sets, config: CompressionConfig) -> Measures:

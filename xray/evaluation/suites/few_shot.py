@@ -64,8 +64,8 @@ def _title(measure: str) -> str:
 def _shots(measures: Measures, name: str) -> Iterator[tuple[int, str]]:
     """Yield (samples per class, key) of a classifier's results."""
     for key in measures:
-        _, found, shots = key.partition(f"{name}_top1@")
-        if found and shots.isdecimal():
+        before, found, shots = key.partition(f"{name}_top1@")
+        if found and not before and shots.isdecimal():
             yield int(shots), key
 
 
