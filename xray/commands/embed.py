@@ -55,13 +55,12 @@ Llm = Annotated[
         "a quarter of the bytes",
     ),
     (
-        "xray embed runs/small/clip/artifact photos --out patches.npy --patches --dtype fp16",
+        "xray embed runs/a/clip photos --out patches.npy --patches --dtype fp16",
         "the patch tokens of each picture, [N, h, w, D]",
     ),
     (
-        "xray embed runs/small/clip/artifact photos --out tiny.parquet --pca train.parquet "
-        "--dim 64 --dtype int8",
-        "64 principal components of the embeddings in train.parquet, one byte each",
+        "xray embed runs/a/clip photos --out 64.npy --pca train.npy --dim 64",
+        "64 principal components of the embeddings in train.npy",
     ),
 )
 @guarded
