@@ -28,6 +28,7 @@ from data_pipelines.shards.remote import ShardCache
 from data_pipelines.shards.side_files import user_cache
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import Modality, ShardIndex, media_extensions
+from data_pipelines.text.captions import is_by_language
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import encoding_of, sha256_file
 
@@ -115,7 +116,8 @@ def _texts_of(item: Item) -> dict[str, bytes]:
             path: "json" if path.suffix.lower() == ".json" else "txt" for path in item.sidecars
         }
         return own | {kind: path.read_bytes() for path, kind in kinds.items() if path.is_file()}
-    if captions != texts_in(meta.get("captions")):
+    listed = meta.get("captions")
+    if captions != texts_in(listed) and not is_by_language(listed):
         meta = {**meta, "captions": captions}
     return {"json": json.dumps(meta, default=str).encode()} if meta else {}
 

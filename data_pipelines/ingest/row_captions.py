@@ -61,12 +61,12 @@ def _listed(captions: Mapping[str, Any]) -> list[dict[str, str]]:
 def check_captions(meta: Row) -> None:
     """Bring `caption` and `captions` into the form that training reads; raises BadSample.
 
-    Empty ones, such as null and NaN, are removed; an object such as {raw: ...} becomes its text,
-    and captions by language become a list of {text, language}.
+    Empty ones, such as null and NaN, are removed, and an object such as {raw: ...} becomes its
+    text. Captions by language are also given as `captions`, if they are in another column.
     """
-    column = _caption_column(meta)
-    if is_by_language(meta.get(column)):
-        meta["captions"] = _listed(meta.pop(column))
+    own = meta.get(_caption_column(meta))
+    if is_by_language(own) and not is_by_language(meta.get("captions")):
+        meta["captions"] = own
     for column in ("caption", "captions"):
         value = meta.get(column)
         entries = value if isinstance(value, list) else [value]
@@ -78,8 +78,17 @@ def check_captions(meta: Row) -> None:
             )
         if not texts_in(value):
             meta.pop(column, None)
-        elif not all(isinstance(_text_of(entry), str) for entry in entries):
-            meta[column] = texts_in(value)
+        elif is_by_language(value):
+            meta[column] = {language: _readable(own) for language, own in value.items()}
+        else:
+            meta[column] = _readable(value)
+
+
+def _readable(value: Any) -> Any:
+    """Return captions in the form that training reads: a text, {text, ...}, or a list of these."""
+    entries = value if isinstance(value, list) else [value]
+    plain = all(isinstance(_text_of(entry), str) for entry in entries)
+    return value if plain else texts_in(value)
 
 
 def _text_of(entry: Any) -> Any:

@@ -17,6 +17,9 @@ from vectors import unit
 
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.pack import PackConfig, pack
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import open_data
+from data_pipelines.text.captions import read_captions
 from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, DataError
 from xray.evaluation import confidence as bootstrap
@@ -103,7 +106,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
         "crossmodal": (write_lines(root / "captions.jsonl", published), {}),
         "columns": (write_csv(root / "columns.csv", cells), {"en": 1.0, "de": 1.0}),
     }
-    for name in ("rows", "mapping", "crossmodal"):
+    for name in ("rows", "mapping", "caption", "crossmodal"):
         pack(found[name][0], root / f"{name}_shards", PackConfig())
         found[f"packed {name}"] = root / f"{name}_shards", {}
     return found
@@ -133,6 +136,23 @@ def test_a_list_of_another_length_says_nothing_about_languages(tmp_path: Path) -
     source = open_labelled("x", str(write_lines(tmp_path / "a.jsonl", [row])), "image")
     read = captions_of(source, *next(source.places()), {})
     assert [caption.language for caption in read] == ["", ""]
+
+
+def read_beside(root: Path, facts: dict[str, Any], **fields: float) -> list[tuple[str, str]]:
+    """(language, text) of the captions in a json file beside a picture, read without packing."""
+    (root / "a.jpg").write_bytes(photo(0))
+    (root / "a.json").write_text(json.dumps(facts), "utf-8")
+    files = open_data(str(root), Request("x", "image")).read(0, 0, ("json", "txt"))
+    return [(caption.language, caption.text) for caption in read_captions(files, fields)]
+
+
+def test_captions_by_language_keep_their_fields(tmp_path: Path) -> None:
+    both, own = [("en", "a dog"), ("de", "ein Hund")], {"en": "a dog", "de": "ein Hund"}
+    for column in ("caption", "captions", "text"):
+        assert read_beside(tmp_path, {column: own}) == both, column
+        assert read_beside(tmp_path, {column: own}, **{f"{column}.en": 1}) == [("", "a dog")]
+    facts = {"captions": {"en": [{"raw": "a dog"}, None], "de": None}}
+    assert read_beside(tmp_path, facts) == both[:1]
 
 
 def test_each_language_equals_retrieval_on_its_captions_and_the_mean_brute_force() -> None:
