@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_pipelines.ingest.endings import MEDIA, ending_of
-from data_pipelines.ingest.table_columns import PATH_COLUMNS, Row
+from data_pipelines.ingest.parquet_tables import Cell
+from data_pipelines.ingest.table_columns import PATH_COLUMNS, Row, has_urls, names_files
 from data_pipelines.ingest.walk import walk
 from xray.errors import DataError
 from xray.words import count, some_of
@@ -31,12 +32,17 @@ ANNOTATIONS = "annotations"  # folder of lists beside the folders of the clips
 
 
 def is_clip_list(rows: Sequence[Row]) -> bool:
-    """Return True for rows that name clips by YouTube id and times, or captioned ones by id."""
+    """Return True for rows that name clips by YouTube id and times, or captioned ones by id.
+
+    A table with a column of files, or that holds the files, is no such list.
+    """
     columns = rows[0].keys()
-    if not columns.isdisjoint(PATH_COLUMNS):
+    captioned = "video_id" in columns and not columns.isdisjoint(CAPTIONED)
+    if not (columns >= KINETICS or captioned) or not columns.isdisjoint(PATH_COLUMNS):
         return False
-    ids = "video_id" in columns and ending_of(str(rows[0]["video_id"])) not in MEDIA
-    return columns >= KINETICS or (ids and not columns.isdisjoint(CAPTIONED))
+    if any(isinstance(value, Cell) for value in rows[0].values()):
+        return False
+    return not any(names_files(rows, own) and not has_urls(rows, own) for own in columns)
 
 
 def with_clips(path: Path, root: Path, rows: Sequence[Row]) -> tuple[Path, list[Row]]:
@@ -49,7 +55,9 @@ def with_clips(path: Path, root: Path, rows: Sequence[Row]) -> tuple[Path, list[
     for place in places:
         if found := _find(place, set(stems)):
             named = zip(stems, rows, strict=True)
-            return place, [_row(row, found.get(stem, f"{stem}.mp4")) for stem, row in named]
+            return place, [
+                row | {"file_name": found.get(stem, f"{stem}.mp4")} for stem, row in named
+            ]
     raise DataError(
         f"{path}: none of its {count(len({*stems}), 'clip')} is in {places[-1]}, such as "
         f"{stems[0]}.mp4: put the list beside the folder of the clips"
@@ -82,12 +90,6 @@ def _find(root: Path, stems: set[str]) -> dict[str, str]:
         if stem in stems and ending_of(name) in MEDIA:
             found.setdefault(stem, name)
     return found
-
-
-def _row(row: Row, file: str) -> Row:
-    rest = {name: value for name, value in row.items() if name != SENTENCE}
-    texts = {"caption": row[SENTENCE]} if SENTENCE in row else {}
-    return {**rest, **texts, "file_name": file}
 
 
 def tell_missing(what: str, missing: Iterable[str], listed: int) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.ingest.clip_lists import is_clip_list, with_clips
+from data_pipelines.ingest.clip_lists import SENTENCE, is_clip_list, with_clips
 from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.parquet_tables import Cell, read_cell
 from data_pipelines.ingest.row_captions import (
@@ -148,13 +148,14 @@ def rows_of_table(path: Path, root: Path, folder: str | None, keys: TableKeys) -
     Raises DataError for a table that cannot be read or has no column of files, ConfigError for
     keys that do not fit.
     """
-    rows = read_table(path, keys)
+    rows, caption_key = read_table(path, keys), keys.caption_key
     if clips := not keys.image_key and is_clip_list(rows):
         folder = ""
         root, rows = with_clips(path, root, rows)
+        caption_key = caption_key or (SENTENCE if SENTENCE in rows[0] else "")
     held = [column for column, value in rows[0].items() if isinstance(value, Cell)]
     column = file_column(path, rows, keys.image_key, held)
-    rows = with_captions(path, rows, keys.caption_key)
+    rows = with_captions(path, rows, caption_key)
     captioned = any(captions_in(row) for row in rows)
     if folder is None:
         folder = folder_of(path, root, [row.get(column) for row in rows[:FIRST_ROWS]])

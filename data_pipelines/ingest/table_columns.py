@@ -89,9 +89,9 @@ def file_column(path: Path, rows: Sequence[Row], key: str, held: Collection[str]
         found = [_named(path, columns, "image_key", key)]
     else:
         found = [*held, *(column for column in PATH_COLUMNS if column in columns)]
-        found = found or [column for column in columns if _names_files(rows, column)]
-    places = [column for column in found if column in held or not _has_urls(rows, column)]
-    urls = [column for column in columns if _has_urls(rows, column)]
+        found = found or [column for column in columns if names_files(rows, column)]
+    places = [column for column in found if column in held or not has_urls(rows, column)]
+    urls = [column for column in columns if has_urls(rows, column)]
     if not places and urls:
         raise DataError(_download(path, found[0] if found else urls[0], columns))
     known = key or (places and (places[0] in held or places[0] in PATH_COLUMNS))
@@ -114,13 +114,14 @@ def _filled(rows: Sequence[Row], column: str) -> list[Any]:
     return [row[column] for row in rows if row.get(column) not in (None, "")]
 
 
-def _names_files(rows: Sequence[Row], column: str) -> bool:
+def names_files(rows: Sequence[Row], column: str) -> bool:
     """Return True if all cells of a column end as pictures or clips do."""
     cells = _filled(rows, column)
     return bool(cells) and all(isinstance(c, str) and ending_of(c) in MEDIA for c in cells)
 
 
-def _has_urls(rows: Sequence[Row], column: str) -> bool:
+def has_urls(rows: Sequence[Row], column: str) -> bool:
+    """Return True if the first filled cell of a column is a URL."""
     first = next(iter(_filled(rows, column)), None)
     return isinstance(first, str) and bool(URL.match(first))
 

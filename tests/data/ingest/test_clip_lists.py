@@ -13,6 +13,8 @@ from clips import clip
 
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.pack import PackConfig, pack
+from data_pipelines.ingest.table_columns import TableKeys
+from data_pipelines.ingest.user_data import list_files
 from xray.errors import DataError
 from xray.evaluation.feature_extraction import labels_of, read_all_captions
 
@@ -106,6 +108,23 @@ def test_the_csv_of_msrvtt_1k(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     source = open_labelled("eval.video_retrieval", str(path), "video")
     assert read_all_captions(source) == [[f"a man, number {n}"] for n in range(4)]
     assert names(source) == [f"video97{n}.avi" for n in range(4)] and "missing" not in caplog.text
+
+    items = list_files(str(path), keys=TableKeys(caption_key="sentence"))
+    assert [item.describe()[0] for item in items] == read_all_captions(source)
+
+
+def test_a_table_with_a_column_of_files_is_no_list_of_clips(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns: dict[str, list[object]] = {"video_id": ["v1", "v2"], "caption": ["one", "two"]}
+    for stem in ("v1", "v2"):
+        touched(tmp_path / f"{stem}.mp4")  # which a list of ids would find
+    rows = [("video_id", "clip", "caption"), ("v1", "a.mp4", "one"), ("v2", "b.mp4", "two")]
+    path = written(tmp_path / "a.csv", [*rows])
+    assert [item.name for item in list_files(str(path))] == ["a.mp4", "b.mp4"]
+    held = {"clip": [{"bytes": b"clip", "path": name} for name in ("a.mp4", "b.mp4")]}
+    parquet.write_table(pyarrow.table({**columns, **held}), tmp_path / "b.parquet")
+    items = list_files(str(tmp_path / "b.parquet"))
+    assert [(item.column, item.read()) for item in items] == [("clip", b"clip")] * 2
 
 
 def test_lists_with_mistakes_are_one_line(tmp_path: Path) -> None:
