@@ -16,7 +16,7 @@ from data_pipelines.ingest.endings import by_ending, ending_of
 from data_pipelines.ingest.listing import Item, merged_captions
 from data_pipelines.ingest.plain_files import FileSource, Request, source_of_files
 from data_pipelines.ingest.row_captions import captions_in, texts_in
-from data_pipelines.ingest.table_columns import LABELS
+from data_pipelines.ingest.table_columns import CAPTION_COLUMNS, LABELS
 from data_pipelines.ingest.tables import whole_number
 from data_pipelines.ingest.user_data import (
     is_pattern,
@@ -284,9 +284,11 @@ def _checked_rows(
         if _label_of(first) != label:
             raise DataError(f"{place}: {item.name} is {label!r}, and {_label_of(first)!r} too")
         if first is not item:
-            own = {key: texts_in([first.meta.get(key), item.meta.get(key)]) for key in columns}
+            merged = merged_captions([first, item])
+            other = [column for column in columns if column not in CAPTION_COLUMNS]
+            own = {key: texts_in([first.meta.get(key), item.meta.get(key)]) for key in other}
             first = replace(first, meta=first.meta | {key: own[key] for key in own if own[key]})
-            samples[item.name] = first.with_captions(merged_captions([first, item]))
+            samples[item.name] = first.with_captions(merged)
     return list(samples.values())
 
 

@@ -155,6 +155,15 @@ def test_captions_by_language_keep_their_fields(tmp_path: Path) -> None:
     assert read_beside(tmp_path, facts) == both[:1]
 
 
+def test_captions_of_rows_of_a_file_are_merged_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(photo(0))
+    texts = ["one", "two", "three"]
+    rows = [{"path": "a.jpg", "id": n, "captions": text} for n, text in enumerate(texts)]
+    where, fields = str(write_csv(tmp_path / "a.csv", rows)), {"captions": 1.0}
+    source = open_labelled("x", where, "image", "", fields)
+    assert [caption.text for caption in captions_of(source, 0, 0, fields)] == texts
+
+
 def test_each_language_equals_retrieval_on_its_captions_and_the_mean_brute_force() -> None:
     images, texts = unit(12, 4), unit(60, 4)
     owner = torch.arange(60) % 12
