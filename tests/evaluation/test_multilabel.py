@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from shards import photo, write_tar
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from vectors import unit
 
+from data_pipelines.ingest.labelled import open_labelled
 from xray.evaluation import confidence
-from xray.evaluation.multilabel import mean_precision
+from xray.evaluation.multilabel import has_label_vectors, mean_precision
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.zero_shot import zero_shot
 
@@ -60,6 +65,23 @@ def test_chance_is_the_mean_over_all_orders() -> None:
     ]
     own = mean_precision(torch.randn(5, 2), truth)
     assert own["chance_mean_average_precision"] == pytest.approx(np.mean(orders), abs=1e-6)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("label", [{"label": 1}, {"label": 1, "label_name": "dog"}, {}])
+def test_samples_with_a_class_have_no_vectors_of_labels(
+    tmp_path: Path, label: dict[str, object]
+) -> None:
+    """Their .npy files are other data, such as embeddings."""
+    facts = {"json": json.dumps(label).encode(), "npy": npy(np.zeros(16))}
+    files = {"s.jpg": photo(0)} | {f"s.{ending}": data for ending, data in facts.items()}
+    write_tar(tmp_path / "0.tar", files)
+    assert has_label_vectors(open_labelled("x", str(tmp_path), "image")) == (not label)
 
 
 def test_accuracies_equal_sklearn() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.ingest.labelled import class_of
 from data_pipelines.shards.source import Source
 from xray.errors import DataError
 from xray.evaluation.confidence import interval, resamples
@@ -21,10 +22,10 @@ VECTOR = ("npy",)
 
 
 def has_label_vectors(source: Source) -> bool:
-    """Check if the first sample of a source has a vector of labels and no class number."""
+    """Check if the first sample of a source has a vector of labels and no class."""
     first = next(source.places(), None)
-    files = source.read(*first, ("cls", "npy")) if first else {}
-    return "npy" in files and "cls" not in files
+    files = source.read(*first, ("cls", "json", "npy")) if first else {}
+    return "npy" in files and not class_of(files)
 
 
 def label_vectors(source: Source, classes: int) -> Tensor:
