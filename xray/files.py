@@ -16,9 +16,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 from typing import IO
+from zipfile import BadZipFile
 
 from xray.errors import ArtifactError, ConfigError, DataError, closest
+
+# errors of numpy for a damaged .npy, whose header it parses as Python, or for a damaged archive
+NPY_DAMAGE = (ValueError, LookupError, TypeError, SyntaxError, EOFError, TokenError, BadZipFile)
 
 
 @contextmanager

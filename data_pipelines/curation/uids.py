@@ -33,7 +33,7 @@ from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import metadata_of
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
-from xray.files import sha256_file
+from xray.files import NPY_DAMAGE, sha256_file
 from xray.progress import progress_of
 from xray.words import count
 
@@ -95,7 +95,7 @@ def _checked(path: Path, what: str, state: tuple[int, int]) -> str:
     """
     try:
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:  # a pickle, or another file
+    except (OSError, *NPY_DAMAGE) as error:  # a pickle, or another file
         raise ConfigError(f"{what} is no .npy file with uids of dtype u8,u8") from error
     if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
         found = f"{uids.dtype} {list(uids.shape)}" if isinstance(uids, np.ndarray) else "an archive"

@@ -16,8 +16,9 @@ from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from vectors import unit
 
 from data_pipelines.ingest.labelled import open_labelled
+from xray.errors import DataError
 from xray.evaluation import confidence
-from xray.evaluation.multilabel import has_label_vectors, mean_precision
+from xray.evaluation.multilabel import has_label_vectors, label_vectors, mean_precision
 from xray.evaluation.retrieval import retrieval
 from xray.evaluation.zero_shot import zero_shot
 
@@ -82,6 +83,17 @@ def test_samples_with_a_class_have_no_vectors_of_labels(
     files = {"s.jpg": photo(0)} | {f"s.{ending}": data for ending, data in facts.items()}
     write_tar(tmp_path / "0.tar", files)
     assert has_label_vectors(open_labelled("x", str(tmp_path), "image")) == (not label)
+
+
+def test_damaged_vectors_of_labels_are_one_line(tmp_path: Path) -> None:
+    archive, whole = io.BytesIO(), npy(np.zeros(3))
+    np.savez(archive, np.zeros(3))
+    broken = whole.replace(b"{'descr'", b"('descr'"), archive.getvalue()[:50], b""
+    for data in (archive.getvalue(), *broken):
+        write_tar(tmp_path / "0.tar", {"s.jpg": photo(0), "s.npy": data})
+        source = open_labelled("x", str(tmp_path), "image")
+        with pytest.raises(DataError, match=r"^x: sample s has no \.npy of labels"):
+            label_vectors(source, 3)
 
 
 def test_accuracies_equal_sklearn() -> None:

@@ -17,6 +17,7 @@ from data_pipelines.shards.source import Source
 from xray.errors import DataError
 from xray.evaluation.confidence import interval, resamples
 from xray.evaluation.suites.zero_shot import MAP
+from xray.files import NPY_DAMAGE
 
 VECTOR = ("npy",)
 
@@ -35,8 +36,11 @@ def label_vectors(source: Source, classes: int) -> Tensor:
         key = source.index(place[0]).key(place[1])
         try:
             content = io.BytesIO(source.read(*place, VECTOR)["npy"])
-            row = np.load(content, allow_pickle=False).ravel()
-        except (KeyError, ValueError, EOFError) as error:
+            row = np.load(content, allow_pickle=False)
+            if not isinstance(row, np.ndarray):
+                raise TypeError("an archive of arrays")
+            row = row.ravel()
+        except NPY_DAMAGE as error:  # LookupError: the sample has no .npy
             raise DataError(
                 f"{source.name}: sample {key} has no .npy of labels that can be read"
             ) from error

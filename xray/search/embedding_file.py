@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xray.errors import ConfigError, DataError, brief
-from xray.files import nearest_path, replacing, usual_mode
+from xray.files import NPY_DAMAGE, nearest_path, replacing, usual_mode
 from xray.records import parse_record
 from xray.search.pca import Pca
 from xray.search.quantisation import STORED, quantise, row_length, row_shape
@@ -47,8 +46,6 @@ NEEDED: dict[str, Any] = {  # facts and their types
     **{name: dict for name in ("artifact", "source")},
     "keep_rate": float | int | None,
 }
-# numpy parses the header of a .npy as Python
-DAMAGE = (ValueError, LookupError, TypeError, SyntaxError, TokenError)
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def _readable(path: Path) -> Iterator[None]:
     """Raise DataError that names a file, for the errors of a damaged one."""
     try:
         yield
-    except (OSError, pa.ArrowException, *DAMAGE) as error:
+    except (OSError, pa.ArrowException, *NPY_DAMAGE) as error:
         detail = brief(error)
         raise DataError(
             f"{path} is not a sound embedding file: {detail}; make it again with xray embed"

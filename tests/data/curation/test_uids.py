@@ -114,12 +114,17 @@ def test_lists_that_cannot_be_used_are_one_line(pool: Path, tmp_path: Path) -> N
     np.savez(tmp_path / "archive.npz", np.zeros(2, UID))
     (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "text.npy").write_text("uids\n")
+    header = (tmp_path / "ints.npy").read_bytes().replace(b"{'descr'", b"('descr'")
+    (tmp_path / "header.npy").write_bytes(header)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "archive.npy").read_bytes()[:50])
     saved(tmp_path / "others.npy", [uid_of(900)])
     source = open_source("photos", str(pool), "image")
     for name, says in {
         "gone": "cannot be read: No such file",
         "pickle": "no .npy file with uids",
         "text": "no .npy file with uids",
+        "header": "no .npy file with uids",
+        "cut": "no .npy file with uids",
         "empty": "is empty: it has no uids",
         "archive": "holds an archive",
         "ints": r"holds int64 \[4\]: it must be a list of uids of dtype u8,u8",
