@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,11 @@ import numpy as np
 
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.languages import is_language
 from xray.errors import BadSample, DataError
 from xray.files import decode_text
 
 MOST_WEIGHT = 1e6
-# Codes such as en, quz, zh-Hans and eng_Latn, but not the key of the text in Karpathy's files.
-LANGUAGE = re.compile(r"(?!raw$)[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 LANGUAGE_FIELDS = ("language", "lang")  # of a sample's captions: one, or a list beside theirs
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
 
@@ -103,11 +101,7 @@ def language_of(meta: Mapping[str, Any]) -> Any:
 
 def is_by_language(value: Any) -> TypeGuard[dict[str, Any]]:
     """Return True for captions by language: {en: "a dog", de: [...]}."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(key, str) and LANGUAGE.fullmatch(key) for key in value)
-    )
+    return isinstance(value, dict) and bool(value) and all(map(is_language, value))
 
 
 def languages_beside(language: Any, captions: int) -> list[str]:

@@ -19,9 +19,9 @@ from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.ingest.plain_files import Request
 from data_pipelines.ingest.user_data import open_data
-from data_pipelines.text.captions import read_captions
+from data_pipelines.text.captions import is_by_language, read_captions
 from xray.config.loading import build, parse_overrides
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 from xray.evaluation import confidence as bootstrap
 from xray.evaluation.comparison import comparison_table
 from xray.evaluation.config import EvalConfig
@@ -153,6 +153,15 @@ def test_captions_by_language_keep_their_fields(tmp_path: Path) -> None:
         assert read_beside(tmp_path, {column: own}, **{f"{column}.en": 1}) == [("", "a dog")]
     facts = {"captions": {"en": [{"raw": "a dog"}, None], "de": None}}
     assert read_beside(tmp_path, facts) == both[:1]
+
+
+def test_objects_with_other_short_keys_are_not_captions_by_language(tmp_path: Path) -> None:
+    for key in ("alt", "url", "raw", "src", "xx", "pt-", "English"):
+        assert not is_by_language({"en": "a dog", key: "x"}), key
+    codes = ("en", "fil", "quz", "pt-BR", "zh-Hans", "eng_Latn", "npi_Deva", "zh_Hant_TW", "iw")
+    assert is_by_language(dict.fromkeys(codes, "a dog"))
+    with pytest.raises(BadSample, match="broken caption"):
+        read_beside(tmp_path, {"caption": {"alt": "a dog", "url": "http://x"}})
 
 
 def test_captions_of_rows_of_a_file_are_merged_once(tmp_path: Path) -> None:
