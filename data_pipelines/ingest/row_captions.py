@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.ingest.table_columns import CAPTION_COLUMNS, Row
@@ -29,7 +28,7 @@ def texts_in(value: Any) -> list[str]:
     """
     if isinstance(value, dict):
         found = next((value[key] for key in TEXT_KEYS if value.get(key)), None)
-        value = _listed(value) if found is None and is_by_language(value) else found
+        value = [*value.values()] if found is None and is_by_language(value) else found
     if isinstance(value, list):
         return [text for entry in value for text in texts_in(entry)]
     return [value.strip()] if isinstance(value, str) and value.strip() else []
@@ -37,36 +36,38 @@ def texts_in(value: Any) -> list[str]:
 
 def captions_with_languages(meta: Row) -> list[Any]:
     """Return the captions as `captions_in`; those whose language is known as {text, language}."""
-    value = meta.get(_caption_column(meta))
-    value = _listed(value) if is_by_language(value) else value
-    entries = value if isinstance(value, list) else [value]
-    found: list[Any] = []
-    beside = languages_beside(language_of(meta), len(entries))
-    for entry, language in zip(entries, beside, strict=True):
-        own = entry.get("language") if isinstance(entry, dict) else None
-        known, texts = str(own or language), texts_in(entry)
-        found += [{"text": text, "language": known} for text in texts] if known else texts
-    return found
+    return _with_languages(meta.get(_caption_column(meta)), language_of(meta))
 
 
-def _listed(captions: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return captions by language as a list of {text, language}."""
-    return [
-        {"text": text, "language": language}
-        for language, own in captions.items()
-        for text in texts_in(own)
-    ]
+def _with_languages(value: Any, language: Any) -> list[Any]:
+    """Return the texts of a field, those whose language is known as {text, language}.
+
+    language: of all of them, or a list of the languages of the field's entries; "" = not known.
+    """
+    if is_by_language(value):
+        return [caption for own, inner in value.items() for caption in _with_languages(inner, own)]
+    if isinstance(value, list):
+        pairs = zip(value, languages_beside(language, len(value)), strict=True)
+        return [caption for entry, own in pairs for caption in _with_languages(entry, own)]
+    own = value.get("language") if isinstance(value, dict) else ""
+    known = str(own or languages_beside(language, 1)[0])
+    texts = texts_in(value)
+    return [{"text": text, "language": known} for text in texts] if known else [*texts]
 
 
 def check_captions(meta: Row) -> None:
     """Bring `caption` and `captions` into the form that training reads; raises BadSample.
 
     Empty ones, such as null and NaN, are removed, and an object such as {raw: ...} becomes its
-    text. Captions by language are also given as `captions`, if they are in another column.
+    text. Captions that have languages are also given as `captions`, if they are in another column.
     """
-    own = meta.get(_caption_column(meta))
-    if is_by_language(own) and not is_by_language(meta.get("captions")):
-        meta["captions"] = own
+    language = language_of(meta)
+    beside = language if isinstance(language, list) else ""  # a single one is read by itself
+    column = _caption_column(meta)
+    if column != "captions" and not is_by_language(meta.get("captions")):
+        own = _with_languages(meta.get(column), beside)
+        if any(isinstance(caption, dict) for caption in own):
+            meta["captions"] = meta[column] if is_by_language(meta[column]) else own
     for column in ("caption", "captions"):
         value = meta.get(column)
         entries = value if isinstance(value, list) else [value]
@@ -79,16 +80,16 @@ def check_captions(meta: Row) -> None:
         if not texts_in(value):
             meta.pop(column, None)
         elif is_by_language(value):
-            meta[column] = {language: _readable(own) for language, own in value.items()}
+            meta[column] = {own: _readable(inner, "") for own, inner in value.items()}
         else:
-            meta[column] = _readable(value)
+            meta[column] = _readable(value, beside)
 
 
-def _readable(value: Any) -> Any:
+def _readable(value: Any, language: Any) -> Any:
     """Return captions in the form that training reads: a text, {text, ...}, or a list of these."""
     entries = value if isinstance(value, list) else [value]
     plain = all(isinstance(_text_of(entry), str) for entry in entries)
-    return value if plain else texts_in(value)
+    return value if plain else _with_languages(value, language)
 
 
 def _text_of(entry: Any) -> Any:

@@ -155,6 +155,25 @@ def test_captions_by_language_keep_their_fields(tmp_path: Path) -> None:
     assert read_beside(tmp_path, facts) == both[:1]
 
 
+def test_captions_beside_empty_ones_keep_their_languages(tmp_path: Path) -> None:
+    both = [("en", "a dog"), ("de", "ein Hund")]
+    languages = ["en", "", "de"]
+    texts, objects = ["a dog", None, "ein Hund"], [{"text": t, "language": c} for c, t in both]
+    mapping = {"en": "a dog", "de": "ein Hund"}
+    for column in ("caption", "captions", "text"):
+        for facts in (
+            {column: texts, "language": languages},
+            {column: [{"raw": text} for text in texts], "lang": languages},
+            {column: [*objects, None]},
+            {column: objects},
+            {column: [mapping]},
+            {column: [None, objects[0], {"de": {"raw": "ein Hund"}}]},
+        ):
+            assert read_beside(tmp_path, facts) == both, facts
+        facts = {column: ["a dog", None], "language": "en"}
+        assert read_beside(tmp_path, facts) == both[:1], column
+
+
 def test_objects_with_other_short_keys_are_not_captions_by_language(tmp_path: Path) -> None:
     for key in ("alt", "url", "raw", "src", "xx", "pt-", "English"):
         assert not is_by_language({"en": "a dog", key: "x"}), key
