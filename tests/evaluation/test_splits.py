@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,13 @@ from data_pipelines.shards.source import Source, open_source
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, class_weights
 from xray.config.loading import build, parse_overrides
-from xray.errors import ConfigError
+from xray.errors import ConfigError, XrayError
 from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import Views
-from xray.evaluation.robustness import _heads
+from xray.evaluation.heads import open_heads
+from xray.evaluation.set_runs import SetRun
 from xray.evaluation.suites import result_table
 
 if TYPE_CHECKING:
@@ -134,11 +136,28 @@ def judged(
     assert results["zero_shot"]["top1"] == pytest.approx(np.mean(prompted), abs=1e-6)
 
 
+def test_named_sets_have_splits(hmdb: Path, artifact: Any) -> None:
+    """A set of eval.sets is checked and measured on each split, as the suites alone are."""
+    own: dict[str, Any] = {"suite": ["zero_shot", "knn"], "shards": "clips", "train": "clips"}
+    own |= {"splits": "splits", "modality": "video", "templates": ["a {}"], "k": 3}
+    (hmdb / "sets.yaml").write_text(json.dumps({"hmdb": own}))
+    views = "eval.views={clips: 1, crops: 1}"
+    alone = evaluator(artifact, hmdb, "all", views)
+    named = evaluator(artifact, hmdb, "all", views, "eval.sets=sets.yaml")
+    results = SetRun(named).evaluate({}, lambda results: None)["hmdb"]
+    assert results.keys() == {"zero_shot", "knn"}
+    for suite, measures in alone.run([*results]).items():
+        assert results[suite].measures == pytest.approx(measures) and measures["splits"] == 3
+    (hmdb / "sets.yaml").write_text(json.dumps({"hmdb": own | {"k": 9}}))
+    with pytest.raises(XrayError, match="set hmdb: kNN with k=9 needs that many samples"):
+        SetRun(named).evaluate({}, lambda results: pytest.fail("a set has run"))
+
+
 def test_suites_without_splits_of_their_own(hmdb: Path, artifact: Any) -> None:
     """Robustness reads the heads of other suites: on one split, not on the mean."""
     with pytest.raises(ConfigError, match=r"eval.zero_shot.split=all: a suite that uses"):
-        list(_heads(evaluator(artifact, hmdb, "all").sets))
-    heads = list(_heads(evaluator(artifact, hmdb, 3, "eval.linear_probe.solver=sgd").sets))
+        list(open_heads(evaluator(artifact, hmdb, "all").sets))
+    heads = list(open_heads(evaluator(artifact, hmdb, 3, "eval.linear_probe.solver=sgd").sets))
     assert [head.name for head in heads] == ["zero_shot", "linear_probe"]
     assert {len(head.labels) for head in heads} == {4}
 

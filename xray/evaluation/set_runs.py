@@ -17,7 +17,7 @@ from xray.evaluation.evaluator import Evaluator, check_suites
 from xray.evaluation.named_sets import NamedSet, named_sets, naming
 from xray.evaluation.overlap import Training, find_overlap, trained_on
 from xray.evaluation.set_features import SharedSets, Uses, data_of, picture_keys
-from xray.evaluation.splits import run_suite
+from xray.evaluation.splits import by_split, run_suite
 from xray.evaluation.suite import LabelledConfig, Suite
 from xray.evaluation.suites import suite_named
 from xray.records import parse_record
@@ -80,12 +80,15 @@ class Checked:
 
 def _check_data(suite: Suite[Any], sets: SharedSets) -> None:
     """Raise the errors of a suite's data that are known without decoding pictures."""
-    section = sets.config.of(suite)
-    for name, part in suite.sections(section).items():
+    whole = sets.config
+    for name, part in suite.sections(whole.of(suite)).items():
         if isinstance(part, LabelledConfig):
             sets.check_classes(name, part)
     if suite.check is not None:
-        suite.check(sets, section)
+        for config in by_split(suite, sets).values() or [whole]:
+            sets.config = config
+            suite.check(sets, config.of(suite))
+        sets.config = whole
 
 
 @dataclass

@@ -15,24 +15,34 @@ from data_pipelines.shards.source import ChosenSlots, Source
 from xray.evaluation.suite import Measures, Suite
 
 if TYPE_CHECKING:
+    from xray.evaluation.config import EvalConfig
     from xray.evaluation.datasets import Sets
     from xray.evaluation.feature_extraction import Features
 
 
-def run_suite(suite: Suite[Any], sets: Sets) -> Measures:
-    """Run a suite; with split files, on each of the chosen splits, and average its measures."""
+def by_split(suite: Suite[Any], sets: Sets) -> dict[int, EvalConfig]:
+    """Return the settings of each chosen split of a suite's data; {} without split files."""
     whole = sets.config
     config = whole.of(suite)
     if not getattr(config, "splits", "") or not config.has_data():
-        return suite.run(sets, config)
-    numbers = sets.splits(suite.name, config)
+        return {}
+    return {
+        number: replace(whole, **{suite.name: replace(config, split=number)})  # type: ignore[type-var]
+        for number in sets.splits(suite.name, config)
+    }
+
+
+def run_suite(suite: Suite[Any], sets: Sets) -> Measures:
+    """Run a suite; with split files, on each of the chosen splits, and average its measures."""
+    whole, splits = sets.config, by_split(suite, sets)
+    if not splits:
+        return suite.run(sets, whole.of(suite))
     results: dict[int, Measures] = {}
     with sets.scratch():  # what a suite stores there serves all splits
         try:
-            for number in numbers:
-                own = replace(config, split=number)
-                sets.config = replace(whole, **{suite.name: own})  # type: ignore[type-var]
-                results[number] = suite.run(sets, own)
+            for number, config in splits.items():
+                sets.config = config
+                results[number] = suite.run(sets, config.of(suite))
         finally:
             sets.config = whole
     return mean_over_splits(results)

@@ -36,7 +36,8 @@ def _run(sets: Sets, config: KnnConfig) -> Measures:
 def _check(sets: Sets, config: KnnConfig) -> None:
     from xray.evaluation.knn import check_neighbours
 
-    check_neighbours(config.k, len(sets.labelled("knn", config)[0]))
+    for train, _ in sets.pairs("knn", config):
+        check_neighbours(config.k, len(train))
 
 
 KNN = probe_suite("knn", KnnConfig, _run, "kNN", compared=("top1",), check=_check)
