@@ -28,8 +28,8 @@ from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.set_features import SharedSets
-from xray.evaluation.set_runs import SetRun
-from xray.evaluation.set_tables import DATACOMP, canonical
+from xray.evaluation.set_runs import SetResult, SetRun
+from xray.evaluation.set_tables import DATACOMP, canonical, mean_table
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
 from xray.recipes.run import evaluate as evaluate_recipe
@@ -245,6 +245,30 @@ def test_means_over_sets_and_the_average_of_datacomp(
     for name in ("wds_vtab-caltech101_test", "vtab/caltech101", "caltech101", "Caltech101"):
         assert canonical(name) == "caltech101"
     assert canonical("wds_imagenet-a") == "imagenet-a"
+
+
+def robust(clean: float, *shifts: str) -> SetResult:
+    """Measures of robustness on one set, and on others from elsewhere."""
+    own = {
+        "samples": 4.0,
+        "attacked_samples": 0.0,
+        "chance": 0.5,
+        "shift": 0.5,
+        "chance_shift": 0.5,
+    }
+    own |= {"clean": clean, "clean_low": clean - 0.25, "clean_high": clean + 0.25}
+    for name in shifts:
+        own |= {f"shift/{name}": 0.5, f"shift/chance_{name}": 0.5, f"shift_samples/{name}": 2.0}
+        own |= {f"shift_classes/{name}": 2.0, f"shift_left_out/{name}": 0.0}
+    return SetResult("", {f"zero_shot/{key}": value for key, value in own.items()})
+
+
+def test_a_row_that_some_sets_do_not_have_has_no_mean() -> None:
+    """The mean over v2 and r, and that over v2 and s, are of different sets."""
+    first, second = robust(0.5, "v2", "r"), robust(0.75, "v2", "s")
+    rows = mean_table({"": {"a": {"robustness": first}, "b": {"robustness": second}}}).rows
+    assert [row[1] for row in rows] == ["zero-shot, clean", "zero-shot, shift v2"]
+    assert rows[0][:2] == ("mean of 2 sets", "zero-shot, clean") and "62.5" in rows[0][2]
 
 
 def named(path: Path, sets: dict[str, Any]) -> Path:
