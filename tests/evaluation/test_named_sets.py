@@ -28,8 +28,10 @@ from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.set_features import SharedSets
+from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult, SetRun
-from xray.evaluation.set_tables import DATACOMP, canonical, mean_table
+from xray.evaluation.set_tables import DATACOMP, canonical, mean_table, summary
+from xray.evaluation.suites.retrieval import DIRECTIONS
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
 from xray.recipes.run import evaluate as evaluate_recipe
@@ -269,6 +271,31 @@ def test_a_row_that_some_sets_do_not_have_has_no_mean() -> None:
     rows = mean_table({"": {"a": {"robustness": first}, "b": {"robustness": second}}}).rows
     assert [row[1] for row in rows] == ["zero-shot, clean", "zero-shot, shift v2"]
     assert rows[0][:2] == ("mean of 2 sets", "zero-shot, clean") and "62.5" in rows[0][2]
+
+
+def by_language(recall: float) -> SetResult:
+    """Measures of retrieval on a set with captions in English."""
+    own = {"images": 4.0, "texts": 4.0}
+    for name in (f"{way}_R@{k}" for way in DIRECTIONS for k in (1, 5, 10)):
+        own |= {name: recall, f"{name}_low": recall - 0.25, f"{name}_high": recall + 0.25}
+        own[f"chance_{name}"] = 0.25
+    return SetResult("", {"languages": 1.0, **own} | {f"en/{key}": own[key] for key in own})
+
+
+def test_a_mean_has_no_interval(tmp_path: Path) -> None:
+    """Ends of intervals are NAME_low/PREFIX, or NAME_low for all of a name."""
+    results = {
+        name: {"robustness": robust(value), "retrieval": by_language(value)}
+        for name, value in {"a": 0.25, "b": 0.5}.items()
+    }
+    rows = {row[1]: row[2] for row in mean_table({"": results}).rows}
+    assert rows["zero-shot, clean"] == rows["text to image R@1, en"] == "37.5"
+    assert not any("[" in value for value in rows.values())
+    means = summary(results)["means"]
+    assert means["robustness"] == {"zero_shot/clean": {"mean": 0.375, "sets": 2}}
+    assert "en/text_to_image_R@1" in means["retrieval"]
+    write_page(tmp_path / "page.html", {"a model": results}, [])
+    assert "zero shot/clean of each set" in (tmp_path / "page.html").read_text()
 
 
 def named(path: Path, sets: dict[str, Any]) -> Path:

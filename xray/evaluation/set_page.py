@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xray.evaluation.set_runs import SetResults
-from xray.evaluation.set_tables import compared_sets, for_page, mean_table, whole_table
-from xray.evaluation.suite import Measures, Suite, interval_keys
+from xray.evaluation.set_tables import compared_sets, ends_of, for_page, mean_table, whole_table
+from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites import SUITES
 from xray.reports.figures import COLOURS, label_axis, subplots, svg
 from xray.reports.html import gallery, paragraph, write_report
@@ -52,14 +52,13 @@ def _panels(results: Mapping[str, SetResults]) -> Iterator[tuple[Suite[Any], str
 
 def _main(suite: Suite[Any], measures: Measures) -> list[str]:
     """Return the measures that are drawn: those that --keep-rates compares, or the first share."""
-    shares = [key for key in measures if interval_keys(key)[0] in measures]
+    shares = [key for key in measures if ends_of(key, measures)]
     return [key for key in suite.compared if key in measures] or shares[:1]
 
 
 def _chart(suite: Suite[Any], key: str, points: Points, models: list[str]) -> Any:
     """Draw a row for each set, with a dot for each model."""
     figure, (axis,) = subplots(1, (WIDTH, HEAD + ROW * len(points)))
-    low, high = interval_keys(key)
     for place, own in enumerate(points.values()):
         for number, model in enumerate(models):
             if model not in own:
@@ -67,8 +66,7 @@ def _chart(suite: Suite[Any], key: str, points: Points, models: list[str]) -> An
             value, chance = own[model][key], own[model].get(f"chance_{key}")
             at = place + 0.16 * (number - (len(models) - 1) / 2)
             colour = COLOURS[number % len(COLOURS)]
-            if low in own[model]:
-                ends = [100 * own[model][low], 100 * own[model][high]]
+            if ends := [100 * own[model][end] for end in ends_of(key, own[model])]:
                 axis.plot(ends, [at, at], color=colour, linewidth=1.2, alpha=0.6)
             axis.plot([100 * value], [at], "o", color=colour, markersize=4)
             if chance is not None:

@@ -161,6 +161,15 @@ def notes_on(results: SetResults) -> list[str]:
     return [*notes_of(notes), *overlap_lines(shares)]
 
 
+def ends_of(key: str, measures: Measures) -> tuple[str, ...]:
+    """Return the keys of both ends of a measure's interval, () if it has none.
+
+    Of NAME/PREFIX, they are NAME_low/PREFIX or NAME/PREFIX_low.
+    """
+    forms = interval_keys(key), (f"{key}_low", f"{key}_high")
+    return next((ends for ends in forms if ends[0] in measures), ())
+
+
 def _rows(results: SetResults) -> Iterator[tuple[str, Row]]:
     """Yield (set, row) of every measure."""
     for name, own in results.items():
@@ -183,9 +192,8 @@ def _mean_rows(results: SetResults) -> Iterator[Row]:
                 continue
             common = [key for key in having[0] if all(key in own for own in having)]
             mean = {key: sum(own[key] for own in having) / len(having) for key in common}
-            for key in common:  # intervals of the mean are not known
-                for end in interval_keys(key):
-                    mean.pop(end, None)
+            for end in [end for key in common for end in ends_of(key, mean)]:
+                del mean[end]  # the interval of a mean is not known
             for row in suite.rows(mean):  # none, if it is itself a mean over what differs
                 if row[0] == title:
                     yield *row[:3], count(len(having), "set")
@@ -204,6 +212,6 @@ def _by_measure(own: Mapping[str, Measures]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     for measures in own.values():
         for key in measures:
-            if interval_keys(key)[0] in measures:
+            if ends_of(key, measures):
                 found[key].append(measures[key])
     return found
