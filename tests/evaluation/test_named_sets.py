@@ -27,6 +27,7 @@ from xray.errors import XrayError
 from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
+from xray.evaluation.named_sets import named_sets
 from xray.evaluation.set_features import SharedSets
 from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult, SetRun
@@ -399,6 +400,31 @@ def test_a_set_has_several_suites_and_settings_of_its_own(clip: Path, tmp_path: 
     judge.fit((x - mean) / deviation, truth)
     score = judge.score((y - mean) / deviation, own)
     assert found["whole"]["linear_probe"]["top1"] == pytest.approx(score, abs=1e-6)
+
+
+def test_settings_of_other_data_stay_there(tmp_path: Path) -> None:
+    """A set has the evaluation's settings of a suite, but for those of the suite's own data."""
+    sets = {"a": {"suite": ["knn", "retrieval"], "train": "x", "test": "y", "shards": "z"}}
+    where = str(named(tmp_path / "sets.yaml", sets))
+    given: dict[str, Any] = {"sets": where, "knn": {"k": 3}, "retrieval": {"captions": {"alt": 1}}}
+    (own,) = named_sets(build(EvalConfig, given), "", ())
+    assert own.config.knn.k == 3 and own.config.retrieval.captions == {"alt": 1}
+    given["knn"] |= {"train": "clips", "splits": "splits", "split": 1}
+    given["retrieval"] |= {"shards": "photos"}
+    (own,) = named_sets(build(EvalConfig, given), "", ())
+    assert own.config.knn.k == 3 and own.config.knn.split == "all"
+    assert own.config.retrieval.captions == {}
+
+
+def test_paths_start_at_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    for name in ("photos", "v2"):
+        (tmp_path / name).mkdir()
+    own = {"suite": "robustness", "shards": "photos", "shift": {"v2": "v2", "r": "gone"}}
+    path = named(tmp_path / "sets.yaml", {"a": own})
+    (found,) = named_sets(build(EvalConfig, {"sets": str(path)}), "", ())
+    assert found.config.zero_shot.shards == str(tmp_path / "photos")
+    assert found.config.robustness.shift == {"v2": str(tmp_path / "v2"), "r": "gone"}
 
 
 def encoder_rows(encoder: Encoder, samples: Any) -> np.ndarray:

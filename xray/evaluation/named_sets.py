@@ -135,16 +135,20 @@ def _entry(name: str, given: Any, where: str) -> Entry:
             raise ConfigError(f"{where}: set suite, such as suite: zero_shot or suite: [knn, ...]")
         own = tuple(suite_named(str(suite)).name for suite in suites)
         beside = os.path.dirname(os.path.abspath(where))
-        parts = [_part(suite_named(suite)) for suite in own]
+        readers = [part for suite in map(suite_named, own) for part in (suite, *suite.reads)]
+        parts = map(_part, readers)
         paths = {key for part in parts for key in (*part.required_sets, *part.optional_sets)}
         for key in rest.keys() & {*paths, "train", "test", "templates"}:
-            if isinstance(rest[key], str):
-                rest[key] = _beside(rest[key], beside)
+            rest[key] = _beside(rest[key], beside)
         return Entry(name, _beside(folder, beside) if folder else "", own, rest)
 
 
-def _beside(path: str, folder: str) -> str:
-    """Return a path that starts at the folder of the yaml, if it exists there."""
+def _beside(path: Any, folder: str) -> Any:
+    """Return a path, or several by name, from the folder of the yaml if it exists there."""
+    if isinstance(path, Mapping):
+        return {name: _beside(own, folder) for name, own in path.items()}
+    if not isinstance(path, str):
+        return path
     from data_pipelines.ingest.labelled import data_exists
     from data_pipelines.shards.manifest import resolve
 
@@ -166,9 +170,11 @@ def _section(suite: Suite[Any], name: str, values: Mapping[str, Any], config: Ev
     """
     part, general = _part(suite), config.of(suite)
     names = {item.name for item in fields(part)}
-    data = {*part.required_sets, *part.optional_sets, "modality"}
-    inherited = {} if isinstance(general, dict) else asdict(general)
-    inherited = {key: value for key, value in inherited.items() if key not in data}
+    data = {*part.required_sets, *part.optional_sets, "modality", "split"}
+    inherited = {}
+    if isinstance(general, SuiteConfig):
+        data |= {"captions"} if general.sets() else set()  # of those, which held_out may have set
+        inherited = {key: value for key, value in asdict(general).items() if key not in data}
     own = {key: value for key, value in values.items() if key in names}
     if "shards" in names and "shards" not in own and "test" in values:
         own["shards"] = values["test"]
