@@ -459,6 +459,14 @@ def wrong_yamls() -> Iterator[tuple[dict[str, Any], str]]:
         "set a: class 'green' of test is not among the classes of train",
     )
     yield {"a": {"suite": "retrieval", "shards": "set/test"}}, "none of the 6 samples has a caption"
+    yield (
+        {"a": {"suite": "retrieval", "shards": "texts/test", "languages": ["all"]}},
+        "languages: no caption of shards has a language",
+    )
+    masks = {"train": "unmasked", "test": "unmasked"}
+    yield {"a": {"suite": "segmentation", **masks}}, "there is no folder of masks"
+    yield {"a": {"suite": "keypoints", "pairs": "pairs.csv"}}, "has no column 'source'"
+    yield {"a": {"suite": "compositional", "pairs": "pairs.csv"}}, "no column of wrong captions"
     yield {"a": {"folder": "many"}}, "labels of sample s0000000 are not 3 zeros and ones"
 
 
@@ -468,6 +476,10 @@ def test_wrong_sets_are_one_line_before_the_first_set_starts(
     monkeypatch.chdir(tmp_path)
     wds(tmp_path / "set", of_class)
     wds(tmp_path / "many", lambda i: {"npy": npy([1, 0])}, kind="multilabel")
+    wds(tmp_path / "texts", captions)
+    (tmp_path / "pairs.csv").write_text("path,caption\nset/a.jpg,a picture\n")
+    (tmp_path / "unmasked" / "images").mkdir(parents=True)
+    (tmp_path / "unmasked" / "images" / "0.jpg").write_bytes(photo(0))
     (tmp_path / "two.txt").write_text("red\nblue\n")
     for where, classes in (("folders", ("red", "green")), ("other", ("red", "blue"))):
         for name in classes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,40 @@ from xray.evaluation.suite import Measures
 from xray.evaluation.suites.retrieval import ALL, DIRECTIONS, RetrievalConfig
 
 
+class Spoken(NamedTuple):
+    """The captions [M] of a suite's data set in the languages to measure."""
+
+    source: Source
+    texts: list[str]
+    owner: Tensor  # [M], the place of each caption's sample among `captioned`
+    captioned: list[int]  # numbers [N] of the samples with such captions
+    languages: dict[str, Tensor]  # mask [M] of the captions in each
+    unknown: int  # captions without a language
+
+    @classmethod
+    def open(cls, name: str, sets: Sets, config: RetrievalConfig) -> Spoken:
+        """Read the captions; raises as `retrieval_by_language`."""
+        key = f"eval.{name}"
+        source = config.open(sets, name, "shards")
+        every = all_captions(source, config)
+        counts = Counter(caption.language for own in every for caption in own)
+        unknown = counts.pop("", 0)
+        languages = chosen(config.languages, counts, key)
+        kept = [[caption for caption in own if caption.language in languages] for own in every]
+        texts, owner, captioned = flat_captions(
+            [[caption.text for caption in own] for own in kept], f"{key}.shards"
+        )
+        places = torch.tensor([languages.index(c.language) for own in kept for c in own])
+        masks = {language: places == number for number, language in enumerate(languages)}
+        for language, mask in masks.items():
+            if len(owner[mask].unique()) < 2:
+                raise DataError(
+                    f"{key}.languages: {language!r} has captions of a single sample, and retrieval "
+                    "needs two: name the other languages"
+                )
+        return cls(source, texts, owner, captioned, masks, unknown)
+
+
 def retrieval_by_language(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
     """Measure retrieval in each language of `config.languages`, as LANGUAGE/MEASURE.
 
@@ -32,35 +67,18 @@ def retrieval_by_language(name: str, sets: Sets, config: RetrievalConfig) -> Mea
     left out and counted as `uncaptioned`, captions of unknown language as `without_language`.
     Raises DataError for a language without captions, or with those of a single sample.
     """
-    key = f"eval.{name}"
-    source = config.open(sets, name, "shards")
-    every = all_captions(source, config)
-    counts = Counter(caption.language for own in every for caption in own)
-    unknown = counts.pop("", 0)
-    languages = chosen(config.languages, counts, key)
-    kept = [[caption for caption in own if caption.language in languages] for own in every]
-    texts, owner, captioned = flat_captions(
-        [[caption.text for caption in own] for own in kept], f"{key}.shards"
-    )
-    places = torch.tensor([languages.index(c.language) for own in kept for c in own])
-    masks = {language: places == number for number, language in enumerate(languages)}
-    for language, mask in masks.items():
-        if len(owner[mask].unique()) < 2:
-            raise DataError(
-                f"{key}.languages: {language!r} has captions of a single sample, and retrieval "
-                "needs two: name the other languages"
-            )
-    images, rows = sets.features(source, "joint").rows[captioned], sets.texts(texts)
-    kinds = kinds_of(texts, config.same)
+    own = Spoken.open(name, sets, config)
+    images = sets.features(own.source, "joint").rows[own.captioned]
+    rows, kinds = sets.texts(own.texts), kinds_of(own.texts, config.same)
 
     def part(images: Tensor, rows: Tensor) -> dict[str, float]:
-        return by_language(images, rows, owner, masks, kinds)
+        return by_language(images, rows, own.owner, own.languages, kinds)
 
     measures = part(images, rows)
-    if left_out := len(every) - len(captioned):
+    if left_out := len(own.source) - len(own.captioned):
         measures["uncaptioned"] = float(left_out)
-    if unknown:
-        measures["without_language"] = float(unknown)
+    if own.unknown:
+        measures["without_language"] = float(own.unknown)
     return measures | of_prefixes(sets, images, rows, part)
 
 

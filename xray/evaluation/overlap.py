@@ -115,7 +115,7 @@ def find_overlap(
     # several stages may share one
     places = {(own.where, own.modality, own.animations): own.source for own in trained}
     overlap, known = Overlap(), dict[int, float]()
-    for key, source, gallery in _tested(sets, suites):
+    for key, source, gallery in tested(sets, suites):
         if id(source) not in known:
             seen = np.zeros(len(source), bool)
             seen |= any(own.is_all_of(source) for own in trained)
@@ -174,8 +174,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.001 else "less than 0.1 %"
 
 
-def _tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
-    """Yield each data set that results are about."""
+def tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
+    """Open each data set that results are about; raises DataError, or ConfigError."""
     readers = {reader.name: reader for suite in suites for reader in (suite, *suite.reads)}
     for reader in readers.values():
         for key, part in reader.sections(sets.config.of(reader)).items():

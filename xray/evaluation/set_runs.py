@@ -15,7 +15,7 @@ from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.evaluator import Evaluator, check_suites
 from xray.evaluation.named_sets import NamedSet, named_sets, naming
-from xray.evaluation.overlap import Training, find_overlap, trained_on
+from xray.evaluation.overlap import Training, find_overlap, tested, trained_on
 from xray.evaluation.set_features import SharedSets, Uses, data_of, picture_keys
 from xray.evaluation.splits import by_split, run_suite
 from xray.evaluation.suite import LabelledConfig, Suite
@@ -80,6 +80,8 @@ class Checked:
 
 def _check_data(suite: Suite[Any], sets: SharedSets) -> None:
     """Raise the errors of a suite's data that are known without decoding pictures."""
+    for _ in tested(sets, [suite]):
+        pass  # opening is the check
     whole = sets.config
     for name, part in suite.sections(whole.of(suite)).items():
         if isinstance(part, LabelledConfig):

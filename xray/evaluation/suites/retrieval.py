@@ -67,6 +67,11 @@ def _run(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
 
 
 def _check(name: str, sets: Sets, config: RetrievalConfig) -> None:
+    if config.languages:
+        from xray.evaluation.languages import Spoken
+
+        Spoken.open(name, sets, config)
+        return
     from xray.evaluation.feature_extraction import flat_captions
     from xray.evaluation.retrieval import captioned_of
 
