@@ -33,6 +33,7 @@ from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult, SetRun
 from xray.evaluation.set_tables import DATACOMP, canonical, mean_table, summary
 from xray.evaluation.suites.retrieval import DIRECTIONS
+from xray.evaluation.suites.zero_shot import MAP
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
 from xray.recipes.run import evaluate as evaluate_recipe
@@ -568,3 +569,11 @@ def test_a_recipe_evaluates_its_sets(
     recipe.eval = EvalConfig()
     evaluate_recipe(recipe, artifacts)
     assert not (tmp_path / "sets.json").exists()
+    many = {"shards": str(benchmarks / "voc2007_multilabel" / "test"),
+            "classes": str(benchmarks / "voc2007_multilabel" / "classnames.txt")}  # fmt: skip
+    recipe.eval = build(EvalConfig, {"zero_shot": many, "keep_rates": {"rates": [1, 0.5]}})
+    assert evaluate_recipe(recipe, artifacts) is not None  # samples with several classes
+    mean = json.loads((tmp_path / "results.json").read_text())["zero_shot"][MAP]
+    rates = json.loads((tmp_path / "keep_rates.json").read_text())
+    assert rates["0.5"].keys() >= {f"zero_shot/{MAP}", f"zero_shot/{MAP}_low"}
+    assert 0 < mean <= 1 and rates["1"][f"zero_shot/{MAP}"] <= 1

@@ -58,7 +58,7 @@ def test_a_report_is_rewritten_from_the_runs_files(run: Path) -> None:
 
 
 def test_accuracy_against_speed_is_measured_at_the_end_of_a_recipe(
-    tagger: Path, demo: Path, tmp_path: Path
+    tagger: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy_run(tagger, tmp_path / "hashtag")
     recipe = Recipe("own", tmp_path, root=str(demo))
@@ -73,6 +73,12 @@ def test_accuracy_against_speed_is_measured_at_the_end_of_a_recipe(
         page = (tmp_path / "report.html").read_text()
         assert ("Accuracy against speed" in headings(page)) == bool(rates)
         assert ("accuracy against speed, by keep rate" in page) == bool(rates)
+    recipe.eval.keep_rates.rates = [0.5]
+    (tmp_path / "results.json").unlink()
+    monkeypatch.setattr("xray.recipes.run.over_keep_rates", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(recipe, [open_artifact(tmp_path / "hashtag" / "artifact")])
+    assert "knn" in json.loads((tmp_path / "results.json").read_text())
 
 
 def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> None:

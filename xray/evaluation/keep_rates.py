@@ -16,7 +16,9 @@ from xray.config.model import Reduction
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.evaluator import Evaluator
+from xray.evaluation.suite import Measures, Suite
 from xray.evaluation.suites import SUITES, suite_named, title_of
+from xray.evaluation.suites.zero_shot import MAP
 from xray.models.flops import vision_macs
 from xray.reports.figures import label_axis, subplots
 from xray.reports.tables import ResultTable
@@ -95,7 +97,7 @@ def _measured(
             "gflops": 2 * vision_macs(encoder.vision, frames, size, setting[1]) / 1e9
         }
         for suite in suites:
-            for key in suite.compared:
+            for key in _compared_of(suite, results[suite.name]):
                 for end in ("", "_low", "_high"):
                     row[f"{suite.name}/{key}{end}"] = results[suite.name][f"{key}{end}"]
     device = encoder.normalize.mean.device
@@ -106,6 +108,11 @@ def _measured(
         row["samples_per_s"] = batch / column.median().item()
         row["speed"] = (seconds[:, 0] / column).median().item()
     return measured
+
+
+def _compared_of(suite: Suite[Any], measures: Measures) -> list[str]:
+    """List the measures of a suite that are compared; samples with several classes have no top1."""
+    return [key for key in (*suite.compared, MAP) if key in measures]
 
 
 def check_comparable(names: Sequence[str]) -> None:

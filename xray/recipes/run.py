@@ -33,11 +33,11 @@ from xray.config.run import text_section
 from xray.errors import BadSample, DataError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
-from xray.evaluation.evaluator import Evaluator, Results
+from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.held_out import TaggedSources, located, with_held_out
 from xray.evaluation.keep_rates import KEEP_RATES, over_keep_rates
 from xray.evaluation.named_sets import named_sets, naming
-from xray.evaluation.overlap import OVERLAP, Overlap
+from xray.evaluation.overlap import OVERLAP
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites import result_table, suite_named
 from xray.files import making, replacing, write_text
@@ -224,8 +224,7 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
     device = None  # the fastest; several ranks share that of their process group
     if dist.world_size() > 1:
         device = dist.choose_device(recipe.runs[0].train.device)
-    results: dict[str, Measures] = {}
-    shares, unknown = dict[str, float](), list[str]()
+    measured = Measured(recipe.out)
     (recipe.out / KEEP_RATES).unlink(missing_ok=True)
     evaluation, _ = held_out_sets(recipe)
     by_stage = suites_by_stage({artifact.stage: artifact.offers for artifact in artifacts})
@@ -241,24 +240,40 @@ def evaluate(recipe: Recipe, artifacts: Sequence[Artifact]) -> ResultTable | Non
         if own:
             evaluator.lead(partial(named.evaluate, evaluator, own))
         if suites:
-            measured = evaluator.lead(partial(_measured, evaluator, suites))
-            if measured is not None:
-                results |= measured[0]
-                shares |= measured[1].shares
-                unknown.append(measured[1].unknown)
+            evaluator.lead(partial(measured.add, evaluator, suites))
             evaluator.lead(partial(_compare_keep_rates, evaluator, recipe, suites))
     named.finish()
-    if not results:
-        return None
-    results |= {OVERLAP: shares} if shares else {}
-    write_text(recipe.out / "results.json", json.dumps(results, indent=1))
-    table = result_table(results)
-    table.notes += dict.fromkeys(filter(None, unknown))
-    return table
+    return measured.table()
 
 
-def _measured(evaluator: Evaluator, suites: list[str]) -> tuple[Results, Overlap]:
-    return evaluator.run(suites), evaluator.overlap(suites)
+@dataclasses.dataclass
+class Measured:
+    """Results of a recipe's artifacts so far, on rank 0."""
+
+    out: Path
+    results: dict[str, Measures] = dataclasses.field(default_factory=dict)
+    overlap: dict[str, float] = dataclasses.field(default_factory=dict)
+    unknown: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, evaluator: Evaluator, suites: Sequence[str]) -> None:
+        """Run suites of an artifact, and write all results: what follows may fail."""
+        self.results |= evaluator.run(suites)
+        found = evaluator.overlap(suites)
+        self.overlap |= found.shares
+        self.unknown.append(found.unknown)
+        write_text(self.out / "results.json", json.dumps(self.all(), indent=1))
+
+    def all(self) -> dict[str, Measures]:
+        """Return the results and the shares of samples that were trained on."""
+        return self.results | ({OVERLAP: self.overlap} if self.overlap else {})
+
+    def table(self) -> ResultTable | None:
+        """Make the table of the results; None if there are none."""
+        if not self.results:
+            return None
+        table = result_table(self.all())
+        table.notes += dict.fromkeys(filter(None, self.unknown))
+        return table
 
 
 def _compare_keep_rates(evaluator: Evaluator, recipe: Recipe, suites: Sequence[str]) -> None:
