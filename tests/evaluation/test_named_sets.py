@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
+from xray.config import DataConfig
 from xray.config.loading import build
 from xray.errors import XrayError
 from xray.evaluation import feature_extraction
@@ -36,6 +37,7 @@ from xray.evaluation.suites.retrieval import DIRECTIONS
 from xray.evaluation.suites.zero_shot import MAP
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
+from xray.recipes.report_examples import confused, retrieved
 from xray.recipes.run import evaluate as evaluate_recipe
 
 COLOURS = ("red", "blue", "dark green")
@@ -544,6 +546,16 @@ def test_models_are_compared_on_sets(
     assert invoke(*command).exit_code == 0 and len(decoded) == before
 
 
+def with_titles(folder: Path, samples: int = 4) -> dict[str, Any]:
+    """Settings of a list whose captions are in a column of its own."""
+    for i in range(samples):
+        (folder / f"{i}.jpg").write_bytes(photo(7000 + i, (32, 32)))
+    rows = [("path", "title"), *((f"{i}.jpg", f"title {i}") for i in range(samples))]
+    with (folder / "titles.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return {"shards": str(folder / "titles.csv"), "captions": {"title": 1.0}}
+
+
 def test_a_recipe_evaluates_its_sets(
     clip: Path, tagger: Path, benchmarks: Path, tmp_path: Path, decoded: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -575,5 +587,9 @@ def test_a_recipe_evaluates_its_sets(
     assert evaluate_recipe(recipe, artifacts) is not None  # samples with several classes
     mean = json.loads((tmp_path / "results.json").read_text())["zero_shot"][MAP]
     rates = json.loads((tmp_path / "keep_rates.json").read_text())
+    data, encoder = DataConfig(resolution=32), Encoder(artifacts[0])
+    assert confused(encoder, recipe, data) == ""
+    recipe.eval = build(EvalConfig, {"retrieval": with_titles(tmp_path)})
+    assert "of 4 captions the nearest image" in retrieved(encoder, recipe, data)
     assert rates["0.5"].keys() >= {f"zero_shot/{MAP}", f"zero_shot/{MAP}_low"}
     assert 0 < mean <= 1 and rates["1"][f"zero_shot/{MAP}"] <= 1

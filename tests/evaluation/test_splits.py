@@ -16,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from data_pipelines.shards.source import Source, open_source
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, class_weights
+from xray.config import DataConfig
 from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, XrayError
 from xray.evaluation import feature_extraction
@@ -25,6 +26,8 @@ from xray.evaluation.feature_extraction import Views
 from xray.evaluation.heads import open_heads
 from xray.evaluation.set_runs import SetRun
 from xray.evaluation.suites import result_table
+from xray.recipes.recipe import Recipe
+from xray.recipes.report_examples import confused
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -157,6 +160,10 @@ def test_suites_without_splits_of_their_own(hmdb: Path, artifact: Any) -> None:
     """Robustness reads the heads of other suites: on one split, not on the mean."""
     with pytest.raises(ConfigError, match=r"eval.zero_shot.split=all: a suite that uses"):
         list(open_heads(evaluator(artifact, hmdb, "all").sets))
+    recipe = Recipe("splits", hmdb, root=str(hmdb))
+    recipe.eval = evaluator(artifact, hmdb, "all").config
+    page = confused(Encoder(artifact), recipe, DataConfig(resolution=32, frames=2))
+    assert "Of 4 samples" in page  # of the first split
     heads = list(open_heads(evaluator(artifact, hmdb, 3, "eval.linear_probe.solver=sgd").sets))
     assert [head.name for head in heads] == ["zero_shot", "linear_probe"]
     assert {len(head.labels) for head in heads} == {4}

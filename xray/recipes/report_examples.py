@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from xray.config.schedule import value_at
 from xray.errors import BadSample
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import label_of
+from xray.evaluation.multilabel import has_label_vectors
 from xray.evaluation.suites.retrieval import RETRIEVAL
+from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.evaluation.zero_shot import NamedClasses
 from xray.recipes.recipe import Recipe
 from xray.reports.figures import subplots, svg
@@ -58,7 +61,7 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
     """Show captions whose own image is retrieved first, and some whose is not."""
     config = recipe.eval.of(RETRIEVAL)
     sets = Sets(encoder, recipe.eval, recipe.root, 0)
-    source = sets.open("retrieval", config.shards, config.modality)
+    source = config.open(sets, RETRIEVAL.name, "shards")
     examples = read_examples(source, data, config.captions)
     known = [number for number, own in enumerate(examples.captions) if own]
     if len(known) < 2:
@@ -81,11 +84,17 @@ def retrieved(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
 
 
 def confused(encoder: Encoder, recipe: Recipe, data: DataConfig) -> str:
-    """Show which classes zero-shot classification confuses."""
-    sets = Sets(encoder, recipe.eval, recipe.root, 0)
+    """Show which classes zero-shot classification confuses, in the first of several splits.
+
+    Returns "" for samples with several classes.
+    """
+    sets, config = Sets(encoder, recipe.eval, recipe.root, 0), recipe.eval.of(ZERO_SHOT)
+    if config.splits:
+        first: Any = sets.splits(ZERO_SHOT.name, config)[0]
+        sets.config = replace(recipe.eval, zero_shot=replace(config, split=first))  # type: ignore[type-var]
     classes = NamedClasses.open(sets)
     examples = read_examples(classes.source, data)
-    if not examples.labels:
+    if not examples.labels or has_label_vectors(classes.source):
         return ""
     names, labels = classes.names, classes.number(torch.tensor(examples.labels), classes.source)
     predicted = (_encoded(encoder, examples.pixels) @ classes.weights(sets).t()).argmax(dim=1)
