@@ -21,7 +21,8 @@ from shards import photo, write_tar
 from sklearn.linear_model import LogisticRegression
 
 from xray.artifacts.artifact import open_artifact
-from xray.artifacts.encoders import Encoder
+from xray.artifacts.encoders import Encoder, VisionEncoder
+from xray.commands.evaluate import suites_with_data
 from xray.config import DataConfig
 from xray.config.loading import build
 from xray.errors import XrayError
@@ -593,3 +594,18 @@ def test_a_recipe_evaluates_its_sets(
     assert "of 4 captions the nearest image" in retrieved(encoder, recipe, data)
     assert rates["0.5"].keys() >= {f"zero_shot/{MAP}", f"zero_shot/{MAP}_low"}
     assert 0 < mean <= 1 and rates["1"][f"zero_shot/{MAP}"] <= 1
+
+
+def test_suites_beside_the_sets_are_those_with_data(
+    clip: Path, tagger: Path, benchmarks: Path
+) -> None:
+    digits = benchmarks / "wds_mnist"
+    knn = {"train": str(digits / "train"), "test": str(digits / "test")}
+    zero_shot = {"shards": str(digits / "test"), "classes": str(digits / "classnames.txt")}
+    config = build(EvalConfig, {"sets": "a", "knn": knn, "zero_shot": zero_shot})
+    seeing = Evaluator(VisionEncoder(open_artifact(tagger)), config, "", 0)
+    assert suites_with_data(seeing, ()) == ["knn"]
+    joint = Evaluator(Encoder(open_artifact(clip)), config, "", 0)
+    assert suites_with_data(joint, ()) == ["zero_shot", "knn"]
+    asked = ["linear_probe", "robustness", "retrieval"]  # of eval.knn, of others, without data
+    assert suites_with_data(joint, asked) == asked[:2]

@@ -12,7 +12,7 @@ import typer
 
 from xray import dist
 from xray.commands.common import SETTING, EvalRecipe, check_model, checking, guarded
-from xray.commands.evaluate import check_named, eval_settings
+from xray.commands.evaluate import check_named, eval_settings, suites_with_data
 from xray.commands.help import examples
 from xray.errors import ConfigError
 from xray.files import write_in_place, write_text
@@ -141,12 +141,10 @@ def _run(evaluator: Evaluator, names: list[str]) -> tuple[dict[str, Any], list[s
     from xray.evaluation.overlap import OVERLAP, overlap_lines
     from xray.evaluation.suites import suite_named
 
-    if evaluator.config.sets:  # a suite without data may have some there
-        configured = evaluator.config.possible(evaluator.offers)
-        able = [name for name in names or configured if name in configured]
-    else:
-        able = [name for name in names if suite_named(name).needs <= evaluator.offers]
-        able = able if names else evaluator.default_suites()
+    asked = suites_with_data(evaluator, names) if evaluator.config.sets else names
+    able = [name for name in asked if suite_named(name).needs <= evaluator.offers]
+    if not names and not evaluator.config.sets:
+        able = evaluator.default_suites()
     results: dict[str, Any] = dict(evaluator.run(able))
     overlap = evaluator.overlap(list(results))
     if overlap.shares:

@@ -158,9 +158,8 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
 
     results: dict[str, Measures] = {}
     named: dict[str, Any] = {}  # results of eval.sets
-    if evaluator.config.sets:  # a suite without data may have some there
-        configured = evaluator.config.configured()
-        suites = [name for name in names or configured if name in configured]
+    if evaluator.config.sets:
+        suites = suites_with_data(evaluator, names)
     else:
         suites = names or evaluator.default_suites()
 
@@ -192,6 +191,20 @@ def _all_suites(evaluator: Evaluator, names: list[str], target: Path | None) -> 
         for name in suites:
             if plot := suite_named(name).plot:
                 plot(results[name], target.with_suffix(f".{name}.png"))
+
+
+def suites_with_data(evaluator: Evaluator, names: Sequence[str]) -> list[str]:
+    """List the suites to run beside eval.sets: those of `names`, () = all, with data of their own.
+
+    Without names, they are those that the artifact can run.
+    """
+    from xray.evaluation.suites import suite_named
+
+    if not names:
+        return evaluator.config.possible(evaluator.offers)
+    configured = evaluator.sets.config.configured()
+    readers = {name: (name, *(own.name for own in suite_named(name).reads)) for name in names}
+    return [name for name in names if any(own in configured for own in readers[name])]
 
 
 def evaluate_named(
