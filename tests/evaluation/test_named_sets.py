@@ -393,6 +393,13 @@ def test_a_set_has_several_suites_and_settings_of_its_own(clip: Path, tmp_path: 
         "whole": ["zero_shot", "knn", "linear_probe"],
         "part": ["knn"],
     }
+    others = ("--suite", "linear_probe", "eval.knn.k=5")  # the results of other suites stay
+    again = measures(evaluate(clip, tmp_path / "s.yaml", tmp_path / "out", *others))
+    assert again == found
+    sets = {"whole": "toys"}
+    others = ("--suite", "zero_shot", "eval.precision=bf16")  # not those of another precision
+    again = measures(evaluate(clip, named(tmp_path / "s.yaml", sets), tmp_path / "out", *others))
+    assert {name: list(own) for name, own in again.items()} == {"whole": ["zero_shot"]}
     assert found["part"]["knn"] == found["whole"]["knn"] and found["whole"]["knn"]["samples"] == 12
     encoder = Encoder(open_artifact(clip))
     train, test = (pictures(tmp_path / "toys", split) for split in ("train", "test"))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xray.artifacts.artifact import Artifact
     from xray.evaluation.config import EvalConfig
     from xray.evaluation.evaluator import Evaluator
+    from xray.evaluation.set_runs import SetResults
     from xray.evaluation.suite import Measures
 
 log = logging.getLogger("xray")
@@ -216,19 +217,27 @@ def evaluate_named(
 ) -> None:
     """Evaluate eval.sets, print the table, and write the page beside the file of results.
 
-    written: gets the results as JSON values, and then `write` is called, after each set.
+    written: gets the results as JSON values, and then `write` is called, after each set. Results
+    of other suites that the file has of the same artifact stay in it.
     """
     from xray.evaluation.comparison import short_names
     from xray.evaluation.set_page import write_page
-    from xray.evaluation.set_runs import SETS, SetResults, SetRun, as_json, read_results
+    from xray.evaluation.set_runs import SETS, SetRun, as_json, read_results
     from xray.evaluation.set_tables import set_table, summary
 
-    known, results = read_results(target), SetResults()
+    results: SetResults = {}
+    every: SetResults = {}  # with those that stay
+    known = read_results(target)
+    written["artifact"] = evaluator.sets.encoder.artifact.digest
+    kept = _of_other_suites(evaluator, names, known, target)
 
     def save(found: SetResults) -> None:
         results.clear()
         results.update({name: own for name, own in found.items() if own})
-        written.update({SETS: as_json(results)}, **summary(results))
+        every.clear()
+        for name in dict.fromkeys([*kept, *results]):
+            every[name] = kept.get(name, {}) | results.get(name, {})
+        written.update({SETS: as_json(every)}, **summary(every))
         write()
 
     run = SetRun(evaluator, names)
@@ -242,8 +251,32 @@ def evaluate_named(
     if target is not None:
         page, model = target.with_suffix(".html"), str(evaluator.sets.encoder.artifact.path)
         notes = [run.unknown] if run.unknown else []
-        write_page(page, {short_names([model])[0]: results}, notes)
+        write_page(page, {short_names([model])[0]: every}, notes)
         print(f"page: {page}")
+
+
+def _of_other_suites(
+    evaluator: Evaluator, names: Sequence[str], known: SetResults, target: Path | None
+) -> SetResults:
+    """Return the known results, of the sets that are there, of suites that are not asked for.
+
+    Returns {} if the file of these results is of another artifact or precision.
+    """
+    from xray.evaluation.named_sets import read_entries
+
+    if target is None or not known or not names:
+        return {}
+    file, config = json.loads(target.read_bytes()), evaluator.config
+    facts = evaluator.sets.encoder.artifact.digest, config.precision
+    if (file.get("artifact"), file.get("precision", "fp32")) != facts:
+        return {}
+    there = {entry.name for entry in read_entries(config, evaluator.sets.data.root)}
+    others = {
+        name: {suite: result for suite, result in own.items() if suite not in names}
+        for name, own in known.items()
+        if name in there
+    }
+    return {name: own for name, own in others.items() if own}
 
 
 def eval_settings(overrides: list[str], recipe: str) -> tuple[EvalConfig, str, int, str]:
