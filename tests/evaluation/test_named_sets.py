@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,17 @@ from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import named_sets
-from xray.evaluation.set_features import SharedSets
+from xray.evaluation.set_features import SharedSets, data_of
 from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult, SetRun
 from xray.evaluation.set_tables import DATACOMP, canonical, mean_table, summary
-from xray.evaluation.suites.retrieval import DIRECTIONS
+from xray.evaluation.suite import Suite
+from xray.evaluation.suites.compositional import COMPOSITIONAL
+from xray.evaluation.suites.compression import COMPRESSION
+from xray.evaluation.suites.keypoints import KEYPOINTS
+from xray.evaluation.suites.retrieval import DIRECTIONS, RETRIEVAL
+from xray.evaluation.suites.robustness import ROBUSTNESS
+from xray.evaluation.suites.segmentation import SEGMENTATION
 from xray.evaluation.suites.zero_shot import MAP
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
@@ -616,3 +623,54 @@ def test_suites_beside_the_sets_are_those_with_data(
     assert suites_with_data(joint, ()) == ["zero_shot", "knn"]
     asked = ["linear_probe", "robustness", "retrieval"]  # of eval.knn, of others, without data
     assert suites_with_data(joint, asked) == asked[:2]
+
+
+def test_results_are_repeated_after_any_change_of_the_data(clip: Path, tmp_path: Path) -> None:
+    """Each suite's own form of data: (suite, its settings, files a change of which is seen)."""
+
+    def written(*names: str) -> list[Path]:
+        for number, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(photo(number, (32, 32)))
+        return [tmp_path / name for name in names]
+
+    def table(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    shifted = written("elsewhere/red/0.jpg", "elsewhere/blue/0.jpg")
+    masked = [path for part in ("train", "test") for path in
+              written(f"{part}/images/0.jpg", f"{part}/masks/0.png")]  # fmt: skip
+    titles = table("titles.csv", "path,title\na.jpg,one\n")
+    points = "source,target,source_x,source_y,target_x,target_y\nb.jpg,c.jpg,1,2,3,4\n"
+    pairs = table("points.csv", points)
+    questions = table("questions.csv", "path,caption,negative_caption\nd.jpg,one,two\n")
+    plain = written("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    for shard in range(2):
+        write_tar(tmp_path / f"fit{shard}.tar", {f"{shard}.jpg": photo(shard)})
+    cases: list[tuple[Suite[Any], dict[str, Any], list[Path]]] = [
+        (ROBUSTNESS, {"shift": {"v2": "elsewhere"}}, shifted),
+        (SEGMENTATION, {"train": "train", "test": "test"}, masked),
+        (RETRIEVAL, {"shards": "titles.csv", "captions": {"title": 1.0}}, [titles, plain[0]]),
+        (KEYPOINTS, {"pairs": "points.csv"}, [pairs, *plain[1:3]]),
+        (COMPOSITIONAL, {"pairs": "questions.csv"}, [questions, plain[3]]),
+        (COMPRESSION, {"shards": "titles.csv", "captions": {"title": 1.0},
+                       "train": "fit{0..1}.tar"}, [tmp_path / "fit1.tar"]),
+    ]  # fmt: skip
+    encoder = Encoder(open_artifact(clip))
+    for suite, settings, files in cases:
+        config = build(EvalConfig, {suite.name: settings})
+
+        def state(suite: Suite[Any] = suite, config: EvalConfig = config) -> dict[str, str]:
+            found = [*data_of(SharedSets(encoder, config, str(tmp_path), 0), [suite])]
+            assert found and all(own.source is not None for own in found)
+            return {own.place: own.fingerprint() for own in found}
+
+        for path in files:
+            before = state()
+            assert state() == before
+            facts = path.stat()
+            os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
+            if path.suffix == ".csv":
+                path.write_text(path.read_text().replace("one", "three").replace(",4", ",5"))
+            assert state() != before, path

@@ -6,23 +6,26 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_pipelines.ingest.keypoints import open_pairs
 from data_pipelines.ingest.labelled import place_of
+from data_pipelines.ingest.masked import MaskedFiles
 from data_pipelines.ingest.plain_files import FileSource
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.source import ChosenSlots, Source
-from xray.errors import DataError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.named_sets import NamedSet
-from xray.evaluation.suite import Suite
+from xray.evaluation.suite import MaskedConfig, Suite, SuiteConfig
+from xray.evaluation.suites.compression import CompressionConfig
+from xray.evaluation.suites.keypoints import KeypointsConfig
+from xray.evaluation.suites.robustness import RobustnessConfig
 from xray.files import sha256_file
 
 
@@ -122,37 +125,50 @@ class Data:
 
     def fingerprint(self) -> str:
         """Return a hash that changes with the names, sizes or times of the files."""
-        state = hashlib.sha256()
-        if self.source is not None:
-            state.update(self.source.manifest.digest.encode())
+        state, source = hashlib.sha256(), self.source
+        if source is not None:
+            state.update(source.manifest.digest.encode())
             if not is_remote(self.place):  # a changed label may leave all sizes as they were
-                state.update(self.source.manifest.columns["mtimes"].tobytes())
-        elif os.path.isfile(self.place):
-            return sha256_file(Path(self.place))
-        else:
+                state.update(source.manifest.columns["mtimes"].tobytes())
+        if isinstance(source, MaskedFiles):
+            for mask in source.masks:
+                state.update(_stamp(mask))
+        if os.path.isfile(self.place) and (source is None or isinstance(source, FileSource)):
+            state.update(sha256_file(Path(self.place)).encode())
+        elif source is None:
             for folder, _, names in sorted(os.walk(self.place)):
                 for name in sorted(names):
-                    facts = os.stat(os.path.join(folder, name))
-                    state.update(f"{folder}/{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+                    state.update(_stamp(Path(folder, name)))
         return state.hexdigest()
+
+
+def _stamp(path: Path) -> bytes:
+    facts = os.stat(path)
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode()
 
 
 def data_of(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Data]:
     """Yield the data sets that suites read, and the files that their settings name."""
-    parts = [part for own in suites for part in own.sections(sets.config.of(own)).items()]
-    for name, part in parts:
-        modality: Any = getattr(part, "modality", "image")
-        for item in fields(part):
-            pattern, source = getattr(part, item.name), None
-            if not isinstance(pattern, str) or not pattern:
-                continue
-            key, is_set = f"{name}.{item.name}", item.name in part.required_sets
-            place = place_of(f"eval.{key}", pattern, sets.data.root)
-            if is_set:
-                with suppress(DataError):  # a suite may have another kind of data
-                    source = sets.open(key, pattern, modality)
-            if is_set or item.name in part.optional_sets or os.path.isfile(place):
-                yield Data(place, source)
+    for suite in suites:
+        for key, part in suite.sections(sets.config.of(suite)).items():
+            for name, pattern in part.files().items():
+                place = place_of(f"eval.{key}.{name}", pattern, sets.data.root)
+                yield Data(place, _opened(sets, suite, key, part, name))
+
+
+def _opened(sets: Sets, suite: Suite[Any], key: str, part: SuiteConfig, name: str) -> Source | None:
+    """Open a data set of samples as its suite does; returns None for other files."""
+    if isinstance(part, MaskedConfig):
+        return sets.masked(key, part)[name == "test"]
+    if isinstance(part, KeypointsConfig):
+        return open_pairs(f"eval.{key}.{name}", part.pairs, sets.data.root).source
+    if isinstance(part, RobustnessConfig) and name.startswith("shift"):
+        heads = [sets.config.of(reader) for reader in suite.reads]
+        modality: Any = next((own.modality for own in heads if own.has_data()), "image")
+        return sets.open(f"{key}.{name}", part.files()[name], modality)
+    if name in part.required_sets or isinstance(part, CompressionConfig):
+        return part.open(sets, key, name)
+    return None
 
 
 class Uses:
