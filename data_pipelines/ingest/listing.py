@@ -199,14 +199,14 @@ def folder_of(path: Path, root: Path, names: Sequence[Any]) -> str:
 
 
 def _joined(items: list[Item]) -> list[Item]:
-    """Merge the rows of a file that differ only in their caption and its language.
+    """Merge the rows of a file that differ only in their caption; the first row sets the order.
 
-    The first row sets the order.
+    Captions in other languages are other samples in packing and training: only evaluation merges
+    all rows of a file.
     """
     groups: dict[str, list[Item]] = {}
     for item in items:
-        own = {*CAPTION_COLUMNS, *LANGUAGE_FIELDS}
-        rest = {key: value for key, value in item.meta.items() if key not in own}
+        rest = {key: value for key, value in item.meta.items() if key not in CAPTION_COLUMNS}
         groups.setdefault(json.dumps([item.name, rest], default=str), []).append(item)
     joined = []
     for group in groups.values():
@@ -223,7 +223,7 @@ def merged_captions(rows: Sequence[Item]) -> list[Any]:
     otherwise {text, language} where it is known.
     """
     found = [caption for row in rows for caption in captions_with_languages(row.meta)]
-    language = language_of(rows[0].meta)
+    language = str(language_of(rows[0].meta))
     if all(isinstance(caption, dict) and caption["language"] == language for caption in found):
         return [caption["text"] for caption in found]
     return found

@@ -18,7 +18,7 @@ from vectors import unit
 from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.ingest.plain_files import Request
-from data_pipelines.ingest.user_data import open_data
+from data_pipelines.ingest.user_data import list_files, open_data
 from data_pipelines.text.captions import is_by_language, read_captions
 from xray.config.loading import build, parse_overrides
 from xray.errors import BadSample, ConfigError, DataError
@@ -106,7 +106,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
         "crossmodal": (write_lines(root / "captions.jsonl", published), {}),
         "columns": (write_csv(root / "columns.csv", cells), {"en": 1.0, "de": 1.0}),
     }
-    for name in ("rows", "mapping", "caption", "crossmodal"):
+    for name in ("mapping", "caption", "crossmodal"):
         pack(found[name][0], root / f"{name}_shards", PackConfig())
         found[f"packed {name}"] = root / f"{name}_shards", {}
     return found
@@ -172,6 +172,20 @@ def test_captions_beside_empty_ones_keep_their_languages(tmp_path: Path) -> None
             assert read_beside(tmp_path, facts) == both, facts
         facts = {column: ["a dog", None], "language": "en"}
         assert read_beside(tmp_path, facts) == both[:1], column
+
+
+def test_rows_are_packed_by_language_as_before(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(photo(0))
+    for codes in ((1, 1, 2), ("en", "en", "de")):
+        rows: list[dict[str, Any]] = [
+            {"path": "a.jpg", "caption": text, "language": code}
+            for text, code in zip(("one", "two", "drei"), codes, strict=True)
+        ]
+        items = list_files(str(write_lines(tmp_path / "a.jsonl", rows)))
+        assert [item.meta for item in items] == [
+            {"language": codes[0], "captions": ["one", "two"]},
+            {"language": codes[2], "caption": "drei"},
+        ]
 
 
 def test_objects_with_other_short_keys_are_not_captions_by_language(tmp_path: Path) -> None:
