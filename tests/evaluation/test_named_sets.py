@@ -560,6 +560,16 @@ def test_models_are_compared_on_sets(
     before = len(decoded)
     assert invoke(*command).exit_code == 0 and len(decoded) == before
 
+    named(path, {"b": str(benchmarks / "folders")})  # the first model can run nothing of it
+    command = ("compare", tagger, clip, *command[3:])
+    done = invoke(*command)
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    models = json.loads((tmp_path / "all.json").read_text())["models"]
+    assert [model.get("sets", {}).keys() for model in models.values()] == [set(), {"b"}]
+    named(path, {"c": {"suite": "captions", "shards": str(benchmarks / "listed")}})
+    done = invoke(*command)
+    assert done.exit_code == 2 and "nor on another of the models" in done.stderr
+
 
 def with_titles(folder: Path, samples: int = 4) -> dict[str, Any]:
     """Settings of a list whose captions are in a column of its own."""

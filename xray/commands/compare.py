@@ -86,11 +86,12 @@ def compare(
     of_sets: dict[str, SetResults] = {}
     lines: dict[str, list[str]] = {}
     opened = [open_model(model, llm) for model in named]  # all, before the first is evaluated
+    offers = [artifact.offers for artifact in opened]
     for name, model, artifact in zip(short, named, opened, strict=True):
         evaluator = Evaluator.open(artifact, config, root, workers, device)
         facts = {"model": model, "artifact": artifact.digest, "results": {}}
         if config.sets:
-            run = SetRun(evaluator, names)
+            run = SetRun(evaluator, names, others=offers)
             of_sets[name] = run.evaluate(earlier[name], partial(written.save, name, facts))
             lines[name] = [run.unknown] if run.unknown else []
         if not config.sets or config.configured():

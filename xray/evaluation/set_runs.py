@@ -100,6 +100,7 @@ class SetRun:
     evaluator: Evaluator
     asked: Sequence[str] = ()
     only: frozenset[str] | None = None  # suites that this artifact of a recipe runs, None = all
+    others: Sequence[frozenset[str]] = ()  # what the models that it is compared with offer
     unknown: str = field(default="", init=False)  # line about training data that is not known
 
     def evaluate(self, known: SetResults, save: Callable[[SetResults], None]) -> SetResults:
@@ -144,9 +145,11 @@ class SetRun:
             left += [f"{own.name} {name}" for name in mine if name not in able]
             found += [NamedSet(own.name, able, own.config)] if able else []
         what = f"{self.evaluator.sets.what}, which offers {', '.join(sorted(offers))}"
-        if not found and self.only is None:
+        needs = [suite_named(name).needs for own in named for name in own.suites]
+        if self.only is None and not any(n <= o for n in needs for o in (offers, *self.others)):
             asked = f" for --suite {','.join(self.asked)}" if self.asked else ""
-            raise ConfigError(f"eval.sets has nothing{asked} that can be run on {what}")
+            nor = ", nor on another of the models" if self.others else ""
+            raise ConfigError(f"eval.sets has nothing{asked} that can be run on {what}{nor}")
         if left:
             log.warning("%d of eval.sets cannot be run on %s: %s", len(left), what, ", ".join(left))
         return found
