@@ -233,7 +233,7 @@ def test_clip_benchmarks_folders_are_read_as_they_are(
 
     printed = results["printed"]
     assert "voc2007_multilabel" in printed and "zero-shot mAP" in printed
-    assert len(re.findall(r"mean of 3 sets", printed)) == 2  # top1 and top5
+    assert len(re.findall(r"mean of 3 sets", printed)) == 3  # top1, top5 and recall
 
 
 def test_means_over_sets_and_the_average_of_datacomp(
