@@ -167,7 +167,11 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
         "without model.kwargs",
     ),
     "mean": (
-        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "mean"}, "not a CLS token",
+        {"name": "vit_base_patch16_siglip_224", "kwargs": PATCH, "pool": "mean"}, "no CLS token",
+    ),
+    "mean beside CLS": ({"name": "vit_tiny_patch16_224", "kwargs": PATCH, "pool": "mean"}, ""),
+    "mean of normed": (
+        {"name": "vit_tiny_patch16_224", "kwargs": {**PATCH, "fc_norm": False}, "pool": "mean"}, "",
     ),
     "rotary": ({"name": "vit_small_patch16_dinov3", "kwargs": PATCH}, "without model.kwargs"),
     "rotary, added CLS": (

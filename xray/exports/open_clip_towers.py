@@ -53,8 +53,8 @@ def unsupported_vision(encoder: ImageEncoder) -> str:
         model = model_config(encoder.artifact)
         own = model.kwargs or model.norm_eps
         return f"open_clip builds {model.name} only without model.kwargs" if own else ""
-    if vision.pool != "cls":
-        return f"its feature is not a CLS token (model.pool={vision.pool})"
+    if vision.pool == "mean" and vision.cls_token is None:
+        return "it has no CLS token, which open_clip's ViT always has (model.pool=mean)"
     if vision.reg_token is not None:
         return "it has register tokens"
     if not is_present(encoder.vision_projection):
@@ -109,6 +109,8 @@ def vision_settings(encoder: ImageEncoder, side: int) -> dict[str, Any]:
         "no_ln_pre": not is_present(vision.norm_pre),
         "norm_kwargs": {"eps": first.norm1.eps},
     }
+    if vision.pool == "mean":
+        settings |= {"pool_type": "avg", "final_ln_after_pool": is_present(vision.fc_norm)}
     if is_present(first.ls1):
         settings["ls_init_value"] = 1.0  # replaced by the weights
     if activation_name(first.mlp.act) == "gelu_pytorch_tanh":
