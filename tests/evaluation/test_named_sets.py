@@ -22,12 +22,12 @@ from shards import photo, write_tar
 from sklearn.linear_model import LogisticRegression
 
 from xray.artifacts.artifact import open_artifact
-from xray.artifacts.encoders import Encoder, VisionEncoder
+from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder
 from xray.commands.evaluate import suites_with_data
 from xray.config import DataConfig
 from xray.config.loading import build
 from xray.errors import XrayError
-from xray.evaluation import feature_extraction
+from xray.evaluation import feature_extraction, tagging
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import named_sets
@@ -42,6 +42,7 @@ from xray.evaluation.suites.keypoints import KEYPOINTS
 from xray.evaluation.suites.retrieval import DIRECTIONS, RETRIEVAL
 from xray.evaluation.suites.robustness import ROBUSTNESS
 from xray.evaluation.suites.segmentation import SEGMENTATION
+from xray.evaluation.suites.tagging import TAGS
 from xray.evaluation.suites.zero_shot import MAP
 from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
@@ -571,19 +572,19 @@ def test_models_are_compared_on_sets(
     assert done.exit_code == 2 and "nor on another of the models" in done.stderr
 
 
-def with_titles(folder: Path, samples: int = 4) -> dict[str, Any]:
+def with_titles(folder: Path) -> dict[str, Any]:
     """Settings of a list whose captions are in a column of its own."""
-    for i in range(samples):
+    for i in range(4):
         (folder / f"{i}.jpg").write_bytes(photo(7000 + i, (32, 32)))
-    rows = [("path", "title"), *((f"{i}.jpg", f"title {i}") for i in range(samples))]
+    rows = [("path", "remark"), *((f"{i}.jpg", f"title {i}") for i in range(4))]
     with (folder / "titles.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    return {"shards": str(folder / "titles.csv"), "captions": {"title": 1.0}}
+    return {"shards": str(folder / "titles.csv"), "captions": {"remark": 1.0}}
 
 
 def test_a_recipe_evaluates_its_sets(
     clip: Path, tagger: Path, benchmarks: Path, tmp_path: Path, decoded: list[str],
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The last artifact that can run a suite runs it; sets.json has the results of all."""
     recipe = Recipe("named", tmp_path)
@@ -614,6 +615,10 @@ def test_a_recipe_evaluates_its_sets(
     rates = json.loads((tmp_path / "keep_rates.json").read_text())
     data, encoder = DataConfig(resolution=32), Encoder(artifacts[0])
     assert confused(encoder, recipe, data) == ""
+    tagged = {"t": with_titles(tmp_path) | {"tags": "caption_words"}}
+    sets = Evaluator(Tagger(artifacts[1]), build(EvalConfig, {"tags": tagged}), "", 0).sets
+    monkeypatch.setattr(tagging, "tagging", lambda source, *_: {"samples": len(source)})
+    assert tagging.taggings(sets, sets.config.of(TAGS)) == {"t/samples": 4}
     recipe.eval = build(EvalConfig, {"retrieval": with_titles(tmp_path)})
     assert "of 4 captions the nearest image" in retrieved(encoder, recipe, data)
     assert rates["0.5"].keys() >= {f"zero_shot/{MAP}", f"zero_shot/{MAP}_low"}
@@ -651,7 +656,7 @@ def test_results_are_repeated_after_any_change_of_the_data(clip: Path, tmp_path:
     shifted = written("elsewhere/red/0.jpg", "elsewhere/blue/0.jpg")
     masked = [path for part in ("train", "test") for path in
               written(f"{part}/images/0.jpg", f"{part}/masks/0.png")]  # fmt: skip
-    titles = table("titles.csv", "path,title\na.jpg,one\n")
+    titles = table("titles.csv", "path,remark\na.jpg,one\n")
     points = "source,target,source_x,source_y,target_x,target_y\nb.jpg,c.jpg,1,2,3,4\n"
     pairs = table("points.csv", points)
     questions = table("questions.csv", "path,caption,negative_caption\nd.jpg,one,two\n")
@@ -661,10 +666,10 @@ def test_results_are_repeated_after_any_change_of_the_data(clip: Path, tmp_path:
     cases: list[tuple[Suite[Any], dict[str, Any], list[Path]]] = [
         (ROBUSTNESS, {"shift": {"v2": "elsewhere"}}, shifted),
         (SEGMENTATION, {"train": "train", "test": "test"}, masked),
-        (RETRIEVAL, {"shards": "titles.csv", "captions": {"title": 1.0}}, [titles, plain[0]]),
+        (RETRIEVAL, {"shards": "titles.csv", "captions": {"remark": 1.0}}, [titles, plain[0]]),
         (KEYPOINTS, {"pairs": "points.csv"}, [pairs, *plain[1:3]]),
         (COMPOSITIONAL, {"pairs": "questions.csv"}, [questions, plain[3]]),
-        (COMPRESSION, {"shards": "titles.csv", "captions": {"title": 1.0},
+        (COMPRESSION, {"shards": "titles.csv", "captions": {"remark": 1.0},
                        "train": "fit{0..1}.tar"}, [tmp_path / "fit1.tar"]),
     ]  # fmt: skip
     encoder = Encoder(open_artifact(clip))

@@ -81,7 +81,7 @@ def taggings(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
     vocabulary = Vocabulary.load(encoder.artifact.file("vocabulary.json"))
     results: dict[str, float] = {}
     for name, own in config.items():
-        source = sets.open(f"tags.{name}", own.shards, own.modality)
+        source = own.open(sets, f"tags.{name}", "shards")
         views = Views(own.clips, own.crops)
         batches = sets.encoded(ProbabilitiesOf(source, sets.data, sets.config.batch_size, views))
         measures = tagging(source, batches, vocabulary, own, sets.data.workers)
