@@ -112,6 +112,35 @@ def test_measures_are_means_over_splits(
     assert "4 samples, split 2" in [row[3] for row in result_table(alone[2]).rows]
 
 
+def test_named_sets_share_the_clips_of_splits(
+    hmdb: Path, artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[str] = Counter()
+    original = feature_extraction.view_pixels
+
+    def counted(sample: Any, *given: Any) -> torch.Tensor:
+        seen[sample.key] += 1
+        return original(sample, *given)
+
+    monkeypatch.setattr(feature_extraction, "view_pixels", counted)
+    encoder, clips, video = Encoder(artifact), str(hmdb / "clips"), {"modality": "video"}
+    divided = video | {"splits": str(hmdb / "splits")}
+
+    def run(sets: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "sets.yaml").write_text(json.dumps(sets))  # json is yaml
+        config = build(EvalConfig, {"sets": str(tmp_path / "sets.yaml")})
+        found = SetRun(Evaluator(encoder, config, "", 0)).evaluate({}, lambda results: None)
+        return {name: result.measures for name, own in found.items() for result in own.values()}
+
+    first = {"suite": "zero_shot", "shards": clips, "split": 1, **divided}
+    same = {"suite": "knn", "train": clips, "split": 1, "k": 3, **divided}
+    whole = {"suite": "zero_shot", "shards": clips, **video}
+    after = same | {"split": 2}
+    found = run({"first": first, "same": same, "whole": whole, "after": after})
+    assert len(seen) == 24 and set(seen.values()) == {1}
+    assert run({"after": after})["after"] == pytest.approx(found["after"], abs=1e-6)
+
+
 def judged(
     hmdb: Path, backbone: Any, joint: Any, every: Evaluator, whole: Any, results: Any
 ) -> None:

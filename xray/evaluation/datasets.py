@@ -188,7 +188,7 @@ class Sets:
         if part := self._parts.get(id(source)):
             if id(part.whole) not in self._partial:
                 self._partial[id(part.whole)] = PartFeatures(part.whole)
-            return self._partial[id(part.whole)].of(part.numbers, space, self.encode)
+            return self._partial[id(part.whole)].of(part.numbers, space, self.encode_once)
         if id(source) not in self._features:
             self._features[id(source)] = self.encode_once(source)
         return self._features[id(source)][space]

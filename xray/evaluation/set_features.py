@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class SharedSets(Sets):
             if id(other) in self._features and other.modality == source.modality
         ]
         found = [(_positions(keys, known), features) for known, features in held]
+        for partial in self._partial.values():
+            if partial.spaces and partial.whole.modality == source.modality:
+                places = _positions(keys, picture_keys(partial.whole))
+                places[(places >= 0) & ~partial.done.numpy()[places]] = -1
+                found.append((places, partial.spaces))
         new = np.ones(len(keys), bool)
         for places, _ in found:
             new &= places < 0
@@ -75,6 +81,14 @@ class SharedSets(Sets):
                 after._sources[key] = source
                 if id(source) in self._features:
                     after._features[id(source)] = self._features[id(source)]
+        for key, pairs in self._splits.items():
+            parts = [*itertools.chain(*pairs.values())]
+            whole = self._parts[id(parts[0])].whole
+            if uses.later(picture_keys(whole), done):
+                after._splits[key] = pairs
+                after._parts.update((id(part), self._parts[id(part)]) for part in parts)
+                if id(whole) in self._partial:
+                    after._partial[id(whole)] = self._partial[id(whole)]
         after._texts.update(list(self._texts.items())[-1:])
         return after
 
