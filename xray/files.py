@@ -308,11 +308,11 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 def nearest_path(path: str | Path) -> str:
     """Return a hint such as "; did you mean 'runs/small'?" for a path that is not there, or ""."""
     there = Path(path)
-    if there.exists():  # as something else, such as a folder
-        return ""
-    while not there.parent.is_dir() and there != there.parent:
-        there = there.parent
     try:
+        if there.exists():  # as something else, such as a folder
+            return ""
+        while not there.parent.is_dir() and there != there.parent:
+            there = there.parent
         match = closest(there.name, (entry.name for entry in there.parent.iterdir()))
     except OSError:
         return ""

@@ -94,11 +94,11 @@ def _checked(path: Path, what: str, state: tuple[int, int]) -> str:
     state: size and time of the file, after whose change it is read again.
     """
     try:
-        uids = np.load(path, mmap_mode="r", allow_pickle=False)
+        uids = np.lib.format.open_memmap(path, mode="r")
     except (OSError, *NPY_DAMAGE) as error:  # a pickle, or another file
         raise ConfigError(f"{what} is no .npy file with uids of dtype u8,u8") from error
-    if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
-        found = f"{uids.dtype} {list(uids.shape)}" if isinstance(uids, np.ndarray) else "an archive"
+    if uids.dtype != UID or uids.ndim != 1:
+        found = f"{uids.dtype} {list(uids.shape)}"
         raise ConfigError(f"{what} holds {found}: it must be a list of uids of dtype u8,u8")
     if not len(uids):
         raise ConfigError(f"{what} is empty: it has no uids")
@@ -162,7 +162,7 @@ class UidMatcher:
 
     @functools.cached_property
     def _list(self) -> np.ndarray:
-        uids: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        uids: np.ndarray = np.lib.format.open_memmap(self.path, mode="r")
         return uids
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _make(source: Source, name: str, path: Path, digest: str, workers: int) -> S
     shards = len(source.manifest)
     for _ in over_shards(work, shards, workers, progress_of(f"uids of {source.name}")):
         pass
-    uids = np.load(path, mmap_mode="r", allow_pickle=False)
+    uids = np.lib.format.open_memmap(path, mode="r")
     found, totals = np.zeros(len(uids), bool), dict.fromkeys(TOTALS, 0)
     totals["listed"] = 1 + sum(int(rises.sum()) for _, rises in _steps(uids))
     written = Sidecar(source, name, {}, {})

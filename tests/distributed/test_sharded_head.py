@@ -116,6 +116,7 @@ def test_the_plan_counts_the_rows_of_one_rank() -> None:
     for override in ("hashtag.chunk=4096", SHARDED):
         done = xray(
             *("plan", "quickstart", "stages=[hashtag]", "hashtag.chunk=4096", override),
+            "data.resolution=160",  # so that memory is largest at the same place of the step
             *("--tags", "100001", "--devices", "4", "--json"),
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -10,13 +10,12 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from child_process import xray
-from conftest import Trained
 from in_process import invoke
 from shards import photo, write_tar
 from sklearn.linear_model import LogisticRegression
@@ -48,6 +47,9 @@ from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
 from xray.recipes.report_examples import confused, retrieved
 from xray.recipes.run import evaluate as evaluate_recipe
+
+if TYPE_CHECKING:
+    from conftest import Trained
 
 COLOURS = ("red", "blue", "dark green")
 

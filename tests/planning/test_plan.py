@@ -260,7 +260,7 @@ def test_the_command_needs_no_data(tmp_path: Path) -> None:
     done = invoke(*items, "--json")
     assert done.exit_code == 0, done.stderr
     mae, hashtag = json.loads(done.stdout)["stages"]
-    assert mae["epochs"] == {"photos": None, "clips": None} and mae["steps"] == 75
+    assert mae["epochs"] == {"photos": None, "clips": None} and mae["steps"] == 400
     assert hashtag["parameters"] > 0 and hashtag["hours"] > 0
     assert mae["checkpoint_bytes"] == 12 * mae["trained"]
     least = mae["memory"]["weights"] + mae["memory"]["optimizer"]

@@ -36,9 +36,7 @@ def label_vectors(source: Source, classes: int) -> Tensor:
         key = source.index(place[0]).key(place[1])
         try:
             content = io.BytesIO(source.read(*place, VECTOR)["npy"])
-            row = np.load(content, allow_pickle=False)
-            if not isinstance(row, np.ndarray):
-                raise TypeError("an archive of arrays")
+            row = np.lib.format.read_array(content)
             row = row.ravel()
         except NPY_DAMAGE as error:  # LookupError: the sample has no .npy
             raise DataError(
