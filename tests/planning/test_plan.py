@@ -266,7 +266,7 @@ def test_the_command_needs_no_data(tmp_path: Path) -> None:
     least = mae["memory"]["weights"] + mae["memory"]["optimizer"]
     tight = invoke(*items, "--gb", str((least + 60e6) / 0.9e9))
     assert tight.exit_code == 1
-    assert "mae does not fit" in tight.stdout and "train.micro_batch=" in tight.stdout
+    assert "hashtag does not fit" in tight.stdout and "train.micro_batch=" in tight.stdout
     unknown = invoke("plan", "quickstart", "--gpu", "h1000")
     assert unknown.exit_code == 2 and "h100" in unknown.stderr
 
