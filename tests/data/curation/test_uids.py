@@ -126,7 +126,7 @@ def test_lists_that_cannot_be_used_are_one_line(pool: Path, tmp_path: Path) -> N
         "header": "no .npy file with uids",
         "cut": "no .npy file with uids",
         "empty": "is empty: it has no uids",
-        "archive": "holds an archive",
+        "archive": "is no .npy file",
         "ints": r"holds int64 \[4\]: it must be a list of uids of dtype u8,u8",
         "square": r"\[2, 2\]: it must be a list",
         "falls": "not in ascending order",
