@@ -20,16 +20,10 @@ from xray.errors import ConfigError, DataError
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import flat_captions
-from xray.evaluation.retrieval import (
-    captioned_of,
-    image_ranks,
-    kinds_of,
-    retrieval,
-    right_pairs,
-    text_ranks,
-)
+from xray.evaluation.retrieval import KS, Ranking, captioned_of, kinds_of, retrieval
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites.compression import CompressionConfig
+from xray.evaluation.suites.retrieval import DIRECTIONS
 from xray.progress import progress_of
 from xray.search.pca import Pca
 from xray.search.quantisation import (
@@ -42,7 +36,6 @@ from xray.search.quantisation import (
     shortened,
 )
 
-KS = (1, 5, 10)
 WHOLE: tuple[Dtype, ...] = ("fp32", "fp16", "int8", "binary")
 REDUCED: tuple[Dtype, ...] = ("fp32", "int8", "binary")
 FEWEST = 20  # images with a hit, below which a ratio of recalls says nothing
@@ -54,13 +47,14 @@ Reduce = Callable[[np.ndarray], np.ndarray]
 class Pairs:
     """Normalised features of images [N, D] and of their captions [M, D].
 
-    owner: [M], the image of each caption. kind: [M], equal for captions with the same images.
+    owner: [M], the image of each caption. kind: [M], equal for captions with the same images, or
+    None.
     """
 
     images: Tensor
     texts: Tensor
     owner: Tensor
-    kind: Tensor
+    kind: Tensor | None
 
 
 def compression_of(sets: Sets, config: CompressionConfig) -> Measures:
@@ -75,12 +69,11 @@ def compression_of(sets: Sets, config: CompressionConfig) -> Measures:
         raise ConfigError(f"eval.compression.dims={dims}: the artifact has {width} dimensions")
     source, captions = captioned_of("compression", sets, config)
     texts, owner, captioned = flat_captions(captions, "eval.compression.shards")
-    kind = kinds_of(texts, config.same)
-    kind = torch.arange(len(texts)) if kind is None else kind
-    pairs = Pairs(sets.features(source, "joint").rows[captioned], sets.texts(texts), owner, kind)
+    images, kind = sets.features(source, "joint").rows[captioned], kinds_of(texts, config.same)
+    pairs = Pairs(images, sets.texts(texts), owner, kind)
     pca = None
     if config.train:
-        train = sets.open("compression.train", config.train, config.modality)
+        train = config.open(sets, "compression.train", "train")
         if len(train) <= max(dims):
             raise DataError(
                 f"eval.compression.train has {len(train):,} samples: PCA to {max(dims)} "
@@ -145,20 +138,13 @@ def facts_of(rows: np.ndarray, dtype: Dtype) -> dict[str, Any]:
 
 def _hits(
     images: np.ndarray, texts: np.ndarray, pairs: Pairs, dtype: Dtype
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Find hits [N] by measure, and their weights: fp32 queries search stored rows."""
-    stored = []
-    for rows in (images, texts):
+
+    def stored(rows: np.ndarray) -> Tensor:
         facts = facts_of(rows, dtype)
-        stored.append(torch.from_numpy(restored(quantise(rows, facts), facts)))
-    right = right_pairs(pairs.owner, pairs.kind)
-    by_text = text_ranks(stored[0], torch.from_numpy(texts), right, pairs.kind)
-    by_image = image_ranks(torch.from_numpy(images), stored[1], right, pairs.kind)
-    N = len(images)
-    captions = torch.bincount(pairs.owner, minlength=N).double()
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for k in KS:
-        hits = torch.zeros(N, dtype=torch.float64).index_add(0, pairs.owner, by_text.hits(k))
-        found[f"text_to_image_R@{k}"] = hits, captions
-        found[f"image_to_text_R@{k}"] = by_image.hits(k), None
-    return found
+        return torch.from_numpy(restored(quantise(rows, facts), facts))
+
+    queries = torch.from_numpy(images), torch.from_numpy(texts)
+    ranking = Ranking.of(*queries, pairs.owner, pairs.kind, (stored(images), stored(texts)))
+    return {f"{way}_R@{k}": ranking.hits(way, k) for k in KS for way in DIRECTIONS}

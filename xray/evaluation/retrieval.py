@@ -62,14 +62,26 @@ class Ranking:
     per_image: Tensor  # number of correct texts of each image, [N]
 
     @classmethod
-    def of(cls, images: Tensor, texts: Tensor, owner: Tensor, kind: Tensor | None) -> Ranking:
-        """Rank all images and texts; the arguments and errors are those of `retrieval`."""
+    def of(
+        cls,
+        images: Tensor,
+        texts: Tensor,
+        owner: Tensor,
+        kind: Tensor | None,
+        stored: tuple[Tensor, Tensor] | None = None,
+    ) -> Ranking:
+        """Rank all images and texts; the arguments and errors are those of `retrieval`.
+
+        stored: images and texts that are ranked; the others are the queries. None = the same.
+        """
         N, M = len(images), len(texts)
         if N < 2 or not torch.equal(torch.unique(owner), torch.arange(N)):
             raise DataError(TOO_FEW)
         kind = torch.arange(M) if kind is None else kind
         right = right_pairs(owner, kind)
-        text_rank, image_rank = (f(images, texts, right, kind) for f in (text_ranks, image_ranks))
+        ranked_images, ranked_texts = stored or (images, texts)
+        text_rank = text_ranks(ranked_images, texts, right, kind)
+        image_rank = image_ranks(images, ranked_texts, right, kind)
         per_text = right.sum(dim=1).to_dense().double()[kind]
         per_image = torch.mv(right.t().double(), torch.bincount(kind).double())
         return cls(text_rank, image_rank, owner, per_text, per_image)
