@@ -222,7 +222,7 @@ def evaluate_named(
     """
     from xray.evaluation.comparison import short_names
     from xray.evaluation.set_page import write_page
-    from xray.evaluation.set_runs import SETS, SetRun, as_json, read_results
+    from xray.evaluation.set_runs import SETS, SetRun, as_json, merged, read_results
     from xray.evaluation.set_tables import set_table, summary
 
     results: SetResults = {}
@@ -235,8 +235,7 @@ def evaluate_named(
         results.clear()
         results.update({name: own for name, own in found.items() if own})
         every.clear()
-        for name in dict.fromkeys([*kept, *results]):
-            every[name] = kept.get(name, {}) | results.get(name, {})
+        every.update(merged(kept, results))
         written.update({SETS: as_json(every)}, **summary(every))
         write()
 

@@ -21,9 +21,8 @@ def share(name: str, hits: Tensor, weights: Tensor | None = None) -> dict[str, f
     own = hits.double().numpy()
     of = np.ones_like(own) if weights is None else weights.double().numpy()
     shares = [(counts @ own) / (counts @ of) for counts in resamples(len(own))]
-    low, high = interval(np.concatenate(shares))
     value = hits.double().sum().item() / of.sum().item()
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+    return with_interval(name, value, np.concatenate(shares))
 
 
 def class_mean(name: str, hits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -41,9 +40,9 @@ def class_mean(name: str, hits: Tensor, labels: Tensor) -> dict[str, float]:
         hit = np.add.reduceat(drawn * own, starts, axis=1)
         return _mean_ratio(hit, np.add.reduceat(drawn, starts, axis=1))
 
-    low, high = interval(np.concatenate([means(counts) for counts in resamples(len(own))]))
     value = float(means(np.ones((1, len(own)), np.int64))[0])
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+    drawn = [means(counts) for counts in resamples(len(own))]
+    return with_interval(name, value, np.concatenate(drawn))
 
 
 def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
@@ -56,8 +55,7 @@ def median(name: str, values: Tensor, owner: Tensor) -> dict[str, float]:
         lower, upper = (until[:, -1:] - 1) // 2, until[:, -1:] // 2
         places = [(until <= middle).sum(axis=1) for middle in (lower, upper)]
         medians.append((ranked[places[0]] + ranked[places[1]]) / 2)
-    low, high = interval(np.concatenate(medians))
-    return {name: float(np.median(ranked)), f"{name}_low": low, f"{name}_high": high}
+    return with_interval(name, float(np.median(ranked)), np.concatenate(medians))
 
 
 def mean_ratio(name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
@@ -67,9 +65,8 @@ def mean_ratio(name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
     """
     own, of = parts.double().numpy(), wholes.double().numpy()
     means = [_mean_ratio(counts @ own, counts @ of) for counts in resamples(len(own))]
-    low, high = interval(np.concatenate(means))
     value = float(_mean_ratio(own.sum(axis=0)[None], of.sum(axis=0)[None])[0])
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+    return with_interval(name, value, np.concatenate(means))
 
 
 def _mean_ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
@@ -91,8 +88,8 @@ def resamples(samples: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=rows * samples).reshape(rows, samples)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of the 95 % percentile interval of resampled values."""
+def with_interval(name: str, value: float, resampled: np.ndarray) -> dict[str, float]:
+    """Return a value as NAME, and the ends of its 95 % interval as NAME_low and NAME_high."""
     tail = (100 - COVERED) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}

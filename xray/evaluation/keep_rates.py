@@ -16,7 +16,7 @@ from xray.config.model import Reduction
 from xray.config.schedule import value_at
 from xray.errors import ConfigError
 from xray.evaluation.evaluator import Evaluator
-from xray.evaluation.suite import Measures, Suite
+from xray.evaluation.suite import Measures, Suite, with_bars
 from xray.evaluation.suites import SUITES, suite_named, title_of
 from xray.evaluation.suites.zero_shot import MAP
 from xray.models.flops import vision_macs
@@ -194,12 +194,10 @@ def keep_rate_figure(by_rate: Rates) -> Any:
     for axis, (column, title) in zip(axes, columns, strict=True):
         for number, key in enumerate(_compared(by_rate)):
             xs = [r[column] for r in by_rate.values()]
-            values = [100 * r[key] for r in by_rate.values()]
-            below = [100 * (r[key] - r[f"{key}_low"]) for r in by_rate.values()]
-            above = [100 * (r[f"{key}_high"] - r[key]) for r in by_rate.values()]
+            values, bars = with_bars([(row, key) for row in by_rate.values()])
             label = title_of(*key.split("/", 1)) if axis is axes[0] else None
             axis.errorbar(
-                xs, values, [below, above], marker="os^v"[number % 4], ms=4, lw=1.2, capsize=2,
+                xs, values, bars, marker="os^v"[number % 4], ms=4, lw=1.2, capsize=2,
                 label=label,
             )  # fmt: skip
             for rate, x, y in zip(by_rate, xs, values, strict=True):
@@ -218,12 +216,10 @@ def plot_methods(by_method: Mapping[str, Rates], path: Path) -> None:
     for axis, key in zip(axes, measures, strict=True):
         for number, (method, by_rate) in enumerate(by_method.items()):
             rates = [float(rate) for rate in by_rate]
-            values = [100 * row[key] for row in by_rate.values()]
-            below = [100 * (row[key] - row[f"{key}_low"]) for row in by_rate.values()]
-            above = [100 * (row[f"{key}_high"] - row[key]) for row in by_rate.values()]
+            values, bars = with_bars([(row, key) for row in by_rate.values()])
             label = TITLES[method] if axis is axes[0] else None
             axis.errorbar(
-                rates, values, [below, above], marker="os^"[number % 3], ms=4, lw=1.2, capsize=2,
+                rates, values, bars, marker="os^"[number % 3], ms=4, lw=1.2, capsize=2,
                 label=label,
             )  # fmt: skip
         label_axis(axis, "keep rate", f"{title_of(*key.split('/', 1))} %")

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipelines.ingest.labelled import class_of
 from data_pipelines.shards.source import Source
 from xray.errors import DataError
-from xray.evaluation.confidence import interval, resamples
+from xray.evaluation.confidence import resamples, with_interval
 from xray.evaluation.suites.zero_shot import MAP
 from xray.files import NPY_DAMAGE
 
@@ -66,11 +66,8 @@ def mean_precision(scores: Tensor, truth: Tensor) -> dict[str, float]:
     drawn = ~np.isnan(own)  # some resamples have no sample of a class, or of any
     values = np.nansum(own, axis=0)[drawn.any(axis=0)] / drawn.sum(axis=0)[drawn.any(axis=0)]
     chance = [_chance(int(n), len(truth)) for n in truth.sum(dim=0)]
-    low, high = interval(values[1:])
     return {
-        MAP: float(values[0]),
-        f"{MAP}_low": low,
-        f"{MAP}_high": high,
+        **with_interval(MAP, float(values[0]), values[1:]),
         f"chance_{MAP}": float(np.mean(chance)),
         "samples": float(len(truth)),
         "classes": float(len(present)),

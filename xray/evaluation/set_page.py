@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xray.evaluation.set_runs import SetResults
-from xray.evaluation.set_tables import compared_sets, ends_of, for_page, mean_table, whole_table
-from xray.evaluation.suite import Measures, Suite
+from xray.evaluation.set_tables import compared_sets, for_page, mean_table, whole_table
+from xray.evaluation.suite import Measures, Suite, ends_of
 from xray.evaluation.suites import SUITES
 from xray.reports.figures import COLOURS, label_axis, subplots, svg
 from xray.reports.html import gallery, paragraph, write_report

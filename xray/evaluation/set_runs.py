@@ -51,6 +51,12 @@ def as_json(results: SetResults) -> dict[str, Any]:
     }
 
 
+def merged(results: SetResults, more: SetResults) -> SetResults:
+    """Join results by set and suite; `more` replaces those of the same set and suite."""
+    names = dict.fromkeys([*results, *more])
+    return {name: results.get(name, {}) | more.get(name, {}) for name in names}
+
+
 def read_results(path: Path | None, *keys: str) -> SetResults:
     """Read the results of named sets in an earlier file, below these keys; {} if it has none.
 

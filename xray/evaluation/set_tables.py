@@ -10,7 +10,7 @@ from typing import Any
 from xray.evaluation.comparison import notes_of
 from xray.evaluation.overlap import overlap_lines
 from xray.evaluation.set_runs import SetResults
-from xray.evaluation.suite import Measures, Row, interval_keys
+from xray.evaluation.suite import Measures, Row, ends_of
 from xray.evaluation.suites import SUITES, rows_of
 from xray.evaluation.suites.retrieval import DIRECTIONS, RETRIEVAL
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
@@ -159,15 +159,6 @@ def notes_on(results: SetResults) -> list[str]:
         for key, share in result.overlap.items()
     }
     return [*notes_of(notes), *overlap_lines(shares)]
-
-
-def ends_of(key: str, measures: Measures) -> tuple[str, ...]:
-    """Return the keys of both ends of a measure's interval, () if it has none.
-
-    Of NAME/PREFIX, they are NAME_low/PREFIX or NAME/PREFIX_low.
-    """
-    forms = interval_keys(key), (f"{key}_low", f"{key}_high")
-    return next((ends for ends in forms if ends[0] in measures), ())
 
 
 def _rows(results: SetResults) -> Iterator[tuple[str, Row]]:

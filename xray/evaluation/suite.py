@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -223,3 +223,21 @@ def interval_keys(key: str) -> tuple[str, str]:
     """Return the keys of both ends of a measure's interval: of R@1/64, R@1_low/64 and _high/64."""
     name, slash, prefix = key.partition("/")
     return f"{name}_low{slash}{prefix}", f"{name}_high{slash}{prefix}"
+
+
+def ends_of(key: str, measures: Measures) -> tuple[str, ...]:
+    """Return the keys of both ends of a measure's interval, () if it has none.
+
+    Of NAME/PREFIX, they are NAME_low/PREFIX or NAME/PREFIX_low.
+    """
+    forms = interval_keys(key), (f"{key}_low", f"{key}_high")
+    return next((ends for ends in forms if ends[0] in measures), ())
+
+
+def with_bars(points: Sequence[tuple[Measures, str]]) -> tuple[list[float], list[list[float]]]:
+    """Return (measures, key) in percent, and the lengths of the error bars below and above."""
+    values = [100 * measures[key] for measures, key in points]
+    ends = [[100 * measures[end] for end in ends_of(key, measures)] for measures, key in points]
+    below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+    above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+    return values, [below, above]

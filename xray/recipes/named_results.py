@@ -9,7 +9,14 @@ from pathlib import Path
 
 from xray import dist
 from xray.evaluation.evaluator import Evaluator
-from xray.evaluation.set_runs import SETS, SetResults, SetRun, as_json, read_results
+from xray.evaluation.set_runs import (
+    SETS,
+    SetResults,
+    SetRun,
+    as_json,
+    merged,
+    read_results,
+)
 from xray.evaluation.set_tables import set_table, summary
 from xray.evaluation.suites import SUITES
 from xray.files import write_text
@@ -30,12 +37,8 @@ class NamedResults:
         known, before = read_results(path), self.results
 
         def save(found: SetResults) -> None:
-            self.results = {
-                name: before.get(name, {}) | found.get(name, {})
-                for name in dict.fromkeys([*before, *found])
-            }
-            later = {name: known.get(name, {}) | own for name, own in self.results.items()}
-            write_text(path, json.dumps({SETS: as_json({**known, **later})}, indent=1))
+            self.results = merged(before, found)
+            write_text(path, json.dumps({SETS: as_json(merged(known, self.results))}, indent=1))
 
         save(SetRun(evaluator, only=frozenset(suites)).evaluate(known, save))
 

@@ -14,8 +14,8 @@ from xray.evaluation.suite import (
     Measures,
     Row,
     Suite,
-    interval_keys,
     share_row,
+    with_bars,
 )
 from xray.evaluation.suites.knn import KNN
 from xray.words import count
@@ -83,13 +83,8 @@ def _plot(measures: Measures, path: Path) -> None:
     figure, (axis,) = subplots(1, (4.8, 3.6))
     for (name, label), marker in zip(CLASSIFIERS.items(), "os", strict=True):
         shots, keys = zip(*sorted(_shots(measures, name)), strict=True)
-        values = [100 * measures[key] for key in keys]
-        ends = [[100 * measures[end] for end in interval_keys(key)] for key in keys]
-        spread = [
-            [value - low for value, (low, _) in zip(values, ends, strict=True)],
-            [high - value for value, (_, high) in zip(values, ends, strict=True)],
-        ]
-        axis.errorbar(shots, values, spread, marker=marker, ms=4, lw=1.2, capsize=2, label=label)
+        values, bars = with_bars([(measures, key) for key in keys])
+        axis.errorbar(shots, values, bars, marker=marker, ms=4, lw=1.2, capsize=2, label=label)
     axis.axhline(100 * measures["chance_top1"], color="gray", lw=0.8, ls=":", label="chance")
     axis.set_xscale("log", base=2)
     axis.set_xticks(shots, [str(k) for k in shots])
