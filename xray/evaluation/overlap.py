@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.ingest.keypoints import open_pairs
 from data_pipelines.ingest.plain_files import FileSource
 from data_pipelines.shards.manifest import resolve
 from data_pipelines.shards.remote import is_remote
@@ -28,7 +27,6 @@ from xray.artifacts.offers import IMPORTED
 from xray.errors import BadSample, DataError
 from xray.evaluation.datasets import Sets
 from xray.evaluation.suite import LabelledConfig, MaskedConfig, Suite
-from xray.evaluation.suites.keypoints import KeypointsConfig
 
 OVERLAP = "overlap"  # key of the shares in the results
 Tested = tuple[str, Source, Source | None]  # key, data set, training set of a probe
@@ -186,9 +184,6 @@ def tested(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Tested]:
             elif isinstance(part, MaskedConfig) and part.has_data():
                 train, test = sets.masked(key, part)
                 yield f"{key}.test", test, train
-            elif isinstance(part, KeypointsConfig) and part.has_data():
-                pairs = open_pairs(f"eval.{key}.pairs", part.pairs, sets.data.root)
-                yield f"{key}.pairs", pairs.source, None
             elif part.has_data():
                 for name in part.required_sets:
                     if getattr(part, name):  # with split files, a set has no `test`

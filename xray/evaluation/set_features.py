@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipelines.ingest.keypoints import open_pairs
 from data_pipelines.ingest.labelled import place_of
 from data_pipelines.ingest.masked import MaskedFiles
 from data_pipelines.ingest.plain_files import FileSource
@@ -23,9 +22,8 @@ from data_pipelines.shards.source import ChosenSlots, Source
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.named_sets import NamedSet
-from xray.evaluation.suite import MaskedConfig, Suite, SuiteConfig
+from xray.evaluation.suite import Suite, SuiteConfig
 from xray.evaluation.suites.compression import CompressionConfig
-from xray.evaluation.suites.keypoints import KeypointsConfig
 from xray.evaluation.suites.robustness import RobustnessConfig
 from xray.files import sha256_file
 
@@ -172,10 +170,6 @@ def data_of(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Data]:
 
 def _opened(sets: Sets, suite: Suite[Any], key: str, part: SuiteConfig, name: str) -> Source | None:
     """Open a data set of samples as its suite does; returns None for other files."""
-    if isinstance(part, MaskedConfig):
-        return sets.masked(key, part)[name == "test"]
-    if isinstance(part, KeypointsConfig):
-        return open_pairs(f"eval.{key}.{name}", part.pairs, sets.data.root).source
     if isinstance(part, RobustnessConfig) and name.startswith("shift"):
         heads = [sets.config.of(reader) for reader in suite.reads]
         modality: Any = next((own.modality for own in heads if own.has_data()), "image")

@@ -120,6 +120,9 @@ class MaskedConfig(SuiteConfig):
     classes: int = 0  # number of classes, 0 to classes - 1; 0 = those in the masks of `train`
     ignore: list[int] = field(default_factory=lambda: [255])  # values of pixels without a class
 
+    def open(self, sets: Sets, key: str, name: str) -> Source:
+        return sets.masked(key, self)[name == "test"]
+
     def validate(self, key: str) -> None:
         super().validate(key)
         if self.classes < 0 or self.classes == 1:

@@ -12,6 +12,7 @@ from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, 
 from xray.words import count
 
 if TYPE_CHECKING:
+    from data_pipelines.shards.source import Source
     from xray.evaluation.datasets import Sets
 
 
@@ -26,6 +27,11 @@ class KeypointsConfig(SuiteConfig):
     # target_y (pixels) and optionally size (pixels; default: the larger side of the target)
     pairs: str = ""
     alpha: float = 0.1  # a match is correct within alpha * size of the target's keypoint
+
+    def open(self, sets: Sets, key: str, name: str) -> Source:
+        from data_pipelines.ingest.keypoints import open_pairs
+
+        return open_pairs(f"eval.{key}.{name}", self.pairs, sets.data.root).source
 
     def validate(self, key: str) -> None:
         super().validate(key)
