@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,8 +79,7 @@ def open_questions(name: str, pattern: str, root: str, category: str) -> Questio
         questions.append(Question(places, captions, str(row.get(category) or "")))
     listed = [Item(path.parent / folder / file, os.path.join(folder, file)) for file in items]
     source = source_of_files(listed, where, str(path.parent), Request(name, "image"))
-    known = {own.name: getattr(source, own.name) for own in fields(source)}
-    return QuestionFiles(**known, questions=tuple(questions))
+    return source.as_kind(QuestionFiles, questions=tuple(questions))
 
 
 def _columns(

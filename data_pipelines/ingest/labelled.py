@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipelines.ingest.clip_lists import tell_missing
@@ -204,10 +204,10 @@ def _numbered(source: Source) -> Source:
         elif _has_class(files):
             key = source.index(place[0]).key(place[1])
             raise DataError(f"{source.name}: the class of {key} is a number, and others have names")
-    known: dict[str, Any] = {own.name: getattr(source, own.name) for own in fields(source)}
+    known = {}
     if not all(name.isdecimal() for name in names):
         known["classes"] = tuple(sorted(names, key=lambda name: (names[name], name)))
-    return NamedFiles(**known) if isinstance(source, FileSource) else NamedSource(**known)
+    return source.as_kind(NamedFiles if isinstance(source, FileSource) else NamedSource, **known)
 
 
 def _with_classes(where: str, items: list[Item], modality: Modality) -> list[Item]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -72,8 +71,7 @@ def open_masked(key: str, pattern: str, root: str, names: MaskNames) -> Source:
         found = _listed(where, files) if kind == "list" else _beside(files, masks)
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
-    known: dict[str, Any] = {own.name: getattr(files, own.name) for own in fields(files)}
-    return MaskedFiles(**known, masks=found, ending=names.ending)
+    return files.as_kind(MaskedFiles, masks=found, ending=names.ending)
 
 
 def _place(where: str) -> str:

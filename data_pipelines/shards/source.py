@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from xray.urls import reveal
 
 OPEN_INDEXES = 128  # index files that stay mapped in memory, per source and process
 EVICTIONS = 5  # evictions of a shard between fetch and open, before the run gives up
+
+
+S = TypeVar("S", bound="Source")
 
 
 class Slots(Protocol):
@@ -137,6 +140,10 @@ class Source:
     def with_slots(self, slots: Slots) -> Source:
         """Return the same shards with another slot map."""
         return replace(self, slots=slots)
+
+    def as_kind(self, kind: type[S], **more: Any) -> S:
+        """Return the same samples as a source of another kind, with more or other fields."""
+        return kind(**{**self.__getstate__(), **more})
 
     def __getstate__(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}  # no open files
