@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder
-from xray.commands.evaluate import suites_with_data
+from xray.commands.named_sets import suites_with_data
 from xray.config import DataConfig
 from xray.config.loading import build
 from xray.errors import XrayError

@@ -12,8 +12,9 @@ import typer
 
 from xray import dist
 from xray.commands.common import SETTING, EvalRecipe, check_model, checking, guarded
-from xray.commands.evaluate import check_named, eval_settings, suites_with_data
+from xray.commands.evaluate import eval_settings
 from xray.commands.help import examples
+from xray.commands.named_sets import check_named, suites_with_data
 from xray.errors import ConfigError
 from xray.files import write_in_place, write_text
 
