@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.shards.source import Sample, Source
+from stages.feature_guard import FeatureGuard
 from xray.artifacts.offers import VISION, slot_of
 from xray.config import RunConfig, TextConfig
 from xray.config.run import text_section
@@ -182,6 +183,7 @@ class Stage(ABC, Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
+        self.feature_guard = FeatureGuard(config.blocks)
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read data and parents before anything is built; may leave out samples of a source.
@@ -226,7 +228,7 @@ class Stage(ABC, Generic[C]):
 
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
         """Return warnings about the training so far, each naming the setting to change."""
-        return []
+        return self.feature_guard.check(values, progress)
 
     def chance(self, samples: int) -> float:
         """Return the loss of guessing at random in a block of this many samples; 0 = not known."""

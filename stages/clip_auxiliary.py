@@ -39,7 +39,7 @@ class AuxiliaryLosses(nn.Module):
         if self.decoder is not None:
             noise = batch["mask_noise"]
             given = reconstruct(module, self.decoder, self.mae, pixels, noise, progress)
-            terms["mae_loss"] = masked_patch_mse(**given)
+            terms["mae_loss"] = masked_patch_mse(given["predictions"], given["targets"])
         if self.tag_head is not None:
             tags, weights = batch["tags"], batch["weights"]
             targets = self.tag_loss.targets(weights)

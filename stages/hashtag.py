@@ -42,6 +42,7 @@ from stages.base import (
     load_vision,
     part,
 )
+from stages.feature_guard import RANK
 from stages.hashtag_config import HashtagConfig, HashtagOptions
 from xray import dist
 from xray.artifacts.offers import TAGS, VISION
@@ -56,6 +57,7 @@ from xray.losses.sampled_softmax import (
 )
 from xray.losses.sharded_classes import sharded_loss
 from xray.losses.tags import truncate
+from xray.models.effective_rank import effective_rank
 from xray.models.heads import TagHead
 from xray.models.mixup import mix
 
@@ -96,7 +98,7 @@ class HashtagModule(VisionModule):
         tags, targets = features["tags"], features["targets"]
         losses, top = self.head(features["cls"], self._losses(tags, targets))
         loss, doubts = losses.mean(), losses
-        metrics: dict[str, Tensor] = {}
+        metrics = {RANK: effective_rank(features["cls"])}
         floor = self.loss.floor(targets, len(self.drawn))
         if floor is not None:
             metrics["excess"] = loss.detach() - floor.mean()

@@ -22,12 +22,14 @@ from stages.base import (
     part,
     sketch,
 )
+from stages.feature_guard import RANK
 from stages.mae_config import MaeConfig, MaeOptions
 from xray.artifacts.offers import DECODER, VISION
 from xray.config import RunConfig
 from xray.config.schedule import value_at
 from xray.losses.reconstruction import masked_patch_mse
 from xray.models.backbone import VisionBackbone
+from xray.models.effective_rank import effective_rank
 from xray.models.flops import decoder_macs, vision_macs
 from xray.models.mae_checkpoints import load_decoder
 from xray.models.mae_decoder import MaeDecoder, Masking, normalize_patches
@@ -72,7 +74,7 @@ def reconstruct(
     progress: float,
 ) -> dict[str, Tensor]:
     """Reconstruct the masked patches of normalised pixels: predictions [B, k, f * P] and targets
-    [B, k, P] for `masked_patch_mse`.
+    [B, k, P] for `masked_patch_mse`, and the backbone's feature cls [B, D].
 
     The backbone keeps every visible token: the decoder needs each one at its place.
     """
@@ -88,7 +90,7 @@ def reconstruct(
     targets = patchify(frames, vision.patch_size, vision.tubelet // equal, masked)
     if options.norm_pix_loss:
         targets = normalize_patches(targets, equal, options.norm_pix == "channel")
-    return {"predictions": predictions, "targets": targets}
+    return {"predictions": predictions, "targets": targets, "cls": tokens.cls}
 
 
 class MaeModule(VisionModule):
@@ -108,7 +110,8 @@ class MaeModule(VisionModule):
         return reconstruct(self, self.decoder, self.options, *given)
 
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
-        return StepOutput(masked_patch_mse(**features).mean(), {})
+        losses = masked_patch_mse(features["predictions"], features["targets"])
+        return StepOutput(losses.mean(), {RANK: effective_rank(features["cls"])})
 
 
 class MaeStage(Stage[MaeConfig]):

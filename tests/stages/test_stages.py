@@ -52,6 +52,12 @@ def test_a_child_records_the_hash_of_its_parent(chain: dict[str, Path]) -> None:
     assert clip.manifest["parents"]["vision"]["manifest"] == parent.digest
 
 
+@pytest.mark.parametrize("stage", ["mae", "hashtag"])
+def test_stages_before_clip_log_the_effective_rank(chain: dict[str, Path], stage: str) -> None:
+    rows = read_metrics(chain[stage] / "metrics.jsonl")
+    assert all(0 < row["photos/effective_rank"] <= 7 for row in rows)  # of 8 photos in a block
+
+
 def test_keep_rate_reaches_its_target(chain: dict[str, Path]) -> None:
     rows = read_metrics(chain["hashtag"] / "metrics.jsonl")
     assert rows[0]["keep_rate"] == 1 and rows[-1]["keep_rate"] == 0.7
