@@ -52,13 +52,13 @@ def prepare(folder: Path, read_only: bool) -> Path:
     llm = ("data", "tiny-llm", data / "llm", "--captions", data / "photos")
     must(Command(folder / "llm.log", *llm))
     damage.first_picture(data, folder)
-    if read_only:
-        for path in [*data.rglob("*"), data]:
-            path.chmod(0o555 if path.is_dir() else 0o444)
     must(Command(folder / "index.log", "data", "index", data / "photos", "--checksum"))
     for name, settings in RUNS.items():
         must(train(folder / name, data, *settings))
     must(*kills.start_ranks(folder / "ranks", data))
+    if read_only:  # with the side files of the runs, which are damaged, too
+        for path in [*data.rglob("*"), data]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
     (folder / "embedded").mkdir()
     artifact = folder / "unkilled/mae/artifact"
     must(flips.embed(folder / "embedded", artifact, data))
