@@ -113,15 +113,23 @@ def main() -> None:
             place.mkdir()
             outcome = KINDS[name](place, data, random.Random(seed))
             outcomes.append((seed, outcome))
+            if given.json:
+                write(outcomes, given.json)
             if outcome.fault:
                 print(f"{name}, seed {seed}: {outcome.kind}: {outcome.fault}", flush=True)
             shutil.rmtree(place, ignore_errors=True)
-    report(outcomes, given.json)
+    report(outcomes)
     sys.exit(any(outcome.fault for _, outcome in outcomes))
 
 
-def report(outcomes: list[tuple[int, Outcome]], path: Path | None) -> None:
-    """Print the table of kinds, and write all outcomes."""
+def write(outcomes: list[tuple[int, Outcome]], path: Path) -> None:
+    """Write all outcomes so far."""
+    facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
+    path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def report(outcomes: list[tuple[int, Outcome]]) -> None:
+    """Print the table of kinds."""
     kinds = sorted({outcome.kind for _, outcome in outcomes})
     rows = []
     for name in [*kinds, "all"]:
@@ -130,9 +138,6 @@ def report(outcomes: list[tuple[int, Outcome]], path: Path | None) -> None:
         rows.append([name, *map(str, (len(own), held, sum(each.injected for each in own)))])
     heads = ["kind", "attempts", "held", "faults injected"]
     print(Table("Attempts to break xray", heads, rows))
-    if path:
-        facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
-        path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,7 +43,8 @@ def killed_child(folder: Path, data: Path, rng: random.Random) -> Outcome:
     running = train(out, data, *CHILDREN)
     child = _some_child(running, rng)
     if child is not None:
-        child.kill()
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     fault = running.fault(running.wait(), CODES)
     fault = fault or _finished(out, folder.parent / "loaded", data, *CHILDREN)
     return Outcome("kill -9 of a loader worker", fault, int(child is not None))
@@ -74,7 +76,8 @@ def frozen_run(folder: Path, data: Path, rng: random.Random) -> Outcome:
         freeze(group)
         time.sleep(rng.uniform(0, 1))
         for process in group:
-            process.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):  # it had ended as it was frozen
+                process.send_signal(signal.SIGCONT)
     fault = running.fault(running.wait(), (0,))
     fault = fault or same_result(folder.parent / "loaded", out)
     return Outcome("run frozen and continued", fault, int(reached))
