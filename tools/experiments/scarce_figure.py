@@ -1,0 +1,108 @@
+"""R@10 over the number of captions, of the arms of docs/results/proof/scarce.yaml.
+
+Reads a finished `xray ablate`, whose arms are named ARM_CAPTIONS, such as hashtag_clip_900. Prints
+a table with the ratio to the arm `clip` at the same number of captions, and writes a plot. ± and
+the bars are 95 % intervals of the mean over seeds (Student's t).
+
+    python -m tools.experiments.scarce_figure runs/ablate_scarce --out docs/results/proof/scarce
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from xray.ablations.comparison import deviation, mean
+
+METRICS = {
+    "retrieval.text_to_image_R@10": "text to image",
+    "retrieval.image_to_text_R@10": "image to text",
+}
+BASELINE = "clip"
+# 97.5 % quantiles of Student's t by degrees of freedom
+QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+Points = dict[str, dict[int, dict[str, list[float]]]]  # arm -> captions -> metric -> by seed
+
+
+def points(facts: dict[str, Any]) -> Points:
+    """Sort the runs of ablation.json by arm and number of captions, in percent."""
+    found: Points = {}
+    for run in facts["runs"]:
+        named = re.fullmatch(r"(\w+)_(\d+)", run["arm"])
+        if named is None:
+            continue
+        own = found.setdefault(named[1], {}).setdefault(int(named[2]), {m: [] for m in METRICS})
+        for metric, values in own.items():
+            values.append(100 * run[metric])
+    return found
+
+
+def half_interval(values: list[float]) -> float:
+    """Return half the width of the 95 % interval of a mean; nan for one value."""
+    degrees = len(values) - 1
+    return QUANTILES.get(degrees, 1.96) * deviation(values) / len(values) ** 0.5
+
+
+def table(found: Points) -> str:
+    """Format the points as a Markdown table."""
+    columns = [f"{name} R@10 % | ratio" for name in METRICS.values()]
+    lines = [f"| captions | arm | seeds | {' | '.join(columns)} |", "|---:|---|" + "---:|" * 5]
+    for number in sorted({number for own in found.values() for number in own}):
+        for arm, own in found.items():
+            if number not in own:
+                continue
+            cells = []
+            for metric, values in own[number].items():
+                base = found.get(BASELINE, {}).get(number, {}).get(metric)
+                ratio = f"{mean(values) / mean(base):.2f}" if base else ""
+                cells.append(f"{mean(values):.1f} ± {half_interval(values):.1f} | {ratio}")
+            lines.append(f"| {number:,} | {arm} | {len(values)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: Points, out: Path) -> None:
+    """Draw R@10 over the number of captions, one panel per direction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(9, 3.8), layout="constrained")
+    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
+        for arm, own in found.items():
+            numbers = sorted(own)
+            if len(numbers) < 2:  # an arm at one number of captions has no curve
+                continue
+            values = [own[number][metric] for number in numbers]
+            heights, bars = [*map(mean, values)], [*map(half_interval, values)]
+            name = arm.replace("_", " → ") if arm != "all_losses" else "one stage, all losses"
+            axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.minorticks_off()
+        axis.set_title(f"{title}, R@10 %", fontsize=10)
+        axis.set_xlabel("photos with captions", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / "figure.png", dpi=110)
+
+
+def main() -> None:
+    """Print the table and write the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ablation", type=Path, help="folder of the ablation")
+    parser.add_argument("--out", type=Path, help="folder of figure.png; default: the ablation's")
+    given = parser.parse_args()
+    found = points(json.loads((given.ablation / "ablation.json").read_text("utf-8")))
+    plot(found, given.out or given.ablation)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
