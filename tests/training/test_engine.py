@@ -7,6 +7,7 @@ one step too many in bf16         test_steps_equal_a_plain_loop, bf16 at ZeRO 0
 gradients rounded in bf16         the same at ZeRO 1, test_bf16_keeps_small_updates
 frozen parameters lost            test_frozen_and_unused_parameters_are_equal_in_every_stage
 decay without a gradient          the same: applied as in DeepSpeed, in every stage
+gradients lost or added again     test_a_micro_batch_may_leave_out_parameters, offload at ZeRO 2
 NaN in a step                     test_gradients_that_are_not_finite_change_nothing
 weights or groups mixed up in     test_portable_state.py: its checkpoints are not used
   checkpoints, `latest` too early   (test_resume.py kills runs that are saving)
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,46 @@ def test_frozen_and_unused_parameters_are_equal_in_every_stage(zero: int) -> Non
     decayed = before["unused.weight"] * (1 - LR * RunConfig().optim.weight_decay) ** 4
     assert torch.allclose(after["unused.weight"], decayed)
     assert torch.equal(after["unused.bias"], before["unused.bias"])
+    engine.destroy()
+
+
+class Either(nn.Module):
+    """Two layers, of which a micro-batch may use one; every step uses both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)])
+
+    def forward(self, x: Tensor, used: Sequence[int]) -> Tensor:
+        return 100 * sum(self.layers[number](x).square().mean() for number in used)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_micro_batch_may_leave_out_parameters(zero: str) -> None:
+    """Their gradients come from the step's other micro-batches, first or last ones."""
+    init_distributed(torch.device("cpu"))
+    config = run_config(ZERO[zero])
+    config.optim.weight_decay = 0.0
+    module = Either()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    engine = Engine(Either(), config)  # type: ignore[arg-type]
+    engine.set_lr(LR, 1.0)
+    uses = [["0", "1"], ["01"], ["1", "0", "0"], ["01", "1"]]
+    for step, used in zip(steps(), uses, strict=True):
+        optimizer.zero_grad(set_to_none=False)
+        for number, (x, names) in enumerate(zip(step, used, strict=True)):
+            layers = [int(name) for name in names]
+            (module(x, layers) / len(step)).backward()
+            engine.begin(number, len(step))
+            engine.prepare_pass("forward and backward", names)
+            engine.backward(engine(x, layers))
+            engine.step()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+        assert engine.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        optimizer.step()
+    for name, value in engine.state_dict().items():
+        assert torch.allclose(value, module.state_dict()[name], atol=1e-5), name
     engine.destroy()
 
 

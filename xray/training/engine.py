@@ -23,7 +23,7 @@ from xray.config import RunConfig
 from xray.errors import ConfigError
 from xray.models.compilation import compile_blocks
 from xray.training.deepspeed_setup import check_compiler, deepspeed_config
-from xray.training.gradient_reduction import GradientReducer
+from xray.training.gradient_reduction import GradientReducer, clear_gradients
 from xray.training.guarded_step import GuardedStep
 from xray.training.row_shards import all_rows, first_value, keep_own_rows, sharded_shapes
 
@@ -126,14 +126,20 @@ class Engine:
             if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
                 engine.optimizer.gradient_accumulation_steps = total
         engine.set_gradient_accumulation_boundary(number + 1 == total)
+        if number == 0:
+            clear_gradients(engine.optimizer, self.stage)
         if self._reducer is not None and number + 1 == total:
             self._reducer.begin()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of micro-batches."""
         self._engine.backward(loss)
-        if self._reducer is not None and self._engine.is_gradient_accumulation_boundary():
+        if not self._engine.is_gradient_accumulation_boundary():
+            return
+        if self._reducer is not None:
             self._reducer.finish()
+        if self._guard is None and self.stage > 1:  # offload: also of earlier micro-batches only
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
 
     def prepare_pass(self, *kind: str) -> None:
         """Announce a kind of pass: passes of a kind use the parameters in the same order.

@@ -1,9 +1,11 @@
-"""Reduction of gradients over ranks while the backward pass runs, for ZeRO 0 (`zero.overlap`)."""
+"""Gradients of a step: reduction over ranks during the backward pass, for ZeRO 0 (`zero.overlap`),
+and removal of those that ZeRO keeps from the step before."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -69,6 +71,19 @@ class GradientReducer:
         work = torch.distributed.all_reduce(flat, async_op=True)
         assert work is not None
         self._running.append((flat, work))
+
+
+def clear_gradients(optimizer: Any, stage: int) -> None:
+    """Clear the gradients of the last step that DeepSpeed's optimizer keeps in ZeRO 2 and 3.
+
+    It overwrites them in the first micro-batch only. To parameters that a later one reaches first,
+    it would add them again.
+    """
+    if stage == 3:
+        optimizer.grad_partitions_flat_buffer.zero_()
+    elif stage == 2 and optimizer.cpu_offload:
+        for gradient in optimizer.accumulated_grads_in_cpu.values():
+            gradient.zero_()
 
 
 def _gradient(parameter: Tensor) -> Tensor:
