@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from data_pipelines.shards.source import Sample, Source
 from stages.feature_guard import FeatureGuard
 from xray.artifacts.offers import VISION, slot_of
-from xray.config import RunConfig, TextConfig
+from xray.config import BlockConfig, RunConfig, TextConfig
 from xray.config.run import text_section
 from xray.config.schedule import largest, steps_of, value_at
 from xray.errors import ConfigError
@@ -179,7 +179,7 @@ class Stage(ABC, Generic[C]):
     heads: ClassVar[Mapping[str, str]] = {}  # config section of a head, if not the usual one
     summary: ClassVar[str] = ""  # a sentence for the model card; "" = written from `offers`
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")  # of the sources it can use
-    spans_batch: ClassVar[bool] = False  # the loss compares samples of the whole block
+    spans_batch: ClassVar[bool] = False  # the loss can compare samples of a whole block
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -212,6 +212,10 @@ class Stage(ABC, Generic[C]):
         It may use only the shape of the pixels, which the device may decode later (`data.decode`).
         """
 
+    def contrasts(self, source: str) -> bool:
+        """Tell whether the loss compares all samples of a source's block with each other."""
+        return self.spans_batch
+
     def collate(self, rows: Sequence[Batch]) -> Batch:
         """Stack the samples of a micro-batch."""
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
@@ -230,8 +234,8 @@ class Stage(ABC, Generic[C]):
         """Return warnings about the training so far, each naming the setting to change."""
         return self.feature_guard.check(values, progress)
 
-    def chance(self, samples: int) -> float:
-        """Return the loss of guessing at random in a block of this many samples; 0 = not known."""
+    def chance(self, block: BlockConfig) -> float:
+        """Return the loss of guessing at random in a block; 0 = not known."""
         return 0.0
 
     @abstractmethod
@@ -291,8 +295,10 @@ class Stage(ABC, Generic[C]):
         """Build the module under torch's meta device, without data, weights or parents."""
         return self.build(Parents())
 
-    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
-        """Make a micro-batch of zeros as `collate` returns it, with captions of full length."""
+    def example_batch(
+        self, module: Any, samples: int, frames: int, side: int, source: str = ""
+    ) -> Batch:
+        """Make a micro-batch of a source as `collate` does: zeros, captions of full length."""
         return {"pixels": torch.zeros(samples, frames, 3, side, side, dtype=torch.uint8)}
 
     def spans(self) -> list[tuple[float, float]]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from data_pipelines.decode.transforms import load_pixels
 from data_pipelines.shards.source import Sample, Source
-from data_pipelines.text.captions import choose_captions, kept_captions, look_at
-from data_pipelines.text.feature_store import TextStore, open_store, store_facts
+from data_pipelines.text.captions import look_at
 from stages.base import (
     Batch,
     Facts,
@@ -30,17 +29,19 @@ from stages.base import (
     set_training,
 )
 from stages.clip_auxiliary import AuxiliaryData, AuxiliaryLosses
+from stages.clip_captions import TAUGHT, CaptionData, example_texts, has_captions
 from stages.clip_config import ClipConfig
-from stages.clip_monitor import ContrastGuard
+from stages.clip_monitor import ContrastGuard, alignment
 from stages.clip_parent import joint_parent, load_heads
 from stages.clip_teacher import Teacher, load_teacher
 from stages.hashtag import example_labels, pad_labels, vocabulary_size
 from stages.mae import example_noise
-from stages.text import example_captions, meta_tower
+from stages.text import meta_tower
 from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.language_model import Language
 from xray.artifacts.offers import JOINT, SENTENCES, VISION
+from xray.config import BlockConfig
 from xray.config.schedule import value_at
 from xray.losses.contrastive import distillation, row_ids
 from xray.losses.named import contrastive_loss
@@ -49,9 +50,6 @@ from xray.models.patch_dropout import draw_visible, visible_places
 from xray.models.text_tower import TextTower
 from xray.models.tokenizer import TOKENS
 from xray.optim import ALONE
-
-TAUGHT = "teacher_"  # prefix of the batch keys of a teacher's tokens
-LOOKED_AT = 256  # rows per rank that the alignment metrics are computed on
 
 
 class ClipModule(VisionModule):
@@ -90,10 +88,24 @@ class ClipModule(VisionModule):
             self.logit_bias = nn.Parameter(torch.tensor([config.first_bias]))
 
     def features(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Return image [B, E] and text [B, C, E] features, normalised, and the loss's inputs."""
+        """Return image [B, E] and text [B, C, E] features, normalised, and the loss's inputs.
+
+        Of a batch without captions, return the values of the auxiliary losses only.
+        """
         pixels = self.normalize(batch["pixels"])
         visible = self._visible(pixels, progress)  # in both passes: later draws follow this one
-        cls = batch["cls"] if "cls" in batch else self.encode(pixels, progress, visible).cls
+        features: dict[str, Tensor] = {}
+        captioned, cls = has_captions(batch), None
+        if captioned or self.options.hashtag_weight:  # masked reconstruction alone does not read it
+            cls = batch["cls"] if "cls" in batch else self.encode(pixels, progress, visible).cls
+        if captioned and cls is not None:
+            features = self._joint(batch, cls, progress)
+        if self.training and self.auxiliary is not None:
+            features |= self.auxiliary(self, batch, pixels, cls, progress)
+        return features
+
+    def _joint(self, batch: Batch, cls: Tensor, progress: float) -> dict[str, Tensor]:
+        """Return the features of images and captions, and the other inputs of their contrast."""
         sentences = self._sentences(batch, progress)
         features = {
             "image": F.normalize(self.vision_projection(cls).float(), dim=-1),
@@ -111,8 +123,6 @@ class ClipModule(VisionModule):
         if self.training and self.teacher is not None and "teacher_image" not in batch:
             taught = self.teacher.features(batch["pixels"], part(batch, TAUGHT))
             features["teacher_image"], features["teacher_text"] = taught
-        if self.training and self.auxiliary is not None:
-            features |= self.auxiliary(self, batch, pixels, cls, progress)
         return features
 
     def _sentences(self, batch: Batch, progress: float) -> Tensor:
@@ -136,6 +146,16 @@ class ClipModule(VisionModule):
     def loss_from_features(self, features: dict[str, Tensor]) -> StepOutput:
         if "caption_rows" in features:  # back in the order of the images
             features = {**features, "text": features["text"][features["caption_rows"]]}
+        loss, metrics = self.logit_scale.new_zeros(()), dict[str, Tensor]()
+        if "text" in features:
+            loss, metrics = self._contrast(features)
+        for name, weight, term in self._terms(features):
+            loss = loss + weight * term
+            metrics[name] = term.detach()
+        return StepOutput(loss, metrics)
+
+    def _contrast(self, features: dict[str, Tensor]) -> StepOutput:
+        """Compute the contrastive loss, without the terms that are added to it."""
         image, text, scale = features["image"], features["text"], features["logit_scale"]
         captions = text.shape[1]
         ids: list[Tensor | None] = [None, None]  # row i pairs with row i
@@ -148,11 +168,7 @@ class ClipModule(VisionModule):
             losses.append(self.contrast(a, b, scale, features.get("logit_bias"), *ids))
         loss = torch.stack(losses).mean()
         metrics = {"contrast": loss.detach(), "logit_scale": scale.detach()}
-        metrics |= _alignment(image, text, captions)
-        for name, weight, term in self._terms(features):
-            loss = loss + weight * term
-            metrics[name] = term.detach()
-        return StepOutput(loss, metrics)
+        return StepOutput(loss, metrics | alignment(image, text, captions))
 
     def _terms(self, features: dict[str, Tensor]) -> Iterator[tuple[str, float, Tensor]]:
         """Yield (name, weight, value) of each term that is added to the contrastive loss."""
@@ -164,20 +180,6 @@ class ClipModule(VisionModule):
         for name, weight in (("mae", options.mae_weight), ("hashtag", options.hashtag_weight)):
             if f"{name}_loss" in features:
                 yield f"{name}_loss", weight, features[f"{name}_loss"].mean()
-
-
-@torch.no_grad()
-def _alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
-    """Compute mean cosines of positive and of all pairs, and in-batch top-1, on this rank."""
-    image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
-    with torch.autocast(image.device.type, enabled=False):  # bf16 would give many ties
-        cosines = image @ text.t()
-    right = cosines.argmax(dim=1) == torch.arange(len(image), device=image.device)
-    return {
-        "positive_cosine": cosines.diagonal().mean(),
-        "mean_cosine": cosines.mean(),
-        "top1": right.float().mean(),
-    }
 
 
 class ClipStage(Stage[ClipConfig]):
@@ -192,23 +194,19 @@ class ClipStage(Stage[ClipConfig]):
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         self.language = Language(self.config.text, self.text_parent(parents))
         self.config = dataclasses.replace(self.config, text=self.language.config)
-        self.stores: dict[str, TextStore] = {}
-        for name, source in sources.items():
-            fields = self.config.data.sources[name].captions
-            self.language.warn_of_cut(look_at(source, fields).captions)
-            stored = self.config.text.features
-            if stored != "live":
-                facts = store_facts(source, self.language.identity(), fields, stored)
-                self.stores[name] = open_store(source, facts)
+        self.captions = CaptionData(self.config, sources, self.language)
         self.auxiliary: AuxiliaryData | None = None
         if self.config.clip.mae_weight or self.config.clip.hashtag_weight:
             self.auxiliary = AuxiliaryData(self.config, sources)
-        self.teacher = None
         if self.config.clip.teacher:
             device = dist.choose_device(self.config.train.device)
-            self.teacher = load_teacher(self.config.clip.teacher, device, self.config.text.llm)
-        self.guard = ContrastGuard(self.config.blocks, self.config.clip)
+            name, llm = self.config.clip.teacher, self.config.text.llm
+            self.captions.teacher = load_teacher(name, device, llm)
+        self.guard = ContrastGuard(self.config.captioned, self.config.clip)
         return sources
+
+    def contrasts(self, source: str) -> bool:
+        return self.config.contrasts(source)
 
     def text_parent(self, parents: Parents) -> Artifact | None:
         if parents.text is None and self.config.clip.heads == "parent":
@@ -220,13 +218,13 @@ class ClipStage(Stage[ClipConfig]):
     ) -> None:
         if SENTENCES not in pending:
             Language(self.config.text, self.text_parent(parents))
-        for name, source in sources.items():
-            look_at(source, self.config.data.sources[name].captions)
+        for name in filter(self.contrasts, sources):
+            look_at(sources[name], self.config.data.sources[name].captions)
 
     def build(self, parents: Parents) -> ClipModule:
-        more = self.teacher, self.auxiliary.tags if self.auxiliary else 0
-        if self.stores:
-            width = next(iter(self.stores.values())).width
+        more = self.captions.teacher, self.auxiliary.tags if self.auxiliary else 0
+        if self.captions.stores:
+            width = next(iter(self.captions.stores.values())).width
             module = ClipModule(self.config, None, width, *more)
         else:
             with torch.random.fork_rng(devices=[]):  # new weights do not depend on the LLM
@@ -240,31 +238,16 @@ class ClipStage(Stage[ClipConfig]):
         return module
 
     def transform(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-        fields = self.config.data.sources[sample.source].captions
-        kept = kept_captions(sample.files, fields, sample.texts)
-        captions = choose_captions(kept, rng, self.config.clip.captions)
-        texts = [caption.text for caption in captions]
-        batch = {"pixels": load_pixels(sample, self.config.data, rng)}
-        if self.stores:
-            numbers = [caption.number for caption in captions]
-            vectors = self.stores[sample.source].vectors(sample.shard, sample.member, numbers)
-            batch["sentences"] = torch.from_numpy(vectors)
-        else:
-            batch |= self.language.tokenizer(texts)
-        if self.teacher is not None:
-            batch |= {f"{TAUGHT}{k}": v for k, v in self.teacher.tokens(texts).items()}
+        batch = self.captions.transform(sample, rng)
+        batch["pixels"] = load_pixels(sample, self.config.data, rng)
         if self.auxiliary is not None:
             batch |= self.auxiliary.transform(sample, batch["pixels"], rng)
         return batch
 
     def collate(self, rows: Sequence[Batch]) -> Batch:
-        fixed = [key for key in rows[0] if key in ("pixels", "sentences", "mask_noise")]
+        fixed = [key for key in rows[0] if key in ("pixels", "mask_noise")]
         batch: Batch = {key: torch.stack([row[key] for row in rows]) for key in fixed}
-        if not self.stores:
-            batch |= self.language.tokenizer.pad(rows)
-        if self.teacher is not None:
-            taught = self.teacher.pad([part(row, TAUGHT) for row in rows])
-            batch |= {f"{TAUGHT}{k}": v for k, v in taught.items()}
+        batch |= self.captions.collate(rows)
         return batch | pad_labels(rows) if "tags" in rows[0] else batch
 
     def arrange(self, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -301,13 +284,14 @@ class ClipStage(Stage[ClipConfig]):
         tags = facts.tags if self.config.clip.hashtag_weight else 0
         return ClipModule(self.config, live, width, None, tags)
 
-    def example_batch(self, module: ClipModule, samples: int, frames: int, side: int) -> Batch:
+    def example_batch(
+        self, module: ClipModule, samples: int, frames: int, side: int, source: str = ""
+    ) -> Batch:
         batch = super().example_batch(module, samples, frames, side)
         options = self.config.clip
-        if "text" in module.towers:
-            batch |= example_captions(samples, options.captions, self.config.text.max_length)
-        else:
-            batch["sentences"] = torch.zeros(samples, options.captions, module.sentence_width)
+        if self.contrasts(source):
+            width = None if "text" in module.towers else module.sentence_width
+            batch |= example_texts(self.config, samples, width)
         if options.mae_weight:
             size = samples, frames, side
             batch["mask_noise"] = example_noise(self.config, self.config.mae, *size)
@@ -327,8 +311,8 @@ class ClipStage(Stage[ClipConfig]):
     def watch(self, values: dict[str, float], progress: float) -> list[str]:
         return self.guard.check(values, progress)
 
-    def chance(self, samples: int) -> float:
-        return self.config.clip.chance(samples)
+    def chance(self, block: BlockConfig) -> float:
+        return self.config.clip.chance(block.samples) if self.contrasts(block.source) else 0.0
 
     def export(self, module: ClipModule, state: StateDict) -> dict[str, StateDict]:
         text = self.language.changes()
@@ -343,7 +327,8 @@ class ClipStage(Stage[ClipConfig]):
         return self.language.export_files()
 
     def inputs(self) -> dict[str, str]:
-        stored = {f"text_features/{name}": store.digest for name, store in self.stores.items()}
-        taught = {"teacher": self.teacher.digest} if self.teacher is not None else {}
+        stores, teacher = self.captions.stores, self.captions.teacher
+        stored = {f"text_features/{name}": store.digest for name, store in stores.items()}
+        taught = {"teacher": teacher.digest} if teacher is not None else {}
         auxiliary = self.auxiliary.inputs() if self.auxiliary is not None else {}
         return {"llm": self.language.digest, **stored, **taught, **auxiliary}

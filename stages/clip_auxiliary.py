@@ -32,15 +32,23 @@ class AuxiliaryLosses(nn.Module):
         self.tag_loss = tag_loss(self.hashtag.loss)(self.hashtag.smoothing, self.hashtag.chunk)
 
     def forward(
-        self, module: VisionModule, batch: Batch, pixels: Tensor, cls: Tensor, progress: float
+        self,
+        module: VisionModule,
+        batch: Batch,
+        pixels: Tensor,
+        cls: Tensor | None,
+        progress: float,
     ) -> dict[str, Tensor]:
-        """Compute mae_loss and hashtag_loss, [B] each; 0 for a sample without tags."""
+        """Compute mae_loss and hashtag_loss, [B] each; 0 for a sample without tags.
+
+        cls: the backbone's feature, which only the tag loss reads.
+        """
         terms = {}
         if self.decoder is not None:
             noise = batch["mask_noise"]
             given = reconstruct(module, self.decoder, self.mae, pixels, noise, progress)
             terms["mae_loss"] = masked_patch_mse(given["predictions"], given["targets"])
-        if self.tag_head is not None:
+        if self.tag_head is not None and cls is not None:
             tags, weights = batch["tags"], batch["weights"]
             targets = self.tag_loss.targets(weights)
             losses, _ = self.tag_head(cls, lambda x, w, b: self.tag_loss(x, w, b, tags, targets))

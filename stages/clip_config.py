@@ -10,11 +10,11 @@ from typing import Any, Literal
 from data_pipelines.tags.reader import TagRules
 from stages.hashtag_config import HashtagOptions
 from stages.mae_config import MaeOptions
-from xray.config import RunConfig, TextConfig, TowerOptim, runtime
+from xray.config import BlockConfig, RunConfig, TextConfig, TowerOptim, runtime
 from xray.config.identity import added
 from xray.config.model import TextHead
 from xray.config.run import Parent
-from xray.errors import ConfigError
+from xray.errors import ConfigError, nearest
 from xray.losses.named import contrastive_loss
 
 MASK_LEVELS = 8  # the mask ratio rises in this many steps, so that compiled graphs see few shapes
@@ -49,6 +49,8 @@ class ClipOptions:
     distill: float = 1.0  # weight of the distillation loss
     mae_weight: float = 0.0  # of the auxiliary mae loss, set by section mae
     hashtag_weight: float = 0.0  # of the auxiliary tag loss, set by section hashtag
+    # sources whose samples need no captions: their blocks train with the auxiliary losses only
+    uncaptioned: list[str] = added(factory=list)
 
     def validate(self) -> None:
         """Check all values; raises ConfigError that names the key to change."""
@@ -121,6 +123,8 @@ class ClipConfig(RunConfig):
                 "optim.text sets how the LLM is trained, and text.tune=none does not train it: "
                 "set text.tune=lora or full, or remove optim.text"
             )
+        if self.clip.uncaptioned:
+            self._check_uncaptioned()
         if self.clip.mae_weight:
             self.mae.validate(self.model)
         if self.clip.hashtag_weight:
@@ -133,10 +137,38 @@ class ClipConfig(RunConfig):
 
         return {} if self.text.llm else of_clip(parents)
 
+    def contrasts(self, source: str) -> bool:
+        """Tell whether the images of a source are contrasted with their captions."""
+        return source not in self.clip.uncaptioned
+
+    @property
+    def captioned(self) -> list[BlockConfig]:
+        """Blocks of a step whose samples have captions."""
+        return [block for block in self.blocks if self.contrasts(block.source)]
+
+    def _check_uncaptioned(self) -> None:
+        names, given = [block.source for block in self.data.blocks], self.clip.uncaptioned
+        for name in given:
+            if name not in names:
+                raise ConfigError(
+                    f"clip.uncaptioned: {name!r} is not a source of data.blocks, which are of "
+                    f"{names}{nearest(name, names)}"
+                )
+        if not self.clip.mae_weight and not self.clip.hashtag_weight:
+            raise ConfigError(
+                f"clip.uncaptioned={given}: their blocks train with the auxiliary losses only: set "
+                "clip.hashtag_weight or clip.mae_weight above 0"
+            )
+        if not self.captioned:
+            raise ConfigError(
+                f"clip.uncaptioned={given} leaves no block with captions: add one to data.blocks, "
+                "or use stage mae or hashtag"
+            )
+
     @property
     def first_bias(self) -> float | None:
         """Initial logit bias; None if the loss has no bias."""
-        samples = max(block.samples for block in self.blocks)
+        samples = max(block.samples for block in self.captioned)
         initial = contrastive_loss(self.clip.loss).logit_bias(samples)
         if initial is None or self.clip.logit_bias is None:
             return initial

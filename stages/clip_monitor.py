@@ -1,8 +1,11 @@
-"""Detects failing contrastive training from its metrics and says which setting to change."""
+"""Metrics of contrastive training; detects from them that it fails, and says what to change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from stages.clip_config import ClipOptions
 from xray.config import BlockConfig
@@ -11,6 +14,21 @@ from xray.losses.named import contrastive_loss
 WARM = 0.1  # progress before which no warning is given
 PATIENCE = 10  # consecutive checks that must agree
 FEW = 64  # samples in a block below which a warning is given
+LOOKED_AT = 256  # rows per rank that the alignment metrics are computed on
+
+
+@torch.no_grad()
+def alignment(image: Tensor, text: Tensor, captions: int) -> dict[str, Tensor]:
+    """Compute mean cosines of positive and of all pairs, and in-batch top-1, on this rank."""
+    image, text = image[:LOOKED_AT], text[: LOOKED_AT * captions : captions]
+    with torch.autocast(image.device.type, enabled=False):  # bf16 would give many ties
+        cosines = image @ text.t()
+    right = cosines.argmax(dim=1) == torch.arange(len(image), device=image.device)
+    return {
+        "positive_cosine": cosines.diagonal().mean(),
+        "mean_cosine": cosines.mean(),
+        "top1": right.float().mean(),
+    }
 
 
 class ContrastGuard:

@@ -298,7 +298,9 @@ class HashtagStage(Stage[HashtagConfig]):
     def meta_module(self, facts: Facts) -> HashtagModule:
         return HashtagModule(self.config, [1] * facts.tags)
 
-    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
+    def example_batch(
+        self, module: Any, samples: int, frames: int, side: int, source: str = ""
+    ) -> Batch:
         return super().example_batch(module, samples, frames, side) | example_labels(samples)
 
     def inputs(self) -> dict[str, str]:

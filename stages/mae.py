@@ -146,7 +146,9 @@ class MaeStage(Stage[MaeConfig]):
         grid = self._sketch.geometry.grid(frames, side, side)
         return math.prod(masking(self.config.mae).kept(grid, frames))
 
-    def example_batch(self, module: MaeModule, samples: int, frames: int, side: int) -> Batch:
+    def example_batch(
+        self, module: MaeModule, samples: int, frames: int, side: int, source: str = ""
+    ) -> Batch:
         batch = super().example_batch(module, samples, frames, side)
         size = samples, frames, side
         return {**batch, "mask_noise": example_noise(self.config, self.config.mae, *size)}

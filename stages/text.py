@@ -146,7 +146,9 @@ class TextStage(Stage[TextRunConfig]):
     def meta_module(self, facts: Facts) -> TextModule:
         return TextModule(meta_tower(self.config.text, facts), self.config.text.temperature)
 
-    def example_batch(self, module: Any, samples: int, frames: int, side: int) -> Batch:
+    def example_batch(
+        self, module: Any, samples: int, frames: int, side: int, source: str = ""
+    ) -> Batch:
         options = self.config.text
         more = options.negatives_each if options.negatives else 0
         return example_captions(samples, 2 + more, options.max_length)

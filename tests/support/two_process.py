@@ -29,6 +29,7 @@ MORE = [
     ("text", 2),
     ("lora", 1),
     ("lora", 3),
+    *(("uncaptioned", zero) for zero in (0, 1, 2, 3)),
 ]
 MOVES = [(stage, a, b) for stage, a in WHOLE for b in (0, 1, 2, 3) if a != b]
 # Stage of runs that have another name.
@@ -38,6 +39,7 @@ STAGES = {
     "pooled": "hashtag",
     "rotary": "mae",
     "lora": "clip",
+    "uncaptioned": "clip",
 }
 # Settings that must not change the result. Without the threshold of 0, ZeRO 3 would not shard so
 # small a model.
@@ -69,6 +71,19 @@ CHANGES = {
     "pooled": ["model.name=vit_base_patch16_siglip_224", KWARGS, "model.pool=map"],
     "rotary": ["model.name=eva02_tiny_patch14_224", KWARGS],
     "lora": [ALL_TOKENS, "optim.vision.tune=lora", "train.micro_batch=2"],  # of the image tower
+    # The first and the last micro-batches do not reach the text tower.
+    "uncaptioned": [
+        ALL_TOKENS,
+        *LORA,
+        "train.micro_batch=2",
+        "data.sources.more={shards: heldout, modality: image}",
+        "data.blocks=[{source: clips, samples: 4}, {source: photos, samples: 8}, "
+        "{source: more, samples: 4}]",
+        "train.samples=96",
+        "clip={uncaptioned: [clips, more], mae_weight: 0.5, hashtag_weight: 0.25}",
+        "mae={decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}",
+        "hashtag.min_count=2",
+    ],
     "one_batch": ["debug.overfit_batch=true"],
     "text": [*LORA, "data.blocks=[{source: photos, samples: 12}]", "train.micro_batch=3"],
 }

@@ -142,7 +142,7 @@ def measure(config: Any, facts: Any, device: torch.device) -> int:
     for micro in shape.micro:
         clip = config.data.sources[micro.source].modality == "video"
         size = micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
-        batch = stage.example_batch(module, *size)
+        batch = stage.example_batch(module, *size, micro.source)
         for name in set(batch) & {"pixels", "mask_noise"}:
             dtype = batch[name].dtype
             values = torch.rand(batch[name].shape)

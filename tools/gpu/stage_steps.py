@@ -110,7 +110,7 @@ class StageSteps:
     def _batch(self, block: BlockConfig, seed: int) -> Batch:
         clip = self.config.data.sources[block.source].modality == "video"
         size = block.samples, self.shape.frames if clip else 1, self.shape.resolution
-        example = self.stage.example_batch(self.module, *size)
+        example = self.stage.example_batch(self.module, *size, block.source)
         towers = self.module.towers
         return random_values(example, seed, towers["text"].vocabulary if "text" in towers else 0)
 

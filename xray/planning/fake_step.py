@@ -30,6 +30,7 @@ from xray.training.row_shards import keep_own_rows, sharded_shapes
 from xray.training.step_data import step_shape
 
 GRADIENTS = "gradients"
+Sizes = tuple[int, int, int, str]  # samples, frames, resolution and source of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def rehearse(config: RunConfig, facts: Facts, progress: float) -> Rehearsal:
             live.add(tensor, "module")
         module.train()
         step = _FakeStep(stage, module, progress, live)
-        return step.run(shape, stage.spans_batch)
+        return step.run(shape)
 
 
 class _FakeStep:
@@ -138,12 +139,12 @@ class _FakeStep:
         assert parameter.grad is not None
         self.live.add(parameter.grad, GRADIENTS)
 
-    def run(self, shape: StepShape, spans_batch: bool) -> Rehearsal:
+    def run(self, shape: StepShape) -> Rehearsal:
         """Run the schedule of the real step."""
         counts = Counter(micro.block for micro in shape.micro)
         sizes = {m.block: self._size(m, shape) for m in reversed(shape.micro)}
         flops: dict[tuple[str, int], int] = {}
-        passes = list(schedule(shape.micro, spans_batch))
+        passes = list(schedule(shape.micro, self.stage.contrasts))
         for each in passes:
             if (each.kind, each.block) not in flops:
                 count = self._run(each, sizes[each.block], counts[each.block])
@@ -160,17 +161,18 @@ class _FakeStep:
             tokens=tokens,
         )
 
-    def _size(self, micro: MicroBatch, shape: StepShape) -> tuple[int, int, int]:
+    def _size(self, micro: MicroBatch, shape: StepShape) -> Sizes:
         clip = self.config.data.sources[micro.source].modality == "video"
-        return micro.stop - micro.start, shape.frames if clip else 1, shape.resolution
+        frames = shape.frames if clip else 1
+        return micro.stop - micro.start, frames, shape.resolution, micro.source
 
-    def _tokens(self, size: tuple[int, int, int]) -> int:
+    def _tokens(self, size: Sizes) -> int:
         text = text_section(self.config)
         if text is not None and VISION not in self.stage.offers:
             return text.max_length
-        return self.stage.tokens(*size[1:])
+        return self.stage.tokens(*size[1:3])
 
-    def _run(self, each: Pass, size: tuple[int, int, int], count: int) -> int:
+    def _run(self, each: Pass, size: Sizes, count: int) -> int:
         """Run a pass and return its FLOPs."""
         if each.kind == "features":
             self._features(each.block, size)
@@ -180,7 +182,7 @@ class _FakeStep:
             self._backward(each.block, size, count)
         return self.live.flops
 
-    def _example(self, size: tuple[int, int, int]) -> Batch:
+    def _example(self, size: Sizes) -> Batch:
         self.live.kind = "batch"
         batch = self.stage.example_batch(self.module, *size)
         self.live.kind = "activations"
@@ -191,7 +193,7 @@ class _FakeStep:
         enabled = self.config.train.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
-    def _features(self, block: int, size: tuple[int, int, int]) -> None:
+    def _features(self, block: int, size: Sizes) -> None:
         batch = self._example(size)
         with torch.no_grad(), self._autocast():
             self.rows[block] = self.module.features(batch, self.progress)
@@ -203,7 +205,7 @@ class _FakeStep:
         rows = [self.rows.pop(block)] * count
         self.cached[block], *_ = cached_losses(self.module.loss_from_features, rows, training=True)
 
-    def _backward(self, block: int, size: tuple[int, int, int], count: int) -> None:
+    def _backward(self, block: int, size: Sizes, count: int) -> None:
         """Record the peaks with and without gradients."""
         live, cached, batch = self.live, self.cached.get(block), self._example(size)
         if cached is not None:

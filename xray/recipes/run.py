@@ -118,8 +118,10 @@ def store_captions(config: RunConfig, text: TextConfig, device: torch.device) ->
     """Write the text features that a run reads, unless they are there already; on all ranks."""
     kind = stage_class(config.stage)
     parents = split_parents(kind, [open_artifact(path) for path in config.init_from])
+    stage = kind(config)
     names = [block.source for block in [*config.blocks, *config.validation]]
-    parent = kind(config).text_parent(parents)
+    names = [name for name in names if stage.contrasts(name)]
+    parent = stage.text_parent(parents)
     language = dist.main_first(lambda: Language(text, parent), "opening the LLM")
     for name, source in open_sources(config.data, names).items():
         given = dataclasses.asdict(text)

@@ -83,7 +83,7 @@ class Accumulator:
         """
         rows: dict[int, dict[str, Tensor]] = {}
         cached: dict[int, CachedLoss] = {}
-        for each in schedule(micros, self.stage.spans_batch):
+        for each in schedule(micros, self.stage.contrasts):
             number = each.numbers[0]
             if each.kind == "features":
                 self._reseed(step, number)
@@ -103,7 +103,7 @@ class Accumulator:
     ) -> DeviceBatches:
         """Return the batches of all forward passes; repeated: also those of the backward passes."""
         order: list[int] = []
-        for each in schedule(micros, self.stage.spans_batch):
+        for each in schedule(micros, self.stage.contrasts):
             if each.kind == "features" or (
                 each.kind == "backward" and (repeated or each.numbers[0] not in order)
             ):

@@ -41,20 +41,26 @@ class CachedLoss:
     constants: dict[str, Tensor]  # features without a gradient, for the second pass
 
 
-def schedule(micros: Sequence[MicroBatch], spans_batch: bool) -> Iterator[Pass]:
-    """Yield the passes of a step in order; split blocks are cached if the loss spans the batch."""
-    for block, members in split_blocks(micros).items() if spans_batch else ():
+def schedule(micros: Sequence[MicroBatch], contrasts: Callable[[str], bool]) -> Iterator[Pass]:
+    """Yield the passes of a step in order; split blocks whose samples are contrasted are cached."""
+    for block, members in split_blocks(micros, contrasts).items():
         yield from (Pass("features", block, (number,)) for number in members)
         yield Pass("loss", block, tuple(members))
     for number, micro in enumerate(micros):
         yield Pass("backward", micro.block, (number,))
 
 
-def split_blocks(micros: Sequence[MicroBatch]) -> dict[int, list[int]]:
-    """Return the numbers of the micro-batches of each block that has several."""
+def split_blocks(
+    micros: Sequence[MicroBatch], contrasts: Callable[[str], bool]
+) -> dict[int, list[int]]:
+    """Return the numbers of the micro-batches of each block that the gradient cache puts together.
+
+    contrasts: tells whether the loss compares all samples of a source's block.
+    """
     numbers: dict[int, list[int]] = defaultdict(list)
     for number, micro in enumerate(micros):
-        numbers[micro.block].append(number)
+        if contrasts(micro.source):
+            numbers[micro.block].append(number)
     return {block: members for block, members in numbers.items() if len(members) > 1}
 
 

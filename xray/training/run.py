@@ -86,8 +86,7 @@ class Run:
         config = stage.config  # as `prepare` completed it
         check_same_on_all_ranks(sources)
         dist.together(lambda: check_loading(stage, config, sources), doing="checking its limits")
-        if stage.spans_batch:
-            _warn_about_repeats(config, sources)
+        _warn_about_repeats(stage, config, sources)
         plans = make_plans(config.blocks, sources, config.data, config.seed)
         validation_plans = make_plans(config.validation, sources, config.data, config.seed)
         record = run_record(stage, config, sources, named(parents))
@@ -247,9 +246,9 @@ def named(parents: Parents) -> dict[str, Artifact]:
     return {slot: artifact for slot, artifact in vars(parents).items() if artifact is not None}
 
 
-def _warn_about_repeats(config: RunConfig, sources: Mapping[str, Source]) -> None:
+def _warn_about_repeats(stage: Stage, config: RunConfig, sources: Mapping[str, Source]) -> None:
     """Warn if a block holds a sample twice: a contrastive loss would contrast it with itself."""
-    for block in config.blocks:
+    for block in filter(lambda block: stage.contrasts(block.source), config.blocks):
         available = len(sources[block.source])
         if block.samples > available and dist.is_main() and not config.debug.overfit_batch:
             log.warning(

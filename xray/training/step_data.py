@@ -175,8 +175,7 @@ def _arranged(
 
 def _arrange(stage: Stage, shape: StepShape, loaded: Sequence[Loaded], pin: bool) -> None:
     """Let the stage arrange the micro-batches of split blocks that its loss spans."""
-    blocks = split_blocks(shape.micro) if stage.spans_batch else {}
-    for numbers in blocks.values():
+    for numbers in split_blocks(shape.micro, stage.contrasts).values():
         batches = stage.arrange([loaded[number].batch for number in numbers])
         for number, batch in zip(numbers, batches, strict=True):
             loaded[number].batch = batch

@@ -126,7 +126,7 @@ def _export(run: Run, engine: Engine, state: TrainState, metrics: dict[str, floa
 def _log_overfit(run: Run, last: dict[str, float]) -> None:
     """Log the loss of a run on one batch beside the loss of guessing (debug.overfit_batch)."""
     for block in run.config.blocks:
-        loss, chance = last[f"{block.source}/loss"], run.stage.chance(block.samples)
+        loss, chance = last[f"{block.source}/loss"], run.stage.chance(block)
         loss = last.get(f"{block.source}/contrast", loss)  # without auxiliary losses
         verdict = ""
         if chance and loss < 0.5 * chance:
