@@ -45,20 +45,21 @@ def stage_config(name: str) -> type[RunConfig]:
 def load_settings(name: str, *layers: Layer, init_from: Sequence[str] = ()) -> RunConfig:
     """Load the settings of a stage's run from layers, on top of those of its parents.
 
-    init_from: artifacts that replace the layers' own. Raises ConfigError as `load_config` does.
+    init_from: names that replace the layers' own. They name artifacts, or released weights that are
+    imported here. Raises ConfigError as `load_config`, and errors as `artifact_of`.
     """
     from stages.parent_settings import of_imported, parents_at
     from xray.config.loading import load_config
+    from xray.imports.cached import artifact_of
 
     schema = stage_config(name)
     config = load_config(schema, name, *layers)
-    config.init_from = list(init_from) or config.init_from
-    parents = parents_at(config.init_from)
+    paths = [artifact_of(name) for name in init_from or config.init_from]
+    parents = parents_at(paths)
     taken = {**of_imported(parents), **config.from_parents(parents)}
     if taken:
-        paths = config.init_from
         config = load_config(schema, name, taken, *layers)
-        config.init_from = paths
+    config.init_from = paths
     return config
 
 

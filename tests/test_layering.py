@@ -32,7 +32,7 @@ ROWS: dict[str, set[str]] = {
     },
     "xray.reports": {"data_pipelines"},
     "xray.artifacts": {"xray.models", "xray.losses", "data_pipelines", "xray.version"},
-    "stages": {"xray.artifacts", "xray.losses", "xray.optim"},
+    "stages": {"xray.artifacts", "xray.imports", "xray.losses", "xray.optim"},
     "xray.search.quantisation": set(),
     "xray.search.pca": {"xray.search.quantisation"},
     "xray.evaluation": {

@@ -9,6 +9,7 @@ import torch
 from hub_server import hub_server
 from in_process import invoke
 
+from stages import load_settings
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.lineage import lineage
 from xray.artifacts.model_card import base_models
@@ -46,9 +47,14 @@ def test_a_name_of_the_hub_is_downloaded_or_refused_in_one_line(
         files = (path for path in out.rglob("*") if path.is_file())
         hub.add("models/acme/ours", {str(p.relative_to(out)): p.read_bytes() for p in files})
         assert artifact_of("hf://acme/ours") == "hf://acme/ours"
+        layer = {"init_from": ["hf://acme/vit"], "train": {"samples": 8}}  # as in a yaml file
+        config = load_settings("mae", layer)
+        assert config.init_from == [artifact_of("acme/vit")] and config.model.kwargs["depth"] == 1
         for command, name, words in (
             (["import", "--out", "other"], "acme/ours", "commands take it as hf://acme/ours"),
             (["train", "mae", "--init-from"], "acme/none", "acme/none does not exist on the hub"),
+            (["train", "mae"], "init_from=[acme/none]", "acme/none does not exist on the hub"),
+            (["plan", "quickstart"], "mae.init_from=[acme/none]", "acme/none does not exist on"),
             (["eval"], "runs/clip", "runs/clip does not exist on the hub"),
         ):
             refused = invoke(*command, name)

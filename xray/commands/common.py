@@ -148,18 +148,6 @@ def check_model(name: str) -> None:
         check_artifact(name)
 
 
-def artifact_of(name: str) -> str:
-    """Return an artifact's name as it is; import released weights, and return the folder."""
-    from xray.hub import is_hub
-    from xray.imports.place import is_released
-
-    if not is_released(name) and not is_hub(name):
-        return name
-    from xray.imports.cached import artifact_of as imported  # imports torch
-
-    return imported(name)
-
-
 def connected_device() -> torch.device:
     """Return the fastest device of this rank, after the ranks are connected."""
     device = dist.choose_device("auto")

@@ -15,7 +15,6 @@ from xray.commands.common import (
     SHARDS,
     ArtifactName,
     Modality,
-    artifact_of,
     check_model,
     checking,
     connected_device,
@@ -167,12 +166,12 @@ def data_text_features(
     device = connected_device()
     opening = partial(_open_all, shards, modality, "xray data text-features")
     sources = dist.main_first(opening)
-    from xray.artifacts.artifact import open_artifact
     from xray.artifacts.language_model import Language
+    from xray.imports.cached import open_model
     from xray.precompute.text_features import write_text_features
 
     def open_language() -> Language:
-        return Language(config, open_artifact(artifact_of(init_from)) if init_from else None)
+        return Language(config, open_model(init_from) if init_from else None)
 
     language = dist.main_first(open_language)
     for pattern, source in zip(shards, sources, strict=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import Overrides, artifact_of, check_artifact, guarded
+from xray.commands.common import Overrides, check_artifact, guarded
 from xray.commands.help import examples
 from xray.errors import ArtifactError
 from xray.files import nearest_path
@@ -113,9 +113,7 @@ def train(
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
 
-    parents = [artifact_of(name) for name in init_from or []]
-
-    def load(packed: list[str]) -> tuple[RunConfig, Recipe | None]:
+    def load(packed: list[str], parents: list[str]) -> tuple[RunConfig, Recipe | None]:
         overrides = cfg.parse_overrides(named + values + packed, cfg.kinds_of(schema))
         layers, loaded = list[Any](), None
         if recipe:
@@ -129,7 +127,7 @@ def train(
         config.validate()
         return config, loaded
 
-    config, loaded = load([])
+    config, loaded = load([], init_from or [])
     for path in config.init_from:
         check_artifact(path)
     device = dist.choose_device(config.train.device)
@@ -140,7 +138,7 @@ def train(
 
     init_distributed(device)
     if packed := stage_settings(config, loaded):
-        config, loaded = load(packed)
+        config, loaded = load(packed, config.init_from)
     if loaded is not None:
         prepare(loaded)
     artifact = train_stage(stage_class(stage), config, device)

@@ -33,7 +33,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     zero: ZeroConfig = runtime(factory=ZeroConfig)
-    init_from: list[str] = runtime(factory=list)  # artifacts of earlier stages
+    init_from: list[str] = runtime(factory=list)  # artifacts, or released weights (xray import)
     license: str = runtime("")  # of the weights, for the model card: an SPDX identifier
     out: str = runtime("")  # folder of the run
 

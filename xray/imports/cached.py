@@ -1,4 +1,7 @@
-"""Models by name: artifacts, and released weights that are imported once."""
+"""Models by name: artifacts, and released weights that are imported once.
+
+torch is imported only to convert weights.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from xray.config.identity import hash_json
 from xray.errors import NoArtifactError
 from xray.files import make_folder, making
 from xray.hub import is_hub
-from xray.imports.convert import import_source
 from xray.imports.place import REPOSITORY, is_released
-from xray.imports.source import open_source
 from xray.version import __version__
 
 log = logging.getLogger("xray")
@@ -42,6 +43,9 @@ def artifact_of(name: str) -> str:
             return name
     elif REPOSITORY.fullmatch(name) and not Path(name).exists():
         log.info("%s: there is no such folder, so it is taken for a name of the hub", name)
+    from xray.imports.convert import import_source
+    from xray.imports.source import open_source
+
     source = open_source(name)
     key = hash_json({"xray": __version__, "files": source.hashes})
     folder = user_cache("imports") / key
