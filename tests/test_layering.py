@@ -160,6 +160,13 @@ def test_rank_is_read_in_one_place() -> None:
             assert reads == (path.name == "dist.py"), path
 
 
+def test_an_unknown_home_is_no_crash() -> None:
+    """os.path.expanduser leaves ~UNKNOWN as it is; the method of Path raises RuntimeError."""
+    for folder in PACKAGES:
+        for path in files(folder):
+            assert ".expanduser()" not in path.read_text(), path
+
+
 def test_processes_are_started_in_one_place() -> None:
     """There, each is tied to its parent; ray ties its own processes."""
     starters = ("Popen(", "subprocess.run(", "os.fork", "get_context(", "ProcessPoolExecutor(")

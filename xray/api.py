@@ -6,6 +6,7 @@ likeness = model.encode_image("photo.jpg") @ model.encode_text(["a dog", "a cat"
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ class Model:
             return media if media.ndim == 4 else media[None]
         if isinstance(media, Image.Image):
             return read_picture(media, self.data)
-        return read_media(Path(media).expanduser(), self.data)
+        return read_media(Path(os.path.expanduser(media)), self.data)
 
     def _vision(self, what: str) -> VisionEncoder:
         if not isinstance(self.encoder, VisionEncoder):

@@ -295,7 +295,7 @@ def read_text(path: str, key: str) -> str:
     Raises ConfigError naming the key for a file that cannot be read or decoded (`decode_text`).
     """
     try:
-        return decode_text(Path(path).expanduser().read_bytes())
+        return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be read: {error.strerror}") from error
     except ValueError as error:

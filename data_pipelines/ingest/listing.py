@@ -135,7 +135,7 @@ def list_table(where: str, keys: TableKeys) -> list[Item]:
     path = Path(where).absolute()
     if not keys.root:
         return rows_of_table(path, path.parent, None, keys)
-    root = Path(keys.root).expanduser().absolute()
+    root = Path(os.path.expanduser(keys.root)).absolute()
     if not root.is_dir():
         raise ConfigError(f"root={keys.root} is not a folder")
     return rows_of_table(path, root, "", keys)

@@ -57,6 +57,7 @@ WRONG = (
     ("export runs/small --to timm", "give one of those inside: runs/small/clip, runs/small/mae"),
     ("export runs/small", "give one of those inside: runs/small/text"),
     ("export runs/smal", "did you mean 'runs/small'?"),
+    ("eval ~no_such_user/clip", "~no_such_user/clip is not an artifact: there is no such folder"),
     ("merge runs/small/clip runs/smal --alpha .5", "did you mean 'runs/small'?"),
     ("merge runs/small/clip runs/small/mae --alpha 2", "give 1 to 1,001 numbers from 0 to 1"),
     ("merge runs/small/clip runs/small/mae --soup all", "--soup all: use uniform or greedy"),

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -135,7 +136,7 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
     Raises NoArtifactError if there is none, ArtifactError for one that this version cannot read.
     """
     url = conceal(str(path))
-    base = url.rstrip("/") if is_remote(url) else str(Path(path).expanduser())
+    base = url.rstrip("/") if is_remote(url) else str(Path(os.path.expanduser(path)))
     for place in (Place(base), Place(f"{base}/artifact")):  # a stage's folder is accepted
         try:
             content = place.read("manifest.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def _folder(out: str, paths: Sequence[str]) -> Path:
     """Return the folder to write; raises ConfigError for one that holds something else."""
     check_folder(out)
     folder = Path(out)
-    inside = {Path(path).expanduser().resolve() for path in paths}
+    inside = {Path(os.path.expanduser(path)).resolve() for path in paths}
     if (folder / "manifest.json").is_file() or (folder / "config.yaml").is_file():
         raise ConfigError(f"--out {out} is an artifact or a run: choose another --out")
     if folder.resolve() in inside or (folder / "artifact").resolve() in inside:

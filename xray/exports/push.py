@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -101,7 +102,7 @@ def open_folder(source: str) -> Source:
 
     Raises ArtifactError for other folders, and for links in them that are not to be followed.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if _is_export(folder):
         names = _visible(folder)
         text = (folder / CARD).read_text("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def is_released(name: str) -> bool:
     """
     if name.startswith((HUB, OPEN_CLIP)):
         return True
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path.suffix in CHECKPOINTS
     if not path.parent.exists():

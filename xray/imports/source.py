@@ -138,7 +138,7 @@ def open_source(name: str) -> Source:
 
 
 def _find(name: str) -> Source:
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if (folder / "manifest.json").is_file():
         raise ConfigError(f"{name} is an artifact already: commands take it as it is")
     if folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def find_llm(name: str) -> Path:
             "text.llm is not set: set it to a folder or hub name of a transformers language "
             "model, or start from a text artifact (--init-from)"
         )
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if _json(folder / "config.json"):
         return folder
     if folder.exists() or name.startswith((".", "/", "~")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def _text_parent(config: RunConfig) -> Artifact | None:
 
 def _llm(name: str) -> Path | None:
     """Find a folder with a config.json: a local one, or one in the hub's cache."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name and (folder / "config.json").is_file():
         return folder
     if not name or folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
