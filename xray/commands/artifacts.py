@@ -105,7 +105,7 @@ def export(
     With --to, the folder contains a model card (README.md), and the converted model is compared
     with the original before it is kept.
     """
-    from xray.config.loading import parse_overrides, stored_config
+    from xray.config.loading import parse_overrides
     from xray.errors import ConfigError
     from xray.recipes.recipe import kind_of_key
 
@@ -121,20 +121,28 @@ def export(
         raise ConfigError("--keep-rate and --frames are for --to onnx")
     if weights not in ("last", "ema"):
         raise ConfigError(f"--weights {weights}: use last or ema")
-    folder, which = split_run(source)
-    stored_config(Path(folder))
-    from xray.training.checkpoint_export import export_checkpoint
-
-    chosen: Literal["last", "ema"] = "ema" if weights == "ema" else "last"
-    target = out or f"{folder.rstrip('/')}/artifact_{which}{'_ema' if chosen == 'ema' else ''}"
-    artifact = export_checkpoint(Path(folder), which, Path(target), chosen, given)
-    print(f"artifact: {artifact.path}, step {artifact.manifest['step']}")
+    _export_checkpoint(source, out, "ema" if weights == "ema" else "last", given)
 
 
 def split_run(text: str) -> tuple[str, str]:
     """Split RUN@STEP into (folder, step); an @ before the last / belongs to the path."""
     folder, at, which = text.rpartition("@")
     return (folder, which or "last") if at and "/" not in which else (text, "last")
+
+
+def _export_checkpoint(
+    source: str, out: str, weights: Literal["last", "ema"], given: dict[str, Any]
+) -> None:
+    """Write the artifact of a checkpoint, RUN@STEP, to a folder, by default one in the run's."""
+    from xray.config.loading import stored_config
+
+    folder, which = split_run(source)
+    stored_config(Path(folder))  # raises for a folder that is no run, before torch is imported
+    from xray.training.checkpoint_export import export_checkpoint
+
+    target = out or f"{folder.rstrip('/')}/artifact_{which}{'_ema' if weights == 'ema' else ''}"
+    artifact = export_checkpoint(Path(folder), which, Path(target), weights, given)
+    print(f"artifact: {artifact.path}, step {artifact.manifest['step']}")
 
 
 def _convert(

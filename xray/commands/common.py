@@ -85,18 +85,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (XrayError, OSError) as error:
             if isinstance(error, BrokenPipeError) and _reader_is_gone():
                 raise  # typer ends without a message and with exit code 1
-            agreed = isinstance(error, XrayError) and error.agreed
-            if agreed:
-                dist.leave()
-            if dist.is_main() or not agreed:
-                who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
-                advice = ": free space there, or write elsewhere" if disk_is_full(error) else ""
-                print(f"{who}: {_line(error)}{advice}", file=sys.stderr)
-            code = EXIT_CODES.get(type(error), 2)
-            if not agreed and dist.world_size() > 1:
-                sys.stderr.flush()
-                os._exit(code)  # threads of collectives, which never end, could keep it alive
-            raise SystemExit(code) from None
+            raise SystemExit(_report(error)) from None
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
                 raise
@@ -117,6 +106,25 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(1) from None
 
     return run
+
+
+def _report(error: XrayError | OSError) -> int:
+    """Print an error as one line, and return the exit code.
+
+    A rank whose error the others do not raise ends here.
+    """
+    agreed = isinstance(error, XrayError) and error.agreed
+    if agreed:
+        dist.leave()
+    if dist.is_main() or not agreed:
+        who = "xray" if dist.is_main() else f"xray, rank {dist.rank()}"
+        advice = ": free space there, or write elsewhere" if disk_is_full(error) else ""
+        print(f"{who}: {_line(error)}{advice}", file=sys.stderr)
+    code = EXIT_CODES.get(type(error), 2)
+    if not agreed and dist.world_size() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # threads of collectives, which never end, could keep it alive
+    return code
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,11 +73,10 @@ def compare(
         check_named(config, root)
         for model in named:
             check_model(model)
-    from xray.evaluation.comparison import comparison_table, notes_of, short_names
+    from xray.evaluation.comparison import notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.set_page import write_page
     from xray.evaluation.set_runs import SetRun, read_results
-    from xray.evaluation.set_tables import compared_sets
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
@@ -100,16 +100,26 @@ def compare(
             facts["results"] = results[name]
         # each model at once: the next may take hours
         written.save(name, facts, of_sets.get(name, {}))
-    tables = [comparison_table(results)] if results else []
-    tables += [compared_sets(of_sets)] if of_sets else []
-    tables[-1].notes += notes_of(lines)
-    for table in tables:
-        table.print()
+    _print(results, of_sets, notes_of(lines))
     if target is not None:
         if of_sets:
             write_page(target.with_suffix(".html"), of_sets, notes_of(lines))
             print(f"page: {target.with_suffix('.html')}")
         print(f"written: {out}")
+
+
+def _print(
+    results: Mapping[str, Any], of_sets: Mapping[str, SetResults], notes: Sequence[str]
+) -> None:
+    """Print the tables of the models, with notes below the last one."""
+    from xray.evaluation.comparison import comparison_table
+    from xray.evaluation.set_tables import compared_sets
+
+    tables = [comparison_table(results)] if results else []
+    tables += [compared_sets(of_sets)] if of_sets else []
+    tables[-1].notes += notes
+    for table in tables:
+        table.print()
 
 
 @dataclass

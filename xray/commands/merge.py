@@ -51,6 +51,29 @@ class Choice:
         return f"alpha {chosen.name}" + (others if self.by else "")
 
 
+@dataclass(frozen=True)
+class Job:
+    """Artifacts to merge, the folder to write, and the suites that judge the mixtures."""
+
+    paths: Sequence[str]
+    llm: str
+    folder: Path
+    suites: Sequence[str]  # none: nothing is evaluated
+    config: EvalConfig
+    root: str
+    workers: int
+
+    def search(self, artifacts: Sequence[Artifact], by: Sequence[str]) -> Search:
+        """Prepare the evaluation of mixtures; by: measures whose mean chooses."""
+        from xray.merging.frozen_text import share_text
+        from xray.merging.search import Judge, Search
+
+        vectors: dict[str, Any] | None = {} if share_text(artifacts) else None
+        device = dist.choose_device("auto")
+        judge = Judge(self.suites, self.config, self.root, self.workers, device, vectors)
+        return Search(artifacts, judge, self.folder, by)
+
+
 @examples(
     (
         "xray merge runs/base/clip runs/tuned/clip --alpha .5 --out merged",
@@ -112,37 +135,40 @@ def merge(
     values of --alpha without --choose: only the results are written. After an interruption, run the
     same command again: it continues. Choose on other data than you report results on.
     """
-    from xray.evaluation.suites import suite_named
     from xray.merging.mixtures import parse_alphas
 
     with checking():
         if dist.world_size() > 1:
             raise ConfigError("xray merge runs in one process: start it without a launcher")
-        settings = [item for item in given if SETTING.match(item)]
-        paths = [item for item in given if item not in settings]
         choice = Choice(parse_alphas(alpha) if alpha else (), soup, _names(choose))
         _check(choice)
-        names = [suite_named(name).name for name in _names(suite)]
-        config, root, workers, llm = eval_settings(settings, recipe)
-        if config.sets:
-            raise ConfigError("xray merge takes eval.SUITE.KEY=, not eval.sets")
-        folder = _folder(out, paths)
-        described = _described(paths)
-        for artifact in described:
-            config = filled_sets(config, artifact, root)
-        suites = _suites(choice, names, config, root, described[0])
-    artifacts = _opened(paths, llm)
-    with sole_writer(folder, "--out"):
-        if suites:
-            from xray.merging.frozen_text import share_text
-            from xray.merging.search import Judge, Search
-
-            vectors: dict[str, Any] | None = {} if share_text(artifacts) else None
-            device = dist.choose_device("auto")
-            judge = Judge(suites, config, root, workers, device, vectors)
-            _judged(choice, Search(artifacts, judge, folder, choice.by))
+        job = _checked(choice, given, _names(suite), recipe, out)
+    artifacts = _opened(job.paths, job.llm)
+    with sole_writer(job.folder, "--out"):
+        if job.suites:
+            _judged(choice, job.search(artifacts, choice.by))
         else:
-            _write(folder, artifacts, choice, _mixtures(choice, len(artifacts))[-1])
+            _write(job.folder, artifacts, choice, _mixtures(choice, len(artifacts))[-1])
+
+
+def _checked(
+    choice: Choice, given: Sequence[str], names: Sequence[str], recipe: str, out: str
+) -> Job:
+    """Check the artifacts' manifests and the data. given: artifacts and settings; names: suites."""
+    from xray.evaluation.suites import suite_named
+
+    settings = [item for item in given if SETTING.match(item)]
+    paths = [item for item in given if item not in settings]
+    asked = [suite_named(name).name for name in names]
+    config, root, workers, llm = eval_settings(settings, recipe)
+    if config.sets:
+        raise ConfigError("xray merge takes eval.SUITE.KEY=, not eval.sets")
+    folder = _folder(out, paths)
+    described = _described(paths)
+    for artifact in described:
+        config = filled_sets(config, artifact, root)
+    suites = _suites(choice, asked, config, root, described[0])
+    return Job(paths, llm, folder, suites, config, root, workers)
 
 
 def _names(text: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from xray.errors import ArtifactError
 from xray.files import nearest_path
 
 if TYPE_CHECKING:
+    from xray.config import RunConfig
     from xray.recipes.recipe import Recipe
 
 
@@ -71,6 +74,44 @@ def run(
             print(f"next: {step.command}  # {step.purpose}")
 
 
+@dataclass(frozen=True)
+class Typed:
+    """Settings of a stage's run as they were typed."""
+
+    stage: str
+    recipe: str
+    files: Sequence[str]  # .yaml, in order
+    values: Sequence[str]  # KEY=VALUE
+    model: Sequence[str]  # of --model, as a KEY=VALUE
+    out: str
+
+    def load(
+        self, packed: Sequence[str], init_from: Sequence[str]
+    ) -> tuple[RunConfig, Recipe | None]:
+        """Load the run's validated config, and the recipe to prepare.
+
+        packed: settings of data that were packed.
+        """
+        from stages import load_settings, stage_config
+        from xray.config import loading as cfg
+
+        values = [*self.values, *packed]
+        overrides = cfg.parse_overrides(
+            [*self.model, *values], cfg.kinds_of(stage_config(self.stage))
+        )
+        layers, recipe = list[Any](), None
+        if self.recipe:
+            from xray.recipes.recipe import stage_from_recipe
+
+            layer, recipe = stage_from_recipe(self.stage, self.recipe, values)
+            layers.append(layer)
+        read = map(cfg.read_yaml, self.files)
+        config = load_settings(self.stage, *layers, *read, overrides, init_from=init_from)
+        config.out = self.out or config.out or f"runs/{self.stage}"
+        config.validate()
+        return config, recipe
+
+
 @examples(
     ("xray train mae --recipe quickstart", "one stage of a recipe; writes runs/mae"),
     (
@@ -100,34 +141,17 @@ def train(
     ] = "",
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
-    from stages import load_settings, stage_class, stage_config
-    from xray.config import RunConfig
-    from xray.config import loading as cfg
+    from stages import check_stage, stage_class
 
-    schema = stage_config(stage)
+    check_stage(stage)
     items = settings or []
     files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
     values = [item for item in items if item not in files]
-    named = [f"model={model}"] if model else []
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume
-
-    def load(packed: list[str], parents: list[str]) -> tuple[RunConfig, Recipe | None]:
-        overrides = cfg.parse_overrides(named + values + packed, cfg.kinds_of(schema))
-        layers, loaded = list[Any](), None
-        if recipe:
-            from xray.recipes.recipe import stage_from_recipe
-
-            layer, loaded = stage_from_recipe(stage, recipe, values + packed)
-            layers.append(layer)
-        read = map(cfg.read_yaml, files)
-        config = load_settings(stage, *layers, *read, overrides, init_from=parents)
-        config.out = out or config.out or f"runs/{stage}"
-        config.validate()
-        return config, loaded
-
-    config, loaded = load([], init_from or [])
+    typed = Typed(stage, recipe, files, values, [f"model={model}"] if model else [], out)
+    config, loaded = typed.load([], init_from or [])
     for path in config.init_from:
         check_artifact(path)
     device = dist.choose_device(config.train.device)
@@ -138,7 +162,7 @@ def train(
 
     init_distributed(device)
     if packed := stage_settings(config, loaded):
-        config, loaded = load(packed, config.init_from)
+        config, loaded = typed.load(packed, config.init_from)
     if loaded is not None:
         prepare(loaded)
     artifact = train_stage(stage_class(stage), config, device)
