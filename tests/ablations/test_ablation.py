@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from shards import jpeg, write_tar
 
 from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, compare
+from xray.ablations.older import mixed_defaults
 from xray.ablations.report import Page
 from xray.ablations.trials import Trial, load_ablation, samples_of, stage_runs
 from xray.config import loading as cfg
@@ -256,6 +257,32 @@ def test_runs_added_to_an_older_folder_take_its_defaults(tmp_path: Path) -> None
     assert seed.layer == cfg.merge(second.layer, {"mae": older, "clip": older | texts})
     resolved = read_recipe([*recipe_layers(RECIPE, None), *before.common, seed.layer])
     assert [identity(run) for run in resolved.runs] == [identity(run) for run in seed.recipe.runs]
+
+
+def test_runs_of_several_defaults_in_one_folder_are_named(tmp_path: Path) -> None:
+    """An earlier version may have added runs with its own defaults to a folder of older ones."""
+    trials = load(tmp_path, FILE, f"out={tmp_path / 'out'}").trials
+    first, second = (trial.recipe.runs[0] for trial in trials[::2])  # mae, of two seeds
+
+    def add(run: Any, **decided: Any) -> list[str]:
+        record = cfg.merge(identity(run), decided)
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        (Path(run.out) / "run.json").write_text(json.dumps({"config": record}))
+        return mixed_defaults(load(tmp_path, FILE, f"out={tmp_path / 'out'}"))
+
+    names = [Path(run.out).name for run in (first, second)]
+    assert add(first) == []
+    assert add(second, model={"sincos": "rows"}, data={"resize": "crop"}) == []
+    for given in ({"interpolation": "bilinear"}, {"mean": [0.5] * 3}):  # decided by the weights
+        assert add(second, model={"sincos": "rows"}, data={"resize": "crop", **given}) == []
+    (line,) = add(second, model={"sincos": "columns"}, data={"resize": "crop"})
+    assert f"model.sincos is rows in {names[0]}, columns in {names[1]}" in line
+    assert len(add(second, model={"sincos": "columns"}, data={"resize": "whole"})) == 2
+    assert add(first, model={"sincos": "columns"}, data={"resize": "whole"}) == []
+    text = FILE.replace("common: {", "common: {data.resize: crop, ")
+    for run in [t.recipe.runs[0] for t in load(tmp_path, text, f"out={tmp_path / 'out'}").trials]:
+        add(run)
+    assert mixed_defaults(load(tmp_path, text, f"out={tmp_path / 'out'}")) == []
 
 
 def test_arms_share_a_prepared_llm_only_if_its_settings_are_equal(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from xray.ablations.comparison import (
 )
 from xray.ablations.cost import Flops, arm_flops, tera
 from xray.ablations.jobs import Failure
+from xray.ablations.older import mixed_defaults
 from xray.ablations.trials import Ablation, trains_vision
 from xray.evaluation.suites import title_of
 from xray.files import write_text
@@ -57,7 +58,8 @@ def write_comparison(
     write_text(out / "tables.md", page.markdown(tables))
     path = out / "report.html"
     failed = [paragraph(f"{f.trial.arm}, seed {f.trial.seed} failed: {f.line}") for f in failures]
-    parts = [*failed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(),
+    mixed = map(paragraph, mixed_defaults(ablation))
+    parts = [*failed, *mixed, tables[0].html(), gallery("Seeds", page.plots()), tables[1].html(),
              paragraph(page.note()), tables[2].html(), *page.settings()]  # fmt: skip
     write_report(path, f"xray ablate: {ablation.config.name}", parts)
     return tables, path

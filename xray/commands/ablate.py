@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from xray import dist
 from xray.commands.common import Overrides, guarded
 from xray.commands.help import examples
 from xray.errors import ConfigError
+
+log = logging.getLogger("xray")
 
 
 @examples(
@@ -42,12 +45,15 @@ def ablate(
     from xray.ablations.comparison import check_metrics, outcomes_of
     from xray.ablations.cost import flops_of, plan_of
     from xray.ablations.jobs import Jobs, exclusive
+    from xray.ablations.older import mixed_defaults
     from xray.ablations.report import write_comparison
     from xray.recipes.own_data import recipe_settings
     from xray.recipes.run import check_evaluation, prepare
 
     if packed := recipe_settings(ablation.trials[0].recipe, write=not plan):
         ablation = load_ablation(file, [*given, *packed])
+    for line in mixed_defaults(ablation):
+        log.warning("%s", line)
     if plan:
         plan_of(ablation, flops_of(ablation, None)).print()
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=Any)
@@ -72,6 +72,24 @@ def lacking(config: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         if dataclasses.is_dataclass(section) and isinstance(own, Mapping):
             found |= {item.name: inner} if (inner := lacking(section, own)) else {}
     return found
+
+
+def changed_defaults(
+    config: Any, record: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, bool]]:
+    """Yield settings whose default has changed, unless the config sets them: (key, value, older).
+
+    value: that of the record. older: whether the record is of before the change, and lacks the key.
+    """
+    for item in dataclasses.fields(config):
+        own, then = getattr(config, item.name), record.get(item.name)
+        if dataclasses.is_dataclass(own):
+            inner = then if isinstance(then, Mapping) else {}
+            yield from changed_defaults(own, inner, f"{prefix}{item.name}.")
+        elif "added" in item.metadata and own == _default(item):
+            older = item.metadata.get("older", own)
+            if older != own:
+                yield f"{prefix}{item.name}", record.get(item.name, older), item.name not in record
 
 
 def with_older(config: C, record: Mapping[str, Any]) -> C:
