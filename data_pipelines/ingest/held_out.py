@@ -156,5 +156,6 @@ def held_out_line(folder: Path, samples: int, cut: Cut) -> str:
     if not samples:
         return f"{line}: there are too few, or all are near-duplicates of others"
     if cut.groups:
-        line += f"; {cut.near_duplicates:,} near-duplicates in {cut.groups:,} groups stay together"
+        groups = count(cut.groups, "group")
+        line += f"; {cut.near_duplicates:,} near-duplicates in {groups} stay together"
     return line
