@@ -51,10 +51,14 @@ def load_settings(name: str, *layers: Layer, init_from: Sequence[str] = ()) -> R
     from stages.parent_settings import of_imported, parents_at
     from xray.config.loading import load_config
     from xray.imports.cached import artifact_of
+    from xray.imports.place import is_repository
 
     schema = stage_config(name)
     config = load_config(schema, name, *layers)
-    paths = [artifact_of(name) for name in init_from or config.init_from]
+    paths = [artifact_of(name) for name in init_from]
+    if not init_from:  # ORG/NAME in a layer may be the folder of a run that comes first
+        own = config.init_from
+        paths = [name if is_repository(name) else artifact_of(name) for name in own]
     parents = parents_at(paths)
     taken = {**of_imported(parents), **config.from_parents(parents)}
     if taken:

@@ -50,11 +50,13 @@ def test_a_name_of_the_hub_is_downloaded_or_refused_in_one_line(
         layer = {"init_from": ["hf://acme/vit"], "train": {"samples": 8}}  # as in a yaml file
         config = load_settings("mae", layer)
         assert config.init_from == [artifact_of("acme/vit")] and config.model.kwargs["depth"] == 1
+        unknown = load_settings("mae", {"init_from": ["runs/later"], "train": {"samples": 8}})
+        assert unknown.init_from == ["runs/later"]  # without a request: a run may come first
         for command, name, words in (
             (["import", "--out", "other"], "acme/ours", "commands take it as hf://acme/ours"),
             (["train", "mae", "--init-from"], "acme/none", "acme/none does not exist on the hub"),
-            (["train", "mae"], "init_from=[acme/none]", "acme/none does not exist on the hub"),
-            (["plan", "quickstart"], "mae.init_from=[acme/none]", "acme/none does not exist on"),
+            (["train", "mae"], "init_from=[hf-hub:acme/none]", "acme/none does not exist on the"),
+            (["plan", "quickstart"], "mae.init_from=[hf-hub:acme/none]", "acme/none does not"),
             (["eval"], "runs/clip", "runs/clip does not exist on the hub"),
         ):
             refused = invoke(*command, name)

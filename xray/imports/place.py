@@ -13,6 +13,11 @@ CHECKPOINTS = (".safetensors", ".pth")  # endings of files in the layout of MAE 
 REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")  # ORG/NAME of the hub
 
 
+def is_repository(name: str) -> bool:
+    """Tell if a name is ORG/NAME, and no folder ORG exists."""
+    return bool(REPOSITORY.fullmatch(name)) and not Path(name).parent.exists()
+
+
 def is_released(name: str) -> bool:
     """Tell if a name is of released weights: of a hub, a file, or a folder that is no artifact.
 
@@ -24,6 +29,6 @@ def is_released(name: str) -> bool:
     if path.is_file():
         return path.suffix in CHECKPOINTS
     if not path.parent.exists():
-        return bool(REPOSITORY.fullmatch(name))
+        return is_repository(name)
     ours = any((path / own).is_file() for own in ("manifest.json", "artifact/manifest.json"))
     return not ours and any((path / config).is_file() for config in CONFIGS)
