@@ -105,7 +105,7 @@ def open_labelled(
     names. A list has columns `label`, `caption` or both beside its paths. Labels that are numbers
     are class numbers. Class names are numbered in sorted order, also those in the json of shards
     (`label_name`, or a `label` that is text). If there are numbers beside the names, these give the
-    order. captions: columns of a list that have captions, beside the usual ones.
+    order. captions: columns of a list that have captions or tags, beside the usual ones.
     """
     where, request = place_of(name, pattern, root), Request(name, modality)
     try:
@@ -258,7 +258,7 @@ def _checked_rows(
 ) -> list[Item]:
     """Check the rows of a list and merge those of each file; raises DataError with the row.
 
-    columns: of captions, beside the usual ones.
+    columns: of captions or tags, beside the usual ones.
     """
     labels = any(key in item.meta for item in items for key in LABELS)
     captioned = any(captions_in(item.meta) for item in items)
@@ -286,7 +286,8 @@ def _checked_rows(
         if first is not item:
             merged = merged_captions([first, item])
             other = [column for column in columns if column not in CAPTION_COLUMNS]
-            own = {key: texts_in([first.meta.get(key), item.meta.get(key)]) for key in other}
+            both = {key: (first.meta.get(key), item.meta.get(key)) for key in other}
+            own = {key: texts_in([*cells]) for key, cells in both.items() if cells[0] != cells[1]}
             first = replace(first, meta=first.meta | {key: own[key] for key in own if own[key]})
             samples[item.name] = first.with_captions(merged)
     return list(samples.values())

@@ -57,7 +57,9 @@ class SingleShard(Source, ABC):
 
     def derived_at(self, name: str, shard: int | None = None) -> list[Path]:
         """Return the paths where a derived file may be: only the user's cache."""
-        return [user_cache("index") / f"{self.digest[:32]}.{name}"]
+        own = self.manifest.digest[:32]
+        file = f"shards-{own}" if shard is None else own
+        return [user_cache("index") / f"{file}.{name}"]
 
     @abstractmethod
     def keys(self) -> list[str]:

@@ -26,7 +26,7 @@ from xray.commands.named_sets import suites_with_data
 from xray.config import DataConfig
 from xray.config.loading import build
 from xray.errors import XrayError
-from xray.evaluation import feature_extraction, tagging
+from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import named_sets
@@ -578,7 +578,7 @@ def with_titles(folder: Path) -> dict[str, Any]:
     """Settings of a list whose captions are in a column of its own."""
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(photo(7000 + i, (32, 32)))
-    rows = [("path", "remark"), *((f"{i}.jpg", f"title {i}") for i in range(4))]
+    rows = [("path", "remark"), *((f"{i}.jpg", f"red title {i}") for i in range(4))]
     with (folder / "titles.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return {"shards": str(folder / "titles.csv"), "captions": {"remark": 1.0}}
@@ -586,7 +586,7 @@ def with_titles(folder: Path) -> dict[str, Any]:
 
 def test_a_recipe_evaluates_its_sets(
     clip: Path, tagger: Path, benchmarks: Path, tmp_path: Path, decoded: list[str],
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The last artifact that can run a suite runs it; sets.json has the results of all."""
     recipe = Recipe("named", tmp_path)
@@ -619,8 +619,7 @@ def test_a_recipe_evaluates_its_sets(
     assert confused(encoder, recipe, data) == ""
     tagged = {"t": with_titles(tmp_path) | {"tags": "caption_words"}}
     sets = Evaluator(Tagger(artifacts[1]), build(EvalConfig, {"tags": tagged}), "", 0).sets
-    monkeypatch.setattr(tagging, "tagging", lambda source, *_: {"samples": len(source)})
-    assert tagging.taggings(sets, sets.config.of(TAGS)) == {"t/samples": 4}
+    assert TAGS.run(sets, sets.config.of(TAGS))["t/samples"] == 4
     recipe.eval = build(EvalConfig, {"retrieval": with_titles(tmp_path)})
     assert "of 4 captions the nearest image" in retrieved(encoder, recipe, data)
     assert rates["0.5"].keys() >= {f"zero_shot/{MAP}", f"zero_shot/{MAP}_low"}

@@ -103,7 +103,7 @@ class Sets:
     ) -> Source:
         """Open a source by its pattern; `name` is the key below eval, for errors.
 
-        captions: columns of a list that have captions, beside the usual ones.
+        captions: columns of a list that have captions or tags, beside the usual ones.
         """
         key, how = f"eval.{name}", (pattern, modality, self.data.root)
         return self.once((pattern, modality, *captions), lambda: open_labelled(key, *how, captions))

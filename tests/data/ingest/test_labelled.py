@@ -16,6 +16,9 @@ from data_pipelines.ingest.labelled import open_labelled
 from data_pipelines.ingest.pack import PackConfig, pack
 from data_pipelines.ingest.plain_files import FileSource
 from data_pipelines.shards.source import Source
+from data_pipelines.tags import labels as tag_labels
+from data_pipelines.tags.reader import TagRules
+from data_pipelines.tags.vocabulary import Vocabulary
 from xray.config import DataConfig
 from xray.errors import DataError
 from xray.evaluation.class_labels import Classes, renumber
@@ -210,3 +213,24 @@ def test_classes_of_a_training_set(tmp_path: Path) -> None:
         Classes.of(torch.tensor([0, 1]), some).places(labels_of(some), some)
     with pytest.raises(DataError, match="is too large"):
         labels_of(labelled(tmp_path, "large", [10**22, 1]))
+
+
+def test_labels_of_files_are_kept_for_the_next_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their table and its summary are two files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table, vocabulary = tmp_path / "set.csv", Vocabulary(("insect", "stripes", "leg"), (1, 1, 1))
+
+    def rows(second: str) -> list[list[int]]:
+        """Read the tags of two pictures, the first of which has two rows."""
+        insects = "set/ant/ant0.jpg,#insect\n", f"set/ant/ant0.jpg,{second}\n"
+        table.write_text("".join(["path,tags\n", *insects, "set/zebra/zebra0.jpg,stripes leg\n"]))
+        source = open_labelled("set", str(table), "image", captions=("tags",))
+        work = tag_labels.Labeller(source, "hashtags", TagRules("tags"), vocabulary)
+        labels = tag_labels.label(work)
+        return [labels.row(0, member, "ids").tolist() for member in range(2)]
+
+    assert rows("leg") == rows("leg") == [[0, 2], [1, 2]]
+    assert len([*(tmp_path / "cache" / "xray" / "index").iterdir()]) == 2
+    assert rows("#insect") == [[0], [1, 2]]

@@ -14,6 +14,7 @@ from xray.evaluation.suite import Measures, Row, Suite, SuiteConfig, share_row, 
 from xray.words import count
 
 if TYPE_CHECKING:
+    from data_pipelines.shards.source import Source
     from xray.evaluation.datasets import Sets
 
 
@@ -37,6 +38,11 @@ class TaggingConfig(SuiteConfig):
             raise ConfigError(f"{key}.shards is not set")
         if self.clips < 1 or self.crops not in (1, 3):
             raise ConfigError(f"{key}.clips must be at least 1, and {key}.crops 1 or 3")
+
+    def open(self, sets: Sets, key: str, name: str) -> Source:
+        """Open the samples; a list may have the column of its tags only."""
+        columns = (*self.captions, self.field) if self.tags == "hashtags" else self.captions
+        return sets.open(key, self.shards, self.modality, columns)
 
 
 def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
