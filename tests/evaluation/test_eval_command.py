@@ -363,7 +363,7 @@ def test_unknown_classes_of_the_shifted_set_fail_before_any_corruption(
     monkeypatch.setattr(Sets, "encode", counted)
     with pytest.raises(DataError, match="not among"):
         run.run(["robustness"])
-    assert seen == ["eval.zero_shot"]
+    assert not seen
 
 
 def test_logits_are_on_the_device_of_the_features(clip: Artifact, demo: Path) -> None:

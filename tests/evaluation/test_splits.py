@@ -21,6 +21,7 @@ from xray.config.loading import build, parse_overrides
 from xray.errors import ConfigError, XrayError
 from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
+from xray.evaluation.datasets import Sets
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.feature_extraction import Views
 from xray.evaluation.heads import open_heads
@@ -185,10 +186,20 @@ def test_named_sets_have_splits(hmdb: Path, artifact: Any) -> None:
         SetRun(named).evaluate({}, lambda results: pytest.fail("a set has run"))
 
 
-def test_suites_without_splits_of_their_own(hmdb: Path, artifact: Any) -> None:
+def test_suites_without_splits_of_their_own(
+    hmdb: Path, artifact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Robustness reads the heads of other suites: on one split, not on the mean."""
+    monkeypatch.setattr(Sets, "encode", lambda *_: pytest.fail("something is encoded"))
     with pytest.raises(ConfigError, match=r"eval.zero_shot.split=all: a suite that uses"):
-        list(open_heads(evaluator(artifact, hmdb, "all").sets))
+        evaluator(artifact, hmdb, "all").run(["knn", "robustness"])
+    own = {"suite": "robustness", "shards": "clips", "train": "clips", "splits": "splits"}
+    own["modality"] = "video"
+    (hmdb / "robust.yaml").write_text(json.dumps({"hmdb": own}))
+    named = evaluator(artifact, hmdb, "all", "eval.sets=robust.yaml")
+    with pytest.raises(ConfigError, match=r"set hmdb: split=all: a suite that uses these"):
+        SetRun(named).evaluate({}, lambda results: pytest.fail("a set has run"))
+    monkeypatch.undo()
     recipe = Recipe("splits", hmdb, root=str(hmdb))
     recipe.eval = evaluator(artifact, hmdb, "all").config
     page = confused(Encoder(artifact), recipe, DataConfig(resolution=32, frames=2))

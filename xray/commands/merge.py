@@ -242,7 +242,7 @@ def _suites(
         )
     check_chosen(choice.by, suites)
     if suites:
-        from xray.evaluation.evaluator import check_suites  # imports torch
+        from xray.evaluation.checks import check_suites  # imports torch
 
         what = f"{artifact.origin} is of stage {artifact.stage}"
         check_suites(suites, config.filled(), artifact.offers, what, root)

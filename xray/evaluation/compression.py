@@ -19,7 +19,6 @@ from torch import Tensor
 from xray.errors import ConfigError, DataError
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import flat_captions
 from xray.evaluation.retrieval import KS, Ranking, captioned_of, kinds_of, retrieval
 from xray.evaluation.suite import Measures
 from xray.evaluation.suites.compression import CompressionConfig
@@ -60,30 +59,41 @@ class Pairs:
 def compression_of(sets: Sets, config: CompressionConfig) -> Measures:
     """Measure the recall of compressed embeddings on the data sets of the suite.
 
-    Samples without captions are left out, and counted as `uncaptioned`. Raises ConfigError for more
-    dimensions than the artifact or PCA has.
+    Samples without captions are left out, and counted as `uncaptioned`.
     """
-    width, trained = sets.joint.options.embed_dim, sets.joint.matryoshka
-    dims = config.dims or [*trained] or [width // 2, width // 4, width // 8]
-    if max(dims) >= width:
-        raise ConfigError(f"eval.compression.dims={dims}: the artifact has {width} dimensions")
-    source, captions = captioned_of("compression", sets, config)
-    texts, owner, captioned = flat_captions(captions, "eval.compression.shards")
-    images, kind = sets.features(source, "joint").rows[captioned], kinds_of(texts, config.same)
-    pairs = Pairs(images, sets.texts(texts), owner, kind)
+    dims, own = dims_of(sets, config), captioned_of("compression", sets, config)
+    images = sets.features(own.source, "joint").rows[own.samples]
+    pairs = Pairs(images, sets.texts(own.texts), own.owner, kinds_of(own.texts, config.same))
     pca = None
     if config.train:
-        train = config.open(sets, "compression.train", "train")
-        if len(train) <= max(dims):
-            raise DataError(
-                f"eval.compression.train has {len(train):,} samples: PCA to {max(dims)} "
-                "dimensions needs more"
-            )
-        pca = Pca.fit(part.numpy() for part in sets.features(train, "joint").rows.split(2**16))
-    measures = compression(pairs, sorted({*dims}, reverse=True), trained, pca)
-    if left_out := len(captions) - len(captioned):
-        measures["uncaptioned"] = float(left_out)
+        train = sets.features(config.open(sets, "compression.train", "train"), "joint")
+        pca = Pca.fit(part.numpy() for part in train.rows.split(2**16))
+    measures = compression(pairs, dims, sets.joint.matryoshka, pca)
+    if own.left_out:
+        measures["uncaptioned"] = float(own.left_out)
     return measures
+
+
+def check_compression(sets: Sets, config: CompressionConfig) -> None:
+    """Raise the errors of captions and dimensions that are known without decoding pictures."""
+    dims = dims_of(sets, config)
+    captioned_of("compression", sets, config)
+    if config.train:
+        samples = len(config.open(sets, "compression.train", "train"))
+        if samples <= dims[0]:
+            raise DataError(
+                f"eval.compression.train has {samples:,} samples: PCA to {dims[0]} dimensions "
+                "needs more"
+            )
+
+
+def dims_of(sets: Sets, config: CompressionConfig) -> list[int]:
+    """List the numbers of dimensions, largest first; ConfigError for one the artifact lacks."""
+    width = sets.joint.options.embed_dim
+    dims = config.dims or [*sets.joint.matryoshka] or [width // 2, width // 4, width // 8]
+    if max(dims) >= width:
+        raise ConfigError(f"eval.compression.dims={dims}: the artifact has {width} dimensions")
+    return sorted({*dims}, reverse=True)
 
 
 def compression(

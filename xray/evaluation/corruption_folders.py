@@ -27,7 +27,7 @@ from xray.evaluation.corruption_error import (
 from xray.evaluation.corruptions import EXTRA, IMAGENET_C, SEVERITIES
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import labels_of
-from xray.evaluation.heads import Head
+from xray.evaluation.heads import Head, HeadClasses
 from xray.evaluation.suites.robustness import FILES, RobustnessConfig
 
 log = logging.getLogger("xray")
@@ -46,24 +46,27 @@ class CorruptionFolders:
     baselines: Mapping[str, Errors]  # by head
 
     @classmethod
-    def open(cls, config: RobustnessConfig, sets: Sets, heads: Sequence[Head]) -> CorruptionFolders:
-        """List the folders and read the baseline; logs what is missing of ImageNet-C.
-
-        Raises DataError for a folder of another form, and if the classes do not fit a head.
-        """
+    def open(
+        cls, config: RobustnessConfig, sets: Sets, heads: Sequence[HeadClasses]
+    ) -> CorruptionFolders:
+        """List the folders and read the baseline; raises DataError for other forms of them."""
         folder = place_of(KEY, config.corrupted, sets.data.root)
-        own = cls(folder, list_corruptions(folder), {})
-        for line in missing(own.found):
-            log.warning("%s=%s: %s", KEY, folder, line)
-        name, severities = next(iter(own.found.items()))
-        source = own.source(name, severities[0])
+        baselines: Mapping[str, Errors] = {}
+        found = list_corruptions(folder)
+        if config.baseline:
+            path = place_of("eval.robustness.baseline", config.baseline, sets.data.root)
+            baselines = read_baseline(path, [head.name for head in heads])
+        return cls(folder, found, baselines)
+
+    def check(self, heads: Sequence[HeadClasses]) -> None:
+        """Log what is missing of ImageNet-C; raises DataError if the classes do not fit a head."""
+        for line in missing(self.found):
+            log.warning("%s=%s: %s", KEY, self.folder, line)
+        name, severities = next(iter(self.found.items()))
+        source = self.source(name, severities[0])
         labels = labels_of(source)
-        for head in heads:  # fail before hours of work
+        for head in heads:
             head.number(labels, source)
-        if not config.baseline:
-            return own
-        path = place_of("eval.robustness.baseline", config.baseline, sets.data.root)
-        return cls(folder, own.found, read_baseline(path, [head.name for head in heads]))
 
     def source(self, corruption: str, severity: int) -> Source:
         """Open the pictures of a corruption and a severity."""

@@ -12,14 +12,14 @@ from xray.errors import DataError
 from xray.evaluation.confidence import share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import labels_of
-from xray.evaluation.heads import Head
+from xray.evaluation.heads import Head, HeadClasses
 from xray.evaluation.suites.robustness import RobustnessConfig
 
 Scores = dict[str, float]
 
 
-def check_shift(head: Head, config: RobustnessConfig, sets: Sets) -> None:
-    """Raise DataError for a set whose classes do not fit the head, before hours of work."""
+def check_shift(head: HeadClasses, config: RobustnessConfig, sets: Sets) -> None:
+    """Raise DataError for a set whose classes do not fit the head."""
     for name in config.shifts():
         source = _open(name, head, config, sets)
         _numbered(name, labels_of(source), source, head)
@@ -70,12 +70,12 @@ def _measured(name: str, head: Head, config: RobustnessConfig, sets: Sets) -> Sc
     return scores
 
 
-def _open(name: str, head: Head, config: RobustnessConfig, sets: Sets) -> Source:
+def _open(name: str, head: HeadClasses, config: RobustnessConfig, sets: Sets) -> Source:
     key = f"robustness.shift.{name}" if name else "robustness.shift"
     return sets.open(key, config.shifts()[name], head.source.modality)
 
 
-def _numbered(name: str, labels: Tensor, source: Source, head: Head) -> Tensor:
+def _numbered(name: str, labels: Tensor, source: Source, head: HeadClasses) -> Tensor:
     """Number labels by the head's classes; -1 for other classes of a set with a name."""
     if not name:
         return head.places(labels, source)

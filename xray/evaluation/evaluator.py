@@ -10,9 +10,10 @@ import torch
 from xray import dist
 from xray.artifacts.artifact import Artifact
 from xray.artifacts.encoders import TextEncoder, VisionEncoder, restore_encoder
-from xray.errors import ArtifactError, ConfigError
+from xray.errors import ConfigError
+from xray.evaluation.checks import check_data, check_suites
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.datasets import Sets, check_sets
+from xray.evaluation.datasets import Sets
 from xray.evaluation.dealing import dismiss, serve
 from xray.evaluation.overlap import Overlap, find_overlap
 from xray.evaluation.splits import run_suite
@@ -34,6 +35,7 @@ class Evaluator:
         encoder.precision = config.precision
         self.sets = Sets(encoder, config.filled(), root, workers)
         self.offers = encoder.artifact.offers
+        self._checked = set[str]()  # suites whose data were checked
 
     @classmethod
     def open(
@@ -87,8 +89,12 @@ class Evaluator:
         return find_overlap(self.sets, [suite_named(name) for name in names])
 
     def check(self, names: Sequence[str]) -> None:
-        """Check suites as `check_suites`."""
+        """Check settings and data of suites; raises ConfigError, ArtifactError or DataError."""
         check_suites(names, self.sets.config, self.offers, self.sets.what, self.sets.data.root)
+        for name in names:
+            if name not in self._checked:
+                check_data(suite_named(name), self.sets)
+                self._checked.add(name)
 
     def default_suites(self) -> list[str]:
         """List the suites that have data and that the artifact can run; ConfigError for none."""
@@ -102,24 +108,3 @@ class Evaluator:
                 f"{data if configured else 'there are no data: give --recipe'}"
             )
         return suites
-
-
-def check_suites(
-    names: Sequence[str], config: EvalConfig, offers: frozenset[str], what: str, root: str
-) -> None:
-    """Raise ConfigError for an unknown suite or missing data, ArtifactError for a suite that needs
-    what the artifact does not offer.
-
-    config: `filled`. what: the artifact, for errors.
-    """
-    configured = config.configured()
-    for name in names:
-        suite = suite_named(name)
-        if not suite.needs <= offers:
-            raise ArtifactError(
-                f"{what}: suite {name} needs an artifact that offers "
-                f"{', '.join(sorted(suite.needs))}, this one offers {', '.join(sorted(offers))}"
-            )
-        if name not in configured and not any(s.name in configured for s in suite.reads):
-            raise ConfigError(f"suite {name} has no data: set eval.{suite.data_keys()}")
-    check_sets(config, names, root)

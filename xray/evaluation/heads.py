@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import Encoder
-from xray.errors import DataError
+from xray.errors import ConfigError, DataError
 from xray.evaluation.class_labels import Classes, check_labels, guess
 from xray.evaluation.datasets import Sets
-from xray.evaluation.feature_extraction import Features
+from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.linear_probe import SOLVERS
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
@@ -25,29 +25,18 @@ log = logging.getLogger("xray")
 
 
 @dataclass
-class Head:
-    """A classifier on the features of one space, with its labelled samples.
+class HeadClasses:
+    """The labelled samples of a head and its classes, which need no model.
 
-    names: of the head's classes, () if they have none. places: numbers another source's labels by
-    the head's classes. scores: (features, classes [K]) -> [N, K], highest for the prediction.
-    logits: [B, D] -> [B, C], differentiable.
+    classes: their number. names: () if they have none. places: numbers another source's labels by
+    the head's classes.
     """
 
     name: str
-    space: str
     source: Source
-    labels: Tensor
-    chance: float
     classes: int
     names: Sequence[str]
     places: Callable[[Tensor, Source], Tensor]
-    scores: Callable[[Features, Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor]
-
-    def right(self, features: Features, labels: Tensor, among: Tensor | None = None) -> Tensor:
-        """Mark correct predictions, [N]; among: the classes to choose from, ascending."""
-        chosen = torch.arange(self.classes) if among is None else among
-        return chosen[self.scores(features, chosen).argmax(dim=1)] == labels
 
     @functools.cached_property
     def known(self) -> dict[str, int]:
@@ -86,29 +75,82 @@ class Head:
         return torch.tensor([self.known.get(name, -1) for name in source.classes])[labels]
 
 
+@dataclass
+class Head(HeadClasses):
+    """A classifier on the features of one space.
+
+    scores: (features, classes [K]) -> [N, K], highest for the prediction. logits: [B, D] -> [B, C],
+    differentiable.
+    """
+
+    space: str
+    labels: Tensor
+    chance: float
+    scores: Callable[[Features, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+    def right(self, features: Features, labels: Tensor, among: Tensor | None = None) -> Tensor:
+        """Mark correct predictions, [N]; among: the classes to choose from, ascending."""
+        chosen = torch.arange(self.classes) if among is None else among
+        return chosen[self.scores(features, chosen).argmax(dim=1)] == labels
+
+
 @functools.cache
 def _tell_of_position(source: str, head: str) -> None:
     log.warning("%s: no class name is one of %s, classes are matched by position", source, head)
 
 
+def head_classes(sets: Sets) -> list[HeadClasses]:
+    """List the classes of each head, without encoding; raises ConfigError if there is no head.
+
+    Raises also ConfigError or DataError for labels that do not fit.
+    """
+    found = []
+    if _has_zero_shot(sets):
+        found.append(_named(NamedClasses.open(sets)))
+    if sets.config.of(LINEAR_PROBE).has_data():
+        train, test = sets.labelled("linear_probe", sets.config.of(LINEAR_PROBE))
+        found.append(_probed(Classes.of(labels_of(train), train), test))
+    if not found:
+        raise ConfigError(
+            f"{sets.what}: robustness is measured with a linear probe, set eval.linear_probe.train "
+            "and .test (a zero-shot head needs a joint space)"
+        )
+    for head in found:
+        head.places(labels_of(head.source), head.source)
+    return found
+
+
 def open_heads(sets: Sets) -> Iterator[Head]:
     """Yield the head of each suite that has data and that the artifact can run."""
-    configured, encoder = sets.config.configured(), sets.vision
-    if ZERO_SHOT.name in configured and isinstance(encoder, Encoder):
-        yield _zero_shot(sets, float(encoder.logit_scale.detach()))
-    if LINEAR_PROBE.name in configured:
+    if _has_zero_shot(sets):
+        yield _zero_shot(sets)
+    if sets.config.of(LINEAR_PROBE).has_data():
         yield _linear_probe(sets)
 
 
-def _zero_shot(sets: Sets, scale: float) -> Head:
+def _has_zero_shot(sets: Sets) -> bool:
+    return sets.config.of(ZERO_SHOT).has_data() and isinstance(sets.vision, Encoder)
+
+
+def _named(own: NamedClasses) -> HeadClasses:
+    return HeadClasses("zero_shot", own.source, len(own.names), own.names, own.number)
+
+
+def _probed(own: Classes, test: Source) -> HeadClasses:
+    names = [own.names[n] for n in own.numbers.tolist()] if own.names else []
+    return HeadClasses("linear_probe", test, len(own.numbers), names, own.places)
+
+
+def _zero_shot(sets: Sets) -> Head:
     classes = NamedClasses.open(sets)
-    weights = classes.weights(sets)
+    weights, scale = classes.weights(sets), float(sets.joint.logit_scale.detach())
     labels = sets.features(classes.source, "joint").labels
     return Head(
-        "zero_shot", "joint", classes.source, classes.number(labels, classes.source),
-        1 / len(classes.names), len(classes.names), classes.names, classes.number,
-        lambda features, among: features.rows @ weights[among].t(),
-        lambda x: scale * x @ weights.to(x).t(),
+        **vars(_named(classes)), space="joint", labels=classes.number(labels, classes.source),
+        chance=1 / len(classes.names),
+        scores=lambda features, among: features.rows @ weights[among].t(),
+        logits=lambda x: scale * x @ weights.to(x).t(),
     )  # fmt: skip
 
 
@@ -118,13 +160,11 @@ def _linear_probe(sets: Sets) -> Head:
     probe = SOLVERS[config.solver](train.views, train.labels)
     sources = sets.labelled("linear_probe", config)
     classes = Classes.of(sets.features(sources[0]).labels, sources[0])
-    names = [classes.names[n] for n in classes.numbers.tolist()] if classes.names else []
 
     def scores(features: Features, among: Tensor) -> Tensor:
         return probe._replace(weights=probe.weights[:, among]).scores(features.views)
 
     return Head(
-        "linear_probe", "backbone", sources[1], test.labels,
-        guess(train.labels, test.labels), probe.weights.shape[1], names, classes.places,
-        scores, probe.logits,
+        **vars(_probed(classes, sources[1])), space="backbone", labels=test.labels,
+        chance=guess(train.labels, test.labels), scores=scores, logits=probe.logits,
     )  # fmt: skip

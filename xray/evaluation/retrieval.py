@@ -31,6 +31,7 @@ from xray.files import lines_of
 KS = (1, 5, 10)  # of R@k
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = DIRECTIONS
 TOO_FEW = "retrieval needs at least two samples, each with a caption"
+TOO_FEW_CAPTIONS = "caption retrieval needs samples with two captions or more"
 COPIES = 4  # of a chunk of similarities in memory at once
 
 
@@ -187,7 +188,21 @@ def _chance_median(right: Tensor, answers: int) -> float:
     return k + 0.5 if left > half * (1 - 1e-9) else float(k)
 
 
-def captioned_of(name: str, sets: Sets, config: RetrievalConfig) -> tuple[Source, list[list[str]]]:
+class Captioned(NamedTuple):
+    """The captions [M] of a suite's data set."""
+
+    source: Source
+    texts: list[str]
+    owner: Tensor  # [M], the place of each caption's sample among `samples`
+    samples: list[int]  # numbers [N] of the samples with captions
+
+    @property
+    def left_out(self) -> int:
+        """Number of samples without captions."""
+        return len(self.source) - len(self.samples)
+
+
+def captioned_of(name: str, sets: Sets, config: RetrievalConfig) -> Captioned:
     """Open the data set of a suite and read the captions of each sample.
 
     Raises DataError for fewer than two samples with captions.
@@ -196,9 +211,10 @@ def captioned_of(name: str, sets: Sets, config: RetrievalConfig) -> tuple[Source
     captions = read_all_captions(source, config.captions)
     if config.lines:
         captions = [[line for text in own for line in stripped_lines(text)] for own in captions]
-    if sum(map(bool, captions)) == 1:
+    found = Captioned(source, *flat_captions(captions, f"eval.{name}.shards"))
+    if len(found.samples) < 2:
         raise DataError(TOO_FEW)
-    return source, captions
+    return found
 
 
 def stripped_lines(text: str) -> list[str]:
@@ -211,17 +227,16 @@ def retrieval_of(name: str, sets: Sets, config: RetrievalConfig) -> Measures:
 
     Samples without captions are left out, and counted as `uncaptioned`.
     """
-    source, captions = captioned_of(name, sets, config)
-    texts, owner, captioned = flat_captions(captions, f"eval.{name}.shards")
-    kind = kinds_of(texts, config.same)
-    images, rows = sets.features(source, "joint").rows[captioned], sets.texts(texts)
+    own = captioned_of(name, sets, config)
+    kind = kinds_of(own.texts, config.same)
+    images, rows = sets.features(own.source, "joint").rows[own.samples], sets.texts(own.texts)
 
     def part(images: Tensor, rows: Tensor) -> dict[str, float]:
-        return retrieval(images, rows, owner, kind=kind)
+        return retrieval(images, rows, own.owner, kind=kind)
 
     measures = part(images, rows)
-    if left_out := len(captions) - len(captioned):
-        measures["uncaptioned"] = float(left_out)
+    if own.left_out:
+        measures["uncaptioned"] = float(own.left_out)
     return measures | of_prefixes(sets, images, rows, part)
 
 
@@ -254,7 +269,7 @@ def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
     partners = (torch.bincount(owner)[owner] - 1).double()
     queries = torch.nonzero(partners > 0)[:, 0]
     if not len(queries):
-        raise DataError("caption retrieval needs samples with two captions or more")
+        raise DataError(TOO_FEW_CAPTIONS)
     hits_of = []
     for rows in queries.split(max(1, HELD // M)):
         similarity = texts[rows] @ texts.t()
@@ -269,14 +284,25 @@ def caption_retrieval(texts: Tensor, owner: Tensor) -> dict[str, float]:
     return measures | {"chance_top1": chance, "captions": float(M)}
 
 
+def grouped_captions(sets: Sets, config: CaptionedConfig) -> tuple[list[str], Tensor]:
+    """Read the captions [M] of the suite's data set, and the image [M] of each.
+
+    Raises DataError if no image has two captions.
+    """
+    source = config.open(sets, "captions", "shards")
+    captions = read_all_captions(source, config.captions)
+    texts, owner, _ = flat_captions(captions, "eval.captions.shards")
+    if max(map(len, captions)) < 2:
+        raise DataError(f"eval.captions.shards: {TOO_FEW_CAPTIONS}")
+    return texts, owner
+
+
 def captions_of_tower(sets: Sets, config: CaptionedConfig) -> Measures:
     """Measure the tuned model, and its base model as `before_*`, if the base model is found."""
     encoder = sets.encoder
     if not isinstance(encoder, TextEncoder):
         raise ArtifactError(f"{sets.what}: it has no tuned text tower")
-    source = config.open(sets, "captions", "shards")
-    captions = read_all_captions(source, config.captions)
-    texts, owner, _ = flat_captions(captions, "eval.captions.shards")
+    texts, owner = grouped_captions(sets, config)
     measures = caption_retrieval(sets.encode_texts(texts), owner)
     if encoder.base is not None:
         before = caption_retrieval(sets.encode_texts(texts, base=True), owner)

@@ -16,7 +16,6 @@ from torch import Tensor
 from data_pipelines.shards.source import ChosenSlots
 from xray.config import DataConfig
 from xray.config.schedule import value_at
-from xray.errors import ConfigError
 from xray.evaluation.attacks import Logits, apgd, cross_entropy, dlr, fgsm, pgd, square
 from xray.evaluation.confidence import share
 from xray.evaluation.corruption_folders import CorruptionFolders
@@ -24,7 +23,7 @@ from xray.evaluation.corruptions import corrupt, stretch
 from xray.evaluation.datasets import Sets
 from xray.evaluation.domain_shift import check_shift, shifted
 from xray.evaluation.feature_extraction import Change, batches_of
-from xray.evaluation.heads import Head, open_heads
+from xray.evaluation.heads import Head, head_classes, open_heads
 from xray.evaluation.suites.robustness import RobustnessConfig
 
 log = logging.getLogger("xray")
@@ -38,13 +37,6 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
     Measures are HEAD/CHANGE/STRENGTH: `zero_shot/gaussian_noise/3`, `linear_probe/pgd/1` (of 255).
     """
     heads = list(open_heads(sets))
-    if not heads:
-        raise ConfigError(
-            f"{sets.what}: robustness is measured with a linear probe, set eval.linear_probe.train "
-            "and .test (a zero-shot head needs a joint space)"
-        )
-    for head in heads:  # fail on unknown labels before hours of work
-        check_shift(head, config, sets)
     folders = CorruptionFolders.open(config, sets, heads) if config.corrupted else None
     measures: Scores = {}
     hits: dict[str, dict[str, Tensor]] = {}
@@ -67,6 +59,15 @@ def robustness(sets: Sets, config: RobustnessConfig) -> Scores:
         measures |= _attacked(head, config, sets)
         measures |= shifted(head, config, sets)
     return measures | (folders.measure(sets, heads, measures) if folders else {})
+
+
+def check_robustness(sets: Sets, config: RobustnessConfig) -> None:
+    """Raise the errors of the heads' data and of the stored sets, before hours of work."""
+    heads = head_classes(sets)
+    for head in heads:
+        check_shift(head, config, sets)
+    if config.corrupted:
+        CorruptionFolders.open(config, sets, heads).check(heads)
 
 
 def _changes(

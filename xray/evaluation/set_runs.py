@@ -13,12 +13,13 @@ import numpy as np
 
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
-from xray.evaluation.evaluator import Evaluator, check_suites
+from xray.evaluation.checks import check_data, check_suites
+from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import NamedSet, named_sets, naming
-from xray.evaluation.overlap import Training, find_overlap, tested, trained_on
+from xray.evaluation.overlap import Training, find_overlap, trained_on
 from xray.evaluation.set_features import SharedSets, Uses, data_of, picture_keys
-from xray.evaluation.splits import by_split, run_suite
-from xray.evaluation.suite import LabelledConfig, Suite
+from xray.evaluation.splits import run_suite
+from xray.evaluation.suite import Suite
 from xray.evaluation.suites import suite_named
 from xray.records import parse_record
 from xray.version import __version__
@@ -82,21 +83,6 @@ class Checked:
 
     settings: dict[str, str] = field(default_factory=dict)
     pictures: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-
-
-def _check_data(suite: Suite[Any], sets: SharedSets) -> None:
-    """Raise the errors of a suite's data that are known without decoding pictures."""
-    for _ in tested(sets, [suite]):
-        pass  # opening is the check
-    whole = sets.config
-    for name, part in suite.sections(whole.of(suite)).items():
-        if isinstance(part, LabelledConfig):
-            sets.check_classes(name, part)
-    if suite.check is not None:
-        for config in by_split(suite, sets).values() or [whole]:
-            sets.config = config
-            suite.check(sets, config.of(suite))
-        sets.config = whole
 
 
 @dataclass
@@ -173,7 +159,7 @@ class SetRun:
         with naming(own.name):
             check_suites(own.suites, sets.config, self.evaluator.offers, sets.what, sets.data.root)
             for suite in map(suite_named, own.suites):
-                _check_data(suite, sets)
+                check_data(suite, sets)
                 data = [*data_of(sets, (suite, *suite.reads))]
                 state = {part.place: part.fingerprint() for part in data}
                 facts_of = [suite.name, facts, state, own.settings(suite)]

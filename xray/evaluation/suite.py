@@ -150,8 +150,8 @@ class Suite(Generic[C]):
     plot: Callable[[Measures, Path], None] | None = None
     notes: Callable[[Measures], Iterable[str]] | None = None  # lines below the results table
     added: bool = False  # older evaluations lack its section
-    # of eval.sets: raises an error for data that `run` cannot use, without decoding pictures;
-    # the classes of a LabelledConfig are checked without it
+    # raises an error for data that `run` cannot use, without decoding pictures; data sets are
+    # opened, and the classes of a LabelledConfig are compared, without it
     check: Callable[[Sets, C], None] | None = None
 
     def sections(self, section: C) -> dict[str, SuiteConfig]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode.transforms import load_views
+from data_pipelines.shards.sidecar import Sidecar
 from data_pipelines.shards.source import Sample, Source
 from data_pipelines.stream.loaded import Fields
 from data_pipelines.tags.labels import Labeller, label
@@ -53,6 +54,24 @@ def tagging(
     workers: int,
 ) -> dict[str, float]:
     """Measure a tag head on a source; batches: those of `ProbabilitiesOf`, in order."""
+    labels, present = tagged(source, vocabulary, config, workers)
+    measured = measured_tags(torch.cat(present), len(source))
+    metrics = TagMetrics(torch.tensor(vocabulary.counts), measured)
+    rows = (labels.row(*place, "ids") for place in source.places())
+    tags = (torch.tensor(own, dtype=torch.long) for own in rows)
+    for batch in batches:
+        own = list(islice(tags, len(batch["rows"])))
+        metrics.add(batch["rows"], torch.nn.utils.rnn.pad_sequence(own, True, -1))
+    return metrics.results()
+
+
+def tagged(
+    source: Source, vocabulary: Vocabulary, config: TaggingConfig, workers: int
+) -> tuple[Sidecar, list[Tensor]]:
+    """Return the labels of a source, and the tag ids of each shard.
+
+    Raises DataError if no sample has a tag of the vocabulary.
+    """
     rules = TagRules(field=config.field)
     work = Labeller(source, config.tags, rules, vocabulary, captions=config.captions)
     labels = label(work, workers)
@@ -63,14 +82,14 @@ def tagging(
         keys = TagKeys(f"{source.name}.tags", f"{source.name}.field")
         why = why_no_tags(source, config.tags, rules, config.captions, keys)
         raise DataError(f"{source.name}: no sample has a tag of the vocabulary: {why}")
-    measured = measured_tags(torch.cat(present), len(source))
-    metrics = TagMetrics(torch.tensor(vocabulary.counts), measured)
-    rows = (labels.row(*place, "ids") for place in source.places())
-    tags = (torch.tensor(own, dtype=torch.long) for own in rows)
-    for batch in batches:
-        own = list(islice(tags, len(batch["rows"])))
-        metrics.add(batch["rows"], torch.nn.utils.rnn.pad_sequence(own, True, -1))
-    return metrics.results()
+    return labels, present
+
+
+def check_tags(sets: Sets, config: dict[str, TaggingConfig]) -> None:
+    """Make the labels of each data set; raises DataError for one without tags."""
+    vocabulary = Vocabulary.load(sets.encoder.artifact.file("vocabulary.json"))
+    for name, own in config.items():
+        tagged(own.open(sets, f"tags.{name}", "shards"), vocabulary, own, sets.data.workers)
 
 
 def taggings(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:

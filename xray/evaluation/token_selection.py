@@ -36,20 +36,36 @@ def box_of(sample: Sample, name: str, data: DataConfig) -> tuple[float, ...]:
 
     The part outside that is cut off. Raises DataError for a field that contains no box.
     """
-    value = metadata_of(sample.files).get(name)
-    if value is None:
+    value = listed_box(sample.files, name, sample.key)
+    if not value:
         return UNKNOWN
-    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
-    if not (numbers and len(value) == 4 and 0 <= min(value) <= max(value) <= 1):
-        raise DataError(
-            f"{sample.key}: json field {name}={value} must be [left, top, right, bottom], as "
-            "shares of the picture's width and height"
-        )
     width, height = upright_size(open_image(media_of(sample)))
     left, top, w, h = shown_box(width, height, data)
     starts, sizes, crop = (left, top) * 2, (width, height) * 2, (w, h) * 2
     ends = zip(value, starts, sizes, crop, strict=True)
     return tuple(min(max((x * size - start) / own, 0), 1) for x, start, size, own in ends)
+
+
+def listed_box(files: dict[str, bytes], name: str, key: str) -> list[float]:
+    """Read a box as shares of the whole picture; [] if it has none. Raises DataError."""
+    value = metadata_of(files).get(name)
+    if value is None:
+        return []
+    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    if not (numbers and len(value) == 4 and 0 <= min(value) <= max(value) <= 1):
+        raise DataError(
+            f"{key}: json field {name}={value} must be [left, top, right, bottom], as "
+            "shares of the picture's width and height"
+        )
+    return [*value]
+
+
+def check_boxes(sets: Sets, config: TokenSelectionConfig) -> None:
+    """Raise DataError for a picture whose field contains no box."""
+    source = config.open(sets, "token_selection", "shards")
+    for shard, member in source.places():
+        files, key = source.read(shard, member, ("json",)), source.index(shard).key(member)
+        listed_box(files, config.box, key)
 
 
 def areas(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -100,7 +116,7 @@ def measure_selection(sets: Sets, config: TokenSelectionConfig) -> Measures:
     """
     encoder = sets.vision
     rates = [1.0] if encoder.vision.reduction == "none" else config.keep_rates
-    source = sets.open("token_selection", config.shards, "image")
+    source = config.open(sets, "token_selection", "shards")
     task = KeptShares(source, sets.data, sets.config.batch_size, box=config.box, rates=rates)
     batches = [(batch["object"].cpu(), batch["tokens"].cpu()) for batch in sets.encoded(task)]
     objects, tokens = (torch.cat(part) for part in zip(*batches, strict=True))

@@ -53,6 +53,12 @@ def _run(sets: Sets, config: CompressionConfig) -> Measures:
     return compression_of(sets, config)
 
 
+def _check(sets: Sets, config: CompressionConfig) -> None:
+    from xray.evaluation.compression import check_compression
+
+    check_compression(sets, config)
+
+
 def _title(measure: str) -> str:
     """Name a measure, such as: text to image R@10, PCA 64 int8."""
     name, _, variant = measure.partition("/")
@@ -130,4 +136,5 @@ COMPRESSION = Suite(
     sets_from=RETRIEVAL,
     plot=_plot,
     added=True,
+    check=_check,
 )

@@ -72,11 +72,9 @@ def _check(name: str, sets: Sets, config: RetrievalConfig) -> None:
 
         Spoken.open(name, sets, config)
         return
-    from xray.evaluation.feature_extraction import flat_captions
     from xray.evaluation.retrieval import captioned_of
 
-    _, captions = captioned_of(name, sets, config)
-    flat_captions(captions, f"eval.{name}.shards")
+    captioned_of(name, sets, config)
 
 
 def _title(medium: str, measure: str) -> str:
@@ -150,6 +148,12 @@ def _run_captions(sets: Sets, config: CaptionedConfig) -> Measures:
     return captions_of_tower(sets, config)
 
 
+def _check_captions(sets: Sets, config: CaptionedConfig) -> None:
+    from xray.evaluation.retrieval import grouped_captions
+
+    grouped_captions(sets, config)
+
+
 def _rows_captions(measures: Measures) -> Iterator[Row]:
     title, over = "caption to caption top1", count(measures["captions"], "caption")
     chance = measures["chance_top1"]
@@ -165,4 +169,5 @@ CAPTIONS = Suite(
     run=_run_captions,
     rows=_rows_captions,
     title=titled("caption to caption"),
+    check=_check_captions,
 )

@@ -99,6 +99,12 @@ def _run(sets: Sets, config: RobustnessConfig) -> Measures:
     return robustness(sets, config)
 
 
+def _check(sets: Sets, config: RobustnessConfig) -> None:
+    from xray.evaluation.robustness import check_robustness
+
+    check_robustness(sets, config)
+
+
 def _changed(measures: Measures) -> Iterator[tuple[str, str, str, float]]:
     """Yield (head, change, strength, accuracy) of every changed data set."""
     for key, value in measures.items():
@@ -249,4 +255,5 @@ ROBUSTNESS = Suite(
     title=titled("robustness"),
     reads=(ZERO_SHOT, LINEAR_PROBE),
     plot=_plot,
+    check=_check,
 )

@@ -51,6 +51,12 @@ def _run(sets: Sets, config: dict[str, TaggingConfig]) -> Measures:
     return taggings(sets, config)
 
 
+def _check(sets: Sets, config: dict[str, TaggingConfig]) -> None:
+    from xray.evaluation.tagging import check_tags
+
+    check_tags(sets, config)
+
+
 def _rows(measures: Measures) -> Iterator[Row]:
     for name in dict.fromkeys(key.split("/")[0] for key in measures):
         prefix = f"{name}/"
@@ -74,4 +80,5 @@ TAGS = Suite(
     run=_run,
     rows=_rows,
     title=titled("tags"),
+    check=_check,
 )

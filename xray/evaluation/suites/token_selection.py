@@ -36,6 +36,12 @@ def _run(sets: Sets, config: TokenSelectionConfig) -> Measures:
     return measure_selection(sets, config)
 
 
+def _check(sets: Sets, config: TokenSelectionConfig) -> None:
+    from xray.evaluation.token_selection import check_boxes
+
+    check_boxes(sets, config)
+
+
 def _rows(measures: Measures) -> Iterator[Row]:
     over = f"{measures['images']:.0f} pictures"
     for key in measures:
@@ -51,5 +57,6 @@ TOKEN_SELECTION = Suite(
     run=_run,
     rows=_rows,
     title=titled("token selection"),
+    check=_check,
     added=True,
 )
