@@ -30,7 +30,7 @@ from xray.evaluation import feature_extraction
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import named_sets
-from xray.evaluation.set_features import SharedSets, data_of
+from xray.evaluation.set_features import Data, SharedSets, data_of
 from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult, SetRun
 from xray.evaluation.set_tables import DATACOMP, canonical, mean_table, summary
@@ -388,7 +388,12 @@ def test_a_kill_in_the_middle_repeats_nothing(
     assert len(decoded) == (2 + 4) * 6
 
 
-def test_a_set_has_several_suites_and_settings_of_its_own(clip: Path, tmp_path: Path) -> None:
+def test_a_set_has_several_suites_and_settings_of_its_own(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Data] = []
+    original = Data.fingerprint.func
+    monkeypatch.setattr(Data.fingerprint, "func", lambda own: hashed.append(own) or original(own))
     wds(tmp_path / "toys", of_class, ("train", "test"), samples=12)
     sets = {
         "all": {"suite": ["zero_shot", "knn", "linear_probe"], "train": "toys/train",
@@ -398,6 +403,7 @@ def test_a_set_has_several_suites_and_settings_of_its_own(clip: Path, tmp_path: 
     }  # fmt: skip
     results = evaluate(clip, named(tmp_path / "s.yaml", sets), tmp_path / "out", "eval.knn.k=5")
     found = measures(results)
+    assert len(hashed) == 3 + 3 + 2  # train, test and the file of class names, each once
     assert {name: list(own) for name, own in found.items()} == {
         "all": ["zero_shot", "knn", "linear_probe"],
         "whole": ["zero_shot", "knn", "linear_probe"],
@@ -680,7 +686,7 @@ def test_results_are_repeated_after_any_change_of_the_data(clip: Path, tmp_path:
         def state(suite: Suite[Any] = suite, config: EvalConfig = config) -> dict[str, str]:
             found = [*data_of(SharedSets(encoder, config, str(tmp_path), 0), [suite])]
             assert found and all(own.source is not None for own in found)
-            return {own.place: own.fingerprint() for own in found}
+            return {own.place: own.fingerprint for own in found}
 
         for path in files:
             before = state()

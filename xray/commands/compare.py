@@ -76,12 +76,13 @@ def compare(
     from xray.evaluation.comparison import notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.set_page import write_page
-    from xray.evaluation.set_runs import SetRun, read_results
+    from xray.evaluation.set_runs import EarlierFile, SetRun
     from xray.imports.cached import open_model
 
     device = dist.choose_device("auto")
     target, short = Path(out) if out else None, short_names(named)
-    earlier = {name: read_results(target, "models", name) if config.sets else {} for name in short}
+    file = EarlierFile(target if config.sets else None)
+    earlier = {name: file.sets("models", name) for name in short}
     written = Written(target, earlier)
     results: dict[str, Any] = {}
     of_sets: dict[str, SetResults] = {}

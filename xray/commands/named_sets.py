@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +52,15 @@ def evaluate_named(
     """
     from xray.evaluation.comparison import short_names
     from xray.evaluation.set_page import write_page
-    from xray.evaluation.set_runs import SETS, SetRun, as_json, merged, read_results
+    from xray.evaluation.set_runs import SETS, EarlierFile, SetRun, as_json, merged
     from xray.evaluation.set_tables import set_table, summary
 
     results: SetResults = {}
     every: SetResults = {}  # with those that stay
-    known = read_results(target)
+    file = EarlierFile(target)
+    known = file.sets()
     written["artifact"] = evaluator.sets.encoder.artifact.digest
-    kept = _of_other_suites(evaluator, names, known, target)
+    kept = _of_other_suites(evaluator, names, known, file.content)
 
     def save(found: SetResults) -> None:
         results.clear()
@@ -86,17 +86,17 @@ def evaluate_named(
 
 
 def _of_other_suites(
-    evaluator: Evaluator, names: Sequence[str], known: SetResults, target: Path | None
+    evaluator: Evaluator, names: Sequence[str], known: SetResults, file: Mapping[str, Any]
 ) -> SetResults:
     """Return the known results, of the sets that are there, of suites that are not asked for.
 
-    Returns {} if the file of these results is of another artifact or precision.
+    file: its content; returns {} if it is of another artifact or precision.
     """
     from xray.evaluation.named_sets import read_entries
 
-    if target is None or not known or not names:
+    if not known or not names:
         return {}
-    file, config = json.loads(target.read_bytes()), evaluator.config
+    config = evaluator.config
     facts = evaluator.sets.encoder.artifact.digest, config.precision
     if (file.get("artifact"), file.get("precision", "fp32")) != facts:
         return {}

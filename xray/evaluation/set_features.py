@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import os
@@ -135,8 +136,9 @@ class Data:
     place: str
     source: Source | None
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash that changes with the names, sizes or times of the files."""
+        """Hash that changes with the names, sizes or times of the files."""
         state, source = hashlib.sha256(), self.source
         if source is not None:
             state.update(source.manifest.digest.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from xray.evaluation.checks import check_data, check_suites
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.named_sets import NamedSet, named_sets, naming
 from xray.evaluation.overlap import Training, find_overlap, trained_on
-from xray.evaluation.set_features import SharedSets, Uses, data_of, picture_keys
+from xray.evaluation.set_features import Data, SharedSets, Uses, data_of, picture_keys
 from xray.evaluation.splits import run_suite
 from xray.evaluation.suite import Suite
 from xray.evaluation.suites import suite_named
@@ -58,23 +59,33 @@ def merged(results: SetResults, more: SetResults) -> SetResults:
     return {name: results.get(name, {}) | more.get(name, {}) for name in names}
 
 
-def read_results(path: Path | None, *keys: str) -> SetResults:
-    """Read the results of named sets in an earlier file, below these keys; {} if it has none.
+@dataclass(frozen=True)
+class EarlierFile:
+    """The file of results that an earlier run may have written."""
 
-    Raises ArtifactError for a file that is damaged.
-    """
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-        for key in (*keys, SETS):
-            content = content.get(key, {})
-        return parse_record(json.dumps(content), SetResults)
-    except (ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path}, which should hold the results of finished sets, cannot be read: {error}; "
-            "delete it, or write elsewhere"
-        ) from error
+    path: Path | None
+
+    @functools.cached_property
+    def content(self) -> Any:
+        """Content of the file, {} if it is not there; raises ValueError."""
+        there = self.path is not None and self.path.is_file()
+        return json.loads(self.path.read_bytes()) if self.path and there else {}
+
+    def sets(self, *keys: str) -> SetResults:
+        """Return its results of named sets, below these keys; {} if it has none.
+
+        Raises ArtifactError for a file that is damaged.
+        """
+        try:
+            content = self.content
+            for key in (*keys, SETS):
+                content = content.get(key, {})
+            return parse_record(json.dumps(content), SetResults)
+        except (ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"{self.path}, which should hold the results of finished sets, cannot be read: "
+                f"{error}; delete it, or write elsewhere"
+            ) from error
 
 
 @dataclass
@@ -155,17 +166,20 @@ class SetRun:
     def _checked(self, own: NamedSet) -> Checked:
         """Check a set; raises the errors of `evaluate`."""
         sets, found = self._sets().of(own), Checked()
+        parts: dict[tuple[str, int], Data] = {}
         facts = {"artifact": sets.encoder.artifact.digest, "xray": __version__}
         with naming(own.name):
             check_suites(own.suites, sets.config, self.evaluator.offers, sets.what, sets.data.root)
             for suite in map(suite_named, own.suites):
                 check_data(suite, sets)
-                data = [*data_of(sets, (suite, *suite.reads))]
-                state = {part.place: part.fingerprint() for part in data}
+                state = {}
+                for part in data_of(sets, (suite, *suite.reads)):
+                    once = parts.setdefault((part.place, id(part.source)), part)
+                    state[part.place] = once.fingerprint
                 facts_of = [suite.name, facts, state, own.settings(suite)]
                 found.settings[suite.name] = hash_json(facts_of)
-                keys = [picture_keys(part.source) for part in data if part.source is not None]
-                found.pictures = np.unique(np.concatenate([found.pictures, *keys]))
+        keys = [picture_keys(part.source) for part in parts.values() if part.source is not None]
+        found.pictures = np.unique(np.concatenate([found.pictures, *keys]))
         return found
 
     def _run(

@@ -11,11 +11,11 @@ from xray import dist
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.set_runs import (
     SETS,
+    EarlierFile,
     SetResults,
     SetRun,
     as_json,
     merged,
-    read_results,
 )
 from xray.evaluation.set_tables import set_table, summary
 from xray.evaluation.suites import SUITES
@@ -34,7 +34,7 @@ class NamedResults:
     def evaluate(self, evaluator: Evaluator, suites: Sequence[str]) -> None:
         """Run these suites of the sets, as rank 0."""
         path = self.out / NAMED_SETS
-        known, before = read_results(path), self.results
+        known, before = EarlierFile(path).sets(), self.results
 
         def save(found: SetResults) -> None:
             self.results = merged(before, found)

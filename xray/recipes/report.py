@@ -25,7 +25,7 @@ from xray.config.schedule import value_at
 from xray.errors import ArtifactError, BadSample
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.keep_rates import KEEP_RATES, Rates, keep_rate_figure, keep_rate_table
-from xray.evaluation.set_runs import read_results
+from xray.evaluation.set_runs import EarlierFile
 from xray.evaluation.set_tables import for_page, mean_table, whole_table
 from xray.evaluation.suites import result_table
 from xray.evaluation.suites.retrieval import RETRIEVAL
@@ -67,7 +67,7 @@ def write_run_report(
     """Write `report.html` into the recipe's folder and return its path."""
     metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts = [results.html()] if results is not None else []
-    if named := read_results(recipe.out / NAMED_SETS):
+    if named := EarlierFile(recipe.out / NAMED_SETS).sets():
         tables = mean_table({"": named}), whole_table(named)
         parts += [for_page(table).html() for table in tables if table.rows]
     parts += _keep_rates(recipe.out / KEEP_RATES)
