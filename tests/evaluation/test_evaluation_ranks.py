@@ -13,6 +13,7 @@ import pytest
 import torch
 from child_process import RECIPE, SUPPORT, torchrun
 from masked import write_masked
+from shards import photo, write_tar
 
 from xray.artifacts.artifact import open_artifact
 from xray.commands.evaluate import evaluate
@@ -33,11 +34,15 @@ SETS = (
     "eval.linear_probe={train: gallery, test: heldout}",
     "eval.attentive_probe.epochs=1",
     "eval.finetune.epochs=1",
+    "eval.few_shot={shots: [1], draws: 2}",
     "eval.views={clips: 2, crops: 3}",
     "eval.robustness={corruptions: [gaussian_noise], severities: [2], resolutions: [0.5], "
     "aspects: [2.0], attacks: [pgd], eps: [1], steps: 2, attacked: 7}",
 )
-SUITES = "zero_shot,retrieval,video_retrieval,knn,linear_probe,attentive_probe,finetune,robustness"
+SUITES = (
+    "zero_shot,retrieval,video_retrieval,compression,knn,linear_probe,few_shot,attentive_probe,"
+    "finetune,robustness"
+)
 TIMED = ("samples_per_s", "speed")
 TOLD = {
     "bad_sample": r"DataError sample '\S+' of .+ cannot be used: broken picture",
@@ -58,6 +63,10 @@ def jobs(
     files = tmp_path_factory.mktemp("list") / "list.csv"
     files.write_text(f"path,label\n{media / 'photo.jpg'},a\n{media / 'other.jpg'},b\n")
     masked = write_masked(tmp_path_factory.mktemp("masked"), 12)
+    tables = write_tables(tmp_path_factory.mktemp("tables"))
+    shards = {"shards": str(demo / "heldout"), "classes": str(demo / "classes.txt")}
+    own = {"suite": ["zero_shot", "retrieval"], **shards}
+    (tables / "sets.yaml").write_text(json.dumps({"a": own, "b": own}))
     clip, data = trained("clip", "train.samples=24"), [f"data.root={demo}", "data.workers=0", BATCH]
     text = trained("text", "train.samples=24", "data.blocks=[{source: photos, samples: 8}]")
     commands = {
@@ -75,6 +84,21 @@ def jobs(
             "artifact": tagger,
             "overrides": [*data, "eval.tags={own: {shards: heldout, crops: 3}}"],
         },
+        "tables": {
+            "artifact": clip,
+            "overrides": [
+                f"data.root={tables}",
+                "data.workers=0",
+                "eval.batch_size=3",
+                "eval.compositional.pairs=pairs.csv",
+                "eval.keypoints.pairs=points.csv",
+                "eval.token_selection.shards=boxed",
+            ],
+        },
+        "sets": {
+            "artifact": clip,
+            "overrides": [*data, f"eval.sets={tables / 'sets.yaml'}"],
+        },
         "one_batch": {
             "artifact": clip,
             "overrides": [f"eval.knn={{train: {files}, test: {files}, k: 1}}"],
@@ -88,6 +112,22 @@ def jobs(
         "sets": [*data, SETS[3]],
     }
     return json.loads(json.dumps(jobs, default=str))
+
+
+def write_tables(root: Path) -> Path:
+    """Write the data of suites that read tables, and pictures with the box of their object."""
+    pictures = {f"{i}.jpg": photo(i, (32, 32)) for i in range(5)}
+    boxes = {f"{i}.json": b'{"object_box": [0, 0, 0.5, 0.5]}' for i in range(5)}
+    write_tar(root / "boxed" / "0.tar", dict(sorted((pictures | boxes).items())))
+    pairs = ["path,caption,negative_caption"]
+    points = ["source,target,source_x,source_y,target_x,target_y"]
+    for number, (name, content) in enumerate(pictures.items()):
+        (root / name).write_bytes(content)
+        pairs.append(f"{name},a red circle {number},a blue star {number}")
+        points.append(f"{name},{(number + 1) % 5}.jpg,{5 * number + 1},4,{4 * number + 3},9")
+    (root / "pairs.csv").write_text("\n".join(pairs))
+    (root / "points.csv").write_text("\n".join(points))
+    return root
 
 
 def end_of_recipe(jobs: dict[str, Any], out: Path) -> list[Any]:
@@ -127,11 +167,12 @@ def _untimed(section: dict[str, Any]) -> dict[str, Any]:
 def measures(path: Path) -> dict[str, Any]:
     """Return the results in a file, without those of timing."""
     sections = json.loads(path.read_text()).items()
-    return {name: _untimed(own) for name, own in sections}
+    return {name: _untimed(own) if isinstance(own, dict) else own for name, own in sections}
 
 
 @pytest.mark.parametrize(
-    "name", ("clip", "masks", "rates", "text", "tags", "one_batch", "recipe/results")
+    "name",
+    ("clip", "masks", "rates", "text", "tags", "tables", "sets", "one_batch", "recipe/results"),
 )
 def test_two_processes_have_the_results_of_one(one: Path, two: tuple[Path, str], name: str) -> None:
     found = measures(two[0] / f"{name}.json")
@@ -147,6 +188,7 @@ def test_each_process_encodes_every_second_batch(two: tuple[Path, str]) -> None:
     """For 24 photos in batches of 5, rank 0 has 5 + 5 + 4 and rank 1 has 5 + 5."""
     out, _ = two
     assert seen(out, "tags", "VisionBackbone") == [3 * 14, 3 * 10]
+    assert seen(out, "sets", "VisionBackbone") == [14, 10]  # two sets of the same pictures
     assert seen(out, "one_batch", "VisionBackbone") == [2, 2]  # nobody reads that of rank 1
 
 
