@@ -90,7 +90,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--read-only", action="store_true", help="nobody may write to the data")
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    parser.add_argument("--report", type=Path, nargs="+", help="only print these files' table")
     given = parser.parse_args()
+    if given.report:
+        report([outcome for path in given.report for outcome in read(path)])
+        return
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import xray.commands.main
@@ -126,6 +130,12 @@ def write(outcomes: list[tuple[int, Outcome]], path: Path) -> None:
     """Write all outcomes so far."""
     facts = [{"seed": seed, **vars(outcome)} for seed, outcome in outcomes]
     path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def read(path: Path) -> list[tuple[int, Outcome]]:
+    """Read the outcomes of an earlier test."""
+    rows = json.loads(path.read_text("utf-8"))
+    return [(row.pop("seed"), Outcome(**row)) for row in rows]
 
 
 def report(outcomes: list[tuple[int, Outcome]]) -> None:

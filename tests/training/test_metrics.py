@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,6 @@ def test_a_resumed_run_continues_its_wandb_run(
     out = tmp_path / "run"
     train("mae", demo, out, "train.wandb=shapes")
     name = (out / "wandb_id").read_text()
-    import shutil
-
     shutil.rmtree(out / "artifact")
     shutil.rmtree(out / "checkpoints" / "step_00000006")
     train("mae", demo, out, "train.wandb=shapes")
@@ -215,3 +214,22 @@ def test_a_resumed_run_continues_its_wandb_run(
     assert len(runs) == 2 and all(run.endswith(name) for run in runs)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_changed_line_is_named_when_a_run_continues(
+    demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    train("mae", demo, out)
+    metrics, last = out / "metrics.jsonl", out / "checkpoints" / "step_00000006"
+    for change, warns in ((0, 0), (1, 1)):
+        shutil.rmtree(out / "artifact")
+        shutil.rmtree(last)
+        content = bytearray(metrics.read_bytes())
+        content[content.index(b'"loss": ') + 12] ^= change  # a digit of the first loss
+        metrics.write_bytes(content)
+        caplog.clear()
+        train("mae", demo, out)
+        lines = [line for line in caplog.messages if "metrics.jsonl is damaged" in line]
+        assert len(lines) == warns
+    assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]

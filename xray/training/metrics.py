@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -74,6 +75,9 @@ class Sinks:
     def _open(self, out: Path, name: str, config: RunConfig, state: TrainState) -> None:
         path = out / "metrics.jsonl"
         kept = lines_up_to(path, state.step)
+        self.logged = hashlib.sha256("".join(kept).encode())
+        if state.logged not in ("", self.logged.hexdigest()):
+            log.warning("%s is damaged: lines up to step %d have changed", path, state.step)
         write_text(path, "".join(kept))
         if kept:
             self.last = {
@@ -99,8 +103,11 @@ class Sinks:
     def _record(self, state: TrainState, values: Mapping[str, float]) -> None:
         self.last = dict(values)
         facts = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
+        line = json.dumps({**facts, **values}) + "\n"
+        self.logged.update(line.encode())
+        state.logged = self.logged.hexdigest()
         try:
-            self.file.write(json.dumps({**facts, **values}) + "\n")
+            self.file.write(line)
             if self.board is not None:
                 for key, value in values.items():
                     self.board.add_scalar(key, value, state.samples)

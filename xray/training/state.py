@@ -52,6 +52,7 @@ class TrainState:
     zero_stage: int = 0
     score: float | None = None  # the metric `train.best_by` at this step
     level: LossStatistics = field(default_factory=LossStatistics)  # of the loss
+    logged: str = ""  # sha256 of metrics.jsonl up to this step; "" in older checkpoints
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json; the quarantine has its own file."""
