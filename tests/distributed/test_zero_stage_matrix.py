@@ -1,6 +1,6 @@
 """Stages x ZeRO 0 to 3 on two processes: losses, exact resume, changes of stage and world size.
 
-Each run of the tests has {mae, clip} x {0, 1, 3} and a few more; the whole is slow.
+Each run of the tests has clip x {0, 1, 3}, mae x 3 and a few more; the whole is slow.
 """
 
 from __future__ import annotations

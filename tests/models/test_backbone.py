@@ -217,11 +217,11 @@ def test_frames_are_reduced_and_masked_like_images() -> None:
     for depth in range(3):
         remaining = model.token_counts(16, 0.5)[model.reduce_at[depth]]
         assert torch.equal(tokens.assign[depth][:, 16:32], frame.assign[depth] + remaining)
-    assert torch.allclose(tokens.dense()[:, 16:32], frame.dense(), atol=1e-6)
+    assert torch.allclose(tokens.dense()[:, 16:32], frame.dense(), atol=1e-5)
     visible = torch.tensor([[0, 3, 18, 17, 47, 40]]).expand(2, -1)
     masked = model(clip, visible=visible)
     alone = model(clip[:, 1:2], visible=torch.tensor([[2, 1]]).expand(2, -1))
-    assert torch.allclose(masked.patches[:, 2:4], alone.patches, atol=1e-6)
+    assert torch.allclose(masked.patches[:, 2:4], alone.patches, atol=1e-5)
 
 
 # weights ----------------------------------------------------------------------------------------

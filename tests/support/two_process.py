@@ -18,7 +18,7 @@ from xray import dist
 
 LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 WHOLE = [(stage, zero) for stage in ("mae", "hashtag", "clip") for zero in (0, 1, 2, 3)]
-QUICK = [(stage, zero) for stage in ("mae", "clip") for zero in (0, 1, 3)]
+QUICK = [("mae", 3), ("clip", 0), ("clip", 1), ("clip", 3)]
 # Runs without a resume.
 MORE = [
     ("hashtag", 3),
