@@ -183,7 +183,7 @@ class Stage(ABC, Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
-        self.feature_guard = FeatureGuard(config.blocks)
+        self.feature_guard = FeatureGuard(config)
 
     def prepare(self, sources: dict[str, Source], parents: Parents) -> dict[str, Source]:
         """Read data and parents before anything is built; may leave out samples of a source.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from xray.config import BlockConfig
+from xray import dist
+from xray.config import RunConfig
+from xray.config.schedule import steps_of
 
 RANK = "effective_rank"  # metric of a stage whose features a later stage starts from
 LEAST = 4.0  # effective dimensions below which a warning is given
@@ -15,9 +17,17 @@ PATIENCE = 5  # consecutive checks below
 class FeatureGuard:
     """Monitor of the effective rank of each block's features; warns once."""
 
-    def __init__(self, blocks: Sequence[BlockConfig]) -> None:
-        # features of a block of B samples have at most B - 1 dimensions
-        self.sources = [block.source for block in blocks if block.samples > 4 * LEAST]
+    def __init__(self, config: RunConfig) -> None:
+        # features of a micro-batch of B samples have at most B - 1 dimensions
+        sizes = [size for _, size in steps_of(config.train.micro_batch) if size]
+        if config.data.tokens_per_batch:  # sizes depend on the frames and the resolution
+            sizes = [0]
+        world = dist.world_size()
+        self.sources = [
+            block.source
+            for block in config.blocks
+            if min([block.samples // world, *sizes]) > 4 * LEAST
+        ]
         self._checks = 0  # consecutive, below LEAST
 
     def check(self, values: Mapping[str, float], progress: float) -> list[str]:

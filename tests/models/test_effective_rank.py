@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from stages.feature_guard import LEAST, PATIENCE, RANK, FeatureGuard
-from xray.config import BlockConfig
+from xray.config import BlockConfig, DataConfig, RunConfig, SourceConfig, TrainConfig
 from xray.models.effective_rank import effective_rank
 
 BLOCKS = [BlockConfig("photos", 64), BlockConfig("clips", 8)]
+
+
+def guard_of(micro_batch: object = 0) -> FeatureGuard:
+    sources = {"photos": SourceConfig("photos"), "clips": SourceConfig("clips", "video")}
+    data = DataConfig(sources, BLOCKS)
+    return FeatureGuard(RunConfig(data=data, train=TrainConfig(micro_batch=micro_batch)))
 
 
 @pytest.mark.parametrize("spread", [[1.0] * 6, [9.0, 3.0, 1.0, 0.3, 0.1, 0.0], [1.0] + [0.0] * 5])
@@ -34,7 +40,7 @@ def checked(guard: FeatureGuard, rank: float, progress: float, times: int) -> li
 
 
 def test_few_dimensions_give_one_warning_in_the_second_half() -> None:
-    guard = FeatureGuard(BLOCKS)
+    guard = guard_of()
     assert not checked(guard, 2.0, 0.4, 20)
     assert not checked(guard, 2.0, 0.6, PATIENCE - 1)
     assert not checked(guard, LEAST + 1, 0.6, 1)  # an interruption
@@ -45,4 +51,10 @@ def test_few_dimensions_give_one_warning_in_the_second_half() -> None:
 
 
 def test_stages_without_the_metric_give_no_warning() -> None:
-    assert not FeatureGuard(BLOCKS).check({"loss": 1.0}, 0.9)
+    assert not guard_of().check({"loss": 1.0}, 0.9)
+
+
+@pytest.mark.parametrize("micro_batch", [8, [[0.0, 64], [0.5, 8]]])
+def test_micro_batches_that_are_too_small_to_tell_give_none(micro_batch: object) -> None:
+    assert not checked(guard_of(micro_batch), 2.0, 0.7, 20)
+    assert checked(guard_of(32), 2.0, 0.7, 20)
