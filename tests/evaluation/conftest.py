@@ -1,11 +1,11 @@
-"""Data sets that several tests of evaluation read."""
+"""An artifact and data sets that several tests of evaluation read."""
 
 from __future__ import annotations
 
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,14 @@ from shards import photo
 
 from data_pipelines.shards.source import open_source
 from xray.evaluation import feature_extraction
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+
+@pytest.fixture(scope="module")
+def clip(trained: Trained) -> Path:
+    return trained("clip", "train.samples=24")
 
 
 @pytest.fixture(scope="session")

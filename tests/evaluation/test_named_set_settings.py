@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from in_process import invoke
@@ -35,14 +35,6 @@ from xray.evaluation.suites.keypoints import KEYPOINTS
 from xray.evaluation.suites.retrieval import RETRIEVAL
 from xray.evaluation.suites.robustness import ROBUSTNESS
 from xray.evaluation.suites.segmentation import SEGMENTATION
-
-if TYPE_CHECKING:
-    from conftest import Trained
-
-
-@pytest.fixture(scope="module")
-def clip(trained: Trained) -> Path:
-    return trained("clip", "train.samples=24")
 
 
 def test_settings_of_other_data_stay_there(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,14 +35,6 @@ from xray.recipes.recipe import Recipe
 from xray.recipes.report import write_run_report
 from xray.recipes.report_examples import confused, retrieved
 from xray.recipes.run import evaluate as evaluate_recipe
-
-if TYPE_CHECKING:
-    from conftest import Trained
-
-
-@pytest.fixture(scope="module")
-def clip(trained: Trained) -> Path:
-    return trained("clip", "train.samples=24")
 
 
 def test_means_over_sets_and_the_average_of_datacomp(

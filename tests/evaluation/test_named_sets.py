@@ -9,7 +9,7 @@ import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,14 +30,6 @@ from sklearn.linear_model import LogisticRegression
 from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder
 from xray.evaluation.set_features import Data, SharedSets
-
-if TYPE_CHECKING:
-    from conftest import Trained
-
-
-@pytest.fixture(scope="module")
-def clip(trained: Trained) -> Path:
-    return trained("clip", "train.samples=24")
 
 
 def embed(encoder: Encoder, samples: Sequence[tuple[bytes, dict[str, bytes]]]) -> torch.Tensor:

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-from xray.ablations.comparison import deviation, mean
+from xray.ablations.comparison import mean
+from xray.evaluation.student_t import mean_interval
 
 METRICS = {
     "retrieval.text_to_image_R@10": "text to image",
     "retrieval.image_to_text_R@10": "image to text",
 }
 BASELINE = "clip"
-# 97.5 % quantiles of Student's t by degrees of freedom
-QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 Points = dict[str, dict[int, dict[str, list[float]]]]  # arm -> captions -> metric -> by seed
 
 
@@ -42,8 +42,7 @@ def points(facts: dict[str, Any]) -> Points:
 
 def half_interval(values: list[float]) -> float:
     """Return half the width of the 95 % interval of a mean; nan for one value."""
-    degrees = len(values) - 1
-    return QUANTILES.get(degrees, 1.96) * deviation(values) / len(values) ** 0.5
+    return mean_interval(values)[1] - mean(values) if len(values) > 1 else math.nan
 
 
 def table(found: Points) -> str:
@@ -81,7 +80,8 @@ def plot(found: Points, out: Path) -> None:
             name = arm.replace("_", " → ") if arm != "all_losses" else "one stage, all losses"
             axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=name)
         axis.set_xscale("log")
-        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        every = sorted({number for own in found.values() for number in own})
+        axis.set_xticks(every, [f"{number:,}" for number in every])
         axis.minorticks_off()
         axis.set_title(f"{title}, R@10 %", fontsize=10)
         axis.set_xlabel("photos with captions", fontsize=9)
@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of figure.png; default: the ablation's")
     given = parser.parse_args()
     found = points(json.loads((given.ablation / "ablation.json").read_text("utf-8")))
+    if not found:
+        raise SystemExit(f"{given.ablation}: no arm is named ARM_CAPTIONS, such as clip_900")
     plot(found, given.out or given.ablation)
     print(table(found))
 

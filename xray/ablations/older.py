@@ -1,8 +1,8 @@
 """Runs that are added to an ablation of before a default changed: they take the older default.
 
-Otherwise the arms of one table would differ in more than their settings. Folders in which earlier
-versions mixed the defaults are reported. The names of the stage
-runs' folders do not depend on it, so finished runs are found.
+Otherwise the arms of one table would differ in more than their settings. The names of the stage
+runs' folders do not depend on it, so finished runs are found. Folders in which earlier versions
+mixed the defaults are reported.
 """
 
 from __future__ import annotations
