@@ -42,7 +42,9 @@ def test_ranks_wait_for_the_preparation_on_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:
-    settings = [f"data.root={demo}", "train.samples=48", "clip.text.features=fp32"]
+    """Rank 0 stores the vectors of the captions for both."""
+    data = Path(shutil.copytree(demo, tmp_path / "data"))
+    settings = [f"data.root={data}", "train.samples=48", "clip.text.features=fp32"]
     torchrun("-m", "xray", "run", RECIPE, *settings, f"out={tmp_path / 'two'}")
     one = xray("run", RECIPE, *settings, f"out={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
@@ -52,22 +54,12 @@ def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_pat
     assert a.keys() == b.keys() == {"zero_shot", "retrieval", "knn", "tags"}
 
 
-def test_two_processes_train_from_captions_that_rank_0_has_stored(
-    demo: Path, tmp_path: Path
-) -> None:
-    data = Path(shutil.copytree(demo, tmp_path / "data"))
-    settings = [f"data.root={data}", "train.samples=16", "stages=[clip]"]
-    run = ["-m", "xray", "run", RECIPE, *settings, "clip.text.features=bf16"]
-    torchrun(*run, f"out={tmp_path / 'run'}")
-    assert (tmp_path / "run" / "clip" / "artifact" / "manifest.json").is_file()
-
-
 FORKING = """
 import os, sys, time
 import torch.distributed
 from xray import dist
 torch.distributed.init_process_group("gloo")
-for _ in range(600):
+for _ in range(250):
     for _ in range(4):
         torch.distributed.all_reduce(torch.zeros(100))
     dist.settle(1)

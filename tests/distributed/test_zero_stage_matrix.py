@@ -12,7 +12,17 @@ import pytest
 from child_process import SUPPORT, torchrun
 from run_comparison import assert_same, assert_same_losses
 from tiny import train
-from two_process import CHANGES, MORE, MOVES, QUICK, STAGES, WHOLE, halfway, settings
+from two_process import (
+    CHANGES,
+    MORE,
+    MOVES,
+    QUICK,
+    QUICK_MORE,
+    STAGES,
+    WHOLE,
+    halfway,
+    settings,
+)
 
 
 def marked(cells: Iterable[tuple[str, int]], quick: list[tuple[str, int]]) -> list[object]:
@@ -21,13 +31,19 @@ def marked(cells: Iterable[tuple[str, int]], quick: list[tuple[str, int]]) -> li
 
 
 CELLS = marked(WHOLE, QUICK)
+RUNS = marked(dict.fromkeys([*WHOLE, *MORE]), [*QUICK, *QUICK_MORE])
 
 
 @pytest.fixture(scope="module")
-def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(
+    demo: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
     """Runs of one process in ZeRO 0."""
     out = tmp_path_factory.mktemp("plain")
+    quick = {stage for stage, _ in [*QUICK, *QUICK_MORE]}
     for stage, changes in CHANGES.items():
+        if stage not in quick and not request.config.getoption("--slow"):
+            continue
         train(STAGES.get(stage, stage), demo, out / stage, *changes)
     return out
 
@@ -48,7 +64,7 @@ def cells(
     return out
 
 
-@pytest.mark.parametrize(("stage", "zero"), marked(dict.fromkeys([*WHOLE, *MORE]), [*QUICK, *MORE]))
+@pytest.mark.parametrize(("stage", "zero"), RUNS)
 def test_losses_equal_those_of_one_process_without_zero(
     cells: Path, plain: Path, stage: str, zero: int
 ) -> None:

@@ -20,18 +20,15 @@ LORA = ["text.tune=lora", "text.lora_rank=2", "text.lora_dropout=0.0"]
 WHOLE = [(stage, zero) for stage in ("mae", "hashtag", "clip") for zero in (0, 1, 2, 3)]
 QUICK = [("mae", 3), ("clip", 0), ("clip", 1), ("clip", 3)]
 # Runs without a resume.
-MORE = [
+QUICK_MORE = [
     ("hashtag", 3),
-    ("pooled", 3),
-    ("rotary", 3),
     ("sigmoid", 1),
-    ("one_batch", 0),
     ("text", 2),
-    ("lora", 1),
     ("lora", 3),
     ("uncaptioned", 2),
     ("uncaptioned", 3),
 ]
+MORE = [*QUICK_MORE, ("pooled", 3), ("rotary", 3), ("one_batch", 0), ("lora", 1)]
 MOVES = [(stage, a, b) for stage, a in WHOLE for b in (0, 1, 2, 3) if a != b]
 # Stage of runs that have another name.
 STAGES = {
@@ -103,14 +100,14 @@ def settings(stage: str, zero: int) -> list[str]:
 
 def main() -> None:
     """Train all runs, then resume copies of them and of the runs of one process."""
-    demo, out, cells = Path(sys.argv[1]), Path(sys.argv[2]), WHOLE
-    if sys.argv[3] == "quick":
-        cells = QUICK
-    for stage, zero in dict.fromkeys([*cells, *MORE]):
+    demo, out = Path(sys.argv[1]), Path(sys.argv[2])
+    quick = sys.argv[3] == "quick"
+    cells, more = (QUICK, QUICK_MORE) if quick else (WHOLE, MORE)
+    for stage, zero in dict.fromkeys([*cells, *more]):
         folder = out / f"{stage}-{zero}"
         train(STAGES.get(stage, stage), demo, folder, *settings(stage, zero))
     again = [(stage, zero, zero) for stage, zero in cells]
-    again += MOVES if cells is WHOLE else []
+    again += [] if quick else MOVES
 
     def begin() -> None:
         for stage, a, b in again:

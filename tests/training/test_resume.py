@@ -51,9 +51,9 @@ def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("moment", "more"),
     [
         ("step:5", ()),
-        ("save:2", ()),
         ("artifact:mae", ()),
-        ("save:2", (IN_BACKGROUND,)),
+        pytest.param("save:2", (), marks=pytest.mark.slow),
+        pytest.param("save:2", (IN_BACKGROUND,), marks=pytest.mark.slow),
         ("file:3", (IN_BACKGROUND,)),  # the first of two files of the second checkpoint
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -117,6 +118,7 @@ def comments_of(config: type) -> dict[str, str]:
     return comments
 
 
+@functools.cache  # reading and parsing the source takes milliseconds, and configs share sections
 def _comments(config: type) -> dict[str, str]:
     """Return the comment of each field of a class: the lines above it, and those beside it."""
     source = textwrap.dedent(inspect.getsource(config))
