@@ -5,7 +5,8 @@
 
 OUT/captioned/N         N photos with all their captions and no hashtags; those of a smaller N are
                         among those of a larger one
-OUT/tagged/noise_P      all photos, with hashtags and no captions
+OUT/tagged/noise_P      all photos, with hashtags, as a list and as one text (tag_text), and no
+                        captions
 OUT/held_out            with --held-out N: the last N photos with their captions, in no other folder
 
 The hashtags of a photo are the words of one of its captions. A share of them is dropped, because
@@ -115,7 +116,7 @@ def main() -> None:
     print(f"{len(photos):,} photos, {len(counts):,} words")
     for percent in NOISES:
         rows = [(photo, hashtags(photo, percent / 100, counts)) for photo in photos]
-        tags = ((photo, {"hashtags": own}) for photo, own in rows)
+        tags = ((photo, {"hashtags": own, "tag_text": " ".join(own)}) for photo, own in rows)
         write(given.out / "tagged" / f"noise_{percent}", tags)
         mean = np.mean([len(own) for _, own in rows])
         right = np.mean([len(set(own) & set(photo.words)) for photo, own in rows]) / mean
