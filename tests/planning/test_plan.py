@@ -11,6 +11,7 @@ import pytest
 import torch
 from child_process import xray
 from in_process import invoke
+from stage_variants import PROGRESS, VARIANTS
 from tiny import SMALL, settings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,6 +101,21 @@ def test_memory_is_close_to_that_of_a_real_step(stage: str, overrides: tuple[str
     memory = compare(stage, overrides)
     assert memory["measured"] > 5e6
     assert abs(memory["planned"] / memory["measured"] - 1) < 0.1, memory
+
+
+# Options that draw numbers on the host, or whose towers read values of their inputs.
+QUICK = ("hashtag mixup or cutmix", "hashtag truncate", "text full, causal", "clip mask")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+)
+def test_every_option_can_be_planned(name: str, demo: Path, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    config = settings(variant.stage, demo, tmp_path, *variant.overrides)
+    facts = dataclasses.replace(FACTS, llm=demo / "llm")
+    assert rehearse(config, facts, PROGRESS).flops > 0
 
 
 def test_a_part_of_the_tower_takes_less_memory_and_work(demo: Path, tmp_path: Path) -> None:

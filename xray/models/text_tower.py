@@ -29,7 +29,6 @@ class TextTower(nn.Module):
         if config.tune == "lora" and not config.lora_rank:
             raise ConfigError("text.tune=lora needs text.lora_rank of at least 1")
         self.llm = load_llm(folder, config.attention, weights, DTYPES[config.dtype])
-        self.width = _width(self.llm)
         if any(parameter.is_meta for parameter in self.llm.parameters()):
             pass  # a model on the meta device cannot run, so its attention cannot be tested
         elif config.attention == "bidirectional":
@@ -40,6 +39,7 @@ class TextTower(nn.Module):
                 "text.attention=bidirectional"
             )
         _always_mask(self.llm)  # after the tests, which a mask would let a causal model pass
+        self.width = _width(self.llm)
         _check_length(self.llm, config.max_length)
         self.pooling = config.pooling
         self.pooler = LatentPooler(self.width, config.latents) if self.pooling == "latent" else None
@@ -176,7 +176,9 @@ def _attends_to_later_tokens(llm: nn.Module) -> bool:
 @torch.no_grad()
 def _width(llm: nn.Module) -> int:
     ids = torch.arange(3, 5)[None]
-    return int(llm(input_ids=ids).last_hidden_state.shape[-1])
+    # Without a mask, transformers reads the values of the positions: the meta device has none.
+    states = llm(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return int(states.shape[-1])
 
 
 def longest_text(llm: Any) -> int | None:
