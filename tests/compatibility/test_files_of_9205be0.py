@@ -9,14 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
-import runpy
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,182 +18,30 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands_of_9205be0 import (
+    FIXTURE,
+    HELPERS,
+    LLM,
+    NAMES,
+    READING,
+    RECORD,
+    ROUNDED,
+    SAME_MACHINE,
+    STAGES,
+    TRAINING,
+    Done,
+    run_in_copy,
+)
+from older_results import (
+    as_then,
+    assert_close,
+    assert_contains,
+    assert_same_rows,
+    assert_same_weights,
+    rows_of,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURE = ROOT / "tests" / "fixtures" / "9205be0"
-SCRIPT = ROOT / "tests" / "fixtures" / "record_9205be0.py"
-RUNNER = Path(__file__).with_name("run_commands.py")
-HELPERS = runpy.run_path(str(SCRIPT), run_name="helpers")
-RECORD = json.loads((FIXTURE / "record.json").read_text())
-NAMES = json.loads((FIXTURE / "names.json").read_text())  # of side files, as commands printed them
-# Results are equal bit for bit on this machine and torch; elsewhere they are close.
-SAME_MACHINE = HELPERS["machine"]() == {key: RECORD[key] for key in ("torch", "cpu")}
-# Since then, mae embeds visible patches and predicts masked ones only: sums have another order.
-ROUNDED = ("mae",)
-STAGES = ("mae", "hashtag", "text", "clip")
-AS_THEN = ("model.sincos=rows",)  # settings whose default is another one today
-SHARDS = ("data/photos", "data/clips", "data/heldout", "data/gallery")
-LLM = next((FIXTURE / "data" / "hub").glob("*/snapshots/*")).relative_to(FIXTURE)
-RECIPE = ("--recipe", "recipe.yaml")
-RECALL = "mean_per_class_recall"
-LATER = ("prompts", RECALL, f"{RECALL}_low", f"{RECALL}_high")  # measures added since
-ADDED = re.compile(r".*/effective_rank")
-MEASURED = re.compile(r"seconds|samples/s|tokens/s|memory/gb|data/.*|save/.*")  # differ in each run
-
-READING: dict[str, list[str]] = {
-    "features": [str(SCRIPT), "features", "out"],
-    **{f"lineage_{s}": ["lineage", f"runs/full/{s}", "--verify", "--json"] for s in STAGES},
-    "eval_clip": [
-        *("eval", "runs/full/clip", *RECIPE),
-        *("--suite", "zero_shot,retrieval,knn", "--out", "out/clip.json"),
-    ],
-    "eval_hashtag": [
-        *("eval", "runs/full/hashtag", *RECIPE, "--suite", "tags", "--out", "out/hashtag.json"),
-    ],
-    "eval_keep_rates": [
-        *("eval", "runs/full/clip", *RECIPE, "--suite", "zero_shot"),
-        *("--keep-rates", "1,.5", "--out", "out/keep_rates.json"),
-    ],
-    "check": ["data", "check", *SHARDS, "--json", "out/check.json"],
-    "index": ["data", "index", *SHARDS, "--checksum"],
-    "tags": ["data", "tags", "data/photos", "data/clips", "--out", "out/tags.json", "min_count=2"],
-    "metadata": [
-        *("data", "metadata", "data/photos", "min_count=2", "min_pmi=0"),
-        *("--out", "out/metadata.txt"),
-    ],
-    "curate": [
-        *("data", "curate", "data/photos", "metadata=metadata.txt", "t=4", "seed=3"),
-        *("dedup.exact=true", f"filters.scores={NAMES['scores']}", "filters.min_score=-1"),
-        *("--json", "out/curation.json", "--report", "out/curation.html"),
-    ],
-    "teacher": [
-        *("data", "pseudo-tags", "runs/full/hashtag", "data/photos", "data/clips"),
-        "threshold=0.01",
-    ],
-    "teacher_clip": [
-        *("data", "pseudo-tags", "runs/full/clip", "data/photos", "--vocabulary", "tags.json"),
-    ],
-    "embeddings": ["data", "embeddings", "runs/full/hashtag", "data/photos"],
-    "scores": ["data", "scores", "runs/full/clip", "data/photos"],
-    "embed": ["embed", "runs/full/clip", "data/photos", "--out", "embeddings/photos.parquet"],
-    "embed_int8": [
-        *("embed", "runs/full/clip", "data/photos", "--out", "embeddings/photos.npy"),
-        *("--dtype", "int8", "--dim", "8"),
-    ],
-    "embed_texts": [
-        *("embed", "runs/full/text", "data/photos", "--out", "embeddings/texts.parquet", "--texts"),
-    ],
-    "embed_other": [
-        *("embed", "runs/full/hashtag", "data/photos", "--out", "embeddings/photos.parquet"),
-    ],
-    "embed_new": ["embed", "runs/full/clip", "data/photos", "--out", "out/photos.parquet"],
-    "search": [
-        *("search", "embeddings/photos.parquet", HELPERS["TEXTS"][0]),
-        *("--artifact", "runs/full/clip", "--top", "3"),
-    ],
-    "search_int8": [
-        *("search", "embeddings/photos.npy", HELPERS["TEXTS"][0]),
-        *("--artifact", "runs/full/clip", "--top", "3"),
-    ],
-    **{
-        f"export_{name}": ["export", *arguments, "--out", f"out/export_{name}"]
-        for name, arguments in HELPERS["EXPORTS"].items()
-    },
-    "replay": ["debug", "replay", "runs/broken/bundles/step_00000001"],
-    "config": ["config", "recipe.yaml"],
-    "report": ["report", "runs/unfinished/clip"],
-}
-TRAINING: dict[str, list[str]] = {
-    "finished": ["run", "recipe.yaml"],
-    "refused_recipe": ["run", "recipe.yaml", "mae.mask_ratio=0.5"],
-    "refused_resume": [
-        *("train", "hashtag", "--resume", "runs/unfinished/hashtag", "hashtag.loss=softmax"),
-    ],
-    "refused_data": [
-        *("train", "mae", "--resume", "runs/unfinished/mae", "data.sources.photos.shards=gallery"),
-    ],
-    "resume_mae": ["run", "recipe.yaml", "stages=[mae]", "out=runs/unfinished"],
-    "resume_hashtag": ["train", "hashtag", "--resume", "runs/unfinished/hashtag"],
-    "resume_clip": ["train", "clip", "--resume", "runs/unfinished/clip", f"text.llm={LLM}"],
-    "init_from": [
-        *("train", "clip", *RECIPE, "--init-from", "runs/full/hashtag"),
-        *("--out", "runs/next", "train.samples=24", "text.features=live"),
-    ],
-    "again": ["run", "recipe.yaml", "out=runs/again", *AS_THEN],
-    "ablate": ["ablate", "ablation.yaml"],
-}
-
-
-@dataclass(frozen=True)
-class Done:
-    """A copy of the fixture in which commands ran.
-
-    before: the state of every file, by path, before the first command.
-    """
-
-    folder: Path
-    codes: Mapping[str, int]
-    before: Mapping[str, tuple[int, str]]
-
-    def text(self, name: str, stream: str = "out") -> str:
-        """The output of a command, with its line breaks and the tables' padding as one space."""
-        return " ".join((self.folder / "out" / f"{name}.{stream}").read_text().split())
-
-    def check(self, *names: str, code: int = 0) -> None:
-        """Fail unless the commands ended with an exit code."""
-        for name in names:
-            assert self.codes[name] == code, f"{name}: {self.text(name, 'err')[-2000:]}"
-
-    def json(self, path: str) -> Any:
-        return json.loads((self.folder / path).read_text())
-
-    def changed(self, *parts: str) -> set[str]:
-        """Files below some folders that were written, added or removed, except reports."""
-        now = states(self.folder)
-        paths = {p for p in {*now, *self.before} if p.startswith(parts)}
-        different = {path for path in paths if now.get(path) != self.before.get(path)}
-        return {path for path in different if not path.endswith((".html", ".lock", "/lock"))}
-
-
-def states(folder: Path) -> dict[str, tuple[int, str]]:
-    """The modification time and sha256 of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_mtime_ns,
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def run_in_copy(folder: Path, commands: Mapping[str, list[str]], moved: bool) -> Done:
-    """Copy the fixture, run the commands there in one process, and return what they left.
-
-    moved: whether shards have new modification times, as copied ones do, so that their indexes are
-    made again. Otherwise they have those that the indexes know.
-    """
-    shutil.copytree(FIXTURE, folder)
-    for name, time in RECORD["mtimes"].items() if not moved else []:
-        os.utime(folder / name, ns=(time, time))
-    (folder / "out").mkdir()
-    before = states(folder)
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in group} | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_CACHE": str(folder / "data" / "hub"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, str(RUNNER), "out"]
-    given = json.dumps(commands)
-    done = subprocess.run(command, input=given, text=True, cwd=folder, env=env, timeout=600)
-    codes = json.loads((folder / "out" / "codes.json").read_text())
-    assert done.returncode == 0 and codes.keys() == commands.keys(), codes
-    return Done(folder, codes, before)
 
 
 @pytest.fixture(scope="module")
@@ -213,83 +54,6 @@ def reading(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def training(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A copy after the commands that train, resume or refuse to."""
     return run_in_copy(tmp_path_factory.mktemp("training") / "fixture", TRAINING, moved=True)
-
-
-def as_then(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the measures of each suite that were added since."""
-    return {
-        name: {key: value for key, value in suite.items() if not key.endswith(LATER)}
-        for name, suite in results.items()
-    }
-
-
-def assert_close(
-    found: Any, recorded: Any, tolerance: float, where: str = "", exact: bool = SAME_MACHINE
-) -> None:
-    """Compare nested values: equal, or numbers within a tolerance on another machine."""
-    if isinstance(recorded, Mapping):
-        assert found.keys() == recorded.keys(), where
-        for key, value in recorded.items():
-            assert_close(found[key], value, tolerance, f"{where}.{key}", exact)
-    elif isinstance(recorded, list):
-        assert len(found) == len(recorded), where
-        for number, (one, two) in enumerate(zip(found, recorded, strict=True)):
-            assert_close(one, two, tolerance, f"{where}[{number}]", exact)
-    elif isinstance(recorded, float) and not exact:
-        assert found == pytest.approx(recorded, rel=tolerance, abs=tolerance), where
-    else:
-        assert found == recorded, where
-
-
-def assert_same_weights(one: Path, two: Path, exact: bool) -> None:
-    """Compare the artifacts of two runs: bit for bit, or nearly."""
-    files = sorted(path.name for path in two.glob("*.safetensors"))
-    assert files and files == sorted(path.name for path in one.glob("*.safetensors"))
-    for name in files:
-        a, b = load_file(one / name), load_file(two / name)
-        assert a.keys() == b.keys()
-        for key in b:
-            assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape, (name, key)
-            if exact:
-                assert torch.equal(a[key], b[key]), (name, key)
-            else:
-                torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=2e-3)
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_rows(
-    found: list[dict[str, Any]], recorded: list[dict[str, Any]], exact: bool
-) -> None:
-    """Compare metrics: the same names in every row, and the same values except speeds.
-
-    The row after a checkpoint also has save/..., unless the run was resumed there. Metrics of later
-    versions are left out.
-    """
-    found = [{k: v for k, v in row.items() if not ADDED.fullmatch(k)} for row in found]
-    names = [
-        [[key for key in row if not key.startswith("save/")] for row in rows]
-        for rows in (found, recorded)
-    ]
-    assert names[0] == names[1]
-    for one, two in zip(found, recorded, strict=True):
-        kept = [{k: v for k, v in row.items() if not MEASURED.fullmatch(k)} for row in (one, two)]
-        if not exact:  # rounding decides between tokens of nearly equal scores, and their gradients
-            norms = [row.pop("grad_norm", 0.0) for row in kept]
-            assert norms[0] == pytest.approx(norms[1], rel=0.5)
-        assert_close(*kept, tolerance=0.02, where=f"step {two['step']}", exact=exact)
-
-
-def assert_contains(found: Any, recorded: Any, where: str) -> None:
-    """Fail unless a config has every key of a recorded one, with the same value."""
-    if isinstance(recorded, Mapping):
-        for key, value in recorded.items():
-            assert key in found, f"{where}.{key}"
-            assert_contains(found[key], value, f"{where}.{key}")
-    else:
-        assert found == recorded, where
 
 
 def embeddings_of(path: Path) -> tuple[list[str], np.ndarray]:
