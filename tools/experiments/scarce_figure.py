@@ -87,7 +87,8 @@ def plot(found: Points, out: Path) -> None:
         axis.set_xlabel("photos with captions", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
     figure.savefig(out / "figure.png", dpi=110)
 
 
