@@ -16,7 +16,6 @@ from PIL import Image
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.shards.tar_index import index_shard
 
-ROOT = Path(__file__).resolve().parents[3]
 Samples = dict[str, dict[str, bytes]]
 
 
@@ -71,6 +70,7 @@ def frames_of(data: bytes) -> list[av.VideoFrame]:
 
 
 def write(root: Path, files: dict[str, bytes | str]) -> Path:
+    """Write files below a folder, and return the folder."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def unkilled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("step:5", ()),
         ("artifact:mae", ()),
-        pytest.param("save:2", (), marks=pytest.mark.slow),
+        ("save:2", ()),
         pytest.param("save:2", (IN_BACKGROUND,), marks=pytest.mark.slow),
         ("file:3", (IN_BACKGROUND,)),  # the first of two files of the second checkpoint
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from in_process import invoke
+from packing import write
 from shards import photo
 
 from data_pipelines.curation.metadata import read_metadata
@@ -21,14 +22,6 @@ from xray.errors import BadSample, ConfigError, DataError
 
 TEXT = "Žluťoučký kůň\n日本の猫 🐈"
 UNMARKED = "no encoding says what it is"
-
-
-def written(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 def packed(source: Path, out: Path) -> dict[str, dict[str, bytes]]:
@@ -58,7 +51,7 @@ MARKED = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 @pytest.mark.parametrize("encoding", MARKED)
 def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> None:
     facts = json.dumps({"source": "můj", "captions": TEXT.split("\n")}, ensure_ascii=False)
-    source = written(
+    source = write(
         tmp_path / "in",
         {
             "a.jpg": photo(0),
@@ -74,9 +67,9 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> 
     assert json.loads(samples["b.jpg"]["json"])["source"] == "můj"
     for ending, cut in (("csv", ","), ("tsv", "\t")):
         rows = f"file_name{cut}caption\na.jpg{cut}kůň\n"
-        written(source, {f"l.{ending}": marked(rows, encoding)})
+        write(source, {f"l.{ending}": marked(rows, encoding)})
         assert list_files(str(source / f"l.{ending}"))[0].describe()[0] == ["kůň"]
-    written(source, {"l.jsonl": marked('{"path": "a.jpg", "caption": "kůň"}\n', encoding)})
+    write(source, {"l.jsonl": marked('{"path": "a.jpg", "caption": "kůň"}\n', encoding)})
     assert list_files(str(source / "l.jsonl"))[0].describe()[0] == ["kůň"]
 
 
@@ -92,9 +85,9 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> 
 def test_text_of_an_unknown_encoding_is_left_out_by_name(
     tmp_path: Path, text: str, encoding: str
 ) -> None:
-    source = written(tmp_path / "in", {f"{name}.jpg": photo(n) for n, name in enumerate("abc")})
-    written(source, {"a.txt": f"fine\n{text}".encode(encoding), "b.txt": "plain"})
-    written(source, {"c.json": json.dumps({"caption": text}, ensure_ascii=False).encode(encoding)})
+    source = write(tmp_path / "in", {f"{name}.jpg": photo(n) for n, name in enumerate("abc")})
+    write(source, {"a.txt": f"fine\n{text}".encode(encoding), "b.txt": "plain"})
+    write(source, {"c.json": json.dumps({"caption": text}, ensure_ascii=False).encode(encoding)})
     samples = packed(source, tmp_path / "out")
     assert list(samples) == ["b.jpg"]
     for name, sidecar in (("a.jpg", "a.txt"), ("c.jpg", "c.json")):
@@ -105,7 +98,7 @@ def test_text_of_an_unknown_encoding_is_left_out_by_name(
     source_of_files = open_data(str(source), Request("s", "image"))
     with pytest.raises(BadSample, match=r"not UTF-8.*line|NUL"):
         captions_of(source_of_files.read(0, 0))
-    written(source, {"l.csv": f"file_name,caption\na.jpg,{text}\n".encode(encoding)})
+    write(source, {"l.csv": f"file_name,caption\na.jpg,{text}\n".encode(encoding)})
     with pytest.raises(DataError, match=r"l\.csv is not UTF-8.*iconv"):
         list_files(str(source / "l.csv"))
 
@@ -139,7 +132,7 @@ def test_a_file_of_texts(tmp_path: Path, encoding: str) -> None:
 def test_captions_end_at_line_ends_only(tmp_path: Path) -> None:
     captions = ["one\u2028still one", "two\x0bstill\x0ctwo", "three\x85still \x1cthree"]
     text = f"{captions[0]}\r\n{captions[1]}\n\n{captions[2]}"
-    source = written(tmp_path / "in", {"a.jpg": photo(0), "a.txt": text})
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "a.txt": text})
     samples = packed(source, tmp_path / "out")
     assert captions_of(samples["a.jpg"]) == captions
 
@@ -157,7 +150,7 @@ def test_every_spelling_of_a_sidecar_is_read(tmp_path: Path) -> None:
     }
     files: dict[str, bytes | str] = {f"{name}.jpg": photo(n) for n, name in enumerate("abcdeg")}
     files |= {"F.JPG": photo(9), "g.caption": "another", "g.jpg.txt": "a third"}
-    source = written(tmp_path / "in", files | sidecars)
+    source = write(tmp_path / "in", files | sidecars)
     samples = packed(source, tmp_path / "out")
     found = {name: captions_of(own)[0] for name, own in samples.items()}
     assert found == {
@@ -176,14 +169,14 @@ def test_every_spelling_of_a_sidecar_is_read(tmp_path: Path) -> None:
 
 def test_the_name_of_the_file_is_no_caption(tmp_path: Path) -> None:
     facts = {"title": "a.jpg", "description": "", "photoTakenTime": {"timestamp": "1"}}
-    source = written(tmp_path / "in", {"a.jpg": photo(0), "a.jpg.json": json.dumps(facts)})
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "a.jpg.json": json.dumps(facts)})
     assert "txt" not in packed(source, tmp_path / "out")["a.jpg"]
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("column", ["Caption", "TEXT", " Title "])
 def test_columns_may_have_capitals(tmp_path: Path, ending: str, column: str) -> None:
-    written(tmp_path, {"a.jpg": photo(0)})
+    write(tmp_path, {"a.jpg": photo(0)})
     row = {"File_Name": "a.jpg", column: "42", "LABEL": 3}
     path = tmp_path / f"l.{ending}"
     if ending == "parquet":
@@ -214,8 +207,8 @@ def test_columns_may_have_capitals(tmp_path: Path, ending: str, column: str) -> 
 @pytest.mark.parametrize("column", ["caption", "captions", "text"])
 def test_forms_of_captions(tmp_path: Path, column: str, value: Any, captions: list[str]) -> None:
     rows = [{"path": "a.jpg", column: value}, {"path": "b.jpg", "text": "else"}]
-    written(tmp_path, {"a.jpg": photo(0), "b.jpg": photo(1)})
-    written(tmp_path, {"l.jsonl": "\n".join(map(json.dumps, rows))})
+    write(tmp_path, {"a.jpg": photo(0), "b.jpg": photo(1)})
+    write(tmp_path, {"l.jsonl": "\n".join(map(json.dumps, rows))})
     files = packed(tmp_path / "l.jsonl", tmp_path / "out")["a.jpg"]
     assert files.get("txt", b"").decode() == "".join(captions[:1])
     if captions:
@@ -229,9 +222,7 @@ def test_forms_of_captions(tmp_path: Path, column: str, value: Any, captions: li
 
 def test_weights_of_captions_are_kept(tmp_path: Path) -> None:
     given = [{"text": "a cat", "weight": 3.0, "language": "en"}, {"text": "kočka"}]
-    source = written(
-        tmp_path / "in", {"a.jpg": photo(0), "a.json": json.dumps({"captions": given})}
-    )
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "a.json": json.dumps({"captions": given})})
     assert json.loads(packed(source, tmp_path / "out")["a.jpg"]["json"])["captions"] == given
     read = open_data(str(source), Request("s")).read(0, 0)
     assert json.loads(read["json"])["captions"] == given
@@ -239,8 +230,8 @@ def test_weights_of_captions_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [7, [["x"], 7], True, {"words": 3}, "a\0b"])
 def test_a_caption_that_is_no_text_is_named(tmp_path: Path, value: Any) -> None:
-    source = written(tmp_path / "in", {"a.jpg": photo(0), "b.jpg": photo(1), "b.txt": "b"})
-    written(source, {"a.json": json.dumps({"caption": value})})
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "b.jpg": photo(1), "b.txt": "b"})
+    write(source, {"a.json": json.dumps({"caption": value})})
     assert list(packed(source, tmp_path / "out")) == ["b.jpg"]
     assert skipped(tmp_path / "out")["a.jpg"][0] == "broken caption"
 
@@ -260,7 +251,7 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path, value: Any) -> None:
 def test_a_column_that_occurs_twice_is_refused(
     tmp_path: Path, name: str, content: str, says: str
 ) -> None:
-    written(tmp_path, {"a.jpg": photo(0), name: content})
+    write(tmp_path, {"a.jpg": photo(0), name: content})
     with pytest.raises(DataError, match=says):
         list_files(str(tmp_path / name))
 
@@ -274,8 +265,8 @@ def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_json_key_that_occurs_twice_is_named(tmp_path: Path) -> None:
-    source = written(tmp_path / "in", {"a.jpg": photo(0), "b.jpg": photo(1)})
-    written(source, {"a.json": '{"caption": "x", "caption": "y"}', "b.txt": "b"})
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "b.jpg": photo(1)})
+    write(source, {"a.json": '{"caption": "x", "caption": "y"}', "b.txt": "b"})
     assert list(packed(source, tmp_path / "out")) == ["b.jpg"]
     assert "'caption' occurs twice" in skipped(tmp_path / "out")["a.jpg"][1]
 
@@ -284,20 +275,18 @@ def test_packing_counts_captions_and_names_what_nobody_read(tmp_path: Path) -> N
     files: dict[str, bytes | str] = {f"{n}.jpg": photo(n) for n in range(4)}
     files |= {"0.txt": "zero", "1.json": '{"caption": ["one", "uno"]}', "2.json": '{"id": 2}'}
     files |= {"3.xmp": "x", "deep/4.xmp": "x", "README": "x", "spare.txt": "of no picture"}
-    source, out = written(tmp_path / "in", files), tmp_path / "out"
+    source, out = write(tmp_path / "in", files), tmp_path / "out"
     for _ in range(2):  # also when all shards are there
         told = invoke("data", "pack", source, out).output
         assert "captions: 2 of 4 samples have captions\n" in told
         assert "not read: 2 .xmp, 1 without ending, 1 .txt (e.g. 3.xmp)\n" in told
     rows = "path,Label\n0.jpg,1\n1.jpg,2\n"
-    told = invoke(
-        "data", "pack", written(source, {"l.csv": rows}) / "l.csv", tmp_path / "two"
-    ).output
+    told = invoke("data", "pack", write(source, {"l.csv": rows}) / "l.csv", tmp_path / "two").output
     assert "0 of 2 samples have captions; they are read from a.txt beside a.jpg, or the" in told
     assert "not read: " in told and "2 .jpg" in told and "2 .txt" in told
 
 
 def test_packing_a_whole_folder_says_nothing_was_left(tmp_path: Path) -> None:
-    source = written(tmp_path / "in", {"a.jpg": photo(0), "a.txt": "a", ".DS_Store": "x"})
+    source = write(tmp_path / "in", {"a.jpg": photo(0), "a.txt": "a", ".DS_Store": "x"})
     told = invoke("data", "pack", source, tmp_path / "out").output
     assert "captions: 1 of 1 samples have captions" in told and "not read" not in told

@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 from packing import (
-    ROOT,
     clip,
     picture,
     samples_of,
     tree,
     write,
 )
+from source_code import ROOT
 
 from data_pipelines.ingest.pack import PackConfig, PackReport, pack
 from data_pipelines.ingest.user_data import list_files
 from xray.errors import ConfigError, DataError
-
-# --- the folder --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
