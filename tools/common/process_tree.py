@@ -65,10 +65,8 @@ def left_of(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.
 
 
 def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    """Return False for a process that the kernel is ending: it has no memory, so no command."""
+    return process.is_running() and bool(_command(process))
 
 
 def _command(process: psutil.Process) -> list[str]:
