@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from child_process import RECIPE, torchrun, xray
 from run_comparison import assert_same_losses
 
@@ -39,6 +40,15 @@ def test_ranks_wait_for_the_preparation_on_rank_0(tmp_path: Path) -> None:
     stderr = torchrun(str(script), str(tmp_path))
     told = r"xray, rank 1: waiting for rank 0 \(.+, process \d+\), \d+ s so far: preparing the data"
     assert re.search(told, stderr)
+
+
+def test_a_rank_that_fails_ends_the_other_one_and_the_test(tmp_path: Path) -> None:
+    """The helper of these tests does what torchrun does."""
+    script = tmp_path / "failing.py"
+    code = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit('no'); time.sleep(10_000)"
+    script.write_text(code)
+    with pytest.raises(AssertionError, match="no"):
+        torchrun(str(script))
 
 
 def test_a_recipe_has_equal_results_on_one_and_two_processes(demo: Path, tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from child_process import ROOT, SUPPORT, clean_environment
+from child_process import SUPPORT, python
 from contrast_ranks import BATCH, cases, features, ids_of, inputs, teacher, texts_of
 from torch import Tensor
 
@@ -75,10 +72,7 @@ def test_ranks_equal_the_sum_over_pairs(
         str(most_logits),
         str(tmp_path),
     ]
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True,
-        env=clean_environment(PYTHONPATH=f"{SUPPORT}{os.pathsep}{ROOT}"),
-    )  # fmt: skip
+    done = python(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     actual = json.loads((tmp_path / "found.json").read_text())
     tolerance = 1e-9 if dtype == "float64" else 1e-5

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from child_process import ROOT, SUPPORT, clean_environment
+from child_process import SUPPORT, python
 from sharded_ranks import CASES, SAMPLES, inputs, reduced
 from torch import Tensor
 
@@ -34,11 +31,7 @@ def whole(name: str, world: int) -> list[Tensor]:
 )
 def test_the_shards_of_a_head_equal_the_whole_head(world: int, dtype: str, tmp_path: Path) -> None:
     """11 classes do not divide over the ranks."""
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "sharded_ranks.py"), str(world), dtype, str(tmp_path)],
-        capture_output=True, text=True,
-        env=clean_environment(PYTHONPATH=f"{SUPPORT}{os.pathsep}{ROOT}"),
-    )  # fmt: skip
+    done = python(str(SUPPORT / "sharded_ranks.py"), str(world), dtype, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     tolerance = 1e-12 if dtype == "float64" else 1e-5
