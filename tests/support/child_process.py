@@ -7,6 +7,7 @@ the programs. Tests of how a program starts begin a Python of their own.
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -70,6 +71,7 @@ def _run(
     arguments: tuple[str, ...], environment: dict[str, str], folder: str, files: list[str]
 ) -> None:
     """Run a program in a child of the server as its main module."""
+    gc.freeze()  # as in conftest.py
     # The processes of the program start in the usual way again, and not as this one was started.
     multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
