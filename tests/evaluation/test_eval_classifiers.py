@@ -20,6 +20,8 @@ from xray.errors import DataError
 from xray.evaluation import feature_extraction as features
 from xray.evaluation.attentive_probe import attentive_probe
 from xray.evaluation.datasets import Sets
+from xray.evaluation.feature_extraction import labels_of
+from xray.evaluation.few_shot import draw
 from xray.evaluation.finetune import Classifier, finetune
 from xray.evaluation.heads import open_heads
 from xray.evaluation.suites.attentive_probe import ATTENTIVE_PROBE
@@ -69,6 +71,26 @@ def test_fine_tuning_learns_and_is_reproducible(clip: Artifact, folder: Path) ->
     first = finetune(short, one_epoch)
     torch.rand(3)
     assert finetune(short, one_epoch) == first and first["train_loss"] > measures["train_loss"]
+
+
+def test_fine_tuning_on_some_samples_of_each_class_reads_no_other(
+    clip: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    """All other pictures of the training set are broken."""
+    place = Path(shutil.copytree(folder / "set", tmp_path / "set"))
+    sets = f"eval.finetune={{train: {place}, test: {folder / 'set'}, epochs: 1, shots: 1}}"
+    run = evaluator(clip, folder, sets).sets
+    config = run.config.of(FINETUNE)
+    source, _ = run.labelled("finetune", config)
+    labels = labels_of(source)
+    chosen = draw(labels, 1, 1, config.seed).flatten().tolist()
+    assert sorted(labels[chosen].tolist()) == sorted(set(labels.tolist()))
+    whole = finetune(run, config)
+    for number, file in enumerate(sorted(place.rglob("*.jpg"))):
+        if number not in chosen:
+            file.write_bytes(b"no picture")
+    broken = evaluator(clip, folder, sets).sets
+    assert finetune(broken, config) == whole and whole["train_samples"] == len(chosen)
 
 
 def test_a_broken_training_image_is_one_line_of_error(

@@ -90,6 +90,7 @@ MORE: list[tuple[str, dict[str, Any], str]] = [
     ("compression", {"shards": "bare"}, "none of the 4 samples has a caption"),
     ("compression", CAPTIONED | {"train": "set", "dims": [8]}, "has 4 samples: PCA to 8"),
     ("captions", {"shards": "bare"}, "none of the 4 samples has a caption"),
+    ("finetune", PROBED | {"shots": 4}, "eval.finetune.shots: 4 samples per class, but class"),
     ("robustness", {"shift": "other"}, "of eval.robustness.shift is not among"),
     ("robustness", {"corrupted": "set"}, "contains no folder CORRUPTION/SEVERITY/CLASS"),
 ]

@@ -14,7 +14,7 @@ from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.linear_probe import LinearHead, fit
 from xray.evaluation.student_t import mean_interval
-from xray.evaluation.suite import Measures
+from xray.evaluation.suite import LabelledConfig, Measures
 from xray.evaluation.suites.few_shot import FewShotConfig
 from xray.evaluation.zero_shot import HELD
 from xray.progress import progress_of
@@ -25,22 +25,21 @@ TOLERANCE = 3e-8  # largest derivative at the end; rounding hides smaller ones
 
 def few_shot_of(sets: Sets, config: FewShotConfig) -> Measures:
     """Measure few-shot classification on the data sets of the suite; raises as `check_shots`."""
-    check_shots(sets, config)
+    check_shots(sets, "few_shot", config, max(config.shots))
     return few_shot(*sets.probe("few_shot", config), config)
 
 
-def check_shots(sets: Sets, config: FewShotConfig) -> None:
-    """Raise DataError that names a class with fewer samples than the largest number of shots."""
-    most = max(config.shots)
-    for source, _ in sets.pairs("few_shot", config):
+def check_shots(sets: Sets, suite: str, config: LabelledConfig, shots: int) -> None:
+    """Raise DataError that names a class with fewer training samples than a number of shots."""
+    for source, _ in sets.pairs(suite, config):
         labels = labels_of(source)
         classes = Classes.of(labels, source)
         counts = classes.places(labels, source).bincount()
-        if counts.min() < most:
+        if counts.min() < shots:
             least = int(counts.argmin())
             name = classes.name(int(classes.numbers[least]))
             raise DataError(
-                f"eval.few_shot.shots: {most} samples per class, but class {name!r} of "
+                f"eval.{suite}.shots: {shots} samples per class, but class {name!r} of "
                 f"{source.name} has {counts[least]}: use fewer shots"
             )
 

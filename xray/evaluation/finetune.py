@@ -25,6 +25,7 @@ from xray.config.schedule import largest
 from xray.evaluation.class_labels import Classes, accuracy
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import batches_of, labels_of, stacked
+from xray.evaluation.few_shot import draw
 from xray.evaluation.suites.finetune import FinetuneConfig
 from xray.models.backbone import VisionBackbone
 from xray.models.heads import Normalize
@@ -70,6 +71,9 @@ class _Training(WholeDataset):
         augmented = dataclasses.replace(data, **{name: getattr(config, name) for name in names})
         super().__init__(source, lambda s, rng: {"pixels": load_pixels(s, augmented, rng)}, data)
         self.labels, self.seed = labels, config.seed
+        self.chosen = np.arange(len(labels))
+        if config.shots:
+            self.chosen = draw(labels, config.shots, 1, config.seed).flatten().numpy()
 
     def __getitem__(self, item: tuple[int, int]) -> Fields | str:
         epoch, number = item
@@ -92,8 +96,9 @@ def finetune(sets: Sets, config: FinetuneConfig) -> dict[str, float]:
         model = Classifier(sets.vision, len(classes.numbers), config.drop_path).to(device)
         training = _Training(source, labels, sets.data, config)
         loss = _train(model, training, config, sets.data.workers, device)
-    measures = accuracy(_predict(model, test, sets, device), truth, labels)
-    return measures | {"train_samples": float(len(labels)), "train_loss": loss}
+    trained = labels[training.chosen]
+    measures = accuracy(_predict(model, test, sets, device), truth, trained)
+    return measures | {"train_samples": float(len(trained)), "train_loss": loss}
 
 
 def _train(
@@ -110,7 +115,7 @@ def _train(
         betas=[0.9, 0.999], vision=tower,
     )  # fmt: skip
     optimizer = make_optimizer(parameter_groups(model, optim), optim)
-    order = _order(len(training), config)
+    order = _order(training.chosen, config)
     batches = iterate_batches(training, stacked, workers, batch_sampler=order)
     per_epoch = len(order) // config.epochs
     losses = deque[Tensor](maxlen=per_epoch)
@@ -141,13 +146,13 @@ def _loss(model: Classifier, pixels: Tensor, labels: Tensor, config: FinetuneCon
     return share_own * own + (1 - share_own) * other
 
 
-def _order(samples: int, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
+def _order(chosen: np.ndarray, config: FinetuneConfig) -> list[list[tuple[int, int]]]:
     """Make batches of (epoch, sample), shuffled per epoch, without an epoch's incomplete batch."""
-    rng, size = np.random.default_rng(config.seed), min(config.batch_size, samples)
+    rng, size = np.random.default_rng(config.seed), min(config.batch_size, len(chosen))
     batches = []
     for epoch in range(config.epochs):
-        order = rng.permutation(samples).tolist()
-        for start in range(0, samples - size + 1, size):
+        order = rng.permutation(chosen).tolist()
+        for start in range(0, len(order) - size + 1, size):
             batches.append([(epoch, number) for number in order[start : start + size]])
     return batches
 

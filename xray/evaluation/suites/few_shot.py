@@ -52,7 +52,7 @@ def _run(sets: Sets, config: FewShotConfig) -> Measures:
 def _check(sets: Sets, config: FewShotConfig) -> None:
     from xray.evaluation.few_shot import check_shots
 
-    check_shots(sets, config)
+    check_shots(sets, "few_shot", config, max(config.shots))
 
 
 def _title(measure: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from xray.config.identity import added
 from xray.errors import ConfigError
 from xray.evaluation.suite import LabelledConfig, Measures, probe_suite
 from xray.evaluation.suites.knn import KNN
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 class FinetuneConfig(LabelledConfig):
     """MAE's settings for a ViT-B, with smaller batches, half the epochs and half the peak lr."""
 
+    shots: int = added(0)  # training samples per class, drawn at random; 0 = all
     epochs: int = 50  # passes over the training samples
     batch_size: int = 32  # samples per step
     base_lr: float = 8e-3  # peak learning rate per 256 samples of a step
@@ -31,10 +33,13 @@ class FinetuneConfig(LabelledConfig):
     rand_augment: list[int] = field(default_factory=lambda: [0, 9])  # operations, magnitude <= 30
     mixup: float = 0.0  # a of the Beta(a, a) that blends two images; 0 = off
     cutmix: float = 0.0  # a of the Beta(a, a) of the area from another image; 0 = off
-    seed: int = 0  # of the head's initial weights, sample order and augmentation
+    # of the drawn samples, the head's initial weights, the order of samples and the augmentation
+    seed: int = 0
 
     def validate(self, key: str) -> None:
         super().validate(key)
+        if self.shots < 0:
+            raise ConfigError(f"{key}.shots={self.shots} must be at least 0")
         if self.epochs < 1 or self.batch_size < 2:
             raise ConfigError(f"{key}: epochs must be at least 1 and batch_size at least 2")
         if len(self.crop_scale) != 2 or not 0 < min(self.crop_scale) <= max(self.crop_scale) <= 1:
@@ -49,4 +54,11 @@ def _run(sets: Sets, config: FinetuneConfig) -> Measures:
     return finetune(sets, config)
 
 
-FINETUNE = probe_suite("finetune", FinetuneConfig, _run, "fine-tuning", sets_from=KNN)
+def _check(sets: Sets, config: FinetuneConfig) -> None:
+    from xray.evaluation.few_shot import check_shots
+
+    if config.shots:
+        check_shots(sets, "finetune", config, config.shots)
+
+
+FINETUNE = probe_suite("finetune", FinetuneConfig, _run, "fine-tuning", sets_from=KNN, check=_check)
