@@ -195,8 +195,9 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
     and wrong types.
     """
     merged = merge(*layers)
+    hashable: Any = schema  # mypy does not see that a class is, unless its instances are
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(merged))
+        typed = OmegaConf.merge(_structured(hashable), OmegaConf.create(merged))
         config: C = conceal_all(OmegaConf.to_object(typed))
         return config
     except ConfigKeyError as error:
@@ -217,6 +218,13 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
     except OmegaConfBaseException as error:
         key = error.full_key or misplaced(schema, merged)
         raise ConfigError(f"{section}{key}: {_meaning(error, schema, merged, key)}") from error
+
+
+@functools.cache
+def _structured(schema: type) -> DictConfig:
+    """Return a dataclass as omegaconf's config, which a merge copies."""
+    config: DictConfig = OmegaConf.structured(schema)
+    return config
 
 
 def check_known(schema: type, values: Layer, prefix: str = "") -> None:

@@ -217,7 +217,18 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve_in(layer: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
     """Resolve one layer's values; interpolations refer to the whole recipe."""
+    if not _interpolates(layer):  # most layers: to resolve the whole recipe for each is slow
+        return layer
     return _resolve({**merged, "this layer": layer})["this layer"]
+
+
+def _interpolates(value: Any) -> bool:
+    """Return True if a value contains an interpolation, `${KEY}`, or an escaped one."""
+    if isinstance(value, str):
+        return "${" in value
+    if isinstance(value, Mapping):
+        return any(map(_interpolates, value.values()))
+    return isinstance(value, list | tuple) and any(map(_interpolates, value))
 
 
 def _sections(stage: str, layer: Mapping[str, Any]) -> list[dict[str, Any]]:
