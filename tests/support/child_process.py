@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tools.common import forked
+
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
 RECIPE = str(SUPPORT / "tiny_recipe.yaml")
@@ -72,20 +74,10 @@ def _run(
 ) -> None:
     """Run a program in a child of the server as its main module."""
     gc.freeze()  # as in conftest.py
-    # The processes of the program start in the usual way again, and not as this one was started.
-    multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for number, file in zip((1, 2), files, strict=True):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, number)
-        os.close(opened)
-    # The server may have closed its streams, and has shared them with all children.
-    sys.stdout, sys.stderr = (
-        open(number, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115
-        for number in (1, 2)
-    )
+    forked.begin(*map(Path, files))
     module = arguments[0] == "-m"
     sys.argv = [*arguments[module:]]
     if module:

@@ -7,7 +7,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tools.common import forked
 from tools.gpu.findings import Finding, Scale
 
 OURS = ("xray", "stages", "data_pipelines", "tools", "configs")
@@ -82,16 +82,7 @@ def _begin(section: str, device: str, toy: bool, log: str, pipe: Connection) -> 
     """Prepare a new process for a section, and work."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Loader processes start in the usual way again, and not as this one was started.
-    multiprocessing.set_start_method(None, force=True)
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    # The fork server shares its objects with its children, and may have closed these streams.
-    sys.stdout, sys.stderr = (
-        open(n, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115
-        for n in (1, 2)
-    )
+    forked.begin(Path(log), Path(log))
     with contextlib.suppress(ImportError):  # the section itself reports what it lacks
         for name in PRELOAD:
             importlib.import_module(name)
