@@ -1,8 +1,9 @@
 """R@10 over the number of captions, of the arms of docs/results/proof/scarce.yaml.
 
 Reads a finished `xray ablate`, whose arms are named ARM_CAPTIONS, such as hashtag_clip_900. Prints
-a table with the ratio to the arm `clip` at the same number of captions, and writes a plot. ± and
-the bars are 95 % intervals of the mean over seeds (Student's t).
+a table with the ratio to the arm `clip` at the same number of captions, and the numbers of captions
+at which `clip` overtakes the others. Writes a plot. ± and the bars are 95 % intervals of the mean
+over seeds (Student's t).
 
     python -m tools.experiments.scarce_figure runs/ablate_scarce --out docs/results/proof/scarce
 """
@@ -10,9 +11,11 @@ the bars are 95 % intervals of the mean over seeds (Student's t).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,32 @@ def table(found: Points) -> str:
     return "\n".join(lines)
 
 
+def crossover(arm: Mapping[int, float], base: Mapping[int, float]) -> float | None:
+    """Return the number of captions at which `base` becomes better than `arm`; None if it does not.
+
+    Between measured numbers, the difference is linear in the logarithm of the number of captions.
+    """
+    numbers = sorted(arm.keys() & base.keys())
+    for low, high in itertools.pairwise(numbers):
+        ahead, behind = arm[low] - base[low], base[high] - arm[high]
+        if ahead >= 0 and behind > 0:
+            share = ahead / (ahead + behind)
+            return math.exp(math.log(low) * (1 - share) + math.log(high) * share)
+    return None
+
+
+def crossovers(found: Points) -> Iterator[str]:
+    """Yield a line on each arm and metric: where the arm `clip` becomes better than it."""
+    for arm, own in found.items():
+        for metric, name in METRICS.items():
+            curves = [
+                {number: mean(values[metric]) for number, values in points.items()}
+                for points in (own, found.get(BASELINE, {}))
+            ]
+            if arm != BASELINE and (number := crossover(*curves)) is not None:
+                yield f"{name}: {BASELINE} overtakes {arm} at about {number:,.0f} captions"
+
+
 def plot(found: Points, out: Path) -> None:
     """Draw R@10 over the number of captions, one panel per direction."""
     import matplotlib
@@ -93,7 +122,7 @@ def plot(found: Points, out: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and write the plot."""
+    """Print the table and the crossovers, and write the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,7 +133,7 @@ def main() -> None:
     if not found:
         raise SystemExit(f"{given.ablation}: no arm is named ARM_CAPTIONS, such as clip_900")
     plot(found, given.out or given.ablation)
-    print(table(found))
+    print(table(found), *crossovers(found), sep="\n")
 
 
 if __name__ == "__main__":

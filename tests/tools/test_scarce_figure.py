@@ -1,0 +1,35 @@
+"""The figure of R@10 over the number of captions: where clip alone overtakes another arm."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.experiments.scarce_figure import METRICS, crossover, crossovers, points
+
+
+@pytest.mark.parametrize(
+    ("arm", "base", "number"),
+    [
+        ({100: 4.0, 10_000: 4.0}, {100: 2.0, 10_000: 6.0}, 1_000),  # half way in the logarithm
+        ({100: 4.0, 10_000: 4.0}, {100: 3.0, 10_000: 7.0}, 10**2.5),  # a quarter of the way
+        ({100: 4.0, 1_000: 4.0}, {100: 4.0, 1_000: 5.0}, 100),
+        ({100: 4.0, 1_000: 4.0}, {100: 2.0, 1_000: 3.0}, None),
+        ({100: 2.0, 1_000: 4.0}, {100: 3.0, 1_000: 3.0}, None),  # the arm overtakes
+        ({100: 2.0}, {1_000: 3.0}, None),
+    ],
+)
+def test_crossover(arm: dict[int, float], base: dict[int, float], number: float | None) -> None:
+    assert crossover(arm, base) == (number if number is None else pytest.approx(number))
+
+
+def test_crossovers_of_the_mean_over_seeds() -> None:
+    recalls = {"clip_100": (1, 3), "clip_10000": (6, 6), "hashtag_clip_100": (4, 4)}
+    recalls["hashtag_clip_10000"] = (3, 5)
+    runs = [
+        {"arm": arm, "seed": seed, **dict.fromkeys(METRICS, recall / 100)}
+        for arm, values in recalls.items()
+        for seed, recall in enumerate(values)
+    ]
+    assert [*crossovers(points({"runs": runs}))] == [
+        f"{name}: clip overtakes hashtag_clip at about 1,000 captions" for name in METRICS.values()
+    ]
