@@ -41,7 +41,7 @@ from data_pipelines.shards.tar_index import Modality, media_extensions
 from xray.config import DataConfig, SourceConfig
 from xray.config.loading import build
 from xray.errors import ConfigError, DataError
-from xray.files import making
+from xray.files import making, nearest_path
 from xray.progress import progress_bar
 from xray.words import count, counted
 
@@ -61,6 +61,7 @@ class _Plan:
     at_root: list[str]
     own: dict[str, str]  # source -> path of its files
     absent: list[str]  # sources without a path, beside plain folders of the others
+    nothing: bool = False  # data.root has neither files, shards nor the paths of the sources
 
 
 def pack_sources(
@@ -75,6 +76,8 @@ def pack_sources(
     """
     sources = {n: data.sources[n] for n in names if data.sources[n].modality in data.modalities}
     plan, settings = _plan(data, sources, use_root), dict[str, str]()
+    if write and plan.nothing:
+        raise ConfigError(_nothing_in(data.root))
     counted: dict[str, int] = {name: 0 for name in plan.absent}
     if plan.at_root:
         given = {name: sources[name] for name in plan.at_root}
@@ -143,7 +146,16 @@ def _plan(data: DataConfig, sources: Mapping[str, SourceConfig], use_root: bool)
         plan.at_root += missing
     elif missing and not there and plan.own:
         plan.absent = missing
+    elif missing and not there:
+        plan.nothing = True
     return plan
+
+
+def _nothing_in(root: str) -> str:
+    """Say that data.root is not there, or that there is nothing in it."""
+    if not os.path.exists(os.path.expanduser(root)):
+        return f"data.root={root} does not exist{nearest_path(os.path.expanduser(root))}"
+    return f"data.root={root} contains neither .tar shards nor pictures or clips"
 
 
 def _has_shards(where: str) -> bool:

@@ -33,7 +33,7 @@ def test_later_layers_override_earlier_ones() -> None:
         ("train.samples=many", "train.samples"),
         ("optim.name=sgd", "optim.name"),
         ("model=vit_b17", "did you mean 'vit_b16'"),
-        ("samples", "key=value"),
+        ("samples", "KEY=VALUE"),
         ("optim.betas=1", r"optim.betas: give a list, such as \[1, 2\]"),
         ("model.name=", "model.name: give a value"),
     ],

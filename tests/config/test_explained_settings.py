@@ -159,6 +159,7 @@ def test_config_of_a_section_lists_its_keys() -> None:
     assert lines[0] == "zero.stage=0" and "zero.overlap=false" in lines
     named = invoke("config", "data.sources.images").output.splitlines()
     assert named[0] == "data.sources.NAME.shards=" and "data.sources.NAME.keep=" in named
+    assert invoke("config", "clip.zero").output.splitlines() == lines
 
 
 @pytest.mark.parametrize(

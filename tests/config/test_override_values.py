@@ -100,8 +100,10 @@ def test_a_wrong_kind_is_explained_in_plain_words(override: str, message: str) -
 
 def test_commands_take_texts_as_given(tmp_path: Path) -> None:
     root = tmp_path / "pets #2"
-    given = [f"data.root={root}", "data.sources.a.shards=1e3", "train.samples=8"]
-    done = invoke("train", "mae", *given, "data.blocks=[{source: a, samples: 4}]")
+    (root / "b").mkdir(parents=True)
+    given = [f"data.root={root}", "data.sources.a.shards=1e3", "data.sources.b.shards=b"]
+    blocks = "data.blocks=[{source: a, samples: 4}, {source: b, samples: 4}]"
+    done = invoke("train", "mae", *given, blocks, "train.samples=8")
     assert done.exit_code == 2 and f"{root}/1e3 does not exist" in done.stderr
     done = invoke("train", "mae", "stage.mask_ratoi=0.5")
     assert done.exit_code == 2 and "did you mean 'mae.mask_ratio'" in done.stderr

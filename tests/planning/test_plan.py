@@ -293,7 +293,15 @@ def test_a_missing_llm_is_reported(tmp_path: Path) -> None:
     model = f"model.kwargs={json.dumps(SMALL['model']['kwargs'])}"
     done = invoke("plan", "clip", *values, source, model, "data.resolution=32")
     assert done.exit_code == 0, done.stderr
-    assert "text.llm=nobody/has-this is not at hand" in done.stdout
+    assert "text.llm=nobody/has-this is not on this machine" in done.stdout
+
+
+def test_keys_that_a_recipe_leaves_to_the_user_may_stay_unset() -> None:
+    done = invoke("plan", "small", "stages=[clip]")
+    assert done.exit_code == 0, done.stderr
+    assert "text.llm=<text.llm> is not on this machine" in done.stdout
+    shown = invoke("config", "small", "stages=[clip]").stdout
+    assert "root: <data.root>" in shown and "llm: <text.llm>" in shown
 
 
 def test_large_recipes_are_accepted_in_part() -> None:

@@ -252,6 +252,15 @@ def test_a_folder_that_cannot_be_written_beside_is_packed_to_the_cache(
     assert user_data.shards_beside(str(root)) == f"{root}_shards"
 
 
+def test_a_root_without_data(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ConfigError, match=r"phots does not exist; did you mean .*photos'\?"):
+        pack_sources(data_of(tmp_path / "phots"), SOURCES)
+    with pytest.raises(ConfigError, match=r"contains neither \.tar shards nor pictures or clips"):
+        pack_sources(data_of(tmp_path / "photos"), SOURCES)
+    assert pack_sources(data_of(tmp_path / "photos"), SOURCES, write=False) == []  # for a plan
+
+
 @pytest.mark.parametrize(
     ("sources", "error", "words"),
     [

@@ -113,6 +113,14 @@ def test_the_plan_of_a_recipe_shows_samples_steps_and_epochs(demo: Path) -> None
     assert row[table.columns.index("length")] == "3 epochs"
 
 
+def test_a_key_of_the_text_stage_without_that_stage_is_noted(demo: Path) -> None:
+    typed = [f"data.root={demo}", "text.llm=x", "text.max_length=9", "text.train.samples=64"]
+    recipe = load_recipe("small", [*typed, "clip.train.samples=9000"])
+    (note,) = (note for note in plan_notes(recipe, {}) if "text." in note)
+    assert note.startswith("text.max_length=9 does nothing") and "clip.text.max_length" in note
+    assert load_recipe(RECIPE, [f"data.root={demo}", "text.max_length=9"]).notes == []
+
+
 def test_the_plan_of_a_recipe_estimates_its_time(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +130,8 @@ def test_the_plan_of_a_recipe_estimates_its_time(
     forward = 36 * (8 * MaeStage(mae).macs(1) + 4 * MaeStage(mae).macs(4))  # type: ignore[arg-type]
     machine = Machine(2, 0, "", 3 * 2 * forward / 90)
     monkeypatch.setattr("xray.recipes.plan_table.find_machine", lambda *given: machine)
-    assert plan_time(recipe, sizes).startswith("time: about 90 s, estimated, on 2 CPU cores")
+    told = "time: about 90 s (estimated, without texts and evaluation), on 2 CPU cores"
+    assert plan_time(recipe, sizes).startswith(told)
     assert plan_time(recipe, {}) == ""  # the samples of the data are not known
 
     def unknown(*given: object) -> Machine:

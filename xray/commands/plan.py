@@ -14,7 +14,7 @@ from xray.commands.help import examples
 
 
 @examples(
-    ("xray plan full --devices 64 --gpu h100", "memory, time and cost of a recipe on 64 GPUs"),
+    ("xray plan full --devices 64 --gpu h100", "memory, FLOPs and time of a recipe on 64 GPUs"),
     ("xray plan mine.yaml --gpu a100 --gb 40", "your own recipe, on GPUs with 40 GB"),
     ("xray plan quickstart --gpu none --gb 8", "whether a machine without a GPU has the memory"),
 )
@@ -48,11 +48,11 @@ def plan(
     if name in STAGES:
         runs, llm = [load_stage(name, given)], None
     else:
-        recipe = load_recipe(name, given)
+        recipe = load_recipe(name, given, partly=True)
         from xray.recipes.own_data import recipe_settings
 
         if packed := recipe_settings(recipe, write=False):
-            recipe = load_recipe(name, [*given, *packed])
+            recipe = load_recipe(name, [*given, *packed], partly=True)
         runs, llm = recipe.runs, recipe.prepare.llm
     from xray.planning.plan import make_plan
 
@@ -102,7 +102,7 @@ def show_config(
     else:
         from xray.recipes.recipe import load_recipe
 
-        recipe = load_recipe(name, overrides or [])
+        recipe = load_recipe(name, overrides or [], partly=True)
         sections = {config.stage: config for config in recipe.runs} | {"eval": recipe.eval}
     for key, section in sections.items():
         if explain:

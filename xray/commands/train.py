@@ -12,7 +12,7 @@ import typer
 from xray import dist
 from xray.commands.common import Overrides, check_artifact, guarded
 from xray.commands.help import examples
-from xray.errors import ArtifactError
+from xray.errors import ArtifactError, ConfigError
 from xray.files import nearest_path
 
 if TYPE_CHECKING:
@@ -142,11 +142,15 @@ def train(
 ) -> None:
     """Train one stage. After an interruption, run the same command again: it continues."""
     from stages import check_stage, stage_class
+    from xray.config.loading import shipped
 
     check_stage(stage)
     items = settings or []
     files = [item for item in items if item.endswith((".yaml", ".yml")) and "=" not in item]
     values = [item for item in items if item not in files]
+    for item in values:
+        if item in shipped("recipe"):
+            raise ConfigError(f"{item} is a recipe: give it as --recipe {item}")
     if resume:
         files = [str(Path(resume) / "config.yaml"), *files]
         out = out or resume

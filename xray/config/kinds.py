@@ -59,7 +59,9 @@ def in_words(kind: Any) -> str:
     for one in options(kind):
         origin = get_origin(one) or one
         if origin is list:
-            told.append("a list, such as [1, 2]")
+            inside = get_args(one)[-1] if get_args(one) else int
+            section = dataclasses.is_dataclass(inside)
+            told.append(f"a list, such as {'[{KEY: VALUE}]' if section else '[1, 2]'}")
         elif origin is dict or dataclasses.is_dataclass(one):
             told.append("sections of keys, as KEY.NAME={...}")
         elif one is not type(None):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -27,6 +28,7 @@ from xray.urls import conceal_all
 PRESETS = ("model", "zero")
 # Settings that belong to one model and are dropped if a later layer names another.
 OF_THE_NAME = ("kwargs", "reduce_at", "keep_rates")
+MOST_HINTS = 4  # keys that an error proposes
 LENGTH = ("samples", "epochs")  # of section train: a later layer's replaces those of earlier ones
 
 C = TypeVar("C")
@@ -54,6 +56,11 @@ def find_yaml(group: str, name: str) -> Path:
             near = nearest(path.stem, shipped(group)) or nearest_path(path)
             raise ConfigError(f"config file {path} does not exist{near}")
         return path
+    if group == "recipe" and path.is_dir():
+        raise ConfigError(
+            f"{name} is a folder, not a recipe: xray init mine.yaml {shlex.quote(name)} writes a "
+            "recipe for the data in it"
+        )
     return _shipped_path(group, name, ", or give a .yaml file")
 
 
@@ -108,7 +115,7 @@ def parse_overrides(items: Sequence[str], kinds: Kinds | None = None) -> dict[st
     """
     for item in items:
         if "=" not in item or item.startswith("="):
-            raise ConfigError(f"{item!r} is not an override: write key=value")
+            raise ConfigError(f"{item!r} is not a setting: write KEY=VALUE")
     layers: list[Layer] = []
     for item in sorted(items, key=lambda item: item.split("=", 1)[0] not in PRESETS):
         try:
@@ -201,15 +208,9 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
         config: C = conceal_all(OmegaConf.to_object(typed))
         return config
     except ConfigKeyError as error:
-        key = f"{section}{error.full_key}"
         kind = error.object_type  # the dataclass that has no such field
         where = [item.name for item in fields(kind)] if is_dataclass(kind) else []
-        above, dot, last = key.rpartition(".")
-        match = closest(last, where)
-        ends = [own for own in keys_of(schema) if "." in own and key.endswith(f".{own}")]
-        meant = f"{above}{dot}{match}" if match else max(ends, key=len, default="")
-        hint = f"did you mean {meant!r}?" if meant else f"there are {', '.join(sorted(where))}"
-        raise ConfigError(f"unknown key {key!r}; {hint}") from error
+        raise unknown_key(f"{section}{error.full_key}", schema, where, merged) from error
     except TypeError as error:  # omegaconf's for a list and a section in each other's place
         key = misplaced(schema, merged)
         if not key:
@@ -218,6 +219,38 @@ def build(schema: type[C], *layers: Layer, section: str = "") -> C:
     except OmegaConfBaseException as error:
         key = error.full_key or misplaced(schema, merged)
         raise ConfigError(f"{section}{key}: {_meaning(error, schema, merged, key)}") from error
+
+
+def unknown_key(key: str, schema: type, where: Sequence[str], values: Layer) -> ConfigError:
+    """Return the error for a key that a config does not have, with those that may be meant.
+
+    where: names in the section of the key. values: the config that has the key.
+    """
+    above, dot, last = key.rpartition(".")
+    known = [*keys_of(schema)]
+    inside = [own for own in known if own.endswith(f".{last}")]
+    too_long = sorted((own for own in known if key.endswith(f".{own}")), key=len)
+    if above == values.get("stage"):  # in a recipe, the section of a stage has those of a run, too
+        where = [*where, *(item.name for item in fields(cast(Any, schema)))]
+        inside = [f"{above}.{own}" for own in inside]
+    elif dot:
+        inside = []
+    similar = [closest(last, where)] if closest(last, where) else _with_part(last, where)
+    found = (
+        (not dot and inside)
+        or [f"{above}{dot}{name}" for name in similar]
+        or too_long[-1:]
+        or inside
+    )
+    hint = f"there are {', '.join(sorted(where))}"
+    if found and len(found) <= MOST_HINTS:
+        hint = f"did you mean {' or '.join(map(repr, found))}?"
+    return ConfigError(f"unknown key {key!r}; {hint}")
+
+
+def _with_part(word: str, names: Sequence[str]) -> list[str]:
+    """Return the names that have a word as a part, such as base_lr for lr."""
+    return [name for name in names if word in name.split("_")]
 
 
 @functools.cache

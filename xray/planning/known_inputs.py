@@ -66,11 +66,9 @@ def _known(config: RunConfig, made: dict[str, Path], tuned: TextConfig | None, t
         name = f"{parent.path}/llm" if parent is not None and carried else name
         llm = made.get(name) or _llm(name)
         if llm is None:
-            named = f"text.llm={name} is not at hand" if name else "no text.llm"
-            notes.append(
-                f"{named}: the LLM is not counted; give a folder with its config.json, which is "
-                "enough"
-            )
+            named = f"text.llm={name} is not on this machine" if name else "no text.llm"
+            left = "the LLM is not counted" if VISION in kind.offers else "not in the table"
+            notes.append(f"{named}: {left}; give a folder with its config.json, which is enough")
         if SENTENCES in kind.accepts and tuned is not None:
             text = _inherited(own, tuned)
     facts, assumed = kind(config).count(sources, Facts(tags, llm, text))

@@ -53,8 +53,8 @@ def _length(config: RunConfig, sizes: dict[str, int]) -> str:
 
 
 def plan_notes(recipe: Recipe, sizes: Sizes) -> list[str]:
-    """Return what is odd about the lengths of a recipe's stages, each with a setting to change."""
-    notes = []
+    """Return what is odd about a recipe's settings and lengths, each with a setting to change."""
+    notes = [*recipe.notes]
     for run in recipe.runs:
         own = sizes.get(run.stage, {})
         notes += length_advice(run.with_length(own), own, f"{run.stage}.")
@@ -104,7 +104,8 @@ def plan_time(recipe: Recipe, sizes: Sizes) -> str:
     except ConfigError:  # a GPU of unknown speed
         return ""
     seconds = (1 + BACKWARD) * 2 * sum(work) / machine.speed
-    return f"time: about {duration(seconds)}, estimated, on {machine}"
+    told = f"about {duration(seconds)} (estimated, without texts and evaluation)"
+    return f"time: {told}, on {machine}"
 
 
 def work_of(config: RunConfig) -> float:

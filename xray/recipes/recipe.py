@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages import STAGES, check_stage, load_settings, stage_class, stage_config
 from xray.artifacts.offers import slot_of
-from xray.config import RunConfig, nearest
+from xray.config import RunConfig
 from xray.config import loading as cfg
 from xray.config.kinds import kind_at
 from xray.config.loading import PRESETS
@@ -63,18 +63,56 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     root: str = ""
     workers: int = 0
+    notes: list[str] = field(default_factory=list)  # on settings that do nothing
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), partly: bool = False) -> Recipe:
     """Load a shipped recipe by name, or a yaml file, with `key=value` overrides on top.
 
+    partly: a key that is left to the user and is not set has its name as its value: <data.root>.
     Raises ConfigError for unknown keys and stages, and for settings that cannot work together.
     """
     command_line = cfg.parse_overrides(overrides, kind_of_key)
     for key in SHARED:  # a wrong key is named before the one that is then missing
         cfg.check_known(RunConfig, {key: command_line[key]} if key in command_line else {})
-    layers = recipe_layers(name, command_line.pop("base", None))
-    return resolve_recipe([*layers, command_line])
+    layers = [*recipe_layers(name, command_line.pop("base", None)), command_line]
+    recipe = resolve_recipe([*layers, _names_of_unset(layers)] if partly else layers)
+    recipe.notes = [*_unread_text(command_line, layers, [run.stage for run in recipe.runs])]
+    return recipe
+
+
+def _unread_text(
+    command_line: Mapping[str, Any], layers: Sequence[Any], stages: Sequence[str]
+) -> Iterator[str]:
+    """Yield a note on each key of the text stage that is typed, and read by no stage of a recipe.
+
+    In a recipe without that stage, `text.KEY` does nothing, unless another key refers to it.
+    """
+    if "clip" not in stages or "text" in stages:
+        return
+    for name, value in (command_line.get("text") or {}).items():
+        referred = f"${{text.{name}}}" in str(layers)
+        if not referred and kind_at(stage_config("clip"), f"text.{name}") is not None:
+            yield (
+                f"text.{name}={value} does nothing: it is for the text stage, which is not in "
+                f"stages; for the clip stage, set clip.text.{name}"
+            )
+
+
+def _names_of_unset(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a layer in which each key that is still `???` has its name in angle brackets."""
+    whole = OmegaConf.create(cfg.merge(*layers))
+    named = OmegaConf.create({})
+    for key in OmegaConf.missing_keys(whole):
+        if not _refers(whole, key):
+            OmegaConf.update(named, key, f"<{key}>")
+    return OmegaConf.to_container(named)  # type: ignore[return-value]
+
+
+def _refers(whole: DictConfig, key: str) -> bool:
+    """Return True if a key's value is a reference to another key."""
+    section, _, name = key.rpartition(".")
+    return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
 
 
 def load_stage(name: str, overrides: Sequence[str]) -> RunConfig:
@@ -172,9 +210,7 @@ def check_keys(layer: Mapping[str, Any]) -> None:
         if section and not isinstance(value, Mapping):
             raise ConfigError(f"{key}={value} must be a section of keys: write {key}.KEY=VALUE")
         if key not in valid:
-            raise ConfigError(
-                f"unknown key {key!r} in the recipe{nearest(key, valid) or f': {sorted(valid)}'}"
-            )
+            raise cfg.unknown_key(key, RunConfig, valid, {})
 
 
 def _resolve(content: Any) -> dict[str, Any]:
@@ -199,13 +235,8 @@ def _resolve_whole(content: dict[str, Any]) -> dict[str, Any]:
     that are left out read it: it becomes "".
     """
     whole = OmegaConf.create(content)
-
-    def refers(key: str) -> bool:  # a reference to another missing key: that one is named instead
-        section, _, name = key.rpartition(".")
-        return OmegaConf.is_interpolation(OmegaConf.select(whole, section), name)
-
-    with _resolving():
-        missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (refers(key), key))
+    with _resolving():  # of a reference to another missing key, that one is named
+        missing = sorted(OmegaConf.missing_keys(whole), key=lambda key: (_refers(whole, key), key))
     stages = content.get("stages")
     unused = {*STAGES} - {*stages} if isinstance(stages, list) and stages else set[str]()
     if any(key.partition(".")[0] not in unused for key in missing):

@@ -84,13 +84,17 @@ def explain_key(key: str) -> Explained | None:
 
 
 def section_of(key: str) -> dict[str, Setting]:
-    """Return the settings below a section such as `optim`, by key; {} if there is none."""
-    found: dict[str, Setting] = {}
-    for settings in scopes().values():
-        for own in settings:
-            if own.is_below(key):
-                found.setdefault(own.key, own)
-    return found
+    """Return the settings below a section such as `optim`, by key; {} if there is none.
+
+    A recipe's `clip.optim` is optim.
+    """
+    every = [own for settings in scopes().values() for own in settings]
+    stage, _, rest = key.partition(".")
+    for name in (key, rest if stage in STAGES else ""):
+        found = {own.key: own for own in reversed(every) if name and own.is_below(name)}
+        if found:
+            return dict(reversed(found.items()))
+    return {}
 
 
 def unknown_key(key: str) -> ConfigError:
