@@ -89,7 +89,7 @@ def _group(name: str, help_text: str, commands: Commands) -> typer.Typer:
     return group
 
 
-TITLE = "One vision backbone through MAE, hashtags and CLIP with an LLM, on DeepSpeed."
+TITLE = "Train one vision backbone with MAE, hashtags, and CLIP with an LLM, on DeepSpeed."
 app = _group("xray", TITLE, COMMANDS)
 app.add_typer(_group("data", "Make and inspect data.", DATA))
 app.add_typer(_group("debug", "Inspect a run that failed.", DEBUG))
