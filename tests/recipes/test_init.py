@@ -87,8 +87,16 @@ def test_real_data_are_described(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "machine", "pretrained", "base", "stages"),
     [
-        ([found(**CAPTIONED)], LAPTOP, "", "small", ["mae", "hashtag", "text", "clip"]),
-        ([found(captioned=1.0, captions=1.0)], LAPTOP, "", "small", ["mae", "hashtag", "clip"]),
+        ([found(**CAPTIONED)], LAPTOP, "", "small", ["text", "clip"]),
+        ([found(captioned=1.0, captions=1.0)], LAPTOP, "", "small", ["clip"]),
+        (
+            [found(captioned=0.4, captions=2.0)],
+            *(LAPTOP, "", "small", ["mae", "hashtag", "text", "clip"]),
+        ),
+        (
+            [found(**CAPTIONED), found("clips", modality="video", tagged=1.0)],
+            *(LAPTOP, "", "small", ["mae", "hashtag", "text", "clip"]),
+        ),
         ([found(labelled=1.0, label="label_name")], LAPTOP, "", "small", ["mae", "hashtag"]),
         ([found(tagged=0.5)], LAPTOP, "", "small", ["mae", "hashtag"]),
         ([found()], LAPTOP, "", "small", ["mae"]),
@@ -168,12 +176,12 @@ def test_the_time_is_divided_over_the_stages() -> None:
 
 
 def test_stages_that_read_captions_leave_out_samples_without(tmp_path: Path) -> None:
-    own = found(captioned=0.6, captions=2.0)
+    own = found(captioned=0.4, captions=2.0)
     made = draft(
         scales_for(Survey("/d", [own], []), LAPTOP, "")[-1], Survey("/d", [own], []), LAPTOP
     )
     shares = {stage: made.settings[stage].get("data", {}) for stage in ("hashtag", "text", "clip")}
-    assert [own.get("max_bad_fraction") for own in shares.values()] == [None, 0.45, 0.45]
+    assert [own.get("max_bad_fraction") for own in shares.values()] == [None, 0.65, 0.65]
 
 
 def test_a_language_model_is_built_from_the_captions_there_are(

@@ -58,6 +58,7 @@ LENGTHS_ADAPTED = {"text": Length(1, 1, 10), "hashtag": Length(2, 1, 5), "clip":
 DISPENSABLE = ("mae", "hashtag")
 FEWEST = 8  # samples of a source in a step
 SOME = 0.05  # share of the samples of a source that must have captions or tags, to use them
+MOST = 0.5  # share of the samples with captions from which on clip alone is best (docs/proof.md)
 
 
 @dataclass
@@ -106,6 +107,11 @@ def draft(
     if "clip" in uses:
         _add_text(result, uses, text_llm)
     result.comments["stages"] = _why_stages(uses, seen)
+    if "clip" in uses and scale is not ADAPT and _is_clip_best(seen, scale):
+        result.comments["stages"] += (
+            ".\nmae and hashtag are for samples without captions: in the same time, a longer clip "
+            "was better"
+        )
     if without:
         left = " and ".join(without)
         result.comments["stages"] += f"\nThere is no time for {left}: give xray init more --hours"
@@ -122,14 +128,19 @@ def _uses(seen: Survey, scale: Scale) -> dict[str, list[Found]]:
     """Return the sources that each stage can learn from, without stages that have none."""
     captioned = [found for found in seen.training if found.captioned >= SOME]
     tagged = [found for found in seen.training if _origin(found, seen)]
-    adapted = scale is ADAPT
+    adapted, alone = scale is ADAPT, _is_clip_best(seen, scale)
     uses = {
-        "mae": [] if adapted else seen.training,
-        "hashtag": [] if adapted and captioned else tagged,
+        "mae": [] if adapted or alone else seen.training,
+        "hashtag": [] if (adapted and captioned) or alone else tagged,
         "text": [found for found in captioned if found.captions >= 1.5],
         "clip": captioned,
     }
     return {stage: sources for stage, sources in uses.items() if sources}
+
+
+def _is_clip_best(seen: Survey, scale: Scale) -> bool:
+    """Check if most samples have captions, at the scale at which clip alone was measured."""
+    return scale.gpus == 0 and all(found.captioned >= MOST for found in seen.training)
 
 
 def _origin(found: Found, seen: Survey) -> str:
