@@ -22,6 +22,7 @@ from xray.errors import ConfigError
 from xray.training import throughput
 from xray.training.gpu_specs import gpu_of
 from xray.training.metrics import read_metrics
+from xray.training.step_result import Events, ReducedStep
 from xray.training.throughput import Throughput
 
 CPU = torch.device("cpu")
@@ -233,3 +234,11 @@ def test_a_changed_line_is_named_when_a_run_continues(
         lines = [line for line in caplog.messages if "metrics.jsonl is damaged" in line]
         assert len(lines) == warns
     assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_norm_on_the_host_joins_the_metrics_of_the_device() -> None:
+    """DeepSpeed computes it there with `zero.offload`."""
+    device = torch.device("meta")
+    result = ReducedStep(Events(), {"loss": torch.ones((), device=device)}, device)
+    result.append("grad_norm", torch.ones(()))
+    assert result["grad_norm"].device == result["loss"].device == device
