@@ -250,6 +250,10 @@ def test_clipping_is_always_set() -> None:
             r"may not set zero_optimization.offload_param: set zero.offload",
         ),
         ({"zero_optimization": {"overlap_com": True}}, r"zero_optimization.overlap_com \(extra"),
+        (
+            {"zero_optimization": {"overlap_comm": True}},
+            r"overlap_comm=true with zero.stage=1 does",
+        ),
         ({"zero_optimization": 3}, r"zero.deepspeed.zero_optimization=3 must be a dict"),
     ],
 )
