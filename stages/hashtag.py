@@ -78,7 +78,7 @@ class HashtagModule(VisionModule):
         options = self.options = config.hashtag
         self.head = TagHead(self.vision.embed_dim, len(counts))
         self.loss = tag_loss(options.loss)(options.smoothing, options.chunk)
-        self.mix = options.mixup, options.cutmix
+        self.mix, self.views = (options.mixup, options.cutmix), config.data.views
         self.drawn = sampling_probabilities(torch.tensor(counts))
         if options.shard_classes:
             self.sharded = ("head.weight", "head.bias")
@@ -87,9 +87,10 @@ class HashtagModule(VisionModule):
         pixels = self.normalize(batch["pixels"])
         tags, targets = batch["tags"], self.loss.targets(batch["weights"])
         if self.training and any(self.mix):
-            pixels, share = mix(pixels, *self.mix)
-            tags = torch.cat([tags, tags.roll(1, 0)], dim=1)
-            targets = torch.cat([share * targets, (1 - share) * targets.roll(1, 0)], dim=1)
+            pixels, share = mix(pixels, *self.mix, self.views)
+            tags = torch.cat([tags, tags.roll(self.views, 0)], dim=1)
+            other = targets.roll(self.views, 0)
+            targets = torch.cat([share * targets, (1 - share) * other], dim=1)
         cls = self.encode(pixels, progress).cls
         progressed = torch.tensor(progress)  # on the CPU, where it is read
         return {"cls": cls, "tags": tags, "targets": targets, "progress": progressed}

@@ -82,6 +82,12 @@ class HashtagConfig(RunConfig):
                 )
             self.zero.check_own_reduction("hashtag.shard_classes=true")
 
+    def without_effect(self, rows: int) -> list[str]:
+        mixes, options = rows > self.data.views, self.hashtag
+        works = {"mixup": mixes, "cutmix": mixes, "truncate": rows > 1}
+        idle = {name: getattr(options, name) for name, does in works.items() if not does}
+        return [f"hashtag.{name}={value:g}" for name, value in idle.items() if value]
+
     @property
     def zero_limit(self) -> Literal[0, 2, 3]:
         return 0 if self.hashtag.shard_classes else super().zero_limit

@@ -11,7 +11,7 @@ from xray.optim import reduce_bucket
 
 
 def test_gradients_are_reduced_during_the_backward_pass() -> None:
-    """ZeRO 0 to 2 on two processes, with weights equal to those without overlap, bit for bit."""
+    """ZeRO 0 and 2 on two processes; the weights equal those without overlap, bit for bit."""
     torchrun(str(SUPPORT / "overlap_ranks.py"))
 
 
@@ -24,7 +24,7 @@ def test_a_bucket_is_a_part_of_the_gradients() -> None:
 def test_keys_that_overlap_does_not_know_are_refused() -> None:
     config = RunConfig()
     config.zero = ZeroConfig(0, overlap=True, deepspeed={"prescale_gradients": True})
-    with pytest.raises(ConfigError, match=r"zero\.overlap=true.*prescale_gradients.*zero\.stage=1"):
+    with pytest.raises(ConfigError, match=r"zero\.overlap=true.*prescale_gradients.*zero\.stage=2"):
         config.zero.validate()
-    config.zero.stage = 1
+    config.zero.stage = 2
     config.zero.validate()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from xray.artifacts.artifact import open_artifact
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
 from xray.losses.tags import BinaryLoss, SoftmaxLoss
+from xray.training.step_data import check_batches
 
 SHORT = ("train.samples=36", "data.modalities=[image]", "train.save_every=0")
 
@@ -112,6 +114,43 @@ def test_truncation_drops_doubtful_samples_not_those_with_many_tags(
     assert many > one and module.loss_from_features(features).loss.item() == pytest.approx(
         float(many), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_sample_is_mixed_with_another_one(demo: Path, tmp_path: Path, views: int) -> None:
+    options = "hashtag.mixup=0.5", f"data.views={views}"
+    module = HashtagModule(settings("hashtag", demo, tmp_path, *options), [5] * 4).train()
+    seen: list[torch.Tensor] = []
+    module.encode = lambda x, _: seen.append(x) or SimpleNamespace(cls=x)  # type: ignore[assignment,method-assign,func-returns-value]
+    tags = torch.arange(4).repeat_interleave(views)[:, None]
+    pixels = (50 * tags).to(torch.uint8).expand(-1, 3 * 32 * 32).reshape(-1, 1, 3, 32, 32)
+    batch = {"pixels": pixels, "tags": tags, "weights": torch.ones(len(tags), 1)}
+    features = module.features(batch, 1.0)
+    own, other = features["tags"].unbind(1)
+    assert torch.equal(own, tags[:, 0]) and torch.equal(other, (own - 1) % 4)
+    share = features["targets"][:, :1]
+    plain = module.normalize(pixels).flatten(1)
+    mixed = share * plain + (1 - share) * plain.roll(views, 0)
+    torch.testing.assert_close(seen[0].flatten(1), mixed)
+
+
+def test_options_without_effect_in_micro_batches_of_a_sample_are_named(
+    demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = "hashtag.cutmix=1", "hashtag.truncate=0.1", "data.views=2"
+
+    def warnings(schedule: str) -> list[str]:
+        caplog.clear()
+        more = f"train.micro_batch={schedule}", "data.modalities=[image]"
+        config = settings("hashtag", demo, tmp_path, *options, *more)
+        check_batches(HashtagStage(config), config)
+        return [record.getMessage() for record in caplog.records]
+
+    one, two = warnings("[[0.0, 4], [0.5, 2], [0.7, 1]]")
+    assert one.startswith("hashtag.cutmix=1, hashtag.truncate=0.1: no effect on source photos in m")
+    assert "micro-batches of 1" in one and "train.micro_batch" in one
+    assert two.startswith("hashtag.cutmix=1: no effect") and "micro-batches of 2" in two
+    assert warnings("4") == []
 
 
 @pytest.mark.parametrize("loss", ["softmax", "bce"])

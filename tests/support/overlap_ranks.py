@@ -21,7 +21,7 @@ COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_
 
 
 class Layers(nn.Module):
-    """Eight layers, one of which the loss does not use in every second step."""
+    """Eight layers, one of which some micro-batches do not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,9 +73,10 @@ def run(zero: int, overlap: bool, counter: BackwardCounter) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(dist.rank())
     counter.during = 0
     for step in range(STEPS):
-        module.unused = step % 2 == 1
         engine.set_lr(0.05, 1.0)
         for number in range(MICROS):
+            # in all micro-batches of the second step, and in the last one of the third
+            module.unused = step == 1 or (step == 2 and number + 1 == MICROS)
             engine.begin(number, MICROS)
             engine.backward(engine(torch.randn(4, 16, generator=generator)))
             engine.step()
@@ -94,7 +95,8 @@ def main() -> None:
         assert all(torch.equal(value, plain[name]) for name, value in overlapped.items()), zero
         if dist.is_main():
             print(f"zero {zero}: {before} reductions during backward, {counter.during} overlapped")
-        assert counter.during >= before + 4 * STEPS, (zero, before, counter.during)
+        # DeepSpeed's ZeRO 1 would not average what the last micro-batch does not use
+        assert counter.during >= before + 4 * STEPS * (zero != 1), (zero, before, counter.during)
     dist.leave()
 
 

@@ -178,7 +178,7 @@ def test_frozen_and_unused_parameters_are_equal_in_every_stage(zero: int) -> Non
 
 
 class Either(nn.Module):
-    """Two layers, of which a micro-batch may use one; every step uses both."""
+    """Two layers, of which a micro-batch or a whole step may use one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Either(nn.Module):
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_a_micro_batch_may_leave_out_parameters(zero: str) -> None:
-    """Their gradients come from the step's other micro-batches, first or last ones."""
+    """Their gradients come from the step's other micro-batches, first or last, or are zero."""
     init_distributed(torch.device("cpu"))
     config = run_config(ZERO[zero])
     config.optim.weight_decay = 0.0
@@ -199,8 +199,8 @@ def test_a_micro_batch_may_leave_out_parameters(zero: str) -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     engine = Engine(Either(), config)  # type: ignore[arg-type]
     engine.set_lr(LR, 1.0)
-    uses = [["0", "1"], ["01"], ["1", "0", "0"], ["01", "1"]]
-    for step, used in zip(steps(), uses, strict=True):
+    uses = [["0", "1"], ["01"], ["1", "0", "0"], ["1", "1"], ["0"]]
+    for step, used in zip([*steps(), steps()[1]], uses, strict=True):
         optimizer.zero_grad(set_to_none=False)
         for number, (x, names) in enumerate(zip(step, used, strict=True)):
             layers = [int(name) for name in names]
@@ -250,6 +250,10 @@ def test_clipping_is_always_set() -> None:
             r"may not set zero_optimization.offload_param: set zero.offload",
         ),
         ({"zero_optimization": {"overlap_com": True}}, r"zero_optimization.overlap_com \(extra"),
+        (
+            {"zero_optimization": {"overlap_comm": True}},
+            r"overlap_comm=true with zero.stage=1 does",
+        ),
         ({"zero_optimization": 3}, r"zero.deepspeed.zero_optimization=3 must be a dict"),
     ],
 )

@@ -14,15 +14,18 @@ import torch
 from run_comparison import MEASURED
 from tiny import settings, train
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from stages import stage_class
 from stages.base import Parents
 from stages.tuning import set_trained
 from xray.errors import ConfigError
+from xray.models.flops import linear_macs
 from xray.training import throughput
 from xray.training.gpu_specs import gpu_of
 from xray.training.metrics import read_metrics
-from xray.training.throughput import Throughput
+from xray.training.step_result import Events, ReducedStep
+from xray.training.throughput import Throughput, _forwards_of
 
 CPU = torch.device("cpu")
 DEEP = "model.kwargs={patch_size: 8, embed_dim: 96, depth: 12, num_heads: 2}"
@@ -100,7 +103,7 @@ def flops_of(made: Any, module: Any, batch: dict[str, torch.Tensor]) -> tuple[fl
     with FlopCounterMode(display=False) as counter:
         module(batch, 0.9).loss.backward()
     meter.begin()
-    meter.end(0.9, [Loaded(batch)])
+    meter.end(0.9, [Loaded(batch), Loaded({})])  # another one without captions
     assert meter.rates()["mfu"] == pytest.approx(meter.flops / meter.seconds / 1e12)
     return counter.get_total_flops(), meter.flops
 
@@ -136,6 +139,13 @@ def test_model_flops_equal_those_of_a_step(
     counted, ours = flops_of(made, module, batch)
     # attention of the text tower is not counted: a tenth in a model this small
     assert ours == pytest.approx(counted, rel=0.12 if stage == "text" else 0.05)
+
+
+def test_the_linear_layers_of_gpt2_count() -> None:
+    tower = torch.nn.ModuleList([Conv1D(6, 4), torch.nn.Linear(4, 2)])
+    tower[1].requires_grad_(False)
+    assert (linear_macs(tower), linear_macs(tower, trained=True)) == (32, 24)
+    assert _forwards_of(torch.nn.LayerNorm(4)) == 2  # without linear layers
 
 
 def test_rates_leave_out_time_between_steps(
@@ -233,3 +243,11 @@ def test_a_changed_line_is_named_when_a_run_continues(
         lines = [line for line in caplog.messages if "metrics.jsonl is damaged" in line]
         assert len(lines) == warns
     assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_norm_on_the_host_joins_the_metrics_of_the_device() -> None:
+    """DeepSpeed computes it there with `zero.offload`."""
+    device = torch.device("meta")
+    result = ReducedStep(Events(), {"loss": torch.ones((), device=device)}, device)
+    result.append("grad_norm", torch.ones(()))
+    assert result["grad_norm"].device == result["loss"].device == device

@@ -241,23 +241,30 @@ class Stream:
         self.log.append("synchronize")
 
 
+class OnGpu(Tensor):
+    """Stands for a value on a GPU."""
+
+    is_cuda = True
+
+
 def test_copies_of_a_gpu_fill_the_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies themselves are compared by tools/gpu_check.py, on a GPU."""
     locked: list[tuple[int, int]] = []
     stream = Stream()
     monkeypatch.setattr(host_buffer, "pin_memory", lambda *where: locked.append(where))
-    monkeypatch.setattr(host_buffer, "unpin_memory", lambda at: locked.remove((at, 40)))
+    monkeypatch.setattr(host_buffer, "unpin_memory", lambda at: locked.remove((at, 48)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: "the present one")
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(Tensor, "record_stream", lambda value, on: on.log.append("kept"))
-    host = host_buffer.HostBuffer(10, torch.device("cuda"))
+    monkeypatch.setattr(OnGpu, "record_stream", lambda value, on: on.log.append("kept"))
+    host = host_buffer.HostBuffer(12, torch.device("cuda"))
     for _ in range(2):
         host.clear()
-        values = [torch.randn(2, 3), torch.randn(4)]
+        gathered = torch.randn(2)  # on the host, as the parameters of `hashtag.shard_classes`
+        values = [OnGpu(torch.randn(2, 3)), gathered, OnGpu(torch.randn(4))]
         copies = [host.keep(value) for value in values]
         assert all(torch.equal(a, b) for a, b in zip(values, copies, strict=True))
-        assert copies[0].data_ptr() == locked[0][0] and copies[1].data_ptr() == locked[0][0] + 24
+        assert copies[0].data_ptr() == locked[0][0] and copies[2].data_ptr() == locked[0][0] + 32
     once = ["wait for the present one", "kept", "event"]
     assert stream.log == [*once, *["synchronize", *once] * 3]
     host.close()

@@ -18,6 +18,7 @@ from xray.models.tiny_llm import tiny_settings
 from xray.training.accumulation import Accumulator
 from xray.training.engine import Engine
 from xray.training.step_data import step_shape
+from xray.training.step_result import Events, ReducedStep
 
 PROGRESS = 0.9  # token reduction and schedules have reached their final values
 LR = 1e-4
@@ -120,13 +121,17 @@ class StageSteps:
         return sum(block.samples for block in self.config.blocks)
 
     def step(self, number: int = 0, progress: float = PROGRESS) -> float:
-        """Train one step and return its loss."""
+        """Train one step as the training loop does, and return its loss."""
         means = self.accumulator.train(number, progress, self.shape.micro, self.loaded)
+        result = ReducedStep(Events(), means, self.device)
         self.engine.set_lr(LR, progress)
-        self.engine.step()
+        self.engine.step(result["loss"])
+        result.append("grad_norm", self.engine.norm)
         self.stage.after_step(self.engine, self.module)
+        result.copy_to_host()
+        _, values = result.read()
         self.engine.update_average(number + 1)
-        return float(means["loss"])
+        return values["loss"]
 
     def macs(self) -> int:
         """Count the multiply-adds of a forward pass of the vision tower over the step's samples."""

@@ -101,6 +101,10 @@ class RunConfig:
         """Progress of the stage at a step, in (0, 1); every schedule is a function of it."""
         return (step + 0.5) / self.steps
 
+    def without_effect(self, rows: int) -> list[str]:
+        """Return settings that have no effect in a micro-batch of so many rows, as KEY=VALUE."""
+        return []
+
     def from_parents(self, parents: Sequence[Parent]) -> dict[str, Any]:
         """Return settings, below those of the user, that the run takes from its parents."""
         return {}

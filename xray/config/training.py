@@ -168,7 +168,7 @@ class ZeroConfig:
     # parts divided over processes: 1 optimizer state, 2 gradients too, 3 parameters too; 0 = none
     stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False  # optimizer state (and ZeRO-3 parameters) to CPU memory
-    # sum gradients over processes while the backward pass runs (ZeRO 3 always does)
+    # sum gradients over processes while the backward pass runs (ZeRO 3 always does, ZeRO 1 never)
     overlap: bool = runtime(False)
     # DeepSpeed's own keys, merged into its config: {zero_optimization: {overlap_comm: false}}
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -178,7 +178,7 @@ class ZeroConfig:
         if self.offload and self.stage == 0:
             raise ConfigError("zero.offload=true needs zero.stage of 1 to 3")
         if self.overlap and self.stage == 0:
-            self.check_own_reduction("zero.overlap=true with zero.stage=0", ", or set zero.stage=1")
+            self.check_own_reduction("zero.overlap=true with zero.stage=0", ", or set zero.stage=2")
         for key, value in self.deepspeed.items():
             section = key in ("zero_optimization", "torch_autocast")
             if section and not isinstance(value, dict):

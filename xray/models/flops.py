@@ -96,9 +96,15 @@ def decoder_macs(decoder: MaeDecoder, tokens: int, visible: int) -> int:
 
 def linear_macs(module: nn.Module, trained: bool = False) -> int:
     """Return the MACs per token of a module's linear layers; `trained`: only of trained ones."""
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, nn.Linear) or _is_conv1d(m)]
     # use the layers' feature sizes: weights that ZeRO 3 has partitioned have no elements
     return sum(
-        m.in_features * m.out_features
-        for m in module.modules()
-        if isinstance(m, nn.Linear) and (m.weight.requires_grad or not trained)
+        m.nx * m.nf if _is_conv1d(m) else m.in_features * m.out_features
+        for m in layers
+        if m.weight.requires_grad or not trained
     )
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Return True for the linear layers of GPT-2, which transformers names a convolution."""
+    return type(layer).__name__ == "Conv1D"  # the import of transformers is slow

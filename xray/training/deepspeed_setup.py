@@ -59,7 +59,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Translate the config to DeepSpeed's; raises ConfigError for keys that DeepSpeed refuses."""
     config.zero.validate()
     zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.overlap and config.zero.stage in (1, 2):
+    if config.zero.overlap and config.zero.stage == 2:
         zero["overlap_comm"] = True
     if config.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -85,6 +85,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     for key, value in config.zero.deepspeed.items():
         ours[key] = ours[key] | value if isinstance(ours.get(key), dict) else value
+    if config.zero.stage == 1 and ours["zero_optimization"].get("overlap_comm"):
+        raise ConfigError(
+            "zero.deepspeed.zero_optimization.overlap_comm=true with zero.stage=1 does not average "
+            "the gradients of parameters that a step's last micro-batch does not use: remove it, "
+            "or set zero.stage=2"
+        )
     try:
         DeepSpeedZeroConfig(**ours["zero_optimization"])
     except ValidationError as error:

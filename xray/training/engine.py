@@ -204,7 +204,7 @@ class Engine:
 
     @property
     def norm(self) -> Tensor:
-        """Global gradient norm of the last step, before clipping [0-d, on the device]."""
+        """Global gradient norm of the last step before clipping [0-d; on the host if offloaded]."""
         assert self._norm is not None, "no step was made"
         return self._norm
 

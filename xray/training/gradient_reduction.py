@@ -74,16 +74,24 @@ class GradientReducer:
 
 
 def clear_gradients(optimizer: Any, stage: int) -> None:
-    """Clear the gradients of the last step that DeepSpeed's optimizer keeps in ZeRO 2 and 3.
+    """Clear the gradients of the last step that DeepSpeed's optimizer keeps.
 
-    It overwrites them in the first micro-batch only. To parameters that a later one reaches first,
-    it would add them again.
+    These are sums over micro-batches (ZeRO 2 and 3) and, if offloaded, the gradients of the fp32
+    masters. DeepSpeed overwrites a sum in the first micro-batch only, and would add it again where
+    a later one reaches its parameter first. It would update a parameter that no micro-batch
+    reaches by its last gradient.
     """
     if stage == 3:
         optimizer.grad_partitions_flat_buffer.zero_()
-    elif stage == 2 and optimizer.cpu_offload:
+        masters = optimizer.fp32_partitioned_groups_flat if optimizer.offload_optimizer else []
+    elif stage and optimizer.cpu_offload:
         for gradient in optimizer.accumulated_grads_in_cpu.values():
             gradient.zero_()
+        masters = optimizer.single_partition_of_fp32_groups
+    else:
+        return
+    for master in masters:
+        master.grad.zero_()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -33,10 +33,12 @@ class HostBuffer:
         self._used = 0
 
     def keep(self, value: Tensor) -> Tensor:
-        """Start to copy a value of the device; the copy is complete after `wait`."""
-        self.wait()  # so that no more than two values are on the device
+        """Start to copy a value; the copy is complete after `wait`, at once for one on the host."""
         kept = self._memory[self._used : self._used + value.numel()].view(value.shape)
         self._used += value.numel()
+        if not value.is_cuda:
+            return kept.copy_(value)
+        self.wait()  # so that no more than two values are on the device
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             kept.copy_(value, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
@@ -27,6 +28,8 @@ from xray.config.schedule import steps_of, value_at
 from xray.errors import ConfigError, DataError
 from xray.training.gradient_cache import split_blocks
 
+log = logging.getLogger("xray")
+
 
 def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> StepShape:
     """Return sizes and this rank's micro-batches of a step over blocks at a progress in [0, 1]."""
@@ -48,7 +51,10 @@ def step_shape(stage: Stage, blocks: list[BlockConfig], progress: float) -> Step
 
 
 def check_batches(stage: Stage, config: RunConfig) -> None:
-    """Raise ConfigError for blocks of a wrong modality, or that cannot be split as configured."""
+    """Raise ConfigError for blocks of a wrong modality, or that cannot be split as configured.
+
+    Warns about settings that have no effect in micro-batches as small as these.
+    """
     for block in (*config.blocks, *config.validation):
         modality = config.data.sources[block.source].modality
         if modality not in stage.modalities:
@@ -63,9 +69,19 @@ def check_batches(stage: Stage, config: RunConfig) -> None:
         )
     schedules = config.train.micro_batch, config.data.resolution, config.data.frames
     starts = sorted({start for schedule in schedules for start, _ in steps_of(schedule)})
-    for blocks in (config.blocks, config.validation):
-        for start in starts:
-            step_shape(stage, blocks, start)
+    sizes = set[tuple[str, int]]()  # sources and rows of the micro-batches of training
+    for start in starts:
+        cut = step_shape(stage, config.blocks, start).micro
+        step_shape(stage, config.validation, start)
+        sizes |= {(micro.source, micro.stop - micro.start) for micro in cut}
+    for source, rows in sorted(sizes):
+        idle = config.without_effect(rows)
+        if idle and dist.is_main():
+            log.warning(
+                "%s: no effect on source %s in micro-batches of %d, which contain a single sample; "
+                "raise train.micro_batch, data.tokens_per_batch or the samples of the block",
+                *(", ".join(idle), source, rows),
+            )
 
 
 def check_loading(stage: Stage, config: RunConfig, sources: Mapping[str, Source]) -> None:

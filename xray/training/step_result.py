@@ -54,8 +54,9 @@ class ReducedStep:
         return self._values[self._facts + self._names.index(name)]
 
     def append(self, name: str, value: Tensor) -> None:
-        """Add a metric that is equal on all ranks [0-d, on the device]."""
+        """Add a metric that is equal on all ranks [0-d, on the device or the host]."""
         self._names.append(name)
+        value = value.to(self._values.device)
         self._values = torch.cat([self._values, value.reshape(1).double()])
 
     def copy_to_host(self) -> None:

@@ -62,7 +62,8 @@ class Throughput:
                 macs = block.samples * self.stage.macs(frames, progress)
                 self.flops += 2 * macs * self._forwards("vision", progress)
         if self.peak is not None and self.text_macs:
-            read = sum(item.batch["input_ids"].numel() for item in loaded)
+            texts = [item.batch["input_ids"] for item in loaded if "input_ids" in item.batch]
+            read = sum(ids.numel() for ids in texts)
             macs = dist.world_size() * read * self.text_macs  # ranks read about as much each
             self.flops += 2 * macs * self._forwards("text", progress)
 
@@ -88,4 +89,4 @@ def _forwards_of(tower: nn.Module) -> float:
     A backward costs one forward for the gradients of activations, of the blocks that they pass, and
     one for those of weights, of the weights that are trained.
     """
-    return 1.0 + reach(tower) + linear_macs(tower, trained=True) / linear_macs(tower)
+    return 1.0 + reach(tower) + linear_macs(tower, trained=True) / max(1, linear_macs(tower))
