@@ -279,7 +279,8 @@ def _manifest_path(pattern: str) -> tuple[str, Path]:
         while head and any(c in head for c in "*?[{"):
             head = os.path.dirname(head)
         folder = head if os.path.isdir(head) else os.path.dirname(head)
-        tail = hashlib.sha256(os.path.relpath(pattern, folder or ".").encode()).hexdigest()[:8]
+        below = os.path.relpath(pattern, folder or ".").encode("utf-8", "surrogateescape")
+        tail = hashlib.sha256(below).hexdigest()[:8]
         name = f"shards-{tail}.manifest"
     folder = folder or "."
     if not os.path.isdir(folder):

@@ -254,7 +254,7 @@ class Source:
     def digest(self) -> str:
         """sha256 over the samples' keys, sizes and slot map; independent of their folder."""
         kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
-        state = hashlib.sha256(kind.encode())
+        state = hashlib.sha256(kind.encode("utf-8", "surrogateescape"))
         if self.slots is not None:
             state.update(self.slots.digest.encode())
         return state.hexdigest()
