@@ -117,6 +117,8 @@ def test_find_shards(tmp_path: Path) -> None:
     assert [os.path.basename(p) for p in find_shards(str(tmp_path / "*1.tar"))] == ["00001.tar"]
     braces = find_shards(str(tmp_path / "{00000..00001}.tar"))
     assert [os.path.basename(p) for p in braces] == names[:2]
+    write_tar(tmp_path / "a[1]{2}.tar", {"a.jpg": jpeg()})
+    assert len(open_manifest(str(tmp_path / "a[1]{2}.tar"))) == 1
 
 
 def make(folder: Path, shards: int = 3, samples: int = 4) -> Path:
