@@ -259,7 +259,8 @@ class HashtagStage(Stage[HashtagConfig]):
 
     def build(self, parents: Parents) -> HashtagModule:
         module = HashtagModule(self.config, self.vocabulary.counts)
-        seen = [(b.samples, self.balanced[b.source].frequency) for b in self.config.blocks]
+        strip = self.config.hashtag.strip
+        seen = [(b.samples, self.balanced[b.source].frequency(strip)) for b in self.config.blocks]
         frequency = torch.from_numpy(mean_frequency(seen))
         module.head.start(module.loss.initial_bias(frequency))
         if dist.is_main():

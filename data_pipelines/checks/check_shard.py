@@ -316,7 +316,7 @@ class _ShardReader:
     ) -> None:
         """Keep a sample for the contact sheet if its hash is among the lowest."""
         name = self.row.path.rpartition("/")[2]  # independent of the shards' folder
-        rank = hashlib.sha256(f"{name}/{key}".encode()).hexdigest()
+        rank = hashlib.sha256(f"{name}/{key}".encode("utf-8", "surrogateescape")).hexdigest()
         sheet = self.stats.sheet
         if len(sheet) == THUMBNAILS and rank > sheet[-1].rank:
             return

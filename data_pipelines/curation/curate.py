@@ -37,7 +37,7 @@ from data_pipelines.curation.tables import (
     sample_texts,
 )
 from data_pipelines.ingest.recode import TEMPORARY
-from data_pipelines.ingest.tar_writer import new_tar
+from data_pipelines.ingest.tar_writer import check_flat_names, flat_name, new_tar
 from data_pipelines.shards.process_pool import Progress, over_shards
 from data_pipelines.shards.sidecar import Sidecar, Work, open_sidecar, write_sidecar
 from data_pipelines.shards.source import Source, open_source
@@ -211,13 +211,17 @@ def write_shards(
 
 
 def check_folder(out: Path, source: Source) -> None:
-    """Check that a curation of a source can be written to a folder; raises ConfigError."""
+    """Check that a curation of a source can be written to a folder.
+
+    Raises ConfigError, and DataError for two shards that would be written to one file.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if out.resolve() == Path(source.manifest.folder).resolve():
         raise ConfigError(f"{out} is the pool itself: choose another folder to write to")
     if any(out.glob("*.tar")) and not (out / RECORD).is_file():
         raise ConfigError(f"{out} contains other shards: choose another folder")
+    check_flat_names(source.manifest.names)
 
 
 def _claim(out: Path, curated: Curated) -> None:
@@ -249,7 +253,7 @@ class _Writer:
     def __call__(self, shard: int) -> int:
         """Write the kept samples of a shard, and return their number."""
         members, _ = self.slots.of(shard)
-        target = self.out / self.source.manifest.name(shard).replace("/", "_")
+        target = self.out / flat_name(self.source.manifest.name(shard))
         if not len(members) or target.is_file():
             return len(members)  # readers refuse a tar without samples, so write none
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")

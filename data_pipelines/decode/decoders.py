@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from data_pipelines.decode.animations import mean_rate
 from data_pipelines.decode.image_limits import MAX_PIXELS, check_size, limited_time
 from data_pipelines.decode.pixel_shape import surely_square
 from xray.errors import BadSample, brief
@@ -98,7 +99,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; scales 16 and 32 bit to 8, puts alpha on white."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, np.float32)
-        high = 65535.0 if pixels.max(initial=0) > 255 else 255.0
+        highest = pixels.max(initial=0)
+        high = 65535.0 if highest > 255 else 255.0 if highest > 1 or image.mode != "F" else 1.0
         image = Image.fromarray((pixels / high * 255).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
@@ -308,8 +310,7 @@ class Animation:
     def __init__(self, data: bytes) -> None:
         self._image = open_image(data)
         self.total = int(getattr(self._image, "n_frames", 1))
-        self._image.load()  # Pillow knows the duration of a WebP frame only after loading it
-        self.fps = 1000 / (self._image.info.get("duration") or 100)
+        self.fps = mean_rate(data)
 
     def read(self, indices: np.ndarray, least: int) -> list[np.ndarray]:
         size = shrunk(*self._image.size, len(indices), least)
@@ -352,5 +353,7 @@ def read_clip(clip: Clip, data: bytes, indices: np.ndarray, least: int = 0) -> l
         except Exception as error:  # each library has its own error types
             reasons.append(brief(error))
         else:
+            if len({frame.shape for frame in frames}) > 1:
+                raise BadSample("undecodable video", "the size of its frames changes")
             return [frames[row] for row in rows.tolist()]
     raise BadSample("undecodable video", "; ".join(reasons))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -226,6 +226,9 @@ def _with_classes(where: str, items: list[Item], modality: Modality) -> list[Ite
             f"{where} has no class names: it contains neither .tar shards, nor a folder per class, "
             "nor captions or labels beside its files"
         )
+    alike = [name for name, times in Counter(spaced(classes)).items() if times > 1]
+    if alike:
+        log.warning("%s: folders are one class if only _ and spaces differ: %s", where, alike)
     members: dict[str, list[Item]] = defaultdict(list)
     endings = media_extensions(modality, "image")
     for item in items:

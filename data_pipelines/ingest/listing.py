@@ -103,6 +103,8 @@ class Item:
             else:
                 captions = texts_in(lines_of(text))
         check_captions(meta)
+        if captions:  # of a text file, which go before those of the metadata
+            meta.pop("captions", None)
         captions = captions or captions_in(meta)
         # The json files of some photo services have the name of the file as their title.
         captions = [text for text in captions if text != posixpath.basename(self.name)]

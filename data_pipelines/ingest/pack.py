@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,12 +22,14 @@ from data_pipelines.ingest.endings import ending_of
 from data_pipelines.ingest.held_out import VAL, Cut, ItemHasher, check_share, hold_out
 from data_pipelines.ingest.listing import Item, unread_files
 from data_pipelines.ingest.recode import TEMPORARY, pack_clip, pack_picture
+from data_pipelines.ingest.row_captions import texts_in
 from data_pipelines.ingest.table_columns import TableKeys
 from data_pipelines.ingest.tables import is_table
 from data_pipelines.ingest.tar_writer import new_tar
 from data_pipelines.ingest.user_data import list_files
 from data_pipelines.shards.process_pool import over_shards, reporting_killed_workers
 from data_pipelines.shards.tar_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, index_shard
+from data_pipelines.text.captions import is_by_language
 from xray.config.identity import filled
 from xray.errors import BadSample, ConfigError, DataError
 from xray.files import sole_writer, write_text
@@ -310,6 +312,17 @@ def _write_shard(shard: int, items: list[Item], out: Path, config: PackConfig) -
     return len(items)
 
 
+def _captions(captions: list[str], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata from which readers of shards take these captions."""
+    if not captions:
+        return dict(meta)
+    every = {"captions": captions}
+    record = {"caption": captions[0], **(every if len(captions) > 1 else {}), **meta}
+    listed = record.get("captions")
+    read = is_by_language(listed) or texts_in(listed or record["caption"]) == captions
+    return record if read else record | every
+
+
 def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, bytes]:
     """Return the files of one sample by ending; raises BadSample for a file to skip."""
     ending = ending_of(item.name)
@@ -324,12 +337,8 @@ def _sample(key: str, item: Item, out: Path, config: PackConfig) -> dict[str, by
         sizes = (config.short_side, config.gop, config.crf)
         data, ending, facts = pack_clip(data, ending, *sizes, folder=out)
     captions, meta = item.describe()
-    ours: dict[str, Any] = {"original_name": item.name, **facts}
-    ours["sha256"] = hashlib.sha256(data).hexdigest()
-    if captions:
-        ours["caption"] = captions[0]
-    if len(captions) > 1:
-        ours["captions"] = captions
-    record = {**ours, **meta, "key": key}
+    facts["sha256"] = hashlib.sha256(data).hexdigest()
+    ours = {"original_name": item.name, **facts}
+    record = {**ours, **_captions(captions, meta), **facts, "key": key}  # what is measured wins
     files = {ending: data, "json": json.dumps(record, default=str).encode()}
     return files | ({"txt": captions[0].encode("utf-8", "replace")} if captions else {})

@@ -43,7 +43,7 @@ class Request:
     modality: Modality | Literal[""] = ""  # "": the first of image, video and text in the data
     animations: Modality = "image"  # modality of GIF and WebP files
     cache: ShardCache | None = None
-    verify: bool = True  # compare the manifest with the sizes and times of the tars
+    known: str = ""  # state of the manifest, if it was compared with the tars just before
 
 
 WORDS = {"image": "pictures", "video": "clips"}

@@ -27,7 +27,7 @@ from data_pipelines.ingest.held_out import (
     traits_of,
 )
 from data_pipelines.ingest.recode import TEMPORARY
-from data_pipelines.ingest.tar_writer import new_tar
+from data_pipelines.ingest.tar_writer import check_flat_names, flat_name, new_tar
 from data_pipelines.shards.manifest import open_manifest
 from data_pipelines.shards.process_pool import over_shards
 from data_pipelines.shards.remote import is_remote
@@ -75,6 +75,7 @@ def split(pattern: str, out: Path, config: SplitConfig) -> SplitReport:
         raise ConfigError(f"{out} is a file: choose a folder to write to")
     if out.resolve() == Path(manifest.folder).resolve():
         raise ConfigError(f"{out} has the shards to split: choose another folder to write to")
+    check_flat_names(manifest.names)
     source = Source("split", "image", "image", manifest, cache)
     with sole_writer(out, "folder"):
         for path in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"{VAL}/{TEMPORARY}*")):
@@ -160,7 +161,7 @@ class _Writer:
         held = self.held.get(shard, [])
         count = len(self.source.index(shard))
         parts = [member for member in range(count) if member not in set(held)], held
-        name = self.source.manifest.name(shard).replace("/", "_")
+        name = flat_name(self.source.manifest.name(shard))
         for folder, members in zip((self.out, self.out / VAL), parts, strict=True):
             target = folder / name
             if members and not target.is_file():  # readers refuse a tar without samples

@@ -5,9 +5,29 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from xray.errors import DataError
+
+
+def flat_name(shard: str) -> str:
+    """Return the file name of a rewritten shard: those of subfolders are written to one folder."""
+    return shard.replace("/", "_")
+
+
+def check_flat_names(shards: Iterable[str]) -> None:
+    """Raise DataError for two shards that would be written to one file."""
+    taken: dict[str, str] = {}
+    for shard in shards:
+        name = flat_name(shard)
+        if name in taken:
+            raise DataError(
+                f"shards {taken[name]} and {shard} would both be written to {name}: rename one, "
+                "and name each shard once"
+            )
+        taken[name] = shard
 
 
 @contextmanager

@@ -61,17 +61,17 @@ WILD = "*?[{"
 
 
 def _open_shards(where: str, request: Request) -> Source:
-    cache, verify = request.cache, request.verify
+    cache, known = request.cache, request.known
     if request.modality:
         modality = request.modality
     else:
         if cache is None and is_remote(where):
             cache = make_cache(DataConfig())
-        manifest = open_manifest(where, cache, verify)
+        manifest = open_manifest(where, cache, known)
         counts = {kind: manifest.counts(kind, request.animations).sum() for kind in MODALITIES}
         modality = next((kind for kind in MODALITIES if counts[kind]), "image")
-        verify = False  # the manifest was compared with the tars a moment ago
-    return open_source(request.name, where, modality, "", request.animations, cache, verify)
+        known = manifest.state
+    return open_source(request.name, where, modality, "", request.animations, cache, known)
 
 
 def _files(items: Callable[[str, TableKeys], list[Item]], place: Callable[[str], str]) -> Any:
@@ -206,12 +206,14 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
     remote = any(is_remote(resolve(data.sources[name].shards, data.root)) for name in names)
     cache = make_cache(data) if remote else None
 
-    def open_all() -> dict[str, Source]:
-        opened = {}
+    opened: dict[str, Source] = {}
+
+    def open_all(states: Mapping[str, str]) -> None:
         for name in names:
             config = data.sources[name]
             where = resolve(config.shards, data.root)
-            own = Request(name, config.modality, config.animations, cache, verify=dist.is_main())
+            state = states.get(name, "")
+            own = Request(name, config.modality, config.animations, cache, state)
             try:
                 opened[name] = open_data(where, own, ("shards",), "training")
             except DataError as error:
@@ -219,11 +221,14 @@ def open_sources(data: DataConfig, names: Sequence[str]) -> dict[str, Source]:
                 none = clips and not is_remote(where) and not os.path.exists(where)
                 leave = "; if there are no clips, set data.modalities=[image]" if none else ""
                 raise DataError(f"data.sources.{name}: {error}{leave}") from error
-        return opened
 
-    sources = dist.main_first(open_all, "opening the data")
-    check_same_on_all_ranks(sources)
-    return sources
+    main, patience, doing = dist.is_main(), dist.PREPARATION, "opening the data"
+    dist.together(lambda: open_all({}) if main else None, patience, doing=doing)
+    states = {name: source.manifest.state for name, source in opened.items()}
+    states = dist.broadcast_object(states)
+    dist.together(lambda: None if main else open_all(states), patience, doing=doing)
+    check_same_on_all_ranks(opened)
+    return opened
 
 
 @dataclass(frozen=True)

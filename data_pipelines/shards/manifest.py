@@ -81,6 +81,12 @@ class Manifest:
         """Digest (sha256) of all shard names and indexes."""
         return self.facts["digest"]
 
+    @functools.cached_property
+    def state(self) -> str:
+        """sha256 of the digest, and of the sizes and mtimes of the tars."""
+        stamps = (self.columns[key].tobytes() for key in ("sizes", "mtimes"))
+        return hashlib.sha256(b"\0".join([self.digest.encode(), *stamps])).hexdigest()
+
     @property
     def is_current(self) -> bool:
         """Return True if the manifest is of this version; others are written again."""
@@ -107,6 +113,10 @@ class Manifest:
     def index_digest(self, shard: int) -> str:
         """Return the digest of the index of a shard."""
         return self.columns["digests"][shard].tobytes().hex()
+
+    def stamp(self, shard: int) -> dict[str, int]:
+        """Return the size and mtime of a tar, as the facts of its index have them."""
+        return {key: int(self.columns[f"{key}s"][shard]) for key in ("size", "mtime")}
 
     def tar(self, shard: int) -> tuple[int, str | None]:
         """Return the size in bytes and the sha256 of a tar; None if it was not computed."""
@@ -143,20 +153,21 @@ def resolve(pattern: str, root: str = "") -> str:
     return os.path.join(os.path.expanduser(root), os.path.expanduser(pattern))
 
 
-def open_manifest(pattern: str, cache: ShardCache | None = None, verify: bool = True) -> Manifest:
+def open_manifest(pattern: str, cache: ShardCache | None = None, known: str = "") -> Manifest:
     """Open the manifest of the shards at a pattern; it is built if there is no current one.
 
-    verify: compare it with the sizes and mtimes of the tars; in a run, one process does this.
-    Raises DataError for shards that cannot be used.
+    known: state of the manifest, if it was compared with the sizes and mtimes of the tars just
+    before; in a run, one process compares it. Raises DataError for shards that cannot be used.
     """
     if is_remote(pattern):
         assert cache is not None, "a remote source is opened with a cache"
-        return _open_remote(conceal(pattern), cache, verify)
+        return _open_remote(conceal(pattern), cache, known)
     folder, wanted = _manifest_path(pattern)
     loaded = [load_manifest(folder, path) for path in possible_paths(wanted)]
     manifests = [manifest for manifest in loaded if manifest is not None]
-    if manifests and not verify:
-        return manifests[0]
+    for manifest in manifests:
+        if manifest.state == known:
+            return manifest
     paths = find_shards(pattern)
     stamps = _stamps(paths)
     names = [os.path.relpath(path, folder) for path in paths]
@@ -268,7 +279,8 @@ def _manifest_path(pattern: str) -> tuple[str, Path]:
         while head and any(c in head for c in "*?[{"):
             head = os.path.dirname(head)
         folder = head if os.path.isdir(head) else os.path.dirname(head)
-        tail = hashlib.sha256(os.path.relpath(pattern, folder or ".").encode()).hexdigest()[:8]
+        below = os.path.relpath(pattern, folder or ".").encode("utf-8", "surrogateescape")
+        tail = hashlib.sha256(below).hexdigest()[:8]
         name = f"shards-{tail}.manifest"
     folder = folder or "."
     if not os.path.isdir(folder):
@@ -290,7 +302,7 @@ def _stamps(paths: list[str]) -> Columns:
 # remote ---------------------------------------------------------------------------------------
 
 
-def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
+def _open_remote(pattern: str, cache: ShardCache, known: str) -> Manifest:
     """Open the manifest beside the remote shards, or a cached one, or build it.
 
     Remote tars are assumed not to change, so their sizes are not requested here. `fetch` compares
@@ -299,7 +311,7 @@ def _open_remote(pattern: str, cache: ShardCache, verify: bool) -> Manifest:
     folder, cached = url_folder(pattern), remote_cache_path(pattern, cache, "manifest")
     manifest = load_manifest(folder, cached)
     beside = f"{folder}/shards.manifest" if folder == pattern.rstrip("/") else ""
-    wanted = beside and (verify or manifest is None)
+    wanted = beside and (manifest is None or manifest.state != known)
     if wanted and fetch_side_file(beside, cached, cache.patience):
         manifest = load_manifest(folder, cached)
         if manifest is not None and not all(map(is_inside, manifest.names)):

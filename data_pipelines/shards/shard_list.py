@@ -27,6 +27,8 @@ def find_shards(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         paths = tars_in(pattern)
         _warn_of_compressed(pattern, bool(paths))
+    elif os.path.isfile(pattern):  # its name may have the characters of a pattern
+        paths = [pattern]
     elif any(c in pattern for c in "*?["):
         paths = sorted(path for path in glob.glob(pattern) if not is_system_file(path))
     else:

@@ -30,9 +30,8 @@ def possible_paths(beside: Path) -> list[Path]:
     """
     hidden, write = hidden_path(beside), beside
     if not is_writable(beside.parent):
-        write = (
-            user_cache("index") / hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:32]
-        )
+        path = str(beside.resolve()).encode("utf-8", "surrogateescape")
+        write = user_cache("index") / hashlib.sha256(path).hexdigest()[:32]
     elif not beside.is_file():
         write = hidden
         if hidden.parent.is_dir() and not is_writable(hidden.parent):

@@ -161,8 +161,9 @@ class Source:
         if self.cache is not None:
             index = remote_index(path, self.cache, *self.manifest.tar(shard))
         else:  # the manifest was compared with the tars when it was opened
+            stamp = self.manifest.stamp(shard)
             places = possible_paths(Path(f"{path}.index"))
-            index = load_index(path, places, digest=wanted) or index_shard(path)
+            index = load_index(path, places, digest=wanted, **stamp) or index_shard(path)
         if index.facts["digest"] != wanted:
             raise DataError(
                 f"shard {path} changed since it was indexed: restart the run; if it stops here "
@@ -253,7 +254,7 @@ class Source:
     def digest(self) -> str:
         """sha256 over the samples' keys, sizes and slot map; independent of their folder."""
         kind = f"{self.name}\0{self.modality}\0{self.animations}\0{self.manifest.digest}"
-        state = hashlib.sha256(kind.encode())
+        state = hashlib.sha256(kind.encode("utf-8", "surrogateescape"))
         if self.slots is not None:
             state.update(self.slots.digest.encode())
         return state.hexdigest()
@@ -266,14 +267,17 @@ def open_source(
     root: str = "",
     animations: Modality = "image",
     cache: ShardCache | None = None,
-    verify: bool = True,
+    known: str = "",
 ) -> Source:
-    """Open shards as a source; raises DataError for shards that cannot be used."""
+    """Open shards as a source; raises DataError for shards that cannot be used.
+
+    known: as in `open_manifest`.
+    """
     where = resolve(pattern, root)
     if is_remote(where):
         cache = cache or make_cache(DataConfig())
     try:
-        manifest = open_manifest(where, cache, verify)
+        manifest = open_manifest(where, cache, known)
     except DataError as error:
         raise DataError(f"source {name!r}: {error}") from error
     source = Source(name, modality, animations, manifest, cache if is_remote(where) else None)

@@ -253,7 +253,7 @@ def index_of(path: Path, contents: TarContents, status: os.stat_result, sha256: 
 
 def _digest(columns: Columns, extensions: list[str]) -> str:
     """Return the sha256 of keys, extensions and sizes; offsets in the tar are left out."""
-    state = hashlib.sha256("\0".join(extensions).encode())
+    state = hashlib.sha256("\0".join(extensions).encode("utf-8", "surrogateescape"))
     for name in ("keys", "key_ends", "sizes"):
         state.update(np.ascontiguousarray(columns[name]).tobytes())
     return state.hexdigest()

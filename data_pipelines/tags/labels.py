@@ -177,10 +177,15 @@ class BalancedSource:
         """Number of slots in an epoch."""
         return len(self.source)
 
-    @property
-    def frequency(self) -> np.ndarray:
-        """Share of the slots that have each tag, [V], in (0, 1)."""
-        return _share(self.counts * self.replication.factors, self.slots)
+    def frequency(self, strip: bool) -> np.ndarray:
+        """Return the share of the slots that have each tag, [V], in (0, 1); strip: as below."""
+        if strip:
+            return _share(self.counts * self.replication.factors, self.slots)
+        seen = np.zeros(len(self.counts))
+        for shard, (ids, ends) in enumerate(_rows(self.labels)):
+            copies = np.bincount(self.source.members(shard), minlength=len(ends))
+            seen += np.bincount(ids, np.repeat(copies, np.diff(ends, prepend=0)), len(seen))
+        return _share(seen, self.slots)
 
     def labels_of(
         self, shard: int, member: int, copy: int, strip: bool

@@ -59,6 +59,7 @@ HASHTAG = regex.compile(
     r"(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200c\u200d\ufe0f"
     r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
 )
+HASH = regex.compile("[#\uff03]")
 EMOJI_SELECTOR = "\ufe0f"  # makes the character before it an emoji; often omitted
 LETTER_OR_EMOJI = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
 
@@ -124,7 +125,7 @@ class TagReader:
 
     def _listed(self, files: dict[str, bytes]) -> list[str]:
         value = metadata_of(files).get(self.field) or []
-        value = value.split() if isinstance(value, str) else value
+        value = _split(value) if isinstance(value, str) else value
         if not isinstance(value, list):
             raise BadSample("broken hashtags", f"{type(value).__name__}, not a list")
         return [str(tag) for tag in value if isinstance(tag, str | int)]
@@ -135,6 +136,12 @@ class TagReader:
     @functools.cached_property
     def _matcher(self) -> ConceptMatcher:
         return ConceptMatcher(self.concepts)  # built on first use, because it may be large
+
+
+def _split(text: str) -> list[str]:
+    """Return the tags of a text such as "#a #b"; "#a, #b" and "#a#b" are two tags, too."""
+    words = (word.strip(",;") for word in text.split())
+    return [tag for word in words for tag in (HASH.split(word) if HASH.match(word) else [word])]
 
 
 def hashtags_in(caption: str) -> list[str]:

@@ -18,7 +18,7 @@ from xray.files import decode_text
 
 MOST_WEIGHT = 1e6
 LANGUAGE_FIELDS = ("language", "lang")  # of a sample's captions: one, or a list beside theirs
-FIELDS = ("curation.captions", "captions", "caption")  # default: the first field that exists
+FIELDS = ("curation.captions", "captions", "caption")  # default: the first that is not empty
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ def read_captions(
 
     fields: JSON field -> weight, for example {captions: 1, synthetic: 3}. Dots reach into nested
     objects, and "txt" means the txt file. The texts of a field share its weight. Without `fields`,
-    the first existing field of FIELDS is used, else the txt file. A caption in the JSON is a string
-    or {text, weight, language}; captions may also be given by language, as {en: [...], de: [...]}.
-    Raises BadSample for broken captions, or if there are none.
+    the first field of FIELDS that is not empty is used, else the txt file. A caption in the JSON is
+    a string or {text, weight, language}; captions may also be given by language, as {en: [...],
+    de: [...]}. Raises BadSample for broken captions, or if there are none.
     """
     meta = metadata_of(files)
     language = language_of(meta)
     if not fields:
-        first = next((name for name in FIELDS if _field(meta, name)), "txt")
+        own = (name for name in FIELDS if _captions_in(_field(meta, name), language))
+        first = next(own, "txt")
         fields = {first: 1.0}
     result = []
     for name, weight in fields.items():

@@ -18,7 +18,7 @@ from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source
 from data_pipelines.text.captions import FIELDS
 from xray.config.identity import differences, hash_json
-from xray.errors import ConfigError, DataError
+from xray.errors import BadSample, ConfigError, DataError
 
 Stored = Literal["fp32", "bf16", "int8"]
 KIND = "text-features"
@@ -61,8 +61,13 @@ class TextStore:
         return self.sidecar.digest
 
     def vectors(self, shard: int, member: int, captions: Sequence[int]) -> np.ndarray:
-        """Return the vectors of captions of a member, [C, W] float32; raises DataError."""
+        """Return the vectors of captions of a member, [C, W] float32; raises DataError.
+
+        Raises BadSample for captions that were not read when the store was made.
+        """
         positions = self.sidecar.row(shard, member, "places")
+        if max(captions) >= len(positions):
+            raise BadSample("caption without a stored vector", self.sidecar.name)
         return np.stack([self._vector(int(positions[caption])) for caption in captions])
 
     def _vector(self, position: int) -> np.ndarray:

@@ -200,6 +200,14 @@ def check_folder(folder: Path | str) -> None:
         raise ConfigError(f"{folder} is a setting: name the folder to write to before it")
 
 
+def make_room(*files: Path | None) -> None:
+    """Create the folders of the files that a command writes at its end; raises ConfigError."""
+    for file in filter(None, files):
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder: name the file to write")
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return (data, settings) of a command's arguments; raises ConfigError without data."""
     given = [item for item in items if SETTING.match(item)]

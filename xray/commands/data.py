@@ -17,6 +17,7 @@ from xray.commands.common import (
     Workers,
     check_folder,
     guarded,
+    make_room,
     settings,
     takes,
 )
@@ -179,6 +180,7 @@ def data_check(
     """Decode every sample and compare tars with their index; exit code 1 if anything is broken."""
     from xray.reports.shards import check_table, findings, summary, totals
 
+    make_room(json_file)
     report = _checked(data, workers, cache)
     if json_file is not None:
         write_in_place(json_file, json.dumps(summary(report), indent=1) + "\n")
@@ -200,6 +202,7 @@ def data_stats(
     """Write one HTML page of sizes, lengths, tags, languages and a sheet of samples."""
     from xray.reports.shards import totals, write_stats
 
+    make_room(out)
     report = _checked(data, workers, cache)
     write_stats(report, out)
     print(totals(report))

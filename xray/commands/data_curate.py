@@ -16,6 +16,7 @@ from xray.commands.common import (
     Overrides,
     Workers,
     guarded,
+    make_room,
     open_any,
     open_shards,
     settings,
@@ -53,6 +54,7 @@ def data_metadata(
     )
     from data_pipelines.text.stop_words import stop_words
 
+    make_room(out)
     config = settings(NgramConfig, overrides)
     stop_words(config.stop_words)  # a wrong name is found before the captions are counted
     given = [own for path in lists or [] for _, own in read_metadata(str(path)).lists]
@@ -93,6 +95,7 @@ def data_curate(
     from data_pipelines.curation.curate import check_folder, curate, write_shards
     from xray.config.loading import build, kinds_of, parse_overrides, read_yaml
 
+    make_room(report, json_file)
     layers = [read_yaml(config_file)] if config_file is not None else []
     given = parse_overrides(overrides or [], kinds_of(CurationConfig))
     config = build(CurationConfig, *layers, given)
@@ -140,6 +143,8 @@ def data_tags(
     data, given = split_settings(items)
     config = settings(TagsConfig, given)
     config.validate("")
+    page = report or out.with_suffix(".html")
+    make_room(out, page)
     counts, sources = TagCounts(), [open_any(pattern, "", "xray data tags") for pattern in data]
     for source in sources:
         reading = progress_of("reading")
@@ -152,9 +157,7 @@ def data_tags(
 
     where = ", ".join(data)
     vocabulary, dropped = build_vocabulary(counts, config, where, facts, why_none=why_none)
-    out.parent.mkdir(parents=True, exist_ok=True)
     vocabulary.save(out)
-    page = report or out.with_suffix(".html")
     shown = {*vocabulary.tags[:SHOWN], *vocabulary.tags[-SHOWN:]}
     examples = find_examples(sources, vocabulary, config, shown)
     write_tag_report(vocabulary, counts, dropped, examples, page)

@@ -84,7 +84,8 @@ def view_pixels(sample: Sample, source: Source, data: DataConfig, views: Views) 
         pixels = load_pixels(sample, data, None)[None]
     if views.change is None:
         return pixels
-    own = zlib.crc32(source.identity(sample.shard, sample.member).encode())
+    identity = source.identity(sample.shard, sample.member)
+    own = zlib.crc32(identity.encode("utf-8", "surrogateescape"))
     change, rng = views.change, np.random.default_rng([views.seed, own])
     return torch.stack([change(view, rng) for view in pixels])
 

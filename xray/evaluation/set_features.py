@@ -158,7 +158,7 @@ class Data:
 
 def _stamp(path: Path) -> bytes:
     facts = os.stat(path)
-    return f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode()
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
 
 
 def data_of(sets: Sets, suites: Sequence[Suite[Any]]) -> Iterator[Data]:

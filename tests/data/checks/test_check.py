@@ -252,7 +252,7 @@ def test_only_twenty_bad_samples_are_listed(tmp_path: Path) -> None:
 
 
 def test_statistics_page(tmp_path: Path) -> None:
-    tar, out = good(tmp_path / "a.tar"), tmp_path / "stats.html"
+    tar, out = good(tmp_path / "a.tar"), tmp_path / "new" / "stats.html"
     done = invoke("data", "stats", str(tar), "--out", str(out))
     assert done.exit_code == 0, done.output
     page = out.read_text()

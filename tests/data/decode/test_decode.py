@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 from shards import jpeg, photo
 
 from data_pipelines.decode import decoders
+from data_pipelines.decode.animations import mean_rate
 from data_pipelines.decode.decoders import AvClip, DecordClip, FrameChoice
 from data_pipelines.decode.sandbox import ClipDecoder, Killed
 from xray.errors import BadSample
@@ -38,6 +40,12 @@ def test_image_modes_become_rgb() -> None:
         assert image.mode == "RGB" and image.size == (8, 6)
     with pytest.raises(BadSample, match="undecodable image"):
         decoders.decode_image(jpeg()[:200])
+    for high in (1, 255, 65535):  # of a float TIFF
+        buffer = io.BytesIO()
+        Image.fromarray(np.linspace(0, high, 48, dtype=np.float32).reshape(6, 8)).save(
+            buffer, "TIFF"
+        )
+        assert decoders.decode_image(buffer.getvalue()).getextrema() == ((0, 255),) * 3
 
 
 @pytest.mark.parametrize("side", [16, 32, 48, 64])
@@ -92,15 +100,23 @@ def test_a_frame_can_be_read_twice() -> None:
     assert np.array_equal(np.stack(twice), np.stack([once[0], once[0], once[1], once[1]]))
 
 
+def test_frames_of_several_sizes_are_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [np.zeros((8, side, 3), np.uint8) for side in (8, 16)]
+    data = clip()
+    monkeypatch.setattr(AvClip, "read", lambda self, indices, least: frames)
+    with pytest.raises(BadSample, match="the size of its frames changes"):
+        decoders.read_clip(AvClip(data), data, np.array([0, 1]))
+
+
 def test_animations_are_clips() -> None:
     frames = [Image.new("RGB", (10, 8), (40 * i, 0, 0)) for i in range(5)]
-    for form in ("GIF", "WEBP"):
+    for form, durations in product(("GIF", "WEBP"), ([50] * 5, [10, 70, 70, 70, 30])):
         buffer = io.BytesIO()
-        frames[0].save(
-            buffer, form, save_all=True, append_images=frames[1:], duration=50, lossless=True
-        )
+        more: dict[str, Any] = {"append_images": frames[1:], "duration": durations}
+        frames[0].save(buffer, form, save_all=True, lossless=True, comment=b"GIF" * 99, **more)
         animation = decoders.open_clip(buffer.getvalue())
         assert (animation.total, animation.fps) == (5, 20)
+        assert mean_rate(buffer.getvalue()[:-200]) > 0
         pixels = np.stack(animation.read(np.array([1, 4]), 0))
         assert pixels.shape == (2, 8, 10, 3)
         assert np.abs(pixels[:, 0, 0, 0].astype(int) - [40, 160]).max() <= 2

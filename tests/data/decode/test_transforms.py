@@ -127,6 +127,7 @@ def test_frames_are_chosen_as_configured() -> None:
 def test_captions() -> None:
     files = {"json": b'{"captions": ["A dog .", " "]}'}
     assert captions_of(files) == ["A dog ."]
+    assert captions_of({"json": b'{"captions": [" "], "caption": "A cat"}'}) == ["A cat"]
     numeric = {"json": b'{"caption": 5}'}
     with pytest.raises(BadSample, match="broken caption"):
         captions_of(numeric)

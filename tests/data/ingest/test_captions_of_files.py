@@ -45,6 +45,24 @@ def marked(text: str, encoding: str) -> bytes:
     return f"\ufeff{text}".encode(encoding)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"caption": "of json", "captions": ["more", "of json"]},
+        {"captions": {"en": ["of json"], "de": ["aus json"]}},
+    ],
+)
+def test_a_text_file_goes_before_metadata_in_files_and_shards(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    files = {"a.jpg": photo(0), "a.json": json.dumps(facts), "b.jpg": photo(1)}
+    source = write(tmp_path / "in", {**files, "a.txt": "one\ntwo", "b.json": files["a.json"]})
+    samples = packed(source, tmp_path / "out")
+    plain = open_data(str(source), Request("s", "image"))
+    assert captions_of(samples["a.jpg"]) == captions_of(plain.read(0, 0)) == ["one", "two"]
+    assert captions_of(samples["b.jpg"]) == captions_of(plain.read(0, 1))
+
+
 MARKED = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 

@@ -127,6 +127,17 @@ def test_a_csv_with_mistakes_names_the_row(
         open_labelled("set", str(table), "image")
 
 
+def test_folders_that_are_one_class_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(("ice cream", "ice_cream", "zebra")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(photo(number))
+    source = open_labelled("set", str(tmp_path), "image")
+    assert labels_of(source).tolist() == [0, 0, 1]
+    assert "only _ and spaces differ: ['ice cream']" in caplog.text
+
+
 def test_folders_without_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no class names"):
         open_labelled("set", str(folder / "ant" / "more"), "image")

@@ -32,7 +32,7 @@ def test_a_folder_with_sidecars(tmp_path: Path) -> None:
         {
             "b/photo.v2.JPEG": photo,
             "b/photo.v2.txt": "\ufeffa cat\n\n  two cats \n",
-            "b/photo.v2.json": json.dumps({"width": 7, "key": "mine", "tags": ["x"]}),
+            "b/photo.v2.json": json.dumps({"width": 7, "sha256": "", "key": "mine", "tags": ["x"]}),
             "a.jpg": odd,
             "film.mp4": film,
             "film.json": json.dumps({"description": "a film"}),
@@ -50,7 +50,7 @@ def test_a_folder_with_sidecars(tmp_path: Path) -> None:
     assert second["jpeg"] == photo and second["txt"] == b"a cat"
     assert meta_of(second) == {
         "original_name": "b/photo.v2.JPEG",
-        "width": 7,  # the user's
+        "width": 40,  # not the user's
         "height": 20,
         "sha256": hashlib.sha256(photo).hexdigest(),
         "caption": "a cat",

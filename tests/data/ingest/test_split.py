@@ -10,7 +10,9 @@ import pytest
 from in_process import invoke
 from shards import photo, write_tar
 
+from data_pipelines.curation.curate import check_folder
 from data_pipelines.ingest.split import SplitConfig, split
+from data_pipelines.shards.source import open_source
 from xray.errors import ConfigError, DataError
 
 Members = dict[str, bytes]
@@ -94,6 +96,13 @@ def test_other_shards_are_not_overwritten(pool: Path, tmp_path: Path) -> None:
         split(str(out / "val"), pool, SplitConfig())
     with pytest.raises(ConfigError, match=r"val=0: use a share above 0 to 0.5"):
         split(str(pool), tmp_path / "b", SplitConfig(val=0))
+    for name in ("x/a", "x_a"):
+        write_tar(tmp_path / f"same/{name}.tar", {f"{name[-1]}.jpg": photo(1)})
+    pattern = str(tmp_path / "same" / "{x/a,x_a}.tar")
+    with pytest.raises(DataError, match=r"x/a.tar and x_a.tar would both be written to x_a.tar"):
+        split(pattern, tmp_path / "d", SplitConfig())
+    with pytest.raises(DataError, match="would both be written"):  # of a curation, too
+        check_folder(tmp_path / "d", open_source("s", pattern, "image"))
     evil = tmp_path / "evil"
     evil.mkdir()
     with tarfile.open(evil / "0.tar", "w") as tar:

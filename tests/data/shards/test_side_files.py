@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from shards import jpeg, two_shards, write_tar
 
+from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.user_data import open_data
 from data_pipelines.shards import remote_index
 from data_pipelines.shards.manifest import write_manifest
 from data_pipelines.shards.remote import ShardCache
@@ -102,6 +105,26 @@ def test_a_read_only_folder_is_read_and_the_cache_is_written(
         assert len([*write.parent.iterdir()]) == 3 and states(shards) == before
     finally:
         shards.chmod(0o755)
+
+
+def test_newer_files_in_the_cache_win_over_those_that_cannot_be_renewed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened(shards)
+    write_tar(shards / "2.tar", {"z.jpg": jpeg()})
+    for name in ("0.tar", "1.tar"):  # copied without their times
+        os.utime(shards / name, (1e9, 1e9))
+    for folder in (shards / HIDDEN, shards):
+        folder.chmod(0o555)
+    try:
+        source = open_data(str(shards), Request("s"))  # of any modality: opened twice
+        assert len(source) == 7
+        assert len(open_source("s", str(shards), "image", known=source.manifest.state)) == 7
+        assert [len(source.read(shard, 0)) for shard in range(3)] == [1, 1, 1]
+    finally:
+        for folder in (shards, shards / HIDDEN):
+            folder.chmod(0o755)
 
 
 def test_a_hidden_folder_of_someone_else_is_left_alone(shards: Path) -> None:

@@ -12,10 +12,15 @@ import pytest
 from shards import jpeg, write_tar
 from tars import END, header, member, octal, padded, pax, tar_of
 
+from data_pipelines.checks.check_shard import check_shard
 from data_pipelines.shards.shard_list import find_shards
+from data_pipelines.shards.source import make_cache, open_source
 from data_pipelines.shards.tar_contents import read_tar
 from data_pipelines.shards.tar_index import ShardIndex, build_index, index_shard
+from xray.config import DataConfig
 from xray.errors import DataError
+from xray.evaluation.feature_extraction import Views, view_pixels
+from xray.evaluation.set_features import Data
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -88,6 +93,7 @@ def test_every_format_is_read_as_tarfile_reads_it(tmp_path: Path, form: str) -> 
     files = {"a.JPG": b"1" * 513, f"{long}.jpg": b"2", f"{long}.txt": b"", "b.tar.gz": b"3" * 512}
     if form != "ustar":
         files[os.fsdecode(b"\xff\xe9.jpg")] = b"4"
+        files[os.fsdecode(b"\xff\xe9.\xe9.txt")] = b"4 4"
         files["n" * 5000 + ".jpg"] = b"5"
     content = tar_of(files, FORMATS[form])
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -101,6 +107,24 @@ def test_every_format_is_read_as_tarfile_reads_it(tmp_path: Path, form: str) -> 
                 places[f"{key}.{ending}"] = tuple(place)
     expected["a.jpg"] = expected.pop("a.JPG")
     assert places == expected
+
+
+def test_names_of_files_and_members_need_not_be_utf_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, name = tmp_path / os.fsdecode(b"\xe9"), os.fsdecode(b"\xe9")
+    write_tar(folder / f"{name}.tar", {f"{name}.jpg": jpeg()})
+    folder.chmod(0o555)
+    try:
+        source = open_source(name, str(folder / f"{name}*.tar"), "image")
+    finally:
+        folder.chmod(0o755)
+    sample = source.sample(0, 0, 16, 1)
+    data, views = DataConfig(), Views(change=lambda pixels, rng: pixels)
+    assert view_pixels(sample, source, data, views).shape == (1, 1, 3, 16, 16)
+    assert len(source.digest) == len(Data(str(folder), None).fingerprint) == 64
+    assert check_shard(source.manifest.path(0), None, make_cache(data), data)[0].samples == 1
 
 
 def test_other_headers_do_not_hide_a_member(tmp_path: Path) -> None:

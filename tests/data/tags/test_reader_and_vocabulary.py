@@ -64,7 +64,11 @@ def test_tags_are_canonical_and_unique() -> None:
     assert reader.tags_of(files, "caption_hashtags") == ["a"]
     assert reader.tags_of(files, "caption_words") == ["dog"]
     assert reader.tags_of(files, "concepts") == ["dog"]
-    assert reader.tags_of({"json": b'{"hashtags": "#cat #dog"}'}, "hashtags") == ["cat", "dog"]
+    for text in ("#cat #dog", "#cat, #dog", "#cat#dog", "cat; dog", "\uff03cat\uff03dog"):
+        listed = {"json": json.dumps({"hashtags": text}).encode()}
+        assert reader.tags_of(listed, "hashtags") == ["cat", "dog"]
+    kept = {"json": b'{"hashtags": "c# rock,paper a-b"}'}
+    assert reader.tags_of(kept, "hashtags") == ["c#", "rock,paper", "a-b"]
     assert TagReader("tags", {}).tags_of({"json": b'{"tags": ["x"]}'}, "hashtags") == ["x"]
     with pytest.raises(BadSample, match="broken hashtags"):
         reader.tags_of({"json": b'{"hashtags": {"a": 1}}'}, "hashtags")
@@ -233,6 +237,7 @@ def test_an_epoch_has_the_configured_length(tmp_path: Path, length: float) -> No
     assert result.counts.tolist() == list(vocabulary.counts)
     # Every sample has a slot. Its first copy has all its tags, later copies only the rarer ones.
     label_counts: Counter[int] = Counter()
+    whole: Counter[int] = Counter()
     for shard in range(4):
         members, copies = result.source.slots.of(shard)
         assert set(members.tolist()) == set(range(100))
@@ -244,6 +249,9 @@ def test_an_epoch_has_the_configured_length(tmp_path: Path, length: float) -> No
             r = result.replication.factors
             assert ids.tolist() == [i for i in all_ids if copy == 0 or int(r[i] + u) > copy]
             label_counts.update(ids.tolist())
+            whole.update(all_ids)
+    seen = np.array([whole[tag] for tag in range(len(vocabulary))])
+    assert np.allclose(result.frequency(False), (seen + 0.5) / (result.slots + 1))
     if length > 1:
         ratio = label_counts[0] / label_counts[len(vocabulary) - 1]
         assert ratio < result.counts[0] / result.counts[-1]
