@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,27 @@ def test_data_that_a_stage_cannot_learn_from_is_refused(
     captions = "hashtag.min_count=1", "data.sources.photos.tags=caption_words"
     shards = f"data.sources.photos.shards={plain}"
     check_recipe(demo, tmp_path, "stages=[mae,hashtag,clip]", shards, blocks, *captions)
+
+
+def test_the_labels_and_captions_of_the_evaluation_are_checked(
+    demo: Path, plain: Path, tmp_path: Path
+) -> None:
+    for classes in (("cat", "dog"), ("cat", "owl")):
+        for name in classes:
+            place = tmp_path / classes[1] / name / "0.jpg"
+            place.parent.mkdir(parents=True)
+            place.write_bytes(photo(0, (16, 16)))
+    sets = f"{{train: {tmp_path / 'dog'}, test: {tmp_path / 'owl'}"
+    stages = "stages=[mae,text,clip]"
+    for given, words in (
+        (f"eval.knn={sets}, k: 1}}", "class 'owl' of eval.knn.test is not among the classes"),
+        (f"eval.knn={sets.replace('owl', 'dog')}}}", "kNN with k=5 needs that many samples"),
+        (f"eval.zero_shot.shards={plain}", "eval.zero_shot needs a class for every sample"),
+        (f"eval.captions.shards={plain}", "two captions"),
+        (f"eval.compression.shards={plain}", ""),  # on a model that is yet to train
+    ):
+        with pytest.raises((ConfigError, DataError), match=words) if words else nullcontext():
+            check_recipe(demo, tmp_path / "out", stages, given)
 
 
 def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:
