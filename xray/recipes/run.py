@@ -85,7 +85,7 @@ def prepare(recipe: Recipe) -> None:
 
     def make() -> None:
         if wanted.demo is not None:
-            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+            make_demo(Path(resolve(recipe.root)), cfg.build(DemoConfig, wanted.demo))
         if wanted.llm is not None:
             make_llm(wanted.llm, recipe.root)
 
@@ -97,7 +97,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
     Raises DataError if no sample has a caption.
     """
-    folder = Path(config.path)
+    folder = Path(resolve(config.path))
     if folder.is_dir():
         return
     source = open_data(resolve(config.captions, root), Request("captions", "text"))
