@@ -118,6 +118,13 @@ def test_knn_compares_sets_of_the_same_classes(tmp_path: Path) -> None:
         shard(tmp_path / "flowers_val", "zx", 2)
 
 
+def test_retrieval_needs_two_pictures_with_captions() -> None:
+    for samples, there in ((1, False), (2, True)):
+        seen = Survey("d", [found(**CAPTIONED)], [found("val", samples=samples, **CAPTIONED)])
+        settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings
+        assert ("retrieval" in settings["eval"]) == there
+
+
 def test_plain_photos_with_captions_are_counted(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"{number}.jpg").write_bytes(photo(number, (60, 40)))

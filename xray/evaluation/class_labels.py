@@ -87,7 +87,7 @@ def numbers_of(classes: Sequence[str], known: Sequence[str] | Mapping[str, int])
     known: names by number, of which the first counts, or numbers by name.
     """
     if not isinstance(known, Mapping):
-        known = {name: known.index(name) for name in known}
+        known = {name: number for number, name in reversed([*enumerate(known)])}
     folded, alike = defaultdict[str, set[int]](set), Counter(map(_folded, classes))
     for name, number in known.items():
         folded[_folded(name)].add(number)

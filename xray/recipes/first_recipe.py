@@ -311,7 +311,8 @@ def _add_evaluation(made: Draft, seen: Survey) -> None:
     pictures = [found for found in seen.held_out if found.modality == "image"]
     for suite, modality in (("retrieval", "image"), ("video_retrieval", "video")):
         for found in seen.held_out:
-            if found.modality == modality and found.captioned >= SOME and "clip" in made.stages:
+            captioned = found.captioned >= SOME and found.captioned * found.samples >= 2
+            if found.modality == modality and captioned and "clip" in made.stages:
                 own.setdefault(suite, {"shards": found.shards})
     pairs = ((train, test) for test in pictures for train in seen.training)
     for train, test in pairs:
