@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +65,8 @@ def load_settings(name: str, *layers: Layer, init_from: Sequence[str] = ()) -> R
     if taken:
         config = load_config(schema, name, taken, *layers)
     config.init_from = paths
+    config.out = os.path.expanduser(config.out)
+    config.model.pretrained = os.path.expanduser(config.model.pretrained)
     return config
 
 

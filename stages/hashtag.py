@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -139,7 +140,7 @@ def find_vocabulary(
 ) -> Vocabulary:
     """Load the vocabulary that hashtag.vocabulary names, or build one from the run's samples."""
     if options.vocabulary:
-        return Vocabulary.load(Path(options.vocabulary))
+        return Vocabulary.load(Path(os.path.expanduser(options.vocabulary)))
     counts, names = TagCounts(), [block.source for block in config.blocks]
 
     def why_none() -> str:

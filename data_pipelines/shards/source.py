@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -300,7 +301,7 @@ def open_source(
 
 def make_cache(data: DataConfig) -> ShardCache:
     """Return the cache of remote shards that a config sets."""
-    folder = Path(data.cache) if data.cache else user_cache("shards")
+    folder = Path(os.path.expanduser(data.cache)) if data.cache else user_cache("shards")
     return ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_patience)
 
 

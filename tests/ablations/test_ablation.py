@@ -20,7 +20,7 @@ from ablation_files import FILE, load, write
 from child_process import RECIPE, clean_environment
 from in_process import invoke
 from safetensors.torch import load_file
-from shards import jpeg, write_tar
+from shards import write_tar
 
 from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, compare
 from xray.ablations.older import mixed_defaults
@@ -159,11 +159,11 @@ def test_cost_of_a_run_is_the_sum_over_its_stages(done: Path) -> None:
 
 
 def test_second_run_trains_nothing_and_reports_a_failed_arm(demo: Path, done: Path) -> None:
-    """Only the third arm fails, without captions; finished trials stay unchanged."""
+    """Only the third arm fails, on broken pictures; finished trials stay unchanged."""
     before = {p: p.stat().st_mtime_ns for p in done.glob("stages/*/artifact/manifest.json")}
     plain = done.parent / "plain" / "0.tar"
     plain.parent.mkdir()
-    write_tar(plain, {f"{i}.jpg": jpeg() for i in range(2)})
+    write_tar(plain, {f"{i}.{end}": b"no jpeg" for i in range(2) for end in ("jpg", "txt")})
     broken = ["arms.broken.clip.model.keep_rate=1.0", f"arms.broken.eval.retrieval.shards={plain}"]
     again = one_thread(*arguments(done.parent, demo), *broken, "seeds=[0]")
     assert again.returncode == 1

@@ -203,12 +203,16 @@ def test_keep_rates_and_attacks_the_model_cannot_do_are_refused(clip: Artifact, 
 
 
 def test_class_names_are_matched_by_name_or_by_position(
-    clip: Artifact, folder: Path, tmp_path: Path
+    clip: Artifact, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By name in another order or with underscores; by position if no name matches."""
+    """By name in another order, with underscores or in another case; by position if no name
+    matches, with a line."""
     names = sorted(path.name for path in (folder / "set").iterdir())
+    others = [f"thing {n}" for n in range(len(names))]
+    upper = [name.upper() for name in names[1:]] + names[:1]
     matched = []
-    for listed in (names, names[::-1], [f"thing {n}" for n in range(len(names))]):
+    for listed in (names, names[::-1], upper, others):
+        assert "matched by position" not in caplog.text
         (tmp_path / "classes.txt").write_text("\n".join(listed))
         sets = evaluator(
             clip, folder, "eval.zero_shot.shards=set",
@@ -218,7 +222,10 @@ def test_class_names_are_matched_by_name_or_by_position(
         labels = classes.number(torch.arange(len(names)), classes.source)
         matched.append([classes.names[label] for label in labels])
     assert matched[0] == matched[1] == list(classes.source.classes)
-    assert matched[2] == [f"thing {n}" for n in range(len(names))]
+    assert matched[2] == [matched[0][0], *(name.upper() for name in matched[0][1:])]
+    assert matched[3] == others
+    line = f"none of the class names is among those of {tmp_path / 'classes.txt'}: classes are"
+    assert caplog.text.count(line) == 1
 
 
 def test_results_are_written_after_each_suite(

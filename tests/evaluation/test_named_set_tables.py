@@ -23,11 +23,12 @@ from xray.artifacts.artifact import open_artifact
 from xray.artifacts.encoders import Encoder, Tagger
 from xray.config import DataConfig
 from xray.config.loading import build
+from xray.evaluation.comparison import comparison_table
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.evaluator import Evaluator
 from xray.evaluation.set_page import write_page
 from xray.evaluation.set_runs import SetResult
-from xray.evaluation.set_tables import DATACOMP, canonical, mean_table, summary
+from xray.evaluation.set_tables import DATACOMP, canonical, compared_sets, mean_table, summary
 from xray.evaluation.suites.retrieval import DIRECTIONS
 from xray.evaluation.suites.tagging import TAGS
 from xray.evaluation.suites.zero_shot import MAP
@@ -84,6 +85,26 @@ def test_a_row_that_some_sets_do_not_have_has_no_mean() -> None:
     rows = mean_table({"": {"a": {"robustness": first}, "b": {"robustness": second}}}).rows
     assert [row[1] for row in rows] == ["zero-shot, clean", "zero-shot, shift v2"]
     assert rows[0][:2] == ("mean of 2 sets", "zero-shot, clean") and "62.5" in rows[0][2]
+
+
+def tagged(chance: float) -> SetResult:
+    """Measures of tags with a model's vocabulary, on which chance depends."""
+    own = dict.fromkeys(("samples", "untagged", "vocabulary", "tags", "ece"), 4.0)
+    own |= {"precision@1": 0.5, "recall@5": 0.5, "dead_share@10": 0.5, "least_dead@10": 1.0}
+    own |= {"chance_precision@1": chance, "chance_recall@5": 0.25}
+    return SetResult("", {f"own/{key}": value for key, value in own.items()})
+
+
+def test_several_models_show_their_own_chance() -> None:
+    models = {"a": tagged(0.25), "b": None, "c": tagged(0.125)}
+    results = {name: {"x": {"tags": own}} if own else {} for name, own in models.items()}
+    measures = {name: {"tags": own.measures} if own else {} for name, own in models.items()}
+    for start, table in ((2, compared_sets(results)), (1, comparison_table(measures))):
+        chance = {row[start - 1]: row[-1] for row in table.rows}
+        assert (
+            chance["own precision@1"] == "25.00 / - / 12.50" and chance["own recall@5"] == "25.00"
+        )
+        assert table.rows[0][start:-1] == ("50.0", "", "50.0")
 
 
 def by_language(recall: float) -> SetResult:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from in_process import invoke
-from shards import photo
+from shards import photo, write_tar
 
 from xray.config.model import LlmConfig
 from xray.errors import ConfigError, DataError
@@ -56,6 +58,71 @@ def test_folders_of_shards_are_found_with_their_contents(demo: Path) -> None:
     assert photos.captioned == photos.tagged == 1.0 and photos.captions == 3.0
     alone = survey(str(demo / "photos"))
     assert [(own.name, own.shards) for own in alone.training] == [("images", ".")]
+
+
+def shard(folder: Path, classes: str = "", samples: int = 2) -> None:
+    """Write a shard whose samples have these classes in turn, one letter each."""
+    files = {}
+    for number in range(samples):
+        own = {"label_name": classes[number % len(classes)]} if classes else {"caption": "a dog"}
+        files[f"{number}.jpg"] = photo(number, (16, 16))
+        files[f"{number}.json"] = json.dumps(own).encode()
+    write_tar(folder / "0.tar", files)
+
+
+def sources(root: Path) -> tuple[list[str], list[str]]:
+    seen = survey(str(root))
+    return [own.shards for own in seen.training], [own.shards for own in seen.held_out]
+
+
+def test_all_that_is_in_a_folder_val_or_test_is_held_out(tmp_path: Path) -> None:
+    for place in ("train/images", "val/images", "test/images", "more_val/train", "val2017"):
+        shard(tmp_path / place)
+    assert sources(tmp_path) == (
+        ["more_val/train", "train/images"], ["test/images", "val/images", "val2017"]
+    )  # fmt: skip
+
+
+def test_plain_folders_are_divided_at_val(tmp_path: Path) -> None:
+    for kind, part in itertools.product(("images", "photos"), ("train", "val")):
+        for own, number in itertools.product(("cat", "dog"), range(10)):
+            path = tmp_path / kind / part / own / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo(number, (16, 16)))
+    assert sources(tmp_path) == (["images/train", "photos/train"], ["images/val", "photos/val"])
+    seen = survey(str(tmp_path / "images"))
+    assert [own.classes for own in (*seen.training, *seen.held_out)] == [{"cat", "dog"}] * 2
+    settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings
+    assert settings["eval"]["knn"] == {"train": "train", "test": "val"}
+    (tmp_path / "images" / "0.jpg").write_bytes(photo(0, (16, 16)))
+    with pytest.raises(DataError, match=r"has val/, which is for evaluation, and other files"):
+        survey(str(tmp_path / "images"))
+
+
+def test_sources_of_similar_folders_have_different_names(tmp_path: Path) -> None:
+    for place in ("set-a", "set_a", "set.a"):
+        shard(tmp_path / place)
+    assert [own.name for own in survey(str(tmp_path)).training] == ["set_a", "set_a_2", "set_a_3"]
+
+
+def test_knn_compares_sets_of_the_same_classes(tmp_path: Path) -> None:
+    for place, classes, samples in (
+        ("birds", "ab", 20), ("few", "pq", 19), ("flowers", "xyz", 21),
+        ("birds_val", "abc", 3), ("few_val", "pq", 2), ("one_val", "xx", 2),
+    ):  # fmt: skip
+        shard(tmp_path / place, classes, samples)
+    for chosen in ({}, {"knn": {"train": "flowers", "test": "flowers_val"}}):
+        seen = survey(str(tmp_path))
+        settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings["eval"]
+        assert settings == {"held_out": True, **chosen}
+        shard(tmp_path / "flowers_val", "zx", 2)
+
+
+def test_retrieval_needs_two_pictures_with_captions() -> None:
+    for samples, there in ((1, False), (2, True)):
+        seen = Survey("d", [found(**CAPTIONED)], [found("val", samples=samples, **CAPTIONED)])
+        settings = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP).settings
+        assert ("retrieval" in settings["eval"]) == there
 
 
 def test_plain_photos_with_captions_are_counted(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,14 @@ from in_process import invoke
 from shards import photo, write_tar
 
 from data_pipelines.ingest.labelled import place_of
+from data_pipelines.shards.source import make_cache
+from stages.hashtag import find_vocabulary
+from stages.hashtag_config import HashtagOptions
+from xray.ablations.spec import read_ablation
+from xray.artifacts.language_model import Language
 from xray.errors import ArtifactError, ConfigError, DataError
 from xray.recipes.recipe import load_recipe
-from xray.recipes.run import preflight
+from xray.recipes.run import preflight, prepare
 from xray.training.deepspeed_setup import init_distributed
 
 
@@ -93,6 +100,60 @@ def test_data_that_a_stage_cannot_learn_from_is_refused(
     captions = "hashtag.min_count=1", "data.sources.photos.tags=caption_words"
     shards = f"data.sources.photos.shards={plain}"
     check_recipe(demo, tmp_path, "stages=[mae,hashtag,clip]", shards, blocks, *captions)
+
+
+def test_the_labels_and_captions_of_the_evaluation_are_checked(
+    demo: Path, plain: Path, tmp_path: Path
+) -> None:
+    for classes in (("cat", "dog"), ("cat", "owl")):
+        for name in classes:
+            place = tmp_path / classes[1] / name / "0.jpg"
+            place.parent.mkdir(parents=True)
+            place.write_bytes(photo(0, (16, 16)))
+    sets = f"{{train: {tmp_path / 'dog'}, test: {tmp_path / 'owl'}"
+    stages = "stages=[mae,text,clip]"
+    for given, words in (
+        (f"eval.knn={sets}, k: 1}}", "class 'owl' of eval.knn.test is not among the classes"),
+        (f"eval.knn={sets.replace('owl', 'dog')}}}", "kNN with k=5 needs that many samples"),
+        (f"eval.zero_shot.shards={plain}", "eval.zero_shot needs a class for every sample"),
+        (f"eval.captions.shards={plain}", "two captions"),
+        (f"eval.compression.shards={plain}", ""),  # on a model that is yet to train
+    ):
+        with pytest.raises((ConfigError, DataError), match=words) if words else nullcontext():
+            check_recipe(demo, tmp_path / "out", stages, given)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    demo = "{photos: 8, clips: 2, heldout: 2, per_shard: 8, side: 16, frames: 2}"
+    recipe = load_recipe(
+        "quickstart",
+        ["data.root=~/data", "out=~/run", f"prepare.demo={demo}", "prepare.llm.vocab_size=300",
+         "clip.out=~/clip", "data.cache=~/shards", "mae.model.pretrained=~/w.safetensors"],
+    )  # fmt: skip
+    prepare(recipe)
+    assert (home / "data" / "photos").is_dir() and (home / "data" / "llm" / "config.json").is_file()
+    assert recipe.out == home / "run" and recipe.runs[0].out == str(home / "run" / "mae")
+    assert recipe.runs[-1].out == str(home / "clip")
+    assert recipe.runs[0].model.pretrained == str(home / "w.safetensors")
+    assert recipe.runs[0].data.root == "~/data"  # as older runs recorded it
+    assert make_cache(recipe.runs[0].data).folder == home / "shards"
+    language = Language(replace(recipe.runs[-1].text, llm="~/data/llm"))  # type: ignore[attr-defined]
+    assert language.config.llm == str(home / "data" / "llm")
+    options = HashtagOptions(vocabulary="~/tags.json")
+    with pytest.raises(ArtifactError, match=str(home / "tags.json")):
+        find_vocabulary(recipe.runs[1], options, {})
+    assert read_ablation("stages", ["out=~/arms"]).config.out == str(home / "arms")
+    for command in (("index", "~/data/photos"), ("split", "~/data/photos", home / "halves")):
+        done = invoke("data", *command)
+        assert done.exit_code == 0, done.stderr
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_nothing_trains_if_preflight_fails(demo: Path, tmp_path: Path) -> None:

@@ -10,10 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_process import invoke
 
 from xray.errors import ConfigError, DataError
 from xray.search import embedding_file as file_format
-from xray.search.embedding_file import Embeddings, Names, open_embeddings, write_embeddings
+from xray.search.embedding_file import (
+    Embeddings,
+    Names,
+    is_embedding_file,
+    open_embeddings,
+    write_embeddings,
+)
 from xray.search.exact import check_same_rows, search
 from xray.search.quantisation import calibrate, quantise, restored, shortened
 
@@ -155,6 +162,12 @@ def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("others.parquet", "broken.parquet", "alone.npy", "other.npy", "gone.npy", "x.txt"):
         with pytest.raises(DataError, match=name):
             open_embeddings(tmp_path / name)
+    saved(tmp_path / "one.parquet", rows, "fp32", monkeypatch)
+    for name in ("one.parquet", "one.npy", "broken.parquet", "gone.parquet"):
+        assert is_embedding_file(tmp_path / name)
+    assert not is_embedding_file(tmp_path / "others.parquet")  # a list of files
+    told = invoke("search", tmp_path / "others.parquet", "a dog")
+    assert told.exit_code == 2 and "give the artifact that is to embed it" in told.stderr
 
 
 def test_rows_are_there_when_their_names_are(

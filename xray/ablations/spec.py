@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _config(name: str, content: dict[str, Any], overrides: dict[str, Any]) -> Ab
     config.validate()
     stem = config.name or Path(name).stem
     config.name = f"{stem}_{Path(config.base).stem}" if "base" in overrides else stem
-    config.out = config.out or f"runs/ablate_{config.name}"
+    config.out = os.path.expanduser(config.out or f"runs/ablate_{config.name}")
     return config
 
 

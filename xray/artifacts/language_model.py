@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ class Language:
                 "text.pooling=latent has weights to be trained: set text.tune=lora or full, or "
                 "start from a text artifact (--init-from)"
             )
-        if Path(config.llm).is_dir():  # the recorded path must work from any folder
-            config = dataclasses.replace(config, llm=str(Path(config.llm).resolve()))
+        given = Path(os.path.expanduser(config.llm))
+        if given.is_dir():  # the recorded path must work from any folder
+            config = dataclasses.replace(config, llm=str(given.resolve()))
         self.tokenizer = CaptionTokenizer(self.folder, config)
         prompt, special = self.tokenizer.pool_prompt, self.tokenizer.pool_special
         self.config = dataclasses.replace(config, pool_prompt=prompt, pool_special=special)

@@ -59,9 +59,13 @@ def ablate(
         return
     with exclusive(ablation.out) as lock:
         write_recipes(ablation)
-        for trial in ablation.trials[: len(ablation.arms)]:
-            prepare(trial.recipe)
-            check_evaluation(trial.recipe.runs, trial.recipe.eval, trial.recipe.root)
+        checked = set[str]()  # most arms have the same evaluation
+        for recipe in (trial.recipe for trial in ablation.trials[: len(ablation.arms)]):
+            prepare(recipe)
+            own = repr((recipe.eval, recipe.root, [run.stage for run in recipe.runs]))
+            if own not in checked:
+                check_evaluation(recipe.runs, recipe.eval, recipe.root)
+            checked.add(own)
         flops = flops_of(ablation, ablation.out / "flops.json")
         plan_of(ablation, flops).print()
         failures = Jobs(ablation.out, ablation.config.jobs, lock).run(ablation.trials)

@@ -57,13 +57,13 @@ def data_index(
 ) -> None:
     """Index shards and write their manifest ahead of the first run."""
     from data_pipelines.ingest.user_data import kind_of
-    from data_pipelines.shards.manifest import write_manifest
+    from data_pipelines.shards.manifest import resolve, write_manifest
     from data_pipelines.shards.source import make_cache
     from data_pipelines.shards.tar_index import Modality
     from xray.config import DataConfig
 
     kept = make_cache(DataConfig(cache=cache))
-    for pattern in shards:
+    for pattern in map(resolve, shards):
         kind_of(pattern, ("shards",), "xray data index")
         manifest = write_manifest(pattern, kept, checksum, workers, progress_of("indexing"))
         kinds: tuple[Modality, ...] = ("image", "video", "text")
@@ -142,10 +142,10 @@ def data_split(
     from data_pipelines.ingest.held_out import VAL, held_out_line
     from data_pipelines.ingest.split import SplitConfig, split
     from data_pipelines.ingest.user_data import kind_of
-    from data_pipelines.shards.manifest import write_manifest
+    from data_pipelines.shards.manifest import resolve, write_manifest
 
     check_folder(out)
-    config = settings(SplitConfig, overrides)
+    config, shards = settings(SplitConfig, overrides), resolve(shards)
     kind_of(shards, ("shards",), "xray data split")
     report = split(shards, out, config)
     for folder in [out] + [out / VAL] * bool(report.held_out):

@@ -201,8 +201,8 @@ def search(
         str,
         typer.Argument(
             metavar="X",
-            help="Embedding file of xray embed, .parquet or .npy; or a folder, a .csv list or "
-            "shards of pictures or clips, which are embedded once",
+            help="Embedding file of xray embed, .parquet or .npy; or a folder, a .csv or "
+            ".parquet list or shards of pictures or clips, which are embedded once",
         ),
     ],
     query: Annotated[str, typer.Argument(help="A text, or the file of a picture or clip")],
@@ -236,12 +236,12 @@ def search(
     llm: Llm = "",
 ) -> None:
     """Find the pictures, clips or texts of X that are nearest to QUERY."""
-    from xray.search.embedding_file import ENDINGS, open_embeddings
+    from xray.search.embedding_file import is_embedding_file, open_embeddings
 
     if html is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html} must end in .html")
     given = Path(data)
-    embeddings = given if given.suffix in ENDINGS else _embedded(data, artifact, llm)
+    embeddings = given if is_embedding_file(given) else _embedded(data, artifact, llm)
     opened = open_embeddings(embeddings)
     finer = None if rescore is None else open_embeddings(rescore)
     if "grid" in opened.facts:

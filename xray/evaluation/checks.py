@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
+from data_pipelines.ingest.labelled import place_of
+from data_pipelines.shards.remote import is_remote
 from xray.errors import ArtifactError, ConfigError
 from xray.evaluation.config import EvalConfig
-from xray.evaluation.datasets import Sets, check_sets
+from xray.evaluation.datasets import ModelToComeError, Sets, check_sets
 from xray.evaluation.overlap import tested
 from xray.evaluation.splits import by_split
 from xray.evaluation.suite import LabelledConfig, Suite
@@ -33,6 +36,16 @@ def check_suites(
         if name not in configured and not any(s.name in configured for s in suite.reads):
             raise ConfigError(f"suite {name} has no data: set eval.{suite.data_keys()}")
     check_sets(config, names, root)
+
+
+def check_before_training(names: Collection[str], config: EvalConfig, root: str) -> None:
+    """Raise the errors of suites' data that need no model; does not read remote data."""
+    sets = Sets(None, config.filled(), root, 0)
+    for name in sorted(names):
+        places = [place_of(f"eval.{key}", own, root) for key, own in sets.config.data_sets([name])]
+        if not any(map(is_remote, places)):
+            with suppress(ModelToComeError):
+                check_data(suite_named(name), sets)
 
 
 def check_data(suite: Suite[Any], sets: Sets) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +15,8 @@ from data_pipelines.shards.source import Source
 from xray.errors import DataError
 from xray.evaluation.confidence import class_mean, share
 from xray.evaluation.suite import RECALL
+
+log = logging.getLogger("xray")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,20 @@ class Classes:
     def places(self, labels: Tensor, source: Source) -> Tensor:
         """Return the position of each label of a source among the classes, [N].
 
-        Classes are matched by name if both data sets have names. Raises DataError for a class that
-        is not among them, and the errors of check_labels.
+        Classes are matched by name if both data sets have names, and otherwise by position: if one
+        of them has names, a line says so. Raises DataError for a class that is not among them, for
+        names beside another number of numbered classes, and the errors of check_labels.
         """
         check_labels(labels, source.name)
         labels = renumber(labels, source, self.names, f"the classes of {self.where}")
+        if source.classes and not self.names and len(source.classes) != len(self.numbers):
+            raise DataError(
+                f"{source.name} has {len(source.classes)} class names, and {self.where} has only "
+                f"numbers, of {len(self.numbers)} classes: give both sets names, or class numbers"
+            )
+        if bool(source.classes) != bool(self.names):
+            named, numbered = (source.name, self.where)[:: 1 if source.classes else -1]
+            tell_of_position(f"{named} has class names, and {numbered} only numbers", source.digest)
         places = torch.searchsorted(self.numbers, labels).clamp(max=len(self.numbers) - 1)
         unknown = labels[self.numbers[places] != labels].tolist()
         if unknown:
@@ -58,11 +72,43 @@ def renumber(labels: Tensor, source: Source, names: Sequence[str], whose: str) -
     """
     if not source.classes or not names:
         return labels
-    missing = sorted(set(source.classes) - set(names))
+    found = numbers_of(source.classes, names)
+    missing = sorted({*source.classes} - found.keys())
     if missing:
         raise DataError(f"class {missing[0]!r} of {source.name} is not among {whose}")
-    places = torch.tensor([list(names).index(name) for name in source.classes])
+    places = torch.tensor([found[name] for name in source.classes])
     return torch.where(labels < 0, labels, places[labels.clamp(min=0)])
+
+
+def numbers_of(classes: Sequence[str], known: Sequence[str] | Mapping[str, int]) -> dict[str, int]:
+    """Return the numbers of the classes that are known; a name that is not known is compared
+    without its case and its underscores, if this finds one class.
+
+    known: names by number, of which the first counts, or numbers by name.
+    """
+    if not isinstance(known, Mapping):
+        known = {name: number for number, name in reversed([*enumerate(known)])}
+    folded, alike = defaultdict[str, set[int]](set), Counter(map(_folded, classes))
+    for name, number in known.items():
+        folded[_folded(name)].add(number)
+    found = {}
+    for name in classes:
+        numbers = folded[_folded(name)]
+        if name in known:
+            found[name] = known[name]
+        elif len(numbers) == alike[_folded(name)] == 1:
+            found[name] = min(numbers)
+    return found
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+@functools.cache
+def tell_of_position(why: str, digest: str) -> None:
+    """Log once that the classes of a data set, with this digest, are matched by position."""
+    log.warning("%s: classes are matched by position", why)
 
 
 def check_labels(labels: Tensor, what: str) -> None:

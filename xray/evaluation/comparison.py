@@ -26,10 +26,20 @@ def comparison_table(results: Mapping[str, Mapping[str, Measures]]) -> ResultTab
                 if note not in table.notes:
                     table.notes.append(note)
         for title, cells in rows.items():
-            values = [cells[model][1] if model in cells else "" for model in results]
-            chance = next(iter(cells.values()))[2]
-            table.rows.append((title, *values, chance))
+            table.rows.append((title, *cells_of(cells, list(results))))
     return table
+
+
+def cells_of(rows: Mapping[str, Row], models: Sequence[str]) -> list[str]:
+    """Return the result of each model, "" for none, and chance.
+
+    Chance of tags depends on the model's vocabulary: if the models have several, all are listed in
+    the order of the models.
+    """
+    chances = [rows[model][2] if model in rows else "-" for model in models]
+    there = {rows[model][2] for model in rows}
+    values = [rows[model][1] if model in rows else "" for model in models]
+    return [*values, " / ".join(chances) if len(there) > 1 else there.pop()]
 
 
 def notes_of(lines: Mapping[str, Sequence[str]]) -> list[str]:

@@ -60,14 +60,25 @@ def check_sets(config: EvalConfig, suites: Sequence[str], root: str) -> None:
         find_shards(path)
 
 
+class ModelToComeError(Exception):
+    """Data sets are asked for their model, and a stage has yet to train it."""
+
+
 class Sets:
-    """Opened sources by their pattern, and their features by space."""
+    """Opened sources by their pattern, and their features by space.
+
+    encoder: None for checks of data before a stage has trained the model.
+    """
 
     def __init__(
-        self, encoder: VisionEncoder | TextEncoder, config: EvalConfig, root: str, workers: int
+        self,
+        encoder: VisionEncoder | TextEncoder | None,
+        config: EvalConfig,
+        root: str,
+        workers: int,
     ) -> None:
-        self.encoder, self.config = encoder, config
-        plain = data_config(encoder.artifact)
+        self._encoder, self.config = encoder, config
+        plain = data_config(encoder.artifact) if encoder is not None else DataConfig()
         self.data = dataclasses.replace(plain, root=root, workers=workers)
         self.views = Views(config.views.clips, config.views.crops)
         self.dealt = False  # encoding is dealt over all ranks (Evaluator.lead)
@@ -78,6 +89,13 @@ class Sets:
         self._partial: dict[int, PartFeatures] = {}  # by the id of a source that has parts
         self._scratch: Scratch | None = None
         self._texts: dict[tuple[str, ...], Tensor] = {}
+
+    @property
+    def encoder(self) -> VisionEncoder | TextEncoder:
+        """Return the model; raises ModelToComeError if a stage has yet to train it."""
+        if self._encoder is None:
+            raise ModelToComeError
+        return self._encoder
 
     @property
     def joint(self) -> Encoder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,15 +12,13 @@ from torch import Tensor
 from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import Encoder
 from xray.errors import ConfigError, DataError
-from xray.evaluation.class_labels import Classes, check_labels, guess
+from xray.evaluation.class_labels import Classes, check_labels, guess, numbers_of
 from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import Features, labels_of
 from xray.evaluation.linear_probe import SOLVERS
 from xray.evaluation.suites.linear_probe import LINEAR_PROBE
 from xray.evaluation.suites.zero_shot import ZERO_SHOT
 from xray.evaluation.zero_shot import NamedClasses
-
-log = logging.getLogger("xray")
 
 
 @dataclass
@@ -56,23 +53,16 @@ class HeadClasses:
         not have; some: it becomes -1, if other classes are known.
         """
         check_labels(labels, source.name)
-        unknown = [name for name in source.classes if name not in self.known]
-        if unknown and not self.known and len(unknown) != self.classes:
-            raise DataError(
-                f"{source.name} has class names, and {self.source.name} has only numbers, of "
-                f"{self.classes} classes: give both sets names, or class numbers"
-            )
-        if len(unknown) == len(source.classes):
-            places = self.places(labels, source)
-            if unknown:
-                _tell_of_position(source.name.partition(" ")[0], self.name)
-            return places
+        known = numbers_of(source.classes, self.known)
+        if not known:
+            return self.places(labels, source)
+        unknown = [name for name in source.classes if name not in known]
         if unknown and not some:
             raise DataError(
                 f"class {unknown[0]!r} of {source.name} is not among the {self.classes} classes of "
                 f"{self.source.name}"
             )
-        return torch.tensor([self.known.get(name, -1) for name in source.classes])[labels]
+        return torch.tensor([known.get(name, -1) for name in source.classes])[labels]
 
 
 @dataclass
@@ -93,11 +83,6 @@ class Head(HeadClasses):
         """Mark correct predictions, [N]; among: the classes to choose from, ascending."""
         chosen = torch.arange(self.classes) if among is None else among
         return chosen[self.scores(features, chosen).argmax(dim=1)] == labels
-
-
-@functools.cache
-def _tell_of_position(source: str, head: str) -> None:
-    log.warning("%s: no class name is one of %s, classes are matched by position", source, head)
 
 
 def head_classes(sets: Sets) -> list[HeadClasses]:

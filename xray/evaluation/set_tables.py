@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from xray.evaluation.comparison import notes_of
+from xray.evaluation.comparison import cells_of, notes_of
 from xray.evaluation.overlap import overlap_lines
 from xray.evaluation.set_runs import SetResults
 from xray.evaluation.suite import Measures, Row, ends_of
@@ -70,8 +70,7 @@ def mean_table(results: Mapping[str, SetResults]) -> ResultTable:
         for row in _mean_rows(own):
             rows[f"mean of {row[3]}", row[0]][model] = row
     for (sets, title), cells in rows.items():
-        values = [cells[model][1] if model in cells else "" for model in results]
-        table.rows.append((sets, title, *values, next(iter(cells.values()))[2]))
+        table.rows.append((sets, title, *cells_of(cells, list(results))))
     averages = [datacomp(own) for own in results.values()]
     if most := max(sets for _, sets in averages):
         values = [f"{100 * mean:.1f}" if sets else "" for mean, sets in averages]
@@ -89,9 +88,7 @@ def compared_sets(results: Mapping[str, SetResults], means: bool = True) -> Resu
             cells[name, row[0]][model] = row
     names = dict.fromkeys(name for name, _ in cells)  # a model may lack some suites of a set
     for name, title in sorted(cells, key=lambda key: list(names).index(key[0])):
-        own_cells = cells[name, title]
-        values = [own_cells[model][1] if model in own_cells else "" for model in results]
-        table.rows.append((name, title, *values, next(iter(own_cells.values()))[2]))
+        table.rows.append((name, title, *cells_of(cells[name, title], list(results))))
     if means:
         table.rows += mean_table(results).rows
     table.notes += notes_of({model: notes_on(own) for model, own in results.items()})

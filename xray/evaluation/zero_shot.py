@@ -11,7 +11,7 @@ from data_pipelines.ingest.labelled import place_of, spaced
 from data_pipelines.shards.source import Source
 from xray.artifacts.encoders import class_weights
 from xray.errors import ConfigError
-from xray.evaluation.class_labels import check_named, renumber
+from xray.evaluation.class_labels import check_named, numbers_of, renumber, tell_of_position
 from xray.evaluation.confidence import class_mean, share
 from xray.evaluation.datasets import Sets
 from xray.evaluation.prompts import prompt_templates
@@ -55,11 +55,14 @@ class NamedClasses:
         """Number a source's labels [N] by their places among the names.
 
         If no name of the source is among the names but the counts are equal, classes are matched
-        by position. Raises DataError if only some of the names are the same.
+        by position, and a line says so. Raises DataError if only some of the names are the same.
         """
         own = source.classes
-        if len(own) != len(self.names) or set(own) & set(self.names):
+        if len(own) != len(self.names) or numbers_of(own, self.names):
             labels = renumber(labels, source, self.names, f"those of {self.origin}")
+        else:
+            why = f"{source.name}: none of the class names is among those of {self.origin}"
+            tell_of_position(why, source.digest)
         check_named(labels, len(self.names), source.name)
         return labels
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from xray.evaluation.suites.knn import KnnConfig
 from xray.recipes.machine import Machine
-from xray.recipes.survey import Found, Survey
+from xray.recipes.survey import MOST_READ, Found, Survey
 
 Settings = dict[str, Any]
 
@@ -304,18 +305,30 @@ def _add_tags(made: Draft, sources: list[Found]) -> None:
     made.comments["hashtag.min_count"] = f"samples that a tag needs, of {samples:,}"
 
 
+def _same_classes(train: Found, test: Found) -> bool:
+    """Check if kNN can be measured: on all samples, with classes that the training set has.
+
+    Of many classes, the survey read some of the names only.
+    """
+    enough = train.samples >= KnnConfig.k and min(train.labelled, test.labelled) == 1.0
+    if not enough or min(len(train.classes), len(test.classes)) < 2:
+        return False
+    few = len(train.classes) <= MOST_READ // 10
+    return test.classes <= train.classes if few else bool(test.classes & train.classes)
+
+
 def _add_evaluation(made: Draft, seen: Survey) -> None:
     own: Settings = {}
     pictures = [found for found in seen.held_out if found.modality == "image"]
     for suite, modality in (("retrieval", "image"), ("video_retrieval", "video")):
         for found in seen.held_out:
-            if found.modality == modality and found.captioned >= SOME and "clip" in made.stages:
+            captioned = found.captioned >= SOME and found.captioned * found.samples >= 2
+            if found.modality == modality and captioned and "clip" in made.stages:
                 own.setdefault(suite, {"shards": found.shards})
-    training = [found for found in seen.training if found.labelled >= SOME]
-    tests = [found for found in pictures if found.labelled >= SOME]
-    for found in training if tests else ():
-        if found.modality == "image":
-            own.setdefault("knn", {"train": found.shards, "test": tests[0].shards})
+    pairs = ((train, test) for test in pictures for train in seen.training)
+    for train, test in pairs:
+        if train.modality == "image" and _same_classes(train, test):
+            own.setdefault("knn", {"train": train.shards, "test": test.shards})
     made.settings["eval"] = {"held_out": True, **own}
     made.comments["eval"] = (
         "measured at the end, on samples that are not trained on" if own else

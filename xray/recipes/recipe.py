@@ -13,6 +13,7 @@ section takes the run's sections (optim, train, ...) and the stage's own options
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def read_recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
         check_stage(str(stage))
     recipe = Recipe(
         name=str(merged["name"]),
-        out=Path(str(merged["out"])),
+        out=Path(os.path.expanduser(str(merged["out"]))),
         prepare=cfg.build(PrepareConfig, merged.get("prepare") or {}, section="prepare."),
         eval=cfg.build(EvalConfig, merged.get("eval") or {}, section="eval."),
     )

@@ -31,6 +31,7 @@ from xray.config import loading as cfg
 from xray.config.model import LlmConfig
 from xray.config.run import text_section
 from xray.errors import BadSample, DataError
+from xray.evaluation.checks import check_before_training
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.datasets import check_sets
 from xray.evaluation.evaluator import Evaluator
@@ -84,7 +85,7 @@ def prepare(recipe: Recipe) -> None:
 
     def make() -> None:
         if wanted.demo is not None:
-            make_demo(Path(recipe.root), cfg.build(DemoConfig, wanted.demo))
+            make_demo(Path(resolve(recipe.root)), cfg.build(DemoConfig, wanted.demo))
         if wanted.llm is not None:
             make_llm(wanted.llm, recipe.root)
 
@@ -96,7 +97,7 @@ def make_llm(config: LlmConfig, root: str) -> None:
 
     Raises DataError if no sample has a caption.
     """
-    folder = Path(config.path)
+    folder = Path(resolve(config.path))
     if folder.is_dir():
         return
     source = open_data(resolve(config.captions, root), Request("captions", "text"))
@@ -195,14 +196,28 @@ def preflight(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
 
 
 def check_evaluation(runs: list[RunConfig], evaluation: EvalConfig, root: str) -> None:
-    """Check that the data sets of a recipe's evaluation exist; raises ConfigError or DataError."""
+    """Check a recipe's evaluation before training: its data sets, and their labels and captions.
+
+    Raises ConfigError or DataError.
+    """
     offers = {run.stage: stage_class(run.stage).offers for run in runs}
-    for suites in evaluation.in_recipe(offers).values():
-        check_sets(evaluation, suites, root)
+    asked = [suite for suites in evaluation.in_recipe(offers).values() for suite in suites]
+    check_sets(evaluation, asked, root)
     opening = partial(named_sets, evaluation, root, ())
-    for own in dist.main_first(opening, "opening the data sets of eval.sets"):
+    named = dist.main_first(opening, "opening the data sets of eval.sets")
+    for own in named:
         with naming(own.name):
             check_sets(own.config, own.suites, root)
+
+    able = {suite for suites in suites_by_stage(offers).values() for suite in suites}
+
+    def check_contents() -> None:
+        check_before_training(asked, evaluation, root)
+        for own in named:
+            with naming(own.name):
+                check_before_training(able.intersection(own.suites), own.config, root)
+
+    dist.on_main(check_contents, dist.PREPARATION, "checking the data of the evaluation")
 
 
 def held_out_sets(recipe: Recipe) -> tuple[EvalConfig, list[str]]:

@@ -1,7 +1,8 @@
 """Survey of a user's data: its sources, their sizes, and the captions, tags and classes they have.
 
 DATA is a folder or pattern of shards, a folder of such folders (images/, clips/), a folder of
-pictures and clips, or a list of them. Folders named val, test, ... are for evaluation.
+pictures and clips, or a list of them. Folders named val, test, ... are for evaluation, with all
+that they contain.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from data_pipelines.decode.decoders import open_clip, open_image, read_clip, upright_size
+from data_pipelines.ingest.endings import MEDIA, ending_of
+from data_pipelines.ingest.labelled import class_of
 from data_pipelines.ingest.plain_files import Request
 from data_pipelines.ingest.user_data import open_data
+from data_pipelines.ingest.walk import walk
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import tars_in
 from data_pipelines.shards.source import Source
@@ -28,8 +33,12 @@ from xray.errors import BadSample, DataError
 
 MOST_READ = 200  # samples of a source whose texts are read
 MOST_OPENED = 16  # samples of a source whose pictures or clips are opened
-# Evaluation sets: images/val, or captions_val beside captions_train.
-HELD_OUT = re.compile(r"(?:^|[_-])(?:val|valid|validation|test|heldout|held_out)$", re.IGNORECASE)
+# Evaluation sets: images/val, val/images, val2017, or captions_val beside captions_train.
+HELD_OUT = re.compile(
+    r"(?:^|[_-])(?:val|valid|validation|test|heldout|held_out)(?:\d{4})?$", re.IGNORECASE
+)
+TRAIN = re.compile(r"(?:^|[_-])(?:train|training|trainval)(?:\d{4})?$", re.IGNORECASE)
+MOST_FOLDERS = 8  # of plain files beside val/ that each become a source
 LABELS = ("label_name", "label")
 CLASS = "cls"  # a file with the number of a class
 NAMES: Mapping[Modality, str] = {"image": "images", "video": "clips"}
@@ -49,6 +58,7 @@ class Found:
     tagged: float  # share with hashtags
     labelled: float  # share with the name or the number of a class
     label: str = ""  # json field of the name, if there is one
+    classes: frozenset[str] = frozenset()  # names, or numbers, of the classes that were read
 
 
 @dataclass(frozen=True)
@@ -67,21 +77,37 @@ class Survey:
 def survey(data: str) -> Survey:
     """Look at data; raises DataError if there is nothing to train on."""
     root = data if is_remote(data) else os.path.abspath(os.path.expanduser(data))
-    places = _folders_of_shards(root) or [("", ".")]
-    found = [found for name, shards in places for found in _look(root, name, shards)]
+    places = _folders_of_shards(root) or _plain_splits(root) or ["."]
+    found = [found for path in places for found in _look(root, path)]
     found.sort(key=lambda own: own.modality)  # pictures first
+    found = _with_own_names(found)
     training = [own for own in found if not _is_held_out(own.shards)]
     if not training:
         raise DataError(f"{data} has no pictures or clips to train on")
     return Survey(root, training, [own for own in found if _is_held_out(own.shards)])
 
 
-def _is_held_out(shards: str) -> bool:
-    return bool(HELD_OUT.search(os.path.basename(shards)))
+def _is_held_out(path: str) -> bool:
+    """Check for a folder for evaluation on the path; train/ inside val/ is for training."""
+    parts = [part for part in path.split("/") if HELD_OUT.search(part) or TRAIN.search(part)]
+    return bool(parts and HELD_OUT.search(parts[-1]))
 
 
-def _folders_of_shards(root: str) -> list[tuple[str, str]]:
-    """List (name, path below root) of the folders of shards up to two levels below a folder."""
+def _with_own_names(found: list[Found]) -> list[Found]:
+    """Number the sources that have the same name, such as those of set-a and set_a."""
+    names = set[str]()
+    for number, own in enumerate(found):
+        name, count = own.name, 1
+        while name in names:
+            count += 1
+            name = f"{own.name}_{count}"
+        names.add(name)
+        found[number] = replace(own, name=name)
+    return found
+
+
+def _folders_of_shards(root: str) -> list[str]:
+    """List the folders of shards up to two levels below a folder, as paths below it."""
     if not os.path.isdir(root):
         return []
     listed = []
@@ -93,16 +119,39 @@ def _folders_of_shards(root: str) -> list[tuple[str, str]]:
         for below in sorted(os.listdir(os.path.join(root, name)))
         if not below.startswith(".")
     ]
-    own = [("", ".")] if tars_in(root) else []
+    own = ["."] if tars_in(root) else []
     for path in sorted([*first, *inner]):
         folder = os.path.join(root, path)
         if os.path.isdir(folder) and tars_in(folder):
-            listed.append((re.sub(r"\W+", "_", path), path))
+            listed.append(path)
     return own + listed
 
 
-def _look(root: str, name: str, shards: str) -> Iterator[Found]:
+def _plain_splits(root: str) -> list[str]:
+    """List the folders of plain files beside a folder val, as paths below root; [] without one.
+
+    They are in root itself, or in its folders (images/train, images/val). Raises DataError for
+    files beside val that are in too many folders to become a source each, or in none.
+    """
+    if not os.path.isdir(root):
+        return []
+    media = [name.split("/") for name in walk(Path(root)) if ending_of(name) in MEDIA]
+    for depth in (1, 2):
+        folders = {"/".join(parts[:depth]) for parts in media if len(parts) > depth}
+        held = sorted(folder for folder in folders if _is_held_out(folder))
+        if held and (len(folders - {*held}) > MOST_FOLDERS or min(map(len, media)) <= depth):
+            raise DataError(
+                f"{root} has {held[0]}/, which is for evaluation, and other files beside it: move "
+                "those to train/, or give xray init a folder without val/ and test/"
+            )
+        if held:
+            return sorted(folders)
+    return []
+
+
+def _look(root: str, shards: str) -> Iterator[Found]:
     """Yield what there is of each modality in a folder or list."""
+    name = "" if shards == "." else re.sub(r"\W+", "_", shards)
     where = root if shards == "." else os.path.join(root, shards)
     sources: list[Source] = []
     failure: DataError | None = None
@@ -124,7 +173,7 @@ def _look(root: str, name: str, shards: str) -> Iterator[Found]:
 def _described(source: Source, name: str, shards: str) -> Found:
     """Read the texts of some samples, spread over the shards, and open a few."""
     tags = TagReader("hashtags", {})
-    labels, sides = dict.fromkeys(LABELS, 0), list[int]()
+    labels, sides, classes = dict.fromkeys(LABELS, 0), list[int](), set[str]()
     read = counts = captions = tagged = numbered = 0
     media = media_extensions(source.modality, source.animations)
     for number, (shard, member) in enumerate(_spread(source)):
@@ -143,6 +192,8 @@ def _described(source: Source, name: str, shards: str) -> Found:
             for field in LABELS:
                 labels[field] += isinstance(facts.get(field), str) and bool(facts[field])
         numbered += CLASS in files
+        with suppress(BadSample):
+            classes.add(class_of(files))
         sides += _side({ending: files[ending] for ending in media if ending in files})
     label = max(LABELS, key=lambda field: labels[field])
     labelled = max(labels[label], numbered)
@@ -150,7 +201,7 @@ def _described(source: Source, name: str, shards: str) -> Found:
     return Found(
         name, shards, source.modality, len(source), round(median(sides)) if sides else 0,
         counts / most, captions / max(counts, 1), tagged / most, labelled / most,
-        label if labels[label] else "",
+        label if labels[label] else "", frozenset(classes - {""}),
     )  # fmt: skip
 
 

@@ -253,6 +253,19 @@ def _check_facts(facts: Any) -> None:
     Pca.of(facts)
 
 
+def is_embedding_file(path: Path) -> bool:
+    """Check the name of a file, and of a parquet file the facts: without, it is a list of files.
+
+    A file that is missing or damaged is taken for one of embeddings.
+    """
+    if path.suffix != ".parquet" or not path.is_file():
+        return path.suffix in ENDINGS
+    try:
+        return FACTS in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return True
+
+
 def open_embeddings(path: Path) -> Embeddings:
     """Open a file of embeddings; raises DataError for any other file."""
     if path.suffix not in ENDINGS:

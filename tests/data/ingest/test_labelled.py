@@ -21,7 +21,7 @@ from data_pipelines.tags.reader import TagRules
 from data_pipelines.tags.vocabulary import Vocabulary
 from xray.config import DataConfig
 from xray.errors import DataError
-from xray.evaluation.class_labels import Classes, renumber
+from xray.evaluation.class_labels import Classes, numbers_of, renumber
 from xray.evaluation.feature_extraction import extract, labels_of, read_all_captions
 
 CLASSES = ("zebra", "ant", "sea_horse")
@@ -210,6 +210,32 @@ def test_numbers_beside_names_give_their_order(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
     source = open_labelled("set", str(tmp_path), "image")
     assert source.classes == ("bee", "ant") and labels_of(source).tolist() == [1, 0]
+
+
+def test_names_are_compared_without_case_and_underscores_if_none_is_the_same() -> None:
+    known = ["Sea_Horse", "ant", "Ant", "zebra", "ant"]
+    names = ["sea horse", "Ant", "ant", "ZEBRA", "Zebra", "ANT", "bee"]
+    assert numbers_of(names[:3], known) == {"sea horse": 0, "Ant": 2, "ant": 1}
+    assert numbers_of(names[3:4], known) == {"ZEBRA": 3}
+    assert numbers_of(names[3:], known) == {}  # two zebras, and two ants to choose from
+
+
+def test_names_and_numbers_are_matched_by_position_with_a_line(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = open_labelled("named", str(folder), "image")
+    for numbers in ([2, 1, 0], [0, 1, 1]):
+        other = labelled(tmp_path, f"numbers{numbers[0]}", numbers)
+        classes = Classes.of(labels_of(other), other)
+        if numbers[0]:
+            assert classes.places(labels_of(named), named).tolist() == labels_of(named).tolist()
+            own = Classes.of(labels_of(named), named)
+            assert own.places(labels_of(other), other).tolist() == numbers
+        else:
+            with pytest.raises(DataError, match="named has 3 class names, and numbers0 has only"):
+                classes.places(labels_of(named), named)
+    line = "named has class names, and numbers2 only numbers: classes are matched by position"
+    assert caplog.text.count(line) == 2  # once for each set that is matched
 
 
 def test_classes_of_a_training_set(tmp_path: Path) -> None:
