@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,7 @@ def _is_current(key: str, where: str, folder: str) -> bool:
     record = json.loads((Path(folder) / RECORD).read_text("utf-8"))
     items = files_to_pack(where, config)
     if record["files"] != digest_of(items):
-        whole = os.path.dirname(folder) if config.modality else folder
+        whole = shlex.quote(os.path.dirname(folder) if config.modality else folder)
         raise ConfigError(
             f"{key}: the files of {where} have changed since {folder} was packed from them: delete "
             f"{folder} to pack them again, or train on it as it is with {_key(key)}={whole}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -168,7 +169,7 @@ class Source:
         if index.facts["digest"] != wanted:
             raise DataError(
                 f"shard {path} changed since it was indexed: restart the run; if it stops here "
-                f"again, run xray data index on {self.manifest.folder}"
+                f"again, run xray data index on {shlex.quote(self.manifest.folder)}"
             )
         return index, index.members_with(media_extensions(self.modality, self.animations))
 

@@ -48,6 +48,23 @@ def test_trial_waits_for_a_stage_run_that_another_trains(tmp_path: Path) -> None
         assert jobs._next([zero_b, one_a]) is zero_b
 
 
+def test_a_trial_whose_results_were_deleted_is_not_finished(tmp_path: Path) -> None:
+    """Of a damaged results.json, the advice is to delete it."""
+    trial = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}").trials[0]
+    for run in trial.recipe.runs:
+        artifact = Path(run.out) / "artifact"
+        artifact.mkdir(parents=True)
+        (artifact / "manifest.json").write_text("{}")
+    trial.folder.mkdir(parents=True)
+    trial.finish()
+    assert trial.finished()  # nothing was evaluated, or an older version wrote the file
+    (trial.folder / "results.json").write_text("{}")
+    trial.finish()
+    assert trial.finished()
+    (trial.folder / "results.json").unlink()
+    assert not trial.finished()
+
+
 def test_folder_in_use_is_rejected(tmp_path: Path) -> None:
     with (
         exclusive(tmp_path),

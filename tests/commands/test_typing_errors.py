@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from xray.commands.common import _concealed, check_folder, split_settings
 from xray.config import ModelConfig
 from xray.errors import ConfigError
 
@@ -135,3 +136,24 @@ def test_a_wrong_name_of_a_timm_model_has_a_hint() -> None:
 
     with pytest.raises(ConfigError, match="not a model of timm; did you mean 'vit_base_patch16_22"):
         create_timm(ModelConfig("vit_bse_patch16_224"), (224, 224))
+
+
+def test_settings_are_told_from_data_by_their_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr-0.1=b" / "artifact").mkdir(parents=True)
+    data = [
+        "photos",
+        "/a=b",
+        "./a=b",
+        "lr-0.1=b",
+        "lr-0.1=b/artifact",
+        "s3://bucket/a=b/{0..9}.tar",
+    ]
+    given = ["captions.llava15=1", "eval.tags.set2.shards=/x", "a.b-c.imagenet-v2=s3://u:p@b/v2"]
+    assert split_settings([*data, *given]) == (data, given)
+    assert _concealed(given[-1]) == given[-1]  # hidden when it is read
+    with pytest.raises(ConfigError, match="is a setting: name the folder"):
+        check_folder("captions.llava15=1")
+    check_folder("lr-0.1=b")

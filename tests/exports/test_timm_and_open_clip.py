@@ -226,11 +226,13 @@ def test_after_a_resolution_schedule_timm_gets_the_final_positions(
 ) -> None:
     """The position table has the largest size; models are evaluated and exported at the last."""
     old = open_artifact(tagger).manifest["config"]
-    config = cfg.merge(old, {"data": {"resolution": [[0.0, 32], [0.5, 48], [0.9, 32]]}})
+    own = {"resolution": [[0.0, 32], [0.5, 48], [0.9, 32]]}
+    config = cfg.merge(old, {"data": own, "model": {"norm_eps": 1e-12}})
     backbone = open_artifact(tagger).load("backbone")
     backbone["pos_embed"] = torch.randn(1, 1 + 36, 32)
     artifact = rewritten(tagger, tmp_path / "artifact", config, {"backbone": backbone})
-    convert(artifact, "timm", tmp_path / "timm")
+    notes = convert(artifact, "timm", tmp_path / "timm").notes
+    assert "the epsilon 1e-12 (model.norm_eps), and 1e-06 in timm" in "".join(notes)
     vit: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     assert vit.pos_embed.shape == (1, 1 + 16, 32)
     pixels = pixels_of(demo)

@@ -94,6 +94,12 @@ def no_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
 
 
+def padding(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    content = {**json.loads(path.read_text()), "size": {"shortest_edge": 24}}
+    path.write_text(json.dumps(content))
+
+
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -123,6 +129,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (larger_tokenizer, "embeds 300"),
     (no_tokenizer, "no tokenizer"),
     (no_processor, "no preprocessor_config.json"),
+    (padding, "data.crop_pct=1.3333333333333333 must be in (0, 1]"),
     (activation, "activation relu"),
     (own_code, "cannot be imported (model_type mine)"),
 ]

@@ -58,6 +58,20 @@ def pair(name: str, patch: int, pool: Pool, **more: Any) -> tuple[Any, VisionBac
     return vit, model
 
 
+@pytest.mark.parametrize(("name", "patch", "pool"), [MODELS[0], MODELS[4]])
+def test_a_file_of_timms_weights_is_not_taken_for_videomaes(
+    name: str, patch: int, pool: Pool, tmp_path: Path
+) -> None:
+    """Their attention has biases of queries and values only, as VideoMAE's has."""
+    vit, file = pair(name, patch, pool)[0], tmp_path / "model.safetensors"
+    save_file(vit.state_dict(), file)
+    config = ModelConfig(name=name, kwargs=SMALL, pool=pool, pretrained=str(file))
+    model = VisionBackbone(config, 4 * patch, 1)
+    torch.testing.assert_close(
+        model.state_dict()["blocks.0.attn.q_bias"], vit.blocks[0].attn.q_bias
+    )
+
+
 @pytest.mark.parametrize(("name", "patch", "pool"), MODELS)
 @torch.no_grad()
 def test_features_of_images_are_timms_and_macs_are_counted(

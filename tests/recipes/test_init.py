@@ -12,10 +12,11 @@ import yaml
 from in_process import invoke
 from shards import photo, write_tar
 
+from xray.artifacts.artifact import find_manifest
 from xray.config.model import LlmConfig
-from xray.errors import ConfigError, DataError
-from xray.recipes.first_recipe import LENGTHS, blocks, draft, scales_for
-from xray.recipes.init import _divided
+from xray.errors import ArtifactError, ConfigError, DataError
+from xray.recipes.first_recipe import LENGTHS, Draft, blocks, draft, scales_for
+from xray.recipes.init import _divided, _next
 from xray.recipes.machine import Machine
 from xray.recipes.recipe import load_recipe, stage_from_recipe
 from xray.recipes.run import make_llm
@@ -264,6 +265,20 @@ def test_a_language_model_is_built_from_the_captions_there_are(
 
 
 # command ----------------------------------------------------------------------------------------
+
+
+def test_paths_in_printed_commands_are_quoted(tmp_path: Path) -> None:
+    scale: Any = None
+    lines = _next(Path("my own.yaml"), Draft(scale, {}), Machine(8, 0, "", 1e12))
+    assert [line.strip() for line in lines] == [
+        "xray run 'my own.yaml' --plan",
+        "xray run 'my own.yaml'",
+    ]
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    with pytest.raises(ArtifactError, match=f"xray export '{run}'@last"):
+        find_manifest(str(run))
 
 
 def test_the_recipe_runs_as_it_is(

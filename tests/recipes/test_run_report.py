@@ -92,6 +92,28 @@ def test_a_stage_in_training_gets_a_report_without_an_artifact(run: Path) -> Non
     assert headings((stage / "report.html").read_text()) == ["Training", "Data"]
 
 
+@pytest.mark.parametrize("older", (False, True))
+def test_a_run_that_was_moved_has_its_report_from_any_folder(
+    older: bool, tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy_run(tagger, tmp_path / "runs" / "begun" / "hashtag")
+    assert invoke("report", "runs/begun").exit_code == 0
+    facts = tmp_path / "runs" / "begun" / "report.json"
+    if older:
+        stages = {"hashtag": "runs/begun/hashtag"}
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"stages": stages}))
+    (tmp_path / "runs" / "begun").rename(tmp_path / "moved")
+    if older:  # whose data are not found from another folder
+        config = tmp_path / "moved" / "hashtag" / "config.yaml"
+        config.write_text(re.sub("root: .*", "root: data", config.read_text()))
+    monkeypatch.chdir(tmp_path / "runs")
+    done = invoke("report", "../moved")
+    assert done.exit_code == 0, done.output
+    titles = headings((tmp_path / "moved" / "report.html").read_text())
+    assert "Stages" in titles and ("Most probable tags" in titles) != older
+
+
 def test_a_folder_without_a_run_gives_an_error_of_one_line(tmp_path: Path) -> None:
     done = invoke("report", str(tmp_path))
     assert done.exit_code == 2 and "contains no run" in done.stderr

@@ -191,6 +191,7 @@ def write_processor(folder: Path, squash: bool) -> None:
     content = {"do_normalize": True, "image_mean": MEAN, "image_std": STD, "size": size}
     content |= {"do_resize": True, "resample": 3, "do_center_crop": not squash}
     content |= {} if squash else {"crop_size": {"height": SIDE, "width": SIDE}}
+    content["image_processor_type"] = "ViTImageProcessor" if squash else "CLIPImageProcessor"
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
 
 

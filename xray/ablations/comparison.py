@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xray.ablations.trials import Ablation, Trial
+from xray.ablations.trials import RESULTS, Ablation, Trial
 from xray.artifacts.artifact import find_manifest
 from xray.config import nearest
 from xray.errors import ConfigError
@@ -75,7 +75,7 @@ Comparison = dict[str, dict[str, Cell]]  # by arm, then by metric
 
 def read_outcome(trial: Trial) -> Outcome:
     """Read a finished trial's results.json and its artifacts' manifests."""
-    file = trial.folder / "results.json"
+    file = trial.folder / RESULTS
     sections: dict[str, dict[str, Any]] = {}
     if file.is_file():
         sections = read_record(file, dict[str, dict[str, Any]], advice="; delete it")

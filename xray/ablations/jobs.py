@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xray import dist, processes
-from xray.ablations.trials import Trial
+from xray.ablations.trials import DONE, RESULTS, Trial
 from xray.errors import ConfigError, Preempted
 from xray.files import locked, write_text
 from xray.progress import LINE_SECONDS
@@ -130,7 +129,7 @@ class Jobs:
 
     def _start(self, trial: Trial) -> None:
         slot = min(set(range(self.at_once)) - {job.slot for job in self.running})
-        for name in ("results.json", "done.json"):  # from other settings or an interrupted run
+        for name in (RESULTS, DONE):  # from other settings or an interrupted run
             (trial.folder / name).unlink(missing_ok=True)
         recipe = str(trial.folder / "recipe.yaml")
         with (trial.folder / "log.txt").open("ab") as log:
@@ -161,7 +160,7 @@ class Jobs:
         self._write_processes()
         code, trial = job.process.returncode, job.trial
         if code == 0:
-            write_text(trial.folder / "done.json", json.dumps({"key": trial.key}))
+            trial.finish()
         elif not self.stopped:
             self.failures.append(Failure(trial, code, last_line(trial)))
         now = time.monotonic()

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +132,12 @@ class Page:
         """Make the HTML table of each arm's settings and the command that runs one trial."""
         rows = [(arm, "\n".join(_setting(k, v) for k, v in changes.items()) or "the base recipe")
                 for arm, changes in self.ablation.arms.items()]  # fmt: skip
-        folder = self.ablation.of(self.baseline)[0].folder
+        recipe = shlex.quote(str(self.ablation.of(self.baseline)[0].folder / "recipe.yaml"))
         shared = [_setting(k, v) for layer in self.ablation.common for k, v in layer.items()]
         return [
             ResultTable("Arms", ("arm", "settings"), list(rows)).html(),
             paragraph(f"Settings of all arms: {', '.join(shared) or 'none'}"),
-            f"<p>To repeat a run: <code>xray run {html.escape(str(folder))}/recipe.yaml</code></p>",
+            f"<p>To repeat a run: <code>xray run {html.escape(recipe)}</code></p>",
         ]
 
     # numbers --------------------------------------------------------------------------------------

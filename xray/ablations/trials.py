@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from xray.recipes.recipe import Recipe, link, read_recipe, recipe_layers
 from xray.records import read_record
 from xray.urls import redact_all
 
+RESULTS, DONE = "results.json", "done.json"  # in a trial's folder
 MATCH = "match_samples"
 STAGE_RUNS = "stages"  # folder of the stage runs
 SUITE_NAMES = [suite.name for suite in SUITES]
@@ -66,10 +68,19 @@ class Trial:
 
     def finished(self) -> bool:
         """Return True if the trial was trained and evaluated with its current settings."""
-        done = self.folder / "done.json"
+        done = self.folder / DONE
         if self.missing() or not done.is_file():
             return False
-        return read_record(done, dict[str, str], advice="; delete it") == {"key": self.key}
+        facts = read_record(done, dict[str, str], advice="; delete it")
+        results = facts.pop("results", "")  # older files do not have it
+        return facts == {"key": self.key} and (not results or (self.folder / results).is_file())
+
+    def finish(self) -> None:
+        """Record that the trial was trained and evaluated, and if the evaluation had results."""
+        facts = {"key": self.key}
+        if (self.folder / RESULTS).is_file():
+            facts["results"] = RESULTS
+        write_text(self.folder / DONE, json.dumps(facts))
 
 
 @dataclass

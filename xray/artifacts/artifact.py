@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -150,13 +151,13 @@ def find_manifest(path: str | Path) -> tuple[Place, bytes, dict[str, Any]]:
 
 def _what_it_is(base: str) -> str:
     """Describe a place without a manifest: a missing folder, a run, or a folder of artifacts."""
-    folder, none = Path(base), "it has no manifest.json"
+    folder, quoted, none = Path(base), shlex.quote(base), "it has no manifest.json"
     if is_remote(base):
-        return f"{none}; xray import {base} reads released weights" if is_hub(base) else none
+        return f"{none}; xray import {quoted} reads released weights" if is_hub(base) else none
     if not folder.exists():
         return f"there is no such folder{nearest_path(folder)}"
     if (folder / "config.yaml").is_file():
-        return f"its run has not finished; xray export {base}@last makes one from a checkpoint"
+        return f"its run has not finished; xray export {quoted}@last makes one from a checkpoint"
     patterns = ("*/manifest.json", "*/artifact/manifest.json", "*/*/artifact/manifest.json")
     found = {path.parent for pattern in patterns for path in folder.glob(pattern)}
     names = sorted(str(path.parent if path.name == "artifact" else path) for path in found)

@@ -52,7 +52,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes")]
 # 75 is EX_TEMPFAIL: run the same command again. A user's mistake is 2.
 EXIT_CODES: dict[type[Exception], int] = {Preempted: 75, TrainingError: 1}
 LONGEST = 2000  # characters of an error; a name may have 4,096
-SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+SETTING = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -170,7 +170,7 @@ def _concealed(value: Any) -> Any:
     """Conceal the URLs of an argument; settings, KEY=VALUE, are concealed when they are read."""
     if isinstance(value, list):
         return [_concealed(item) for item in value]
-    setting = isinstance(value, str) and re.match(r"[\w.]+=", value)
+    setting = isinstance(value, str) and SETTING.match(value)
     return conceal(value) if isinstance(value, str) and not setting else value
 
 
@@ -194,9 +194,14 @@ def settings(schema: type[S], items: Sequence[str] | None) -> S:
     return build(schema, parse_overrides(items or [], kinds_of(schema)))
 
 
+def is_setting(item: str) -> bool:
+    """Tell KEY=VALUE from a path or a pattern; what begins with an existing path is one."""
+    return bool(SETTING.match(item)) and not os.path.exists(item.partition("/")[0])
+
+
 def check_folder(folder: Path | str) -> None:
     """Raise ConfigError if a setting stands where the command takes a folder to write to."""
-    if SETTING.match(str(folder)):
+    if is_setting(str(folder)):
         raise ConfigError(f"{folder} is a setting: name the folder to write to before it")
 
 
@@ -210,7 +215,7 @@ def make_room(*files: Path | None) -> None:
 
 def split_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return (data, settings) of a command's arguments; raises ConfigError without data."""
-    given = [item for item in items if SETTING.match(item)]
+    given = [item for item in items if is_setting(item)]
     data = [item for item in items if item not in given]
     if not data:
         raise ConfigError("no data is named: give a path, a pattern or a URL")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import SETTING, EvalRecipe, check_model, checking, guarded
+from xray.commands.common import EvalRecipe, check_model, checking, guarded, is_setting
 from xray.commands.evaluate import eval_settings
 from xray.commands.help import examples
 from xray.commands.named_sets import check_named, suites_with_data
@@ -59,7 +59,7 @@ def compare(
 
     names = suite.split(",") if suite else []
     with checking():
-        given = [item for item in models if SETTING.match(item)]
+        given = [item for item in models if is_setting(item)]
         named = [item for item in models if item not in given]
         config, root, workers, llm = eval_settings(given, recipe)
         if len(named) < 2:

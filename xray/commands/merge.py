@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xray import dist
-from xray.commands.common import SETTING, EvalRecipe, check_folder, checking, guarded
+from xray.commands.common import EvalRecipe, check_folder, checking, guarded, is_setting
 from xray.commands.evaluate import eval_settings, filled_sets
 from xray.commands.help import examples
 from xray.errors import ArtifactError, ConfigError
@@ -157,7 +157,7 @@ def _checked(
     """Check the artifacts' manifests and the data. given: artifacts and settings; names: suites."""
     from xray.evaluation.suites import suite_named
 
-    settings = [item for item in given if SETTING.match(item)]
+    settings = [item for item in given if is_setting(item)]
     paths = [item for item in given if item not in settings]
     asked = [suite_named(name).name for name in names]
     config, root, workers, llm = eval_settings(settings, recipe)

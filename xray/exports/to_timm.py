@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from data_pipelines.decode.preparation import resized_side
 from xray.artifacts.artifact import Artifact, save_tensors
@@ -52,7 +53,19 @@ def to_timm(artifact: Artifact, out: Path) -> Export:
         "preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         'features = model(preprocess(image.convert("RGB"))[None])  # of a PIL picture: [1, D]',
     ]
-    return Export("timm", code, {"features": difference(theirs, ours(encoder, pixels, 1.0))})
+    differences = {"features": difference(theirs, ours(encoder, pixels, 1.0))}
+    return Export("timm", code, differences, _notes(model_config(artifact).norm_eps, loaded))
+
+
+def _notes(norm_eps: float | None, loaded: nn.Module) -> list[str]:
+    """Say that timm's norms have another epsilon, which no file of timm can set."""
+    usual = next((m.eps for m in loaded.modules() if isinstance(m, nn.LayerNorm)), norm_eps)
+    if norm_eps in (None, usual):
+        return []
+    return [
+        f"Its layer norms have the epsilon {norm_eps:g} (model.norm_eps), and {usual:g} in timm, "
+        "whose folders have no such setting. The difference includes it."
+    ]
 
 
 def timm_config(artifact: Artifact, encoder: VisionEncoder, side: int) -> dict[str, Any]:

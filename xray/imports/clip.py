@@ -15,7 +15,6 @@ from xray.imports.parts import (
     complete,
     flat,
     linear_head,
-    side_of,
     vit,
 )
 from xray.imports.preprocessing import of_transformers
@@ -49,7 +48,7 @@ def read(source: Source, folder: Path) -> Imported:
     )
     found = VISION.to_ours(part(state, IMAGE))
     named = complete(source, "the image tower", found, IMAGE)
-    data = of_transformers(source, side_of(source, image.image_size, named))
+    data = of_transformers(source, named, image.image_size)
     vision = Vision(model, data, named, partial(VISION.theirs, prefix=IMAGE))
     beside = {k: v for k, v in state.items() if not k.startswith(TOWERS) and k != "logit_scale"}
     head = complete(source, "the joint space", HEAD.to_ours(beside)) | flat(state, "logit_scale")

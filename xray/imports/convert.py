@@ -16,6 +16,7 @@ from xray.artifacts.limits import check_numbers
 from xray.artifacts.model_card import artifact_card
 from xray.artifacts.offers import IMPORTED, JOINT, SENTENCES, VISION
 from xray.config import DataConfig
+from xray.config.data import validate_data
 from xray.config.identity import hash_json
 from xray.errors import ArtifactError, ConfigError
 from xray.files import making
@@ -138,6 +139,7 @@ def inflated(source: Source, vision: Vision) -> State:
     config = {"model": asdict(vision.model), "data": asdict(vision.data)}
     check_numbers({"config": config}, str(source))
     try:
+        validate_data(vision.data)
         with torch.device("meta"):
             backbone = VisionBackbone(vision.model, vision.data.resolution, vision.data.frames)
     except ConfigError as error:

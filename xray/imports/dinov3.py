@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xray.errors import ArtifactError
 from xray.exports.names.vit import DINOV3, DINOV3_GATED
-from xray.imports.parts import DINOV3_VIT, Family, Imported, Vision, complete, side_of, vit
+from xray.imports.parts import DINOV3_VIT, Family, Imported, Vision, complete, vit
 from xray.imports.preprocessing import of_transformers
 from xray.imports.source import Source
 from xray.imports.transformers_folder import read_config, vision_sizes
@@ -40,7 +40,7 @@ def read(source: Source, folder: Path) -> Imported:
     named = {k: v for k, v in source.tensors().items() if v.numel()}  # there may be no registers
     table = DINOV3_GATED if gated else DINOV3
     state = complete(source, "the backbone", table.to_ours(named))
-    data = of_transformers(source, side_of(source, config.image_size, state))
+    data = of_transformers(source, state)
     return Imported("transformers", Vision(model, data, state, table.theirs))
 
 

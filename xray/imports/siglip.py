@@ -18,7 +18,6 @@ from xray.imports.parts import (
     complete,
     flat,
     linear_head,
-    side_of,
     vit,
 )
 from xray.imports.preprocessing import of_transformers
@@ -60,7 +59,7 @@ def read(source: Source, folder: Path) -> Imported:
     table = VISION if patches is None else VISION_2
     found = table.to_ours(part(state, IMAGE))
     named = complete(source, "the image tower", found, IMAGE)
-    data = of_transformers(source, side_of(source, side, named))
+    data = of_transformers(source, named, side)
     if patches is not None:  # its processor keeps the ratio, with fewer patches on one side
         data = dataclasses.replace(data, resize="squash")
     vision = Vision(model, data, named, partial(table.theirs, prefix=IMAGE))

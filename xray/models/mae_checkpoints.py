@@ -130,6 +130,9 @@ def load_decoder(decoder: MaeDecoder, config: ModelConfig) -> None:
 
 
 def _is_videomae(state: Mapping[str, Tensor]) -> bool:
+    """Tell VideoMAE from EVA-02 and DINOv3, which have such biases beside a CLS token."""
+    if "cls_token" in state or "pos_embed" in state:
+        return False
     return any(name.endswith(".attn.q_bias") for name in state)
 
 

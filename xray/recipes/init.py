@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +235,7 @@ def _next(path: Path, made: Draft, machine: Machine) -> list[str]:
     elif machine.gpus > 1:
         launch = f"torchrun --nproc_per_node {machine.gpus} -m "
     missing = made.settings.get("text", {}).get("llm") == "???"
-    command = f"xray run {path}" + " text.llm=NAME" * missing
+    command = f"xray run {shlex.quote(str(path))}" + " text.llm=NAME" * missing
     return [f"  {command} --plan", f"  {launch}{command}"]
 
 

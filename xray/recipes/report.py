@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from xray.artifacts.offers import DECODER, JOINT, TAGS, VISION
 from xray.config import DataConfig, RunConfig
 from xray.config import loading as cfg
 from xray.config.schedule import value_at
-from xray.errors import ArtifactError, BadSample
+from xray.errors import ArtifactError, BadSample, DataError
 from xray.evaluation.config import EvalConfig
 from xray.evaluation.keep_rates import KEEP_RATES, Rates, keep_rate_figure, keep_rate_table
 from xray.evaluation.set_runs import EarlierFile
@@ -43,6 +46,7 @@ from xray.reports.tables import ResultTable
 from xray.training.metrics import read_metrics
 from xray.visualize.explain import Explainer
 
+log = logging.getLogger("xray")
 FACTS = "report.json"
 SHOWN = 6  # images per sheet
 CLIPS = 2  # one per sheet
@@ -58,7 +62,8 @@ class Facts:
     root: str = ""
     workers: int = 0
     eval: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, str] = field(default_factory=dict)  # folders
+    # folder of each stage, from this one; older files have it from where the run was started
+    stages: dict[str, str] = field(default_factory=dict)
 
 
 def write_run_report(
@@ -78,8 +83,8 @@ def write_run_report(
     with_decoder = [pair for pair in seeing if DECODER in pair[0].offers]
     others = [pair for pair in seeing if DECODER not in pair[0].offers]
     for artifact, run in with_decoder + others[-1:]:
-        parts += [picture.html() for picture in _pictures(artifact, run.data)]
-    parts += _examples(replace(recipe, eval=held_out_sets(recipe)[0]), seeing)
+        parts += _if_found(partial(_pictures, artifact, run.data))
+    parts += _if_found(partial(_examples, recipe, seeing))
     if artifacts:
         parts.append(_stage_table(artifacts).html())
         rows = [(step.purpose, step.command) for step in next_steps(recipe, artifacts)]
@@ -90,6 +95,15 @@ def write_run_report(
     path = recipe.out / "report.html"
     write_report(path, f"xray: {recipe.name}", parts)
     return path
+
+
+def _if_found(show: Callable[[], list[str]]) -> list[str]:
+    """Return parts that show samples; none, with a warning, if the data are not there any more."""
+    try:
+        return show()
+    except DataError as error:
+        log.warning("the report shows no samples: %s", error)
+        return []
 
 
 def _keep_rates(measured: Path) -> list[str]:
@@ -103,7 +117,7 @@ def _keep_rates(measured: Path) -> list[str]:
 
 def _facts(recipe: Recipe) -> Facts:
     evaluation: Any = recipe.eval  # a dataclass by a call, which mypy does not see
-    stages = {run.stage: run.out for run in recipe.runs}
+    stages = {run.stage: os.path.relpath(run.out, recipe.out) for run in recipe.runs}
     return Facts(recipe.name, recipe.root, recipe.workers, asdict(evaluation), stages)
 
 
@@ -113,20 +127,22 @@ def find_recipe(folder: Path) -> Recipe:
     Raises ArtifactError if it contains no run.
     """
     known = folder / FACTS
-    facts = Facts(folder.name, stages={stage: str(folder / stage) for stage in STAGES})
+    facts = Facts(folder.name, stages={stage: stage for stage in STAGES})
     if known.is_file():
         facts = read_record(known, Facts, advice="; delete it")
     places = facts.stages
     if (folder / "config.yaml").is_file():  # of a single stage
-        places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): str(folder)}
+        places = {str(cfg.read_yaml(folder / "config.yaml")["stage"]): "."}
     recipe = Recipe(facts.name, folder, root=facts.root)
     recipe.workers = facts.workers
     recipe.eval = cfg.build(EvalConfig, facts.eval)
     for stage, place in places.items():
-        if (Path(place) / "config.yaml").is_file():
-            values = cfg.read_yaml(Path(place) / "config.yaml")
+        possible = (folder / place, Path(place), folder / stage)
+        found = next((path for path in possible if (path / "config.yaml").is_file()), None)
+        if found is not None:
+            values = cfg.read_yaml(found / "config.yaml")
             recipe.runs.append(cfg.load_config(stage_class(stage).Config, stage, values))
-            recipe.runs[-1].out = place
+            recipe.runs[-1].out = str(found)
     if not recipe.runs:
         raise ArtifactError(f"{folder} contains no run: neither config.yaml nor a stage's folder")
     return recipe
@@ -148,7 +164,7 @@ def report_again(folder: Path) -> Path:
 
 def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> list[str]:
     """Show the models' outputs on samples of the evaluation's data, if there are any."""
-    parts = []
+    parts, recipe = list[str](), replace(recipe, eval=held_out_sets(recipe)[0])
     for artifact, run in [pair for pair in done if TAGS in pair[0].offers][-1:]:
         images = dict(_samples(run.data)).get("image")
         if images is not None:
@@ -162,13 +178,13 @@ def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> lis
     return parts
 
 
-def _pictures(artifact: Artifact, data: DataConfig) -> list[Picture]:
+def _pictures(artifact: Artifact, data: DataConfig) -> list[str]:
     """Draw what the artifact makes of the first images and clips of its data."""
-    pictures, explainer = [], Explainer(artifact)
+    pictures, explainer = list[Picture](), Explainer(artifact)
     for modality, pixels in _samples(data):
         groups = [pixels] if modality == "image" else pixels[:CLIPS].split(1)
         pictures += [picture for group in groups for picture in explainer(group)]
-    return pictures
+    return [picture.html() for picture in pictures]
 
 
 def _samples(data: DataConfig) -> list[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ bundles/step_00000003/  bundle.json  portable/  state.json     the state before 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -68,7 +69,9 @@ def write_bundle(
             (path / FACTS).write_text(json.dumps(asdict(facts), indent=1), "utf-8")
     except (ArtifactError, DataError, OSError) as error:
         return f"(its bundle could not be written: {brief(error)})"
-    return f"(`xray debug replay {path}` repeats the step and shows where it breaks)"
+    return (
+        f"(`xray debug replay {shlex.quote(str(path))}` repeats the step and shows where it breaks)"
+    )
 
 
 def read_bundle(path: Path) -> Bundle:
