@@ -29,6 +29,7 @@ from data_pipelines.ingest.pack import (
     pack,
     unread_table,
 )
+from data_pipelines.ingest.split_names import is_held_out
 from data_pipelines.ingest.user_data import (
     KINDS,
     is_pattern,
@@ -247,6 +248,7 @@ def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "")
             return True
         if not write:
             return False
+        _check_divided(key, where)
         with making(Path(folder)):
             if not _is_current(key, where, folder):
                 log.info("%s: packing its files once, to %s", where, folder)
@@ -258,6 +260,20 @@ def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "")
         return True
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
+
+
+def _check_divided(key: str, where: str) -> None:
+    """Raise ConfigError for files of which some are in a folder for evaluation, such as val/."""
+    if not os.path.isdir(where):  # a list names the files to train on
+        return
+    first = {item.name.rpartition("/")[0].split("/")[0] for item in list_files(where)}
+    held = sorted(filter(is_held_out, first))
+    if held and len(held) < len(first):
+        raise ConfigError(
+            f"{key}: {where} contains {held[0]}/, which is for evaluation, beside files to train "
+            f"on: set {_key(key)} to the folder of the latter; xray init mine.yaml "
+            f"{shlex.quote(where)} writes a recipe for both"
+        )
 
 
 def _is_current(key: str, where: str, folder: str) -> bool:

@@ -252,6 +252,16 @@ def test_a_folder_that_cannot_be_written_beside_is_packed_to_the_cache(
     assert user_data.shards_beside(str(root)) == f"{root}_shards"
 
 
+def test_a_folder_for_evaluation_is_not_trained_on(tmp_path: Path) -> None:
+    root = photos(tmp_path / "mine", 3)
+    assert any("shards=" in item for item in pack_sources(data_of(root), SOURCES, write=False))
+    photos(root / "val", 3)
+    with pytest.raises(ConfigError, match=r"mine contains val/, .* xray init mine\.yaml .*/mine"):
+        pack_sources(data_of(root), SOURCES)
+    photos(tmp_path / "other" / "test", 3)  # all of it
+    assert pack_sources(data_of(tmp_path / "other"), SOURCES)
+
+
 def test_a_root_without_data(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(ConfigError, match=r"phots does not exist; did you mean .*photos'\?"):

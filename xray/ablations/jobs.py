@@ -166,8 +166,9 @@ class Jobs:
         now = time.monotonic()
         self.ended += 1
         left = (self.total - self.ended) * (now - self.started) / self.ended
-        result = f"done in {now - job.started:.0f} s" if code == 0 else f"failed with code {code}"
-        eta = f"  eta {left:.0f} s" if left else ""
+        failed = "stopped" if self.stopped else f"failed with code {code}"
+        result = f"done in {now - job.started:.0f} s" if code == 0 else failed
+        eta = f"  eta {left:.0f} s" if left and not self.stopped else ""
         _print(f"{self.ended}/{self.total}  {job}: {result}{eta}")
 
     def _write_processes(self) -> None:

@@ -21,6 +21,7 @@ from data_pipelines.decode.decoders import open_clip, open_image, read_clip, upr
 from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.labelled import class_of
 from data_pipelines.ingest.plain_files import Request
+from data_pipelines.ingest.split_names import is_held_out
 from data_pipelines.ingest.user_data import open_data
 from data_pipelines.ingest.walk import walk
 from data_pipelines.shards.remote import is_remote
@@ -33,11 +34,6 @@ from xray.errors import BadSample, DataError
 
 MOST_READ = 200  # samples of a source whose texts are read
 MOST_OPENED = 16  # samples of a source whose pictures or clips are opened
-# Evaluation sets: images/val, val/images, val2017, or captions_val beside captions_train.
-HELD_OUT = re.compile(
-    r"(?:^|[_-])(?:val|valid|validation|test|heldout|held_out)(?:\d{4})?$", re.IGNORECASE
-)
-TRAIN = re.compile(r"(?:^|[_-])(?:train|training|trainval)(?:\d{4})?$", re.IGNORECASE)
 MOST_FOLDERS = 8  # of plain files beside val/ that each become a source
 LABELS = ("label_name", "label")
 CLASS = "cls"  # a file with the number of a class
@@ -81,16 +77,10 @@ def survey(data: str) -> Survey:
     found = [found for path in places for found in _look(root, path)]
     found.sort(key=lambda own: own.modality)  # pictures first
     found = _with_own_names(found)
-    training = [own for own in found if not _is_held_out(own.shards)]
+    training = [own for own in found if not is_held_out(own.shards)]
     if not training:
         raise DataError(f"{data} has no pictures or clips to train on")
-    return Survey(root, training, [own for own in found if _is_held_out(own.shards)])
-
-
-def _is_held_out(path: str) -> bool:
-    """Check for a folder for evaluation on the path; train/ inside val/ is for training."""
-    parts = [part for part in path.split("/") if HELD_OUT.search(part) or TRAIN.search(part)]
-    return bool(parts and HELD_OUT.search(parts[-1]))
+    return Survey(root, training, [own for own in found if is_held_out(own.shards)])
 
 
 def _with_own_names(found: list[Found]) -> list[Found]:
@@ -138,7 +128,7 @@ def _plain_splits(root: str) -> list[str]:
     media = [name.split("/") for name in walk(Path(root)) if ending_of(name) in MEDIA]
     for depth in (1, 2):
         folders = {"/".join(parts[:depth]) for parts in media if len(parts) > depth}
-        held = sorted(folder for folder in folders if _is_held_out(folder))
+        held = sorted(folder for folder in folders if is_held_out(folder))
         if held and (len(folders - {*held}) > MOST_FOLDERS or min(map(len, media)) <= depth):
             raise DataError(
                 f"{root} has {held[0]}/, which is for evaluation, and other files beside it: move "
