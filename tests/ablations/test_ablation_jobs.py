@@ -49,7 +49,7 @@ def test_trial_waits_for_a_stage_run_that_another_trains(tmp_path: Path) -> None
 
 
 def test_a_trial_whose_results_were_deleted_is_not_finished(tmp_path: Path) -> None:
-    """Of a damaged results.json, the advice is to delete it."""
+    """Deletion is the advice of the error about a damaged results.json."""
     trial = load(tmp_path, f"base: {RECIPE}\narms: {{a: {{}}}}", f"out={tmp_path}").trials[0]
     for run in trial.recipe.runs:
         artifact = Path(run.out) / "artifact"

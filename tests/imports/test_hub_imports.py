@@ -26,7 +26,7 @@ def test_a_name_of_the_hub_is_downloaded_or_refused_in_one_line(
     model = ViTModel(ViTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=8))
     source, out = tmp_path / "source", tmp_path / "out"
     model.save_pretrained(source)
-    CLIPImageProcessor(size={"shortest_edge": 32}).save_pretrained(source)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(source)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     monkeypatch.chdir(tmp_path)

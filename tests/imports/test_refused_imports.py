@@ -129,7 +129,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (larger_tokenizer, "embeds 300"),
     (no_tokenizer, "no tokenizer"),
     (no_processor, "no preprocessor_config.json"),
-    (padding, "data.crop_pct=1.3333333333333333 must be in (0, 1]"),
+    (padding, "crop_size=32 is above size=24"),
     (activation, "activation relu"),
     (own_code, "cannot be imported (model_type mine)"),
 ]

@@ -51,6 +51,10 @@ def of_transformers(source: Source, state: Mapping[str, Tensor], side: Any = Non
     crop, normalised = whole, processor.do_normalize
     if getattr(processor, "do_center_crop", False):
         crop = square(source, [processor.crop_size["height"], processor.crop_size["width"]])
+    if crop > whole:
+        raise ArtifactError(
+            f"{source}/{FILE}: crop_size={crop} is above size={whole}: pictures are not padded"
+        )
     return _data(
         source,
         side_of(source, crop if side is None else side, state),
