@@ -19,6 +19,7 @@ from xray.imports.place import REPOSITORY, is_released
 from xray.version import __version__
 
 log = logging.getLogger("xray")
+REVISION = 2  # of the conversion: a higher one imports cached weights again
 
 
 def open_model(name: str, llm: str = "") -> Artifact:
@@ -47,7 +48,7 @@ def artifact_of(name: str) -> str:
     from xray.imports.source import open_source
 
     source = open_source(name)
-    key = hash_json({"xray": __version__, "files": source.hashes})
+    key = hash_json({"xray": __version__, "revision": REVISION, "files": source.hashes})
     folder = user_cache("imports") / key
     if not folder.exists():
         make_folder(folder.parent, "the cache of imports", "XDG_CACHE_HOME")
