@@ -41,6 +41,8 @@ class Child:
         self.arguments = arguments
         self._folder = tempfile.TemporaryDirectory()
         self._files = [f"{self._folder.name}/{name}" for name in ("stdout", "stderr")]
+        for file in self._files:  # there also if the process is killed before it opens them
+            Path(file).touch()
         # models this small gain nothing from more threads
         environment = clean_environment(OMP_NUM_THREADS="1", **environment)
         given = arguments, environment, os.getcwd(), self._files
